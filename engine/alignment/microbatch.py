@@ -1,0 +1,71 @@
+"""A microbatch: one packed stream of tokens, holding ranges of one or more tasks.
+
+Legend: T tokens of the stream (all ranges, tails included). Source: MuxTune section 3.4 (chunk-based alignment).
+"""
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORE = -100  # the target of a position that bears no loss
+
+
+class MicrobatchKind(enum.Enum):
+    TRAIN = "train"
+    EVALUATE = "evaluate"  # held-out rows: forward only
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sequence inside a range; attention never crosses it.
+
+    `stream_offset_tokens` is where it starts in the task's own stream: the unpadded tokens of the sequences before
+    it in the same global batch. Dropout is keyed by it, so masks don't depend on how the batch was packed.
+    """
+
+    num_tokens: int
+    stream_offset_tokens: int
+
+
+@dataclass(frozen=True)
+class Range:
+    """The contiguous tokens of one task: its segments one after another, then a tail of padding up to the chunk.
+
+    `step`: steps of this task done before (the step this range trains, from 0). `num_step_target_tokens`: target
+    tokens of the whole global batch (or of the whole held-out split), over all microbatches: the loss's denominator.
+    `is_last`: no later microbatch holds tokens of this step (or evaluation), so the optimizer may step after it.
+    """
+
+    task: str
+    step: int
+    start: int  # index of its first token in the stream
+    num_tokens: int  # tail included; a multiple of the chunk
+    segments: tuple[Segment, ...]
+    num_step_target_tokens: int
+    is_last: bool
+
+    @property
+    def num_effective_tokens(self) -> int:
+        return sum(segment.num_tokens for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """`token_ids_T` int32; `targets_T` int32: the token each position should predict (already shifted), or IGNORE.
+
+    A round is, for each member task: its evaluation if one is due, then all microbatches of its next step.
+    All EVALUATE microbatches of a round come before its TRAIN ones. `is_last_in_round` closes the round.
+    """
+
+    round: int
+    kind: MicrobatchKind
+    token_ids_T: NDArray[np.int32]
+    targets_T: NDArray[np.int32]
+    ranges: tuple[Range, ...]
+    is_last_in_round: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.token_ids_T.shape[0])
