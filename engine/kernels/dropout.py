@@ -1,0 +1,41 @@
+"""Dropout masks keyed by what is dropped, never by where it stands in a batch.
+
+The bits of a site are Philox4x64-10 (Salmon et al., SC'11) with
+    key     = (task seed, step * 2**32 + site)
+    counter = (position * ceil(K / 16) + block, 0, 0, 0)
+One block gives 4 x 64 bits = 16 lanes of 16 bits, little end first; column c of the token at stream position p is lane
+c % 16 of block c // 16. The element is kept where its lane >= round(probability * 65536).
+
+Legend: L tokens of a range, K width.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_LANES = 16
+
+
+def keep_mask(
+    seed: int, step: int, site: int, positions_L: NDArray[np.int64], width: int, probability: float
+) -> torch.Tensor:
+    """[L, K] bool: which elements stay. Equal for equal keys, on any machine and in any batch."""
+    threshold = round(probability * 65536)
+    num_blocks = -(-width // _LANES)
+    key = np.array([seed % 2**64, ((step << 32) + site) % 2**64], dtype=np.uint64)
+    runs = np.split(positions_L, np.flatnonzero(np.diff(positions_L) != 1) + 1)  # consecutive: one call each
+    words = [_blocks(key, int(run[0]) * num_blocks, len(run) * num_blocks) for run in runs if len(run)]
+    lanes_LK = np.concatenate(words).view("<u2").reshape(len(positions_L), -1)[:, :width]
+    return torch.from_numpy(lanes_LK >= threshold)
+
+
+def keep_scale(probability: float) -> float:
+    """What kept elements are multiplied by: the inverse of the exact chance to stay."""
+    return 65536 / (65536 - round(probability * 65536))
+
+
+def _blocks(key: NDArray[np.uint64], first: int, count: int) -> NDArray[np.uint64]:
+    """Blocks `first` to `first + count`, four words each. numpy increments its counter before each block."""
+    counter = (first - 1) % 2**256
+    words = np.array([(counter >> (64 * i)) % 2**64 for i in range(4)], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=words).random_raw(4 * count).astype("<u8", copy=False)

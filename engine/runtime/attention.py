@@ -1,0 +1,77 @@
+"""Attention over a packed stream: each segment attends to itself, causally.
+
+Registered with transformers' AttentionInterface, so every architecture that goes through it works unchanged; the
+segments' bounds come as the model keyword argument `cu_seqlens`. What an architecture asks for (grouped heads, sliding
+window, soft-capping, scaling) is honoured; what is unknown is refused.
+
+Legend: T tokens, H query heads, G key heads, D head width, L tokens of a segment.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from engine.errors import BackboneUnsupportedError
+
+NAME = "muxtune_packed"
+
+
+def register() -> None:
+    """Makes `attn_implementation="muxtune_packed"` known to transformers. Idempotent."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Segments are bounded by cu_seqlens: there is no mask to build."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    cu_seqlens: list[int] | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """[1, H, T, D] by [1, G, T, D] -> [1, T, H, D]. Source: transformers' attention interface."""
+    if cu_seqlens is None:
+        raise BackboneUnsupportedError(f"{type(module).__name__} drops cu_seqlens on its way to the attention")
+    if dropout or s_aux is not None or attention_mask is not None or is_causal is False:
+        raise BackboneUnsupportedError(
+            f"{type(module).__name__} asks for attention dropout, sinks, a mask or bidirectional attention"
+        )
+    if query.shape[1] != key.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    pieces = []
+    for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+        q, k, v = (t[:, :, start:end] for t in (query, key, value))
+        pieces.append(_segment(q, k, v, scaling, sliding_window, softcap))
+    return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def _segment(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, window: int | None, softcap: float | None
+) -> torch.Tensor:
+    length = q.shape[2]
+    if softcap is None and (window is None or length <= window):
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+    distance_LL = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)[None, :]
+    allowed_LL = (distance_LL >= 0) & (distance_LL < (window or length))
+    if softcap is None:
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed_LL, scale=scaling)
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~allowed_LL, float("-inf"))
+    return torch.softmax(scores.float(), dim=-1).to(q.dtype) @ v

@@ -1,0 +1,126 @@
+"""The frozen model an executor hosts: loaded once, its operators mounted, probed before anyone trusts it.
+
+Legend: T tokens of the packed stream, H hidden, V vocabulary, M target positions.
+"""
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from engine.alignment.microbatch import Microbatch
+from engine.errors import BackboneUnsupportedError
+from engine.kernels.segment_cross_entropy import Head
+from engine.peft.layout import Layout
+from engine.peft.mounted import mount_all
+from engine.runtime import attention
+
+_PROBE_LENGTHS = (1, 5, 3, 8)
+_PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+class Backbone:
+    """`model` runs packed streams through mounted operators; `shadow` is the same weights as plain transformers.
+
+    The shadow shares every tensor (it costs no memory but its Python objects) and serves to check exports and probes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        attention.register()
+        model.eval().requires_grad_(False)
+        shared = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+        self.shadow: Any = copy.deepcopy(model, shared)
+        self.model: Any = model
+        self.model.set_attn_implementation(attention.NAME)
+        self.shadow.set_attn_implementation("eager" if _softcaps_attention(model.config) else "sdpa")
+        self.layout = Layout()
+        self.operators = mount_all(self.model, self.layout)
+        softcap = getattr(model.config, "final_logit_softcapping", None)
+        self.head = Head(self.model.get_output_embeddings(), softcap)
+        self._refuse_what_is_not_exact()
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> "Backbone":
+        """A local Hugging Face folder; never remote code. Raises BackboneUnsupportedError if it can't be exact."""
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
+        except (OSError, ValueError) as error:
+            raise BackboneUnsupportedError(f"{folder} does not load as a causal language model: {error}") from error
+        return cls(model.to(device))
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.linear.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.linear.weight.dtype
+
+    def weight_bytes(self) -> int:
+        tensors = {t.data_ptr(): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def hidden(self, microbatch: Microbatch, resident: frozenset[str]) -> torch.Tensor:
+        """[T, H]: the last hidden states of the packed stream, resident tasks' adapters on their own spans."""
+        self.layout.set(microbatch, resident)
+        lengths = [n for r in microbatch.ranges for n in _segment_lengths(r.num_tokens, r)]
+        token_ids_1T = torch.from_numpy(microbatch.token_ids_T).long().to(self.device).unsqueeze(0)
+        return self._packed_hidden(token_ids_1T, lengths)
+
+    def _packed_hidden(self, token_ids_1T: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        position_ids_1T = torch.cat([torch.arange(n) for n in lengths]).to(self.device).unsqueeze(0)
+        cu_seqlens = [0, *itertools.accumulate(lengths)]
+        base = self.model.base_model
+        output = base(
+            input_ids=token_ids_1T, position_ids=position_ids_1T, cu_seqlens=cu_seqlens, use_cache=False
+        )
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden[0]
+
+    @torch.no_grad()
+    def _refuse_what_is_not_exact(self) -> None:
+        """A packed stream of random sequences must give the logits of the sequences run one by one."""
+        if self.config.get_text_config()._attn_implementation != attention.NAME:
+            raise self._unsupported("its attention does not go through transformers' AttentionInterface")
+        generator = torch.Generator().manual_seed(0)
+        vocab = self.config.get_text_config().vocab_size
+        sequences = [torch.randint(0, vocab, (n,), generator=generator).to(self.device) for n in self._probe_lengths()]
+        try:
+            hidden_TH = self._packed_hidden(torch.cat(sequences).unsqueeze(0), [len(s) for s in sequences])
+        except TypeError as error:
+            raise self._unsupported(f"its forward refuses the packed stream ({error})") from error
+        packed_TV = self.head.logits(hidden_TH)
+        separate_TV = torch.cat([self.shadow(input_ids=s.unsqueeze(0), use_cache=False).logits[0] for s in sequences])
+        difference = (packed_TV - separate_TV).abs().max().item()
+        tolerance = _PROBE_TOLERANCE[self.dtype] * max(1.0, separate_TV.abs().max().item())
+        if not difference <= tolerance:
+            raise self._unsupported(f"packed and separate logits differ by {difference:.2g} (at most {tolerance:.2g})")
+
+    def _probe_lengths(self) -> tuple[int, ...]:
+        window = getattr(self.config.get_text_config(), "sliding_window", None)
+        longest = getattr(self.config.get_text_config(), "max_position_embeddings", 8) or 8
+        return (*(min(n, longest) for n in _PROBE_LENGTHS), *((window + 3,) if window and window < 512 else ()))
+
+    def _unsupported(self, why: str) -> BackboneUnsupportedError:
+        kind = type(self.model).__name__
+        return BackboneUnsupportedError(f"{kind} cannot be trained exactly on a packed stream: {why}", architecture=kind)
+
+
+def _segment_lengths(num_tokens: int, range_: Any) -> list[int]:
+    lengths = [segment.num_tokens for segment in range_.segments]
+    tail = num_tokens - sum(lengths)
+    return [*lengths, tail] if tail else lengths
+
+
+def _softcaps_attention(config: Any) -> bool:
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None

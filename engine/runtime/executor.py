@@ -1,0 +1,175 @@
+"""Runs microbatches of many tasks on one backbone: the fused training step.
+
+Legend: T tokens of the packed stream, H hidden, M target positions of the microbatch.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range
+from engine.errors import MuxtuneError, NonFiniteError
+from engine.kernels.segment_cross_entropy import segment_cross_entropy
+from engine.runtime import export
+from engine.runtime.backbone import Backbone
+from engine.runtime.checkpoint import CheckpointState
+from engine.runtime.task_run import Assignment, Gathered, TaskRun
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step of one task. `step` counts steps done. `seconds` is its share of its microbatches' time."""
+
+    task: str
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    num_effective_tokens: int
+    num_target_tokens: int
+    num_padding_tokens: int
+    seconds: float
+    num_neighbours: int
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Mean loss over the held-out split when `step` steps were done."""
+
+    task: str
+    step: int
+    loss: float
+    num_target_tokens: int
+
+
+@dataclass(frozen=True)
+class TaskFailure:
+    """The task was detached; its neighbours never noticed."""
+
+    task: str
+    step: int
+    error: MuxtuneError
+
+
+Result = StepResult | EvaluationResult | TaskFailure
+
+
+class Executor:
+    """Holds resident tasks and runs what it is given. Not thread-safe: one caller, between microbatches."""
+
+    def __init__(self, backbone: Backbone, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.backbone = backbone
+        self.tasks: dict[str, TaskRun] = {}
+        self._clock = clock
+
+    def run(self, microbatch: Microbatch) -> list[Result]:
+        """Forward, loss, backward; then, for each task whose step is complete, its own clip, optimizer and schedule."""
+        started = self._clock()
+        resident = frozenset(self.tasks)
+        trains = microbatch.kind is MicrobatchKind.TRAIN
+        with torch.set_grad_enabled(trains):
+            hidden_TH = self.backbone.hidden(microbatch, resident)
+        rows_M, weights_M = self._target_rows(microbatch, resident)
+        targets_M = torch.from_numpy(microbatch.targets_T).to(hidden_TH.device)[rows_M]
+        loss_M, dhidden_MH = segment_cross_entropy(
+            self.backbone.head, hidden_TH.detach()[rows_M], targets_M, weights_M if trains else None
+        )
+        if dhidden_MH is not None and hidden_TH.requires_grad:
+            hidden_TH.backward(torch.zeros_like(hidden_TH).index_copy_(0, rows_M, dhidden_MH))
+        self._gather(microbatch, rows_M, loss_M, self._clock() - started)
+        complete = [r for r in microbatch.ranges if r.is_last and r.task in resident]
+        return [self._finish_step(r) if trains else self._finish_evaluation(r) for r in complete]
+
+    def attach(
+        self, assignment: Assignment, state: CheckpointState | None = None, initial_adapter: Path | None = None
+    ) -> None:
+        """Mounts the task's adapters, fresh, from an initial adapter, or exactly as a checkpoint left them.
+
+        Raises InvalidInputError (targets, an adapter that does not fit) or ArtifactCorruptError; nothing is mounted.
+        """
+        if assignment.task in self.tasks:
+            raise ValueError(f"{assignment.task} is attached already")
+        run = TaskRun(assignment, self.backbone)
+        if state is not None:
+            state.restore(run)
+        elif initial_adapter is not None:
+            export.load_adapter(initial_adapter, run)
+        for name, adapter in run.adapters.items():
+            self.backbone.operators[name].adapters[assignment.task] = adapter
+        self.tasks[assignment.task] = run
+
+    def detach(self, task: str) -> None:
+        """Unmounts the task; its memory is given back. Tokens of it still in the stream run through the bare model."""
+        run = self.tasks.pop(task)
+        for name in run.adapters:
+            del self.backbone.operators[name].adapters[task]
+
+    def checkpoint(self, task: str) -> CheckpointState:
+        """A copy of the task between two steps: parameters, optimizer, step."""
+        return CheckpointState.of(self.tasks[task])
+
+    def export(self, task: str, folder: Path) -> export.ExportReport:
+        """The adapter as a PEFT folder, loaded again and compared. Raises ExportMismatchError."""
+        return export.export(self.backbone, self.tasks[task], folder)
+
+    def task_bytes(self) -> dict[str, int]:
+        """Bytes held for each resident task: parameters, gradients, optimizer."""
+        return {name: run.num_bytes() for name, run in self.tasks.items()}
+
+    def _target_rows(self, microbatch: Microbatch, resident: frozenset[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions [M] that bear a resident task's loss, and 1 / (targets of that task's whole step) for each."""
+        targets_T = torch.from_numpy(microbatch.targets_T)
+        weights_T = torch.zeros(microbatch.num_tokens, dtype=torch.float64)
+        for range_ in microbatch.ranges:
+            if range_.task in resident:
+                weights_T[_slice(range_)] = 1 / range_.num_step_target_tokens
+        rows_M = torch.nonzero((targets_T != IGNORE) & (weights_T > 0)).squeeze(1)
+        return rows_M.to(self.backbone.device), weights_T[rows_M].to(self.backbone.device)
+
+    def _gather(self, microbatch: Microbatch, rows_M: torch.Tensor, loss_M: torch.Tensor, seconds: float) -> None:
+        loss_T = torch.zeros(microbatch.num_tokens, dtype=torch.float64)
+        loss_T[rows_M.cpu()] = loss_M.double().cpu()
+        names = {r.task for r in microbatch.ranges}
+        for range_ in microbatch.ranges:
+            if (run := self.tasks.get(range_.task)) is None:
+                continue
+            gathered, targets_L = run.gathered, microbatch.targets_T[_slice(range_)]
+            gathered.loss += loss_T[_slice(range_)].sum().item() / range_.num_step_target_tokens
+            gathered.num_target_tokens += int((targets_L != IGNORE).sum())
+            gathered.num_effective_tokens += range_.num_effective_tokens
+            gathered.num_padding_tokens += range_.num_tokens - range_.num_effective_tokens
+            gathered.seconds += seconds * range_.num_tokens / microbatch.num_tokens
+            gathered.neighbours |= names - {range_.task}
+
+    def _finish_step(self, range_: Range) -> StepResult | TaskFailure:
+        run = self.tasks[range_.task]
+        try:
+            rate, norm = run.take_step()
+        except NonFiniteError as error:
+            self.detach(range_.task)
+            return TaskFailure(range_.task, range_.step, error)
+        done, run.gathered = run.gathered, Gathered()
+        return StepResult(
+            task=range_.task,
+            step=run.step,
+            loss=done.loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            num_effective_tokens=done.num_effective_tokens,
+            num_target_tokens=done.num_target_tokens,
+            num_padding_tokens=done.num_padding_tokens,
+            seconds=done.seconds,
+            num_neighbours=len(done.neighbours),
+        )
+
+    def _finish_evaluation(self, range_: Range) -> EvaluationResult:
+        run = self.tasks[range_.task]
+        done, run.gathered = run.gathered, Gathered()
+        return EvaluationResult(range_.task, range_.step, done.loss, done.num_target_tokens)
+
+
+def _slice(range_: Range) -> slice:
+    return slice(range_.start, range_.start + range_.num_tokens)

@@ -1,0 +1,44 @@
+"""Which of a backbone's operators a list of target modules names, read as PEFT reads it.
+
+Source: peft.tuners.tuners_utils.check_target_module_exists (a list matches by full name or by dotted suffix) and
+peft's "all-linear" (every linear operator but the output head). Only the standard library: admission, the planner and
+the engine must agree.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from engine.errors import InvalidInputError
+
+ALL_LINEAR = "all-linear"
+
+
+def matching_modules(targets: Sequence[str], adaptable: Iterable[str]) -> list[str]:
+    """The names in `adaptable` that `targets` take, in the backbone's order.
+
+    Raises InvalidInputError, naming the target and what exists, if one matches nothing.
+    """
+    names = list(adaptable)
+    if not targets:
+        raise _refusal("is empty: name at least one module", names)
+    if ALL_LINEAR in targets:
+        if len(targets) > 1:
+            raise _refusal(f'"{ALL_LINEAR}" stands alone or not at all', names)
+        return names
+    for target in targets:
+        if not any(_matches(target, name) for name in names):
+            raise _refusal(f'"{target}" matches no adaptable module of the backbone', names)
+    return [name for name in names if any(_matches(target, name) for target in targets)]
+
+
+def suffixes(names: Iterable[str]) -> list[str]:
+    """Distinct last parts in order of appearance: what a person would name."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def _matches(target: str, name: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def _refusal(what: str, names: Sequence[str]) -> InvalidInputError:
+    known = ", ".join(suffixes(names))
+    return InvalidInputError.of_field("method.lora.target_modules", f'{what}; it has {known}, or "{ALL_LINEAR}"')
