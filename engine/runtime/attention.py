@@ -7,6 +7,7 @@ window, soft-capping, scaling) is honoured; what is unknown is refused.
 Legend: T tokens, H query heads, G key heads, D head width, L tokens of a segment.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def packed_attention(
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     pieces = []
-    for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+    for start, end in itertools.pairwise(cu_seqlens):
         q, k, v = (t[:, :, start:end] for t in (query, key, value))
         pieces.append(_segment(q, k, v, scaling, sliding_window, softcap))
     return torch.cat(pieces, dim=2).transpose(1, 2), None

@@ -81,9 +81,7 @@ class Backbone:
         position_ids_1T = torch.cat([torch.arange(n) for n in lengths]).to(self.device).unsqueeze(0)
         cu_seqlens = [0, *itertools.accumulate(lengths)]
         base = self.model.base_model
-        output = base(
-            input_ids=token_ids_1T, position_ids=position_ids_1T, cu_seqlens=cu_seqlens, use_cache=False
-        )
+        output = base(input_ids=token_ids_1T, position_ids=position_ids_1T, cu_seqlens=cu_seqlens, use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden[0]
 
@@ -113,7 +111,9 @@ class Backbone:
 
     def _unsupported(self, why: str) -> BackboneUnsupportedError:
         kind = type(self.model).__name__
-        return BackboneUnsupportedError(f"{kind} cannot be trained exactly on a packed stream: {why}", architecture=kind)
+        return BackboneUnsupportedError(
+            f"{kind} cannot be trained exactly on a packed stream: {why}", architecture=kind
+        )
 
 
 def _segment_lengths(num_tokens: int, range_: Any) -> list[int]:

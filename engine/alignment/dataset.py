@@ -1,0 +1,147 @@
+"""A dataset as one backbone reads it: flat arrays of tokens, split, and put in order. All of it is a pure function of
+(dataset bytes, tokenizer, training, seed), with random access: resuming at any step costs nothing.
+
+Legend: N rows, S tokens of all rows, L tokens of one row.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.alignment.rows import Row, RowRefusedError, tokenize
+from engine.alignment.tokens import BackboneTokenizer
+from engine.errors import FieldViolation, InvalidInputError
+from engine.task import Overlength, Training
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A row left out, and why (never quoting it)."""
+
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class TokenizedDataset:
+    """`token_ids_S` and `bears_loss_S` of the rows that are kept, row i at [offsets[i], offsets[i + 1])."""
+
+    token_ids_S: NDArray[np.int32]
+    bears_loss_S: NDArray[np.bool_]
+    offsets: NDArray[np.int64]  # N + 1
+    lines: NDArray[np.int64]  # N: the line each row stood on
+    original_lengths: NDArray[np.int64]  # of every row that tokenized, before truncation
+    refused: tuple[Refused, ...]
+    num_truncated: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.lines)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.token_ids_S.nbytes + self.bears_loss_S.nbytes + self.offsets.nbytes + self.lines.nbytes
+
+    def row(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        part = slice(self.offsets[index], self.offsets[index + 1])
+        return self.token_ids_S[part], self.bears_loss_S[part]
+
+    def num_targets(self, index: int) -> int:
+        """Loss-bearing positions of a row: its first token has nothing before it to be predicted from."""
+        return int(self.row(index)[1][1:].sum())
+
+
+def tokenize_dataset(rows: Iterable[Row], tokenizer: BackboneTokenizer, training: Training) -> TokenizedDataset:
+    """Raises InvalidInputError if no row is left, or if one is too long and `overlength` is REFUSE."""
+    kept, refused, lengths, num_truncated = [], [], [], 0
+    limit = training.max_sequence_tokens
+    for row in rows:
+        try:
+            tokenized = tokenize(row, tokenizer)
+        except RowRefusedError as error:
+            refused.append(Refused(row.line, str(error)))
+            continue
+        ids, mask = tokenized.token_ids_L, tokenized.bears_loss_L
+        lengths.append(len(ids))
+        if len(ids) > limit:
+            reason = _overlong(len(ids), limit, mask, training.overlength, row.line)
+            if reason:
+                refused.append(Refused(row.line, reason))
+                continue
+            ids, mask, num_truncated = ids[:limit], mask[:limit], num_truncated + 1
+        kept.append((row.line, ids, mask))
+    if not kept:
+        why = refused[0].reason if refused else "no rows"
+        raise InvalidInputError.of_field("dataset", f"every row is refused; line {refused[0].line}: {why}")
+    return TokenizedDataset(
+        token_ids_S=np.concatenate([ids for _, ids, _ in kept]),
+        bears_loss_S=np.concatenate([mask for _, _, mask in kept]),
+        offsets=np.concatenate([[0], np.cumsum([len(ids) for _, ids, _ in kept])]).astype(np.int64),
+        lines=np.array([line for line, _, _ in kept], np.int64),
+        original_lengths=np.array(lengths, np.int64),
+        refused=tuple(refused),
+        num_truncated=num_truncated,
+    )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Row indices that train and those held out, both in the dataset's order."""
+
+    train: NDArray[np.int64]
+    heldout: NDArray[np.int64]
+
+
+@lru_cache(maxsize=256)
+def split(num_rows: int, training: Training) -> Split:
+    """Held-out rows are drawn by the seed; at least one of each kind. Raises InvalidInputError for too few rows."""
+    everything = np.arange(num_rows, dtype=np.int64)
+    if training.heldout_fraction <= 0:
+        return Split(everything, everything[:0])
+    if num_rows < 2:
+        violation = FieldViolation("training.heldout_fraction", f"{num_rows} row cannot be split; add rows or use 0")
+        raise InvalidInputError(f"{violation.field}: {violation.description}", [violation])
+    count = min(num_rows - 1, max(1, round(num_rows * training.heldout_fraction)))
+    heldout = np.sort(_permutation(training.seed, -1, num_rows)[:count])
+    return Split(np.setdiff1d(everything, heldout), heldout)
+
+
+def num_steps(training: Training, num_train_rows: int) -> int:
+    """Optimizer steps in all: as asked, or epochs of ceil(rows / global batch) steps."""
+    if training.num_steps is not None:
+        return training.num_steps
+    assert training.num_epochs is not None
+    return training.num_epochs * math.ceil(num_train_rows / training.global_batch_size)
+
+
+def batch(training: Training, train: NDArray[np.int64], step: int) -> NDArray[np.int64]:
+    """Rows of optimizer step `step` (from 0), in order. The last batch of an epoch may be smaller."""
+    size = training.global_batch_size
+    epoch, index = divmod(step, math.ceil(len(train) / size))
+    order = _permutation(training.seed, epoch, len(train)) if training.shuffle else np.arange(len(train))
+    return train[order[index * size : (index + 1) * size]]
+
+
+@lru_cache(maxsize=256)
+def _permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """numpy's Philox keyed by (seed, epoch + 1): epoch -1 draws the held-out split."""
+    key = np.array([seed % 2**64, epoch + 1], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).permutation(count)
+
+
+def _overlong(
+    length: int, limit: int, mask: Sequence[bool] | NDArray[np.bool_], overlength: Overlength, line: int
+) -> str:
+    """Why an overlong row is left out; empty: it is truncated. Raises InvalidInputError for REFUSE."""
+    if overlength is Overlength.REFUSE:
+        raise InvalidInputError.of_field(
+            "training.max_sequence_tokens",
+            f"line {line} has {length} tokens, over {limit}; raise the limit or choose TRUNCATE or DROP",
+        )
+    if overlength is Overlength.DROP:
+        return f"{length} tokens, over max_sequence_tokens {limit}"
+    return "" if np.any(np.asarray(mask)[1:limit]) else f"no token bears loss within max_sequence_tokens {limit}"

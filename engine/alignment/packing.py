@@ -1,0 +1,162 @@
+"""Rounds: the microbatches in which every member of an hTask takes one optimizer step.
+
+A task's global batch is cut into slices of at most `micro_batch_size` sequences; slices of all tasks are packed into
+few microbatches, first-fit decreasing, under the token budget. In one microbatch a task has one contiguous range,
+padded at its tail to a multiple of the chunk. Source: MuxTune section 3.4. Legend: T tokens of the stream.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.alignment.dataset import TokenizedDataset, batch, split
+from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
+from engine.task import Training, evaluation_is_due
+
+
+@dataclass(frozen=True)
+class Member:
+    """A task of the hTask, its data, and where it stands: `step` steps done of `num_steps`."""
+
+    task: str
+    dataset: TokenizedDataset
+    training: Training
+    num_steps: int
+    step: int
+
+
+@dataclass(frozen=True)
+class PlacedRow:
+    """A row in a step: its index in the dataset and the unpadded tokens before it in the same batch."""
+
+    row: int
+    num_tokens: int
+    stream_offset_tokens: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """At most `micro_batch_size` consecutive sequences of one task's batch."""
+
+    member: Member
+    step: int
+    sequences: tuple[PlacedRow, ...]
+    num_step_target_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(sequence.num_tokens for sequence in self.sequences)
+
+
+def rounds(members: Sequence[Member], token_budget: int, chunk_tokens: int) -> Iterator[Microbatch]:
+    """Microbatches from the members' cursors on, until every member has done its last step and evaluation."""
+    number = 0
+    while True:
+        now = [(m, m.step + number) for m in members if m.step + number <= m.num_steps]
+        if not now:
+            return
+        yield from one_round(number, now, token_budget, chunk_tokens)
+        number += 1
+
+
+def one_round(
+    number: int, members: Sequence[tuple[Member, int]], token_budget: int, chunk_tokens: int
+) -> list[Microbatch]:
+    """The evaluations due at the members' steps, then one training step of each that has one left."""
+    evaluate = [s for m, step in members if evaluation_is_due(m.training, step, m.num_steps) for s in _heldout(m, step)]
+    train = [s for m, step in members if step < m.num_steps for s in _batch(m, step)]
+    plans = [(MicrobatchKind.EVALUATE, bins) for bins in pack(evaluate, token_budget, chunk_tokens)]
+    plans += [(MicrobatchKind.TRAIN, bins) for bins in pack(train, token_budget, chunk_tokens)]
+    last = {(kind, s.member.task): i for i, (kind, slices) in enumerate(plans) for s in slices}
+    return [
+        _build(number, kind, slices, chunk_tokens, {t for (k, t), at in last.items() if k is kind and at == i},
+               is_last_in_round=i == len(plans) - 1)
+        for i, (kind, slices) in enumerate(plans)
+    ]  # fmt: skip
+
+
+def pack(slices: Sequence[Slice], token_budget: int, chunk_tokens: int) -> list[list[Slice]]:
+    """First-fit decreasing: bins of at most `token_budget` tokens, tails counted; a larger slice stands alone.
+
+    Slices of one task keep their order inside a bin.
+    """
+    bins: list[dict[str, int]] = []  # unpadded tokens by task
+    contents: list[list[Slice]] = []
+    order = sorted(range(len(slices)), key=lambda i: (-slices[i].num_tokens, i))
+    for index in order:
+        slice_ = slices[index]
+        task, tokens = slice_.member.task, slice_.num_tokens
+        for at, filled in enumerate(bins):
+            trial = {**filled, task: filled.get(task, 0) + tokens}
+            if sum(_padded(n, chunk_tokens) for n in trial.values()) <= token_budget:
+                bins[at] = trial
+                contents[at].append(slice_)
+                break
+        else:
+            bins.append({task: tokens})
+            contents.append([slice_])
+    position = {id(s): i for i, s in enumerate(slices)}
+    return [sorted(content, key=lambda s: position[id(s)]) for content in contents]
+
+
+def _batch(member: Member, step: int) -> list[Slice]:
+    rows = batch(member.training, split(member.dataset.num_rows, member.training).train, step)
+    return _slices(member, step, rows)
+
+
+def _heldout(member: Member, step: int) -> list[Slice]:
+    return _slices(member, step, split(member.dataset.num_rows, member.training).heldout)
+
+
+def _slices(member: Member, step: int, rows: NDArray[np.int64]) -> list[Slice]:
+    lengths = [int(member.dataset.offsets[r + 1] - member.dataset.offsets[r]) for r in rows]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(int)
+    sequences = [PlacedRow(int(r), n, int(s)) for r, n, s in zip(rows, lengths, starts[:-1], strict=True)]
+    targets = sum(member.dataset.num_targets(int(r)) for r in rows)
+    size = member.training.micro_batch_size
+    return [Slice(member, step, tuple(sequences[i : i + size]), targets) for i in range(0, len(sequences), size)]
+
+
+def _build(
+    number: int,
+    kind: MicrobatchKind,
+    slices: Sequence[Slice],
+    chunk_tokens: int,
+    last: set[str],
+    is_last_in_round: bool,
+) -> Microbatch:
+    by_task: dict[str, list[Slice]] = {}
+    for slice_ in slices:
+        by_task.setdefault(slice_.member.task, []).append(slice_)
+    token_ids, targets, ranges, start = [], [], [], 0
+    for task, parts in by_task.items():
+        sequences = [s for part in parts for s in part.sequences]
+        num_tokens = _padded(sum(s.num_tokens for s in sequences), chunk_tokens)
+        ids_T, targets_T = _fill(parts[0].member.dataset, sequences, num_tokens)
+        token_ids.append(ids_T)
+        targets.append(targets_T)
+        segments = tuple(Segment(s.num_tokens, s.stream_offset_tokens) for s in sequences)
+        denominator = parts[0].num_step_target_tokens
+        ranges.append(Range(task, parts[0].step, start, num_tokens, segments, denominator, task in last))
+        start += num_tokens
+    return Microbatch(number, kind, np.concatenate(token_ids), np.concatenate(targets), tuple(ranges), is_last_in_round)
+
+
+def _fill(
+    dataset: TokenizedDataset, sequences: Sequence[PlacedRow], num_tokens: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Tokens and shifted targets of one range; its tail is token 0 with no target."""
+    ids_T, targets_T = np.zeros(num_tokens, np.int32), np.full(num_tokens, IGNORE, np.int32)
+    at = 0
+    for sequence in sequences:
+        ids_L, bears_loss_L = dataset.row(sequence.row)
+        ids_T[at : at + len(ids_L)] = ids_L
+        targets_T[at : at + len(ids_L) - 1] = np.where(bears_loss_L[1:], ids_L[1:], IGNORE)
+        at += len(ids_L)
+    return ids_T, targets_T
+
+
+def _padded(num_tokens: int, chunk_tokens: int) -> int:
+    return -(-num_tokens // chunk_tokens) * chunk_tokens

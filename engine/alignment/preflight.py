@@ -1,0 +1,91 @@
+"""How a task would read a dataset, before it is created. Legend: L tokens of one row."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.alignment.dataset import Refused, TokenizedDataset, batch, num_steps, split
+from engine.alignment.tokens import BackboneTokenizer
+from engine.task import Training
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens that all bear loss, or none."""
+
+    text: str
+    bears_loss: bool
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    line: int
+    num_tokens: int
+    pieces: tuple[Piece, ...]
+    is_heldout: bool
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """`length_histogram` maps [from, to) tokens, powers of two, to rows before truncation."""
+
+    num_rows: int
+    num_train_rows: int
+    num_heldout_rows: int
+    num_tokens_per_epoch: int
+    num_target_tokens_per_epoch: int
+    num_steps: int
+    num_train_tokens: int
+    samples: tuple[RenderedRow, ...]
+    length_histogram: Mapping[tuple[int, int], int]
+    num_truncated_rows: int
+    refused: tuple[Refused, ...]
+
+
+def preflight(
+    dataset: TokenizedDataset, tokenizer: BackboneTokenizer, training: Training, num_samples: int
+) -> Preflight:
+    """Raises InvalidInputError if the dataset cannot be split as asked."""
+    parts = split(dataset.num_rows, training)
+    lengths = np.diff(dataset.offsets)
+    steps = num_steps(training, len(parts.train))
+    heldout = set(parts.heldout.tolist())
+    return Preflight(
+        num_rows=dataset.num_rows + len(dataset.refused),
+        num_train_rows=len(parts.train),
+        num_heldout_rows=len(parts.heldout),
+        num_tokens_per_epoch=int(lengths[parts.train].sum()),
+        num_target_tokens_per_epoch=sum(dataset.num_targets(int(i)) for i in parts.train),
+        num_steps=steps,
+        num_train_tokens=_train_tokens(dataset, training, steps),
+        samples=tuple(_render(dataset, tokenizer, i, i in heldout) for i in range(min(num_samples, dataset.num_rows))),
+        length_histogram=_histogram(dataset),
+        num_truncated_rows=dataset.num_truncated,
+        refused=dataset.refused,
+    )
+
+
+def _train_tokens(dataset: TokenizedDataset, training: Training, steps: int) -> int:
+    """Effective tokens of all steps: whole epochs at once, the rest batch by batch."""
+    train, lengths = split(dataset.num_rows, training).train, np.diff(dataset.offsets)
+    per_epoch = -(-len(train) // training.global_batch_size)
+    epochs, rest = divmod(steps, per_epoch)
+    tail = sum(int(lengths[batch(training, train, epochs * per_epoch + i)].sum()) for i in range(rest))
+    return epochs * int(lengths[train].sum()) + tail
+
+
+def _histogram(dataset: TokenizedDataset) -> dict[tuple[int, int], int]:
+    exponents = np.frexp(dataset.original_lengths.astype(float))[1]  # length in [2**(e-1), 2**e)
+    return {(1 << (int(e) - 1), 1 << int(e)): int((exponents == e).sum()) for e in np.unique(exponents)}
+
+
+def _render(dataset: TokenizedDataset, tokenizer: BackboneTokenizer, index: int, is_heldout: bool) -> RenderedRow:
+    ids_L, bears_loss_L = dataset.row(index)
+    bounds = [0, *(np.flatnonzero(np.diff(bears_loss_L)) + 1).tolist(), len(ids_L)]
+    pieces = tuple(
+        Piece(tokenizer.decode(ids_L[a:b]), bool(bears_loss_L[a]), b - a) for a, b in itertools.pairwise(bounds)
+    )
+    return RenderedRow(int(dataset.lines[index]), len(ids_L), pieces, is_heldout)

@@ -1,0 +1,181 @@
+"""Rows of JSON Lines, and the tokens of each that bear loss.
+
+Three shapes: `messages` (the backbone's chat template; loss on assistant turns, their stop token included),
+`prompt`/`completion` (loss on the completion and its end), `text` (loss on all of it).
+No error ever quotes a row: it is the tenant's data. Legend: L tokens of one row.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.alignment.tokens import BackboneTokenizer
+from engine.errors import MalformedDatasetError
+
+MAX_LINE_BYTES = 4 << 20
+_ROLES = frozenset({"system", "user", "assistant", "tool"})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parsed row: its 1-based line, its shape ("messages", "prompt_completion", "text") and its fields."""
+
+    line: int
+    shape: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TokenizedRow:
+    """`bears_loss_L`: whether the token is to be predicted (from those before it)."""
+
+    line: int
+    token_ids_L: NDArray[np.int32]
+    bears_loss_L: NDArray[np.bool_]
+
+
+class RowRefusedError(Exception):
+    """This row can't be trained on as asked; the text says why and never quotes it."""
+
+
+def parse_lines(lines: Iterable[bytes]) -> Iterator[Row]:
+    """Rows in order; blank lines are skipped. Raises MalformedDatasetError (metadata `line`) at the first bad one."""
+    num_rows = 0
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            num_rows += 1
+            yield _parse(number, line)
+    if num_rows == 0:
+        raise MalformedDatasetError("the dataset is empty: upload at least one row")
+
+
+def tokenize(row: Row, tokenizer: BackboneTokenizer) -> TokenizedRow:
+    """Raises RowRefusedError where the backbone's template cannot render or mask the row."""
+    if row.shape == "messages":
+        ids, mask = _messages(row.fields["messages"], tokenizer)
+    elif row.shape == "prompt_completion":
+        ids, mask = _prompt_completion(row.fields["prompt"], row.fields["completion"], tokenizer)
+    else:
+        ids = _closed(tokenizer.encode(row.fields["text"], add_special_tokens=True).token_ids_L, tokenizer)
+        mask = np.ones(len(ids), dtype=np.bool_)
+    if not mask[1:].any():
+        raise RowRefusedError("no token bears loss")
+    return TokenizedRow(row.line, ids, mask)
+
+
+def _parse(number: int, line: bytes) -> Row:
+    if len(line) > MAX_LINE_BYTES:
+        raise _malformed(number, f"is {len(line)} bytes long; at most {MAX_LINE_BYTES}")
+    try:
+        fields = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        raise _malformed(number, f"is not UTF-8 (byte {error.start + 1})") from None
+    except json.JSONDecodeError as error:
+        raise _malformed(number, f"is not JSON (column {error.colno}: {error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise _malformed(number, f"cannot be read: {why}") from None
+    if not isinstance(fields, dict):
+        raise _malformed(number, "is not a JSON object")
+    return Row(number, _shape(number, fields), fields)
+
+
+def _shape(number: int, fields: dict[str, Any]) -> str:
+    shapes = [s for s, keys in (("messages", ["messages"]), ("prompt_completion", ["prompt", "completion"]),
+                                ("text", ["text"])) if all(k in fields for k in keys)]  # fmt: skip
+    if len(shapes) != 1:
+        raise _malformed(number, 'needs exactly one of "messages", "prompt" with "completion", or "text"')
+    if shapes[0] == "messages":
+        _check_messages(number, fields["messages"])
+    else:
+        for key in ("prompt", "completion") if shapes[0] == "prompt_completion" else ("text",):
+            _check_text(number, key, fields[key])
+    return shapes[0]
+
+
+def _check_messages(number: int, messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise _malformed(number, '"messages" must be a list of at least one message')
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in _ROLES:
+            raise _malformed(number, f'messages[{index}] needs a "role" of {", ".join(sorted(_ROLES))}')
+        _check_text(number, f"messages[{index}].content", message.get("content"))
+    if not any(message["role"] == "assistant" for message in messages):
+        raise _malformed(number, "has no assistant message: nothing to learn from")
+
+
+def _check_text(number: int, key: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise _malformed(number, f'"{key}" must be a string')
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _malformed(number, f'"{key}" holds a lone surrogate') from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return fields
+
+
+def _malformed(number: int, why: str) -> MalformedDatasetError:
+    return MalformedDatasetError(f"line {number} {why}", line=number)
+
+
+def _prompt_completion(
+    prompt: str, completion: str, tokenizer: BackboneTokenizer
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    head = tokenizer.encode(prompt, add_special_tokens=True).token_ids_L
+    if tokenizer.eos_token_id is not None and len(head) and head[-1] == tokenizer.eos_token_id:
+        head = head[:-1]  # some tokenizers close what they encode
+    tail = _closed(tokenizer.encode(completion, add_special_tokens=False).token_ids_L, tokenizer)
+    mask = np.concatenate([np.zeros(len(head), np.bool_), np.ones(len(tail), np.bool_)])
+    return np.concatenate([head, tail]), mask
+
+
+def _closed(ids: NDArray[np.int32], tokenizer: BackboneTokenizer) -> NDArray[np.int32]:
+    if tokenizer.eos_token_id is None or (len(ids) and ids[-1] == tokenizer.eos_token_id):
+        return ids
+    return np.append(ids, np.int32(tokenizer.eos_token_id))
+
+
+def _messages(
+    messages: list[dict[str, Any]], tokenizer: BackboneTokenizer
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """One tokenization of the whole conversation; assistant turns found as what each adds to the rendered prefix."""
+    if tokenizer.template is None:
+        raise RowRefusedError("the backbone has no chat template: use prompt/completion or text")
+    try:
+        text = tokenizer.template.render(messages)
+        spans = [_span(messages, i, text, tokenizer) for i, m in enumerate(messages) if m["role"] == "assistant"]
+    except jinja2.TemplateError as error:
+        raise RowRefusedError(f"the chat template refuses it ({type(error).__name__})") from None
+    encoded = tokenizer.encode(text, add_special_tokens=False)
+    mask = np.zeros(len(encoded.token_ids_L), np.bool_)
+    starts, ends = encoded.offsets_L2.T
+    for start, end in spans:
+        inside = np.flatnonzero((starts >= start) & (ends <= end) & (ends > starts))
+        mask[inside[: _stop(encoded.token_ids_L[inside], tokenizer)]] = True
+    return encoded.token_ids_L, mask
+
+
+def _span(messages: list[dict[str, Any]], index: int, text: str, tokenizer: BackboneTokenizer) -> tuple[int, int]:
+    assert tokenizer.template is not None
+    before = tokenizer.template.render(messages[:index], add_generation_prompt=True)
+    through = tokenizer.template.render(messages[: index + 1])
+    if not (through.startswith(before) and text.startswith(through)):
+        raise RowRefusedError("the chat template rewrites earlier turns, so what bears loss can't be told exactly")
+    return len(before), len(through)
+
+
+def _stop(ids: NDArray[np.int32], tokenizer: BackboneTokenizer) -> int:
+    """Tokens of a turn up to its stop token, that one included; template text after it is never generated."""
+    special = np.flatnonzero(np.isin(ids, list(tokenizer.special_ids)))
+    return int(special[-1]) + 1 if len(special) else len(ids)
