@@ -1,6 +1,6 @@
 """Chat templates, rendered exactly as transformers renders them.
 
-Source: transformers.utils.chat_template_utils (jinja2's immutable sandbox, trimmed blocks, loop controls, its own tojson).
+Source: transformers.utils.chat_template_utils: jinja2's immutable sandbox, trimmed blocks, loop controls, own tojson.
 """
 
 import json

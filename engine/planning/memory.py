@@ -1,0 +1,66 @@
+"""Bytes, before the device says no. A first, deliberately simple model: every term is a stated formula.
+
+Legend: T tokens of a microbatch, L tokens of the longest sequence.
+"""
+
+from collections.abc import Iterable
+
+from engine.errors import WillNeverFitError
+from engine.planning.plan import BackboneView, ExecutorView
+from engine.target_modules import matching_modules
+from engine.task import Optimizer, TaskSpec
+
+_SLACK = 1.1  # allocator and workspaces, on what is not weights
+_LOGITS_CHUNK_BYTES = 3 * (64 << 20)  # logits, their exponentials and a copy: engine.kernels.segment_cross_entropy
+_GIB = 1 << 30
+
+
+def adapter_bytes(spec: TaskSpec, backbone: BackboneView) -> int:
+    """Parameters, gradients and optimizer moments of one task, float32: rank * (in + out) at each site."""
+    sites = {site.name: site for site in backbone.sites}
+    names = matching_modules(spec.method.target_modules, sites)
+    count = sum(spec.method.rank * (sites[n].in_features + sites[n].out_features) for n in names)
+    moments = 2 if spec.training.optimizer is Optimizer.ADAMW else int(spec.training.momentum > 0)
+    return count * 4 * (2 + moments)
+
+
+def activation_bytes(backbone: BackboneView, num_tokens: int) -> int:
+    """Kept for backward, by layer: the inputs and outputs of its operators and the two norms, for T tokens."""
+    widths = sum(site.in_features + site.out_features for site in backbone.sites)
+    per_token = widths + 6 * backbone.num_layers * backbone.hidden_size
+    return int(_SLACK * num_tokens * per_token * backbone.element_bytes) + _LOGITS_CHUNK_BYTES
+
+
+def microbatch_tokens(specs: Iterable[TaskSpec], token_budget: int, chunk_tokens: int) -> int:
+    """The budget, or more where one task's slice alone is larger."""
+    slices = [s.training.micro_batch_size * s.training.max_sequence_tokens for s in specs]
+    largest = max(slices, default=0)
+    return max(token_budget, min(-(-largest // chunk_tokens) * chunk_tokens, 4 * token_budget))
+
+
+def total_bytes(specs: Iterable[TaskSpec], backbone: BackboneView, num_tokens: int) -> int:
+    """One backbone, all adapters, one microbatch in flight."""
+    adapters = sum(adapter_bytes(spec, backbone) for spec in specs)
+    return backbone.weight_bytes + int(_SLACK * adapters) + activation_bytes(backbone, num_tokens)
+
+
+def separate_instance_bytes(spec: TaskSpec, backbone: BackboneView) -> int:
+    """The task in a process of its own: its own backbone and a microbatch of its own size."""
+    num_tokens = spec.training.micro_batch_size * spec.training.max_sequence_tokens
+    return total_bytes([spec], backbone, num_tokens)
+
+
+def refuse_if_never_fits(spec: TaskSpec, executors: Iterable[ExecutorView], token_budget: int, chunk: int) -> None:
+    """Raises WillNeverFitError, with the bytes and a remedy, if no executor could hold the task even alone."""
+    known = [e for e in executors if e.backbone.name == spec.backbone]
+    if not known:
+        return
+    needed = {e.name: total_bytes([spec], e.backbone, microbatch_tokens([spec], token_budget, chunk)) for e in known}
+    if any(needed[e.name] <= e.memory_bytes for e in known):
+        return
+    largest = max(e.memory_bytes for e in known)
+    raise WillNeverFitError.of_field(
+        "spec.training.micro_batch_size",
+        f"the task needs {min(needed.values()) / _GIB:.1f} GiB, the executors of {spec.backbone} have at most "
+        f"{largest / _GIB:.1f} GiB: reduce micro_batch_size, max_sequence_tokens or the rank",
+    )

@@ -1,0 +1,64 @@
+"""Settings of a service: one frozen class each, built once in its `__main__.py`, every field from the environment."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PREFIX = "MUXTUNE_"
+T = typing.TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """What every service needs. `listen` "host:0" takes a free port, which `ready_file` then tells."""
+
+    mesh_secret: str = dataclasses.field(repr=False)
+    listen: str = "127.0.0.1:0"
+    ready_file: Path | None = None
+    otlp_endpoint: str | None = None
+    trace_file: Path | None = None
+    prometheus_port: int | None = None
+    log_level: str = "INFO"
+
+
+class SettingsError(SystemExit):
+    """A setting is missing or does not read; exits with a sentence that names it."""
+
+
+def from_environment(cls: type[T], environ: Mapping[str, str]) -> T:
+    """`field` comes from `MUXTUNE_FIELD`; an empty value counts as unset. Exits, naming all that is wrong."""
+    hints = typing.get_type_hints(cls)
+    values, wrong = {}, []
+    for spec in dataclasses.fields(cls):  # type: ignore[arg-type]
+        name = PREFIX + spec.name.upper()
+        text = environ.get(name, "")
+        if text:
+            try:
+                values[spec.name] = _read(hints[spec.name], text)
+            except ValueError as error:
+                wrong.append(f"{name}: {error}")
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            wrong.append(f"{name} is not set")
+    if wrong:
+        raise SettingsError(f"{cls.__name__}: " + "; ".join(wrong))
+    return cls(**values)
+
+
+def environment_of(settings: Any) -> dict[str, str]:
+    """The inverse: variables from which `from_environment` builds an equal object."""
+    pairs = ((f.name, getattr(settings, f.name)) for f in dataclasses.fields(settings))
+    return {PREFIX + name.upper(): str(value) for name, value in pairs if value is not None}
+
+
+def _read(hint: Any, text: str) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    if hint is bool:
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(f'"{text}" is neither true nor false')
+        return text.lower() in ("true", "1")
+    return hint(text)

@@ -1,0 +1,254 @@
+"""Protobuf <-> the engine's dataclasses: the only code that knows both. Shared defaults live here, as the protos state.
+
+Legend: T tokens of a microbatch.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range, Segment
+from engine.alignment.preflight import Preflight
+from engine.errors import FieldViolation, InvalidInputError
+from engine.planning.plan import BackboneView, ExecutorView, Explanation, HTask, Site, TaskView
+from engine.task import Lora, LrSchedule, Optimizer, Overlength, TaskSpec, TaskState, Training
+from muxtune.v1 import alignment_pb2, dataset_pb2, ledger_pb2, plan_pb2, task_pb2
+
+E = TypeVar("E", LrSchedule, Optimizer, Overlength)
+
+_SCHEDULES = dict(enumerate((LrSchedule.LINEAR, LrSchedule.CONSTANT, LrSchedule.LINEAR, LrSchedule.COSINE)))
+_OPTIMIZERS = dict(enumerate((Optimizer.ADAMW, Optimizer.ADAMW, Optimizer.SGD)))
+_OVERLENGTHS = dict(enumerate((Overlength.TRUNCATE, Overlength.TRUNCATE, Overlength.DROP, Overlength.REFUSE)))
+_KINDS = {
+    MicrobatchKind.TRAIN: alignment_pb2.MICROBATCH_KIND_TRAIN,
+    MicrobatchKind.EVALUATE: alignment_pb2.MICROBATCH_KIND_EVALUATE,
+}
+
+
+def state_to_proto(state: TaskState) -> task_pb2.TaskState:
+    return task_pb2.TaskState.Value(f"TASK_STATE_{state.name}")
+
+
+def state_to_domain(state: int) -> TaskState:
+    """Raises InvalidInputError for UNSPECIFIED and unknown values."""
+    names = {task_pb2.TaskState.Value(f"TASK_STATE_{s.name}"): s for s in TaskState}
+    if state not in names:
+        raise InvalidInputError.of_field("states", f"{state} is no task state")
+    return names[state]  # type: ignore[index]
+
+
+def spec_to_domain(spec: task_pb2.TaskSpec, path: str = "spec") -> TaskSpec:
+    """The spec with the protos' defaults filled in. Raises InvalidInputError naming every wrong field at once."""
+    wrong: list[FieldViolation] = []
+    if spec.WhichOneof("method") != "lora":
+        wrong.append(FieldViolation(f"{path}.lora", "is missing: a method must be chosen"))
+    training = _training(spec.training, f"{path}.training", wrong)
+    if wrong:
+        raise InvalidInputError("; ".join(f"{v.field}: {v.description}" for v in wrong), wrong)
+    return TaskSpec(
+        backbone=spec.backbone,
+        method=Lora(
+            rank=spec.lora.rank,
+            alpha=spec.lora.alpha or float(spec.lora.rank),
+            target_modules=tuple(spec.lora.target_modules),
+            dropout=spec.lora.dropout,
+        ),
+        dataset=spec.dataset,
+        training=training,
+        dataset_version=spec.dataset_version,
+        initial_adapter=spec.initial_adapter,
+        labels=dict(spec.labels),
+    )
+
+
+def training_to_domain(training: task_pb2.Training, path: str = "training") -> Training:
+    """Raises InvalidInputError naming every wrong field at once."""
+    wrong: list[FieldViolation] = []
+    result = _training(training, path, wrong)
+    if wrong:
+        raise InvalidInputError("; ".join(f"{v.field}: {v.description}" for v in wrong), wrong)
+    return result
+
+
+def _training(t: task_pb2.Training, path: str, wrong: list[FieldViolation]) -> Training:
+    duration = t.WhichOneof("duration")
+    if duration is None:
+        wrong.append(FieldViolation(f"{path}.num_steps", "is missing: set num_steps or num_epochs"))
+    return Training(
+        learning_rate=t.learning_rate,
+        num_steps=t.num_steps if duration == "num_steps" else None,
+        num_epochs=t.num_epochs if duration == "num_epochs" else None,
+        lr_schedule=_choice(_SCHEDULES, t.lr_schedule, f"{path}.lr_schedule", wrong),
+        warmup_steps=t.warmup_steps,
+        micro_batch_size=t.micro_batch_size or 4,
+        global_batch_size=t.global_batch_size or 8,
+        max_sequence_tokens=t.max_sequence_tokens or 512,
+        overlength=_choice(_OVERLENGTHS, t.overlength, f"{path}.overlength", wrong),
+        optimizer=_choice(_OPTIMIZERS, t.optimizer, f"{path}.optimizer", wrong),
+        weight_decay=t.weight_decay,
+        beta1=t.beta1 if t.HasField("beta1") else 0.9,
+        beta2=t.beta2 if t.HasField("beta2") else 0.999,
+        epsilon=t.epsilon if t.HasField("epsilon") else 1e-8,
+        momentum=t.momentum,
+        max_grad_norm=t.max_grad_norm if t.HasField("max_grad_norm") else 1.0,
+        seed=t.seed,
+        shuffle=t.shuffle if t.HasField("shuffle") else True,
+        heldout_fraction=t.heldout_fraction,
+        evaluate_every_steps=t.evaluate_every_steps,
+        early_stop_patience=t.early_stop_patience,
+        early_stop_min_delta=t.early_stop_min_delta,
+    )
+
+
+def _choice(table: Mapping[int, E], value: int, path: str, wrong: list[FieldViolation]) -> E:
+    if value not in table:
+        wrong.append(FieldViolation(path, f"{value} is no known value"))
+    return table.get(value, table[0])
+
+
+def microbatch_to_proto(microbatch: Microbatch) -> alignment_pb2.Microbatch:
+    return alignment_pb2.Microbatch(
+        round=microbatch.round,
+        kind=_KINDS[microbatch.kind],
+        token_ids=microbatch.token_ids_T.astype("<i4", copy=False).tobytes(),
+        targets=microbatch.targets_T.astype("<i4", copy=False).tobytes(),
+        ranges=[_range_to_proto(range_) for range_ in microbatch.ranges],
+        is_last_in_round=microbatch.is_last_in_round,
+    )
+
+
+def microbatch_to_domain(message: alignment_pb2.Microbatch) -> Microbatch:
+    """Raises InvalidInputError if tokens, targets and ranges do not fit each other."""
+    token_ids_T = np.frombuffer(message.token_ids, dtype="<i4").astype(np.int32)
+    targets_T = np.frombuffer(message.targets, dtype="<i4").astype(np.int32)
+    ranges = tuple(_range_to_domain(range_) for range_ in message.ranges)
+    end = 0
+    for range_ in ranges:
+        if range_.start != end or range_.num_effective_tokens > range_.num_tokens:
+            raise InvalidInputError.of_field("ranges", f"range of {range_.task} starts at {range_.start}, not {end}")
+        end += range_.num_tokens
+    if not len(token_ids_T) == len(targets_T) == end:
+        raise InvalidInputError.of_field(
+            "token_ids", f"{len(token_ids_T)} tokens, {len(targets_T)} targets, {end} in ranges"
+        )
+    kind = next((k for k, v in _KINDS.items() if v == message.kind), None)
+    if kind is None:
+        raise InvalidInputError.of_field("kind", f"{message.kind} is no kind of microbatch")
+    return Microbatch(message.round, kind, token_ids_T, targets_T, ranges, message.is_last_in_round)
+
+
+def _range_to_proto(range_: Range) -> alignment_pb2.Range:
+    return alignment_pb2.Range(
+        task=range_.task,
+        step=range_.step,
+        start=range_.start,
+        num_tokens=range_.num_tokens,
+        segments=[
+            alignment_pb2.Segment(num_tokens=s.num_tokens, stream_offset_tokens=s.stream_offset_tokens)
+            for s in range_.segments
+        ],
+        num_step_target_tokens=range_.num_step_target_tokens,
+        is_last=range_.is_last,
+    )
+
+
+def _range_to_domain(message: alignment_pb2.Range) -> Range:
+    segments = tuple(Segment(s.num_tokens, s.stream_offset_tokens) for s in message.segments)
+    return Range(
+        message.task,
+        message.step,
+        message.start,
+        message.num_tokens,
+        segments,
+        message.num_step_target_tokens,
+        message.is_last,
+    )
+
+
+def preflight_to_proto(report: Preflight, max_refused: int = 100) -> dataset_pb2.PreflightReport:
+    return dataset_pb2.PreflightReport(
+        num_rows=report.num_rows,
+        num_train_rows=report.num_train_rows,
+        num_heldout_rows=report.num_heldout_rows,
+        num_tokens_per_epoch=report.num_tokens_per_epoch,
+        num_target_tokens_per_epoch=report.num_target_tokens_per_epoch,
+        num_steps=report.num_steps,
+        num_train_tokens=report.num_train_tokens,
+        samples=[
+            dataset_pb2.RenderedRow(
+                line=row.line,
+                num_tokens=row.num_tokens,
+                pieces=[
+                    dataset_pb2.RenderedRow.Piece(text=p.text, bears_loss=p.bears_loss, num_tokens=p.num_tokens)
+                    for p in row.pieces
+                ],
+                is_heldout=row.is_heldout,
+            )
+            for row in report.samples
+        ],
+        length_histogram=[
+            dataset_pb2.LengthBucket(from_tokens=low, to_tokens=high, num_rows=count)
+            for (low, high), count in sorted(report.length_histogram.items())
+        ],
+        num_truncated_rows=report.num_truncated_rows,
+        refused_rows=[dataset_pb2.RefusedRow(line=r.line, reason=r.reason) for r in report.refused[:max_refused]],
+        num_refused_rows=len(report.refused),
+    )
+
+
+def backbone_to_view(backbone: plan_pb2.Backbone) -> BackboneView:
+    return BackboneView(
+        name=backbone.name,
+        num_parameters=backbone.num_parameters,
+        num_layers=backbone.num_layers,
+        hidden_size=backbone.hidden_size,
+        vocab_size=backbone.vocab_size,
+        max_sequence_tokens=backbone.max_sequence_tokens,
+        weight_bytes=backbone.weight_bytes,
+        dtype=backbone.dtype,
+        sites=tuple(Site(m.name, m.in_features, m.out_features) for m in backbone.adaptable_modules),
+    )
+
+
+def executor_to_view(executor: plan_pb2.Executor) -> ExecutorView:
+    return ExecutorView(
+        name=executor.name,
+        backbone=backbone_to_view(executor.backbone),
+        memory_bytes=executor.device.memory_bytes,
+        effective_tokens_per_second=executor.device.effective_tokens_per_second,
+        is_draining=executor.draining,
+    )
+
+
+def snapshot_task_to_view(entry: ledger_pb2.SnapshotTask, age: int) -> TaskView:
+    task = entry.task
+    return TaskView(
+        name=task.name,
+        tenant=task.name.rpartition("/tasks/")[0],
+        spec=spec_to_domain(task.spec),
+        age=age,
+        num_steps=task.estimate.num_steps,
+        step=task.progress.step,
+        num_train_tokens=task.estimate.num_train_tokens,
+        executor=entry.executor,
+        is_cancelling=task.state == task_pb2.TASK_STATE_CANCELLING,
+    )
+
+
+def htask_to_proto(htask: HTask) -> plan_pb2.HTask:
+    return plan_pb2.HTask(tasks=htask.tasks, token_budget=htask.token_budget, chunk_tokens=htask.chunk_tokens)
+
+
+def explanation_to_proto(explanation: Explanation) -> plan_pb2.TaskExplanation:
+    fields: dict[str, Any] = {}
+    if explanation.predicted_seconds_left is not None:
+        fields["predicted_seconds_left"] = explanation.predicted_seconds_left
+    return plan_pb2.TaskExplanation(
+        task=explanation.task,
+        executor=explanation.executor,
+        neighbours=explanation.neighbours,
+        reason=explanation.reason,
+        predicted_bytes=explanation.predicted_bytes,
+        **fields,
+    )
