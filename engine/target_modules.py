@@ -41,4 +41,4 @@ def _matches(target: str, name: str) -> bool:
 
 def _refusal(what: str, names: Sequence[str]) -> InvalidInputError:
     known = ", ".join(suffixes(names))
-    return InvalidInputError.of_field("method.lora.target_modules", f'{what}; it has {known}, or "{ALL_LINEAR}"')
+    return InvalidInputError.of_field("spec.lora.target_modules", f'{what}; it has {known}, or "{ALL_LINEAR}"')

@@ -4,16 +4,18 @@ Legend: T tokens of a microbatch.
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range, Segment
-from engine.alignment.preflight import Preflight
 from engine.errors import FieldViolation, InvalidInputError
 from engine.planning.plan import BackboneView, ExecutorView, Explanation, HTask, Site, TaskView
 from engine.task import Lora, LrSchedule, Optimizer, Overlength, TaskSpec, TaskState, Training
 from muxtune.v1 import alignment_pb2, dataset_pb2, ledger_pb2, plan_pb2, task_pb2
+
+if TYPE_CHECKING:
+    from engine.alignment.preflight import Preflight
 
 E = TypeVar("E", LrSchedule, Optimizer, Overlength)
 
@@ -26,8 +28,9 @@ _KINDS = {
 }
 
 
-def state_to_proto(state: TaskState) -> task_pb2.TaskState:
-    return task_pb2.TaskState.Value(f"TASK_STATE_{state.name}")
+def state_to_proto(state: TaskState) -> task_pb2.TaskState.ValueType:
+    number: task_pb2.TaskState.ValueType = task_pb2.TaskState.Value(f"TASK_STATE_{state.name}")
+    return number
 
 
 def state_to_domain(state: int) -> TaskState:
@@ -166,7 +169,7 @@ def _range_to_domain(message: alignment_pb2.Range) -> Range:
     )
 
 
-def preflight_to_proto(report: Preflight, max_refused: int = 100) -> dataset_pb2.PreflightReport:
+def preflight_to_proto(report: "Preflight", max_refused: int = 100) -> dataset_pb2.PreflightReport:
     return dataset_pb2.PreflightReport(
         num_rows=report.num_rows,
         num_train_rows=report.num_train_rows,

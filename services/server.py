@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 Register = Callable[[grpc.aio.Server], Sequence[str]]
 
 
-class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class Gate(grpc.aio.ServerInterceptor):
     """Span, identity and errors around every RPC of the server."""
 
     def __init__(self, authenticate: Authenticate) -> None:

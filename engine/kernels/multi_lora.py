@@ -39,7 +39,9 @@ def multi_lora(
     Raises ValueError where shapes or ranges do not fit.
     """
     _check(x_TK, weight_KN, uses, factors)
-    result: torch.Tensor = _MultiLora.apply(x_TK, weight_KN, bias_N, tuple(uses), *factors)
+    result: torch.Tensor = _MultiLora.apply(  # type: ignore[no-untyped-call]
+        x_TK, weight_KN, bias_N, tuple(uses), *factors
+    )
     return result
 
 

@@ -3,6 +3,8 @@
 Legend: T tokens of the packed stream, K inputs, N outputs.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -40,9 +42,9 @@ class MountedLinear(nn.Module):
         return torch.addmm(self.op.bias_N, x.reshape(-1, x.shape[-1]), self.op.weight_KN).view(*x.shape[:-1], -1)
 
 
-def mount_all(model: nn.Module, layout: Layout) -> dict[str, MountedLinear]:
+def mount_all(model: Any, layout: Layout) -> dict[str, MountedLinear]:
     """Wraps every linear operator of `model` but its output head; returns them by full name, in order."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     mounted: dict[str, MountedLinear] = {}
     for site, (name, module) in enumerate(found):

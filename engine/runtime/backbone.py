@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from engine.alignment.microbatch import Microbatch
@@ -29,12 +28,12 @@ class Backbone:
     The shadow shares every tensor (it costs no memory but its Python objects) and serves to check exports and probes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         attention.register()
         model.eval().requires_grad_(False)
         shared = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
-        self.shadow: Any = copy.deepcopy(model, shared)
-        self.model: Any = model
+        self.shadow = copy.deepcopy(model, shared)
+        self.model = model
         self.model.set_attn_implementation(attention.NAME)
         self.shadow.set_attn_implementation("eager" if _softcaps_attention(model.config) else "sdpa")
         self.layout = Layout()

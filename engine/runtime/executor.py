@@ -78,7 +78,7 @@ class Executor:
             self.backbone.head, hidden_TH.detach()[rows_M], targets_M, weights_M if trains else None
         )
         if dhidden_MH is not None and hidden_TH.requires_grad:
-            hidden_TH.backward(torch.zeros_like(hidden_TH).index_copy_(0, rows_M, dhidden_MH))
+            torch.autograd.backward(hidden_TH, torch.zeros_like(hidden_TH).index_copy_(0, rows_M, dhidden_MH))
         self._gather(microbatch, rows_M, loss_M, self._clock() - started)
         complete = [r for r in microbatch.ranges if r.is_last and r.task in resident]
         return [self._finish_step(r) if trains else self._finish_evaluation(r) for r in complete]

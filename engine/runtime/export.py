@@ -87,7 +87,7 @@ def _peft_config(backbone: Backbone, run: "TaskRun") -> LoraConfig:
     is_exact = matching_modules(short, backbone.operators) == names  # else suffixes would take more than the task did
     return LoraConfig(
         r=method.rank,
-        lora_alpha=method.alpha,  # type: ignore[arg-type]  # peft writes the number as it is
+        lora_alpha=method.alpha,
         lora_dropout=method.dropout,
         target_modules=short if is_exact else names,
         fan_in_fan_out=any(backbone.operators[name].op.is_conv1d for name in names),

@@ -99,8 +99,9 @@ class TaskRun:
 
     def num_bytes(self) -> int:
         """Parameters, gradients and optimizer state, as allocated."""
-        states = [t for t in self.optimizer.state.get(self.parameters_P, {}).values() if isinstance(t, torch.Tensor)]
-        return sum(t.numel() * t.element_size() for t in (self.parameters_P, self.parameters_P.grad, *states))
+        state = self.optimizer.state.get(self.parameters_P, {})
+        held = [self.parameters_P, self.parameters_P.grad, *state.values()]
+        return sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
 
 
 def _optimizer(training: Training, parameters_P: torch.nn.Parameter) -> torch.optim.Optimizer:

@@ -1,0 +1,47 @@
+"""The alignment service: `python -m services.alignment`, settings from MUXTUNE_* variables."""
+
+import asyncio
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from muxtune.v1 import alignment_pb2, alignment_pb2_grpc
+from services.alignment.catalog import Catalog
+from services.alignment.servicer import AlignmentServicer
+from services.artifacts import ArtifactStore
+from services.auth import mesh_authenticator
+from services.config import ServerSettings, from_environment
+from services.server import serve
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentSettings(ServerSettings):
+    """`backbones`: NAME=FOLDER, comma separated; folders as services.execution.prepare leaves them."""
+
+    artifact_url: str
+    backbones: str
+    max_dataset_bytes: int = 1 << 30
+    tokenized_cache_bytes: int = 1 << 30
+
+    def backbone_folders(self) -> dict[str, Path]:
+        pairs = (entry.partition("=") for entry in self.backbones.split(",") if entry)
+        return {name: Path(folder) for name, _, folder in pairs}
+
+
+async def main() -> None:
+    settings = from_environment(AlignmentSettings, os.environ)
+    store = ArtifactStore.open(settings.artifact_url)
+    catalog = Catalog(store, settings.backbone_folders(), settings.tokenized_cache_bytes)
+
+    def register(server: grpc.aio.Server) -> list[str]:
+        servicer = AlignmentServicer(catalog, settings.max_dataset_bytes)
+        alignment_pb2_grpc.add_AlignmentServiceServicer_to_server(servicer, server)
+        return [alignment_pb2.DESCRIPTOR.services_by_name["AlignmentService"].full_name]
+
+    await serve("alignment", settings, register, authenticate=mesh_authenticator(settings.mesh_secret))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,127 @@
+"""Datasets in the artifact store, and their tokenized forms in a bounded cache. No gRPC here.
+
+Bytes are addressed by their SHA-256 under the tenant, so storing them twice is storing them once.
+"""
+
+import hashlib
+import tempfile
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from engine.alignment.dataset import TokenizedDataset, tokenize_dataset
+from engine.alignment.preflight import Preflight, preflight
+from engine.alignment.rows import parse_lines
+from engine.alignment.tokens import BackboneTokenizer
+from engine.errors import ArtifactCorruptError, ChecksumMismatchError, InvalidInputError, QuotaExceededError
+from engine.task import Training
+from services.artifacts import ArtifactStore
+
+
+@dataclass(frozen=True)
+class StoredDataset:
+    sha256: str
+    size_bytes: int
+    num_rows: int
+    num_rows_by_shape: Mapping[str, int]
+
+
+class Receipt:
+    """A dataset on its way in: bytes to a temporary file, checked against what was announced."""
+
+    def __init__(self, size_bytes: int, sha256: str, max_bytes: int) -> None:
+        if size_bytes > max_bytes:
+            raise QuotaExceededError(
+                f"the dataset has {size_bytes} bytes; at most {max_bytes} are taken", subject="dataset"
+            )
+        self._announced = (size_bytes, sha256.lower())
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # goes with this object
+
+    def add(self, offset: int, data: bytes) -> None:
+        """The next chunk. Raises ChecksumMismatchError if it does not follow the one before."""
+        if offset != self._size:
+            raise ChecksumMismatchError(f"a chunk at offset {offset} where {self._size} was due: send it again whole")
+        if self._size + len(data) > self._announced[0]:
+            raise ChecksumMismatchError(f"more than the {self._announced[0]} bytes announced: send it again whole")
+        self._hash.update(data)
+        self._size += len(data)
+        self.file.write(data)
+
+    def close(self) -> str:
+        """The SHA-256 of what came. Raises ChecksumMismatchError unless it is what was announced."""
+        found = (self._size, self._hash.hexdigest())
+        if found != self._announced:
+            raise ChecksumMismatchError(
+                f"{found[0]} bytes with SHA-256 {found[1]} came, {self._announced[0]} with {self._announced[1]} were "
+                "announced: send it again whole"
+            )
+        self.file.seek(0)
+        return found[1]
+
+
+class Catalog:
+    """Thread-safe; the tokenized cache holds at most `cache_bytes`."""
+
+    def __init__(self, store: ArtifactStore, backbones: Mapping[str, Path], cache_bytes: int) -> None:
+        self._store = store
+        self._folders = dict(backbones)
+        self._tokenizers: dict[str, BackboneTokenizer] = {}
+        self._cache: OrderedDict[tuple[object, ...], TokenizedDataset] = OrderedDict()
+        self._cache_bytes = cache_bytes
+        self._lock = threading.Lock()
+
+    def store(self, tenant: str, receipt: Receipt) -> StoredDataset:
+        """Parses every line, then puts the bytes. Raises MalformedDatasetError with nothing stored."""
+        sha256 = receipt.close()
+        shapes = Counter(row.shape for row in parse_lines(receipt.file))
+        receipt.file.seek(0)
+        data = receipt.file.read()
+        self._store.put_new(_key(tenant, sha256), data)
+        return StoredDataset(sha256, len(data), shapes.total(), dict(shapes))
+
+    def remove(self, tenant: str, sha256: str) -> None:
+        self._store.delete(_key(tenant, sha256))
+
+    def inspect(self, tenant: str, sha256: str, backbone: str, training: Training, num_samples: int) -> Preflight:
+        dataset = self.tokenized(tenant, sha256, backbone, training)
+        return preflight(dataset, self._tokenizer(backbone), training, num_samples)
+
+    def tokenized(self, tenant: str, sha256: str, backbone: str, training: Training) -> TokenizedDataset:
+        """Raises NotFoundError (no such version), InvalidInputError (backbone, rows), ArtifactCorruptError."""
+        key = (tenant, sha256, backbone, training.max_sequence_tokens, training.overlength)
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+        dataset = tokenize_dataset(parse_lines(self._lines(tenant, sha256)), self._tokenizer(backbone), training)
+        with self._lock:
+            self._cache[key] = dataset
+            while len(self._cache) > 1 and sum(d.num_bytes for d in self._cache.values()) > self._cache_bytes:
+                self._cache.popitem(last=False)
+        return dataset
+
+    def _lines(self, tenant: str, sha256: str) -> Iterator[bytes]:
+        data = self._store.get(_key(tenant, sha256))
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ArtifactCorruptError(f"dataset {sha256} of {tenant} is not what was stored", sha256=sha256)
+        yield from data.split(b"\n")
+
+    def _tokenizer(self, backbone: str) -> BackboneTokenizer:
+        if backbone not in self._folders:
+            known = ", ".join(sorted(self._folders)) or "none"
+            raise InvalidInputError.of_field("spec.backbone", f'"{backbone}" is unknown; there is {known}')
+        with self._lock:
+            if backbone not in self._tokenizers:
+                self._tokenizers[backbone] = BackboneTokenizer.load(self._folders[backbone])
+            return self._tokenizers[backbone]
+
+
+def _key(tenant: str, sha256: str) -> str:
+    if not tenant.startswith("tenants/") or len(sha256) != 64:
+        raise InvalidInputError.of_field("sha256", f'"{sha256}" of "{tenant}" names no dataset')
+    return f"{tenant}/datasets/{sha256}.jsonl"
