@@ -1,0 +1,201 @@
+"""The durable side of scheduling: leases, attempts, results. Everything is compared where it is committed:
+(executor's lease epoch), (task, attempt epoch, step), (plan version). Synchronous, no gRPC.
+
+Lease deadlines run on this process's monotonic clock, so a jump of the wall clock changes none; after a restart every
+lease gets its whole duration again.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from engine.errors import LeaseLostError, StaleEpochError
+from engine.task import TaskState
+from muxtune.v1 import ledger_pb2 as pb
+from muxtune.v1 import plan_pb2, task_pb2
+from services.admission import results, tasks
+from services.admission.clock import now
+from services.admission.database import Database
+from services.admission.tables import executors, incarnations, plans
+from services.admission.tables import tasks as tasks_table
+
+
+class Ledger:
+    """`monotonic` is the clock of leases, replaceable in tests."""
+
+    def __init__(self, database: Database, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._database = database
+        self._monotonic = monotonic
+        self._deadlines: dict[str, float] = {}
+        self._guard = threading.Lock()
+        with database.read() as connection:
+            for row in connection.execute(sa.select(executors).where(executors.c.is_ended.is_(False))):
+                self._deadlines[row.name] = monotonic() + row.lease_seconds
+
+    def snapshot(self) -> pb.GetSnapshotResponse:
+        """Unfinished tasks, live executors. Leases that ran out are ended first, their attempts taken back."""
+        with self._database.write() as connection:
+            self._end_expired(connection)
+            rows = connection.execute(
+                sa.select(tasks_table)
+                .where(tasks_table.c.state.in_(tasks.UNFINISHED))
+                .order_by(tasks_table.c.created, tasks_table.c.name)
+            ).all()
+            version = connection.execute(sa.select(sa.func.max(plans.c.version))).scalar() or 0
+            return pb.GetSnapshotResponse(
+                tasks=[_snapshot_task(row) for row in rows],
+                executors=[self._executor(row) for row in self._live(connection)],
+                plan_version=version,
+            )
+
+    def next_deadline(self) -> float | None:
+        """Monotonic time of the next lease to run out."""
+        with self._guard:
+            return min(self._deadlines.values(), default=None)
+
+    def put_lease(self, executor: plan_pb2.Executor, seconds: float) -> int:
+        """Lease epoch 0 registers an incarnation, another renews. Raises LeaseLostError; see PutLease."""
+        with self._database.write() as connection:
+            self._end_expired(connection)
+            row = self._row(connection, executor.name)
+            epoch = self._register(connection, row, executor) if executor.lease_epoch == 0 else executor.lease_epoch
+            if executor.lease_epoch:
+                self._check_lease(row, executor.name, executor.lease_epoch, executor.incarnation)
+                known = plan_pb2.Executor.FromString(row.executor)
+                known.device.CopyFrom(executor.device)
+                known.draining = executor.draining
+                executor = known
+            values = {"executor": executor.SerializeToString(), "lease_epoch": epoch, "lease_seconds": seconds}
+            connection.execute(sa.update(executors).where(executors.c.name == executor.name).values(values))
+        with self._guard:
+            self._deadlines[executor.name] = self._monotonic() + seconds
+        return epoch
+
+    def end_lease(self, name: str, incarnation: str) -> None:
+        with self._database.write() as connection:
+            row = self._row(connection, name)
+            if row is not None and row.incarnation == incarnation and not row.is_ended:
+                self._end(connection, name, "the executor left")
+
+    def commit_plan(self, request: pb.CommitPlanRequest) -> list[int]:
+        """Attempt epochs of the tasks started. Raises StaleEpochError or LeaseLostError with nothing stored."""
+        with self._database.write() as connection:
+            self._check_lease(self._row(connection, request.executor), request.executor, request.lease_epoch)
+            newest = connection.execute(sa.select(sa.func.max(plans.c.version))).scalar() or 0
+            if request.version <= newest:
+                raise StaleEpochError(f"plan {request.version} comes after plan {newest}: take a new snapshot")
+            connection.execute(
+                sa.insert(plans).values(version=request.version, executor=request.executor, created=now())
+            )
+            return [self._start(connection, request.executor, start) for start in request.starts]
+
+    def commit_results(
+        self, executor: str, lease_epoch: int, batch: Sequence[plan_pb2.TaskResult]
+    ) -> list[pb.ResultVerdict.ValueType]:
+        """A verdict for each, in order; all in one transaction. Raises LeaseLostError with nothing stored."""
+        with self._database.write() as connection:
+            self._check_lease(self._row(connection, executor), executor, lease_epoch)
+            return [results.commit(connection, executor, result) for result in batch]
+
+    def revoke(self, executor: str, names: Sequence[str], reason: str) -> int:
+        with self._database.write() as connection:
+            return _revoke(connection, executor, names, reason)
+
+    def _register(self, connection: sa.Connection, row: Any, executor: plan_pb2.Executor) -> int:
+        key = {"executor": executor.name, "incarnation": executor.incarnation}
+        seen = connection.execute(sa.select(incarnations).filter_by(**key)).first()
+        if seen and (row is None or row.incarnation != executor.incarnation):
+            raise LeaseLostError(f"{executor.name}: a newer incarnation has this name", executor=executor.name)
+        if not seen:
+            connection.execute(sa.insert(incarnations).values(key))
+        if row is None:
+            fresh = {"name": executor.name, "incarnation": executor.incarnation, "lease_epoch": 1, "is_ended": False}
+            connection.execute(sa.insert(executors).values(**fresh, lease_seconds=0.0, executor=b""))
+            return 1
+        _revoke(connection, executor.name, (), "its executor started anew")
+        changed = {"incarnation": executor.incarnation, "is_ended": False}
+        connection.execute(sa.update(executors).where(executors.c.name == executor.name).values(changed))
+        return int(row.lease_epoch) + 1
+
+    def _start(self, connection: sa.Connection, executor: str, start: pb.AttemptStart) -> int:
+        row = tasks.row_of(connection, start.task)
+        if row.attempt_epoch != start.expected_epoch or TaskState[row.state].is_final:
+            raise StaleEpochError(
+                f"{start.task} is {row.state} at epoch {row.attempt_epoch}, not {start.expected_epoch}", task=start.task
+            )
+        epoch = int(row.attempt_epoch) + 1
+        columns: dict[str, Any] = {"attempt_epoch": epoch, "executor": executor, "started": row.started or now()}
+        if row.state == TaskState.QUEUED.name:
+            tasks.change_state(connection, row, TaskState.RUNNING, f"attempt {epoch} on {executor}", **columns)
+        else:
+            connection.execute(sa.update(tasks_table).where(tasks_table.c.name == row.name).values(columns))
+        return epoch
+
+    def _check_lease(self, row: Any, name: str, epoch: int, incarnation: str | None = None) -> None:
+        is_other = incarnation is not None and row is not None and row.incarnation != incarnation
+        if row is None or row.is_ended or row.lease_epoch != epoch or is_other or self._is_expired(name):
+            raise LeaseLostError(f"{name} does not hold lease {epoch}: register again", executor=name)
+
+    def _is_expired(self, name: str) -> bool:
+        with self._guard:
+            return self._deadlines.get(name, 0.0) <= self._monotonic()
+
+    def _end_expired(self, connection: sa.Connection) -> None:
+        with self._guard:
+            expired = [name for name, deadline in self._deadlines.items() if deadline <= self._monotonic()]
+        for name in expired:
+            self._end(connection, name, "its executor's lease ran out")
+
+    def _end(self, connection: sa.Connection, name: str, reason: str) -> None:
+        _revoke(connection, name, (), reason)
+        connection.execute(sa.update(executors).where(executors.c.name == name).values(is_ended=True))
+        with self._guard:
+            self._deadlines.pop(name, None)
+
+    def _live(self, connection: sa.Connection) -> Sequence[Any]:
+        query = sa.select(executors).where(executors.c.is_ended.is_(False)).order_by(executors.c.name)
+        return connection.execute(query).all()
+
+    def _executor(self, row: Any) -> plan_pb2.Executor:
+        executor = plan_pb2.Executor.FromString(row.executor)
+        executor.lease_epoch = row.lease_epoch
+        with self._guard:
+            left = self._deadlines.get(row.name, 0.0) - self._monotonic()
+        executor.lease_expire_time.FromMicroseconds(now() + int(left * 1e6))
+        return executor
+
+    def _row(self, connection: sa.Connection, name: str) -> Any:
+        return connection.execute(sa.select(executors).where(executors.c.name == name)).one_or_none()
+
+
+def live_executors(connection: sa.Connection) -> list[plan_pb2.Executor]:
+    """Executors whose lease has not ended, as they described themselves."""
+    rows = connection.execute(sa.select(executors.c.executor).where(executors.c.is_ended.is_(False)))
+    return [plan_pb2.Executor.FromString(row.executor) for row in rows]
+
+
+def _revoke(connection: sa.Connection, executor: str, names: Sequence[str], reason: str) -> int:
+    """RUNNING becomes QUEUED; CANCELLING waits for another executor, or ends if nothing was trained."""
+    query = sa.select(tasks_table).where(tasks_table.c.executor == executor)
+    rows = connection.execute(query.where(tasks_table.c.name.in_(names)) if names else query).all()
+    for row in rows:
+        columns: dict[str, Any] = {"executor": "", "attempt_epoch": row.attempt_epoch + 1}
+        if row.state == TaskState.RUNNING.name:
+            tasks.change_state(connection, row, TaskState.QUEUED, reason, **columns)
+        elif row.state == TaskState.CANCELLING.name and row.checkpoint is None:
+            tasks.change_state(connection, row, TaskState.CANCELLED, reason, **columns)
+        else:
+            connection.execute(sa.update(tasks_table).where(tasks_table.c.name == row.name).values(columns))
+    return len(rows)
+
+
+def _snapshot_task(row: Any) -> pb.SnapshotTask:
+    return pb.SnapshotTask(
+        task=tasks.to_proto(row),
+        executor=row.executor,
+        checkpoint=task_pb2.CheckpointCommitted.FromString(row.checkpoint) if row.checkpoint else None,
+        initial_adapter_key=row.initial_adapter_key,
+    )

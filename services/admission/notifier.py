@@ -1,0 +1,42 @@
+"""Wakes those who wait for a change of a task, or of anything. Lives on the event loop; holds no events itself."""
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+ANYTHING = ""
+
+
+class Notifier:
+    """Waiters re-read the store after waking: a wake-up is a hint, so none can be lost or pile up."""
+
+    def __init__(self) -> None:
+        self._waiters: dict[str, set[asyncio.Event]] = {}
+        self._closed = False
+
+    def notify(self, names: Iterable[str] = ()) -> None:
+        """The named tasks changed (and so did something)."""
+        for name in (*names, ANYTHING):
+            for event in self._waiters.get(name, ()):
+                event.set()
+
+    def close(self) -> None:
+        """Wakes everyone for good: the service stops."""
+        self._closed = True
+        self.notify(list(self._waiters))
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
+    @contextmanager
+    def waiting(self, name: str) -> Iterator[asyncio.Event]:
+        """An event that is set at each change; clear it before reading the store."""
+        event = asyncio.Event()
+        self._waiters.setdefault(name, set()).add(event)
+        try:
+            yield event
+        finally:
+            self._waiters[name].discard(event)
+            if not self._waiters[name]:
+                del self._waiters[name]

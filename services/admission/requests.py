@@ -1,0 +1,37 @@
+"""`request_id` (AIP-155): the same id with the same body gives the same answer; with another body it is refused."""
+
+import hashlib
+
+import sqlalchemy as sa
+
+from engine.errors import RequestIdReusedError
+from services.admission.clock import now
+from services.admission.tables import requests
+
+
+def body_hash(*parts: bytes) -> str:
+    """Of everything that the request asks for, its id left out."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def find(connection: sa.Connection, tenant: str, request_id: str, method: str, body: str) -> str | None:
+    """Name of the resource that this request made before; None if it is new. Raises RequestIdReusedError."""
+    if not request_id:
+        return None
+    row = connection.execute(sa.select(requests).filter_by(tenant=tenant, request_id=request_id)).one_or_none()
+    if row is None:
+        return None
+    if (row.method, row.body_sha256) != (method, body):
+        raise RequestIdReusedError(f'request_id "{request_id}" was used before for another request: make a new one')
+    resource: str = row.resource
+    return resource
+
+
+def remember(connection: sa.Connection, tenant: str, request_id: str, method: str, body: str, resource: str) -> None:
+    """In the transaction that makes the resource."""
+    if request_id:
+        values = {"tenant": tenant, "request_id": request_id, "method": method, "body_sha256": body}
+        connection.execute(sa.insert(requests).values(**values, resource=resource, created=now()))

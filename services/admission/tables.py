@@ -1,0 +1,110 @@
+"""The tables of the only database. Times are integer microseconds since the epoch; protos are stored as their bytes."""
+
+from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table
+
+metadata = MetaData()
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("tenant", String, nullable=False, index=True),
+    Column("secret_sha256", String, nullable=False),  # of a random secret: no salt is needed
+    Column("role", String, nullable=False, server_default="tenant"),
+    Column("created", BigInteger, nullable=False),
+    Column("expires", BigInteger),
+    Column("revoked", BigInteger),
+)
+
+datasets = Table(
+    "datasets",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("tenant", String, nullable=False, index=True),
+    Column("sha256", String, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("num_rows", BigInteger, nullable=False),
+    Column("shapes", String, nullable=False),  # JSON
+    Column("created", BigInteger, nullable=False),
+)
+
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("tenant", String, nullable=False, index=True),
+    Column("manifest_key", String, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("created", BigInteger, nullable=False),
+)
+
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("tenant", String, nullable=False),
+    Column("created", BigInteger, nullable=False),
+    Column("started", BigInteger),
+    Column("ended", BigInteger),
+    Column("state", String, nullable=False, index=True),
+    Column("dataset", String, nullable=False, index=True),
+    Column("spec", LargeBinary, nullable=False),  # TaskSpec
+    Column("estimate", LargeBinary, nullable=False),  # TaskEstimate
+    Column("progress", LargeBinary, nullable=False),  # TaskProgress
+    Column("progress_time", BigInteger),
+    Column("failure", LargeBinary),  # TaskFailure
+    Column("adapter", String, nullable=False, server_default=""),
+    Column("initial_adapter_key", String, nullable=False, server_default=""),
+    Column("checkpoint", LargeBinary),  # CheckpointCommitted
+    Column("evaluated_step", Integer, nullable=False, server_default="-1"),
+    Column("attempt_epoch", BigInteger, nullable=False, server_default="0"),
+    Column("executor", String, nullable=False, server_default=""),
+    Column("last_sequence", BigInteger, nullable=False, server_default="0"),
+    Column("trace_parent", String, nullable=False, server_default=""),
+    Index("tasks_by_tenant", "tenant", "created", "name"),
+)
+
+task_events = Table(
+    "task_events",
+    metadata,
+    Column("task", String, primary_key=True),
+    Column("sequence", BigInteger, primary_key=True),
+    Column("event", LargeBinary, nullable=False),  # TaskEvent
+)
+
+requests = Table(
+    "requests",
+    metadata,
+    Column("tenant", String, primary_key=True),
+    Column("request_id", String, primary_key=True),
+    Column("method", String, nullable=False),
+    Column("body_sha256", String, nullable=False),
+    Column("resource", String, nullable=False),  # name of what was made
+    Column("created", BigInteger, nullable=False),
+)
+
+executors = Table(
+    "executors",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("incarnation", String, nullable=False),
+    Column("lease_epoch", BigInteger, nullable=False),
+    Column("lease_seconds", Float, nullable=False),
+    Column("is_ended", Boolean, nullable=False),
+    Column("executor", LargeBinary, nullable=False),  # plan.Executor
+)
+
+incarnations = Table(
+    "incarnations",
+    metadata,
+    Column("executor", String, primary_key=True),
+    Column("incarnation", String, primary_key=True),
+)
+
+plans = Table(
+    "plans",
+    metadata,
+    Column("version", BigInteger, primary_key=True),
+    Column("executor", String, primary_key=True),
+    Column("created", BigInteger, nullable=False),
+)

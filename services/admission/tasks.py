@@ -1,0 +1,146 @@
+"""Tasks and their events in the store. Every change of state goes through `change_state`, with its event, in one
+transaction. Synchronous, no gRPC."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from engine.errors import AlreadyExistsError
+from engine.task import TaskState, check_transition
+from muxtune.v1 import errors_pb2, task_pb2
+from services.admission.clock import now, timestamp
+from services.admission.names import denied
+from services.admission.tables import adapters, task_events, tasks
+from services.convert import state_to_proto
+
+UNFINISHED = [state.name for state in TaskState if not state.is_final]
+
+
+def insert(
+    connection: sa.Connection,
+    name: str,
+    spec: task_pb2.TaskSpec,
+    estimate: task_pb2.TaskEstimate,
+    initial_adapter_key: str,
+    trace_parent: str,
+) -> None:
+    """A new task in QUEUED with its first event. Raises AlreadyExistsError if the id is taken."""
+    adapter = name.replace("/tasks/", "/adapters/")
+    taken = connection.execute(sa.select(tasks.c.name).where(tasks.c.name == name)).first()
+    if taken or connection.execute(sa.select(adapters.c.name).where(adapters.c.name == adapter)).first():
+        raise AlreadyExistsError(f"{name} (or the adapter it would leave) exists already: choose another id")
+    connection.execute(
+        sa.insert(tasks).values(
+            name=name,
+            tenant=name.rpartition("/tasks/")[0],
+            created=now(),
+            state=TaskState.QUEUED.name,
+            dataset=spec.dataset,
+            spec=spec.SerializeToString(deterministic=True),
+            estimate=estimate.SerializeToString(),
+            progress=task_pb2.TaskProgress(num_steps=estimate.num_steps).SerializeToString(),
+            initial_adapter_key=initial_adapter_key,
+            trace_parent=trace_parent,
+        )
+    )
+    changed = task_pb2.StateChanged(state=task_pb2.TASK_STATE_QUEUED, message="acknowledged")
+    append_event(connection, name, task_pb2.TaskEvent(state_changed=changed))
+
+
+def row_of(connection: sa.Connection, name: str) -> Any:
+    """Raises PermissionDeniedError where there is none (AIP-211)."""
+    row = connection.execute(sa.select(tasks).where(tasks.c.name == name)).one_or_none()
+    if row is None:
+        raise denied(name)
+    return row
+
+
+def append_event(connection: sa.Connection, name: str, event: task_pb2.TaskEvent) -> None:
+    """Gives the event its sequence and time."""
+    sequence = connection.execute(
+        sa.update(tasks)
+        .where(tasks.c.name == name)
+        .values(last_sequence=tasks.c.last_sequence + 1)
+        .returning(tasks.c.last_sequence)
+    ).scalar_one()
+    event.sequence = sequence
+    event.time.FromMicroseconds(now())
+    connection.execute(sa.insert(task_events).values(task=name, sequence=sequence, event=event.SerializeToString()))
+
+
+def change_state(
+    connection: sa.Connection,
+    row: Any,
+    state: TaskState,
+    message: str,
+    *,
+    failure: errors_pb2.TaskFailure | None = None,
+    **columns: Any,
+) -> None:
+    """Raises IllegalTransitionError where `state` may not follow."""
+    check_transition(row.name, TaskState[row.state], state)
+    values: dict[str, Any] = {"state": state.name, **columns}
+    if state.is_final:
+        values |= {"ended": now(), "executor": ""}
+    if failure is not None:
+        values["failure"] = failure.SerializeToString()
+    connection.execute(sa.update(tasks).where(tasks.c.name == row.name).values(values))
+    changed = task_pb2.StateChanged(
+        state=state_to_proto(state),
+        message=message,
+        failure=failure,
+        adapter=columns.get("adapter", ""),
+        attempt_epoch=columns.get("attempt_epoch", row.attempt_epoch),
+    )
+    append_event(connection, row.name, task_pb2.TaskEvent(state_changed=changed))
+
+
+def cancel(connection: sa.Connection, name: str) -> None:
+    """See CancelTask: at once where nothing was trained, CANCELLING where an adapter is to be exported."""
+    row = row_of(connection, name)
+    if row.state in (TaskState.CANCELLING.name, TaskState.CANCELLED.name):
+        return
+    is_idle = row.state == TaskState.QUEUED.name and row.checkpoint is None
+    following = TaskState.CANCELLED if is_idle else TaskState.CANCELLING
+    change_state(connection, row, following, "cancelled by the tenant")
+
+
+def events_after(connection: sa.Connection, name: str, sequence: int, limit: int) -> list[task_pb2.TaskEvent]:
+    rows = connection.execute(
+        sa.select(task_events.c.event)
+        .where(task_events.c.task == name, task_events.c.sequence > sequence)
+        .order_by(task_events.c.sequence)
+        .limit(limit)
+    )
+    return [task_pb2.TaskEvent.FromString(row.event) for row in rows]
+
+
+def page(
+    connection: sa.Connection, tenant: str, states: Sequence[TaskState], before: tuple[int, str] | None, limit: int
+) -> Sequence[Any]:
+    """Newest first, after the (created, name) of the page before."""
+    query = sa.select(tasks).where(tasks.c.tenant == tenant).order_by(tasks.c.created.desc(), tasks.c.name.desc())
+    if states:
+        query = query.where(tasks.c.state.in_([state.name for state in states]))
+    if before:
+        query = query.where(sa.tuple_(tasks.c.created, tasks.c.name) < sa.tuple_(*map(sa.literal, before)))
+    return connection.execute(query.limit(limit)).all()
+
+
+def to_proto(row: Any) -> task_pb2.Task:
+    """A row as the contract shows it."""
+    return task_pb2.Task(
+        name=row.name,
+        spec=task_pb2.TaskSpec.FromString(row.spec),
+        state=state_to_proto(TaskState[row.state]),
+        failure=errors_pb2.TaskFailure.FromString(row.failure) if row.failure else None,
+        progress=task_pb2.TaskProgress.FromString(row.progress),
+        adapter=row.adapter,
+        estimate=task_pb2.TaskEstimate.FromString(row.estimate),
+        create_time=timestamp(row.created),
+        start_time=timestamp(row.started),
+        end_time=timestamp(row.ended),
+        trace_parent=row.trace_parent,
+        attempt_epoch=row.attempt_epoch,
+    )
