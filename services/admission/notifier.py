@@ -15,8 +15,12 @@ class Notifier:
         self._closed = False
 
     def notify(self, names: Iterable[str] = ()) -> None:
-        """The named tasks changed (and so did something)."""
-        for name in (*names, ANYTHING):
+        """The named tasks changed, and scheduling should look."""
+        self.notify_tasks((*names, ANYTHING))
+
+    def notify_tasks(self, names: Iterable[str]) -> None:
+        """The named tasks have new events; nothing that a plan depends on changed."""
+        for name in names:
             for event in self._waiters.get(name, ()):
                 event.set()
 

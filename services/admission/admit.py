@@ -1,0 +1,142 @@
+"""The decision to take a task: validate, look at the data, ask the memory model, count against the quota.
+
+Nothing is stored here. Source of the order: authorize, then idempotency, then validation (AIP-211, AIP-155).
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from engine.errors import InvalidInputError, QuotaExceededError
+from engine.planning.memory import adapter_bytes, refuse_if_never_fits, separate_instance_bytes
+from engine.planning.plan import BackboneView, ExecutorView
+from engine.task import TaskSpec
+from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, dataset_pb2, task_pb2
+from services.admission import catalog
+from services.admission.database import Database
+from services.admission.ledger import live_executors
+from services.admission.names import authorize, denied
+from services.admission.receipt import CONFIG_FILE, rank_and_scale
+from services.admission.tables import tasks as tasks_table
+from services.admission.tasks import UNFINISHED
+from services.admission.validation import validate
+from services.artifacts import ArtifactStore
+from services.auth import Principal
+from services.convert import executor_to_view, spec_to_domain
+
+_INSPECT_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Admissible:
+    """A task that may be stored: its spec with what was resolved, and what is expected of it."""
+
+    spec: task_pb2.TaskSpec
+    estimate: task_pb2.TaskEstimate
+    initial_adapter_key: str
+
+
+@dataclass(frozen=True)
+class Quota:
+    """`token_budget` and `chunk_tokens` are the planner's, for the memory model."""
+
+    max_unfinished_tasks: int
+    token_budget: int
+    chunk_tokens: int
+
+
+class Admitter:
+    """Reads the store, asks alignment; decides."""
+
+    def __init__(
+        self,
+        database: Database,
+        artifacts: ArtifactStore,
+        alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub",
+        quota: Quota,
+    ) -> None:
+        self._database, self._artifacts, self._alignment, self._quota = database, artifacts, alignment, quota
+
+    async def examine(self, principal: Principal, spec: task_pb2.TaskSpec) -> Admissible:
+        """Raises PermissionDeniedError, InvalidInputError, WillNeverFitError or QuotaExceededError."""
+        resolved, key, executors = await asyncio.to_thread(self._resolve, principal, spec)
+        domain = spec_to_domain(resolved)
+        backbone = validate(domain, [executor.backbone for executor in executors])
+        if key:
+            await asyncio.to_thread(self._check_initial_adapter, domain, key)
+        refuse_if_never_fits(domain, executors, self._quota.token_budget, self._quota.chunk_tokens)
+        report = await self._inspect(str(principal.tenant), resolved)
+        if domain.training.warmup_steps > report.num_steps:
+            raise InvalidInputError.of_field(
+                "spec.training.warmup_steps", f"{domain.training.warmup_steps} of {report.num_steps} steps in all"
+            )
+        rate = max((e.effective_tokens_per_second for e in executors if e.backbone.name == backbone.name), default=0.0)
+        return Admissible(resolved, _estimate(report, domain, backbone, rate), key)
+
+    def _resolve(
+        self, principal: Principal, spec: task_pb2.TaskSpec
+    ) -> tuple[task_pb2.TaskSpec, str, list[ExecutorView]]:
+        """The dataset's version, the initial adapter's manifest, the executors there are."""
+        resolved = task_pb2.TaskSpec()
+        resolved.CopyFrom(spec)
+        key = ""
+        with self._database.read() as connection:
+            if spec.dataset:
+                row = catalog.dataset_row(connection, authorize(principal, spec.dataset, "datasets"))
+                if spec.dataset_version not in ("", row.sha256):
+                    raise InvalidInputError.of_field(
+                        "spec.dataset_version", f'"{spec.dataset_version}" is not {row.sha256}, what {row.name} holds'
+                    )
+                resolved.dataset_version = row.sha256
+            if spec.initial_adapter:
+                name = authorize(principal, spec.initial_adapter, "adapters")
+                key = catalog.adapter_row(connection, name).manifest_key
+            unfinished = sa.select(sa.func.count()).where(
+                tasks_table.c.tenant == principal.tenant, tasks_table.c.state.in_(UNFINISHED)
+            )
+            count = connection.execute(unfinished).scalar_one()
+            executors = [executor_to_view(executor) for executor in live_executors(connection)]
+        if count >= self._quota.max_unfinished_tasks:
+            raise QuotaExceededError(
+                f"{principal.tenant} has {count} unfinished tasks; at most {self._quota.max_unfinished_tasks}",
+                subject=str(principal.tenant),
+            )
+        return resolved, key, executors
+
+    def _check_initial_adapter(self, spec: TaskSpec, key: str) -> None:
+        manifest = self._artifacts.read_manifest(key)
+        rank, scale = rank_and_scale(self._artifacts.read_file(manifest, CONFIG_FILE))
+        ours = spec.method.alpha / spec.method.rank
+        if rank != spec.method.rank or abs(scale - ours) > 1e-9 * max(scale, ours):
+            raise InvalidInputError.of_field(
+                "spec.initial_adapter",
+                f"has rank {rank} and alpha / rank {scale}, the task {spec.method.rank} and {ours}: make them equal",
+            )
+
+    async def _inspect(self, tenant: str, spec: task_pb2.TaskSpec) -> dataset_pb2.PreflightReport:
+        options = dataset_pb2.PreflightOptions(backbone=spec.backbone, training=spec.training, num_samples=1)
+        if not spec.dataset:
+            raise denied(spec.dataset)
+        answer = await self._alignment.InspectDataset(
+            alignment_pb2.InspectDatasetRequest(tenant=tenant, sha256=spec.dataset_version, options=options),
+            timeout=_INSPECT_SECONDS,
+        )
+        return answer.report
+
+
+def _estimate(
+    report: dataset_pb2.PreflightReport, spec: TaskSpec, backbone: BackboneView, tokens_per_second: float
+) -> task_pb2.TaskEstimate:
+    estimate = task_pb2.TaskEstimate(
+        num_train_rows=report.num_train_rows,
+        num_heldout_rows=report.num_heldout_rows,
+        num_refused_rows=report.num_refused_rows,
+        num_steps=report.num_steps,
+        num_train_tokens=report.num_train_tokens,
+        added_bytes=adapter_bytes(spec, backbone),
+        separate_instance_bytes=separate_instance_bytes(spec, backbone),
+    )
+    if tokens_per_second > 0:
+        estimate.seconds = report.num_train_tokens / tokens_per_second
+    return estimate

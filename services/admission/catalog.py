@@ -1,0 +1,109 @@
+"""Datasets and adapters as the store knows them: rows, names, who still needs them. Synchronous, no gRPC."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from engine.errors import AlreadyExistsError, ResourceInUseError
+from muxtune.v1 import artifact_pb2, dataset_pb2
+from services.admission.clock import now, timestamp
+from services.admission.names import denied
+from services.admission.tables import adapters, datasets
+from services.admission.tables import tasks as tasks_table
+from services.admission.tasks import UNFINISHED
+
+
+def dataset_row(connection: sa.Connection, name: str) -> Any:
+    """Raises PermissionDeniedError where there is none (AIP-211)."""
+    row = connection.execute(sa.select(datasets).where(datasets.c.name == name)).one_or_none()
+    if row is None:
+        raise denied(name)
+    return row
+
+
+def existing_dataset(connection: sa.Connection, name: str, sha256: str) -> Any | None:
+    """The dataset of that name if it holds these bytes, None if the name is free. Raises AlreadyExistsError."""
+    row = connection.execute(sa.select(datasets).where(datasets.c.name == name)).one_or_none()
+    if row is not None and row.sha256 != sha256:
+        raise AlreadyExistsError(f"{name} holds other bytes: choose another id, or delete it first", subject=name)
+    return row
+
+
+def insert_dataset(
+    connection: sa.Connection, name: str, sha256: str, size_bytes: int, num_rows: int, shapes: Mapping[str, int]
+) -> None:
+    connection.execute(
+        sa.insert(datasets).values(
+            name=name,
+            tenant=name.rpartition("/datasets/")[0],
+            sha256=sha256,
+            size_bytes=size_bytes,
+            num_rows=num_rows,
+            shapes=json.dumps(dict(shapes), sort_keys=True),
+            created=now(),
+        )
+    )
+
+
+def delete_dataset(connection: sa.Connection, name: str) -> tuple[str, bool]:
+    """(SHA-256, whether no other dataset of the tenant holds those bytes). Raises ResourceInUseError."""
+    row = dataset_row(connection, name)
+    users = sa.select(tasks_table.c.name).where(tasks_table.c.dataset == name, tasks_table.c.state.in_(UNFINISHED))
+    if user := connection.execute(users).scalars().first():
+        raise ResourceInUseError(f"{name} is read by {user}: cancel it or wait for its end", subject=name)
+    connection.execute(sa.delete(datasets).where(datasets.c.name == name))
+    return row.sha256, not is_referenced(connection, row.tenant, row.sha256)
+
+
+def is_referenced(connection: sa.Connection, tenant: str, sha256: str) -> bool:
+    return connection.execute(sa.select(datasets).filter_by(tenant=tenant, sha256=sha256)).first() is not None
+
+
+def dataset_page(connection: sa.Connection, tenant: str, before: tuple[int, str] | None, limit: int) -> Sequence[Any]:
+    query = sa.select(datasets).where(datasets.c.tenant == tenant)
+    query = query.order_by(datasets.c.created.desc(), datasets.c.name.desc())
+    if before:
+        query = query.where(sa.tuple_(datasets.c.created, datasets.c.name) < sa.tuple_(*map(sa.literal, before)))
+    return connection.execute(query.limit(limit)).all()
+
+
+def dataset_to_proto(row: Any) -> dataset_pb2.Dataset:
+    return dataset_pb2.Dataset(
+        name=row.name,
+        sha256=row.sha256,
+        size_bytes=row.size_bytes,
+        num_rows=row.num_rows,
+        num_rows_by_shape=json.loads(row.shapes),
+        create_time=timestamp(row.created),
+    )
+
+
+def adapter_row(connection: sa.Connection, name: str) -> Any:
+    """Raises PermissionDeniedError where there is none (AIP-211)."""
+    row = connection.execute(sa.select(adapters).where(adapters.c.name == name)).one_or_none()
+    if row is None:
+        raise denied(name)
+    return row
+
+
+def insert_adapter(connection: sa.Connection, name: str, manifest_key: str, size_bytes: int) -> None:
+    """Raises AlreadyExistsError if an adapter, or a task that will leave one, has the name."""
+    task = name.replace("/adapters/", "/tasks/")
+    is_task = connection.execute(sa.select(tasks_table.c.name).where(tasks_table.c.name == task)).first()
+    if is_task or connection.execute(sa.select(adapters.c.name).where(adapters.c.name == name)).first():
+        raise AlreadyExistsError(f"{name} is taken: choose another id", subject=name)
+    connection.execute(
+        sa.insert(adapters).values(
+            name=name,
+            tenant=name.rpartition("/adapters/")[0],
+            manifest_key=manifest_key,
+            size_bytes=size_bytes,
+            created=now(),
+        )
+    )
+
+
+def adapter_to_proto(row: Any) -> artifact_pb2.Adapter:
+    return artifact_pb2.Adapter(name=row.name, size_bytes=row.size_bytes, create_time=timestamp(row.created))

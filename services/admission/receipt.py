@@ -1,0 +1,88 @@
+"""Files on their way in from a client, checked against what was announced, and a PEFT folder among them. Pure."""
+
+import hashlib
+import json
+import math
+
+from engine.errors import ChecksumMismatchError, InvalidInputError, QuotaExceededError
+from muxtune.v1 import artifact_pb2
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PEFT_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+_MAX_HEADER_BYTES = 16 << 20
+
+
+class FolderReceipt:
+    """Collects a PEFT folder's files in memory, at most `max_bytes` of them."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._announced: dict[str, artifact_pb2.FileHeader] = {}
+        self._files: dict[str, bytearray] = {}
+
+    def open(self, header: artifact_pb2.FileHeader) -> None:
+        """The next file. Raises InvalidInputError for one that is not of a PEFT folder, or stands twice."""
+        if header.file_name not in _PEFT_FILES or header.file_name in self._files:
+            raise InvalidInputError.of_field("file.file_name", f'"{header.file_name}": send {", ".join(_PEFT_FILES)}')
+        if sum(f.size_bytes for f in self._announced.values()) + header.size_bytes > self._max_bytes:
+            raise QuotaExceededError(f"the adapter is over {self._max_bytes} bytes", subject="adapter")
+        self._announced[header.file_name] = header
+        self._files[header.file_name] = bytearray()
+
+    def add(self, chunk: artifact_pb2.FileChunk) -> None:
+        """The next chunk of the file opened last. Raises ChecksumMismatchError if it does not follow."""
+        if not self._files:
+            raise InvalidInputError.of_field("chunk", "came before any file")
+        name = next(reversed(self._files))
+        file = self._files[name]
+        if chunk.offset != len(file) or len(file) + len(chunk.data) > self._announced[name].size_bytes:
+            raise ChecksumMismatchError(f"{name}: a chunk at {chunk.offset} where {len(file)} was due: send it again")
+        file.extend(chunk.data)
+
+    def close(self) -> dict[str, bytes]:
+        """Raises ChecksumMismatchError or InvalidInputError unless it is a whole LoRA folder."""
+        files = {name: bytes(data) for name, data in self._files.items()}
+        for name, data in files.items():
+            header = self._announced[name]
+            if len(data) != header.size_bytes or hashlib.sha256(data).hexdigest() != header.sha256.lower():
+                raise ChecksumMismatchError(f"{name}: {len(data)} bytes came that are not the ones announced")
+        if missing := [name for name in _PEFT_FILES if name not in files]:
+            raise InvalidInputError.of_field("file", f"missing: {', '.join(missing)}")
+        _check_config(files[CONFIG_FILE])
+        _check_safetensors(files[WEIGHTS_FILE])
+        return files
+
+
+def rank_and_scale(config: bytes) -> tuple[int, float]:
+    """(rank, alpha / rank) of an adapter_config.json that was checked."""
+    fields = json.loads(config)
+    return int(fields["r"]), float(fields["lora_alpha"]) / int(fields["r"])
+
+
+def _check_config(data: bytes) -> None:
+    try:
+        fields = json.loads(data)
+        is_lora = fields["peft_type"] == "LORA" and int(fields["r"]) > 0 and math.isfinite(fields["lora_alpha"])
+    except (ValueError, KeyError, TypeError):
+        is_lora = False
+    if not is_lora:
+        raise InvalidInputError.of_field(CONFIG_FILE, "is not a LoRA configuration as peft writes it")
+
+
+def _check_safetensors(data: bytes) -> None:
+    """The header must be JSON and its tensors must tile the file exactly. Source: the safetensors format."""
+    try:
+        size = int.from_bytes(data[:8], "little")
+        if size > min(_MAX_HEADER_BYTES, len(data) - 8):
+            raise ValueError("header leaves the file")
+        header = json.loads(data[8 : 8 + size])
+        spans = sorted(tuple(entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__")
+        end = 0
+        for start, stop in spans:
+            if start != end or stop < start:
+                raise ValueError("tensors overlap or leave gaps")
+            end = stop
+        if end != len(data) - 8 - size or not spans:
+            raise ValueError("tensors do not fill the file")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidInputError.of_field(WEIGHTS_FILE, f"is no safetensors file: {error}") from error

@@ -1,0 +1,158 @@
+"""The three services admission serves: to clients, to operators, and to scheduling."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from engine.errors import PermissionDeniedError, UnavailableError
+from muxtune.v1 import admission_pb2_grpc, alignment_pb2_grpc, key_pb2, key_pb2_grpc, ledger_pb2, ledger_pb2_grpc
+from services.admission.admit import Admitter
+from services.admission.clock import timestamp
+from services.admission.data_rpcs import DataRpcs
+from services.admission.database import Database
+from services.admission.keys import KeyStore
+from services.admission.ledger import Ledger
+from services.admission.notifier import ANYTHING, Notifier
+from services.admission.task_rpcs import TaskRpcs
+from services.artifacts import ArtifactStore
+from services.auth import Authenticate, Principal, current_principal, mesh_authenticator
+
+_CLIENT_SERVICE = "/muxtune.v1.AdmissionService/"
+
+
+def authenticator(keys: KeyStore, mesh_secret: str) -> Authenticate:
+    """Clients' RPCs take a tenant's key, all others the mesh secret."""
+    mesh = mesh_authenticator(mesh_secret)
+
+    async def authenticate(method: str, token: str) -> Principal:
+        if method.startswith(_CLIENT_SERVICE):
+            return Principal(await asyncio.to_thread(keys.tenant_of, token))
+        return await mesh(method, token)
+
+    return authenticate
+
+
+class AdmissionServicer(TaskRpcs, DataRpcs, admission_pb2_grpc.AdmissionServiceServicer):
+    """AdmissionService: the only address a client needs."""
+
+    def __init__(
+        self,
+        database: Database,
+        artifacts: ArtifactStore,
+        alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub",
+        admitter: Admitter,
+        notifier: Notifier,
+        max_adapter_bytes: int,
+    ) -> None:
+        self._database, self._artifacts, self._alignment = database, artifacts, alignment
+        self._admitter, self._notifier, self._max_adapter_bytes = admitter, notifier, max_adapter_bytes
+
+
+class KeyServicer(key_pb2_grpc.KeyServiceServicer):
+    """KeyService: API keys, for operators."""
+
+    def __init__(self, keys: KeyStore) -> None:
+        self._keys = keys
+
+    async def CreateApiKey(self, request: key_pb2.CreateApiKeyRequest, context: Any) -> key_pb2.CreateApiKeyResponse:
+        _mesh_only()
+        expires = request.expire_time.ToMicroseconds() if request.HasField("expire_time") else None
+        row, secret = await asyncio.to_thread(self._keys.create, request.tenant, expires)
+        return key_pb2.CreateApiKeyResponse(key=_key_to_proto(row), secret=secret)
+
+    async def ListApiKeys(self, request: key_pb2.ListApiKeysRequest, context: Any) -> key_pb2.ListApiKeysResponse:
+        _mesh_only()
+        rows = await asyncio.to_thread(self._keys.ls, request.tenant)
+        return key_pb2.ListApiKeysResponse(keys=[_key_to_proto(row) for row in rows])
+
+    async def RevokeApiKey(self, request: key_pb2.RevokeApiKeyRequest, context: Any) -> key_pb2.RevokeApiKeyResponse:
+        _mesh_only()
+        row = await asyncio.to_thread(self._keys.revoke, request.id)
+        return key_pb2.RevokeApiKeyResponse(key=_key_to_proto(row))
+
+
+class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
+    """LedgerService: the durable side of scheduling."""
+
+    def __init__(self, ledger: Ledger, notifier: Notifier) -> None:
+        self._ledger, self._notifier = ledger, notifier
+
+    async def WatchChanges(
+        self, request: ledger_pb2.WatchChangesRequest, context: Any
+    ) -> AsyncIterator[ledger_pb2.WatchChangesResponse]:
+        revision = 0
+        with self._notifier.waiting(ANYTHING) as changed:
+            while not self._notifier.is_closed:
+                changed.clear()
+                revision += 1
+                yield ledger_pb2.WatchChangesResponse(revision=revision)
+                await changed.wait()
+        raise UnavailableError("admission is stopping")
+
+    async def GetSnapshot(self, request: ledger_pb2.GetSnapshotRequest, context: Any) -> ledger_pb2.GetSnapshotResponse:
+        return await asyncio.to_thread(self._ledger.snapshot)
+
+    async def CommitPlan(self, request: ledger_pb2.CommitPlanRequest, context: Any) -> ledger_pb2.CommitPlanResponse:
+        epochs = await asyncio.to_thread(self._ledger.commit_plan, request)
+        self._wake(start.task for start in request.starts)
+        return ledger_pb2.CommitPlanResponse(attempt_epochs=epochs)
+
+    async def CommitResults(
+        self, request: ledger_pb2.CommitResultsRequest, context: Any
+    ) -> ledger_pb2.CommitResultsResponse:
+        verdicts = await asyncio.to_thread(
+            self._ledger.commit_results, request.executor, request.lease_epoch, list(request.results)
+        )
+        self._wake(result.task for result in request.results)
+        ends = ("finished", "failed", "released")
+        if any(result.WhichOneof("result") in ends for result in request.results):
+            self._notifier.notify()
+        return ledger_pb2.CommitResultsResponse(verdicts=verdicts)
+
+    async def RevokeAttempts(
+        self, request: ledger_pb2.RevokeAttemptsRequest, context: Any
+    ) -> ledger_pb2.RevokeAttemptsResponse:
+        count = await asyncio.to_thread(self._ledger.revoke, request.executor, list(request.tasks), request.reason)
+        self._notifier.notify(request.tasks)
+        return ledger_pb2.RevokeAttemptsResponse(num_revoked=count)
+
+    async def PutLease(self, request: ledger_pb2.PutLeaseRequest, context: Any) -> ledger_pb2.PutLeaseResponse:
+        seconds = request.duration.ToTimedelta().total_seconds()
+        epoch = await asyncio.to_thread(self._ledger.put_lease, request.executor, seconds)
+        if request.executor.lease_epoch != epoch or request.executor.draining:
+            self._notifier.notify()
+        return ledger_pb2.PutLeaseResponse(lease_epoch=epoch)
+
+    async def EndLease(self, request: ledger_pb2.EndLeaseRequest, context: Any) -> ledger_pb2.EndLeaseResponse:
+        await asyncio.to_thread(self._ledger.end_lease, request.executor, request.incarnation)
+        self._notifier.notify()
+        return ledger_pb2.EndLeaseResponse()
+
+    async def announce_expiries(self) -> None:
+        """Hints at a new cycle whenever a lease runs out; runs until cancelled."""
+        while True:
+            deadline = self._ledger.next_deadline()
+            await asyncio.sleep(1.0 if deadline is None else min(1.0, max(0.05, deadline - time.monotonic())))
+            if deadline is not None and deadline <= time.monotonic():
+                await asyncio.to_thread(self._ledger.snapshot)  # ends it and takes its attempts back
+                self._notifier.notify()
+
+    def _wake(self, names: Any) -> None:
+        """Watchers of these tasks only: a step done is no reason for a scheduling cycle."""
+        self._notifier.notify_tasks(set(names))
+
+
+def _mesh_only() -> None:
+    if not current_principal().is_mesh:
+        raise PermissionDeniedError("keys are the operators' business")
+
+
+def _key_to_proto(row: Any) -> key_pb2.ApiKey:
+    return key_pb2.ApiKey(
+        id=row.id,
+        tenant=row.tenant,
+        create_time=timestamp(row.created),
+        expire_time=timestamp(row.expires),
+        revoke_time=timestamp(row.revoked),
+    )

@@ -1,0 +1,121 @@
+"""The RPCs of tasks. What each promises stands in protos/muxtune/v1/admission.proto."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from engine.errors import UnavailableError
+from engine.task import TaskState
+from muxtune.v1 import admission_pb2 as pb
+from muxtune.v1 import task_pb2
+from services.admission import pages, requests, tasks
+from services.admission.admit import Admissible, Admitter
+from services.admission.database import Database
+from services.admission.names import authorize, new_name, parent_of
+from services.admission.notifier import Notifier
+from services.auth import current_principal
+from services.convert import state_to_domain
+from services.telemetry import current_trace_parent
+
+_EVENTS_AT_ONCE = 256
+
+
+class TaskRpcs:
+    """Part of AdmissionServicer."""
+
+    _database: Database
+    _notifier: Notifier
+    _admitter: Admitter
+
+    async def CreateTask(self, request: pb.CreateTaskRequest, context: Any) -> pb.CreateTaskResponse:
+        principal = current_principal()
+        tenant = parent_of(principal, request.parent)
+        body = requests.body_hash(request.task_id.encode(), request.spec.SerializeToString(deterministic=True))
+        done = await asyncio.to_thread(self._answered_before, tenant, request.request_id, body)
+        if done is None:
+            name = new_name(tenant, "tasks", request.task_id, "task_id")
+            admissible = await self._admitter.examine(principal, request.spec)
+            done = await asyncio.to_thread(
+                self._store_task, tenant, name, request.request_id, body, admissible, current_trace_parent()
+            )
+            self._notifier.notify([done.name])
+        return pb.CreateTaskResponse(task=done)
+
+    async def EstimateTask(self, request: pb.EstimateTaskRequest, context: Any) -> pb.EstimateTaskResponse:
+        principal = current_principal()
+        parent_of(principal, request.parent)
+        admissible = await self._admitter.examine(principal, request.spec)
+        return pb.EstimateTaskResponse(estimate=admissible.estimate)
+
+    async def GetTask(self, request: pb.GetTaskRequest, context: Any) -> pb.GetTaskResponse:
+        name = authorize(current_principal(), request.name, "tasks")
+        return pb.GetTaskResponse(task=await asyncio.to_thread(self._read_task, name))
+
+    async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
+        tenant = parent_of(current_principal(), request.parent)
+        states = [state_to_domain(state) for state in request.states]
+        size, query = pages.size(request.page_size), ["tasks", tenant, *sorted(state.name for state in states)]
+        rows = await asyncio.to_thread(self._page, tenant, states, pages.start(query, request.page_token), size + 1)
+        shown = rows[:size]
+        more = pages.token(query, shown[-1].created, shown[-1].name) if len(rows) > size else ""
+        return pb.ListTasksResponse(tasks=[tasks.to_proto(row) for row in shown], next_page_token=more)
+
+    async def WatchTask(self, request: pb.WatchTaskRequest, context: Any) -> AsyncIterator[pb.WatchTaskResponse]:
+        name = authorize(current_principal(), request.name, "tasks")
+        await asyncio.to_thread(self._read_task, name)
+        sequence = request.after_sequence
+        with self._notifier.waiting(name) as changed:
+            while True:
+                changed.clear()
+                events, is_final = await asyncio.to_thread(self._events, name, sequence)
+                for event in events:
+                    yield pb.WatchTaskResponse(event=event)
+                    sequence = event.sequence
+                if is_final and len(events) < _EVENTS_AT_ONCE:
+                    return
+                if self._notifier.is_closed:
+                    raise UnavailableError("admission is stopping: watch again from your last sequence")
+                if not events:
+                    await changed.wait()
+
+    async def CancelTask(self, request: pb.CancelTaskRequest, context: Any) -> pb.CancelTaskResponse:
+        name = authorize(current_principal(), request.name, "tasks")
+        task = await asyncio.to_thread(self._cancel, name)
+        self._notifier.notify([name])
+        return pb.CancelTaskResponse(task=task)
+
+    def _answered_before(self, tenant: str, request_id: str, body: str) -> task_pb2.Task | None:
+        with self._database.read() as connection:
+            name = requests.find(connection, tenant, request_id, "CreateTask", body)
+            return tasks.to_proto(tasks.row_of(connection, name)) if name else None
+
+    def _store_task(
+        self, tenant: str, name: str, request_id: str, body: str, admissible: Admissible, trace_parent: str
+    ) -> task_pb2.Task:
+        with self._database.write() as connection:
+            # Asked again inside the transaction: the same request may have come twice at once.
+            if done := requests.find(connection, tenant, request_id, "CreateTask", body):
+                return tasks.to_proto(tasks.row_of(connection, done))
+            tasks.insert(
+                connection, name, admissible.spec, admissible.estimate, admissible.initial_adapter_key, trace_parent
+            )
+            requests.remember(connection, tenant, request_id, "CreateTask", body, name)
+            return tasks.to_proto(tasks.row_of(connection, name))
+
+    def _read_task(self, name: str) -> task_pb2.Task:
+        with self._database.read() as connection:
+            return tasks.to_proto(tasks.row_of(connection, name))
+
+    def _page(self, tenant: str, states: list[TaskState], before: tuple[int, str] | None, limit: int) -> Any:
+        with self._database.read() as connection:
+            return tasks.page(connection, tenant, states, before, limit)
+
+    def _events(self, name: str, sequence: int) -> tuple[list[task_pb2.TaskEvent], bool]:
+        with self._database.read() as connection:
+            is_final = TaskState[tasks.row_of(connection, name).state].is_final  # read before its events
+            return tasks.events_after(connection, name, sequence, _EVENTS_AT_ONCE), is_final
+
+    def _cancel(self, name: str) -> task_pb2.Task:
+        with self._database.write() as connection:
+            tasks.cancel(connection, name)
+            return tasks.to_proto(tasks.row_of(connection, name))
