@@ -1,0 +1,60 @@
+"""The scheduling service: `python -m services.scheduling`, settings from MUXTUNE_* variables."""
+
+import asyncio
+import os
+from dataclasses import dataclass
+
+import grpc
+
+from engine.planning.plan import Limits
+from muxtune.v1 import ledger_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc
+from services.auth import mesh_authenticator
+from services.config import ServerSettings, from_environment
+from services.mesh import open_channel
+from services.scheduling.cycle import Scheduler
+from services.scheduling.servicer import SchedulingServicer
+from services.server import serve
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulingSettings(ServerSettings):
+    """`token_budget`: tokens of one microbatch, more only where one task's own slice is larger."""
+
+    admission_address: str
+    lease_seconds: float = 15.0
+    token_budget: int = 2048
+    chunk_tokens: int = 16
+
+
+async def main() -> None:
+    settings = from_environment(SchedulingSettings, os.environ)
+    channel = open_channel(settings.admission_address, settings.mesh_secret)
+    ledger: ledger_pb2_grpc.LedgerServiceAsyncStub = ledger_pb2_grpc.LedgerServiceStub(channel)
+    scheduler = Scheduler(ledger, settings.mesh_secret, Limits(settings.token_budget, settings.chunk_tokens))
+    running: list[asyncio.Task[None]] = []
+
+    def register(server: grpc.aio.Server) -> list[str]:
+        servicer = SchedulingServicer(scheduler, ledger, settings.lease_seconds)
+        scheduling_pb2_grpc.add_SchedulingServiceServicer_to_server(servicer, server)
+        return [scheduling_pb2.DESCRIPTOR.services_by_name["SchedulingService"].full_name]
+
+    async def start(address: str) -> None:
+        running.append(asyncio.create_task(scheduler.run(), name="scheduler"))
+
+    async def stop() -> None:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    await serve(
+        "scheduling",
+        settings,
+        register,
+        authenticate=mesh_authenticator(settings.mesh_secret),
+        on_ready=start,
+        on_stop=stop,
+    )
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

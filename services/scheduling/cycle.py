@@ -1,0 +1,171 @@
+"""The scheduling cycle: a snapshot, a plan made by pure code, a commit, and word to the executors.
+
+Nothing here is durable: killed at any time, the next cycle starts from the ledger again.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+
+from opentelemetry import trace
+
+from engine.errors import MuxtuneError
+from engine.planning.plan import Limits, Plan, Snapshot
+from engine.planning.planner import plan as make_plan
+from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, scheduling_pb2, task_pb2
+from services.convert import executor_to_view, explanation_to_proto, htask_to_proto, snapshot_task_to_view
+from services.scheduling.streams import ExecutorStream
+from services.telemetry import current_trace_parent, links_to, task_span, tracer
+
+_FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 5.0
+_log = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Runs a cycle at each hint of the ledger; keeps one stream to each executor."""
+
+    def __init__(self, ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub", secret: str, limits: Limits) -> None:
+        self._ledger, self._secret, self._limits = ledger, secret, limits
+        self._streams: dict[str, ExecutorStream] = {}
+        self._running: dict[str, plan_pb2.ExecutorPlan] = {}
+        self._explanations: list[plan_pb2.TaskExplanation] = []
+        self._hinted = asyncio.Event()
+
+    async def run(self) -> None:
+        """Cycles until cancelled. Hints coalesce: any number of changes during a cycle make one more."""
+        watching = asyncio.create_task(self._watch_changes())
+        backoff = _FIRST_BACKOFF_SECONDS
+        try:
+            while True:
+                await self._hinted.wait()
+                self._hinted.clear()
+                try:
+                    await self.schedule()
+                    backoff = _FIRST_BACKOFF_SECONDS
+                except MuxtuneError as error:
+                    _log.warning("cycle given up, a new one follows: %s", error)
+                    self._hinted.set()
+                    await asyncio.sleep(backoff)
+                    backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
+        finally:
+            watching.cancel()
+            await asyncio.gather(*(stream.close() for stream in self._streams.values()))
+
+    async def schedule(self) -> None:
+        """One cycle. Raises StaleEpochError when another scheduler, or a tenant, was faster: begin again."""
+        # 1. Read everything in one transaction.
+        snapshot = await self._ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest())
+        await self._follow(snapshot.executors)
+        # 2. Decide, with pure code: same snapshot, same plan.
+        tasks = tuple(snapshot_task_to_view(entry, age) for age, entry in enumerate(snapshot.tasks))
+        plan = make_plan(Snapshot(tasks, tuple(executor_to_view(e) for e in snapshot.executors)), self._limits)
+        # 3. Commit, executor by executor, what differs from what it runs: new attempts get their epochs.
+        version = snapshot.plan_version
+        entries = {entry.task.name: entry for entry in snapshot.tasks}
+        for executor in snapshot.executors:
+            draft = _draft(plan, executor, entries)
+            if self._is_running(draft):
+                continue
+            version += 1
+            await self._commit_and_send(draft, version, executor, entries)
+        # 4. Remember why, for those who ask.
+        self._explanations = [explanation_to_proto(explanation) for explanation in plan.explanations]
+
+    def current(self) -> scheduling_pb2.GetPlanResponse:
+        """The plans as they were sent, and why."""
+        version = max((plan.version for plan in self._running.values()), default=0)
+        return scheduling_pb2.GetPlanResponse(
+            version=version, executors=list(self._running.values()), explanations=self._explanations
+        )
+
+    async def _commit_and_send(
+        self,
+        draft: plan_pb2.ExecutorPlan,
+        version: int,
+        executor: plan_pb2.Executor,
+        entries: Mapping[str, ledger_pb2.SnapshotTask],
+    ) -> None:
+        starting = [task for task in draft.tasks if entries[task.task].executor != executor.name]
+        links = links_to((task.task, task.trace_parent) for task in starting)
+        attributes = {"muxtune.plan_version": version, "muxtune.executor": executor.name}
+        with tracer().start_as_current_span("schedule", links=links, attributes=attributes) as span:
+            span.set_attribute("muxtune.num_tasks", len(draft.tasks))
+            request = ledger_pb2.CommitPlanRequest(
+                executor=executor.name,
+                lease_epoch=executor.lease_epoch,
+                version=version,
+                starts=[
+                    ledger_pb2.AttemptStart(task=task.task, expected_epoch=task.attempt_epoch) for task in starting
+                ],
+            )
+            answer = await self._ledger.CommitPlan(request)
+            for task, epoch in zip(starting, answer.attempt_epochs, strict=True):
+                task.attempt_epoch = epoch
+                self._note_placement(task, version, executor.name, span)
+            draft.version, draft.trace_parent = version, current_trace_parent()
+        self._running[executor.name] = draft
+        self._streams[executor.name].mailbox.put_plan(draft)
+
+    def _note_placement(self, task: plan_pb2.PlannedTask, version: int, executor: str, cycle: trace.Span) -> None:
+        attributes = {"muxtune.plan_version": version, "muxtune.executor": executor}
+        with task_span("plan", task.task, task.trace_parent, **attributes) as span:
+            span.add_link(cycle.get_span_context())
+
+    def _is_running(self, draft: plan_pb2.ExecutorPlan) -> bool:
+        """Whether the executor runs just that already (hysteresis: an equal plan is not sent again)."""
+        running = self._running.get(draft.executor)
+        return running is not None and _signature(running) == _signature(draft)
+
+    async def _follow(self, executors: list[plan_pb2.Executor]) -> None:
+        """A stream to every live executor's incarnation; none to others."""
+        leases = {executor.name: executor.lease_epoch for executor in executors}
+        for name, stream in list(self._streams.items()):
+            if leases.get(name) != stream.executor.lease_epoch:
+                del self._streams[name]
+                self._running.pop(name, None)
+                await stream.close()
+        for executor in executors:
+            if executor.name not in self._streams:
+                self._streams[executor.name] = ExecutorStream(executor, self._secret, self._ledger)
+
+    async def _watch_changes(self) -> None:
+        backoff = _FIRST_BACKOFF_SECONDS
+        while True:
+            try:
+                async for _ in self._ledger.WatchChanges(ledger_pb2.WatchChangesRequest()):
+                    self._hinted.set()
+                    backoff = _FIRST_BACKOFF_SECONDS
+            except MuxtuneError as error:
+                _log.warning("the ledger's hints broke off: %s", error)
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
+
+
+def _draft(
+    plan: Plan, executor: plan_pb2.Executor, entries: Mapping[str, ledger_pb2.SnapshotTask]
+) -> plan_pb2.ExecutorPlan:
+    """The plan as the executor will read it; epochs as in the snapshot until committed."""
+    return plan_pb2.ExecutorPlan(
+        executor=executor.name,
+        tasks=[_planned(entries[name]) for name in plan.tasks_of(executor.name)],
+        htasks=[htask_to_proto(htask) for htask in plan.htasks.get(executor.name, ())],
+    )
+
+
+def _planned(entry: ledger_pb2.SnapshotTask) -> plan_pb2.PlannedTask:
+    return plan_pb2.PlannedTask(
+        task=entry.task.name,
+        spec=entry.task.spec,
+        attempt_epoch=entry.task.attempt_epoch,
+        num_steps=entry.task.estimate.num_steps,
+        resume_from=entry.checkpoint if entry.HasField("checkpoint") else None,
+        initial_adapter_key=entry.initial_adapter_key,
+        trace_parent=entry.task.trace_parent,
+        cancel=entry.task.state == task_pb2.TASK_STATE_CANCELLING,
+    )
+
+
+def _signature(plan: plan_pb2.ExecutorPlan) -> tuple[object, ...]:
+    """What makes two plans the same to an executor: who, in which attempt, fused how."""
+    tasks = tuple((task.task, task.attempt_epoch, task.cancel) for task in plan.tasks)
+    return tasks, tuple(htask.SerializeToString(deterministic=True) for htask in plan.htasks)

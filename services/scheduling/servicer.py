@@ -1,0 +1,57 @@
+"""SchedulingService. See protos/muxtune/v1/scheduling.proto for what each RPC promises."""
+
+from datetime import timedelta
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+
+from engine.errors import FieldViolation, InvalidInputError
+from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, scheduling_pb2_grpc
+from muxtune.v1 import scheduling_pb2 as pb
+from services.scheduling.cycle import Scheduler
+
+
+class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
+    """Leases go through to the ledger: nothing is kept here."""
+
+    def __init__(
+        self, scheduler: Scheduler, ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub", lease_seconds: float
+    ) -> None:
+        self._scheduler, self._ledger = scheduler, ledger
+        self._lease = Duration()
+        self._lease.FromTimedelta(timedelta(seconds=lease_seconds))
+
+    async def RegisterExecutor(self, request: pb.RegisterExecutorRequest, context: Any) -> pb.RegisterExecutorResponse:
+        executor = request.executor
+        needed = {"name": executor.name, "address": executor.address, "incarnation": executor.incarnation,
+                  "backbone.name": executor.backbone.name}  # fmt: skip
+        wrong = [FieldViolation(f"executor.{field}", "is missing") for field, value in needed.items() if not value]
+        if wrong:
+            raise InvalidInputError("; ".join(f"{v.field}: {v.description}" for v in wrong), wrong)
+        executor.lease_epoch = 0
+        answer = await self._ledger.PutLease(ledger_pb2.PutLeaseRequest(executor=executor, duration=self._lease))
+        return pb.RegisterExecutorResponse(lease_epoch=answer.lease_epoch, lease_duration=self._lease)
+
+    async def KeepLease(self, request: pb.KeepLeaseRequest, context: Any) -> pb.KeepLeaseResponse:
+        if request.lease_epoch < 1:
+            raise InvalidInputError.of_field("lease_epoch", f"{request.lease_epoch}: register first")
+        executor = plan_pb2.Executor(
+            name=request.executor,
+            incarnation=request.incarnation,
+            lease_epoch=request.lease_epoch,
+            device=request.device,
+            draining=request.draining,
+        )
+        await self._ledger.PutLease(ledger_pb2.PutLeaseRequest(executor=executor, duration=self._lease))
+        return pb.KeepLeaseResponse(lease_duration=self._lease)
+
+    async def EndLease(
+        self, request: pb.SchedulingServiceEndLeaseRequest, context: Any
+    ) -> pb.SchedulingServiceEndLeaseResponse:
+        await self._ledger.EndLease(
+            ledger_pb2.EndLeaseRequest(executor=request.executor, incarnation=request.incarnation)
+        )
+        return pb.SchedulingServiceEndLeaseResponse()
+
+    async def GetPlan(self, request: pb.GetPlanRequest, context: Any) -> pb.GetPlanResponse:
+        return self._scheduler.current()
