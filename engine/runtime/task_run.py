@@ -97,6 +97,12 @@ class TaskRun:
         self.step += 1
         return rate, norm
 
+    def restart_step(self) -> None:
+        """Forgets what the step in flight has gathered: its microbatches will come again."""
+        assert self.parameters_P.grad is not None
+        self.parameters_P.grad.zero_()
+        self.gathered = Gathered()
+
     def num_bytes(self) -> int:
         """Parameters, gradients and optimizer state, as allocated."""
         state = self.optimizer.state.get(self.parameters_P, {})

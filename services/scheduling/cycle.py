@@ -5,7 +5,7 @@ Nothing here is durable: killed at any time, the next cycle starts from the ledg
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from opentelemetry import trace
 
@@ -87,7 +87,7 @@ class Scheduler:
     ) -> None:
         starting = [task for task in draft.tasks if entries[task.task].executor != executor.name]
         links = links_to((task.task, task.trace_parent) for task in starting)
-        attributes = {"muxtune.plan_version": version, "muxtune.executor": executor.name}
+        attributes: dict[str, str | int] = {"muxtune.plan_version": version, "muxtune.executor": executor.name}
         with tracer().start_as_current_span("schedule", links=links, attributes=attributes) as span:
             span.set_attribute("muxtune.num_tasks", len(draft.tasks))
             request = ledger_pb2.CommitPlanRequest(
@@ -107,7 +107,7 @@ class Scheduler:
         self._streams[executor.name].mailbox.put_plan(draft)
 
     def _note_placement(self, task: plan_pb2.PlannedTask, version: int, executor: str, cycle: trace.Span) -> None:
-        attributes = {"muxtune.plan_version": version, "muxtune.executor": executor}
+        attributes: dict[str, str | int] = {"muxtune.plan_version": version, "muxtune.executor": executor}
         with task_span("plan", task.task, task.trace_parent, **attributes) as span:
             span.add_link(cycle.get_span_context())
 
@@ -116,7 +116,7 @@ class Scheduler:
         running = self._running.get(draft.executor)
         return running is not None and _signature(running) == _signature(draft)
 
-    async def _follow(self, executors: list[plan_pb2.Executor]) -> None:
+    async def _follow(self, executors: Sequence[plan_pb2.Executor]) -> None:
         """A stream to every live executor's incarnation; none to others."""
         leases = {executor.name: executor.lease_epoch for executor in executors}
         for name, stream in list(self._streams.items()):

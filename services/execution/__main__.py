@@ -1,0 +1,58 @@
+"""The execution service: `python -m services.execution`, settings from MUXTUNE_* variables."""
+
+import asyncio
+import os
+
+import grpc
+
+from muxtune.v1 import execution_pb2, execution_pb2_grpc, scheduling_pb2_grpc
+from services.auth import mesh_authenticator
+from services.config import from_environment
+from services.execution.lease import LeaseKeeper
+from services.execution.servicer import ExecutionServicer
+from services.execution.settings import ExecutionSettings
+from services.mesh import open_channel
+from services.server import serve
+
+_TRAINER_STOP_SECONDS = 10.0
+
+
+async def main() -> None:
+    settings = from_environment(ExecutionSettings, os.environ)
+    channel = open_channel(settings.scheduling_address, settings.mesh_secret)
+    scheduling: scheduling_pb2_grpc.SchedulingServiceAsyncStub = scheduling_pb2_grpc.SchedulingServiceStub(channel)
+    servicer = ExecutionServicer(settings)
+    keepers: list[LeaseKeeper] = []
+    running: list[asyncio.Task[None]] = [asyncio.create_task(servicer.trainer.run(), name="trainer")]
+
+    def register(server: grpc.aio.Server) -> list[str]:
+        execution_pb2_grpc.add_ExecutionServiceServicer_to_server(servicer, server)
+        return [execution_pb2.DESCRIPTOR.services_by_name["ExecutionService"].full_name]
+
+    async def start(address: str) -> None:
+        """Healthy means: the backbone is loaded and probed."""
+        ready = asyncio.create_task(servicer.ready.wait())
+        await asyncio.wait({ready, running[0]}, return_when=asyncio.FIRST_COMPLETED)
+        keepers.append(LeaseKeeper(settings, address, scheduling, servicer))
+        running.append(asyncio.create_task(keepers[0].run(), name="lease"))
+
+    async def stop() -> None:
+        await servicer.drain()
+        for task in running[1:]:
+            task.cancel()
+        if servicer.lease_epoch:
+            await keepers[0].end()
+        await servicer.trainer.stop(_TRAINER_STOP_SECONDS)
+
+    await serve(
+        "execution",
+        settings,
+        register,
+        authenticate=mesh_authenticator(settings.mesh_secret),
+        on_ready=start,
+        on_stop=stop,
+    )
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

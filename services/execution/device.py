@@ -1,0 +1,65 @@
+"""What this executor runs on, as it describes itself."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from engine.runtime.backbone import Backbone
+from muxtune.v1 import plan_pb2
+from services.execution.settings import ExecutionSettings
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def choose_device(settings: ExecutionSettings) -> str:
+    return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe_device(settings: ExecutionSettings, kind: str) -> plan_pb2.Device:
+    """`memory_bytes`: the setting, or the GPU's, or this container's or machine's."""
+    if kind.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info()
+        model, memory, used = torch.cuda.get_device_name(), total, total - free
+    else:
+        model, memory, used = _cpu_model(), _machine_bytes(), _resident_bytes()
+    return plan_pb2.Device(
+        kind=kind.partition(":")[0], model=model, memory_bytes=settings.memory_bytes or memory, used_bytes=used
+    )
+
+
+def describe_backbone(settings: ExecutionSettings, backbone: Backbone) -> plan_pb2.Backbone:
+    config = backbone.config.get_text_config()
+    return plan_pb2.Backbone(
+        name=settings.backbone_name,
+        architecture=type(backbone.model).__name__,
+        num_parameters=sum({p.data_ptr(): p.numel() for p in backbone.model.parameters()}.values()),
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_sequence_tokens=getattr(config, "max_position_embeddings", 0) or 1 << 20,
+        weight_bytes=backbone.weight_bytes(),
+        dtype=str(backbone.dtype).removeprefix("torch."),
+        adaptable_modules=[
+            plan_pb2.AdaptableModule(name=name, in_features=op.in_features, out_features=op.out_features)
+            for name, op in backbone.operators.items()
+        ],
+    )
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(named, platform.processor() or 'cpu')}, {os.cpu_count()} cores"
+
+
+def _machine_bytes() -> int:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else "max"
+    return machine if limit == "max" else min(machine, int(limit))
+
+
+def _resident_bytes() -> int:
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0

@@ -1,0 +1,100 @@
+"""The trainer's process as its server sees it: started by exec, talked to over a socket pair, restarted when it dies.
+
+Exec and not fork: gRPC does not survive a fork, and CUDA wants a fresh process.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+
+from google.protobuf.message import Message
+
+from services.config import environment_of
+from services.execution.pipe import AsyncPipe, Frame, Tag
+from services.execution.settings import ExecutionSettings
+
+_FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.5, 30.0
+_log = logging.getLogger(__name__)
+
+
+class TrainerProcess:
+    """`on_frame` gets what the trainer says, in order; `on_death` is told before each restart."""
+
+    def __init__(
+        self,
+        settings: ExecutionSettings,
+        on_frame: Callable[[Frame], Awaitable[None]],
+        on_death: Callable[[int], Awaitable[None]],
+    ) -> None:
+        self._settings, self._on_frame, self._on_death = settings, on_frame, on_death
+        self._process: asyncio.subprocess.Process | None = None
+        self._pipe: AsyncPipe | None = None
+        self._is_stopping = False
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process else 0
+
+    async def run(self) -> None:
+        """Keeps a trainer alive until `stop`."""
+        backoff = _FIRST_BACKOFF_SECONDS
+        while not self._is_stopping:
+            await self._start()
+            was_ready = await self._pump()
+            assert self._process is not None
+            code = await self._process.wait()
+            if self._is_stopping:
+                return
+            _log.error("the trainer ended with status %d", code)
+            await self._on_death(code)
+            backoff = _FIRST_BACKOFF_SECONDS if was_ready else min(2 * backoff, _LAST_BACKOFF_SECONDS)
+            await asyncio.sleep(backoff)
+
+    async def send(self, tag: Tag, message: Message | None = None) -> None:
+        """Lost when the trainer is dying: whoever restarts it tells it again what it needs."""
+        if self._pipe is not None:
+            try:
+                await self._pipe.write(tag, message)
+            except ConnectionError:
+                _log.warning("the trainer is gone: %s not sent", tag.name)
+
+    async def stop(self, seconds: float) -> None:
+        """Closes the pipe, which ends the trainer; kills it if it does not end."""
+        self._is_stopping = True
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._process is not None and self._process.returncode is None:
+            try:
+                await asyncio.wait_for(self._process.wait(), seconds)
+            except TimeoutError:
+                _log.error("the trainer does not end: killed")
+                self._process.kill()
+                await self._process.wait()
+
+    async def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        environment = {**os.environ, **environment_of(self._settings)}
+        environment.pop("MUXTUNE_PROMETHEUS_PORT", None)  # the server's
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "services.execution.trainer",
+            str(theirs.fileno()),
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            start_new_session=True,  # a terminal's Ctrl-C is for the server, which drains first
+        )
+        theirs.close()
+        self._pipe = await AsyncPipe.of(ours)
+
+    async def _pump(self) -> bool:
+        """Hands on frames until the trainer is gone; whether it was ever ready."""
+        assert self._pipe is not None
+        was_ready = False
+        while (frame := await self._pipe.read()) is not None:
+            was_ready = True
+            await self._on_frame(frame)
+        return was_ready

@@ -1,0 +1,67 @@
+"""Checkpoints and adapters of tasks in the artifact store, committed by their manifest.
+
+Keys: {task}/checkpoints/{step}-{epoch}/manifest.json and tenants/{tenant}/adapters/{id}/{epoch}/manifest.json.
+"""
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ArtifactCorruptError, MuxtuneError, NotFoundError
+from engine.runtime.checkpoint import CheckpointState
+from muxtune.v1 import task_pb2
+from services.artifacts import MANIFEST, ArtifactStore, Manifest
+
+_KEPT = 2
+_log = logging.getLogger(__name__)
+
+
+class Vault:
+    """Synchronous; used by the trainer only."""
+
+    def __init__(self, store: ArtifactStore) -> None:
+        self._store = store
+
+    def put_checkpoint(
+        self, task: str, epoch: int, state: CheckpointState, extra: dict[str, Any]
+    ) -> task_pb2.CheckpointCommitted:
+        """Commits it; then deletes all but the last few of the task."""
+        prefix = f"{task}/checkpoints/{state.step:08d}-{epoch}"
+        manifest = self._store.commit_folder(prefix, state.files(), {**state.metadata, **extra, "epoch": epoch})
+        for old in self._committed(task)[:-_KEPT]:
+            self._store.delete_folder(old.removesuffix(f"/{MANIFEST}"))
+        return task_pb2.CheckpointCommitted(step=state.step, manifest_key=manifest.key, size_bytes=manifest.size_bytes)
+
+    def get_checkpoint(self, task: str, recorded: task_pb2.CheckpointCommitted) -> CheckpointState:
+        """The recorded one; where it is gone or corrupt, the newest other that reads. Raises ArtifactCorruptError."""
+        others = [key for key in reversed(self._committed(task)) if key != recorded.manifest_key]
+        for key in [recorded.manifest_key, *others]:
+            try:
+                manifest, files = self._store.read_folder(key)
+                return CheckpointState.from_files(files, dict(manifest.metadata))
+            except (NotFoundError, ArtifactCorruptError) as error:
+                _log.error("checkpoint %s of %s cannot be used: %s", key, task, error)
+        raise ArtifactCorruptError(f"no checkpoint of {task} can be read", task=task)
+
+    def put_adapter(self, task: str, epoch: int, step: int, folder: Path, is_final: bool) -> Manifest:
+        """The PEFT folder, under the adapter's name; one that the task goes on from lies apart."""
+        prefix = f"{task.replace('/tasks/', '/adapters/')}/{epoch}" + ("" if is_final else f"-step-{step:08d}")
+        files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
+        return self._store.commit_folder(prefix, files, {"task": task, "step": step})
+
+    def get_adapter(self, manifest_key: str) -> "tempfile.TemporaryDirectory[str]":
+        """Its files in a temporary folder, which goes when closed."""
+        _, files = self._store.read_folder(manifest_key)
+        folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory(prefix="muxtune-adapter-")
+        for name, data in files.items():
+            (Path(folder.name) / name).write_bytes(data)
+        return folder
+
+    def _committed(self, task: str) -> list[str]:
+        """Manifest keys of the task's checkpoints, oldest step first."""
+        try:
+            keys = self._store.list(f"{task}/checkpoints")
+        except MuxtuneError:
+            return []
+        return sorted(key for key in keys if key.endswith(f"/{MANIFEST}"))

@@ -1,0 +1,60 @@
+"""Fused steps as spans: a window of microbatches is one span, linked to the traces of all tasks it served.
+
+No span stays open for long, and none holds more than counts.
+"""
+
+import time
+
+from opentelemetry.trace import Span
+
+from engine.alignment.microbatch import Microbatch
+from services.telemetry import links_to, meter, tracer
+
+_WINDOW_SECONDS = 5.0
+_RATE_WEIGHT = 0.1
+
+
+class StepWindow:
+    """Adds up microbatches; also keeps the executor's throughput, a moving average."""
+
+    def __init__(self) -> None:
+        self.tokens_per_second = 0.0
+        self._span: Span | None = None
+        self._key: tuple[object, ...] = ()
+        self._started = 0.0
+        self._totals = {"microbatches": 0, "effective_tokens": 0, "padding_tokens": 0}
+        self._effective = meter().create_counter("muxtune.effective_tokens")
+        self._padding = meter().create_counter("muxtune.padding_tokens")
+
+    def add(
+        self, microbatch: Microbatch, seconds: float, plan_version: int, trace_parents: list[tuple[str, str]]
+    ) -> None:
+        """One microbatch that took `seconds`. Another plan or other tasks begin another window."""
+        effective = sum(range_.num_effective_tokens for range_ in microbatch.ranges)
+        rate = effective / max(seconds, 1e-9)
+        self.tokens_per_second += (1.0 if not self.tokens_per_second else _RATE_WEIGHT) * (
+            rate - self.tokens_per_second
+        )
+        self._effective.add(effective)
+        self._padding.add(microbatch.num_tokens - effective)
+        key = (plan_version, *(task for task, _ in trace_parents))
+        if self._span is not None and (key != self._key or time.monotonic() - self._started > _WINDOW_SECONDS):
+            self.close()
+        if self._span is None:
+            self._open(key, plan_version, trace_parents)
+        self._totals["microbatches"] += 1
+        self._totals["effective_tokens"] += effective
+        self._totals["padding_tokens"] += microbatch.num_tokens - effective
+
+    def close(self) -> None:
+        """Ends the window's span, if one is open."""
+        if self._span is not None:
+            for name, total in self._totals.items():
+                self._span.set_attribute(f"muxtune.{name}", total)
+            self._span.end()
+            self._span, self._totals = None, dict.fromkeys(self._totals, 0)
+
+    def _open(self, key: tuple[object, ...], plan_version: int, trace_parents: list[tuple[str, str]]) -> None:
+        attributes = {"muxtune.plan_version": plan_version, "muxtune.num_tasks": len(trace_parents)}
+        self._span = tracer().start_span("fused steps", links=links_to(trace_parents), attributes=attributes)
+        self._key, self._started = key, time.monotonic()
