@@ -59,10 +59,14 @@ class Outbox:
         last = 0
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._sequence > last or (self._is_closed and not self._kept))
+                while not self._has_news(last):
+                    await self._changed.wait()
                 fresh = [response for sequence, response in self._kept.items() if sequence > last]
                 if not fresh and self._is_closed and not self._kept:
                     return
                 last = self._sequence
             for response in fresh:
                 yield response
+
+    def _has_news(self, last: int) -> bool:
+        return self._sequence > last or (self._is_closed and not self._kept)

@@ -1,7 +1,7 @@
-"""The local pipe between the servicer and its trainer: protobuf messages, each behind a tag and its length.
+"""The local pipe between the servicer's process and the trainer's: tagged, length-prefixed protobuf messages.
 
-A frame is one byte of tag, four bytes of length (little-endian), then the message. The trainer's side blocks; the
-servicer's side is asyncio. The other end's death reads as the end of the pipe.
+A frame is one byte of tag, four of length (little-endian), then the message. The trainer's end blocks, the servicer's
+is asyncio. The other end's death reads as the end of the pipe.
 """
 
 import asyncio
@@ -9,118 +9,92 @@ import enum
 import socket
 import struct
 import threading
-from collections.abc import Mapping
 
-from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
-from muxtune.v1 import errors_pb2, execution_pb2
-
-_HEADER = struct.Struct("<BI")
+_HEADER = struct.Struct("<cI")
 MAX_FRAME_BYTES = 64 << 20
 
 
-class Tag(enum.IntEnum):
-    """What a frame says. The first group goes down to the trainer, the second comes up from it."""
+class Tag(enum.Enum):
+    """What a frame holds. Down: to the trainer; up: from it."""
 
-    PLAN = 1  # a plan to adopt at the next round boundary, stale tasks to drop
-    RUN = 2  # results are wanted: go on
-    PAUSE = 3  # finish the round, then wait
-    EXPORT = 4
-    DRAIN = 5  # checkpoint and release everything
-    DROP = 6  # forget everything, commit nothing: the lease is lost
-
-    DESCRIBED = 16  # ready, or what is resident changed
-    RESULTS = 17
-    EXPORTED = 18  # answers to EXPORT come in its order
-    EXPORT_FAILED = 19
-    DRAINED = 20
-
-
-_MESSAGES: Mapping[Tag, type[Message]] = {
-    Tag.PLAN: execution_pb2.RunPlanRequest,
-    Tag.RUN: Empty,
-    Tag.PAUSE: Empty,
-    Tag.EXPORT: execution_pb2.ExportAdapterRequest,
-    Tag.DRAIN: Empty,
-    Tag.DROP: Empty,
-    Tag.DESCRIBED: execution_pb2.DescribeExecutorResponse,
-    Tag.RESULTS: execution_pb2.RunPlanResponse,
-    Tag.EXPORTED: execution_pb2.ExportAdapterResponse,
-    Tag.EXPORT_FAILED: errors_pb2.TaskFailure,
-    Tag.DRAINED: Empty,
-}
-Frame = tuple[Tag, Message]
+    PLAN = b"P"  # down: ExecutorPlan
+    STALE = b"S"  # down: RunPlanRequest.stale_tasks
+    LEASE_LOST = b"L"  # down: empty; drop every task without committing anything
+    HOLD = b"H"  # down: empty; too much is unacknowledged
+    GO = b"G"  # down: empty
+    EXPORT = b"X"  # down: ExportAdapterRequest
+    DRAIN = b"D"  # down: empty
+    DESCRIBED = b"d"  # up: DescribeExecutorResponse; the first says that the trainer is ready
+    RESULTS = b"r"  # up: RunPlanResponse, not numbered yet
+    EXPORTED = b"x"  # up: ExportAdapterResponse; answers come in the order of EXPORT
+    EXPORT_FAILED = b"e"  # up: TaskFailure
+    DRAINED = b"q"  # up: empty
 
 
-def _encode(tag: Tag, message: Message | None) -> bytes:
-    body = (message or Empty()).SerializeToString()
-    return _HEADER.pack(tag, len(body)) + body
+Frame = tuple[Tag, bytes]
 
 
-def _decode(tag: int, body: bytes) -> Frame:
-    known = Tag(tag)
-    return known, _MESSAGES[known].FromString(body)
+class BlockingPipe:
+    """The trainer's end. One thread reads; writing is locked."""
 
+    def __init__(self, file_descriptor: int) -> None:
+        self._socket = socket.socket(fileno=file_descriptor)
+        self._file = self._socket.makefile("rb")
+        self._lock = threading.Lock()
 
-def _length(header: bytes) -> tuple[int, int]:
-    tag, length = _HEADER.unpack(header)
-    if length > MAX_FRAME_BYTES:
-        raise ConnectionError(f"a frame of {length} bytes: the pipe is out of step")
-    return tag, length
-
-
-class TrainerPipe:
-    """The trainer's end, blocking. One thread may receive while another sends."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._socket = connection
-        self._sending = threading.Lock()
-
-    def send(self, tag: Tag, message: Message | None = None) -> None:
-        with self._sending:
+    def write(self, tag: Tag, message: Message | None = None) -> None:
+        """Raises OSError when the server is gone."""
+        with self._lock:
             self._socket.sendall(_encode(tag, message))
 
-    def receive(self) -> Frame | None:
-        """The next frame; None when the servicer is gone."""
+    def read(self) -> Frame | None:
+        """The next frame; None when the other end is gone."""
         try:
-            tag, length = _length(self._read(_HEADER.size))
-            return _decode(tag, self._read(length))
-        except (EOFError, OSError):
+            header = self._file.read(_HEADER.size)
+            if len(header) < _HEADER.size:
+                return None
+            tag, size = _length(header)
+            return tag, self._file.read(size)
+        except OSError:
             return None
 
-    def _read(self, num_bytes: int) -> bytes:
-        data = bytearray()
-        while len(data) < num_bytes:
-            part = self._socket.recv(num_bytes - len(data))
-            if not part:
-                raise EOFError
-            data += part
-        return bytes(data)
 
-
-class ServicerPipe:
-    """The servicer's end, asyncio."""
+class AsyncPipe:
+    """The servicer's end."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
 
     @classmethod
-    async def open(cls, connection: socket.socket) -> "ServicerPipe":
-        return cls(*await asyncio.open_unix_connection(sock=connection))
+    async def of(cls, end: socket.socket) -> "AsyncPipe":
+        return cls(*await asyncio.open_unix_connection(sock=end))
 
-    def send(self, tag: Tag, message: Message | None = None) -> None:
-        """Never blocks: what goes down is small, and the trainer always reads. Lost if the trainer is gone."""
-        if not self._writer.is_closing():
-            self._writer.write(_encode(tag, message))
+    async def write(self, tag: Tag, message: Message | None = None) -> None:
+        """Raises ConnectionError when the trainer is gone."""
+        self._writer.write(_encode(tag, message))
+        await self._writer.drain()
 
-    async def receive(self) -> Frame | None:
+    async def read(self) -> Frame | None:
         """The next frame; None when the trainer is gone."""
         try:
-            tag, length = _length(await self._reader.readexactly(_HEADER.size))
-            return _decode(tag, await self._reader.readexactly(length))
+            tag, size = _length(await self._reader.readexactly(_HEADER.size))
+            return tag, await self._reader.readexactly(size)
         except (asyncio.IncompleteReadError, OSError):
             return None
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _encode(tag: Tag, message: Message | None) -> bytes:
+    payload = message.SerializeToString() if message is not None else b""
+    return _HEADER.pack(tag.value, len(payload)) + payload
+
+
+def _length(header: bytes) -> tuple[Tag, int]:
+    tag, size = _HEADER.unpack(header)
+    if size > MAX_FRAME_BYTES:
+        raise ConnectionError(f"a frame of {size} bytes: the pipe is out of step")
+    return Tag(tag), size

@@ -1,4 +1,4 @@
-"""Settings of the execution service; its servicer and its trainer process read the same ones."""
+"""Settings of the execution service, shared by its two processes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +8,11 @@ from services.config import ServerSettings, SettingsError
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionSettings(ServerSettings):
-    """`backbone`: NAME=FOLDER, a folder as services.execution.prepare leaves it. A zero stands for a default.
+    """`backbone`: NAME=FOLDER, a folder as services.execution.prepare leaves it. A zero or "" stands for a default.
 
     `advertise_address`: where scheduling reaches this executor (default: where it listens). `memory_bytes`: what it may
-    use (default: all there is). `num_threads`: of torch on a CPU (default: all cores). A task is checkpointed after
-    `checkpoint_steps` steps or `checkpoint_seconds` seconds, whichever comes first (0: not for that reason).
+    use (default: all there is). `device`: default cuda if there is one. `num_threads`: torch's, on a CPU (default: all
+    cores). A task is checkpointed after `checkpoint_steps` steps or `checkpoint_seconds`, whichever comes first.
     """
 
     scheduling_address: str
@@ -21,8 +21,8 @@ class ExecutionSettings(ServerSettings):
     backbone: str
     executor_name: str = "local"
     advertise_address: str = ""
-    dtype: str = "float32"
     device: str = ""
+    dtype: str = "float32"
     memory_bytes: int = 0
     num_threads: int = 0
     checkpoint_steps: int = 50
@@ -30,12 +30,18 @@ class ExecutionSettings(ServerSettings):
     max_unacknowledged: int = 64
     drain_seconds: float = 30.0
 
+    def __post_init__(self) -> None:
+        if not (self.backbone_name and self.backbone.partition("=")[2]):
+            raise SettingsError(f'MUXTUNE_BACKBONE: "{self.backbone}" is not NAME=FOLDER')
+
+    @property
+    def backbone_name(self) -> str:
+        return self.backbone.partition("=")[0]
+
+    @property
+    def backbone_folder(self) -> Path:
+        return Path(self.backbone.partition("=")[2])
+
     @property
     def resource_name(self) -> str:
         return f"executors/{self.executor_name}"
-
-    def backbone_name_and_folder(self) -> tuple[str, Path]:
-        name, separator, folder = self.backbone.partition("=")
-        if not (name and separator and folder):
-            raise SettingsError(f'MUXTUNE_BACKBONE: "{self.backbone}" is not NAME=FOLDER')
-        return name, Path(folder)
