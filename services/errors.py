@@ -4,24 +4,24 @@ Source: google.rpc.Status with error details (AIP-193); the reasons are `muxtune
 """
 
 import logging
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
-from grpc_status import rpc_status
 from opentelemetry import trace
 
 from engine import errors
 from engine.errors import FieldViolation, InvalidInputError, MuxtuneError
+from muxtune.errors import DOMAIN, read_failure
 from muxtune.v1 import errors_pb2
 
-DOMAIN = "muxtune"
 _RETRY_SECONDS = 1
-D = TypeVar("D", bound=Message)
+# A status travels in HTTP/2 headers, its text twice; clients refuse more than 8 KiB of them and then see no error at all.
+_MAX_TEXT_BYTES, _MAX_VIOLATIONS_BYTES = 700, 2_000
 _log = logging.getLogger(__name__)
 
 
@@ -61,7 +61,8 @@ _BY_REASON = {mapped.reason: cls for cls, mapped in TABLE.items()}
 _BY_CODE = {
     _CODE.UNAVAILABLE: errors.UnavailableError,
     _CODE.DEADLINE_EXCEEDED: errors.UnavailableError,
-    _CODE.RESOURCE_EXHAUSTED: errors.OverloadedError,
+    _CODE.CANCELLED: errors.UnavailableError,  # the peer gave up the call: it shuts down
+    _CODE.RESOURCE_EXHAUSTED: errors.QuotaExceededError,  # gRPC's own: a message over its size limit
     _CODE.UNAUTHENTICATED: errors.UnauthenticatedError,
 }
 
@@ -80,58 +81,50 @@ def to_failure(error: MuxtuneError) -> errors_pb2.TaskFailure:
 def to_status(error: MuxtuneError) -> status_pb2.Status:
     """The status with ErrorInfo and, where they apply, BadRequest, QuotaFailure, PreconditionFailure, RetryInfo."""
     row = mapped(error)
-    details: list[Message] = [
-        error_details_pb2.ErrorInfo(reason=row.reason, domain=DOMAIN, metadata=error.metadata),
-        *_extras(error),
-    ]
-    status = status_pb2.Status(code=row.code.value[0], message=error.message)
+    metadata = {key: _shortened(value) for key, value in error.metadata.items()}
+    info = error_details_pb2.ErrorInfo(reason=row.reason, domain=DOMAIN, metadata=metadata)
+    details: list[Message] = [info, *_extras(error)]
+    status = status_pb2.Status(code=row.code.value[0], message=_shortened(error.message))
     for detail in details:
         status.details.add().Pack(detail)
     return status
 
 
-def to_status_of_bug(error: Exception) -> status_pb2.Status:
-    """INTERNAL for what we did not foresee: logged whole here, answered with nothing but the trace id."""
-    context = trace.get_current_span().get_span_context()
-    trace_id = format(context.trace_id, "032x")
-    _log.error("unhandled %s", type(error).__name__, exc_info=error)
+def status_of(error: Exception) -> status_pb2.Status:
+    """The status of whatever a servicer raised. One we did not foresee is INTERNAL and tells nothing but the trace id;
+    the log gets its class and its stack, not its text, which may quote a tenant's row."""
+    if isinstance(error, grpc.RpcError):
+        error = from_rpc_error(error)
+    if isinstance(error, MuxtuneError):
+        return to_status(error)
+    trace_id = format(trace.get_current_span().get_span_context().trace_id, "032x")
+    stack = "".join(traceback.format_tb(error.__traceback__))
+    _log.error("unhandled %s\n%s", type(error).__name__, stack)
     return to_status(MuxtuneError("internal error: the operators find it by its trace id", trace_id=trace_id))
 
 
 def from_rpc_error(error: grpc.RpcError) -> MuxtuneError:
     """The domain error that a peer raised, rebuilt by its reason; by its code where it carries none of ours."""
-    status = rpc_status.from_call(error) if hasattr(error, "trailing_metadata") else None  # type: ignore[arg-type]
-    info = _unpack(status, error_details_pb2.ErrorInfo)
-    code = error.code() if hasattr(error, "code") else _CODE.UNKNOWN
-    text = (error.details() if hasattr(error, "details") else None) or str(code)
-    if info is None or info.domain != DOMAIN:
-        return _BY_CODE.get(code, MuxtuneError)(f"{code.name}: {text}")
-    cls, metadata = _BY_REASON.get(info.reason, MuxtuneError), dict(info.metadata)
-    if issubclass(cls, InvalidInputError):
-        bad = _unpack(status, error_details_pb2.BadRequest)
-        fields = [FieldViolation(v.field, v.description) for v in (bad.field_violations if bad else [])]
-        rebuilt: MuxtuneError = cls(text, fields)
-    else:
-        rebuilt = cls(text)
-    rebuilt.metadata = metadata
+    failure = read_failure(error)
+    cls = _BY_REASON.get(failure.reason) if failure.reason else _BY_CODE.get(failure.code)
+    rebuilt = (cls or MuxtuneError)(failure.message)
+    if isinstance(rebuilt, InvalidInputError):
+        rebuilt.violations = tuple(FieldViolation(v.field, v.description) for v in failure.violations)
+    rebuilt.metadata = dict(failure.metadata or {})
     return rebuilt
 
 
 def _extras(error: MuxtuneError) -> list[Message]:
     subject = error.metadata.get("subject", "")
     if isinstance(error, InvalidInputError) and error.violations:
-        fields = [
-            error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
-            for v in error.violations
-        ]
-        return [error_details_pb2.BadRequest(field_violations=fields)]
+        return [_bad_request(error.violations)]
     if isinstance(error, errors.QuotaExceededError):
-        quota = error_details_pb2.QuotaFailure.Violation(subject=subject, description=error.message)
+        quota = error_details_pb2.QuotaFailure.Violation(subject=subject, description=_shortened(error.message))
         return [error_details_pb2.QuotaFailure(violations=[quota])]
     if isinstance(error, errors.IllegalTransitionError):
-        kind = error.metadata.get("state", type(error).__name__)
+        kind = error.metadata.get("state", mapped(error).reason)
         condition = error_details_pb2.PreconditionFailure.Violation(
-            type=kind, subject=error.metadata.get("task", subject), description=error.message
+            type=kind, subject=error.metadata.get("task", subject), description=_shortened(error.message)
         )
         return [error_details_pb2.PreconditionFailure(violations=[condition])]
     if isinstance(error, errors.OverloadedError | errors.UnavailableError):
@@ -139,10 +132,19 @@ def _extras(error: MuxtuneError) -> list[Message]:
     return []
 
 
-def _unpack(status: status_pb2.Status | None, kind: type[D]) -> D | None:
-    for packed in status.details if status is not None else []:
-        if packed.Is(kind.DESCRIPTOR):
-            detail = kind()
-            packed.Unpack(detail)
-            return detail
-    return None
+def _bad_request(violations: Sequence[FieldViolation]) -> error_details_pb2.BadRequest:
+    """As many as fit; the last one then says how many do not."""
+    bad, left = error_details_pb2.BadRequest(), _MAX_VIOLATIONS_BYTES
+    for index, violation in enumerate(violations):
+        field, description = _shortened(violation.field), _shortened(violation.description)
+        left -= len(field.encode()) + len(description.encode())
+        if left < 0:
+            bad.field_violations.add(field="...", description=f"and {len(violations) - index} more")
+            return bad
+        bad.field_violations.add(field=field, description=description)
+    return bad
+
+
+def _shortened(text: str) -> str:
+    raw = text.encode()
+    return text if len(raw) <= _MAX_TEXT_BYTES else raw[: _MAX_TEXT_BYTES - 3].decode(errors="ignore") + "..."

@@ -1,98 +1,40 @@
-"""The gRPC server every service runs in: gate, health, reflection, graceful stop.
-
-The gate stands before every RPC: it opens the call's span, authenticates, and turns domain errors into statuses. So a
-servicer only reads, decides, and raises.
-"""
+"""The gRPC server every service runs in: gate, health, reflection, graceful stop."""
 
 import asyncio
 import json
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
-from grpc_status import rpc_status
-from opentelemetry.trace import SpanKind
 
-from engine.errors import MuxtuneError
-from services.auth import OPEN_SERVICES, Authenticate, bearer, set_principal
+from services.auth import Authenticate
 from services.config import ServerSettings
-from services.errors import mapped, to_status, to_status_of_bug
-from services.telemetry import carrier_of, configure, rpc_span
+from services.gate import Gate
+from services.telemetry import configure
 
 MAX_MESSAGE_BYTES = 16 << 20
 _OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on this port must fail, not share it silently
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Clients ping every 30 s, on idle connections too (services/mesh.py): allow it, or they end in GOAWAY.
+    # Clients ping every 30 s, on idle connections too (services/mesh.py): allow it, or they end in GOAWAY. The server
+    # pings too: a client that vanished without a word must not hold its stream for gRPC's default of two hours.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
 ]
 _log = logging.getLogger(__name__)
 
 Register = Callable[[grpc.aio.Server], Sequence[str]]
-
-
-class Gate(grpc.aio.ServerInterceptor):
-    """Span, identity and errors around every RPC of the server."""
-
-    def __init__(self, authenticate: Authenticate) -> None:
-        self._authenticate = authenticate
-
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        handler = await continuation(details)
-        if handler is None or details.method.startswith(OPEN_SERVICES):
-            return handler
-        return self._wrapped(handler, details.method)
-
-    def _wrapped(self, handler: Any, method: str) -> Any:
-        async def unary(request: Any, context: Any) -> Any:
-            async with self._call(method, context):
-                inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
-                return await inner(request, context)
-
-        async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-            async with self._call(method, context):
-                inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
-                async with aclosing(inner(request, context)) as responses:
-                    async for response in responses:
-                        yield response
-
-        make = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[handler.request_streaming, handler.response_streaming]
-        behaviour = stream if handler.response_streaming else unary
-        return make(behaviour, handler.request_deserializer, handler.response_serializer)
-
-    @asynccontextmanager
-    async def _call(self, method: str, context: Any) -> AsyncIterator[None]:
-        metadata = context.invocation_metadata()
-        with rpc_span(method, SpanKind.SERVER, carrier_of(metadata)) as span:
-            try:
-                set_principal(await self._authenticate(method, bearer(metadata)))
-                if span.is_long_lived:
-                    span.end(grpc.StatusCode.OK)  # established: what follows may last hours
-                yield
-            except MuxtuneError as error:
-                span.end(mapped(error).code)
-                await context.abort_with_status(rpc_status.to_status(to_status(error)))
-            except grpc.aio.AbortError:
-                raise
-            except Exception as error:
-                status = to_status_of_bug(error)
-                span.end(grpc.StatusCode.INTERNAL)
-                await context.abort_with_status(rpc_status.to_status(status))
 
 
 async def serve(
@@ -110,8 +52,8 @@ async def serve(
 
     `register` adds servicers and returns their full names. Exits with a clear error if the port is taken.
     """
-    provider = configure(service_name, settings)
-    server = grpc.aio.server(interceptors=[Gate(authenticate)], options=_OPTIONS)
+    telemetry = configure(service_name, settings)
+    server = grpc.aio.server(interceptors=[Gate(authenticate, settings.listen)], options=_OPTIONS)
     health = health_aio.HealthServicer()
     names = [*register(server), health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -131,7 +73,7 @@ async def serve(
     if on_stop is not None:
         await on_stop()
     await server.stop(grace_seconds)
-    await asyncio.to_thread(provider.shutdown)
+    await asyncio.to_thread(telemetry.shutdown)
 
 
 def _bind(server: grpc.aio.Server, listen: str) -> str:

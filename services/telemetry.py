@@ -42,7 +42,7 @@ def configure(service_name: str, settings: ServerSettings) -> TracerProvider:
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(settings.otlp_endpoint, insecure=insecure)))
         readers.append(PeriodicExportingMetricReader(OTLPMetricExporter(settings.otlp_endpoint, insecure=insecure)))
     if settings.trace_file:
-        from services.trace_file import FileSpanExporter
+        from muxtune.trace_file import FileSpanExporter
 
         provider.add_span_processor(BatchSpanProcessor(FileSpanExporter(settings.trace_file)))
     if settings.prometheus_port:

@@ -1,0 +1,4 @@
+"""muxtune: many tenants' PEFT tasks at once on one shared, frozen LLM backbone.
+
+`muxtune.client` is what platforms import; `muxtune.v1` holds the generated stubs of the contracts.
+"""

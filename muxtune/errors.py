@@ -1,0 +1,173 @@
+"""What a call can raise, rebuilt from the ErrorInfo reason the service sent: decide by class or reason, never by text."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """One offending field of the request, and what to do about it."""
+
+    field: str
+    description: str
+
+
+class MuxtuneError(Exception):
+    """Base of all. `reason` is a value of `muxtune.v1.ErrorReason` without its prefix; "" if the service named none."""
+
+    reason = ""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode = grpc.StatusCode.UNKNOWN,
+        violations: tuple[FieldViolation, ...] = (),
+        metadata: Mapping[str, str] | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message, self.code, self.violations = message, code, violations
+        self.metadata = dict(metadata or {})
+        self.retry_after_seconds = retry_after_seconds
+
+
+class InvalidInputError(MuxtuneError):
+    reason = "INVALID_INPUT"
+
+
+class MalformedDatasetError(InvalidInputError):
+    """`metadata["line"]` says where."""
+
+    reason = "MALFORMED_DATASET"
+
+
+class ChecksumMismatchError(InvalidInputError):
+    reason = "CHECKSUM_MISMATCH"
+
+
+class RequestIdReusedError(InvalidInputError):
+    reason = "REQUEST_ID_REUSED"
+
+
+class WillNeverFitError(InvalidInputError):
+    reason = "WILL_NEVER_FIT"
+
+
+class UnauthenticatedError(MuxtuneError):
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(MuxtuneError):
+    reason = "PERMISSION_DENIED"
+
+
+class NotFoundError(MuxtuneError):
+    reason = "NOT_FOUND"
+
+
+class AlreadyExistsError(MuxtuneError):
+    reason = "ALREADY_EXISTS"
+
+
+class IllegalTransitionError(MuxtuneError):
+    reason = "ILLEGAL_TRANSITION"
+
+
+class ResourceInUseError(IllegalTransitionError):
+    reason = "RESOURCE_IN_USE"
+
+
+class QuotaExceededError(MuxtuneError):
+    reason = "QUOTA_EXCEEDED"
+
+
+class OverloadedError(MuxtuneError):
+    reason = "OVERLOADED"
+
+
+class StaleEpochError(MuxtuneError):
+    reason = "STALE_EPOCH"
+
+
+class LeaseLostError(StaleEpochError):
+    reason = "LEASE_LOST"
+
+
+class UnavailableError(MuxtuneError):
+    reason = "UNAVAILABLE"
+
+
+class BackboneUnsupportedError(MuxtuneError):
+    reason = "BACKBONE_UNSUPPORTED"
+
+
+class ArtifactCorruptError(MuxtuneError):
+    reason = "ARTIFACT_CORRUPT"
+
+
+class ExportMismatchError(MuxtuneError):
+    reason = "EXPORT_MISMATCH"
+
+
+class NonFiniteError(MuxtuneError):
+    reason = "NON_FINITE"
+
+
+class InternalError(MuxtuneError):
+    """A bug of the service; `metadata["trace_id"]` finds it."""
+
+    reason = "INTERNAL"
+
+
+_BY_CODE = {
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: UnavailableError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
+}
+
+
+def by_reason() -> dict[str, type[MuxtuneError]]:
+    """Every class by its reason."""
+    found, waiting = {}, [MuxtuneError]
+    while waiting:
+        cls = waiting.pop()
+        waiting += cls.__subclasses__()
+        if cls.reason:
+            found[cls.reason] = cls
+    return found
+
+
+def from_rpc_error(error: grpc.RpcError) -> MuxtuneError:
+    """The exception for a failed call."""
+    code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
+    text = (error.details() if hasattr(error, "details") else "") or code.name
+    status = rpc_status.from_call(error) if hasattr(error, "trailing_metadata") else None  # type: ignore[arg-type]
+    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    for packed in status.details if status is not None else ():
+        for detail in (info, bad, retry):
+            packed.Unpack(detail)
+    cls = by_reason().get(info.reason) or _BY_CODE.get(code, MuxtuneError)
+    delay = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+    return cls(
+        text,
+        code=code,
+        violations=tuple(FieldViolation(v.field, v.description) for v in bad.field_violations),
+        metadata=dict(info.metadata),
+        retry_after_seconds=delay or None,
+    )
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """grpc.RpcError inside comes out as a MuxtuneError."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from error

@@ -1,0 +1,167 @@
+"""What the blocking and the asyncio client share: channel options, files as chunks, folders from chunks, spans."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from opentelemetry import propagate, trace
+from opentelemetry.trace import SpanKind
+
+from muxtune.errors import ChecksumMismatchError, InvalidInputError, UnauthenticatedError
+from muxtune.v1 import admission_pb2, artifact_pb2
+
+CHUNK_BYTES = 1 << 20
+DEADLINE_SECONDS = 60.0
+TRANSFER_SECONDS = 3600.0
+WATCH_BACKOFF_SECONDS = (0.1, 5.0)
+_RETRY_POLICY = {
+    "methodConfig": [
+        {
+            "name": [{"service": "muxtune.v1.AdmissionService"}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "3s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.service_config", json.dumps(_RETRY_POLICY)),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.max_reconnect_backoff_ms", 3_000),
+]
+Rows = Iterable[Mapping[str, Any]]
+
+
+def address_and_key(address: str | None, api_key: str | None) -> tuple[str, str]:
+    """Arguments, or MUXTUNE_ADDRESS and MUXTUNE_API_KEY. Raises UnauthenticatedError if there is neither."""
+    address = address or os.environ.get("MUXTUNE_ADDRESS", "")
+    api_key = api_key or os.environ.get("MUXTUNE_API_KEY", "")
+    if not address or not api_key:
+        raise UnauthenticatedError("no address or API key: pass them, or set MUXTUNE_ADDRESS and MUXTUNE_API_KEY")
+    return address, api_key
+
+
+def metadata(api_key: str) -> list[tuple[str, str]]:
+    """The key, and the trace this call belongs to."""
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return [("authorization", f"Bearer {api_key}"), *carrier.items()]
+
+
+@contextmanager
+def call_span(method: str) -> Iterator[None]:
+    """The client's span around a call: the root of a task's trace, where OpenTelemetry is configured."""
+    attributes = {"rpc.system.name": "grpc", "rpc.method": f"muxtune.v1.AdmissionService/{method}"}
+    tracer = trace.get_tracer("muxtune.client")
+    with tracer.start_as_current_span(attributes["rpc.method"], kind=SpanKind.CLIENT, attributes=attributes):
+        yield
+
+
+def new_request_id() -> str:
+    return str(uuid.uuid4())
+
+
+def rows_as_bytes(rows: Path | str | bytes | Rows) -> bytes:
+    """JSON Lines from a path, from bytes as they are, or from dicts."""
+    if isinstance(rows, bytes):
+        return rows
+    if isinstance(rows, str | Path):
+        try:
+            return Path(rows).read_bytes()
+        except OSError as error:
+            raise InvalidInputError(f"{rows}: cannot be read: {error.strerror}") from error
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+def file_parts(name: str, data: bytes) -> Iterator[artifact_pb2.FileHeader | artifact_pb2.FileChunk]:
+    """A file's header, then its chunks."""
+    yield artifact_pb2.FileHeader(file_name=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    for offset in range(0, len(data), CHUNK_BYTES):
+        yield artifact_pb2.FileChunk(offset=offset, data=data[offset : offset + CHUNK_BYTES])
+
+
+def dataset_requests(header: artifact_pb2.UploadHeader, data: bytes) -> Iterator[admission_pb2.UploadDatasetRequest]:
+    yield admission_pb2.UploadDatasetRequest(header=header)
+    for part in file_parts("", data):
+        if isinstance(part, artifact_pb2.FileHeader):
+            yield admission_pb2.UploadDatasetRequest(file=part)
+        else:
+            yield admission_pb2.UploadDatasetRequest(chunk=part)
+
+
+def adapter_requests(header: artifact_pb2.UploadHeader, folder: Path) -> Iterator[admission_pb2.UploadAdapterRequest]:
+    yield admission_pb2.UploadAdapterRequest(header=header)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for part in file_parts(name, rows_as_bytes(folder / name)):
+            if isinstance(part, artifact_pb2.FileHeader):
+                yield admission_pb2.UploadAdapterRequest(file=part)
+            else:
+                yield admission_pb2.UploadAdapterRequest(chunk=part)
+
+
+class FolderSink:
+    """Receives a folder's files beside `dest` and moves them there when all are whole and right, or not at all."""
+
+    def __init__(self, dest: Path) -> None:
+        self._dest = dest
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = Path(tempfile.mkdtemp(dir=dest.parent, prefix=".partial-"))
+        self._header: artifact_pb2.FileHeader | None = None
+        self._data = bytearray()
+        self._num_files = 0
+
+    def add(self, response: admission_pb2.DownloadAdapterResponse) -> None:
+        """Raises ChecksumMismatchError where what comes is not what was announced."""
+        if response.WhichOneof("part") == "file":
+            self._close_file()
+            self._header, self._data = response.file, bytearray()
+            if Path(self._header.file_name).name != self._header.file_name:
+                raise ChecksumMismatchError(f'"{self._header.file_name}" is no plain file name')
+        elif response.chunk.offset != len(self._data):
+            raise ChecksumMismatchError(f"a chunk at {response.chunk.offset} where {len(self._data)} was due")
+        else:
+            self._data += response.chunk.data
+
+    def close(self) -> Path:
+        """The folder in its place, replacing one that was there."""
+        self._close_file()
+        if self._num_files == 0:
+            raise ChecksumMismatchError("no file came")
+        if self._dest.exists():
+            shutil.rmtree(self._dest)
+        self._partial.rename(self._dest)
+        self._dest.chmod(0o755)
+        return self._dest
+
+    def _close_file(self) -> None:
+        if self._header is None:
+            return
+        found = hashlib.sha256(self._data).hexdigest()
+        if found != self._header.sha256 or len(self._data) != self._header.size_bytes:
+            raise ChecksumMismatchError(
+                f"{self._header.file_name} came with {len(self._data)} bytes that are not its own"
+            )
+        (self._partial / self._header.file_name).write_bytes(self._data)
+        self._num_files += 1
+
+    def __enter__(self) -> "FolderSink":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)

@@ -1,0 +1,104 @@
+"""What stands before every RPC of a server: its span, who calls, and domain errors as statuses.
+
+So a servicer only reads, decides, and raises.
+"""
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import grpc
+from grpc_status import rpc_status
+from opentelemetry.trace import SpanKind
+
+from services.auth import OPEN_SERVICES, Authenticate, bearer, set_principal
+from services.errors import status_of
+from services.rpc_spans import RpcSpan
+from services.telemetry import carrier_of
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_HANDLERS = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
+
+class Gate(grpc.aio.ServerInterceptor):
+    """`address`: what the spans name as the server's."""
+
+    def __init__(self, authenticate: Authenticate, address: str = "") -> None:
+        self._authenticate, self._address = authenticate, address
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        handler, method = await continuation(handler_call_details), handler_call_details.method
+        if handler is None or method.startswith(OPEN_SERVICES):
+            return handler
+        behaviour = self._streaming(handler, method) if handler.response_streaming else self._unary(handler, method)
+        make: Any = _HANDLERS[handler.request_streaming, handler.response_streaming]
+        return make(behaviour, handler.request_deserializer, handler.response_serializer)
+
+    def _unary(self, handler: Any, method: str) -> Any:
+        inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
+
+        async def serve(request: Any, context: Any) -> Any:
+            async with self._call(method, context):
+                return await inner(request, context)
+
+        return serve
+
+    def _streaming(self, handler: Any, method: str) -> Any:
+        inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+
+        # A coroutine that writes, not a generator: gRPC leaves the generator of an abandoned stream to the garbage
+        # collector, and its span and its servicer's clean-up with it.
+        async def serve(request: Any, context: Any) -> None:
+            async with self._call(method, context) as span:
+                answer = inner(request, context)
+                if inspect.isawaitable(answer):  # a servicer that writes by itself
+                    await answer
+                    return
+                async with aclosing(answer) as responses:
+                    async for response in responses:
+                        await context.write(response)
+                        span.establish()
+
+        return serve
+
+    @asynccontextmanager
+    async def _call(self, method: str, context: Any) -> AsyncIterator[RpcSpan]:
+        metadata = context.invocation_metadata()
+        span = RpcSpan(method, SpanKind.SERVER, carrier_of(metadata), self._address)
+        code = grpc.StatusCode.UNKNOWN
+        try:
+            with span.in_force():
+                principal = await self._authenticate(method, bearer(metadata))
+                set_principal(principal)
+                if principal.tenant:
+                    span.set_tenant(principal.tenant)
+                span.establish_soon()
+                yield span
+            code = _code_of(context)
+        except grpc.aio.AbortError:
+            code = _code_of(context)
+            raise
+        except asyncio.CancelledError:
+            is_late = context.time_remaining() is not None and context.time_remaining() <= 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:
+            with span.in_force():
+                status = status_of(error)
+            code = _CODES[status.code]
+            await context.abort_with_status(rpc_status.to_status(status))
+        finally:
+            span.end(code)
+
+
+def _code_of(context: Any) -> grpc.StatusCode:
+    """What the servicer set on the context; OK if it set nothing."""
+    code = context.code()
+    return code if isinstance(code, grpc.StatusCode) else _CODES.get(code or 0, grpc.StatusCode.UNKNOWN)
