@@ -42,7 +42,7 @@ FINAL_STATES = frozenset({task_pb2.TASK_STATE_SUCCEEDED, task_pb2.TASK_STATE_FAI
 
 class _Options(TypedDict):
     timeout: float
-    metadata: list[tuple[str, str]]
+    metadata: tuple[tuple[str, str], ...]
 
 
 class Client:

@@ -1,4 +1,4 @@
-"""What a call can raise, rebuilt from the ErrorInfo reason the service sent: decide by class or reason, never by text."""
+"""What a call can raise, rebuilt from the reason the service sent: decide by class or reason, never by text."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+
+DOMAIN = "muxtune"
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,20 @@ def by_reason() -> dict[str, type[MuxtuneError]]:
     return found
 
 
-def from_rpc_error(error: grpc.RpcError) -> MuxtuneError:
-    """The exception for a failed call."""
+@dataclass(frozen=True)
+class Failure:
+    """What a failed call says: `reason` is "" where no ErrorInfo of ours came."""
+
+    code: grpc.StatusCode
+    reason: str
+    message: str
+    violations: tuple[FieldViolation, ...] = ()
+    metadata: Mapping[str, str] | None = None
+    retry_after_seconds: float | None = None
+
+
+def read_failure(error: grpc.RpcError) -> Failure:
+    """The status and its google.rpc details."""
     code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     text = (error.details() if hasattr(error, "details") else "") or code.name
     status = rpc_status.from_call(error) if hasattr(error, "trailing_metadata") else None  # type: ignore[arg-type]
@@ -153,14 +167,28 @@ def from_rpc_error(error: grpc.RpcError) -> MuxtuneError:
     for packed in status.details if status is not None else ():
         for detail in (info, bad, retry):
             packed.Unpack(detail)
-    cls = by_reason().get(info.reason) or _BY_CODE.get(code, MuxtuneError)
-    delay = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
-    return cls(
-        text,
+    if info.domain != DOMAIN:
+        return Failure(code, "", f"{code.name}: {text}")
+    return Failure(
         code=code,
+        reason=info.reason,
+        message=text,
         violations=tuple(FieldViolation(v.field, v.description) for v in bad.field_violations),
         metadata=dict(info.metadata),
-        retry_after_seconds=delay or None,
+        retry_after_seconds=(retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9) or None,
+    )
+
+
+def from_rpc_error(error: grpc.RpcError) -> MuxtuneError:
+    """The exception for a failed call."""
+    failure = read_failure(error)
+    cls = by_reason().get(failure.reason) or _BY_CODE.get(failure.code, MuxtuneError)
+    return cls(
+        failure.message,
+        code=failure.code,
+        violations=failure.violations,
+        metadata=failure.metadata,
+        retry_after_seconds=failure.retry_after_seconds,
     )
 
 

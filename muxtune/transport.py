@@ -55,11 +55,11 @@ def address_and_key(address: str | None, api_key: str | None) -> tuple[str, str]
     return address, api_key
 
 
-def metadata(api_key: str) -> list[tuple[str, str]]:
+def metadata(api_key: str) -> tuple[tuple[str, str], ...]:
     """The key, and the trace this call belongs to."""
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
-    return [("authorization", f"Bearer {api_key}"), *carrier.items()]
+    return (("authorization", f"Bearer {api_key}"), *carrier.items())
 
 
 @contextmanager

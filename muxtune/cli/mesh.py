@@ -101,8 +101,8 @@ class Mesh:
             )
             return answer.secret
 
-    def mesh_metadata(self) -> list[tuple[str, str]]:
-        return [("authorization", f"Bearer {self.mesh_secret}")]
+    def mesh_metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.mesh_secret}"),)
 
     def log_of(self, service: str) -> Path:
         return self.data / "logs" / f"{service}.log"
@@ -233,7 +233,7 @@ def _is_serving(address: str) -> bool:
     """Waits a moment for the answer, so that asking again and again is no busy loop."""
     with grpc.insecure_channel(address) as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(
+            answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
                 health_pb2.HealthCheckRequest(), timeout=1, wait_for_ready=True
             )
         except grpc.RpcError:
