@@ -7,7 +7,6 @@ Legend: N rows, S tokens of all rows, L tokens of one row.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +43,8 @@ class TokenizedDataset:
 
     @property
     def num_bytes(self) -> int:
-        return self.token_ids_S.nbytes + self.bears_loss_S.nbytes + self.offsets.nbytes + self.lines.nbytes
+        arrays = (self.token_ids_S, self.bears_loss_S, self.offsets, self.lines, self.original_lengths)
+        return sum(array.nbytes for array in arrays)
 
     def row(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         part = slice(self.offsets[index], self.offsets[index + 1])
@@ -75,8 +75,8 @@ def tokenize_dataset(rows: Iterable[Row], tokenizer: BackboneTokenizer, training
             ids, mask, num_truncated = ids[:limit], mask[:limit], num_truncated + 1
         kept.append((row.line, ids, mask))
     if not kept:
-        why = refused[0].reason if refused else "no rows"
-        raise InvalidInputError.of_field("dataset", f"every row is refused; line {refused[0].line}: {why}")
+        why = f"every row is refused; line {refused[0].line}: {refused[0].reason}" if refused else "has no rows"
+        raise InvalidInputError.of_field("dataset", why)
     return TokenizedDataset(
         token_ids_S=np.concatenate([ids for _, ids, _ in kept]),
         bears_loss_S=np.concatenate([mask for _, _, mask in kept]),
@@ -96,7 +96,6 @@ class Split:
     heldout: NDArray[np.int64]
 
 
-@lru_cache(maxsize=256)
 def split(num_rows: int, training: Training) -> Split:
     """Held-out rows are drawn by the seed; at least one of each kind. Raises InvalidInputError for too few rows."""
     everything = np.arange(num_rows, dtype=np.int64)
@@ -118,15 +117,23 @@ def num_steps(training: Training, num_train_rows: int) -> int:
     return training.num_epochs * math.ceil(num_train_rows / training.global_batch_size)
 
 
-def batch(training: Training, train: NDArray[np.int64], step: int) -> NDArray[np.int64]:
-    """Rows of optimizer step `step` (from 0), in order. The last batch of an epoch may be smaller."""
-    size = training.global_batch_size
-    epoch, index = divmod(step, math.ceil(len(train) / size))
-    order = _permutation(training.seed, epoch, len(train)) if training.shuffle else np.arange(len(train))
-    return train[order[index * size : (index + 1) * size]]
+class Order:
+    """Which rows train in which step, in order: a permutation an epoch. Holds the last epoch asked for."""
+
+    def __init__(self, training: Training, train: NDArray[np.int64]) -> None:
+        self._training, self._train = training, train
+        self._epoch, self._rows = -1, train
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Rows of optimizer step `step` (from 0). The last batch of an epoch may be smaller."""
+        size = self._training.global_batch_size
+        epoch, index = divmod(step, math.ceil(len(self._train) / size))
+        if self._training.shuffle and epoch != self._epoch:
+            self._rows = self._train[_permutation(self._training.seed, epoch, len(self._train))]
+            self._epoch = epoch
+        return self._rows[index * size : (index + 1) * size]
 
 
-@lru_cache(maxsize=256)
 def _permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     """numpy's Philox keyed by (seed, epoch + 1): epoch -1 draws the held-out split."""
     key = np.array([seed % 2**64, epoch + 1], dtype=np.uint64)

@@ -1,17 +1,20 @@
 """Rounds: the microbatches in which every member of an hTask takes one optimizer step.
 
-A task's global batch is cut into slices of at most `micro_batch_size` sequences; slices of all tasks are packed into
-few microbatches, first-fit decreasing, under the token budget. In one microbatch a task has one contiguous range,
-padded at its tail to a multiple of the chunk. Source: MuxTune section 3.4. Legend: T tokens of the stream.
+A task's global batch is cut into slices of at most `micro_batch_size` sequences that fit the token budget; slices of
+all tasks are packed into few microbatches, first-fit decreasing, under that budget. Only a sequence longer than the
+budget passes it, alone: a microbatch holds at most the larger of the budget and the longest sequence, padded.
+In one microbatch a task has one contiguous range, padded at its tail to a multiple of the chunk.
+Source: MuxTune section 3.4. Legend: T tokens of the stream.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.alignment.dataset import TokenizedDataset, batch, split
+from engine.alignment.dataset import Order, Split, TokenizedDataset, split
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
 from engine.task import Training, evaluation_is_due
 
@@ -25,6 +28,14 @@ class Member:
     training: Training
     num_steps: int
     step: int
+
+    @cached_property
+    def split(self) -> Split:
+        return split(self.dataset.num_rows, self.training)
+
+    @cached_property
+    def order(self) -> Order:
+        return Order(self.training, self.split.train)
 
 
 @dataclass(frozen=True)
@@ -65,8 +76,18 @@ def one_round(
     number: int, members: Sequence[tuple[Member, int]], token_budget: int, chunk_tokens: int
 ) -> list[Microbatch]:
     """The evaluations due at the members' steps, then one training step of each that has one left."""
-    evaluate = [s for m, step in members if evaluation_is_due(m.training, step, m.num_steps) for s in _heldout(m, step)]
-    train = [s for m, step in members if step < m.num_steps for s in _batch(m, step)]
+    evaluate = [
+        slice_
+        for m, step in members
+        if evaluation_is_due(m.training, step, m.num_steps)
+        for slice_ in _slices(m, step, m.split.heldout, token_budget)
+    ]
+    train = [
+        slice_
+        for m, step in members
+        if step < m.num_steps
+        for slice_ in _slices(m, step, m.order.batch(step), token_budget)
+    ]
     plans = [(MicrobatchKind.EVALUATE, bins) for bins in pack(evaluate, token_budget, chunk_tokens)]
     plans += [(MicrobatchKind.TRAIN, bins) for bins in pack(train, token_budget, chunk_tokens)]
     last = {(kind, s.member.task): i for i, (kind, slices) in enumerate(plans) for s in slices}
@@ -82,41 +103,53 @@ def pack(slices: Sequence[Slice], token_budget: int, chunk_tokens: int) -> list[
 
     Slices of one task keep their order inside a bin.
     """
-    bins: list[dict[str, int]] = []  # unpadded tokens by task
-    contents: list[list[Slice]] = []
-    order = sorted(range(len(slices)), key=lambda i: (-slices[i].num_tokens, i))
-    for index in order:
+    bins: list[_Bin] = []
+    for index in sorted(range(len(slices)), key=lambda i: (-slices[i].num_tokens, i)):
         slice_ = slices[index]
-        task, tokens = slice_.member.task, slice_.num_tokens
-        for at, filled in enumerate(bins):
-            trial = {**filled, task: filled.get(task, 0) + tokens}
-            if sum(_padded(n, chunk_tokens) for n in trial.values()) <= token_budget:
-                bins[at] = trial
-                contents[at].append(slice_)
+        for bin_ in bins:
+            if bin_.num_tokens_with(slice_, chunk_tokens) <= token_budget:
                 break
         else:
-            bins.append({task: tokens})
-            contents.append([slice_])
-    position = {id(s): i for i, s in enumerate(slices)}
-    return [sorted(content, key=lambda s: position[id(s)]) for content in contents]
+            bin_ = _Bin()
+            bins.append(bin_)
+        bin_.add(index, slice_, chunk_tokens)
+    return [[slices[index] for index in sorted(bin_.indices)] for bin_ in bins]
 
 
-def _batch(member: Member, step: int) -> list[Slice]:
-    rows = batch(member.training, split(member.dataset.num_rows, member.training).train, step)
-    return _slices(member, step, rows)
+class _Bin:
+    """A microbatch being filled: padded tokens in all, unpadded ones by task, and which slices."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.by_task: dict[str, int] = {}
+        self.indices: list[int] = []
+
+    def num_tokens_with(self, slice_: Slice, chunk_tokens: int) -> int:
+        filled = self.by_task.get(slice_.member.task, 0)
+        added = _padded(filled + slice_.num_tokens, chunk_tokens) - _padded(filled, chunk_tokens)
+        return self.num_tokens + added
+
+    def add(self, index: int, slice_: Slice, chunk_tokens: int) -> None:
+        self.num_tokens = self.num_tokens_with(slice_, chunk_tokens)
+        task = slice_.member.task
+        self.by_task[task] = self.by_task.get(task, 0) + slice_.num_tokens
+        self.indices.append(index)
 
 
-def _heldout(member: Member, step: int) -> list[Slice]:
-    return _slices(member, step, split(member.dataset.num_rows, member.training).heldout)
-
-
-def _slices(member: Member, step: int, rows: NDArray[np.int64]) -> list[Slice]:
+def _slices(member: Member, step: int, rows: NDArray[np.int64], token_budget: int) -> list[Slice]:
+    """Consecutive sequences, at most `micro_batch_size` and, unless one alone is longer, within the budget."""
     lengths = [int(member.dataset.offsets[r + 1] - member.dataset.offsets[r]) for r in rows]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(int)
     sequences = [PlacedRow(int(r), n, int(s)) for r, n, s in zip(rows, lengths, starts[:-1], strict=True)]
     targets = sum(member.dataset.num_targets(int(r)) for r in rows)
-    size = member.training.micro_batch_size
-    return [Slice(member, step, tuple(sequences[i : i + size]), targets) for i in range(0, len(sequences), size)]
+    cuts: list[list[PlacedRow]] = [[]]
+    for sequence in sequences:
+        filled = sum(placed.num_tokens for placed in cuts[-1])
+        is_full = len(cuts[-1]) == member.training.micro_batch_size or filled + sequence.num_tokens > token_budget
+        if cuts[-1] and is_full:
+            cuts.append([])
+        cuts[-1].append(sequence)
+    return [Slice(member, step, tuple(cut), targets) for cut in cuts if cut]
 
 
 def _build(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.alignment.dataset import Refused, TokenizedDataset, batch, num_steps, split
+from engine.alignment.dataset import Order, Refused, TokenizedDataset, num_steps, split
 from engine.alignment.tokens import BackboneTokenizer
 from engine.task import Training
 
@@ -73,7 +73,8 @@ def _train_tokens(dataset: TokenizedDataset, training: Training, steps: int) -> 
     train, lengths = split(dataset.num_rows, training).train, np.diff(dataset.offsets)
     per_epoch = -(-len(train) // training.global_batch_size)
     epochs, rest = divmod(steps, per_epoch)
-    tail = sum(int(lengths[batch(training, train, epochs * per_epoch + i)].sum()) for i in range(rest))
+    order = Order(training, train)
+    tail = sum(int(lengths[order.batch(epochs * per_epoch + i)].sum()) for i in range(rest))
     return epochs * int(lengths[train].sum()) + tail
 
 
@@ -85,7 +86,11 @@ def _histogram(dataset: TokenizedDataset) -> dict[tuple[int, int], int]:
 def _render(dataset: TokenizedDataset, tokenizer: BackboneTokenizer, index: int, is_heldout: bool) -> RenderedRow:
     ids_L, bears_loss_L = dataset.row(index)
     bounds = [0, *(np.flatnonzero(np.diff(bears_loss_L)) + 1).tolist(), len(ids_L)]
+    text = tokenizer.decode(ids_L)
+    # Cut the one whole text: tokens decoded apart would lose spaces and characters that span two tokens.
+    cuts = [*(min(len(text), len(tokenizer.decode(ids_L[:at]))) for at in bounds[:-1]), len(text)]
     pieces = tuple(
-        Piece(tokenizer.decode(ids_L[a:b]), bool(bears_loss_L[a]), b - a) for a, b in itertools.pairwise(bounds)
+        Piece(text[cut:next_cut], bool(bears_loss_L[a]), b - a)
+        for (a, b), (cut, next_cut) in zip(itertools.pairwise(bounds), itertools.pairwise(cuts), strict=True)
     )
     return RenderedRow(int(dataset.lines[index]), len(ids_L), pieces, is_heldout)

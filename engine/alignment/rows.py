@@ -10,15 +10,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.alignment.templates import TemplateRefusedError
 from engine.alignment.tokens import BackboneTokenizer
 from engine.errors import MalformedDatasetError
 
 MAX_LINE_BYTES = 4 << 20
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
+_SHAPES = {
+    frozenset({"messages"}): "messages",
+    frozenset({"prompt", "completion"}): "prompt_completion",
+    frozenset({"text"}): "text",
+}
+_SHAPE_KEYS = frozenset[str]().union(*_SHAPES)
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def _parse(number: int, line: bytes) -> Row:
     if len(line) > MAX_LINE_BYTES:
         raise _malformed(number, f"is {len(line)} bytes long; at most {MAX_LINE_BYTES}")
     try:
-        fields = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
+        fields = json.loads(line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise _malformed(number, f"is not UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:
@@ -86,23 +92,23 @@ def _parse(number: int, line: bytes) -> Row:
 
 
 def _shape(number: int, fields: dict[str, Any]) -> str:
-    shapes = [s for s, keys in (("messages", ["messages"]), ("prompt_completion", ["prompt", "completion"]),
-                                ("text", ["text"])) if all(k in fields for k in keys)]  # fmt: skip
-    if len(shapes) != 1:
+    shape = _SHAPES.get(frozenset(fields) & _SHAPE_KEYS)
+    if shape is None:
         raise _malformed(number, 'needs exactly one of "messages", "prompt" with "completion", or "text"')
-    if shapes[0] == "messages":
+    if shape == "messages":
         _check_messages(number, fields["messages"])
     else:
-        for key in ("prompt", "completion") if shapes[0] == "prompt_completion" else ("text",):
+        for key in ("prompt", "completion") if shape == "prompt_completion" else ("text",):
             _check_text(number, key, fields[key])
-    return shapes[0]
+    return shape
 
 
 def _check_messages(number: int, messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise _malformed(number, '"messages" must be a list of at least one message')
     for index, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in _ROLES:
             raise _malformed(number, f'messages[{index}] needs a "role" of {", ".join(sorted(_ROLES))}')
         _check_text(number, f"messages[{index}].content", message.get("content"))
     if not any(message["role"] == "assistant" for message in messages):
@@ -123,6 +129,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) != len(pairs):
         raise ValueError("a key stands twice in one object")
     return fields
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
 
 
 def _malformed(number: int, why: str) -> MalformedDatasetError:
@@ -155,27 +165,32 @@ def _messages(
     try:
         text = tokenizer.template.render(messages)
         spans = [_span(messages, i, text, tokenizer) for i, m in enumerate(messages) if m["role"] == "assistant"]
-    except jinja2.TemplateError as error:
-        raise RowRefusedError(f"the chat template refuses it ({type(error).__name__})") from None
+    except TemplateRefusedError as error:
+        raise RowRefusedError(str(error)) from None
     encoded = tokenizer.encode(text, add_special_tokens=False)
     mask = np.zeros(len(encoded.token_ids_L), np.bool_)
     starts, ends = encoded.offsets_L2.T
-    for start, end in spans:
-        inside = np.flatnonzero((starts >= start) & (ends <= end) & (ends > starts))
-        mask[inside[: _stop(encoded.token_ids_L[inside], tokenizer)]] = True
+    for start, end, content_end in spans:
+        # A token of no width (a sentencepiece prefix) belongs to the turn if it lies strictly inside.
+        inside = np.flatnonzero((starts >= start) & (starts < end) & (ends > start) & (ends <= end))
+        is_stop = np.isin(encoded.token_ids_L[inside], list(tokenizer.special_ids)) & (starts[inside] >= content_end)
+        mask[inside[: _stop(is_stop)]] = True
     return encoded.token_ids_L, mask
 
 
-def _span(messages: list[dict[str, Any]], index: int, text: str, tokenizer: BackboneTokenizer) -> tuple[int, int]:
+def _span(messages: list[dict[str, Any]], index: int, text: str, tokenizer: BackboneTokenizer) -> tuple[int, int, int]:
+    """Characters [start, end) that the turn adds after the generation prompt, and where its content ends in them."""
     assert tokenizer.template is not None
     before = tokenizer.template.render(messages[:index], add_generation_prompt=True)
     through = tokenizer.template.render(messages[: index + 1])
     if not (through.startswith(before) and text.startswith(through)):
         raise RowRefusedError("the chat template rewrites earlier turns, so what bears loss can't be told exactly")
-    return len(before), len(through)
+    content = messages[index]["content"].strip()
+    content_end = max(len(before), through.find(content, len(before)) + len(content))
+    return len(before), len(through), content_end
 
 
-def _stop(ids: NDArray[np.int32], tokenizer: BackboneTokenizer) -> int:
+def _stop(is_stop: NDArray[np.bool_]) -> int:
     """Tokens of a turn up to its stop token, that one included; template text after it is never generated."""
-    special = np.flatnonzero(np.isin(ids, list(tokenizer.special_ids)))
-    return int(special[-1]) + 1 if len(special) else len(ids)
+    stops = np.flatnonzero(is_stop)
+    return int(stops[-1]) + 1 if len(stops) else len(is_stop)

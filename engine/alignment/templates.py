@@ -1,6 +1,7 @@
 """Chat templates, rendered exactly as transformers renders them.
 
-Source: transformers.utils.chat_template_utils: jinja2's immutable sandbox, trimmed blocks, loop controls, own tojson.
+Source: transformers.utils.chat_template_utils: jinja2's immutable sandbox, trimmed blocks, loop controls, own tojson,
+`{% generation %}` taken as plain text. Templates come with backbones from anywhere, so what they can reach is nothing.
 """
 
 import json
@@ -9,26 +10,98 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the first is the one templates read
+
+
+class TemplateRefusedError(Exception):
+    """The template does not compile, or cannot render these messages. The text never quotes them."""
 
 
 class ChatTemplate:
-    """A compiled template with the special tokens it may name."""
+    """A compiled template with the special tokens it may name. Raises TemplateRefusedError if it does not compile."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
         environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self._template = environment.from_string(source)
+        environment.globals.update(
+            raise_exception=_raise,
+            strftime_now=lambda form: datetime.now().strftime(form),
+            dict=_TemplateDict(),
+            namespace=_TemplateNamespace,
+        )
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise TemplateRefusedError(f"the chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        """The conversation as text. Raises jinja2.TemplateError where the template refuses it."""
-        return self._template.render(
-            messages=list(messages), add_generation_prompt=add_generation_prompt, **self._special_tokens
-        )
+        """The conversation as text. Raises TemplateRefusedError where the template refuses it."""
+        try:
+            return self._template.render(
+                messages=[_with_reasoning(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except Exception as error:  # a template may stumble over any value in any way
+            raise TemplateRefusedError(f"the chat template refuses it ({type(error).__name__})") from None
+
+
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}` marks what an assistant says; it renders as what stands in it."""
+
+    tags = {"generation"}  # noqa: RUF012  # jinja2's own declaration
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_as_it_is"), [], [], body).set_lineno(line)
+
+    def _as_it_is(self, caller: Any) -> str:
+        text: str = caller()
+        return text
+
+
+class _TemplateDict:
+    """`dict` for templates, without the class itself."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _TemplateNamespace(jinja2.utils.Namespace):
+    """`namespace` for templates, without underscored names."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # no `self`: so that namespace(self=...) works
+        self, values = args[0], dict(*args[1:], **kwargs)
+        for name in values:
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: str) -> None:
+    if name.startswith("_"):
+        raise SecurityError(f"a chat template cannot store {name!r}")
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    reasoning = next((message[key] for key in _REASONING_FIELDS if message.get(key) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _raise(message: str) -> None:

