@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import grpc
-from google.rpc import error_details_pb2
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "muxtune"
@@ -130,8 +131,9 @@ class InternalError(MuxtuneError):
 _BY_CODE = {
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: UnavailableError,
+    grpc.StatusCode.CANCELLED: UnavailableError,  # the service gave up the call: it shuts down
     grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: QuotaExceededError,  # gRPC's own: a message over its size limit
 }
 
 
@@ -162,7 +164,7 @@ def read_failure(error: grpc.RpcError) -> Failure:
     """The status and its google.rpc details."""
     code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     text = (error.details() if hasattr(error, "details") else "") or code.name
-    status = rpc_status.from_call(error) if hasattr(error, "trailing_metadata") else None  # type: ignore[arg-type]
+    status = _read_status(error)
     info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
     for packed in status.details if status is not None else ():
         for detail in (info, bad, retry):
@@ -177,6 +179,16 @@ def read_failure(error: grpc.RpcError) -> Failure:
         metadata=dict(info.metadata),
         retry_after_seconds=(retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9) or None,
     )
+
+
+def _read_status(error: grpc.RpcError) -> status_pb2.Status | None:
+    """The google.rpc.Status of the call's trailers; None if there is none, or none that fits the call."""
+    if not hasattr(error, "trailing_metadata"):
+        return None
+    try:
+        return rpc_status.from_call(error)  # type: ignore[arg-type]
+    except (DecodeError, ValueError):
+        return None
 
 
 def from_rpc_error(error: grpc.RpcError) -> MuxtuneError:

@@ -20,7 +20,7 @@ from muxtune.errors import DOMAIN, read_failure
 from muxtune.v1 import errors_pb2
 
 _RETRY_SECONDS = 1
-# A status travels in HTTP/2 headers, its text twice; clients refuse more than 8 KiB of them and then see no error at all.
+# A status travels in HTTP/2 headers, its text twice; clients refuse more than 8 KiB of those and then see no error.
 _MAX_TEXT_BYTES, _MAX_VIOLATIONS_BYTES = 700, 2_000
 _log = logging.getLogger(__name__)
 

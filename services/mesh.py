@@ -1,64 +1,73 @@
 """Clients of the mesh: channels that retry, keep alive, carry the mesh secret and the trace, and raise domain errors.
 
-Only UNAVAILABLE is retried by itself (AIP-194), by gRPC's own service config. Every unary call has a deadline.
+Only UNAVAILABLE is retried by itself (AIP-194), by gRPC's own service config. Every unary call has a deadline. Calls do
+not wait for a service that is away beyond those retries (about two seconds); who can wait passes `wait_for_ready=True`.
 """
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import grpc
-from opentelemetry import propagate
 from opentelemetry.trace import SpanKind
 
+from muxtune.v1 import admission_pb2, alignment_pb2, execution_pb2
 from services.auth import bearer_metadata
 from services.errors import from_rpc_error
+from services.rpc_spans import RpcSpan
 from services.server import MAX_MESSAGE_BYTES
-from services.telemetry import rpc_span
 
 DEADLINE_SECONDS = 30.0
 UPLOAD_DEADLINE_SECONDS = 3600.0
 _RETRY_POLICY = {
-    "methodConfig": [
-        {
-            "name": [{}],
-            "retryPolicy": {
-                "maxAttempts": 5,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ]
+    "maxAttempts": 5,
+    "initialBackoff": "0.1s",  # gRPC jitters it by a fifth
+    "maxBackoff": "2s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE"],
 }
-OPTIONS: list[tuple[str, Any]] = [
-    ("grpc.service_config", json.dumps(_RETRY_POLICY)),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.use_local_subchannel_pool", 1),
-]
+
+
+def service_config() -> str:
+    """Everything is retried but what a client streams: that is sent again whole by who has it, or not at all."""
+    services = (
+        s for m in (admission_pb2, alignment_pb2, execution_pb2) for s in m.DESCRIPTOR.services_by_name.values()
+    )
+    streamed = [
+        {"service": service.full_name, "method": method.name}
+        for service in services
+        for method in service.methods
+        if method.client_streaming
+    ]
+    return json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": _RETRY_POLICY}, {"name": streamed}]})
+
+
+def channel_options() -> list[tuple[str, Any]]:
+    return [
+        ("grpc.service_config", service_config()),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),  # else pings stop after two on an idle stream
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
 
 
 def open_channel(address: str, secret: str) -> grpc.aio.Channel:
     """An asyncio channel. Calls on it raise `engine.errors`, never grpc.RpcError; close it when done."""
-    interceptors: list[Any] = [
-        _UnaryUnary(address, secret),
-        _StreamUnary(address, secret),
-        _UnaryStream(address, secret),
-        _StreamStream(address, secret),
-    ]
-    return grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=interceptors)
+    return MeshChannel(grpc.aio.insecure_channel(address, options=channel_options()), address, secret)
 
 
 def open_sync_channel(address: str, secret: str) -> grpc.Channel:
-    """A blocking channel for the trainer: metadata only; wrap its calls in `translated_errors`."""
-    return grpc.intercept_channel(grpc.insecure_channel(address, options=OPTIONS), _SyncMetadata(secret))
+    """The same for threads: unary calls and server streams."""
+    channel = grpc.insecure_channel(address, options=channel_options())
+    return grpc.intercept_channel(channel, _SyncInterceptor(address, secret))
 
 
 @contextmanager
@@ -70,78 +79,162 @@ def translated_errors() -> Iterator[None]:
         raise from_rpc_error(error) from error
 
 
-class _Outgoing:
-    """What every client interceptor does to a call before it leaves."""
+class MeshChannel(grpc.aio.Channel):
+    """Wraps a channel rather than intercepting it: gRPC's asyncio interceptors lose track of streams that are cancelled
+    or abandoned. Stubs take it like any other channel."""
 
+    def __init__(self, inner: grpc.aio.Channel, address: str, secret: str) -> None:
+        self._inner, self._address, self._secret = inner, address, secret
+
+    def unary_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return partial(self._unary, self._inner.unary_unary(method, *args, **kwargs), method, DEADLINE_SECONDS)
+
+    def stream_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return partial(self._unary, self._inner.stream_unary(method, *args, **kwargs), method, UPLOAD_DEADLINE_SECONDS)
+
+    def unary_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return partial(self._stream, self._inner.unary_stream(method, *args, **kwargs), method)
+
+    def stream_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return partial(self._stream, self._inner.stream_stream(method, *args, **kwargs), method)
+
+    def _unary(
+        self, start: Callable[..., Any], method: str, seconds: float, request: Any = None, **options: Any
+    ) -> "UnaryCall":
+        span = RpcSpan(method, SpanKind.CLIENT, address=self._address)
+        options["timeout"] = seconds if options.get("timeout") is None else options["timeout"]
+        options["metadata"] = _metadata(options.get("metadata"), self._secret, span)
+        return UnaryCall(start(request, **options), span)
+
+    def _stream(self, start: Callable[..., Any], method: str, request: Any = None, **options: Any) -> "StreamCall":
+        span = RpcSpan(method, SpanKind.CLIENT, address=self._address)
+        options["metadata"] = _metadata(options.get("metadata"), self._secret, span)
+        span.establish_soon()
+        return StreamCall(start(request, **options), span)
+
+    async def __aenter__(self) -> "MeshChannel":
+        return self
+
+    async def __aexit__(self, *exception: Any) -> None:
+        await self.close()
+
+    async def close(self, grace: float | None = None) -> None:
+        await self._inner.close(grace)
+
+    def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
+        return self._inner.get_state(try_to_connect)
+
+    async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
+        await self._inner.wait_for_state_change(last_observed_state)
+
+    async def channel_ready(self) -> None:
+        await self._inner.channel_ready()
+
+
+class _Call:
+    """A call in progress with its span; what is not here is the wrapped call's own. Dropped, it is cancelled."""
+
+    def __init__(self, call: Any, span: RpcSpan) -> None:
+        self._call, self._span = call, span
+
+    def cancel(self) -> bool:
+        self._span.end(grpc.StatusCode.CANCELLED)
+        return bool(self._call.cancel())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+    def __del__(self) -> None:
+        self._span.end(grpc.StatusCode.CANCELLED)
+        if not self._call.done():
+            self._call.cancel()
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            self._span.end(error.code())
+            raise from_rpc_error(error) from error
+        except asyncio.CancelledError:
+            self._span.end(grpc.StatusCode.CANCELLED)
+            raise
+
+
+class UnaryCall(_Call):
+    """Awaited, it is the response."""
+
+    def __await__(self) -> Any:
+        return self._response().__await__()
+
+    async def _response(self) -> Any:
+        with self._watching():
+            response = await self._call
+        self._span.end(grpc.StatusCode.OK)
+        return response
+
+
+class StreamCall(_Call):
+    """An iterator over the responses."""
+
+    def __init__(self, call: Any, span: RpcSpan) -> None:
+        super().__init__(call, span)
+        self._responses = call.__aiter__()
+
+    def __aiter__(self) -> "StreamCall":
+        return self
+
+    async def __anext__(self) -> Any:
+        with self._watching():
+            try:
+                response = await anext(self._responses)
+            except StopAsyncIteration:
+                self._span.end(grpc.StatusCode.OK)
+                raise
+        self._span.establish()
+        return response
+
+
+class SyncStreamCall(_Call):
+    """The same for threads. `cancel` may be called from any."""
+
+    def __iter__(self) -> "SyncStreamCall":
+        return self
+
+    def __next__(self) -> Any:
+        with self._watching():
+            try:
+                response = next(self._call)
+            except StopIteration:
+                self._span.end(grpc.StatusCode.OK)
+                raise
+        self._span.establish()
+        return response
+
+
+class _SyncInterceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
     def __init__(self, address: str, secret: str) -> None:
         self._address, self._secret = address, secret
 
-    def _details(self, details: Any, default_seconds: float | None) -> Any:
-        return grpc.aio.ClientCallDetails(
-            method=details.method,
-            timeout=details.timeout if details.timeout is not None else default_seconds,
-            metadata=grpc.aio.Metadata(*(details.metadata or ()), *_metadata(self._secret)),
-            credentials=details.credentials,
-            wait_for_ready=details.wait_for_ready,
-        )
-
-    async def _unary(self, continuation: Callable[..., Any], details: Any, request: Any, seconds: float) -> Any:
-        with translated_errors(), rpc_span(_method(details), SpanKind.CLIENT, address=self._address):
-            call = await continuation(self._details(details, seconds), request)
-            return await call
-
-    async def _stream(self, continuation: Callable[..., Any], details: Any, request: Any) -> AsyncIterator[Any]:
-        return self._responses(continuation, details, request)
-
-    async def _responses(self, continuation: Callable[..., Any], details: Any, request: Any) -> AsyncIterator[Any]:
-        with translated_errors(), rpc_span(_method(details), SpanKind.CLIENT, address=self._address) as span:
-            call = await continuation(self._details(details, None), request)
-            async for response in call:
-                if span.is_long_lived:
-                    span.end(grpc.StatusCode.OK)  # established
-                yield response
-
-
-class _UnaryUnary(_Outgoing, grpc.aio.UnaryUnaryClientInterceptor):
-    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await self._unary(continuation, client_call_details, request, DEADLINE_SECONDS)
-
-
-class _StreamUnary(_Outgoing, grpc.aio.StreamUnaryClientInterceptor):
-    async def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        return await self._unary(continuation, client_call_details, request_iterator, UPLOAD_DEADLINE_SECONDS)
-
-
-class _UnaryStream(_Outgoing, grpc.aio.UnaryStreamClientInterceptor):
-    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await self._stream(continuation, client_call_details, request)
-
-
-class _StreamStream(_Outgoing, grpc.aio.StreamStreamClientInterceptor):
-    async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        return await self._stream(continuation, client_call_details, request_iterator)
-
-
-class _SyncMetadata(grpc.UnaryStreamClientInterceptor, grpc.UnaryUnaryClientInterceptor):
-    def __init__(self, secret: str) -> None:
-        self._secret = secret
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        span, details = self._start(client_call_details)
+        timeout = DEADLINE_SECONDS if details.timeout is None else details.timeout
+        call = continuation(details._replace(timeout=timeout), request)
+        code = call.code()
+        span.end(code)
+        if code is not grpc.StatusCode.OK:
+            raise from_rpc_error(call)
+        return call
 
     def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return continuation(self._with_metadata(client_call_details), request)
+        span, details = self._start(client_call_details)
+        return SyncStreamCall(continuation(details, request), span)
 
-    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return continuation(self._with_metadata(client_call_details), request)
-
-    def _with_metadata(self, details: Any) -> Any:
-        return details._replace(metadata=[*(details.metadata or ()), *_metadata(self._secret)])
-
-
-def _metadata(secret: str) -> list[tuple[str, str]]:
-    carrier: dict[str, str] = {}
-    propagate.inject(carrier)
-    return [bearer_metadata(secret), *carrier.items()]
+    def _start(self, details: Any) -> tuple[RpcSpan, Any]:
+        method = details.method.decode() if isinstance(details.method, bytes) else details.method
+        span = RpcSpan(method, SpanKind.CLIENT, address=self._address)
+        return span, details._replace(metadata=_metadata(details.metadata, self._secret, span))
 
 
-def _method(details: Any) -> str:
-    method = details.method
-    return method.decode() if isinstance(method, bytes) else method
+def _metadata(given: Any, secret: str, span: RpcSpan) -> list[tuple[str, Any]]:
+    return [*(given or ()), bearer_metadata(secret), *span.carrier.items()]

@@ -32,7 +32,9 @@ class RpcSpan:
     force is the parent. `address`: "host:port" of the server.
     """
 
-    def __init__(self, method: str, kind: SpanKind, carrier: Mapping[str, str] | None = None, address: str = "") -> None:
+    def __init__(
+        self, method: str, kind: SpanKind, carrier: Mapping[str, str] | None = None, address: str = ""
+    ) -> None:
         self._name, self._kind = method.lstrip("/"), kind
         self._attributes = {"rpc.system.name": "grpc", "rpc.method": self._name, **_server_attributes(address)}
         context = propagate.extract(carrier) if carrier else None

@@ -2,58 +2,97 @@
 
 One trace a task: its context is stored as a W3C `traceparent` and everything done for it later joins that trace; work
 for many tasks is a span of its own with links to theirs. Spans and logs never hold a tenant's data.
-Source: OpenTelemetry RPC semantic conventions (stable).
 """
 
 import json
 import logging
 import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import grpc
 from opentelemetry import metrics, propagate, trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
+from opentelemetry.trace import Link, Span, Status, StatusCode
 
-from services.config import ServerSettings
+from services.config import ServerSettings, SettingsError
 
 _NAME = "muxtune"
-_SLOW_STARTING_STREAMS = ("WatchTask", "WatchChanges", "RunPlan", "StreamMicrobatches")
+_EXPORT_SECONDS = 3
+_BATCH_MILLIS = 1000
 
 
-def configure(service_name: str, settings: ServerSettings) -> TracerProvider:
-    """Sets the process's tracer and meter providers and its JSON logs. Exporting never blocks a call."""
+@dataclass(frozen=True)
+class Telemetry:
+    """What a process exports with."""
+
+    tracer_provider: TracerProvider
+    meter_provider: MeterProvider
+    closers: Sequence[Callable[[], Any]] = ()
+
+    def shutdown(self) -> None:
+        """Sends what is waiting, for a few seconds at most where nobody listens."""
+        self.tracer_provider.shutdown()
+        self.meter_provider.shutdown(timeout_millis=1000 * _EXPORT_SECONDS)
+        for close in self.closers:
+            close()
+
+
+def configure(service_name: str, settings: ServerSettings) -> Telemetry:
+    """Sets the process's tracer and meter providers and its JSON logs. Exporting is done by threads behind bounded
+    queues: it never blocks a call, and what does not fit is dropped."""
     _configure_logs(service_name, settings.log_level)
     resource = Resource.create({"service.name": f"muxtune-{service_name}", "service.namespace": "muxtune"})
     provider = TracerProvider(resource=resource)
-    readers: list[Any] = []
+    for exporter in _span_exporters(settings):
+        provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=_BATCH_MILLIS))
+    readers, closers = _metric_readers(settings)
+    telemetry = Telemetry(provider, MeterProvider(resource=resource, metric_readers=readers), closers)
+    trace.set_tracer_provider(telemetry.tracer_provider)
+    metrics.set_meter_provider(telemetry.meter_provider)
+    return telemetry
+
+
+def _span_exporters(settings: ServerSettings) -> Iterator[Any]:
     if settings.otlp_endpoint:
-        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 
         insecure = not settings.otlp_endpoint.startswith("https")
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(settings.otlp_endpoint, insecure=insecure)))
-        readers.append(PeriodicExportingMetricReader(OTLPMetricExporter(settings.otlp_endpoint, insecure=insecure)))
+        yield OTLPSpanExporter(settings.otlp_endpoint, insecure=insecure, timeout=_EXPORT_SECONDS)
     if settings.trace_file:
         from muxtune.trace_file import FileSpanExporter
 
-        provider.add_span_processor(BatchSpanProcessor(FileSpanExporter(settings.trace_file)))
+        yield FileSpanExporter(settings.trace_file)
+
+
+def _metric_readers(settings: ServerSettings) -> tuple[list[Any], list[Callable[[], Any]]]:
+    readers: list[Any] = []
+    closers: list[Callable[[], Any]] = []
+    if settings.otlp_endpoint:
+        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+        from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+
+        insecure = not settings.otlp_endpoint.startswith("https")
+        exporter = OTLPMetricExporter(settings.otlp_endpoint, insecure=insecure, timeout=_EXPORT_SECONDS)
+        readers.append(PeriodicExportingMetricReader(exporter))
     if settings.prometheus_port:
         from opentelemetry.exporter.prometheus import PrometheusMetricReader
         from prometheus_client import start_http_server
 
-        start_http_server(settings.prometheus_port)
+        host = settings.listen.rpartition(":")[0].strip("[]")
+        try:
+            server, _ = start_http_server(settings.prometheus_port, addr=host)
+        except OSError as error:
+            raise SettingsError(
+                f"MUXTUNE_PROMETHEUS_PORT: cannot listen on {settings.prometheus_port}: {error}"
+            ) from None
+        closers.append(server.shutdown)
         readers.append(PrometheusMetricReader())
-    trace.set_tracer_provider(provider)
-    metrics.set_meter_provider(MeterProvider(resource=resource, metric_readers=readers))
-    return provider
+    return readers, closers
 
 
 def tracer() -> trace.Tracer:
@@ -73,71 +112,28 @@ def current_trace_parent() -> str:
 
 @contextmanager
 def task_span(name: str, task: str, trace_parent: str, **attributes: str | int | float) -> Iterator[Span]:
-    """A span in the task's own trace. An exception marks it failed and goes on."""
+    """A span in the task's own trace. An exception marks it failed, by its class only, and goes on."""
     context = propagate.extract({"traceparent": trace_parent}) if trace_parent else None
     whose = {"muxtune.task": task, "muxtune.tenant": task.rpartition("/tasks/")[0]}
-    with tracer().start_as_current_span(name, context=context, attributes={**whose, **attributes}) as span:
-        yield span
+    with tracer().start_as_current_span(
+        name,
+        context=context,
+        attributes={**whose, **attributes},
+        record_exception=False,
+        set_status_on_exception=False,
+    ) as span:
+        try:
+            yield span
+        except Exception as error:
+            span.set_attribute("error.type", type(error).__name__)
+            span.set_status(Status(StatusCode.ERROR))
+            raise
 
 
 def links_to(trace_parents: Iterable[tuple[str, str]]) -> list[Link]:
     """Links to the traces of (task, traceparent) pairs, for a span that serves them all."""
     contexts = ((task, trace.get_current_span(propagate.extract({"traceparent": p}))) for task, p in trace_parents if p)
     return [Link(span.get_span_context(), {"muxtune.task": task}) for task, span in contexts]
-
-
-class RpcSpan:
-    """One call's span, on either side. Streams that may last hours end theirs when established."""
-
-    def __init__(self, span: Span, method: str, side: str) -> None:
-        self._span, self._method, self._side = span, method, side
-        self._started = time.perf_counter()
-        self._ended = False
-
-    @property
-    def is_long_lived(self) -> bool:
-        return self._method.rpartition("/")[2] in _SLOW_STARTING_STREAMS
-
-    def end(self, code: grpc.StatusCode) -> None:
-        """Records the status and ends the span; later calls change nothing."""
-        if self._ended:
-            return
-        self._ended = True
-        self._span.set_attribute("rpc.response.status_code", code.name)
-        if code is not grpc.StatusCode.OK:
-            self._span.set_attribute("error.type", code.name)
-            self._span.set_status(Status(StatusCode.ERROR, code.name))
-        self._span.end()
-        labels = {"rpc.method": self._method.lstrip("/"), "rpc.response.status_code": code.name}
-        duration = meter().create_histogram(f"rpc.{self._side}.call.duration", unit="s")
-        duration.record(time.perf_counter() - self._started, labels)
-
-
-@contextmanager
-def rpc_span(
-    method: str, kind: SpanKind, metadata: Mapping[str, str] | None = None, address: str = ""
-) -> Iterator[RpcSpan]:
-    """Starts a client or server span and makes it current; ends it CANCELLED or UNKNOWN if nobody said otherwise."""
-    context = propagate.extract(metadata) if metadata else None
-    attributes = {"rpc.system.name": "grpc", "rpc.method": method.lstrip("/")}
-    if address:
-        attributes["server.address"] = address
-    span = tracer().start_span(method.lstrip("/"), context=context, kind=kind, attributes=attributes)
-    call = RpcSpan(span, method, "server" if kind is SpanKind.SERVER else "client")
-    with trace.use_span(span, end_on_exit=False, record_exception=False, set_status_on_exception=False):
-        try:
-            yield call
-        except grpc.RpcError as error:
-            call.end(error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN)
-            raise
-        except Exception:
-            call.end(grpc.StatusCode.UNKNOWN)
-            raise
-        except BaseException:  # cancelled, or its stream abandoned
-            call.end(grpc.StatusCode.CANCELLED)
-            raise
-        else:
-            call.end(grpc.StatusCode.OK)
 
 
 class _JsonFormatter(logging.Formatter):
@@ -164,9 +160,11 @@ class _JsonFormatter(logging.Formatter):
 
 
 def _configure_logs(service_name: str, level: str) -> None:
+    if level.upper() not in logging.getLevelNamesMapping():
+        raise SettingsError(f'MUXTUNE_LOG_LEVEL: "{level}" is none of {", ".join(logging.getLevelNamesMapping())}')
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter(service_name))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
 def carrier_of(metadata: Sequence[tuple[str, str | bytes]] | None) -> dict[str, str]:

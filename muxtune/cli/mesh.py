@@ -23,6 +23,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from muxtune.client import Client
 from muxtune.errors import raising
 from muxtune.v1 import key_pb2, key_pb2_grpc
 
@@ -67,6 +68,7 @@ class Mesh:
             if not self.api_key:
                 self.api_key = self.create_key(DEFAULT_TENANT)
             self._write_state()
+            self._await_executor()
         except BaseException:
             self.stop()
             raise
@@ -206,6 +208,15 @@ class Mesh:
                     raise MeshError(
                         f"{service} is not healthy after {_READY_SECONDS:.0f} s: see {self.log_of(service)}"
                     )
+
+    def _await_executor(self) -> None:
+        """Until admission knows the backbone: the executor has registered."""
+        deadline = time.monotonic() + _READY_SECONDS
+        with Client(self.addresses["admission"], self.api_key) as client:
+            while not any(backbone.num_executors for backbone in client.list_backbones()):
+                if time.monotonic() > deadline:
+                    raise MeshError(f"the executor did not register: see {self.log_of('execution')}")
+                time.sleep(0.1)
 
     def _epitaph(self, service: str, code: int) -> str:
         lines = self.log_of(service).read_text(errors="replace").splitlines()[-5:]

@@ -15,7 +15,7 @@ from engine.task import TaskSpec
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, dataset_pb2, task_pb2
 from services.admission import catalog
 from services.admission.database import Database
-from services.admission.ledger import live_executors
+from services.admission.ledger import known_executors
 from services.admission.names import authorize, denied
 from services.admission.receipt import CONFIG_FILE, rank_and_scale
 from services.admission.tables import tasks as tasks_table
@@ -96,7 +96,7 @@ class Admitter:
                 tasks_table.c.tenant == principal.tenant, tasks_table.c.state.in_(UNFINISHED)
             )
             count = connection.execute(unfinished).scalar_one()
-            executors = [executor_to_view(executor) for executor in live_executors(connection)]
+            executors = [executor_to_view(executor) for executor in known_executors(connection)]
         if count >= self._quota.max_unfinished_tasks:
             raise QuotaExceededError(
                 f"{principal.tenant} has {count} unfinished tasks; at most {self._quota.max_unfinished_tasks}",

@@ -11,7 +11,7 @@ from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, artifact_pb2, dataset_pb2, plan_pb2
 from services.admission import catalog, pages, requests, tasks
 from services.admission.database import Database
-from services.admission.ledger import live_executors
+from services.admission.ledger import known_executors
 from services.admission.names import authorize, new_name, parent_of
 from services.admission.receipt import FolderReceipt
 from services.artifacts import ArtifactStore, Manifest
@@ -172,7 +172,7 @@ class DataRpcs:
 
     def _executors(self) -> list[plan_pb2.Executor]:
         with self._database.read() as connection:
-            return live_executors(connection)
+            return known_executors(connection, only_live=True)
 
 
 async def _opening(request_iterator: Any) -> tuple[artifact_pb2.UploadHeader, artifact_pb2.FileHeader, Any]:
