@@ -89,6 +89,9 @@ class Gate(grpc.aio.ServerInterceptor):
             is_late = context.time_remaining() is not None and context.time_remaining() <= 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
             raise
+        except NotImplementedError:  # a generated servicer's own answer
+            code = grpc.StatusCode.UNIMPLEMENTED
+            await context.abort(code, f"{method} is not implemented")
         except Exception as error:
             with span.in_force():
                 status = status_of(error)

@@ -1,0 +1,103 @@
+"""A server behind our gate with a channel of the mesh, and the spans that were made."""
+
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+
+import grpc
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+
+from muxtune.v1 import admission_pb2_grpc, execution_pb2_grpc
+from services.auth import mesh_authenticator
+from services.gate import Gate
+from services.mesh import open_channel
+
+SECRET = "mesh_of-the-test"
+
+
+class SpanLog(SpanProcessor):
+    """Every ended span, in order; `wait_for` blocks until one of a name and kind has ended."""
+
+    def __init__(self) -> None:
+        self._spans: list[ReadableSpan] = []
+        self._changed = threading.Condition()
+
+    def on_end(self, span: ReadableSpan) -> None:
+        with self._changed:
+            self._spans.append(span)
+            self._changed.notify_all()
+
+    def clear(self) -> None:
+        with self._changed:
+            self._spans.clear()
+
+    def find(self, name: str, kind: trace.SpanKind) -> list[ReadableSpan]:
+        return [s for s in self._spans if s.name.rpartition("/")[2] == name and s.kind is kind]
+
+    def wait_for(self, name: str, kind: trace.SpanKind, count: int = 1) -> ReadableSpan:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.find(name, kind)) >= count, timeout=10), self._spans
+            return self.find(name, kind)[-1]
+
+
+@pytest.fixture(scope="session")
+def span_log() -> SpanLog:
+    """The process has one tracer provider for its life, whoever sets it first."""
+    if not isinstance(trace.get_tracer_provider(), TracerProvider):
+        trace.set_tracer_provider(TracerProvider())
+    log = SpanLog()
+    trace.get_tracer_provider().add_span_processor(log)
+    return log
+
+
+@pytest.fixture
+def spans(span_log: SpanLog) -> Iterator[SpanLog]:
+    span_log.clear()
+    yield span_log
+    span_log.clear()
+
+
+class Mesh:
+    """A gated server whose servicers are the test's, and clients of it."""
+
+    secret = SECRET
+
+    def __init__(self, address: str, stack: AsyncExitStack) -> None:
+        self.address, self._stack = address, stack
+
+    async def channel(self, secret: str = SECRET) -> grpc.aio.Channel:
+        return await self._stack.enter_async_context(open_channel(self.address, secret))
+
+    async def admission(self, secret: str = SECRET) -> "admission_pb2_grpc.AdmissionServiceAsyncStub":
+        return admission_pb2_grpc.AdmissionServiceStub(await self.channel(secret))
+
+    async def execution(self) -> "execution_pb2_grpc.ExecutionServiceAsyncStub":
+        return execution_pb2_grpc.ExecutionServiceStub(await self.channel())
+
+
+StartMesh = Callable[..., Awaitable[Mesh]]
+
+
+@pytest.fixture
+async def start_mesh() -> AsyncIterator[StartMesh]:
+    """Starts a server with the given methods in place of AdmissionService's and ExecutionService's own."""
+    async with AsyncExitStack() as stack:
+
+        async def start(options: tuple[tuple[str, int], ...] = (), **methods: object) -> Mesh:
+            server = grpc.aio.server(interceptors=[Gate(mesh_authenticator(SECRET))], options=options)
+            admission = type("Admission", (admission_pb2_grpc.AdmissionServiceServicer,), _bound(methods))()
+            execution = type("Execution", (execution_pb2_grpc.ExecutionServiceServicer,), _bound(methods))()
+            admission_pb2_grpc.add_AdmissionServiceServicer_to_server(admission, server)
+            execution_pb2_grpc.add_ExecutionServiceServicer_to_server(execution, server)
+            address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+            await server.start()
+            stack.push_async_callback(server.stop, None)
+            return Mesh(address, stack)
+
+        yield start
+
+
+def _bound(methods: dict[str, object]) -> dict[str, object]:
+    return {name: staticmethod(method) for name, method in methods.items()}  # type: ignore[arg-type]
