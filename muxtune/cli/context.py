@@ -1,0 +1,88 @@
+"""Where the command finds the mesh, how it prints, and how an error becomes one line and an exit status."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import grpc
+import typer
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.table import Table
+
+from muxtune.cli.mesh import MeshError, read_state
+from muxtune.cli.tracing import traced
+from muxtune.client import Client
+from muxtune.errors import MuxtuneError, UnauthenticatedError
+
+console, error_console = Console(), Console(stderr=True)
+DataOption = Annotated[Path, typer.Option("--data", help="Data folder of a mesh that `muxtune up` started.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+DEFAULT_DATA = Path(os.environ.get("MUXTUNE_DATA", "muxtune-data"))
+
+
+@contextmanager
+def client_of(data: Path) -> Iterator[Client]:
+    """With MUXTUNE_ADDRESS and MUXTUNE_API_KEY, or the data folder's own mesh. Errors end the command."""
+    with errors_as_lines(), traced(data):
+        state = read_state(data)
+        address = os.environ.get("MUXTUNE_ADDRESS") or state.get("addresses", {}).get("admission")
+        key = os.environ.get("MUXTUNE_API_KEY") or state.get("api_key")
+        if not address or not key:
+            raise UnauthenticatedError(
+                f"no mesh: start one with `muxtune up --data {data}`, or set MUXTUNE_ADDRESS and MUXTUNE_API_KEY"
+            )
+        with Client(address, key) as client:
+            yield client
+
+
+@contextmanager
+def operator_channel(data: Path, service: str) -> Iterator[tuple[grpc.Channel, tuple[tuple[str, str], ...]]]:
+    """A channel to a service with the mesh secret: for operators, on the machine that holds the data folder."""
+    with errors_as_lines():
+        state = read_state(data)
+        address = os.environ.get(f"MUXTUNE_{service.upper()}_ADDRESS") or state.get("addresses", {}).get(service)
+        secret = os.environ.get("MUXTUNE_MESH_SECRET") or state.get("mesh_secret")
+        if not address or not secret:
+            raise UnauthenticatedError(
+                f"an operator's command: needs the mesh.json of `muxtune up` in --data, or "
+                f"MUXTUNE_{service.upper()}_ADDRESS and MUXTUNE_MESH_SECRET"
+            )
+        with grpc.insecure_channel(address) as channel:
+            yield channel, (("authorization", f"Bearer {secret}"),)
+
+
+@contextmanager
+def errors_as_lines() -> Iterator[None]:
+    """What went wrong on standard error, a line a field; exit status 1."""
+    try:
+        yield
+    except MuxtuneError as error:
+        lines = [f"{v.field}: {v.description}" for v in error.violations] or [error.message]
+        for line in lines:
+            error_console.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    except MeshError as error:
+        error_console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def print_json(messages: Iterable[Message]) -> None:
+    """One JSON object a line, field names as in the protos."""
+    for message in messages:
+        fields = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+        print(json.dumps(fields, ensure_ascii=False), flush=True)
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """A table for people; numbers are text already."""
+    result = Table(title=title or None, title_justify="left")
+    for column in columns:
+        result.add_column(column, overflow="fold")
+    for row in rows:
+        result.add_row(*(str(cell) for cell in row))
+    console.print(result)

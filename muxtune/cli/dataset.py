@@ -1,0 +1,85 @@
+"""`muxtune dataset`: put, ls, check, rm."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, client_of, console, print_json, table
+from muxtune.cli.spec import read_training
+from muxtune.v1 import dataset_pb2, task_pb2
+
+app = typer.Typer(help="Datasets: JSON Lines with messages, prompt/completion or text.", no_args_is_help=True)
+
+
+@app.command(epilog="Example: muxtune dataset put examples/support_replies.jsonl --id replies")
+def put(
+    file: Annotated[Path, typer.Argument(help="A file of JSON Lines.")],
+    id: Annotated[str, typer.Option(help="Last part of its name; default: one is made.")] = "",
+    data: DataOption = DEFAULT_DATA,
+    json: JsonOption = False,
+) -> None:
+    """Upload a dataset; every line is checked before anything is stored."""
+    with client_of(data) as client:
+        dataset = client.upload_dataset(file, id)
+        if json:
+            return print_json([dataset])
+        console.print(f"{dataset.name}: {dataset.num_rows} rows, {dataset.size_bytes} bytes, SHA-256 {dataset.sha256}")
+
+
+@app.command()
+def ls(data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
+    """List datasets, newest first."""
+    with client_of(data) as client:
+        datasets = list(client.list_datasets())
+        if json:
+            return print_json(datasets)
+        rows = ((d.name, d.num_rows, d.size_bytes, ", ".join(d.num_rows_by_shape), d.sha256[:12]) for d in datasets)
+        table("", ("name", "rows", "bytes", "shape", "sha256"), rows)
+
+
+@app.command(epilog="Example: muxtune dataset check tenants/default/datasets/replies --backbone smollm2")
+def check(
+    name: Annotated[str, typer.Argument(help="tenants/TENANT/datasets/ID")],
+    backbone: Annotated[str, typer.Option(help="The backbone that would read it.")] = "smollm2",
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="A task's YAML: its training is used.")] = None,
+    max_sequence_tokens: Annotated[int, typer.Option(help="Where no file is given.")] = 512,
+    samples: Annotated[int, typer.Option(help="Rendered rows to show.")] = 3,
+    data: DataOption = DEFAULT_DATA,
+    json: JsonOption = False,
+) -> None:
+    """Show how a task would read a dataset: rendered rows, which tokens bear loss, lengths, what is refused and why."""
+    default = task_pb2.Training(num_epochs=1, max_sequence_tokens=max_sequence_tokens)
+    with client_of(data) as client:
+        training = read_training(file) if file else default
+        report = client.preflight_dataset(name, backbone, training, samples)
+        if json:
+            return print_json([report])
+        _show(report)
+
+
+@app.command()
+def rm(name: str, data: DataOption = DEFAULT_DATA) -> None:
+    """Delete a dataset that no unfinished task reads."""
+    with client_of(data) as client:
+        client.delete_dataset(name)
+        console.print(f"{name} is deleted")
+
+
+def _show(report: dataset_pb2.PreflightReport) -> None:
+    for row in report.samples:
+        text = Text(f"line {row.line}, {row.num_tokens} tokens{', held out' if row.is_heldout else ''}: ", style="bold")
+        for piece in row.pieces:
+            text.append(piece.text, style="green" if piece.bears_loss else "dim")
+        console.print(text)
+    console.print("(green bears loss)")
+    buckets = ((f"{b.from_tokens} to {b.to_tokens - 1}", b.num_rows) for b in report.length_histogram)
+    table("tokens a row", ("tokens", "rows"), buckets)
+    console.print(
+        f"{report.num_rows} rows: {report.num_train_rows} train, {report.num_heldout_rows} held out, "
+        f"{report.num_truncated_rows} truncated, {report.num_refused_rows} refused. An epoch has "
+        f"{report.num_tokens_per_epoch} tokens, {report.num_target_tokens_per_epoch} of them bear loss."
+    )
+    for refused in report.refused_rows:
+        console.print(f"  line {refused.line}: {refused.reason}", markup=False)

@@ -1,0 +1,115 @@
+"""The `muxtune` command: `muxtune --help`."""
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from muxtune.cli import adapter, dataset, key, plan, task
+from muxtune.cli.context import DEFAULT_DATA, DataOption, console, error_console, errors_as_lines
+from muxtune.cli.mesh import DEFAULT_BACKBONE, Mesh, default_backbone
+
+app = typer.Typer(
+    help="Many tenants' PEFT tasks at once on one shared, frozen LLM backbone.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+app.add_typer(dataset.app, name="dataset")
+app.add_typer(task.app, name="task")
+app.add_typer(adapter.app, name="adapter")
+app.add_typer(plan.app, name="plan")
+app.add_typer(key.app, name="key")
+
+_MAX_RESTARTS = 5
+
+
+@app.command(epilog="Example: muxtune up --data /var/lib/muxtune --backbone llama=/models/Llama-3.2-1B")
+def up(
+    data: DataOption = DEFAULT_DATA,
+    backbone: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PATH of a GGUF file or Hugging Face folder; default: SmolLM2-135M-Instruct."),
+    ] = None,
+    otlp_endpoint: Annotated[str, typer.Option(help="Send traces and metrics there; default: a file.")] = "",
+) -> None:
+    """Start the four services on loopback and stay until interrupted."""
+    stopping: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopping.append(number)
+        raise KeyboardInterrupt
+
+    with errors_as_lines():
+        mesh = Mesh(data, _backbones(backbone), otlp_endpoint)
+        signal.signal(signal.SIGTERM, stop)
+        try:
+            console.print(f"starting on {data} ...")
+            mesh.start()
+            _announce(mesh)
+            _watch(mesh)
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            console.print("stopping: tasks are checkpointed and go on at the next start ...")
+        finally:
+            codes = mesh.stop()
+        bad = {service: code for service, code in codes.items() if code}
+        if bad:
+            error_console.print(f"error: did not stop cleanly: {bad}")
+            raise typer.Exit(1)
+        console.print("stopped")
+
+
+@app.command()
+def demo(
+    data: Annotated[Path, typer.Option("--data", help="Where the demo's mesh lives; made anew.")] = Path("demo-data"),
+) -> None:
+    """Run five tasks of three tenants at once on one backbone, and show what came of it."""
+    from muxtune.cli.demo import run_demo
+
+    with errors_as_lines():
+        if not run_demo(data):
+            raise typer.Exit(1)
+
+
+def _backbones(options: list[str] | None) -> dict[str, Path]:
+    if not options:
+        return {DEFAULT_BACKBONE: default_backbone()}
+    pairs = [option.partition("=") for option in options]
+    for name, separator, path in pairs:
+        if not (name and separator and Path(path).exists()):
+            raise typer.BadParameter(f'"{name}{separator}{path}": write NAME=PATH of a file or folder that exists')
+    return {name: Path(path) for name, _, path in pairs}
+
+
+def _announce(mesh: Mesh) -> None:
+    for service, address in mesh.addresses.items():
+        console.print(f"  {service:<11} {address}", highlight=False)
+    console.print("All healthy. A client needs:", style="green")
+    console.print(f"  export MUXTUNE_ADDRESS={mesh.addresses['admission']}", highlight=False, soft_wrap=True)
+    console.print(f"  export MUXTUNE_API_KEY={mesh.api_key}", highlight=False, soft_wrap=True)
+    console.print(f"Logs in {mesh.data / 'logs'}; Ctrl-C stops.")
+
+
+def _watch(mesh: Mesh) -> None:
+    """Until interrupted. A service that dies is named, with the end of its log, and started again."""
+    restarts = 0
+    while True:
+        time.sleep(1)
+        for service, code in mesh.dead_services().items():
+            tail = mesh.log_of(service).read_text(errors="replace").splitlines()[-3:]
+            error_console.print(f"{service} ended with status {code}: " + " | ".join(tail), markup=False)
+            restarts += 1
+            if restarts > _MAX_RESTARTS:
+                error_console.print(f"error: {_MAX_RESTARTS} restarts were not enough: giving up")
+                raise typer.Exit(1)
+            time.sleep(min(2 ** (restarts - 1), 10))
+            mesh.restart_service(service)
+            console.print(f"{service} runs again")
+
+
+if __name__ == "__main__":
+    app()

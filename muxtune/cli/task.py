@@ -1,0 +1,171 @@
+"""`muxtune task`: create, ls, show, watch, cancel."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, client_of, console, print_json, table
+from muxtune.cli.spec import read_spec
+from muxtune.v1 import task_pb2
+
+app = typer.Typer(help="Fine-tuning tasks.", no_args_is_help=True)
+NameArgument = Annotated[str, typer.Argument(help="tenants/TENANT/tasks/ID")]
+
+
+@app.command(
+    epilog="Examples: muxtune task create -f examples/replies.yaml   |   muxtune task create --dataset "
+    "tenants/default/datasets/replies --rank 8 --target q_proj --target v_proj --learning-rate 1e-3 --epochs 2"
+)
+def create(
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="The spec as YAML; flags override it.")] = None,
+    id: Annotated[str, typer.Option(help="Last part of its name; default: one is made.")] = "",
+    backbone: Annotated[str, typer.Option()] = "",
+    dataset: Annotated[str, typer.Option(help="tenants/TENANT/datasets/ID")] = "",
+    rank: Annotated[int, typer.Option(help="Of LoRA.")] = 0,
+    alpha: Annotated[float, typer.Option(help="Of LoRA; default: the rank.")] = 0,
+    dropout: Annotated[float, typer.Option(help="Of LoRA.")] = 0,
+    target: Annotated[list[str] | None, typer.Option(help="Target module; give it several times.")] = None,
+    learning_rate: Annotated[float, typer.Option()] = 0,
+    steps: Annotated[int, typer.Option(help="Optimizer steps; or --epochs.")] = 0,
+    epochs: Annotated[int, typer.Option()] = 0,
+    global_batch_size: Annotated[int, typer.Option(help="Sequences of one step.")] = 0,
+    max_sequence_tokens: Annotated[int, typer.Option()] = 0,
+    heldout_fraction: Annotated[float, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option()] = 0,
+    dry_run: Annotated[bool, typer.Option(help="Only check and estimate.")] = False,
+    data: DataOption = DEFAULT_DATA,
+    json: JsonOption = False,
+) -> None:
+    """Create a task from a YAML file, from flags, or both."""
+    with client_of(data) as client:
+        spec = read_spec(file) if file else task_pb2.TaskSpec(backbone="smollm2")
+        _override(spec, backbone=backbone, dataset=dataset)
+        lora = task_pb2.Lora(rank=rank, alpha=alpha, dropout=dropout, target_modules=target or [])
+        if lora.ByteSize():
+            if target:
+                del spec.lora.target_modules[:]
+            spec.lora.MergeFrom(lora)
+        training = task_pb2.Training(
+            learning_rate=learning_rate,
+            global_batch_size=global_batch_size,
+            max_sequence_tokens=max_sequence_tokens,
+            heldout_fraction=heldout_fraction,
+            seed=seed,
+        )
+        spec.training.MergeFrom(training)
+        if steps:
+            spec.training.num_steps = steps
+        elif epochs:
+            spec.training.num_epochs = epochs
+        if dry_run:
+            return _print_estimate(client.estimate_task(spec), json)
+        task = client.create_task(spec, id)
+        if json:
+            return print_json([task])
+        console.print(task.name, highlight=False)
+        _print_estimate(task.estimate, False)
+
+
+@app.command()
+def ls(
+    state: Annotated[list[str] | None, typer.Option(help="Only these: QUEUED, RUNNING, ...")] = None,
+    data: DataOption = DEFAULT_DATA,
+    json: JsonOption = False,
+) -> None:
+    """List tasks, newest first."""
+    with client_of(data) as client:
+        tasks = list(client.list_tasks([_state(text) for text in state or ()]))
+        if json:
+            return print_json(tasks)
+        rows = (
+            (t.name, state_name(t.state), f"{t.progress.step}/{t.progress.num_steps}", _loss(t), _left(t))
+            for t in tasks
+        )
+        table("", ("name", "state", "step", "loss", "left"), rows)
+
+
+@app.command()
+def show(name: NameArgument, data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
+    """Show one task: spec, state, progress, failure."""
+    with client_of(data) as client:
+        task = client.get_task(name)
+        if json:
+            return print_json([task])
+        console.print(str(task), markup=False, highlight=False)
+
+
+@app.command()
+def watch(
+    name: NameArgument,
+    after: Annotated[int, typer.Option(help="Sequence of the last event seen.")] = 0,
+    data: DataOption = DEFAULT_DATA,
+    json: JsonOption = False,
+) -> None:
+    """Follow a task to its end; exit status 0 if it SUCCEEDED."""
+    with client_of(data) as client:
+        for event in client.watch_task(name, after):
+            if json:
+                print_json([event])
+            else:
+                console.print(f"{event.sequence:>5} {describe(event)}", highlight=False, markup=False)
+        if client.get_task(name).state != task_pb2.TASK_STATE_SUCCEEDED:
+            raise typer.Exit(1)
+
+
+@app.command()
+def cancel(name: NameArgument, data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
+    """Stop a task; the adapter trained so far is kept."""
+    with client_of(data) as client:
+        task = client.cancel_task(name)
+        if json:
+            return print_json([task])
+        console.print(f"{task.name} is {state_name(task.state)}", highlight=False)
+
+
+def describe(event: task_pb2.TaskEvent) -> str:
+    """An event in a line."""
+    kind = event.WhichOneof("event")
+    if kind == "step_done":
+        step = event.step_done
+        return f"step {step.step}: loss {step.loss:.4f}, {step.effective_tokens} tokens, lr {step.learning_rate:.2e}"
+    if kind == "evaluated":
+        return f"held-out loss {event.evaluated.loss:.4f} at step {event.evaluated.step}"
+    if kind == "checkpoint_committed":
+        return f"checkpoint at step {event.checkpoint_committed.step}"
+    return f"{state_name(event.state_changed.state)}: {event.state_changed.message}"
+
+
+def state_name(state: "task_pb2.TaskState.ValueType") -> str:
+    return task_pb2.TaskState.Name(state).removeprefix("TASK_STATE_")
+
+
+def _state(text: str) -> "task_pb2.TaskState.ValueType":
+    try:
+        return task_pb2.TaskState.Value(f"TASK_STATE_{text.upper()}")
+    except ValueError as error:
+        raise typer.BadParameter(f"{text}: no task state") from error
+
+
+def _override(spec: task_pb2.TaskSpec, **values: str) -> None:
+    for field, value in values.items():
+        if value:
+            setattr(spec, field, value)
+
+
+def _loss(task: task_pb2.Task) -> str:
+    return f"{task.progress.last_loss:.4f}" if task.progress.HasField("last_loss") else "-"
+
+
+def _left(task: task_pb2.Task) -> str:
+    return f"{task.progress.seconds_left:.0f} s" if task.progress.HasField("seconds_left") else "-"
+
+
+def _print_estimate(estimate: task_pb2.TaskEstimate, json: bool) -> None:
+    if json:
+        return print_json([estimate])
+    seconds = f", about {estimate.seconds:.0f} s alone" if estimate.HasField("seconds") else ""
+    console.print(
+        f"{estimate.num_steps} steps, {estimate.num_train_tokens} tokens, {estimate.num_train_rows} train rows, "
+        f"{estimate.num_heldout_rows} held out, adds {estimate.added_bytes / 1e6:.1f} MB{seconds}"
+    )

@@ -1,0 +1,31 @@
+"""The command's own spans: the root of each task's trace, written beside the services' spans."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from opentelemetry import trace
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+from muxtune.trace_file import FileSpanExporter
+
+
+@contextmanager
+def traced(data: Path) -> Iterator[None]:
+    """Spans go to MUXTUNE_OTLP_ENDPOINT, or to the data folder's trace file; flushed when the block ends."""
+    endpoint = os.environ.get("MUXTUNE_OTLP_ENDPOINT", "")
+    provider = TracerProvider(resource=Resource.create({"service.name": "muxtune-client"}))
+    if endpoint:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint, insecure="https" not in endpoint)))
+    elif data.exists():
+        provider.add_span_processor(BatchSpanProcessor(FileSpanExporter(data / "traces" / "spans.jsonl")))
+    trace.set_tracer_provider(provider)
+    try:
+        yield
+    finally:
+        provider.force_flush()
