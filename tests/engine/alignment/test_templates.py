@@ -12,7 +12,8 @@ MESSAGES = [
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 TEMPLATES = [
     # trimmed blocks, loop variables, white space
-    "{{ bos_token }}\n{% for m in messages %}\n    {% if loop.first %}\nFIRST\n    {% endif %}\n{{ m.content }}\n{% endfor %}",
+    "{{ bos_token }}\n{% for m in messages %}\n    {% if loop.first %}\nFIRST\n    {% endif %}\n{{ m.content }}\n"
+    "{% endfor %}",
     # tojson without HTML escaping, indentation
     "{{ messages | tojson }}{{ messages[2] | tojson(indent=2) }}{{ messages[0]|tojson(separators=(',',':')) }}",
     # loop controls, namespace, dict

@@ -74,15 +74,17 @@ def test_prepared_folder_as_transformers_reads_it(tmp_path: Path, options: dict[
     raw = write_tokenizer(tmp_path / "raw", **options)
     transformers.AutoTokenizer.from_pretrained(raw).save_pretrained(tmp_path / "prepared")  # as prepare does
     _assert_as_transformers(tmp_path / "prepared")
+    first = BackboneTokenizer.load(tmp_path / "prepared").encode("hello", add_special_tokens=True).token_ids_L[0]
+    assert (first == 0) == ("adds_bos" in options)
 
 
 def test_add_bos_token_as_transformers_reads_it(tmp_path: Path) -> None:
-    """Llama's class builds its post-processor from `add_bos_token`: what is saved must say so by itself."""
+    """What tokenizer.json's post-processor does counts, whatever the config says beside it."""
     import transformers
 
     raw = write_tokenizer(tmp_path / "raw")
     config = json.loads((raw / "tokenizer_config.json").read_text())
-    config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": True, "eos_token": "</s>"}
+    config |= {"add_bos_token": True, "add_eos_token": True, "eos_token": "</s>"}
     (raw / "tokenizer_config.json").write_text(json.dumps(config))
     transformers.AutoTokenizer.from_pretrained(raw).save_pretrained(tmp_path / "prepared")
     _assert_as_transformers(tmp_path / "prepared")

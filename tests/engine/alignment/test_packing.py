@@ -1,0 +1,190 @@
+"""Rounds hold every sequence once, with its targets, order and offsets, whoever else is packed beside it."""
+
+import collections
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.alignment.dataset import Order, TokenizedDataset, num_steps, split
+from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind
+from engine.alignment.packing import Member, rounds
+from engine.task import Training, evaluation_is_due
+
+
+def _dataset(lengths: list[int], first_token: int) -> TokenizedDataset:
+    """Every token different, so that a sequence is known by its first; odd positions bear loss, the first never."""
+    num_tokens = sum(lengths)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = np.arange(first_token, first_token + num_tokens, dtype=np.int32)
+    bears_loss = np.zeros(num_tokens, np.bool_)
+    for start, end in itertools.pairwise(offsets):
+        bears_loss[start + 1 : end : 2] = True
+    lines = np.arange(1, len(lengths) + 1)
+    return TokenizedDataset(ids, bears_loss, offsets, lines, np.array(lengths), (), 0)
+
+
+@st.composite
+def members(draw: st.DrawFn) -> list[Member]:
+    result = []
+    for index in range(draw(st.integers(1, 4))):
+        lengths = draw(st.lists(st.integers(2, 40), min_size=2, max_size=14))
+        training = Training(
+            learning_rate=1e-3,
+            num_steps=draw(st.integers(1, 4)),
+            micro_batch_size=draw(st.integers(1, 4)),
+            global_batch_size=draw(st.integers(1, 8)),
+            seed=draw(st.integers(0, 99)),
+            shuffle=draw(st.booleans()),
+            heldout_fraction=draw(st.sampled_from([0.0, 0.3])),
+            evaluate_every_steps=draw(st.integers(0, 2)),
+        )
+        steps = num_steps(training, len(split(len(lengths), training).train))
+        cursor = draw(st.integers(0, steps))
+        result.append(Member(f"task-{index}", _dataset(lengths, 1 + 100_000 * index), training, steps, cursor))
+    return result
+
+
+layouts = st.tuples(st.integers(16, 256), st.sampled_from([1, 8, 16]))
+Sequences = dict[tuple[str, int, MicrobatchKind], list[tuple[int, tuple[int, ...], tuple[int, ...]]]]
+
+
+def _sequences(microbatches: list[Microbatch], task: str | None = None) -> Sequences:
+    """By task, step and kind: each sequence as (offset in the task's stream, tokens, targets), by offset."""
+    found: Sequences = collections.defaultdict(list)
+    for microbatch in microbatches:
+        for range_ in microbatch.ranges:
+            if task not in (None, range_.task):
+                continue
+            at = range_.start
+            for segment in range_.segments:
+                part = slice(at, at + segment.num_tokens)
+                found[range_.task, range_.step, microbatch.kind].append(
+                    (
+                        segment.stream_offset_tokens,
+                        tuple(microbatch.token_ids_T[part].tolist()),
+                        tuple(microbatch.targets_T[part].tolist()),
+                    )
+                )
+                at += segment.num_tokens
+    return {key: sorted(sequences) for key, sequences in found.items()}
+
+
+def _expected(member: Member) -> Sequences:
+    """From the definition: rows of each batch in order, each at the sum of the lengths before it."""
+    found: Sequences = {}
+    parts = split(member.dataset.num_rows, member.training)
+    for step in range(member.step, member.num_steps + 1):
+        batches = []
+        if step < member.num_steps:
+            batches.append((MicrobatchKind.TRAIN, Order(member.training, parts.train).batch(step)))
+        if evaluation_is_due(member.training, step, member.num_steps):
+            batches.append((MicrobatchKind.EVALUATE, parts.heldout))
+        for kind, rows in batches:
+            offset, sequences = 0, []
+            for row in rows:
+                ids, bears_loss = member.dataset.row(int(row))
+                targets = [
+                    int(ids[i + 1]) if i + 1 < len(ids) and bears_loss[i + 1] else IGNORE for i in range(len(ids))
+                ]
+                sequences.append((offset, tuple(ids.tolist()), tuple(targets)))
+                offset += len(ids)
+            found[member.task, step, kind] = sequences
+    return found
+
+
+@given(members=members(), layout=layouts)
+@settings(max_examples=150, deadline=None)
+def test_every_sequence_once_at_its_place_whoever_is_beside_it(members: list[Member], layout: tuple[int, int]) -> None:
+    microbatches = list(rounds(members, *layout))
+    expected = {key: value for member in members for key, value in _expected(member).items()}
+    assert _sequences(microbatches) == expected
+    for member in members:  # independence: alone, and in another layout
+        assert _sequences(list(rounds([member], 64, 4))) == _sequences(microbatches, member.task)
+
+
+@given(members=members(), layout=layouts)
+@settings(max_examples=150, deadline=None)
+def test_microbatches_are_well_formed(members: list[Member], layout: tuple[int, int]) -> None:
+    token_budget, chunk_tokens = layout
+    by_name = {member.task: member for member in members}
+    for microbatch in rounds(members, token_budget, chunk_tokens):
+        assert microbatch.token_ids_T.dtype == microbatch.targets_T.dtype == np.int32
+        assert microbatch.token_ids_T.shape == microbatch.targets_T.shape
+        end = 0
+        for range_ in microbatch.ranges:
+            assert range_.start == end and range_.num_tokens % chunk_tokens == 0
+            end += range_.num_tokens
+            assert 0 <= range_.num_tokens - range_.num_effective_tokens < chunk_tokens  # padding in the tail only
+            tail = slice(range_.start + range_.num_effective_tokens, end)
+            assert (microbatch.targets_T[tail] == IGNORE).all() and (microbatch.token_ids_T[tail] == 0).all()
+            assert range_.step == by_name[range_.task].step + microbatch.round
+        assert end == microbatch.num_tokens
+        names = [range_.task for range_ in microbatch.ranges]
+        assert len(set(names)) == len(names)
+        longest = max(s.num_tokens for r in microbatch.ranges for s in r.segments)
+        assert end <= max(token_budget, longest) + chunk_tokens - 1
+        if len(names) > 1 or len(microbatch.ranges[0].segments) > 1:
+            assert sum(r.num_effective_tokens for r in microbatch.ranges) <= token_budget
+
+
+@given(members=members(), layout=layouts)
+@settings(max_examples=100, deadline=None)
+def test_rounds_close_and_denominators_are_the_whole_batch(members: list[Member], layout: tuple[int, int]) -> None:
+    microbatches = list(rounds(members, *layout))
+    targets: collections.Counter[tuple[str, int, MicrobatchKind]] = collections.Counter()
+    said, open_ = {}, set()
+    for microbatch in microbatches:
+        for range_ in microbatch.ranges:
+            key = range_.task, range_.step, microbatch.kind
+            part = slice(range_.start, range_.start + range_.num_tokens)
+            targets[key] += int((microbatch.targets_T[part] != IGNORE).sum())
+            assert said.setdefault(key, range_.num_step_target_tokens) == range_.num_step_target_tokens
+            assert key not in open_, "a range after the one that said it was the last"
+            if range_.is_last:
+                open_.add(key)
+    assert dict(targets) == said
+    assert set(said) == open_
+    numbers = [m.round for m in microbatches]
+    assert numbers == sorted(numbers)
+    for number in set(numbers):
+        kinds = [m.kind for m in microbatches if m.round == number]
+        assert kinds == sorted(kinds, key=lambda kind: kind is MicrobatchKind.TRAIN)  # evaluations first
+        assert [m.is_last_in_round for m in microbatches if m.round == number] == [False] * (len(kinds) - 1) + [True]
+
+
+@given(members=members(), layout=layouts, skipped=st.integers(0, 3))
+@settings(max_examples=50, deadline=None)
+def test_resuming_at_a_cursor_gives_the_rest(members: list[Member], layout: tuple[int, int], skipped: int) -> None:
+    later = [Member(m.task, m.dataset, m.training, m.num_steps, min(m.step + skipped, m.num_steps)) for m in members]
+    whole, rest = _sequences(list(rounds(members, *layout))), _sequences(list(rounds(later, *layout)))
+    first = {m.task: m.step for m in later}
+    assert rest == {key: value for key, value in whole.items() if key[1] >= first[key[0]]}
+
+
+def test_small_batches_share_one_microbatch_and_padding_is_only_their_tails() -> None:
+    training = Training(1e-3, num_steps=1, global_batch_size=4, micro_batch_size=2)
+    fused = [Member(f"t{i}", _dataset([10, 10, 10, 10], 1000 * i), training, 1, 0) for i in range(3)]
+    (microbatch,) = rounds(fused, token_budget=144, chunk_tokens=16)
+    assert microbatch.num_tokens == 3 * 48
+    assert [len(range_.segments) for range_ in microbatch.ranges] == [4, 4, 4]
+
+
+def test_a_sequence_longer_than_the_budget_stands_alone() -> None:
+    training = Training(1e-3, num_steps=1, global_batch_size=3, micro_batch_size=3, shuffle=False)
+    microbatches = list(rounds([Member("t", _dataset([5, 50, 5], 1), training, 1, 0)], token_budget=16, chunk_tokens=8))
+    assert sorted(m.num_tokens for m in microbatches) == [16, 56]
+
+
+def test_members_at_their_end_have_nothing_left() -> None:
+    training = Training(1e-3, num_steps=2, global_batch_size=1)
+    assert list(rounds([Member("t", _dataset([5, 5], 1), training, 2, 2)], 64, 8)) == []
+
+
+@pytest.mark.parametrize("num_rows", [4000])
+def test_a_long_evaluation_is_packed_in_good_time(num_rows: int) -> None:
+    training = Training(1e-3, num_steps=1, micro_batch_size=4, heldout_fraction=0.9)
+    member = Member("t", _dataset([9] * num_rows, 1), training, 1, 1)
+    assert sum(len(m.ranges[0].segments) for m in rounds([member], 128, 16)) == round(0.9 * num_rows)
