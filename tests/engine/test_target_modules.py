@@ -1,0 +1,39 @@
+"""Target modules are read as PEFT reads them."""
+
+import pytest
+
+from engine.errors import InvalidInputError
+from engine.target_modules import matching_modules, suffixes
+
+NAMES = [f"model.layers.{i}.{n}" for i in (0, 1, 10) for n in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")]
+LISTS = [
+    ["q_proj"],
+    ["self_attn.q_proj"],
+    ["layers.1.self_attn.v_proj", "up_proj"],
+    ["model.layers.0.mlp.up_proj"],
+    ["1.mlp.up_proj"],
+]
+
+
+@pytest.mark.parametrize("targets", LISTS)
+def test_as_peft(targets: list[str]) -> None:
+    tuners = pytest.importorskip("peft.tuners.tuners_utils")
+    config = pytest.importorskip("peft").LoraConfig(target_modules=targets)
+    expected = [name for name in NAMES if tuners.check_target_module_exists(config, name)]
+    assert expected
+    assert matching_modules(targets, NAMES) == expected
+
+
+def test_all_linear_takes_all() -> None:
+    assert matching_modules(["all-linear"], NAMES) == NAMES
+
+
+@pytest.mark.parametrize("targets", [[], ["z_proj"], ["q_proj", "proj"], ["all-linear", "q_proj"], [""], ["q_pro"]])
+def test_what_names_nothing_is_refused_with_what_there_is(targets: list[str]) -> None:
+    with pytest.raises(InvalidInputError, match="q_proj, v_proj, up_proj") as caught:
+        matching_modules(targets, NAMES)
+    assert caught.value.violations[0].field == "spec.lora.target_modules"
+
+
+def test_suffixes_in_order() -> None:
+    assert suffixes(NAMES) == ["q_proj", "v_proj", "up_proj"]
