@@ -6,11 +6,13 @@ the commit. Synchronous; asyncio callers use `asyncio.to_thread`. Source: obstor
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
@@ -43,77 +45,74 @@ class Manifest:
 
 
 class ArtifactStore:
-    """Raises UnavailableError where the store is away or full, NotFoundError where a key is not there."""
+    """Raises UnavailableError where the store is away or full, NotFoundError where a key is not there,
+    InvalidInputError for a key that is none ("..", an absolute path)."""
 
-    def __init__(self, store: ObjectStore) -> None:
-        self._store = store
+    def __init__(self, store: ObjectStore, folder: Path | None = None) -> None:
+        self._store, self._folder = store, folder
 
     @classmethod
     def open(cls, url: str) -> "ArtifactStore":
         """A path or file:// URL is a folder (made if missing); s3://bucket/prefix takes the AWS environment."""
         if "://" not in url or url.startswith("file://"):
-            folder = Path(url.removeprefix("file://"))
-            folder.mkdir(parents=True, exist_ok=True)
-            return cls(LocalStore(folder))
-        return cls(from_url(url))
+            folder = Path(url.removeprefix("file://")).absolute()
+            return cls(LocalStore(folder, mkdir=True, automatic_cleanup=True), folder)
+        try:
+            return cls(from_url(url))
+        except (BaseError, ValueError) as error:
+            raise InvalidInputError.of_field("artifact_url", f'"{url}" is no folder and no store: {error}') from error
 
     def put_new(self, key: str, data: bytes | Path) -> bool:
         """Whole or not at all, and only if the key is free; False if it is taken."""
         try:
-            obstore.put(self._store, _checked(key), data, mode="create", use_multipart=False)
+            self._put(key, data, "create")
         except AlreadyExistsError:
             return False
-        except (BaseError, OSError) as error:
-            raise UnavailableError(f"artifact store cannot write {key}: {type(error).__name__}") from error
         return True
 
     def put(self, key: str, data: bytes | Path) -> None:
-        """Replaces what is there. Only for content that no manifest names yet."""
-        try:
-            obstore.put(self._store, _checked(key), data, use_multipart=False)
-        except (BaseError, OSError) as error:
-            raise UnavailableError(f"artifact store cannot write {key}: {type(error).__name__}") from error
+        """Replaces what is there, whole or not at all."""
+        self._put(key, data, "overwrite")
 
     def get(self, key: str) -> bytes:
         return b"".join(self.stream(key, 1 << 20))
 
     def stream(self, key: str, chunk_bytes: int) -> Iterator[bytes]:
-        try:
+        with _translated("read", key):
             for chunk in obstore.get(self._store, _checked(key)).stream(min_chunk_size=chunk_bytes):
                 yield bytes(chunk)
-        except (NotFoundError, FileNotFoundError) as error:
-            raise MissingError(f"{key} is not in the artifact store") from error
-        except BaseError as error:
-            raise UnavailableError(f"artifact store cannot read {key}: {type(error).__name__}") from error
 
     def exists(self, key: str) -> bool:
         try:
-            obstore.head(self._store, _checked(key))
-        except (NotFoundError, FileNotFoundError):
+            with _translated("read", key):
+                obstore.head(self._store, _checked(key))
+        except MissingError:
             return False
         return True
 
     def delete(self, key: str) -> None:
         """Deleting what is not there is no error."""
-        try:
+        with suppress(MissingError), _translated("delete", key):
             obstore.delete(self._store, _checked(key))
-        except (NotFoundError, FileNotFoundError):
-            return
-        except BaseError as error:
-            raise UnavailableError(f"artifact store cannot delete {key}: {type(error).__name__}") from error
 
     def list(self, prefix: str) -> list[str]:
-        return sorted(str(item["path"]) for page in obstore.list(self._store, _checked(prefix)) for item in page)
+        """Every key below `prefix`/, sorted."""
+        with _translated("list", prefix):
+            return sorted(str(item["path"]) for page in obstore.list(self._store, _checked(prefix)) for item in page)
 
-    def commit_folder(self, prefix: str, files: Mapping[str, bytes], metadata: Mapping[str, Any]) -> Manifest:
-        """Puts the files, then the manifest. If the folder is committed already, that one stands and is answered."""
+    def commit_folder(self, prefix: str, files: Mapping[str, bytes | Path], metadata: Mapping[str, Any]) -> Manifest:
+        """Puts the files, then the manifest. If the folder is committed already, that one stands and is answered.
+
+        Files lie under their hash, so that two writers of one folder never touch each other's bytes.
+        """
         key = f"{prefix}/{MANIFEST}"
         if self.exists(key):
             return self.read_manifest(key)
+        entries = {name: _entry(data) for name, data in files.items()}
         for name, data in files.items():
-            self.put(f"{prefix}/{name}", data)
-        entries = {n: {"sha256": hashlib.sha256(d).hexdigest(), "size_bytes": len(d)} for n, d in files.items()}
-        self.put_new(key, json.dumps({"files": entries, "metadata": dict(metadata)}, sort_keys=True).encode())
+            self.put(_file_key(key, name, entries[name]), data)
+        content = {"files": {name: asdict(entry) for name, entry in entries.items()}, "metadata": dict(metadata)}
+        self.put_new(key, json.dumps(content, sort_keys=True).encode())
         return self.read_manifest(key)
 
     def read_manifest(self, key: str) -> Manifest:
@@ -122,17 +121,18 @@ class ArtifactStore:
             content = json.loads(self.get(key))
             files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
             return Manifest(key, files, content["metadata"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ArtifactCorruptError(f"{key} is not a manifest: {error}", key=key) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactCorruptError(f"{key} is not a manifest: {type(error).__name__}", key=key) from error
 
     def read_file(self, manifest: Manifest, name: str) -> bytes:
         """Raises ArtifactCorruptError unless the bytes are the ones committed."""
-        key = f"{manifest.key.removesuffix(MANIFEST)}{name}"
+        entry = manifest.files[name]
+        key = _file_key(manifest.key, name, entry)
         try:
             data = self.get(key)
         except MissingError as error:
             raise ArtifactCorruptError(f"{key} is missing", key=key) from error
-        if hashlib.sha256(data).hexdigest() != manifest.files[name].sha256:
+        if len(data) != entry.size_bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise ArtifactCorruptError(f"{key} is not what was committed ({len(data)} bytes)", key=key)
         return data
 
@@ -145,6 +145,46 @@ class ArtifactStore:
         self.delete(f"{prefix}/{MANIFEST}")
         for key in self.list(prefix):
             self.delete(key)
+
+    def _put(self, key: str, data: bytes | Path, mode: Literal["create", "overwrite"]) -> None:
+        with _translated("write", key):
+            obstore.put(self._store, _checked(key), data, mode=mode, use_multipart=False)
+            if self._folder is not None:
+                _sync(self._folder / key)
+
+
+@contextmanager
+def _translated(action: str, key: str) -> Iterator[None]:
+    """The store's errors as ours; AlreadyExistsError stays, for those who asked for it."""
+    try:
+        yield
+    except AlreadyExistsError:
+        raise
+    except (NotFoundError, FileNotFoundError) as error:
+        raise MissingError(f"{key} is not in the artifact store") from error
+    except (BaseError, OSError) as error:
+        raise UnavailableError(f"artifact store cannot {action} {key}: {type(error).__name__}") from error
+
+
+def _sync(path: Path) -> None:
+    """A file acknowledged outlives a power cut: the bytes, and the entry in its folder."""
+    for target in (path, path.parent):
+        number = os.open(target, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def _entry(data: bytes | Path) -> FileEntry:
+    if isinstance(data, bytes):
+        return FileEntry(hashlib.sha256(data).hexdigest(), len(data))
+    with data.open("rb") as file:
+        return FileEntry(hashlib.file_digest(file, "sha256").hexdigest(), data.stat().st_size)
+
+
+def _file_key(manifest_key: str, name: str, entry: FileEntry) -> str:
+    return f"{manifest_key.removesuffix(MANIFEST)}{entry.sha256[:16]}/{name}"
 
 
 def _checked(key: str) -> str:

@@ -3,10 +3,12 @@
 Legend: T tokens of a microbatch.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range, Segment
 from engine.errors import FieldViolation, InvalidInputError
@@ -45,10 +47,9 @@ def spec_to_domain(spec: task_pb2.TaskSpec, path: str = "spec") -> TaskSpec:
     """The spec with the protos' defaults filled in. Raises InvalidInputError naming every wrong field at once."""
     wrong: list[FieldViolation] = []
     if spec.WhichOneof("method") != "lora":
-        wrong.append(FieldViolation(f"{path}.lora", "is missing: a method must be chosen"))
+        wrong.append(FieldViolation(f"{path}.method", "is missing: set lora"))
     training = _training(spec.training, f"{path}.training", wrong)
-    if wrong:
-        raise InvalidInputError("; ".join(f"{v.field}: {v.description}" for v in wrong), wrong)
+    _refuse(wrong)
     return TaskSpec(
         backbone=spec.backbone,
         method=Lora(
@@ -69,15 +70,19 @@ def training_to_domain(training: task_pb2.Training, path: str = "training") -> T
     """Raises InvalidInputError naming every wrong field at once."""
     wrong: list[FieldViolation] = []
     result = _training(training, path, wrong)
+    _refuse(wrong)
+    return result
+
+
+def _refuse(wrong: list[FieldViolation]) -> None:
     if wrong:
         raise InvalidInputError("; ".join(f"{v.field}: {v.description}" for v in wrong), wrong)
-    return result
 
 
 def _training(t: task_pb2.Training, path: str, wrong: list[FieldViolation]) -> Training:
     duration = t.WhichOneof("duration")
     if duration is None:
-        wrong.append(FieldViolation(f"{path}.num_steps", "is missing: set num_steps or num_epochs"))
+        wrong.append(FieldViolation(f"{path}.duration", "is missing: set num_steps or num_epochs"))
     return Training(
         learning_rate=t.learning_rate,
         num_steps=t.num_steps if duration == "num_steps" else None,
@@ -106,8 +111,43 @@ def _training(t: task_pb2.Training, path: str, wrong: list[FieldViolation]) -> T
 
 def _choice(table: Mapping[int, E], value: int, path: str, wrong: list[FieldViolation]) -> E:
     if value not in table:
-        wrong.append(FieldViolation(path, f"{value} is no known value"))
+        known = ", ".join(f"{number} ({choice.name})" for number, choice in table.items() if number)
+        wrong.append(FieldViolation(path, f"{value} is no known value: use one of {known}"))
     return table.get(value, table[0])
+
+
+def spec_to_proto(spec: TaskSpec) -> task_pb2.TaskSpec:
+    """`spec_to_domain` of it is `spec` again."""
+    lora = task_pb2.Lora(
+        rank=spec.method.rank,
+        alpha=spec.method.alpha,
+        target_modules=spec.method.target_modules,
+        dropout=spec.method.dropout,
+    )
+    return task_pb2.TaskSpec(
+        backbone=spec.backbone,
+        lora=lora,
+        dataset=spec.dataset,
+        dataset_version=spec.dataset_version,
+        training=training_to_proto(spec.training),
+        initial_adapter=spec.initial_adapter,
+        labels=spec.labels,
+    )
+
+
+def training_to_proto(training: Training) -> task_pb2.Training:
+    """Every field set, none left to its default. `training_to_domain` of it is `training` again."""
+    fields = {f.name: getattr(training, f.name) for f in dataclasses.fields(training)}
+    enums = {
+        "lr_schedule": _number_of(_SCHEDULES, training.lr_schedule),
+        "optimizer": _number_of(_OPTIMIZERS, training.optimizer),
+        "overlength": _number_of(_OVERLENGTHS, training.overlength),
+    }
+    return task_pb2.Training(**{name: value for name, value in {**fields, **enums}.items() if value is not None})
+
+
+def _number_of(table: Mapping[int, E], choice: E) -> int:
+    return next(number for number, known in table.items() if number and known is choice)
 
 
 def microbatch_to_proto(microbatch: Microbatch) -> alignment_pb2.Microbatch:
@@ -122,14 +162,18 @@ def microbatch_to_proto(microbatch: Microbatch) -> alignment_pb2.Microbatch:
 
 
 def microbatch_to_domain(message: alignment_pb2.Microbatch) -> Microbatch:
-    """Raises InvalidInputError if tokens, targets and ranges do not fit each other."""
-    token_ids_T = np.frombuffer(message.token_ids, dtype="<i4").astype(np.int32)
-    targets_T = np.frombuffer(message.targets, dtype="<i4").astype(np.int32)
+    """Raises InvalidInputError if tokens, targets, ranges and segments do not fit each other."""
+    token_ids_T = _int32(message.token_ids, "token_ids")
+    targets_T = _int32(message.targets, "targets")
     ranges = tuple(_range_to_domain(range_) for range_ in message.ranges)
     end = 0
     for range_ in ranges:
-        if range_.start != end or range_.num_effective_tokens > range_.num_tokens:
+        if range_.start != end:
             raise InvalidInputError.of_field("ranges", f"range of {range_.task} starts at {range_.start}, not {end}")
+        if any(s.num_tokens < 1 for s in range_.segments) or range_.num_effective_tokens > range_.num_tokens:
+            raise InvalidInputError.of_field(
+                "ranges.segments", f"{range_.num_effective_tokens} tokens of {range_.task} in {range_.num_tokens}"
+            )
         end += range_.num_tokens
     if not len(token_ids_T) == len(targets_T) == end:
         raise InvalidInputError.of_field(
@@ -139,6 +183,12 @@ def microbatch_to_domain(message: alignment_pb2.Microbatch) -> Microbatch:
     if kind is None:
         raise InvalidInputError.of_field("kind", f"{message.kind} is no kind of microbatch")
     return Microbatch(message.round, kind, token_ids_T, targets_T, ranges, message.is_last_in_round)
+
+
+def _int32(data: bytes, field: str) -> NDArray[np.int32]:
+    if len(data) % 4:
+        raise InvalidInputError.of_field(field, f"{len(data)} bytes are no whole number of int32")
+    return np.frombuffer(data, dtype="<i4").astype(np.int32)
 
 
 def _range_to_proto(range_: Range) -> alignment_pb2.Range:

@@ -63,7 +63,7 @@ def test_a_subclass_elsewhere_takes_the_row_of_its_base() -> None:
 
 @pytest.mark.parametrize("cls", all_errors()[:22], ids=lambda cls: cls.__name__)
 async def test_both_ends_see_the_same_error(start_mesh, cls: type[MuxtuneError]) -> None:
-    error = cls("naïve – text", task="tenants/a/tasks/b", line=7)
+    error = cls("naïve text", task="tenants/a/tasks/b", line=7)
     if isinstance(error, InvalidInputError):
         error.violations = (FieldViolation("spec.training.learning_rate", "must be positive"),)
     mesh = await start_mesh(GetTask=raising(error))
