@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc
 
+from engine.errors import InvalidInputError
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc
 from services.alignment.catalog import Catalog
 from services.alignment.servicer import AlignmentServicer
@@ -33,14 +34,21 @@ class AlignmentSettings(ServerSettings):
 async def main() -> None:
     settings = from_environment(AlignmentSettings, os.environ)
     store = ArtifactStore.open(settings.artifact_url)
-    catalog = Catalog(store, settings.backbone_folders(), settings.tokenized_cache_bytes)
+    try:
+        catalog = Catalog(store, settings.backbone_folders(), settings.tokenized_cache_bytes)
+    except InvalidInputError as error:
+        raise SystemExit(f"MUXTUNE_BACKBONES: {error}") from error
+    servicer = AlignmentServicer(catalog, settings.max_dataset_bytes)
+
+    async def stop() -> None:
+        servicer.close()
 
     def register(server: grpc.aio.Server) -> list[str]:
-        servicer = AlignmentServicer(catalog, settings.max_dataset_bytes)
         alignment_pb2_grpc.add_AlignmentServiceServicer_to_server(servicer, server)
         return [alignment_pb2.DESCRIPTOR.services_by_name["AlignmentService"].full_name]
 
-    await serve("alignment", settings, register, authenticate=mesh_authenticator(settings.mesh_secret))
+    authenticate = mesh_authenticator(settings.mesh_secret)
+    await serve("alignment", settings, register, authenticate=authenticate, on_stop=stop)
 
 
 if __name__ == "__main__":

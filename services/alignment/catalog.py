@@ -4,9 +4,10 @@ Bytes are addressed by their SHA-256 under the tenant, so storing them twice is 
 """
 
 import hashlib
+import re
 import tempfile
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,30 @@ from typing import IO
 
 from engine.alignment.dataset import TokenizedDataset, tokenize_dataset
 from engine.alignment.preflight import Preflight, preflight
-from engine.alignment.rows import parse_lines
+from engine.alignment.rows import MAX_LINE_BYTES, Row, parse_lines
 from engine.alignment.tokens import BackboneTokenizer
-from engine.errors import ArtifactCorruptError, ChecksumMismatchError, InvalidInputError, QuotaExceededError
-from engine.task import Training
+from engine.errors import (
+    ArtifactCorruptError,
+    ChecksumMismatchError,
+    InvalidInputError,
+    QuotaExceededError,
+    UnavailableError,
+)
+from engine.task import Overlength, Training
 from services.artifacts import ArtifactStore
+
+_TENANT, _SHA256 = re.compile(r"tenants/[^/]+"), re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class TokenizedKey:
+    """All that decides how a dataset is tokenized."""
+
+    tenant: str
+    sha256: str
+    backbone: str
+    max_sequence_tokens: int
+    overlength: Overlength
 
 
 @dataclass(frozen=True)
@@ -40,7 +60,7 @@ class Receipt:
         self._announced = (size_bytes, sha256.lower())
         self._hash = hashlib.sha256()
         self._size = 0
-        self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # goes with this object
+        self.file: IO[bytes] = tempfile.NamedTemporaryFile(prefix="dataset-")  # noqa: SIM115  # gone with `discard`
 
     def add(self, offset: int, data: bytes) -> None:
         """The next chunk. Raises ChecksumMismatchError if it does not follow the one before."""
@@ -63,29 +83,45 @@ class Receipt:
         self.file.seek(0)
         return found[1]
 
+    def discard(self) -> None:
+        self.file.close()
+
 
 class Catalog:
-    """Thread-safe; the tokenized cache holds at most `cache_bytes`."""
+    """Thread-safe; the tokenized cache holds at most `cache_bytes` (or the one dataset asked for last).
+
+    Raises InvalidInputError if a backbone's folder holds no tokenizer.
+    """
 
     def __init__(self, store: ArtifactStore, backbones: Mapping[str, Path], cache_bytes: int) -> None:
         self._store = store
-        self._folders = dict(backbones)
-        self._tokenizers: dict[str, BackboneTokenizer] = {}
-        self._cache: OrderedDict[tuple[object, ...], TokenizedDataset] = OrderedDict()
+        self._tokenizers = {name: BackboneTokenizer.load(folder) for name, folder in backbones.items()}
+        self._cache: OrderedDict[TokenizedKey, TokenizedDataset] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._lock = threading.Lock()
+        self._at_work: defaultdict[TokenizedKey, threading.Lock] = defaultdict(threading.Lock)
+        self._closing = threading.Event()
+
+    def close(self) -> None:
+        """Makes work in progress end soon, with UnavailableError."""
+        self._closing.set()
 
     def store(self, tenant: str, receipt: Receipt) -> StoredDataset:
         """Parses every line, then puts the bytes. Raises MalformedDatasetError with nothing stored."""
         sha256 = receipt.close()
-        shapes = Counter(row.shape for row in parse_lines(receipt.file))
-        receipt.file.seek(0)
-        data = receipt.file.read()
-        self._store.put_new(_key(tenant, sha256), data)
-        return StoredDataset(sha256, len(data), shapes.total(), dict(shapes))
+        key = _key(tenant, sha256)
+        # No line is read further than it may be long.
+        lines = iter(lambda: receipt.file.readline(MAX_LINE_BYTES + 1), b"")
+        shapes = Counter(row.shape for row in self._until_closing(parse_lines(lines)))
+        self._store.put_new(key, Path(receipt.file.name))
+        return StoredDataset(sha256, receipt.file.tell(), shapes.total(), dict(shapes))
 
     def remove(self, tenant: str, sha256: str) -> None:
+        """Its bytes and all that was made of them."""
         self._store.delete(_key(tenant, sha256))
+        with self._lock:
+            for key in [k for k in self._cache if (k.tenant, k.sha256) == (tenant, sha256)]:
+                del self._cache[key]
 
     def inspect(self, tenant: str, sha256: str, backbone: str, training: Training, num_samples: int) -> Preflight:
         dataset = self.tokenized(tenant, sha256, backbone, training)
@@ -93,17 +129,38 @@ class Catalog:
 
     def tokenized(self, tenant: str, sha256: str, backbone: str, training: Training) -> TokenizedDataset:
         """Raises NotFoundError (no such version), InvalidInputError (backbone, rows), ArtifactCorruptError."""
-        key = (tenant, sha256, backbone, training.max_sequence_tokens, training.overlength)
+        key = TokenizedKey(tenant, sha256, backbone, training.max_sequence_tokens, training.overlength)
+        with self._lock:
+            at_work = self._at_work[key]
+        try:
+            with at_work:  # who comes second waits for what the first is making
+                found = self._cached(key)
+                if found is None:
+                    rows = self._until_closing(parse_lines(self._lines(tenant, sha256)))
+                    found = tokenize_dataset(rows, self._tokenizer(backbone), training)
+                    self._keep(key, found)
+                return found
+        finally:
+            with self._lock:
+                self._at_work.pop(key, None)
+
+    def _cached(self, key: TokenizedKey) -> TokenizedDataset | None:
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
-                return self._cache[key]
-        dataset = tokenize_dataset(parse_lines(self._lines(tenant, sha256)), self._tokenizer(backbone), training)
+            return self._cache.get(key)
+
+    def _keep(self, key: TokenizedKey, dataset: TokenizedDataset) -> None:
         with self._lock:
             self._cache[key] = dataset
             while len(self._cache) > 1 and sum(d.num_bytes for d in self._cache.values()) > self._cache_bytes:
                 self._cache.popitem(last=False)
-        return dataset
+
+    def _until_closing(self, rows: Iterator[Row]) -> Iterator[Row]:
+        for row in rows:
+            if self._closing.is_set():
+                raise UnavailableError("alignment is stopping: send the call again")
+            yield row
 
     def _lines(self, tenant: str, sha256: str) -> Iterator[bytes]:
         data = self._store.get(_key(tenant, sha256))
@@ -112,16 +169,13 @@ class Catalog:
         yield from data.split(b"\n")
 
     def _tokenizer(self, backbone: str) -> BackboneTokenizer:
-        if backbone not in self._folders:
-            known = ", ".join(sorted(self._folders)) or "none"
+        if backbone not in self._tokenizers:
+            known = ", ".join(sorted(self._tokenizers)) or "none"
             raise InvalidInputError.of_field("spec.backbone", f'"{backbone}" is unknown; there is {known}')
-        with self._lock:
-            if backbone not in self._tokenizers:
-                self._tokenizers[backbone] = BackboneTokenizer.load(self._folders[backbone])
-            return self._tokenizers[backbone]
+        return self._tokenizers[backbone]
 
 
 def _key(tenant: str, sha256: str) -> str:
-    if not tenant.startswith("tenants/") or len(sha256) != 64:
+    if not _TENANT.fullmatch(tenant) or not _SHA256.fullmatch(sha256):
         raise InvalidInputError.of_field("sha256", f'"{sha256}" of "{tenant}" names no dataset')
     return f"{tenant}/datasets/{sha256}.jsonl"
