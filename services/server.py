@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -60,20 +61,35 @@ async def serve(
     reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
     address = _bind(server, settings.listen)
     await server.start()
-    stop = stopping or asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    if on_ready is not None:
-        await on_ready(address)
-    await _announce(health, names, health_pb2.HealthCheckResponse.SERVING)
-    _write_ready_file(settings, address)
-    _log.info("%s listens on %s", service_name, address)
-    await stop.wait()
-    await _announce(health, names, health_pb2.HealthCheckResponse.NOT_SERVING)
-    if on_stop is not None:
-        await on_stop()
-    await server.stop(grace_seconds)
-    await asyncio.to_thread(telemetry.shutdown)
+    stopping = stopping or asyncio.Event()
+    try:
+        with _set_by_signals(stopping):
+            if on_ready is not None:
+                await on_ready(address)
+            await _announce(health, names, health_pb2.HealthCheckResponse.SERVING)
+            _write_ready_file(settings, address)
+            _log.info("%s listens on %s", service_name, address)
+            await stopping.wait()
+            await _announce(health, names, health_pb2.HealthCheckResponse.NOT_SERVING)
+            if on_stop is not None:
+                await on_stop()
+    finally:
+        await server.stop(grace_seconds)
+        await asyncio.to_thread(telemetry.shutdown)
+        if settings.ready_file is not None:
+            settings.ready_file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _set_by_signals(stopping: asyncio.Event) -> Iterator[None]:
+    loop, numbers = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, stopping.set)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
 
 
 def _bind(server: grpc.aio.Server, listen: str) -> str:
