@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from engine.alignment.templates import TemplateRefusedError
 from engine.alignment.tokens import BackboneTokenizer
+from engine.alignment.turns import assistant_turns
 from engine.errors import MalformedDatasetError
 
 MAX_LINE_BYTES = 4 << 20
@@ -159,35 +160,23 @@ def _closed(ids: NDArray[np.int32], tokenizer: BackboneTokenizer) -> NDArray[np.
 def _messages(
     messages: list[dict[str, Any]], tokenizer: BackboneTokenizer
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """One tokenization of the whole conversation; assistant turns found as what each adds to the rendered prefix."""
+    """One tokenization of the whole conversation, as a server would see it; the assistant turns in it bear loss."""
     if tokenizer.template is None:
         raise RowRefusedError("the backbone has no chat template: use prompt/completion or text")
     try:
         text = tokenizer.template.render(messages)
-        spans = [_span(messages, i, text, tokenizer) for i, m in enumerate(messages) if m["role"] == "assistant"]
+        turns = assistant_turns(messages, text, tokenizer)
     except TemplateRefusedError as error:
         raise RowRefusedError(str(error)) from None
     encoded = tokenizer.encode(text, add_special_tokens=False)
     mask = np.zeros(len(encoded.token_ids_L), np.bool_)
     starts, ends = encoded.offsets_L2.T
-    for start, end, content_end in spans:
+    for turn in turns:
         # A token of no width (a sentencepiece prefix) belongs to the turn if it lies strictly inside.
-        inside = np.flatnonzero((starts >= start) & (starts < end) & (ends > start) & (ends <= end))
-        is_stop = np.isin(encoded.token_ids_L[inside], list(tokenizer.special_ids)) & (starts[inside] >= content_end)
-        mask[inside[: _stop(is_stop)]] = True
+        inside = np.flatnonzero((starts >= turn.start) & (starts < turn.end) & (ends > turn.start) & (ends <= turn.end))
+        is_special = np.isin(encoded.token_ids_L[inside], list(tokenizer.special_ids))
+        mask[inside[: _stop(is_special & (starts[inside] >= turn.content_end))]] = True
     return encoded.token_ids_L, mask
-
-
-def _span(messages: list[dict[str, Any]], index: int, text: str, tokenizer: BackboneTokenizer) -> tuple[int, int, int]:
-    """Characters [start, end) that the turn adds after the generation prompt, and where its content ends in them."""
-    assert tokenizer.template is not None
-    before = tokenizer.template.render(messages[:index], add_generation_prompt=True)
-    through = tokenizer.template.render(messages[: index + 1])
-    if not (through.startswith(before) and text.startswith(through)):
-        raise RowRefusedError("the chat template rewrites earlier turns, so what bears loss can't be told exactly")
-    content = messages[index]["content"].strip()
-    content_end = max(len(before), through.find(content, len(before)) + len(content))
-    return len(before), len(through), content_end
 
 
 def _stop(is_stop: NDArray[np.bool_]) -> int:

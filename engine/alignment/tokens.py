@@ -42,7 +42,9 @@ class BackboneTokenizer:
         self.template = ChatTemplate(template, special) if template else None
         self.eos_token = special.get("eos_token")
         self.eos_token_id = tokenizer.token_to_id(self.eos_token) if self.eos_token else None
-        self.special_ids = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
+        added = {i: token for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.special_ids = frozenset(added)
+        self.special_tokens = frozenset(token.content for token in added.values())
 
     @classmethod
     def load(cls, folder: Path) -> "BackboneTokenizer":

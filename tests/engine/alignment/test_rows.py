@@ -117,6 +117,28 @@ def test_a_template_that_cannot_be_masked_refuses_the_row_with_the_reason(tmp_pa
     assert SECRET not in str(caught.value)
 
 
+# Qwen3's way: turns before the last question lose what was thought; those after it get a block for it.
+THINKING = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% set said = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content else '' %}"
+    "{{ '<|im_start|>assistant\n' }}"
+    "{% if loop.index0 > ns.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
+    "{{ said + '<|im_end|>\n' }}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("first", ["b", "<think>old</think>b", "b </s> b"])
+def test_turns_that_a_later_question_changes_are_still_told_exactly(tmp_path: Path, first: str) -> None:
+    tokenizer = BackboneTokenizer.load(write_tokenizer(tmp_path, THINKING))
+    pairs = [("user", "a"), ("assistant", first), ("user", "c"), ("assistant", "<think>new</think>d  ")]
+    row = tokenize(_row(messages=_chat(pairs)), tokenizer)
+    said = first.rpartition("</think>")[2]
+    assert _learned(row, tokenizer) == f"{said}<|im_end|><think>\nnew\n</think>\n\nd  <|im_end|>"
+
+
 def test_messages_without_a_template_are_refused(tmp_path: Path) -> None:
     tokenizer = BackboneTokenizer.load(write_tokenizer(tmp_path, None))
     with pytest.raises(RowRefusedError, match="no chat template"):
