@@ -33,6 +33,8 @@ async def main() -> None:
         """Healthy means: the backbone is loaded and probed."""
         ready = asyncio.create_task(servicer.ready.wait())
         await asyncio.wait({ready, running[0]}, return_when=asyncio.FIRST_COMPLETED)
+        if running[0].done():
+            raise SystemExit(f"the trainer could not start on {settings.backbone}: its log above says why")
         keepers.append(LeaseKeeper(settings, address, scheduling, servicer))
         running.append(asyncio.create_task(keepers[0].run(), name="lease"))
 

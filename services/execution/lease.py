@@ -63,8 +63,8 @@ class LeaseKeeper:
             device=described.device,
         )
         answer = await self._scheduling.RegisterExecutor(scheduling_pb2.RegisterExecutorRequest(executor=executor))
-        self._servicer.lease_epoch = answer.lease_epoch
         self._seconds = answer.lease_duration.ToTimedelta().total_seconds()
+        self._servicer.take_lease(answer.lease_epoch)
         _log.info("lease %d for %g s", answer.lease_epoch, self._seconds)
 
     async def _keep(self) -> None:

@@ -24,9 +24,9 @@ class MicrobatchStream:
         self._is_closed = threading.Event()
         threading.Thread(target=self._read, name="microbatches", daemon=True).start()
 
-    def next(self) -> Microbatch | None:
-        """None after the last round. Raises what alignment raised."""
-        item = self._ahead.get()
+    def next(self, timeout_seconds: float) -> Microbatch | None:
+        """None after the last round. Raises what alignment raised, or queue.Empty if nothing comes in that time."""
+        item = self._ahead.get(timeout=timeout_seconds)
         if isinstance(item, MuxtuneError):
             raise item
         return item

@@ -32,14 +32,14 @@ class TrainerProcess:
         self._settings, self._on_frame, self._on_death = settings, on_frame, on_death
         self._process: asyncio.subprocess.Process | None = None
         self._pipe: AsyncPipe | None = None
-        self._is_stopping = False
+        self._is_stopping = self._was_ever_ready = False
 
     @property
     def pid(self) -> int:
         return self._process.pid if self._process else 0
 
     async def run(self) -> None:
-        """Keeps a trainer alive until `stop`."""
+        """Keeps a trainer alive until `stop`. Returns if the first one ends before it was ready."""
         backoff = _FIRST_BACKOFF_SECONDS
         while not self._is_stopping:
             await self._start()
@@ -49,6 +49,9 @@ class TrainerProcess:
             if self._is_stopping:
                 return
             _log.error("the trainer ended with status %d", code)
+            if not (was_ready or self._was_ever_ready):
+                return  # a backbone that does not load will not load again: its log says why
+            self._was_ever_ready = True
             await self._on_death(code)
             backoff = _FIRST_BACKOFF_SECONDS if was_ready else min(2 * backoff, _LAST_BACKOFF_SECONDS)
             await asyncio.sleep(backoff)

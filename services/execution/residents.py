@@ -190,6 +190,12 @@ class Residents:
                 resident = Resident(task, spec_to_domain(task.spec))
                 self._attach(resident)
             self._held[task.task] = resident
+        except UnavailableError as error:  # the store is away: no fault of the task's
+            released = plan_pb2.TaskReleased(reason=f"not taken in: {error.message}")
+            self._results.append(
+                plan_pb2.TaskResult(task=task.task, attempt_epoch=task.attempt_epoch, released=released)
+            )
+            self._ended[task.task] = task.attempt_epoch
         except MuxtuneError as error:
             self._results.append(
                 plan_pb2.TaskResult(task=task.task, attempt_epoch=task.attempt_epoch, failed=to_failure(error))

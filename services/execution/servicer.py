@@ -2,23 +2,21 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
-from engine.errors import (
-    IllegalTransitionError,
-    LeaseLostError,
-    NotFoundError,
-    StaleEpochError,
-    UnavailableError,
-)
+from engine.errors import LeaseLostError, MuxtuneError, NotFoundError, StaleEpochError, UnavailableError
 from muxtune.v1 import errors_pb2, execution_pb2_grpc, plan_pb2
 from muxtune.v1 import execution_pb2 as pb
+from services.errors import TABLE
+from services.execution.attempts import Attempts
 from services.execution.outbox import Outbox
 from services.execution.pipe import Frame, Tag
 from services.execution.process import TrainerProcess
 from services.execution.settings import ExecutionSettings
 
+_LEASE_WAIT_SECONDS = 5.0
+_BY_REASON = {f"ERROR_REASON_{mapped.reason}": kind for kind, mapped in TABLE.items()}
 _log = logging.getLogger(__name__)
 
 
@@ -34,26 +32,36 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         self.ready = asyncio.Event()
         self.is_draining = False
         self._drained = asyncio.Event()
-        self._plan: plan_pb2.ExecutorPlan | None = None
+        self._leased = asyncio.Event()
+        self._attempts = Attempts()
+        self._plan_version = 0
+        self._late_plan: plan_pb2.ExecutorPlan | None = None  # came while the trainer was away
         self._stream: asyncio.Task[None] | None = None  # reads the newest stream's requests
+        self._stream_ended = asyncio.Event()
+        self._stream_has_plan = False
         self._exports: list[asyncio.Future[pb.ExportAdapterResponse]] = []
         self._is_held = False
 
     async def RunPlan(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.RunPlanResponse]:
         requests = aiter(request_iterator)
         first = await anext(requests, None)
-        if first is None or first.lease_epoch != self.lease_epoch or self.lease_epoch == 0:
-            raise LeaseLostError(f"this executor's lease is {self.lease_epoch}: take a new snapshot")
+        if first is None:
+            return
+        await self._check_lease(first.lease_epoch)
         if self._stream is not None:
             self._stream.cancel()  # the newest stream wins
         reading = self._stream = asyncio.create_task(self._read_requests(first, requests))
+        self._stream_has_plan = False
+        self._stream_ended.clear()
         responses = self.outbox.read()
         try:
             following = asyncio.ensure_future(anext(responses, None))
             while True:
                 await asyncio.wait({reading, following}, return_when=asyncio.FIRST_COMPLETED)
-                if reading.cancelled() or self._stream is not reading:
+                if self._stream is not reading:
                     raise StaleEpochError("a newer stream replaced this one")
+                if self.lease_epoch != first.lease_epoch:
+                    raise LeaseLostError(f"lease {first.lease_epoch} ended: take a new snapshot")
                 if following.done():
                     if (response := following.result()) is None:
                         return
@@ -64,6 +72,10 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         finally:
             following.cancel()
             reading.cancel()
+            if self._stream is reading:
+                self._stream, self._stream_has_plan = None, False
+                self._stream_ended.set()
+                await self._hold_or_go()
 
     async def ExportAdapter(self, request: pb.ExportAdapterRequest, context: Any) -> pb.ExportAdapterResponse:
         if request.task not in self.described.tasks:
@@ -83,7 +95,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         return self.described
 
     async def drain(self) -> None:
-        """Every task checkpointed, released and acknowledged, or the time for it is over."""
+        """Every task checkpointed and released, and acknowledged if scheduling is there; or the time is over."""
         if not self.is_draining:
             self.is_draining = True
             await self.trainer.send(Tag.DRAIN)
@@ -92,15 +104,35 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
                 if self.ready.is_set():
                     await self._drained.wait()
                 await self.outbox.close()
-                await self.outbox.wait_empty()
+                if self._stream is not None:
+                    await _first_of(self.outbox.wait_empty(), self._stream_ended.wait())
         except TimeoutError:
             _log.warning("drain gave up after %g s", self._settings.drain_seconds)
 
+    def take_lease(self, epoch: int) -> None:
+        """From now on, streams of this lease are taken."""
+        self.lease_epoch = epoch
+        self._leased.set()
+
     async def lose_lease(self) -> None:
-        """Drops every task and result: another executor may hold them by now."""
-        self.lease_epoch, self._plan = 0, None
+        """Drops every task and result: another executor may hold them by now. Ends the stream."""
+        self.lease_epoch, self._plan_version, self._late_plan = 0, 0, None
+        self._leased.clear()
+        self._attempts.drop()
         await self.trainer.send(Tag.LEASE_LOST)
         await self.outbox.clear()
+        if self._stream is not None:
+            self._stream.cancel()
+
+    async def _check_lease(self, epoch: int) -> None:
+        """Scheduling may know of a lease a moment before this executor hears its answer. Raises LeaseLostError."""
+        try:
+            async with asyncio.timeout(_LEASE_WAIT_SECONDS):
+                await self._leased.wait()
+        except TimeoutError:
+            _log.warning("a stream came, but no lease")
+        if epoch != self.lease_epoch or epoch == 0:
+            raise LeaseLostError(f"this executor's lease is {self.lease_epoch}, not {epoch}: take a new snapshot")
 
     async def _read_requests(self, first: pb.RunPlanRequest, requests: AsyncIterator[pb.RunPlanRequest]) -> None:
         await self._take(first)
@@ -110,34 +142,55 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
     async def _take(self, request: pb.RunPlanRequest) -> None:
         await self.outbox.acknowledge(request.acknowledged_sequence)
         if request.stale_tasks:
+            self._attempts.drop(request.stale_tasks)
             await self.trainer.send(Tag.STALE, request)
         if request.HasField("plan") and not self.is_draining:
-            self._plan = request.plan
-            await self.trainer.send(Tag.PLAN, request.plan)
+            self._stream_has_plan = True
+            if request.plan.version > self._plan_version:
+                self._plan_version = request.plan.version
+                await self._hand_down(self._attempts.start(request.plan))
         await self._hold_or_go()
 
+    async def _hand_down(self, plan: plan_pb2.ExecutorPlan) -> None:
+        """To the trainer, or to the next one where this one has died."""
+        self._late_plan = None if self.ready.is_set() else plan
+        if self.ready.is_set():
+            await self.trainer.send(Tag.PLAN, plan)
+
     async def _hold_or_go(self) -> None:
-        """The trainer pauses while too much is unacknowledged."""
-        if self.outbox.is_full != self._is_held and not self.is_draining:
-            self._is_held = self.outbox.is_full
-            await self.trainer.send(Tag.HOLD if self._is_held else Tag.GO)
+        """The trainer pauses while no stream's plan says to go on, or too much is unacknowledged."""
+        must_hold = not self._stream_has_plan or self.outbox.is_full
+        if must_hold != self._is_held and not self.is_draining:
+            self._is_held = must_hold
+            await self.trainer.send(Tag.HOLD if must_hold else Tag.GO)
 
     async def _on_frame(self, frame: Frame) -> None:
         tag, payload = frame
         if tag is Tag.RESULTS:
-            await self.outbox.put(pb.RunPlanResponse.FromString(payload))
-            await self._hold_or_go()
+            await self._take_results(pb.RunPlanResponse.FromString(payload))
         elif tag is Tag.DESCRIBED:
             self.described = pb.DescribeExecutorResponse.FromString(payload)
             if not self.ready.is_set():
                 self.ready.set()
+                if self._late_plan is not None:
+                    await self._hand_down(self._late_plan)
+                await self._hold_or_go()
         elif tag is Tag.EXPORTED and self._exports:
             self._exports.pop(0).set_result(pb.ExportAdapterResponse.FromString(payload))
         elif tag is Tag.EXPORT_FAILED and self._exports:
             failure = errors_pb2.TaskFailure.FromString(payload)
-            self._exports.pop(0).set_exception(IllegalTransitionError(failure.message))
+            self._exports.pop(0).set_exception(_to_error(failure))
         elif tag is Tag.DRAINED:
             self._drained.set()
+
+    async def _take_results(self, response: pb.RunPlanResponse) -> None:
+        counting = self._attempts.note(response.results)
+        del response.results[:]
+        response.results.extend(counting)
+        self.described.executor.device.CopyFrom(response.device)
+        if counting or response.adopted:
+            await self.outbox.put(response)
+            await self._hold_or_go()
 
     async def _on_death(self, code: int) -> None:
         """Its tasks are handed back, to be planned anew from their last checkpoints."""
@@ -146,13 +199,22 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         for waiting in self._exports:
             waiting.set_exception(UnavailableError("the trainer died"))
         self._exports.clear()
-        if self._plan is not None:
-            released = plan_pb2.TaskReleased(reason=f"its trainer ended with status {code}")
-            results = [
-                plan_pb2.TaskResult(task=task.task, attempt_epoch=task.attempt_epoch, released=released)
-                for task in self._plan.tasks
-            ]
-            await self.outbox.put(pb.RunPlanResponse(plan_version=self._plan.version, results=results))
-            self._plan = None
+        if results := self._attempts.hand_back(code):
+            response = pb.RunPlanResponse(plan_version=self._plan_version, results=results)
+            response.device.CopyFrom(self.described.executor.device)
+            await self.outbox.put(response)
         if self.is_draining:
             self._drained.set()
+
+
+def _to_error(failure: errors_pb2.TaskFailure) -> MuxtuneError:
+    return _BY_REASON.get(errors_pb2.ErrorReason.Name(failure.reason), MuxtuneError)(failure.message)
+
+
+async def _first_of(*waits: Coroutine[Any, Any, Any]) -> None:
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()

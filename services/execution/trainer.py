@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from engine.errors import InvalidInputError, MuxtuneError, NotFoundError
+from engine.errors import ArtifactCorruptError, InvalidInputError, MuxtuneError, NotFoundError
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
 from muxtune.v1 import alignment_pb2, execution_pb2, plan_pb2
@@ -30,6 +30,8 @@ from services.mesh import open_sync_channel
 from services.telemetry import configure
 
 _RETRY_SECONDS = 1.0
+_WAIT_SECONDS = 0.2  # for a microbatch, before the pipe is heard again
+_BAD_DATA = (InvalidInputError, NotFoundError, ArtifactCorruptError)
 _log = logging.getLogger(__name__)
 
 
@@ -54,16 +56,18 @@ class Trainer:
         self._is_held = self._is_draining = False
 
     def run(self) -> None:
-        """The trainer's life: until the pipe closes or the executor has drained."""
+        """The trainer's life: until the pipe closes."""
         threading.Thread(target=self._receive, name="pipe", daemon=True).start()
         self._describe()
         while self._listen():
             if self._is_draining:
-                return self._drain()
+                self._drain()
+                continue
             if not self._unfinished:
                 self._begin_round()
             for index in list(self._unfinished):
-                self._run_microbatch(index)
+                if index in self._unfinished:
+                    self._run_microbatch(index)
             if not self._unfinished:
                 self._end_round()
 
@@ -83,7 +87,9 @@ class Trainer:
     def _run_microbatch(self, index: int) -> None:
         """One microbatch of one hTask, from alignment through the backbone to its tasks' optimizers."""
         try:
-            microbatch = self._streams[index].next()
+            microbatch = self._streams[index].next(_WAIT_SECONDS)
+        except queue.Empty:
+            return
         except MuxtuneError as error:
             return self._stream_broke(index, error)
         if microbatch is None:
@@ -121,9 +127,9 @@ class Trainer:
         self._streams.pop(index).close()
         self._unfinished.remove(index)
         members = [name for name in self._plan.htasks[index].tasks if name in self._residents.names]
-        if isinstance(error, InvalidInputError | NotFoundError) and len(members) == 1:
+        if isinstance(error, _BAD_DATA) and len(members) == 1:
             self._residents.fail(members[0], error)
-        elif isinstance(error, InvalidInputError | NotFoundError):
+        elif isinstance(error, _BAD_DATA):
             self._split(index)
         else:
             for name in members:  # what the round had gathered for them is gathered anew
@@ -140,6 +146,8 @@ class Trainer:
         ]
         others = [other for i, other in enumerate(self._plan.htasks) if i != index]
         self._close_streams()
+        for name in self._residents.names:  # rounds in flight begin again
+            self._executor.tasks[name].restart_step()
         del self._plan.htasks[:]
         self._plan.htasks.extend([*others, *alone])
 
@@ -182,7 +190,8 @@ class Trainer:
     def _listen(self) -> bool:
         """Takes what the server says; waits for it while there is nothing to run. False: the server is gone."""
         while True:
-            is_idle = self._is_held or not (self._residents.names or self._next_plan or self._is_draining)
+            has_work = bool(self._residents.names or self._next_plan) and not self._is_held
+            is_idle = not (has_work or self._unfinished or self._is_draining)
             try:
                 frame = self._inbox.get(block=is_idle)
             except queue.Empty:
@@ -224,6 +233,7 @@ class Trainer:
         self._report()
         self._pipe.write(Tag.DRAINED)
         self._window.close()
+        self._plan, self._next_plan, self._is_draining = plan_pb2.ExecutorPlan(), None, False
 
     def _receive(self) -> None:
         while (frame := self._pipe.read()) is not None:

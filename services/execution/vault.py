@@ -29,14 +29,18 @@ class Vault:
         """Commits it; then deletes all but the last few of the task."""
         prefix = f"{task}/checkpoints/{state.step:08d}-{epoch}"
         manifest = self._store.commit_folder(prefix, state.files(), {**state.metadata, **extra, "epoch": epoch})
-        for old in self._committed(task)[:-_KEPT]:
+        before = [key for key in self._committed(task) if _step(key) < state.step]
+        for old in before[: 1 - _KEPT]:
             self._store.delete_folder(old.removesuffix(f"/{MANIFEST}"))
         return task_pb2.CheckpointCommitted(step=state.step, manifest_key=manifest.key, size_bytes=manifest.size_bytes)
 
     def get_checkpoint(self, task: str, recorded: task_pb2.CheckpointCommitted) -> CheckpointState:
-        """The recorded one; where it is gone or corrupt, the newest other that reads. Raises ArtifactCorruptError."""
-        others = [key for key in reversed(self._committed(task)) if key != recorded.manifest_key]
-        for key in [recorded.manifest_key, *others]:
+        """The recorded one; where it is gone or corrupt, the newest before it that reads: its steps are run again.
+
+        Never one after it, whose steps were not recorded. Raises ArtifactCorruptError.
+        """
+        before = [key for key in reversed(self._committed(task)) if _step(key) < recorded.step]
+        for key in [recorded.manifest_key, *before]:
             try:
                 manifest, files = self._store.read_folder(key)
                 return CheckpointState.from_files(files, dict(manifest.metadata))
@@ -65,3 +69,7 @@ class Vault:
         except MuxtuneError:
             return []
         return sorted(key for key in keys if key.endswith(f"/{MANIFEST}"))
+
+
+def _step(manifest_key: str) -> int:
+    return int(manifest_key.split("/")[-2].partition("-")[0])

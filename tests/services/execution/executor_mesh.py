@@ -260,7 +260,7 @@ async def _registered(process: asyncio.subprocess.Process, scheduling: FakeSched
     ended.cancel()
     if not registered.done():
         registered.cancel()
-        pytest.fail(f"the executor did not register; its log: {log.read_text()[-3000:]}")
+        pytest.fail(f"the executor did not register; its log: {_tail(log)}")
     return registered.result().address
 
 
@@ -309,3 +309,7 @@ async def running_mesh(folder: Path, backbone: Path, **overrides: Any) -> AsyncI
 
 def log_lines(mesh: Mesh) -> list[dict[str, Any]]:
     return [json.loads(line) for line in mesh.log.read_text().splitlines() if line.startswith("{")]
+
+
+def _tail(log: Path) -> str:
+    return log.read_text()[-3000:]

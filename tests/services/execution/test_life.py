@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest_asyncio
 
 from engine.errors import LeaseLostError, NotFoundError, StaleEpochError
 from muxtune.v1 import errors_pb2, execution_pb2
+from services.artifacts import ArtifactStore
 from tests.services.execution.executor_mesh import BAD_VERSION, Mesh, kind_of, plan_of, planned, running_mesh
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
@@ -43,14 +45,17 @@ def load_adapter(mesh: Mesh, key: str, backbone: Path) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(backbone)
-    return PeftModel.from_pretrained(model, (mesh.artifacts / key).parent)
+    _, files = ArtifactStore.open(mesh.settings.artifact_url).read_folder(key)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files.items():
+            (Path(folder) / name).write_bytes(data)
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone), folder)
 
 
 def weights(mesh: Mesh, key: str) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
-    return load_file((mesh.artifacts / key).parent / "adapter_model.safetensors")
+    return load(ArtifactStore.open(mesh.settings.artifact_url).read_folder(key)[1]["adapter_model.safetensors"])
 
 
 async def test_two_tasks_train_together_and_leave_adapters_that_peft_loads(
@@ -128,12 +133,13 @@ async def test_cancelled_before_its_first_step_a_task_leaves_no_adapter(mesh: Me
 
 
 async def test_what_is_wrong_with_one_task_fails_it_alone(mesh: Mesh, versions: Versions) -> None:
-    corrupt = mesh.artifacts / "tenants/t/tasks/corrupt/checkpoints/00000002-1"
-    corrupt.mkdir(parents=True)
-    entry = {"sha256": "0" * 64, "size_bytes": 3}
-    (corrupt / "manifest.json").write_text(json.dumps({"files": {"state.safetensors": entry}, "metadata": {"step": 2}}))
-    (corrupt / "state.safetensors").write_bytes(b"???")
-    resume = {"step": 2, "manifest_key": "tenants/t/tasks/corrupt/checkpoints/00000002-1/manifest.json"}
+    prefix = "tenants/t/tasks/corrupt/checkpoints/00000002-1"
+    manifest = ArtifactStore.open(mesh.settings.artifact_url).commit_folder(
+        prefix, {"state.safetensors": b"as committed"}, {"step": 2}
+    )
+    (written,) = (mesh.artifacts / prefix).rglob("state.safetensors")
+    written.write_bytes(b"as found later")
+    resume = {"step": 2, "manifest_key": manifest.key}
     stream = await mesh.open_stream()
     stream.send(
         plan_of(
@@ -165,7 +171,8 @@ async def test_two_htasks_of_a_plan_interleave(mesh: Mesh, versions: Versions) -
     one, two = planned("one", num_steps=3), planned("two", num_steps=3)
     stream.send(plan_of(versions.next(), one, two, htasks=[[one.task], [two.task]]))
     await stream.until_finished("one", "two")
-    order = [result.task.rpartition("/")[2] for result in stream.results if kind_of(result) == "step_done"]
+    steps = [result.task for result in stream.results if kind_of(result) == "step_done"]
+    order = [task.rpartition("/")[2] for task in steps if task in (one.task, two.task)]
     assert order == ["one", "two"] * 3
     assert stream.of("one", "step_done")[0].num_neighbours == 0
     await stream.close()
@@ -291,7 +298,7 @@ async def test_spans_join_the_tasks_own_traces_and_hold_no_tokens(mesh: Mesh, ve
         return [span for scope in scopes for span in scope["spans"]]
 
     async with asyncio.timeout(30):
-        while not any(link["traceId"] == trace_id for span in spans() for link in span.get("links", [])):
-            await asyncio.sleep(0.2)  # the exporter writes in batches
+        while not any(link["traceId"] == trace_id for span in spans() for link in span.get("links", [])):  # noqa: ASYNC110
+            await asyncio.sleep(0.2)  # a file that another process writes in batches
     own = {span["name"] for span in spans() if span["traceId"] == trace_id}
     assert {"attach", "checkpoint", "export"} <= own

@@ -1,0 +1,72 @@
+"""Which attempts are in the trainer's hands, as its server knows it: so that a trainer's death is nobody's loss.
+
+Pure: no pipe, no gRPC.
+"""
+
+from collections.abc import Iterable
+
+from engine.errors import MuxtuneError
+from muxtune.v1 import plan_pb2
+from services.errors import to_failure
+
+_MAX_DEATHS = 3  # of the trainer, in a row, with the task resident and without a step of it
+_ENDS = ("finished", "failed", "released")
+
+
+class Attempts:
+    """Follows plans down and results up."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, int] = {}  # epoch by task
+        self._ended: dict[str, int] = {}
+        self._deaths: dict[str, int] = {}
+
+    def start(self, plan: plan_pb2.ExecutorPlan) -> plan_pb2.ExecutorPlan:
+        """The plan without attempts that ended here: it may have been made before scheduling knew."""
+        going = [task for task in plan.tasks if self._ended.get(task.task, 0) < task.attempt_epoch]
+        self._running |= {task.task: task.attempt_epoch for task in going}
+        left = plan_pb2.ExecutorPlan()
+        left.CopyFrom(plan)
+        del left.tasks[:]
+        left.tasks.extend(going)
+        return left
+
+    def note(self, results: Iterable[plan_pb2.TaskResult]) -> list[plan_pb2.TaskResult]:
+        """What the trainer says of its tasks; answers what of it counts: it may not have heard of a drop yet."""
+        counting = []
+        for result in results:
+            if self._running.get(result.task) != result.attempt_epoch:
+                continue
+            counting.append(result)
+            kind = result.WhichOneof("result")
+            if kind in _ENDS:
+                self._end(result.task, result.attempt_epoch)
+            if kind in (*_ENDS, "step_done"):
+                self._deaths.pop(result.task, None)
+        return counting
+
+    def drop(self, tasks: Iterable[str] | None = None) -> None:
+        """Forgets attempts that were superseded: these, or all."""
+        for task in list(self._running) if tasks is None else tasks:
+            self._running.pop(task, None)
+
+    def hand_back(self, code: int) -> list[plan_pb2.TaskResult]:
+        """The trainer died: every attempt is released, but a task under which it keeps dying is failed."""
+        results = []
+        for task, epoch in list(self._running.items()):
+            self._deaths[task] = self._deaths.get(task, 0) + 1
+            result = plan_pb2.TaskResult(task=task, attempt_epoch=epoch)
+            if self._deaths[task] < _MAX_DEATHS:
+                result.released.reason = f"its trainer ended with status {code}"
+            else:
+                why = f"its trainer ended {_MAX_DEATHS} times in a row before a step of it was done (status {code})"
+                result.failed.CopyFrom(to_failure(MuxtuneError(why)))
+                del self._deaths[task]
+            results.append(result)
+            self._end(task, epoch)
+        return results
+
+    def _end(self, task: str, epoch: int) -> None:
+        self._ended[task] = max(epoch, self._ended.get(task, 0))
+        if self._running.get(task) == epoch:
+            del self._running[task]

@@ -1,0 +1,112 @@
+"""How an executor ends, loses its trainer, or loses its lease: each on a process of its own."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from muxtune.v1 import execution_pb2
+from services.artifacts import ArtifactStore
+from tests.services.execution.executor_mesh import log_lines, plan_of, planned, running_mesh
+
+pytestmark = pytest.mark.timeout(120)
+
+
+async def test_sigterm_checkpoints_releases_and_exits_with_zero(tmp_path: Path, tiny_backbone: Path) -> None:
+    async with running_mesh(tmp_path, tiny_backbone, checkpoint_steps=1000) as mesh:
+        stream = await mesh.open_stream()
+        mesh.alignment.pause_seconds = 0.02
+        stream.send(plan_of(1, planned("d", num_steps=1000)))
+        await stream.until(lambda: stream.of("d", "step_done"))
+        assert await mesh.stop() == 0
+        await asyncio.wait([stream.reading])
+        assert stream.reading.exception() is None  # ended with OK
+        steps = [done.step for done in stream.of("d", "step_done")]
+        (checkpoint,) = stream.of("d", "checkpoint_committed")
+        assert len(stream.of("d", "released")) == 1
+        assert checkpoint.step == steps[-1] == len(steps)
+        ArtifactStore.open(mesh.settings.artifact_url).read_folder(checkpoint.manifest_key)
+        assert len(mesh.scheduling.ended) == 1
+        assert not [line for line in log_lines(mesh) if line["level"] in ("WARNING", "ERROR")]
+
+
+async def test_sigterm_without_a_stream_does_not_wait_for_one(tmp_path: Path, tiny_backbone: Path) -> None:
+    async with running_mesh(tmp_path, tiny_backbone, drain_seconds=60) as mesh:
+        stream = await mesh.open_stream(acknowledges=False)
+        stream.send(plan_of(1, planned("d", num_steps=3)))
+        await stream.until(lambda: stream.of("d", "finished"))
+        await stream.close()
+        async with asyncio.timeout(20):
+            assert await mesh.stop() == 0
+
+
+async def test_drain_releases_everything_and_takes_no_new_plan(tmp_path: Path, tiny_backbone: Path) -> None:
+    async with running_mesh(tmp_path, tiny_backbone) as mesh:
+        stream = await mesh.open_stream()
+        stream.send(plan_of(1, planned("d", num_steps=100000)))
+        await stream.until(lambda: stream.of("d", "step_done"))
+        await mesh.stub.Drain(execution_pb2.DrainRequest())
+        await mesh.stub.Drain(execution_pb2.DrainRequest())
+        await asyncio.wait([stream.reading])
+        assert stream.of("d", "released")
+        described = await mesh.stub.DescribeExecutor(execution_pb2.DescribeExecutorRequest())
+        assert not described.tasks
+
+
+async def test_a_killed_trainer_is_restarted_and_its_tasks_are_handed_back(tmp_path: Path, tiny_backbone: Path) -> None:
+    async with running_mesh(tmp_path, tiny_backbone) as mesh:
+        stream = await mesh.open_stream()
+        mesh.alignment.pause_seconds = 0.02
+        plan = plan_of(1, planned("k", num_steps=40), planned("done", num_steps=1))
+        stream.send(plan)
+        await stream.until(lambda: stream.of("k", "checkpoint_committed") and stream.of("done", "finished"))
+        os.kill(mesh.trainer_pid(), signal.SIGKILL)
+        await stream.until(lambda: stream.of("k", "released"))
+        assert "-9" in stream.of("k", "released")[0].reason
+        assert not stream.of("done", "released")
+        recorded = stream.of("k", "checkpoint_committed")[-1]
+        again = planned("k", epoch=2, num_steps=40, resume_from=recorded)
+        stream.send(plan_of(2, again, planned("done", num_steps=1)))  # made before it was known that one is done
+        await stream.until_finished("k")
+        assert len(stream.of("done", "finished")) == 1
+        second = [r.step_done.step for r in stream.results if r.attempt_epoch == 2 and r.HasField("step_done")]
+        assert second == list(range(recorded.step + 1, 41))
+
+
+async def test_a_lost_lease_drops_the_tasks_and_registers_again(tmp_path: Path, tiny_backbone: Path) -> None:
+    async with running_mesh(tmp_path, tiny_backbone) as mesh:
+        stream = await mesh.open_stream()
+        mesh.alignment.pause_seconds = 0.02
+        stream.send(plan_of(1, planned("l", num_steps=1000)))
+        await stream.until(lambda: stream.of("l", "step_done"))
+        mesh.scheduling.is_lost = True
+        async with asyncio.timeout(20):
+            again = await mesh.scheduling.registered.get()
+        assert again.lease_epoch == 2
+        fresh = await mesh.open_stream()
+        fresh.send(plan_of(2, planned("l", epoch=2, num_steps=3, version="other")))
+        await fresh.until_finished("l")
+        assert {result.attempt_epoch for result in fresh.results} == {2}
+        assert not stream.of("l", "released")
+
+
+async def test_health_and_secret(tmp_path: Path, tiny_backbone: Path) -> None:
+    async with running_mesh(tmp_path, tiny_backbone) as mesh, grpc.aio.insecure_channel(mesh.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        answer = await health.Check(health_pb2.HealthCheckRequest(service="muxtune.v1.ExecutionService"))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        call = channel.unary_unary("/muxtune.v1.ExecutionService/Drain")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call(b"")
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_backbone_that_does_not_load_ends_the_service(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(pytest.fail.Exception, match="does not load as a causal language model"):
+        async with running_mesh(tmp_path, tmp_path / "empty"):
+            pass
