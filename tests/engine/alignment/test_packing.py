@@ -1,6 +1,7 @@
 """Rounds hold every sequence once, with its targets, order and offsets, whoever else is packed beside it."""
 
 import collections
+import dataclasses
 import itertools
 
 import numpy as np
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from engine.alignment.dataset import Order, TokenizedDataset, num_steps, split
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind
 from engine.alignment.packing import Member, rounds
-from engine.task import Training, evaluation_is_due
+from engine.planning.memory import microbatch_tokens
+from engine.task import Lora, TaskSpec, Training, evaluation_is_due
 
 
 def _dataset(lengths: list[int], first_token: int) -> TokenizedDataset:
@@ -188,3 +190,14 @@ def test_a_long_evaluation_is_packed_in_good_time(num_rows: int) -> None:
     training = Training(1e-3, num_steps=1, micro_batch_size=4, heldout_fraction=0.9)
     member = Member("t", _dataset([9] * num_rows, 1), training, 1, 1)
     assert sum(len(m.ranges[0].segments) for m in rounds([member], 128, 16)) == round(0.9 * num_rows)
+
+
+@given(members=members(), layout=layouts)
+@settings(max_examples=100, deadline=None)
+def test_no_microbatch_passes_what_the_memory_model_counts(members: list[Member], layout: tuple[int, int]) -> None:
+    specs = [
+        TaskSpec("b", Lora(4, 4.0, ("q_proj",)), "d", dataclasses.replace(member.training, max_sequence_tokens=40))
+        for member in members
+    ]
+    counted = microbatch_tokens(specs, *layout)
+    assert all(m.num_tokens <= counted for m in rounds(members, counted, layout[1]))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.alignment.rows import parse_lines, tokenize
 from engine.alignment.tokens import BackboneTokenizer
 from engine.errors import InvalidInputError
 from tests.tiny_tokenizer import CHATML, write_tokenizer
@@ -65,6 +66,17 @@ def _assert_as_transformers(folder: Path) -> None:
 
 def test_smollm2_as_transformers_reads_it(smollm2: Path) -> None:
     _assert_as_transformers(smollm2)
+
+
+def test_smollm2_learns_the_answers_and_their_stop_token(smollm2: Path) -> None:
+    tokenizer = BackboneTokenizer.load(smollm2)
+    chat = [*CHATS[2][:2], {"role": "user", "content": "more?"}, {"role": "assistant", "content": "Yes:\n\n1. 日本 🙂"}]
+    (row,) = parse_lines([json.dumps({"messages": chat}).encode()])
+    tokenized = tokenize(row, tokenizer)
+    text = tokenizer.decode(tokenized.token_ids_L)
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")  # the template's own
+    learned = tokenizer.decode(tokenized.token_ids_L[tokenized.bears_loss_L])
+    assert learned == " b\n<|im_end|>Yes:\n\n1. 日本 🙂<|im_end|>"
 
 
 @pytest.mark.parametrize("options", [{}, {"adds_bos": True, "eos": "</s>"}, {"trims": True}])
