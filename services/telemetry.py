@@ -7,6 +7,8 @@ for many tasks is a span of its own with links to theirs. Spans and logs never h
 import json
 import logging
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from services.config import ServerSettings, SettingsError
 
 _NAME = "muxtune"
 _EXPORT_SECONDS = 3
+_SHUTDOWN_SECONDS = 4.0
 _BATCH_MILLIS = 1000
 
 
@@ -35,11 +38,14 @@ class Telemetry:
     closers: Sequence[Callable[[], Any]] = ()
 
     def shutdown(self) -> None:
-        """Sends what is waiting, for a few seconds at most where nobody listens."""
-        self.tracer_provider.shutdown()
-        self.meter_provider.shutdown(timeout_millis=1000 * _EXPORT_SECONDS)
-        for close in self.closers:
-            close()
+        """Sends what is waiting, for a few seconds at most: where nobody listens, the rest is lost."""
+        parts = (self.tracer_provider.shutdown, self.meter_provider.shutdown, *self.closers)
+        threads = [threading.Thread(target=part, daemon=True) for part in parts]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + _SHUTDOWN_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
 
 def configure(service_name: str, settings: ServerSettings) -> Telemetry:

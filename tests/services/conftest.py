@@ -1,5 +1,6 @@
 """A server behind our gate with a channel of the mesh, and the spans that were made."""
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
@@ -8,8 +9,9 @@ import grpc
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.trace import SpanKind, StatusCode
 
-from muxtune.v1 import admission_pb2_grpc, execution_pb2_grpc
+from muxtune.v1 import admission_pb2, admission_pb2_grpc, execution_pb2_grpc
 from services.auth import mesh_authenticator
 from services.gate import Gate
 from services.mesh import open_channel
@@ -33,13 +35,68 @@ class SpanLog(SpanProcessor):
         with self._changed:
             self._spans.clear()
 
-    def find(self, name: str, kind: trace.SpanKind) -> list[ReadableSpan]:
+    def find(self, name: str, kind: SpanKind) -> list[ReadableSpan]:
         return [s for s in self._spans if s.name.rpartition("/")[2] == name and s.kind is kind]
 
-    def wait_for(self, name: str, kind: trace.SpanKind, count: int = 1) -> ReadableSpan:
+    def wait_for(self, name: str, kind: SpanKind, count: int = 1) -> ReadableSpan:
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.find(name, kind)) >= count, timeout=10), self._spans
             return self.find(name, kind)[-1]
+
+    async def ended(self, name: str, kind: SpanKind, count: int = 1) -> ReadableSpan:
+        """`wait_for` without stopping the loop that the server runs in."""
+        return await asyncio.to_thread(self.wait_for, name, kind, count)
+
+    async def both(self, method: str) -> tuple[ReadableSpan, ReadableSpan]:
+        """The client's and the server's span of the only call of `method`."""
+        client, server = await self.ended(method, SpanKind.CLIENT), await self.ended(method, SpanKind.SERVER)
+        assert len(self.find(method, SpanKind.CLIENT)) == len(self.find(method, SpanKind.SERVER)) == 1
+        assert server.parent.span_id == client.context.span_id
+        assert server.context.trace_id == client.context.trace_id
+        return client, server
+
+    @staticmethod
+    def check(span: ReadableSpan, code: str, is_error: bool) -> None:
+        assert span.attributes["rpc.response.status_code"] == code
+        assert span.status.status_code is (StatusCode.ERROR if is_error else StatusCode.UNSET)
+        assert span.attributes.get("error.type") == (code if is_error else None)
+        assert not span.events
+
+
+class Endless:
+    """Servicer methods that never end by themselves, and say when they did."""
+
+    def __init__(self) -> None:
+        self.began, self.ended = asyncio.Event(), asyncio.Event()
+
+    async def unary(self, request, context):
+        self.began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.ended.set()
+
+    async def stream(self, request, context):
+        self.began.set()
+        try:
+            yield admission_pb2.DownloadAdapterResponse()
+            await asyncio.Event().wait()
+        finally:
+            self.ended.set()
+
+    async def flood(self, request, context):
+        """Blocked by flow control at a `yield` most of the time."""
+        self.began.set()
+        try:
+            while True:
+                yield admission_pb2.DownloadAdapterResponse(chunk={"data": b"x" * 100_000})
+        finally:
+            self.ended.set()
+
+
+@pytest.fixture
+def endless() -> Endless:
+    return Endless()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,9 @@
 import asyncio
 import json
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import grpc
 import pytest
@@ -16,6 +19,7 @@ from services.auth import bearer_metadata
 from services.errors import TABLE, mapped, to_failure, to_status
 from services.telemetry import _JsonFormatter
 
+ROOT = Path(__file__).parents[2]
 GET = admission_pb2.GetTaskRequest(name="tenants/a/tasks/b")
 
 
@@ -203,3 +207,9 @@ def test_a_failure_of_a_task_carries_the_reason() -> None:
     failure = to_failure(errors.NonFiniteError("loss is NaN at step 3", step=3))
     assert failure.reason == errors_pb2.ERROR_REASON_NON_FINITE
     assert failure.message == "loss is NaN at step 3" and dict(failure.metadata) == {"step": "3"}
+
+
+def test_users_errors_need_no_server_code() -> None:
+    program = "import sys, muxtune.errors; print({n.partition('.')[0] for n in sys.modules} & {'engine', 'services'})"
+    answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "set()"

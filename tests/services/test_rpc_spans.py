@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import threading
 
 import grpc
 import pytest
@@ -12,35 +11,13 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.trace import SpanKind, StatusCode
 
 from engine.errors import InvalidInputError, MuxtuneError, NotFoundError, OverloadedError, UnavailableError
-from muxtune.v1 import admission_pb2, admission_pb2_grpc, alignment_pb2, alignment_pb2_grpc, execution_pb2
+from muxtune.v1 import admission_pb2, admission_pb2_grpc, execution_pb2
 from services import rpc_spans
-from services.mesh import open_sync_channel
 from services.telemetry import tracer
 
 GET, DOWNLOAD = admission_pb2.GetTaskRequest(), admission_pb2.DownloadAdapterRequest()
 PIECE = admission_pb2.DownloadAdapterResponse()
 SERVER, CLIENT = SpanKind.SERVER, SpanKind.CLIENT
-
-
-async def both(spans, method: str):
-    """The client's and the server's span of the only call of `method`."""
-    client, server = await ended(spans, method, CLIENT), await ended(spans, method, SERVER)
-    assert len(spans.find(method, CLIENT)) == len(spans.find(method, SERVER)) == 1
-    assert server.parent.span_id == client.context.span_id
-    assert server.context.trace_id == client.context.trace_id
-    return client, server
-
-
-async def ended(spans, name: str, kind: SpanKind, count: int = 1):
-    """Waits without stopping the loop that the server runs in."""
-    return await asyncio.to_thread(spans.wait_for, name, kind, count)
-
-
-def check(span, code: str, is_error: bool) -> None:
-    assert span.attributes["rpc.response.status_code"] == code
-    assert span.status.status_code is (StatusCode.ERROR if is_error else StatusCode.UNSET)
-    assert span.attributes.get("error.type") == (code if is_error else None)
-    assert not span.events
 
 
 async def test_a_unary_call(start_mesh, spans) -> None:
@@ -53,11 +30,11 @@ async def test_a_unary_call(start_mesh, spans) -> None:
     mesh = await start_mesh(GetTask=get)
     with tracer().start_as_current_span("caller") as caller:
         await (await mesh.admission()).GetTask(GET)
-    client, server = await both(spans, "GetTask")
+    client, server = await spans.both("GetTask")
     assert client.parent.span_id == caller.get_span_context().span_id
     assert inner == [server.context.span_id]
     for span in (client, server):
-        check(span, "OK", is_error=False)
+        spans.check(span, "OK", is_error=False)
         assert span.name == "muxtune.v1.AdmissionService/GetTask" == span.attributes["rpc.method"]
         assert span.attributes["rpc.system.name"] == "grpc"
     host, _, port = mesh.address.partition(":")
@@ -89,9 +66,9 @@ async def test_an_exception(start_mesh, spans, error, code: str, is_servers_faul
     with pytest.raises(MuxtuneError):
         _ = [piece async for piece in stub.DownloadAdapter(DOWNLOAD)]
     for method in ("GetTask", "DownloadAdapter"):
-        client, server = await both(spans, method)
-        check(client, code, is_error=True)
-        check(server, code, is_error=is_servers_fault)
+        client, server = await spans.both(method)
+        spans.check(client, code, is_error=True)
+        spans.check(server, code, is_error=is_servers_fault)
 
 
 async def test_an_abort_and_a_code_that_was_set(start_mesh, spans) -> None:
@@ -108,21 +85,21 @@ async def test_an_abort_and_a_code_that_was_set(start_mesh, spans) -> None:
         await stub.GetTask(GET)
     with pytest.raises(MuxtuneError):
         _ = [piece async for piece in stub.DownloadAdapter(DOWNLOAD)]
-    client, server = await both(spans, "GetTask")
-    check(client, "DATA_LOSS", is_error=True)
-    check(server, "DATA_LOSS", is_error=True)
-    client, server = await both(spans, "DownloadAdapter")
-    check(client, "OUT_OF_RANGE", is_error=True)
-    check(server, "OUT_OF_RANGE", is_error=False)
+    client, server = await spans.both("GetTask")
+    spans.check(client, "DATA_LOSS", is_error=True)
+    spans.check(server, "DATA_LOSS", is_error=True)
+    client, server = await spans.both("DownloadAdapter")
+    spans.check(client, "OUT_OF_RANGE", is_error=True)
+    spans.check(server, "OUT_OF_RANGE", is_error=False)
 
 
 async def test_who_is_not_let_in_leaves_spans_too(start_mesh, spans) -> None:
     mesh = await start_mesh()
     with pytest.raises(MuxtuneError):
         await (await mesh.admission("mesh_wrong")).GetTask(GET)
-    client, server = await both(spans, "GetTask")
-    check(client, "UNAUTHENTICATED", is_error=True)
-    check(server, "UNAUTHENTICATED", is_error=False)
+    client, server = await spans.both("GetTask")
+    spans.check(client, "UNAUTHENTICATED", is_error=True)
+    spans.check(server, "UNAUTHENTICATED", is_error=False)
 
 
 async def test_uploads_and_downloads(start_mesh, spans) -> None:
@@ -140,71 +117,37 @@ async def test_uploads_and_downloads(start_mesh, spans) -> None:
     assert (await stub.UploadDataset(parts)).dataset.num_rows == 5
     assert len([piece async for piece in stub.DownloadAdapter(DOWNLOAD)]) == 3
     for method in ("UploadDataset", "DownloadAdapter"):
-        for span in await both(spans, method):
-            check(span, "OK", is_error=False)
+        for span in await spans.both(method):
+            spans.check(span, "OK", is_error=False)
 
 
-class Endless:
-    """Servicer methods that never end by themselves, and say when they did."""
-
-    def __init__(self) -> None:
-        self.began, self.ended = asyncio.Event(), asyncio.Event()
-
-    async def unary(self, request, context):
-        self.began.set()
-        try:
-            await asyncio.Event().wait()
-        finally:
-            self.ended.set()
-
-    async def stream(self, request, context):
-        self.began.set()
-        try:
-            yield PIECE
-            await asyncio.Event().wait()
-        finally:
-            self.ended.set()
-
-    async def flood(self, request, context):
-        """Blocked by flow control at a `yield` most of the time."""
-        self.began.set()
-        try:
-            while True:
-                yield admission_pb2.DownloadAdapterResponse(chunk={"data": b"x" * 100_000})
-        finally:
-            self.ended.set()
-
-
-async def test_a_cancelled_unary_call(start_mesh, spans) -> None:
-    endless = Endless()
+async def test_a_cancelled_unary_call(start_mesh, spans, endless) -> None:
     mesh = await start_mesh(GetTask=endless.unary)
     call = asyncio.ensure_future((await mesh.admission()).GetTask(GET))
     await endless.began.wait()
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
-    client, server = await both(spans, "GetTask")
-    check(client, "CANCELLED", is_error=True)
-    check(server, "CANCELLED", is_error=False)
+    client, server = await spans.both("GetTask")
+    spans.check(client, "CANCELLED", is_error=True)
+    spans.check(server, "CANCELLED", is_error=False)
     assert endless.ended.is_set()
 
 
-async def test_a_deadline(start_mesh, spans) -> None:
-    endless = Endless()
+async def test_a_deadline(start_mesh, spans, endless) -> None:
     mesh = await start_mesh(GetTask=endless.unary)
     with pytest.raises(UnavailableError, match="DEADLINE_EXCEEDED"):
         await (await mesh.admission()).GetTask(GET, timeout=0.2)
     await asyncio.wait_for(endless.ended.wait(), 10)
-    client, server = await both(spans, "GetTask")
-    check(client, "DEADLINE_EXCEEDED", is_error=True)
+    client, server = await spans.both("GetTask")
+    spans.check(client, "DEADLINE_EXCEEDED", is_error=True)
     assert server.attributes["rpc.response.status_code"] in ("DEADLINE_EXCEEDED", "CANCELLED")
 
 
 @pytest.mark.parametrize("kind", ["stream", "flood"])
 @pytest.mark.parametrize("how", ["cancel", "task", "abandon", "unread"])
-async def test_a_stream_nobody_reads_on(start_mesh, spans, how: str, kind: str) -> None:
+async def test_a_stream_nobody_reads_on(start_mesh, spans, endless, how: str, kind: str) -> None:
     """Cancelled, its reader's task cancelled, left by `break`, never read: no garbage collection needed."""
-    endless = Endless()
     mesh = await start_mesh(DownloadAdapter=getattr(endless, kind))
     stub = await mesh.admission()
 
@@ -234,11 +177,11 @@ async def test_a_stream_nobody_reads_on(start_mesh, spans, how: str, kind: str) 
                 call.cancel()
             del call
         await asyncio.wait_for(endless.ended.wait(), 10)
-        client, server = await both(spans, "DownloadAdapter")
+        client, server = await spans.both("DownloadAdapter")
     finally:
         gc.enable()
-    check(client, "CANCELLED", is_error=True)
-    check(server, "CANCELLED", is_error=False)
+    spans.check(client, "CANCELLED", is_error=True)
+    spans.check(server, "CANCELLED", is_error=False)
 
 
 async def test_the_readers_own_spans_are_not_the_streams_children(start_mesh, spans) -> None:
@@ -273,7 +216,7 @@ async def test_a_server_that_goes_away(start_mesh, spans) -> None:
         await server.stop(None)
         with pytest.raises(UnavailableError):
             await anext(call)
-    client = await ended(spans, "DownloadAdapter", CLIENT)
+    client = await spans.ended("DownloadAdapter", CLIENT)
     assert client.status.status_code is StatusCode.ERROR
 
 
@@ -291,16 +234,16 @@ async def test_a_stream_of_hours_ends_its_span_when_established(start_mesh, span
     mesh = await start_mesh(RunPlan=run_plan)
     call = (await mesh.execution()).RunPlan(requests())
     await anext(call)
-    client, server = await both(spans, "RunPlan")
+    client, server = await spans.both("RunPlan")
     for span in (client, server):
         assert span.attributes["muxtune.stream_established"] is True
         assert "rpc.response.status_code" not in span.attributes
     may_end.set()
     assert [response async for response in call] == []
     for side in (client, server):
-        await ended(spans, "RunPlan ended", SpanKind.INTERNAL, 2)
+        await spans.ended("RunPlan ended", SpanKind.INTERNAL, 2)
         [end] = [s for s in spans.find("RunPlan ended", SpanKind.INTERNAL) if s.parent.span_id == side.context.span_id]
-        check(end, "OK", is_error=False)
+        spans.check(end, "OK", is_error=False)
         assert end.links[0].context.span_id == side.context.span_id and end.attributes["muxtune.stream_seconds"] > 0
 
 
@@ -313,9 +256,9 @@ async def test_a_silent_stream_of_hours_is_established_soon(start_mesh, spans, m
 
     mesh = await start_mesh(RunPlan=run_plan)
     call = (await mesh.execution()).RunPlan(iter([execution_pb2.RunPlanRequest()]))
-    await both(spans, "RunPlan")
+    await spans.both("RunPlan")
     call.cancel()
-    await ended(spans, "RunPlan ended", SpanKind.INTERNAL, 2)
+    await spans.ended("RunPlan ended", SpanKind.INTERNAL, 2)
     codes = {s.attributes["rpc.response.status_code"] for s in spans.find("RunPlan ended", SpanKind.INTERNAL)}
     assert codes == {"CANCELLED"}
 
@@ -328,9 +271,9 @@ async def test_a_stream_of_hours_refused_at_once_shows_why(start_mesh, spans) ->
     mesh = await start_mesh(RunPlan=run_plan)
     with pytest.raises(NotFoundError):
         await anext((await mesh.execution()).RunPlan(iter([execution_pb2.RunPlanRequest()])))
-    client, server = await both(spans, "RunPlan")
-    check(client, "NOT_FOUND", is_error=True)
-    check(server, "NOT_FOUND", is_error=False)
+    client, server = await spans.both("RunPlan")
+    spans.check(client, "NOT_FOUND", is_error=True)
+    spans.check(server, "NOT_FOUND", is_error=False)
 
 
 async def test_a_servicer_that_writes_by_itself(start_mesh, spans) -> None:
@@ -340,8 +283,8 @@ async def test_a_servicer_that_writes_by_itself(start_mesh, spans) -> None:
 
     mesh = await start_mesh(DownloadAdapter=download)
     assert len([p async for p in (await mesh.admission()).DownloadAdapter(DOWNLOAD)]) == 2
-    for span in await both(spans, "DownloadAdapter"):
-        check(span, "OK", is_error=False)
+    for span in await spans.both("DownloadAdapter"):
+        spans.check(span, "OK", is_error=False)
 
 
 async def test_durations_are_measured(start_mesh, monkeypatch) -> None:
@@ -364,88 +307,3 @@ async def test_durations_are_measured(start_mesh, monkeypatch) -> None:
         assert point.attributes["rpc.method"] == "muxtune.v1.AdmissionService/GetTask"
         assert point.attributes["rpc.response.status_code"] == "NOT_FOUND"
     assert {metric.name for metric in scope.metrics} == {"rpc.client.call.duration", "rpc.server.call.duration"}
-
-
-class Blocking:
-    """What the trainer does, in a thread: microbatches through a sync channel."""
-
-    def __init__(self, address: str, secret: str) -> None:
-        self.channel = open_sync_channel(address, secret)
-        self.stub = admission_pb2_grpc.AdmissionServiceStub(self.channel)
-
-    def read(self, limit: int | None = None) -> int:
-        count = 0
-        for _ in self.stub.DownloadAdapter(DOWNLOAD):
-            count += 1
-            if count == limit:
-                break
-        return count
-
-
-async def test_a_sync_channel(start_mesh, spans) -> None:
-    endless = Endless()
-    started = threading.Event()
-
-    async def get(request, context):
-        if request.name == "bad":
-            raise InvalidInputError("bad name")
-        return admission_pb2.GetTaskResponse()
-
-    async def download(request, context):
-        yield PIECE
-        if started.is_set():
-            raise NotFoundError("no more")
-
-    mesh = await start_mesh(GetTask=get, DownloadAdapter=download, WatchTask=endless.stream)
-    client = Blocking(mesh.address, mesh.secret)
-    await asyncio.to_thread(client.stub.GetTask, GET)
-    for span in await both(spans, "GetTask"):
-        check(span, "OK", is_error=False)
-    with pytest.raises(InvalidInputError, match="bad name"):
-        await asyncio.to_thread(client.stub.GetTask, admission_pb2.GetTaskRequest(name="bad"))
-    check(await ended(spans, "GetTask", CLIENT, 2), "INVALID_ARGUMENT", is_error=True)
-    assert await asyncio.to_thread(client.read) == 1
-    for span in await both(spans, "DownloadAdapter"):
-        check(span, "OK", is_error=False)
-    started.set()
-    with pytest.raises(NotFoundError):
-        await asyncio.to_thread(client.read)
-    check(await ended(spans, "DownloadAdapter", CLIENT, 2), "NOT_FOUND", is_error=True)
-    client.channel.close()
-
-
-async def test_a_sync_stream_that_is_left(start_mesh, spans) -> None:
-    endless = Endless()
-    mesh = await start_mesh(DownloadAdapter=endless.stream)
-    client = Blocking(mesh.address, mesh.secret)
-    assert await asyncio.to_thread(client.read, 1) == 1
-    await asyncio.wait_for(endless.ended.wait(), 10)
-    client_span, server_span = await both(spans, "DownloadAdapter")
-    check(client_span, "CANCELLED", is_error=True)
-    check(server_span, "CANCELLED", is_error=False)
-    client.channel.close()
-
-
-async def test_a_sync_stream_cancelled_by_another_thread(start_mesh, spans) -> None:
-    endless = Endless()
-    mesh = await start_mesh(DownloadAdapter=endless.stream)
-    client = Blocking(mesh.address, mesh.secret)
-    call = client.stub.DownloadAdapter(DOWNLOAD)
-    await asyncio.to_thread(next, call)
-    waiting = asyncio.create_task(asyncio.to_thread(lambda: next(call)))
-    call.cancel()
-    with pytest.raises(UnavailableError):
-        await waiting
-    await asyncio.wait_for(endless.ended.wait(), 10)
-    check((await both(spans, "DownloadAdapter"))[0], "CANCELLED", is_error=True)
-    client.channel.close()
-
-
-async def test_the_alignment_stub_takes_both_channels(start_mesh) -> None:
-    mesh = await start_mesh()
-    request = alignment_pb2.StreamMicrobatchesRequest()
-    with pytest.raises(MuxtuneError, match="UNIMPLEMENTED"):
-        await anext(alignment_pb2_grpc.AlignmentServiceStub(await mesh.channel()).StreamMicrobatches(request))
-    with open_sync_channel(mesh.address, mesh.secret) as channel, pytest.raises(MuxtuneError, match="UNIMPLEMENTED"):
-        stream = alignment_pb2_grpc.AlignmentServiceStub(channel).StreamMicrobatches(request)
-        await asyncio.to_thread(next, stream)

@@ -1,0 +1,210 @@
+"""Traces, logs and metrics as their receivers get them."""
+
+import asyncio
+import base64
+import json
+import logging
+import subprocess
+import sys
+import time
+from concurrent import futures
+from pathlib import Path
+
+import grpc
+import pytest
+from google.protobuf import json_format
+from opentelemetry import trace
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.trace import SpanKind, StatusCode
+
+from services import telemetry
+from services.config import ServerSettings, SettingsError
+from services.telemetry import configure, current_trace_parent, links_to, task_span, tracer
+
+ROOT = Path(__file__).parents[2]
+TASK = "tenants/a/tasks/b"
+
+
+@pytest.fixture(autouse=True)
+def own_providers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`configure` returns its providers; the process's global ones and its logs stay the test run's."""
+    monkeypatch.setattr("opentelemetry.trace.set_tracer_provider", lambda provider: None)
+    monkeypatch.setattr("opentelemetry.metrics.set_meter_provider", lambda provider: None)
+    monkeypatch.setattr("services.telemetry._configure_logs", lambda name, level: None)
+
+
+def test_work_for_a_task_joins_its_trace(spans) -> None:
+    with tracer().start_as_current_span("CreateTask") as root:
+        stored = current_trace_parent()
+    version, trace_id, span_id, flags = stored.split("-")
+    assert version == "00" and int(flags, 16) & 1  # sampled
+    assert int(trace_id, 16) == root.get_span_context().trace_id and int(span_id, 16) == root.get_span_context().span_id
+    with tracer().start_as_current_span("something else"), task_span("train", TASK, stored, step=3):
+        pass
+    span = spans.wait_for("train", SpanKind.INTERNAL)
+    assert span.context.trace_id == root.get_span_context().trace_id
+    assert span.parent.span_id == root.get_span_context().span_id
+    assert span.attributes == {"muxtune.task": TASK, "muxtune.tenant": "tenants/a", "step": 3}
+
+
+def test_without_a_stored_trace_the_span_in_force_is_the_parent(spans) -> None:
+    assert current_trace_parent() == ""
+    with tracer().start_as_current_span("outer") as outer, task_span("inner", TASK, ""):
+        pass
+    assert spans.wait_for("inner", SpanKind.INTERNAL).parent.span_id == outer.get_span_context().span_id
+
+
+@pytest.mark.parametrize("broken", ["00-zz-1-01", "garbage", "00-" + "0" * 32 + "-" + "0" * 16 + "-01"])
+def test_a_broken_trace_parent_costs_only_the_link(spans, broken: str) -> None:
+    with task_span("work", TASK, broken):
+        pass
+    assert spans.wait_for("work", SpanKind.INTERNAL).context.is_valid
+
+
+def test_a_fused_step_links_to_all_its_tasks(spans) -> None:
+    parents = []
+    for name in ("x", "y"):
+        with tracer().start_as_current_span(name):
+            parents.append((name, current_trace_parent()))
+    with tracer().start_as_current_span("step", links=links_to([*parents, ("no trace", "")])):
+        pass
+    links = spans.wait_for("step", SpanKind.INTERNAL).links
+    assert [link.attributes["muxtune.task"] for link in links] == ["x", "y"]
+    ids = [trace.format_span_id(link.context.span_id) for link in links]
+    assert ids == [parent.split("-")[2] for _, parent in parents]
+
+
+def test_an_exceptions_text_enters_no_span(spans) -> None:
+    with pytest.raises(KeyError), task_span("work", TASK, ""):
+        raise KeyError("a tenant's row")
+    span = spans.wait_for("work", SpanKind.INTERNAL)
+    assert span.status.status_code is StatusCode.ERROR and span.attributes["error.type"] == "KeyError"
+    assert "row" not in span.to_json()
+
+
+def test_logs_are_json_lines_with_the_trace(spans) -> None:
+    formatter = telemetry._JsonFormatter("alignment")
+    record = logging.makeLogRecord({"msg": "line\n%s ü", "args": (3,), "levelname": "INFO", "name": "x.y"})
+    outside = formatter.format(record)
+    assert "\n" not in outside and "trace_id" not in json.loads(outside)
+    with tracer().start_as_current_span("work") as span:
+        line = json.loads(formatter.format(record))
+    context = span.get_span_context()
+    assert line["trace_id"] == trace.format_trace_id(context.trace_id)
+    assert line["span_id"] == trace.format_span_id(context.span_id)
+    assert (line["service"], line["level"], line["logger"]) == ("alignment", "INFO", "x.y")
+    assert line["message"] == "line\n3 ü"
+
+
+def test_a_log_level_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with pytest.raises(SettingsError, match=r"MUXTUNE_LOG_LEVEL.*LOUD"):
+        configure("test", ServerSettings(mesh_secret="s", log_level="LOUD"))
+
+
+class Collector(trace_service_pb2_grpc.TraceServiceServicer, metrics_service_pb2_grpc.MetricsServiceServicer):
+    """An OTLP receiver. Both services name their method Export: told apart by the request."""
+
+    def __init__(self) -> None:
+        self.spans, self.metrics = [], []
+
+    def Export(self, request, context):
+        if isinstance(request, trace_service_pb2.ExportTraceServiceRequest):
+            self.spans += [
+                (r.resource, span) for r in request.resource_spans for s in r.scope_spans for span in s.spans
+            ]
+            return trace_service_pb2.ExportTraceServiceResponse()
+        self.metrics += [m for r in request.resource_metrics for s in r.scope_metrics for m in s.metrics]
+        return metrics_service_pb2.ExportMetricsServiceResponse()
+
+
+@pytest.fixture
+def collector():
+    servicer = Collector()
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(servicer, server)
+    metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(servicer, server)
+    servicer.endpoint = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    yield servicer
+    server.stop(None)
+
+
+def test_a_collector_gets_spans_and_metrics(collector: Collector) -> None:
+    exporting = configure("admission", ServerSettings(mesh_secret="s", otlp_endpoint=collector.endpoint))
+    with exporting.tracer_provider.get_tracer("x").start_as_current_span("hello") as span:
+        pass
+    exporting.meter_provider.get_meter("x").create_counter("muxtune.things").add(2)
+    exporting.shutdown()
+    [(resource, received)] = collector.spans
+    assert received.name == "hello"
+    assert received.trace_id == span.get_span_context().trace_id.to_bytes(16, "big")
+    attributes = {a.key: a.value.string_value for a in resource.attributes}
+    assert attributes["service.name"] == "muxtune-admission"
+    assert [metric.name for metric in collector.metrics] == ["muxtune.things"]
+
+
+def test_a_collector_that_is_away_blocks_nobody() -> None:
+    exporting = configure("x", ServerSettings(mesh_secret="s", otlp_endpoint="http://127.0.0.1:1"))
+    tracer = exporting.tracer_provider.get_tracer("x")
+    started = time.monotonic()
+    for _ in range(5000):  # more than the queue holds
+        tracer.start_span("span").end()
+    assert time.monotonic() - started < 3
+    exporting.shutdown()
+    assert time.monotonic() - started < 8
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from services.config import ServerSettings
+from services.telemetry import configure
+telemetry = configure(sys.argv[1], ServerSettings(mesh_secret="s", trace_file=Path(sys.argv[2])))
+tracer = telemetry.tracer_provider.get_tracer("x")
+for i in range(300):
+    with tracer.start_as_current_span(f"{sys.argv[1]}-{i}", attributes={"text": "x" * 500, "count": 2**60}):
+        with tracer.start_as_current_span("child"):
+            pass
+telemetry.shutdown()
+"""
+
+
+def read_otlp_json(line: str) -> trace_service_pb2.ExportTraceServiceRequest:
+    """By protobuf's own parser, which wants base64 where OTLP's JSON has hex."""
+
+    def with_base64(value):
+        if isinstance(value, dict):
+            ids = ("traceId", "spanId", "parentSpanId")
+            return {
+                k: base64.b64encode(bytes.fromhex(v)).decode() if k in ids else with_base64(v) for k, v in value.items()
+            }
+        return [with_base64(item) for item in value] if isinstance(value, list) else value
+
+    return json_format.ParseDict(with_base64(json.loads(line)), trace_service_pb2.ExportTraceServiceRequest())
+
+
+def test_processes_share_a_trace_file(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "trace.jsonl"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, name, str(path)], cwd=ROOT) for name in ("one", "two")]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    requests = [read_otlp_json(line) for line in path.read_text().splitlines()]
+    spans = [span for r in requests for rs in r.resource_spans for ss in rs.scope_spans for span in ss.spans]
+    assert len(spans) == 2 * 2 * 300
+    roots = {span.span_id: span for span in spans if not span.parent_span_id}
+    assert {span.name for span in roots.values()} == {f"{name}-{i}" for name in ("one", "two") for i in range(300)}
+    for span in spans:
+        assert len(span.trace_id) == 16 and len(span.span_id) == 8
+        assert not span.parent_span_id or roots[span.parent_span_id].trace_id == span.trace_id
+    assert path.stat().st_mode & 0o077 == 0
+
+
+async def test_a_span_does_not_leak_between_tasks(spans) -> None:
+    async def work(name: str) -> str:
+        with task_span(name, TASK, ""):
+            await asyncio.sleep(0)
+            return current_trace_parent()
+
+    one, two = await asyncio.gather(work("one"), work("two"))
+    assert one.split("-")[1] != two.split("-")[1]
