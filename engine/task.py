@@ -96,7 +96,7 @@ class Training:
     num_epochs: int | None = None
     lr_schedule: LrSchedule = LrSchedule.LINEAR
     warmup_steps: int = 0
-    micro_batch_size: int = 4  # sequences of this task in one microbatch, at most
+    micro_batch_size: int = 4  # sequences that enter a microbatch as one piece; never changes the result
     global_batch_size: int = 8  # sequences of one optimizer step
     max_sequence_tokens: int = 512
     overlength: Overlength = Overlength.TRUNCATE

@@ -326,7 +326,9 @@ class Training(_message.Message):
     lr_schedule: Global___LrSchedule.ValueType
     warmup_steps: _builtins.int
     micro_batch_size: _builtins.int
-    """Sequences of this task in one microbatch, at most: bounds memory, never the result. 0: 4."""
+    """Sequences that enter a microbatch as one piece (several pieces may share one, within the token budget): bounds
+    memory, never the result. 0: 4.
+    """
     global_batch_size: _builtins.int
     """Sequences of one optimizer step. 0: 8."""
     max_sequence_tokens: _builtins.int
