@@ -4,7 +4,7 @@ The bits of a site are Philox4x64-10 (Salmon et al., SC'11) with
     key     = (task seed, step * 2**32 + site)
     counter = (position * ceil(K / 16) + block, 0, 0, 0)
 One block gives 4 x 64 bits = 16 lanes of 16 bits, little end first; column c of the token at stream position p is lane
-c % 16 of block c // 16. The element is kept where its lane >= round(probability * 65536).
+c % 16 of block c // 16. The element is kept where its lane >= min(65535, round(probability * 65536)).
 
 Legend: L tokens of a range, K width.
 """
@@ -20,18 +20,21 @@ def keep_mask(
     seed: int, step: int, site: int, positions_L: NDArray[np.int64], width: int, probability: float
 ) -> torch.Tensor:
     """[L, K] bool: which elements stay. Equal for equal keys, on any machine and in any batch."""
-    threshold = round(probability * 65536)
     num_blocks = -(-width // _LANES)
     key = np.array([seed % 2**64, ((step << 32) + site) % 2**64], dtype=np.uint64)
     runs = np.split(positions_L, np.flatnonzero(np.diff(positions_L) != 1) + 1)  # consecutive: one call each
-    words = [_blocks(key, int(run[0]) * num_blocks, len(run) * num_blocks) for run in runs if len(run)]
-    lanes_LK = np.concatenate(words).view("<u2").reshape(len(positions_L), -1)[:, :width]
-    return torch.from_numpy(lanes_LK >= threshold)
+    words = [np.empty(0, "<u8")] + [_blocks(key, int(run[0]) * num_blocks, len(run) * num_blocks) for run in runs if len(run)]
+    lanes_LK = np.concatenate(words).view("<u2").reshape(len(positions_L), num_blocks * _LANES)[:, :width]
+    return torch.from_numpy(lanes_LK >= _threshold(probability))
 
 
 def keep_scale(probability: float) -> float:
     """What kept elements are multiplied by: the inverse of the exact chance to stay."""
-    return 65536 / (65536 - round(probability * 65536))
+    return 65536 / (65536 - _threshold(probability))
+
+
+def _threshold(probability: float) -> int:
+    return min(65535, round(probability * 65536))  # never all: kept elements need a finite scale
 
 
 def _blocks(key: NDArray[np.uint64], first: int, count: int) -> NDArray[np.uint64]:

@@ -3,6 +3,7 @@
 Legend: T tokens of the packed stream, H hidden, M target positions of the microbatch.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ class Executor:
         weights_T = torch.zeros(microbatch.num_tokens, dtype=torch.float64)
         for range_ in microbatch.ranges:
             if range_.task in resident:
-                weights_T[_slice(range_)] = 1 / range_.num_step_target_tokens
+                weights_T[_slice(range_)] = 1 / max(1, range_.num_step_target_tokens)
         rows_M = torch.nonzero((targets_T != IGNORE) & (weights_T > 0)).squeeze(1)
         return rows_M.to(self.backbone.device), weights_T[rows_M].to(self.backbone.device)
 
@@ -137,7 +138,7 @@ class Executor:
             if (run := self.tasks.get(range_.task)) is None:
                 continue
             gathered, targets_L = run.gathered, microbatch.targets_T[_slice(range_)]
-            gathered.loss += loss_T[_slice(range_)].sum().item() / range_.num_step_target_tokens
+            gathered.loss += loss_T[_slice(range_)].sum().item() / max(1, range_.num_step_target_tokens)
             gathered.num_target_tokens += int((targets_L != IGNORE).sum())
             gathered.num_effective_tokens += range_.num_effective_tokens
             gathered.num_padding_tokens += range_.num_tokens - range_.num_effective_tokens
@@ -165,9 +166,13 @@ class Executor:
             num_neighbours=len(done.neighbours),
         )
 
-    def _finish_evaluation(self, range_: Range) -> EvaluationResult:
+    def _finish_evaluation(self, range_: Range) -> EvaluationResult | TaskFailure:
         run = self.tasks[range_.task]
         done, run.gathered = run.gathered, Gathered()
+        if not math.isfinite(done.loss):
+            self.detach(range_.task)
+            error = NonFiniteError(f"held-out loss after step {range_.step} is {done.loss}", step=range_.step)
+            return TaskFailure(range_.task, range_.step, error)
         return EvaluationResult(range_.task, range_.step, done.loss, done.num_target_tokens)
 
 
