@@ -27,6 +27,7 @@ _NAME = "muxtune"
 _EXPORT_SECONDS = 3
 _SHUTDOWN_SECONDS = 4.0
 _BATCH_MILLIS = 1000
+_MAX_CONTEXT_BYTES = 512  # what W3C asks everyone to carry
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,11 @@ def _configure_logs(service_name: str, level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
-def carrier_of(metadata: Sequence[tuple[str, str | bytes]] | None) -> dict[str, str]:
-    """The text entries of a call's metadata, for extracting a trace context."""
-    return {key: value for key, value in metadata or () if isinstance(value, str)}
+def carrier_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
+    """The trace context of a call's metadata. A caller's baggage, or a state of any length, goes no further: what we
+    take we send on with every call."""
+    return {
+        key: value
+        for key, value in metadata or ()
+        if key in ("traceparent", "tracestate") and isinstance(value, str) and len(value) <= _MAX_CONTEXT_BYTES
+    }

@@ -16,7 +16,7 @@ from engine.errors import ArtifactCorruptError, InvalidInputError, NotFoundError
 from services.artifacts import MANIFEST, ArtifactStore
 
 PREFIX = "tenants/a/tasks/b/checkpoints/00000010-1"
-FILES = {"adapter.safetensors": bytes(range(256)) * 40, "state.json": b"{}"}
+FILES = {"adapter.safetensors": bytes(range(256)) * 40, "state.json": b"{}", "empty": b""}
 
 
 @pytest.fixture(scope="session")

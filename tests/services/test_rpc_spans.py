@@ -93,6 +93,32 @@ async def test_an_abort_and_a_code_that_was_set(start_mesh, spans) -> None:
     spans.check(server, "OUT_OF_RANGE", is_error=False)
 
 
+async def test_a_callers_trace_goes_on_and_its_baggage_does_not(start_mesh, spans) -> None:
+    seen = {}
+
+    async def inner(request, context):
+        seen.update(context.invocation_metadata())
+        return admission_pb2.GetTaskResponse()
+
+    last = await start_mesh(GetTask=inner)
+
+    async def outer(request, context):
+        return await (await last.admission()).GetTask(request)
+
+    mesh = await start_mesh(GetTask=outer)
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    metadata = [
+        ("authorization", f"Bearer {mesh.secret}"),
+        ("traceparent", f"00-{trace_id}-b7ad6b7169203331-01"),
+        ("tracestate", "vendor=1"),
+        ("baggage", f"row={'x' * 4000}"),
+    ]
+    async with grpc.aio.insecure_channel(mesh.address) as plain:
+        await admission_pb2_grpc.AdmissionServiceStub(plain).GetTask(GET, metadata=metadata)
+    assert seen["traceparent"].split("-")[1] == trace_id and seen["tracestate"] == "vendor=1"
+    assert "baggage" not in seen
+
+
 async def test_who_is_not_let_in_leaves_spans_too(start_mesh, spans) -> None:
     mesh = await start_mesh()
     with pytest.raises(MuxtuneError):
