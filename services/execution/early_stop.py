@@ -1,5 +1,6 @@
 """When a task ends before its last step: its held-out loss has stopped improving. Pure."""
 
+import math
 from dataclasses import dataclass, replace
 
 from engine.task import Training
@@ -14,10 +15,10 @@ class EarlyStop:
     evaluated_step: int = -1
 
     def after(self, training: Training, step: int, loss: float) -> "EarlyStop":
-        """With the evaluation at `step`; one that was counted before (a resumed task) changes nothing."""
+        """With the evaluation at `step`; one counted before (a resumed task) changes nothing, NaN never improves."""
         if step <= self.evaluated_step:
             return self
-        if self.best is None or loss < self.best - training.early_stop_min_delta:
+        if math.isfinite(loss) and (self.best is None or loss < self.best - training.early_stop_min_delta):
             return EarlyStop(loss, 0, step)
         return replace(self, num_without_improvement=self.num_without_improvement + 1, evaluated_step=step)
 

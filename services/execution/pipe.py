@@ -34,6 +34,7 @@ class Tag(enum.Enum):
 
 
 Frame = tuple[Tag, bytes]
+_TAGS = frozenset(tag.value for tag in Tag)
 
 
 class BlockingPipe:
@@ -56,7 +57,8 @@ class BlockingPipe:
             if len(header) < _HEADER.size:
                 return None
             tag, size = _length(header)
-            return tag, self._file.read(size)
+            payload = self._file.read(size)
+            return (tag, payload) if len(payload) == size else None
         except OSError:
             return None
 
@@ -95,6 +97,6 @@ def _encode(tag: Tag, message: Message | None) -> bytes:
 
 def _length(header: bytes) -> tuple[Tag, int]:
     tag, size = _HEADER.unpack(header)
-    if size > MAX_FRAME_BYTES:
-        raise ConnectionError(f"a frame of {size} bytes: the pipe is out of step")
+    if size > MAX_FRAME_BYTES or tag not in _TAGS:
+        raise ConnectionError(f"a frame {tag!r} of {size} bytes: the pipe is out of step")
     return Tag(tag), size

@@ -106,7 +106,8 @@ class Residents:
                 self.finish(result.task)
             elif resident.early_stop.should_stop(training):
                 best = resident.early_stop.best
-                why = f"early stop after {result.step} steps: held-out loss not under {best:.4f} any more"
+                under = "finite" if best is None else f"under {best:.4f}"
+                why = f"early stop after {result.step} steps: held-out loss not {under} any more"
                 self.finish(result.task, message=why)
 
     def close_round(self) -> None:

@@ -1,0 +1,197 @@
+"""The executor's parts by themselves: pipe, outbox, attempts, early stop, checkpoints in the store."""
+
+import asyncio
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.errors import ArtifactCorruptError
+from engine.runtime.checkpoint import CheckpointState
+from engine.task import Training
+from muxtune.v1 import execution_pb2, plan_pb2, task_pb2
+from services.artifacts import ArtifactStore
+from services.execution.attempts import Attempts
+from services.execution.early_stop import EarlyStop
+from services.execution.outbox import Outbox
+from services.execution.pipe import MAX_FRAME_BYTES, AsyncPipe, BlockingPipe, Tag
+from services.execution.vault import Vault
+
+TASK = "tenants/t/tasks/a"
+
+
+async def test_frames_cross_the_pipe_whole_both_ways() -> None:
+    ours, theirs = socket.socketpair()
+    pipe, trainer = await AsyncPipe.of(ours), BlockingPipe(theirs.detach())
+    large = plan_pb2.ExecutorPlan(version=7, trace_parent="x" * 3_000_000)  # far over the socket's buffer
+    echo = threading.Thread(target=lambda: _echo(trainer))
+    echo.start()
+    await pipe.write(Tag.DRAIN)
+    assert await pipe.read() == (Tag.DRAIN, b"")
+    writing = asyncio.create_task(pipe.write(Tag.PLAN, large))
+    assert await pipe.read() == (Tag.PLAN, large.SerializeToString())
+    await writing
+    pipe.close()
+    await asyncio.to_thread(echo.join)
+
+
+def _echo(trainer: BlockingPipe) -> None:
+    while (frame := trainer.read()) is not None:
+        tag, payload = frame
+        trainer.write(tag, plan_pb2.ExecutorPlan.FromString(payload) if payload else None)
+
+
+@pytest.mark.parametrize(
+    "torn", [b"", b"P", b"P\x05\x00\x00\x00abc", b"?\x00\x00\x00\x00", b"P" + (MAX_FRAME_BYTES + 1).to_bytes(4, "little")]
+)
+async def test_a_pipe_that_ends_or_is_out_of_step_reads_as_its_end(torn: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    theirs.sendall(torn)
+    theirs.close()
+    assert await (await AsyncPipe.of(ours)).read() is None
+    ours, theirs = socket.socketpair()
+    ours.sendall(torn)
+    ours.close()
+    assert BlockingPipe(theirs.detach()).read() is None
+
+
+async def test_the_outbox_sends_again_what_was_not_acknowledged() -> None:
+    outbox = Outbox(limit=3)
+    for _ in range(3):
+        await outbox.put(execution_pb2.RunPlanResponse())
+    assert outbox.is_full
+    first = outbox.read()
+    assert [(await anext(first)).sequence for _ in range(3)] == [1, 2, 3]
+    await outbox.acknowledge(2)
+    assert not outbox.is_full
+    second = outbox.read()
+    assert (await anext(second)).sequence == 3
+    waiting = asyncio.ensure_future(anext(second))
+    await outbox.put(execution_pb2.RunPlanResponse())
+    assert (await waiting).sequence == 4
+    await outbox.close()
+    await outbox.acknowledge(4)
+    assert await anext(second, None) is None
+    await outbox.wait_empty()
+
+
+def plan(**epochs: int) -> plan_pb2.ExecutorPlan:
+    return plan_pb2.ExecutorPlan(
+        version=1, tasks=[plan_pb2.PlannedTask(task=name, attempt_epoch=epoch) for name, epoch in epochs.items()]
+    )
+
+
+def result(task: str, epoch: int, kind: str) -> plan_pb2.TaskResult:
+    message = plan_pb2.TaskResult(task=task, attempt_epoch=epoch)
+    getattr(message, kind).SetInParent()
+    return message
+
+
+def test_a_dead_trainer_hands_back_what_it_held_and_nothing_else() -> None:
+    attempts = Attempts()
+    attempts.start(plan(a=1, b=1, c=2, d=1))
+    attempts.note([result("a", 1, "finished"), result("b", 1, "step_done")])
+    attempts.drop(["d"])
+    assert {(r.task, r.attempt_epoch, r.WhichOneof("result")) for r in attempts.hand_back(-9)} == {
+        ("b", 1, "released"),
+        ("c", 2, "released"),
+    }
+    assert attempts.hand_back(-9) == []
+    assert [task.task for task in attempts.start(plan(a=1, b=2, c=2)).tasks] == ["b"]
+
+
+def test_results_of_attempts_that_were_dropped_do_not_count() -> None:
+    attempts = Attempts()
+    attempts.start(plan(a=1, b=1))
+    attempts.drop()
+    attempts.start(plan(a=2))
+    sent = [result("a", 1, "step_done"), result("b", 1, "finished"), result("a", 2, "step_done")]
+    assert attempts.note(sent) == [sent[2]]
+
+
+def test_a_task_under_which_the_trainer_keeps_dying_fails() -> None:
+    attempts, kinds = Attempts(), []
+    for epoch in range(1, 4):
+        attempts.start(plan(poison=epoch, fine=epoch))
+        attempts.note([result("fine", epoch, "step_done")])
+        kinds.append({r.task: r.WhichOneof("result") for r in attempts.hand_back(-11)})
+    assert [kind["poison"] for kind in kinds] == ["released", "released", "failed"]
+    assert [kind["fine"] for kind in kinds] == ["released"] * 3
+
+
+def training(patience: int, min_delta: float = 0.0) -> Training:
+    return Training(learning_rate=1.0, num_steps=9, early_stop_patience=patience, early_stop_min_delta=min_delta)
+
+
+def stops_at(losses: list[float], rule: Training) -> int | None:
+    state = EarlyStop()
+    for step, loss in enumerate(losses):
+        state = EarlyStop(**vars(state.after(rule, step, loss).after(rule, step, loss)))  # resumed: seen twice
+        if state.should_stop(rule):
+            return step
+    return None
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "min_delta", "expected"),
+    [
+        ([3, 2, 1, 0.5], 1, 0.0, None),
+        ([3, 2, 2, 2], 2, 0.0, 3),
+        ([3, 4, 2.5, 2.6, 2.7], 2, 0.0, 4),
+        ([3, 2.95, 2.9], 2, 0.2, 2),
+        ([float("nan"), 2, 1], 2, 0.0, None),
+        ([float("nan"), float("nan")], 2, 0.0, 1),
+        ([3, 3, 3, 3], 0, 0.0, None),
+    ],
+)
+def test_early_stop(losses: list[float], patience: int, min_delta: float, expected: int | None) -> None:
+    assert stops_at(losses, training(patience, min_delta)) == expected
+
+
+@given(st.lists(st.floats(0, 10), max_size=20), st.integers(1, 4))
+def test_early_stop_is_the_first_run_of_patience_evaluations_over_the_best_before(losses, patience) -> None:  # type: ignore[no-untyped-def]
+    def stale(end: int) -> bool:
+        start = end - patience + 1
+        return start >= 1 and min(losses[start : end + 1]) >= min(losses[:start])
+
+    expected = next((end for end in range(len(losses)) if stale(end)), None)
+    assert stops_at(losses, training(patience)) == expected
+
+
+def state(step: int) -> CheckpointState:
+    return CheckpointState({"parameters.x": torch.full((3,), float(step))}, {"task": TASK, "step": step})
+
+
+def folders(store: ArtifactStore) -> list[str]:
+    keys = store.list(f"{TASK}/checkpoints")
+    return [key.split("/")[-2] for key in keys if key.endswith("manifest.json")]
+
+
+def test_the_last_two_checkpoints_are_kept_and_later_ones_of_a_lost_attempt_are_not_preferred(tmp_path: Path) -> None:
+    store = ArtifactStore.open(str(tmp_path))
+    vault = Vault(store)
+    for step in (10, 20, 30):
+        recorded = vault.put_checkpoint(TASK, 1, state(step), {})
+    assert folders(store) == ["00000020-1", "00000030-1"]
+    vault.put_checkpoint(TASK, 1, state(90), {})  # never recorded: its executor was lost
+    vault.put_checkpoint(TASK, 2, state(40), {})
+    assert "00000040-2" in folders(store)
+    assert vault.get_checkpoint(TASK, recorded).step == 30
+
+
+def test_a_corrupt_checkpoint_falls_back_to_one_before_it_never_after(tmp_path: Path) -> None:
+    store = ArtifactStore.open(str(tmp_path))
+    vault = Vault(store)
+    vault.put_checkpoint(TASK, 1, state(10), {"early_stop": {"best": 1.0}})
+    recorded = vault.put_checkpoint(TASK, 1, state(20), {})
+    (file,) = (tmp_path / f"{TASK}/checkpoints/00000020-1").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    found = vault.get_checkpoint(TASK, recorded)
+    assert (found.step, found.metadata["early_stop"]) == (10, {"best": 1.0})
+    first = task_pb2.CheckpointCommitted(step=5, manifest_key=f"{TASK}/checkpoints/00000005-1/manifest.json")
+    with pytest.raises(ArtifactCorruptError):
+        vault.get_checkpoint(TASK, first)
