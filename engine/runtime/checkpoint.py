@@ -54,7 +54,8 @@ class CheckpointState:
     def restore(self, run: "TaskRun") -> None:
         """Writes the state into a fresh run. Raises ArtifactCorruptError if its tensors are not the run's."""
         expected = {f"parameters.{name}": tuple(tensor.shape) for name, tensor in run.tensors.items()}
-        found = {n: tuple(t.shape) for n, t in self.tensors.items() if n.startswith("parameters.")}
+        expected |= _optimizer_shapes(run) if self.step > 0 else {}
+        found = {n: tuple(t.shape) for n, t in self.tensors.items()}
         if expected != found:
             odd = sorted(set(expected.items()) ^ set(found.items()))[:3]
             raise ArtifactCorruptError(f"checkpoint of {run.assignment.task} has other tensors: {odd}")
@@ -66,3 +67,11 @@ class CheckpointState:
             moved = {n: t.clone() if n == "step" else t.to(device, copy=True) for n, t in state.items()}
             run.optimizer.state[run.parameters_P] = moved
         run.step = self.step
+
+
+def _optimizer_shapes(run: "TaskRun") -> dict[str, tuple[int, ...]]:
+    """What torch's AdamW or SGD keeps for the run's flat parameters once it has stepped."""
+    flat = tuple(run.parameters_P.shape)
+    if isinstance(run.optimizer, torch.optim.AdamW):
+        return {"optimizer.step": (), "optimizer.exp_avg": flat, "optimizer.exp_avg_sq": flat}
+    return {"optimizer.momentum_buffer": flat} if run.training.momentum else {}
