@@ -47,15 +47,17 @@ async def serve(
     on_ready: Callable[[str], Awaitable[None]] | None = None,
     on_stop: Callable[[], Awaitable[None]] | None = None,
     stopping: asyncio.Event | None = None,
+    health: health_aio.HealthServicer | None = None,
     grace_seconds: float = 5,
 ) -> None:
     """Serves until SIGTERM, SIGINT or `stopping`; then health says NOT_SERVING, `on_stop` runs, calls get the grace.
 
-    `register` adds servicers and returns their full names. Exits with a clear error if the port is taken.
+    `register` adds servicers and returns their full names. Whoever passes `health` may change it meanwhile. Exits with
+    a clear error if the port is taken.
     """
     telemetry = configure(service_name, settings)
     server = grpc.aio.server(interceptors=[Gate(authenticate, settings.listen)], options=_OPTIONS)
-    health = health_aio.HealthServicer()
+    health = health or health_aio.HealthServicer()
     names = [*register(server), health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)

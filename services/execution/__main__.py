@@ -4,6 +4,8 @@ import asyncio
 import os
 
 import grpc
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import aio as health_aio
 
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, scheduling_pb2_grpc
 from services.auth import mesh_authenticator
@@ -21,13 +23,22 @@ async def main() -> None:
     settings = from_environment(ExecutionSettings, os.environ)
     channel = open_channel(settings.scheduling_address, settings.mesh_secret)
     scheduling: scheduling_pb2_grpc.SchedulingServiceAsyncStub = scheduling_pb2_grpc.SchedulingServiceStub(channel)
-    servicer = ExecutionServicer(settings)
+    health = health_aio.HealthServicer()
+    name = execution_pb2.DESCRIPTOR.services_by_name["ExecutionService"].full_name
+
+    async def tell_health(is_well: bool) -> None:
+        """No trainer, no service."""
+        states = health_pb2.HealthCheckResponse
+        for which in ("", name):
+            await health.set(which, states.SERVING if is_well else states.NOT_SERVING)
+
+    servicer = ExecutionServicer(settings, tell_health)
     keepers: list[LeaseKeeper] = []
     running: list[asyncio.Task[None]] = [asyncio.create_task(servicer.trainer.run(), name="trainer")]
 
     def register(server: grpc.aio.Server) -> list[str]:
         execution_pb2_grpc.add_ExecutionServiceServicer_to_server(servicer, server)
-        return [execution_pb2.DESCRIPTOR.services_by_name["ExecutionService"].full_name]
+        return [name]
 
     async def start(address: str) -> None:
         """Healthy means: the backbone is loaded and probed."""
@@ -53,6 +64,7 @@ async def main() -> None:
         authenticate=mesh_authenticator(settings.mesh_secret),
         on_ready=start,
         on_stop=stop,
+        health=health,
     )
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 from engine.errors import LeaseLostError, MuxtuneError, NotFoundError, StaleEpochError, UnavailableError
@@ -23,8 +23,8 @@ _log = logging.getLogger(__name__)
 class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
     """Between scheduling's stream and the trainer's pipe. Holds no task itself."""
 
-    def __init__(self, settings: ExecutionSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: ExecutionSettings, tell_health: Callable[[bool], Awaitable[None]]) -> None:
+        self._settings, self._tell_health = settings, tell_health
         self.trainer = TrainerProcess(settings, self._on_frame, self._on_death)
         self.outbox = Outbox(settings.max_unacknowledged)
         self.described = pb.DescribeExecutorResponse()
@@ -172,6 +172,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
             self.described = pb.DescribeExecutorResponse.FromString(payload)
             if not self.ready.is_set():
                 self.ready.set()
+                await self._tell_health(not self.is_draining)
                 if self._late_plan is not None:
                     await self._hand_down(self._late_plan)
                 await self._hold_or_go()
@@ -195,6 +196,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
     async def _on_death(self, code: int) -> None:
         """Its tasks are handed back, to be planned anew from their last checkpoints."""
         self.ready.clear()
+        await self._tell_health(False)
         self._is_held = False
         for waiting in self._exports:
             waiting.set_exception(UnavailableError("the trainer died"))

@@ -11,6 +11,7 @@ import threading
 import time
 
 import torch
+from opentelemetry import propagate
 
 from engine.errors import ArtifactCorruptError, InvalidInputError, MuxtuneError, NotFoundError
 from engine.runtime.backbone import Backbone
@@ -27,7 +28,7 @@ from services.execution.settings import ExecutionSettings
 from services.execution.vault import Vault
 from services.execution.window import StepWindow
 from services.mesh import open_sync_channel
-from services.telemetry import configure
+from services.telemetry import configure, links_to, tracer
 
 _RETRY_SECONDS = 1.0
 _WAIT_SECONDS = 0.2  # for a microbatch, before the pipe is heard again
@@ -119,7 +120,11 @@ class Trainer:
             token_budget=htask.token_budget,
             chunk_tokens=htask.chunk_tokens,
         )
-        return MicrobatchStream(self._channel, request)
+        attributes = {"muxtune.plan_version": self._plan.version, "muxtune.num_tasks": len(names)}
+        cycle = propagate.extract({"traceparent": self._plan.trace_parent})
+        links = links_to(pair for pair in self._residents.trace_parents() if pair[0] in names)
+        with tracer().start_as_current_span("open microbatches", cycle, links=links, attributes=attributes):
+            return MicrobatchStream(self._channel, request)  # alignment's side joins this trace
 
     def _stream_broke(self, index: int, error: MuxtuneError) -> None:
         """Alignment is away: wait and open again at the members' cursors. Data that is wrong fails its tasks."""
@@ -192,6 +197,8 @@ class Trainer:
         while True:
             has_work = bool(self._residents.names or self._next_plan) and not self._is_held
             is_idle = not (has_work or self._unfinished or self._is_draining)
+            if is_idle:
+                self._window.close()
             try:
                 frame = self._inbox.get(block=is_idle)
             except queue.Empty:

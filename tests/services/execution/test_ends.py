@@ -64,7 +64,12 @@ async def test_a_killed_trainer_is_restarted_and_its_tasks_are_handed_back(tmp_p
         plan = plan_of(1, planned("k", num_steps=40), planned("done", num_steps=1))
         stream.send(plan)
         await stream.until(lambda: stream.of("k", "checkpoint_committed") and stream.of("done", "finished"))
+        health = health_pb2_grpc.HealthStub(mesh.channel).Watch(health_pb2.HealthCheckRequest())
+        states = [(await anext(health)).status]
         os.kill(mesh.trainer_pid(), signal.SIGKILL)
+        states += [(await anext(health)).status for _ in range(2)]
+        serving, away = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+        assert states == [serving, away, serving]
         await stream.until(lambda: stream.of("k", "released"))
         assert "-9" in stream.of("k", "released")[0].reason
         assert not stream.of("done", "released")

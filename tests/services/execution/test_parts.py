@@ -46,7 +46,8 @@ def _echo(trainer: BlockingPipe) -> None:
 
 
 @pytest.mark.parametrize(
-    "torn", [b"", b"P", b"P\x05\x00\x00\x00abc", b"?\x00\x00\x00\x00", b"P" + (MAX_FRAME_BYTES + 1).to_bytes(4, "little")]
+    "torn",
+    [b"", b"P", b"P\x05\x00\x00\x00abc", b"?\x00\x00\x00\x00", b"P" + (MAX_FRAME_BYTES + 1).to_bytes(4, "little")],
 )
 async def test_a_pipe_that_ends_or_is_out_of_step_reads_as_its_end(torn: bytes) -> None:
     ours, theirs = socket.socketpair()
