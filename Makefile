@@ -41,9 +41,8 @@ lint: $(READY) ## ruff, import-linter, buf
 types: $(READY) ## mypy, strict
 	mypy
 
-protos: $(READY) ## generate the stubs in muxtune/v1 and the image that `buf breaking` compares with
+protos: $(READY) ## generate the stubs in muxtune/v1
 	python -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. protos/muxtune/v1/*.proto
-	cd protos && buf build -o image.binpb
 
 bench: $(READY) ## effective tokens per second on this CPU against Hugging Face PEFT
 	python benchmarks/cpu_throughput.py

@@ -33,7 +33,9 @@ _RETRY_POLICY = {
                 "backoffMultiplier": 2,
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
-        }
+        },
+        # A client stream cannot be sent again by gRPC: the client does it, whole.
+        {"name": [{"service": "muxtune.v1.AdmissionService", "method": m} for m in ("UploadDataset", "UploadAdapter")]},
     ]
 }
 OPTIONS: list[tuple[str, Any]] = [
