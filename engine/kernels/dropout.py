@@ -23,7 +23,9 @@ def keep_mask(
     num_blocks = -(-width // _LANES)
     key = np.array([seed % 2**64, ((step << 32) + site) % 2**64], dtype=np.uint64)
     runs = np.split(positions_L, np.flatnonzero(np.diff(positions_L) != 1) + 1)  # consecutive: one call each
-    words = [np.empty(0, "<u8")] + [_blocks(key, int(run[0]) * num_blocks, len(run) * num_blocks) for run in runs if len(run)]
+    words = [np.empty(0, "<u8")] + [
+        _blocks(key, int(run[0]) * num_blocks, len(run) * num_blocks) for run in runs if len(run)
+    ]
     lanes_LK = np.concatenate(words).view("<u2").reshape(len(positions_L), num_blocks * _LANES)[:, :width]
     return torch.from_numpy(lanes_LK >= _threshold(probability))
 

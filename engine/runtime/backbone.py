@@ -18,6 +18,7 @@ from engine.peft.layout import Layout
 from engine.peft.mounted import mount_all
 from engine.runtime import attention
 
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _PROBE_LENGTHS = (1, 5, 3, 8)
 _PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -31,11 +32,11 @@ class Backbone:
     def __init__(self, model: Any) -> None:
         attention.register()
         model.eval().requires_grad_(False)
-        shared = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
-        self.shadow = copy.deepcopy(model, shared)
         self.model = model
+        self._refuse_what_a_probe_misses()
+        self.shadow = sharing_copy(model)
         self.model.set_attn_implementation(attention.NAME)
-        self.shadow.set_attn_implementation("eager" if _softcaps_attention(model.config) else "sdpa")
+        self.shadow.set_attn_implementation(_plain_attention(self.shadow))
         self.layout = Layout()
         self.operators = mount_all(self.model, self.layout)
         softcap = getattr(model.config, "final_logit_softcapping", None)
@@ -46,11 +47,18 @@ class Backbone:
     def load(cls, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> "Backbone":
         """A local Hugging Face folder; never remote code. Raises BackboneUnsupportedError if it can't be exact."""
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever transformers raises for a folder that is no model
             raise BackboneUnsupportedError(f"{folder} does not load as a causal language model: {error}") from error
+        if missing := sorted(info["missing_keys"]):  # transformers would train on random weights
+            raise BackboneUnsupportedError(f"{folder} does not load: its weights lack {', '.join(missing[:3])}")
         return cls(model.to(device))
 
     @property
@@ -64,6 +72,20 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype:
         return self.head.linear.weight.dtype
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """The longest sequence that is exact, whatever its neighbours: some rotary scalings change for all sequences
+        once one of them passes the length the model was first trained for."""
+        config = self.config.get_text_config()
+        longest = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") != "longrope":  # "dynamic" changes beyond max_position_embeddings only
+            return longest
+        original = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        return min(longest, int(original or longest))
 
     def weight_bytes(self) -> int:
         tensors = {t.data_ptr(): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
@@ -84,6 +106,15 @@ class Backbone:
         hidden: torch.Tensor = output.last_hidden_state
         return hidden[0]
 
+    def _refuse_what_a_probe_misses(self) -> None:
+        """Layers that differ on long sequences only, and operators whose weight is not what they multiply by."""
+        kinds = set(getattr(self.config.get_text_config(), "layer_types", None) or ())
+        if odd := kinds - _LAYER_TYPES:
+            raise self._unsupported(f"it has layers of type {', '.join(sorted(odd))}")
+        for name, module in self.model.named_modules():
+            if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
+                raise self._unsupported(f"{name} is a {type(module).__name__}, not a plain linear operator")
+
     @torch.no_grad()
     def _refuse_what_is_not_exact(self) -> None:
         """A packed stream of random sequences must give the logits of the sequences run one by one."""
@@ -99,7 +130,7 @@ class Backbone:
         packed_TV = self.head.logits(hidden_TH)
         separate_TV = torch.cat([self.shadow(input_ids=s.unsqueeze(0), use_cache=False).logits[0] for s in sequences])
         difference = (packed_TV - separate_TV).abs().max().item()
-        tolerance = _PROBE_TOLERANCE[self.dtype] * max(1.0, separate_TV.abs().max().item())
+        tolerance = _PROBE_TOLERANCE[self.dtype] * separate_TV.abs().max().item()
         if not difference <= tolerance:
             raise self._unsupported(f"packed and separate logits differ by {difference:.2g} (at most {tolerance:.2g})")
 
@@ -115,11 +146,18 @@ class Backbone:
         )
 
 
+def sharing_copy(model: Any) -> Any:
+    """A model of the same tensors, in modules of its own."""
+    return copy.deepcopy(model, {id(t): t for t in itertools.chain(model.parameters(), model.buffers())})
+
+
 def _segment_lengths(num_tokens: int, range_: Any) -> list[int]:
     lengths = [segment.num_tokens for segment in range_.segments]
     tail = num_tokens - sum(lengths)
     return [*lengths, tail] if tail else lengths
 
 
-def _softcaps_attention(config: Any) -> bool:
-    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+def _plain_attention(model: Any) -> str:
+    """The model's own attention: eager where SDPA leaves something out."""
+    softcaps = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "eager" if softcaps or not model._supports_sdpa else "sdpa"

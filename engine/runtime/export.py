@@ -3,7 +3,7 @@
 Legend: T probe tokens, V vocabulary.
 """
 
-import json
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
 from engine.errors import ExportMismatchError, InvalidInputError
-from engine.runtime.backbone import Backbone
+from engine.runtime.backbone import Backbone, sharing_copy
 from engine.target_modules import matching_modules, suffixes
+from engine.task import Lora
 
 if TYPE_CHECKING:
     from engine.runtime.task_run import TaskRun
@@ -58,21 +58,37 @@ def load_adapter(folder: Path, run: "TaskRun") -> None:
     """Fills a fresh run with a PEFT folder's weights. Raises InvalidInputError, naming what does not fit."""
     try:
         found = load_file(folder / "adapter_model.safetensors")
-        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    except (OSError, ValueError, SafetensorError) as error:
+        config = LoraConfig.from_pretrained(folder)
+    except Exception as error:  # whatever peft raises for a folder that is no adapter
         raise InvalidInputError.of_field("initial_adapter", f"cannot be read: {error}") from error
-    method = run.assignment.spec.method
-    scaling = config.get("lora_alpha", 0) / max(1, config.get("r", 1))
-    if config.get("use_rslora") or config.get("use_dora") or not np.isclose(scaling, method.alpha / method.rank):
-        raise InvalidInputError.of_field(
-            "initial_adapter", f"scales by {scaling} (alpha / rank), the task by {method.alpha / method.rank}"
-        )
+    if why := _misfit(config, run.assignment.spec.method):
+        raise InvalidInputError.of_field("initial_adapter", why)
     expected = {_peft_key(name): tensor for name, tensor in run.tensors.items()}
     if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in expected.items()}:
         odd = sorted(set(found) ^ set(expected))[:3] or "shapes"
         raise InvalidInputError.of_field("initial_adapter", f"rank or target modules are not the task's: {odd}")
+    if odd := [name for name, tensor in found.items() if not tensor.isfinite().all()]:
+        raise InvalidInputError.of_field("initial_adapter", f"{odd[0]} holds NaN or Inf")
     for name, tensor in expected.items():
         tensor.copy_(found[name])
+
+
+def _misfit(config: Any, method: Lora) -> str:
+    """Why an adapter computes something else than plain LoRA at the task's scale; empty: it does not."""
+    if not isinstance(config, LoraConfig):
+        return f"is of type {config.peft_type}, not LoRA"
+    plain = LoraConfig()
+    for name in ("use_rslora", "use_dora", "alpha_pattern", "bias", "lora_bias", "modules_to_save"):
+        if (value := getattr(config, name)) != getattr(plain, name):
+            return f"sets {name} = {value!r}, which is not plain LoRA"
+    if config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
+        return f"was initialised by {config.init_lora_weights!r}, which changes the backbone's own weights"
+    if config.r != method.rank or not isinstance(config.lora_alpha, int | float):
+        return f"has rank {config.r!r} and alpha {config.lora_alpha!r}, the task rank {method.rank}"
+    if not math.isclose(config.lora_alpha / config.r, method.alpha / method.rank):
+        ours = f"{method.alpha:g} / {method.rank}"
+        return f"scales by alpha / rank = {config.lora_alpha:g} / {config.r}, the task by {ours}"
+    return ""
 
 
 def _peft_key(name: str) -> str:
@@ -99,7 +115,10 @@ def _peft_config(backbone: Backbone, run: "TaskRun") -> LoraConfig:
 
 @torch.no_grad()
 def _compare(backbone: Backbone, run: "TaskRun", folder: Path) -> tuple[float, float]:
-    """(largest difference of a logit, largest logit) on a fixed probe; the shadow is left as it was."""
+    """(largest difference of a logit, largest logit) on a fixed probe.
+
+    peft loads into a copy of the shadow that shares its tensors: no memory, and the shadow stays as it is.
+    """
     vocab = backbone.config.get_text_config().vocab_size
     token_ids_T = np.random.default_rng(0).integers(0, vocab, _PROBE_TOKENS).astype(np.int32)
     task = run.assignment.task
@@ -109,10 +128,7 @@ def _compare(backbone: Backbone, run: "TaskRun", folder: Path) -> tuple[float, f
     ours_TV = backbone.head.logits(backbone.hidden(probe, frozenset({task})))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # a warning while loading is a wrong export
-        loaded = PeftModel.from_pretrained(backbone.shadow, folder)
-    try:
-        input_ids = torch.from_numpy(token_ids_T).long().to(backbone.device).unsqueeze(0)
-        theirs_TV = loaded(input_ids=input_ids, use_cache=False).logits[0]
-    finally:
-        loaded.unload()
+        loaded = PeftModel.from_pretrained(sharing_copy(backbone.shadow), folder)
+    input_ids_1T = torch.from_numpy(token_ids_T).long().to(backbone.device).unsqueeze(0)
+    theirs_TV = loaded(input_ids=input_ids_1T, use_cache=False).logits[0]
     return (ours_TV - theirs_TV).abs().max().item(), theirs_TV.abs().max().item()

@@ -38,7 +38,7 @@ def describe_backbone(settings: ExecutionSettings, backbone: Backbone) -> plan_p
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        max_sequence_tokens=getattr(config, "max_position_embeddings", 0) or 1 << 20,
+        max_sequence_tokens=backbone.max_sequence_tokens,
         weight_bytes=backbone.weight_bytes(),
         dtype=str(backbone.dtype).removeprefix("torch."),
         adaptable_modules=[
