@@ -45,10 +45,23 @@ class Attempts:
                 self._deaths.pop(result.task, None)
         return counting
 
-    def drop(self, tasks: Iterable[str] | None = None) -> None:
-        """Forgets attempts that were superseded: these, or all."""
-        for task in list(self._running) if tasks is None else tasks:
+    def drop_all(self) -> None:
+        """The lease is lost."""
+        self._running.clear()
+
+    def drop_stale(self, tasks: Iterable[str], judged: Iterable[plan_pb2.TaskResult]) -> list[str]:
+        """Forgets attempts that were superseded, and answers which: those whose own results were found stale.
+
+        A result of an earlier attempt, sent again over a new stream, is stale as well, and says nothing of this one.
+        """
+        epochs: dict[str, int] = {}
+        for result in judged:
+            epochs[result.task] = max(result.attempt_epoch, epochs.get(result.task, 0))
+        running = ((task, self._running.get(task, 0)) for task in tasks)
+        stale = [task for task, epoch in running if epochs.get(task, epoch) >= epoch]
+        for task in stale:
             self._running.pop(task, None)
+        return stale
 
     def hand_back(self, code: int) -> list[plan_pb2.TaskResult]:
         """The trainer died: every attempt is released, but a task under which it keeps dying is failed."""

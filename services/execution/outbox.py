@@ -4,7 +4,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 
-from muxtune.v1 import execution_pb2
+from muxtune.v1 import execution_pb2, plan_pb2
 
 
 class Outbox:
@@ -37,6 +37,10 @@ class Outbox:
             while self._kept and next(iter(self._kept)) <= sequence:
                 self._kept.popitem(last=False)
             self._changed.notify_all()
+
+    def results_up_to(self, sequence: int) -> list[plan_pb2.TaskResult]:
+        """What an acknowledgement of `sequence` is about."""
+        return [result for number, kept in self._kept.items() if number <= sequence for result in kept.results]
 
     async def clear(self) -> None:
         """The lease is lost: none of it counts any more."""

@@ -118,7 +118,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         """Drops every task and result: another executor may hold them by now. Ends the stream."""
         self.lease_epoch, self._plan_version, self._late_plan = 0, 0, None
         self._leased.clear()
-        self._attempts.drop()
+        self._attempts.drop_all()
         await self.trainer.send(Tag.LEASE_LOST)
         await self.outbox.clear()
         if self._stream is not None:
@@ -140,10 +140,10 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
             await self._take(request)
 
     async def _take(self, request: pb.RunPlanRequest) -> None:
+        judged = self.outbox.results_up_to(request.acknowledged_sequence)
+        if stale := self._attempts.drop_stale(request.stale_tasks, judged):
+            await self.trainer.send(Tag.STALE, pb.RunPlanRequest(stale_tasks=stale))
         await self.outbox.acknowledge(request.acknowledged_sequence)
-        if request.stale_tasks:
-            self._attempts.drop(request.stale_tasks)
-            await self.trainer.send(Tag.STALE, request)
         if request.HasField("plan") and not self.is_draining:
             self._stream_has_plan = True
             if request.plan.version > self._plan_version:

@@ -5,7 +5,6 @@ import os
 import signal
 from pathlib import Path
 
-import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -34,17 +33,9 @@ async def test_sigterm_checkpoints_releases_and_exits_with_zero(tmp_path: Path, 
         assert not [line for line in log_lines(mesh) if line["level"] in ("WARNING", "ERROR")]
 
 
-async def test_sigterm_without_a_stream_does_not_wait_for_one(tmp_path: Path, tiny_backbone: Path) -> None:
-    async with running_mesh(tmp_path, tiny_backbone, drain_seconds=60) as mesh:
-        stream = await mesh.open_stream(acknowledges=False)
-        stream.send(plan_of(1, planned("d", num_steps=3)))
-        await stream.until(lambda: stream.of("d", "finished"))
-        await stream.close()
-        async with asyncio.timeout(20):
-            assert await mesh.stop() == 0
-
-
-async def test_drain_releases_everything_and_takes_no_new_plan(tmp_path: Path, tiny_backbone: Path) -> None:
+async def test_drain_releases_everything_and_the_trainer_dies_with_its_server(
+    tmp_path: Path, tiny_backbone: Path
+) -> None:
     async with running_mesh(tmp_path, tiny_backbone) as mesh:
         stream = await mesh.open_stream()
         stream.send(plan_of(1, planned("d", num_steps=100000)))
@@ -55,6 +46,14 @@ async def test_drain_releases_everything_and_takes_no_new_plan(tmp_path: Path, t
         assert stream.of("d", "released")
         described = await mesh.stub.DescribeExecutor(execution_pb2.DescribeExecutorRequest())
         assert not described.tasks
+        trainer = os.pidfd_open(mesh.trainer_pid())
+        is_gone = asyncio.Event()
+        asyncio.get_running_loop().add_reader(trainer, is_gone.set)
+        mesh.process.kill()  # with its server dead, no trainer stays behind
+        async with asyncio.timeout(20):
+            await is_gone.wait()
+        asyncio.get_running_loop().remove_reader(trainer)
+        os.close(trainer)
 
 
 async def test_a_killed_trainer_is_restarted_and_its_tasks_are_handed_back(tmp_path: Path, tiny_backbone: Path) -> None:
@@ -83,7 +82,7 @@ async def test_a_killed_trainer_is_restarted_and_its_tasks_are_handed_back(tmp_p
 
 
 async def test_a_lost_lease_drops_the_tasks_and_registers_again(tmp_path: Path, tiny_backbone: Path) -> None:
-    async with running_mesh(tmp_path, tiny_backbone) as mesh:
+    async with running_mesh(tmp_path, tiny_backbone, drain_seconds=60) as mesh:
         stream = await mesh.open_stream()
         mesh.alignment.pause_seconds = 0.02
         stream.send(plan_of(1, planned("l", num_steps=1000)))
@@ -97,17 +96,13 @@ async def test_a_lost_lease_drops_the_tasks_and_registers_again(tmp_path: Path, 
         await fresh.until_finished("l")
         assert {result.attempt_epoch for result in fresh.results} == {2}
         assert not stream.of("l", "released")
-
-
-async def test_health_and_secret(tmp_path: Path, tiny_backbone: Path) -> None:
-    async with running_mesh(tmp_path, tiny_backbone) as mesh, grpc.aio.insecure_channel(mesh.address) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
-        answer = await health.Check(health_pb2.HealthCheckRequest(service="muxtune.v1.ExecutionService"))
-        assert answer.status == health_pb2.HealthCheckResponse.SERVING
-        call = channel.unary_unary("/muxtune.v1.ExecutionService/Drain")
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await call(b"")
-        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        mesh.alignment.pause_seconds = 0.0
+        silent = await mesh.open_stream(acknowledges=False)
+        silent.send(plan_of(3, planned("unheard", num_steps=1)))
+        await silent.until(lambda: silent.of("unheard", "finished"))
+        await silent.close()
+        async with asyncio.timeout(20):  # nobody is there to acknowledge: it does not wait for anyone
+            assert await mesh.stop() == 0
 
 
 async def test_a_backbone_that_does_not_load_ends_the_service(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.errors import LeaseLostError, NotFoundError, StaleEpochError
 from muxtune.v1 import errors_pb2, execution_pb2
@@ -21,7 +23,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def mesh(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> AsyncIterator[Mesh]:
-    async with running_mesh(tmp_path_factory.mktemp("mesh"), tiny_backbone) as running:
+    async with running_mesh(tmp_path_factory.mktemp("mesh"), tiny_backbone, max_unacknowledged=8) as running:
         yield running
 
 
@@ -251,6 +253,33 @@ async def test_a_broken_stream_loses_no_result_and_pauses_the_tasks(mesh: Mesh, 
     assert steps == list(range(1, 31))
     assert again.responses[0].sequence == silent.responses[0].sequence
     await again.close()
+
+
+async def test_results_that_nobody_acknowledges_pause_the_tasks(mesh: Mesh, versions: Versions) -> None:
+    stream = await mesh.open_stream(acknowledges=False)
+    mesh.alignment.pause_seconds = 0.02
+    stream.send(plan_of(versions.next(), planned("unheard", num_steps=40)))
+    await stream.until(lambda: len(stream.responses) >= 8)
+    await asyncio.sleep(0.5)
+    assert len(stream.of("unheard", "step_done")) < 20
+    while not stream.of("unheard", "finished"):
+        seen = len(stream.responses)
+        stream.send(acknowledged=stream.responses[-1].sequence)
+        await stream.until(lambda seen=seen: len(stream.responses) > seen)
+    mesh.alignment.pause_seconds = 0.0
+    assert [done.step for done in stream.of("unheard", "step_done")] == list(range(1, 41))
+    stream.send(acknowledged=stream.responses[-1].sequence)
+    await stream.close()
+
+
+async def test_health_is_open_and_everything_else_wants_the_secret(mesh: Mesh) -> None:
+    async with grpc.aio.insecure_channel(mesh.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        answer = await health.Check(health_pb2.HealthCheckRequest(service="muxtune.v1.ExecutionService"))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await channel.unary_unary("/muxtune.v1.ExecutionService/Drain")(b"")
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_the_newest_stream_wins_and_a_wrong_lease_is_refused(mesh: Mesh) -> None:

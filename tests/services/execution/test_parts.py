@@ -96,7 +96,7 @@ def test_a_dead_trainer_hands_back_what_it_held_and_nothing_else() -> None:
     attempts = Attempts()
     attempts.start(plan(a=1, b=1, c=2, d=1))
     attempts.note([result("a", 1, "finished"), result("b", 1, "step_done")])
-    attempts.drop(["d"])
+    assert attempts.drop_stale(["d"], []) == ["d"]
     assert {(r.task, r.attempt_epoch, r.WhichOneof("result")) for r in attempts.hand_back(-9)} == {
         ("b", 1, "released"),
         ("c", 2, "released"),
@@ -108,10 +108,18 @@ def test_a_dead_trainer_hands_back_what_it_held_and_nothing_else() -> None:
 def test_results_of_attempts_that_were_dropped_do_not_count() -> None:
     attempts = Attempts()
     attempts.start(plan(a=1, b=1))
-    attempts.drop()
+    attempts.drop_all()
     attempts.start(plan(a=2))
     sent = [result("a", 1, "step_done"), result("b", 1, "finished"), result("a", 2, "step_done")]
     assert attempts.note(sent) == [sent[2]]
+
+
+def test_a_stale_result_of_an_earlier_attempt_does_not_end_this_one() -> None:
+    attempts = Attempts()
+    attempts.start(plan(a=2, b=2))
+    judged = [result("a", 1, "released"), result("b", 2, "step_done")]
+    assert attempts.drop_stale(["a", "b", "unknown"], judged) == ["b", "unknown"]
+    assert [r.task for r in attempts.hand_back(-9)] == ["a"]
 
 
 def test_a_task_under_which_the_trainer_keeps_dying_fails() -> None:
