@@ -64,10 +64,10 @@ class Scheduler:
         entries = {entry.task.name: entry for entry in snapshot.tasks}
         for executor in snapshot.executors:
             draft = _draft(plan, executor, entries)
-            if self._is_running(draft):
-                continue
-            version += 1
-            await self._commit_and_send(draft, version, executor, entries)
+            starting = [task for task in draft.tasks if entries[task.task].executor != executor.name]
+            if starting or not self._is_running(draft):
+                version += 1
+                await self._commit_and_send(draft, starting, version, executor)
         # 4. Remember why, for those who ask.
         self._explanations = [explanation_to_proto(explanation) for explanation in plan.explanations]
 
@@ -81,11 +81,10 @@ class Scheduler:
     async def _commit_and_send(
         self,
         draft: plan_pb2.ExecutorPlan,
+        starting: Sequence[plan_pb2.PlannedTask],
         version: int,
         executor: plan_pb2.Executor,
-        entries: Mapping[str, ledger_pb2.SnapshotTask],
     ) -> None:
-        starting = [task for task in draft.tasks if entries[task.task].executor != executor.name]
         links = links_to((task.task, task.trace_parent) for task in starting)
         attributes: dict[str, str | int] = {"muxtune.plan_version": version, "muxtune.executor": executor.name}
         with tracer().start_as_current_span("schedule", links=links, attributes=attributes) as span:
@@ -112,7 +111,10 @@ class Scheduler:
             span.add_link(cycle.get_span_context())
 
     def _is_running(self, draft: plan_pb2.ExecutorPlan) -> bool:
-        """Whether the executor runs just that already (hysteresis: an equal plan is not sent again)."""
+        """Whether the executor was sent just that (hysteresis: an equal plan is not sent again).
+
+        A task handed back and planned there again looks the same, epoch and all: it needs a new attempt first.
+        """
         running = self._running.get(draft.executor)
         return running is not None and _signature(running) == _signature(draft)
 
