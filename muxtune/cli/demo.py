@@ -1,7 +1,8 @@
 """`muxtune demo`: five tasks of three tenants on one backbone, live, then what came of them.
 
 One task arrives while the others train, one is cancelled midway. Answers come from the downloaded adapters in plain
-peft. True only if every task ended as it should, its loss fell, and its adapter changes the backbone's logits.
+peft. True only if every task ended as it should, the held-out loss of those that trained to their end fell, and each
+adapter changes the backbone's logits.
 """
 
 import json
@@ -244,8 +245,10 @@ def _problems(work: list[Job], answers: list[dict[str, object]]) -> list[str]:
         wanted = task_pb2.TASK_STATE_CANCELLED if job.cancel_at else task_pb2.TASK_STATE_SUCCEEDED
         if job.task.state != wanted:
             found.append(f"{job.id} is {state_name(job.task.state)}: {job.task.failure.message}")
-        elif not job.task.progress.last_loss < job.task.progress.first_loss:
-            found.append(f"the loss of {job.id} did not fall")
+        elif job.cancel_at and job.task.progress.step < job.cancel_at:
+            found.append(f"{job.id} was cancelled at step {job.cancel_at}, but has only {job.task.progress.step}")
+        elif not job.cancel_at and not job.task.progress.last_heldout_loss < job.task.progress.first_heldout_loss:
+            found.append(f"the held-out loss of {job.id} did not fall")
     if len(answers) != len(work):
         found.append(f"{len(answers)} of {len(work)} adapters answered in plain peft")
     found += [
