@@ -34,8 +34,9 @@ from peft import PeftModel
 from engine.alignment.dataset import TokenizedDataset
 from engine.alignment.microbatch import Microbatch
 from engine.alignment.packing import Member, one_round
+from engine.results import StepResult
 from engine.runtime.backbone import Backbone
-from engine.runtime.executor import Executor, StepResult
+from engine.runtime.executor import Executor
 from engine.runtime.task_run import Assignment
 from engine.task import Lora, LrSchedule, TaskSpec, Training
 from services.execution.prepare import prepare
@@ -283,8 +284,8 @@ def _section(report: dict[str, Any]) -> str:
     return f"""
 ## CPU throughput: six ragged LoRA tasks on SmolLM2-135M
 
-`PYTHONPATH=. python benchmarks/cpu_throughput.py` (what is measured stands at its top). {report["when"]}, {report["machine"]},
-load average {report["load_average"][0]:.1f} at the end; {versions}; float32, {report["clock"]},
+`PYTHONPATH=. python benchmarks/cpu_throughput.py` (what is measured stands at its top). {report["when"]},
+{report["machine"]}, load average {report["load_average"][0]:.1f} at the end; {versions}; float32, {report["clock"]},
 {len(report["effective_tokens_by_round"])} rounds, microbatches of at most {report["token_budget"]} tokens, chunk
 {report["chunk_tokens"]}. Throughput is the median (quartiles); ratios are within a round: median (least to most).
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range, Segment
 from engine.errors import FieldViolation, InvalidInputError
 from engine.planning.plan import BackboneView, ExecutorView, Explanation, HTask, Site, TaskView
+from engine.results import EvaluationResult, StepResult
 from engine.task import Lora, LrSchedule, Optimizer, Overlength, TaskSpec, TaskState, Training
 from muxtune.v1 import alignment_pb2, dataset_pb2, ledger_pb2, plan_pb2, task_pb2
 
@@ -248,6 +249,24 @@ def preflight_to_proto(report: "Preflight", max_refused: int = 100) -> dataset_p
         refused_rows=[dataset_pb2.RefusedRow(line=r.line, reason=r.reason) for r in report.refused[:max_refused]],
         num_refused_rows=len(report.refused),
     )
+
+
+def step_to_proto(result: StepResult) -> task_pb2.StepDone:
+    return task_pb2.StepDone(
+        step=result.step,
+        loss=result.loss,
+        learning_rate=result.learning_rate,
+        grad_norm=result.grad_norm,
+        effective_tokens=result.num_effective_tokens,
+        target_tokens=result.num_target_tokens,
+        padding_tokens=result.num_padding_tokens,
+        device_seconds=result.seconds,
+        num_neighbours=result.num_neighbours,
+    )
+
+
+def evaluation_to_proto(result: EvaluationResult) -> task_pb2.Evaluated:
+    return task_pb2.Evaluated(step=result.step, loss=result.loss, target_tokens=result.num_target_tokens)
 
 
 def backbone_to_view(backbone: plan_pb2.Backbone) -> BackboneView:

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,6 +80,19 @@ async def serve(
         await asyncio.to_thread(telemetry.shutdown)
         if settings.ready_file is not None:
             settings.ready_file.unlink(missing_ok=True)
+
+
+def start_vital(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+    """A task the service cannot do without: where it raises, the service stops, and whoever runs it starts it again."""
+
+    def judge(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.critical("%s failed: the service stops", name, exc_info=error)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    task = asyncio.create_task(work, name=name)
+    task.add_done_callback(judge)
+    return task
 
 
 @contextmanager

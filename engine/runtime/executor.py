@@ -6,56 +6,18 @@ Legend: T tokens of the packed stream, H hidden, M target positions of the micro
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range
-from engine.errors import MuxtuneError, NonFiniteError
+from engine.errors import NonFiniteError
 from engine.kernels.segment_cross_entropy import segment_cross_entropy
+from engine.results import EvaluationResult, Result, StepResult, TaskFailure
 from engine.runtime import export
 from engine.runtime.backbone import Backbone
 from engine.runtime.checkpoint import CheckpointState
 from engine.runtime.task_run import Assignment, Gathered, TaskRun
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step of one task. `step` counts steps done. `seconds` is its share of its microbatches' time."""
-
-    task: str
-    step: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    num_effective_tokens: int
-    num_target_tokens: int
-    num_padding_tokens: int
-    seconds: float
-    num_neighbours: int
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Mean loss over the held-out split when `step` steps were done."""
-
-    task: str
-    step: int
-    loss: float
-    num_target_tokens: int
-
-
-@dataclass(frozen=True)
-class TaskFailure:
-    """The task was detached; its neighbours never noticed."""
-
-    task: str
-    step: int
-    error: MuxtuneError
-
-
-Result = StepResult | EvaluationResult | TaskFailure
 
 
 class Executor:

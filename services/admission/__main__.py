@@ -21,10 +21,11 @@ from services.admission.keys import KeyStore
 from services.admission.ledger import Ledger
 from services.admission.notifier import Notifier
 from services.admission.servicer import AdmissionServicer, KeyServicer, LedgerServicer, authenticator
+from services.admission.sweep import sweep_checkpoints
 from services.artifacts import ArtifactStore
 from services.config import ServerSettings, from_environment
 from services.mesh import open_channel
-from services.server import serve
+from services.server import serve, start_vital
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ async def main() -> None:
     alignment = alignment_pb2_grpc.AlignmentServiceStub(open_channel(settings.alignment_address, settings.mesh_secret))
     quota = Quota(settings.max_unfinished_tasks, settings.token_budget, settings.chunk_tokens)
     notifier, keys = Notifier(), KeyStore(database)
-    ledger = LedgerServicer(Ledger(database), notifier)
+    ledger = LedgerServicer(Ledger(database), notifier, lambda: sweep_checkpoints(database, artifacts))
     admitter = Admitter(database, artifacts, alignment, quota)
     servicer = AdmissionServicer(database, artifacts, alignment, admitter, notifier, settings.max_adapter_bytes)
 
@@ -62,9 +63,13 @@ async def main() -> None:
     async def stop() -> None:
         notifier.close()
 
-    expiries = asyncio.create_task(ledger.announce_expiries())
+    running = [
+        start_vital(ledger.announce_expiries(), "leases"),
+        start_vital(ledger.sweep_after_changes(), "sweep"),
+    ]
     await serve("admission", settings, register, authenticate=authenticator(keys, settings.mesh_secret), on_stop=stop)
-    expiries.cancel()
+    for task in running:
+        task.cancel()
     database.close()
 
 

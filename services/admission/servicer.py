@@ -1,11 +1,13 @@
 """The three services admission serves: to clients, to operators, and to scheduling."""
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from engine.errors import PermissionDeniedError, UnavailableError
+from engine.errors import MuxtuneError, PermissionDeniedError, UnavailableError
 from muxtune.v1 import admission_pb2_grpc, alignment_pb2_grpc, key_pb2, key_pb2_grpc, ledger_pb2, ledger_pb2_grpc
 from services.admission.admit import Admitter
 from services.admission.clock import timestamp
@@ -19,6 +21,7 @@ from services.artifacts import ArtifactStore
 from services.auth import Authenticate, Principal, current_principal, mesh_authenticator
 
 _CLIENT_SERVICE = "/muxtune.v1.AdmissionService/"
+_log = logging.getLogger(__name__)
 
 
 def authenticator(keys: KeyStore, mesh_secret: str) -> Authenticate:
@@ -75,8 +78,8 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
 class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
     """LedgerService: the durable side of scheduling."""
 
-    def __init__(self, ledger: Ledger, notifier: Notifier) -> None:
-        self._ledger, self._notifier = ledger, notifier
+    def __init__(self, ledger: Ledger, notifier: Notifier, sweep: Callable[[], int]) -> None:
+        self._ledger, self._notifier, self._sweep = ledger, notifier, sweep
 
     async def WatchChanges(
         self, request: ledger_pb2.WatchChangesRequest, context: Any
@@ -135,12 +138,30 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
             deadline = self._ledger.next_deadline()
             await asyncio.sleep(1.0 if deadline is None else min(1.0, max(0.05, deadline - time.monotonic())))
             if deadline is not None and deadline <= time.monotonic():
-                await asyncio.to_thread(self._ledger.snapshot)  # ends it and takes its attempts back
-                self._notifier.notify()
+                with _retried_later("leases"):
+                    await asyncio.to_thread(self._ledger.snapshot)  # ends it and takes its attempts back
+                    self._notifier.notify()
+
+    async def sweep_after_changes(self) -> None:
+        """Sweeps at the start and when something ended; runs until admission stops."""
+        with self._notifier.waiting(ANYTHING) as changed:
+            while not self._notifier.is_closed:
+                changed.clear()
+                with _retried_later("sweep"):
+                    await asyncio.to_thread(self._sweep)
+                await changed.wait()
 
     def _wake(self, names: Any) -> None:
         """Watchers of these tasks only: a step done is no reason for a scheduling cycle."""
         self._notifier.notify_tasks(set(names))
+
+
+@contextmanager
+def _retried_later(what: str) -> Iterator[None]:
+    try:
+        yield
+    except MuxtuneError as error:
+        _log.warning("%s put off: %s", what, error)
 
 
 def _mesh_only() -> None:

@@ -14,7 +14,7 @@ from services.execution.lease import LeaseKeeper
 from services.execution.servicer import ExecutionServicer
 from services.execution.settings import ExecutionSettings
 from services.mesh import open_channel
-from services.server import serve
+from services.server import serve, start_vital
 
 _TRAINER_STOP_SECONDS = 10.0
 
@@ -34,7 +34,7 @@ async def main() -> None:
 
     servicer = ExecutionServicer(settings, tell_health)
     keepers: list[LeaseKeeper] = []
-    running: list[asyncio.Task[None]] = [asyncio.create_task(servicer.trainer.run(), name="trainer")]
+    running: list[asyncio.Task[None]] = [start_vital(servicer.trainer.run(), "trainer")]
 
     def register(server: grpc.aio.Server) -> list[str]:
         execution_pb2_grpc.add_ExecutionServiceServicer_to_server(servicer, server)
@@ -47,7 +47,7 @@ async def main() -> None:
         if running[0].done():
             raise SystemExit(f"the trainer could not start on {settings.backbone}: its log above says why")
         keepers.append(LeaseKeeper(settings, address, scheduling, servicer))
-        running.append(asyncio.create_task(keepers[0].run(), name="lease"))
+        running.append(start_vital(keepers[0].run(), "lease"))
 
     async def stop() -> None:
         await servicer.drain()

@@ -9,16 +9,19 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from opentelemetry import trace
+
 from engine.errors import MuxtuneError, UnavailableError
-from engine.runtime.executor import EvaluationResult, Executor, StepResult, TaskFailure
+from engine.results import EvaluationResult, StepResult, TaskFailure
+from engine.runtime.executor import Executor
 from engine.runtime.task_run import Assignment
 from engine.task import TaskSpec, evaluation_is_due
-from muxtune.v1 import alignment_pb2, execution_pb2, plan_pb2, task_pb2
-from services.convert import spec_to_domain
+from muxtune.v1 import alignment_pb2, execution_pb2, plan_pb2
+from services.convert import evaluation_to_proto, spec_to_domain, step_to_proto
 from services.errors import to_failure
 from services.execution.early_stop import EarlyStop
 from services.execution.vault import Vault
-from services.telemetry import task_span
+from services.telemetry import current_trace_parent, links_to, task_span
 
 _RETRY_SECONDS = 1.0
 _log = logging.getLogger(__name__)
@@ -96,10 +99,9 @@ class Residents:
         if isinstance(result, TaskFailure):
             self._fail(resident, result.error)
         elif isinstance(result, StepResult):
-            self._report(resident, step_done=_step_done(result))
+            self._report(resident, step_done=step_to_proto(result))
         else:
-            evaluated = task_pb2.Evaluated(step=result.step, loss=result.loss, target_tokens=result.num_target_tokens)
-            self._report(resident, evaluated=evaluated)
+            self._report(resident, evaluated=evaluation_to_proto(result))
             training = resident.spec.training
             resident.early_stop = resident.early_stop.after(training, result.step, result.loss)
             if result.step == resident.planned.num_steps:
@@ -208,6 +210,9 @@ class Residents:
         assignment = Assignment(task.task, resident.spec, task.num_steps, task.attempt_epoch)
         if task.HasField("resume_from"):
             state = self._vault.get_checkpoint(task.task, task.resume_from)
+            checkpointed = (task.task, state.metadata.get("trace_parent", ""))
+            for link in links_to([checkpointed]):  # in an attempt before this one
+                trace.get_current_span().add_link(link.context, link.attributes)
             resident.early_stop = EarlyStop(**state.metadata.get("early_stop", {}))
             resident.checkpoint_step = state.step
             self._executor.attach(assignment, state)
@@ -225,7 +230,7 @@ class Residents:
     def _checkpoint(self, resident: Resident) -> None:
         state = self._executor.checkpoint(resident.name)
         with task_span("checkpoint", resident.name, resident.planned.trace_parent, **{"muxtune.step": state.step}):
-            extra = {"early_stop": vars(resident.early_stop)}
+            extra = {"early_stop": vars(resident.early_stop), "trace_parent": current_trace_parent()}
             committed = self._vault.put_checkpoint(resident.name, resident.planned.attempt_epoch, state, extra)
         resident.checkpoint_step, resident.checkpoint_time = state.step, time.monotonic()
         self._report(resident, checkpoint_committed=committed)
@@ -242,20 +247,6 @@ class Residents:
     def _report(self, resident: Resident, **result: object) -> None:
         epoch = resident.planned.attempt_epoch
         self._results.append(plan_pb2.TaskResult(task=resident.name, attempt_epoch=epoch, **result))  # type: ignore[arg-type]
-
-
-def _step_done(result: StepResult) -> task_pb2.StepDone:
-    return task_pb2.StepDone(
-        step=result.step,
-        loss=result.loss,
-        learning_rate=result.learning_rate,
-        grad_norm=result.grad_norm,
-        effective_tokens=result.num_effective_tokens,
-        target_tokens=result.num_target_tokens,
-        padding_tokens=result.num_padding_tokens,
-        device_seconds=result.seconds,
-        num_neighbours=result.num_neighbours,
-    )
 
 
 def exported_response(finished: plan_pb2.TaskFinished) -> execution_pb2.ExportAdapterResponse:

@@ -14,6 +14,7 @@ from services.execution.outbox import Outbox
 from services.execution.pipe import Frame, Tag
 from services.execution.process import TrainerProcess
 from services.execution.settings import ExecutionSettings
+from services.execution.usage import Usage
 
 _LEASE_WAIT_SECONDS = 5.0
 _BY_REASON = {f"ERROR_REASON_{mapped.reason}": kind for kind, mapped in TABLE.items()}
@@ -27,6 +28,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         self._settings, self._tell_health = settings, tell_health
         self.trainer = TrainerProcess(settings, self._on_frame, self._on_death)
         self.outbox = Outbox(settings.max_unacknowledged)
+        self._usage = Usage(settings.backbone_name)
         self.described = pb.DescribeExecutorResponse()
         self.lease_epoch = 0
         self.ready = asyncio.Event()
@@ -186,6 +188,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
 
     async def _take_results(self, response: pb.RunPlanResponse) -> None:
         counting = self._attempts.note(response.results)
+        self._usage.add(counting)
         del response.results[:]
         response.results.extend(counting)
         self.described.executor.device.CopyFrom(response.device)

@@ -12,6 +12,7 @@ import time
 
 import torch
 from opentelemetry import propagate
+from transformers.utils.logging import disable_progress_bar
 
 from engine.errors import ArtifactCorruptError, InvalidInputError, MuxtuneError, NotFoundError
 from engine.runtime.backbone import Backbone
@@ -250,6 +251,8 @@ class Trainer:
 
 def main() -> None:
     settings = from_environment(ExecutionSettings, os.environ)
+    logging.captureWarnings(True)
+    disable_progress_bar()
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     provider = configure("trainer", settings)

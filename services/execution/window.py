@@ -8,7 +8,7 @@ import time
 from opentelemetry.trace import Span
 
 from engine.alignment.microbatch import Microbatch
-from services.telemetry import links_to, meter, tracer
+from services.telemetry import links_to, tracer
 
 _WINDOW_SECONDS = 5.0
 _RATE_WEIGHT = 0.1
@@ -23,8 +23,6 @@ class StepWindow:
         self._key: tuple[object, ...] = ()
         self._started = 0.0
         self._totals = {"microbatches": 0, "effective_tokens": 0, "padding_tokens": 0}
-        self._effective = meter().create_counter("muxtune.effective_tokens")
-        self._padding = meter().create_counter("muxtune.padding_tokens")
 
     def add(
         self, microbatch: Microbatch, seconds: float, plan_version: int, trace_parents: list[tuple[str, str]]
@@ -35,8 +33,6 @@ class StepWindow:
         self.tokens_per_second += (1.0 if not self.tokens_per_second else _RATE_WEIGHT) * (
             rate - self.tokens_per_second
         )
-        self._effective.add(effective)
-        self._padding.add(microbatch.num_tokens - effective)
         key = (plan_version, *(task for task, _ in trace_parents))
         if self._span is not None and (key != self._key or time.monotonic() - self._started > _WINDOW_SECONDS):
             self.close()

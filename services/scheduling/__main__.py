@@ -13,7 +13,7 @@ from services.config import ServerSettings, from_environment
 from services.mesh import open_channel
 from services.scheduling.cycle import Scheduler
 from services.scheduling.servicer import SchedulingServicer
-from services.server import serve
+from services.server import serve, start_vital
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ async def main() -> None:
         return [scheduling_pb2.DESCRIPTOR.services_by_name["SchedulingService"].full_name]
 
     async def start(address: str) -> None:
-        running.append(asyncio.create_task(scheduler.run(), name="scheduler"))
+        running.append(start_vital(scheduler.run(), "scheduler"))
 
     async def stop() -> None:
         for task in running:

@@ -9,7 +9,8 @@ import torch
 
 from engine.alignment.microbatch import MicrobatchKind
 from engine.errors import InvalidInputError, NonFiniteError
-from engine.runtime.executor import EvaluationResult, Executor, StepResult, TaskFailure
+from engine.results import EvaluationResult, StepResult, TaskFailure
+from engine.runtime.executor import Executor
 from tests.engine.runtime.tiny import CONFIGS, TinyTask, executor_with, model_of, pack_round, task_of, train
 
 

@@ -15,8 +15,9 @@ import transformers as hf
 from peft import PeftModel
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
+from engine.results import StepResult
 from engine.runtime.backbone import Backbone
-from engine.runtime.executor import Executor, StepResult
+from engine.runtime.executor import Executor
 from engine.runtime.task_run import Assignment
 from engine.task import Lora, LrSchedule, Optimizer, TaskSpec, Training
 

@@ -1,0 +1,43 @@
+"""What the executor says of a task after a microbatch. Only the standard library, so that every service can read it."""
+
+from dataclasses import dataclass
+
+from engine.errors import MuxtuneError
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step of one task. `step` counts steps done. `seconds` is its share of its microbatches' time."""
+
+    task: str
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    num_effective_tokens: int
+    num_target_tokens: int
+    num_padding_tokens: int
+    seconds: float
+    num_neighbours: int
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Mean loss over the held-out split when `step` steps were done."""
+
+    task: str
+    step: int
+    loss: float
+    num_target_tokens: int
+
+
+@dataclass(frozen=True)
+class TaskFailure:
+    """The task was detached; its neighbours never noticed."""
+
+    task: str
+    step: int
+    error: MuxtuneError
+
+
+Result = StepResult | EvaluationResult | TaskFailure
