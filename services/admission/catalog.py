@@ -47,14 +47,14 @@ def insert_dataset(
     )
 
 
-def delete_dataset(connection: sa.Connection, name: str) -> tuple[str, bool]:
-    """(SHA-256, whether no other dataset of the tenant holds those bytes). Raises ResourceInUseError."""
+def delete_dataset(connection: sa.Connection, name: str) -> bool:
+    """Whether no other dataset of the tenant holds its bytes. Raises ResourceInUseError."""
     row = dataset_row(connection, name)
     users = sa.select(tasks_table.c.name).where(tasks_table.c.dataset == name, tasks_table.c.state.in_(UNFINISHED))
     if user := connection.execute(users).scalars().first():
         raise ResourceInUseError(f"{name} is read by {user}: cancel it or wait for its end", subject=name)
     connection.execute(sa.delete(datasets).where(datasets.c.name == name))
-    return row.sha256, not is_referenced(connection, row.tenant, row.sha256)
+    return not is_referenced(connection, row.tenant, row.sha256)
 
 
 def is_referenced(connection: sa.Connection, tenant: str, sha256: str) -> bool:

@@ -4,12 +4,14 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from typing import Any
+from weakref import WeakValueDictionary
 
 from engine.errors import IllegalTransitionError, InvalidInputError
 from engine.target_modules import suffixes
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, artifact_pb2, dataset_pb2, plan_pb2
 from services.admission import catalog, pages, requests, tasks
+from services.admission.admit import INSPECT_SECONDS
 from services.admission.database import Database
 from services.admission.ledger import known_executors
 from services.admission.names import authorize, new_name, parent_of
@@ -27,6 +29,7 @@ class DataRpcs:
     _artifacts: ArtifactStore
     _alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub"
     _max_adapter_bytes: int
+    _bytes_locks: WeakValueDictionary[str, asyncio.Lock]
 
     async def UploadDataset(self, request_iterator: Any, context: Any) -> pb.UploadDatasetResponse:
         header, file, chunks = await _opening(request_iterator)
@@ -35,8 +38,9 @@ class DataRpcs:
         name = await asyncio.to_thread(self._dataset_name, tenant, header, body)
         known = await asyncio.to_thread(self._existing_dataset, name, file.sha256.lower())
         if known is None:
-            stored = await self._alignment.StoreDataset(_forwarded(tenant, file, chunks))
-            known = await asyncio.to_thread(self._store_dataset, tenant, name, header.request_id, body, stored)
+            async with self._bytes_lock(tenant, file.sha256.lower()):
+                stored = await self._alignment.StoreDataset(_forwarded(tenant, file, chunks))
+                known = await asyncio.to_thread(self._store_dataset, tenant, name, header.request_id, body, stored)
         return pb.UploadDatasetResponse(dataset=known)
 
     async def GetDataset(self, request: pb.GetDatasetRequest, context: Any) -> pb.GetDatasetResponse:
@@ -57,18 +61,19 @@ class DataRpcs:
         answer = await self._alignment.InspectDataset(
             alignment_pb2.InspectDatasetRequest(
                 tenant=str(principal.tenant), sha256=dataset.sha256, options=request.options
-            )
+            ),
+            timeout=INSPECT_SECONDS,
         )
         return pb.PreflightDatasetResponse(report=answer.report)
 
     async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Any) -> pb.DeleteDatasetResponse:
         principal = current_principal()
         name = authorize(principal, request.name, "datasets")
-        sha256, is_last = await asyncio.to_thread(self._delete_dataset, name)
-        if is_last:
-            await self._alignment.RemoveDataset(
-                alignment_pb2.RemoveDatasetRequest(tenant=str(principal.tenant), sha256=sha256)
-            )
+        dataset = await asyncio.to_thread(self._read_dataset, name)
+        async with self._bytes_lock(str(principal.tenant), dataset.sha256):
+            if await asyncio.to_thread(self._delete_dataset, name):
+                unreferenced = alignment_pb2.RemoveDatasetRequest(tenant=str(principal.tenant), sha256=dataset.sha256)
+                await self._alignment.RemoveDataset(unreferenced)
         return pb.DeleteDatasetResponse()
 
     async def UploadAdapter(self, request_iterator: Any, context: Any) -> pb.UploadAdapterResponse:
@@ -107,6 +112,11 @@ class DataRpcs:
         executors = await asyncio.to_thread(self._executors)
         return pb.ListBackbonesResponse(backbones=_summaries(executors))
 
+    def _bytes_lock(self, tenant: str, sha256: str) -> asyncio.Lock:
+        """Held while bytes are stored and their row is written, or the other way round: an upload must not find the
+        bytes that a deletion is about to remove."""
+        return self._bytes_locks.setdefault(f"{tenant} {sha256}", asyncio.Lock())
+
     def _dataset_name(self, tenant: str, header: artifact_pb2.UploadHeader, body: str) -> str:
         with self._database.read() as connection:
             made = requests.find(connection, tenant, header.request_id, "UploadDataset", body)
@@ -121,10 +131,12 @@ class DataRpcs:
         self, tenant: str, name: str, request_id: str, body: str, stored: alignment_pb2.StoreDatasetResponse
     ) -> dataset_pb2.Dataset:
         with self._database.write() as connection:
-            name = requests.find(connection, tenant, request_id, "UploadDataset", body) or name
+            made = requests.find(connection, tenant, request_id, "UploadDataset", body)
+            name = made or name
             if catalog.existing_dataset(connection, name, stored.sha256) is None:
                 shapes = dict(stored.num_rows_by_shape)
                 catalog.insert_dataset(connection, name, stored.sha256, stored.size_bytes, stored.num_rows, shapes)
+            if not made:
                 requests.remember(connection, tenant, request_id, "UploadDataset", body, name)
             return catalog.dataset_to_proto(catalog.dataset_row(connection, name))
 
@@ -136,7 +148,7 @@ class DataRpcs:
         with self._database.read() as connection:
             return catalog.dataset_page(connection, tenant, before, limit)
 
-    def _delete_dataset(self, name: str) -> tuple[str, bool]:
+    def _delete_dataset(self, name: str) -> bool:
         with self._database.write() as connection:
             return catalog.delete_dataset(connection, name)
 

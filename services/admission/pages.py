@@ -1,4 +1,7 @@
-"""Page tokens: where the next page begins, bound to the query that made them."""
+"""Page tokens: where the next page begins, bound to the query that made them.
+
+The binding finds mistakes, not forgers: a page never holds what its caller may not see, wherever it begins.
+"""
 
 import base64
 import hashlib
@@ -18,7 +21,7 @@ def size(asked: int) -> int:
 
 
 def token(query: Sequence[str], created: int, name: str) -> str:
-    return base64.urlsafe_b64encode(json.dumps([created, name, _bound(query)]).encode()).decode()
+    return base64.urlsafe_b64encode(json.dumps([created, name, _bound(query, created, name)]).encode()).decode()
 
 
 def start(query: Sequence[str], page_token: str) -> tuple[int, str] | None:
@@ -27,12 +30,12 @@ def start(query: Sequence[str], page_token: str) -> tuple[int, str] | None:
         return None
     try:
         created, name, bound = json.loads(base64.urlsafe_b64decode(page_token.encode()))
-        if bound == _bound(query):
+        if bound == _bound(query, created, name) and 0 <= created < 1 << 63 and "\0" not in name:
             return int(created), str(name)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         pass
     raise InvalidInputError.of_field("page_token", "is not one we gave for this parent and filter: begin again")
 
 
-def _bound(query: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(query).encode()).hexdigest()[:16]
+def _bound(query: Sequence[str], created: int, name: str) -> str:
+    return hashlib.sha256("\n".join([*query, f"{created:d}", name]).encode()).hexdigest()[:16]

@@ -63,7 +63,7 @@ def _check_config(data: bytes) -> None:
     try:
         fields = json.loads(data)
         is_lora = fields["peft_type"] == "LORA" and int(fields["r"]) > 0 and math.isfinite(fields["lora_alpha"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         is_lora = False
     if not is_lora:
         raise InvalidInputError.of_field(CONFIG_FILE, "is not a LoRA configuration as peft writes it")
@@ -84,5 +84,5 @@ def _check_safetensors(data: bytes) -> None:
             end = stop
         if end != len(data) - 8 - size or not spans:
             raise ValueError("tensors do not fill the file")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidInputError.of_field(WEIGHTS_FILE, f"is no safetensors file: {error}") from error

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 from engine.errors import MuxtuneError, PermissionDeniedError, UnavailableError
 from muxtune.v1 import admission_pb2_grpc, alignment_pb2_grpc, key_pb2, key_pb2_grpc, ledger_pb2, ledger_pb2_grpc
@@ -50,6 +51,7 @@ class AdmissionServicer(TaskRpcs, DataRpcs, admission_pb2_grpc.AdmissionServiceS
     ) -> None:
         self._database, self._artifacts, self._alignment = database, artifacts, alignment
         self._admitter, self._notifier, self._max_adapter_bytes = admitter, notifier, max_adapter_bytes
+        self._bytes_locks = WeakValueDictionary()
 
 
 class KeyServicer(key_pb2_grpc.KeyServiceServicer):

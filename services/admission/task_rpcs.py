@@ -96,6 +96,7 @@ class TaskRpcs:
             # Asked again inside the transaction: the same request may have come twice at once.
             if done := requests.find(connection, tenant, request_id, "CreateTask", body):
                 return tasks.to_proto(tasks.row_of(connection, done))
+            self._admitter.check_again(connection, tenant, admissible)
             tasks.insert(
                 connection, name, admissible.spec, admissible.estimate, admissible.initial_adapter_key, trace_parent
             )

@@ -4,6 +4,8 @@ from engine.errors import FieldViolation, InvalidInputError
 from engine.task import Training
 from muxtune.v1 import alignment_pb2 as pb
 
+MAX_STEPS = 10_000_000
+
 
 def check_training(training: Training, path: str) -> None:
     """The fields that order, split and pack the data. Raises InvalidInputError naming every wrong one at once."""
@@ -22,6 +24,14 @@ def check_training(training: Training, path: str) -> None:
     ]
     if wrong:
         raise InvalidInputError("; ".join(f"{v.field}: {v.description}" for v in wrong), wrong)
+
+
+def check_num_steps(num_steps: int) -> None:
+    """Raises InvalidInputError for more steps than a task can count (num_epochs over a long dataset)."""
+    if num_steps > MAX_STEPS:
+        raise InvalidInputError.of_field(
+            "spec.training.num_epochs", f"makes {num_steps} steps, more than {MAX_STEPS}: train fewer epochs"
+        )
 
 
 def check_layout(request: pb.StreamMicrobatchesRequest) -> None:

@@ -11,7 +11,7 @@ from engine.errors import InvalidInputError, UnavailableError
 from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import alignment_pb2_grpc, dataset_pb2
 from services.alignment.catalog import Catalog, Receipt
-from services.alignment.requests import check_layout, check_steps, check_training
+from services.alignment.requests import check_layout, check_num_steps, check_steps, check_training
 from services.convert import microbatch_to_proto, preflight_to_proto, training_to_domain
 
 _DEFAULT_SAMPLES, _MAX_SAMPLES = 3, 100
@@ -64,6 +64,7 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
         report = await asyncio.to_thread(
             self._catalog.inspect, request.tenant, request.sha256, options.backbone, training, samples
         )
+        check_num_steps(report.num_steps)
         return pb.InspectDatasetResponse(report=preflight_to_proto(report))
 
     async def RemoveDataset(self, request: pb.RemoveDatasetRequest, context: Any) -> pb.RemoveDatasetResponse:
