@@ -16,7 +16,7 @@ from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, dataset_pb2, task_pb2
 from services.admission import catalog
 from services.admission.database import Database
 from services.admission.ledger import known_executors
-from services.admission.names import authorize
+from services.admission.names import authorize, denied
 from services.admission.receipt import CONFIG_FILE, rank_and_scale
 from services.admission.tables import tasks as tasks_table
 from services.admission.tasks import UNFINISHED
@@ -74,12 +74,6 @@ class Admitter:
         rate = max((e.effective_tokens_per_second for e in executors if e.backbone.name == backbone.name), default=0.0)
         return Admissible(resolved, _estimate(report, domain, backbone, rate), key)
 
-    def check_again(self, connection: sa.Connection, tenant: str, spec: task_pb2.TaskSpec) -> None:
-        """What others may have changed since `examine`, in the transaction that stores the task. Same errors."""
-        self._check_quota(connection, tenant)
-        if catalog.dataset_row(connection, spec.dataset).sha256 != spec.dataset_version:
-            raise denied(spec.dataset)
-
     def _resolve(
         self, principal: Principal, spec: task_pb2.TaskSpec
     ) -> tuple[task_pb2.TaskSpec, str, list[ExecutorView]]:
@@ -103,9 +97,10 @@ class Admitter:
         return resolved, key, executors
 
     def check_again(self, connection: sa.Connection, tenant: str, admissible: Admissible) -> None:
-        """In the transaction that stores the task: the quota, and that its dataset was not deleted meanwhile."""
-        catalog.dataset_row(connection, admissible.spec.dataset)
+        """In the transaction that stores the task: the quota, and that its dataset is the one that was examined."""
         self._check_quota(connection, tenant)
+        if catalog.dataset_row(connection, admissible.spec.dataset).sha256 != admissible.spec.dataset_version:
+            raise denied(admissible.spec.dataset)
 
     def _check_quota(self, connection: sa.Connection, tenant: str) -> None:
         columns, most = tasks_table.c, self._quota.max_unfinished_tasks

@@ -1,0 +1,347 @@
+"""Admission's three services behind their gate on loopback, with the real alignment service behind them.
+
+What outlives a restart (database, artifacts, alignment) lies in `Admission`; the service itself can be stopped and
+started again at will. Callers use the generated stubs and get gRPC's own statuses.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import sqlalchemy as sa
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from muxtune.v1 import admission_pb2 as pb
+from muxtune.v1 import (
+    admission_pb2_grpc,
+    alignment_pb2_grpc,
+    artifact_pb2,
+    key_pb2_grpc,
+    ledger_pb2,
+    ledger_pb2_grpc,
+    plan_pb2,
+    task_pb2,
+)
+from services.admission.admit import Admitter, Quota
+from services.admission.database import Database
+from services.admission.keys import KeyStore
+from services.admission.ledger import Ledger
+from services.admission.notifier import Notifier
+from services.admission.servicer import AdmissionServicer, KeyServicer, LedgerServicer, authenticator
+from services.admission.tables import metadata
+from services.alignment.catalog import Catalog
+from services.alignment.servicer import AlignmentServicer
+from services.artifacts import ArtifactStore
+from services.auth import mesh_authenticator
+from services.gate import Gate
+from services.mesh import open_channel
+
+SECRET = "mesh_of-the-tests"
+DATABASES = ["sqlite", "postgresql"]
+TIMEOUT_SECONDS = 20.0
+MAX_DATASET_BYTES, MAX_ADAPTER_BYTES = 1 << 20, 1 << 20
+ROWS = [{"text": "the quick brown fox " * (1 + i % 3)} for i in range(10)]
+
+
+def lines(rows: Iterable[Any]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+TEN_ROWS = lines(ROWS)
+
+
+class Caller:
+    """A generated stub that carries a key, with a deadline on every call."""
+
+    def __init__(self, stub: Any, token: str) -> None:
+        self._stub, self._metadata = stub, (("authorization", f"Bearer {token}"),)
+
+    def __getattr__(self, method: str) -> Any:
+        return partial(getattr(self._stub, method), metadata=self._metadata, timeout=TIMEOUT_SECONDS)
+
+
+class Clock:
+    """The monotonic clock of leases, moved by hand."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@dataclass
+class Refusal:
+    """What a call was refused with."""
+
+    message: str = ""
+    details: list[Message] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
+    fields: list[str] = field(default_factory=list)
+
+    def has(self, kind: type[Message]) -> bool:
+        return any(isinstance(detail, kind) for detail in self.details)
+
+
+@contextmanager
+def refused(code: grpc.StatusCode, reason: str) -> Iterator[Refusal]:
+    """The block must end with this status and this ErrorInfo reason."""
+    refusal = Refusal()
+    with pytest.raises(grpc.RpcError) as caught:
+        yield refusal
+    error: Any = caught.value
+    assert error.code() is code, error
+    refusal.message = error.details()
+    status = status_pb2.Status()
+    status.ParseFromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
+    assert status.code == code.value[0]
+    for packed in status.details:
+        message = getattr(error_details_pb2, packed.TypeName().rpartition(".")[2])()
+        assert packed.Unpack(message)
+        refusal.details.append(message)
+    (info,) = (detail for detail in refusal.details if isinstance(detail, error_details_pb2.ErrorInfo))
+    assert (info.domain, info.reason) == ("muxtune", reason), error
+    refusal.metadata = dict(info.metadata)
+    for detail in refusal.details:
+        if isinstance(detail, error_details_pb2.BadRequest):
+            refusal.fields = [violation.field for violation in detail.field_violations]
+
+
+@dataclass
+class Alignment:
+    """The real service; `inspecting` may hold its answers back."""
+
+    servicer: AlignmentServicer
+    server: grpc.aio.Server
+    address: str
+
+    @classmethod
+    async def start(cls, artifacts: ArtifactStore, tokenizer: Path) -> "Alignment":
+        servicer = AlignmentServicer(Catalog(artifacts, {"tiny": tokenizer}, cache_bytes=1 << 20), MAX_DATASET_BYTES)
+        server = grpc.aio.server(interceptors=[Gate(mesh_authenticator(SECRET))])
+        alignment_pb2_grpc.add_AlignmentServiceServicer_to_server(servicer, server)
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        return cls(servicer, server, address)
+
+
+class Admission:
+    """The service under test. `clock` drives its leases."""
+
+    def __init__(self, database_url: str, folder: Path, alignment: str) -> None:
+        self.database_url, self.folder, self.clock, self.quota = database_url, folder, Clock(), 1000
+        self._alignment_address = alignment
+        self._keys: dict[str, str] = {}
+
+    async def start(self) -> None:
+        self.database = Database(self.database_url)
+        self.database.migrate()
+        self.artifacts, self.notifier = ArtifactStore.open(str(self.folder)), Notifier()
+        self._to_alignment = open_channel(self._alignment_address, SECRET)
+        alignment = alignment_pb2_grpc.AlignmentServiceStub(self._to_alignment)
+        self.key_store, ledger = KeyStore(self.database), Ledger(self.database, self.clock)
+        self.admitter = Admitter(self.database, self.artifacts, alignment, Quota(self.quota, 256, 16))
+        servicer = AdmissionServicer(
+            self.database, self.artifacts, alignment, self.admitter, self.notifier, MAX_ADAPTER_BYTES
+        )
+        gate = Gate(authenticator(self.key_store, SECRET))
+        self._server = grpc.aio.server(interceptors=[gate], options=[("grpc.so_reuseport", 0)])
+        admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, self._server)
+        key_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(self.key_store), self._server)
+        ledger_pb2_grpc.add_LedgerServiceServicer_to_server(
+            LedgerServicer(ledger, self.notifier, lambda: 0), self._server
+        )
+        address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        await self._server.start()
+        self._channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+
+    async def stop(self) -> None:
+        """As SIGTERM ends it: watchers are sent away, then the server stops."""
+        self.notifier.close()
+        await self._server.stop(TIMEOUT_SECONDS)
+        await self._channel.close()
+        await self._to_alignment.close()
+        self.database.close()
+
+    async def restart(self) -> None:
+        await self.stop()
+        await self.start()
+
+    def tenant(self, name: str = "acme") -> Any:
+        """AdmissionService as `tenants/{name}` calls it."""
+        if name not in self._keys:
+            self._keys[name] = self.key_store.create(f"tenants/{name}", None)[1]
+        return self.with_token(self._keys[name])
+
+    def with_token(self, token: str) -> Any:
+        return Caller(admission_pb2_grpc.AdmissionServiceStub(self._channel), token)
+
+    def ledger(self, token: str = SECRET) -> Any:
+        return Caller(ledger_pb2_grpc.LedgerServiceStub(self._channel), token)
+
+    def keys(self, token: str = SECRET) -> Any:
+        return Caller(key_pb2_grpc.KeyServiceStub(self._channel), token)
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        return self._channel
+
+    def files(self) -> list[str]:
+        """Every file of the artifact store, committed or not."""
+        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+
+    def num_rows(self) -> dict[str, int]:
+        """Rows by table, keys left out."""
+        with self.database.read() as connection:
+            counts = {
+                table.name: connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()
+                for table in metadata.sorted_tables
+            }
+        del counts["api_keys"]
+        return counts
+
+    async def upload(self, data: bytes = TEN_ROWS, dataset_id: str = "", **options: Any) -> Any:
+        """The dataset, uploaded by the tenant acme."""
+        return (await self.tenant().UploadDataset(dataset_parts(data, dataset_id, **options))).dataset
+
+    async def create(self, dataset: str, task_id: str = "", **options: Any) -> task_pb2.Task:
+        request = pb.CreateTaskRequest(task_id=task_id, spec=spec(dataset, **options))
+        return (await self.tenant().CreateTask(request)).task
+
+    async def register(self, name: str = "executors/one", incarnation: str = "i1", seconds: int = 30) -> int:
+        """Its lease epoch."""
+        epoch: int = (await self.ledger().PutLease(lease(executor(name, incarnation), seconds))).lease_epoch
+        return epoch
+
+    async def run(self, *tasks: str, lease_epoch: int = 1, executor: str = "executors/one") -> list[int]:
+        """Plans the tasks on the executor, all else as the snapshot says; their attempt epochs."""
+        snapshot = await self.ledger().GetSnapshot(ledger_pb2.GetSnapshotRequest())
+        seen = {found.task.name: found.task.attempt_epoch for found in snapshot.tasks}
+        starts = [ledger_pb2.AttemptStart(task=task, expected_epoch=seen[task]) for task in tasks]
+        request = ledger_pb2.CommitPlanRequest(
+            executor=executor, lease_epoch=lease_epoch, version=snapshot.plan_version + 1, starts=starts
+        )
+        return list((await self.ledger().CommitPlan(request)).attempt_epochs)
+
+    async def commit(self, *results: Any, lease_epoch: int = 1, executor: str = "executors/one") -> list[str]:
+        """The verdicts, without their prefix."""
+        request = ledger_pb2.CommitResultsRequest(executor=executor, lease_epoch=lease_epoch, results=results)
+        verdicts = (await self.ledger().CommitResults(request)).verdicts
+        return [ledger_pb2.ResultVerdict.Name(v).removeprefix("RESULT_VERDICT_") for v in verdicts]
+
+    async def state(self, task: str) -> str:
+        found = (await self.tenant().GetTask(pb.GetTaskRequest(name=task))).task.state
+        return str(task_pb2.TaskState.Name(found)).removeprefix("TASK_STATE_")
+
+    async def events(self, task: str, after: int = 0) -> list[task_pb2.TaskEvent]:
+        """All there are of a task that has ended."""
+        watch = self.tenant().WatchTask(pb.WatchTaskRequest(name=task, after_sequence=after))
+        return [answer.event async for answer in watch]
+
+
+def dataset_parts(
+    data: bytes, dataset_id: str = "", *, request_id: str = "", parent: str = "", chunk_bytes: int = 100, **file: Any
+) -> Iterator[pb.UploadDatasetRequest]:
+    """An upload as it should be; `size_bytes` and `sha256` may lie."""
+    header = artifact_pb2.UploadHeader(id=dataset_id, request_id=request_id, parent=parent)
+    yield pb.UploadDatasetRequest(header=header)
+    announced = {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **file}
+    yield pb.UploadDatasetRequest(file=artifact_pb2.FileHeader(**announced))
+    for offset in range(0, len(data), chunk_bytes):
+        part = artifact_pb2.FileChunk(offset=offset, data=data[offset : offset + chunk_bytes])
+        yield pb.UploadDatasetRequest(chunk=part)
+
+
+def adapter_files(rank: int = 4, alpha: float = 8, fill: int = 0) -> dict[str, bytes]:
+    """A PEFT folder of one tensor, the safetensors format written by hand."""
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj"]}
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    weights = len(header).to_bytes(8, "little") + header + bytes([fill]) * 8
+    return {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": weights}
+
+
+def adapter_parts(
+    files: dict[str, bytes], adapter_id: str = "", *, request_id: str = "", chunk_bytes: int = 50
+) -> Iterator[pb.UploadAdapterRequest]:
+    yield pb.UploadAdapterRequest(header=artifact_pb2.UploadHeader(id=adapter_id, request_id=request_id))
+    for name, data in files.items():
+        sha256 = hashlib.sha256(data).hexdigest()
+        file = artifact_pb2.FileHeader(file_name=name, size_bytes=len(data), sha256=sha256)
+        yield pb.UploadAdapterRequest(file=file)
+        for offset in range(0, len(data), chunk_bytes):
+            part = artifact_pb2.FileChunk(offset=offset, data=data[offset : offset + chunk_bytes])
+            yield pb.UploadAdapterRequest(chunk=part)
+
+
+def spec(dataset: str, **changes: Any) -> task_pb2.TaskSpec:
+    """A LoRA task of four steps on the backbone "tiny". Keywords of Training go there, others to the spec."""
+    training: dict[str, Any] = {
+        "learning_rate": 0.01,
+        "num_steps": 4,
+        "global_batch_size": 2,
+        "max_sequence_tokens": 64,
+    }
+    names = task_pb2.Training.DESCRIPTOR.fields_by_name
+    if "num_epochs" in changes:
+        del training["num_steps"]
+    training |= {key: value for key, value in changes.items() if key in names}
+    fields: dict[str, Any] = {
+        "backbone": "tiny",
+        "dataset": dataset,
+        "lora": task_pb2.Lora(rank=4, alpha=8, target_modules=["q_proj"]),
+        **{key: value for key, value in changes.items() if key not in names},
+    }
+    return task_pb2.TaskSpec(**fields, training=task_pb2.Training(**training))
+
+
+def executor(
+    name: str = "executors/one", incarnation: str = "i1", memory_bytes: int = 1 << 30, lease_epoch: int = 0
+) -> plan_pb2.Executor:
+    """One that hosts "tiny", two layers of two operators."""
+    modules = [
+        plan_pb2.AdaptableModule(name=f"model.layers.{layer}.self_attn.{part}_proj", in_features=32, out_features=32)
+        for layer in range(2)
+        for part in "qv"
+    ]
+    backbone = plan_pb2.Backbone(
+        name="tiny", architecture="LlamaForCausalLM", num_parameters=10_000, num_layers=2, hidden_size=32,
+        vocab_size=400, max_sequence_tokens=128, weight_bytes=40_000, dtype="float32", adaptable_modules=modules,
+    )  # fmt: skip
+    device = plan_pb2.Device(kind="cpu", memory_bytes=memory_bytes, effective_tokens_per_second=100)
+    return plan_pb2.Executor(
+        name=name, incarnation=incarnation, address="127.0.0.1:1", backbone=backbone, device=device,
+        lease_epoch=lease_epoch,
+    )  # fmt: skip
+
+
+def lease(holder: plan_pb2.Executor, seconds: int = 30) -> ledger_pb2.PutLeaseRequest:
+    request = ledger_pb2.PutLeaseRequest(executor=holder)
+    request.duration.FromSeconds(seconds)
+    return request
+
+
+def step(task: str, epoch: int, number: int, loss: float = 1.0) -> plan_pb2.TaskResult:
+    done = task_pb2.StepDone(step=number, loss=loss, effective_tokens=10, padding_tokens=2, device_seconds=0.5)
+    return plan_pb2.TaskResult(task=task, attempt_epoch=epoch, step_done=done)
+
+
+def evaluated(task: str, epoch: int, number: int, loss: float = 2.0) -> plan_pb2.TaskResult:
+    return plan_pb2.TaskResult(task=task, attempt_epoch=epoch, evaluated=task_pb2.Evaluated(step=number, loss=loss))
+
+
+def checkpoint(task: str, epoch: int, number: int) -> plan_pb2.TaskResult:
+    committed = task_pb2.CheckpointCommitted(step=number, manifest_key=f"{task}/checkpoints/{number:08d}-{epoch}")
+    return plan_pb2.TaskResult(task=task, attempt_epoch=epoch, checkpoint_committed=committed)
+
+
+def finished(task: str, epoch: int, adapter_key: str = "", *, cancelled: bool = False) -> plan_pb2.TaskResult:
+    done = plan_pb2.TaskFinished(step=4, adapter_key=adapter_key, adapter_bytes=10, cancelled=cancelled)
+    return plan_pb2.TaskResult(task=task, attempt_epoch=epoch, finished=done)

@@ -1,0 +1,51 @@
+"""Admission on SQLite, and on PostgreSQL where a module asks for both."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from services.artifacts import ArtifactStore
+from tests.services.admission.admission_mesh import Admission, Alignment
+from tests.services.admission.postgres import NoPostgresError, Postgres, running_postgres
+from tests.tiny_tokenizer import write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    try:
+        with running_postgres() as server:
+            yield server
+    except NoPostgresError as error:
+        pytest.skip(f"no PostgreSQL can start here: {error}")
+
+
+@pytest.fixture
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """SQLite in a file; `parametrize("database_url", DATABASES, indirect=True)` takes PostgreSQL as well."""
+    if getattr(request, "param", "sqlite") == "postgresql":
+        url: str = request.getfixturevalue("postgres").new_database()
+        return url
+    return f"sqlite:///{tmp_path / 'muxtune.db'}"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+async def alignment(tmp_path: Path, tokenizer: Path) -> AsyncIterator[Alignment]:
+    running = await Alignment.start(ArtifactStore.open(str(tmp_path / "artifacts")), tokenizer)
+    yield running
+    await running.server.stop(None)
+
+
+@pytest.fixture
+async def admission(database_url: str, tmp_path: Path, alignment: Alignment) -> AsyncIterator[Admission]:
+    """With one executor of the backbone "tiny" registered: executors/one, lease epoch 1."""
+    running = Admission(database_url, tmp_path / "artifacts", alignment.address)
+    await running.start()
+    await running.register()
+    yield running
+    await running.stop()

