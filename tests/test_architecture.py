@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from docs.tree import FOLDERS, with_tree
+
 ROOT = Path(__file__).parents[1]
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PROTO_LINES = 400, 60, 250
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
@@ -132,6 +134,19 @@ def test_only_convert_knows_both_sides() -> None:
     both = re.compile(r"alignment_pb2\.Range\(|alignment_pb2\.Segment\(|TaskSpec\(\s*backbone=\w+\.backbone,\s*method=")
     offenders = [p.name for p in sources("services") if p.name != "convert.py" and both.search(p.read_text())]
     assert offenders == []
+
+
+def test_the_readme_shows_the_tree_as_it_is() -> None:
+    page = (ROOT / "README.md").read_text()
+    assert page == with_tree(page), "run `python docs/tree.py`"
+    assert set(tree_of_packages()) <= set(FOLDERS)
+
+
+def tree_of_packages() -> Iterator[str]:
+    for path in OURS:
+        folder = path.parent.relative_to(ROOT).as_posix()
+        if not folder.startswith(("tests", "services/admission/migrations")):
+            yield folder
 
 
 def tracked_texts() -> Iterator[tuple[str, str]]:

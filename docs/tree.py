@@ -1,0 +1,65 @@
+"""The tree in README.md, a line a file, out of the files' own first sentences: `python docs/tree.py` writes it."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {
+    "protos/muxtune/v1": "the contracts; `image.binpb` above is what `buf breaking` compares with",
+    "muxtune": "what users import and type; `v1/` holds the generated stubs",
+    "muxtune/cli": "the `muxtune` command",
+    "engine": "everything that is not a service: no grpc, no opentelemetry",
+    "engine/alignment": "from rows to microbatches; no torch",
+    "engine/planning": "pure functions over a snapshot; no torch",
+    "engine/peft": "one file a method, on one interface",
+    "engine/kernels": "the checked entries to the kernels, with their references in torch",
+    "engine/runtime": "the backbone, the fused step, checkpoints, export",
+    "engine/parallel": "pipeline and tensor parallel executors (none yet)",
+    "cuda": "CUDA C++ sources (none yet)",
+    "services": "what all services share",
+    "services/admission": "the only address of clients, the only database",
+    "services/scheduling": "snapshot, plan, commit, send; nothing durable",
+    "services/alignment": "datasets and microbatches",
+    "services/execution": "the executor: a server, and its trainer",
+    "deploy": "images and compose",
+    "examples": "our own datasets, a task's YAML, two clients",
+    "benchmarks": "against peers; RESULTS.md and raw figures in `results/`",
+    "tests": "mirrors the tree; `contract/` for the protos, `test_mesh.py` for four processes",
+    "docs": "ARCHITECTURE.md on a page, decisions in `adr/`",
+}
+_OPEN, _CLOSE = "<!-- tree -->\n", "<!-- /tree -->\n"
+_WIDTH = 28
+
+
+def tree() -> str:
+    """The block between the markers."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = []
+    for folder, what in FOLDERS.items():
+        lines.append(f"{folder + '/':<{_WIDTH}} {what}")
+        paths = [ROOT / name for name in sorted(listed) if name.rpartition("/")[0] == folder]
+        shown = [path for path in paths if path.suffix in (".py", ".proto") and path.name != "__init__.py"]
+        if folder != "tests":
+            lines += [f"{'  ' + path.name:<{_WIDTH}} {first_sentence(path)}" for path in shown if path.is_file()]
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
+def first_sentence(path: Path) -> str:
+    text = path.read_text()
+    if path.suffix == ".proto":
+        return text.partition("\n")[0].removeprefix("// ").removesuffix(".")
+    whole = " ".join((ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0].split())
+    return re.split(r"\. |\.$", whole)[0]
+
+
+def with_tree(page: str) -> str:
+    before, _, rest = page.partition(_OPEN)
+    return before + _OPEN + tree() + _CLOSE + rest.partition(_CLOSE)[2]
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(with_tree(readme.read_text()))
