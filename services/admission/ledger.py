@@ -5,6 +5,7 @@ Lease deadlines run on this process's monotonic clock, so a jump of the wall clo
 lease gets its whole duration again.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -36,9 +37,8 @@ class Ledger:
                 self._deadlines[row.name] = monotonic() + row.lease_seconds
 
     def snapshot(self) -> pb.GetSnapshotResponse:
-        """Unfinished tasks, live executors. Leases that ran out are ended first, their attempts taken back."""
+        """Unfinished tasks, live executors. Call `end_expired` before."""
         with self._database.write() as connection:
-            self._end_expired(connection)
             rows = connection.execute(
                 sa.select(tasks_table)
                 .where(tasks_table.c.state.in_(tasks.UNFINISHED))
@@ -56,13 +56,28 @@ class Ledger:
         with self._guard:
             return min(self._deadlines.values(), default=None)
 
-    def put_lease(self, executor: plan_pb2.Executor, seconds: float) -> int:
-        """Lease epoch 0 registers an incarnation, another renews. Raises LeaseLostError; see PutLease."""
+    def end_expired(self) -> list[str]:
+        """Ends the leases that ran out; the tasks whose attempts were taken back."""
+        if not self._expired():
+            return []
         with self._database.write() as connection:
-            self._end_expired(connection)
-            row = self._row(connection, executor.name)
-            epoch = self._register(connection, row, executor) if executor.lease_epoch == 0 else executor.lease_epoch
-            if executor.lease_epoch:
+            expired = self._expired()  # none can be renewed now: writers take turns
+            taken = [task for name in expired for task in self._end(connection, name, "its executor's lease ran out")]
+        with self._guard:
+            for name in expired:
+                if self._deadlines.get(name, math.inf) <= self._monotonic():
+                    del self._deadlines[name]
+        return taken
+
+    def put_lease(self, executor: plan_pb2.Executor, seconds: float) -> tuple[int, list[str]]:
+        """Lease epoch 0 registers an incarnation, another renews: the epoch, and tasks whose attempts were taken back
+        from the incarnation before. Raises LeaseLostError; see PutLease."""
+        with self._database.write() as connection:
+            row, epoch = self._row(connection, executor.name), executor.lease_epoch
+            taken: list[str] = []
+            if epoch == 0:
+                epoch, taken = self._register(connection, row, executor)
+            else:
                 self._check_lease(row, executor.name, executor.lease_epoch, executor.incarnation)
                 known = plan_pb2.Executor.FromString(row.executor)
                 known.device.CopyFrom(executor.device)
@@ -70,15 +85,20 @@ class Ledger:
                 executor = known
             values = {"executor": executor.SerializeToString(), "lease_epoch": epoch, "lease_seconds": seconds}
             connection.execute(sa.update(executors).where(executors.c.name == executor.name).values(values))
-        with self._guard:
-            self._deadlines[executor.name] = self._monotonic() + seconds
-        return epoch
+            with self._guard:
+                self._deadlines[executor.name] = self._monotonic() + seconds
+        return epoch, taken
 
-    def end_lease(self, name: str, incarnation: str) -> None:
+    def end_lease(self, name: str, incarnation: str) -> list[str]:
+        """The tasks whose attempts were taken back."""
         with self._database.write() as connection:
             row = self._row(connection, name)
-            if row is not None and row.incarnation == incarnation and not row.is_ended:
-                self._end(connection, name, "the executor left")
+            if row is None or row.incarnation != incarnation or row.is_ended:
+                return []
+            taken = self._end(connection, name, "the executor left")
+        with self._guard:
+            self._deadlines.pop(name, None)
+        return taken
 
     def commit_plan(self, request: pb.CommitPlanRequest) -> list[int]:
         """Attempt epochs of the tasks started. Raises StaleEpochError or LeaseLostError with nothing stored."""
@@ -100,11 +120,12 @@ class Ledger:
             self._check_lease(self._row(connection, executor), executor, lease_epoch)
             return [results.commit(connection, executor, result) for result in batch]
 
-    def revoke(self, executor: str, names: Sequence[str], reason: str) -> int:
+    def revoke(self, executor: str, names: Sequence[str], reason: str) -> list[str]:
+        """The tasks whose attempts were taken back."""
         with self._database.write() as connection:
             return _revoke(connection, executor, names, reason)
 
-    def _register(self, connection: sa.Connection, row: Any, executor: plan_pb2.Executor) -> int:
+    def _register(self, connection: sa.Connection, row: Any, executor: plan_pb2.Executor) -> tuple[int, list[str]]:
         key = {"executor": executor.name, "incarnation": executor.incarnation}
         seen = connection.execute(sa.select(incarnations).filter_by(**key)).first()
         if seen and (row is None or row.incarnation != executor.incarnation):
@@ -114,11 +135,11 @@ class Ledger:
         if row is None:
             fresh = {"name": executor.name, "incarnation": executor.incarnation, "lease_epoch": 1, "is_ended": False}
             connection.execute(sa.insert(executors).values(**fresh, lease_seconds=0.0, executor=b""))
-            return 1
-        _revoke(connection, executor.name, (), "its executor started anew")
+            return 1, []
+        taken = _revoke(connection, executor.name, (), "its executor started anew")
         changed = {"incarnation": executor.incarnation, "is_ended": False}
         connection.execute(sa.update(executors).where(executors.c.name == executor.name).values(changed))
-        return int(row.lease_epoch) + 1
+        return int(row.lease_epoch) + 1, taken
 
     def _start(self, connection: sa.Connection, executor: str, start: pb.AttemptStart) -> int:
         row = tasks.row_of(connection, start.task)
@@ -143,17 +164,13 @@ class Ledger:
         with self._guard:
             return self._deadlines.get(name, 0.0) <= self._monotonic()
 
-    def _end_expired(self, connection: sa.Connection) -> None:
+    def _expired(self) -> list[str]:
         with self._guard:
-            expired = [name for name, deadline in self._deadlines.items() if deadline <= self._monotonic()]
-        for name in expired:
-            self._end(connection, name, "its executor's lease ran out")
+            return [name for name, deadline in self._deadlines.items() if deadline <= self._monotonic()]
 
-    def _end(self, connection: sa.Connection, name: str, reason: str) -> None:
-        _revoke(connection, name, (), reason)
+    def _end(self, connection: sa.Connection, name: str, reason: str) -> list[str]:
         connection.execute(sa.update(executors).where(executors.c.name == name).values(is_ended=True))
-        with self._guard:
-            self._deadlines.pop(name, None)
+        return _revoke(connection, name, (), reason)
 
     def _live(self, connection: sa.Connection) -> Sequence[Any]:
         query = sa.select(executors).where(executors.c.is_ended.is_(False)).order_by(executors.c.name)
@@ -178,8 +195,8 @@ def known_executors(connection: sa.Connection, *, only_live: bool = False) -> li
     return [plan_pb2.Executor.FromString(row.executor) for row in rows]
 
 
-def _revoke(connection: sa.Connection, executor: str, names: Sequence[str], reason: str) -> int:
-    """RUNNING becomes QUEUED; CANCELLING waits for another executor, or ends if nothing was trained."""
+def _revoke(connection: sa.Connection, executor: str, names: Sequence[str], reason: str) -> list[str]:
+    """RUNNING becomes QUEUED; CANCELLING waits for another executor, or ends if nothing was trained. All of them."""
     query = sa.select(tasks_table).where(tasks_table.c.executor == executor)
     rows = connection.execute(query.where(tasks_table.c.name.in_(names)) if names else query).all()
     for row in rows:
@@ -190,7 +207,7 @@ def _revoke(connection: sa.Connection, executor: str, names: Sequence[str], reas
             tasks.change_state(connection, row, TaskState.CANCELLED, reason, **columns)
         else:
             connection.execute(sa.update(tasks_table).where(tasks_table.c.name == row.name).values(columns))
-    return len(rows)
+    return [row.name for row in rows]
 
 
 def _snapshot_task(row: Any) -> pb.SnapshotTask:

@@ -96,6 +96,7 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
         raise UnavailableError("admission is stopping")
 
     async def GetSnapshot(self, request: ledger_pb2.GetSnapshotRequest, context: Any) -> ledger_pb2.GetSnapshotResponse:
+        await self.end_expired()
         return await asyncio.to_thread(self._ledger.snapshot)
 
     async def CommitPlan(self, request: ledger_pb2.CommitPlanRequest, context: Any) -> ledger_pb2.CommitPlanResponse:
@@ -118,21 +119,25 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
     async def RevokeAttempts(
         self, request: ledger_pb2.RevokeAttemptsRequest, context: Any
     ) -> ledger_pb2.RevokeAttemptsResponse:
-        count = await asyncio.to_thread(self._ledger.revoke, request.executor, list(request.tasks), request.reason)
-        self._notifier.notify(request.tasks)
-        return ledger_pb2.RevokeAttemptsResponse(num_revoked=count)
+        taken = await asyncio.to_thread(self._ledger.revoke, request.executor, list(request.tasks), request.reason)
+        self._notifier.notify(taken)
+        return ledger_pb2.RevokeAttemptsResponse(num_revoked=len(taken))
 
     async def PutLease(self, request: ledger_pb2.PutLeaseRequest, context: Any) -> ledger_pb2.PutLeaseResponse:
         seconds = request.duration.ToTimedelta().total_seconds()
-        epoch = await asyncio.to_thread(self._ledger.put_lease, request.executor, seconds)
+        epoch, taken = await asyncio.to_thread(self._ledger.put_lease, request.executor, seconds)
         if request.executor.lease_epoch != epoch or request.executor.draining:
-            self._notifier.notify()
+            self._notifier.notify(taken)
         return ledger_pb2.PutLeaseResponse(lease_epoch=epoch)
 
     async def EndLease(self, request: ledger_pb2.EndLeaseRequest, context: Any) -> ledger_pb2.EndLeaseResponse:
-        await asyncio.to_thread(self._ledger.end_lease, request.executor, request.incarnation)
-        self._notifier.notify()
+        self._notifier.notify(await asyncio.to_thread(self._ledger.end_lease, request.executor, request.incarnation))
         return ledger_pb2.EndLeaseResponse()
+
+    async def end_expired(self) -> None:
+        """Ends leases that ran out and takes their attempts back; tells their watchers and scheduling."""
+        if taken := await asyncio.to_thread(self._ledger.end_expired):
+            self._notifier.notify(taken)
 
     async def announce_expiries(self) -> None:
         """Hints at a new cycle whenever a lease runs out; runs until cancelled."""
@@ -141,7 +146,7 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
             await asyncio.sleep(1.0 if deadline is None else min(1.0, max(0.05, deadline - time.monotonic())))
             if deadline is not None and deadline <= time.monotonic():
                 with _retried_later("leases"):
-                    await asyncio.to_thread(self._ledger.snapshot)  # ends it and takes its attempts back
+                    await self.end_expired()
                     self._notifier.notify()
 
     async def sweep_after_changes(self) -> None:

@@ -4,6 +4,7 @@ What outlives a restart (database, artifacts, alignment) lies in `Admission`; th
 started again at will. Callers use the generated stubs and get gRPC's own statuses.
 """
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -138,7 +139,7 @@ class Admission:
 
     def __init__(self, database_url: str, folder: Path, alignment: str) -> None:
         self.database_url, self.folder, self.clock, self.quota = database_url, folder, Clock(), 1000
-        self._alignment_address = alignment
+        self._alignment_address, self.started = alignment, asyncio.Event()
         self._keys: dict[str, str] = {}
 
     async def start(self) -> None:
@@ -162,9 +163,11 @@ class Admission:
         address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         await self._server.start()
         self._channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+        self.started.set()
 
     async def stop(self) -> None:
         """As SIGTERM ends it: watchers are sent away, then the server stops."""
+        self.started.clear()
         self.notifier.close()
         await self._server.stop(TIMEOUT_SECONDS)
         await self._channel.close()
