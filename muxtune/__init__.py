@@ -1,4 +1,5 @@
 """muxtune: many tenants' PEFT tasks at once on one shared, frozen LLM backbone.
 
-`muxtune.client` is what platforms import; `muxtune.v1` holds the generated stubs of the contracts.
+`muxtune.client` (blocking) and `muxtune.aio` (asyncio) are what platforms import; `muxtune.v1` holds the generated
+stubs of the contracts.
 """

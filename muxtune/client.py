@@ -14,16 +14,18 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TypedDict
 
 import grpc
 
 from muxtune.errors import UnavailableError, raising
 from muxtune.transport import (
+    ADMIT_SECONDS,
     DEADLINE_SECONDS,
     OPTIONS,
     TRANSFER_SECONDS,
+    UPLOAD_BACKOFFS_SECONDS,
     WATCH_BACKOFF_SECONDS,
+    CallOptions,
     FolderSink,
     Rows,
     adapter_requests,
@@ -40,11 +42,6 @@ from muxtune.v1 import admission_pb2_grpc, artifact_pb2, dataset_pb2, task_pb2
 FINAL_STATES = frozenset({task_pb2.TASK_STATE_SUCCEEDED, task_pb2.TASK_STATE_FAILED, task_pb2.TASK_STATE_CANCELLED})
 
 
-class _Options(TypedDict):
-    timeout: float
-    metadata: tuple[tuple[str, str], ...]
-
-
 class Client:
     """Speaks to admission with one tenant's key. Thread-safe; close it, or use it as a context manager."""
 
@@ -59,17 +56,15 @@ class Client:
         """A path to JSON Lines, its bytes, or rows as dicts. Sent again whole if the connection breaks."""
         data = rows_as_bytes(rows)
         header = artifact_pb2.UploadHeader(id=dataset_id, request_id=request_id or new_request_id())
-        for attempt in range(3):
+        for backoff in UPLOAD_BACKOFFS_SECONDS:
             try:
                 with call_span("UploadDataset"), raising():
                     requests = dataset_requests(header, data)
-                    return self._stub.UploadDataset(
-                        requests, timeout=TRANSFER_SECONDS, metadata=metadata(self._api_key)
-                    ).dataset
+                    return self._stub.UploadDataset(requests, **self._call(TRANSFER_SECONDS)).dataset
             except UnavailableError:
-                if attempt == 2:
+                if backoff is None:
                     raise
-                time.sleep(WATCH_BACKOFF_SECONDS[0] * 2**attempt)
+                time.sleep(backoff)
         raise AssertionError("unreachable")
 
     def get_dataset(self, name: str) -> dataset_pb2.Dataset:
@@ -94,7 +89,7 @@ class Client:
         options = dataset_pb2.PreflightOptions(backbone=backbone, training=training, num_samples=num_samples)
         with call_span("PreflightDataset"), raising():
             request = pb.PreflightDatasetRequest(name=name, options=options)
-            return self._stub.PreflightDataset(request, **self._call()).report
+            return self._stub.PreflightDataset(request, **self._call(ADMIT_SECONDS)).report
 
     def delete_dataset(self, name: str) -> None:
         with call_span("DeleteDataset"), raising():
@@ -104,12 +99,13 @@ class Client:
         """Acknowledged means durable. The same `request_id` gives the same task."""
         request = pb.CreateTaskRequest(task_id=task_id, spec=spec, request_id=request_id or new_request_id())
         with call_span("CreateTask"), raising():
-            return self._stub.CreateTask(request, **self._call()).task
+            return self._stub.CreateTask(request, **self._call(ADMIT_SECONDS)).task
 
     def estimate_task(self, spec: task_pb2.TaskSpec) -> task_pb2.TaskEstimate:
         """What create_task would answer, storing nothing."""
         with call_span("EstimateTask"), raising():
-            return self._stub.EstimateTask(pb.EstimateTaskRequest(spec=spec), **self._call()).estimate
+            request = pb.EstimateTaskRequest(spec=spec)
+            return self._stub.EstimateTask(request, **self._call(ADMIT_SECONDS)).estimate
 
     def get_task(self, name: str) -> task_pb2.Task:
         with call_span("GetTask"), raising():
@@ -130,17 +126,19 @@ class Client:
 
     def watch_task(self, name: str, after_sequence: int = 0) -> Iterator[task_pb2.TaskEvent]:
         """Every event after the sequence, once, until the task's end. A broken stream is opened again where it was."""
-        backoff = WATCH_BACKOFF_SECONDS[0]
+        backoff, was_heard = WATCH_BACKOFF_SECONDS[0], False
         while True:
             try:
                 with raising():
                     request = pb.WatchTaskRequest(name=name, after_sequence=after_sequence)
                     for response in self._stub.WatchTask(request, metadata=metadata(self._api_key)):
-                        after_sequence = response.event.sequence
+                        after_sequence, was_heard = response.event.sequence, True
                         backoff = WATCH_BACKOFF_SECONDS[0]
                         yield response.event
                     return
             except UnavailableError:
+                if not was_heard:
+                    raise
                 time.sleep(backoff)
                 backoff = min(2 * backoff, WATCH_BACKOFF_SECONDS[1])
 
@@ -155,21 +153,24 @@ class Client:
             return self._stub.CancelTask(pb.CancelTaskRequest(name=name), **self._call()).task
 
     def upload_adapter(self, folder: Path | str, adapter_id: str = "", request_id: str = "") -> artifact_pb2.Adapter:
-        """A PEFT folder, to continue from as `initial_adapter`."""
+        """A PEFT folder, to continue from as `initial_adapter`. Sent again whole if the connection breaks."""
         header = artifact_pb2.UploadHeader(id=adapter_id, request_id=request_id or new_request_id())
-        with call_span("UploadAdapter"), raising():
-            requests = adapter_requests(header, Path(folder))
-            return self._stub.UploadAdapter(
-                requests, timeout=TRANSFER_SECONDS, metadata=metadata(self._api_key)
-            ).adapter
+        for backoff in UPLOAD_BACKOFFS_SECONDS:
+            try:
+                with call_span("UploadAdapter"), raising():
+                    requests = adapter_requests(header, Path(folder))
+                    return self._stub.UploadAdapter(requests, **self._call(TRANSFER_SECONDS)).adapter
+            except UnavailableError:
+                if backoff is None:
+                    raise
+                time.sleep(backoff)
+        raise AssertionError("unreachable")
 
     def download_adapter(self, name: str, dest: Path | str) -> Path:
         """An adapter's or a task's PEFT folder, checked; it appears at `dest` whole or not at all."""
         with call_span("DownloadAdapter"), raising(), FolderSink(Path(dest)) as sink:
             request = pb.DownloadAdapterRequest(name=name)
-            for response in self._stub.DownloadAdapter(
-                request, timeout=TRANSFER_SECONDS, metadata=metadata(self._api_key)
-            ):
+            for response in self._stub.DownloadAdapter(request, **self._call(TRANSFER_SECONDS)):
                 sink.add(response)
             return sink.close()
 
@@ -188,5 +189,5 @@ class Client:
     ) -> None:
         self.close()
 
-    def _call(self) -> _Options:
-        return {"timeout": DEADLINE_SECONDS, "metadata": metadata(self._api_key)}
+    def _call(self, seconds: float = DEADLINE_SECONDS) -> CallOptions:
+        return {"timeout": seconds, "metadata": metadata(self._api_key)}

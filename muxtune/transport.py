@@ -10,17 +10,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict
 
 from opentelemetry import propagate, trace
 from opentelemetry.trace import SpanKind
 
-from muxtune.errors import ChecksumMismatchError, InvalidInputError, UnauthenticatedError
+from muxtune.errors import AlreadyExistsError, ChecksumMismatchError, InvalidInputError, UnauthenticatedError
 from muxtune.v1 import admission_pb2, artifact_pb2
 
 CHUNK_BYTES = 1 << 20
 DEADLINE_SECONDS = 60.0
+ADMIT_SECONDS = 150.0  # admission may tokenize the whole dataset first
 TRANSFER_SECONDS = 3600.0
+UPLOAD_BACKOFFS_SECONDS = (0.2, 1.0, 3.0, None)  # between whole uploads; None: give up
 WATCH_BACKOFF_SECONDS = (0.1, 5.0)
 _RETRY_POLICY = {
     "methodConfig": [
@@ -45,7 +47,15 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", 16 << 20),
     ("grpc.max_reconnect_backoff_ms", 3_000),
 ]
+_ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 Rows = Iterable[Mapping[str, Any]]
+
+
+class CallOptions(TypedDict):
+    """What every call carries."""
+
+    timeout: float
+    metadata: tuple[tuple[str, str], ...]
 
 
 def address_and_key(address: str | None, api_key: str | None) -> tuple[str, str]:
@@ -107,7 +117,7 @@ def dataset_requests(header: artifact_pb2.UploadHeader, data: bytes) -> Iterator
 
 def adapter_requests(header: artifact_pb2.UploadHeader, folder: Path) -> Iterator[admission_pb2.UploadAdapterRequest]:
     yield admission_pb2.UploadAdapterRequest(header=header)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in sorted(_ADAPTER_FILES):
         for part in file_parts(name, rows_as_bytes(folder / name)):
             if isinstance(part, artifact_pb2.FileHeader):
                 yield admission_pb2.UploadAdapterRequest(file=part)
@@ -116,10 +126,14 @@ def adapter_requests(header: artifact_pb2.UploadHeader, folder: Path) -> Iterato
 
 
 class FolderSink:
-    """Receives a folder's files beside `dest` and moves them there when all are whole and right, or not at all."""
+    """Receives a folder's files beside `dest` and moves them there when all are whole and right, or not at all.
+
+    Raises AlreadyExistsError where `dest` is there and is not an adapter's folder: nothing else is ever replaced.
+    """
 
     def __init__(self, dest: Path) -> None:
         self._dest = dest
+        _check_replaceable(dest)
         dest.parent.mkdir(parents=True, exist_ok=True)
         self._partial = Path(tempfile.mkdtemp(dir=dest.parent, prefix=".partial-"))
         self._header: artifact_pb2.FileHeader | None = None
@@ -131,9 +145,9 @@ class FolderSink:
         if response.WhichOneof("part") == "file":
             self._close_file()
             self._header, self._data = response.file, bytearray()
-            if Path(self._header.file_name).name != self._header.file_name:
+            if Path(self._header.file_name).name != self._header.file_name or self._header.file_name == "..":
                 raise ChecksumMismatchError(f'"{self._header.file_name}" is no plain file name')
-        elif response.chunk.offset != len(self._data):
+        elif self._header is None or response.chunk.offset != len(self._data):
             raise ChecksumMismatchError(f"a chunk at {response.chunk.offset} where {len(self._data)} was due")
         else:
             self._data += response.chunk.data
@@ -143,6 +157,7 @@ class FolderSink:
         self._close_file()
         if self._num_files == 0:
             raise ChecksumMismatchError("no file came")
+        _check_replaceable(self._dest)
         if self._dest.exists():
             shutil.rmtree(self._dest)
         self._partial.rename(self._dest)
@@ -167,3 +182,11 @@ class FolderSink:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def _check_replaceable(dest: Path) -> None:
+    """An earlier download may be replaced, and an empty folder; nothing else."""
+    if not dest.exists() and not dest.is_symlink():
+        return
+    if dest.is_symlink() or not dest.is_dir() or {path.name for path in dest.iterdir()} - _ADAPTER_FILES:
+        raise AlreadyExistsError(f"{dest} is there and is no adapter's folder: choose another place")

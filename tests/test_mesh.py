@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from muxtune.aio import AsyncClient
 from muxtune.cli.mesh import Mesh, MeshError
 from muxtune.client import Client
 from muxtune.errors import (
@@ -180,6 +181,25 @@ def test_continue_from_an_adapter(client: Client, tmp_path: Path) -> None:
     following.lora.rank = 8
     with pytest.raises(InvalidInputError, match="rank"):
         client.create_task(following)
+
+
+async def test_the_asyncio_client_does_the_same(mesh: Mesh, tmp_path: Path) -> None:
+    async with AsyncClient(mesh.addresses["admission"], mesh.api_key) as client:
+        dataset = await client.upload_dataset(ROWS)
+        assert (await client.get_dataset(dataset.name)).num_rows == len(ROWS)
+        assert dataset.name in [found.name async for found in client.list_datasets(page_size=1)]
+        asked = spec(dataset.name)
+        estimate = await client.estimate_task(asked)
+        task = await client.create_task(asked, request_id="twice")
+        assert (await client.create_task(asked, request_id="twice")).name == task.name
+        events = [event async for event in client.watch_task(task.name)]
+        assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+        assert len(losses(events)) == estimate.num_steps
+        folder = await client.download_adapter(task.name, tmp_path / "adapter")
+        assert (await client.upload_adapter(folder)).size_bytes > 0
+        with pytest.raises(InvalidInputError, match="rank"):
+            asked.lora.rank = 1000
+            await client.create_task(asked)
 
 
 def test_one_trace_crosses_all_services_and_holds_no_row(client: Client, mesh: Mesh, collector: Collector) -> None:

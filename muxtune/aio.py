@@ -1,0 +1,199 @@
+"""The Python client of muxtune on asyncio: `muxtune.client.Client`, awaited.
+
+    async with AsyncClient("127.0.0.1:7401", api_key) as client:
+        dataset = await client.upload_dataset("replies.jsonl")
+        task = await client.create_task(task_pb2.TaskSpec(backbone="smollm2", dataset=dataset.name, ...))
+        async for event in client.watch_task(task.name):
+            ...
+        await client.download_adapter(task.name, "adapter")
+
+Same methods, same errors, same promises. Files are read and written in threads.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import grpc
+
+from muxtune.errors import UnavailableError, raising
+from muxtune.transport import (
+    ADMIT_SECONDS,
+    DEADLINE_SECONDS,
+    OPTIONS,
+    TRANSFER_SECONDS,
+    UPLOAD_BACKOFFS_SECONDS,
+    WATCH_BACKOFF_SECONDS,
+    CallOptions,
+    FolderSink,
+    Rows,
+    adapter_requests,
+    address_and_key,
+    call_span,
+    dataset_requests,
+    metadata,
+    new_request_id,
+    rows_as_bytes,
+)
+from muxtune.v1 import admission_pb2 as pb
+from muxtune.v1 import admission_pb2_grpc, artifact_pb2, dataset_pb2, task_pb2
+
+
+class AsyncClient:
+    """Speaks to admission with one tenant's key, from one event loop. Close it, or use it as a context manager."""
+
+    def __init__(self, address: str | None = None, api_key: str | None = None) -> None:
+        address, self._api_key = address_and_key(address, api_key)
+        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        self._stub: admission_pb2_grpc.AdmissionServiceAsyncStub = admission_pb2_grpc.AdmissionServiceStub(
+            self._channel
+        )
+
+    async def upload_dataset(
+        self, rows: Path | str | bytes | Rows, dataset_id: str = "", request_id: str = ""
+    ) -> dataset_pb2.Dataset:
+        """A path to JSON Lines, its bytes, or rows as dicts. Sent again whole if the connection breaks."""
+        data = await asyncio.to_thread(rows_as_bytes, rows)
+        header = artifact_pb2.UploadHeader(id=dataset_id, request_id=request_id or new_request_id())
+        for backoff in UPLOAD_BACKOFFS_SECONDS:
+            try:
+                with call_span("UploadDataset"), raising():
+                    answer = await self._stub.UploadDataset(
+                        dataset_requests(header, data), **self._call(TRANSFER_SECONDS)
+                    )
+                    return answer.dataset
+            except UnavailableError:
+                if backoff is None:
+                    raise
+                await asyncio.sleep(backoff)
+        raise AssertionError("unreachable")
+
+    async def get_dataset(self, name: str) -> dataset_pb2.Dataset:
+        with call_span("GetDataset"), raising():
+            return (await self._stub.GetDataset(pb.GetDatasetRequest(name=name), **self._call())).dataset
+
+    async def list_datasets(self, page_size: int = 0) -> AsyncIterator[dataset_pb2.Dataset]:
+        """All of them, newest first, page by page."""
+        token = ""
+        while True:
+            with call_span("ListDatasets"), raising():
+                request = pb.ListDatasetsRequest(page_size=page_size, page_token=token)
+                page = await self._stub.ListDatasets(request, **self._call())
+            for dataset in page.datasets:
+                yield dataset
+            if not (token := page.next_page_token):
+                return
+
+    async def preflight_dataset(
+        self, name: str, backbone: str, training: task_pb2.Training, num_samples: int = 0
+    ) -> dataset_pb2.PreflightReport:
+        """How a task would read the dataset: rendered rows, what bears loss, lengths, what is refused and why."""
+        options = dataset_pb2.PreflightOptions(backbone=backbone, training=training, num_samples=num_samples)
+        with call_span("PreflightDataset"), raising():
+            request = pb.PreflightDatasetRequest(name=name, options=options)
+            return (await self._stub.PreflightDataset(request, **self._call(ADMIT_SECONDS))).report
+
+    async def delete_dataset(self, name: str) -> None:
+        with call_span("DeleteDataset"), raising():
+            await self._stub.DeleteDataset(pb.DeleteDatasetRequest(name=name), **self._call())
+
+    async def create_task(self, spec: task_pb2.TaskSpec, task_id: str = "", request_id: str = "") -> task_pb2.Task:
+        """Acknowledged means durable. The same `request_id` gives the same task."""
+        request = pb.CreateTaskRequest(task_id=task_id, spec=spec, request_id=request_id or new_request_id())
+        with call_span("CreateTask"), raising():
+            return (await self._stub.CreateTask(request, **self._call(ADMIT_SECONDS))).task
+
+    async def estimate_task(self, spec: task_pb2.TaskSpec) -> task_pb2.TaskEstimate:
+        """What create_task would answer, storing nothing."""
+        with call_span("EstimateTask"), raising():
+            request = pb.EstimateTaskRequest(spec=spec)
+            return (await self._stub.EstimateTask(request, **self._call(ADMIT_SECONDS))).estimate
+
+    async def get_task(self, name: str) -> task_pb2.Task:
+        with call_span("GetTask"), raising():
+            return (await self._stub.GetTask(pb.GetTaskRequest(name=name), **self._call())).task
+
+    async def list_tasks(
+        self, states: Sequence["task_pb2.TaskState.ValueType"] = (), page_size: int = 0
+    ) -> AsyncIterator[task_pb2.Task]:
+        """All of them (in these states), newest first, page by page."""
+        token = ""
+        while True:
+            with call_span("ListTasks"), raising():
+                request = pb.ListTasksRequest(page_size=page_size, page_token=token, states=states)
+                page = await self._stub.ListTasks(request, **self._call())
+            for task in page.tasks:
+                yield task
+            if not (token := page.next_page_token):
+                return
+
+    async def watch_task(self, name: str, after_sequence: int = 0) -> AsyncIterator[task_pb2.TaskEvent]:
+        """Every event after the sequence, once, until the task's end. A broken stream is opened again where it was."""
+        backoff, was_heard = WATCH_BACKOFF_SECONDS[0], False
+        while True:
+            try:
+                with raising():
+                    request = pb.WatchTaskRequest(name=name, after_sequence=after_sequence)
+                    async for response in self._stub.WatchTask(request, metadata=metadata(self._api_key)):
+                        after_sequence, was_heard = response.event.sequence, True
+                        backoff = WATCH_BACKOFF_SECONDS[0]
+                        yield response.event
+                    return
+            except UnavailableError:
+                if not was_heard:
+                    raise
+                await asyncio.sleep(backoff)
+                backoff = min(2 * backoff, WATCH_BACKOFF_SECONDS[1])
+
+    async def wait_task(self, name: str) -> task_pb2.Task:
+        """The task when it has come to its end."""
+        async for _ in self.watch_task(name):
+            pass
+        return await self.get_task(name)
+
+    async def cancel_task(self, name: str) -> task_pb2.Task:
+        with call_span("CancelTask"), raising():
+            return (await self._stub.CancelTask(pb.CancelTaskRequest(name=name), **self._call())).task
+
+    async def upload_adapter(
+        self, folder: Path | str, adapter_id: str = "", request_id: str = ""
+    ) -> artifact_pb2.Adapter:
+        """A PEFT folder, to continue from as `initial_adapter`. Sent again whole if the connection breaks."""
+        header = artifact_pb2.UploadHeader(id=adapter_id, request_id=request_id or new_request_id())
+        parts = await asyncio.to_thread(lambda: list(adapter_requests(header, Path(folder))))
+        for backoff in UPLOAD_BACKOFFS_SECONDS:
+            try:
+                with call_span("UploadAdapter"), raising():
+                    return (await self._stub.UploadAdapter(iter(parts), **self._call(TRANSFER_SECONDS))).adapter
+            except UnavailableError:
+                if backoff is None:
+                    raise
+                await asyncio.sleep(backoff)
+        raise AssertionError("unreachable")
+
+    async def download_adapter(self, name: str, dest: Path | str) -> Path:
+        """An adapter's or a task's PEFT folder, checked; it appears at `dest` whole or not at all."""
+        with call_span("DownloadAdapter"), raising(), FolderSink(Path(dest)) as sink:
+            request = pb.DownloadAdapterRequest(name=name)
+            async for response in self._stub.DownloadAdapter(request, **self._call(TRANSFER_SECONDS)):
+                await asyncio.to_thread(sink.add, response)
+            return await asyncio.to_thread(sink.close)
+
+    async def list_backbones(self) -> Sequence[pb.BackboneSummary]:
+        with call_span("ListBackbones"), raising():
+            return (await self._stub.ListBackbones(pb.ListBackbonesRequest(), **self._call())).backbones
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def __aenter__(self) -> "AsyncClient":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _call(self, seconds: float = DEADLINE_SECONDS) -> CallOptions:
+        return {"timeout": seconds, "metadata": metadata(self._api_key)}
