@@ -1,0 +1,135 @@
+"""The compose file run for real, without Docker: each container's command with the environment it would have, host
+names and volumes replaced by loopback and a temporary folder."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from muxtune.client import Client
+from muxtune.v1 import task_pb2
+from services.health import is_serving
+from tests.deploy.compose_file import ROOT, SERVICES, compose, environment_of_image, last_of
+from tests.tiny_tokenizer import write_tokenizer
+
+
+class Machine:
+    """Loopback ports for the containers' host names, a folder for their volumes."""
+
+    def __init__(self, folder: Path, source: Path) -> None:
+        self.folder = folder
+        secrets = {"MUXTUNE_MESH_SECRET": "mesh_of_the_test", "MUXTUNE_BACKBONE_SOURCE": str(source)}
+        self.services = compose({**secrets, "MUXTUNE_BACKBONE_NAME": "tiny"})["services"]
+        self.ports = {service: (free_port(), free_port()) for service in SERVICES}
+        self.source = source
+
+    def environment(self, service: str) -> dict[str, str]:
+        """As in the container, with paths and addresses of this machine."""
+        inside = environment_of_image(service) | self.services[service]["environment"]
+        own = {name: self.here(str(value)) for name, value in inside.items() if name.startswith("MUXTUNE_")}
+        grpc_port, metrics_port = self.ports[service]
+        own |= {"MUXTUNE_LISTEN": f"127.0.0.1:{grpc_port}", "MUXTUNE_PROMETHEUS_PORT": str(metrics_port)}
+        if service == "admission":
+            own["MUXTUNE_ADMISSION_ADDRESS"] = f"127.0.0.1:{grpc_port}"
+        return {**{k: v for k, v in os.environ.items() if not k.startswith("MUXTUNE_")}, **own, "PYTHONPATH": str(ROOT)}
+
+    def here(self, text: str) -> str:
+        for service, (port, _) in self.ports.items():
+            inside = environment_of_image(service)["MUXTUNE_LISTEN"].rpartition(":")[2]
+            text = text.replace(f"{service}:{inside}", f"127.0.0.1:{port}")
+        text = text.replace("http://jaeger:4317", f"http://127.0.0.1:{free_port()}")  # away: nothing may depend on it
+        return text.replace("/var/lib/muxtune", str(self.folder)).replace("/source/", f"{self.source}/")
+
+    def start(self, service: str) -> "subprocess.Popen[bytes]":
+        for volume in self.services[service].get("volumes", []):
+            Path(self.here(volume.split(":")[1])).mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, *json.loads(last_of(service, "CMD"))[1:]]
+        log = (self.folder / f"{service}.log").open("ab")
+        return subprocess.Popen(command, env=self.environment(service), cwd=self.folder, stdout=log, stderr=log)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    source = tmp_path_factory.mktemp("source")
+    write_tokenizer(source)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(source)
+    machine = Machine(tmp_path_factory.mktemp("deploy"), source)
+    command = [machine.here(str(part)) for part in machine.services["prepare"]["command"]]
+    subprocess.run([sys.executable, *command[1:]], cwd=ROOT, check=True, capture_output=True)
+    processes = []
+    try:
+        for service in SERVICES:  # in the order that depends_on asks for
+            processes.append(machine.start(service))
+            wait_until_healthy(machine, service, processes[-1])
+        yield machine
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+        codes = [process.wait(60) for process in processes]
+    assert codes == [0, 0, 0, 0]
+
+
+def wait_until_healthy(machine: Machine, service: str, process: "subprocess.Popen[bytes]") -> None:
+    """As Docker asks: the image's own check, again and again."""
+    address = f"127.0.0.1:{machine.ports[service][0]}"
+    while not is_serving(address):
+        assert process.poll() is None, (machine.folder / f"{service}.log").read_text()[-2000:]
+
+
+def test_the_order_is_the_one_compose_keeps(machine: Machine) -> None:
+    for place, service in enumerate(SERVICES):
+        needed = set(machine.services[service].get("depends_on", {})) - {"prepare"}
+        assert needed <= set(SERVICES[:place])
+
+
+def test_a_key_made_in_the_admission_container_trains_a_task(machine: Machine, tmp_path: Path) -> None:
+    made = subprocess.run(
+        [sys.executable, "-m", "muxtune.cli.main", "key", "create", "acme", "--json"],
+        env=machine.environment("admission"), cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    key = json.loads(made.stdout)["secret"]
+    with Client(f"127.0.0.1:{machine.ports['admission'][0]}", key) as client:
+        dataset = client.upload_dataset([{"prompt": f"fox {i}", "completion": " jumps"} for i in range(8)])
+        while not any(backbone.num_executors for backbone in client.list_backbones()):
+            pass
+        spec = task_pb2.TaskSpec(
+            backbone="tiny", dataset=dataset.name,
+            lora=task_pb2.Lora(rank=2, target_modules=["q_proj"]),
+            training=task_pb2.Training(learning_rate=0.01, num_steps=3, global_batch_size=2, max_sequence_tokens=32),
+        )  # fmt: skip
+        task = client.wait_task(client.create_task(spec).name)
+        assert task.state == task_pb2.TASK_STATE_SUCCEEDED
+        assert client.download_adapter(task.name, tmp_path / "adapter").is_dir()
+
+
+def test_prometheus_finds_metrics_where_it_looks(machine: Machine) -> None:
+    for service in SERVICES:
+        with urllib.request.urlopen(f"http://127.0.0.1:{machine.ports[service][1]}/metrics", timeout=10) as answer:
+            page = answer.read().decode()
+        wanted = "muxtune_steps_total{" if service == "execution" else "rpc_server_call_duration"
+        assert wanted in page
+
+
+def test_the_check_fails_where_nobody_serves(capfd: pytest.CaptureFixture[str]) -> None:
+    assert not is_serving(f"127.0.0.1:{free_port()}")
+    assert "UNAVAILABLE" in capfd.readouterr().err
