@@ -6,18 +6,20 @@ So a servicer only reads, decides, and raises.
 import asyncio
 import inspect
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 import grpc
 from grpc_status import rpc_status
 from opentelemetry.trace import SpanKind
 
+from engine.errors import MuxtuneError
 from services.auth import OPEN_SERVICES, Authenticate, bearer, set_principal
 from services.errors import status_of
 from services.rpc_spans import RpcSpan
 from services.telemetry import carrier_of
 
+_DRAIN_SECONDS = 1.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _HANDLERS = {
     (False, False): grpc.unary_unary_rpc_method_handler,
@@ -46,7 +48,12 @@ class Gate(grpc.aio.ServerInterceptor):
 
         async def serve(request: Any, context: Any) -> Any:
             async with self._call(method, context):
-                return await inner(request, context)
+                try:
+                    return await inner(request, context)
+                except MuxtuneError:
+                    if handler.request_streaming:
+                        await _drain(request)
+                    raise
 
         return serve
 
@@ -99,6 +106,15 @@ class Gate(grpc.aio.ServerInterceptor):
             await context.abort_with_status(rpc_status.to_status(status))
         finally:
             span.end(code)
+
+
+async def _drain(requests: Any) -> None:
+    """Reads what a client still sends, for a while, before it is refused: a send that fails because the answer is there
+    already makes grpc.aio clients report INTERNAL in place of that answer."""
+    with suppress(TimeoutError, RuntimeError):  # RuntimeError: someone else still reads them
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            async for _ in requests:
+                pass
 
 
 def _code_of(context: Any) -> grpc.StatusCode:

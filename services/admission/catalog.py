@@ -47,14 +47,13 @@ def insert_dataset(
     )
 
 
-def delete_dataset(connection: sa.Connection, name: str) -> bool:
-    """Whether no other dataset of the tenant holds its bytes. Raises ResourceInUseError."""
-    row = dataset_row(connection, name)
+def delete_dataset(connection: sa.Connection, name: str) -> None:
+    """Raises ResourceInUseError."""
+    dataset_row(connection, name)
     users = sa.select(tasks_table.c.name).where(tasks_table.c.dataset == name, tasks_table.c.state.in_(UNFINISHED))
     if user := connection.execute(users).scalars().first():
         raise ResourceInUseError(f"{name} is read by {user}: cancel it or wait for its end", subject=name)
     connection.execute(sa.delete(datasets).where(datasets.c.name == name))
-    return not is_referenced(connection, row.tenant, row.sha256)
 
 
 def is_referenced(connection: sa.Connection, tenant: str, sha256: str) -> bool:
@@ -88,12 +87,18 @@ def adapter_row(connection: sa.Connection, name: str) -> Any:
     return row
 
 
-def insert_adapter(connection: sa.Connection, name: str, manifest_key: str, size_bytes: int) -> None:
-    """Raises AlreadyExistsError if an adapter, or a task that will leave one, has the name."""
+def existing_adapter(connection: sa.Connection, name: str, folder: str) -> Any | None:
+    """The adapter of that name if it lies in `folder`, None if the name is free. Raises AlreadyExistsError if another
+    adapter, or a task that will leave one, has it."""
+    row = connection.execute(sa.select(adapters).where(adapters.c.name == name)).one_or_none()
     task = name.replace("/adapters/", "/tasks/")
     is_task = connection.execute(sa.select(tasks_table.c.name).where(tasks_table.c.name == task)).first()
-    if is_task or connection.execute(sa.select(adapters.c.name).where(adapters.c.name == name)).first():
+    if is_task or (row is not None and row.manifest_key.rpartition("/")[0] != folder):
         raise AlreadyExistsError(f"{name} is taken: choose another id", subject=name)
+    return row
+
+
+def insert_adapter(connection: sa.Connection, name: str, manifest_key: str, size_bytes: int) -> None:
     connection.execute(
         sa.insert(adapters).values(
             name=name,

@@ -1,12 +1,11 @@
 """The RPCs of datasets, adapters and backbones. What each promises stands in protos/muxtune/v1/admission.proto."""
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator
 from typing import Any
 from weakref import WeakValueDictionary
 
-from engine.errors import IllegalTransitionError, InvalidInputError
+from engine.errors import AlreadyExistsError, IllegalTransitionError, InvalidInputError, MuxtuneError
 from engine.target_modules import suffixes
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, artifact_pb2, dataset_pb2, plan_pb2
@@ -36,11 +35,15 @@ class DataRpcs:
         tenant = parent_of(current_principal(), header.parent)
         body = requests.body_hash(header.id.encode(), file.sha256.encode())
         name = await asyncio.to_thread(self._dataset_name, tenant, header, body)
-        known = await asyncio.to_thread(self._existing_dataset, name, file.sha256.lower())
+        known = await asyncio.to_thread(self._existing_dataset, name, header.request_id, body, file.sha256.lower())
         if known is None:
             async with self._bytes_lock(tenant, file.sha256.lower()):
                 stored = await self._alignment.StoreDataset(_forwarded(tenant, file, chunks))
-                known = await asyncio.to_thread(self._store_dataset, tenant, name, header.request_id, body, stored)
+                try:
+                    known = await asyncio.to_thread(self._store_dataset, tenant, name, header.request_id, body, stored)
+                except MuxtuneError:
+                    await self._remove_unreferenced(tenant, stored.sha256)
+                    raise
         return pb.UploadDatasetResponse(dataset=known)
 
     async def GetDataset(self, request: pb.GetDatasetRequest, context: Any) -> pb.GetDatasetResponse:
@@ -71,9 +74,8 @@ class DataRpcs:
         name = authorize(principal, request.name, "datasets")
         dataset = await asyncio.to_thread(self._read_dataset, name)
         async with self._bytes_lock(str(principal.tenant), dataset.sha256):
-            if await asyncio.to_thread(self._delete_dataset, name):
-                unreferenced = alignment_pb2.RemoveDatasetRequest(tenant=str(principal.tenant), sha256=dataset.sha256)
-                await self._alignment.RemoveDataset(unreferenced)
+            await asyncio.to_thread(self._delete_dataset, name)
+            await self._remove_unreferenced(str(principal.tenant), dataset.sha256)
         return pb.DeleteDatasetResponse()
 
     async def UploadAdapter(self, request_iterator: Any, context: Any) -> pb.UploadAdapterResponse:
@@ -117,15 +119,26 @@ class DataRpcs:
         bytes that a deletion is about to remove."""
         return self._bytes_locks.setdefault(f"{tenant} {sha256}", asyncio.Lock())
 
+    async def _remove_unreferenced(self, tenant: str, sha256: str) -> None:
+        """The bytes, if no dataset holds them. Call with their lock held."""
+        if not await asyncio.to_thread(self._is_referenced, tenant, sha256):
+            await self._alignment.RemoveDataset(alignment_pb2.RemoveDatasetRequest(tenant=tenant, sha256=sha256))
+
     def _dataset_name(self, tenant: str, header: artifact_pb2.UploadHeader, body: str) -> str:
         with self._database.read() as connection:
             made = requests.find(connection, tenant, header.request_id, "UploadDataset", body)
         return made or new_name(tenant, "datasets", header.id, "header.id")
 
-    def _existing_dataset(self, name: str, sha256: str) -> dataset_pb2.Dataset | None:
+    def _existing_dataset(self, name: str, request_id: str, body: str, sha256: str) -> dataset_pb2.Dataset | None:
         with self._database.read() as connection:
+            if catalog.existing_dataset(connection, name, sha256) is None:
+                return None
+        tenant = name.rpartition("/datasets/")[0]
+        with self._database.write() as connection:
+            if requests.find(connection, tenant, request_id, "UploadDataset", body) is None:
+                requests.remember(connection, tenant, request_id, "UploadDataset", body, name)
             row = catalog.existing_dataset(connection, name, sha256)
-            return catalog.dataset_to_proto(row) if row is not None else None
+            return None if row is None else catalog.dataset_to_proto(row)
 
     def _store_dataset(
         self, tenant: str, name: str, request_id: str, body: str, stored: alignment_pb2.StoreDatasetResponse
@@ -148,26 +161,40 @@ class DataRpcs:
         with self._database.read() as connection:
             return catalog.dataset_page(connection, tenant, before, limit)
 
-    def _delete_dataset(self, name: str) -> bool:
+    def _delete_dataset(self, name: str) -> None:
         with self._database.write() as connection:
-            return catalog.delete_dataset(connection, name)
+            catalog.delete_dataset(connection, name)
+
+    def _is_referenced(self, tenant: str, sha256: str) -> bool:
+        with self._database.read() as connection:
+            return catalog.is_referenced(connection, tenant, sha256)
 
     def _store_adapter(
         self, tenant: str, header: artifact_pb2.UploadHeader, files: dict[str, bytes]
     ) -> artifact_pb2.Adapter:
-        body = requests.body_hash(header.id.encode(), *(data for _, data in sorted(files.items())))
+        digest = requests.body_hash(*(data for _, data in sorted(files.items())))
+        body = requests.body_hash(header.id.encode(), digest.encode())
         with self._database.read() as connection:
             if made := requests.find(connection, tenant, header.request_id, "UploadAdapter", body):
                 return catalog.adapter_to_proto(catalog.adapter_row(connection, made))
-        name = new_name(tenant, "adapters", header.id, "header.id")
-        digest = hashlib.sha256(b"".join(data for _, data in sorted(files.items()))).hexdigest()[:16]
-        manifest = self._artifacts.commit_folder(f"{name}/uploaded-{digest}", files, {})
-        with self._database.write() as connection:
-            if made := requests.find(connection, tenant, header.request_id, "UploadAdapter", body):
-                return catalog.adapter_to_proto(catalog.adapter_row(connection, made))
-            catalog.insert_adapter(connection, name, manifest.key, manifest.size_bytes)
-            requests.remember(connection, tenant, header.request_id, "UploadAdapter", body, name)
-            return catalog.adapter_to_proto(catalog.adapter_row(connection, name))
+            name = new_name(tenant, "adapters", header.id, "header.id")
+            folder = f"{name}/uploaded-{digest[:16]}"
+            catalog.existing_adapter(connection, name, folder)
+        manifest = self._artifacts.commit_folder(folder, files, {})
+        try:
+            with self._database.write() as connection:
+                made = requests.find(connection, tenant, header.request_id, "UploadAdapter", body)
+                if made is None and catalog.existing_adapter(connection, name, folder) is None:
+                    catalog.insert_adapter(connection, name, manifest.key, manifest.size_bytes)
+                if made is None:
+                    requests.remember(connection, tenant, header.request_id, "UploadAdapter", body, name)
+                row = catalog.adapter_row(connection, made or name)
+        except AlreadyExistsError:
+            self._artifacts.delete_folder(folder)
+            raise
+        if row.name != name:  # the same request came twice at once, and named its adapter itself
+            self._artifacts.delete_folder(folder)
+        return catalog.adapter_to_proto(row)
 
     def _adapter_manifest(self, name: str) -> Manifest:
         principal = current_principal()
@@ -207,7 +234,9 @@ async def _forwarded(
     yield alignment_pb2.StoreDatasetRequest(file=file)
     async for request in chunks:
         if request.WhichOneof("part") != "chunk":
-            raise InvalidInputError.of_field("part", "only chunks may follow the file's header")
+            # Alignment refuses this one: raised here, an error would reach nobody (gRPC swallows it).
+            yield alignment_pb2.StoreDatasetRequest()
+            return
         yield alignment_pb2.StoreDatasetRequest(chunk=request.chunk)
 
 

@@ -24,6 +24,8 @@ class FolderReceipt:
         """The next file. Raises InvalidInputError for one that is not of a PEFT folder, or stands twice."""
         if header.file_name not in _PEFT_FILES or header.file_name in self._files:
             raise InvalidInputError.of_field("file.file_name", f'"{header.file_name}": send {", ".join(_PEFT_FILES)}')
+        if header.size_bytes < 0:
+            raise InvalidInputError.of_field("file.size_bytes", f"{header.size_bytes} must not be negative")
         if sum(f.size_bytes for f in self._announced.values()) + header.size_bytes > self._max_bytes:
             raise QuotaExceededError(f"the adapter is over {self._max_bytes} bytes", subject="adapter")
         self._announced[header.file_name] = header

@@ -1,12 +1,15 @@
 """`request_id` (AIP-155): the same id with the same body gives the same answer; with another body it is refused."""
 
 import hashlib
+import re
 
 import sqlalchemy as sa
 
-from engine.errors import RequestIdReusedError
+from engine.errors import InvalidInputError, RequestIdReusedError
 from services.admission.clock import now
 from services.admission.tables import requests
+
+_ID = re.compile(r"[!-~]{1,128}")
 
 
 def body_hash(*parts: bytes) -> str:
@@ -18,9 +21,14 @@ def body_hash(*parts: bytes) -> str:
 
 
 def find(connection: sa.Connection, tenant: str, request_id: str, method: str, body: str) -> str | None:
-    """Name of the resource that this request made before; None if it is new. Raises RequestIdReusedError."""
+    """Name of the resource that this request made before; None if it is new.
+
+    Raises RequestIdReusedError, and InvalidInputError for an id that is none.
+    """
     if not request_id:
         return None
+    if not _ID.fullmatch(request_id):
+        raise InvalidInputError.of_field("request_id", "must be at most 128 visible ASCII characters: make it a UUID")
     row = connection.execute(sa.select(requests).filter_by(tenant=tenant, request_id=request_id)).one_or_none()
     if row is None:
         return None

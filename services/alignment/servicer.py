@@ -42,7 +42,8 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
                 elif part == "chunk" and receipt is not None:
                     receipt.add(request.chunk.offset, request.chunk.data)
                 else:
-                    raise InvalidInputError.of_field("part", f"{part} is out of order: tenant, file, then chunks")
+                    order = f"{part or 'a part that is none'} is out of order: a header, its file, then only chunks"
+                    raise InvalidInputError.of_field("part", order)
             if receipt is None:
                 raise InvalidInputError.of_field("file", "is missing: nothing was sent")
             stored = await asyncio.to_thread(self._catalog.store, tenant, receipt)

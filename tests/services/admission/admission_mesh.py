@@ -141,6 +141,7 @@ class Admission:
         self.database_url, self.folder, self.clock, self.quota = database_url, folder, Clock(), 1000
         self._alignment_address, self.started = alignment, asyncio.Event()
         self._keys: dict[str, str] = {}
+        self._channels: list[grpc.aio.Channel] = []
 
     async def start(self) -> None:
         self.database = Database(self.database_url)
@@ -163,6 +164,7 @@ class Admission:
         address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         await self._server.start()
         self._channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+        self._channels.append(self._channel)
         self.started.set()
 
     async def stop(self) -> None:
@@ -170,13 +172,18 @@ class Admission:
         self.started.clear()
         self.notifier.close()
         await self._server.stop(TIMEOUT_SECONDS)
-        await self._channel.close()
         await self._to_alignment.close()
         self.database.close()
 
     async def restart(self) -> None:
         await self.stop()
         await self.start()
+
+    async def close(self) -> None:
+        """Channels last: closing one cancels the calls that a stopped server would have answered."""
+        await self.stop()
+        for channel in self._channels:
+            await channel.close()
 
     def tenant(self, name: str = "acme") -> Any:
         """AdmissionService as `tenants/{name}` calls it."""

@@ -48,4 +48,4 @@ async def admission(database_url: str, tmp_path: Path, alignment: Alignment) -> 
     await running.start()
     await running.register()
     yield running
-    await running.stop()
+    await running.close()
