@@ -155,11 +155,11 @@ class Client:
     def upload_adapter(self, folder: Path | str, adapter_id: str = "", request_id: str = "") -> artifact_pb2.Adapter:
         """A PEFT folder, to continue from as `initial_adapter`. Sent again whole if the connection breaks."""
         header = artifact_pb2.UploadHeader(id=adapter_id, request_id=request_id or new_request_id())
+        parts = list(adapter_requests(header, Path(folder)))  # read before anything is sent
         for backoff in UPLOAD_BACKOFFS_SECONDS:
             try:
                 with call_span("UploadAdapter"), raising():
-                    requests = adapter_requests(header, Path(folder))
-                    return self._stub.UploadAdapter(requests, **self._call(TRANSFER_SECONDS)).adapter
+                    return self._stub.UploadAdapter(iter(parts), **self._call(TRANSFER_SECONDS)).adapter
             except UnavailableError:
                 if backoff is None:
                     raise

@@ -145,8 +145,8 @@ class FolderSink:
         if response.WhichOneof("part") == "file":
             self._close_file()
             self._header, self._data = response.file, bytearray()
-            if Path(self._header.file_name).name != self._header.file_name or self._header.file_name == "..":
-                raise ChecksumMismatchError(f'"{self._header.file_name}" is no plain file name')
+            if self._header.file_name not in _ADAPTER_FILES:
+                raise ChecksumMismatchError(f'"{self._header.file_name}" is no file of an adapter')
         elif self._header is None or response.chunk.offset != len(self._data):
             raise ChecksumMismatchError(f"a chunk at {response.chunk.offset} where {len(self._data)} was due")
         else:

@@ -14,7 +14,10 @@ T = typing.TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What every service needs. `listen` "host:0" takes a free port, which `ready_file` then tells."""
+    """What every service needs. `listen` "host:0" takes a free port, which `ready_file` then tells.
+
+    `stop_with_parent`: as SIGTERM does, when the process that started this one is gone: no orphans of `muxtune up`.
+    """
 
     mesh_secret: str = dataclasses.field(repr=False)
     listen: str = "127.0.0.1:0"
@@ -23,6 +26,7 @@ class ServerSettings:
     trace_file: Path | None = None
     prometheus_port: int | None = None
     log_level: str = "INFO"
+    stop_with_parent: bool = False
 
 
 class SettingsError(SystemExit):

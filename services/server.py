@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -33,6 +33,7 @@ _OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
 ]
+_PARENT_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 Register = Callable[[grpc.aio.Server], Sequence[str]]
@@ -55,6 +56,7 @@ async def serve(
     `register` adds servicers and returns their full names. Whoever passes `health` may change it meanwhile. Exits with
     a clear error if the port is taken.
     """
+    parent = os.getppid()
     telemetry = configure(service_name, settings)
     server = grpc.aio.server(interceptors=[Gate(authenticate, settings.listen)], options=_OPTIONS)
     health = health or health_aio.HealthServicer()
@@ -71,7 +73,7 @@ async def serve(
             await _announce(health, names, health_pb2.HealthCheckResponse.SERVING)
             _write_ready_file(settings, address)
             _log.info("%s listens on %s", service_name, address)
-            await stopping.wait()
+            await _until(stopping, parent if settings.stop_with_parent else None)
             await _announce(health, names, health_pb2.HealthCheckResponse.NOT_SERVING)
             if on_stop is not None:
                 await on_stop()
@@ -80,6 +82,13 @@ async def serve(
         await asyncio.to_thread(telemetry.shutdown)
         if settings.ready_file is not None:
             settings.ready_file.unlink(missing_ok=True)
+
+
+async def _until(stopping: asyncio.Event, parent: int | None) -> None:
+    """Or until `parent` is not this process's parent any more."""
+    while not stopping.is_set() and parent in (None, os.getppid()):
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), None if parent is None else _PARENT_SECONDS)
 
 
 def start_vital(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

@@ -13,7 +13,7 @@ app = typer.Typer(help="Adapters, as PEFT folders.", no_args_is_help=True)
 @app.command(epilog="Example: muxtune adapter pull tenants/default/tasks/replies ./replies-adapter")
 def pull(
     name: Annotated[str, typer.Argument(help="A task's or an adapter's name.")],
-    dest: Annotated[Path, typer.Argument(help="Folder to make (or replace).")],
+    dest: Annotated[Path, typer.Argument(help="Folder to make; an adapter there is replaced.")],
     data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Download an adapter: checked, whole or not at all. It loads with peft.PeftModel.from_pretrained."""
@@ -23,7 +23,7 @@ def pull(
         console.print(f"{folder}: {files}", highlight=False)
 
 
-@app.command()
+@app.command(epilog="Example: muxtune adapter push ./replies-adapter --id replies-before")
 def push(
     folder: Annotated[Path, typer.Argument(help="A PEFT folder.")],
     id: Annotated[str, typer.Option(help="Last part of its name; default: one is made.")] = "",

@@ -28,7 +28,7 @@ def put(
         console.print(f"{dataset.name}: {dataset.num_rows} rows, {dataset.size_bytes} bytes, SHA-256 {dataset.sha256}")
 
 
-@app.command()
+@app.command(epilog="Example: muxtune dataset ls --json")
 def ls(data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
     """List datasets, newest first."""
     with client_of(data) as client:
@@ -59,7 +59,7 @@ def check(
         _show(report)
 
 
-@app.command()
+@app.command(epilog="Example: muxtune dataset rm tenants/default/datasets/replies")
 def rm(name: str, data: DataOption = DEFAULT_DATA) -> None:
     """Delete a dataset that no unfinished task reads."""
     with client_of(data) as client:

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from muxtune.v1 import execution_pb2, execution_pb2_grpc, task_pb2
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 _GIB = 1 << 30
+_LINES_SECONDS = 5.0
 
 
 @dataclass
@@ -120,7 +123,7 @@ def _train(mesh: Mesh, clients: dict[str, Client], work: list[Job]) -> execution
     uploaded: dict[tuple[str, str], str] = {}
     waiting = list(work)
     described = execution_pb2.DescribeExecutorResponse()
-    with Live(console=console, refresh_per_second=2) as live:
+    with _progress() as show:
         while True:
             first_step = work[0].task.progress.step
             for job in [job for job in waiting if first_step >= job.after_step]:
@@ -131,7 +134,7 @@ def _train(mesh: Mesh, clients: dict[str, Client], work: list[Job]) -> execution
                     _follow(clients[job.tenant], job)
             now = _describe(mesh)
             described = now if len(now.tasks) >= len(described.tasks) else described
-            live.update(_progress_table(work))
+            show(work)
             if not waiting and all(_is_over(job) for job in work):
                 return described
             threading.Event().wait(0.5)
@@ -186,20 +189,47 @@ def _answers(mesh: Mesh, data: Path, work: list[Job]) -> list[dict[str, object]]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+@contextmanager
+def _progress() -> Iterator[Callable[[list[Job]], None]]:
+    """A table that lives on a terminal; elsewhere a line for each task that moved, every few seconds."""
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=2) as live:
+            yield lambda work: live.update(_progress_table(work))
+        return
+    told: dict[str, str] = {}
+    last = [0.0]
+
+    def print_lines(work: list[Job]) -> None:
+        if time.monotonic() - last[0] < _LINES_SECONDS and not all(map(_is_over, work)):
+            return
+        last[0] = time.monotonic()
+        for job in work:
+            line = "  ".join(cell for cell in _progress_cells(job) if cell)
+            if told.get(job.id) != line:
+                console.print(line, highlight=False, markup=False)
+            told[job.id] = line
+
+    yield print_lines
+
+
+def _progress_cells(job: Job) -> tuple[str, ...]:
+    progress = job.task.progress
+    return (
+        f"{job.tenant}/{job.id}",
+        state_name(job.task.state) if job.task.name else "not created yet",
+        f"{progress.step}/{progress.num_steps}",
+        f"{progress.last_loss:.3f}" if progress.HasField("last_loss") else "",
+        f"{progress.effective_tokens_per_second:.0f} tokens/s" if progress.step else "",
+        f"{progress.seconds_left:.0f} s left" if progress.HasField("seconds_left") else "",
+    )
+
+
 def _progress_table(work: list[Job]) -> Table:
     table = Table(title="five tasks, one backbone", title_justify="left")
-    for column in ("task", "state", "step", "loss", "effective tokens/s", "left"):
-        table.add_column(column)
+    for column in ("task", "state", "step", "loss", "effective", "left"):
+        table.add_column(column, no_wrap=True)
     for job in work:
-        progress = job.task.progress
-        table.add_row(
-            f"{job.tenant}/{job.id}",
-            state_name(job.task.state) if job.task.name else "not created yet",
-            f"{progress.step}/{progress.num_steps}",
-            f"{progress.last_loss:.3f}" if progress.HasField("last_loss") else "",
-            f"{progress.effective_tokens_per_second:.0f}" if progress.step else "",
-            f"{progress.seconds_left:.0f} s" if progress.HasField("seconds_left") else "",
-        )
+        table.add_row(*_progress_cells(job))
     return table
 
 
@@ -210,21 +240,22 @@ def _report(
     data: Path,
 ) -> None:
     table = Table(title="what came of it", title_justify="left")
-    for column in ("task", "state", "loss", "held-out loss", "effective tokens", "padding", "adapter + optimizer"):
-        table.add_column(column)
+    for column in ("task", "state", "loss", "held-out", "tokens", "padding", "bytes"):
+        table.add_column(column, no_wrap=True)
     for job in work:
         progress, size = job.task.progress, resident.task_bytes.get(job.task.name, 0)
         padding = progress.padding_tokens / max(1, progress.padding_tokens + progress.effective_tokens)
         table.add_row(
             f"{job.tenant}/{job.id}",
             state_name(job.task.state),
-            f"{progress.first_loss:.3f} -> {progress.last_loss:.3f}",
-            f"{progress.first_heldout_loss:.3f} -> {progress.last_heldout_loss:.3f}",
+            _from_to(progress.first_loss, progress.last_loss),
+            _from_to(progress.first_heldout_loss, progress.last_heldout_loss),
             str(progress.effective_tokens),
             f"{padding:.1%}",
             f"{size / 1e6:.1f} MB" if size else "",
         )
     console.print(table)
+    console.print("Losses from and to; tokens are effective ones; bytes are of adapter and optimizer, measured.")
     shared = resident.backbone_bytes + sum(resident.task_bytes.values())
     separate = resident.backbone_bytes * len(resident.task_bytes) + sum(resident.task_bytes.values())
     console.print(
@@ -237,6 +268,11 @@ def _report(
         console.print(f"  before: {answer['before']}", markup=False, highlight=False)
         console.print(f"  after:  {answer['after']}", markup=False, highlight=False)
     console.print(f"\nadapters: {data / 'adapters'}   trace: {data / 'traces' / 'spans.jsonl'}   logs: {data / 'logs'}")
+
+
+def _from_to(first: float, last: float) -> str:
+    """One figure where there was no second."""
+    return f"{first:.2f} -> {last:.2f}" if last != first else f"{first:.2f}"
 
 
 def _problems(work: list[Job], answers: list[dict[str, object]]) -> list[str]:

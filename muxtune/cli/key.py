@@ -27,7 +27,7 @@ def create(
         console.print(answer.secret, highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: muxtune key ls --tenant acme")
 def ls(
     tenant: Annotated[str, typer.Option(help="Only this tenant's.")] = "",
     data: DataOption = DEFAULT_DATA,
@@ -51,7 +51,7 @@ def ls(
         table("", ("id", "tenant", "created", "revoked"), rows)
 
 
-@app.command()
+@app.command(epilog="Example: muxtune key revoke 6ce7bab7a897")
 def revoke(id: str, data: DataOption = DEFAULT_DATA) -> None:
     """Revoke a key at once, for good."""
     with operator_channel(data, "admission") as (channel, metadata), raising():

@@ -1,16 +1,14 @@
 """The `muxtune` command: `muxtune --help`."""
 
-import signal
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 
 from muxtune.cli import adapter, dataset, key, plan, task
 from muxtune.cli.context import DEFAULT_DATA, DataOption, console, error_console, errors_as_lines
-from muxtune.cli.mesh import DEFAULT_BACKBONE, Mesh, default_backbone
+from muxtune.cli.mesh import DEFAULT_BACKBONE, Mesh, default_backbone, stopped_by_signals
 
 app = typer.Typer(
     help="Many tenants' PEFT tasks at once on one shared, frozen LLM backbone.",
@@ -36,23 +34,14 @@ def up(
     otlp_endpoint: Annotated[str, typer.Option(help="Send traces and metrics there; default: a file.")] = "",
 ) -> None:
     """Start the four services on loopback and stay until interrupted."""
-    stopping: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopping.append(number)
-        raise KeyboardInterrupt
-
-    with errors_as_lines():
+    with errors_as_lines(), stopped_by_signals():
         mesh = Mesh(data, _backbones(backbone), otlp_endpoint)
-        signal.signal(signal.SIGTERM, stop)
         try:
             console.print(f"starting on {data} ...")
             mesh.start()
             _announce(mesh)
             _watch(mesh)
         except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             console.print("stopping: tasks are checkpointed and go on at the next start ...")
         finally:
             codes = mesh.stop()
@@ -63,16 +52,20 @@ def up(
         console.print("stopped")
 
 
-@app.command()
+@app.command(epilog="Example: muxtune demo --data /tmp/demo")
 def demo(
     data: Annotated[Path, typer.Option("--data", help="Where the demo's mesh lives; made anew.")] = Path("demo-data"),
 ) -> None:
     """Run five tasks of three tenants at once on one backbone, and show what came of it."""
     from muxtune.cli.demo import run_demo
 
-    with errors_as_lines():
-        if not run_demo(data):
-            raise typer.Exit(1)
+    with errors_as_lines(), stopped_by_signals():
+        try:
+            if not run_demo(data):
+                raise typer.Exit(1)
+        except KeyboardInterrupt as error:
+            error_console.print("interrupted: the services are stopped")
+            raise typer.Exit(130) from error
 
 
 def _backbones(options: list[str] | None) -> dict[str, Path]:

@@ -13,11 +13,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import grpc
@@ -187,6 +188,7 @@ class Mesh:
         return {
             "MUXTUNE_MESH_SECRET": self.mesh_secret,
             "MUXTUNE_LISTEN": self.addresses[service],
+            "MUXTUNE_STOP_WITH_PARENT": "true",
             "MUXTUNE_TRACE_FILE": "" if self.otlp_endpoint else str(data / "traces" / "spans.jsonl"),
             "MUXTUNE_ARTIFACT_URL": str(data / "artifacts"),
             "MUXTUNE_DATABASE_URL": f"sqlite:///{data / 'admission.db'}",
@@ -221,6 +223,25 @@ class Mesh:
     def _epitaph(self, service: str, code: int) -> str:
         lines = self.log_of(service).read_text(errors="replace").splitlines()[-5:]
         return f"{service} ended with status {code}; its log says: " + " | ".join(lines)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM, SIGHUP and SIGINT interrupt the block once (KeyboardInterrupt), so that it can stop its mesh; what comes
+    later is ignored until the block ends."""
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def read_state(data: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ def plan() -> None:
     """Keeps `show` a subcommand: others join it."""
 
 
-@app.command()
+@app.command(epilog="Example: muxtune plan show --json")
 def show(data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
     """Show the current plan and the explanation of every unfinished task."""
     with operator_channel(data, "scheduling") as (channel, metadata), raising():

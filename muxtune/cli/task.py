@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, client_of, console, print_json, table
-from muxtune.cli.spec import read_spec
+from muxtune.cli.spec import read_settings, read_spec
 from muxtune.v1 import task_pb2
 
 app = typer.Typer(help="Fine-tuning tasks.", no_args_is_help=True)
@@ -20,44 +20,45 @@ NameArgument = Annotated[str, typer.Argument(help="tenants/TENANT/tasks/ID")]
 def create(
     file: Annotated[Path | None, typer.Option("-f", "--file", help="The spec as YAML; flags override it.")] = None,
     id: Annotated[str, typer.Option(help="Last part of its name; default: one is made.")] = "",
-    backbone: Annotated[str, typer.Option()] = "",
-    dataset: Annotated[str, typer.Option(help="tenants/TENANT/datasets/ID")] = "",
-    rank: Annotated[int, typer.Option(help="Of LoRA.")] = 0,
-    alpha: Annotated[float, typer.Option(help="Of LoRA; default: the rank.")] = 0,
-    dropout: Annotated[float, typer.Option(help="Of LoRA.")] = 0,
+    backbone: Annotated[str | None, typer.Option(help="Default: smollm2.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="tenants/TENANT/datasets/ID")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of LoRA.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Of LoRA; default: the rank.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Of LoRA.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="Target module; give it several times.")] = None,
-    learning_rate: Annotated[float, typer.Option()] = 0,
-    steps: Annotated[int, typer.Option(help="Optimizer steps; or --epochs.")] = 0,
-    epochs: Annotated[int, typer.Option()] = 0,
-    global_batch_size: Annotated[int, typer.Option(help="Sequences of one step.")] = 0,
-    max_sequence_tokens: Annotated[int, typer.Option()] = 0,
-    heldout_fraction: Annotated[float, typer.Option()] = 0,
-    seed: Annotated[int, typer.Option()] = 0,
+    learning_rate: Annotated[float | None, typer.Option()] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; or --epochs.")] = None,
+    epochs: Annotated[int | None, typer.Option()] = None,
+    global_batch_size: Annotated[int | None, typer.Option(help="Sequences of one step.")] = None,
+    max_sequence_tokens: Annotated[int | None, typer.Option()] = None,
+    heldout_fraction: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other field: training.warmup_steps=10, labels.team=support.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Only check and estimate.")] = False,
     data: DataOption = DEFAULT_DATA,
     json: JsonOption = False,
 ) -> None:
     """Create a task from a YAML file, from flags, or both."""
+    flags = {
+        "backbone": backbone if backbone or file else "smollm2",
+        "dataset": dataset,
+        "lora.rank": rank,
+        "lora.alpha": alpha,
+        "lora.dropout": dropout,
+        "lora.target_modules": target or None,
+        "training.learning_rate": learning_rate,
+        "training.num_steps": steps,
+        "training.num_epochs": epochs,
+        "training.global_batch_size": global_batch_size,
+        "training.max_sequence_tokens": max_sequence_tokens,
+        "training.heldout_fraction": heldout_fraction,
+        "training.seed": seed,
+    }
     with client_of(data) as client:
-        spec = read_spec(file) if file else task_pb2.TaskSpec(backbone="smollm2")
-        _override(spec, backbone=backbone, dataset=dataset)
-        lora = task_pb2.Lora(rank=rank, alpha=alpha, dropout=dropout, target_modules=target or [])
-        if lora.ByteSize():
-            if target:
-                del spec.lora.target_modules[:]
-            spec.lora.MergeFrom(lora)
-        training = task_pb2.Training(
-            learning_rate=learning_rate,
-            global_batch_size=global_batch_size,
-            max_sequence_tokens=max_sequence_tokens,
-            heldout_fraction=heldout_fraction,
-            seed=seed,
-        )
-        spec.training.MergeFrom(training)
-        if steps:
-            spec.training.num_steps = steps
-        elif epochs:
-            spec.training.num_epochs = epochs
+        given = {path: value for path, value in flags.items() if value is not None}
+        spec = read_spec(file, given | read_settings(set_ or []))
         if dry_run:
             return _print_estimate(client.estimate_task(spec), json)
         task = client.create_task(spec, id)
@@ -67,7 +68,7 @@ def create(
         _print_estimate(task.estimate, False)
 
 
-@app.command()
+@app.command(epilog="Example: muxtune task ls --state RUNNING --state QUEUED --json")
 def ls(
     state: Annotated[list[str] | None, typer.Option(help="Only these: QUEUED, RUNNING, ...")] = None,
     data: DataOption = DEFAULT_DATA,
@@ -85,7 +86,7 @@ def ls(
         table("", ("name", "state", "step", "loss", "left"), rows)
 
 
-@app.command()
+@app.command(epilog="Example: muxtune task show tenants/default/tasks/replies --json")
 def show(name: NameArgument, data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
     """Show one task: spec, state, progress, failure."""
     with client_of(data) as client:
@@ -95,7 +96,7 @@ def show(name: NameArgument, data: DataOption = DEFAULT_DATA, json: JsonOption =
         console.print(str(task), markup=False, highlight=False)
 
 
-@app.command()
+@app.command(epilog="Example: muxtune task watch tenants/default/tasks/replies --after 12")
 def watch(
     name: NameArgument,
     after: Annotated[int, typer.Option(help="Sequence of the last event seen.")] = 0,
@@ -113,7 +114,7 @@ def watch(
             raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: muxtune task cancel tenants/default/tasks/replies")
 def cancel(name: NameArgument, data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
     """Stop a task; the adapter trained so far is kept."""
     with client_of(data) as client:
@@ -145,12 +146,6 @@ def _state(text: str) -> "task_pb2.TaskState.ValueType":
         return task_pb2.TaskState.Value(f"TASK_STATE_{text.upper()}")
     except ValueError as error:
         raise typer.BadParameter(f"{text}: no task state") from error
-
-
-def _override(spec: task_pb2.TaskSpec, **values: str) -> None:
-    for field, value in values.items():
-        if value:
-            setattr(spec, field, value)
 
 
 def _loss(task: task_pb2.Task) -> str:
