@@ -53,7 +53,8 @@ class KeyStore:
         with self._database.read() as connection:
             row = connection.execute(sa.select(api_keys).where(api_keys.c.id == key_id)).one_or_none()
         is_right = hmac.compare_digest(_hash(secret), row.secret_sha256 if row else _hash(""))
-        if prefix != "mxt" or row is None or not is_right or row.revoked or (row.expires and row.expires <= now()):
+        is_ended = row is not None and (row.revoked is not None or (row.expires is not None and row.expires <= now()))
+        if prefix != "mxt" or row is None or not is_right or is_ended:
             raise UnauthenticatedError("the API key is unknown, expired or revoked")
         tenant: str = row.tenant
         return tenant

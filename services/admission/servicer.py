@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 from engine.errors import MuxtuneError, PermissionDeniedError, UnavailableError
 from muxtune.v1 import admission_pb2_grpc, alignment_pb2_grpc, key_pb2, key_pb2_grpc, ledger_pb2, ledger_pb2_grpc
 from services.admission.admit import Admitter
-from services.admission.clock import timestamp
+from services.admission.clock import microseconds, timestamp
 from services.admission.data_rpcs import DataRpcs
 from services.admission.database import Database
 from services.admission.keys import KeyStore
@@ -62,7 +62,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
 
     async def CreateApiKey(self, request: key_pb2.CreateApiKeyRequest, context: Any) -> key_pb2.CreateApiKeyResponse:
         _mesh_only()
-        expires = request.expire_time.ToMicroseconds() if request.HasField("expire_time") else None
+        expires = microseconds(request.expire_time, "expire_time") if request.HasField("expire_time") else None
         row, secret = await asyncio.to_thread(self._keys.create, request.tenant, expires)
         return key_pb2.CreateApiKeyResponse(key=_key_to_proto(row), secret=secret)
 

@@ -61,6 +61,8 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
         options: dataset_pb2.PreflightOptions = request.options
         training = training_to_domain(options.training, "options.training")
         check_training(training, "options.training")
+        if options.num_samples < 0:
+            raise InvalidInputError.of_field("options.num_samples", f"{options.num_samples} must not be negative")
         samples = min(options.num_samples or _DEFAULT_SAMPLES, _MAX_SAMPLES)
         report = await asyncio.to_thread(
             self._catalog.inspect, request.tenant, request.sha256, options.backbone, training, samples
