@@ -15,6 +15,7 @@ from engine.planning.planner import plan as make_plan
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, scheduling_pb2, task_pb2
 from services.convert import executor_to_view, explanation_to_proto, htask_to_proto, snapshot_task_to_view
 from services.scheduling.streams import ExecutorStream
+from services.server import start_vital
 from services.telemetry import current_trace_parent, links_to, task_span, tracer
 
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 5.0
@@ -33,7 +34,7 @@ class Scheduler:
 
     async def run(self) -> None:
         """Cycles until cancelled. Hints coalesce: any number of changes during a cycle make one more."""
-        watching = asyncio.create_task(self._watch_changes())
+        watching = start_vital(self._watch_changes(), "hints of the ledger")
         backoff = _FIRST_BACKOFF_SECONDS
         try:
             while True:
@@ -87,7 +88,9 @@ class Scheduler:
     ) -> None:
         links = links_to((task.task, task.trace_parent) for task in starting)
         attributes: dict[str, str | int] = {"muxtune.plan_version": version, "muxtune.executor": executor.name}
-        with tracer().start_as_current_span("schedule", links=links, attributes=attributes) as span:
+        with tracer().start_as_current_span(
+            "schedule", links=links, attributes=attributes, record_exception=False
+        ) as span:
             span.set_attribute("muxtune.num_tasks", len(draft.tasks))
             request = ledger_pb2.CommitPlanRequest(
                 executor=executor.name,

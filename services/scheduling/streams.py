@@ -4,11 +4,10 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 
-import grpc
-
-from engine.errors import LeaseLostError, MuxtuneError
+from engine.errors import MuxtuneError
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, ledger_pb2, ledger_pb2_grpc, plan_pb2
 from services.mesh import open_channel
+from services.server import start_vital
 
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 2.0
 _log = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ class ExecutorStream:
         self.executor = executor
         self.mailbox = Mailbox(executor.lease_epoch)
         self._secret, self._ledger = secret, ledger
-        self._task = asyncio.create_task(self._run(), name=f"stream to {executor.name}")
+        self._task = start_vital(self._run(), f"stream to {executor.name}")
 
     async def close(self) -> None:
         """Finishes committing what was received, then ends the stream."""
@@ -82,16 +81,18 @@ class ExecutorStream:
         backoff = _FIRST_BACKOFF_SECONDS
         async with channel:
             while True:
+                call = stub.RunPlan(self.mailbox.requests())
                 try:
-                    async for response in stub.RunPlan(self.mailbox.requests()):
+                    async for response in call:
                         await self._commit(response)
                         backoff = _FIRST_BACKOFF_SECONDS
                     return  # the executor has drained, or we closed
-                except LeaseLostError as error:
-                    _log.info("stream to %s ends: %s", self.executor.name, error)
-                    return
-                except (MuxtuneError, grpc.RpcError) as error:
+                # LEASE_LOST too: the executor may not have heard of its lease yet. If it is lost, the next cycle's
+                # snapshot says so and closes this stream.
+                except MuxtuneError as error:
                     _log.warning("stream to %s broke: %s", self.executor.name, error)
+                finally:
+                    call.cancel()
                 await asyncio.sleep(backoff)
                 backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
 

@@ -1,0 +1,292 @@
+"""A ledger and executors played by the test over loopback, as their protos promise, around a real scheduler."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import grpc
+
+from engine.errors import LeaseLostError, MuxtuneError, StaleEpochError
+from engine.planning.plan import Limits
+from muxtune.v1 import (
+    execution_pb2,
+    execution_pb2_grpc,
+    ledger_pb2,
+    ledger_pb2_grpc,
+    plan_pb2,
+    scheduling_pb2_grpc,
+    task_pb2,
+)
+from services.auth import mesh_authenticator
+from services.gate import Gate
+from services.mesh import open_channel
+from services.scheduling.cycle import Scheduler
+from services.scheduling.servicer import SchedulingServicer
+
+SECRET = "mesh_secret-of-the-tests"
+BACKBONE = plan_pb2.Backbone(
+    name="tiny", num_parameters=1000, num_layers=1, hidden_size=8, vocab_size=64, max_sequence_tokens=64,
+    weight_bytes=4000, dtype="float32",
+    adaptable_modules=[plan_pb2.AdaptableModule(name="q_proj", in_features=8, out_features=8)],
+)  # fmt: skip
+QUEUED, RUNNING, CANCELLING = (
+    task_pb2.TASK_STATE_QUEUED, task_pb2.TASK_STATE_RUNNING, task_pb2.TASK_STATE_CANCELLING,
+)  # fmt: skip
+
+
+class Changes:
+    """Something that tests wait on instead of sleeping."""
+
+    def __init__(self) -> None:
+        self._condition = asyncio.Condition()
+
+    async def tell(self) -> None:
+        async with self._condition:
+            self._condition.notify_all()
+
+    async def until(self, predicate: Callable[[], Any]) -> None:
+        async with asyncio.timeout(15), self._condition:
+            await self._condition.wait_for(predicate)
+
+
+class FakeLedger(ledger_pb2_grpc.LedgerServiceServicer):
+    """`refusals`: raised by the next calls of a method, one each."""
+
+    def __init__(self, changes: Changes) -> None:
+        self.changes = changes
+        self.tasks: dict[str, ledger_pb2.SnapshotTask] = {}
+        self.executors: dict[str, plan_pb2.Executor] = {}
+        self.plan_version, self.num_snapshots = 0, 0
+        self.plans: list[ledger_pb2.CommitPlanRequest] = []
+        self.committed: list[plan_pb2.TaskResult] = []
+        self.refusals: dict[str, list[MuxtuneError]] = {}
+        self._hints: set[asyncio.Event] = set()
+
+    async def put_task(self, number: int, **fields: Any) -> str:
+        name = f"tenants/a/tasks/t{number}"
+        training = task_pb2.Training(learning_rate=0.1, num_steps=5, global_batch_size=2, max_sequence_tokens=16)
+        spec = task_pb2.TaskSpec(
+            backbone="tiny", dataset="tenants/a/datasets/d", dataset_version="v", training=training,
+            lora=task_pb2.Lora(rank=2, target_modules=["q_proj"]),
+        )  # fmt: skip
+        estimate = task_pb2.TaskEstimate(num_steps=5, num_train_tokens=100)
+        task = task_pb2.Task(name=name, spec=spec, state=QUEUED, estimate=estimate)
+        self.tasks[name] = ledger_pb2.SnapshotTask(task=task, **fields)
+        await self.hint()
+        return name
+
+    async def hint(self) -> None:
+        for event in self._hints:
+            event.set()
+        await self.changes.tell()
+
+    async def hand_back(self, name: str) -> None:
+        """As RELEASED does: the epoch stays."""
+        self.tasks[name].executor = ""
+        self.tasks[name].task.state = QUEUED
+        await self.hint()
+
+    async def WatchChanges(self, request: Any, context: Any) -> AsyncIterator[ledger_pb2.WatchChangesResponse]:
+        event = asyncio.Event()
+        self._hints.add(event)
+        try:
+            while True:
+                event.clear()
+                self._refuse("WatchChanges")
+                yield ledger_pb2.WatchChangesResponse()
+                await event.wait()
+        finally:
+            self._hints.discard(event)
+
+    async def GetSnapshot(self, request: Any, context: Any) -> ledger_pb2.GetSnapshotResponse:
+        self._refuse("GetSnapshot")
+        self.num_snapshots += 1
+        await self.changes.tell()
+        return ledger_pb2.GetSnapshotResponse(
+            tasks=self.tasks.values(), executors=self.executors.values(), plan_version=self.plan_version
+        )
+
+    async def CommitPlan(self, request: ledger_pb2.CommitPlanRequest, context: Any) -> ledger_pb2.CommitPlanResponse:
+        self._refuse("CommitPlan")
+        self._check_lease(request.executor, request.lease_epoch)
+        if request.version <= self.plan_version:
+            raise StaleEpochError(f"plan {request.version} after {self.plan_version}")
+        for start in request.starts:
+            if self.tasks[start.task].task.attempt_epoch != start.expected_epoch:
+                raise StaleEpochError(f"{start.task} moved on")
+        epochs = []
+        for start in request.starts:
+            entry = self.tasks[start.task]
+            assert entry.executor != request.executor, "already there"
+            entry.executor = request.executor
+            entry.task.attempt_epoch += 1
+            if entry.task.state == QUEUED:
+                entry.task.state = RUNNING
+            epochs.append(entry.task.attempt_epoch)
+        self.plan_version = request.version
+        self.plans.append(request)
+        await self.changes.tell()
+        return ledger_pb2.CommitPlanResponse(attempt_epochs=epochs)
+
+    async def CommitResults(self, request: Any, context: Any) -> ledger_pb2.CommitResultsResponse:
+        self._refuse("CommitResults")
+        self._check_lease(request.executor, request.lease_epoch)
+        verdicts = []
+        for result in request.results:
+            entry = self.tasks.get(result.task)
+            if entry is None or entry.task.attempt_epoch != result.attempt_epoch:
+                verdicts.append(ledger_pb2.RESULT_VERDICT_STALE)
+            elif result in self.committed:
+                verdicts.append(ledger_pb2.RESULT_VERDICT_DUPLICATE)
+            else:
+                verdicts.append(ledger_pb2.RESULT_VERDICT_COMMITTED)
+                self.committed.append(result)
+        await self.changes.tell()
+        return ledger_pb2.CommitResultsResponse(verdicts=verdicts)
+
+    async def PutLease(self, request: ledger_pb2.PutLeaseRequest, context: Any) -> ledger_pb2.PutLeaseResponse:
+        executor, known = request.executor, self.executors.get(request.executor.name)
+        if executor.lease_epoch:
+            self._check_lease(executor.name, executor.lease_epoch)
+            assert known is not None
+            known.draining = executor.draining
+        else:
+            executor.lease_epoch = known.lease_epoch + 1 if known else 1
+            self.executors[executor.name] = executor
+        await self.hint()
+        return ledger_pb2.PutLeaseResponse(lease_epoch=self.executors[executor.name].lease_epoch)
+
+    async def EndLease(self, request: ledger_pb2.EndLeaseRequest, context: Any) -> ledger_pb2.EndLeaseResponse:
+        self.executors.pop(request.executor, None)
+        await self.hint()
+        return ledger_pb2.EndLeaseResponse()
+
+    def _refuse(self, method: str) -> None:
+        if waiting := self.refusals.get(method):
+            raise waiting.pop(0)
+
+    def _check_lease(self, name: str, epoch: int) -> None:
+        if name not in self.executors or self.executors[name].lease_epoch != epoch:
+            raise LeaseLostError(f"{name} does not hold lease {epoch}")
+
+
+class FakeExecutor(execution_pb2_grpc.ExecutionServiceServicer):
+    """Keeps what it was told, sends again what was not acknowledged, as an executor does."""
+
+    def __init__(self, changes: Changes, name: str) -> None:
+        self.changes, self.name = changes, name
+        self.requests: list[execution_pb2.RunPlanRequest] = []
+        self.num_streams, self.num_open = 0, 0
+        self.refusals: list[MuxtuneError] = []
+        self._unacknowledged: list[execution_pb2.RunPlanResponse] = []
+        self._sequence = 0
+        self._news = asyncio.Event()
+        self._cut = asyncio.Event()
+
+    @property
+    def plans(self) -> list[plan_pb2.ExecutorPlan]:
+        return [request.plan for request in self.requests if request.HasField("plan")]
+
+    @property
+    def acknowledged(self) -> int:
+        return max((request.acknowledged_sequence for request in self.requests), default=0)
+
+    def epochs(self) -> dict[str, int]:
+        """Of the newest plan."""
+        return {task.task: task.attempt_epoch for task in self.plans[-1].tasks} if self.plans else {}
+
+    def send(self, *results: plan_pb2.TaskResult) -> int:
+        self._sequence += 1
+        self._unacknowledged.append(execution_pb2.RunPlanResponse(sequence=self._sequence, results=results))
+        self._news.set()
+        return self._sequence
+
+    def cut(self) -> None:
+        self._cut.set()
+
+    async def RunPlan(self, request_iterator: Any, context: Any) -> AsyncIterator[execution_pb2.RunPlanResponse]:
+        self.num_streams += 1
+        if self.refusals:
+            raise self.refusals.pop(0)
+        self.num_open += 1
+        self._cut.clear()
+        reading = asyncio.create_task(self._read(request_iterator))
+        sent = 0
+        try:
+            while True:
+                self._news.clear()
+                for response in [r for r in self._unacknowledged if r.sequence > sent]:
+                    yield response
+                    sent = response.sequence
+                waits = [asyncio.create_task(event.wait()) for event in (self._news, self._cut)]
+                await asyncio.wait([*waits, reading], return_when=asyncio.FIRST_COMPLETED)
+                for wait in waits:
+                    wait.cancel()
+                if self._cut.is_set():
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+                if reading.done():
+                    return
+        finally:
+            reading.cancel()
+            self.num_open -= 1
+            await self.changes.tell()
+
+    async def _read(self, request_iterator: Any) -> None:
+        async for request in request_iterator:
+            self.requests.append(request)
+            done = request.acknowledged_sequence
+            self._unacknowledged = [r for r in self._unacknowledged if r.sequence > done]
+            await self.changes.tell()
+
+
+class World:
+    """One ledger, executors by name, a scheduler that can be stopped and started."""
+
+    def __init__(self, stack: AsyncExitStack) -> None:
+        self._stack = stack
+        self.changes = Changes()
+        self.ledger = FakeLedger(self.changes)
+        self.executors: dict[str, FakeExecutor] = {}
+
+    async def serve(self, add: Callable[[Any, grpc.aio.Server], None], servicer: Any) -> str:
+        server = grpc.aio.server(interceptors=[Gate(mesh_authenticator(SECRET))])
+        add(servicer, server)
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        self._stack.push_async_callback(server.stop, None)
+        return address
+
+    async def add_executor(self, name: str = "executors/x", memory_bytes: int = 1 << 30) -> FakeExecutor:
+        executor = FakeExecutor(self.changes, name)
+        add = execution_pb2_grpc.add_ExecutionServiceServicer_to_server
+        self.executors[name] = executor
+        self.ledger.executors[name] = plan_pb2.Executor(
+            name=name, address=await self.serve(add, executor), incarnation="i1", lease_epoch=1, backbone=BACKBONE,
+            device=plan_pb2.Device(memory_bytes=memory_bytes),
+        )  # fmt: skip
+        await self.ledger.hint()
+        return executor
+
+    @asynccontextmanager
+    async def scheduler(self) -> AsyncIterator[tuple[Scheduler, Any]]:
+        """A running one, and a stub of its SchedulingService."""
+        if not hasattr(self, "ledger_address"):
+            add = ledger_pb2_grpc.add_LedgerServiceServicer_to_server
+            self.ledger_address = await self.serve(add, self.ledger)
+        async with open_channel(self.ledger_address, SECRET) as channel:
+            ledger: Any = ledger_pb2_grpc.LedgerServiceStub(channel)
+            scheduler = Scheduler(ledger, SECRET, Limits(256, 16))
+            running = asyncio.create_task(scheduler.run())
+            add_service = scheduling_pb2_grpc.add_SchedulingServiceServicer_to_server
+            self.address = await self.serve(add_service, SchedulingServicer(scheduler, ledger, 15.0))
+            try:
+                async with open_channel(self.address, SECRET) as own:
+                    yield scheduler, scheduling_pb2_grpc.SchedulingServiceStub(own)
+            finally:
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
+
+
+def step_done(task: str, epoch: int, step: int) -> plan_pb2.TaskResult:
+    return plan_pb2.TaskResult(task=task, attempt_epoch=epoch, step_done=task_pb2.StepDone(step=step, loss=1.0))

@@ -1,0 +1,284 @@
+"""A real scheduler between a ledger and executors that the test plays."""
+
+import asyncio
+import random
+
+import grpc
+import pytest
+from google.protobuf.json_format import MessageToDict
+
+from engine.errors import InvalidInputError, LeaseLostError, StaleEpochError, UnauthenticatedError, UnavailableError
+from muxtune.v1 import plan_pb2, scheduling_pb2, scheduling_pb2_grpc
+from services.mesh import open_channel
+from tests.services.scheduling.mesh_fakes import BACKBONE, CANCELLING, QUEUED, World, step_done
+
+
+async def test_what_is_admitted_runs_and_arrivals_and_departures_make_new_plans(world: World) -> None:
+    executor = await world.add_executor()
+    async with world.scheduler() as (_, scheduling):
+        first = await world.ledger.put_task(1)
+        await world.changes.until(lambda: executor.epochs() == {first: 1})
+        second = await world.ledger.put_task(2)
+        await world.changes.until(lambda: executor.epochs() == {first: 1, second: 1})
+        shown = await scheduling.GetPlan(scheduling_pb2.GetPlanRequest())
+        assert {explanation.task for explanation in shown.explanations} == {first, second}
+        assert shown.executors[0] == executor.plans[-1]
+        assert all(explanation.reason for explanation in shown.explanations)
+        del world.ledger.tasks[first]
+        await world.ledger.hint()
+        await world.changes.until(lambda: executor.epochs() == {second: 1})
+    versions = [plan.version for plan in executor.plans]
+    assert versions == sorted(set(versions))
+    assert executor.plans[-1].htasks[0].tasks == [second]
+
+
+async def test_nothing_new_sends_nothing(world: World) -> None:
+    executor = await world.add_executor()
+    async with world.scheduler():
+        await world.ledger.put_task(1)
+        await world.changes.until(lambda: executor.plans)
+        before = world.ledger.num_snapshots
+        for _ in range(3):
+            await world.ledger.hint()
+            wanted = world.ledger.num_snapshots + 1
+            await world.changes.until(lambda wanted=wanted: world.ledger.num_snapshots >= wanted)
+        assert world.ledger.num_snapshots > before
+    assert len(world.ledger.plans) == len(executor.plans)
+
+
+async def test_a_task_handed_back_gets_a_new_attempt_on_the_same_executor(world: World) -> None:
+    """The plan looks the same, epoch and all: it was once taken for running, and the task waited for ever."""
+    executor = await world.add_executor()
+    async with world.scheduler():
+        task = await world.ledger.put_task(1)
+        for epoch in (1, 2, 3):
+            await world.changes.until(lambda epoch=epoch: executor.epochs() == {task: epoch})
+            await world.ledger.hand_back(task)
+
+
+async def test_a_cancellation_reaches_the_executor(world: World) -> None:
+    executor = await world.add_executor()
+    async with world.scheduler():
+        task = await world.ledger.put_task(1)
+        await world.changes.until(lambda: executor.plans)
+        world.ledger.tasks[task].task.state = CANCELLING
+        await world.ledger.hint()
+        await world.changes.until(lambda: executor.plans[-1].tasks[0].cancel)
+        assert executor.epochs() == {task: 1}
+
+
+async def test_results_are_committed_before_they_are_acknowledged_and_in_order(world: World) -> None:
+    executor = await world.add_executor()
+    async with world.scheduler():
+        task = await world.ledger.put_task(1)
+        await world.changes.until(lambda: executor.plans)
+        world.ledger.refusals["CommitResults"] = [UnavailableError("away")] * 8  # more than the channel retries
+        sent = [step_done(task, 1, step) for step in range(1, 6)]
+        last = [executor.send(result) for result in sent][-1]
+        await world.changes.until(lambda: executor.acknowledged == last)
+    assert world.ledger.committed == sent
+    assert executor.num_streams > 1
+    for request in executor.requests:
+        assert request.acknowledged_sequence <= len(sent)
+
+
+async def test_stale_attempts_are_named_to_the_executor(world: World) -> None:
+    executor = await world.add_executor()
+    async with world.scheduler():
+        task = await world.ledger.put_task(1)
+        await world.changes.until(lambda: executor.plans)
+        executor.send(step_done(task, 0, 1), step_done("tenants/a/tasks/gone", 7, 1), step_done(task, 1, 1))
+        await world.changes.until(lambda: executor.acknowledged == 1)
+    stale = [list(request.stale_tasks) for request in executor.requests if request.stale_tasks]
+    assert stale == [sorted([task, "tenants/a/tasks/gone"])]
+    assert world.ledger.committed == [step_done(task, 1, 1)]
+
+
+async def test_a_broken_stream_gets_the_newest_plan_again(world: World) -> None:
+    executor = await world.add_executor()
+    async with world.scheduler():
+        task = await world.ledger.put_task(1)
+        await world.changes.until(lambda: executor.plans)
+        sequence = executor.send(step_done(task, 1, 1))
+        await world.changes.until(lambda: executor.acknowledged == sequence)
+        executor.requests.clear()
+        executor.cut()
+        await world.changes.until(lambda: executor.plans)
+        assert executor.epochs() == {task: 1}
+        assert executor.requests[0].lease_epoch == 1
+        assert executor.requests[0].acknowledged_sequence == sequence
+
+
+async def test_an_executor_that_has_not_heard_of_its_lease_is_asked_again(world: World) -> None:
+    executor = await world.add_executor()
+    executor.refusals = [LeaseLostError("mine is 0, not 1")] * 2
+    async with world.scheduler():
+        task = await world.ledger.put_task(1)
+        await world.changes.until(lambda: executor.epochs() == {task: 1})
+    assert executor.num_streams == 3
+
+
+async def test_a_lost_executors_stream_ends_and_a_new_lease_begins_anew(world: World) -> None:
+    executor = await world.add_executor()
+    async with world.scheduler():
+        task = await world.ledger.put_task(1)
+        await world.changes.until(lambda: executor.plans)
+        known = plan_pb2.Executor()
+        known.CopyFrom(world.ledger.executors.pop(executor.name))
+        await world.ledger.hand_back(task)
+        await world.changes.until(lambda: executor.num_open == 0)
+        executor.requests.clear()
+        known.lease_epoch, known.incarnation = 2, "i2"
+        world.ledger.executors[executor.name] = known
+        await world.ledger.hint()
+        await world.changes.until(lambda: executor.epochs() == {task: 2})
+        assert executor.requests[0].lease_epoch == 2
+        assert executor.requests[0].acknowledged_sequence == 0
+
+
+async def test_a_draining_executor_gets_nothing_new(world: World) -> None:
+    draining, other = await world.add_executor("executors/x"), await world.add_executor("executors/y")
+    world.ledger.executors["executors/x"].draining = True
+    async with world.scheduler():
+        task = await world.ledger.put_task(1)
+        await world.changes.until(lambda: other.epochs() == {task: 1})
+    assert draining.epochs() == {}
+
+
+async def test_a_ledger_that_is_away_is_waited_for(world: World) -> None:
+    executor = await world.add_executor()
+    for method in ("GetSnapshot", "WatchChanges", "CommitPlan"):
+        world.ledger.refusals[method] = [UnavailableError("away")] * 7
+    async with world.scheduler():
+        task = await world.ledger.put_task(1)
+        await world.changes.until(lambda: executor.epochs() == {task: 1})
+
+
+async def test_one_started_again_goes_on_from_the_ledger(world: World) -> None:
+    executor = await world.add_executor()
+    async with world.scheduler():
+        task = await world.ledger.put_task(1)
+        await world.changes.until(lambda: executor.plans)
+    executor.requests.clear()
+    async with world.scheduler():
+        await world.changes.until(lambda: executor.plans)
+        assert executor.epochs() == {task: 1}  # the same attempt: nothing is started twice
+    assert [len(plan.starts) for plan in world.ledger.plans] == [1, 0]
+
+
+async def test_two_at_once_start_nothing_twice(world: World) -> None:
+    await world.add_executor("executors/x")
+    await world.add_executor("executors/y")
+    async with world.scheduler(), world.scheduler():
+        names = [await world.ledger.put_task(number) for number in range(12)]
+        await world.changes.until(lambda: all(entry.executor for entry in world.ledger.tasks.values()))
+    started = [start.task for plan in world.ledger.plans for start in plan.starts]
+    assert sorted(started) == sorted(names)
+
+
+async def test_a_stale_cycle_begins_again(world: World) -> None:
+    executor = await world.add_executor()
+    world.ledger.refusals["CommitPlan"] = [StaleEpochError("another was faster")] * 2
+    async with world.scheduler():
+        task = await world.ledger.put_task(1)
+        await world.changes.until(lambda: executor.epochs() == {task: 1})
+
+
+async def test_what_fits_nowhere_waits_and_says_why(world: World) -> None:
+    await world.add_executor(memory_bytes=5000)
+    async with world.scheduler() as (_, scheduling):
+        task = await world.ledger.put_task(1)
+        shown = scheduling_pb2.GetPlanResponse()
+        while not shown.explanations:
+            shown = await scheduling.GetPlan(scheduling_pb2.GetPlanRequest())
+        assert [(e.task, e.executor) for e in shown.explanations] == [(task, "")]
+        assert shown.explanations[0].reason
+    assert world.ledger.tasks[task].task.state == QUEUED
+
+
+async def test_any_sequence_of_events_keeps_the_rules(world: World) -> None:
+    """No task on two executors, none without an attempt of its own, versions that only grow."""
+    seed = random.randrange(1 << 30)
+    draw = random.Random(seed)
+    executors = [await world.add_executor(f"executors/{name}") for name in "xyz"]
+    async with world.scheduler():
+        for number in range(40):
+            running = [name for name, entry in world.ledger.tasks.items() if entry.executor]
+            match draw.choice(("arrive", "arrive", "leave", "back", "cut")):
+                case "arrive":
+                    await world.ledger.put_task(number)
+                case "leave" if running:
+                    del world.ledger.tasks[draw.choice(running)]
+                    await world.ledger.hint()
+                case "back" if running:
+                    await world.ledger.hand_back(draw.choice(running))
+                case "cut":
+                    draw.choice(executors).cut()
+            await asyncio.sleep(0)  # lets what was begun go on, for as long or short as it likes
+
+        def settled() -> bool:
+            entries = world.ledger.tasks
+            wanted = {name: {} for name in world.executors}
+            for name, entry in entries.items():
+                wanted.get(entry.executor, {})[name] = entry.task.attempt_epoch
+            return all(entry.executor for entry in entries.values()) and all(
+                executor.epochs() == wanted[executor.name] for executor in executors
+            )
+
+        await world.changes.until(settled)
+    for executor in executors:
+        versions = [plan.version for plan in executor.plans]
+        assert versions == sorted(versions), f"seed {seed}"
+    attempts = [(start.task, start.expected_epoch) for plan in world.ledger.plans for start in plan.starts]
+    assert len(attempts) == len(set(attempts)), f"seed {seed}"
+
+
+async def test_leases_through_the_stubs(world: World) -> None:
+    async with world.scheduler() as (_, scheduling):
+        executor = plan_pb2.Executor(name="executors/x", address="127.0.0.1:1", incarnation="i1", backbone=BACKBONE)
+        register = scheduling_pb2.RegisterExecutorRequest(executor=executor)
+        answer = await scheduling.RegisterExecutor(register)
+        assert answer.lease_epoch == 1
+        assert answer.lease_duration.seconds == 15
+        keep = scheduling_pb2.KeepLeaseRequest(executor="executors/x", incarnation="i1", lease_epoch=1, draining=True)
+        assert (await scheduling.KeepLease(keep)).lease_duration.seconds == 15
+        assert world.ledger.executors["executors/x"].draining
+        keep.lease_epoch = 9
+        with pytest.raises(LeaseLostError):
+            await scheduling.KeepLease(keep)
+        keep.lease_epoch = 0
+        with pytest.raises(InvalidInputError):
+            await scheduling.KeepLease(keep)
+        end = scheduling_pb2.SchedulingServiceEndLeaseRequest(executor="executors/x", incarnation="i1")
+        for _ in range(2):
+            await scheduling.EndLease(end)
+        assert world.ledger.executors == {}
+
+
+@pytest.mark.parametrize("field", ["name", "address", "incarnation", "backbone"])
+async def test_an_executor_that_says_too_little_is_told_what(world: World, field: str) -> None:
+    executor = plan_pb2.Executor(name="executors/x", address="127.0.0.1:1", incarnation="i1", backbone=BACKBONE)
+    executor.ClearField(field)  # type: ignore[arg-type]
+    async with world.scheduler() as (_, scheduling):
+        with pytest.raises(InvalidInputError) as refused:
+            await scheduling.RegisterExecutor(scheduling_pb2.RegisterExecutorRequest(executor=executor))
+    assert [violation.field.split(".")[1] for violation in refused.value.violations] == [field]
+
+
+async def test_every_rpc_wants_the_mesh_secret(world: World) -> None:
+    async with world.scheduler():
+        async with open_channel(world.address, "mesh_wrong") as channel:
+            stub = scheduling_pb2_grpc.SchedulingServiceStub(channel)
+            for method, request in (
+                (stub.GetPlan, scheduling_pb2.GetPlanRequest()),
+                (stub.KeepLease, scheduling_pb2.KeepLeaseRequest()),
+                (stub.EndLease, scheduling_pb2.SchedulingServiceEndLeaseRequest()),
+                (stub.RegisterExecutor, scheduling_pb2.RegisterExecutorRequest()),
+            ):
+                with pytest.raises(UnauthenticatedError):
+                    await method(request)
+        async with grpc.aio.insecure_channel(world.address) as bare:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await scheduling_pb2_grpc.SchedulingServiceStub(bare).GetPlan(scheduling_pb2.GetPlanRequest())
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert MessageToDict(scheduling_pb2.GetPlanResponse()) == {}
