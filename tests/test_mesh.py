@@ -15,7 +15,7 @@ import torch
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from muxtune.aio import AsyncClient
 from muxtune.cli.mesh import Mesh, MeshError
@@ -28,7 +28,7 @@ from muxtune.errors import (
 )
 from muxtune.transport import metadata
 from muxtune.v1 import admission_pb2, admission_pb2_grpc, artifact_pb2, task_pb2
-from tests.tiny_tokenizer import write_tokenizer
+from tests.tiny_backbone import write_backbone
 
 SECRET_WORD = "xylophonic"  # stands in every row; must stand in no span and no log
 ROWS = [{"prompt": f"{SECRET_WORD} {i}", "completion": " jumps over" * (1 + i % 5)} for i in range(24)]
@@ -74,15 +74,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tokenizer(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_backbone(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -56,8 +56,12 @@ def _measure_rate(progress: task_pb2.TaskProgress, step: task_pb2.StepDone, row:
     elapsed = (moment - (row.progress_time or row.started or moment)) / 1e6
     if elapsed <= 0:
         return
+    # The first step's time holds its task's attaching and first evaluation: it says nothing of the steps to come.
+    weight = 1.0 if progress.step <= 1 else _RATE_WEIGHT
     newest, old = step.effective_tokens / elapsed, progress.effective_tokens_per_second
-    progress.effective_tokens_per_second = newest if old == 0 else old + _RATE_WEIGHT * (newest - old)
+    progress.effective_tokens_per_second = old + weight * (newest - old)
+    if progress.step < 1:
+        return
     estimate = task_pb2.TaskEstimate.FromString(row.estimate)
     left = estimate.num_train_tokens * max(0.0, 1 - step.step / max(1, estimate.num_steps))
     progress.seconds_left = left / progress.effective_tokens_per_second

@@ -11,14 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from muxtune.client import Client
 from muxtune.v1 import task_pb2
 from services.health import is_serving
 from tests.deploy.compose_file import ROOT, SERVICES, compose, environment_of_image, last_of
-from tests.tiny_tokenizer import write_tokenizer
+from tests.tiny_backbone import write_backbone
 
 
 class Machine:
@@ -65,14 +63,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    source = tmp_path_factory.mktemp("source")
-    write_tokenizer(source)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(source)
+    source = write_backbone(tmp_path_factory.mktemp("source"))
     machine = Machine(tmp_path_factory.mktemp("deploy"), source)
     command = [machine.here(str(part)) for part in machine.services["prepare"]["command"]]
     subprocess.run([sys.executable, *command[1:]], cwd=ROOT, check=True, capture_output=True)

@@ -12,9 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from engine.errors import FieldViolation, InvalidInputError, PermissionDeniedError
@@ -23,7 +21,7 @@ from muxtune.cli.mesh import read_state
 from muxtune.cli.spec import read_spec
 from muxtune.v1 import task_pb2
 from tests.muxtune.admission_fake import CONFIG, KEY, WEIGHTS, Admission, file_parts
-from tests.tiny_tokenizer import write_tokenizer
+from tests.tiny_backbone import write_backbone
 
 ROOT = Path(__file__).parents[2]
 NAME = "tenants/a/tasks/t"
@@ -191,15 +189,7 @@ def test_pull_and_push(admission: Admission, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tokenizer(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_backbone(tmp_path_factory.mktemp("tiny"))
 
 
 def start_up(data: Path, tiny: Path) -> "subprocess.Popen[str]":

@@ -1,0 +1,19 @@
+"""A tiny Llama with random weights and the tiny tokenizer, as a Hugging Face folder: what four processes train on."""
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.tiny_tokenizer import write_tokenizer
+
+
+def write_backbone(folder: Path) -> Path:
+    write_tokenizer(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
