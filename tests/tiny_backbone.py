@@ -9,6 +9,7 @@ from tests.tiny_tokenizer import write_tokenizer
 
 
 def write_backbone(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
