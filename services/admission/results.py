@@ -60,7 +60,7 @@ def _measure_rate(progress: task_pb2.TaskProgress, step: task_pb2.StepDone, row:
     weight = 1.0 if progress.step <= 1 else _RATE_WEIGHT
     newest, old = step.effective_tokens / elapsed, progress.effective_tokens_per_second
     progress.effective_tokens_per_second = old + weight * (newest - old)
-    if progress.step < 1:
+    if progress.step < 1 or progress.effective_tokens_per_second <= 0:
         return
     estimate = task_pb2.TaskEstimate.FromString(row.estimate)
     left = estimate.num_train_tokens * max(0.0, 1 - step.step / max(1, estimate.num_steps))
