@@ -20,7 +20,7 @@ def pull(
     with client_of(data) as client:
         folder = client.download_adapter(name, dest)
         files = ", ".join(sorted(path.name for path in folder.iterdir()))
-        console.print(f"{folder}: {files}", highlight=False)
+        console.print(f"{folder}: {files}")
 
 
 @app.command(epilog="Example: muxtune adapter push ./replies-adapter --id replies-before")
@@ -35,4 +35,4 @@ def push(
         adapter = client.upload_adapter(folder, id)
         if json:
             return print_json([adapter])
-        console.print(f"{adapter.name}: {adapter.size_bytes} bytes", highlight=False)
+        console.print(f"{adapter.name}: {adapter.size_bytes} bytes")

@@ -19,7 +19,9 @@ from muxtune.cli.tracing import traced
 from muxtune.client import Client
 from muxtune.errors import MuxtuneError, UnauthenticatedError
 
-console, error_console = Console(), Console(stderr=True)
+# The terminal wraps lines, not we: a path in a log or a pipe stays whole, and "[a]" in it is no markup.
+_PLAIN: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False}
+console, error_console = Console(**_PLAIN), Console(stderr=True, **_PLAIN)
 DataOption = Annotated[Path, typer.Option("--data", help="Data folder of a mesh that `muxtune up` started.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 DEFAULT_DATA = Path(os.environ.get("MUXTUNE_DATA", "muxtune-data"))
@@ -64,10 +66,10 @@ def errors_as_lines() -> Iterator[None]:
     except MuxtuneError as error:
         lines = [f"{v.field}: {v.description}" for v in error.violations] or [error.message]
         for line in lines:
-            error_console.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+            error_console.print(f"error: {line}", style="red")
         raise typer.Exit(1) from error
     except MeshError as error:
-        error_console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        error_console.print(f"error: {error}", style="red")
         raise typer.Exit(1) from error
 
 

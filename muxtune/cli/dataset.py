@@ -82,4 +82,4 @@ def _show(report: dataset_pb2.PreflightReport) -> None:
         f"{report.num_tokens_per_epoch} tokens, {report.num_target_tokens_per_epoch} of them bear loss."
     )
     for refused in report.refused_rows:
-        console.print(f"  line {refused.line}: {refused.reason}", markup=False)
+        console.print(f"  line {refused.line}: {refused.reason}")

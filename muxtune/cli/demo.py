@@ -94,7 +94,7 @@ def run_demo(data: Path) -> bool:
         clients = {tenant: Client(mesh.addresses["admission"], mesh.create_key(f"tenants/{tenant}"))
                    for tenant in ("harbour", "meadow", "quarry")}  # fmt: skip
         for service, address in mesh.addresses.items():
-            console.print(f"  {service:<11} {address}", highlight=False)
+            console.print(f"  {service:<11} {address}")
         work = jobs()
         resident = _train(mesh, clients, work)
         console.print(f"trained in {time.monotonic() - started:.0f} s since the start; asking the adapters ...")
@@ -185,7 +185,7 @@ def _answers(mesh: Mesh, data: Path, work: list[Job]) -> list[dict[str, object]]
     command = [sys.executable, "-m", "muxtune.cli.answers", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        console.print(done.stderr[-2000:], markup=False)
+        console.print(done.stderr[-2000:])
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
@@ -206,7 +206,7 @@ def _progress() -> Iterator[Callable[[list[Job]], None]]:
         for job in work:
             line = "  ".join(cell for cell in _progress_cells(job) if cell)
             if told.get(job.id) != line:
-                console.print(line, highlight=False, markup=False)
+                console.print(line)
             told[job.id] = line
 
     yield print_lines
@@ -264,9 +264,9 @@ def _report(
         f"({separate / max(1, shared):.1f} times)."
     )
     for job, answer in zip(work, answers, strict=False):
-        console.print(f"\n{job.tenant}/{job.id}: {job.prompt!r}", markup=False, highlight=False)
-        console.print(f"  before: {answer['before']}", markup=False, highlight=False)
-        console.print(f"  after:  {answer['after']}", markup=False, highlight=False)
+        console.print(f"\n{job.tenant}/{job.id}: {job.prompt!r}")
+        console.print(f"  before: {answer['before']}")
+        console.print(f"  after:  {answer['after']}")
     console.print(f"\nadapters: {data / 'adapters'}   trace: {data / 'traces' / 'spans.jsonl'}   logs: {data / 'logs'}")
 
 

@@ -23,8 +23,8 @@ def create(
         answer = key_pb2_grpc.KeyServiceStub(channel).CreateApiKey(request, timeout=30, metadata=metadata)
         if json:
             return print_json([answer])
-        console.print(f"{answer.key.tenant}, key {answer.key.id}; keep this, it is not shown again:", highlight=False)
-        console.print(answer.secret, highlight=False, soft_wrap=True)
+        console.print(f"{answer.key.tenant}, key {answer.key.id}; keep this, it is not shown again:")
+        console.print(answer.secret)
 
 
 @app.command(epilog="Example: muxtune key ls --tenant acme")
@@ -57,7 +57,7 @@ def revoke(id: str, data: DataOption = DEFAULT_DATA) -> None:
     with operator_channel(data, "admission") as (channel, metadata), raising():
         request = key_pb2.RevokeApiKeyRequest(id=id)
         answer = key_pb2_grpc.KeyServiceStub(channel).RevokeApiKey(request, timeout=30, metadata=metadata)
-        console.print(f"key {answer.key.id} of {answer.key.tenant} is revoked", highlight=False)
+        console.print(f"key {answer.key.id} of {answer.key.tenant} is revoked")
 
 
 def _name(tenant: str) -> str:

@@ -80,10 +80,10 @@ def _backbones(options: list[str] | None) -> dict[str, Path]:
 
 def _announce(mesh: Mesh) -> None:
     for service, address in mesh.addresses.items():
-        console.print(f"  {service:<11} {address}", highlight=False)
+        console.print(f"  {service:<11} {address}")
     console.print("All healthy. A client needs:", style="green")
-    console.print(f"  export MUXTUNE_ADDRESS={mesh.addresses['admission']}", highlight=False, soft_wrap=True)
-    console.print(f"  export MUXTUNE_API_KEY={mesh.api_key}", highlight=False, soft_wrap=True)
+    console.print(f"  export MUXTUNE_ADDRESS={mesh.addresses['admission']}")
+    console.print(f"  export MUXTUNE_API_KEY={mesh.api_key}")
     console.print(f"Logs in {mesh.data / 'logs'}; Ctrl-C stops.")
 
 
@@ -94,7 +94,7 @@ def _watch(mesh: Mesh) -> None:
         time.sleep(1)
         for service, code in mesh.dead_services().items():
             tail = mesh.log_of(service).read_text(errors="replace").splitlines()[-3:]
-            error_console.print(f"{service} ended with status {code}: " + " | ".join(tail), markup=False)
+            error_console.print(f"{service} ended with status {code}: " + " | ".join(tail))
             restarts += 1
             if restarts > _MAX_RESTARTS:
                 error_console.print(f"error: {_MAX_RESTARTS} restarts were not enough: giving up")

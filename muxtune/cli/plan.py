@@ -23,7 +23,7 @@ def show(data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
         if json:
             return print_json([answer])
         for executor in answer.executors:
-            console.print(f"{executor.executor}, plan {executor.version}", highlight=False)
+            console.print(f"{executor.executor}, plan {executor.version}")
             for index, htask in enumerate(executor.htasks):
                 console.print(
                     f"  hTask {index}: {len(htask.tasks)} tasks, {htask.token_budget} tokens a microbatch, "

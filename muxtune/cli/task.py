@@ -64,7 +64,7 @@ def create(
         task = client.create_task(spec, id)
         if json:
             return print_json([task])
-        console.print(task.name, highlight=False)
+        console.print(task.name)
         _print_estimate(task.estimate, False)
 
 
@@ -93,7 +93,7 @@ def show(name: NameArgument, data: DataOption = DEFAULT_DATA, json: JsonOption =
         task = client.get_task(name)
         if json:
             return print_json([task])
-        console.print(str(task), markup=False, highlight=False)
+        console.print(str(task))
 
 
 @app.command(epilog="Example: muxtune task watch tenants/default/tasks/replies --after 12")
@@ -109,7 +109,7 @@ def watch(
             if json:
                 print_json([event])
             else:
-                console.print(f"{event.sequence:>5} {describe(event)}", highlight=False, markup=False)
+                console.print(f"{event.sequence:>5} {describe(event)}")
         if client.get_task(name).state != task_pb2.TASK_STATE_SUCCEEDED:
             raise typer.Exit(1)
 
@@ -121,7 +121,7 @@ def cancel(name: NameArgument, data: DataOption = DEFAULT_DATA, json: JsonOption
         task = client.cancel_task(name)
         if json:
             return print_json([task])
-        console.print(f"{task.name} is {state_name(task.state)}", highlight=False)
+        console.print(f"{task.name} is {state_name(task.state)}")
 
 
 def describe(event: task_pb2.TaskEvent) -> str:

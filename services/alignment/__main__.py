@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,15 @@ from services.auth import mesh_authenticator
 from services.config import ServerSettings, from_environment
 from services.server import serve
 
+_BETWEEN = re.compile(r",(?=[A-Za-z0-9._-]+=)")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentSettings(ServerSettings):
-    """`backbones`: NAME=FOLDER, comma separated; folders as services.execution.prepare leaves them."""
+    """`backbones`: NAME=FOLDER, comma separated; folders as services.execution.prepare leaves them.
+
+    A comma separates only where NAME= follows: a folder's own name may have commas.
+    """
 
     artifact_url: str
     backbones: str
@@ -27,7 +33,7 @@ class AlignmentSettings(ServerSettings):
     tokenized_cache_bytes: int = 1 << 30
 
     def backbone_folders(self) -> dict[str, Path]:
-        pairs = (entry.partition("=") for entry in self.backbones.split(",") if entry)
+        pairs = (entry.partition("=") for entry in _BETWEEN.split(self.backbones) if entry)
         return {name: Path(folder) for name, _, folder in pairs}
 
 

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,12 +202,18 @@ def start_up(data: Path, tiny: Path) -> "subprocess.Popen[str]":
 
 
 def read_until(process: "subprocess.Popen[str]", words: str) -> list[str]:
+    """Kills the process after two minutes: what it did say is then in the failure."""
     assert process.stdout is not None
     lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if words in line:
-            return lines
+    late = threading.Timer(120, process.kill)
+    late.start()
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if words in line:
+                return lines
+    finally:
+        late.cancel()
     raise AssertionError("".join(lines))
 
 
@@ -234,21 +241,22 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda n: n.name)
 def test_up_ends_with_all_its_services(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
-    up = start_up(tmp_path / "data", tiny)
-    lines = read_until(up, "Ctrl-C stops")
+    data = tmp_path / ("a folder [with] a name longer than a line of eighty columns, as those of a CI are" + "." * 20)
+    up = start_up(data, tiny)
+    lines = read_until(up, f"Logs in {data / 'logs'}; Ctrl-C stops.")
     services = descendants(up.pid)
     assert len(services) == 5  # four services, and the trainer
     if number is signal.SIGINT:
         listens = "".join(lines)
-        state = read_state(tmp_path / "data")
+        state = read_state(data)
         assert all(address in listens for address in state["addresses"].values())
-        assert stat.S_IMODE((tmp_path / "data" / "mesh.json").stat().st_mode) == 0o600
-        second = start_up(tmp_path / "data", tiny)
+        assert stat.S_IMODE((data / "mesh.json").stat().st_mode) == 0o600
+        second = start_up(data, tiny)
         assert f"process {up.pid}" in read_until(second, "error: ")[-1]
         assert second.wait(30) == 1
     up.send_signal(number)
     code = up.wait(60)
     assert code == (-signal.SIGKILL if number is signal.SIGKILL else 0)
     wait_gone(services)
-    with (tmp_path / "data" / "lock").open() as lock:
+    with (data / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free for the next start
