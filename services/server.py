@@ -64,6 +64,7 @@ async def serve(
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
     address = _bind(server, settings.listen)
+    await _announce(health, names, health_pb2.HealthCheckResponse.NOT_SERVING)  # it would say SERVING before it is
     await server.start()
     stopping = stopping or asyncio.Event()
     try:

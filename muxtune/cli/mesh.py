@@ -204,8 +204,7 @@ class Mesh:
         deadline = time.monotonic() + _READY_SECONDS
         for service in START_ORDER:
             while not _is_serving(self.addresses[service]):
-                if dead := self.dead_services():
-                    raise MeshError("; ".join(self._epitaph(name, code) for name, code in dead.items()))
+                self._refuse_dead()
                 if time.monotonic() > deadline:
                     raise MeshError(
                         f"{service} is not healthy after {_READY_SECONDS:.0f} s: see {self.log_of(service)}"
@@ -216,9 +215,14 @@ class Mesh:
         deadline = time.monotonic() + _READY_SECONDS
         with Client(self.addresses["admission"], self.api_key) as client:
             while not any(backbone.num_executors for backbone in client.list_backbones()):
+                self._refuse_dead()
                 if time.monotonic() > deadline:
                     raise MeshError(f"the executor did not register: see {self.log_of('execution')}")
                 time.sleep(0.1)
+
+    def _refuse_dead(self) -> None:
+        if dead := self.dead_services():
+            raise MeshError("; ".join(self._epitaph(name, code) for name, code in dead.items()))
 
     def _epitaph(self, service: str, code: int) -> str:
         lines = self.log_of(service).read_text(errors="replace").splitlines()[-5:]

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import BloomConfig, BloomForCausalLM
 from typer.testing import CliRunner, Result
 
 from engine.errors import FieldViolation, InvalidInputError, PermissionDeniedError
@@ -260,3 +262,11 @@ def test_up_ends_with_all_its_services(tiny: Path, tmp_path: Path, number: signa
     wait_gone(services)
     with (data / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free for the next start
+
+
+def test_up_refuses_a_backbone_it_cannot_train_exactly(tiny: Path, tmp_path: Path) -> None:
+    bloom = shutil.copytree(tiny, tmp_path / "bloom", ignore=shutil.ignore_patterns("*.safetensors"))
+    BloomForCausalLM(BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4)).save_pretrained(bloom)
+    up = start_up(tmp_path / "data", bloom)
+    assert "BloomForCausalLM cannot be trained exactly" in read_until(up, "error: ")[-1]
+    assert up.wait(60) == 1
