@@ -36,11 +36,12 @@ from peft import PeftModel
 from engine.alignment.dataset import TokenizedDataset
 from engine.alignment.microbatch import Microbatch
 from engine.alignment.packing import Member, one_round
+from engine.methods import Lora
 from engine.results import StepResult
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
 from engine.runtime.task_run import Assignment
-from engine.task import Lora, LrSchedule, TaskSpec, Training
+from engine.task import LrSchedule, TaskSpec, Training
 from services.execution.prepare import prepare
 
 CAPS = (64, 64, 128, 128, 256, 256)

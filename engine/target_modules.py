@@ -12,22 +12,24 @@ from engine.errors import InvalidInputError
 ALL_LINEAR = "all-linear"
 
 
-def matching_modules(targets: Sequence[str], adaptable: Iterable[str]) -> list[str]:
-    """The names in `adaptable` that `targets` take, in the backbone's order.
+def matching_modules(
+    targets: Sequence[str], adaptable: Iterable[str], field: str = "spec.lora.target_modules"
+) -> list[str]:
+    """The names in `adaptable` that `targets` take, in the backbone's order. `field` is what a refusal names.
 
     Raises InvalidInputError, naming the target and what exists, if one matches nothing.
     """
     names = list(adaptable)
     if not targets:
-        raise _refusal("is empty: name at least one module", names)
+        raise _refusal("is empty: name at least one module", names, field)
     if ALL_LINEAR in targets:
         if len(targets) > 1:
-            raise _refusal(f'"{ALL_LINEAR}" stands alone or not at all', names)
+            raise _refusal(f'"{ALL_LINEAR}" stands alone or not at all', names, field)
         return names
     for target in targets:
-        if not any(_matches(target, name) for name in names):
-            raise _refusal(f'"{target}" matches no adaptable module of the backbone', names)
-    return [name for name in names if any(_matches(target, name) for target in targets)]
+        if not any(matches(target, name) for name in names):
+            raise _refusal(f'"{target}" matches no adaptable module of the backbone', names, field)
+    return [name for name in names if any(matches(target, name) for target in targets)]
 
 
 def suffixes(names: Iterable[str]) -> list[str]:
@@ -35,10 +37,11 @@ def suffixes(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def _matches(target: str, name: str) -> bool:
+def matches(target: str, name: str) -> bool:
+    """By full name or by dotted suffix."""
     return name == target or name.endswith("." + target)
 
 
-def _refusal(what: str, names: Sequence[str]) -> InvalidInputError:
+def _refusal(what: str, names: Sequence[str], field: str) -> InvalidInputError:
     known = ", ".join(suffixes(names))
-    return InvalidInputError.of_field("spec.lora.target_modules", f'{what}; it has {known}, or "{ALL_LINEAR}"')
+    return InvalidInputError.of_field(field, f'{what}; it has {known}, or "{ALL_LINEAR}"')

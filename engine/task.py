@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from engine.errors import IllegalTransitionError
+from engine.methods import Method
 
 
 class TaskState(enum.Enum):
@@ -43,23 +44,6 @@ def check_transition(task: str, current: TaskState, following: TaskState) -> Non
         raise IllegalTransitionError(
             f"{task} is {current.name} and cannot become {following.name}", task=task, state=current.name
         )
-
-
-@dataclass(frozen=True)
-class Lora:
-    """LoRA (Hu et al., arXiv 2106.09685): y += (alpha / rank) * dropout(x) @ A.T @ B.T.
-
-    `target_modules` are read as PEFT reads a list: a module matches by its full name or by a dotted suffix;
-    the single entry "all-linear" takes every adaptable operator of the backbone but its output head.
-    """
-
-    rank: int
-    alpha: float
-    target_modules: tuple[str, ...]
-    dropout: float = 0.0
-
-
-Method = Lora  # a union as methods join; one file a method in engine/peft
 
 
 class Optimizer(enum.Enum):

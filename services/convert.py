@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range, Segment
 from engine.errors import FieldViolation, InvalidInputError
-from engine.planning.plan import BackboneView, ExecutorView, Explanation, HTask, Site, TaskView
+from engine.methods import Site, SiteKind
+from engine.planning.plan import BackboneView, ExecutorView, Explanation, HTask, TaskView
 from engine.results import EvaluationResult, StepResult
-from engine.task import Lora, LrSchedule, Optimizer, Overlength, TaskSpec, TaskState, Training
+from engine.task import LrSchedule, Optimizer, Overlength, TaskSpec, TaskState, Training
 from muxtune.v1 import alignment_pb2, dataset_pb2, ledger_pb2, plan_pb2, task_pb2
+from services.method_convert import method_to_domain, method_to_proto
 
 if TYPE_CHECKING:
     from engine.alignment.preflight import Preflight
@@ -47,18 +49,13 @@ def state_to_domain(state: int) -> TaskState:
 def spec_to_domain(spec: task_pb2.TaskSpec, path: str = "spec") -> TaskSpec:
     """The spec with the protos' defaults filled in. Raises InvalidInputError naming every wrong field at once."""
     wrong: list[FieldViolation] = []
-    if spec.WhichOneof("method") != "lora":
-        wrong.append(FieldViolation(f"{path}.method", "is missing: set lora"))
+    method = method_to_domain(spec, path, wrong)
     training = _training(spec.training, f"{path}.training", wrong)
     _refuse(wrong)
+    assert method is not None
     return TaskSpec(
         backbone=spec.backbone,
-        method=Lora(
-            rank=spec.lora.rank,
-            alpha=spec.lora.alpha or float(spec.lora.rank),
-            target_modules=tuple(spec.lora.target_modules),
-            dropout=spec.lora.dropout,
-        ),
+        method=method,
         dataset=spec.dataset,
         training=training,
         dataset_version=spec.dataset_version,
@@ -119,15 +116,9 @@ def _choice(table: Mapping[int, E], value: int, path: str, wrong: list[FieldViol
 
 def spec_to_proto(spec: TaskSpec) -> task_pb2.TaskSpec:
     """`spec_to_domain` of it is `spec` again."""
-    lora = task_pb2.Lora(
-        rank=spec.method.rank,
-        alpha=spec.method.alpha,
-        target_modules=spec.method.target_modules,
-        dropout=spec.method.dropout,
-    )
     return task_pb2.TaskSpec(
+        **{spec.method.name: method_to_proto(spec.method)},
         backbone=spec.backbone,
-        lora=lora,
         dataset=spec.dataset,
         dataset_version=spec.dataset_version,
         training=training_to_proto(spec.training),
@@ -269,6 +260,21 @@ def evaluation_to_proto(result: EvaluationResult) -> task_pb2.Evaluated:
     return task_pb2.Evaluated(step=result.step, loss=result.loss, target_tokens=result.num_target_tokens)
 
 
+def site_to_module(site: Site) -> plan_pb2.AdaptableModule:
+    return plan_pb2.AdaptableModule(
+        name=site.name,
+        in_features=site.in_features,
+        out_features=site.out_features,
+        kind=plan_pb2.ModuleKind.Value(f"MODULE_KIND_{site.kind.name}"),
+        has_bias=site.has_bias,
+    )
+
+
+def module_to_site(module: plan_pb2.AdaptableModule) -> Site:
+    kind = SiteKind.NORM if module.kind == plan_pb2.MODULE_KIND_NORM else SiteKind.LINEAR
+    return Site(module.name, module.in_features, module.out_features, kind, module.has_bias)
+
+
 def backbone_to_view(backbone: plan_pb2.Backbone) -> BackboneView:
     return BackboneView(
         name=backbone.name,
@@ -279,7 +285,7 @@ def backbone_to_view(backbone: plan_pb2.Backbone) -> BackboneView:
         max_sequence_tokens=backbone.max_sequence_tokens,
         weight_bytes=backbone.weight_bytes,
         dtype=backbone.dtype,
-        sites=tuple(Site(m.name, m.in_features, m.out_features) for m in backbone.adaptable_modules),
+        sites=tuple(module_to_site(module) for module in backbone.adaptable_modules),
     )
 
 

@@ -1,47 +1,125 @@
 """The unified representation of PEFT methods: BaseOp, Adapter, Dispatch, Aggregate (MuxTune section 3.2).
 
-A mounted BaseOp dispatches each task's tokens to that task's Adapter and aggregates what it computes into the output.
-A method is one file with one Adapter class: how it is parameterised at one operator, and how a microbatch's uses of it
-join the operator's output. Legend: T tokens, K inputs, N outputs.
+A mounted module dispatches each task's tokens to that task's Adapter and aggregates what it computes into the output. A
+method is one file with one Adapter class, which overrides the hooks it needs: `before` (what the operator reads),
+`low_rank` (what the fused kernel adds), `after` (what becomes of the output).
+Legend: L tokens of one span, K inputs, N outputs.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
+from peft import PeftConfig
+from torch import nn
 
+from engine.kernels.dropout import keep_mask, keep_scale
+from engine.kernels.multi_lora import LoraUse
+from engine.methods import Site
 from engine.peft.layout import TaskSpan
+
+Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class BaseOp:
-    """A frozen linear operator: y = x W + b."""
+    """A frozen module of the backbone. A linear operator is y = x W + b; others have their `module` alone."""
 
-    name: str  # full name in the backbone
-    site: int  # its index among the adaptable operators: part of the dropout key
+    site: Site
+    index: int  # among the mounted modules of its kind: part of the dropout key
+    module: nn.Module
     weight_KN: torch.Tensor
-    bias_N: torch.Tensor | None
-    is_conv1d: bool  # GPT-2's transposed linear
+    bias_N: torch.Tensor | None = None
+    is_conv1d: bool = False  # GPT-2's transposed linear
+
+    @property
+    def name(self) -> str:
+        return self.site.name
 
     @property
     def in_features(self) -> int:
-        return int(self.weight_KN.shape[0])
+        return self.site.in_features
 
     @property
     def out_features(self) -> int:
-        return int(self.weight_KN.shape[1])
+        return self.site.out_features
 
 
 class Adapter(ABC):
-    """One task's parameters at one operator. `tensors` are views of the task's flat parameter buffer."""
+    """One task's parameters at one module. `tensors` are views of the task's flat parameter buffer.
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    Hooks get one span's tokens and must not write to what they get.
+    """
+
+    def __init__(self, method: Any, op: BaseOp, seed: int, tensors: Tensors) -> None:
+        self.method, self.op, self.seed = method, op, seed
         self.tensors = dict(tensors)
 
     @classmethod
+    def build(cls, method: Any, ops: Sequence[BaseOp], seed: int, tensors: Mapping[str, Tensors]) -> dict[str, Self]:
+        """The adapters of a task by module, initialised."""
+        adapters = {op.name: cls(method, op, seed, tensors[op.name]) for op in ops}
+        with torch.no_grad():
+            for adapter in adapters.values():
+                adapter.initialise()
+        return adapters
+
     @abstractmethod
-    def aggregate(
-        cls, op: BaseOp, x_TK: torch.Tensor, uses: Sequence[tuple[TaskSpan, "Adapter"]], training: bool
-    ) -> torch.Tensor:
-        """The operator's output [T, N] with every use's contribution on its own span."""
+    def initialise(self) -> None:
+        """Fills `tensors`, keyed by (task seed, module) alone."""
+
+    def before(self, x_LK: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:
+        """What the operator reads instead of x."""
+        return x_LK
+
+    def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, torch.Tensor, torch.Tensor] | None:
+        """(where and how, A [R, K], B [N, R]) for the fused kernel, or nothing."""
+        return None
+
+    def after(self, x_LK: torch.Tensor, y_LN: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:
+        """What the operator answers instead of y."""
+        return y_LN
+
+    @classmethod
+    @abstractmethod
+    def config(cls, method: Any, ops: Sequence[BaseOp], common: Mapping[str, Any]) -> PeftConfig | dict[str, Any]:
+        """The adapter_config.json of a task on `ops`: PEFT's own, or a dict in muxtune's format (see docs/ADAPTERS.md).
+
+        `common`: `target_modules`, `fan_in_fan_out`, `inference_mode`, `base_model_name_or_path`, `task_type`.
+        """
+
+    def exported(self, in_peft: bool) -> dict[str, torch.Tensor]:
+        """Tensors by name in the file, the module's own name left out; `in_peft`: the format is PEFT's."""
+        return dict(self.tensors)
+
+    @property
+    def is_target(self) -> bool:
+        """Whether its module stands among the config's `target_modules`."""
+        return True
+
+    @classmethod
+    def shared(cls, adapters: Sequence["Adapter"]) -> dict[str, torch.Tensor]:
+        """Frozen tensors that the file holds beside those of single modules, by their whole name."""
+        return {}
+
+    @property
+    def rewrites_input(self) -> bool:
+        return type(self).before is not Adapter.before
+
+    @property
+    def rewrites_output(self) -> bool:
+        return type(self).after is not Adapter.after
+
+
+def lora_use(op: BaseOp, seed: int, span: TaskSpan, training: bool, scale: float, dropout: float) -> LoraUse:
+    """Where on the stream, at which scale, under which mask: keyed by (task seed, step, module, position)."""
+    if not training or dropout == 0:
+        return LoraUse(span.start, span.end, scale)
+
+    def mask() -> torch.Tensor:
+        kept = keep_mask(seed, span.step, op.index, span.positions_L, op.in_features, dropout)
+        return kept.to(op.weight_KN.device)
+
+    return LoraUse(span.start, span.end, scale, mask, keep_scale(dropout))

@@ -1,12 +1,16 @@
 """Where each task's tokens lie in the microbatch being run. One object, owned by the backbone, read by every
 mounted operator: there is no module-level state."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range
+
+A = TypeVar("A")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,10 @@ class Layout:
     spans: tuple[TaskSpan, ...] = ()
     training: bool = False
     tasks: frozenset[str] = field(default=frozenset())
+
+    def uses(self, adapters: Mapping[str, A]) -> list[tuple[TaskSpan, A]]:
+        """The spans of the tasks that have an adapter in `adapters`, in the stream's order."""
+        return [(span, adapters[span.task]) for span in self.spans if span.task in adapters]
 
     def set(self, microbatch: Microbatch, resident: frozenset[str]) -> None:
         """Lays out `microbatch`; ranges of tasks that are not resident run through the bare backbone."""

@@ -1,63 +1,115 @@
-"""LoRA (arXiv 2106.09685): y += (alpha / rank) * dropout(x) A^T B^T, initialised as PEFT does: A uniform, B zero.
+"""LoRA (arXiv 2106.09685): y += scale * dropout(x) A^T B^T, initialised as PEFT does: A uniform, B zero.
 
-Legend: T tokens, K inputs, N outputs, R rank.
+With a magnitude m (DoRA, arXiv 2402.09353), as PEFT computes it:
+    y = x W + b + (m / n - 1) * drop(x) W + (m / n) * scale * drop(x) A^T B^T,  n = ||W + scale * B A|| by output
+where n bears no gradient. n is never computed from the dense sum:
+    n^2 = ||W||^2 + 2 scale * (B A W^T) + scale^2 * (B A A^T B^T), by output: O(N K R) and no [N, K] buffer.
+
+Legend: L tokens of one span, K inputs, N outputs, R rank.
 """
 
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any
 
 import torch
+from peft import LoraConfig
 
-from engine.kernels.dropout import keep_mask, keep_scale
-from engine.kernels.multi_lora import LoraUse, multi_lora
-from engine.peft.adapter import Adapter, BaseOp
+from engine.kernels.multi_lora import LoraUse
+from engine.methods import Lora
+from engine.peft.adapter import Adapter, BaseOp, Tensors, lora_use
 from engine.peft.layout import TaskSpan
-from engine.task import Lora
-
-
-def shapes(method: Lora, op: BaseOp) -> dict[str, tuple[int, int]]:
-    """Names and shapes of the method's parameters at `op`, as PEFT names them."""
-    return {"lora_A": (method.rank, op.in_features), "lora_B": (op.out_features, method.rank)}
-
-
-@torch.no_grad()
-def initialise(method: Lora, op: BaseOp, seed: int, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A uniform in +-1/sqrt(K) (kaiming_uniform with a = sqrt(5), as PEFT), keyed by (task seed, operator); B zero."""
-    digest = hashlib.sha256(f"{seed}/{op.name}/lora_A".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    bound = 1 / math.sqrt(op.in_features)
-    fresh = torch.empty(tensors["lora_A"].shape).uniform_(-bound, bound, generator=generator)
-    tensors["lora_A"].copy_(fresh)
-    tensors["lora_B"].zero_()
+from engine.peft.selective import VectorCopy
 
 
 class LoraAdapter(Adapter):
-    """A and B of one task at one operator."""
+    """A and B of one task at one operator; where the method trains biases, also at modules without A and B."""
 
-    def __init__(self, method: Lora, seed: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        super().__init__(tensors)
-        self.scale = method.alpha / method.rank
-        self.dropout = method.dropout
-        self.seed = seed
+    method: Lora
+
+    def __init__(self, method: Lora, op: BaseOp, seed: int, tensors: Tensors) -> None:
+        super().__init__(method, op, seed, tensors)
+        self.scale = method.scale_of(op.name)
+        self.bias = VectorCopy(op, self.tensors) if "bias" in self.tensors else None
+        self.magnitude_N = self.tensors.get("lora_magnitude_vector")
+
+    def initialise(self) -> None:
+        """A uniform in +-1/sqrt(K) (kaiming_uniform with a = sqrt(5), as PEFT); B zero; the magnitude W's own norms."""
+        if "lora_A" in self.tensors:
+            uniform_(self.tensors["lora_A"], 1 / math.sqrt(self.op.in_features), self.seed, f"{self.op.name}/lora_A")
+            self.tensors["lora_B"].zero_()
+        if self.magnitude_N is not None:
+            self.magnitude_N.copy_(self.op.weight_KN.float().norm(dim=0))
+        if self.bias is not None:
+            self.bias.initialise()
+
+    def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, torch.Tensor, torch.Tensor] | None:
+        if "lora_A" not in self.tensors:
+            return None
+        use = lora_use(self.op, self.seed, span, training, self.scale, self.method.dropout)
+        return use, self.tensors["lora_A"], self.tensors["lora_B"]
+
+    @property
+    def rewrites_output(self) -> bool:
+        return self.bias is not None or self.magnitude_N is not None
+
+    def after(self, x_LK: torch.Tensor, y_LN: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:
+        if self.magnitude_N is not None:
+            y_LN = self._with_magnitude(x_LK, y_LN, span, training)
+        return y_LN if self.bias is None else self.bias.apply(x_LK, y_LN)
+
+    def _with_magnitude(self, x_LK: torch.Tensor, y_LN: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:
+        """y is x W + b + scale * drop(x) A^T B^T so far. With dropout, drop(x) W is the one product to be run anew."""
+        assert self.magnitude_N is not None
+        ratio_N = (self.magnitude_N / self._norms()).to(y_LN.dtype)
+        use = lora_use(self.op, self.seed, span, training, self.scale, self.method.dropout)
+        if use.keep_mask is None:
+            bias_N = 0 if self.op.bias_N is None else self.op.bias_N
+            return (y_LN - bias_N) * ratio_N + bias_N
+        dropped_LK = torch.where(use.keep_mask(), x_LK, 0) * use.keep_scale
+        a_RK, b_NR = (self.tensors[name].to(x_LK.dtype) for name in ("lora_A", "lora_B"))
+        adapted_LN = dropped_LK @ self.op.weight_KN + self.scale * (dropped_LK @ a_RK.T) @ b_NR.T
+        return y_LN + (ratio_N - 1) * adapted_LN
+
+    @torch.no_grad()
+    def _norms(self) -> torch.Tensor:
+        a_RK, b_NR = self.tensors["lora_A"], self.tensors["lora_B"]
+        weight_KN = self.op.weight_KN.to(a_RK.dtype)
+        cross_N = ((a_RK @ weight_KN).T * b_NR).sum(dim=1)
+        square_N = ((b_NR @ (a_RK @ a_RK.T)) * b_NR).sum(dim=1)
+        squares_N = weight_KN.square().sum(dim=0) + 2 * self.scale * cross_N + self.scale**2 * square_N
+        return squares_N.sqrt()
 
     @classmethod
-    def aggregate(
-        cls, op: BaseOp, x_TK: torch.Tensor, uses: Sequence[tuple[TaskSpan, Adapter]], training: bool
-    ) -> torch.Tensor:
-        loras = [(span, cast(LoraAdapter, adapter)) for span, adapter in uses]
-        factors = [lora.tensors[name] for _, lora in loras for name in ("lora_A", "lora_B")]
-        return multi_lora(
-            x_TK, op.weight_KN, op.bias_N, [lora._use(op, span, training) for span, lora in loras], factors
+    def config(cls, method: Lora, ops: Sequence[BaseOp], common: Mapping[str, Any]) -> LoraConfig:
+        return LoraConfig(
+            r=method.rank,
+            lora_alpha=method.alpha,
+            lora_dropout=method.dropout,
+            use_rslora=method.use_rslora,
+            use_dora=method.use_dora,
+            rank_pattern=dict(method.rank_pattern),
+            alpha_pattern=dict(method.alpha_pattern),
+            bias=method.bias.value,
+            **common,
         )
 
-    def _use(self, op: BaseOp, span: TaskSpan, training: bool) -> LoraUse:
-        if not training or self.dropout == 0:
-            return LoraUse(span.start, span.end, self.scale)
+    def exported(self, in_peft: bool) -> dict[str, torch.Tensor]:
+        names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": "lora_magnitude_vector"}
+        names["bias"] = "base_layer.bias" if "lora_A" in self.tensors else "bias"
+        return {names[name]: tensor for name, tensor in self.tensors.items()}
 
-        def mask() -> torch.Tensor:
-            kept = keep_mask(self.seed, span.step, op.site, span.positions_L, op.in_features, self.dropout)
-            return kept.to(op.weight_KN.device)
+    @property
+    def is_target(self) -> bool:
+        return "lora_A" in self.tensors
 
-        return LoraUse(span.start, span.end, self.scale, mask, keep_scale(self.dropout))
+
+def uniform_(tensor: torch.Tensor, bound: float, seed: int, key: str) -> None:
+    """Fills in place, uniform in [-bound, bound], from (seed, key) alone: the same on any device."""
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator))
+
+
+ADAPTER = LoraAdapter

@@ -3,11 +3,12 @@
 Legend: T tokens of a microbatch, L tokens of the longest sequence.
 """
 
+import math
 from collections.abc import Iterable
 
 from engine.errors import WillNeverFitError
+from engine.methods import SiteKind
 from engine.planning.plan import BackboneView, ExecutorView
-from engine.target_modules import matching_modules
 from engine.task import Optimizer, TaskSpec
 
 _SLACK = 1.1  # allocator and workspaces, on what is not weights
@@ -16,17 +17,17 @@ _GIB = 1 << 30
 
 
 def adapter_bytes(spec: TaskSpec, backbone: BackboneView) -> int:
-    """Parameters, gradients and optimizer moments of one task, float32: rank * (in + out) at each site."""
-    sites = {site.name: site for site in backbone.sites}
-    names = matching_modules(spec.method.target_modules, sites)
-    count = sum(spec.method.rank * (sites[n].in_features + sites[n].out_features) for n in names)
+    """Parameters, gradients and optimizer moments of one task, float32, and what its method keeps frozen beside."""
+    shapes = spec.method.shapes(backbone.sites)
+    count = sum(math.prod(shape) for tensors in shapes.values() for shape in tensors.values())
     moments = 2 if spec.training.optimizer is Optimizer.ADAMW else int(spec.training.momentum > 0)
-    return count * 4 * (2 + moments)
+    return count * 4 * (2 + moments) + 4 * spec.method.num_frozen(backbone.sites)
 
 
 def activation_bytes(backbone: BackboneView, num_tokens: int) -> int:
     """Kept for backward, by layer: the inputs and outputs of its operators and the two norms, for T tokens."""
-    widths = sum(site.in_features + site.out_features for site in backbone.sites)
+    linear = [site for site in backbone.sites if site.kind is SiteKind.LINEAR]
+    widths = sum(site.in_features + site.out_features for site in linear)
     per_token = widths + 6 * backbone.num_layers * backbone.hidden_size
     return int(_SLACK * num_tokens * per_token * backbone.element_bytes) + _LOGITS_CHUNK_BYTES
 

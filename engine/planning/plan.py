@@ -3,16 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from engine.methods import Site
 from engine.task import TaskSpec
-
-
-@dataclass(frozen=True)
-class Site:
-    """A linear operator that an adapter can be mounted on."""
-
-    name: str
-    in_features: int
-    out_features: int
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from engine.alignment.microbatch import Microbatch
 from engine.errors import BackboneUnsupportedError
 from engine.kernels.segment_cross_entropy import Head
 from engine.peft.layout import Layout
-from engine.peft.mounted import mount_all
+from engine.peft.mounted import Mounted, mount_linears, mount_norms
 from engine.runtime import attention
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -38,7 +38,9 @@ class Backbone:
         self.model.set_attn_implementation(attention.NAME)
         self.shadow.set_attn_implementation(_plain_attention(self.shadow))
         self.layout = Layout()
-        self.operators = mount_all(self.model, self.layout)
+        self.operators = mount_linears(self.model, self.layout)
+        self.mounted: dict[str, Mounted] = {**self.operators, **mount_norms(self.model, self.layout)}
+        self.sites = tuple(mounted.op.site for mounted in self.mounted.values())
         softcap = getattr(model.config, "final_logit_softcapping", None)
         self.head = Head(self.model.get_output_embeddings(), softcap)
         self._refuse_what_is_not_exact()

@@ -1,7 +1,8 @@
 """A task between two steps, as bytes: resuming from it continues bit for bit.
 
 Format: `state.safetensors` holds every adapter tensor under `parameters.<operator>.<tensor>` and the optimizer's flat
-vectors under `optimizer.<name>`; the metadata says the task, the step and the shapes' order. No pickle.
+vectors under `optimizer.<group>.<name>`, a group being the parameters of one learning rate; the metadata says the task,
+the step and the shapes' order. No pickle.
 """
 
 from dataclasses import dataclass, field
@@ -33,9 +34,7 @@ class CheckpointState:
     @classmethod
     def of(cls, run: "TaskRun") -> "CheckpointState":
         tensors = {f"parameters.{name}": tensor.detach() for name, tensor in run.tensors.items()}
-        for name, value in run.optimizer.state.get(run.parameters_P, {}).items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer.{name}"] = value
+        tensors |= {f"optimizer.{name}": value for name, value in run.optimizer_state().items()}
         copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         return cls(copies, {"task": run.assignment.task, "step": run.step})
 
@@ -54,7 +53,8 @@ class CheckpointState:
     def restore(self, run: "TaskRun") -> None:
         """Writes the state into a fresh run. Raises ArtifactCorruptError if its tensors are not the run's."""
         expected = {f"parameters.{name}": tuple(tensor.shape) for name, tensor in run.tensors.items()}
-        expected |= _optimizer_shapes(run) if self.step > 0 else {}
+        if self.step > 0:
+            expected |= {f"optimizer.{name}": shape for name, shape in run.optimizer_shapes().items()}
         found = {n: tuple(t.shape) for n, t in self.tensors.items()}
         if expected != found:
             odd = sorted(set(expected.items()) ^ set(found.items()))[:3]
@@ -63,15 +63,5 @@ class CheckpointState:
             tensor.copy_(self.tensors[f"parameters.{name}"])
         state = {n.removeprefix("optimizer."): t for n, t in self.tensors.items() if n.startswith("optimizer.")}
         if state:
-            device = run.parameters_P.device
-            moved = {n: t.clone() if n == "step" else t.to(device, copy=True) for n, t in state.items()}
-            run.optimizer.state[run.parameters_P] = moved
+            run.restore_optimizer(state)
         run.step = self.step
-
-
-def _optimizer_shapes(run: "TaskRun") -> dict[str, tuple[int, ...]]:
-    """What torch's AdamW or SGD keeps for the run's flat parameters once it has stepped."""
-    flat = tuple(run.parameters_P.shape)
-    if isinstance(run.optimizer, torch.optim.AdamW):
-        return {"optimizer.step": (), "optimizer.exp_avg": flat, "optimizer.exp_avg_sq": flat}
-    return {"optimizer.momentum_buffer": flat} if run.training.momentum else {}

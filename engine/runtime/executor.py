@@ -59,16 +59,16 @@ class Executor:
         if state is not None:
             state.restore(run)
         elif initial_adapter is not None:
-            export.load_adapter(initial_adapter, run)
+            export.load_adapter(initial_adapter, run, self.backbone)
         for name, adapter in run.adapters.items():
-            self.backbone.operators[name].adapters[assignment.task] = adapter
+            self.backbone.mounted[name].adapters[assignment.task] = adapter
         self.tasks[assignment.task] = run
 
     def detach(self, task: str) -> None:
         """Unmounts the task; its memory is given back. Tokens of it still in the stream run through the bare model."""
         run = self.tasks.pop(task)
         for name in run.adapters:
-            del self.backbone.operators[name].adapters[task]
+            del self.backbone.mounted[name].adapters[task]
 
     def checkpoint(self, task: str) -> CheckpointState:
         """A copy of the task between two steps: parameters, optimizer, step."""

@@ -1,9 +1,9 @@
-"""Adapters in PEFT's own format: written, loaded again by peft itself, and compared with the training model.
+"""Adapters as files, in PEFT's format where it has the method: written, loaded again as a tenant would, and compared.
 
 Legend: T probe tokens, V vocabulary.
 """
 
-import math
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
 from engine.errors import ExportMismatchError, InvalidInputError
+from engine.peft.table import adapter_class
 from engine.runtime.backbone import Backbone, sharing_copy
 from engine.target_modules import matching_modules, suffixes
-from engine.task import Lora
+from muxtune import adapters
+from muxtune.adapters import FORMAT_VERSION
 
 if TYPE_CHECKING:
     from engine.runtime.task_run import TaskRun
 
+CONFIG_AND_WEIGHTS = ("adapter_config.json", "adapter_model.safetensors")
 _PREFIX = "base_model.model."
 _PROBE_TOKENS = 16
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -40,9 +43,12 @@ class ExportReport:
 def export(backbone: Backbone, run: "TaskRun", folder: Path) -> ExportReport:
     """Writes adapter_config.json and adapter_model.safetensors. Raises ExportMismatchError if peft disagrees."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_peft_key(name): tensor.detach().cpu().contiguous() for name, tensor in run.tensors.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _peft_config(backbone, run).save_pretrained(folder)
+    config = _config(backbone, run)
+    save_file(_file_tensors(run, config), folder / CONFIG_AND_WEIGHTS[1], metadata={"format": "pt"})
+    if isinstance(config, PeftConfig):
+        config.save_pretrained(folder)
+    else:
+        (folder / CONFIG_AND_WEIGHTS[0]).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     difference, scale = _compare(backbone, run, folder)
     if not difference <= _TOLERANCE[backbone.dtype] * max(1.0, scale):
         raise ExportMismatchError(
@@ -54,16 +60,17 @@ def export(backbone: Backbone, run: "TaskRun", folder: Path) -> ExportReport:
 
 
 @torch.no_grad()
-def load_adapter(folder: Path, run: "TaskRun") -> None:
-    """Fills a fresh run with a PEFT folder's weights. Raises InvalidInputError, naming what does not fit."""
+def load_adapter(folder: Path, run: "TaskRun", backbone: Backbone) -> None:
+    """Fills a fresh run with a folder's weights. Raises InvalidInputError, naming what does not fit."""
     try:
-        found = load_file(folder / "adapter_model.safetensors")
-        config = LoraConfig.from_pretrained(folder)
-    except Exception as error:  # whatever peft raises for a folder that is no adapter
+        found = load_file(folder / CONFIG_AND_WEIGHTS[1])
+        config = json.loads((folder / CONFIG_AND_WEIGHTS[0]).read_text())
+        why = run.assignment.spec.method.misfit(config)
+    except Exception as error:  # whatever a folder that is no adapter makes of itself
         raise InvalidInputError.of_field("initial_adapter", f"cannot be read: {error}") from error
-    if why := _misfit(config, run.assignment.spec.method):
+    if why:
         raise InvalidInputError.of_field("initial_adapter", why)
-    expected = {_peft_key(name): tensor for name, tensor in run.tensors.items()}
+    expected = _file_tensors(run, _config(backbone, run))
     if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in expected.items()}:
         odd = sorted(set(found) ^ set(expected))[:3] or "shapes"
         raise InvalidInputError.of_field("initial_adapter", f"rank or target modules are not the task's: {odd}")
@@ -73,44 +80,36 @@ def load_adapter(folder: Path, run: "TaskRun") -> None:
         tensor.copy_(found[name])
 
 
-def _misfit(config: Any, method: Lora) -> str:
-    """Why an adapter computes something else than plain LoRA at the task's scale; empty: it does not."""
-    if not isinstance(config, LoraConfig):
-        return f"is of type {config.peft_type}, not LoRA"
-    plain = LoraConfig()
-    for name in ("use_rslora", "use_dora", "alpha_pattern", "bias", "lora_bias", "modules_to_save"):
-        if (value := getattr(config, name)) != getattr(plain, name):
-            return f"sets {name} = {value!r}, which is not plain LoRA"
-    if config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
-        return f"was initialised by {config.init_lora_weights!r}, which changes the backbone's own weights"
-    if config.r != method.rank or not isinstance(config.lora_alpha, int | float):
-        return f"has rank {config.r!r} and alpha {config.lora_alpha!r}, the task rank {method.rank}"
-    if not math.isclose(config.lora_alpha / config.r, method.alpha / method.rank):
-        ours = f"{method.alpha:g} / {method.rank}"
-        return f"scales by alpha / rank = {config.lora_alpha:g} / {config.r}, the task by {ours}"
-    return ""
+def _file_tensors(run: "TaskRun", config: PeftConfig | dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What the file holds, by name there: views of the run's own tensors where they are on the CPU."""
+    in_peft = isinstance(config, PeftConfig)
+    prefix = _PREFIX if in_peft else ""
+    own = {
+        f"{prefix}{site}.{name}": tensor.detach().cpu()
+        for site, adapter in run.adapters.items()
+        for name, tensor in adapter.exported(in_peft).items()
+    }
+    return own | type(next(iter(run.adapters.values()))).shared(list(run.adapters.values()))
 
 
-def _peft_key(name: str) -> str:
-    operator, _, factor = name.rpartition(".")
-    return f"{_PREFIX}{operator}.{factor}.weight"
-
-
-def _peft_config(backbone: Backbone, run: "TaskRun") -> LoraConfig:
-    method = run.assignment.spec.method
-    names = list(run.adapters)
+def _config(backbone: Backbone, run: "TaskRun") -> PeftConfig | dict[str, Any]:
+    ops = [adapter.op for adapter in run.adapters.values() if adapter.is_target]
+    names = [op.name for op in ops]
     short = suffixes(names)
-    is_exact = matching_modules(short, backbone.operators) == names  # else suffixes would take more than the task did
-    return LoraConfig(
-        r=method.rank,
-        lora_alpha=method.alpha,
-        lora_dropout=method.dropout,
-        target_modules=short if is_exact else names,
-        fan_in_fan_out=any(backbone.operators[name].op.is_conv1d for name in names),
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-        base_model_name_or_path=run.assignment.spec.backbone,
-    )
+    kinds = {op.site.kind for op in ops}
+    everything = [site.name for site in backbone.sites if site.kind in kinds]
+    is_exact = matching_modules(short, everything) == names  # else suffixes would take more than the task did
+    common: dict[str, Any] = {
+        "target_modules": short if is_exact else names,
+        "fan_in_fan_out": any(op.is_conv1d for op in ops),
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "base_model_name_or_path": run.assignment.spec.backbone,
+    }
+    config = adapter_class(run.assignment.spec.method).config(run.assignment.spec.method, ops, common)
+    if isinstance(config, PeftConfig):
+        return config
+    return {"base_model_name_or_path": common["base_model_name_or_path"], "format_version": FORMAT_VERSION, **config}
 
 
 @torch.no_grad()
@@ -126,9 +125,18 @@ def _compare(backbone: Backbone, run: "TaskRun", folder: Path) -> tuple[float, f
     targets_T = np.full(_PROBE_TOKENS, IGNORE, np.int32)
     probe = Microbatch(0, MicrobatchKind.EVALUATE, token_ids_T, targets_T, (whole,), True)
     ours_TV = backbone.head.logits(backbone.hidden(probe, frozenset({task})))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # a warning while loading is a wrong export
-        loaded = PeftModel.from_pretrained(sharing_copy(backbone.shadow), folder)
+    loaded = _loaded(sharing_copy(backbone.shadow), folder, isinstance(_config(backbone, run), PeftConfig))
     input_ids_1T = torch.from_numpy(token_ids_T).long().to(backbone.device).unsqueeze(0)
     theirs_TV = loaded(input_ids=input_ids_1T, use_cache=False).logits[0]
     return (ours_TV - theirs_TV).abs().max().item(), theirs_TV.abs().max().item()
+
+
+def _loaded(model: Any, folder: Path, in_peft: bool) -> Any:
+    """As the tenant will load it."""
+    if not in_peft:
+        adapters.load_adapter(model, folder)
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a warning while loading is a wrong export
+        warnings.filterwarnings("ignore", "Unsupported layer type")  # peft of every norm that is no nn.LayerNorm
+        return PeftModel.from_pretrained(model, folder)

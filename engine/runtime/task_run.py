@@ -4,16 +4,17 @@ All parameters of a task lie in one flat float32 buffer, adapters hold views of 
 checkpoint are each one operation on one vector, whatever the number of operators. Legend: P parameters of the task.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from engine.errors import NonFiniteError
-from engine.peft import lora
-from engine.peft.adapter import Adapter
+from engine.methods import Method, Shapes
+from engine.peft.table import adapter_class
 from engine.runtime.backbone import Backbone
 from engine.runtime.schedule import learning_rate
-from engine.target_modules import matching_modules
 from engine.task import Optimizer, TaskSpec, Training
 
 
@@ -41,7 +42,7 @@ class Gathered:
 
 
 class TaskRun:
-    """Raises InvalidInputError if the task's target modules do not exist on the backbone."""
+    """Raises InvalidInputError if what the task's method names does not exist on the backbone."""
 
     def __init__(self, assignment: Assignment, backbone: Backbone) -> None:
         self.assignment = assignment
@@ -49,30 +50,39 @@ class TaskRun:
         self.step = assignment.step
         self.gathered = Gathered()
         method = assignment.spec.method
-        names = matching_modules(method.target_modules, backbone.operators)
-        ops = [backbone.operators[name].op for name in names]
-        shapes = {f"{op.name}.{key}": shape for op in ops for key, shape in lora.shapes(method, op).items()}
-        self.parameters_P = torch.nn.Parameter(torch.zeros(sum(a * b for a, b in shapes.values())))
-        self.parameters_P = torch.nn.Parameter(self.parameters_P.data.to(backbone.device))
-        self.parameters_P.grad = torch.zeros_like(self.parameters_P)
-        self.tensors = self._views(shapes)
-        self.adapters: dict[str, Adapter] = {}
-        for op in ops:
-            tensors = {key: self.tensors[f"{op.name}.{key}"] for key in lora.shapes(method, op)}
-            lora.initialise(method, op, self.training.seed, tensors)
-            self.adapters[op.name] = lora.LoraAdapter(method, self.training.seed, tensors)
-        self.optimizer = _optimizer(self.training, self.parameters_P)
+        self.shapes = method.shapes(backbone.sites)
+        self.parameters_P = _zeros(self.shapes, backbone.device)
+        self.tensors, self._groups = self._views(method)
+        ops = [backbone.mounted[name].op for name in self.shapes]
+        tensors = {site: {key: self.tensors[f"{site}.{key}"] for key in keys} for site, keys in self.shapes.items()}
+        self.adapters = adapter_class(method).build(method, ops, self.training.seed, tensors)
+        self.optimizer = _optimizer(self.training, self._groups)
 
-    def _views(self, shapes: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
-        """Leaves that share the flat buffer's storage, with gradients that share its gradient's."""
-        views, start = {}, 0
+    def _views(self, method: Method) -> tuple[dict[str, torch.Tensor], dict[float, torch.nn.Parameter]]:
+        """Leaves by name, and the parameters that share a learning rate by its factor: all views of the flat buffer.
+
+        Their gradients are views of its gradient.
+        """
         assert self.parameters_P.grad is not None
-        for name, (rows, columns) in shapes.items():
-            part = slice(start, start + rows * columns)
-            view = self.parameters_P.data[part].view(rows, columns).requires_grad_()
-            view.grad = self.parameters_P.grad[part].view(rows, columns)
-            views[name], start = view, part.stop
-        return views
+        sizes = {f"{site}.{key}": shape for site, keys in self.shapes.items() for key, shape in keys.items()}
+        factors = {name: method.rate_factor(name.rpartition(".")[2]) for name in sizes}
+        views, groups, start = {}, {}, 0
+        for factor in dict.fromkeys(factors.values()):
+            first = start
+            for name, shape in sizes.items():
+                if factors[name] == factor:
+                    views[name] = self._view(slice(start, start + math.prod(shape)), shape)
+                    start += math.prod(shape)
+            part = slice(first, start)
+            groups[factor] = torch.nn.Parameter(self.parameters_P.data[part])
+            groups[factor].grad = self.parameters_P.grad[part]
+        return {name: views[name] for name in sizes}, groups
+
+    def _view(self, part: slice, shape: tuple[int, ...]) -> torch.Tensor:
+        assert self.parameters_P.grad is not None
+        view = self.parameters_P.data[part].view(shape).requires_grad_()
+        view.grad = self.parameters_P.grad[part].view(shape)
+        return view
 
     def take_step(self) -> tuple[float, float]:
         """Clip, optimizer, schedule. (learning rate, gradient norm before clipping).
@@ -91,7 +101,8 @@ class TaskRun:
         if self.training.max_grad_norm > 0:
             gradient_P.mul_(min(1.0, self.training.max_grad_norm / (norm + 1e-6)))  # as clip_grad_norm_
         rate = learning_rate(self.training, self.step, self.assignment.num_steps)
-        self.optimizer.param_groups[0]["lr"] = rate
+        for factor, group in zip(self._groups, self.optimizer.param_groups, strict=True):
+            group["lr"] = rate * factor
         self.optimizer.step()
         gradient_P.zero_()
         self.step += 1
@@ -103,22 +114,49 @@ class TaskRun:
         self.parameters_P.grad.zero_()
         self.gathered = Gathered()
 
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """What the optimizer keeps, by `<number of the group>.<name>`; empty before the first step."""
+        states = [self.optimizer.state.get(group, {}) for group in self._groups.values()]
+        return {
+            f"{i}.{name}": value
+            for i, state in enumerate(states)
+            for name, value in state.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    def optimizer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of `optimizer_state` once the optimizer has stepped: what torch's AdamW or SGD keeps."""
+        flats = [tuple(group.shape) for group in self._groups.values()]
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            kept = [{"step": (), "exp_avg": flat, "exp_avg_sq": flat} for flat in flats]
+        else:
+            kept = [{"momentum_buffer": flat} if self.training.momentum else {} for flat in flats]
+        return {f"{i}.{name}": shape for i, state in enumerate(kept) for name, shape in state.items()}
+
+    def restore_optimizer(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes `optimizer_state` of another run of the same shapes. `step` stays on the CPU, as torch keeps it."""
+        for i, group in enumerate(self._groups.values()):
+            own = {name.partition(".")[2]: t for name, t in state.items() if name.partition(".")[0] == str(i)}
+            moved = {n: t.clone() if n == "step" else t.to(group.device, copy=True) for n, t in own.items()}
+            self.optimizer.state[group] = moved
+
     def num_bytes(self) -> int:
         """Parameters, gradients and optimizer state, as allocated."""
-        state = self.optimizer.state.get(self.parameters_P, {})
-        held = [self.parameters_P, self.parameters_P.grad, *state.values()]
+        held = [self.parameters_P, self.parameters_P.grad, *self.optimizer_state().values()]
         return sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
 
 
-def _optimizer(training: Training, parameters_P: torch.nn.Parameter) -> torch.optim.Optimizer:
+def _zeros(shapes: Shapes, device: torch.device) -> torch.nn.Parameter:
+    """[P] and its gradient, both zero."""
+    size = sum(math.prod(shape) for tensors in shapes.values() for shape in tensors.values())
+    parameters_P = torch.nn.Parameter(torch.zeros(size, device=device))
+    parameters_P.grad = torch.zeros_like(parameters_P)
+    return parameters_P
+
+
+def _optimizer(training: Training, groups: Mapping[float, torch.nn.Parameter]) -> torch.optim.Optimizer:
+    parameters = [{"params": [group], "lr": training.learning_rate * factor} for factor, group in groups.items()]
     if training.optimizer is Optimizer.SGD:
-        return torch.optim.SGD(
-            [parameters_P], lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
-        )
-    return torch.optim.AdamW(
-        [parameters_P],
-        lr=training.learning_rate,
-        betas=(training.beta1, training.beta2),
-        eps=training.epsilon,
-        weight_decay=training.weight_decay,
-    )
+        return torch.optim.SGD(parameters, momentum=training.momentum, weight_decay=training.weight_decay)
+    betas = (training.beta1, training.beta2)
+    return torch.optim.AdamW(parameters, betas=betas, eps=training.epsilon, weight_decay=training.weight_decay)

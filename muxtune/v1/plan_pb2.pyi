@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from muxtune.v1 import errors_pb2 as _errors_pb2
 from muxtune.v1 import task_pb2 as _task_pb2
 import builtins as _builtins
@@ -20,6 +21,27 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ModuleKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ModuleKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModuleKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MODULE_KIND_UNSPECIFIED: _ModuleKind.ValueType  # 0
+    """LINEAR"""
+    MODULE_KIND_LINEAR: _ModuleKind.ValueType  # 1
+    MODULE_KIND_NORM: _ModuleKind.ValueType  # 2
+    """Its weight, and its bias if it has one, are vectors of out_features."""
+
+class ModuleKind(_ModuleKind, metaclass=_ModuleKindEnumTypeWrapper): ...
+
+MODULE_KIND_UNSPECIFIED: ModuleKind.ValueType  # 0
+"""LINEAR"""
+MODULE_KIND_LINEAR: ModuleKind.ValueType  # 1
+MODULE_KIND_NORM: ModuleKind.ValueType  # 2
+"""Its weight, and its bias if it has one, are vectors of out_features."""
+Global___ModuleKind: _TypeAlias = ModuleKind  # noqa: Y015
 
 @_typing.final
 class ExecutorPlan(_message.Message):
@@ -392,27 +414,33 @@ Global___Backbone: _TypeAlias = Backbone  # noqa: Y015
 
 @_typing.final
 class AdaptableModule(_message.Message):
-    """A linear operator that an adapter can be mounted on."""
+    """A module that an adapter can be mounted on."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     IN_FEATURES_FIELD_NUMBER: _builtins.int
     OUT_FEATURES_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    HAS_BIAS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Full name: model.layers.0.self_attn.q_proj"""
     in_features: _builtins.int
     out_features: _builtins.int
+    kind: Global___ModuleKind.ValueType
+    has_bias: _builtins.bool
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         in_features: _builtins.int = ...,
         out_features: _builtins.int = ...,
+        kind: Global___ModuleKind.ValueType = ...,
+        has_bias: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_features", b"in_features", "name", b"name", "out_features", b"out_features"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_bias", b"has_bias", "in_features", b"in_features", "kind", b"kind", "name", b"name", "out_features", b"out_features"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

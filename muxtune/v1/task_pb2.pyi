@@ -10,6 +10,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from muxtune.v1 import errors_pb2 as _errors_pb2
+from muxtune.v1 import method_pb2 as _method_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -211,6 +212,10 @@ class TaskSpec(_message.Message):
 
     BACKBONE_FIELD_NUMBER: _builtins.int
     LORA_FIELD_NUMBER: _builtins.int
+    VERA_FIELD_NUMBER: _builtins.int
+    IA3_FIELD_NUMBER: _builtins.int
+    BOTTLENECK_FIELD_NUMBER: _builtins.int
+    SELECTIVE_FIELD_NUMBER: _builtins.int
     DATASET_FIELD_NUMBER: _builtins.int
     DATASET_VERSION_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
@@ -227,6 +232,14 @@ class TaskSpec(_message.Message):
     @_builtins.property
     def lora(self) -> Global___Lora: ...
     @_builtins.property
+    def vera(self) -> _method_pb2.Vera: ...
+    @_builtins.property
+    def ia3(self) -> _method_pb2.Ia3: ...
+    @_builtins.property
+    def bottleneck(self) -> _method_pb2.Bottleneck: ...
+    @_builtins.property
+    def selective(self) -> _method_pb2.Selective: ...
+    @_builtins.property
     def training(self) -> Global___Training: ...
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -237,17 +250,21 @@ class TaskSpec(_message.Message):
         *,
         backbone: _builtins.str = ...,
         lora: Global___Lora | None = ...,
+        vera: _method_pb2.Vera | None = ...,
+        ia3: _method_pb2.Ia3 | None = ...,
+        bottleneck: _method_pb2.Bottleneck | None = ...,
+        selective: _method_pb2.Selective | None = ...,
         dataset: _builtins.str = ...,
         dataset_version: _builtins.str = ...,
         training: Global___Training | None = ...,
         initial_adapter: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lora", b"lora", "method", b"method", "training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bottleneck", b"bottleneck", "ia3", b"ia3", "lora", b"lora", "method", b"method", "selective", b"selective", "training", b"training", "vera", b"vera"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "dataset", b"dataset", "dataset_version", b"dataset_version", "initial_adapter", b"initial_adapter", "labels", b"labels", "lora", b"lora", "method", b"method", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "bottleneck", b"bottleneck", "dataset", b"dataset", "dataset_version", b"dataset_version", "ia3", b"ia3", "initial_adapter", b"initial_adapter", "labels", b"labels", "lora", b"lora", "method", b"method", "selective", b"selective", "training", b"training", "vera", b"vera"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_method: _TypeAlias = _typing.Literal["lora"]  # noqa: Y015
+    _WhichOneofReturnType_method: _TypeAlias = _typing.Literal["lora", "vera", "ia3", "bottleneck", "selective"]  # noqa: Y015
     _WhichOneofArgType_method: _TypeAlias = _typing.Literal["method", b"method"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_method) -> _WhichOneofReturnType_method | None: ...
 
@@ -259,20 +276,79 @@ class Lora(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class RankPatternEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class AlphaPatternEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     RANK_FIELD_NUMBER: _builtins.int
     ALPHA_FIELD_NUMBER: _builtins.int
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
     DROPOUT_FIELD_NUMBER: _builtins.int
+    USE_RSLORA_FIELD_NUMBER: _builtins.int
+    USE_DORA_FIELD_NUMBER: _builtins.int
+    RANK_PATTERN_FIELD_NUMBER: _builtins.int
+    ALPHA_PATTERN_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    B_RATE_FACTOR_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """1 to 256."""
     alpha: _builtins.float
     """Scale is alpha / rank. 0: same as rank."""
     dropout: _builtins.float
     """[0, 1)."""
+    use_rslora: _builtins.bool
+    """Scale is alpha / sqrt(rank): rsLoRA, arXiv 2312.03732."""
+    use_dora: _builtins.bool
+    """Trains each output's weight norm apart: DoRA, arXiv 2402.09353."""
+    bias: _method_pb2.LoraBias.ValueType
+    b_rate_factor: _builtins.float
+    """LoRA+, arXiv 2402.12354: B learns this many times as fast as A. 0: 1."""
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """As PEFT reads a list: full module names or dotted suffixes, or the single entry "all-linear"."""
 
+    @_builtins.property
+    def rank_pattern(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """By module, a full name or a dotted suffix: its own rank, its own alpha."""
+
+    @_builtins.property
+    def alpha_pattern(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     def __init__(
         self,
         *,
@@ -280,10 +356,16 @@ class Lora(_message.Message):
         alpha: _builtins.float = ...,
         target_modules: _abc.Iterable[_builtins.str] | None = ...,
         dropout: _builtins.float = ...,
+        use_rslora: _builtins.bool = ...,
+        use_dora: _builtins.bool = ...,
+        rank_pattern: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        alpha_pattern: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        bias: _method_pb2.LoraBias.ValueType = ...,
+        b_rate_factor: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "dropout", b"dropout", "rank", b"rank", "target_modules", b"target_modules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "alpha_pattern", b"alpha_pattern", "b_rate_factor", b"b_rate_factor", "bias", b"bias", "dropout", b"dropout", "rank", b"rank", "rank_pattern", b"rank_pattern", "target_modules", b"target_modules", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

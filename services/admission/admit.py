@@ -4,6 +4,7 @@ Nothing is stored here. Source of the order: authorize, then idempotency, then v
 """
 
 import asyncio
+import json
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -17,7 +18,7 @@ from services.admission import catalog
 from services.admission.database import Database
 from services.admission.ledger import known_executors
 from services.admission.names import authorize, denied
-from services.admission.receipt import CONFIG_FILE, rank_and_scale
+from services.admission.receipt import CONFIG_FILE
 from services.admission.tables import tasks as tasks_table
 from services.admission.tasks import UNFINISHED
 from services.admission.validation import validate
@@ -110,13 +111,8 @@ class Admitter:
 
     def _check_initial_adapter(self, spec: TaskSpec, key: str) -> None:
         manifest = self._artifacts.read_manifest(key)
-        rank, scale = rank_and_scale(self._artifacts.read_file(manifest, CONFIG_FILE))
-        ours = spec.method.alpha / spec.method.rank
-        if rank != spec.method.rank or abs(scale - ours) > 1e-9 * max(scale, ours):
-            raise InvalidInputError.of_field(
-                "spec.initial_adapter",
-                f"has rank {rank} and alpha / rank {scale}, the task {spec.method.rank} and {ours}: make them equal",
-            )
+        if why := spec.method.misfit(json.loads(self._artifacts.read_file(manifest, CONFIG_FILE))):
+            raise InvalidInputError.of_field("spec.initial_adapter", why)
 
     async def _inspect(self, tenant: str, spec: task_pb2.TaskSpec) -> dataset_pb2.PreflightReport:
         options = dataset_pb2.PreflightOptions(backbone=spec.backbone, training=spec.training, num_samples=1)

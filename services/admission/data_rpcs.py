@@ -250,7 +250,11 @@ def _summaries(executors: list[plan_pb2.Executor]) -> list[pb.BackboneSummary]:
             architecture=hosts[0].backbone.architecture,
             num_parameters=hosts[0].backbone.num_parameters,
             max_sequence_tokens=hosts[0].backbone.max_sequence_tokens,
-            target_modules=suffixes(module.name for module in hosts[0].backbone.adaptable_modules),
+            target_modules=suffixes(
+                module.name
+                for module in hosts[0].backbone.adaptable_modules
+                if module.kind != plan_pb2.MODULE_KIND_NORM
+            ),
             num_executors=len(hosts),
         )
         for name, hosts in sorted(by_name.items())

@@ -5,10 +5,12 @@ import json
 import math
 
 from engine.errors import ChecksumMismatchError, InvalidInputError, QuotaExceededError
+from engine.methods import METHODS
 from muxtune.v1 import artifact_pb2
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+_PEFT_TYPES = (*dict.fromkeys(method.peft_type for method in METHODS.values()), "LN_TUNING")
 _MAX_HEADER_BYTES = 16 << 20
 
 
@@ -42,7 +44,7 @@ class FolderReceipt:
         file.extend(chunk.data)
 
     def close(self) -> dict[str, bytes]:
-        """Raises ChecksumMismatchError or InvalidInputError unless it is a whole LoRA folder."""
+        """Raises ChecksumMismatchError or InvalidInputError unless it is a whole adapter folder."""
         files = {name: bytes(data) for name, data in self._files.items()}
         for name, data in files.items():
             header = self._announced[name]
@@ -55,20 +57,16 @@ class FolderReceipt:
         return files
 
 
-def rank_and_scale(config: bytes) -> tuple[int, float]:
-    """(rank, alpha / rank) of an adapter_config.json that was checked."""
-    fields = json.loads(config)
-    return int(fields["r"]), float(fields["lora_alpha"]) / int(fields["r"])
-
-
 def _check_config(data: bytes) -> None:
     try:
         fields = json.loads(data)
-        is_lora = fields["peft_type"] == "LORA" and int(fields["r"]) > 0 and math.isfinite(fields["lora_alpha"])
+        is_known = fields["peft_type"] in _PEFT_TYPES
+        if fields["peft_type"] == "LORA":
+            is_known = int(fields["r"]) > 0 and math.isfinite(fields["lora_alpha"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        is_lora = False
-    if not is_lora:
-        raise InvalidInputError.of_field(CONFIG_FILE, "is not a LoRA configuration as peft writes it")
+        is_known = False
+    if not is_known:
+        raise InvalidInputError.of_field(CONFIG_FILE, f"is no adapter's configuration: one of {', '.join(_PEFT_TYPES)}")
 
 
 def _check_safetensors(data: bytes) -> None:

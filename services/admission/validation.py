@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 from engine.errors import FieldViolation, InvalidInputError
 from engine.planning.plan import BackboneView
-from engine.target_modules import matching_modules
 from engine.task import Optimizer, TaskSpec, Training
 
-MAX_RANK = 256
 _MAX_LABELS, _MAX_LABEL_CHARACTERS = 64, 63
 _MAX_STEPS = 10_000_000
 
@@ -40,19 +38,17 @@ def validate(spec: TaskSpec, backbones: Sequence[BackboneView]) -> BackboneView:
 
 def _target_violations(spec: TaskSpec, backbone: BackboneView) -> Iterable[FieldViolation]:
     try:
-        matching_modules(spec.method.target_modules, [site.name for site in backbone.sites])
+        spec.method.shapes(backbone.sites)
     except InvalidInputError as error:
         return error.violations
     return ()
 
 
 def _rules(spec: TaskSpec, backbone: BackboneView | None) -> list[_Rule]:
-    method, labels = spec.method, spec.labels
+    labels = spec.labels
     texts = [*labels.keys(), *labels.values()]
     return [
-        _Rule("spec.lora.rank", method.rank, 1 <= method.rank <= MAX_RANK, f"must be 1 to {MAX_RANK}"),
-        _Rule("spec.lora.alpha", method.alpha, 0 < method.alpha < math.inf, "must be positive (0: same as rank)"),
-        _Rule("spec.lora.dropout", method.dropout, 0 <= method.dropout < 1, "must be at least 0 and under 1"),
+        *(_Rule(f"spec.{spec.method.name}.{w.field}", w.value, False, w.remedy) for w in spec.method.wrongs()),
         _Rule("spec.dataset", spec.dataset, bool(spec.dataset), "must name a dataset"),
         _Rule("spec.labels", len(labels), len(labels) <= _MAX_LABELS, f"entries; at most {_MAX_LABELS}"),
         _Rule(

@@ -8,6 +8,7 @@ import torch
 
 from engine.runtime.backbone import Backbone
 from muxtune.v1 import plan_pb2
+from services.convert import site_to_module
 from services.execution.settings import ExecutionSettings
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -41,10 +42,7 @@ def describe_backbone(settings: ExecutionSettings, backbone: Backbone) -> plan_p
         max_sequence_tokens=backbone.max_sequence_tokens,
         weight_bytes=backbone.weight_bytes(),
         dtype=str(backbone.dtype).removeprefix("torch."),
-        adaptable_modules=[
-            plan_pb2.AdaptableModule(name=name, in_features=op.in_features, out_features=op.out_features)
-            for name, op in backbone.operators.items()
-        ],
+        adaptable_modules=[site_to_module(site) for site in backbone.sites],
     )
 
 

@@ -23,6 +23,7 @@ from muxtune.v1 import (
     execution_pb2,
     key_pb2,
     ledger_pb2,
+    method_pb2,
     plan_pb2,
     scheduling_pb2,
     task_pb2,
@@ -40,6 +41,7 @@ MODULES: tuple[ModuleType, ...] = (
     execution_pb2,
     key_pb2,
     ledger_pb2,
+    method_pb2,
     plan_pb2,
     scheduling_pb2,
     task_pb2,
@@ -104,7 +106,7 @@ def test_nothing_is_broken_since_the_committed_image() -> None:
     [
         ("task.proto", "  double dropout = 4;\n", "", "Previously present field"),
         ("task.proto", "  double dropout = 4;\n", "  float dropout = 4;\n", "changed type"),
-        ("task.proto", "  double dropout = 4;\n", "  double dropout = 5;\n", "Previously present field"),
+        ("task.proto", "  double dropout = 4;\n", "  double dropout = 50;\n", "Previously present field"),
         ("errors.proto", "  ERROR_REASON_OVERLOADED = 13;\n", "", "Previously present enum value"),
         (
             "key.proto",
@@ -122,7 +124,7 @@ def test_a_break_is_caught(copy: Path, name: str, old: str, new: str, said: str)
 
 
 def test_a_new_method_joins_without_a_break(copy: Path) -> None:
-    edit(copy, "task.proto", "    Lora lora = 2;\n", "    Lora lora = 2;\n    Lora another = 8;\n")
+    edit(copy, "task.proto", "    Lora lora = 2;\n", "    Lora lora = 2;\n    Lora another = 80;\n")
     answer = buf("breaking", "--against", PROTOS / "image.binpb", cwd=copy)
     assert answer.returncode == 0, answer.stdout
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
 from engine.errors import InvalidInputError
-from engine.task import Lora, LrSchedule, Optimizer, Overlength, TaskSpec, TaskState, Training
+from engine.methods import Lora
+from engine.task import LrSchedule, Optimizer, Overlength, TaskSpec, TaskState, Training
 from muxtune.v1 import alignment_pb2, plan_pb2, task_pb2
 from services import convert
 

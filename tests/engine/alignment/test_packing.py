@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from engine.alignment.dataset import Order, TokenizedDataset, num_steps, split
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind
 from engine.alignment.packing import Member, rounds
+from engine.methods import Lora
 from engine.planning.memory import microbatch_tokens
-from engine.task import Lora, TaskSpec, Training, evaluation_is_due
+from engine.task import TaskSpec, Training, evaluation_is_due
 
 
 def _dataset(lengths: list[int], first_token: int) -> TokenizedDataset:

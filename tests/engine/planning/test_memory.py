@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from engine.errors import InvalidInputError, WillNeverFitError
+from engine.methods import Lora
 from engine.planning.memory import (
     activation_bytes,
     adapter_bytes,
@@ -14,7 +15,7 @@ from engine.planning.memory import (
     total_bytes,
 )
 from engine.planning.plan import BackboneView, ExecutorView, Site
-from engine.task import Lora, Optimizer, TaskSpec, Training
+from engine.task import Optimizer, TaskSpec, Training
 
 SITES = tuple(
     Site(f"model.layers.{layer}.{name}", 64, width)

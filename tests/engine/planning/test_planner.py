@@ -6,11 +6,12 @@ import dataclasses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.methods import Lora
 from engine.planning.cost import seconds_left
 from engine.planning.memory import total_bytes
 from engine.planning.plan import BackboneView, ExecutorView, Limits, Plan, Site, Snapshot, TaskView
 from engine.planning.planner import plan
-from engine.task import Lora, TaskSpec, Training
+from engine.task import TaskSpec, Training
 
 LIMITS = Limits(token_budget=256, chunk_tokens=16)
 SITES = tuple(Site(f"layers.{i}.{n}", 512, 512) for i in range(4) for n in ("q_proj", "v_proj"))

@@ -88,8 +88,8 @@ def test_what_cannot_be_read_or_does_not_fit_is_refused() -> None:
         "rank": (task_of("a", rank=5), state),
         "targets": (task_of("a", targets=["q_proj"]), state),
         "optimizer kind": (task_of("a", optimizer=Optimizer.SGD, momentum=0.9), state),
-        "optimizer part": (task, _without(state, "optimizer.exp_avg_sq")),
-        "optimizer shape": (task, _with(state, "optimizer.exp_avg", torch.zeros(3))),
+        "optimizer part": (task, _without(state, "optimizer.0.exp_avg_sq")),
+        "optimizer shape": (task, _with(state, "optimizer.0.exp_avg", torch.zeros(3))),
         "no such tensor": (task, _with(state, "parameters.model.x.lora_A", torch.zeros(3))),
     }
     for name, (other, corrupt) in cases.items():

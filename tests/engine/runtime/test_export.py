@@ -48,14 +48,14 @@ def test_an_export_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch
     train(executor, [task], 3)
     from engine.runtime import export
 
-    right = export._peft_config
+    right = export._config
 
     def wrong(*arguments: Any) -> LoraConfig:
         config = right(*arguments)
         config.lora_alpha *= 2
         return config
 
-    monkeypatch.setattr(export, "_peft_config", wrong)
+    monkeypatch.setattr(export, "_config", wrong)
     with pytest.raises(ExportMismatchError):
         executor.export("a", tmp_path / "wrong")
     monkeypatch.undo()

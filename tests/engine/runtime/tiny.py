@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 import transformers as hf
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
+from engine.methods import Lora, Method
 from engine.results import StepResult
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
 from engine.runtime.task_run import Assignment
-from engine.task import Lora, LrSchedule, Optimizer, TaskSpec, Training
+from engine.task import LrSchedule, Optimizer, TaskSpec, Training
 
 VOCAB = 97
 _COMMON = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -99,14 +101,16 @@ def task_of(
     num_steps: int = 3,
     dropout: float = 0.0,
     alpha: float = 8.0,
+    method: Method | None = None,
     **training: Any,
 ) -> TinyTask:
     random = np.random.default_rng(seed + 100)
     rows = tuple((tuple(random.integers(3, VOCAB, n).tolist()), int(random.integers(0, n - 1))) for n in lengths)
     defaults: dict[str, Any] = dict(learning_rate=1e-2, global_batch_size=4, micro_batch_size=2, seed=seed)
     defaults |= dict(lr_schedule=LrSchedule.CONSTANT)
-    method = Lora(rank, alpha, tuple(targets), dropout)
-    spec = TaskSpec("tiny", method, "data", Training(**(defaults | training)))
+    spec = TaskSpec(
+        "tiny", method or Lora(rank, alpha, tuple(targets), dropout), "data", Training(**(defaults | training))
+    )
     return TinyTask(name, spec, num_steps, rows)
 
 
@@ -176,8 +180,14 @@ def train_with_peft(model: Any, task: TinyTask, folder: Path) -> tuple[list[floa
     peft_model = PeftModel.from_pretrained(copy.deepcopy(model), folder, is_trainable=True)
     training = task.spec.training
     parameters = [p for p in peft_model.parameters() if p.requires_grad]
-    if training.optimizer is Optimizer.SGD:
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+    factor = getattr(task.spec.method, "b_rate_factor", 1.0)
+    if factor != 1.0:
+        optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
+            peft_model, torch.optim.AdamW, lr=training.learning_rate, loraplus_lr_ratio=factor,
+            loraplus_weight_decay=training.weight_decay, betas=(training.beta1, training.beta2), eps=training.epsilon,
+        )  # fmt: skip
+    elif training.optimizer is Optimizer.SGD:
+        optimizer = torch.optim.SGD(
             parameters, training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
         )
     else:
@@ -206,8 +216,7 @@ def train_with_peft(model: Any, task: TinyTask, folder: Path) -> tuple[list[floa
         scheduler.step()
         optimizer.zero_grad()
         losses.append(loss_sum)
-    named = {n: p.detach() for n, p in peft_model.named_parameters() if "lora_" in n}
-    return losses, norms, {n.replace(".default", ""): p for n, p in named.items()}
+    return losses, norms, get_peft_model_state_dict(peft_model, save_embedding_layers=False)
 
 
 def _padded(rows: Sequence[tuple[tuple[int, ...], int]]) -> dict[str, torch.Tensor]:

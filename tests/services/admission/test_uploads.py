@@ -306,7 +306,7 @@ def broken_adapters() -> Iterator[tuple[str, str, Parts]]:
     files = adapter_files()
     for name in files:
         yield f"{name} alone", "INVALID_INPUT", list(adapter_parts({name: files[name]}))
-    for config in (b"", b"[]", b"{", b"5", b'{"peft_type": "LORA"}', b"[" * 100_000, b'{"peft_type": "IA3", "r": 4}'):
+    for config in (b"", b"[]", b"{", b"5", b'{"peft_type": "LORA"}', b"[" * 100_000, b'{"peft_type": "LOKR", "r": 4}'):
         yield f"configuration {config[:20]!r}", "INVALID_INPUT", list(adapter_parts({**files, CONFIG: config}))
     for rank, alpha in ((0, 1), (-1, 1), ("x", 1), (None, 1), ([], 1), (4, "x"), (1e999, 1), (4, 1e999), (4, 10**400)):
         config = json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": alpha}).encode()

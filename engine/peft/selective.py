@@ -1,0 +1,77 @@
+"""Training of the backbone's own vectors: norm weights and biases (BitFit, arXiv 2106.10199; LN tuning, 2312.11420).
+
+The backbone stays as it is: the task trains a copy v of a vector b.  Bias of a linear operator:  y += v - b.  Norms run
+again with the task's vectors on the task's span. Legend: L tokens of one span, K inputs, N outputs.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LNTuningConfig
+from torch.func import functional_call
+
+from engine.methods import Selective, SiteKind
+from engine.peft.adapter import Adapter, BaseOp, Tensors
+from engine.peft.layout import TaskSpan
+
+
+class VectorCopy:
+    """A task's own `weight` or `bias` of one frozen module."""
+
+    def __init__(self, op: BaseOp, tensors: Tensors) -> None:
+        self.op = op
+        self.vectors = {name: tensors[name] for name in ("weight", "bias") if name in tensors}
+        if op.site.kind is SiteKind.NORM:
+            shared = {id(t): t for t in (*op.module.parameters(), *op.module.buffers())}
+            self.replica = copy.deepcopy(op.module, shared)  # a module of the same tensors, without our hook
+            self.replica._forward_hooks.clear()
+
+    def initialise(self) -> None:
+        for name, vector in self.vectors.items():
+            vector.copy_(getattr(self.op.module, name))
+
+    def apply(self, x_LK: torch.Tensor, y_LN: torch.Tensor) -> torch.Tensor:
+        if self.op.site.kind is SiteKind.NORM:
+            result: torch.Tensor = functional_call(self.replica, self.vectors, (x_LK,))
+            return result.to(y_LN.dtype)
+        assert self.op.bias_N is not None
+        return y_LN + (self.vectors["bias"] - self.op.bias_N).to(y_LN.dtype)
+
+
+class SelectiveAdapter(Adapter):
+    """One module's vectors as one task trains them."""
+
+    def __init__(self, method: Selective, op: BaseOp, seed: int, tensors: Tensors) -> None:
+        super().__init__(method, op, seed, tensors)
+        self.copy = VectorCopy(op, self.tensors)
+
+    def initialise(self) -> None:
+        self.copy.initialise()
+
+    def after(self, x_LK: torch.Tensor, y_LN: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:
+        return self.copy.apply(x_LK, y_LN)
+
+    @classmethod
+    def config(
+        cls, method: Selective, ops: Sequence[BaseOp], common: Mapping[str, Any]
+    ) -> LNTuningConfig | dict[str, Any]:
+        """PEFT's LN tuning where every module is a norm, whole; else muxtune's own format."""
+        if cls._is_ln_tuning(method, ops):
+            fields = {name: value for name, value in common.items() if name != "fan_in_fan_out"}
+            return LNTuningConfig(**fields)
+        return {"peft_type": method.peft_type, "parameters": list(method.parameters)}
+
+    def exported(self, in_peft: bool) -> dict[str, torch.Tensor]:
+        prefix = "ln_tuning_layers." if in_peft else ""
+        return {prefix + name: tensor for name, tensor in self.tensors.items()}
+
+    @staticmethod
+    def _is_ln_tuning(method: Selective, ops: Sequence[BaseOp]) -> bool:
+        sites = [op.site for op in ops]
+        taken = method.shapes(sites)
+        return all(s.kind is SiteKind.NORM and len(taken[s.name]) == 1 + s.has_bias for s in sites)
+
+
+ADAPTER = SelectiveAdapter

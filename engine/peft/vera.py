@@ -1,0 +1,72 @@
+"""VeRA (arXiv 2310.11454): y += b * (d * dropout(x) A^T) B^T; A and B random and frozen, shared by a task's modules.
+
+As a low-rank pair it is A' = d * A, B' = b * B: the fused kernel adds it, autograd carries on to d and b.
+A and B are drawn as PEFT draws them from `projection_prng_key`, so a task has what PEFT would have given it.
+Legend: K inputs, N outputs, R rank.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from peft import VeraConfig
+
+from engine.kernels.multi_lora import LoraUse
+from engine.methods import Vera
+from engine.peft.adapter import Adapter, BaseOp, Tensors, lora_use
+from engine.peft.layout import TaskSpan
+
+
+class VeraAdapter(Adapter):
+    """b and d of one task at one operator; `a_RK` and `b_NR` are the shared projections, as wide as the widest."""
+
+    method: Vera
+    a_RK: torch.Tensor
+    b_NR: torch.Tensor
+
+    @classmethod
+    def build(cls, method: Vera, ops: Sequence[BaseOp], seed: int, tensors: Mapping[str, Tensors]) -> dict[str, Self]:
+        adapters = super().build(method, ops, seed, tensors)
+        generator = torch.Generator().manual_seed(method.projection_prng_key)
+        device = ops[0].weight_KN.device
+        a_RK = _kaiming((method.rank, max(op.in_features for op in ops)), generator).to(device)
+        b_NR = _kaiming((max(op.out_features for op in ops), method.rank), generator).to(device)
+        for adapter in adapters.values():
+            adapter.a_RK, adapter.b_NR = a_RK, b_NR
+        return adapters
+
+    def initialise(self) -> None:
+        self.tensors["vera_lambda_d"].fill_(self.method.d_initial)
+        self.tensors["vera_lambda_b"].zero_()
+
+    def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, torch.Tensor, torch.Tensor]:
+        a_RK = self.tensors["vera_lambda_d"][:, None] * self.a_RK[:, : self.op.in_features]
+        b_NR = self.tensors["vera_lambda_b"][:, None] * self.b_NR[: self.op.out_features]
+        return lora_use(self.op, self.seed, span, training, 1.0, self.method.dropout), a_RK, b_NR
+
+    @classmethod
+    def config(cls, method: Vera, ops: Sequence[BaseOp], common: Mapping[str, Any]) -> VeraConfig:
+        return VeraConfig(
+            r=method.rank,
+            vera_dropout=method.dropout,
+            d_initial=method.d_initial,
+            projection_prng_key=method.projection_prng_key,
+            save_projection=True,
+            **common,
+        )
+
+    @classmethod
+    def shared(cls, adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
+        first = adapters[0]
+        assert isinstance(first, VeraAdapter)
+        return {"base_model.vera_A": first.a_RK, "base_model.vera_B": first.b_NR}
+
+
+def _kaiming(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """Uniform in +-sqrt(6 / fan in): peft.tuners.vera.model._kaiming_init."""
+    bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+ADAPTER = VeraAdapter

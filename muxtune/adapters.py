@@ -1,0 +1,87 @@
+"""Adapters of methods that PEFT does not have, on a plain transformers model: docs/ADAPTERS.md has the format.
+
+    model = AutoModelForCausalLM.from_pretrained(...)
+    handles = load_adapter(model, "folder")   # the model now answers as the tenant's
+    for handle in handles: handle.remove()    # and as it did before
+
+Needs torch and safetensors; knows nothing of the engine, which checks every export with it.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional
+
+FORMAT_VERSION = 1
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+class AppliedAdapter:
+    """Undo with `remove`."""
+
+    def __init__(self, undo: Callable[[], None]) -> None:
+        self.remove = undo
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> list[AppliedAdapter]:
+    """Applies the folder's adapter to `model`. Raises ValueError for a folder of PEFT's, of a newer muxtune, or of
+    another model."""
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    kind = str(config.get("peft_type", ""))
+    if not kind.startswith("MUXTUNE_"):
+        raise ValueError(f"{folder} is of type {kind}: load it with peft.PeftModel.from_pretrained")
+    if config.get("format_version") != FORMAT_VERSION or kind not in _APPLY:
+        raise ValueError(
+            f"{folder} is {kind} version {config.get('format_version')}: this muxtune reads {FORMAT_VERSION}"
+        )
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(Path(folder) / "adapter_model.safetensors").items():
+        module, _, vector = name.rpartition(".")
+        modules.setdefault(module, {})[vector] = tensor
+    known = dict(model.named_modules())
+    if odd := [name for name in modules if name not in known]:
+        raise ValueError(f"{folder} adapts {odd[0]}, which this model does not have")
+    return [_APPLY[kind](known[name], tensors, config) for name, tensors in modules.items()]
+
+
+def _apply_bottleneck(
+    module: nn.Module, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> AppliedAdapter:
+    activation, reads_output = _ACTIVATIONS[config["activation"]], config["placement"] == "serial"
+
+    def add(module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
+        h = y if reads_output else args[0]
+        down, down_bias, up, up_bias = (
+            tensors[name].to(h) for name in ("down_weight", "down_bias", "up_weight", "up_bias")
+        )
+        added: torch.Tensor = functional.linear(activation(functional.linear(h, down, down_bias)), up, up_bias)
+        return y + float(config["scale"]) * added
+
+    return AppliedAdapter(module.register_forward_hook(add).remove)
+
+
+def _apply_vectors(module: nn.Module, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> AppliedAdapter:
+    before = {name: getattr(module, name) for name in tensors}
+
+    def put(vectors: Mapping[str, torch.Tensor]) -> None:
+        for name, vector in vectors.items():
+            setattr(module, name, nn.Parameter(vector.to(before[name]), requires_grad=False))
+
+    put(tensors)
+    return AppliedAdapter(lambda: put(before))
+
+
+_APPLY: dict[str, Callable[[nn.Module, Mapping[str, torch.Tensor], Mapping[str, Any]], AppliedAdapter]] = {
+    "MUXTUNE_BOTTLENECK": _apply_bottleneck,
+    "MUXTUNE_SELECTIVE": _apply_vectors,
+}

@@ -1,0 +1,70 @@
+"""Every method, trained in one batch with all the others, equals HF PEFT training it alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.methods import Activation, Bottleneck, Ia3, Lora, LoraBias, Method, Placement, Selective, Vera
+from engine.task import LrSchedule, Optimizer
+from tests.engine.runtime.tiny import CONFIGS, TinyTask, executor_with, model_of, task_of, train, train_with_peft
+
+ALL = ("all-linear",)
+IN_PEFT: dict[str, Method] = {
+    "lora": Lora(4, 8.0, ALL),
+    "rslora": Lora(8, 4.0, ("q_proj", "down_proj"), use_rslora=True),
+    "patterns": Lora(4, 8.0, ALL, rank_pattern={"q_proj": 7, "1.mlp.up_proj": 1}, alpha_pattern={"v_proj": 3.0}),
+    "loraplus": Lora(4, 8.0, ("v_proj", "up_proj"), b_rate_factor=8.0),
+    "lora-bias-all": Lora(2, 4.0, ("k_proj", "down_proj"), bias=LoraBias.ALL),
+    "lora-bias-own": Lora(2, 4.0, ("q_proj", "o_proj"), bias=LoraBias.LORA_ONLY),
+    "dora": Lora(4, 8.0, ("q_proj", "down_proj"), use_dora=True),
+    "dora-rslora": Lora(64, 8.0, ("gate_proj", "o_proj"), use_dora=True, use_rslora=True),
+    "vera": Vera(16, ALL, projection_prng_key=7),
+    "ia3": Ia3(("k_proj", "v_proj", "down_proj"), ("down_proj",)),
+    "ia3-outputs": Ia3(("o_proj", "up_proj")),
+    "norms": Selective(("all-norms",)),
+    "some-norms": Selective(("1.input_layernorm.weight", "model.norm.weight")),
+}
+OWN: dict[str, Method] = {
+    "houlsby": Bottleneck(8, ("o_proj", "down_proj"), scale=0.5),
+    "parallel": Bottleneck(3, ("gate_proj",), Placement.PARALLEL, Activation.GELU),
+    "bitfit": Selective(("all-biases",)),
+    "mixed-vectors": Selective(("q_proj.bias", "post_attention_layernorm.weight")),
+}
+OPTIONS: dict[str, dict[str, object]] = {
+    "adamw-constant": dict(learning_rate=1e-2, weight_decay=0.1),
+    "adamw-cosine-accumulated": dict(lr_schedule=LrSchedule.COSINE, warmup_steps=3, micro_batch_size=1),
+    "sgd-constant-accumulated": dict(optimizer=Optimizer.SGD, learning_rate=0.2, micro_batch_size=1, momentum=0.5),
+    "sgd-cosine": dict(optimizer=Optimizer.SGD, learning_rate=0.2, lr_schedule=LrSchedule.COSINE, warmup_steps=3),
+}
+
+
+def tasks_of(methods: dict[str, Method], num_steps: int, **training: object) -> list[TinyTask]:
+    lengths = ((7, 12, 3, 9), (31, 2, 10, 10, 4), (5, 5, 5), (64, 6, 2, 18), (17, 8))
+    return [
+        task_of(name, seed=i, method=method, lengths=lengths[i % 5], num_steps=num_steps, **training)
+        for i, (name, method) in enumerate(methods.items())
+    ]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_method_among_all_others_equals_peft_alone(options: dict[str, object], tmp_path: Path) -> None:
+    model = model_of(CONFIGS["llama-tied"])  # with biases
+    methods = {n: m for n, m in (IN_PEFT | OWN).items() if n != "loraplus" or options.get("optimizer") is None}
+    tasks = tasks_of(methods, 12, **options)
+    executor = executor_with(model, tasks)
+    for task in tasks:
+        executor.export(task.name, tmp_path / task.name / "before")
+    results = train(executor, tasks, 12)
+    for task in tasks:
+        if task.name in OWN:
+            continue
+        losses, _, tensors = train_with_peft(model, task, tmp_path / task.name / "before")
+        assert [r.loss for r in results[task.name]] == pytest.approx(losses, rel=1e-5), task.name
+        executor.export(task.name, tmp_path / task.name / "after")
+        exported = load_file(tmp_path / task.name / "after" / "adapter_model.safetensors")
+        assert exported.keys() == tensors.keys(), task.name
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(exported[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        assert losses[-1] < losses[0], "it did not train"
