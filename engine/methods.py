@@ -1,6 +1,5 @@
 """The PEFT methods a task may ask for: what each is, where its parameters lie and how large they are.
 
-Only the standard library: admission validates with it, the planner counts bytes with it, the engine allocates by it.
 How a method computes stands in `engine/peft/<name>.py`, whose name is the method's name here, in the proto's oneof and
 in every field path. Legend of shapes: K inputs, N outputs, R rank, S bottleneck.
 """
@@ -8,79 +7,15 @@ in every field path. Legend of shapes: K inputs, N outputs, R rank, S bottleneck
 import enum
 import math
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from engine.errors import InvalidInputError
-from engine.target_modules import matches, matching_modules
+from engine.method import Method, Shapes, Site, SiteKind, Wrong, differences
+from engine.target_modules import ALL_LINEAR, matches
 
 MAX_RANK = 256
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-Shapes = dict[str, dict[str, tuple[int, ...]]]  # by site, by tensor
-
-
-class SiteKind(enum.Enum):
-    LINEAR = "linear"
-    NORM = "norm"  # its weight, and its bias if it has one, are vectors of `out_features`
-
-
-@dataclass(frozen=True)
-class Site:
-    """A module of the backbone that an adapter can be mounted on."""
-
-    name: str
-    in_features: int
-    out_features: int
-    kind: SiteKind = SiteKind.LINEAR
-    has_bias: bool = False
-
-
-@dataclass(frozen=True)
-class Wrong:
-    """A field of the method that will not do; `remedy` says what will."""
-
-    field: str
-    value: object
-    remedy: str
-
-
-class Method(ABC):
-    """What a tenant asks for. `name` is the file, the oneof's field and the path of errors in one."""
-
-    name: ClassVar[str]
-    peft_type: ClassVar[str]  # of the adapters it reads and writes
-
-    @abstractmethod
-    def shapes(self, sites: Sequence[Site]) -> Shapes:
-        """Shapes of its parameters by site and tensor, in the backbone's order.
-
-        Raises InvalidInputError if what it names is not there, or can't be trained.
-        """
-
-    @abstractmethod
-    def wrongs(self) -> Iterator[Wrong]:
-        """What no backbone would make right."""
-
-    @abstractmethod
-    def misfit(self, config: Mapping[str, Any]) -> str:
-        """Why an adapter of this adapter_config.json computes something else than the task; empty: it does not."""
-
-    def rate_factor(self, tensor: str) -> float:
-        """What the task's learning rate is multiplied by for a tensor of this name."""
-        return 1.0
-
-    def num_frozen(self, sites: Sequence[Site]) -> int:
-        """Elements it holds beside its parameters, without gradients or moments."""
-        return 0
-
-    def _targets(self, targets: Sequence[str], sites: Sequence[Site], field: str = "target_modules") -> set[str]:
-        linear = [site.name for site in sites if site.kind is SiteKind.LINEAR]
-        return set(matching_modules(targets, linear, f"spec.{self.name}.{field}"))
-
-    def _refusal(self, field: str, what: str) -> InvalidInputError:
-        return InvalidInputError.of_field(f"spec.{self.name}.{field}", what)
 
 
 class LoraBias(enum.Enum):
@@ -236,7 +171,7 @@ class Vera(Method):
 
     def misfit(self, config: Mapping[str, Any]) -> str:
         wanted = {"peft_type": self.peft_type, "r": self.rank, "projection_prng_key": self.projection_prng_key}
-        return _differences(config, wanted)
+        return differences(config, wanted)
 
 
 @dataclass(frozen=True)
@@ -251,22 +186,24 @@ class Ia3(Method):
 
     def shapes(self, sites: Sequence[Site]) -> Shapes:
         taken = self._targets(self.target_modules, sites)
-        inputs = (
-            self._targets(self.feedforward_modules, sites, "feedforward_modules") if self.feedforward_modules else set()
-        )
-        if odd := sorted(inputs - taken):
-            raise self._refusal("feedforward_modules", f'"{odd[0]}" is not among the target modules')
+        if self.feedforward_modules:
+            inputs = self._targets(self.feedforward_modules, sites, "feedforward_modules")
+            if odd := sorted(inputs - taken):
+                raise self._refusal("feedforward_modules", f'"{odd[0]}" is not among the target modules')
         return {
-            site.name: {"ia3_l": (1, site.in_features) if site.name in inputs else (site.out_features, 1)}
+            site.name: {"ia3_l": (1, site.in_features) if self.scales_input(site.name) else (site.out_features, 1)}
             for site in sites
             if site.name in taken
         }
+
+    def scales_input(self, name: str) -> bool:
+        return ALL_LINEAR in self.feedforward_modules or any(matches(m, name) for m in self.feedforward_modules)
 
     def wrongs(self) -> Iterator[Wrong]:
         yield from ()
 
     def misfit(self, config: Mapping[str, Any]) -> str:
-        return _differences(config, {"peft_type": self.peft_type})
+        return differences(config, {"peft_type": self.peft_type})
 
 
 class Placement(enum.Enum):
@@ -316,7 +253,7 @@ class Bottleneck(Method):
 
     def misfit(self, config: Mapping[str, Any]) -> str:
         wanted = {"size": self.size, "placement": self.placement.value, "activation": self.activation.value}
-        return _differences(config, {"peft_type": self.peft_type, **wanted, "scale": self.scale})
+        return differences(config, {"peft_type": self.peft_type, **wanted, "scale": self.scale})
 
 
 @dataclass(frozen=True)
@@ -359,16 +296,72 @@ class Selective(Method):
         yield from ()
 
     def misfit(self, config: Mapping[str, Any]) -> str:
-        return "" if config.get("peft_type") == "LN_TUNING" else _differences(config, {"peft_type": self.peft_type})
+        return "" if config.get("peft_type") == "LN_TUNING" else differences(config, {"peft_type": self.peft_type})
+
+
+@dataclass(frozen=True)
+class Prompt(Method):
+    """Prompt tuning (arXiv 2104.08691): `length` trained embeddings stand before each of the task's sequences.
+
+    They start as the embeddings of tokens drawn from the vocabulary.
+    """
+
+    name: ClassVar[str] = "prompt"
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+
+    length: int = 8
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return self.length
+
+    def shapes(self, sites: Sequence[Site]) -> Shapes:
+        found = [site for site in sites if site.kind is SiteKind.EMBEDDING]
+        if not found:
+            raise self._refusal("length", "the backbone's layers are not as wide as its embeddings: use another method")
+        return {site.name: {"prompt": (self.length, site.out_features)} for site in found}
+
+    def wrongs(self) -> Iterator[Wrong]:
+        if not 1 <= self.length <= 1024:
+            yield Wrong("length", self.length, "must be 1 to 1024")
+
+    def misfit(self, config: Mapping[str, Any]) -> str:
+        return differences(config, {"peft_type": self.peft_type, "num_virtual_tokens": self.length})
+
+
+@dataclass(frozen=True)
+class Prefix(Method):
+    """Prefix tuning (arXiv 2101.00190), without reparameterisation: every attention also sees `length` trained keys and
+    values, and the sequence's own positions start after them.
+    """
+
+    name: ClassVar[str] = "prefix"
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+
+    length: int = 8
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.length
+
+    def shapes(self, sites: Sequence[Site]) -> Shapes:
+        found = [site for site in sites if site.kind is SiteKind.ATTENTION]
+        if not found:
+            raise self._refusal("length", "the backbone has layers whose attention is bounded: use another method")
+        return {site.name: {"prefix": (self.length, 2, site.in_features, site.out_features)} for site in found}
+
+    def wrongs(self) -> Iterator[Wrong]:
+        if not 1 <= self.length <= 1024:
+            yield Wrong("length", self.length, "must be 1 to 1024")
+
+    def misfit(self, config: Mapping[str, Any]) -> str:
+        if config.get("prefix_projection"):
+            return "sets prefix_projection, which no task here trains"
+        return differences(config, {"peft_type": self.peft_type, "num_virtual_tokens": self.length})
 
 
 def _vectors(site: Site) -> list[str]:
     return [*(["weight"] if site.kind is SiteKind.NORM else []), *(["bias"] if site.has_bias else [])]
 
 
-def _differences(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    odd = [key for key, value in wanted.items() if config.get(key) != value]
-    return ", ".join(f"has {key} = {config.get(key)!r}, the task {wanted[key]!r}" for key in odd)
-
-
-METHODS: dict[str, type[Method]] = {m.name: m for m in (Lora, Vera, Ia3, Bottleneck, Selective)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (Lora, Vera, Ia3, Bottleneck, Selective, Prompt, Prefix)}

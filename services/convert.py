@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range, Segment
 from engine.errors import FieldViolation, InvalidInputError
-from engine.methods import Site, SiteKind
+from engine.method import Site, SiteKind
 from engine.planning.plan import BackboneView, ExecutorView, Explanation, HTask, TaskView
 from engine.results import EvaluationResult, StepResult
 from engine.task import LrSchedule, Optimizer, Overlength, TaskSpec, TaskState, Training
@@ -271,7 +271,8 @@ def site_to_module(site: Site) -> plan_pb2.AdaptableModule:
 
 
 def module_to_site(module: plan_pb2.AdaptableModule) -> Site:
-    kind = SiteKind.NORM if module.kind == plan_pb2.MODULE_KIND_NORM else SiteKind.LINEAR
+    kinds = {plan_pb2.ModuleKind.Value(f"MODULE_KIND_{kind.name}"): kind for kind in SiteKind}
+    kind = kinds.get(module.kind, SiteKind.LINEAR)
     return Site(module.name, module.in_features, module.out_features, kind, module.has_bias)
 
 

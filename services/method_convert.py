@@ -11,7 +11,8 @@ from typing import Any, get_type_hints
 from google.protobuf.descriptor import FieldDescriptor
 
 from engine.errors import FieldViolation
-from engine.methods import METHODS, Method
+from engine.method import Method
+from engine.methods import METHODS
 from muxtune.v1 import task_pb2
 
 

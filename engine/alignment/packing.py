@@ -21,13 +21,17 @@ from engine.task import Training, evaluation_is_due
 
 @dataclass(frozen=True)
 class Member:
-    """A task of the hTask, its data, and where it stands: `step` steps done of `num_steps`."""
+    """A task of the hTask, its data, and where it stands: `step` steps done of `num_steps`.
+
+    `num_virtual_tokens` stand before each of its sequences: token 0, no target; the executor puts its own there.
+    """
 
     task: str
     dataset: TokenizedDataset
     training: Training
     num_steps: int
     step: int
+    num_virtual_tokens: int = 0
 
     @cached_property
     def split(self) -> Split:
@@ -138,7 +142,8 @@ class _Bin:
 
 def _slices(member: Member, step: int, rows: NDArray[np.int64], token_budget: int) -> list[Slice]:
     """Consecutive sequences, at most `micro_batch_size` and, unless one alone is longer, within the budget."""
-    lengths = [int(member.dataset.offsets[r + 1] - member.dataset.offsets[r]) for r in rows]
+    offsets, num_virtual = member.dataset.offsets, member.num_virtual_tokens
+    lengths = [int(offsets[r + 1] - offsets[r]) + num_virtual for r in rows]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(int)
     sequences = [PlacedRow(int(r), n, int(s)) for r, n, s in zip(rows, lengths, starts[:-1], strict=True)]
     targets = sum(member.dataset.num_targets(int(r)) for r in rows)
@@ -167,7 +172,7 @@ def _build(
     for task, parts in by_task.items():
         sequences = [s for part in parts for s in part.sequences]
         num_tokens = _padded(sum(s.num_tokens for s in sequences), chunk_tokens)
-        ids_T, targets_T = _fill(parts[0].member.dataset, sequences, num_tokens)
+        ids_T, targets_T = _fill(parts[0].member, sequences, num_tokens)
         token_ids.append(ids_T)
         targets.append(targets_T)
         segments = tuple(Segment(s.num_tokens, s.stream_offset_tokens) for s in sequences)
@@ -178,13 +183,14 @@ def _build(
 
 
 def _fill(
-    dataset: TokenizedDataset, sequences: Sequence[PlacedRow], num_tokens: int
+    member: Member, sequences: Sequence[PlacedRow], num_tokens: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Tokens and shifted targets of one range; its tail is token 0 with no target."""
     ids_T, targets_T = np.zeros(num_tokens, np.int32), np.full(num_tokens, IGNORE, np.int32)
     at = 0
     for sequence in sequences:
-        ids_L, bears_loss_L = dataset.row(sequence.row)
+        ids_L, bears_loss_L = member.dataset.row(sequence.row)
+        at += member.num_virtual_tokens
         ids_T[at : at + len(ids_L)] = ids_L
         targets_T[at : at + len(ids_L) - 1] = np.where(bears_loss_L[1:], ids_L[1:], IGNORE)
         at += len(ids_L)

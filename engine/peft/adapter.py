@@ -17,7 +17,7 @@ from torch import nn
 
 from engine.kernels.dropout import keep_mask, keep_scale
 from engine.kernels.multi_lora import LoraUse
-from engine.methods import Site
+from engine.method import Site
 from engine.peft.layout import TaskSpan
 
 Tensors = Mapping[str, torch.Tensor]
@@ -82,6 +82,10 @@ class Adapter(ABC):
         """What the operator answers instead of y."""
         return y_LN
 
+    def prefix(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, [1, G, P, D] each, that an attention's segments also see. G heads, P tokens, D width."""
+        raise NotImplementedError
+
     @classmethod
     @abstractmethod
     def config(cls, method: Any, ops: Sequence[BaseOp], common: Mapping[str, Any]) -> PeftConfig | dict[str, Any]:
@@ -103,6 +107,11 @@ class Adapter(ABC):
     def shared(cls, adapters: Sequence["Adapter"]) -> dict[str, torch.Tensor]:
         """Frozen tensors that the file holds beside those of single modules, by their whole name."""
         return {}
+
+    @classmethod
+    def adopt(cls, adapters: Sequence["Adapter"], found: Tensors) -> None:
+        """Takes from a file's tensors what `shared` made of several modules'."""
+        return
 
     @property
     def rewrites_input(self) -> bool:

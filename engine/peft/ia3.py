@@ -14,7 +14,6 @@ from peft import IA3Config
 from engine.methods import Ia3
 from engine.peft.adapter import Adapter, BaseOp
 from engine.peft.layout import TaskSpan
-from engine.target_modules import matches
 
 
 class Ia3Adapter(Adapter):
@@ -27,7 +26,7 @@ class Ia3Adapter(Adapter):
 
     @property
     def rewrites_input(self) -> bool:
-        return any(matches(wanted, self.op.name) for wanted in self._feedforward())
+        return self.method.scales_input(self.op.name)
 
     @property
     def rewrites_output(self) -> bool:
@@ -41,12 +40,8 @@ class Ia3Adapter(Adapter):
 
     @classmethod
     def config(cls, method: Ia3, ops: Sequence[BaseOp], common: Mapping[str, Any]) -> IA3Config:
-        inputs = [op.name for op in ops if any(matches(wanted, op.name) for wanted in method.feedforward_modules)]
+        inputs = [op.name for op in ops if method.scales_input(op.name)]
         return IA3Config(feedforward_modules=inputs, **{**common, "target_modules": [op.name for op in ops]})
-
-    def _feedforward(self) -> Sequence[str]:
-        wanted = self.method.feedforward_modules
-        return [self.op.name] if wanted == ("all-linear",) else wanted
 
 
 ADAPTER = Ia3Adapter

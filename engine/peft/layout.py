@@ -22,18 +22,21 @@ class TaskSpan:
     start: int
     end: int
     positions_L: NDArray[np.int64]  # place of each token in the task's own stream
+    lengths: tuple[int, ...] = ()  # tokens of each segment
 
     @classmethod
     def of(cls, range_: Range) -> "TaskSpan":
         positions = [np.arange(s.num_tokens, dtype=np.int64) + s.stream_offset_tokens for s in range_.segments]
         end = range_.start + range_.num_effective_tokens
-        return cls(range_.task, range_.step, range_.start, end, np.concatenate(positions))
+        lengths = tuple(segment.num_tokens for segment in range_.segments)
+        return cls(range_.task, range_.step, range_.start, end, np.concatenate(positions), lengths)
 
 
 @dataclass
 class Layout:
     """The spans of the current microbatch, and whether it trains (dropout is on)."""
 
+    num_tokens: int = 0  # of the whole stream
     spans: tuple[TaskSpan, ...] = ()
     training: bool = False
     tasks: frozenset[str] = field(default=frozenset())

@@ -8,7 +8,6 @@ where n bears no gradient. n is never computed from the dense sum:
 Legend: L tokens of one span, K inputs, N outputs, R rank.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from peft import LoraConfig
 from engine.kernels.multi_lora import LoraUse
 from engine.methods import Lora
 from engine.peft.adapter import Adapter, BaseOp, Tensors, lora_use
+from engine.peft.drawing import uniform_
 from engine.peft.layout import TaskSpan
 from engine.peft.selective import VectorCopy
 
@@ -103,13 +103,6 @@ class LoraAdapter(Adapter):
     @property
     def is_target(self) -> bool:
         return "lora_A" in self.tensors
-
-
-def uniform_(tensor: torch.Tensor, bound: float, seed: int, key: str) -> None:
-    """Fills in place, uniform in [-bound, bound], from (seed, key) alone: the same on any device."""
-    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator))
 
 
 ADAPTER = LoraAdapter

@@ -6,6 +6,7 @@ Legend: T tokens of the packed stream, L tokens of one span, K inputs, N outputs
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +14,21 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from engine.kernels.multi_lora import multi_lora
-from engine.methods import Site, SiteKind
+from engine.method import Site, SiteKind
 from engine.peft.adapter import Adapter, BaseOp
 from engine.peft.layout import Layout, TaskSpan
 
 Uses = Sequence[tuple[TaskSpan, Adapter]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the attention, as a probe of the backbone saw it: a layer's module, its key-value heads."""
+
+    module: nn.Module
+    num_heads: int
+    head_width: int
+    is_windowed: bool
 
 
 class MountedLinear(nn.Module):
@@ -73,7 +84,37 @@ class MountedNorm:
         weight: Any = base.weight
         bias = getattr(base, "bias", None)
         site = Site(name, len(weight), len(weight), SiteKind.NORM, bias is not None)
+        self.token_dim: int | None = None  # of its input: known once the backbone has been probed
         self.op = BaseOp(site, index, base, weight.detach(), None if bias is None else bias.detach())
+        self.layout = layout
+        self.adapters: dict[str, Adapter] = {}
+        base.register_forward_hook(self._rewrite)
+
+    def _rewrite(self, module: nn.Module, args: tuple[torch.Tensor], y: torch.Tensor) -> torch.Tensor | None:
+        """`y`: [1, T, N], [1, T, heads, N], [1, heads, T, N] (Gemma 3) or [T, N] (OPT), as the probe finds out."""
+        if self.token_dim is None:
+            found = [dim for dim, size in enumerate(y.shape[:-1]) if size == self.layout.num_tokens]
+            self.token_dim = found[0] if len(found) == 1 else None
+        uses = self.layout.uses(self.adapters)
+        if not uses:
+            return None
+        assert self.token_dim is not None
+        x_T, training = args[0].movedim(self.token_dim, 0), self.layout.training
+        y_T = rewrite(
+            y.movedim(self.token_dim, 0),
+            uses,
+            lambda y_L, span, adapter: adapter.after(x_T[span.start : span.end], y_L, span, training),
+        )
+        return y_T.movedim(0, self.token_dim)
+
+
+class MountedEmbedding:
+    """The frozen token embedding, whose output is rewritten on the spans of tasks that train tokens of their own."""
+
+    def __init__(self, base: nn.Module, name: str, layout: Layout) -> None:
+        weight: Any = base.weight
+        num_tokens, width = weight.shape
+        self.op = BaseOp(Site(name, num_tokens, width, SiteKind.EMBEDDING), 0, base, weight.detach())
         self.layout = layout
         self.adapters: dict[str, Adapter] = {}
         base.register_forward_hook(self._rewrite)
@@ -82,16 +123,34 @@ class MountedNorm:
         uses = self.layout.uses(self.adapters)
         if not uses:
             return None
-        x_TN, training = args[0].flatten(0, 1), self.layout.training
+        ids_T, training = args[0][0], self.layout.training
         y_TN = rewrite(
-            y_1TN.flatten(0, 1),
-            uses,
-            lambda y, span, adapter: adapter.after(x_TN[span.start : span.end], y, span, training),
+            y_1TN[0], uses, lambda y, span, adapter: adapter.after(ids_T[span.start : span.end], y, span, training)
         )
-        return y_TN.view(y_1TN.shape)
+        return y_TN.unsqueeze(0)
 
 
-Mounted = MountedLinear | MountedNorm
+class MountedAttention:
+    """A layer's attention, in which the segments of some tasks also see keys and values of their own."""
+
+    def __init__(self, base: nn.Module, site: Site, index: int, layout: Layout) -> None:
+        weight: Any = next(base.parameters())
+        self.op = BaseOp(site, index, base, weight.detach())
+        self.layout = layout
+        self.adapters: dict[str, Adapter] = {}
+
+    def prefixes(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values, [1, G, P, D] each, by the first token of each segment that sees them."""
+        found = {}
+        for span, adapter in self.layout.uses(self.adapters):
+            key_value, start = adapter.prefix(), span.start
+            for length in span.lengths:
+                found[start] = key_value
+                start += length
+        return found
+
+
+Mounted = MountedLinear | MountedNorm | MountedEmbedding | MountedAttention
 
 
 def rewrite(
@@ -128,3 +187,24 @@ def mount_norms(model: Any, layout: Layout) -> dict[str, MountedNorm]:
         and getattr(getattr(module, "weight", None), "ndim", 0) == 1
     ]
     return {name: MountedNorm(module, name, index, layout) for index, (name, module) in enumerate(found)}
+
+
+def mount_embedding(model: Any, layout: Layout) -> dict[str, MountedEmbedding]:
+    """Hooks the token embedding, if the layers read it as wide as it is."""
+    embedding = model.get_input_embeddings()
+    if embedding.weight.shape[1] != model.config.get_text_config().hidden_size:
+        return {}
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    return {name: MountedEmbedding(embedding, name, layout)}
+
+
+def mount_attentions(model: Any, layout: Layout, calls: Sequence[Call]) -> dict[str, MountedAttention]:
+    """The attention of every layer, by the `calls` of a forward pass; none if one of them is bounded by a window."""
+    if any(call.is_windowed for call in calls):
+        return {}
+    names = {id(module): name for name, module in model.named_modules()}
+    mounted: dict[str, MountedAttention] = {}
+    for index, call in enumerate(calls):
+        site = Site(names[id(call.module)], call.num_heads, call.head_width, SiteKind.ATTENTION)
+        mounted[site.name] = MountedAttention(call.module, site, index, layout)
+    return mounted

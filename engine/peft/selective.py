@@ -12,7 +12,8 @@ import torch
 from peft import LNTuningConfig
 from torch.func import functional_call
 
-from engine.methods import Selective, SiteKind
+from engine.method import SiteKind
+from engine.methods import Selective
 from engine.peft.adapter import Adapter, BaseOp, Tensors
 from engine.peft.layout import TaskSpan
 

@@ -2,7 +2,8 @@
 
 import importlib
 
-from engine.methods import METHODS, Method
+from engine.method import Method
+from engine.methods import METHODS
 from engine.peft.adapter import Adapter
 
 ADAPTERS: dict[str, type[Adapter]] = {name: importlib.import_module(f"engine.peft.{name}").ADAPTER for name in METHODS}

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 
 from engine.errors import WillNeverFitError
-from engine.methods import SiteKind
+from engine.method import SiteKind
 from engine.planning.plan import BackboneView, ExecutorView
 from engine.task import Optimizer, TaskSpec
 
@@ -32,12 +32,17 @@ def activation_bytes(backbone: BackboneView, num_tokens: int) -> int:
     return int(_SLACK * num_tokens * per_token * backbone.element_bytes) + _LOGITS_CHUNK_BYTES
 
 
+def sequence_tokens(spec: TaskSpec) -> int:
+    """Of its longest sequence in the stream."""
+    return spec.training.max_sequence_tokens + spec.method.num_virtual_tokens
+
+
 def microbatch_tokens(specs: Iterable[TaskSpec], token_budget: int, chunk_tokens: int) -> int:
     """Tokens of the largest microbatch: the budget, more for a larger slice (to four budgets), and always enough for
     one sequence, which alignment never cuts."""
-    trainings = [spec.training for spec in specs]
-    slice_ = max((t.micro_batch_size * t.max_sequence_tokens for t in trainings), default=0)
-    sequence = max((t.max_sequence_tokens for t in trainings), default=0)
+    sequences = [(spec.training.micro_batch_size, sequence_tokens(spec)) for spec in specs]
+    slice_ = max((size * tokens for size, tokens in sequences), default=0)
+    sequence = max((tokens for _, tokens in sequences), default=0)
     largest = max(token_budget, min(slice_, 4 * token_budget), sequence)
     return -(-largest // chunk_tokens) * chunk_tokens
 
@@ -50,7 +55,7 @@ def total_bytes(specs: Iterable[TaskSpec], backbone: BackboneView, num_tokens: i
 
 def separate_instance_bytes(spec: TaskSpec, backbone: BackboneView) -> int:
     """The task in a process of its own: its own backbone and a microbatch of its own size."""
-    num_tokens = spec.training.micro_batch_size * spec.training.max_sequence_tokens
+    num_tokens = spec.training.micro_batch_size * sequence_tokens(spec)
     return total_bytes([spec], backbone, num_tokens)
 
 

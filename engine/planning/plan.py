@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from engine.methods import Site
+from engine.method import Site
 from engine.task import TaskSpec
 
 

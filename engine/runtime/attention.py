@@ -8,6 +8,7 @@ Legend: T tokens, H query heads, G key heads, D head width, L tokens of a segmen
 """
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from engine.errors import BackboneUnsupportedError
+from engine.peft.mounted import Call
 
 NAME = "muxtune_packed"
 
@@ -42,34 +44,52 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     cu_seqlens: list[int] | None = None,
+    prefixes: Mapping[int, Mapping[int, tuple[torch.Tensor, torch.Tensor]]] | None = None,
+    calls: list[Call] | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """[1, H, T, D] by [1, G, T, D] -> [1, T, H, D]. Source: transformers' attention interface."""
+    """[1, H, T, D] by [1, G, T, D] -> [1, T, H, D]. Source: transformers' attention interface.
+
+    `prefixes`: by id of the module and first token of a segment, keys and values [1, G, P, D] it also sees.
+    `calls`: every call is noted there.
+    """
     if cu_seqlens is None:
         raise BackboneUnsupportedError(f"{type(module).__name__} drops cu_seqlens on its way to the attention")
     if dropout or s_aux is not None or attention_mask is not None or is_causal is False:
         raise BackboneUnsupportedError(
             f"{type(module).__name__} asks for attention dropout, sinks, a mask or bidirectional attention"
         )
-    if query.shape[1] != key.shape[1]:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if calls is not None:
+        calls.append(Call(module, key.shape[1], key.shape[3], sliding_window is not None))
+    repeats = query.shape[1] // key.shape[1]
+    key, value = _repeat(key, repeats), _repeat(value, repeats)
+    own = (prefixes or {}).get(id(module), {})
     pieces = []
     for start, end in itertools.pairwise(cu_seqlens):
         q, k, v = (t[:, :, start:end] for t in (query, key, value))
+        if start in own:
+            k, v = (
+                torch.cat([_repeat(p, repeats).to(t.dtype), t], dim=2) for p, t in zip(own[start], (k, v), strict=True)
+            )
         pieces.append(_segment(q, k, v, scaling, sliding_window, softcap))
     return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def _repeat(heads: torch.Tensor, repeats: int) -> torch.Tensor:
+    return heads if repeats == 1 else heads.repeat_interleave(repeats, dim=1)
 
 
 def _segment(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, window: int | None, softcap: float | None
 ) -> torch.Tensor:
-    length = q.shape[2]
-    if softcap is None and (window is None or length <= window):
+    """[1, H, L, D] by [1, H, P + L, D]: all of the P keys before the segment, of its own those not after the query."""
+    length, num_prefix = q.shape[2], k.shape[2] - q.shape[2]
+    if softcap is None and not num_prefix and (window is None or length <= window):
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
-    distance_LL = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)[None, :]
-    allowed_LL = (distance_LL >= 0) & (distance_LL < (window or length))
+    keys = torch.arange(-num_prefix, length, device=q.device)
+    distance_LL = torch.arange(length, device=q.device)[:, None] - keys[None, :]
+    allowed_LL = (distance_LL >= 0) & (distance_LL < (window or num_prefix + length))
     if softcap is None:
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed_LL, scale=scaling)
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)

@@ -11,11 +11,19 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.alignment.microbatch import Microbatch
+from engine.alignment.microbatch import Microbatch, Range
 from engine.errors import BackboneUnsupportedError
 from engine.kernels.segment_cross_entropy import Head
 from engine.peft.layout import Layout
-from engine.peft.mounted import Mounted, mount_linears, mount_norms
+from engine.peft.mounted import (
+    Call,
+    Mounted,
+    MountedAttention,
+    mount_attentions,
+    mount_embedding,
+    mount_linears,
+    mount_norms,
+)
 from engine.runtime import attention
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -39,11 +47,19 @@ class Backbone:
         self.shadow.set_attn_implementation(_plain_attention(self.shadow))
         self.layout = Layout()
         self.operators = mount_linears(self.model, self.layout)
-        self.mounted: dict[str, Mounted] = {**self.operators, **mount_norms(self.model, self.layout)}
-        self.sites = tuple(mounted.op.site for mounted in self.mounted.values())
+        norms = mount_norms(self.model, self.layout)
+        self.attentions: dict[str, MountedAttention] = {}
         softcap = getattr(model.config, "final_logit_softcapping", None)
         self.head = Head(self.model.get_output_embeddings(), softcap)
-        self._refuse_what_is_not_exact()
+        calls = self._refuse_what_is_not_exact()
+        self.attentions = mount_attentions(self.model, self.layout, calls)
+        self.mounted: dict[str, Mounted] = {
+            **self.operators,
+            **{name: norm for name, norm in norms.items() if norm.token_dim is not None},
+            **mount_embedding(self.model, self.layout),
+            **self.attentions,
+        }
+        self.sites = tuple(mounted.op.site for mounted in self.mounted.values())
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> "Backbone":
@@ -97,14 +113,34 @@ class Backbone:
         """[T, H]: the last hidden states of the packed stream, resident tasks' adapters on their own spans."""
         self.layout.set(microbatch, resident)
         lengths = [n for r in microbatch.ranges for n in _segment_lengths(r.num_tokens, r)]
+        firsts = [first for r in microbatch.ranges for first in self._first_positions(r)]
         token_ids_1T = torch.from_numpy(microbatch.token_ids_T).long().to(self.device).unsqueeze(0)
-        return self._packed_hidden(token_ids_1T, lengths)
+        return self._packed_hidden(token_ids_1T, lengths, firsts)
 
-    def _packed_hidden(self, token_ids_1T: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        position_ids_1T = torch.cat([torch.arange(n) for n in lengths]).to(self.device).unsqueeze(0)
+    def _first_positions(self, range_: Range) -> list[int]:
+        """Of each segment and the tail: after the task's own prefix, if it has one."""
+        attention = next(iter(self.attentions.values()), None)
+        adapter = attention.adapters.get(range_.task) if attention else None
+        first = adapter.method.num_prefix_tokens if adapter else 0
+        return [first] * len(_segment_lengths(range_.num_tokens, range_))
+
+    def _packed_hidden(
+        self, token_ids_1T: torch.Tensor, lengths: list[int], firsts: list[int], calls: list[Call] | None = None
+    ) -> torch.Tensor:
+        positions = [torch.arange(first, first + n) for first, n in zip(firsts, lengths, strict=True)]
+        position_ids_1T = torch.cat(positions).to(self.device).unsqueeze(0)
+        prefixes = {id(mounted.op.module): mounted.prefixes() for mounted in self.attentions.values()}
+        self.layout.num_tokens = sum(lengths)
         cu_seqlens = [0, *itertools.accumulate(lengths)]
         base = self.model.base_model
-        output = base(input_ids=token_ids_1T, position_ids=position_ids_1T, cu_seqlens=cu_seqlens, use_cache=False)
+        output = base(
+            input_ids=token_ids_1T,
+            position_ids=position_ids_1T,
+            cu_seqlens=cu_seqlens,
+            prefixes=prefixes,
+            calls=calls,
+            use_cache=False,
+        )
         hidden: torch.Tensor = output.last_hidden_state
         return hidden[0]
 
@@ -118,15 +154,19 @@ class Backbone:
                 raise self._unsupported(f"{name} is a {type(module).__name__}, not a plain linear operator")
 
     @torch.no_grad()
-    def _refuse_what_is_not_exact(self) -> None:
-        """A packed stream of random sequences must give the logits of the sequences run one by one."""
+    def _refuse_what_is_not_exact(self) -> list[Call]:
+        """A packed stream of random sequences must give the logits of the sequences run one by one.
+
+        The calls of the attention that were seen, one a layer.
+        """
         if self.config.get_text_config()._attn_implementation != attention.NAME:
             raise self._unsupported("its attention does not go through transformers' AttentionInterface")
         generator = torch.Generator().manual_seed(0)
         vocab = self.config.get_text_config().vocab_size
         sequences = [torch.randint(0, vocab, (n,), generator=generator).to(self.device) for n in self._probe_lengths()]
         try:
-            hidden_TH = self._packed_hidden(torch.cat(sequences).unsqueeze(0), [len(s) for s in sequences])
+            lengths, calls = [len(s) for s in sequences], list[Call]()
+            hidden_TH = self._packed_hidden(torch.cat(sequences).unsqueeze(0), lengths, [0] * len(lengths), calls)
         except TypeError as error:
             raise self._unsupported(f"its forward refuses the packed stream ({error})") from error
         packed_TV = self.head.logits(hidden_TH)
@@ -135,6 +175,7 @@ class Backbone:
         tolerance = _PROBE_TOLERANCE[self.dtype] * separate_TV.abs().max().item()
         if not difference <= tolerance:
             raise self._unsupported(f"packed and separate logits differ by {difference:.2g} (at most {tolerance:.2g})")
+        return calls
 
     def _probe_lengths(self) -> tuple[int, ...]:
         window = getattr(self.config.get_text_config(), "sliding_window", None)

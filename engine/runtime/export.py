@@ -44,7 +44,8 @@ def export(backbone: Backbone, run: "TaskRun", folder: Path) -> ExportReport:
     """Writes adapter_config.json and adapter_model.safetensors. Raises ExportMismatchError if peft disagrees."""
     folder.mkdir(parents=True, exist_ok=True)
     config = _config(backbone, run)
-    save_file(_file_tensors(run, config), folder / CONFIG_AND_WEIGHTS[1], metadata={"format": "pt"})
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in _file_tensors(run, config).items()}
+    save_file(tensors, folder / CONFIG_AND_WEIGHTS[1], metadata={"format": "pt"})
     if isinstance(config, PeftConfig):
         config.save_pretrained(folder)
     else:
@@ -78,18 +79,20 @@ def load_adapter(folder: Path, run: "TaskRun", backbone: Backbone) -> None:
         raise InvalidInputError.of_field("initial_adapter", f"{odd[0]} holds NaN or Inf")
     for name, tensor in expected.items():
         tensor.copy_(found[name])
+    adapter_class(run.assignment.spec.method).adopt(list(run.adapters.values()), found)
 
 
 def _file_tensors(run: "TaskRun", config: PeftConfig | dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What the file holds, by name there: views of the run's own tensors where they are on the CPU."""
+    """What the file holds, by name there: views of the run's own tensors, but for what a method shares or stacks."""
     in_peft = isinstance(config, PeftConfig)
     prefix = _PREFIX if in_peft else ""
     own = {
-        f"{prefix}{site}.{name}": tensor.detach().cpu()
+        f"{prefix}{site}.{name}": tensor.detach()
         for site, adapter in run.adapters.items()
         for name, tensor in adapter.exported(in_peft).items()
     }
-    return own | type(next(iter(run.adapters.values()))).shared(list(run.adapters.values()))
+    shared = adapter_class(run.assignment.spec.method).shared(list(run.adapters.values()))
+    return own | {name: tensor.detach() for name, tensor in shared.items()}
 
 
 def _config(backbone: Backbone, run: "TaskRun") -> PeftConfig | dict[str, Any]:
@@ -118,16 +121,18 @@ def _compare(backbone: Backbone, run: "TaskRun", folder: Path) -> tuple[float, f
 
     peft loads into a copy of the shadow that shares its tensors: no memory, and the shadow stays as it is.
     """
-    vocab = backbone.config.get_text_config().vocab_size
-    token_ids_T = np.random.default_rng(0).integers(0, vocab, _PROBE_TOKENS).astype(np.int32)
-    task = run.assignment.task
-    whole = Range(task, run.step, 0, _PROBE_TOKENS, (Segment(_PROBE_TOKENS, 0),), 1, True)
-    targets_T = np.full(_PROBE_TOKENS, IGNORE, np.int32)
+    vocab, task = backbone.config.get_text_config().vocab_size, run.assignment.task
+    num_virtual = run.assignment.spec.method.num_virtual_tokens
+    probe_T = np.random.default_rng(0).integers(0, vocab, _PROBE_TOKENS).astype(np.int32)
+    token_ids_T = np.concatenate([np.zeros(num_virtual, np.int32), probe_T])
+    num_tokens = len(token_ids_T)
+    whole = Range(task, run.step, 0, num_tokens, (Segment(num_tokens, 0),), 1, True)
+    targets_T = np.full(num_tokens, IGNORE, np.int32)
     probe = Microbatch(0, MicrobatchKind.EVALUATE, token_ids_T, targets_T, (whole,), True)
-    ours_TV = backbone.head.logits(backbone.hidden(probe, frozenset({task})))
+    ours_TV = backbone.head.logits(backbone.hidden(probe, frozenset({task}))[num_virtual:])
     loaded = _loaded(sharing_copy(backbone.shadow), folder, isinstance(_config(backbone, run), PeftConfig))
-    input_ids_1T = torch.from_numpy(token_ids_T).long().to(backbone.device).unsqueeze(0)
-    theirs_TV = loaded(input_ids=input_ids_1T, use_cache=False).logits[0]
+    input_ids_1T = torch.from_numpy(probe_T).long().to(backbone.device).unsqueeze(0)
+    theirs_TV = loaded(input_ids=input_ids_1T, use_cache=False).logits[0, -_PROBE_TOKENS:]
     return (ours_TV - theirs_TV).abs().max().item(), theirs_TV.abs().max().item()
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.errors import NonFiniteError
-from engine.methods import Method, Shapes
+from engine.method import Method, Shapes
 from engine.peft.table import adapter_class
 from engine.runtime.backbone import Backbone
 from engine.runtime.schedule import learning_rate

@@ -220,3 +220,51 @@ class Selective(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Selective: _TypeAlias = Selective  # noqa: Y015
+
+@_typing.final
+class Prompt(_message.Message):
+    """Prompt tuning, arXiv 2104.08691: trained embeddings before each sequence. They start as those of tokens drawn from the
+    vocabulary, take part in the microbatch's token budget, and bear no loss; nor does a sequence's first own token.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LENGTH_FIELD_NUMBER: _builtins.int
+    length: _builtins.int
+    """Virtual tokens, 1 to 1024. 0: 8. With max_sequence_tokens at most the backbone's limit."""
+    def __init__(
+        self,
+        *,
+        length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prompt: _TypeAlias = Prompt  # noqa: Y015
+
+@_typing.final
+class Prefix(_message.Message):
+    """Prefix tuning, arXiv 2101.00190, without reparameterisation: trained keys and values before each sequence, in every
+    layer. Not for backbones with sliding windows.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LENGTH_FIELD_NUMBER: _builtins.int
+    length: _builtins.int
+    """1 to 1024. 0: 8. With max_sequence_tokens at most the backbone's limit."""
+    def __init__(
+        self,
+        *,
+        length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prefix: _TypeAlias = Prefix  # noqa: Y015

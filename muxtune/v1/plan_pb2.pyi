@@ -33,6 +33,10 @@ class _ModuleKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModuleKind
     MODULE_KIND_LINEAR: _ModuleKind.ValueType  # 1
     MODULE_KIND_NORM: _ModuleKind.ValueType  # 2
     """Its weight, and its bias if it has one, are vectors of out_features."""
+    MODULE_KIND_EMBEDDING: _ModuleKind.ValueType  # 3
+    """Of tokens: vocabulary by out_features."""
+    MODULE_KIND_ATTENTION: _ModuleKind.ValueType  # 4
+    """Of a whole context: in_features key-value heads of width out_features."""
 
 class ModuleKind(_ModuleKind, metaclass=_ModuleKindEnumTypeWrapper): ...
 
@@ -41,6 +45,10 @@ MODULE_KIND_UNSPECIFIED: ModuleKind.ValueType  # 0
 MODULE_KIND_LINEAR: ModuleKind.ValueType  # 1
 MODULE_KIND_NORM: ModuleKind.ValueType  # 2
 """Its weight, and its bias if it has one, are vectors of out_features."""
+MODULE_KIND_EMBEDDING: ModuleKind.ValueType  # 3
+"""Of tokens: vocabulary by out_features."""
+MODULE_KIND_ATTENTION: ModuleKind.ValueType  # 4
+"""Of a whole context: in_features key-value heads of width out_features."""
 Global___ModuleKind: _TypeAlias = ModuleKind  # noqa: Y015
 
 @_typing.final

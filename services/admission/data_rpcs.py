@@ -253,7 +253,7 @@ def _summaries(executors: list[plan_pb2.Executor]) -> list[pb.BackboneSummary]:
             target_modules=suffixes(
                 module.name
                 for module in hosts[0].backbone.adaptable_modules
-                if module.kind != plan_pb2.MODULE_KIND_NORM
+                if module.kind in (plan_pb2.MODULE_KIND_UNSPECIFIED, plan_pb2.MODULE_KIND_LINEAR)
             ),
             num_executors=len(hosts),
         )

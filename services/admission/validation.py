@@ -57,12 +57,13 @@ def _rules(spec: TaskSpec, backbone: BackboneView | None) -> list[_Rule]:
             all(len(text) <= _MAX_LABEL_CHARACTERS for text in texts),
             f"characters; at most {_MAX_LABEL_CHARACTERS} in a key or value",
         ),
-        *_training_rules(spec.training, backbone),
+        *_training_rules(spec.training, backbone, spec.method.num_virtual_tokens + spec.method.num_prefix_tokens),
     ]
 
 
-def _training_rules(t: Training, backbone: BackboneView | None) -> list[_Rule]:
-    longest = backbone.max_sequence_tokens if backbone else math.inf
+def _training_rules(t: Training, backbone: BackboneView | None, num_added: int) -> list[_Rule]:
+    """`num_added`: positions that the method adds to every sequence."""
+    longest = backbone.max_sequence_tokens - num_added if backbone else math.inf
     steps_field = "num_steps" if t.num_steps is not None else "num_epochs"
     steps = t.num_steps if t.num_steps is not None else t.num_epochs
     rules = [
@@ -82,7 +83,8 @@ def _training_rules(t: Training, backbone: BackboneView | None) -> list[_Rule]:
             "max_sequence_tokens",
             t.max_sequence_tokens,
             t.max_sequence_tokens <= longest,
-            f"must be at most the backbone's {longest}",
+            f"must be at most the backbone's {longest}"
+            + (f", {num_added} for the method left out" if num_added else ""),
         ),
         _Rule("weight_decay", t.weight_decay, 0 <= t.weight_decay < math.inf, "must be finite and not negative"),
         _Rule("beta1", t.beta1, 0 <= t.beta1 < 1, "must be at least 0 and under 1"),

@@ -5,6 +5,7 @@ from engine.task import Training
 from muxtune.v1 import alignment_pb2 as pb
 
 MAX_STEPS = 10_000_000
+MAX_VIRTUAL_TOKENS = 1024
 
 
 def check_training(training: Training, path: str) -> None:
@@ -50,6 +51,11 @@ def check_steps(member: pb.Member, num_steps: int) -> None:
     if num_steps != member.num_steps:
         raise InvalidInputError.of_field(
             "members.num_steps", f"{member.task} has {num_steps} steps by its dataset, not {member.num_steps}"
+        )
+    if not 0 <= member.num_virtual_tokens <= MAX_VIRTUAL_TOKENS:
+        raise InvalidInputError.of_field(
+            "members.num_virtual_tokens",
+            f"{member.num_virtual_tokens} of {member.task} must be 0 to {MAX_VIRTUAL_TOKENS}",
         )
     if not 0 <= member.cursor_step <= num_steps:
         raise InvalidInputError.of_field(

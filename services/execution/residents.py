@@ -86,6 +86,7 @@ class Residents:
             training=spec.training,
             num_steps=resident.planned.num_steps,
             cursor_step=self._executor.tasks[name].step,
+            num_virtual_tokens=resident.spec.method.num_virtual_tokens,
         )
 
     def trace_parents(self) -> list[tuple[str, str]]:

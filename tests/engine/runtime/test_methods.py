@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.methods import Activation, Bottleneck, Ia3, Lora, LoraBias, Method, Placement, Selective, Vera
+from engine.errors import InvalidInputError
+from engine.method import Method
+from engine.methods import Activation, Bottleneck, Ia3, Lora, LoraBias, Placement, Prefix, Prompt, Selective, Vera
 from engine.task import LrSchedule, Optimizer
 from tests.engine.runtime.tiny import CONFIGS, TinyTask, executor_with, model_of, task_of, train, train_with_peft
 
@@ -25,6 +27,9 @@ IN_PEFT: dict[str, Method] = {
     "ia3-outputs": Ia3(("o_proj", "up_proj")),
     "norms": Selective(("all-norms",)),
     "some-norms": Selective(("1.input_layernorm.weight", "model.norm.weight")),
+    "prompt": Prompt(5),
+    "long-prompt": Prompt(17),
+    "prefix": Prefix(6),
 }
 OWN: dict[str, Method] = {
     "houlsby": Bottleneck(8, ("o_proj", "down_proj"), scale=0.5),
@@ -68,3 +73,42 @@ def test_every_method_among_all_others_equals_peft_alone(options: dict[str, obje
         for name, tensor in tensors.items():
             torch.testing.assert_close(exported[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
         assert losses[-1] < losses[0], "it did not train"
+
+
+EVERYWHERE: dict[str, Method] = {
+    "lora": Lora(3, 6.0, ALL, rank_pattern={}, use_rslora=True),
+    "dora": Lora(2, 6.0, ALL, use_dora=True),
+    "vera": Vera(8, ALL),
+    "ia3": Ia3(ALL),
+    "ia3-inputs": Ia3(ALL, ALL),
+    "bottleneck": Bottleneck(4, ALL),
+    "norms": Selective(("all-norms",)),
+    "bitfit": Selective(("all-biases",)),
+    "biases": Lora(2, 2.0, ALL, bias=LoraBias.ALL),
+    "prompt": Prompt(3),
+    "prefix": Prefix(3),
+}
+NOT_THERE = {
+    "prompt": {"opt-projected"},
+    "prefix": {"mistral-window", "gemma2", "gemma3"},
+}
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_every_method_trains_and_exports_on_every_architecture_or_is_refused(architecture: str, tmp_path: Path) -> None:
+    model = model_of(CONFIGS[architecture])
+    executor = executor_with(model, [])
+    has_bias = any(site.has_bias for site in executor.backbone.sites)
+    tasks = []
+    for task in tasks_of(EVERYWHERE, 2, learning_rate=0.03):
+        lacks_bias = task.name in ("bitfit", "biases") and not has_bias
+        if lacks_bias or architecture in NOT_THERE.get(task.name, ()):
+            with pytest.raises(InvalidInputError, match=r"spec\.\w+\.(length|bias|parameters)"):
+                executor.attach(task.assignment)
+        else:
+            executor.attach(task.assignment)
+            tasks.append(task)
+    train(executor, tasks, 2)
+    for task in tasks:
+        report = executor.export(task.name, tmp_path / task.name)
+        assert report.max_logit_difference < 1e-4, task.name

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers as hf
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
-from engine.methods import Lora, Method
+from engine.method import Method
+from engine.methods import Lora
 from engine.results import StepResult
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
@@ -126,8 +128,9 @@ def pack_round(
     for task, step in zip(tasks, steps, strict=True):
         rows, size, at, placed = task.batch(step), task.spec.training.micro_batch_size, 0, []
         for ids, prompt in rows:
-            placed.append((ids, prompt, at))
-            at += len(ids)
+            virtual = task.spec.method.num_virtual_tokens
+            placed.append(((0,) * virtual + ids, prompt + virtual if prompt else 1 + virtual, at))
+            at += virtual + len(ids)
         cuts[task.name] = [placed[i : i + size] for i in range(0, len(placed), size)]
     num_microbatches = max(len(c) for c in cuts.values())
     result = []
@@ -177,7 +180,7 @@ def executor_with(model: Any, tasks: Sequence[TinyTask]) -> Executor:
 
 def train_with_peft(model: Any, task: TinyTask, folder: Path) -> tuple[list[float], list[float], dict[str, Any]]:
     """HF PEFT alone, from the adapter in `folder`, padded batches: (losses, gradient norms, final tensors)."""
-    peft_model = PeftModel.from_pretrained(copy.deepcopy(model), folder, is_trainable=True)
+    peft_model = _loaded(copy.deepcopy(model), folder)
     training = task.spec.training
     parameters = [p for p in peft_model.parameters() if p.requires_grad]
     factor = getattr(task.spec.method, "b_rate_factor", 1.0)
@@ -206,7 +209,8 @@ def train_with_peft(model: Any, task: TinyTask, folder: Path) -> tuple[list[floa
         for i in range(0, len(rows), training.micro_batch_size):
             batch = _padded(rows[i : i + training.micro_batch_size])
             labels = batch.pop("labels")
-            logits = peft_model(**batch, use_cache=False).logits[:, :-1]
+            num_tokens = batch["input_ids"].shape[1]
+            logits = peft_model(**batch, use_cache=False).logits[:, -num_tokens:-1]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
             (loss / num_targets(rows)).backward()
             loss_sum += loss.item() / num_targets(rows)
@@ -217,6 +221,17 @@ def train_with_peft(model: Any, task: TinyTask, folder: Path) -> tuple[list[floa
         optimizer.zero_grad()
         losses.append(loss_sum)
     return losses, norms, get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+
+
+def _loaded(model: Any, folder: Path) -> Any:
+    config = PeftConfig.from_pretrained(folder)
+    if not config.is_prompt_learning:
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
+    config.inference_mode = False  # peft refuses to load these as trainable
+    peft_model = get_peft_model(model, config)
+    saved = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+    peft_model.prompt_encoder["default"].embedding.weight.data.copy_(saved)
+    return peft_model
 
 
 def _padded(rows: Sequence[tuple[tuple[int, ...], int]]) -> dict[str, torch.Tensor]:
