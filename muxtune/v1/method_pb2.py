@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17muxtune/v1/method.proto\x12\nmuxtune.v1\"m\n\x04Vera\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x16\n\x0etarget_modules\x18\x02 \x03(\t\x12\x0f\n\x07\x64ropout\x18\x03 \x01(\x01\x12\x11\n\td_initial\x18\x04 \x01(\x01\x12\x1b\n\x13projection_prng_key\x18\x05 \x01(\r\":\n\x03Ia3\x12\x16\n\x0etarget_modules\x18\x01 \x03(\t\x12\x1b\n\x13\x66\x65\x65\x64\x66orward_modules\x18\x02 \x03(\t\"\x97\x01\n\nBottleneck\x12\x0c\n\x04size\x18\x01 \x01(\x05\x12\x16\n\x0etarget_modules\x18\x02 \x03(\t\x12(\n\tplacement\x18\x03 \x01(\x0e\x32\x15.muxtune.v1.Placement\x12*\n\nactivation\x18\x04 \x01(\x0e\x32\x16.muxtune.v1.Activation\x12\r\n\x05scale\x18\x05 \x01(\x01\"\x1f\n\tSelective\x12\x12\n\nparameters\x18\x01 \x03(\t\"\x18\n\x06Prompt\x12\x0e\n\x06length\x18\x01 \x01(\x05\"\x18\n\x06Prefix\x12\x0e\n\x06length\x18\x01 \x01(\x05*e\n\x08LoraBias\x12\x19\n\x15LORA_BIAS_UNSPECIFIED\x10\x00\x12\x12\n\x0eLORA_BIAS_NONE\x10\x01\x12\x11\n\rLORA_BIAS_ALL\x10\x02\x12\x17\n\x13LORA_BIAS_LORA_ONLY\x10\x03*T\n\tPlacement\x12\x19\n\x15PLACEMENT_UNSPECIFIED\x10\x00\x12\x14\n\x10PLACEMENT_SERIAL\x10\x01\x12\x16\n\x12PLACEMENT_PARALLEL\x10\x02*|\n\nActivation\x12\x1a\n\x16\x41\x43TIVATION_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41\x43TIVATION_RELU\x10\x01\x12\x13\n\x0f\x41\x43TIVATION_GELU\x10\x02\x12\x13\n\x0f\x41\x43TIVATION_SILU\x10\x03\x12\x13\n\x0f\x41\x43TIVATION_TANH\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17muxtune/v1/method.proto\x12\nmuxtune.v1\"m\n\x04Vera\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x16\n\x0etarget_modules\x18\x02 \x03(\t\x12\x0f\n\x07\x64ropout\x18\x03 \x01(\x01\x12\x11\n\td_initial\x18\x04 \x01(\x01\x12\x1b\n\x13projection_prng_key\x18\x05 \x01(\r\":\n\x03Ia3\x12\x16\n\x0etarget_modules\x18\x01 \x03(\t\x12\x1b\n\x13\x66\x65\x65\x64\x66orward_modules\x18\x02 \x03(\t\"\x97\x01\n\nBottleneck\x12\x0c\n\x04size\x18\x01 \x01(\x05\x12\x16\n\x0etarget_modules\x18\x02 \x03(\t\x12(\n\tplacement\x18\x03 \x01(\x0e\x32\x15.muxtune.v1.Placement\x12*\n\nactivation\x18\x04 \x01(\x0e\x32\x16.muxtune.v1.Activation\x12\r\n\x05scale\x18\x05 \x01(\x01\"\x1f\n\tSelective\x12\x12\n\nparameters\x18\x01 \x03(\t\"\x18\n\x06Prompt\x12\x0e\n\x06length\x18\x01 \x01(\x05\"\x18\n\x06Prefix\x12\x0e\n\x06length\x18\x01 \x01(\x05\"=\n\x04Miss\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x16\n\x0etarget_modules\x18\x02 \x03(\t\x12\x0f\n\x07\x64ropout\x18\x03 \x01(\x01*e\n\x08LoraBias\x12\x19\n\x15LORA_BIAS_UNSPECIFIED\x10\x00\x12\x12\n\x0eLORA_BIAS_NONE\x10\x01\x12\x11\n\rLORA_BIAS_ALL\x10\x02\x12\x17\n\x13LORA_BIAS_LORA_ONLY\x10\x03*T\n\tPlacement\x12\x19\n\x15PLACEMENT_UNSPECIFIED\x10\x00\x12\x14\n\x10PLACEMENT_SERIAL\x10\x01\x12\x16\n\x12PLACEMENT_PARALLEL\x10\x02*|\n\nActivation\x12\x1a\n\x16\x41\x43TIVATION_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41\x43TIVATION_RELU\x10\x01\x12\x13\n\x0f\x41\x43TIVATION_GELU\x10\x02\x12\x13\n\x0f\x41\x43TIVATION_SILU\x10\x03\x12\x13\n\x0f\x41\x43TIVATION_TANH\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'muxtune.v1.method_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LORABIAS']._serialized_start=449
-  _globals['_LORABIAS']._serialized_end=550
-  _globals['_PLACEMENT']._serialized_start=552
-  _globals['_PLACEMENT']._serialized_end=636
-  _globals['_ACTIVATION']._serialized_start=638
-  _globals['_ACTIVATION']._serialized_end=762
+  _globals['_LORABIAS']._serialized_start=512
+  _globals['_LORABIAS']._serialized_end=613
+  _globals['_PLACEMENT']._serialized_start=615
+  _globals['_PLACEMENT']._serialized_end=699
+  _globals['_ACTIVATION']._serialized_start=701
+  _globals['_ACTIVATION']._serialized_end=825
   _globals['_VERA']._serialized_start=39
   _globals['_VERA']._serialized_end=148
   _globals['_IA3']._serialized_start=150
@@ -49,4 +49,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROMPT']._serialized_end=421
   _globals['_PREFIX']._serialized_start=423
   _globals['_PREFIX']._serialized_end=447
+  _globals['_MISS']._serialized_start=449
+  _globals['_MISS']._serialized_end=510
 # @@protoc_insertion_point(module_scope)

@@ -218,6 +218,7 @@ class TaskSpec(_message.Message):
     SELECTIVE_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
     PREFIX_FIELD_NUMBER: _builtins.int
+    MISS_FIELD_NUMBER: _builtins.int
     DATASET_FIELD_NUMBER: _builtins.int
     DATASET_VERSION_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
@@ -246,6 +247,8 @@ class TaskSpec(_message.Message):
     @_builtins.property
     def prefix(self) -> _method_pb2.Prefix: ...
     @_builtins.property
+    def miss(self) -> _method_pb2.Miss: ...
+    @_builtins.property
     def training(self) -> Global___Training: ...
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -262,17 +265,18 @@ class TaskSpec(_message.Message):
         selective: _method_pb2.Selective | None = ...,
         prompt: _method_pb2.Prompt | None = ...,
         prefix: _method_pb2.Prefix | None = ...,
+        miss: _method_pb2.Miss | None = ...,
         dataset: _builtins.str = ...,
         dataset_version: _builtins.str = ...,
         training: Global___Training | None = ...,
         initial_adapter: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bottleneck", b"bottleneck", "ia3", b"ia3", "lora", b"lora", "method", b"method", "prefix", b"prefix", "prompt", b"prompt", "selective", b"selective", "training", b"training", "vera", b"vera"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bottleneck", b"bottleneck", "ia3", b"ia3", "lora", b"lora", "method", b"method", "miss", b"miss", "prefix", b"prefix", "prompt", b"prompt", "selective", b"selective", "training", b"training", "vera", b"vera"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "bottleneck", b"bottleneck", "dataset", b"dataset", "dataset_version", b"dataset_version", "ia3", b"ia3", "initial_adapter", b"initial_adapter", "labels", b"labels", "lora", b"lora", "method", b"method", "prefix", b"prefix", "prompt", b"prompt", "selective", b"selective", "training", b"training", "vera", b"vera"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "bottleneck", b"bottleneck", "dataset", b"dataset", "dataset_version", b"dataset_version", "ia3", b"ia3", "initial_adapter", b"initial_adapter", "labels", b"labels", "lora", b"lora", "method", b"method", "miss", b"miss", "prefix", b"prefix", "prompt", b"prompt", "selective", b"selective", "training", b"training", "vera", b"vera"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_method: _TypeAlias = _typing.Literal["lora", "vera", "ia3", "bottleneck", "selective", "prompt", "prefix"]  # noqa: Y015
+    _WhichOneofReturnType_method: _TypeAlias = _typing.Literal["lora", "vera", "ia3", "bottleneck", "selective", "prompt", "prefix", "miss"]  # noqa: Y015
     _WhichOneofArgType_method: _TypeAlias = _typing.Literal["method", b"method"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_method) -> _WhichOneofReturnType_method | None: ...
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from engine.errors import InvalidInputError
 from engine.method import Method
-from engine.methods import Activation, Bottleneck, Ia3, Lora, LoraBias, Placement, Prefix, Prompt, Selective, Vera
+from engine.methods import Activation, Bottleneck, Ia3, Lora, LoraBias, Miss, Placement, Prefix, Prompt, Selective, Vera
 from engine.task import LrSchedule, Optimizer
 from tests.engine.runtime.tiny import CONFIGS, TinyTask, executor_with, model_of, task_of, train, train_with_peft
 
@@ -27,6 +27,7 @@ IN_PEFT: dict[str, Method] = {
     "ia3-outputs": Ia3(("o_proj", "up_proj")),
     "norms": Selective(("all-norms",)),
     "some-norms": Selective(("1.input_layernorm.weight", "model.norm.weight")),
+    "miss": Miss(7, ALL),
     "prompt": Prompt(5),
     "long-prompt": Prompt(17),
     "prefix": Prefix(6),
@@ -81,6 +82,7 @@ EVERYWHERE: dict[str, Method] = {
     "vera": Vera(8, ALL),
     "ia3": Ia3(ALL),
     "ia3-inputs": Ia3(ALL, ALL),
+    "miss": Miss(5, ALL),
     "bottleneck": Bottleneck(4, ALL),
     "norms": Selective(("all-norms",)),
     "bitfit": Selective(("all-biases",)),
@@ -90,6 +92,7 @@ EVERYWHERE: dict[str, Method] = {
 }
 NOT_THERE = {
     "prompt": {"opt-projected"},
+    "miss": {"gpt2"},
     "prefix": {"mistral-window", "gemma2", "gemma3"},
 }
 
@@ -103,7 +106,7 @@ def test_every_method_trains_and_exports_on_every_architecture_or_is_refused(arc
     for task in tasks_of(EVERYWHERE, 2, learning_rate=0.03):
         lacks_bias = task.name in ("bitfit", "biases") and not has_bias
         if lacks_bias or architecture in NOT_THERE.get(task.name, ()):
-            with pytest.raises(InvalidInputError, match=r"spec\.\w+\.(length|bias|parameters)"):
+            with pytest.raises(InvalidInputError, match=r"spec\.\w+\.(length|bias|parameters|target_modules)"):
                 executor.attach(task.assignment)
         else:
             executor.attach(task.assignment)
