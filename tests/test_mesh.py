@@ -17,7 +17,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from muxtune.adapters import load_adapter
 from muxtune.aio import AsyncClient
 from muxtune.cli.mesh import Mesh, MeshError
 from muxtune.client import Client
@@ -28,7 +27,7 @@ from muxtune.errors import (
     UnauthenticatedError,
 )
 from muxtune.transport import metadata
-from muxtune.v1 import admission_pb2, admission_pb2_grpc, artifact_pb2, method_pb2, task_pb2
+from muxtune.v1 import admission_pb2, admission_pb2_grpc, artifact_pb2, task_pb2
 from tests.tiny_backbone import write_backbone
 
 SECRET_WORD = "xylophonic"  # stands in every row; must stand in no span and no log
@@ -109,13 +108,6 @@ def spec(dataset: str, **training: object) -> task_pb2.TaskSpec:
     )
 
 
-TOKENS = torch.arange(3, 11).unsqueeze(0)
-
-
-def plain_model(backbone: Path):
-    return AutoModelForCausalLM.from_pretrained(backbone).eval()
-
-
 def losses(events: list[task_pb2.TaskEvent]) -> list[float]:
     return [event.step_done.loss for event in events if event.WhichOneof("event") == "step_done"]
 
@@ -149,62 +141,6 @@ def test_tasks_train_together_and_each_gets_what_it_would_get_alone(
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-6)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone), tmp_path / "1")
     assert model.active_peft_config.r == 4
-
-
-METHODS = {
-    "dora": {"lora": task_pb2.Lora(rank=4, use_dora=True, target_modules=["all-linear"])},
-    "vera": {"vera": method_pb2.Vera(rank=32, target_modules=["q_proj", "v_proj"])},
-    "ia3": {"ia3": method_pb2.Ia3(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])},
-    "bottleneck": {"bottleneck": method_pb2.Bottleneck(size=8, target_modules=["o_proj", "down_proj"])},
-    "norms": {"selective": method_pb2.Selective(parameters=["all-norms"])},
-    "prompt": {"prompt": method_pb2.Prompt(length=4)},
-    "prefix": {"prefix": method_pb2.Prefix(length=4)},
-}
-
-
-def test_tasks_of_every_method_train_on_one_backbone(client: Client, backbone: Path, tmp_path: Path) -> None:
-    dataset = client.upload_dataset(ROWS).name
-    training = task_pb2.Training(learning_rate=0.02, num_steps=8, max_sequence_tokens=64, heldout_fraction=0.2)
-    tasks = {
-        name: client.create_task(task_pb2.TaskSpec(backbone="tiny", dataset=dataset, training=training, **method))
-        for name, method in METHODS.items()
-    }
-    for name, task in tasks.items():
-        ended = client.wait_task(task.name)
-        assert ended.state == task_pb2.TASK_STATE_SUCCEEDED, ended.failure
-        assert ended.progress.last_heldout_loss < ended.progress.first_heldout_loss, name
-        folder, model = client.download_adapter(task.name, tmp_path / name), plain_model(backbone)
-        expected = model(TOKENS).logits
-        if json.loads((folder / "adapter_config.json").read_text())["peft_type"].startswith("MUXTUNE_"):
-            load_adapter(model, folder)
-        else:
-            model = PeftModel.from_pretrained(model, folder)
-        assert (model(TOKENS).logits[:, -8:] - expected).abs().max() > 1e-4, name
-        following = task_pb2.TaskSpec()
-        following.CopyFrom(task.spec)
-        following.initial_adapter = client.upload_adapter(folder).name
-        assert client.estimate_task(following).num_steps == 8, name
-
-
-@pytest.mark.parametrize(
-    ("method", "field"),
-    [
-        ({"ia3": method_pb2.Ia3(target_modules=["q_proj"], feedforward_modules=["k_proj"])}, "ia3.feedforward_modules"),
-        ({"vera": method_pb2.Vera(target_modules=["nothing"])}, "vera.target_modules"),
-        ({"selective": method_pb2.Selective(parameters=["all-biases"])}, "selective.parameters"),
-        ({"bottleneck": method_pb2.Bottleneck(size=-1, target_modules=["q_proj"])}, "bottleneck.size"),
-        ({"prompt": method_pb2.Prompt(length=70)}, "training.max_sequence_tokens"),
-        ({"lora": task_pb2.Lora(rank=4, target_modules=["lm_head"])}, "lora.target_modules"),
-        ({"lora": task_pb2.Lora(rank=4, target_modules=["q_proj"], rank_pattern={"(a+)+$": 3})}, "lora.rank_pattern"),
-        ({}, "method"),
-    ],
-)
-def test_a_method_that_cannot_be_is_refused_by_its_field(client: Client, method: dict, field: str) -> None:
-    dataset = client.upload_dataset(ROWS).name
-    training = task_pb2.Training(learning_rate=0.02, num_steps=8, max_sequence_tokens=64)
-    with pytest.raises(InvalidInputError) as caught:
-        client.create_task(task_pb2.TaskSpec(backbone="tiny", dataset=dataset, training=training, **method))
-    assert f"spec.{field}" in {violation.field for violation in caught.value.violations}
 
 
 def test_cancel_keeps_the_adapter_trained_so_far(client: Client, tmp_path: Path) -> None:
