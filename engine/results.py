@@ -6,6 +6,17 @@ from engine.errors import MuxtuneError
 
 
 @dataclass(frozen=True)
+class ShadowCheck:
+    """A step run again for its task alone, from the same parameters: relative differences to what its neighbours left.
+
+    `loss_difference`: |fused - alone| / |alone|. `gradient_difference`: the norm of the difference over the norm alone.
+    """
+
+    loss_difference: float
+    gradient_difference: float
+
+
+@dataclass(frozen=True)
 class StepResult:
     """One optimizer step of one task. `step` counts steps done. `seconds` is its share of its microbatches' time."""
 
@@ -19,6 +30,7 @@ class StepResult:
     num_padding_tokens: int
     seconds: float
     num_neighbours: int
+    shadow_check: ShadowCheck | None = None
 
 
 @dataclass(frozen=True)

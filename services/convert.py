@@ -104,6 +104,7 @@ def _training(t: task_pb2.Training, path: str, wrong: list[FieldViolation]) -> T
         evaluate_every_steps=t.evaluate_every_steps,
         early_stop_patience=t.early_stop_patience,
         early_stop_min_delta=t.early_stop_min_delta,
+        verify_every_steps=t.verify_every_steps,
     )
 
 
@@ -243,7 +244,11 @@ def preflight_to_proto(report: "Preflight", max_refused: int = 100) -> dataset_p
 
 
 def step_to_proto(result: StepResult) -> task_pb2.StepDone:
+    check = None
+    if result.shadow_check is not None:
+        check = task_pb2.ShadowCheck(**dataclasses.asdict(result.shadow_check))
     return task_pb2.StepDone(
+        shadow_check=check,
         step=result.step,
         loss=result.loss,
         learning_rate=result.learning_rate,

@@ -51,13 +51,18 @@ METHODS = {
 
 def test_tasks_of_every_method_train_on_one_backbone(client: Client, backbone: Path, tmp_path: Path) -> None:
     dataset = client.upload_dataset(ROWS).name
-    training = task_pb2.Training(learning_rate=0.02, num_steps=8, max_sequence_tokens=64, heldout_fraction=0.2)
+    training = task_pb2.Training(
+        learning_rate=0.02, num_steps=8, max_sequence_tokens=64, heldout_fraction=0.2, verify_every_steps=4
+    )
     tasks = {
         name: client.create_task(task_pb2.TaskSpec(backbone="tiny", dataset=dataset, training=training, **method))
         for name, method in METHODS.items()
     }
     for name, task in tasks.items():
-        ended = client.wait_task(task.name)
+        steps = [event.step_done for event in client.watch_task(task.name) if event.HasField("step_done")]
+        checks = [step.shadow_check for step in steps if step.HasField("shadow_check")]
+        assert len(checks) == 2 and all(check.gradient_difference < 1e-4 for check in checks), name
+        ended = client.get_task(task.name)
         assert ended.state == task_pb2.TASK_STATE_SUCCEEDED, ended.failure
         assert ended.progress.last_heldout_loss < ended.progress.first_heldout_loss, name
         folder, model = client.download_adapter(task.name, tmp_path / name), plain_model(backbone)

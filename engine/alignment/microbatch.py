@@ -3,6 +3,7 @@
 Legend: T tokens of the stream (all ranges, tails included). Source: MuxTune section 3.4 (chunk-based alignment).
 """
 
+import dataclasses
 import enum
 from dataclasses import dataclass
 
@@ -69,3 +70,9 @@ class Microbatch:
     @property
     def num_tokens(self) -> int:
         return int(self.token_ids_T.shape[0])
+
+    def alone(self, range_: Range) -> "Microbatch":
+        """One of its ranges as a microbatch of its own."""
+        part = slice(range_.start, range_.start + range_.num_tokens)
+        ranges = (dataclasses.replace(range_, start=0),)
+        return Microbatch(self.round, self.kind, self.token_ids_T[part], self.targets_T[part], ranges, False)

@@ -13,7 +13,7 @@ import torch
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range
 from engine.errors import NonFiniteError
 from engine.kernels.segment_cross_entropy import segment_cross_entropy
-from engine.results import EvaluationResult, Result, StepResult, TaskFailure
+from engine.results import EvaluationResult, Result, ShadowCheck, StepResult, TaskFailure
 from engine.runtime import export
 from engine.runtime.backbone import Backbone
 from engine.runtime.checkpoint import CheckpointState
@@ -33,6 +33,14 @@ class Executor:
         started = self._clock()
         resident = frozenset(self.tasks)
         trains = microbatch.kind is MicrobatchKind.TRAIN
+        rows_M, loss_M = self._forward_backward(microbatch, resident)
+        self._gather(microbatch, rows_M, loss_M, self._clock() - started)
+        complete = [r for r in microbatch.ranges if r.is_last and r.task in resident]
+        return [self._finish_step(r) if trains else self._finish_evaluation(r) for r in complete]
+
+    def _forward_backward(self, microbatch: Microbatch, resident: frozenset[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows [M] that bear a loss, losses [M]); where it trains, gradients are added to the tasks' own."""
+        trains = microbatch.kind is MicrobatchKind.TRAIN
         with torch.set_grad_enabled(trains):
             hidden_TH = self.backbone.hidden(microbatch, resident)
         rows_M, weights_M = self._target_rows(microbatch, resident)
@@ -42,9 +50,7 @@ class Executor:
         )
         if dhidden_MH is not None and hidden_TH.requires_grad:
             torch.autograd.backward(hidden_TH, torch.zeros_like(hidden_TH).index_copy_(0, rows_M, dhidden_MH))
-        self._gather(microbatch, rows_M, loss_M, self._clock() - started)
-        complete = [r for r in microbatch.ranges if r.is_last and r.task in resident]
-        return [self._finish_step(r) if trains else self._finish_evaluation(r) for r in complete]
+        return rows_M, loss_M
 
     def attach(
         self, assignment: Assignment, state: CheckpointState | None = None, initial_adapter: Path | None = None
@@ -106,9 +112,12 @@ class Executor:
             gathered.num_padding_tokens += range_.num_tokens - range_.num_effective_tokens
             gathered.seconds += seconds * range_.num_tokens / microbatch.num_tokens
             gathered.neighbours |= names - {range_.task}
+            if run.is_verified and microbatch.kind is MicrobatchKind.TRAIN:
+                gathered.alone.append(microbatch.alone(range_))
 
     def _finish_step(self, range_: Range) -> StepResult | TaskFailure:
         run = self.tasks[range_.task]
+        shadow_check = self._run_alone(run) if run.gathered.alone else None
         try:
             rate, norm = run.take_step()
         except NonFiniteError as error:
@@ -126,7 +135,23 @@ class Executor:
             num_padding_tokens=done.num_padding_tokens,
             seconds=done.seconds,
             num_neighbours=len(done.neighbours),
+            shadow_check=shadow_check,
         )
+
+    def _run_alone(self, run: TaskRun) -> ShadowCheck:
+        """The step again with no neighbour in the batch. The gradient stays the one of the fused step."""
+        started, gradient_P = self._clock(), run.parameters_P.grad
+        assert gradient_P is not None
+        fused_P, loss = gradient_P.clone(), 0.0
+        gradient_P.zero_()
+        for microbatch in run.gathered.alone:
+            _, loss_M = self._forward_backward(microbatch, frozenset({run.assignment.task}))
+            loss += loss_M.sum().item() / max(1, microbatch.ranges[0].num_step_target_tokens)
+        norm = torch.linalg.vector_norm(gradient_P).item()
+        difference = torch.linalg.vector_norm(fused_P - gradient_P).item()
+        gradient_P.copy_(fused_P)
+        run.gathered.seconds += self._clock() - started
+        return ShadowCheck(_relative(run.gathered.loss - loss, loss), _relative(difference, norm))
 
     def _finish_evaluation(self, range_: Range) -> EvaluationResult | TaskFailure:
         run = self.tasks[range_.task]
@@ -140,3 +165,8 @@ class Executor:
 
 def _slice(range_: Range) -> slice:
     return slice(range_.start, range_.start + range_.num_tokens)
+
+
+def _relative(difference: float, value: float) -> float:
+    """|difference| / |value|; 0 where neither is there."""
+    return abs(difference) / abs(value) if value else float(difference != 0)

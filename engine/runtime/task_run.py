@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from engine.alignment.microbatch import Microbatch
 from engine.errors import NonFiniteError
 from engine.method import Method, Shapes
 from engine.peft.table import adapter_class
@@ -39,6 +40,7 @@ class Gathered:
     num_padding_tokens: int = 0
     seconds: float = 0.0
     neighbours: set[str] = field(default_factory=set)
+    alone: list[Microbatch] = field(default_factory=list)  # the task's own ranges, where the step is to be verified
 
 
 class TaskRun:
@@ -83,6 +85,12 @@ class TaskRun:
         view = self.parameters_P.data[part].view(shape).requires_grad_()
         view.grad = self.parameters_P.grad[part].view(shape)
         return view
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether the step in flight is to be run again for the task alone."""
+        every = self.training.verify_every_steps
+        return every > 0 and (self.step + 1) % every == 0
 
     def take_step(self) -> tuple[float, float]:
         """Clip, optimizer, schedule. (learning rate, gradient norm before clipping).

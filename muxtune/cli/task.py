@@ -129,7 +129,13 @@ def describe(event: task_pb2.TaskEvent) -> str:
     kind = event.WhichOneof("event")
     if kind == "step_done":
         step = event.step_done
-        return f"step {step.step}: loss {step.loss:.4f}, {step.effective_tokens} tokens, lr {step.learning_rate:.2e}"
+        line = f"step {step.step}: loss {step.loss:.4f}, {step.effective_tokens} tokens, lr {step.learning_rate:.2e}"
+        if not step.HasField("shadow_check"):
+            return line
+        check = step.shadow_check
+        return (
+            f"{line}; alone: loss differs by {check.loss_difference:.1e}, gradient by {check.gradient_difference:.1e}"
+        )
     if kind == "evaluated":
         return f"held-out loss {event.evaluated.loss:.4f} at step {event.evaluated.step}"
     if kind == "checkpoint_committed":

@@ -413,6 +413,7 @@ class Training(_message.Message):
     EVALUATE_EVERY_STEPS_FIELD_NUMBER: _builtins.int
     EARLY_STOP_PATIENCE_FIELD_NUMBER: _builtins.int
     EARLY_STOP_MIN_DELTA_FIELD_NUMBER: _builtins.int
+    VERIFY_EVERY_STEPS_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
     """> 0."""
     num_steps: _builtins.int
@@ -451,6 +452,8 @@ class Training(_message.Message):
     early_stop_patience: _builtins.int
     """Evaluations without improvement before the task ends early (as SUCCEEDED). 0: never."""
     early_stop_min_delta: _builtins.float
+    verify_every_steps: _builtins.int
+    """Every so many steps, run the step again for this task alone and report the difference (StepDone). 0: never."""
     def __init__(
         self,
         *,
@@ -476,10 +479,11 @@ class Training(_message.Message):
         evaluate_every_steps: _builtins.int = ...,
         early_stop_patience: _builtins.int = ...,
         early_stop_min_delta: _builtins.float = ...,
+        verify_every_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_epsilon", b"_epsilon", "_max_grad_norm", b"_max_grad_norm", "_shuffle", b"_shuffle", "beta1", b"beta1", "beta2", b"beta2", "duration", b"duration", "epsilon", b"epsilon", "max_grad_norm", b"max_grad_norm", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "shuffle", b"shuffle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_epsilon", b"_epsilon", "_max_grad_norm", b"_max_grad_norm", "_shuffle", b"_shuffle", "beta1", b"beta1", "beta2", b"beta2", "duration", b"duration", "early_stop_min_delta", b"early_stop_min_delta", "early_stop_patience", b"early_stop_patience", "epsilon", b"epsilon", "evaluate_every_steps", b"evaluate_every_steps", "global_batch_size", b"global_batch_size", "heldout_fraction", b"heldout_fraction", "learning_rate", b"learning_rate", "lr_schedule", b"lr_schedule", "max_grad_norm", b"max_grad_norm", "max_sequence_tokens", b"max_sequence_tokens", "micro_batch_size", b"micro_batch_size", "momentum", b"momentum", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "optimizer", b"optimizer", "overlength", b"overlength", "seed", b"seed", "shuffle", b"shuffle", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_epsilon", b"_epsilon", "_max_grad_norm", b"_max_grad_norm", "_shuffle", b"_shuffle", "beta1", b"beta1", "beta2", b"beta2", "duration", b"duration", "early_stop_min_delta", b"early_stop_min_delta", "early_stop_patience", b"early_stop_patience", "epsilon", b"epsilon", "evaluate_every_steps", b"evaluate_every_steps", "global_batch_size", b"global_batch_size", "heldout_fraction", b"heldout_fraction", "learning_rate", b"learning_rate", "lr_schedule", b"lr_schedule", "max_grad_norm", b"max_grad_norm", "max_sequence_tokens", b"max_sequence_tokens", "micro_batch_size", b"micro_batch_size", "momentum", b"momentum", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "optimizer", b"optimizer", "overlength", b"overlength", "seed", b"seed", "shuffle", b"shuffle", "verify_every_steps", b"verify_every_steps", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__beta1: _TypeAlias = _typing.Literal["beta1"]  # noqa: Y015
     _WhichOneofArgType__beta1: _TypeAlias = _typing.Literal["_beta1", b"_beta1"]  # noqa: Y015
@@ -727,6 +731,7 @@ class StepDone(_message.Message):
     PADDING_TOKENS_FIELD_NUMBER: _builtins.int
     DEVICE_SECONDS_FIELD_NUMBER: _builtins.int
     NUM_NEIGHBOURS_FIELD_NUMBER: _builtins.int
+    SHADOW_CHECK_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     loss: _builtins.float
     learning_rate: _builtins.float
@@ -736,6 +741,10 @@ class StepDone(_message.Message):
     padding_tokens: _builtins.int
     device_seconds: _builtins.float
     num_neighbours: _builtins.int
+    @_builtins.property
+    def shadow_check(self) -> Global___ShadowCheck:
+        """Where Training.verify_every_steps asks for it."""
+
     def __init__(
         self,
         *,
@@ -748,14 +757,41 @@ class StepDone(_message.Message):
         padding_tokens: _builtins.int = ...,
         device_seconds: _builtins.float = ...,
         num_neighbours: _builtins.int = ...,
+        shadow_check: Global___ShadowCheck | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shadow_check", b"shadow_check"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_seconds", b"device_seconds", "effective_tokens", b"effective_tokens", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "num_neighbours", b"num_neighbours", "padding_tokens", b"padding_tokens", "step", b"step", "target_tokens", b"target_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_seconds", b"device_seconds", "effective_tokens", b"effective_tokens", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "num_neighbours", b"num_neighbours", "padding_tokens", b"padding_tokens", "shadow_check", b"shadow_check", "step", b"step", "target_tokens", b"target_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepDone: _TypeAlias = StepDone  # noqa: Y015
+
+@_typing.final
+class ShadowCheck(_message.Message):
+    """The fused step against the same step run for the task alone: rounding is all that should show, 1e-6 in float32."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOSS_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    GRADIENT_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    loss_difference: _builtins.float
+    """|fused - alone| / |alone|"""
+    gradient_difference: _builtins.float
+    """Norm of the difference over the norm alone."""
+    def __init__(
+        self,
+        *,
+        loss_difference: _builtins.float = ...,
+        gradient_difference: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gradient_difference", b"gradient_difference", "loss_difference", b"loss_difference"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShadowCheck: _TypeAlias = ShadowCheck  # noqa: Y015
 
 @_typing.final
 class Evaluated(_message.Message):

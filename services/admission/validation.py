@@ -97,6 +97,7 @@ def _training_rules(t: Training, backbone: BackboneView | None, num_added: int) 
         _Rule("max_grad_norm", t.max_grad_norm, 0 <= t.max_grad_norm < math.inf, "must be finite and not negative"),
         _Rule("heldout_fraction", t.heldout_fraction, 0 <= t.heldout_fraction <= 0.9, "must be 0 to 0.9"),
         _Rule("evaluate_every_steps", t.evaluate_every_steps, t.evaluate_every_steps >= 0, "must not be negative"),
+        _Rule("verify_every_steps", t.verify_every_steps, t.verify_every_steps >= 0, "must not be negative"),
         _Rule("early_stop_patience", t.early_stop_patience, t.early_stop_patience >= 0, "must not be negative"),
         _Rule(
             "early_stop_patience",

@@ -1,0 +1,42 @@
+"""A task may ask that some of its steps be run again for it alone: it is told the difference, and nothing else changes."""
+
+import pytest
+import torch
+
+from engine.runtime.executor import Executor
+from tests.engine.runtime.test_methods import IN_PEFT, OWN
+from tests.engine.runtime.tiny import CONFIGS, executor_with, model_of, task_of, train
+
+
+def test_every_other_step_is_verified_and_nothing_changes_by_it() -> None:
+    model = model_of(CONFIGS["llama-tied"])
+    neighbours = [task_of("b", seed=2, dropout=0.2, lengths=(30, 4), num_steps=6)]
+    for i, method in enumerate((IN_PEFT | OWN).values()):
+        checked, plain = (
+            task_of("a", seed=i, method=method, num_steps=6, lengths=(7, 12, 3, 9, 5), **options)
+            for options in (dict(verify_every_steps=2), {})
+        )
+        executors = [executor_with(model, [task, *neighbours]) for task in (checked, plain)]
+        found, expected = (
+            train(executor, [task, *neighbours], 6)["a"]
+            for executor, task in zip(executors, (checked, plain), strict=True)
+        )
+        checks = [result.shadow_check for result in found]
+        assert [check is not None for check in checks] == [False, True] * 3
+        assert all(check.loss_difference < 1e-5 and check.gradient_difference < 1e-4 for check in checks if check)
+        assert [result.loss for result in found] == [result.loss for result in expected]
+        assert torch.equal(*(executor.tasks["a"].parameters_P for executor in executors))
+
+
+def test_a_neighbour_that_leaks_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [task_of("a", verify_every_steps=1, num_steps=2), task_of("b", seed=2, lengths=(30, 4), num_steps=2)]
+    executor = executor_with(model_of(CONFIGS["llama"]), tasks)
+    right = Executor._target_rows
+
+    def averaged_over_the_batch(self: Executor, microbatch, resident):
+        rows_M, weights_M = right(self, microbatch, resident)
+        return rows_M, weights_M * len(microbatch.ranges)
+
+    monkeypatch.setattr(Executor, "_target_rows", averaged_over_the_batch)
+    [first, *_] = train(executor, tasks, 1)["a"]
+    assert first.shadow_check is not None and first.shadow_check.gradient_difference > 0.1
