@@ -1,4 +1,4 @@
-"""A task may ask that some of its steps be run again for it alone: it is told the difference, and nothing else changes."""
+"""A task may ask that steps of it be run again for it alone: it is told the difference, and nothing else changes."""
 
 import pytest
 import torch
