@@ -16,6 +16,7 @@ FOLDERS = {
     "engine/peft": "one file a method, on one interface",
     "engine/kernels": "the checked entries to the kernels, with their references in torch",
     "engine/runtime": "the backbone, the fused step, checkpoints, export",
+    "engine/verification": "the report of `muxtune verify`: fused against alone",
     "engine/parallel": "pipeline and tensor parallel executors (none yet)",
     "cuda": "CUDA C++ sources (none yet)",
     "services": "what all services share",

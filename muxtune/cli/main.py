@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from muxtune.cli import adapter, dataset, key, plan, task
-from muxtune.cli.context import DEFAULT_DATA, DataOption, console, error_console, errors_as_lines
+from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, console, error_console, errors_as_lines
 from muxtune.cli.mesh import DEFAULT_BACKBONE, Mesh, default_backbone, stopped_by_signals
 
 app = typer.Typer(
@@ -66,6 +66,20 @@ def demo(
         except KeyboardInterrupt as error:
             error_console.print("interrupted: the services are stopped")
             raise typer.Exit(130) from error
+
+
+@app.command(epilog="Example: muxtune verify --steps 50")
+def verify(
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each task.")] = 50,
+    methods: Annotated[str, typer.Option(help="Only these, comma separated.")] = "",
+    backbone: Annotated[Path | None, typer.Option(help="Hugging Face folder; default: a small random Llama.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Prove that a task trained among others gets what it gets alone: against HF PEFT, and against muxtune itself."""
+    from muxtune.cli.verify import run_verification
+
+    if code := run_verification(steps, methods, backbone, json):
+        raise typer.Exit(code)
 
 
 def _backbones(options: list[str] | None) -> dict[str, Path]:

@@ -1,0 +1,78 @@
+"""What `muxtune verify` compares: a small backbone, ragged data, and one task of each method and option."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from engine.alignment.dataset import TokenizedDataset
+from engine.alignment.packing import Member
+from engine.method import Method
+from engine.methods import Ia3, Lora, LoraBias, Miss, Prefix, Prompt, Selective, Vera
+from engine.runtime.task_run import Assignment
+from engine.task import LrSchedule, Optimizer, TaskSpec, Training
+
+_ALL = ("all-linear",)
+METHODS: dict[str, Method] = {
+    "lora": Lora(4, 8.0, _ALL),
+    "rslora": Lora(8, 4.0, ("q_proj", "down_proj"), use_rslora=True),
+    "patterns": Lora(4, 8.0, _ALL, rank_pattern={"q_proj": 7}, alpha_pattern={"v_proj": 3.0}),
+    "lora-bias": Lora(2, 4.0, ("k_proj", "down_proj"), bias=LoraBias.ALL),
+    "dora": Lora(4, 8.0, ("q_proj", "down_proj"), use_dora=True),
+    "vera": Vera(16, _ALL),
+    "ia3": Ia3(("k_proj", "v_proj", "down_proj"), ("down_proj",)),
+    "miss": Miss(7, _ALL),
+    "norms": Selective(("all-norms",)),
+    "prompt": Prompt(5),
+    "prefix": Prefix(6),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    f"{optimizer.value}, accumulation {accumulation}, {schedule.value}": dict(
+        optimizer=optimizer,
+        learning_rate=0.01 if optimizer is Optimizer.ADAMW else 0.1,
+        micro_batch_size=4 // accumulation,
+        lr_schedule=schedule,
+        warmup_steps=5 if schedule is LrSchedule.COSINE else 0,
+    )
+    for optimizer in Optimizer
+    for accumulation in (1, 4)
+    for schedule in (LrSchedule.CONSTANT, LrSchedule.COSINE)
+}
+_LENGTHS = ((7, 12, 3, 9), (31, 2, 10, 10, 4), (5, 5, 5), (64, 6, 2, 18), (17, 8))
+
+
+def small_backbone() -> Any:
+    """A random Llama of two layers, with biases, whose norms and biases are not what they start as."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=128, initializer_range=0.15, attention_bias=True, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tasks(names: list[str], num_steps: int, vocab: int, **options: Any) -> Iterator[tuple[Assignment, Member]]:
+    """One task of each method, with data of its own: what the executor holds, what alignment packs."""
+    for seed, name in enumerate(names):
+        training = Training(num_steps=num_steps, global_batch_size=4, seed=seed, max_grad_norm=1.0, **options)
+        spec = TaskSpec("verified", METHODS[name], "made up", training)
+        dataset = _dataset(_LENGTHS[seed % len(_LENGTHS)], seed, vocab)
+        member = Member(name, dataset, training, num_steps, 0, spec.method.num_virtual_tokens)
+        yield Assignment(name, spec, num_steps), member
+
+
+def _dataset(lengths: tuple[int, ...], seed: int, vocab: int) -> TokenizedDataset:
+    """Random tokens; about the second half of each row bears loss."""
+    random = np.random.default_rng(seed)
+    ids_S = random.integers(3, vocab, sum(lengths)).astype(np.int32)
+    bears_loss_S = np.concatenate([np.arange(n) >= n // 2 for n in lengths])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    lines = np.arange(1, len(lengths) + 1)
+    return TokenizedDataset(ids_S, bears_loss_S, offsets, lines, np.array(lengths), (), 0)

@@ -1,0 +1,74 @@
+"""A task trained alone by HF PEFT on padded batches: what a tenant would have got without muxtune.
+
+Legend: B rows of a micro batch, L tokens of its longest.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.nn import functional
+from transformers import get_scheduler
+
+from engine.alignment.microbatch import IGNORE
+from engine.alignment.packing import Member
+from engine.task import LrSchedule, Optimizer
+
+
+def train_alone(model: Any, folder: Path, member: Member) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """(loss of each step, the adapter's tensors as peft saves them), from the adapter in `folder`."""
+    peft_model, training = _trainable(copy.deepcopy(model), folder), member.training
+    parameters = [p for p in peft_model.parameters() if p.requires_grad]
+    optimizer = _optimizer(parameters, member)
+    name = "constant_with_warmup" if training.lr_schedule is LrSchedule.CONSTANT else training.lr_schedule.value
+    scheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=training.warmup_steps, num_training_steps=member.num_steps
+    )
+    losses = []
+    for step in range(member.num_steps):
+        rows = [int(row) for row in member.order.batch(step)]
+        num_targets = sum(member.dataset.num_targets(row) for row in rows)
+        losses.append(0.0)
+        for i in range(0, len(rows), training.micro_batch_size):
+            loss = _loss_sum(peft_model, member, rows[i : i + training.micro_batch_size]) / num_targets
+            torch.autograd.backward(loss)
+            losses[-1] += loss.item()
+        torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return losses, get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+
+
+def _trainable(model: Any, folder: Path) -> Any:
+    config = PeftConfig.from_pretrained(folder)
+    if not config.is_prompt_learning:
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
+    config.inference_mode = False  # peft does not load these as trainable
+    peft_model: Any = get_peft_model(model, config)
+    saved = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+    peft_model.prompt_encoder["default"].embedding.weight.data.copy_(saved)
+    return peft_model
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], member: Member) -> torch.optim.Optimizer:
+    t = member.training
+    if t.optimizer is Optimizer.SGD:
+        return torch.optim.SGD(parameters, t.learning_rate, momentum=t.momentum, weight_decay=t.weight_decay)
+    return torch.optim.AdamW(parameters, t.learning_rate, (t.beta1, t.beta2), t.epsilon, t.weight_decay)
+
+
+def _loss_sum(model: Any, member: Member, rows: list[int]) -> torch.Tensor:
+    """Over the targets of the rows; the first token of a row is never one."""
+    pairs = [member.dataset.row(row) for row in rows]
+    longest = max(len(ids) for ids, _ in pairs)
+    ids_BL, mask_BL = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest)
+    labels_BL = torch.full((len(rows), longest), IGNORE)
+    for i, (ids, bears_loss) in enumerate(pairs):
+        ids_BL[i, : len(ids)], mask_BL[i, : len(ids)] = torch.from_numpy(ids).long(), 1
+        labels_BL[i, : len(ids)] = torch.from_numpy(ids).long().where(torch.from_numpy(bears_loss), IGNORE)
+    logits = model(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False).logits[:, -longest:-1]
+    return functional.cross_entropy(logits.flatten(0, 1), labels_BL[:, 1:].flatten(), reduction="sum")

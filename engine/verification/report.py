@@ -1,0 +1,91 @@
+"""Fused training against HF PEFT alone, and against the same engine with no neighbour: worst differences by method."""
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from engine.alignment.packing import Member, rounds
+from engine.results import StepResult
+from engine.runtime.backbone import Backbone
+from engine.runtime.executor import Executor
+from engine.runtime.task_run import Assignment
+from engine.verification.cases import OPTIONS, tasks
+from engine.verification.reference import train_alone
+
+LOSS_GOAL, WEIGHT_GOAL = 1e-5, 1e-4
+_TOKEN_BUDGET, _CHUNK_TOKENS = 256, 16
+Losses = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Worst over a method's steps. `loss_difference` is relative, `weight_difference` absolute."""
+
+    method: str
+    against: str  # "peft alone" or "muxtune alone"
+    options: str
+    num_steps: int
+    loss_difference: float
+    weight_difference: float
+
+    @property
+    def holds(self) -> bool:
+        return self.loss_difference <= LOSS_GOAL and self.weight_difference <= WEIGHT_GOAL
+
+
+def compare(model: Any, names: list[str], num_steps: int) -> Iterator[Finding]:
+    """Under each optimizer, accumulation and schedule: all methods in one batch against each alone."""
+    for options, training in OPTIONS.items():
+        vocab = model.config.get_text_config().vocab_size
+        pairs = list(tasks(names, num_steps, vocab, **training))
+        with tempfile.TemporaryDirectory() as folder:
+            before, after = Path(folder) / "before", Path(folder) / "after"
+            losses = _train(model, pairs, before, after)
+            for assignment, member in pairs:
+                name = assignment.task
+                exported = load_file(after / name / "adapter_model.safetensors")
+                theirs = train_alone(model, before / name, member)
+                yield _finding(name, "peft alone", options, losses[name], exported, *theirs)
+                own = _train(model, [(assignment, member)], before / "alone", after / "alone")[name]
+                weights = load_file(after / "alone" / name / "adapter_model.safetensors")
+                yield _finding(name, "muxtune alone", options, losses[name], exported, own, weights)
+
+
+def _train(model: Any, pairs: list[tuple[Assignment, Member]], before: Path, after: Path) -> Losses:
+    """Losses of each step by task; the adapters are exported before and after."""
+    executor = Executor(Backbone(copy.deepcopy(model)))
+    losses: Losses = {}
+    for assignment, _ in pairs:
+        executor.attach(assignment)
+        executor.export(assignment.task, before / assignment.task)
+        losses[assignment.task] = []
+    for microbatch in rounds([member for _, member in pairs], _TOKEN_BUDGET, _CHUNK_TOKENS):
+        for result in executor.run(microbatch):
+            if not isinstance(result, StepResult):
+                raise RuntimeError(f"{result.task} did not train: {result}")
+            losses[result.task].append(result.loss)
+    for assignment, _ in pairs:
+        executor.export(assignment.task, after / assignment.task)
+    return losses
+
+
+def _finding(
+    name: str,
+    against: str,
+    options: str,
+    found: list[float],
+    weights: dict[str, torch.Tensor],
+    expected: list[float],
+    theirs: dict[str, torch.Tensor],
+) -> Finding:
+    if weights.keys() != theirs.keys() or len(found) != len(expected):
+        raise RuntimeError(f"{name}: other tensors or steps than {against}")
+    loss = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+    weight = max((weights[key] - theirs[key]).abs().max().item() for key in weights)
+    return Finding(name, against, options, len(found), loss, weight)

@@ -1,0 +1,52 @@
+"""`muxtune verify` holds for the engine as it is, and says so when a tenant's training is not its own."""
+
+import pytest
+import torch
+
+from engine.kernels import multi_lora
+from engine.runtime.executor import Executor
+from engine.verification import cases, report
+from engine.verification.report import Finding, compare
+
+NAMES = ["lora", "prompt", "norms"]
+
+
+@pytest.fixture(autouse=True)
+def one_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = dict(list(cases.OPTIONS.items())[4:5])  # SGD: Adam would not see a gradient of another scale
+    monkeypatch.setattr(report, "OPTIONS", some)
+
+
+def findings(names: list[str] = NAMES) -> list[Finding]:
+    return list(compare(cases.small_backbone(), names, 3))
+
+
+def test_it_holds_for_every_method() -> None:
+    found = findings(list(cases.METHODS))
+    assert [f.method for f in found if f.against == "peft alone"] == list(cases.METHODS)
+    assert all(f.holds and f.num_steps == 3 for f in found)
+    assert any(f.loss_difference > 0 for f in found)  # two ways of computing, not one twice
+
+
+def test_a_loss_averaged_over_the_whole_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Executor._target_rows
+
+    def wrong(self: Executor, microbatch, resident):
+        rows_M, weights_M = right(self, microbatch, resident)
+        return rows_M, weights_M / len(microbatch.ranges)
+
+    monkeypatch.setattr(Executor, "_target_rows", wrong)
+    found = findings()
+    assert not any(f.holds for f in found if f.method == "lora")
+
+
+def test_a_gradient_that_is_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = multi_lora._MultiLora.backward
+
+    def wrong(ctx, *grads: torch.Tensor):
+        dx_TK, *rest = right(ctx, *grads)
+        return dx_TK, *rest[:3], *(g * 1.5 if g.shape[0] < g.shape[1] else g for g in rest[3:])
+
+    monkeypatch.setattr(multi_lora._MultiLora, "backward", staticmethod(wrong))
+    found = {(f.method, f.against): f.holds for f in findings()}
+    assert not found["lora", "peft alone"] and found["prompt", "peft alone"]
