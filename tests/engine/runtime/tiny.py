@@ -181,6 +181,12 @@ def executor_with(model: Any, tasks: Sequence[TinyTask]) -> Executor:
 def train_with_peft(model: Any, task: TinyTask, folder: Path) -> tuple[list[float], list[float], dict[str, Any]]:
     """HF PEFT alone, from the adapter in `folder`, padded batches: (losses, gradient norms, final tensors)."""
     peft_model = _loaded(copy.deepcopy(model), folder)
+    losses, norms = fit(peft_model, task)
+    return losses, norms, get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+
+
+def fit(peft_model: Any, task: TinyTask) -> tuple[list[float], list[float]]:
+    """Trains what requires a gradient, as a tenant alone would, on padded batches: (losses, gradient norms)."""
     training = task.spec.training
     parameters = [p for p in peft_model.parameters() if p.requires_grad]
     factor = getattr(task.spec.method, "b_rate_factor", 1.0)
@@ -220,7 +226,7 @@ def train_with_peft(model: Any, task: TinyTask, folder: Path) -> tuple[list[floa
         scheduler.step()
         optimizer.zero_grad()
         losses.append(loss_sum)
-    return losses, norms, get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    return losses, norms
 
 
 def _loaded(model: Any, folder: Path) -> Any:
