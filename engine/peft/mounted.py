@@ -61,9 +61,9 @@ class MountedLinear(nn.Module):
         before = [use for use in uses if use[1].rewrites_input]
         x_TK = rewrite(x_TK, before, lambda x_LK, span, adapter: adapter.before(x_LK, span, training))
         pairs = [pair for span, adapter in uses if (pair := adapter.low_rank(span, training)) is not None]
-        factors = [factor for _, a_RK, b_NR in pairs for factor in (a_RK, b_NR)]
         if pairs:
-            y_TN = multi_lora(x_TK, self.op.weight_KN, self.op.bias_N, [use for use, _, _ in pairs], factors)
+            uses_of, factors = zip(*pairs, strict=True)
+            y_TN = multi_lora(x_TK, self.op.weight_KN, self.op.bias_N, uses_of, factors)
         else:
             y_TN = self._plain(x_TK)
         after = [use for use in uses if use[1].rewrites_output]
@@ -162,7 +162,8 @@ def rewrite(
     bounds = [0, *(bound for span, _ in uses for bound in (span.start, span.end)), len(stream_TN)]
     pieces = list(torch.split(stream_TN, [b - a for a, b in itertools.pairwise(bounds)]))
     for i, (span, adapter) in enumerate(uses):
-        pieces[2 * i + 1] = change(pieces[2 * i + 1], span, adapter).to(stream_TN.dtype)
+        own = pieces[2 * i + 1].clone()  # what an adapter keeps of it for backward must not hold the whole stream
+        pieces[2 * i + 1] = change(own, span, adapter).to(stream_TN.dtype)
     return torch.cat(pieces)
 
 
