@@ -18,14 +18,12 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from safetensors.torch import load_file
-from torch import nn
 
 from engine.errors import InvalidInputError
-from engine.methods import Bottleneck, Ia3, Lora, LoraBias, Method, Miss, Placement, Prefix, Prompt, Selective, Vera
+from engine.methods import Bottleneck, Ia3, Lora, LoraBias, Method, Miss, Prefix, Prompt, Selective, Vera
 from muxtune.adapters import load_adapter
-from tests.engine.runtime.test_methods import IN_PEFT, OPTIONS, OWN
-from tests.engine.runtime.tiny import CONFIGS, executor_with, fit, model_of, task_of, train
+from tests.engine.runtime.test_methods import IN_PEFT, OWN
+from tests.engine.runtime.tiny import CONFIGS, executor_with, model_of, task_of, train
 
 QV = ["q_proj", "v_proj"]
 LORA: dict[str, Any] = dict(r=4, lora_alpha=8, target_modules=QV, init_lora_weights=False)
@@ -115,57 +113,6 @@ def test_what_is_exported_merges(name: str, tmp_path: Path) -> None:
     expected = loaded(input_ids=TOKENS, use_cache=False).logits
     merged = loaded.merge_and_unload()(input_ids=TOKENS, use_cache=False).logits
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
-
-
-class Bottlenecked(nn.Module):
-    """A module with a bottleneck adapter beside it, in plain torch."""
-
-    def __init__(self, base: nn.Module, method: Bottleneck, tensors: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        self.base, self.method = base, method
-        self.own = nn.ParameterDict(tensors)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.base(x)
-        h = y if self.method.placement is Placement.SERIAL else x
-        inner = getattr(nn.functional, self.method.activation.value)(
-            h @ self.own["down_weight"].T + self.own["down_bias"]
-        )
-        return y + self.method.scale * (inner @ self.own["up_weight"].T + self.own["up_bias"])
-
-
-def adapted_by_hand(method: Method, folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """A model that trains the folder's adapter by autograd alone, and its tensors by their names in the file."""
-    model, by_module = model_of(CONFIGS["llama-tied"]).requires_grad_(False), dict[str, dict[str, torch.Tensor]]()
-    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
-        module, _, vector = name.rpartition(".")
-        by_module.setdefault(module, {})[vector] = nn.Parameter(tensor)
-    for module, tensors in by_module.items():
-        if isinstance(method, Bottleneck):
-            wrapped = Bottlenecked(model.get_submodule(module), method, tensors)
-            model.set_submodule(module, wrapped)
-            by_module[module] = dict(wrapped.own.items())
-        else:
-            for vector, parameter in tensors.items():
-                setattr(model.get_submodule(module), vector, parameter)
-    return model, {f"{module}.{v}": t for module, tensors in by_module.items() for v, t in tensors.items()}
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("name", OWN)
-def test_a_method_that_peft_lacks_trains_as_plain_torch_does(
-    name: str, options: dict[str, object], tmp_path: Path
-) -> None:
-    neighbours = [task_of("b", seed=3, num_steps=8), task_of("c", seed=4, method=Prefix(3), num_steps=8)]
-    task = task_of("a", method=OWN[name], num_steps=8, lengths=(7, 31, 3, 9, 12), **options)
-    executor = executor_with(model_of(CONFIGS["llama-tied"]), [neighbours[0], task, neighbours[1]])
-    executor.export("a", tmp_path)
-    found = train(executor, [neighbours[0], task, neighbours[1]], 8)["a"]
-    model, expected = adapted_by_hand(OWN[name], tmp_path)
-    losses, _ = fit(model, task)
-    assert [result.loss for result in found] == pytest.approx(losses, rel=1e-5)
-    for key, tensor in expected.items():
-        torch.testing.assert_close(executor.tasks["a"].tensors[key], tensor, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", OWN)
