@@ -103,7 +103,8 @@ def _segment(
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=masks[shape], scale=scaling)
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
-    return torch.softmax((scores + masks[shape]).float(), dim=-1).to(q.dtype) @ v
+    scores = (scores + masks[shape]).to(torch.promote_types(q.dtype, torch.float32))
+    return torch.softmax(scores, dim=-1).to(q.dtype) @ v
 
 
 def _mask(length: int, num_prefix: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
