@@ -43,6 +43,14 @@ OWN: dict[str, Method] = {
     "bitfit": Selective(("all-biases",)),
     "mixed-vectors": Selective(("q_proj.bias", "post_attention_layernorm.weight")),
 }
+DROPPING: dict[str, Method] = {
+    "lora-dropout": Lora(4, 8.0, ALL, 0.3),
+    "dora-dropout": Lora(4, 8.0, ("q_proj", "down_proj"), 0.2, use_dora=True),
+    "vera-dropout": Vera(8, ALL, 0.4),
+    "miss-dropout": Miss(4, ALL, 0.1),
+    "rank-1": Lora(1, 1.0, ALL),
+    "rank-over-width": Lora(100, 8.0, ("q_proj",)),
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     f"{optimizer.value}-{accumulation}-{schedule.value}": dict(
         optimizer=optimizer,
