@@ -22,6 +22,14 @@ class LoraBias(enum.Enum):
     LORA_ONLY = "lora_only"  # of the target modules
 
 
+class LoraInit(enum.Enum):
+    """What the factors start as. All but KAIMING start from the weight's own: the task trains the difference."""
+
+    KAIMING = "kaiming"
+    PISSA = "pissa"  # arXiv 2404.02948
+    OLORA = "olora"  # arXiv 2406.01775
+
+
 @dataclass(frozen=True)
 class Lora(Method):
     """LoRA (arXiv 2106.09685): y += scale * dropout(x) @ A.T @ B.T, scale = alpha / rank.
@@ -47,6 +55,11 @@ class Lora(Method):
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     bias: LoraBias = LoraBias.NONE
     b_rate_factor: float = 1.0
+    init: LoraInit = LoraInit.KAIMING
+
+    @property
+    def starts_from_weights(self) -> bool:
+        return self.init is not LoraInit.KAIMING
 
     def shapes(self, sites: Sequence[Site]) -> Shapes:
         taken = self._targets(self.target_modules, sites)
@@ -62,6 +75,10 @@ class Lora(Method):
             tensors: dict[str, tuple[int, ...]] = {}
             if site.name in taken:
                 rank = self.rank_of(site.name)
+                if self.starts_from_weights and rank > min(site.in_features, site.out_features):
+                    raise self._refusal(
+                        "rank", f"{rank} is over the width of {site.name}, whose factors it starts from"
+                    )
                 tensors |= {"lora_A": (rank, site.in_features), "lora_B": (site.out_features, rank)}
                 tensors |= {"lora_magnitude_vector": (site.out_features,)} if self.use_dora else {}
             tensors |= {"bias": (site.out_features,)} if site.name in biased else {}
@@ -74,7 +91,15 @@ class Lora(Method):
         if not any(matches(target, site.name) or target == ALL_LINEAR for target in self.target_modules):
             return 0  # its bias alone
         drops = site.in_features if self.dropout > 0 else 0
-        return num_tokens * (self.rank_of(site.name) + (site.out_features + drops if self.use_dora else 0))
+        shrunk = self.rank_of(site.name) * (2 if self.starts_from_weights else 1)
+        return num_tokens * (shrunk + (site.out_features + drops if self.use_dora else 0))
+
+    def num_frozen(self, sites: Sequence[Site]) -> int:
+        """The factors that a task started from, which it subtracts."""
+        if not self.starts_from_weights:
+            return 0
+        taken = self._targets(self.target_modules, sites)
+        return sum(self.rank_of(s.name) * (s.in_features + s.out_features) for s in sites if s.name in taken)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", self.alpha or float(self.rank))
@@ -106,11 +131,23 @@ class Lora(Method):
         for key, rank in self.rank_pattern.items():
             if not 1 <= rank <= MAX_RANK:
                 yield Wrong("rank_pattern", f"{key}: {rank}", f"must be 1 to {MAX_RANK}")
+        if self.starts_from_weights:
+            yield from self._wrong_beside_init()
         for key, alpha in self.alpha_pattern.items():
             if not 0 < alpha < math.inf:
                 yield Wrong("alpha_pattern", f"{key}: {alpha}", "must be positive and finite")
 
+    def _wrong_beside_init(self) -> Iterator[Wrong]:
+        if self.dropout > 0 or self.use_dora:
+            yield Wrong("init", self.init.name, "goes without dropout and without use_dora")
+        if max([self.rank, *self.rank_pattern.values()]) > MAX_RANK // 2:
+            yield Wrong(
+                "init", self.init.name, f"goes with ranks of at most {MAX_RANK // 2}: it is exported at twice the rank"
+            )
+
     def misfit(self, config: Mapping[str, Any]) -> str:
+        if self.starts_from_weights:
+            return f"cannot go on with init {self.init.name}, which starts from the weights' own factors: leave it out"
         if config.get("peft_type") != self.peft_type:
             return f"is of type {config.get('peft_type')}, not LoRA"
         for key, ours in {"use_rslora": self.use_rslora, "use_dora": self.use_dora, "bias": self.bias.value}.items():

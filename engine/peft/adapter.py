@@ -94,6 +94,11 @@ class Adapter(ABC):
         `common`: `target_modules`, `fan_in_fan_out`, `inference_mode`, `base_model_name_or_path`, `task_type`.
         """
 
+    @property
+    def frozen(self) -> Tensors:
+        """What it computes with beside its parameters and could not make anew elsewhere bit for bit."""
+        return {}
+
     def exported(self, in_peft: bool) -> dict[str, torch.Tensor]:
         """Tensors by name in the file, the module's own name left out; `in_peft`: the format is PEFT's."""
         return dict(self.tensors)

@@ -5,6 +5,9 @@ With a magnitude m (DoRA, arXiv 2402.09353), as PEFT computes it:
 where n bears no gradient. n is never computed from the dense sum:
     n^2 = ||W||^2 + 2 scale * (B A W^T) + scale^2 * (B A A^T B^T), by output: O(N K R) and no [N, K] buffer.
 
+Started from the weight's own factors A0, B0 (PiSSA, OLoRA), W - scale * B0 A0 would be the frozen part. As W is shared,
+the task adds scale * x [A; A0]^T [B, -B0]^T instead, and is exported so, as LoRA of rank 2 R.
+
 Legend: L tokens of one span, K inputs, N outputs, R rank.
 """
 
@@ -17,9 +20,10 @@ from peft import LoraConfig
 
 from engine.kernels.dropout import drop
 from engine.kernels.multi_lora import LoraUse, LowRank
-from engine.methods import Lora
+from engine.methods import Lora, LoraInit
 from engine.peft.adapter import Adapter, BaseOp, Tensors, lora_use
 from engine.peft.drawing import uniform_
+from engine.peft.factorisation import orthonormal_factors, principal_factors
 from engine.peft.layout import TaskSpan
 from engine.peft.selective import VectorCopy
 
@@ -34,10 +38,16 @@ class LoraAdapter(Adapter):
         self.scale = method.scale_of(op.name)
         self.bias = VectorCopy(op, self.tensors) if "bias" in self.tensors else None
         self.magnitude_N = self.tensors.get("lora_magnitude_vector")
+        self.initial: dict[str, torch.Tensor] = {}  # A and B it started from, where they were the weight's own
 
     def initialise(self) -> None:
-        """A uniform in +-1/sqrt(K) (kaiming_uniform with a = sqrt(5), as PEFT); B zero; the magnitude W's own norms."""
-        if "lora_A" in self.tensors:
+        """A uniform in +-1/sqrt(K) (kaiming_uniform with a = sqrt(5), as PEFT); B zero; the magnitude W's own norms.
+
+        Or the weight's own factors, such that scale * B A is its part.
+        """
+        if "lora_A" in self.tensors and self.method.starts_from_weights:
+            self._start_from_weight()
+        elif "lora_A" in self.tensors:
             uniform_(self.tensors["lora_A"], 1 / math.sqrt(self.op.in_features), self.seed, f"{self.op.name}/lora_A")
             self.tensors["lora_B"].zero_()
         if self.magnitude_N is not None:
@@ -50,7 +60,28 @@ class LoraAdapter(Adapter):
         if "lora_A" not in self.tensors or (drops and self.magnitude_N is not None):
             return None
         use = lora_use(self.op, self.seed, span, training, self.scale, self.method.dropout)
-        return use, LowRank(self.tensors["lora_A"], self.tensors["lora_B"])
+        return use, LowRank(*self._factors())
+
+    def _start_from_weight(self) -> None:
+        rank, weight_KN = len(self.tensors["lora_A"]), self.op.weight_KN
+        if self.method.init is LoraInit.PISSA:
+            a_RK, b_NR = principal_factors(weight_KN, rank, self.op.name)
+            a_RK, b_NR = a_RK / math.sqrt(self.scale), b_NR / math.sqrt(self.scale)
+        else:
+            a_RK, b_NR = orthonormal_factors(weight_KN, rank)  # as PEFT: scale * B A is taken off W, not B A
+        self.tensors["lora_A"].copy_(a_RK)
+        self.tensors["lora_B"].copy_(b_NR)
+        self.initial = {"initial_A": a_RK, "initial_B": b_NR}
+
+    @property
+    def frozen(self) -> Tensors:
+        return self.initial
+
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        a_RK, b_NR = self.tensors["lora_A"], self.tensors["lora_B"]
+        if not self.initial:
+            return a_RK, b_NR
+        return torch.cat([a_RK, self.initial["initial_A"]]), torch.cat([b_NR, -self.initial["initial_B"]], dim=1)
 
     @property
     def rewrites_output(self) -> bool:
@@ -85,14 +116,15 @@ class LoraAdapter(Adapter):
 
     @classmethod
     def config(cls, method: Lora, ops: Sequence[BaseOp], common: Mapping[str, Any]) -> LoraConfig:
+        ranks, alphas = (1, 1.0) if not method.starts_from_weights else (2, math.sqrt(2) if method.use_rslora else 2.0)
         return LoraConfig(
-            r=method.rank,
-            lora_alpha=method.alpha,
+            r=ranks * method.rank,
+            lora_alpha=alphas * method.alpha,
             lora_dropout=method.dropout,
             use_rslora=method.use_rslora,
             use_dora=method.use_dora,
-            rank_pattern=dict(method.rank_pattern),
-            alpha_pattern=dict(method.alpha_pattern),
+            rank_pattern={key: ranks * rank for key, rank in method.rank_pattern.items()},
+            alpha_pattern={key: alphas * alpha for key, alpha in method.alpha_pattern.items()},
             bias=method.bias.value,
             **common,
         )
@@ -100,7 +132,10 @@ class LoraAdapter(Adapter):
     def exported(self, in_peft: bool) -> dict[str, torch.Tensor]:
         names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": "lora_magnitude_vector"}
         names["bias"] = "base_layer.bias" if "lora_A" in self.tensors else "bias"
-        return {names[name]: tensor for name, tensor in self.tensors.items()}
+        tensors = dict(self.tensors)
+        if self.initial:
+            tensors["lora_A"], tensors["lora_B"] = self._factors()
+        return {names[name]: tensor for name, tensor in tensors.items()}
 
     @property
     def is_target(self) -> bool:

@@ -87,6 +87,11 @@ class TaskRun:
         return view
 
     @property
+    def frozen(self) -> dict[str, torch.Tensor]:
+        """By name, what the adapters hold beside their parameters and could not make anew elsewhere."""
+        return {f"{site}.{key}": t for site, adapter in self.adapters.items() for key, t in adapter.frozen.items()}
+
+    @property
     def is_verified(self) -> bool:
         """Whether the step in flight is to be run again for the task alone."""
         every = self.training.verify_every_steps

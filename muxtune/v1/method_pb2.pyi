@@ -47,6 +47,34 @@ LORA_BIAS_LORA_ONLY: LoraBias.ValueType  # 3
 """Of the target modules."""
 Global___LoraBias: _TypeAlias = LoraBias  # noqa: Y015
 
+class _LoraInit:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LoraInitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LoraInit.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LORA_INIT_UNSPECIFIED: _LoraInit.ValueType  # 0
+    """KAIMING"""
+    LORA_INIT_KAIMING: _LoraInit.ValueType  # 1
+    """A uniform, B zero."""
+    LORA_INIT_PISSA: _LoraInit.ValueType  # 2
+    """The weight's principal factors: PiSSA, arXiv 2404.02948. By subspace iteration, as PEFT's "pissa_niter_N"."""
+    LORA_INIT_OLORA: _LoraInit.ValueType  # 3
+    """The weight's QR factors: OLoRA, arXiv 2406.01775."""
+
+class LoraInit(_LoraInit, metaclass=_LoraInitEnumTypeWrapper):
+    """What LoRA's factors start as."""
+
+LORA_INIT_UNSPECIFIED: LoraInit.ValueType  # 0
+"""KAIMING"""
+LORA_INIT_KAIMING: LoraInit.ValueType  # 1
+"""A uniform, B zero."""
+LORA_INIT_PISSA: LoraInit.ValueType  # 2
+"""The weight's principal factors: PiSSA, arXiv 2404.02948. By subspace iteration, as PEFT's "pissa_niter_N"."""
+LORA_INIT_OLORA: LoraInit.ValueType  # 3
+"""The weight's QR factors: OLoRA, arXiv 2406.01775."""
+Global___LoraInit: _TypeAlias = LoraInit  # noqa: Y015
+
 class _Placement:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015

@@ -338,6 +338,7 @@ class Lora(_message.Message):
     ALPHA_PATTERN_FIELD_NUMBER: _builtins.int
     BIAS_FIELD_NUMBER: _builtins.int
     B_RATE_FACTOR_FIELD_NUMBER: _builtins.int
+    INIT_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """1 to 256."""
     alpha: _builtins.float
@@ -351,6 +352,10 @@ class Lora(_message.Message):
     bias: _method_pb2.LoraBias.ValueType
     b_rate_factor: _builtins.float
     """LoRA+, arXiv 2402.12354: B learns this many times as fast as A. 0: 1."""
+    init: _method_pb2.LoraInit.ValueType
+    """PISSA and OLORA: rank at most 128 and at most the width of each target, without dropout, DoRA or initial_adapter; the
+    backbone stays as it is, and the adapter is exported as plain LoRA of twice the rank.
+    """
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """As PEFT reads a list: full module names or dotted suffixes, or the single entry "all-linear"."""
@@ -374,10 +379,11 @@ class Lora(_message.Message):
         alpha_pattern: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         bias: _method_pb2.LoraBias.ValueType = ...,
         b_rate_factor: _builtins.float = ...,
+        init: _method_pb2.LoraInit.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "alpha_pattern", b"alpha_pattern", "b_rate_factor", b"b_rate_factor", "bias", b"bias", "dropout", b"dropout", "rank", b"rank", "rank_pattern", b"rank_pattern", "target_modules", b"target_modules", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "alpha_pattern", b"alpha_pattern", "b_rate_factor", b"b_rate_factor", "bias", b"bias", "dropout", b"dropout", "init", b"init", "rank", b"rank", "rank_pattern", b"rank_pattern", "target_modules", b"target_modules", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,7 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.method import Method
-from engine.methods import Activation, Bottleneck, Ia3, Lora, LoraBias, Miss, Placement, Prefix, Prompt, Selective, Vera
+from engine.methods import (
+    Activation,
+    Bottleneck,
+    Ia3,
+    Lora,
+    LoraBias,
+    LoraInit,
+    Miss,
+    Placement,
+    Prefix,
+    Prompt,
+    Selective,
+    Vera,
+)
 from engine.runtime.executor import Executor
 from tests.engine.runtime.tiny import CONFIGS, TinyTask, executor_with, model_of, pack_round, task_of
 
@@ -22,6 +35,7 @@ METHODS: dict[str, Method] = {
     "biases": Lora(3, 8.0, ("k_proj",), bias=LoraBias.ALL),
     "dora": Lora(4, 8.0, ("q_proj", "down_proj"), use_dora=True),
     "dora-dropout": Lora(4, 8.0, ("q_proj", "down_proj"), 0.3, use_dora=True),
+    "pissa": Lora(3, 8.0, ("q_proj", "down_proj"), init=LoraInit.PISSA),
     "vera": Vera(16, ALL),
     "vera-dropout": Vera(16, ALL, 0.3),
     "miss": Miss(7, ALL, 0.3),
@@ -110,7 +124,8 @@ def constant_elements(tasks: Sequence[TinyTask]) -> int:
     sites, total, masks = executor_with(MODEL, []).backbone.sites, 0, set[tuple[int, int]]()
     for each in tasks:
         method = each.spec.method
-        total += method.num_frozen(sites)
+        started = isinstance(method, Lora) and method.starts_from_weights  # joined with as much that is trained
+        total += method.num_frozen(sites) * (2 if started else 1)
         if isinstance(method, Lora) and method.use_dora:
             shapes = method.shapes(sites)
             total += 2 * sum(site.out_features for site in sites if site.name in shapes)

@@ -9,7 +9,20 @@ from safetensors.torch import load_file
 
 from engine.errors import InvalidInputError
 from engine.method import Method, SiteKind
-from engine.methods import Activation, Bottleneck, Ia3, Lora, LoraBias, Miss, Placement, Prefix, Prompt, Selective, Vera
+from engine.methods import (
+    Activation,
+    Bottleneck,
+    Ia3,
+    Lora,
+    LoraBias,
+    LoraInit,
+    Miss,
+    Placement,
+    Prefix,
+    Prompt,
+    Selective,
+    Vera,
+)
 from engine.task import LrSchedule, Optimizer
 from tests.engine.runtime.tiny import CONFIGS, TinyTask, executor_with, model_of, task_of, train, train_with_peft
 
@@ -43,7 +56,9 @@ OWN: dict[str, Method] = {
     "bitfit": Selective(("all-biases",)),
     "mixed-vectors": Selective(("q_proj.bias", "post_attention_layernorm.weight")),
 }
-DROPPING: dict[str, Method] = {
+MORE: dict[str, Method] = {  # whose loss alone is no reference: masks of our own, or another parametrisation
+    "pissa": Lora(3, 8.0, ("q_proj", "up_proj"), init=LoraInit.PISSA),
+    "olora": Lora(5, 4.0, ("v_proj", "down_proj"), init=LoraInit.OLORA),
     "lora-dropout": Lora(4, 8.0, ALL, 0.3),
     "dora-dropout": Lora(4, 8.0, ("q_proj", "down_proj"), 0.2, use_dora=True),
     "vera-dropout": Vera(8, ALL, 0.4),
@@ -104,6 +119,8 @@ def test_every_method_among_all_others_equals_its_reference_alone(options: dict[
 EVERYWHERE: dict[str, Method] = {
     "lora": Lora(3, 6.0, ALL, rank_pattern={}, use_rslora=True),
     "dora": Lora(2, 6.0, ALL, use_dora=True),
+    "pissa": Lora(2, 6.0, ALL, init=LoraInit.PISSA),
+    "olora": Lora(2, 6.0, ALL, init=LoraInit.OLORA),
     "vera": Vera(8, ALL),
     "ia3": Ia3(ALL),
     "ia3-inputs": Ia3(ALL, ALL),

@@ -13,12 +13,12 @@ from engine.errors import NonFiniteError
 from engine.results import StepResult, TaskFailure
 from engine.runtime.executor import Executor
 from engine.task import Optimizer
-from tests.engine.runtime.test_methods import DROPPING, IN_PEFT, OWN
+from tests.engine.runtime.test_methods import IN_PEFT, MORE, OWN
 from tests.engine.runtime.test_replanning import Job, job
 from tests.engine.runtime.tiny import CONFIGS, TinyTask, executor_with, model_of, pack_round, task_of
 
 MODEL = model_of(CONFIGS["llama-tied"])
-METHODS = IN_PEFT | OWN | DROPPING
+METHODS = IN_PEFT | OWN | MORE
 STEPS = 5
 
 

@@ -19,11 +19,11 @@ from engine.results import EvaluationResult, StepResult
 from engine.runtime.checkpoint import CheckpointState
 from engine.runtime.task_run import Assignment
 from engine.task import LrSchedule, Optimizer, TaskSpec, Training
-from tests.engine.runtime.test_methods import DROPPING, IN_PEFT, OWN
+from tests.engine.runtime.test_methods import IN_PEFT, MORE, OWN
 from tests.engine.runtime.tiny import CONFIGS, VOCAB, executor_with, model_of
 
 MODEL = model_of(CONFIGS["llama-tied"])  # with biases
-METHODS = IN_PEFT | OWN | DROPPING
+METHODS = IN_PEFT | OWN | MORE
 STEPS = 5
 # Where a gradient is zero (a key's bias, a query that sees one token), Adam makes whole steps of its rounding, unless
 # epsilon is above that.
