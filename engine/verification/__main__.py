@@ -1,5 +1,6 @@
-"""`python -m engine.verification`: one JSON object a finding, and a last one that says whether all hold. For `muxtune
-verify`, which shows them as a table."""
+"""`python -m engine.verification`: one JSON object a finding or a method left out, and a last one that says whether all
+hold. For `muxtune verify`, which shows them as a table.
+"""
 
 import argparse
 import dataclasses
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from engine.verification.cases import METHODS, small_backbone
-from engine.verification.report import compare
+from engine.verification.report import compare, left_out
 
 
 def main() -> int:
@@ -25,11 +26,11 @@ def main() -> int:
     names = [name for name in arguments.methods.split(",") if name]
     if unknown := sorted(set(names) - set(METHODS)):
         parser.error(f"--methods: {unknown[0]} is none of {', '.join(METHODS)}")
-    disable_progress_bar()
-    logging.captureWarnings(True)
-    warnings.simplefilter("ignore")
-    model = small_backbone() if arguments.backbone is None else _load(arguments.backbone)
-    all_hold = True
+    quiet()
+    model, all_hold = load_model(arguments.backbone), True
+    for missing in left_out(model, names):
+        names.remove(missing.method)
+        print(json.dumps({"left_out": missing.method, "reason": missing.reason}), flush=True)
     for finding in compare(model, names, arguments.steps):
         all_hold &= finding.holds
         print(json.dumps({**dataclasses.asdict(finding), "holds": finding.holds}), flush=True)
@@ -37,7 +38,18 @@ def main() -> int:
     return 0 if all_hold else 1
 
 
-def _load(folder: Path) -> torch.nn.Module:
+def quiet() -> None:
+    """No warnings and no progress bars of peft and transformers between the findings."""
+    disable_progress_bar()
+    logging.captureWarnings(True)
+    warnings.simplefilter("ignore")
+
+
+def load_model(folder: Path | None) -> torch.nn.Module:
+    """None: the small backbone."""
+    if folder is None:
+        small: torch.nn.Module = small_backbone()
+        return small
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )

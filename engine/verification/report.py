@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from engine.alignment.packing import Member, rounds
+from engine.errors import InvalidInputError
 from engine.results import StepResult
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
 from engine.runtime.task_run import Assignment
-from engine.verification.cases import OPTIONS, tasks
+from engine.verification.cases import METHODS, OPTIONS, tasks
 from engine.verification.reference import in_peft, train_alone
 
 LOSS_GOAL, WEIGHT_GOAL = 1e-5, 1e-4
@@ -46,8 +47,30 @@ class Finding:
         return self.loss_difference <= LOSS_GOAL and self.weight_difference <= WEIGHT_GOAL
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A method that this backbone cannot have, and why."""
+
+    method: str
+    reason: str
+
+
+def left_out(model: Any, names: list[str]) -> list[LeftOut]:
+    """Of the named methods, those the backbone refuses: no bias to train, an attention bounded by a window."""
+    sites, refused = Backbone(copy.deepcopy(model)).sites, []
+    for name in names:
+        try:
+            METHODS[name].shapes(sites)
+        except InvalidInputError as error:
+            refused.append(LeftOut(name, str(error)))
+    return refused
+
+
 def compare(model: Any, names: list[str], num_steps: int) -> Iterator[Finding]:
-    """Under each optimizer, accumulation and schedule: all methods in one batch against each alone."""
+    """Under each optimizer, accumulation and schedule: all methods in one batch against each alone.
+
+    The backbone must have what each method needs: see `left_out`.
+    """
     for options, training in OPTIONS.items():
         vocab = model.config.get_text_config().vocab_size
         pairs = list(tasks(names, num_steps, vocab, **training))

@@ -26,7 +26,9 @@ def run_verification(steps: int, methods: str, backbone: Path | None, as_json: b
             findings.append(json.loads(line))
     is_whole = bool(findings) and "verified" in findings[-1]
     if not as_json and is_whole:
-        _show(findings[:-1], steps)
+        for finding in (finding for finding in findings if "left_out" in finding):
+            console.print(f"{finding['left_out']} is left out: {finding['reason']}")
+        _show([finding for finding in findings if "method" in finding], steps)
     return process.returncode or int(not is_whole)
 
 

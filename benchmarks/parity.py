@@ -1,0 +1,73 @@
+"""Worst differences of fused training by method: what `muxtune verify` shows, for the page.
+
+    PYTHONPATH=. python benchmarks/parity.py [--steps 50] [--backbone FOLDER]
+
+All methods in one batch, float32, under {AdamW, SGD} x {accumulation 1, 4} x {constant, cosine with warm-up}, ragged
+data; each against HF PEFT training it alone (plain torch where PEFT lacks the method) and against this engine training
+it alone. "Its own rounding" is the reference's losses against its own run in float64.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from engine.verification.__main__ import load_model, quiet
+from engine.verification.cases import METHODS
+from engine.verification.report import LOSS_GOAL, WEIGHT_GOAL, compare, left_out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--backbone", type=Path)
+    arguments = parser.parse_args()
+    quiet()
+    model = load_model(arguments.backbone)
+    missing = {each.method for each in left_out(model, list(METHODS))}
+    names = [name for name in METHODS if name not in missing]
+    found = [dataclasses.asdict(f) | {"holds": f.holds} for f in compare(model, names, arguments.steps)]
+    raw = report.origin("parity") | {"num_steps": arguments.steps, "findings": found}
+    report.write(raw, section(raw))
+
+
+def section(raw: dict[str, Any]) -> str:
+    num_options = len({finding["options"] for finding in raw["findings"]})
+    header = [
+        "method",
+        "reference",
+        "losses",
+        "weights",
+        "its own rounding",
+        "losses, no neighbours",
+        "weights",
+        "holds",
+    ]
+    rows = []
+    for method in dict.fromkeys(finding["method"] for finding in raw["findings"]):
+        own = [f for f in raw["findings"] if f["method"] == method]
+        outside = [f for f in own if f["against"] != "muxtune alone"]
+        alone = [f for f in own if f["against"] == "muxtune alone"]
+        columns = [worst(outside, "loss_difference"), worst(outside, "weight_difference")]
+        columns += [worst(outside, "own_rounding"), worst(alone, "loss_difference"), worst(alone, "weight_difference")]
+        rows.append([method, outside[0]["against"], *columns, "yes" if all(f["holds"] for f in own) else "NO"])
+    return f"""
+## Parity: every method in one batch against each alone, {raw["num_steps"]} steps
+
+{report.told(raw)}
+Worst of every step and of {num_options} combinations of optimizer, accumulation and schedule; losses relative,
+weights absolute. Goals: {LOSS_GOAL:g} and {WEIGHT_GOAL:g}.
+
+{report.table(header, rows)}
+
+Raw figures: `results/parity.json`.
+"""
+
+
+def worst(findings: list[dict[str, Any]], key: str) -> str:
+    return f"{max(finding[key] for finding in findings):.1e}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Where a benchmark's figures go, and what is said of where they come from: raw figures as JSON in `results/`, a table
+between markers in RESULTS.md.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent / "RESULTS.md"
+
+
+def origin(name: str) -> dict[str, Any]:
+    """What stands in every report: when, from which commit, by which command, on what."""
+    return {
+        "benchmark": name,
+        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": _commit(),
+        "command": " ".join(["PYTHONPATH=. python", *sys.argv]),
+        "machine": f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        "load_average": os.getloadavg(),
+    }
+
+
+def told(report: dict[str, Any]) -> str:
+    """The same in a sentence for the page."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return (
+        f"`{report['command']}` (what is measured stands at its top), at commit {report['commit']}. {report['when']},\n"
+        f"{report['machine']}, load average {report['load_average'][0]:.1f} at the end; {versions}."
+    )
+
+
+def table(header: list[str], rows: list[list[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def write(report: dict[str, Any], section: str) -> None:
+    """`section` begins with its heading; the benchmark's former one is replaced."""
+    RESULTS.mkdir(exist_ok=True)
+    name = report["benchmark"]
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    page = PAGE.read_text() if PAGE.exists() else "# Results\n\n"
+    if opening not in page:
+        page = f"{page.rstrip()}\n\n{opening}{closing}"
+    before, _, rest = page.partition(opening)
+    PAGE.write_text(f"{before}{opening}{section.strip()}\n{closing}{rest.partition(closing)[2]}")
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or "cpu")
