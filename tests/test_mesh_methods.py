@@ -41,7 +41,8 @@ METHODS = {
     "dora": {"lora": task_pb2.Lora(rank=4, use_dora=True, target_modules=["all-linear"])},
     "vera": {"vera": method_pb2.Vera(rank=32, target_modules=["q_proj", "v_proj"])},
     "ia3": {"ia3": method_pb2.Ia3(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])},
-    "bottleneck": {"bottleneck": method_pb2.Bottleneck(size=8, target_modules=["o_proj", "down_proj"])},
+    "olora": {"lora": task_pb2.Lora(rank=4, init=method_pb2.LORA_INIT_OLORA, target_modules=["v_proj", "down_proj"])},
+    "bottleneck": {"bottleneck": method_pb2.Bottleneck(size=8, target_modules=["self_attn", "mlp"])},
     "norms": {"selective": method_pb2.Selective(parameters=["all-norms"])},
     "miss": {"miss": method_pb2.Miss(rank=8, target_modules=["q_proj", "up_proj"])},
     "prompt": {"prompt": method_pb2.Prompt(length=4)},
@@ -75,6 +76,8 @@ def test_tasks_of_every_method_train_on_one_backbone(client: Client, backbone: P
         following = task_pb2.TaskSpec()
         following.CopyFrom(task.spec)
         following.initial_adapter = client.upload_adapter(folder).name
+        if name == "olora":  # exported as plain LoRA of twice the rank, and so it goes on
+            following.lora.CopyFrom(task_pb2.Lora(rank=8, target_modules=["v_proj", "down_proj"]))
         assert client.estimate_task(following).num_steps == 8, name
 
 
@@ -85,6 +88,12 @@ def test_tasks_of_every_method_train_on_one_backbone(client: Client, backbone: P
         ({"vera": method_pb2.Vera(target_modules=["nothing"])}, "vera.target_modules"),
         ({"selective": method_pb2.Selective(parameters=["all-biases"])}, "selective.parameters"),
         ({"bottleneck": method_pb2.Bottleneck(size=-1, target_modules=["q_proj"])}, "bottleneck.size"),
+        ({"bottleneck": method_pb2.Bottleneck(size=4, target_modules=["ffn"])}, "bottleneck.target_modules"),
+        (
+            {"lora": task_pb2.Lora(rank=4, dropout=0.1, init=method_pb2.LORA_INIT_PISSA, target_modules=["q_proj"])},
+            "lora.init",
+        ),
+        ({"lora": task_pb2.Lora(rank=99, init=method_pb2.LORA_INIT_OLORA, target_modules=["q_proj"])}, "lora.rank"),
         ({"prompt": method_pb2.Prompt(length=70)}, "training.max_sequence_tokens"),
         ({"lora": task_pb2.Lora(rank=4, target_modules=["lm_head"])}, "lora.target_modules"),
         ({"lora": task_pb2.Lora(rank=4, target_modules=["q_proj"], rank_pattern={"(a+)+$": 3})}, "lora.rank_pattern"),

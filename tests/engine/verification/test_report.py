@@ -6,7 +6,8 @@ import torch
 from engine.kernels import multi_lora
 from engine.runtime.executor import Executor
 from engine.verification import cases, report
-from engine.verification.report import Finding, compare
+from engine.verification.report import Finding, compare, left_out
+from tests.engine.runtime.tiny import CONFIGS, model_of
 
 NAMES = ["lora", "prompt", "norms"]
 
@@ -52,3 +53,12 @@ def test_a_gradient_that_is_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(multi_lora._MultiLora, "backward", staticmethod(wrong))
     found = {(f.method, f.against): f.holds for f in findings()}
     assert not found["lora", "peft alone"] and found["prompt", "peft alone"]
+
+
+def test_what_a_backbone_cannot_have_is_left_out_and_told() -> None:
+    model = model_of(CONFIGS["mistral-window"])  # no biases, attention bounded by a window
+    missing = left_out(model, list(cases.METHODS))
+    assert [each.method for each in missing] == ["lora-bias", "prefix", "bitfit"]
+    assert "no bias" in missing[2].reason and "bounded" in missing[1].reason
+    names = [name for name in cases.METHODS if name not in {each.method for each in missing}]
+    assert all(finding.holds for finding in compare(model, names, 2))
