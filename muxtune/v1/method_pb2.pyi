@@ -63,7 +63,9 @@ class _LoraInitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LoraInit.Val
     """The weight's QR factors: OLoRA, arXiv 2406.01775."""
 
 class LoraInit(_LoraInit, metaclass=_LoraInitEnumTypeWrapper):
-    """What LoRA's factors start as."""
+    """What LoRA's factors start as. PISSA and OLORA: rank at most 128 and at most the width of each target, without dropout,
+    DoRA or initial_adapter; the shared weights stay as they are, and the adapter is exported as LoRA of twice the rank.
+    """
 
 LORA_INIT_UNSPECIFIED: LoraInit.ValueType  # 0
 """KAIMING"""

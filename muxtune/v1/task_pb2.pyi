@@ -353,9 +353,6 @@ class Lora(_message.Message):
     b_rate_factor: _builtins.float
     """LoRA+, arXiv 2402.12354: B learns this many times as fast as A. 0: 1."""
     init: _method_pb2.LoraInit.ValueType
-    """PISSA and OLORA: rank at most 128 and at most the width of each target, without dropout, DoRA or initial_adapter; the
-    backbone stays as it is, and the adapter is exported as plain LoRA of twice the rank.
-    """
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """As PEFT reads a list: full module names or dotted suffixes, or the single entry "all-linear"."""

@@ -1,7 +1,7 @@
 """What each method keeps for backward, counted byte by byte, is what it says it keeps: `Method.kept_elements`."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -81,12 +81,13 @@ def gradients_from_the_embedding_on(executor: Executor) -> Iterator[None]:
     hook.remove()
 
 
-def kept_bytes(tasks: Sequence[TinyTask], stream: Sequence[TinyTask]) -> int:
+def kept_bytes(tasks: Sequence[TinyTask], stream: Sequence[TinyTask], from_embedding: bool = True) -> int:
     """By one forward over the stream of tasks `stream`, of which `tasks` are resident."""
     executor = executor_with(MODEL, tasks)
     [microbatch] = pack_round(stream, [0] * len(stream), chunk=CHUNK)
     kept = Kept(executor)
-    with gradients_from_the_embedding_on(executor), torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
+    start = gradients_from_the_embedding_on(executor) if from_embedding else nullcontext()
+    with start, torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
         executor.backbone.layout.training = True
         executor.backbone.hidden(microbatch, frozenset(executor.tasks))
     return kept.num_bytes
@@ -166,3 +167,21 @@ def test_the_bare_backbone_keeps_no_operators_input() -> None:
     by_layer = 2 * by_norm + by_attention + by_activation
     rotation = 2 * width // heads  # cosines and sines, kept once
     assert kept_bytes([], [NEIGHBOUR]) == 4 * tokens * (config.num_hidden_layers * by_layer + by_norm + rotation)
+
+
+def test_nothing_is_kept_below_the_first_adapter() -> None:
+    own = task("a", Lora(3, 8.0, ("layers.1.mlp.down_proj",)))
+    config, tokens = CONFIGS["llama-tied"], in_stream([own])
+    last_norm = config.hidden_size + 1
+    expected = tokens * (config.intermediate_size + last_norm) + 3 * sum(len(ids) for ids, _ in own.batch(0))
+    assert kept_bytes([own], [own], from_embedding=False) == 4 * expected
+
+
+def test_a_frozen_operator_keeps_nothing() -> None:
+    executor = executor_with(MODEL, [])
+    kept, operator = Kept(executor), executor.backbone.operators["model.layers.0.mlp.up_proj"]
+    x = torch.randn(1, 8, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
+        y = operator(x)
+    y.sum().backward()
+    assert x.grad is not None and operator.weight.grad is None and kept.num_bytes == 0

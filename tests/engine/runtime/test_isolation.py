@@ -1,4 +1,4 @@
-"""One task's trouble, absence or departure never reaches another; frozen operators keep nothing for backward."""
+"""One task's trouble, absence or departure never reaches another."""
 
 import dataclasses
 import itertools
@@ -121,59 +121,3 @@ def test_seconds_and_tokens_are_shared_out_and_add_up() -> None:
     )
     assert (a.seconds, b.seconds) == (pytest.approx(16 / 48), pytest.approx(32 / 48))
     assert a.num_neighbours == b.num_neighbours == 1
-
-
-class Saved:
-    """Bytes autograd keeps for backward, by storage; parameters and buffers of the model not counted."""
-
-    def __init__(self, executor: Executor) -> None:
-        model = executor.backbone.model
-        self.known = {t.untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
-        self.storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.known:
-            self.storages[storage.data_ptr()] = storage  # held: an address is not used twice
-        return tensor
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self.storages.values())
-
-
-def saved_bytes(targets: Sequence[str], extra: int = 0) -> int:
-    model = model_of(CONFIGS["llama"])
-    task = task_of("a", targets=targets, rank=1, lengths=(32, 32), micro_batch_size=2)
-    executor = executor_with(model, [task])
-    saved = Saved(executor)
-    [microbatch] = pack_round([task], [0])
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
-        executor.backbone.hidden(microbatch, frozenset({"a"}))
-    return saved.num_bytes
-
-
-def test_frozen_operators_save_nothing() -> None:
-    """Only an adapter's input is saved. Below the first adapter there is nothing; an operator's input that no
-    adapter reads costs nothing, though its gradient flows through."""
-    tokens, hidden, intermediate, last_layer = 64, 32, 48, "model.layers.1."
-    only_last = saved_bytes([last_layer + "mlp.down_proj"])
-    assert only_last <= (tokens * intermediate + 8 * tokens * hidden) * 4  # its input, the last norm; no layer below
-    # the same graph with and without an adapter on up_proj differs by up_proj's input alone
-    gate = saved_bytes([last_layer + "mlp.gate_proj"])
-    both = saved_bytes([last_layer + "mlp.gate_proj", last_layer + "mlp.up_proj"])
-    assert both - gate <= 2048 + tokens * intermediate * 4  # no second copy of the input: S, factors, gate's output
-    frozen = _saved_by_frozen_linear()
-    assert frozen == 0
-
-
-def _saved_by_frozen_linear() -> int:
-    executor = executor_with(model_of(CONFIGS["llama"]), [])
-    saved = Saved(executor)
-    operator = executor.backbone.operators["model.layers.0.mlp.up_proj"]
-    x = torch.randn(1, 8, 32, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
-        y = operator(x)
-    y.sum().backward()
-    assert x.grad is not None and operator.weight.grad is None
-    return saved.num_bytes
