@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from muxtune.cli.context import console, table
+from muxtune.cli.context import console, error_console, table
 
 
 def run_verification(steps: int, methods: str, backbone: Path | None, as_json: bool) -> int:
@@ -18,12 +18,17 @@ def run_verification(steps: int, methods: str, backbone: Path | None, as_json: b
     command += ["--methods", methods] if methods else []
     command += ["--backbone", str(backbone)] if backbone else []
     findings: list[dict[str, Any]] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with (
+        error_console.status("training all methods in one batch") as status,  # on a terminal only
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+    ):
         assert process.stdout is not None
         for line in process.stdout:
             if as_json:
                 print(line, end="", flush=True)
-            findings.append(json.loads(line))
+            findings.append(finding := json.loads(line))
+            if "options" in finding:
+                status.update(f"{finding['options']}: {finding['method']} compared with {finding['against']}")
     is_whole = bool(findings) and "verified" in findings[-1]
     if not as_json and is_whole:
         for finding in (finding for finding in findings if "left_out" in finding):
