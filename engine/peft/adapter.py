@@ -95,8 +95,13 @@ class Adapter(ABC):
         """
 
     @property
-    def frozen(self) -> Tensors:
-        """What it computes with beside its parameters and could not make anew elsewhere bit for bit."""
+    def frozen(self) -> Sequence[torch.Tensor]:
+        """What it holds and computes with beside its parameters; the same tensor for all adapters that share it."""
+        return ()
+
+    @property
+    def started_from(self) -> Tensors:
+        """Of that, what could not be made anew elsewhere bit for bit: it goes into checkpoints."""
         return {}
 
     def exported(self, in_peft: bool) -> dict[str, torch.Tensor]:

@@ -74,7 +74,11 @@ class LoraAdapter(Adapter):
         self.initial = {"initial_A": a_RK, "initial_B": b_NR}
 
     @property
-    def frozen(self) -> Tensors:
+    def frozen(self) -> Sequence[torch.Tensor]:
+        return tuple(self.initial.values())
+
+    @property
+    def started_from(self) -> Tensors:
         return self.initial
 
     def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,6 +33,10 @@ class MissAdapter(Adapter):
         columns = torch.arange(self.op.in_features, device=self.op.weight_KN.device) % self.method.rank
         self.a_RK = torch.nn.functional.one_hot(columns, self.method.rank).T.float()
 
+    @property
+    def frozen(self) -> Sequence[torch.Tensor]:
+        return (self.a_RK,)
+
     def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, LowRank]:
         use = lora_use(self.op, self.seed, span, training, 1.0, self.method.dropout)
         return use, LowRank(self.a_RK, self.tensors["miss_block"].T)

@@ -40,6 +40,10 @@ class VeraAdapter(Adapter):
         self.tensors["vera_lambda_d"].fill_(self.method.d_initial)
         self.tensors["vera_lambda_b"].zero_()
 
+    @property
+    def frozen(self) -> Sequence[torch.Tensor]:
+        return self.a_RK, self.b_NR
+
     def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, LowRank]:
         a_RK, b_NR = self.a_RK[:, : self.op.in_features], self.b_NR[: self.op.out_features]
         use = lora_use(self.op, self.seed, span, training, 1.0, self.method.dropout)

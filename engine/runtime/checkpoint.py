@@ -2,8 +2,8 @@
 
 Format: `state.safetensors` holds every adapter tensor under `parameters.<operator>.<tensor>` and the optimizer's flat
 vectors under `optimizer.<group>.<name>`, a group being the parameters of one learning rate; what an adapter was started
-from and still needs, under `frozen.<operator>.<tensor>`. The metadata says the task, the step and the shapes' order. No
-pickle.
+from and still needs, under `started_from.<operator>.<tensor>`. The metadata says the task, the step and the shapes'
+order. No pickle.
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ class CheckpointState:
     @classmethod
     def of(cls, run: "TaskRun") -> "CheckpointState":
         tensors = {f"parameters.{name}": tensor.detach() for name, tensor in run.tensors.items()}
-        tensors |= {f"frozen.{name}": tensor for name, tensor in run.frozen.items()}
+        tensors |= {f"started_from.{name}": tensor for name, tensor in run.started_from.items()}
         tensors |= {f"optimizer.{name}": value for name, value in run.optimizer_state().items()}
         copies = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
@@ -57,7 +57,7 @@ class CheckpointState:
     def restore(self, run: "TaskRun") -> None:
         """Writes the state into a fresh run. Raises ArtifactCorruptError if its tensors are not the run's."""
         expected = {f"parameters.{name}": tuple(tensor.shape) for name, tensor in run.tensors.items()}
-        expected |= {f"frozen.{name}": tuple(tensor.shape) for name, tensor in run.frozen.items()}
+        expected |= {f"started_from.{name}": tuple(tensor.shape) for name, tensor in run.started_from.items()}
         if self.step > 0:
             expected |= {f"optimizer.{name}": shape for name, shape in run.optimizer_shapes().items()}
         found = {n: tuple(t.shape) for n, t in self.tensors.items()}
@@ -66,8 +66,8 @@ class CheckpointState:
             raise ArtifactCorruptError(f"checkpoint of {run.assignment.task} has other tensors: {odd}")
         for name, tensor in run.tensors.items():
             tensor.copy_(self.tensors[f"parameters.{name}"])
-        for name, tensor in run.frozen.items():
-            tensor.copy_(self.tensors[f"frozen.{name}"])
+        for name, tensor in run.started_from.items():
+            tensor.copy_(self.tensors[f"started_from.{name}"])
         state = {n.removeprefix("optimizer."): t for n, t in self.tensors.items() if n.startswith("optimizer.")}
         if state:
             run.restore_optimizer(state)

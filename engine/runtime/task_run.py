@@ -87,9 +87,11 @@ class TaskRun:
         return view
 
     @property
-    def frozen(self) -> dict[str, torch.Tensor]:
-        """By name, what the adapters hold beside their parameters and could not make anew elsewhere."""
-        return {f"{site}.{key}": t for site, adapter in self.adapters.items() for key, t in adapter.frozen.items()}
+    def started_from(self) -> dict[str, torch.Tensor]:
+        """By name, what the adapters were started from and could not make anew elsewhere."""
+        return {
+            f"{site}.{key}": t for site, adapter in self.adapters.items() for key, t in adapter.started_from.items()
+        }
 
     @property
     def is_verified(self) -> bool:
@@ -154,8 +156,9 @@ class TaskRun:
             self.optimizer.state[group] = moved
 
     def num_bytes(self) -> int:
-        """Parameters, gradients and optimizer state, as allocated."""
+        """Parameters, gradients, optimizer state and what the method holds frozen, as allocated."""
         held = [self.parameters_P, self.parameters_P.grad, *self.optimizer_state().values()]
+        held += {id(tensor): tensor for adapter in self.adapters.values() for tensor in adapter.frozen}.values()
         return sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
 
 

@@ -23,8 +23,10 @@ from engine.methods import (
     Selective,
     Vera,
 )
+from engine.planning.memory import adapter_bytes
+from engine.planning.plan import BackboneView
 from engine.task import LrSchedule, Optimizer
-from tests.engine.runtime.tiny import CONFIGS, TinyTask, executor_with, model_of, task_of, train, train_with_peft
+from tests.engine.runtime.tiny import CONFIGS, VOCAB, TinyTask, executor_with, model_of, task_of, train, train_with_peft
 
 ALL = ("all-linear",)
 IN_PEFT: dict[str, Method] = {
@@ -158,3 +160,18 @@ def test_every_method_trains_and_exports_on_every_architecture_or_is_refused(arc
     for task in tasks:
         report = executor.export(task.name, tmp_path / task.name)
         assert report.max_logit_difference < 1e-4, task.name
+
+
+@pytest.mark.parametrize(
+    "optimizer", [dict(), dict(optimizer=Optimizer.SGD), dict(optimizer=Optimizer.SGD, momentum=0.9)]
+)
+def test_a_task_holds_the_bytes_that_the_memory_model_says(optimizer: dict[str, Any]) -> None:
+    tasks = tasks_of(IN_PEFT | OWN | MORE, 2, **optimizer)
+    executor = executor_with(model_of(CONFIGS["llama-tied"]), tasks)
+    train(executor, tasks, 1)
+    backbone = BackboneView("tiny", 0, 2, 32, VOCAB, 128, 0, "float32", executor.backbone.sites)
+    held = executor.task_bytes()
+    for task in tasks:
+        rates = {task.spec.method.rate_factor(name.rpartition(".")[2]) for name in executor.tasks[task.name].tensors}
+        counters = 4 * len(rates) if not optimizer else 0  # AdamW's own of its steps
+        assert held[task.name] == adapter_bytes(task.spec, backbone) + counters, task.name
