@@ -28,6 +28,7 @@ from engine.peft.mounted import (
 from engine.runtime import attention
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+_PACKED = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}
 _PROBE_LENGTHS = (1, 5, 3, 8)
 _PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -156,6 +157,9 @@ class Backbone:
         for name, module in self.model.named_modules():
             if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
                 raise self._unsupported(f"{name} is a {type(module).__name__}, not a plain linear operator")
+            for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                if tensor.ndim > 1 and tensor.dtype in _PACKED:  # else no target module would name it
+                    raise self._unsupported(f"{name}.{key} holds quantised weights ({tensor.dtype})")
 
     @torch.no_grad()
     def _refuse_what_is_not_exact(self) -> list[Call]:

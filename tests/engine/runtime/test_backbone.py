@@ -70,6 +70,18 @@ def test_quantised_operators_are_refused() -> None:
     with pytest.raises(BackboneUnsupportedError, match="Int8Linear"):
         Backbone(model)
 
+    class PackedLinear(torch.nn.Module):  # as GPTQ's and AWQ's: no nn.Linear that a target could name
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(48, 4, dtype=torch.int32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.new_zeros(*x.shape[:-1], 48)
+
+    model.model.layers[0].mlp.up_proj = PackedLinear()
+    with pytest.raises(BackboneUnsupportedError, match=r"up_proj\.qweight holds quantised weights"):
+        Backbone(model)
+
 
 def test_rope_that_changes_with_the_longest_sequence_bounds_the_sequences() -> None:
     """longrope and dynamic scaling read the longest position of the whole batch: beyond the original length one task's
