@@ -12,19 +12,22 @@ from hypothesis import strategies as st
 from engine.alignment.dataset import Order, TokenizedDataset, num_steps, split
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind
 from engine.alignment.packing import Member, rounds
-from engine.methods import Lora
+from engine.method import Method
+from engine.methods import Lora, Prefix, Prompt
 from engine.planning.memory import microbatch_tokens
 from engine.task import TaskSpec, Training, evaluation_is_due
 
 
 def _dataset(lengths: list[int], first_token: int) -> TokenizedDataset:
-    """Every token different, so that a sequence is known by its first; odd positions bear loss, the first never."""
+    """Every token different, so that a sequence is known by its first; odd positions bear loss, of each third row the
+    first too."""
     num_tokens = sum(lengths)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     ids = np.arange(first_token, first_token + num_tokens, dtype=np.int32)
     bears_loss = np.zeros(num_tokens, np.bool_)
-    for start, end in itertools.pairwise(offsets):
+    for row, (start, end) in enumerate(itertools.pairwise(offsets)):
         bears_loss[start + 1 : end : 2] = True
+        bears_loss[start] = row % 3 == 0
     lines = np.arange(1, len(lengths) + 1)
     return TokenizedDataset(ids, bears_loss, offsets, lines, np.array(lengths), (), 0)
 
@@ -46,7 +49,8 @@ def members(draw: st.DrawFn) -> list[Member]:
         )
         steps = num_steps(training, len(split(len(lengths), training).train))
         cursor = draw(st.integers(0, steps))
-        result.append(Member(f"task-{index}", _dataset(lengths, 1 + 100_000 * index), training, steps, cursor))
+        extra = draw(st.sampled_from([(0, 0), (0, 0), (5, 0), (0, 7)]))  # of prompt tuning, of prefix tuning
+        result.append(Member(f"task-{index}", _dataset(lengths, 1 + 100_000 * index), training, steps, cursor, *extra))
     return result
 
 
@@ -76,8 +80,10 @@ def _sequences(microbatches: list[Microbatch], task: str | None = None) -> Seque
 
 
 def _expected(member: Member) -> Sequences:
-    """From the definition: rows of each batch in order, each at the sum of the lengths before it."""
+    """From the definition: rows of each batch in order, each at the sum of the lengths before it, its virtual tokens
+    first, of which the last predicts its first token."""
     found: Sequences = {}
+    num_virtual = member.num_virtual_tokens
     parts = split(member.dataset.num_rows, member.training)
     for step in range(member.step, member.num_steps + 1):
         batches = []
@@ -89,11 +95,12 @@ def _expected(member: Member) -> Sequences:
             offset, sequences = 0, []
             for row in rows:
                 ids, bears_loss = member.dataset.row(int(row))
-                targets = [
-                    int(ids[i + 1]) if i + 1 < len(ids) and bears_loss[i + 1] else IGNORE for i in range(len(ids))
+                tokens = [0] * num_virtual + ids.tolist()
+                wanted = [IGNORE] * num_virtual + [
+                    token if bears else IGNORE for token, bears in zip(ids.tolist(), bears_loss, strict=True)
                 ]
-                sequences.append((offset, tuple(ids.tolist()), tuple(targets)))
-                offset += len(ids)
+                sequences.append((offset, tuple(tokens), (*wanted[1:], IGNORE)))
+                offset += len(tokens)
             found[member.task, step, kind] = sequences
     return found
 
@@ -127,10 +134,9 @@ def test_microbatches_are_well_formed(members: list[Member], layout: tuple[int, 
         assert end == microbatch.num_tokens
         names = [range_.task for range_ in microbatch.ranges]
         assert len(set(names)) == len(names)
-        longest = max(s.num_tokens for r in microbatch.ranges for s in r.segments)
-        assert end <= max(token_budget, longest) + chunk_tokens - 1
-        if len(names) > 1 or len(microbatch.ranges[0].segments) > 1:
-            assert sum(r.num_effective_tokens for r in microbatch.ranges) <= token_budget
+        spent = [s.num_tokens + by_name[r.task].num_prefix_tokens for r in microbatch.ranges for s in r.segments]
+        assert end <= max(token_budget, *spent, 0) + chunk_tokens - 1
+        assert len(spent) == 1 or sum(spent) <= token_budget
 
 
 @given(members=members(), layout=layouts)
@@ -161,7 +167,7 @@ def test_rounds_close_and_denominators_are_the_whole_batch(members: list[Member]
 @given(members=members(), layout=layouts, skipped=st.integers(0, 3))
 @settings(max_examples=50, deadline=None)
 def test_resuming_at_a_cursor_gives_the_rest(members: list[Member], layout: tuple[int, int], skipped: int) -> None:
-    later = [Member(m.task, m.dataset, m.training, m.num_steps, min(m.step + skipped, m.num_steps)) for m in members]
+    later = [dataclasses.replace(m, step=min(m.step + skipped, m.num_steps)) for m in members]
     whole, rest = _sequences(list(rounds(members, *layout))), _sequences(list(rounds(later, *layout)))
     first = {m.task: m.step for m in later}
     assert rest == {key: value for key, value in whole.items() if key[1] >= first[key[0]]}
@@ -196,9 +202,14 @@ def test_a_long_evaluation_is_packed_in_good_time(num_rows: int) -> None:
 @given(members=members(), layout=layouts)
 @settings(max_examples=100, deadline=None)
 def test_no_microbatch_passes_what_the_memory_model_counts(members: list[Member], layout: tuple[int, int]) -> None:
-    specs = [
-        TaskSpec("b", Lora(4, 4.0, ("q_proj",)), "d", dataclasses.replace(member.training, max_sequence_tokens=40))
-        for member in members
-    ]
+    prefixes = {member.task: member.num_prefix_tokens for member in members}
+    specs = []
+    for member in members:
+        method: Method = Lora(4, 4.0, ("q_proj",))
+        method = Prompt(member.num_virtual_tokens) if member.num_virtual_tokens else method
+        method = Prefix(member.num_prefix_tokens) if member.num_prefix_tokens else method
+        specs.append(TaskSpec("b", method, "d", dataclasses.replace(member.training, max_sequence_tokens=40)))
     counted = microbatch_tokens(specs, *layout)
-    assert all(m.num_tokens <= counted for m in rounds(members, counted, layout[1]))
+    for microbatch in rounds(members, counted, layout[1]):
+        beside = sum(prefixes[range_.task] * len(range_.segments) for range_ in microbatch.ranges)
+        assert microbatch.num_tokens + beside <= counted + (layout[1] if beside else 0)
