@@ -19,7 +19,7 @@ METHODS: dict[str, Method] = {
     "lora": Lora(4, 8.0, _ALL),
     "rslora": Lora(8, 4.0, ("q_proj", "down_proj"), use_rslora=True),
     "patterns": Lora(4, 8.0, _ALL, rank_pattern={"q_proj": 7}, alpha_pattern={"v_proj": 3.0}),
-    "lora-bias": Lora(2, 4.0, ("k_proj", "down_proj"), bias=LoraBias.ALL),
+    "biases": Lora(2, 4.0, ("k_proj", "down_proj"), bias=LoraBias.ALL),
     "dora": Lora(4, 8.0, ("q_proj", "down_proj"), use_dora=True),
     "vera": Vera(16, _ALL),
     "ia3": Ia3(("k_proj", "v_proj", "down_proj"), ("down_proj",)),

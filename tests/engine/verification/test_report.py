@@ -58,7 +58,7 @@ def test_a_gradient_that_is_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_a_backbone_cannot_have_is_left_out_and_told() -> None:
     model = model_of(CONFIGS["mistral-window"])  # no biases, attention bounded by a window
     missing = left_out(model, list(cases.METHODS))
-    assert [each.method for each in missing] == ["lora-bias", "prefix", "bitfit"]
+    assert [each.method for each in missing] == ["biases", "prefix", "bitfit"]
     assert "no bias" in missing[2].reason and "bounded" in missing[1].reason
     names = [name for name in cases.METHODS if name not in {each.method for each in missing}]
     assert all(finding.holds for finding in compare(model, names, 2))
