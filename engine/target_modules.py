@@ -28,7 +28,8 @@ def matching_modules(
         return names
     for target in targets:
         if not any(matches(target, name) for name in names):
-            raise _refusal(f'"{target}" matches no adaptable module of the backbone', names, field)
+            what = f'"{target}" matches no adaptable module of the backbone (all tasks share its head and embeddings)'
+            raise _refusal(what, names, field)
     return [name for name in names if any(matches(target, name) for target in targets)]
 
 

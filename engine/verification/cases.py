@@ -34,10 +34,14 @@ METHODS: dict[str, Method] = {
 # Low enough that training does not multiply rounding: at ten times these, HF PEFT in float32 is 1e-4 and more from
 # itself in float64.
 RATES = {Optimizer.ADAMW: 1e-3, Optimizer.SGD: 1e-2}
+# Of AdamW, above the rounding of gradients: where one is next to zero, Adam with a smaller epsilon makes whole steps of
+# its rounding, in HF PEFT as here, and weights could not be compared.
+EPSILON = 1e-5
 OPTIONS: dict[str, dict[str, Any]] = {
     f"{optimizer.value}, accumulation {accumulation}, {schedule.value}": dict(
         optimizer=optimizer,
         learning_rate=RATES[optimizer],
+        epsilon=EPSILON,
         micro_batch_size=4 // accumulation,
         lr_schedule=schedule,
         warmup_steps=5 if schedule is LrSchedule.COSINE else 0,
