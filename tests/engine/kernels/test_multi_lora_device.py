@@ -1,7 +1,8 @@
 """multi_lora's kernels, their own source run on this CPU, against float64: any rank, width, tokens and tasks."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.kernels.dropout import DropoutMask, keep_scale
-from engine.kernels.multi_lora_device import LowRankProducts, Use, Wanted
+from engine.kernels.multi_lora import LoraUse, LowRank
+from engine.kernels.multi_lora_device import LowRankProducts, Wanted, describe, laid_out
 from tests.engine.kernels.conftest import MakeLauncher
 from tests.engine.kernels.host.launcher import HostLauncher
 
@@ -43,7 +45,8 @@ class Problem:
     def __post_init__(self) -> None:
         num_tokens = sum(shape.num_tokens + self.gap for shape in self.shapes) + self.gap
         streams = [torch.full((num_tokens, w), 7.0) for w in (self.width_in, self.width_out) * 2]
-        self.uses: list[Use] = []
+        self.uses: list[LoraUse] = []
+        self.factors: list[LowRank] = []
         start = 0
         for shape in self.shapes:
             start += self.gap
@@ -51,11 +54,13 @@ class Problem:
             part = slice(start, start + shape.num_tokens)
             for stream in streams:
                 stream[part] = torch.randn(shape.num_tokens, stream.shape[1], generator=generator)
-            self.uses.append(self._use(shape, start, generator))
+            use, low_rank = self._use(shape, start, generator)
+            self.uses.append(use)
+            self.factors.append(low_rank)
             start += shape.num_tokens
         self.x, self.y, self.dx, self.dy = (stream.to(self.dtype) for stream in streams)
 
-    def _use(self, shape: Shape, start: int, generator: torch.Generator) -> Use:
+    def _use(self, shape: Shape, start: int, generator: torch.Generator) -> tuple[LoraUse, LowRank]:
         def draw(*size: int) -> torch.Tensor:
             return torch.randn(size, generator=generator)
 
@@ -66,28 +71,42 @@ class Problem:
             positions = np.arange(shape.num_tokens) + 5 * (np.arange(shape.num_tokens) > 20)  # two segments
             mask = DropoutMask(shape.seed, 3, 1, positions, k, shape.dropout)
         scale = keep_scale(shape.dropout) if shape.dropout else 1.0
-        return Use(start, start + shape.num_tokens, 0.25 + shape.seed % 3, mask, scale, a, b, d, g)
+        use = LoraUse(start, start + shape.num_tokens, 0.25 + shape.seed % 3, mask, scale)
+        return use, LowRank(a, b, d, g)
 
     @property
     def wanted(self) -> list[Wanted]:
         return [Wanted(True, True, shape.has_gains, shape.has_gains) for shape in self.shapes]
 
     def run(self, launcher: HostLauncher, wanted: Sequence[Wanted] | None = None) -> "Results":
-        products = LowRankProducts(launcher, self.uses, (self.width_in, self.width_out), self.dtype)
+        rows, runs = describe(self.uses, self.factors)
+        products = LowRankProducts(launcher, rows, runs, self.factors, self.dtype)
         y, dx, wanted = self.y.clone(), self.dx.clone(), wanted or self.wanted
         shrunk = products.forward(self.x, y)
         gradients = products.backward(self.x if any(w.a for w in wanted) else None, self.dy, shrunk, dx, wanted)
-        return Results(y, dx, gradients)
+        return Results(y, dx, self.views(gradients, rows, wanted))
+
+    def views(self, gradients: torch.Tensor, rows: Any, wanted: Sequence[Wanted]) -> list[list[torch.Tensor | None]]:
+        """Of each use, the gradients of A, B, d and g, or None."""
+        placed, size = laid_out(rows, self.width_in, self.width_out, wanted)
+        assert gradients.shape == (size,)
+        return [
+            [
+                gradients[row[n] : row[n] + factor.numel()].view(factor.shape) if want and factor is not None else None
+                for n, factor, want in zip(("da", "db", "dd", "dg"), low_rank, wants, strict=True)
+            ]
+            for row, low_rank, wants in zip(placed, self.factors, wanted, strict=True)
+        ]
 
     def expected(self, of: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.double) -> "Results":
         """The equations of engine/kernels/multi_lora.py in float64; `of` reads a tensor."""
         y, dx, gradients = of(self.y), of(self.dx), []
-        for use in self.uses:
+        for use, low_rank in zip(self.uses, self.factors, strict=True):
             part = slice(use.start, use.end)
-            a, b = of(use.a_RK), of(use.b_NR)
-            d = torch.ones(len(a)).double() if use.shrink_gain_R is None else of(use.shrink_gain_R)
-            g = torch.ones(len(b)).double() if use.expand_gain_N is None else of(use.expand_gain_N)
-            mask = 1 if use.dropout is None else use.dropout().double() * use.keep_scale
+            a, b = of(low_rank.a_RK), of(low_rank.b_NR)
+            d = torch.ones(len(a)).double() if low_rank.shrink_gain_R is None else of(low_rank.shrink_gain_R)
+            g = torch.ones(len(b)).double() if low_rank.expand_gain_N is None else of(low_rank.expand_gain_N)
+            mask = 1 if use.keep_mask is None else use.keep_mask().double() * use.keep_scale
             dropped, dy = of(self.x[part]) * mask, of(self.dy[part])
             s, e = dropped @ a.T, use.scale * ((g * dy) @ b)
             y[part] += use.scale * g * ((d * s) @ b.T)
@@ -97,8 +116,8 @@ class Problem:
                 [
                     (d * e).T @ dropped,
                     use.scale * g[:, None] * outer,
-                    (e * s).sum(0) if use.shrink_gain_R is not None else None,
-                    use.scale * (b * outer).sum(1) if use.expand_gain_N is not None else None,
+                    (e * s).sum(0) if low_rank.shrink_gain_R is not None else None,
+                    use.scale * (b * outer).sum(1) if low_rank.expand_gain_N is not None else None,
                 ]
             )
         return Results(y, dx, gradients)
@@ -215,7 +234,7 @@ def test_a_sick_neighbour_is_not_felt(host_launcher: MakeLauncher) -> None:
     sick = problem.uses[1]
     problem.x[sick.start : sick.end] = float("nan")
     problem.dy[sick.start : sick.end] = float("inf")
-    problem.uses[1] = replace(sick, a_RK=torch.full_like(sick.a_RK, float("inf")))
+    problem.factors[1].a_RK.fill_(float("inf"))
     found = problem.run(host_launcher(0))
     for seed in (1, 3):
         pairs = zip(own_bits(problem, healthy, seed), own_bits(problem, found, seed), strict=True)
