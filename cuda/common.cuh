@@ -66,6 +66,12 @@ DEVICE u32 to_tf32(float x) {
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 
 DEVICE u64 multiply_high(u64 a, u64 b) { return __umul64hi(a, b); }
+DEVICE float exponential(float x) { return expf(x); }
+DEVICE float logarithm(float x) { return logf(x); }
+DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
+DEVICE float square_root(float x) { return sqrtf(x); }
+DEVICE double square_root(double x) { return sqrt(x); }
+DEVICE float greater(float a, float b) { return fmaxf(a, b); }  // the number, if one of them is none
 
 // --- tensor cores -----------------------------------------------------------------------------------------------
 // C [16 x 8] += A [16 x 16] B [16 x 8]; fragments as the PTX ISA lays out mma.m16n8k16. Collective over the warp.
@@ -127,6 +133,7 @@ DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 DEVICE int num_blocks() { return static_cast<int>(gridDim.x); }
 DEVICE void block_barrier() { __syncthreads(); }
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE int increment(int* counter) { return atomicAdd(counter, 1); }
 DEVICE void device_fence() { __threadfence(); }
 #endif
@@ -147,4 +154,17 @@ DEVICE bool is_last_to_arrive(int* counter, int expected, int* flag) {
     }
     block_barrier();
     return *flag != 0;
+}
+
+// The sum over the block's threads, in an order that never changes, for all of them; `shared` holds WARPS of T.
+// Collective over the block.
+template <typename T>
+DEVICE T block_sum(T value, T* shared) {
+    for (int mask = WARP / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+    if (thread_index() % WARP == 0) shared[thread_index() / WARP] = value;
+    block_barrier();
+    T sum = shared[0];
+    for (int warp = 1; warp < WARPS; ++warp) sum += shared[warp];
+    block_barrier();
+    return sum;
 }

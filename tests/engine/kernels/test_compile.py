@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine.kernels import compile as kernels
-from engine.kernels import multi_lora_items
+from engine.kernels import multi_adamw, multi_grad_norm, multi_lora_items, segment_cross_entropy
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TABLE = Path(__file__).with_name("registers.json")  # written by `python tests/engine/kernels/test_compile.py`
@@ -21,6 +21,13 @@ STRUCTS = {
     "LoraItem": ("multi_lora.cuh", multi_lora_items.ITEM),
     "LoraLaunch": ("multi_lora.cuh", multi_lora_items.LAUNCH),
     "Run": ("philox.cuh", multi_lora_items.RUN),
+    "NormTask": ("multi_grad_norm.cu", multi_grad_norm.TASK),
+    "NormItem": ("multi_grad_norm.cu", multi_grad_norm.ITEM),
+    "NormLaunch": ("multi_grad_norm.cu", multi_grad_norm.LAUNCH),
+    "AdamWGroup": ("multi_adamw.cu", multi_adamw.GROUP),
+    "AdamWItem": ("multi_adamw.cu", multi_adamw.ITEM),
+    "AdamWLaunch": ("multi_adamw.cu", multi_adamw.LAUNCH),
+    "CrossEntropyLaunch": ("segment_cross_entropy.cu", segment_cross_entropy.LAUNCH),
 }
 
 
@@ -62,9 +69,10 @@ def test_compiles_with_nvcc(source: str, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 def test_structs_are_laid_out_as_their_kernels_read_them(tmp_path: Path) -> None:
-    lines = ['#include "multi_lora.cuh"', "#include <cstddef>"]
+    headers = sorted({header for header, _ in STRUCTS.values()})
+    lines = ["#include <cstddef>", *(f'#include "{header}"' for header in headers)]
     for name, (header, dtype) in STRUCTS.items():
-        lines += [f'#include "{header}"', f"static_assert(sizeof({name}) == {dtype.itemsize});", *offsets(name, dtype)]
+        lines += [f"static_assert(sizeof({name}) == {dtype.itemsize});", *offsets(name, dtype)]
         declared = re.search(rf"struct {name} {{(.*?)\n}};", (kernels.CUDA / header).read_text(), re.S)
         assert declared and fields(declared[1]) == list(dtype.names or ())
     source = tmp_path / "layout.cpp"

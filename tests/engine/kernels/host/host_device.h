@@ -79,6 +79,12 @@ inline u32 to_tf32(float x) {
     const u32 bits = as_bits(x);
     return std::isfinite(x) ? (bits + 0x1000) & ~0x1fffu : bits & ~0x1fffu;  // to nearest, ties away from zero
 }
+inline float exponential(float x) { return std::exp(x); }
+inline float logarithm(float x) { return std::log(x); }
+inline float hyperbolic_tangent(float x) { return std::tanh(x); }
+inline float square_root(float x) { return std::sqrt(x); }
+inline double square_root(double x) { return std::sqrt(x); }
+inline float greater(float a, float b) { return std::fmax(a, b); }
 inline u64 multiply_high(u64 a, u64 b) { return static_cast<u64>(static_cast<unsigned __int128>(a) * b >> 64); }
 
 // --- tensor cores -----------------------------------------------------------------------------------------------
@@ -185,11 +191,12 @@ inline char* shared_memory() { return launched.shared_memory; }
 inline void block_barrier() { block.barrier(); }
 inline void device_fence() {}
 inline int increment(int* counter) { return (*counter)++; }
-inline float shuffle_xor(float value, int mask) {
+template <typename T>
+T shuffle_xor(T value, int mask) {
     const auto compute = [mask](Slots& given, Slots& taken) {
-        for (int lane = 0; lane < WARP_SIZE; ++lane) std::memcpy(taken[lane], given[lane ^ mask], sizeof(float));
+        for (int lane = 0; lane < WARP_SIZE; ++lane) std::memcpy(taken[lane], given[lane ^ mask], sizeof(T));
     };
-    float result;
+    T result;
     std::memcpy(&result, block.exchange(SHUFFLE + 1 + mask, &value, sizeof value, compute), sizeof result);
     return result;
 }
