@@ -155,7 +155,7 @@ def _grouped(flat: Sequence[Any], rows: NDArray[Any], absent: Any) -> list[LowRa
 
 
 def _bytes(rows: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.frombuffer(rows.tobytes(), np.uint8).copy()) if len(rows) else torch.empty(0).byte()
+    return torch.from_numpy(np.array(np.frombuffer(rows.tobytes(), np.uint8)))
 
 
 def _rows(raw_B: Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -1,17 +1,20 @@
-"""Launchers that run the kernels' own source on this CPU."""
+"""Launchers: the kernels' own source on this CPU and, where there is one, a GPU. The same tests run on both."""
 
 import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
+from engine.kernels.device import CupyLauncher, launcher_of
 from tests.engine.kernels.host.launcher import HostLauncher
 
-MakeLauncher = Callable[[int], HostLauncher]
+MakeHost = Callable[[int], HostLauncher]
+MakeLauncher = Callable[[int], HostLauncher | CupyLauncher]
 
 
 @pytest.fixture(scope="session")
-def host_launcher(request: pytest.FixtureRequest) -> Iterator[MakeLauncher]:
+def host_launcher(request: pytest.FixtureRequest) -> Iterator[MakeHost]:
     """By seed of the order in which threads run. What is built is kept in pytest's cache."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
@@ -26,3 +29,14 @@ def host_launcher(request: pytest.FixtureRequest) -> Iterator[MakeLauncher]:
     yield make
     for launcher in made.values():
         launcher.close()
+
+
+@pytest.fixture(scope="session", params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
+def make_launcher(request: pytest.FixtureRequest) -> MakeLauncher:
+    """By the same seed, which a GPU does not ask for: its order is its own."""
+    if request.param == "host":
+        host: MakeHost = request.getfixturevalue("host_launcher")
+        return host
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return lambda seed: launcher_of(torch.device("cuda", 0))  # type: ignore[return-value]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from engine.kernels.launch import POINTER, THREADS, Kernel, pack, struct_of
-from tests.engine.kernels.conftest import MakeLauncher
+from tests.engine.kernels.conftest import MakeHost
 from tests.engine.kernels.host.launcher import HostError, HostLauncher
 
 SOURCE = "../tests/engine/kernels/host/planted.cu"
@@ -20,7 +20,7 @@ def run(launcher: HostLauncher, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_sound_kernels_pass(host_launcher: MakeLauncher, seed: int) -> None:
+def test_sound_kernels_pass(host_launcher: MakeHost, seed: int) -> None:
     given, taken = run(host_launcher(seed), "sound")
     assert torch.equal(taken, given.roll(-1))
     given, taken = run(host_launcher(seed), "copy")
@@ -39,16 +39,16 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("name", "words"), FAULTS.items(), ids=FAULTS)
-def test_faults_abort_and_say_why(host_launcher: MakeLauncher, name: str, words: str) -> None:
+def test_faults_abort_and_say_why(host_launcher: MakeHost, name: str, words: str) -> None:
     with pytest.raises(HostError, match=words):
         run(host_launcher(0), name)
 
 
-def test_a_missing_barrier_shows_as_a_wrong_result(host_launcher: MakeLauncher) -> None:
+def test_a_missing_barrier_shows_as_a_wrong_result(host_launcher: MakeHost) -> None:
     given, taken = run(host_launcher(1), "missing_barrier")
     assert not torch.equal(taken, given.roll(-1))
 
 
-def test_a_copy_read_before_it_is_waited_for_is_poison(host_launcher: MakeLauncher) -> None:
+def test_a_copy_read_before_it_is_waited_for_is_poison(host_launcher: MakeHost) -> None:
     _, taken = run(host_launcher(0), "missing_wait")
     assert taken.isnan().all()

@@ -1,31 +1,43 @@
 """The operators that a backbone on CUDA goes through, on this CPU: their autograd against the reference's."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from engine.kernels import device, multi_lora_ops
+from engine.kernels import device, multi_lora, multi_lora_ops
 from engine.kernels.dropout import DropoutMask, keep_scale
-from engine.kernels.multi_lora import LoraUse, LowRank, multi_lora
+from engine.kernels.multi_lora import LoraUse, LowRank
 from tests.engine.kernels.conftest import MakeLauncher
 
 WIDTH_IN, WIDTH_OUT, TOKENS = 40, 24, 90
 
 
 @pytest.fixture(autouse=True)
-def on_host(host_launcher: MakeLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "launcher_of", lambda _: host_launcher(0))
+def where(make_launcher: MakeLauncher, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All tensors of a test are made on the launcher's device."""
+    launcher = make_launcher(0)
+    monkeypatch.setattr(device, "launcher_of", lambda _: launcher)
+    with launcher.device:
+        yield
+
+
+def here() -> torch.device:
+    return torch.get_default_device()
 
 
 def draw(*size: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size) + seed))
+    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size) + seed), device="cpu").to(here())
 
 
 def mask(length: int) -> DropoutMask:
-    return DropoutMask(4, 1, 2, np.arange(length), WIDTH_IN, 0.25)
+    return DropoutMask(4, 1, 2, np.arange(length), WIDTH_IN, 0.25, here())
 
 
-USES = [LoraUse(2, 33, 0.5), LoraUse(40, 72, 2.0, mask(32), keep_scale(0.25)), LoraUse(72, 90, 1.0)]
+def uses() -> list[LoraUse]:
+    return [LoraUse(2, 33, 0.5), LoraUse(40, 72, 2.0, mask(32), keep_scale(0.25)), LoraUse(72, 90, 1.0)]
 
 
 def make() -> list[LowRank]:
@@ -42,20 +54,27 @@ def make() -> list[LowRank]:
     return factors
 
 
+def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> torch.Tensor:
+    """The torch path, also for what is on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multi_lora, "_on_device", lambda *_: False)
+        return multi_lora.multi_lora(x, weight, bias, *rest)
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("needs_dx", [True, False])
 def test_autograd_equals_the_references(with_bias: bool, needs_dx: bool) -> None:
     weight, bias = draw(WIDTH_IN, WIDTH_OUT), draw(WIDTH_OUT) if with_bias else None
     found, expected = [], []
-    for entry, results in ((multi_lora_ops.run, found), (multi_lora, expected)):
+    for entry, results in ((multi_lora_ops.run, found), (reference, expected)):
         x, factors = draw(TOKENS, WIDTH_IN).requires_grad_(needs_dx), make()
-        y = entry(x, weight, bias, USES, factors)
+        y = entry(x, weight, bias, uses(), factors)
         (y * draw(TOKENS, WIDTH_OUT, seed=3)).sum().backward()
         results += [y.detach(), x.grad, *(f.grad for low_rank in factors for f in low_rank if f is not None)]
     assert [t is None for t in found] == [t is None for t in expected]
-    for own, reference in zip(found, expected, strict=True):
+    for own, theirs in zip(found, expected, strict=True):
         if own is not None:
-            torch.testing.assert_close(own, reference, rtol=2e-5, atol=2e-5)
+            torch.testing.assert_close(own, theirs, rtol=2e-5, atol=2e-5)
 
 
 def test_factors_in_another_type_are_cast_and_their_gradients_cast_back() -> None:
@@ -78,15 +97,15 @@ def test_x_is_kept_only_where_an_a_is_trained() -> None:
 
 def test_torch_accepts_the_operators() -> None:
     factors = make()
-    rows, runs = multi_lora_ops.describe(USES, factors)
+    rows, runs = multi_lora_ops.describe(uses(), factors)
     flat = [f.detach().clone().requires_grad_() for low_rank in factors for f in low_rank if f is not None]
     arguments = (
         draw(TOKENS, WIDTH_IN).requires_grad_(),
         draw(WIDTH_IN, WIDTH_OUT),
         None,
         flat,
-        torch.from_numpy(np.frombuffer(rows.tobytes(), np.uint8).copy()),
-        torch.from_numpy(np.frombuffer(runs.tobytes(), np.uint8).copy()),
+        torch.from_numpy(np.frombuffer(rows.tobytes(), np.uint8).copy()).cpu(),
+        torch.from_numpy(np.frombuffer(runs.tobytes(), np.uint8).copy()).cpu(),
     )
     torch.library.opcheck(
         multi_lora_ops.multi_lora_op, arguments, test_utils=("test_faketensor", "test_autograd_registration")
@@ -96,6 +115,8 @@ def test_torch_accepts_the_operators() -> None:
 def test_what_does_not_fit_together_is_refused() -> None:
     x, weight, factors = draw(TOKENS, WIDTH_IN), draw(WIDTH_IN, WIDTH_OUT), make()
     with pytest.raises(ValueError, match="weight_KN is"):
-        multi_lora_ops.run(x, weight.double(), None, USES, factors)
+        multi_lora_ops.run(x, weight.double(), None, uses(), factors)
     with pytest.raises(ValueError, match="on meta"):
-        multi_lora_ops.run(x, weight, None, USES, [*factors[:2], LowRank(factors[2].a_RK.to("meta"), factors[2].b_NR)])
+        multi_lora_ops.run(
+            x, weight, None, uses(), [*factors[:2], LowRank(factors[2].a_RK.to("meta"), factors[2].b_NR)]
+        )

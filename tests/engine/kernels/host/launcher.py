@@ -44,6 +44,7 @@ class HostLauncher(Memory):
     """A Launcher. `seed` 0 runs threads in order, others in a random one."""
 
     num_multiprocessors = 1
+    device = torch.device("cpu")
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         super().__init__()
