@@ -1,4 +1,4 @@
-"""The kernels' benchmark runs from end to end on sizes that this CPU can do: no GPU time is spent on finding that out."""
+"""The kernels' benchmark runs from end to end on sizes that this CPU can do, before a GPU is borrowed for it."""
 
 import json
 from pathlib import Path
