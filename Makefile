@@ -7,7 +7,7 @@ DATA ?= muxtune-data
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help demo up test test-kernels lint types protos bench clean
+.PHONY: help demo up test test-kernels test-gpu kernels sanitize bench-kernels lint types protos bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 15
@@ -29,8 +29,20 @@ up: $(READY) ## the four services on loopback, until interrupted
 test: $(READY) ## all tests that need no GPU
 	python -m pytest -m "not gpu"
 
-test-kernels: $(READY) ## the CUDA kernels' tests; needs a GPU
+test-kernels: $(READY) ## the CUDA kernels' tests that need no GPU: their own source, run on this CPU; part of test
+	python -m pytest -m "not gpu" tests/engine/kernels tests/benchmarks
+
+test-gpu: $(READY) ## the kernels' tests on a GPU
 	python -m pytest -m gpu
+
+kernels: $(READY) ## prebuilt cubins in build/kernels, for images without a compiler
+	python -m engine.kernels.compile sm_80 sm_90 sm_100
+
+sanitize: $(READY) ## compute-sanitizer over the kernels' GPU tests
+	compute-sanitizer --error-exitcode 1 python -m pytest -m gpu tests/engine/kernels
+
+bench-kernels: $(READY) ## all kernels checked and timed on a GPU
+	python benchmarks/bench_kernels.py
 
 lint: $(READY) ## ruff, import-linter, buf
 	ruff check .

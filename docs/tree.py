@@ -19,7 +19,7 @@ FOLDERS = {
     "engine/runtime": "the backbone, the fused step, checkpoints, export",
     "engine/verification": "the report of `muxtune verify`: fused against alone",
     "engine/parallel": "pipeline and tensor parallel executors (none yet)",
-    "cuda": "CUDA C++ sources (none yet)",
+    "cuda": "CUDA C++ sources: kernels, and what they share",
     "services": "what all services share",
     "services/admission": "the only address of clients, the only database",
     "services/scheduling": "snapshot, plan, commit, send; nothing durable",
@@ -43,7 +43,9 @@ def tree() -> str:
     for folder, what in FOLDERS.items():
         lines.append(f"{folder + '/':<{_WIDTH}} {what}")
         paths = [ROOT / name for name in sorted(listed) if name.rpartition("/")[0] == folder]
-        shown = [path for path in paths if path.suffix in (".py", ".proto") and path.name != "__init__.py"]
+        shown = [
+            path for path in paths if path.suffix in (".py", ".proto", ".cu", ".cuh") and path.name != "__init__.py"
+        ]
         if folder != "tests":
             lines += [f"{'  ' + path.name:<{_WIDTH}} {first_sentence(path)}" for path in shown if path.is_file()]
     return "```\n" + "\n".join(lines) + "\n```\n"
@@ -53,6 +55,8 @@ def first_sentence(path: Path) -> str:
     text = path.read_text()
     if path.suffix == ".proto":
         return text.partition("\n")[0].removeprefix("// ").removesuffix(".")
+    if path.suffix in (".cu", ".cuh"):
+        return re.split(r"\. |\.$|:$", text.partition("\n")[0].removeprefix("// "))[0]
     whole = " ".join((ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0].split())
     return re.split(r"\. |\.$", whole)[0]
 

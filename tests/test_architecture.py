@@ -93,6 +93,30 @@ def test_budgets_and_names(path: Path) -> None:
     assert path.stem not in FORBIDDEN_NAMES
 
 
+CUDA = sorted((ROOT / "cuda").glob("*.cu*")) + sorted((ROOT / "tests" / "engine" / "kernels" / "host").glob("*.[ch]*"))
+
+
+def long_cuda_functions(text: str) -> Iterator[tuple[str, int]]:
+    """Blocks that open at a line of no or four columns' indentation and close at the same: functions, in our layout."""
+    opened: dict[int, tuple[int, str]] = {}
+    for number, line in enumerate(text.splitlines()):
+        indent = len(line) - len(line.lstrip())
+        if indent in (0, 4) and line.rstrip().endswith("{") and not re.match(r"\s*(struct|class|extern|union)\b", line):
+            opened[indent] = (number, line.strip())
+        elif indent in opened and line.lstrip().startswith("}"):
+            first, name = opened.pop(indent)
+            if number - first + 1 > MAX_FUNCTION_LINES:
+                yield name, number - first + 1
+
+
+@pytest.mark.parametrize("path", CUDA, ids=lambda path: path.name)
+def test_cuda_budgets_and_names(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= MAX_FILE_LINES and max(map(len, text.splitlines())) <= 120
+    assert list(long_cuda_functions(text)) == []
+    assert path.stem not in FORBIDDEN_NAMES - {"common"}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "protos").rglob("*.proto")), ids=lambda path: path.name)
 def test_proto_budget(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_PROTO_LINES
@@ -181,6 +205,9 @@ def test_the_checks_can_fail() -> None:
     assert foreign_imports("import torch\nfrom engine.runtime import step") == {"torch", "engine.runtime"}
     body = "\n".join(f"    x = {i}" for i in range(MAX_FUNCTION_LINES + 1))
     assert list(long_functions(f"def f():\n{body}\n")) == [("f", MAX_FUNCTION_LINES + 2)]
+    statements = "\n".join(f"    x = {i};" for i in range(MAX_FUNCTION_LINES + 1))
+    assert list(long_cuda_functions(f"void f(int x) {{\n{statements}\n}}\n"))
+    assert list(long_cuda_functions(f"struct S {{\n{statements}\n}};\n")) == []
     assert mutable_globals("cache = {}\nLIMITS = {}\n") == ["cache"]
     assert mutable_globals("def f():\n    global state\n") == ["state"]
     assert unwelcome("see https://py" + "pi.org/simple and " + "/ro" + "ot/x.txt")

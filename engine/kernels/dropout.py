@@ -10,6 +10,7 @@ Legend: L tokens of a range, K width.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,33 @@ def keep_mask(
     ]
     lanes_LK = np.concatenate(words).view("<u2").reshape(len(positions_L), num_blocks * _LANES)[:, :width]
     return torch.from_numpy(lanes_LK >= _threshold(probability))
+
+
+@dataclass(frozen=True)
+class DropoutMask:
+    """A mask [L, K] by its key: made when called, on `device`; the kernels make the same bits from the key."""
+
+    seed: int
+    step: int
+    site: int
+    positions_L: NDArray[np.int64]
+    width: int
+    probability: float
+    device: torch.device | str = "cpu"
+
+    def __call__(self) -> torch.Tensor:
+        mask = keep_mask(self.seed, self.step, self.site, self.positions_L, self.width, self.probability)
+        return mask.to(self.device)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Philox's two words."""
+        return self.seed % 2**64, ((self.step << 32) + self.site) % 2**64
+
+    @property
+    def threshold(self) -> int:
+        """The least lane that is kept; 0 keeps all."""
+        return _threshold(self.probability)
 
 
 def drop(x_LK: torch.Tensor, make_mask: Callable[[], torch.Tensor], scale: float) -> torch.Tensor:

@@ -9,7 +9,8 @@ S = drop(X[u]) A^T:
 The backbone's W and b get no gradient, and nothing is saved for one. S is kept of each use, and X if a use trains its
 A: where A is frozen (VeRA, MiSS) it is not.
 
-This is the reference and the CPU path. Legend: T tokens, K inputs, N outputs, R rank, L tokens of one use.
+This is the reference and the CPU path; on CUDA, cuda/multi_lora.cu does it (`multi_lora_ops`).
+Legend: T tokens, K inputs, N outputs, R rank, L tokens of one use.
 Source: LoRA (arXiv 2106.09685), VeRA (arXiv 2310.11454); multi-tenant batching as in Punica (arXiv 2310.18547) and
 MuxTune section 3.2.
 """
@@ -19,6 +20,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+
+from engine.kernels.dropout import DropoutMask
+from engine.kernels.launch import SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,21 @@ def multi_lora(
     Raises ValueError where shapes or ranges do not fit.
     """
     _check(x_TK, weight_KN, uses, factors)
+    if _on_device(x_TK, uses):
+        from engine.kernels import multi_lora_ops  # a process without a GPU does not load what is for one
+
+        return multi_lora_ops.run(x_TK, weight_KN, bias_N, uses, factors)
     flat = [tensor for low_rank in factors for tensor in low_rank]
     result: torch.Tensor = _MultiLora.apply(  # type: ignore[no-untyped-call]
         x_TK, weight_KN, bias_N, tuple(uses), *flat
     )
     return result
+
+
+def _on_device(x_TK: torch.Tensor, uses: Sequence[LoraUse]) -> bool:
+    """Whether the kernels take it: float64, and masks that are not made from a dropout key, go the reference's way."""
+    keyed = all(use.keep_mask is None or isinstance(use.keep_mask, DropoutMask) for use in uses)
+    return x_TK.is_cuda and x_TK.dtype in SUFFIXES and len(uses) > 0 and keyed
 
 
 class _MultiLora(torch.autograd.Function):

@@ -8,10 +8,20 @@ depend on that row alone. Legend: M target rows, H hidden, V vocabulary, C rows 
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
+from engine.kernels import device
+from engine.kernels.launch import POINTER, SUFFIXES, Kernel, Launcher, pack, struct_of
+
 _CHUNK_LOGITS = 1 << 24  # elements of one chunk of logits: 64 MiB in float32
+LAUNCH = struct_of(
+    [(name, POINTER) for name in ("logits", "targets", "weights", "losses")]
+    + [("stride", np.int64), ("num_rows", np.int32), ("vocabulary", np.int32)]
+    + [("softcap", np.float32), ("unused", np.int32)]
+)
+_BLOCKS_PER_MULTIPROCESSOR = 8
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,11 @@ def segment_cross_entropy(
     losses, gradients = [], []
     for start in range(0, hidden_MH.shape[0], num_rows):
         rows = slice(start, start + num_rows)
+        if hidden_MH.is_cuda and hidden_MH.dtype in SUFFIXES:
+            loss_C, dhidden_CH = _by_kernel(head, hidden_MH[rows], targets_M[rows], weights_M, rows)
+            losses.append(loss_C)
+            gradients += [] if dhidden_CH is None else [dhidden_CH]
+            continue
         z_CV = head.logits(hidden_MH[rows])
         target_C1 = targets_M[rows].long().unsqueeze(1)
         normaliser_C1 = torch.logsumexp(z_CV, dim=1, keepdim=True)
@@ -46,6 +61,43 @@ def segment_cross_entropy(
     if not losses:
         return hidden_MH.new_zeros(0), None if weights_M is None else torch.zeros_like(hidden_MH)
     return torch.cat(losses), torch.cat(gradients).to(hidden_MH.dtype) if gradients else None
+
+
+def _by_kernel(
+    head: Head, hidden_CH: torch.Tensor, targets_C: torch.Tensor, weights_M: torch.Tensor | None, rows: slice
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(losses, gradient by the hidden rows): logits in the head's type, which become their own gradient."""
+    z_CV = nn.functional.linear(hidden_CH, head.linear.weight, head.linear.bias)
+    weights_C = None if weights_M is None else weights_M[rows]
+    losses_C = logits_gradient_(device.launcher_of(z_CV.device), z_CV, targets_C, weights_C, head.softcap)
+    return losses_C, None if weights_C is None else z_CV @ head.linear.weight
+
+
+def logits_gradient_(
+    launcher: Launcher,
+    z_CV: torch.Tensor,
+    targets_C: torch.Tensor,
+    weights_C: torch.Tensor | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Losses [C] in float32 of logits as the head gives them; with weights, `z_CV` becomes its own gradient.
+
+    Reads the logits twice and writes them once. Raises ValueError where rows are not contiguous or sizes differ.
+    """
+    if z_CV.stride(1) != 1 or len(targets_C) != len(z_CV) or (weights_C is not None and len(weights_C) != len(z_CV)):
+        raise ValueError(f"{tuple(z_CV.shape)} logits of strides {z_CV.stride()}, {len(targets_C)} targets")
+    targets_C, losses_C = targets_C.long().contiguous(), z_CV.new_empty(len(z_CV), dtype=torch.float32)
+    weights_C = None if weights_C is None else weights_C.float().contiguous()
+    if len(z_CV):
+        struct = pack(
+            LAUNCH, logits=z_CV, targets=targets_C, weights=weights_C, losses=losses_C, stride=z_CV.stride(0),
+            num_rows=len(z_CV), vocabulary=z_CV.shape[1], softcap=softcap or 0.0, unused=0,
+        )  # fmt: skip
+        kernel = Kernel("segment_cross_entropy.cu", f"segment_cross_entropy_{SUFFIXES[z_CV.dtype]}")
+        num_blocks = min(len(z_CV), _BLOCKS_PER_MULTIPROCESSOR * launcher.num_multiprocessors)
+        pointed = [t for t in (z_CV, targets_C, weights_C, losses_C) if t is not None]
+        launcher.launch(kernel, num_blocks, 64, struct, [], pointed)
+    return losses_C
 
 
 def _hidden_gradient(

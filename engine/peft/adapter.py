@@ -15,7 +15,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
-from engine.kernels.dropout import keep_mask, keep_scale
+from engine.kernels.dropout import DropoutMask, keep_scale
 from engine.kernels.multi_lora import LoraUse, LowRank
 from engine.method import Site
 from engine.peft.layout import TaskSpan
@@ -136,9 +136,6 @@ def lora_use(op: BaseOp, seed: int, span: TaskSpan, training: bool, scale: float
     """Where on the stream, at which scale, under which mask: keyed by (task seed, step, module, position)."""
     if not training or dropout == 0:
         return LoraUse(span.start, span.end, scale)
-
-    def mask() -> torch.Tensor:
-        kept = keep_mask(seed, span.step, op.index, span.positions_L, op.in_features, dropout)
-        return kept.to(op.weight_KN.device)
-
+    device = op.weight_KN.device
+    mask = DropoutMask(seed, span.step, op.index, span.positions_L, op.in_features, dropout, device)
     return LoraUse(span.start, span.end, scale, mask, keep_scale(dropout))

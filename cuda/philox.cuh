@@ -1,0 +1,60 @@
+// Dropout bits, as engine/kernels/dropout.py defines them: Philox4x64-10 (Salmon et al., SC'11), 16 lanes of 16 bits.
+//
+//     key = (task seed, step * 2^32 + site);   counter = (position * ceil(K / 16) + block, 0, 0, 0)
+// Column c of the token at stream position p is lane c % 16 of block c / 16, little end first.
+#pragma once
+#include "common.cuh"
+
+constexpr int LANES = 16;
+
+struct DropoutKey {
+    u64 seed, step_site;
+    int threshold;  // a lane is kept where it is at least this; 0 keeps all: no dropout
+};
+
+DEVICE void philox_round(u64 (&x)[4], u64 key0, u64 key1) {
+    constexpr u64 M0 = 0xD2E7470EE14C6C93ull, M1 = 0xCA5A826395121157ull;
+    const u64 high0 = multiply_high(M0, x[0]), low0 = M0 * x[0], high1 = multiply_high(M1, x[2]), low1 = M1 * x[2];
+    x[0] = high1 ^ x[1] ^ key0;
+    x[1] = low1;
+    x[2] = high0 ^ x[3] ^ key1;
+    x[3] = low0;
+}
+
+// Bit i: whether lane i of the block is kept.
+DEVICE u32 keep_bits(const DropoutKey& key, u64 counter) {
+    u64 x[4] = {counter, 0, 0, 0};
+    u64 key0 = key.seed, key1 = key.step_site;
+#pragma unroll
+    for (int i = 0; i < 10; ++i) {
+        philox_round(x, key0, key1);
+        key0 += 0x9E3779B97F4A7C15ull;
+        key1 += 0xBB67AE8584CAA73Bull;
+    }
+    u32 bits = 0;
+#pragma unroll
+    for (int i = 0; i < LANES; ++i) {
+        const int lane = static_cast<int>((x[i / 4] >> (16 * (i % 4))) & 0xFFFFu);
+        bits |= (lane >= key.threshold ? 1u : 0u) << i;
+    }
+    return bits;
+}
+
+// Where a run of tokens with consecutive positions in the task's own stream begins.
+struct Run {
+    i64 position;
+    int token, unused;
+};
+
+// Position of `token` by the sorted runs of its use; the first begins at token 0.
+DEVICE i64 position_of(const Run* runs, int num_runs, int token) {
+    int low = 0, high = num_runs;
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (runs[middle].token <= token)
+            low = middle;
+        else
+            high = middle;
+    }
+    return runs[low].position + (token - runs[low].token);
+}

@@ -1,0 +1,162 @@
+// 64 x 64 tiles in shared memory, and products of them on tensor cores, for float, bf16 and fp16 alike.
+//
+// A float goes through the tensor cores as a sum of two tf32 (three products, what is left out is below 2^-21 of the
+// result), so that float tasks keep float accuracy; sums are in float for every type.
+// Hopper's wgmma would come in here, behind the same loads and products.
+#pragma once
+#include "common.cuh"
+
+constexpr int TILE = 64;                     // tokens, columns or ranks
+constexpr int PAIR = 16, PAIRS = TILE / PAIR;  // the smallest step of an accumulator's columns
+
+template <typename T>
+constexpr DEVICE int vector_length() {
+    return 16 / static_cast<int>(sizeof(T));
+}
+// Rows are padded by 16 bytes: eight rows of one column then lie in different banks.
+template <typename T>
+constexpr DEVICE int row_stride(int width) {
+    return width + vector_length<T>();
+}
+
+// 16 rows by 64 columns of a product, spread over a warp as mma lays it out: pair p, half h, register i hold
+// row lane / 4 + 8 * (i / 2), column 16 p + 8 h + 2 * (lane % 4) + i % 2.
+struct Accumulator {
+    float v[PAIRS][2][4];
+
+    DEVICE void clear() {
+#pragma unroll
+        for (int i = 0; i < PAIRS * 8; ++i) v[i / 8][i / 4 % 2][i % 4] = 0.0f;
+    }
+};
+DEVICE int fragment_row(int i) { return thread_index() % WARP / 4 + 8 * (i / 2); }
+DEVICE int fragment_column(int pair, int half, int i) {
+    return PAIR * pair + 8 * half + 2 * (thread_index() % 4) + i % 2;
+}
+
+// Fragments of A [16 x STEP] and B [STEP x 16], and C += A B. `is_row_major`: whether a row of the tile is a row of A,
+// or a column of B (the sum runs along the row); else tiles are read transposed.
+template <typename T>
+struct Product {
+    static constexpr int STEP = 16;
+    struct Fragment {
+        u32 r[4];
+    };
+    static DEVICE void load(Fragment& f, const T* row, bool is_row_major) {
+        if (is_row_major)
+            ldmatrix_x4(f.r, row);
+        else
+            ldmatrix_x4_transposed(f.r, row);
+    }
+    static DEVICE Fragment load_a(const T* tile, int stride, int m, int k, bool is_row_major) {
+        const int lane = thread_index() % WARP, low = lane % 8, mid = lane / 8 % 2 * 8, high = lane / 16 * 8;
+        Fragment f;
+        load(f, is_row_major ? tile + (m + low + mid) * stride + k + high : tile + (k + low + high) * stride + m + mid,
+             is_row_major);
+        return f;
+    }
+    static DEVICE Fragment load_b(const T* tile, int stride, int n, int k, bool is_row_major) {
+        const int lane = thread_index() % WARP, low = lane % 8, mid = lane / 8 % 2 * 8, high = lane / 16 * 8;
+        Fragment f;
+        load(f, is_row_major ? tile + (n + low + high) * stride + k + mid : tile + (k + low + mid) * stride + n + high,
+             is_row_major);
+        return f;
+    }
+    static DEVICE void multiply(float (&c)[2][4], const Fragment& a, const Fragment& b) {
+        mma_16816(c[0], a.r, b.r[0], b.r[1], T{});
+        mma_16816(c[1], a.r, b.r[2], b.r[3], T{});
+    }
+};
+
+template <>
+struct Product<float> {
+    static constexpr int STEP = 8;
+    struct Fragment {
+        u32 high[4], low[4];
+    };
+    static DEVICE void split(Fragment& f, int i, float x) {
+        f.high[i] = to_tf32(x);
+        f.low[i] = to_tf32(x - as_float(f.high[i]));
+    }
+    static DEVICE float at(const float* tile, int stride, int line, int k, bool is_row_major) {
+        return is_row_major ? tile[line * stride + k] : tile[k * stride + line];
+    }
+    static DEVICE Fragment load_a(const float* tile, int stride, int m, int k, bool is_row_major) {
+        const int row = thread_index() % WARP / 4, column = thread_index() % 4;
+        Fragment f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            split(f, i, at(tile, stride, m + row + 8 * (i % 2), k + column + 4 * (i / 2), is_row_major));
+        return f;
+    }
+    static DEVICE Fragment load_b(const float* tile, int stride, int n, int k, bool is_row_major) {
+        const int column = thread_index() % WARP / 4, row = thread_index() % 4;
+        Fragment f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            split(f, i, at(tile, stride, n + column + 8 * (i / 2), k + row + 4 * (i % 2), is_row_major));
+        return f;
+    }
+    static DEVICE void multiply(float (&c)[2][4], const Fragment& a, const Fragment& b) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            mma_1688(c[half], a.low, b.high[2 * half], b.high[2 * half + 1]);
+            mma_1688(c[half], a.high, b.low[2 * half], b.low[2 * half + 1]);
+            mma_1688(c[half], a.high, b.high[2 * half], b.high[2 * half + 1]);
+        }
+    }
+};
+
+// The warp's 16 rows (from `m`) of the product of two tiles; `depth` (a multiple of 16) is what is summed over.
+template <typename T>
+DEVICE void multiply_tiles(Accumulator& c, const T* a, int a_stride, bool is_a_row_major, const T* b, int b_stride,
+                           bool is_b_row_major, int m, int depth, int num_pairs) {
+    for (int k = 0; k < depth; k += Product<T>::STEP) {
+        const auto fa = Product<T>::load_a(a, a_stride, m, k, is_a_row_major);
+#pragma unroll
+        for (int pair = 0; pair < PAIRS; ++pair)
+            if (pair < num_pairs)
+                Product<T>::multiply(c.v[pair], fa, Product<T>::load_b(b, b_stride, PAIR * pair, k, is_b_row_major));
+    }
+}
+
+// A matrix in device memory, from its first row and column of interest on. `is_aligned`: rows begin at 16 bytes.
+template <typename T>
+struct Matrix {
+    const T* data;
+    i64 stride;
+    bool is_aligned;
+};
+template <typename T>
+DEVICE Matrix<T> matrix(const T* data, i64 stride) {
+    const bool is_aligned = reinterpret_cast<u64>(data) % 16 == 0 && stride * static_cast<i64>(sizeof(T)) % 16 == 0;
+    return {data, stride, is_aligned};
+}
+
+// Starts copying [rows x columns] at (row, column) into a tile of [num_rows x width]; what is beyond becomes zero.
+template <typename T>
+DEVICE void copy_tile(T* tile, int width, int num_rows, const Matrix<T>& from, i64 row, int column, int rows,
+                      int columns) {
+    constexpr int V = vector_length<T>();
+    const int stride = row_stride<T>(width), per_row = width / V;
+    for (int i = thread_index(); i < num_rows * per_row; i += THREADS) {
+        const int r = i / per_row, c = i % per_row * V;
+        const int valid = r < rows ? greatest(0, least(V, columns - c)) : 0;
+        T* to = tile + r * stride + c;
+        const T* source = valid > 0 ? from.data + (row + r) * from.stride + column + c : from.data;
+        if (from.is_aligned) {
+            cp_async_16(to, source, valid * static_cast<int>(sizeof(T)));
+        } else {
+            for (int j = 0; j < V; ++j) to[j] = j < valid ? source[j] : T{};
+        }
+    }
+}
+
+// Two neighbours, the first at an even place.
+template <typename T>
+DEVICE void store_two(T* to, float first, float second) {
+    struct alignas(2 * sizeof(T)) Two {
+        T first, second;
+    };
+    *reinterpret_cast<Two*>(to) = Two{from_float<T>(first), from_float<T>(second)};
+}

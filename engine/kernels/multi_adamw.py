@@ -1,0 +1,122 @@
+"""One AdamW step (arXiv 1711.05101) of many tasks in one launch, each with its own rates, step count and clipping.
+
+    g' = g * min(1, max_norm / (norm + 1e-6));  p -= lr * decay * p;  m += (1 - beta1) (g' - m)
+    v = beta2 v + (1 - beta2) g'^2;  p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps);  g = 0
+
+Steps as torch's AdamW after clip_grad_norm_. Where a task's gradient is not finite nothing of it is touched. Reads p,
+g, m and v once and writes them once: 32 bytes a parameter. On CUDA, cuda/multi_adamw.cu. Legend: U tasks, P parameters.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.kernels import device
+from engine.kernels.launch import POINTER, Kernel, Launcher, pack, struct_of, upload
+
+CHUNK = 1 << 14  # elements of one item
+GROUP = struct_of(
+    [(name, POINTER) for name in ("parameters", "gradients", "first_moments", "second_moments", "norm", "is_finite")]
+    + [("num_elements", np.int64)]
+    + [(name, np.float32) for name in ("max_norm", "decay", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2")]
+    + [(name, np.float32) for name in ("epsilon", "step_size", "root_correction")]
+    + [("unused", np.int32)]
+)
+ITEM = struct_of([("group", np.int32), ("chunk", np.int32)])
+LAUNCH = struct_of(
+    [("groups", POINTER), ("items", POINTER), ("num_items", np.int32), ("chunk_elements", np.int32)],
+)
+_BLOCKS_PER_MULTIPROCESSOR = 8
+
+
+@dataclass(frozen=True)
+class AdamWGroup:
+    """Parameters [P] of one task that share a learning rate, all float32.
+
+    `step`: 1 at the first. `task`: the place of its norm.
+    """
+
+    task: int
+    parameters_P: torch.Tensor
+    gradients_P: torch.Tensor
+    first_moments_P: torch.Tensor
+    second_moments_P: torch.Tensor
+    step: int
+    learning_rate: float
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    max_norm: float = 0.0  # 0: no clipping
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.parameters_P, self.gradients_P, self.first_moments_P, self.second_moments_P
+
+
+def multi_adamw(groups: Sequence[AdamWGroup], norms_U: torch.Tensor, is_finite_U: torch.Tensor) -> None:
+    """A step of each group, in place. `norms_U` and `is_finite_U` as `multi_grad_norm` gives them.
+
+    Raises ValueError where tensors differ in size or device, or are not contiguous float32.
+    """
+    for group in groups:
+        for tensor in group.tensors:
+            if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device != norms_U.device:
+                raise ValueError(f"tensors of a group are contiguous float32 on {norms_U.device}")
+            if tensor.numel() != group.parameters_P.numel():
+                raise ValueError(f"{tensor.numel()} elements beside {group.parameters_P.numel()} parameters")
+    if norms_U.is_cuda:
+        launched(device.launcher_of(norms_U.device), groups, norms_U, is_finite_U)
+        return
+    for group in groups:
+        if is_finite_U[group.task]:
+            _step(group, float(norms_U[group.task]))
+
+
+@torch.no_grad()
+def _step(group: AdamWGroup, norm: float) -> None:
+    """The reference."""
+    p, g, m, v = group.tensors
+    if group.max_norm > 0:
+        g.mul_(min(1.0, group.max_norm / (norm + 1e-6)))
+    p.mul_(1 - group.learning_rate * group.weight_decay)
+    m.lerp_(g, 1 - group.beta1)
+    v.mul_(group.beta2).addcmul_(g, g, value=1 - group.beta2)
+    root = (v.sqrt() / math.sqrt(1 - group.beta2**group.step)).add_(group.epsilon)
+    p.addcdiv_(m, root, value=-group.learning_rate / (1 - group.beta1**group.step))
+    g.zero_()
+
+
+def launched(
+    launcher: Launcher, groups: Sequence[AdamWGroup], norms_U: torch.Tensor, is_finite_U: torch.Tensor
+) -> None:
+    """`multi_adamw` by the kernel."""
+    rows = np.zeros(len(groups), GROUP)
+    for row, group in zip(rows, groups, strict=True):
+        for name, tensor in zip(GROUP.names or (), group.tensors, strict=False):
+            row[name] = tensor.data_ptr()
+        row["norm"], row["is_finite"] = norms_U[group.task].data_ptr(), is_finite_U[group.task].data_ptr()
+        row["num_elements"], row["max_norm"] = group.parameters_P.numel(), group.max_norm
+        row["beta1"], row["one_minus_beta1"] = group.beta1, 1 - group.beta1
+        row["beta2"], row["one_minus_beta2"] = group.beta2, 1 - group.beta2
+        row["decay"], row["epsilon"] = 1 - group.learning_rate * group.weight_decay, group.epsilon
+        row["step_size"] = group.learning_rate / (1 - group.beta1**group.step)
+        row["root_correction"] = math.sqrt(1 - group.beta2**group.step)
+    counts = -(-rows["num_elements"] // CHUNK)
+    items = np.zeros(int(counts.sum()), ITEM)
+    items["group"] = np.repeat(np.arange(len(groups)), counts)
+    items["chunk"] = np.arange(len(items)) - (np.cumsum(counts) - counts)[items["group"]]
+    if not len(items):
+        return
+    where = norms_U.device
+    groups_table = upload(rows, where)  # new with each step
+    items_table = launcher.remembered(("adamw", items.tobytes()), lambda: upload(items, where))
+    struct = pack(LAUNCH, groups=groups_table, items=items_table, num_items=len(items), chunk_elements=CHUNK)
+    num_blocks = min(len(items), _BLOCKS_PER_MULTIPROCESSOR * launcher.num_multiprocessors)
+    pointed = [norms_U, is_finite_U, *(tensor for group in groups for tensor in group.tensors)]
+    launcher.launch(
+        Kernel("multi_adamw.cu", "multi_adamw"), num_blocks, 0, struct, [groups_table, items_table], pointed
+    )

@@ -1,0 +1,42 @@
+"""Launchers: the kernels' own source on this CPU and, where there is one, a GPU. The same tests run on both."""
+
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from engine.kernels.device import CupyLauncher, launcher_of
+from tests.engine.kernels.host.launcher import HostLauncher
+
+MakeHost = Callable[[int], HostLauncher]
+MakeLauncher = Callable[[int], HostLauncher | CupyLauncher]
+
+
+@pytest.fixture(scope="session")
+def host_launcher(request: pytest.FixtureRequest) -> Iterator[MakeHost]:
+    """By seed of the order in which threads run. What is built is kept in pytest's cache."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    folder = request.config.cache.mkdir("muxtune-kernels")  # type: ignore[union-attr]
+    made: dict[int, HostLauncher] = {}
+
+    def make(seed: int = 0) -> HostLauncher:
+        if seed not in made:
+            made[seed] = HostLauncher(folder, seed)
+        return made[seed]
+
+    yield make
+    for launcher in made.values():
+        launcher.close()
+
+
+@pytest.fixture(scope="session", params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
+def make_launcher(request: pytest.FixtureRequest) -> MakeLauncher:
+    """By the same seed, which a GPU does not ask for: its order is its own."""
+    if request.param == "host":
+        host: MakeHost = request.getfixturevalue("host_launcher")
+        return host
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return lambda seed: launcher_of(torch.device("cuda", 0))  # type: ignore[return-value]

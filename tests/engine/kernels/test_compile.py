@@ -1,0 +1,123 @@
+"""Every kernel compiles for every architecture we name, without spills; structs lie as their kernels read them."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.kernels import compile as kernels
+from engine.kernels import multi_adamw, multi_grad_norm, multi_lora_items, segment_cross_entropy
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+TABLE = Path(__file__).with_name("registers.json")  # written by `python tests/engine/kernels/test_compile.py`
+MAX_REGISTERS = 168  # three blocks of 128 threads on a multiprocessor
+STRUCTS = {
+    "LoraUse": ("multi_lora.cuh", multi_lora_items.USE),
+    "LoraItem": ("multi_lora.cuh", multi_lora_items.ITEM),
+    "LoraLaunch": ("multi_lora.cuh", multi_lora_items.LAUNCH),
+    "Run": ("philox.cuh", multi_lora_items.RUN),
+    "NormTask": ("multi_grad_norm.cu", multi_grad_norm.TASK),
+    "NormItem": ("multi_grad_norm.cu", multi_grad_norm.ITEM),
+    "NormLaunch": ("multi_grad_norm.cu", multi_grad_norm.LAUNCH),
+    "AdamWGroup": ("multi_adamw.cu", multi_adamw.GROUP),
+    "AdamWItem": ("multi_adamw.cu", multi_adamw.ITEM),
+    "AdamWLaunch": ("multi_adamw.cu", multi_adamw.LAUNCH),
+    "CrossEntropyLaunch": ("segment_cross_entropy.cu", segment_cross_entropy.LAUNCH),
+}
+
+
+def measured(source: str, architecture: str) -> dict[str, int]:
+    """Registers by kernel; none may spill."""
+    found = kernels.resources(kernels.compile_source(source, architecture).log)
+    assert all(item.stack_bytes == 0 and item.spill_bytes == 0 for item in found), found
+    return {item.kernel: item.registers for item in found}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", kernels.sources())
+def test_compiles_without_spills_into_the_registers_of_the_table(source: str, architecture: str) -> None:
+    registers, table = measured(source, architecture), json.loads(TABLE.read_text())
+    assert set(registers) == set(kernel_names(source)) and max(registers.values()) <= MAX_REGISTERS
+    if table["compiler"] == kernels.compiler_version():
+        assert registers == table[architecture][source], "run `python tests/engine/kernels/test_compile.py`"
+
+
+def kernel_names(source: str) -> set[str]:
+    """As the preprocessor of the host's compiler leaves them: `KERNEL(name, ...)`."""
+    command = ["g++", "-E", "-P", "-x", "c++", "-DMUXTUNE_ON_HOST", f"-I{kernels.CUDA}"]
+    host = Path(__file__).parent / "host"
+    done = subprocess.run(
+        [*command, f"-I{host}", str(kernels.CUDA / source)], capture_output=True, text=True, check=True
+    )
+    return set(re.findall(r"emplace\(\"(\w+)\"", done.stdout))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("source", kernels.sources())
+def test_compiles_with_nvcc(source: str, tmp_path: Path) -> None:
+    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-o", str(tmp_path / "out.cubin")]
+    done = subprocess.run([*command, str(kernels.CUDA / source)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    assert all(item.spill_bytes == 0 for item in kernels.resources(done.stderr))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_structs_are_laid_out_as_their_kernels_read_them(tmp_path: Path) -> None:
+    headers = sorted({header for header, _ in STRUCTS.values()})
+    lines = ["#include <cstddef>", *(f'#include "{header}"' for header in headers)]
+    for name, (header, dtype) in STRUCTS.items():
+        lines += [f"static_assert(sizeof({name}) == {dtype.itemsize});", *offsets(name, dtype)]
+        declared = re.search(rf"struct {name} {{(.*?)\n}};", (kernels.CUDA / header).read_text(), re.S)
+        assert declared and fields(declared[1]) == list(dtype.names or ())
+    source = tmp_path / "layout.cpp"
+    source.write_text("\n".join(lines))
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-DMUXTUNE_ON_HOST", f"-I{kernels.CUDA}"]
+    done = subprocess.run(
+        [*command, f"-I{Path(__file__).parent / 'host'}", str(source)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def offsets(name: str, dtype: np.dtype[Any]) -> list[str]:
+    return [
+        f"static_assert(offsetof({name}, {field}) == {at} && sizeof({name}::{field}) == {of.itemsize});"
+        for field, (of, at, *_) in (dtype.fields or {}).items()
+    ]
+
+
+def fields(body: str) -> list[str]:
+    """Names declared in a struct's body, in order."""
+    text = re.sub(r"//[^\n]*", "", body)
+    return [name for line in text.split(";") for name in re.findall(r"(\w+)\s*(?=,|$)", line.strip())]
+
+
+def test_what_does_not_compile_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.cu").write_text('extern "C" __global__ void f() { undeclared(); }')
+    monkeypatch.setattr(kernels, "CUDA", tmp_path)
+    with pytest.raises(kernels.KernelCompileError, match="undeclared"):
+        kernels.compile_source("broken.cu", "sm_90")
+
+
+def test_a_kept_cubin_is_taken_until_its_source_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one.cu").write_text('extern "C" __global__ void f() {}')
+    monkeypatch.setattr(kernels, "CUDA", tmp_path)
+    monkeypatch.setattr(kernels, "PREBUILT", tmp_path / "built")
+    first = kernels.cubin("one.cu", "sm_90")
+    monkeypatch.setattr(kernels, "compile_source", None)  # a second compile would fail
+    assert kernels.cubin("one.cu", "sm_90") == first and first.read_bytes()[:4] == b"\x7fELF"
+    before = kernels.digest("one.cu")
+    (tmp_path / "shared.cuh").write_text("// new")
+    assert kernels.digest("one.cu") != before
+
+
+if __name__ == "__main__":
+    table: dict[str, Any] = {"compiler": kernels.compiler_version()}
+    for architecture in ARCHITECTURES:
+        table[architecture] = {source: measured(source, architecture) for source in kernels.sources()}
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")

@@ -1,0 +1,54 @@
+"""The shim that runs kernels on this CPU finds planted faults: a pass of the kernels' tests means something."""
+
+import numpy as np
+import pytest
+import torch
+
+from engine.kernels.launch import POINTER, THREADS, Kernel, pack, struct_of
+from tests.engine.kernels.conftest import MakeHost
+from tests.engine.kernels.host.launcher import HostError, HostLauncher
+
+SOURCE = "../tests/engine/kernels/host/planted.cu"
+LAUNCH = struct_of([("in", POINTER), ("out", POINTER), ("size", np.int32), ("unused", np.int32)])
+
+
+def run(launcher: HostLauncher, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    given, taken = torch.randn(THREADS), torch.full((THREADS,), float("nan"))
+    struct = pack(LAUNCH, **{"in": given, "out": taken, "size": THREADS, "unused": 0})
+    launcher.launch(Kernel(SOURCE, f"planted_{name}"), 1, 4 * THREADS, struct, [], [given, taken])
+    return given, taken
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sound_kernels_pass(host_launcher: MakeHost, seed: int) -> None:
+    given, taken = run(host_launcher(seed), "sound")
+    assert torch.equal(taken, given.roll(-1))
+    given, taken = run(host_launcher(seed), "copy")
+    assert torch.equal(taken, given)
+
+
+FAULTS = {
+    "barrier_not_for_all": "deadlock",
+    "disagreement": "different collective",
+    "read_beyond": "heap-buffer-overflow",
+    "write_beyond": "heap-buffer-overflow",
+    "shared_beyond": "heap-buffer-overflow",
+    "unaligned": "misaligned address",
+    "copy_unaligned": "not aligned",
+}
+
+
+@pytest.mark.parametrize(("name", "words"), FAULTS.items(), ids=FAULTS)
+def test_faults_abort_and_say_why(host_launcher: MakeHost, name: str, words: str) -> None:
+    with pytest.raises(HostError, match=words):
+        run(host_launcher(0), name)
+
+
+def test_a_missing_barrier_shows_as_a_wrong_result(host_launcher: MakeHost) -> None:
+    given, taken = run(host_launcher(1), "missing_barrier")
+    assert not torch.equal(taken, given.roll(-1))
+
+
+def test_a_copy_read_before_it_is_waited_for_is_poison(host_launcher: MakeHost) -> None:
+    _, taken = run(host_launcher(0), "missing_wait")
+    assert taken.isnan().all()
