@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from engine.alignment.dataset import TokenizedDataset
 from engine.alignment.microbatch import Microbatch
 from engine.alignment.packing import Member, rounds
-from engine.peft import adapter as adapter_module
+from engine.kernels import dropout
 from engine.results import EvaluationResult, StepResult
 from engine.runtime.checkpoint import CheckpointState
 from engine.runtime.task_run import Assignment
@@ -111,9 +111,9 @@ def live(jobs: dict[str, Job], watched: str, plans: Sequence[Plan], monkeypatch:
                 seen.masks[step, site, position] = row.numpy().tobytes()
         return mask_LK
 
-    right = adapter_module.keep_mask
+    right = dropout.keep_mask
     with monkeypatch.context() as patch:
-        patch.setattr(adapter_module, "keep_mask", noted)
+        patch.setattr(dropout, "keep_mask", noted)
         for plan in plans:
             names = [*plan.neighbours[::2], watched, *plan.neighbours[1::2]]
             for name in list(executor.tasks):
