@@ -6,7 +6,7 @@ For now the simplest honest planner: oldest first, all that fit in memory, one h
 from collections.abc import Sequence
 
 from engine.errors import InvalidInputError
-from engine.planning.cost import seconds_left
+from engine.planning.eta import seconds_left
 from engine.planning.memory import adapter_bytes, microbatch_tokens, refuse_if_never_fits, total_bytes
 from engine.planning.plan import ExecutorView, Explanation, HTask, Limits, Plan, Snapshot, TaskView
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.methods import Lora
-from engine.planning.cost import seconds_left
+from engine.planning.eta import seconds_left
 from engine.planning.memory import total_bytes
 from engine.planning.plan import BackboneView, ExecutorView, Limits, Plan, Site, Snapshot, TaskView
 from engine.planning.planner import plan
