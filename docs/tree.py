@@ -11,6 +11,7 @@ FOLDERS = {
     "muxtune": "what users import and type; `v1/` holds the generated stubs",
     "muxtune/cli": "the `muxtune` command",
     "engine": "everything that is not a service: no grpc, no opentelemetry",
+    "engine/methods": "one file a method: what a task may ask for; the standard library only",
     "engine/alignment": "from rows to microbatches; no torch",
     "engine/planning": "pure functions over a snapshot; no torch",
     "engine/peft": "one file a method, on one interface",

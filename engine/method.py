@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from engine.errors import InvalidInputError
-from engine.target_modules import matching_modules
+from engine.target_modules import ALL_LINEAR, matching_modules
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]  # by site, by tensor
 
@@ -20,6 +20,7 @@ class SiteKind(enum.Enum):
     NORM = "norm"  # its weight, and its bias if it has one, are vectors of `out_features`
     EMBEDDING = "embedding"  # of tokens: vocabulary by `out_features`
     ATTENTION = "attention"  # of a whole context: `in_features` key-value heads of width `out_features`
+    BLOCK = "block"  # a whole sublayer, an attention or a feed-forward network, from hidden states to hidden states
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Site:
     out_features: int
     kind: SiteKind = SiteKind.LINEAR
     has_bias: bool = False
+    group_size: int = 1  # of an attention: query heads that share one key-value head
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,14 @@ class Method(ABC):
     def misfit(self, config: Mapping[str, Any]) -> str:
         """Why an adapter of this adapter_config.json computes something else than the task; empty: it does not."""
 
+    @abstractmethod
+    def kept_elements(self, site: Site, num_tokens: int) -> int:
+        """Elements kept for backward at one of its sites, for `num_tokens` of the task's own.
+
+        Beyond what the bare backbone keeps, and beyond the site's input, which is kept whole, once for all its tasks,
+        where one of them trains a matrix that it is multiplied by. `num_tokens` count a prefix where there is one.
+        """
+
     def rate_factor(self, tensor: str) -> float:
         """What the task's learning rate is multiplied by for a tensor of this name."""
         return 1.0
@@ -81,9 +91,16 @@ class Method(ABC):
         """Elements it holds beside its parameters, without gradients or moments."""
         return 0
 
-    def _targets(self, targets: Sequence[str], sites: Sequence[Site], field: str = "target_modules") -> set[str]:
-        linear = [site.name for site in sites if site.kind is SiteKind.LINEAR]
-        return set(matching_modules(targets, linear, f"spec.{self.name}.{field}"))
+    def _targets(
+        self,
+        targets: Sequence[str],
+        sites: Sequence[Site],
+        field: str = "target_modules",
+        kinds: Sequence[SiteKind] = (SiteKind.LINEAR,),
+    ) -> set[str]:
+        taken = (SiteKind.LINEAR,) if ALL_LINEAR in targets else kinds
+        adaptable = [site.name for site in sites if site.kind in taken]
+        return set(matching_modules(targets, adaptable, f"spec.{self.name}.{field}"))
 
     def _refusal(self, field: str, what: str) -> InvalidInputError:
         return InvalidInputError.of_field(f"spec.{self.name}.{field}", what)

@@ -59,15 +59,17 @@ def _apply_bottleneck(
 ) -> AppliedAdapter:
     activation, reads_output = _ACTIVATIONS[config["activation"]], config["placement"] == "serial"
 
-    def add(module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
-        h = y if reads_output else args[0]
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        y = output[0] if isinstance(output, tuple) else output  # an attention also gives its weights
+        h = y if reads_output else args[0] if args else kwargs["hidden_states"]
         down, down_bias, up, up_bias = (
             tensors[name].to(h) for name in ("down_weight", "down_bias", "up_weight", "up_bias")
         )
         added: torch.Tensor = functional.linear(activation(functional.linear(h, down, down_bias)), up, up_bias)
-        return y + float(config["scale"]) * added
+        adapted = y + float(config["scale"]) * added
+        return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
 
-    return AppliedAdapter(module.register_forward_hook(add).remove)
+    return AppliedAdapter(module.register_forward_hook(add, with_kwargs=True).remove)
 
 
 def _apply_vectors(module: nn.Module, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> AppliedAdapter:

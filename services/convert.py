@@ -272,13 +272,15 @@ def site_to_module(site: Site) -> plan_pb2.AdaptableModule:
         out_features=site.out_features,
         kind=plan_pb2.ModuleKind.Value(f"MODULE_KIND_{site.kind.name}"),
         has_bias=site.has_bias,
+        group_size=site.group_size,
     )
 
 
 def module_to_site(module: plan_pb2.AdaptableModule) -> Site:
     kinds = {plan_pb2.ModuleKind.Value(f"MODULE_KIND_{kind.name}"): kind for kind in SiteKind}
     kind = kinds.get(module.kind, SiteKind.LINEAR)
-    return Site(module.name, module.in_features, module.out_features, kind, module.has_bias)
+    group_size = max(1, module.group_size)
+    return Site(module.name, module.in_features, module.out_features, kind, module.has_bias, group_size)
 
 
 def backbone_to_view(backbone: plan_pb2.Backbone) -> BackboneView:

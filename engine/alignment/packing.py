@@ -23,7 +23,9 @@ from engine.task import Training, evaluation_is_due
 class Member:
     """A task of the hTask, its data, and where it stands: `step` steps done of `num_steps`.
 
-    `num_virtual_tokens` stand before each of its sequences: token 0, no target; the executor puts its own there.
+    `num_virtual_tokens` stand before each of its sequences (token 0): the executor puts its own there, and predicts the
+    sequence's first token from the last of them. `num_prefix_tokens` are no tokens of the stream, but each sequence
+    attends to them: they count in the budget.
     """
 
     task: str
@@ -32,6 +34,7 @@ class Member:
     num_steps: int
     step: int
     num_virtual_tokens: int = 0
+    num_prefix_tokens: int = 0
 
     @cached_property
     def split(self) -> Split:
@@ -40,6 +43,10 @@ class Member:
     @cached_property
     def order(self) -> Order:
         return Order(self.training, self.split.train)
+
+    def num_targets(self, row: int) -> int:
+        first_bears_loss = bool(self.dataset.row(row)[1][0])
+        return self.dataset.num_targets(row) + int(self.num_virtual_tokens > 0 and first_bears_loss)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,8 @@ class Slice:
 
     @property
     def num_tokens(self) -> int:
-        return sum(sequence.num_tokens for sequence in self.sequences)
+        """What it takes of the budget."""
+        return sum(sequence.num_tokens + self.member.num_prefix_tokens for sequence in self.sequences)
 
 
 def rounds(members: Sequence[Member], token_budget: int, chunk_tokens: int) -> Iterator[Microbatch]:
@@ -142,15 +150,15 @@ class _Bin:
 
 def _slices(member: Member, step: int, rows: NDArray[np.int64], token_budget: int) -> list[Slice]:
     """Consecutive sequences, at most `micro_batch_size` and, unless one alone is longer, within the budget."""
-    offsets, num_virtual = member.dataset.offsets, member.num_virtual_tokens
+    offsets, num_virtual, num_prefix = member.dataset.offsets, member.num_virtual_tokens, member.num_prefix_tokens
     lengths = [int(offsets[r + 1] - offsets[r]) + num_virtual for r in rows]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(int)
     sequences = [PlacedRow(int(r), n, int(s)) for r, n, s in zip(rows, lengths, starts[:-1], strict=True)]
-    targets = sum(member.dataset.num_targets(int(r)) for r in rows)
+    targets = sum(member.num_targets(int(r)) for r in rows)
     cuts: list[list[PlacedRow]] = [[]]
     for sequence in sequences:
-        filled = sum(placed.num_tokens for placed in cuts[-1])
-        is_full = len(cuts[-1]) == member.training.micro_batch_size or filled + sequence.num_tokens > token_budget
+        filled = sum(placed.num_tokens + num_prefix for placed in [*cuts[-1], sequence])
+        is_full = len(cuts[-1]) == member.training.micro_batch_size or filled > token_budget
         if cuts[-1] and is_full:
             cuts.append([])
         cuts[-1].append(sequence)
@@ -191,6 +199,8 @@ def _fill(
     for sequence in sequences:
         ids_L, bears_loss_L = member.dataset.row(sequence.row)
         at += member.num_virtual_tokens
+        if member.num_virtual_tokens and bears_loss_L[0]:
+            targets_T[at - 1] = ids_L[0]
         ids_T[at : at + len(ids_L)] = ids_L
         targets_T[at : at + len(ids_L) - 1] = np.where(bears_loss_L[1:], ids_L[1:], IGNORE)
         at += len(ids_L)

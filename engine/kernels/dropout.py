@@ -9,6 +9,9 @@ c % 16 of block c // 16. The element is kept where its lane >= min(65535, round(
 Legend: L tokens of a range, K width.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -28,6 +31,23 @@ def keep_mask(
     ]
     lanes_LK = np.concatenate(words).view("<u2").reshape(len(positions_L), num_blocks * _LANES)[:, :width]
     return torch.from_numpy(lanes_LK >= _threshold(probability))
+
+
+def drop(x_LK: torch.Tensor, make_mask: Callable[[], torch.Tensor], scale: float) -> torch.Tensor:
+    """x where the mask keeps it, times `scale`; else 0. Nothing is saved for backward: the mask is made anew."""
+    result: torch.Tensor = _Drop.apply(x_LK, make_mask, scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_LK: torch.Tensor, make_mask: Callable[[], torch.Tensor], scale: float) -> torch.Tensor:
+        ctx.make_mask, ctx.scale = make_mask, scale
+        return torch.where(make_mask(), x_LK, 0) * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return torch.where(ctx.make_mask(), grad_outputs[0], 0) * ctx.scale, None, None
 
 
 def keep_scale(probability: float) -> float:

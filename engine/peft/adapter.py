@@ -16,7 +16,7 @@ from peft import PeftConfig
 from torch import nn
 
 from engine.kernels.dropout import keep_mask, keep_scale
-from engine.kernels.multi_lora import LoraUse
+from engine.kernels.multi_lora import LoraUse, LowRank
 from engine.method import Site
 from engine.peft.layout import TaskSpan
 
@@ -74,8 +74,8 @@ class Adapter(ABC):
         """What the operator reads instead of x."""
         return x_LK
 
-    def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, torch.Tensor, torch.Tensor] | None:
-        """(where and how, A [R, K], B [N, R]) for the fused kernel, or nothing."""
+    def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, LowRank] | None:
+        """Where and how, and what, the fused kernel adds; or nothing."""
         return None
 
     def after(self, x_LK: torch.Tensor, y_LN: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:

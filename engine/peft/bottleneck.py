@@ -25,7 +25,7 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class BottleneckAdapter(Adapter):
-    """D [S, K or N], d [S], U [N, S], u [N] of one task at one operator."""
+    """D [S, K or N], d [S], U [N, S], u [N] of one task at one operator or sublayer."""
 
     method: Bottleneck
 
@@ -38,7 +38,7 @@ class BottleneckAdapter(Adapter):
         self.tensors["up_bias"].zero_()
 
     def after(self, x_LK: torch.Tensor, y_LN: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:
-        h = y_LN if self.method.placement is Placement.SERIAL else x_LK
+        h = y_LN if self.method.placement is Placement.SERIAL else x_LK.clone()  # kept: not the stream it is part of
         down, down_bias, up, up_bias = (t.to(h.dtype) for t in self.tensors.values())
         s_LS = _ACTIVATIONS[self.method.activation](functional.linear(h, down, down_bias))
         return y_LN + self.method.scale * functional.linear(s_LS, up, up_bias)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from engine.kernels.multi_lora import LoraUse
+from engine.kernels.dropout import drop
+from engine.kernels.multi_lora import LoraUse, LowRank
 from engine.methods import Lora
 from engine.peft.adapter import Adapter, BaseOp, Tensors, lora_use
 from engine.peft.drawing import uniform_
@@ -44,11 +45,12 @@ class LoraAdapter(Adapter):
         if self.bias is not None:
             self.bias.initialise()
 
-    def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, torch.Tensor, torch.Tensor] | None:
-        if "lora_A" not in self.tensors:
+    def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, LowRank] | None:
+        drops = training and self.method.dropout > 0
+        if "lora_A" not in self.tensors or (drops and self.magnitude_N is not None):
             return None
         use = lora_use(self.op, self.seed, span, training, self.scale, self.method.dropout)
-        return use, self.tensors["lora_A"], self.tensors["lora_B"]
+        return use, LowRank(self.tensors["lora_A"], self.tensors["lora_B"])
 
     @property
     def rewrites_output(self) -> bool:
@@ -60,17 +62,17 @@ class LoraAdapter(Adapter):
         return y_LN if self.bias is None else self.bias.apply(x_LK, y_LN)
 
     def _with_magnitude(self, x_LK: torch.Tensor, y_LN: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:
-        """y is x W + b + scale * drop(x) A^T B^T so far. With dropout, drop(x) W is the one product to be run anew."""
+        """Without dropout y is x W + b + scale * x A^T B^T so far; with it x W + b, and drop(x) W is run beside."""
         assert self.magnitude_N is not None
         ratio_N = (self.magnitude_N / self._norms()).to(y_LN.dtype)
         use = lora_use(self.op, self.seed, span, training, self.scale, self.method.dropout)
         if use.keep_mask is None:
             bias_N = 0 if self.op.bias_N is None else self.op.bias_N
             return (y_LN - bias_N) * ratio_N + bias_N
-        dropped_LK = torch.where(use.keep_mask(), x_LK, 0) * use.keep_scale
+        dropped_LK = drop(x_LK, use.keep_mask, use.keep_scale)
         a_RK, b_NR = (self.tensors[name].to(x_LK.dtype) for name in ("lora_A", "lora_B"))
-        adapted_LN = dropped_LK @ self.op.weight_KN + self.scale * (dropped_LK @ a_RK.T) @ b_NR.T
-        return y_LN + (ratio_N - 1) * adapted_LN
+        base_LN, low_rank_LN = dropped_LK @ self.op.weight_KN, self.scale * (dropped_LK @ a_RK.T) @ b_NR.T
+        return y_LN + ratio_N * (base_LN + low_rank_LN) - base_LN
 
     @torch.no_grad()
     def _norms(self) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from peft import MissConfig
 
 from engine.errors import InvalidInputError
-from engine.kernels.multi_lora import LoraUse
+from engine.kernels.multi_lora import LoraUse, LowRank
 from engine.methods import Miss
 from engine.peft.adapter import Adapter, BaseOp, lora_use
 from engine.peft.layout import TaskSpan
@@ -33,9 +33,9 @@ class MissAdapter(Adapter):
         columns = torch.arange(self.op.in_features, device=self.op.weight_KN.device) % self.method.rank
         self.a_RK = torch.nn.functional.one_hot(columns, self.method.rank).T.float()
 
-    def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, torch.Tensor, torch.Tensor]:
+    def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, LowRank]:
         use = lora_use(self.op, self.seed, span, training, 1.0, self.method.dropout)
-        return use, self.a_RK, self.tensors["miss_block"].T
+        return use, LowRank(self.a_RK, self.tensors["miss_block"].T)
 
     @classmethod
     def config(cls, method: Miss, ops: Sequence[BaseOp], common: Mapping[str, Any]) -> MissConfig:

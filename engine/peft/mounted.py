@@ -4,8 +4,7 @@ microbatches.
 Legend: T tokens of the packed stream, L tokens of one span, K inputs, N outputs.
 """
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from engine.kernels.multi_lora import multi_lora
 from engine.method import Site, SiteKind
 from engine.peft.adapter import Adapter, BaseOp
-from engine.peft.layout import Layout, TaskSpan
-
-Uses = Sequence[tuple[TaskSpan, Adapter]]
+from engine.peft.block import MountedBlock
+from engine.peft.layout import Layout
+from engine.peft.spans import Uses, rewrite
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Call:
     module: nn.Module
     num_heads: int
     head_width: int
+    group_size: int  # query heads of each
     is_windowed: bool
 
 
@@ -61,9 +61,9 @@ class MountedLinear(nn.Module):
         before = [use for use in uses if use[1].rewrites_input]
         x_TK = rewrite(x_TK, before, lambda x_LK, span, adapter: adapter.before(x_LK, span, training))
         pairs = [pair for span, adapter in uses if (pair := adapter.low_rank(span, training)) is not None]
-        factors = [factor for _, a_RK, b_NR in pairs for factor in (a_RK, b_NR)]
         if pairs:
-            y_TN = multi_lora(x_TK, self.op.weight_KN, self.op.bias_N, [use for use, _, _ in pairs], factors)
+            uses_of, factors = zip(*pairs, strict=True)
+            y_TN = multi_lora(x_TK, self.op.weight_KN, self.op.bias_N, uses_of, factors)
         else:
             y_TN = self._plain(x_TK)
         after = [use for use in uses if use[1].rewrites_output]
@@ -150,20 +150,7 @@ class MountedAttention:
         return found
 
 
-Mounted = MountedLinear | MountedNorm | MountedEmbedding | MountedAttention
-
-
-def rewrite(
-    stream_TN: torch.Tensor, uses: Uses, change: Callable[[torch.Tensor, TaskSpan, Adapter], torch.Tensor]
-) -> torch.Tensor:
-    """The stream with each use's span changed. Split and cat, whose gradients are views and one copy."""
-    if not uses:
-        return stream_TN
-    bounds = [0, *(bound for span, _ in uses for bound in (span.start, span.end)), len(stream_TN)]
-    pieces = list(torch.split(stream_TN, [b - a for a, b in itertools.pairwise(bounds)]))
-    for i, (span, adapter) in enumerate(uses):
-        pieces[2 * i + 1] = change(pieces[2 * i + 1], span, adapter).to(stream_TN.dtype)
-    return torch.cat(pieces)
+Mounted = MountedLinear | MountedNorm | MountedEmbedding | MountedAttention | MountedBlock
 
 
 def mount_linears(model: Any, layout: Layout) -> dict[str, MountedLinear]:
@@ -199,12 +186,16 @@ def mount_embedding(model: Any, layout: Layout) -> dict[str, MountedEmbedding]:
 
 
 def mount_attentions(model: Any, layout: Layout, calls: Sequence[Call]) -> dict[str, MountedAttention]:
-    """The attention of every layer, by the `calls` of a forward pass; none if one of them is bounded by a window."""
+    """The attention of every layer, by the `calls` of a forward pass; none if one of them is bounded by a window.
+
+    Its name is the module's and ".kv", for the module itself may be mounted too, as a block.
+    """
     if any(call.is_windowed for call in calls):
         return {}
     names = {id(module): name for name, module in model.named_modules()}
     mounted: dict[str, MountedAttention] = {}
     for index, call in enumerate(calls):
-        site = Site(names[id(call.module)], call.num_heads, call.head_width, SiteKind.ATTENTION)
-        mounted[site.name] = MountedAttention(call.module, site, index, layout)
+        name = f"{names[id(call.module)]}.kv"
+        site = Site(name, call.num_heads, call.head_width, SiteKind.ATTENTION, group_size=call.group_size)
+        mounted[name] = MountedAttention(call.module, site, index, layout)
     return mounted

@@ -1,6 +1,6 @@
 """VeRA (arXiv 2310.11454): y += b * (d * dropout(x) A^T) B^T; A and B random and frozen, shared by a task's modules.
 
-As a low-rank pair it is A' = d * A, B' = b * B: the fused kernel adds it, autograd carries on to d and b.
+The fused kernel adds it as a low-rank pair with gains d and b: x is not kept, for A and B bear no gradient.
 A and B are drawn as PEFT draws them from `projection_prng_key`, so a task has what PEFT would have given it.
 Legend: K inputs, N outputs, R rank.
 """
@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from peft import VeraConfig
 
-from engine.kernels.multi_lora import LoraUse
+from engine.kernels.multi_lora import LoraUse, LowRank
 from engine.methods import Vera
 from engine.peft.adapter import Adapter, BaseOp, Tensors, lora_use
 from engine.peft.layout import TaskSpan
@@ -40,10 +40,10 @@ class VeraAdapter(Adapter):
         self.tensors["vera_lambda_d"].fill_(self.method.d_initial)
         self.tensors["vera_lambda_b"].zero_()
 
-    def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, torch.Tensor, torch.Tensor]:
-        a_RK = self.tensors["vera_lambda_d"][:, None] * self.a_RK[:, : self.op.in_features]
-        b_NR = self.tensors["vera_lambda_b"][:, None] * self.b_NR[: self.op.out_features]
-        return lora_use(self.op, self.seed, span, training, 1.0, self.method.dropout), a_RK, b_NR
+    def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, LowRank]:
+        a_RK, b_NR = self.a_RK[:, : self.op.in_features], self.b_NR[: self.op.out_features]
+        use = lora_use(self.op, self.seed, span, training, 1.0, self.method.dropout)
+        return use, LowRank(a_RK, b_NR, self.tensors["vera_lambda_d"], self.tensors["vera_lambda_b"])
 
     @classmethod
     def config(cls, method: Vera, ops: Sequence[BaseOp], common: Mapping[str, Any]) -> VeraConfig:

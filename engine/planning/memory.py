@@ -32,9 +32,16 @@ def activation_bytes(backbone: BackboneView, num_tokens: int) -> int:
     return int(_SLACK * num_tokens * per_token * backbone.element_bytes) + _LOGITS_CHUNK_BYTES
 
 
+def kept_bytes(spec: TaskSpec, backbone: BackboneView, num_tokens: int) -> int:
+    """What the method keeps for backward beside that, were all T tokens this task's."""
+    taken = spec.method.shapes(backbone.sites)
+    kept = sum(spec.method.kept_elements(site, num_tokens) for site in backbone.sites if site.name in taken)
+    return int(_SLACK * kept * backbone.element_bytes)
+
+
 def sequence_tokens(spec: TaskSpec) -> int:
-    """Of its longest sequence in the stream."""
-    return spec.training.max_sequence_tokens + spec.method.num_virtual_tokens
+    """Of its longest sequence in the stream, and the prefix it attends to."""
+    return spec.training.max_sequence_tokens + spec.method.num_virtual_tokens + spec.method.num_prefix_tokens
 
 
 def microbatch_tokens(specs: Iterable[TaskSpec], token_budget: int, chunk_tokens: int) -> int:
@@ -48,9 +55,11 @@ def microbatch_tokens(specs: Iterable[TaskSpec], token_budget: int, chunk_tokens
 
 
 def total_bytes(specs: Iterable[TaskSpec], backbone: BackboneView, num_tokens: int) -> int:
-    """One backbone, all adapters, one microbatch in flight."""
+    """One backbone, all adapters, one microbatch in flight: at worst all of the method that keeps most."""
+    specs = list(specs)
     adapters = sum(adapter_bytes(spec, backbone) for spec in specs)
-    return backbone.weight_bytes + int(_SLACK * adapters) + activation_bytes(backbone, num_tokens)
+    kept = max((kept_bytes(spec, backbone, num_tokens) for spec in specs), default=0)
+    return backbone.weight_bytes + int(_SLACK * adapters) + activation_bytes(backbone, num_tokens) + kept
 
 
 def separate_instance_bytes(spec: TaskSpec, backbone: BackboneView) -> int:

@@ -20,6 +20,7 @@ from engine.errors import BackboneUnsupportedError
 from engine.peft.mounted import Call
 
 NAME = "muxtune_packed"
+Masks = dict[tuple[int, int, int | None], torch.Tensor]  # by length, prefix and window
 
 
 def register() -> None:
@@ -46,13 +47,14 @@ def packed_attention(
     cu_seqlens: list[int] | None = None,
     prefixes: Mapping[int, Mapping[int, tuple[torch.Tensor, torch.Tensor]]] | None = None,
     calls: list[Call] | None = None,
+    masks: Masks | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """[1, H, T, D] by [1, G, T, D] -> [1, T, H, D]. Source: transformers' attention interface.
 
     `prefixes`: by id of the module and first token of a segment, keys and values [1, G, P, D] it also sees.
-    `calls`: every call is noted there.
+    `calls`: every call is noted there. `masks`: those made so far for the stream, which all layers share.
     """
     if cu_seqlens is None:
         raise BackboneUnsupportedError(f"{type(module).__name__} drops cu_seqlens on its way to the attention")
@@ -61,7 +63,8 @@ def packed_attention(
             f"{type(module).__name__} asks for attention dropout, sinks, a mask or bidirectional attention"
         )
     if calls is not None:
-        calls.append(Call(module, key.shape[1], key.shape[3], sliding_window is not None))
+        group_size = query.shape[1] // key.shape[1]
+        calls.append(Call(module, key.shape[1], key.shape[3], group_size, sliding_window is not None))
     repeats = query.shape[1] // key.shape[1]
     key, value = _repeat(key, repeats), _repeat(value, repeats)
     own = (prefixes or {}).get(id(module), {})
@@ -72,7 +75,7 @@ def packed_attention(
             k, v = (
                 torch.cat([_repeat(p, repeats).to(t.dtype), t], dim=2) for p, t in zip(own[start], (k, v), strict=True)
             )
-        pieces.append(_segment(q, k, v, scaling, sliding_window, softcap))
+        pieces.append(_segment(q, k, v, scaling, sliding_window, softcap, {} if masks is None else masks))
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
@@ -81,18 +84,32 @@ def _repeat(heads: torch.Tensor, repeats: int) -> torch.Tensor:
 
 
 def _segment(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, window: int | None, softcap: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    masks: Masks,
 ) -> torch.Tensor:
     """[1, H, L, D] by [1, H, P + L, D]: all of the P keys before the segment, of its own those not after the query."""
     length, num_prefix = q.shape[2], k.shape[2] - q.shape[2]
     if softcap is None and not num_prefix and (window is None or length <= window):
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
-    keys = torch.arange(-num_prefix, length, device=q.device)
-    distance_LL = torch.arange(length, device=q.device)[:, None] - keys[None, :]
-    allowed_LL = (distance_LL >= 0) & (distance_LL < (window or num_prefix + length))
+    shape = length, num_prefix, window
+    if shape not in masks:
+        masks[shape] = _mask(*shape, q)
     if softcap is None:
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed_LL, scale=scaling)
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=masks[shape], scale=scaling)
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~allowed_LL, float("-inf"))
-    return torch.softmax(scores.float(), dim=-1).to(q.dtype) @ v
+    scores = (scores + masks[shape]).to(torch.promote_types(q.dtype, torch.float32))
+    return torch.softmax(scores, dim=-1).to(q.dtype) @ v
+
+
+def _mask(length: int, num_prefix: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """[L, P + L], 0 where a query may look and -inf elsewhere, of `like`'s type: SDPA would keep a bool one twice."""
+    keys = torch.arange(-num_prefix, length, device=like.device)
+    distance_LL = torch.arange(length, device=like.device)[:, None] - keys[None, :]
+    allowed_LL = (distance_LL >= 0) & (distance_LL < (window or num_prefix + length))
+    return torch.zeros_like(distance_LL, dtype=like.dtype).masked_fill_(~allowed_LL, float("-inf"))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from engine.alignment.microbatch import Microbatch, Range
 from engine.errors import BackboneUnsupportedError
 from engine.kernels.segment_cross_entropy import Head
+from engine.peft.block import mount_blocks, observed_blocks
 from engine.peft.layout import Layout
 from engine.peft.mounted import (
     Call,
@@ -51,12 +52,14 @@ class Backbone:
         self.attentions: dict[str, MountedAttention] = {}
         softcap = getattr(model.config, "final_logit_softcapping", None)
         self.head = Head(self.model.get_output_embeddings(), softcap)
-        calls = self._refuse_what_is_not_exact()
+        with observed_blocks(self.model, self.operators) as widths:
+            calls = self._refuse_what_is_not_exact()
         self.attentions = mount_attentions(self.model, self.layout, calls)
         self.mounted: dict[str, Mounted] = {
             **self.operators,
             **{name: norm for name, norm in norms.items() if norm.token_dim is not None},
             **mount_embedding(self.model, self.layout),
+            **mount_blocks(self.model, self.layout, widths),
             **self.attentions,
         }
         self.sites = tuple(mounted.op.site for mounted in self.mounted.values())
@@ -139,6 +142,7 @@ class Backbone:
             cu_seqlens=cu_seqlens,
             prefixes=prefixes,
             calls=calls,
+            masks={},
             use_cache=False,
         )
         hidden: torch.Tensor = output.last_hidden_state

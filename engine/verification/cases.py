@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from engine.alignment.dataset import TokenizedDataset
 from engine.alignment.packing import Member
 from engine.method import Method
-from engine.methods import Ia3, Lora, LoraBias, Miss, Prefix, Prompt, Selective, Vera
+from engine.methods import Activation, Bottleneck, Ia3, Lora, LoraBias, Miss, Placement, Prefix, Prompt, Selective, Vera
 from engine.runtime.task_run import Assignment
 from engine.task import LrSchedule, Optimizer, TaskSpec, Training
 
@@ -27,11 +27,17 @@ METHODS: dict[str, Method] = {
     "norms": Selective(("all-norms",)),
     "prompt": Prompt(5),
     "prefix": Prefix(6),
+    "houlsby": Bottleneck(8, ("self_attn", "mlp")),
+    "parallel": Bottleneck(3, ("mlp",), Placement.PARALLEL, Activation.GELU, scale=0.5),
+    "bitfit": Selective(("all-biases",)),
 }
+# Low enough that training does not multiply rounding: at ten times these, HF PEFT in float32 is 1e-4 and more from
+# itself in float64.
+RATES = {Optimizer.ADAMW: 1e-3, Optimizer.SGD: 1e-2}
 OPTIONS: dict[str, dict[str, Any]] = {
     f"{optimizer.value}, accumulation {accumulation}, {schedule.value}": dict(
         optimizer=optimizer,
-        learning_rate=0.01 if optimizer is Optimizer.ADAMW else 0.1,
+        learning_rate=RATES[optimizer],
         micro_batch_size=4 // accumulation,
         lr_schedule=schedule,
         warmup_steps=5 if schedule is LrSchedule.COSINE else 0,
@@ -69,10 +75,10 @@ def tasks(names: list[str], num_steps: int, vocab: int, **options: Any) -> Itera
 
 
 def _dataset(lengths: tuple[int, ...], seed: int, vocab: int) -> TokenizedDataset:
-    """Random tokens; about the second half of each row bears loss."""
+    """Random tokens; the second half of each row bears loss, but all of the first row."""
     random = np.random.default_rng(seed)
     ids_S = random.integers(3, vocab, sum(lengths)).astype(np.int32)
-    bears_loss_S = np.concatenate([np.arange(n) >= n // 2 for n in lengths])
+    bears_loss_S = np.concatenate([np.arange(n) >= (n // 2 if row else 0) for row, n in enumerate(lengths)])
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     lines = np.arange(1, len(lengths) + 1)
     return TokenizedDataset(ids_S, bears_loss_S, offsets, lines, np.array(lengths), (), 0)

@@ -1,9 +1,11 @@
-"""A task trained alone by HF PEFT on padded batches: what a tenant would have got without muxtune.
+"""A task trained alone on padded batches, by HF PEFT or, where that lacks the method, by plain torch: what a tenant
+would have got without muxtune.
 
 Legend: B rows of a micro batch, L tokens of its longest.
 """
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,30 @@ from transformers import get_scheduler
 from engine.alignment.microbatch import IGNORE
 from engine.alignment.packing import Member
 from engine.task import LrSchedule, Optimizer
+from engine.verification import plain
+
+
+def in_peft(folder: Path) -> bool:
+    """Whether peft has the method of the adapter in `folder`."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return not config["peft_type"].startswith("MUXTUNE_")
 
 
 def train_alone(model: Any, folder: Path, member: Member) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """(loss of each step, the adapter's tensors as peft saves them), from the adapter in `folder`."""
-    peft_model, training = _trainable(copy.deepcopy(model), folder), member.training
-    parameters = [p for p in peft_model.parameters() if p.requires_grad]
+    """(loss of each step, the adapter's tensors as its file names them), from the adapter in `folder`."""
+    model = copy.deepcopy(model)
+    if in_peft(folder):
+        peft_model = _trainable(model, folder).to(next(model.parameters()).dtype)
+        losses = _losses(peft_model, member)
+        return losses, get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    tensors = plain.adapted(model, folder)
+    losses = _losses(model, member)
+    return losses, {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _losses(model: Any, member: Member) -> list[float]:
+    """Of each step, trained as anyone would: micro batches, clip, optimizer, schedule."""
+    training, parameters = member.training, [p for p in model.parameters() if p.requires_grad]
     optimizer = _optimizer(parameters, member)
     name = "constant_with_warmup" if training.lr_schedule is LrSchedule.CONSTANT else training.lr_schedule.value
     scheduler = get_scheduler(
@@ -30,17 +50,17 @@ def train_alone(model: Any, folder: Path, member: Member) -> tuple[list[float], 
     losses = []
     for step in range(member.num_steps):
         rows = [int(row) for row in member.order.batch(step)]
-        num_targets = sum(member.dataset.num_targets(row) for row in rows)
+        num_targets = sum(member.num_targets(row) for row in rows)
         losses.append(0.0)
         for i in range(0, len(rows), training.micro_batch_size):
-            loss = _loss_sum(peft_model, member, rows[i : i + training.micro_batch_size]) / num_targets
+            loss = _loss_sum(model, member, rows[i : i + training.micro_batch_size]) / num_targets
             torch.autograd.backward(loss)
             losses[-1] += loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-    return losses, get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    return losses
 
 
 def _trainable(model: Any, folder: Path) -> Any:
@@ -62,7 +82,7 @@ def _optimizer(parameters: list[torch.nn.Parameter], member: Member) -> torch.op
 
 
 def _loss_sum(model: Any, member: Member, rows: list[int]) -> torch.Tensor:
-    """Over the targets of the rows; the first token of a row is never one."""
+    """Over the targets of the rows; the first token of a row is one only if virtual tokens stand before it."""
     pairs = [member.dataset.row(row) for row in rows]
     longest = max(len(ids) for ids, _ in pairs)
     ids_BL, mask_BL = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest)
@@ -70,5 +90,6 @@ def _loss_sum(model: Any, member: Member, rows: list[int]) -> torch.Tensor:
     for i, (ids, bears_loss) in enumerate(pairs):
         ids_BL[i, : len(ids)], mask_BL[i, : len(ids)] = torch.from_numpy(ids).long(), 1
         labels_BL[i, : len(ids)] = torch.from_numpy(ids).long().where(torch.from_numpy(bears_loss), IGNORE)
-    logits = model(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False).logits[:, -longest:-1]
-    return functional.cross_entropy(logits.flatten(0, 1), labels_BL[:, 1:].flatten(), reduction="sum")
+    logits = model(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False).logits
+    labels_BL = functional.pad(labels_BL, (logits.shape[1] - longest, 0), value=IGNORE)  # as PEFT: virtual tokens
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels_BL[:, 1:].flatten(), reduction="sum")

@@ -1,4 +1,6 @@
-"""Fused training against HF PEFT alone, and against the same engine with no neighbour: worst differences by method."""
+"""Fused training against HF PEFT alone (plain torch where PEFT lacks the method), and against the same engine with no
+neighbour: worst differences by method.
+"""
 
 import copy
 import tempfile
@@ -16,7 +18,7 @@ from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
 from engine.runtime.task_run import Assignment
 from engine.verification.cases import OPTIONS, tasks
-from engine.verification.reference import train_alone
+from engine.verification.reference import in_peft, train_alone
 
 LOSS_GOAL, WEIGHT_GOAL = 1e-5, 1e-4
 _TOKEN_BUDGET, _CHUNK_TOKENS = 256, 16
@@ -25,14 +27,19 @@ Losses = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Finding:
-    """Worst over a method's steps. `loss_difference` is relative, `weight_difference` absolute."""
+    """Worst over a method's steps. `loss_difference` is relative, `weight_difference` absolute.
+
+    `own_rounding`: the reference's own losses in float32 against the same run in float64, relative: no difference from
+    it can be told below that. None where the reference is this engine.
+    """
 
     method: str
-    against: str  # "peft alone" or "muxtune alone"
+    against: str  # "peft alone", "torch alone" or "muxtune alone"
     options: str
     num_steps: int
     loss_difference: float
     weight_difference: float
+    own_rounding: float | None = None
 
     @property
     def holds(self) -> bool:
@@ -50,8 +57,11 @@ def compare(model: Any, names: list[str], num_steps: int) -> Iterator[Finding]:
             for assignment, member in pairs:
                 name = assignment.task
                 exported = load_file(after / name / "adapter_model.safetensors")
+                against = "peft alone" if in_peft(before / name) else "torch alone"
                 theirs = train_alone(model, before / name, member)
-                yield _finding(name, "peft alone", options, losses[name], exported, *theirs)
+                exact, _ = train_alone(copy.deepcopy(model).double(), before / name, member)
+                rounding = _worst(theirs[0], exact)
+                yield _finding(name, against, options, losses[name], exported, *theirs, rounding)
                 own = _train(model, [(assignment, member)], before / "alone", after / "alone")[name]
                 weights = load_file(after / "alone" / name / "adapter_model.safetensors")
                 yield _finding(name, "muxtune alone", options, losses[name], exported, own, weights)
@@ -83,9 +93,13 @@ def _finding(
     weights: dict[str, torch.Tensor],
     expected: list[float],
     theirs: dict[str, torch.Tensor],
+    own_rounding: float | None = None,
 ) -> Finding:
     if weights.keys() != theirs.keys() or len(found) != len(expected):
         raise RuntimeError(f"{name}: other tensors or steps than {against}")
-    loss = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
     weight = max((weights[key] - theirs[key]).abs().max().item() for key in weights)
-    return Finding(name, against, options, len(found), loss, weight)
+    return Finding(name, against, options, len(found), _worst(found, expected), weight, own_rounding)
+
+
+def _worst(losses: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))

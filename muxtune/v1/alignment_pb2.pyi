@@ -247,6 +247,7 @@ class Member(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _builtins.int
     CURSOR_STEP_FIELD_NUMBER: _builtins.int
     NUM_VIRTUAL_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_PREFIX_TOKENS_FIELD_NUMBER: _builtins.int
     task: _builtins.str
     """tenants/{tenant}/tasks/{task}"""
     dataset_version: _builtins.str
@@ -256,7 +257,11 @@ class Member(_message.Message):
     cursor_step: _builtins.int
     """Steps done."""
     num_virtual_tokens: _builtins.int
-    """Tokens that stand before each of its sequences (token 0, no target), for its method to put its own there."""
+    """Tokens that stand before each of its sequences (token 0), for its method to put its own there. Only the last has a
+    target: the sequence's first token, where that bears loss.
+    """
+    num_prefix_tokens: _builtins.int
+    """Positions that each of its sequences attends to beside its tokens: they count in the token budget."""
     @_builtins.property
     def training(self) -> _task_pb2.Training: ...
     def __init__(
@@ -268,10 +273,11 @@ class Member(_message.Message):
         num_steps: _builtins.int = ...,
         cursor_step: _builtins.int = ...,
         num_virtual_tokens: _builtins.int = ...,
+        num_prefix_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor_step", b"cursor_step", "dataset_version", b"dataset_version", "num_steps", b"num_steps", "num_virtual_tokens", b"num_virtual_tokens", "task", b"task", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor_step", b"cursor_step", "dataset_version", b"dataset_version", "num_prefix_tokens", b"num_prefix_tokens", "num_steps", b"num_steps", "num_virtual_tokens", b"num_virtual_tokens", "task", b"task", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -56,18 +56,22 @@ class _PlacementEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Placement.V
     PLACEMENT_UNSPECIFIED: _Placement.ValueType  # 0
     """SERIAL"""
     PLACEMENT_SERIAL: _Placement.ValueType  # 1
-    """Reads the operator's output. At the last operators of both sublayers: Houlsby et al., arXiv 1902.00751."""
+    """Reads what the module gives. At both sublayers of a layer: Houlsby et al., arXiv 1902.00751; at the feed-forward
+    one: Pfeiffer et al., arXiv 2005.00247.
+    """
     PLACEMENT_PARALLEL: _Placement.ValueType  # 2
-    """Reads the operator's input. He et al., arXiv 2110.04366."""
+    """Reads what the module reads. At the feed-forward sublayer: He et al., arXiv 2110.04366."""
 
 class Placement(_Placement, metaclass=_PlacementEnumTypeWrapper): ...
 
 PLACEMENT_UNSPECIFIED: Placement.ValueType  # 0
 """SERIAL"""
 PLACEMENT_SERIAL: Placement.ValueType  # 1
-"""Reads the operator's output. At the last operators of both sublayers: Houlsby et al., arXiv 1902.00751."""
+"""Reads what the module gives. At both sublayers of a layer: Houlsby et al., arXiv 1902.00751; at the feed-forward
+one: Pfeiffer et al., arXiv 2005.00247.
+"""
 PLACEMENT_PARALLEL: Placement.ValueType  # 2
-"""Reads the operator's input. He et al., arXiv 2110.04366."""
+"""Reads what the module reads. At the feed-forward sublayer: He et al., arXiv 2110.04366."""
 Global___Placement: _TypeAlias = Placement  # noqa: Y015
 
 class _Activation:
@@ -177,7 +181,9 @@ class Bottleneck(_message.Message):
     scale: _builtins.float
     """0: 1."""
     @_builtins.property
-    def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Linear operators or whole sublayers ("self_attn", "mlp" in Llama). "all-linear" takes no sublayer."""
+
     def __init__(
         self,
         *,
@@ -224,7 +230,8 @@ Global___Selective: _TypeAlias = Selective  # noqa: Y015
 @_typing.final
 class Prompt(_message.Message):
     """Prompt tuning, arXiv 2104.08691: trained embeddings before each sequence. They start as those of tokens drawn from the
-    vocabulary, take part in the microbatch's token budget, and bear no loss; nor does a sequence's first own token.
+    vocabulary and take part in the microbatch's token budget. The last of them predicts the sequence's first token, where
+    that bears loss (rows of plain text), as in PEFT.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

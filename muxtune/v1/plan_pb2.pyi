@@ -37,6 +37,8 @@ class _ModuleKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModuleKind
     """Of tokens: vocabulary by out_features."""
     MODULE_KIND_ATTENTION: _ModuleKind.ValueType  # 4
     """Of a whole context: in_features key-value heads of width out_features."""
+    MODULE_KIND_BLOCK: _ModuleKind.ValueType  # 5
+    """A whole sublayer, an attention or a feed-forward network, from hidden states to hidden states."""
 
 class ModuleKind(_ModuleKind, metaclass=_ModuleKindEnumTypeWrapper): ...
 
@@ -49,6 +51,8 @@ MODULE_KIND_EMBEDDING: ModuleKind.ValueType  # 3
 """Of tokens: vocabulary by out_features."""
 MODULE_KIND_ATTENTION: ModuleKind.ValueType  # 4
 """Of a whole context: in_features key-value heads of width out_features."""
+MODULE_KIND_BLOCK: ModuleKind.ValueType  # 5
+"""A whole sublayer, an attention or a feed-forward network, from hidden states to hidden states."""
 Global___ModuleKind: _TypeAlias = ModuleKind  # noqa: Y015
 
 @_typing.final
@@ -431,12 +435,15 @@ class AdaptableModule(_message.Message):
     OUT_FEATURES_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     HAS_BIAS_FIELD_NUMBER: _builtins.int
+    GROUP_SIZE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Full name: model.layers.0.self_attn.q_proj"""
     in_features: _builtins.int
     out_features: _builtins.int
     kind: Global___ModuleKind.ValueType
     has_bias: _builtins.bool
+    group_size: _builtins.int
+    """Of an attention: query heads that share one key-value head. 0: 1."""
     def __init__(
         self,
         *,
@@ -445,10 +452,11 @@ class AdaptableModule(_message.Message):
         out_features: _builtins.int = ...,
         kind: Global___ModuleKind.ValueType = ...,
         has_bias: _builtins.bool = ...,
+        group_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_bias", b"has_bias", "in_features", b"in_features", "kind", b"kind", "name", b"name", "out_features", b"out_features"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_size", b"group_size", "has_bias", b"has_bias", "in_features", b"in_features", "kind", b"kind", "name", b"name", "out_features", b"out_features"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -52,11 +52,11 @@ def check_steps(member: pb.Member, num_steps: int) -> None:
         raise InvalidInputError.of_field(
             "members.num_steps", f"{member.task} has {num_steps} steps by its dataset, not {member.num_steps}"
         )
-    if not 0 <= member.num_virtual_tokens <= MAX_VIRTUAL_TOKENS:
-        raise InvalidInputError.of_field(
-            "members.num_virtual_tokens",
-            f"{member.num_virtual_tokens} of {member.task} must be 0 to {MAX_VIRTUAL_TOKENS}",
-        )
+    for field in ("num_virtual_tokens", "num_prefix_tokens"):
+        if not 0 <= (count := getattr(member, field)) <= MAX_VIRTUAL_TOKENS:
+            raise InvalidInputError.of_field(
+                f"members.{field}", f"{count} of {member.task} must be 0 to {MAX_VIRTUAL_TOKENS}"
+            )
     if not 0 <= member.cursor_step <= num_steps:
         raise InvalidInputError.of_field(
             "members.cursor_step", f"{member.cursor_step} of {member.task} must be 0 to {num_steps}"

@@ -99,7 +99,15 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
         dataset = self._catalog.tokenized(tenant, member.dataset_version, backbone, training)
         steps = num_steps(training, len(split(dataset.num_rows, training).train))
         check_steps(member, steps)
-        return Member(member.task, dataset, training, steps, member.cursor_step, member.num_virtual_tokens)
+        return Member(
+            member.task,
+            dataset,
+            training,
+            steps,
+            member.cursor_step,
+            member.num_virtual_tokens,
+            member.num_prefix_tokens,
+        )
 
 
 def _next_message(stream: Iterator[Microbatch]) -> pb.StreamMicrobatchesResponse | None:

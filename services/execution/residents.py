@@ -87,6 +87,7 @@ class Residents:
             num_steps=resident.planned.num_steps,
             cursor_step=self._executor.tasks[name].step,
             num_virtual_tokens=resident.spec.method.num_virtual_tokens,
+            num_prefix_tokens=resident.spec.method.num_prefix_tokens,
         )
 
     def trace_parents(self) -> list[tuple[str, str]]:

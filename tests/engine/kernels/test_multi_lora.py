@@ -1,21 +1,33 @@
 """multi_lora against plain autograd, by finite differences, and by what it keeps for backward."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from engine.kernels.multi_lora import LoraUse, multi_lora
+from engine.kernels.multi_lora import LoraUse, LowRank, multi_lora
 
 
-def make(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+def make(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[LowRank]]:
+    """The second pair has gains; all four of it, and A and B of the first, are trained."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=dtype)
 
-    factors = [draw(2, 5), draw(7, 2), draw(3, 5), draw(7, 3)]  # ranks 2 and 3, K 5, N 7
-    return draw(11, 5), draw(5, 7), draw(7), [f.requires_grad_() for f in factors]
+    pairs = [LowRank(draw(2, 5), draw(7, 2)), LowRank(draw(3, 5), draw(7, 3), draw(3), draw(7))]  # K 5, N 7
+    for factor in trained(pairs):
+        factor.requires_grad_()
+    return draw(11, 5), draw(5, 7), draw(7), pairs
+
+
+def trained(pairs: Sequence[LowRank]) -> list[torch.Tensor]:
+    return [factor for pair in pairs for factor in pair if factor is not None]
+
+
+def paired(flat: Sequence[torch.Tensor]) -> list[LowRank]:
+    return [LowRank(*flat[:2]), LowRank(*flat[2:])]
 
 
 MASK = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) > 0.3
@@ -27,53 +39,71 @@ USES = {
 }
 
 
-def reference(x: Any, w: Any, b: Any, uses: list[LoraUse], factors: list[torch.Tensor]) -> torch.Tensor:
+def reference(x: Any, w: Any, b: Any, uses: list[LoraUse], pairs: list[LowRank]) -> torch.Tensor:
     y = x @ w + (0 if b is None else b)
-    for use, a, b_factor in zip(uses, factors[::2], factors[1::2], strict=True):
+    for use, (a, b_factor, d, g) in zip(uses, pairs, strict=True):
         part = x[use.start : use.end]
         if use.keep_mask:
             part = part * use.keep_mask() * use.keep_scale
         row = torch.zeros_like(y)
-        row[use.start : use.end] = part @ a.T @ b_factor.T * use.scale
-        y = y + row
+        row[use.start : use.end] = ((part @ a.T) * (1 if d is None else d)) @ b_factor.T * (1 if g is None else g)
+        y = y + row * use.scale
     return y
 
 
 @pytest.mark.parametrize("uses", USES.values(), ids=USES)
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_equals_autograd(uses: list[LoraUse], with_bias: bool) -> None:
-    x, w, bias, factors = make()
+    x, w, bias, pairs = make()
     b = bias if with_bias else None
     x.requires_grad_()
     upstream = torch.randn(11, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    ours, theirs = multi_lora(x, w, b, uses, factors), reference(x, w, b, uses, factors)
+    ours, theirs = multi_lora(x, w, b, uses, pairs), reference(x, w, b, uses, pairs)
     torch.testing.assert_close(ours, theirs)
-    found = torch.autograd.grad(ours, [x, *factors], upstream)
-    expected = torch.autograd.grad(theirs, [x, *factors], upstream)
+    found = torch.autograd.grad(ours, [x, *trained(pairs)], upstream)
+    expected = torch.autograd.grad(theirs, [x, *trained(pairs)], upstream)
     torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("uses", USES.values(), ids=USES)
 def test_gradients_by_finite_differences(uses: list[LoraUse]) -> None:
-    x, w, b, factors = make()
-    assert torch.autograd.gradcheck(lambda x, *f: multi_lora(x, w, b, uses, f), (x.requires_grad_(), *factors))
+    x, w, b, pairs = make()
+    inputs = (x.requires_grad_(), *trained(pairs))
+    assert torch.autograd.gradcheck(lambda x, *flat: multi_lora(x, w, b, uses, paired(flat)), inputs)
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_a_frozen_factor_gets_no_gradient_and_changes_no_other(which: int) -> None:
+    x, w, b, pairs = make()
+    x.requires_grad_()
+    expected = torch.autograd.grad(multi_lora(x, w, b, USES["dropout"], pairs).square().sum(), [x, *trained(pairs)])
+    for index, factor in enumerate(trained(pairs)):
+        factor.requires_grad_(index == which)
+    multi_lora(x, w, b, USES["dropout"], pairs).square().sum().backward()
+    torch.testing.assert_close([x.grad, trained(pairs)[which].grad], [expected[0], expected[1 + which]])
+    assert [index for index, factor in enumerate(trained(pairs)) if factor.grad is not None] == [which]
 
 
 def test_no_input_gradient_where_nothing_upstream_needs_one() -> None:
-    x, w, b, factors = make()
-    multi_lora(x, w, b, USES["plain"], factors).sum().backward()
-    assert x.grad is None and w.grad is None and b.grad is None and all(f.grad is not None for f in factors)
+    x, w, b, pairs = make()
+    multi_lora(x, w, b, USES["plain"], pairs).sum().backward()
+    assert x.grad is None and w.grad is None and b.grad is None
+    assert all(factor.grad is not None for factor in trained(pairs))
 
 
-def test_backward_keeps_only_what_adapters_need() -> None:
-    x, w, b, factors = make()
+@pytest.mark.parametrize("trains_a", [True, False])
+def test_backward_keeps_only_what_adapters_need(trains_a: bool) -> None:
+    x, w, b, pairs = make()
+    for pair in pairs:
+        pair.a_RK.requires_grad_(trains_a)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        multi_lora(x.requires_grad_(), w, b, USES["plain"], factors)
+        multi_lora(x.requires_grad_(), w, b, USES["plain"], pairs)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    for known in (x, w, *factors):  # nothing but x, the frozen weight itself and the factors ...
+    for known in (w, *trained(pairs)):  # nothing but the frozen weight itself, the factors ...
         storages.pop(known.untyped_storage().data_ptr(), None)
-    assert sum(storages.values()) <= (3 * 2 + 4 * 3) * 8  # ... and the shrunk rows S: [3, 2] and [4, 3]
+    assert (storages.pop(x.untyped_storage().data_ptr(), None) is not None) == trains_a  # ... x for A's gradient ...
+    assert sum(storages.values()) == (3 * 2 + 4 * 3) * 8  # ... and the shrunk rows S: [3, 2] and [4, 3]
 
 
 @pytest.mark.parametrize(
@@ -82,14 +112,20 @@ def test_backward_keeps_only_what_adapters_need() -> None:
     ids=["overlap", "beyond", "too few"],
 )
 def test_ranges_that_do_not_fit_are_refused(uses: list[LoraUse]) -> None:
-    x, w, b, factors = make()
+    x, w, b, pairs = make()
     with pytest.raises(ValueError, match=r"overlaps|leaves|factors"):
-        multi_lora(x, w, b, uses, factors)
+        multi_lora(x, w, b, uses, pairs)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    x, w, b, factors = make()
+    x, w, b, (first, second) = make()
     with pytest.raises(ValueError, match="do not fit"):
-        multi_lora(x, w, b, USES["plain"], [factors[0], factors[3], *factors[2:]])
+        multi_lora(x, w, b, USES["plain"], [first._replace(b_NR=second.b_NR), second])
     with pytest.raises(ValueError, match="rows"):
-        multi_lora(x, w.T, b, USES["plain"], factors)
+        multi_lora(x, w.T, b, USES["plain"], [first, second])
+    for wrong in (
+        second._replace(shrink_gain_R=second.expand_gain_N),
+        second._replace(expand_gain_N=second.shrink_gain_R),
+    ):
+        with pytest.raises(ValueError, match="gain"):
+            multi_lora(x, w, b, USES["plain"], [first, wrong])

@@ -1,13 +1,14 @@
-"""Every method, trained in one batch with all the others, equals HF PEFT training it alone."""
+"""Every method, trained in one batch with all the others, equals its reference training it alone."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from engine.errors import InvalidInputError
-from engine.method import Method
+from engine.method import Method, SiteKind
 from engine.methods import Activation, Bottleneck, Ia3, Lora, LoraBias, Miss, Placement, Prefix, Prompt, Selective, Vera
 from engine.task import LrSchedule, Optimizer
 from tests.engine.runtime.tiny import CONFIGS, TinyTask, executor_with, model_of, task_of, train, train_with_peft
@@ -33,16 +34,28 @@ IN_PEFT: dict[str, Method] = {
     "prefix": Prefix(6),
 }
 OWN: dict[str, Method] = {
-    "houlsby": Bottleneck(8, ("o_proj", "down_proj"), scale=0.5),
-    "parallel": Bottleneck(3, ("gate_proj",), Placement.PARALLEL, Activation.GELU),
+    "houlsby": Bottleneck(8, ("self_attn", "mlp"), scale=0.5),
+    "pfeiffer": Bottleneck(5, ("1.mlp",), activation=Activation.SILU),
+    "he-parallel": Bottleneck(4, ("mlp",), Placement.PARALLEL, Activation.TANH, scale=4.0),
+    "serial-linear": Bottleneck(8, ("o_proj", "down_proj")),
+    "parallel-linear": Bottleneck(3, ("gate_proj",), Placement.PARALLEL, Activation.GELU),
+    "nested": Bottleneck(2, ("mlp", "down_proj")),
     "bitfit": Selective(("all-biases",)),
     "mixed-vectors": Selective(("q_proj.bias", "post_attention_layernorm.weight")),
 }
-OPTIONS: dict[str, dict[str, object]] = {
-    "adamw-constant": dict(learning_rate=1e-2, weight_decay=0.1),
-    "adamw-cosine-accumulated": dict(lr_schedule=LrSchedule.COSINE, warmup_steps=3, micro_batch_size=1),
-    "sgd-constant-accumulated": dict(optimizer=Optimizer.SGD, learning_rate=0.2, micro_batch_size=1, momentum=0.5),
-    "sgd-cosine": dict(optimizer=Optimizer.SGD, learning_rate=0.2, lr_schedule=LrSchedule.COSINE, warmup_steps=3),
+OPTIONS: dict[str, dict[str, Any]] = {
+    f"{optimizer.value}-{accumulation}-{schedule.value}": dict(
+        optimizer=optimizer,
+        learning_rate=1e-3 if optimizer is Optimizer.ADAMW else 1e-2,
+        weight_decay=0.1 if accumulation == 1 else 0.0,
+        momentum=0.5 if optimizer is Optimizer.SGD and accumulation == 4 else 0.0,
+        micro_batch_size=4 // accumulation,
+        lr_schedule=schedule,
+        warmup_steps=5 if schedule is LrSchedule.COSINE else 0,
+    )
+    for optimizer in Optimizer
+    for accumulation in (1, 4)
+    for schedule in (LrSchedule.CONSTANT, LrSchedule.COSINE)
 }
 
 
@@ -55,25 +68,29 @@ def tasks_of(methods: dict[str, Method], num_steps: int, **training: object) -> 
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_every_method_among_all_others_equals_peft_alone(options: dict[str, object], tmp_path: Path) -> None:
+def test_every_method_among_all_others_equals_its_reference_alone(options: dict[str, Any], tmp_path: Path) -> None:
+    """50 steps: losses of each to 1e-5, weights to 1e-4. HF PEFT, or plain torch for the methods it lacks.
+
+    The rates are such that float32 can tell: at ten times these, PEFT itself is 1e-4 from its own run in float64.
+    """
     model = model_of(CONFIGS["llama-tied"])  # with biases
-    methods = {n: m for n, m in (IN_PEFT | OWN).items() if n != "loraplus" or options.get("optimizer") is None}
-    tasks = tasks_of(methods, 12, **options)
+    is_adam = options["optimizer"] is Optimizer.ADAMW
+    tasks = tasks_of({n: m for n, m in (IN_PEFT | OWN).items() if n != "loraplus" or is_adam}, 50, **options)
     executor = executor_with(model, tasks)
     for task in tasks:
         executor.export(task.name, tmp_path / task.name / "before")
-    results = train(executor, tasks, 12)
+    results = train(executor, tasks, 50)
     for task in tasks:
-        if task.name in OWN:
-            continue
         losses, _, tensors = train_with_peft(model, task, tmp_path / task.name / "before")
         assert [r.loss for r in results[task.name]] == pytest.approx(losses, rel=1e-5), task.name
         executor.export(task.name, tmp_path / task.name / "after")
-        exported = load_file(tmp_path / task.name / "after" / "adapter_model.safetensors")
-        assert exported.keys() == tensors.keys(), task.name
+        before, after = (
+            load_file(tmp_path / task.name / when / "adapter_model.safetensors") for when in ("before", "after")
+        )
+        assert after.keys() == tensors.keys(), task.name
         for name, tensor in tensors.items():
-            torch.testing.assert_close(exported[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-        assert losses[-1] < losses[0], "it did not train"
+            torch.testing.assert_close(after[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        assert any((before[name] - after[name]).abs().max() > 1e-4 for name in after), "it did not train"
 
 
 EVERYWHERE: dict[str, Method] = {
@@ -102,8 +119,9 @@ def test_every_method_trains_and_exports_on_every_architecture_or_is_refused(arc
     model = model_of(CONFIGS[architecture])
     executor = executor_with(model, [])
     has_bias = any(site.has_bias for site in executor.backbone.sites)
+    blocks = [site.name for site in executor.backbone.sites if site.kind is SiteKind.BLOCK]
     tasks = []
-    for task in tasks_of(EVERYWHERE, 2, learning_rate=0.03):
+    for task in tasks_of(EVERYWHERE | {"sublayers": Bottleneck(4, tuple(blocks))}, 2, learning_rate=0.03):
         lacks_bias = task.name in ("bitfit", "biases") and not has_bias
         if lacks_bias or architecture in NOT_THERE.get(task.name, ()):
             with pytest.raises(InvalidInputError, match=r"spec\.\w+\.(length|bias|parameters|target_modules)"):

@@ -24,6 +24,8 @@ from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
 from engine.runtime.task_run import Assignment
 from engine.task import LrSchedule, Optimizer, TaskSpec, Training
+from engine.verification import plain
+from engine.verification.reference import in_peft
 
 VOCAB = 97
 _COMMON = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -116,8 +118,10 @@ def task_of(
     return TinyTask(name, spec, num_steps, rows)
 
 
-def num_targets(rows: Sequence[tuple[tuple[int, ...], int]]) -> int:
-    return sum(len(ids) - max(1, prompt) for ids, prompt in rows)
+def num_targets(task: TinyTask, step: int) -> int:
+    """The first token of a row is one only if virtual tokens stand before it."""
+    first = 0 if task.spec.method.num_virtual_tokens else 1
+    return sum(len(ids) - max(first, prompt) for ids, prompt in task.batch(step))
 
 
 def pack_round(
@@ -129,7 +133,7 @@ def pack_round(
         rows, size, at, placed = task.batch(step), task.spec.training.micro_batch_size, 0, []
         for ids, prompt in rows:
             virtual = task.spec.method.num_virtual_tokens
-            placed.append(((0,) * virtual + ids, prompt + virtual if prompt else 1 + virtual, at))
+            placed.append(((0,) * virtual + ids, prompt + virtual, at))
             at += virtual + len(ids)
         cuts[task.name] = [placed[i : i + size] for i in range(0, len(placed), size)]
     num_microbatches = max(len(c) for c in cuts.values())
@@ -149,7 +153,7 @@ def pack_round(
             ids_T += [0] * tail
             targets_T += [IGNORE] * tail
             segments = tuple(Segment(len(ids), at) for ids, _, at in cuts[task.name][i])
-            denominator = num_targets(task.batch(step))
+            denominator = num_targets(task, step)
             is_last = i == len(cuts[task.name]) - 1
             ranges.append(Range(task.name, step, start, len(ids_T) - start, segments, denominator, is_last))
         arrays = np.array(ids_T, np.int32), np.array(targets_T, np.int32)
@@ -179,8 +183,19 @@ def executor_with(model: Any, tasks: Sequence[TinyTask]) -> Executor:
 
 
 def train_with_peft(model: Any, task: TinyTask, folder: Path) -> tuple[list[float], list[float], dict[str, Any]]:
-    """HF PEFT alone, from the adapter in `folder`, padded batches: (losses, gradient norms, final tensors)."""
+    """HF PEFT alone, or plain torch where it lacks the method, from the adapter in `folder`, padded batches:
+    (losses, gradient norms, final tensors)."""
+    if not in_peft(folder):
+        model = copy.deepcopy(model)
+        tensors = plain.adapted(model, folder)
+        return *fit(model, task), {name: tensor.detach() for name, tensor in tensors.items()}
     peft_model = _loaded(copy.deepcopy(model), folder)
+    losses, norms = fit(peft_model, task)
+    return losses, norms, get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+
+
+def fit(peft_model: Any, task: TinyTask) -> tuple[list[float], list[float]]:
+    """Trains what requires a gradient, as a tenant alone would, on padded batches: (losses, gradient norms)."""
     training = task.spec.training
     parameters = [p for p in peft_model.parameters() if p.requires_grad]
     factor = getattr(task.spec.method, "b_rate_factor", 1.0)
@@ -209,18 +224,20 @@ def train_with_peft(model: Any, task: TinyTask, folder: Path) -> tuple[list[floa
         for i in range(0, len(rows), training.micro_batch_size):
             batch = _padded(rows[i : i + training.micro_batch_size])
             labels = batch.pop("labels")
-            num_tokens = batch["input_ids"].shape[1]
-            logits = peft_model(**batch, use_cache=False).logits[:, -num_tokens:-1]
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-            (loss / num_targets(rows)).backward()
-            loss_sum += loss.item() / num_targets(rows)
+            logits = peft_model(**batch, use_cache=False).logits
+            labels = torch.nn.functional.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=-100)  # as peft does
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+            )
+            (loss / num_targets(task, step)).backward()
+            loss_sum += loss.item() / num_targets(task, step)
         limit = training.max_grad_norm or float("inf")
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, limit).item())
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         losses.append(loss_sum)
-    return losses, norms, get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    return losses, norms
 
 
 def _loaded(model: Any, folder: Path) -> Any:

@@ -1,0 +1,22 @@
+"""The PEFT methods a task may ask for: one file each, what it is, where its parameters lie and how large they are.
+
+How a method computes stands in `engine/peft/<name>.py`, whose name is the method's name here, in the proto's oneof and
+in every field path. Legend of shapes: K inputs, N outputs, R rank, S bottleneck.
+"""
+
+from engine.method import Method
+from engine.methods.bottleneck import Activation, Bottleneck, Placement
+from engine.methods.ia3 import Ia3
+from engine.methods.lora import MAX_RANK, Lora, LoraBias
+from engine.methods.miss import Miss
+from engine.methods.prefix import Prefix
+from engine.methods.prompt import Prompt
+from engine.methods.selective import Selective
+from engine.methods.vera import Vera
+
+METHODS: dict[str, type[Method]] = {m.name: m for m in (Lora, Vera, Ia3, Bottleneck, Selective, Prompt, Prefix, Miss)}
+
+__all__ = [
+    "MAX_RANK", "METHODS", "Activation", "Bottleneck", "Ia3", "Lora", "LoraBias", "Method", "Miss", "Placement",
+    "Prefix", "Prompt", "Selective", "Vera",
+]  # fmt: skip

@@ -1,0 +1,67 @@
+"""Bottleneck adapters: what is asked for, and what it takes."""
+
+import enum
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from engine.method import Method, Shapes, Site, SiteKind, Wrong, differences
+
+
+class Placement(enum.Enum):
+    SERIAL = "serial"  # reads the operator's output
+    PARALLEL = "parallel"  # reads the operator's input
+
+
+class Activation(enum.Enum):
+    RELU = "relu"
+    GELU = "gelu"
+    SILU = "silu"
+    TANH = "tanh"
+
+
+@dataclass(frozen=True)
+class Bottleneck(Method):
+    """Bottleneck adapters: y += scale * (act(h @ D.T + d) @ U.T + u), h the operator's output (serial) or input.
+
+    At linear operators, or at whole sublayers: serial at both of a layer ("self_attn", "mlp" in Llama) is the placement
+    of Houlsby et al. (arXiv 1902.00751), serial at "mlp" alone that of Pfeiffer et al. (arXiv 2005.00247), parallel at
+    "mlp" that of He et al. (arXiv 2110.04366); all before the residual is added. "all-linear" takes no sublayer. U
+    starts at zero: the task starts as the backbone.
+    """
+
+    name: ClassVar[str] = "bottleneck"
+    peft_type: ClassVar[str] = "MUXTUNE_BOTTLENECK"
+
+    size: int = 64
+    target_modules: tuple[str, ...] = ()
+    placement: Placement = Placement.SERIAL
+    activation: Activation = Activation.RELU
+    scale: float = 1.0
+
+    def shapes(self, sites: Sequence[Site]) -> Shapes:
+        taken = self._targets(self.target_modules, sites, kinds=(SiteKind.LINEAR, SiteKind.BLOCK))
+        return {site.name: self._shapes_at(site) for site in sites if site.name in taken}
+
+    def kept_elements(self, site: Site, num_tokens: int) -> int:
+        """What it reads, and the S inside, once more where the activation's slope is not told by what it gives."""
+        inside = self.size * (2 if self.activation in (Activation.GELU, Activation.SILU) else 1)
+        return num_tokens * (self._width(site) + inside)
+
+    def _width(self, site: Site) -> int:
+        return site.out_features if self.placement is Placement.SERIAL else site.in_features
+
+    def _shapes_at(self, site: Site) -> dict[str, tuple[int, ...]]:
+        down = {"down_weight": (self.size, self._width(site)), "down_bias": (self.size,)}
+        return down | {"up_weight": (site.out_features, self.size), "up_bias": (site.out_features,)}
+
+    def wrongs(self) -> Iterator[Wrong]:
+        if not 1 <= self.size <= 8192:
+            yield Wrong("size", self.size, "must be 1 to 8192")
+        if not 0 < self.scale < math.inf:
+            yield Wrong("scale", self.scale, "must be positive and finite")
+
+    def misfit(self, config: Mapping[str, Any]) -> str:
+        wanted = {"size": self.size, "placement": self.placement.value, "activation": self.activation.value}
+        return differences(config, {"peft_type": self.peft_type, **wanted, "scale": self.scale})

@@ -1,0 +1,43 @@
+"""(IA)^3: what is asked for, and what it takes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from engine.method import Method, Shapes, Site, Wrong, differences
+from engine.target_modules import ALL_LINEAR, matches
+
+
+@dataclass(frozen=True)
+class Ia3(Method):
+    """(IA)^3 (arXiv 2205.05638): y = l * (x W + b); at `feedforward_modules` the input is scaled: y = (l * x) W + b."""
+
+    name: ClassVar[str] = "ia3"
+    peft_type: ClassVar[str] = "IA3"
+
+    target_modules: tuple[str, ...] = ()
+    feedforward_modules: tuple[str, ...] = ()
+
+    def shapes(self, sites: Sequence[Site]) -> Shapes:
+        taken = self._targets(self.target_modules, sites)
+        if self.feedforward_modules:
+            inputs = self._targets(self.feedforward_modules, sites, "feedforward_modules")
+            if odd := sorted(inputs - taken):
+                raise self._refusal("feedforward_modules", f'"{odd[0]}" is not among the target modules')
+        return {
+            site.name: {"ia3_l": (1, site.in_features) if self.scales_input(site.name) else (site.out_features, 1)}
+            for site in sites
+            if site.name in taken
+        }
+
+    def kept_elements(self, site: Site, num_tokens: int) -> int:
+        return num_tokens * (site.in_features if self.scales_input(site.name) else site.out_features)
+
+    def scales_input(self, name: str) -> bool:
+        return ALL_LINEAR in self.feedforward_modules or any(matches(m, name) for m in self.feedforward_modules)
+
+    def wrongs(self) -> Iterator[Wrong]:
+        yield from ()
+
+    def misfit(self, config: Mapping[str, Any]) -> str:
+        return differences(config, {"peft_type": self.peft_type})

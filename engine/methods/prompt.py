@@ -1,0 +1,40 @@
+"""Prompt tuning: what is asked for, and what it takes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from engine.method import Method, Shapes, Site, SiteKind, Wrong, differences
+
+
+@dataclass(frozen=True)
+class Prompt(Method):
+    """Prompt tuning (arXiv 2104.08691): `length` trained embeddings stand before each of the task's sequences.
+
+    They start as the embeddings of tokens drawn from the vocabulary.
+    """
+
+    name: ClassVar[str] = "prompt"
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+
+    length: int = 8
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return self.length
+
+    def shapes(self, sites: Sequence[Site]) -> Shapes:
+        found = [site for site in sites if site.kind is SiteKind.EMBEDDING]
+        if not found:
+            raise self._refusal("length", "the backbone's layers are not as wide as its embeddings: use another method")
+        return {site.name: {"prompt": (self.length, site.out_features)} for site in found}
+
+    def kept_elements(self, site: Site, num_tokens: int) -> int:
+        return 0
+
+    def wrongs(self) -> Iterator[Wrong]:
+        if not 1 <= self.length <= 1024:
+            yield Wrong("length", self.length, "must be 1 to 1024")
+
+    def misfit(self, config: Mapping[str, Any]) -> str:
+        return differences(config, {"peft_type": self.peft_type, "num_virtual_tokens": self.length})
