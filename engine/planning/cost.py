@@ -87,6 +87,9 @@ class CostProfile:
         )
 
 
+UNKNOWN = CostProfile()
+
+
 def total(parts: Iterable[Part]) -> Part:
     """All of them as one."""
     rows = [
@@ -100,7 +103,7 @@ def total(parts: Iterable[Part]) -> Part:
 def adapter_load(method: Method, sites: Sequence[Site]) -> AdapterLoad:
     """Raises InvalidInputError if what the method names is not among the sites."""
     shapes = method.shapes(sites)
-    linear = {site.name: site for site in sites if site.kind is SiteKind.LINEAR}
+    linear = {site.name: site for site in sites if site.kind in (SiteKind.LINEAR, SiteKind.BLOCK)}
     sizes = {name: sum(math.prod(shape) for shape in tensors.values()) for name, tensors in shapes.items()}
     multiplications = sum(size for name, size in sizes.items() if name in linear)
     if isinstance(method, Vera):  # each module multiplies by the frozen factors that all share

@@ -1,26 +1,22 @@
-"""How long a task still takes, from what is left of it and of those it is fused with."""
+"""How long tasks on one executor still take, if nobody comes: rounds get shorter as neighbours finish."""
 
 from collections.abc import Sequence
 
-from engine.planning.plan import TaskView
+from engine.planning.hosts import Crowd, Host
+from engine.planning.needs import Need
 
 
-def seconds_left(task: TaskView, fused: Sequence[TaskView], tokens_per_second: float) -> float | None:
-    """Until `task` has done its last step beside `fused` (which holds it too); None until a rate is measured.
-
-    Every round is one step of each fused task, so a neighbour costs its tokens for as many rounds as both still run.
-    """
-    if tokens_per_second <= 0:
-        return None
-    rounds = steps_left(task)
-    tokens = sum(min(rounds, steps_left(other)) * tokens_per_step(other) for other in fused)
-    return tokens / tokens_per_second
-
-
-def steps_left(task: TaskView) -> int:
-    return max(0, task.num_steps - task.step)
-
-
-def tokens_per_step(task: TaskView) -> float:
-    """Effective tokens of one optimizer step, on average."""
-    return task.num_train_tokens / max(1, task.num_steps)
+def seconds_left(host: Host, needs: Sequence[Need]) -> dict[str, float]:
+    """Until each has done its last step. Every round is one step of each that has one left."""
+    result, elapsed, rounds_done = dict[str, float](), 0.0, 0
+    waiting = sorted(needs, key=lambda need: need.task.num_steps_left, reverse=True)
+    crowds = [Crowd()]
+    for need in waiting:  # those with most steps first: a prefix of them is who is left
+        crowds.append(crowds[-1] + host.crowd_of(need))
+    for count in range(len(waiting), 0, -1):
+        task = waiting[count - 1].task
+        rounds = task.num_steps_left - rounds_done
+        elapsed += rounds * host.round_seconds(crowds[count])
+        rounds_done += rounds
+        result[task.name] = elapsed
+    return result

@@ -27,6 +27,7 @@ from engine.planning.cost import CostProfile
 
 EXACT_TASKS = 10
 _TOLERANCE = 1e-3  # of the bisection, relative
+_TIE = 1e-9  # of the largest work, for each group: of equals, the fewest hTasks
 _Floats = NDArray[np.float64]
 _Path = tuple[float, list[int]]  # work, and the groups taken
 
@@ -239,12 +240,13 @@ class _Given(_Groups):
 def _best_of_groups(groups: _Groups, stage: Stage) -> Fusion:
     """Bisects the bound on latency where the least work under it meets the bound."""
     number_GJ, work_GJ, latency_GJ = _choices(groups, stage)
+    tie = _TIE * float(work_GJ[np.isfinite(work_GJ)].max(initial=0.0))
 
     def under(bound: float) -> tuple[Fusion, float]:
         allowed_GJ = np.where(latency_GJ <= bound, work_GJ, np.inf)
         choice_G = allowed_GJ.argmin(axis=1)
         at = np.arange(len(choice_G)), choice_G
-        work, taken = groups.cover(allowed_GJ[at])
+        work, taken = groups.cover(allowed_GJ[at] + tie)
         if not math.isfinite(work):
             return Fusion((), math.inf), work
         made = tuple(
@@ -252,6 +254,7 @@ def _best_of_groups(groups: _Groups, stage: Stage) -> Fusion:
                   float(latency_GJ[g, choice_G[g]]))
             for g in taken
         )  # fmt: skip
+        work = sum(group.work_seconds for group in made)
         return Fusion(made, max(work, *(group.latency_seconds for group in made))), work
 
     best, work = under(math.inf)

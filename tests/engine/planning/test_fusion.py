@@ -159,11 +159,12 @@ def test_on_four_stages_all_in_one_would_wait_for_itself() -> None:
     assert found.period_seconds == pytest.approx(150, rel=1e-3)
 
 
-def test_a_saturated_device_is_not_fused_for() -> None:
-    """Past the knee and without fixed costs, fusing gains nothing: the period is that of separate hTasks."""
+def test_a_saturated_device_gains_nothing_from_fusion() -> None:
+    """Past the knee and without fixed costs the period is that of separate hTasks; of equals, the fewest are taken."""
     jobs = [Job(str(i), 500) for i in range(6)]
     stage = Stage(replace(FLAT, knee_tokens=100.0), 500)
     assert fuse(jobs, stage).period_seconds == of_partition([[job] for job in jobs], stage).period_seconds == 3000
+    assert len(fuse(jobs, stage).groups) == 1
 
 
 def test_a_task_that_keeps_much_does_not_make_small_microbatches_for_all() -> None:
