@@ -2,7 +2,8 @@
 sees it."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 
 from engine.planning.cost import AdapterLoad, CostProfile, Part, adapter_load
 from engine.planning.fusion import Job
@@ -27,20 +28,31 @@ class Need:
                    self.footprint.sequence_tokens, self.footprint.kept_bytes)  # fmt: skip
 
 
-@dataclass
 class Appraiser:
-    """Works out needs; remembers what depends on the spec alone, by method and backbone, for as long as it lives."""
+    """Works out needs, and remembers them for as long as it lives: most of a need depends on the spec alone."""
 
-    limits: Limits
-    _known: dict[tuple[str, str, str], tuple[Footprint, AdapterLoad]] = field(default_factory=dict)
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._needs: dict[tuple[str, str], Need] = {}
+        self._methods: dict[tuple[str, str], AdapterLoad] = {}
 
     def need(self, task: TaskView, backbone: BackboneView) -> Need:
         """Raises InvalidInputError if the task's method names what the backbone has not."""
-        key = (repr(task.spec.method), repr(task.spec.training), backbone.name)
-        if key not in self._known:
-            self._known[key] = footprint(task.spec, backbone), adapter_load(task.spec.method, backbone.sites)
-        held, load = self._known[key]
-        return Need(task, held, _step(task, load, self.limits))
+        key = task.name, backbone.name
+        known = self._needs.get(key)
+        if known is None or known.task.spec != task.spec:
+            method = repr(task.spec.method), backbone.name
+            if method not in self._methods:
+                self._methods[method] = adapter_load(task.spec.method, backbone.sites)
+            step = _step(task, self._methods[method], self._limits)
+            known = Need(task, footprint(task.spec, backbone), step)
+        elif known.task is not task:
+            known = Need(task, known.footprint, known.step)
+        self._needs[key] = known
+        return known
+
+    def forget_all_but(self, tasks: Collection[str]) -> None:
+        self._needs = {key: need for key, need in self._needs.items() if key[0] in tasks}
 
 
 def _step(task: TaskView, load: AdapterLoad, limits: Limits) -> Part:

@@ -52,6 +52,7 @@ def decide(snapshot: Snapshot, limits: Limits, appraiser: Appraiser) -> Decision
     placement = place(pool, newcomers, limits.preempts)
     # 3. On each executor: which share microbatches, in what order.
     htasks = {name: _htasks(host, snapshot.running.get(name, ()), limits) for name, host in pool.hosts.items()}
+    appraiser.forget_all_but({task.name for task in snapshot.tasks})
     return Decision(pool, placement, htasks, refused)
 
 
