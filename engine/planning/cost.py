@@ -1,8 +1,8 @@
 """Seconds of a microbatch, from what is in it: a formula of seven prices, fitted to measurements by `fit.py`.
 
-    seconds = scale * (fixed + token * max(T, knee) + square * sum(L^2) + target * M
-                       + mount * ranges' adapted modules + multiply * adapters' multiplications
-                       + parameter * parameters stepped)
+    seconds = fixed + token * max(T, knee) + square * sum(L^2) + target * M
+              + module * ranges' adapted modules + multiplication * adapters' multiplications
+              + parameter * parameters stepped
 
 Up to `knee` tokens a device is not busy: more tokens cost nothing. Past it the base operators are linear in tokens,
 attention is quadratic in each sequence, the output head runs at target positions only, an adapter costs a launch for
@@ -48,7 +48,7 @@ class Part:
 class CostProfile:
     """Prices in seconds, each at least 0, so that more work never costs less. The zero profile knows nothing.
 
-    `scale`: measured over predicted, of what ran since the prices were fitted. `error`: median relative error.
+    `error`: median relative error on what it was fitted to.
     """
 
     fixed_seconds: float = 0.0
@@ -59,7 +59,6 @@ class CostProfile:
     module_seconds: float = 0.0
     multiplication_seconds: float = 0.0
     parameter_seconds: float = 0.0
-    scale: float = 1.0
     error: float = 0.0
 
     @property
@@ -74,11 +73,11 @@ class CostProfile:
     def base_seconds(self, num_tokens: float, num_microbatches: float) -> float:
         """What the backbone's operators cost for tokens spread evenly over microbatches."""
         busy = max(num_tokens, num_microbatches * self.knee_tokens)
-        return self.scale * (self.fixed_seconds * num_microbatches + self.token_seconds * busy)
+        return self.fixed_seconds * num_microbatches + self.token_seconds * busy
 
     def extra_seconds(self, part: Part) -> float:
         """What a part costs whoever it is fused with: attention, head, adapter, optimizer. Adds up over parts."""
-        return self.scale * (
+        return (
             self.square_seconds * part.num_squared_tokens
             + self.target_seconds * part.num_targets
             + self.module_seconds * part.num_modules

@@ -37,7 +37,7 @@ def fit(samples: Sequence[Sample]) -> CostProfile:
     tokens_N = features_NF[:, 1].copy()
     best = _fit_with_knee(features_NF, tokens_N, seconds_N, 0.0)
     without = best.error
-    for knee in np.linspace(tokens_N.min(), tokens_N.max(), _NUM_KNEES + 2)[1:-1]:
+    for knee in np.geomspace(tokens_N.min(), tokens_N.max(), _NUM_KNEES + 2)[1:-1]:
         candidate = _fit_with_knee(features_NF, tokens_N, seconds_N, float(knee))
         if candidate.error < min(best.error, without * (1 - _MIN_GAIN)):
             best = candidate
@@ -49,12 +49,14 @@ def error_of(profile: CostProfile, samples: Sequence[Sample]) -> float:
     return statistics.median(abs(profile.microbatch_seconds(s.parts) / s.seconds - 1) for s in samples)
 
 
-def corrected(profile: CostProfile, recent: Sequence[Sample]) -> CostProfile:
-    """The profile at the speed of recent samples: prices keep their proportions, `scale` follows the median ratio."""
+def refit(start: Sequence[Sample], recent: Sequence[Sample]) -> CostProfile:
+    """What was calibrated, at the speed of what ran since, and fitted to both: a machine gets slower or faster as a
+    whole, and real microbatches are larger than there was time to try. Raises as `fit`."""
+    first = fit(start)
     if not recent:
-        return profile
-    ratio = statistics.median(s.seconds / profile.microbatch_seconds(s.parts) for s in recent)
-    return replace(profile, scale=profile.scale * ratio)
+        return first
+    ratio = statistics.median(sample.seconds / first.microbatch_seconds(sample.parts) for sample in recent)
+    return fit([*(Sample(sample.parts, sample.seconds * ratio) for sample in start), *recent])
 
 
 def _features(whole: Part) -> tuple[float, ...]:

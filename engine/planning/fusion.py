@@ -280,7 +280,7 @@ def _choices(groups: _Groups, stage: Stage) -> tuple[_Floats, _Floats, _Floats]:
     number_GJ: _Floats = fewest_G[:, None] + np.arange(2.0 * stage.num_stages - 1)
     profile = stage.profile
     busy_GJ = np.maximum(groups.tokens_G[:, None], number_GJ * profile.knee_tokens)
-    base_GJ = profile.scale * (profile.fixed_seconds * number_GJ + profile.token_seconds * busy_GJ)
+    base_GJ = profile.fixed_seconds * number_GJ + profile.token_seconds * busy_GJ
     work_GJ = (base_GJ + groups.extra_G[:, None]) / stage.num_stages
     others = stage.num_stages - 1
     latency_GJ = work_GJ * (1 + others / number_GJ) + 2 * others * stage.hop_seconds

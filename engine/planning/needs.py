@@ -21,7 +21,7 @@ class Need:
 
     def seconds(self, profile: CostProfile) -> float:
         """What a step costs an executor that is busy anyway: the task's claim on it."""
-        return profile.scale * profile.token_seconds * self.step.num_tokens + profile.extra_seconds(self.step)
+        return profile.token_seconds * self.step.num_tokens + profile.extra_seconds(self.step)
 
     def job(self, profile: CostProfile) -> Job:
         return Job(self.task.name, self.step.num_tokens, profile.extra_seconds(self.step),

@@ -23,7 +23,7 @@ from engine.task import TaskSpec, Training
 
 _FIRST_TOKENS = 16
 _LARGEST_SHARE = 0.15  # of the time, for one run of the largest probe
-_MAX_PASSES = 7
+_MAX_PASSES = 3
 _STRIDE = 8
 
 
