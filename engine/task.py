@@ -103,7 +103,11 @@ class Training:
 @dataclass(frozen=True)
 class TaskSpec:
     """What a tenant asks for. `dataset` and `initial_adapter` are resource names; `dataset_version` is the SHA-256
-    of the dataset's bytes, resolved at admission."""
+    of the dataset's bytes, resolved at admission.
+
+    Of a tenant's tasks that of the highest `priority` runs first, then that of the earliest deadline (microseconds
+    since the epoch; 0: none).
+    """
 
     backbone: str
     method: Method
@@ -112,6 +116,8 @@ class TaskSpec:
     dataset_version: str = ""
     initial_adapter: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    priority: int = 0
+    deadline_microseconds: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,22 @@
-"""Protobuf <-> the engine's dataclasses: the only code that knows both. Shared defaults live here, as the protos state.
+"""Protobuf <-> the engine's dataclasses: the only code that knows both, with method_convert.py and plan_convert.py.
+Shared defaults live here, as the protos state.
 
 Legend: T tokens of a microbatch.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from google.protobuf.timestamp_pb2 import Timestamp
 from numpy.typing import NDArray
 
 from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range, Segment
 from engine.errors import FieldViolation, InvalidInputError
-from engine.method import Site, SiteKind
-from engine.planning.plan import BackboneView, ExecutorView, Explanation, HTask, TaskView
 from engine.results import EvaluationResult, StepResult
 from engine.task import LrSchedule, Optimizer, Overlength, TaskSpec, TaskState, Training
-from muxtune.v1 import alignment_pb2, dataset_pb2, ledger_pb2, plan_pb2, task_pb2
+from muxtune.v1 import alignment_pb2, dataset_pb2, task_pb2
 from services.method_convert import method_to_domain, method_to_proto
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def spec_to_domain(spec: task_pb2.TaskSpec, path: str = "spec") -> TaskSpec:
         dataset_version=spec.dataset_version,
         initial_adapter=spec.initial_adapter,
         labels=dict(spec.labels),
+        priority=spec.priority,
+        deadline_microseconds=spec.deadline.ToMicroseconds() if spec.HasField("deadline") else 0,
     )
 
 
@@ -117,6 +119,8 @@ def _choice(table: Mapping[int, E], value: int, path: str, wrong: list[FieldViol
 
 def spec_to_proto(spec: TaskSpec) -> task_pb2.TaskSpec:
     """`spec_to_domain` of it is `spec` again."""
+    deadline = Timestamp()
+    deadline.FromMicroseconds(spec.deadline_microseconds)
     return task_pb2.TaskSpec(
         **{spec.method.name: method_to_proto(spec.method)},
         backbone=spec.backbone,
@@ -125,6 +129,8 @@ def spec_to_proto(spec: TaskSpec) -> task_pb2.TaskSpec:
         training=training_to_proto(spec.training),
         initial_adapter=spec.initial_adapter,
         labels=spec.labels,
+        priority=spec.priority,
+        deadline=deadline if spec.deadline_microseconds else None,
     )
 
 
@@ -263,78 +269,3 @@ def step_to_proto(result: StepResult) -> task_pb2.StepDone:
 
 def evaluation_to_proto(result: EvaluationResult) -> task_pb2.Evaluated:
     return task_pb2.Evaluated(step=result.step, loss=result.loss, target_tokens=result.num_target_tokens)
-
-
-def site_to_module(site: Site) -> plan_pb2.AdaptableModule:
-    return plan_pb2.AdaptableModule(
-        name=site.name,
-        in_features=site.in_features,
-        out_features=site.out_features,
-        kind=plan_pb2.ModuleKind.Value(f"MODULE_KIND_{site.kind.name}"),
-        has_bias=site.has_bias,
-        group_size=site.group_size,
-    )
-
-
-def module_to_site(module: plan_pb2.AdaptableModule) -> Site:
-    kinds = {plan_pb2.ModuleKind.Value(f"MODULE_KIND_{kind.name}"): kind for kind in SiteKind}
-    kind = kinds.get(module.kind, SiteKind.LINEAR)
-    group_size = max(1, module.group_size)
-    return Site(module.name, module.in_features, module.out_features, kind, module.has_bias, group_size)
-
-
-def backbone_to_view(backbone: plan_pb2.Backbone) -> BackboneView:
-    return BackboneView(
-        name=backbone.name,
-        num_parameters=backbone.num_parameters,
-        num_layers=backbone.num_layers,
-        hidden_size=backbone.hidden_size,
-        vocab_size=backbone.vocab_size,
-        max_sequence_tokens=backbone.max_sequence_tokens,
-        weight_bytes=backbone.weight_bytes,
-        dtype=backbone.dtype,
-        sites=tuple(module_to_site(module) for module in backbone.adaptable_modules),
-    )
-
-
-def executor_to_view(executor: plan_pb2.Executor) -> ExecutorView:
-    return ExecutorView(
-        name=executor.name,
-        backbone=backbone_to_view(executor.backbone),
-        memory_bytes=executor.device.memory_bytes,
-        effective_tokens_per_second=executor.device.effective_tokens_per_second,
-        is_draining=executor.draining,
-    )
-
-
-def snapshot_task_to_view(entry: ledger_pb2.SnapshotTask, age: int) -> TaskView:
-    task = entry.task
-    return TaskView(
-        name=task.name,
-        tenant=task.name.rpartition("/tasks/")[0],
-        spec=spec_to_domain(task.spec),
-        age=age,
-        num_steps=task.estimate.num_steps,
-        step=task.progress.step,
-        num_train_tokens=task.estimate.num_train_tokens,
-        executor=entry.executor,
-        is_cancelling=task.state == task_pb2.TASK_STATE_CANCELLING,
-    )
-
-
-def htask_to_proto(htask: HTask) -> plan_pb2.HTask:
-    return plan_pb2.HTask(tasks=htask.tasks, token_budget=htask.token_budget, chunk_tokens=htask.chunk_tokens)
-
-
-def explanation_to_proto(explanation: Explanation) -> plan_pb2.TaskExplanation:
-    fields: dict[str, Any] = {}
-    if explanation.predicted_seconds_left is not None:
-        fields["predicted_seconds_left"] = explanation.predicted_seconds_left
-    return plan_pb2.TaskExplanation(
-        task=explanation.task,
-        executor=explanation.executor,
-        neighbours=explanation.neighbours,
-        reason=explanation.reason,
-        predicted_bytes=explanation.predicted_bytes,
-        **fields,
-    )

@@ -1,72 +1,119 @@
-"""Which tasks are resident where, fused how. Pure: the same snapshot gives the same plan.
+"""Which tasks are resident where, fused how. Pure: the same snapshot gives the same plan."""
 
-For now the simplest honest planner: oldest first, all that fit in memory, one hTask an executor.
-"""
-
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from engine.errors import InvalidInputError
-from engine.planning.cost import seconds_left
-from engine.planning.memory import adapter_bytes, microbatch_tokens, refuse_if_never_fits, total_bytes
-from engine.planning.plan import ExecutorView, Explanation, HTask, Limits, Plan, Snapshot, TaskView
+from engine.planning.explain import explain_residents
+from engine.planning.fusion import Fusion, Job, fuse, of_partition
+from engine.planning.hosts import Host, Pool
+from engine.planning.memory import refuse_if_never_fits
+from engine.planning.needs import Appraiser, Need
+from engine.planning.placement import Placement, place
+from engine.planning.plan import Explanation, HTask, Limits, Plan, Snapshot, TaskView
+
+KEEP_WITHIN = 1.05  # hTasks that run are kept while their period is within this of the best
 
 
-def plan(snapshot: Snapshot, limits: Limits) -> Plan:
-    """Residents stay where they are; others go, oldest first, to the fitting executor with the fewest tasks."""
-    usable = {e.name: e for e in snapshot.executors if not e.is_draining}
-    residents: dict[str, list[TaskView]] = {name: [] for name in usable}
-    waiting: list[Explanation] = []
-    for task in sorted(snapshot.tasks, key=lambda t: (t.executor not in usable, t.age)):
-        target = _place(task, usable, residents, limits)
-        if isinstance(target, Explanation):
-            waiting.append(target)
-        else:
-            residents[target.name].append(task)
-    htasks = {name: _fuse(tasks, limits) for name, tasks in residents.items()}
-    placed = [e for name, tasks in residents.items() for e in _explain(usable[name], tasks, limits)]
-    return Plan(htasks, (*placed, *waiting))
+@dataclass(frozen=True)
+class Decision:
+    """What a plan is made of, before it is explained."""
+
+    pool: Pool
+    placement: Placement
+    htasks: dict[str, tuple[HTask, ...]]
+    refused: dict[str, str]  # can run nowhere, and why
 
 
-def _place(
-    task: TaskView, usable: dict[str, ExecutorView], residents: dict[str, list[TaskView]], limits: Limits
-) -> ExecutorView | Explanation:
-    hosts = [e for e in usable.values() if e.backbone.name == task.spec.backbone]
-    if not hosts:
-        return Explanation(task.name, "", (), f"no executor of backbone {task.spec.backbone} is ready")
-    hosts.sort(key=lambda e: (e.name != task.executor, len(residents[e.name]), e.name))
-    try:
-        refuse_if_never_fits(task.spec, hosts, limits.token_budget, limits.chunk_tokens)
-    except InvalidInputError as error:  # it fitted an executor that has left, or other operators
-        return Explanation(task.name, "", (), str(error))
-    for executor in hosts:
-        if _bytes(executor, [*residents[executor.name], task], limits) <= executor.memory_bytes:
-            return executor
-    return Explanation(task.name, "", (), "waits for memory: every executor of its backbone is full")
-
-
-def _bytes(executor: ExecutorView, tasks: Sequence[TaskView], limits: Limits) -> int:
-    specs = [task.spec for task in tasks]
-    num_tokens = microbatch_tokens(specs, limits.token_budget, limits.chunk_tokens)
-    return total_bytes(specs, executor.backbone, num_tokens)
-
-
-def _fuse(tasks: Sequence[TaskView], limits: Limits) -> tuple[HTask, ...]:
-    if not tasks:
-        return ()
-    budget = microbatch_tokens([t.spec for t in tasks], limits.token_budget, limits.chunk_tokens)
-    names = tuple(t.name for t in sorted(tasks, key=lambda t: t.age))
-    return (HTask(names, budget, limits.chunk_tokens),)
-
-
-def _explain(executor: ExecutorView, tasks: Sequence[TaskView], limits: Limits) -> list[Explanation]:
-    return [
-        Explanation(
-            task=task.name,
-            executor=executor.name,
-            neighbours=tuple(t.name for t in tasks if t is not task),
-            reason="stays where it runs" if task.executor == executor.name else "oldest that fits in memory",
-            predicted_bytes=adapter_bytes(task.spec, executor.backbone),
-            predicted_seconds_left=seconds_left(task, tasks, executor.effective_tokens_per_second),
-        )
-        for task in tasks
+def plan(snapshot: Snapshot, limits: Limits, appraiser: Appraiser | None = None) -> Plan:
+    """One scheduling decision, explained. `appraiser` may live from plan to plan: it only remembers."""
+    decision = decide(snapshot, limits, appraiser or Appraiser(limits))
+    placement, hosts = decision.placement, decision.pool.hosts.values()
+    waiting = {name: why for name, (_, why) in placement.waiting.items()} | decision.refused
+    explanations = [
+        *(told for host in hosts for told in explain_residents(host, decision.htasks[host.name], placement.reasons)),
+        *(Explanation(name, "", (), why) for name, why in waiting.items()),
     ]
+    return Plan(decision.htasks, tuple(explanations))
+
+
+def decide(snapshot: Snapshot, limits: Limits, appraiser: Appraiser) -> Decision:
+    """The decision, on one screen."""
+    pool = Pool((Host(e, limits) for e in snapshot.executors if not e.is_draining), snapshot.tenant_weights)
+    # 1. Who runs stays where it is. Who can run nowhere says why.
+    newcomers, refused = list[Need](), dict[str, str]()
+    for task in sorted(snapshot.tasks, key=lambda task: (task.age, task.name)):
+        need = _need(task, pool, limits, appraiser)
+        if isinstance(need, str):
+            refused[task.name] = need
+        elif not _stays(need, pool):
+            newcomers.append(need)
+    pool.count()
+    # 2. The others by fairness, where the round will be shortest; the rest waits.
+    placement = place(pool, newcomers, limits.preempts)
+    # 3. On each executor: which share microbatches, in what order.
+    htasks = {name: _htasks(host, snapshot.running.get(name, ()), limits) for name, host in pool.hosts.items()}
+    appraiser.forget_all_but({task.name for task in snapshot.tasks})
+    return Decision(pool, placement, htasks, refused)
+
+
+def _need(task: TaskView, pool: Pool, limits: Limits, appraiser: Appraiser) -> Need | str:
+    """The need, or why no executor can meet it."""
+    hosts = pool.of_backbone(task.spec.backbone)
+    if not hosts:
+        return f"no executor of backbone {task.spec.backbone} is ready"
+    try:
+        need = appraiser.need(task, hosts[0].executor.backbone)
+        if need.task.executor not in pool.hosts and not any(host.could_hold(need) for host in hosts):
+            executors = [host.executor for host in hosts]
+            refuse_if_never_fits(task.spec, executors, limits.token_budget, limits.chunk_tokens)
+    except InvalidInputError as error:  # it fitted an executor that has left, or other operators
+        return str(error)
+    return need
+
+
+def _stays(need: Need, pool: Pool) -> bool:
+    """Puts a resident back where it is, oldest first, if it still fits there."""
+    host = pool.hosts.get(need.task.executor)
+    stays = host is not None and host.executor.backbone.name == need.task.spec.backbone and host.fits(need)
+    if host is not None and stays:
+        pool.keep(need, host)
+    return stays
+
+
+def _htasks(host: Host, running: tuple[HTask, ...], limits: Limits) -> tuple[HTask, ...]:
+    """The best hTasks, or those that run where they serve the same tasks nearly as well (hysteresis)."""
+    if not host.residents:
+        return ()
+    is_same = limits.fuses and {name for htask in running for name in htask.tasks} == host.residents.keys()
+    if is_same and len(running) == host.executor.num_stages == 1:  # one hTask on one stage: there is nothing better
+        return running
+    jobs, stage = host.jobs(), host.stage()
+    best = fuse(list(jobs.values()), stage) if limits.fuses else of_partition([[job] for job in jobs.values()], stage)
+    if is_same:
+        kept = of_partition([[jobs[name] for name in htask.tasks] for htask in running], stage)
+        if kept.period_seconds <= KEEP_WITHIN * best.period_seconds:
+            return running
+    return _in_order(best, host, limits)
+
+
+def _in_order(fusion: Fusion, host: Host, limits: Limits) -> tuple[HTask, ...]:
+    """As the pipeline's template has them: sizes rising and falling; members oldest first."""
+    rising = sorted(fusion.groups, key=lambda group: (group.microbatch_seconds, group.jobs[0].name))
+    return tuple(
+        HTask(_by_age(group.jobs, host), _token_budget(group.jobs, group.num_microbatches, host, limits),
+              limits.chunk_tokens)
+        for group in rising[::2] + rising[1::2][::-1]
+    )  # fmt: skip
+
+
+def _by_age(jobs: tuple[Job, ...], host: Host) -> tuple[str, ...]:
+    return tuple(sorted((job.name for job in jobs), key=lambda name: (host.residents[name].task.age, name)))
+
+
+def _token_budget(jobs: tuple[Job, ...], num_microbatches: int, host: Host, limits: Limits) -> int:
+    """So much that the round has about so many microbatches; on one stage all there is room for."""
+    largest = host.stage().max_tokens
+    if host.executor.num_stages == 1:
+        return largest
+    wanted = max(max(job.longest_tokens for job in jobs), sum(job.num_tokens for job in jobs) / num_microbatches)
+    return min(largest, -(-int(wanted) // limits.chunk_tokens) * limits.chunk_tokens)

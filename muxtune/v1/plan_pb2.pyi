@@ -185,13 +185,34 @@ class TaskExplanation(_message.Message):
     NEIGHBOURS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     PREDICTED_BYTES_FIELD_NUMBER: _builtins.int
+    ALONE_BYTES_FIELD_NUMBER: _builtins.int
     PREDICTED_SECONDS_LEFT_FIELD_NUMBER: _builtins.int
+    ROUND_SECONDS_FIELD_NUMBER: _builtins.int
+    ALONE_ROUND_SECONDS_FIELD_NUMBER: _builtins.int
+    PREDICTED_STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    MEASURED_STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    PADDING_FRACTION_FIELD_NUMBER: _builtins.int
+    MISSES_DEADLINE_FIELD_NUMBER: _builtins.int
     task: _builtins.str
     executor: _builtins.str
     """Empty: it waits."""
     reason: _builtins.str
     predicted_bytes: _builtins.int
+    """Bytes it adds, and those of an instance of its own."""
+    alone_bytes: _builtins.int
     predicted_seconds_left: _builtins.float
+    round_seconds: _builtins.float
+    """Seconds of a round, in which every task of its executor takes one step; and had it the executor to itself. Unset:
+    its executor's costs are not known yet.
+    """
+    alone_round_seconds: _builtins.float
+    predicted_step_seconds: _builtins.float
+    """Its own share of device time, for a step."""
+    measured_step_seconds: _builtins.float
+    padding_fraction: _builtins.float
+    """Of its tokens so far, the part that was padding."""
+    misses_deadline: _builtins.bool
+    """By the prediction it will be done after its deadline."""
     @_builtins.property
     def neighbours(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Tasks in the same hTask."""
@@ -204,15 +225,43 @@ class TaskExplanation(_message.Message):
         neighbours: _abc.Iterable[_builtins.str] | None = ...,
         reason: _builtins.str = ...,
         predicted_bytes: _builtins.int = ...,
+        alone_bytes: _builtins.int = ...,
         predicted_seconds_left: _builtins.float | None = ...,
+        round_seconds: _builtins.float | None = ...,
+        alone_round_seconds: _builtins.float | None = ...,
+        predicted_step_seconds: _builtins.float | None = ...,
+        measured_step_seconds: _builtins.float | None = ...,
+        padding_fraction: _builtins.float | None = ...,
+        misses_deadline: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_predicted_seconds_left", b"_predicted_seconds_left", "predicted_seconds_left", b"predicted_seconds_left"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alone_round_seconds", b"_alone_round_seconds", "_measured_step_seconds", b"_measured_step_seconds", "_padding_fraction", b"_padding_fraction", "_predicted_seconds_left", b"_predicted_seconds_left", "_predicted_step_seconds", b"_predicted_step_seconds", "_round_seconds", b"_round_seconds", "alone_round_seconds", b"alone_round_seconds", "measured_step_seconds", b"measured_step_seconds", "padding_fraction", b"padding_fraction", "predicted_seconds_left", b"predicted_seconds_left", "predicted_step_seconds", b"predicted_step_seconds", "round_seconds", b"round_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_seconds_left", b"_predicted_seconds_left", "executor", b"executor", "neighbours", b"neighbours", "predicted_bytes", b"predicted_bytes", "predicted_seconds_left", b"predicted_seconds_left", "reason", b"reason", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alone_round_seconds", b"_alone_round_seconds", "_measured_step_seconds", b"_measured_step_seconds", "_padding_fraction", b"_padding_fraction", "_predicted_seconds_left", b"_predicted_seconds_left", "_predicted_step_seconds", b"_predicted_step_seconds", "_round_seconds", b"_round_seconds", "alone_bytes", b"alone_bytes", "alone_round_seconds", b"alone_round_seconds", "executor", b"executor", "measured_step_seconds", b"measured_step_seconds", "misses_deadline", b"misses_deadline", "neighbours", b"neighbours", "padding_fraction", b"padding_fraction", "predicted_bytes", b"predicted_bytes", "predicted_seconds_left", b"predicted_seconds_left", "predicted_step_seconds", b"predicted_step_seconds", "reason", b"reason", "round_seconds", b"round_seconds", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__alone_round_seconds: _TypeAlias = _typing.Literal["alone_round_seconds"]  # noqa: Y015
+    _WhichOneofArgType__alone_round_seconds: _TypeAlias = _typing.Literal["_alone_round_seconds", b"_alone_round_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__measured_step_seconds: _TypeAlias = _typing.Literal["measured_step_seconds"]  # noqa: Y015
+    _WhichOneofArgType__measured_step_seconds: _TypeAlias = _typing.Literal["_measured_step_seconds", b"_measured_step_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__padding_fraction: _TypeAlias = _typing.Literal["padding_fraction"]  # noqa: Y015
+    _WhichOneofArgType__padding_fraction: _TypeAlias = _typing.Literal["_padding_fraction", b"_padding_fraction"]  # noqa: Y015
     _WhichOneofReturnType__predicted_seconds_left: _TypeAlias = _typing.Literal["predicted_seconds_left"]  # noqa: Y015
     _WhichOneofArgType__predicted_seconds_left: _TypeAlias = _typing.Literal["_predicted_seconds_left", b"_predicted_seconds_left"]  # noqa: Y015
+    _WhichOneofReturnType__predicted_step_seconds: _TypeAlias = _typing.Literal["predicted_step_seconds"]  # noqa: Y015
+    _WhichOneofArgType__predicted_step_seconds: _TypeAlias = _typing.Literal["_predicted_step_seconds", b"_predicted_step_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__round_seconds: _TypeAlias = _typing.Literal["round_seconds"]  # noqa: Y015
+    _WhichOneofArgType__round_seconds: _TypeAlias = _typing.Literal["_round_seconds", b"_round_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__alone_round_seconds) -> _WhichOneofReturnType__alone_round_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__measured_step_seconds) -> _WhichOneofReturnType__measured_step_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__padding_fraction) -> _WhichOneofReturnType__padding_fraction | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_seconds_left) -> _WhichOneofReturnType__predicted_seconds_left | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_step_seconds) -> _WhichOneofReturnType__predicted_step_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__round_seconds) -> _WhichOneofReturnType__round_seconds | None: ...
 
 Global___TaskExplanation: _TypeAlias = TaskExplanation  # noqa: Y015
 
@@ -343,6 +392,8 @@ class Executor(_message.Message):
     LEASE_EPOCH_FIELD_NUMBER: _builtins.int
     LEASE_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    NUM_STAGES_FIELD_NUMBER: _builtins.int
+    HOP_SECONDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """executors/{executor}"""
     address: _builtins.str
@@ -350,6 +401,9 @@ class Executor(_message.Message):
     """Made anew at each process start: a lease belongs to one incarnation."""
     lease_epoch: _builtins.int
     draining: _builtins.bool
+    num_stages: _builtins.int
+    """Stages of its pipeline; 0: 1. Seconds from one stage to the next."""
+    hop_seconds: _builtins.float
     @_builtins.property
     def backbone(self) -> Global___Backbone: ...
     @_builtins.property
@@ -367,10 +421,12 @@ class Executor(_message.Message):
         lease_epoch: _builtins.int = ...,
         lease_expire_time: _timestamp_pb2.Timestamp | None = ...,
         draining: _builtins.bool = ...,
+        num_stages: _builtins.int = ...,
+        hop_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "device", b"device", "lease_expire_time", b"lease_expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "backbone", b"backbone", "device", b"device", "draining", b"draining", "incarnation", b"incarnation", "lease_epoch", b"lease_epoch", "lease_expire_time", b"lease_expire_time", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "backbone", b"backbone", "device", b"device", "draining", b"draining", "hop_seconds", b"hop_seconds", "incarnation", b"incarnation", "lease_epoch", b"lease_epoch", "lease_expire_time", b"lease_expire_time", "name", b"name", "num_stages", b"num_stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -471,6 +527,7 @@ class Device(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     USED_BYTES_FIELD_NUMBER: _builtins.int
     EFFECTIVE_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """"cpu" or "cuda" """
     model: _builtins.str
@@ -480,6 +537,10 @@ class Device(_message.Message):
     used_bytes: _builtins.int
     effective_tokens_per_second: _builtins.float
     """Measured at start and corrected by what runs; 0: not yet."""
+    @_builtins.property
+    def cost(self) -> Global___CostProfile:
+        """What microbatches cost on it: calibrated at start, corrected by what runs. Unset: not yet."""
+
     def __init__(
         self,
         *,
@@ -488,11 +549,61 @@ class Device(_message.Message):
         memory_bytes: _builtins.int = ...,
         used_bytes: _builtins.int = ...,
         effective_tokens_per_second: _builtins.float = ...,
+        cost: Global___CostProfile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["effective_tokens_per_second", b"effective_tokens_per_second", "kind", b"kind", "memory_bytes", b"memory_bytes", "model", b"model", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "effective_tokens_per_second", b"effective_tokens_per_second", "kind", b"kind", "memory_bytes", b"memory_bytes", "model", b"model", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Device: _TypeAlias = Device  # noqa: Y015
+
+@_typing.final
+class CostProfile(_message.Message):
+    """seconds = fixed + token * max(T, knee) + square * sum of squared sequence lengths + target * target positions
+      + module * adapted modules of all ranges + multiplication * the adapters' multiplications
+      + parameter * parameters stepped, for a microbatch of T tokens. docs/planning.md derives it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIXED_SECONDS_FIELD_NUMBER: _builtins.int
+    TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
+    KNEE_TOKENS_FIELD_NUMBER: _builtins.int
+    SQUARE_SECONDS_FIELD_NUMBER: _builtins.int
+    TARGET_SECONDS_FIELD_NUMBER: _builtins.int
+    MODULE_SECONDS_FIELD_NUMBER: _builtins.int
+    MULTIPLICATION_SECONDS_FIELD_NUMBER: _builtins.int
+    PARAMETER_SECONDS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    fixed_seconds: _builtins.float
+    token_seconds: _builtins.float
+    knee_tokens: _builtins.float
+    square_seconds: _builtins.float
+    target_seconds: _builtins.float
+    module_seconds: _builtins.float
+    multiplication_seconds: _builtins.float
+    parameter_seconds: _builtins.float
+    error: _builtins.float
+    """Median relative error on what it was fitted to."""
+    def __init__(
+        self,
+        *,
+        fixed_seconds: _builtins.float = ...,
+        token_seconds: _builtins.float = ...,
+        knee_tokens: _builtins.float = ...,
+        square_seconds: _builtins.float = ...,
+        target_seconds: _builtins.float = ...,
+        module_seconds: _builtins.float = ...,
+        multiplication_seconds: _builtins.float = ...,
+        parameter_seconds: _builtins.float = ...,
+        error: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "fixed_seconds", b"fixed_seconds", "knee_tokens", b"knee_tokens", "module_seconds", b"module_seconds", "multiplication_seconds", b"multiplication_seconds", "parameter_seconds", b"parameter_seconds", "square_seconds", b"square_seconds", "target_seconds", b"target_seconds", "token_seconds", b"token_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CostProfile: _TypeAlias = CostProfile  # noqa: Y015

@@ -24,31 +24,44 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from muxtune.v1 import plan_pb2 as muxtune_dot_v1_dot_plan__pb2
+from muxtune.v1 import task_pb2 as muxtune_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmuxtune/v1/scheduling.proto\x12\nmuxtune.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15muxtune/v1/plan.proto\"A\n\x17RegisterExecutorRequest\x12&\n\x08\x65xecutor\x18\x01 \x01(\x0b\x32\x14.muxtune.v1.Executor\"b\n\x18RegisterExecutorResponse\x12\x13\n\x0blease_epoch\x18\x01 \x01(\x03\x12\x31\n\x0elease_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x84\x01\n\x10KeepLeaseRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x13\n\x0blease_epoch\x18\x03 \x01(\x03\x12\"\n\x06\x64\x65vice\x18\x04 \x01(\x0b\x32\x12.muxtune.v1.Device\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"F\n\x11KeepLeaseResponse\x12\x31\n\x0elease_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"I\n SchedulingServiceEndLeaseRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"#\n!SchedulingServiceEndLeaseResponse\"\x10\n\x0eGetPlanRequest\"\x82\x01\n\x0fGetPlanResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12+\n\texecutors\x18\x02 \x03(\x0b\x32\x18.muxtune.v1.ExecutorPlan\x12\x31\n\x0c\x65xplanations\x18\x03 \x03(\x0b\x32\x1b.muxtune.v1.TaskExplanation2\xe9\x02\n\x11SchedulingService\x12]\n\x10RegisterExecutor\x12#.muxtune.v1.RegisterExecutorRequest\x1a$.muxtune.v1.RegisterExecutorResponse\x12H\n\tKeepLease\x12\x1c.muxtune.v1.KeepLeaseRequest\x1a\x1d.muxtune.v1.KeepLeaseResponse\x12g\n\x08\x45ndLease\x12,.muxtune.v1.SchedulingServiceEndLeaseRequest\x1a-.muxtune.v1.SchedulingServiceEndLeaseResponse\x12\x42\n\x07GetPlan\x12\x1a.muxtune.v1.GetPlanRequest\x1a\x1b.muxtune.v1.GetPlanResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmuxtune/v1/scheduling.proto\x12\nmuxtune.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15muxtune/v1/plan.proto\x1a\x15muxtune/v1/task.proto\"A\n\x17RegisterExecutorRequest\x12&\n\x08\x65xecutor\x18\x01 \x01(\x0b\x32\x14.muxtune.v1.Executor\"b\n\x18RegisterExecutorResponse\x12\x13\n\x0blease_epoch\x18\x01 \x01(\x03\x12\x31\n\x0elease_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x84\x01\n\x10KeepLeaseRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x13\n\x0blease_epoch\x18\x03 \x01(\x03\x12\"\n\x06\x64\x65vice\x18\x04 \x01(\x0b\x32\x12.muxtune.v1.Device\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"F\n\x11KeepLeaseResponse\x12\x31\n\x0elease_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"I\n SchedulingServiceEndLeaseRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"#\n!SchedulingServiceEndLeaseResponse\"\x10\n\x0eGetPlanRequest\"\x82\x01\n\x0fGetPlanResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12+\n\texecutors\x18\x02 \x03(\x0b\x32\x18.muxtune.v1.ExecutorPlan\x12\x31\n\x0c\x65xplanations\x18\x03 \x03(\x0b\x32\x1b.muxtune.v1.TaskExplanation\"\"\n\x12\x45xplainPlanRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\"\xa6\x01\n\x13\x45xplainPlanResponse\x12\x30\n\x0b\x65xplanation\x18\x01 \x01(\x0b\x32\x1b.muxtune.v1.TaskExplanation\x12 \n\x05htask\x18\x02 \x01(\x0b\x32\x11.muxtune.v1.HTask\x12%\n\x04\x63ost\x18\x03 \x01(\x0b\x32\x17.muxtune.v1.CostProfile\x12\x14\n\x0ctimeline_svg\x18\x04 \x01(\t\"B\n\x13SimulatePlanRequest\x12+\n\x05tasks\x18\x01 \x03(\x0b\x32\x1c.muxtune.v1.HypotheticalTask\"q\n\x10HypotheticalTask\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\"\n\x04spec\x18\x02 \x01(\x0b\x32\x14.muxtune.v1.TaskSpec\x12\x11\n\tnum_steps\x18\x03 \x01(\x05\x12\x18\n\x10num_train_tokens\x18\x04 \x01(\x03\"v\n\x14SimulatePlanResponse\x12\x31\n\x0c\x65xplanations\x18\x01 \x03(\x0b\x32\x1b.muxtune.v1.TaskExplanation\x12+\n\tforecasts\x18\x02 \x03(\x0b\x32\x18.muxtune.v1.TaskForecast\"~\n\x0cTaskForecast\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x19\n\x0cseconds_left\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11seconds_left_with\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x0f\n\r_seconds_leftB\x14\n\x12_seconds_left_with2\x8c\x04\n\x11SchedulingService\x12]\n\x10RegisterExecutor\x12#.muxtune.v1.RegisterExecutorRequest\x1a$.muxtune.v1.RegisterExecutorResponse\x12H\n\tKeepLease\x12\x1c.muxtune.v1.KeepLeaseRequest\x1a\x1d.muxtune.v1.KeepLeaseResponse\x12g\n\x08\x45ndLease\x12,.muxtune.v1.SchedulingServiceEndLeaseRequest\x1a-.muxtune.v1.SchedulingServiceEndLeaseResponse\x12\x42\n\x07GetPlan\x12\x1a.muxtune.v1.GetPlanRequest\x1a\x1b.muxtune.v1.GetPlanResponse\x12N\n\x0b\x45xplainPlan\x12\x1e.muxtune.v1.ExplainPlanRequest\x1a\x1f.muxtune.v1.ExplainPlanResponse\x12Q\n\x0cSimulatePlan\x12\x1f.muxtune.v1.SimulatePlanRequest\x1a .muxtune.v1.SimulatePlanResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'muxtune.v1.scheduling_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REGISTEREXECUTORREQUEST']._serialized_start=98
-  _globals['_REGISTEREXECUTORREQUEST']._serialized_end=163
-  _globals['_REGISTEREXECUTORRESPONSE']._serialized_start=165
-  _globals['_REGISTEREXECUTORRESPONSE']._serialized_end=263
-  _globals['_KEEPLEASEREQUEST']._serialized_start=266
-  _globals['_KEEPLEASEREQUEST']._serialized_end=398
-  _globals['_KEEPLEASERESPONSE']._serialized_start=400
-  _globals['_KEEPLEASERESPONSE']._serialized_end=470
-  _globals['_SCHEDULINGSERVICEENDLEASEREQUEST']._serialized_start=472
-  _globals['_SCHEDULINGSERVICEENDLEASEREQUEST']._serialized_end=545
-  _globals['_SCHEDULINGSERVICEENDLEASERESPONSE']._serialized_start=547
-  _globals['_SCHEDULINGSERVICEENDLEASERESPONSE']._serialized_end=582
-  _globals['_GETPLANREQUEST']._serialized_start=584
-  _globals['_GETPLANREQUEST']._serialized_end=600
-  _globals['_GETPLANRESPONSE']._serialized_start=603
-  _globals['_GETPLANRESPONSE']._serialized_end=733
-  _globals['_SCHEDULINGSERVICE']._serialized_start=736
-  _globals['_SCHEDULINGSERVICE']._serialized_end=1097
+  _globals['_REGISTEREXECUTORREQUEST']._serialized_start=121
+  _globals['_REGISTEREXECUTORREQUEST']._serialized_end=186
+  _globals['_REGISTEREXECUTORRESPONSE']._serialized_start=188
+  _globals['_REGISTEREXECUTORRESPONSE']._serialized_end=286
+  _globals['_KEEPLEASEREQUEST']._serialized_start=289
+  _globals['_KEEPLEASEREQUEST']._serialized_end=421
+  _globals['_KEEPLEASERESPONSE']._serialized_start=423
+  _globals['_KEEPLEASERESPONSE']._serialized_end=493
+  _globals['_SCHEDULINGSERVICEENDLEASEREQUEST']._serialized_start=495
+  _globals['_SCHEDULINGSERVICEENDLEASEREQUEST']._serialized_end=568
+  _globals['_SCHEDULINGSERVICEENDLEASERESPONSE']._serialized_start=570
+  _globals['_SCHEDULINGSERVICEENDLEASERESPONSE']._serialized_end=605
+  _globals['_GETPLANREQUEST']._serialized_start=607
+  _globals['_GETPLANREQUEST']._serialized_end=623
+  _globals['_GETPLANRESPONSE']._serialized_start=626
+  _globals['_GETPLANRESPONSE']._serialized_end=756
+  _globals['_EXPLAINPLANREQUEST']._serialized_start=758
+  _globals['_EXPLAINPLANREQUEST']._serialized_end=792
+  _globals['_EXPLAINPLANRESPONSE']._serialized_start=795
+  _globals['_EXPLAINPLANRESPONSE']._serialized_end=961
+  _globals['_SIMULATEPLANREQUEST']._serialized_start=963
+  _globals['_SIMULATEPLANREQUEST']._serialized_end=1029
+  _globals['_HYPOTHETICALTASK']._serialized_start=1031
+  _globals['_HYPOTHETICALTASK']._serialized_end=1144
+  _globals['_SIMULATEPLANRESPONSE']._serialized_start=1146
+  _globals['_SIMULATEPLANRESPONSE']._serialized_end=1264
+  _globals['_TASKFORECAST']._serialized_start=1266
+  _globals['_TASKFORECAST']._serialized_end=1392
+  _globals['_SCHEDULINGSERVICE']._serialized_start=1395
+  _globals['_SCHEDULINGSERVICE']._serialized_end=1919
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from muxtune.v1 import plan_pb2 as _plan_pb2
+from muxtune.v1 import task_pb2 as _task_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -195,3 +196,170 @@ class GetPlanResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetPlanResponse: _TypeAlias = GetPlanResponse  # noqa: Y015
+
+@_typing.final
+class ExplainPlanRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    task: _builtins.str
+    """tenants/{tenant}/tasks/{task}"""
+    def __init__(
+        self,
+        *,
+        task: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainPlanRequest: _TypeAlias = ExplainPlanRequest  # noqa: Y015
+
+@_typing.final
+class ExplainPlanResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPLANATION_FIELD_NUMBER: _builtins.int
+    HTASK_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    TIMELINE_SVG_FIELD_NUMBER: _builtins.int
+    timeline_svg: _builtins.str
+    """SVG of the hTasks' microbatches over the stages, two rounds, by predicted seconds. Empty while it waits."""
+    @_builtins.property
+    def explanation(self) -> _plan_pb2.TaskExplanation: ...
+    @_builtins.property
+    def htask(self) -> _plan_pb2.HTask:
+        """Unset while it waits."""
+
+    @_builtins.property
+    def cost(self) -> _plan_pb2.CostProfile: ...
+    def __init__(
+        self,
+        *,
+        explanation: _plan_pb2.TaskExplanation | None = ...,
+        htask: _plan_pb2.HTask | None = ...,
+        cost: _plan_pb2.CostProfile | None = ...,
+        timeline_svg: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "explanation", b"explanation", "htask", b"htask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "explanation", b"explanation", "htask", b"htask", "timeline_svg", b"timeline_svg"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainPlanResponse: _TypeAlias = ExplainPlanResponse  # noqa: Y015
+
+@_typing.final
+class SimulatePlanRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___HypotheticalTask]: ...
+    def __init__(
+        self,
+        *,
+        tasks: _abc.Iterable[Global___HypotheticalTask] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tasks", b"tasks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SimulatePlanRequest: _TypeAlias = SimulatePlanRequest  # noqa: Y015
+
+@_typing.final
+class HypotheticalTask(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
+    NUM_TRAIN_TOKENS_FIELD_NUMBER: _builtins.int
+    task: _builtins.str
+    """tenants/{tenant}/tasks/{task}: of no task there is."""
+    num_steps: _builtins.int
+    """As AdmissionService.PreflightDataset tells them. num_steps 0: the spec's own."""
+    num_train_tokens: _builtins.int
+    @_builtins.property
+    def spec(self) -> _task_pb2.TaskSpec: ...
+    def __init__(
+        self,
+        *,
+        task: _builtins.str = ...,
+        spec: _task_pb2.TaskSpec | None = ...,
+        num_steps: _builtins.int = ...,
+        num_train_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_steps", b"num_steps", "num_train_tokens", b"num_train_tokens", "spec", b"spec", "task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HypotheticalTask: _TypeAlias = HypotheticalTask  # noqa: Y015
+
+@_typing.final
+class SimulatePlanResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPLANATIONS_FIELD_NUMBER: _builtins.int
+    FORECASTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def explanations(self) -> _containers.RepeatedCompositeFieldContainer[_plan_pb2.TaskExplanation]:
+        """The plan there would be."""
+
+    @_builtins.property
+    def forecasts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskForecast]: ...
+    def __init__(
+        self,
+        *,
+        explanations: _abc.Iterable[_plan_pb2.TaskExplanation] | None = ...,
+        forecasts: _abc.Iterable[Global___TaskForecast] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanations", b"explanations", "forecasts", b"forecasts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SimulatePlanResponse: _TypeAlias = SimulatePlanResponse  # noqa: Y015
+
+@_typing.final
+class TaskForecast(_message.Message):
+    """Seconds from now until a task is done, by the prediction, if nobody else comes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    SECONDS_LEFT_FIELD_NUMBER: _builtins.int
+    SECONDS_LEFT_WITH_FIELD_NUMBER: _builtins.int
+    task: _builtins.str
+    seconds_left: _builtins.float
+    """As things are. Unset: it is hypothetical, or it can run nowhere."""
+    seconds_left_with: _builtins.float
+    """With the hypothetical tasks. Unset: it can run nowhere."""
+    def __init__(
+        self,
+        *,
+        task: _builtins.str = ...,
+        seconds_left: _builtins.float | None = ...,
+        seconds_left_with: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seconds_left", b"_seconds_left", "_seconds_left_with", b"_seconds_left_with", "seconds_left", b"seconds_left", "seconds_left_with", b"seconds_left_with"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds_left", b"_seconds_left", "_seconds_left_with", b"_seconds_left_with", "seconds_left", b"seconds_left", "seconds_left_with", b"seconds_left_with", "task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__seconds_left: _TypeAlias = _typing.Literal["seconds_left"]  # noqa: Y015
+    _WhichOneofArgType__seconds_left: _TypeAlias = _typing.Literal["_seconds_left", b"_seconds_left"]  # noqa: Y015
+    _WhichOneofReturnType__seconds_left_with: _TypeAlias = _typing.Literal["seconds_left_with"]  # noqa: Y015
+    _WhichOneofArgType__seconds_left_with: _TypeAlias = _typing.Literal["_seconds_left_with", b"_seconds_left_with"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seconds_left) -> _WhichOneofReturnType__seconds_left | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seconds_left_with) -> _WhichOneofReturnType__seconds_left_with | None: ...
+
+Global___TaskForecast: _TypeAlias = TaskForecast  # noqa: Y015

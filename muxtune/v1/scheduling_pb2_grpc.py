@@ -58,6 +58,16 @@ class SchedulingServiceStub:
                 request_serializer=muxtune_dot_v1_dot_scheduling__pb2.GetPlanRequest.SerializeToString,
                 response_deserializer=muxtune_dot_v1_dot_scheduling__pb2.GetPlanResponse.FromString,
                 _registered_method=True)
+        self.ExplainPlan = channel.unary_unary(
+                '/muxtune.v1.SchedulingService/ExplainPlan',
+                request_serializer=muxtune_dot_v1_dot_scheduling__pb2.ExplainPlanRequest.SerializeToString,
+                response_deserializer=muxtune_dot_v1_dot_scheduling__pb2.ExplainPlanResponse.FromString,
+                _registered_method=True)
+        self.SimulatePlan = channel.unary_unary(
+                '/muxtune.v1.SchedulingService/SimulatePlan',
+                request_serializer=muxtune_dot_v1_dot_scheduling__pb2.SimulatePlanRequest.SerializeToString,
+                response_deserializer=muxtune_dot_v1_dot_scheduling__pb2.SimulatePlanResponse.FromString,
+                _registered_method=True)
 
 
 class SchedulingServiceServicer:
@@ -97,6 +107,23 @@ class SchedulingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainPlan(self, request, context):
+        """Why one task runs where it runs, or waits; and the executor's hTasks over its stages as a picture.
+        NOT_FOUND: no unfinished task of that name in the last plan.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SimulatePlan(self, request, context):
+        """What would be planned, and when all would be done, had these tasks been created too; nothing is changed or stored.
+        Forecasts are left out until the executors' costs are known.
+        INVALID_ARGUMENT: a spec that does not read, no number of steps, or the name of a task there is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -119,6 +146,16 @@ def add_SchedulingServiceServicer_to_server(servicer, server):
                     servicer.GetPlan,
                     request_deserializer=muxtune_dot_v1_dot_scheduling__pb2.GetPlanRequest.FromString,
                     response_serializer=muxtune_dot_v1_dot_scheduling__pb2.GetPlanResponse.SerializeToString,
+            ),
+            'ExplainPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainPlan,
+                    request_deserializer=muxtune_dot_v1_dot_scheduling__pb2.ExplainPlanRequest.FromString,
+                    response_serializer=muxtune_dot_v1_dot_scheduling__pb2.ExplainPlanResponse.SerializeToString,
+            ),
+            'SimulatePlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.SimulatePlan,
+                    request_deserializer=muxtune_dot_v1_dot_scheduling__pb2.SimulatePlanRequest.FromString,
+                    response_serializer=muxtune_dot_v1_dot_scheduling__pb2.SimulatePlanResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -233,6 +270,60 @@ class SchedulingService:
             '/muxtune.v1.SchedulingService/GetPlan',
             muxtune_dot_v1_dot_scheduling__pb2.GetPlanRequest.SerializeToString,
             muxtune_dot_v1_dot_scheduling__pb2.GetPlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxtune.v1.SchedulingService/ExplainPlan',
+            muxtune_dot_v1_dot_scheduling__pb2.ExplainPlanRequest.SerializeToString,
+            muxtune_dot_v1_dot_scheduling__pb2.ExplainPlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SimulatePlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxtune.v1.SchedulingService/SimulatePlan',
+            muxtune_dot_v1_dot_scheduling__pb2.SimulatePlanRequest.SerializeToString,
+            muxtune_dot_v1_dot_scheduling__pb2.SimulatePlanResponse.FromString,
             options,
             channel_credentials,
             insecure,

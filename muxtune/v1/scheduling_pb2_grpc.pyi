@@ -48,6 +48,15 @@ class SchedulingServiceStub:
     """Ends the lease at once. Ending one that has ended answers OK."""
     GetPlan: _grpc.UnaryUnaryMultiCallable[_scheduling_pb2.GetPlanRequest, _scheduling_pb2.GetPlanResponse]
     """The plan as it runs, with the explanation of every unfinished task."""
+    ExplainPlan: _grpc.UnaryUnaryMultiCallable[_scheduling_pb2.ExplainPlanRequest, _scheduling_pb2.ExplainPlanResponse]
+    """Why one task runs where it runs, or waits; and the executor's hTasks over its stages as a picture.
+    NOT_FOUND: no unfinished task of that name in the last plan.
+    """
+    SimulatePlan: _grpc.UnaryUnaryMultiCallable[_scheduling_pb2.SimulatePlanRequest, _scheduling_pb2.SimulatePlanResponse]
+    """What would be planned, and when all would be done, had these tasks been created too; nothing is changed or stored.
+    Forecasts are left out until the executors' costs are known.
+    INVALID_ARGUMENT: a spec that does not read, no number of steps, or the name of a task there is.
+    """
 
 @_typing.type_check_only
 class SchedulingServiceAsyncStub(SchedulingServiceStub):
@@ -69,6 +78,15 @@ class SchedulingServiceAsyncStub(SchedulingServiceStub):
     """Ends the lease at once. Ending one that has ended answers OK."""
     GetPlan: _aio.UnaryUnaryMultiCallable[_scheduling_pb2.GetPlanRequest, _scheduling_pb2.GetPlanResponse]  # type: ignore[assignment]
     """The plan as it runs, with the explanation of every unfinished task."""
+    ExplainPlan: _aio.UnaryUnaryMultiCallable[_scheduling_pb2.ExplainPlanRequest, _scheduling_pb2.ExplainPlanResponse]  # type: ignore[assignment]
+    """Why one task runs where it runs, or waits; and the executor's hTasks over its stages as a picture.
+    NOT_FOUND: no unfinished task of that name in the last plan.
+    """
+    SimulatePlan: _aio.UnaryUnaryMultiCallable[_scheduling_pb2.SimulatePlanRequest, _scheduling_pb2.SimulatePlanResponse]  # type: ignore[assignment]
+    """What would be planned, and when all would be done, had these tasks been created too; nothing is changed or stored.
+    Forecasts are left out until the executors' costs are known.
+    INVALID_ARGUMENT: a spec that does not read, no number of steps, or the name of a task there is.
+    """
 
 class SchedulingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
@@ -111,5 +129,26 @@ class SchedulingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduling_pb2.GetPlanResponse, _abc.Awaitable[_scheduling_pb2.GetPlanResponse]]:
         """The plan as it runs, with the explanation of every unfinished task."""
+
+    @_abc_1.abstractmethod
+    def ExplainPlan(
+        self,
+        request: _scheduling_pb2.ExplainPlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduling_pb2.ExplainPlanResponse, _abc.Awaitable[_scheduling_pb2.ExplainPlanResponse]]:
+        """Why one task runs where it runs, or waits; and the executor's hTasks over its stages as a picture.
+        NOT_FOUND: no unfinished task of that name in the last plan.
+        """
+
+    @_abc_1.abstractmethod
+    def SimulatePlan(
+        self,
+        request: _scheduling_pb2.SimulatePlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduling_pb2.SimulatePlanResponse, _abc.Awaitable[_scheduling_pb2.SimulatePlanResponse]]:
+        """What would be planned, and when all would be done, had these tasks been created too; nothing is changed or stored.
+        Forecasts are left out until the executors' costs are known.
+        INVALID_ARGUMENT: a spec that does not read, no number of steps, or the name of a task there is.
+        """
 
 def add_SchedulingServiceServicer_to_server(servicer: SchedulingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -224,6 +224,8 @@ class TaskSpec(_message.Message):
     TRAINING_FIELD_NUMBER: _builtins.int
     INITIAL_ADAPTER_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    DEADLINE_FIELD_NUMBER: _builtins.int
     backbone: _builtins.str
     """Name of a backbone that an executor hosts."""
     dataset: _builtins.str
@@ -232,6 +234,8 @@ class TaskSpec(_message.Message):
     """SHA-256 (hex) of the dataset's bytes. Empty in a request: the dataset as it stands. Always set in an answer."""
     initial_adapter: _builtins.str
     """tenants/{tenant}/adapters/{adapter} to continue from: uploaded, or left by another task. Empty: from scratch."""
+    priority: _builtins.int
+    """-100 to 100. Of a tenant's tasks the highest runs first, then that of the earliest deadline, then the oldest."""
     @_builtins.property
     def lora(self) -> Global___Lora: ...
     @_builtins.property
@@ -254,6 +258,10 @@ class TaskSpec(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """At most 64 entries; keys and values of at most 63 characters."""
 
+    @_builtins.property
+    def deadline(self) -> _timestamp_pb2.Timestamp:
+        """By when it should be done: it is not refused or ended if it can't be, but told."""
+
     def __init__(
         self,
         *,
@@ -271,10 +279,12 @@ class TaskSpec(_message.Message):
         training: Global___Training | None = ...,
         initial_adapter: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        priority: _builtins.int = ...,
+        deadline: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bottleneck", b"bottleneck", "ia3", b"ia3", "lora", b"lora", "method", b"method", "miss", b"miss", "prefix", b"prefix", "prompt", b"prompt", "selective", b"selective", "training", b"training", "vera", b"vera"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bottleneck", b"bottleneck", "deadline", b"deadline", "ia3", b"ia3", "lora", b"lora", "method", b"method", "miss", b"miss", "prefix", b"prefix", "prompt", b"prompt", "selective", b"selective", "training", b"training", "vera", b"vera"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "bottleneck", b"bottleneck", "dataset", b"dataset", "dataset_version", b"dataset_version", "ia3", b"ia3", "initial_adapter", b"initial_adapter", "labels", b"labels", "lora", b"lora", "method", b"method", "miss", b"miss", "prefix", b"prefix", "prompt", b"prompt", "selective", b"selective", "training", b"training", "vera", b"vera"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "bottleneck", b"bottleneck", "dataset", b"dataset", "dataset_version", b"dataset_version", "deadline", b"deadline", "ia3", b"ia3", "initial_adapter", b"initial_adapter", "labels", b"labels", "lora", b"lora", "method", b"method", "miss", b"miss", "prefix", b"prefix", "priority", b"priority", "prompt", b"prompt", "selective", b"selective", "training", b"training", "vera", b"vera"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_method: _TypeAlias = _typing.Literal["lora", "vera", "ia3", "bottleneck", "selective", "prompt", "prefix", "miss"]  # noqa: Y015
     _WhichOneofArgType_method: _TypeAlias = _typing.Literal["method", b"method"]  # noqa: Y015

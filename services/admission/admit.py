@@ -24,7 +24,8 @@ from services.admission.tasks import UNFINISHED
 from services.admission.validation import validate
 from services.artifacts import ArtifactStore
 from services.auth import Principal
-from services.convert import executor_to_view, spec_to_domain
+from services.convert import spec_to_domain
+from services.plan_convert import executor_to_view
 
 INSPECT_SECONDS = 120.0
 

@@ -10,6 +10,7 @@ from engine.task import Optimizer, TaskSpec, Training
 
 _MAX_LABELS, _MAX_LABEL_CHARACTERS = 64, 63
 _MAX_STEPS = 10_000_000
+_MAX_PRIORITY = 100
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def _rules(spec: TaskSpec, backbone: BackboneView | None) -> list[_Rule]:
     return [
         *(_Rule(f"spec.{spec.method.name}.{w.field}", w.value, False, w.remedy) for w in spec.method.wrongs()),
         _Rule("spec.dataset", spec.dataset, bool(spec.dataset), "must name a dataset"),
+        _Rule("spec.priority", spec.priority, abs(spec.priority) <= _MAX_PRIORITY, "must be -100 to 100"),
         _Rule("spec.labels", len(labels), len(labels) <= _MAX_LABELS, f"entries; at most {_MAX_LABELS}"),
         _Rule(
             "spec.labels",

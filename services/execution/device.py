@@ -8,8 +8,8 @@ import torch
 
 from engine.runtime.backbone import Backbone
 from muxtune.v1 import plan_pb2
-from services.convert import site_to_module
 from services.execution.settings import ExecutionSettings
+from services.plan_convert import site_to_module
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 

@@ -12,7 +12,8 @@ class ExecutionSettings(ServerSettings):
 
     `advertise_address`: where scheduling reaches this executor (default: where it listens). `memory_bytes`: what it may
     use (default: all there is). `device`: default cuda if there is one. `num_threads`: torch's, on a CPU (default: all
-    cores). A task is checkpointed after `checkpoint_steps` steps or `checkpoint_seconds`, whichever comes first.
+    cores). At its start it times microbatches of its own for about `calibration_seconds`. A task is checkpointed after
+    `checkpoint_steps` steps or `checkpoint_seconds`, whichever comes first.
     """
 
     scheduling_address: str
@@ -25,6 +26,7 @@ class ExecutionSettings(ServerSettings):
     dtype: str = "float32"
     memory_bytes: int = 0
     num_threads: int = 0
+    calibration_seconds: float = 6.0
     checkpoint_steps: int = 50
     checkpoint_seconds: float = 60.0
     max_unacknowledged: int = 64

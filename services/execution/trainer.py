@@ -21,6 +21,7 @@ from muxtune.v1 import alignment_pb2, execution_pb2, plan_pb2
 from services.artifacts import ArtifactStore
 from services.config import from_environment
 from services.errors import to_failure
+from services.execution.costs import Costs
 from services.execution.device import choose_device, describe_backbone, describe_device
 from services.execution.microbatches import MicrobatchStream
 from services.execution.pipe import BlockingPipe, Frame, Tag
@@ -29,6 +30,7 @@ from services.execution.settings import ExecutionSettings
 from services.execution.vault import Vault
 from services.execution.window import StepWindow
 from services.mesh import open_sync_channel
+from services.plan_convert import cost_to_proto
 from services.telemetry import configure, links_to, tracer
 
 _RETRY_SECONDS = 1.0
@@ -45,6 +47,7 @@ class Trainer:
         self._device_kind = choose_device(settings)
         dtype = getattr(torch, settings.dtype)
         self._executor = Executor(Backbone.load(settings.backbone_folder, dtype, self._device_kind))
+        self._costs = Costs(self._executor, settings.calibration_seconds)
         vault = Vault(ArtifactStore.open(settings.artifact_url))
         self._residents = Residents(self._executor, vault, settings.checkpoint_steps, settings.checkpoint_seconds)
         self._channel = open_sync_channel(settings.alignment_address, settings.mesh_secret)
@@ -98,9 +101,11 @@ class Trainer:
             self._streams.pop(index).close()
             self._unfinished.remove(index)
             return
-        started = time.perf_counter()
+        parts, started = self._costs.parts(microbatch), time.perf_counter()
         results = self._executor.run(microbatch)
-        self._window.add(microbatch, time.perf_counter() - started, self._plan.version, self._residents.trace_parents())
+        seconds = time.perf_counter() - started
+        self._costs.add(microbatch, parts, seconds)
+        self._window.add(microbatch, seconds, self._plan.version, self._residents.trace_parents())
         for result in results:
             self._residents.record(result)
         if microbatch.is_last_in_round:
@@ -191,6 +196,7 @@ class Trainer:
     def _device(self) -> plan_pb2.Device:
         device = describe_device(self._settings, self._device_kind)
         device.effective_tokens_per_second = self._window.tokens_per_second
+        device.cost.CopyFrom(cost_to_proto(self._costs.profile))
         return device
 
     def _listen(self) -> bool:

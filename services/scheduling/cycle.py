@@ -5,15 +5,23 @@ Nothing here is durable: killed at any time, the next cycle starts from the ledg
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 
 from opentelemetry import trace
 
 from engine.errors import MuxtuneError
+from engine.planning.needs import Appraiser
 from engine.planning.plan import Limits, Plan, Snapshot
 from engine.planning.planner import plan as make_plan
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, scheduling_pb2, task_pb2
-from services.convert import executor_to_view, explanation_to_proto, htask_to_proto, snapshot_task_to_view
+from services.plan_convert import (
+    executor_to_view,
+    explanation_to_proto,
+    htask_to_domain,
+    htask_to_proto,
+    snapshot_task_to_view,
+)
 from services.scheduling.streams import ExecutorStream
 from services.server import start_vital
 from services.telemetry import current_trace_parent, links_to, task_span, tracer
@@ -25,11 +33,18 @@ _log = logging.getLogger(__name__)
 class Scheduler:
     """Runs a cycle at each hint of the ledger; keeps one stream to each executor."""
 
-    def __init__(self, ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub", secret: str, limits: Limits) -> None:
-        self._ledger, self._secret, self._limits = ledger, secret, limits
+    def __init__(
+        self,
+        ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub",
+        secret: str,
+        limits: Limits,
+        tenant_weights: Mapping[str, float] | None = None,
+    ) -> None:
+        self._ledger, self._secret, self.limits = ledger, secret, limits
+        self._tenant_weights, self._appraiser = tenant_weights or {}, Appraiser(limits)
+        self.snapshot, self.plan = Snapshot((), ()), Plan({})  # the newest, for those who ask
         self._streams: dict[str, ExecutorStream] = {}
         self._running: dict[str, plan_pb2.ExecutorPlan] = {}
-        self._explanations: list[plan_pb2.TaskExplanation] = []
         self._hinted = asyncio.Event()
 
     async def run(self) -> None:
@@ -58,26 +73,35 @@ class Scheduler:
         snapshot = await self._ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest())
         await self._follow(snapshot.executors)
         # 2. Decide, with pure code: same snapshot, same plan.
-        tasks = tuple(snapshot_task_to_view(entry, age) for age, entry in enumerate(snapshot.tasks))
-        plan = make_plan(Snapshot(tasks, tuple(executor_to_view(e) for e in snapshot.executors)), self._limits)
+        view = self._view(snapshot)
+        plan = make_plan(view, self.limits, self._appraiser)
         # 3. Commit, executor by executor, what differs from what it runs: new attempts get their epochs.
         version = snapshot.plan_version
         entries = {entry.task.name: entry for entry in snapshot.tasks}
         for executor in snapshot.executors:
-            draft = _draft(plan, executor, entries)
+            draft = _draft(plan, executor, entries, _held_elsewhere(executor, snapshot))
             starting = [task for task in draft.tasks if entries[task.task].executor != executor.name]
             if starting or not self._is_running(draft):
                 version += 1
                 await self._commit_and_send(draft, starting, version, executor)
         # 4. Remember why, for those who ask.
-        self._explanations = [explanation_to_proto(explanation) for explanation in plan.explanations]
+        self.snapshot, self.plan = view, plan
 
     def current(self) -> scheduling_pb2.GetPlanResponse:
         """The plans as they were sent, and why."""
         version = max((plan.version for plan in self._running.values()), default=0)
+        explanations = [explanation_to_proto(explanation) for explanation in self.plan.explanations]
         return scheduling_pb2.GetPlanResponse(
-            version=version, executors=list(self._running.values()), explanations=self._explanations
+            version=version, executors=list(self._running.values()), explanations=explanations
         )
+
+    def _view(self, snapshot: ledger_pb2.GetSnapshotResponse) -> Snapshot:
+        """What the planner reads: with the hTasks that run, which it keeps where they are good enough."""
+        now = time.time_ns() // 1000  # of deadlines, which are wall time
+        tasks = tuple(snapshot_task_to_view(entry, age, now) for age, entry in enumerate(snapshot.tasks))
+        running = {name: tuple(map(htask_to_domain, plan.htasks)) for name, plan in self._running.items()}
+        executors = tuple(executor_to_view(executor) for executor in snapshot.executors)
+        return Snapshot(tasks, executors, running, self._tenant_weights)
 
     async def _commit_and_send(
         self,
@@ -146,14 +170,27 @@ class Scheduler:
             backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
 
 
+def _held_elsewhere(executor: plan_pb2.Executor, snapshot: ledger_pb2.GetSnapshotResponse) -> set[str]:
+    """Tasks that another executor still has: it hands them back at its round's end, with what they have learnt by then,
+    and only then they start here. One that drains does so by itself, or is gone."""
+    others = {e.name for e in snapshot.executors if e.name != executor.name and not e.draining}
+    return {entry.task.name for entry in snapshot.tasks if entry.executor in others}
+
+
 def _draft(
-    plan: Plan, executor: plan_pb2.Executor, entries: Mapping[str, ledger_pb2.SnapshotTask]
+    plan: Plan,
+    executor: plan_pb2.Executor,
+    entries: Mapping[str, ledger_pb2.SnapshotTask],
+    missing: Iterable[str],
 ) -> plan_pb2.ExecutorPlan:
-    """The plan as the executor will read it; epochs as in the snapshot until committed."""
+    """The plan as the executor will read it, but for those `missing` yet; epochs as in the snapshot until committed."""
+    htasks = [htask_to_proto(htask) for htask in plan.htasks.get(executor.name, ())]
+    for htask in htasks:
+        htask.tasks[:] = [name for name in htask.tasks if name not in missing]
     return plan_pb2.ExecutorPlan(
         executor=executor.name,
-        tasks=[_planned(entries[name]) for name in plan.tasks_of(executor.name)],
-        htasks=[htask_to_proto(htask) for htask in plan.htasks.get(executor.name, ())],
+        tasks=[_planned(entries[name]) for htask in htasks for name in htask.tasks],
+        htasks=[htask for htask in htasks if htask.tasks],
     )
 
 

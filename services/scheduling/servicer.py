@@ -1,5 +1,6 @@
 """SchedulingService. See protos/muxtune/v1/scheduling.proto for what each RPC promises."""
 
+import asyncio
 from datetime import timedelta
 from typing import Any
 
@@ -9,6 +10,7 @@ from engine.errors import FieldViolation, InvalidInputError
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, scheduling_pb2_grpc
 from muxtune.v1 import scheduling_pb2 as pb
 from services.scheduling.cycle import Scheduler
+from services.scheduling.questions import explain, newcomers, what_if
 
 
 class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
@@ -52,6 +54,14 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
             ledger_pb2.EndLeaseRequest(executor=request.executor, incarnation=request.incarnation)
         )
         return pb.SchedulingServiceEndLeaseResponse()
+
+    async def ExplainPlan(self, request: pb.ExplainPlanRequest, context: Any) -> pb.ExplainPlanResponse:
+        return await asyncio.to_thread(explain, self._scheduler.snapshot, self._scheduler.plan, self._scheduler.limits,
+                                       request.task)  # fmt: skip
+
+    async def SimulatePlan(self, request: pb.SimulatePlanRequest, context: Any) -> pb.SimulatePlanResponse:
+        extra = newcomers(request, self._scheduler.snapshot)
+        return await asyncio.to_thread(what_if, self._scheduler.snapshot, self._scheduler.limits, extra)
 
     async def GetPlan(self, request: pb.GetPlanRequest, context: Any) -> pb.GetPlanResponse:
         return self._scheduler.current()

@@ -12,7 +12,7 @@ from engine.errors import InvalidInputError
 from engine.methods import Lora
 from engine.task import LrSchedule, Optimizer, Overlength, TaskSpec, TaskState, Training
 from muxtune.v1 import alignment_pb2, plan_pb2, task_pb2
-from services import convert
+from services import convert, plan_convert
 
 positive = st.integers(1, 2**31 - 1)
 natural = st.integers(0, 2**31 - 1)
@@ -58,6 +58,8 @@ specs = st.builds(
     dataset_version=text,
     initial_adapter=text,
     labels=st.dictionaries(text, text, max_size=3),
+    priority=st.integers(-(2**31), 2**31 - 1),
+    deadline_microseconds=st.integers(0, 2**52),
 )
 
 
@@ -175,7 +177,7 @@ def test_an_executor_becomes_a_view() -> None:
         adaptable_modules=[plan_pb2.AdaptableModule(name="q", in_features=4)],
     )
     device = plan_pb2.Device(memory_bytes=1 << 30, effective_tokens_per_second=7.5)
-    view = convert.executor_to_view(
+    view = plan_convert.executor_to_view(
         plan_pb2.Executor(name="executors/e", backbone=backbone, device=device, draining=True)
     )
     assert (view.name, view.memory_bytes, view.effective_tokens_per_second, view.is_draining) == (

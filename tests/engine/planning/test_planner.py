@@ -2,14 +2,16 @@
 
 import collections
 import dataclasses
+import math
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.methods import Lora
-from engine.planning.cost import seconds_left
+from engine.planning.cost import UNKNOWN, CostProfile
 from engine.planning.memory import total_bytes
-from engine.planning.plan import BackboneView, ExecutorView, Limits, Plan, Site, Snapshot, TaskView
+from engine.planning.plan import BackboneView, ExecutorView, HTask, Limits, Plan, Site, Snapshot, TaskView
 from engine.planning.planner import plan
 from engine.task import TaskSpec, Training
 
@@ -19,11 +21,11 @@ BACKBONES = {name: BackboneView(name, 10**7, 4, 512, 1000, 512, 40 << 20, "float
 
 
 def _task(index: int, rank: int = 8, backbone: str = "a", **fields: object) -> TaskView:
-    target = fields.pop("target", "q_proj")
+    target, priority = fields.pop("target", "q_proj"), fields.pop("priority", 0)
     training = Training(1e-3, num_steps=10, max_sequence_tokens=64, micro_batch_size=2)
-    spec = TaskSpec(backbone, Lora(rank, 16.0, (str(target),)), "d", training)
-    values = {"age": index, "num_steps": 10, "num_train_tokens": 1000, **fields}
-    return TaskView(f"tenants/t/tasks/{index}", "tenants/t", spec, **values)  # type: ignore[arg-type]
+    spec = TaskSpec(backbone, Lora(rank, 16.0, (str(target),)), "d", training, priority=priority)  # type: ignore[arg-type]
+    values = {"tenant": "tenants/t", "age": index, "num_steps": 10, "num_train_tokens": 1000, **fields}
+    return TaskView(f"{values['tenant']}/tasks/{index}", spec=spec, **values)  # type: ignore[arg-type]
 
 
 def _executor(name: str, memory_mib: int = 4096, backbone: str = "a", **fields: object) -> ExecutorView:
@@ -38,6 +40,8 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             draw(st.sampled_from([64, 280, 300, 320, 400])),
             draw(st.sampled_from(["a", "b"])),
             effective_tokens_per_second=draw(st.sampled_from([0.0, 100.0])),
+            num_stages=draw(st.sampled_from([1, 1, 4])),
+            cost=draw(st.sampled_from([UNKNOWN, CostProfile(fixed_seconds=0.1, token_seconds=1e-3, knee_tokens=100)])),
             is_draining=draw(st.booleans()),
         )
         for i in range(draw(st.integers(0, 3)))
@@ -50,12 +54,16 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             draw(st.sampled_from(["a", "b", "c"])),
             target=draw(st.sampled_from(["q_proj", "all-linear", "nothing"])),
             age=draw(st.integers(0, 3)),
+            tenant=draw(st.sampled_from(["tenants/t", "tenants/u", "tenants/v"])),
+            priority=draw(st.sampled_from([0, 0, 5])),
+            seconds_to_deadline=draw(st.sampled_from([math.inf, 10.0])),
+            is_cancelling=draw(st.booleans()),
             executor=draw(st.sampled_from(names)),
             step=draw(st.integers(0, 10)),
         )
         for i in range(draw(st.integers(0, 8)))
     )
-    return Snapshot(tasks, executors)
+    return Snapshot(tasks, executors, tenant_weights=draw(st.sampled_from([{}, {"tenants/u": 3.0}])))
 
 
 def _placed(made: Plan) -> dict[str, str]:
@@ -74,10 +82,10 @@ def test_any_plan_is_within_memory_complete_and_explained(snapshot: Snapshot) ->
         if residents:
             assert not executor.is_draining
             assert {task.spec.backbone for task in residents} == {executor.backbone.name}
-            (htask,) = made.htasks[executor.name]
-            assert htask.token_budget % htask.chunk_tokens == 0
             specs = [task.spec for task in residents]
-            assert total_bytes(specs, executor.backbone, htask.token_budget) <= executor.memory_bytes
+            for htask in made.htasks[executor.name]:
+                assert htask.token_budget % htask.chunk_tokens == 0
+                assert total_bytes(specs, executor.backbone, htask.token_budget) <= executor.memory_bytes
     placed = _placed(made)
     explained = {e.task: e for e in made.explanations}
     assert len(made.explanations) == len(explained) == len(snapshot.tasks)
@@ -85,9 +93,17 @@ def test_any_plan_is_within_memory_complete_and_explained(snapshot: Snapshot) ->
         assert explanation.executor == placed.get(name, "")
         assert explanation.reason
         if explanation.executor:
-            together = set(made.tasks_of(explanation.executor))
-            assert set(explanation.neighbours) == together - {name}
+            (mine,) = [set(h.tasks) for h in made.htasks[explanation.executor] if name in h.tasks]
+            assert set(explanation.neighbours) == mine - {name}
             assert explanation.predicted_bytes > 0
+
+
+def carried_out(snapshot: Snapshot) -> Snapshot:
+    """The plan as executors run it."""
+    made = plan(snapshot, LIMITS)
+    placed = _placed(made)
+    after = tuple(dataclasses.replace(task, executor=placed.get(task.name, "")) for task in snapshot.tasks)
+    return dataclasses.replace(snapshot, tasks=after, running=made.htasks)
 
 
 @given(snapshots(), st.randoms())
@@ -96,7 +112,7 @@ def test_same_snapshot_same_plan(snapshot: Snapshot, random: object) -> None:
     assert plan(snapshot, LIMITS) == plan(snapshot, LIMITS)
     executors = list(snapshot.executors)
     random.shuffle(executors)  # type: ignore[attr-defined]
-    shuffled = plan(Snapshot(snapshot.tasks, tuple(executors)), LIMITS)
+    shuffled = plan(dataclasses.replace(snapshot, executors=tuple(executors)), LIMITS)
     assert _placed(shuffled) == _placed(plan(snapshot, LIMITS))
 
 
@@ -105,8 +121,9 @@ def test_same_snapshot_same_plan(snapshot: Snapshot, random: object) -> None:
 def test_a_plan_carried_out_is_planned_again(snapshot: Snapshot) -> None:
     """Sticky: when nothing changes, nobody moves."""
     placed = _placed(plan(snapshot, LIMITS))
-    after = tuple(dataclasses.replace(task, executor=placed.get(task.name, "")) for task in snapshot.tasks)
-    assert _placed(plan(Snapshot(after, snapshot.executors), LIMITS)) == placed
+    after = carried_out(snapshot)
+    assert _placed(plan(after, LIMITS)) == placed
+    assert plan(after, LIMITS).htasks == plan(snapshot, LIMITS).htasks
 
 
 def test_oldest_first_and_the_rest_waits_with_the_reason() -> None:
@@ -116,7 +133,9 @@ def test_oldest_first_and_the_rest_waits_with_the_reason() -> None:
     assert 0 < len(resident) < 9
     assert list(resident) == [task.name for task in sorted(tasks, key=lambda t: t.age)][: len(resident)]
     waiting = [e for e in made.explanations if not e.executor]
-    assert {e.reason for e in waiting} == {"waits for memory: every executor of its backbone is full"}
+    first, *others = [e.reason for e in waiting]
+    assert first == "waits for memory: every executor of its backbone is full"
+    assert set(others) == {f"waits behind {waiting[0].task}"}
 
 
 def test_newcomers_go_to_the_executor_with_fewest_tasks() -> None:
@@ -144,9 +163,123 @@ def test_reasons_to_wait_are_precise() -> None:
     assert '"nothing" matches no adaptable module' in reasons[tasks[2].name]
 
 
-def test_seconds_left_counts_each_neighbour_for_the_rounds_both_run() -> None:
-    short, long = _task(0, step=5), _task(1, num_steps=20, num_train_tokens=4000)
-    fused = [short, long]
-    assert seconds_left(short, fused, 100.0) == (5 * 100 + 5 * 200) / 100
-    assert seconds_left(long, fused, 100.0) == (5 * 100 + 20 * 200) / 100
-    assert seconds_left(short, fused, 0.0) is None
+COST = CostProfile(fixed_seconds=0.5, token_seconds=0.01)
+
+
+def room_for(count: int, name: str = "executors/0", **fields: object) -> ExecutorView:
+    """An executor that holds so many tasks of rank 256 and not one more."""
+    memory = total_bytes([_task(0, 256).spec] * count, BACKBONES["a"], 256)
+    return ExecutorView(name, BACKBONES["a"], memory, cost=COST, **fields)  # type: ignore[arg-type]
+
+
+def who(made: Plan, executor: str = "executors/0") -> set[str]:
+    return set(made.tasks_of(executor))
+
+
+def tenants(made: Plan) -> dict[str, int]:
+    return collections.Counter(task.rpartition("/tasks/")[0] for task in _placed(made))
+
+
+def test_a_tenants_flood_does_not_keep_another_out() -> None:
+    flood = [_task(i, 256, tenant="tenants/flood", executor="executors/0") for i in range(4)]
+    waiting = [_task(10 + i, 256, tenant="tenants/flood") for i in range(4)]
+    late = [_task(20 + i, 256, tenant="tenants/late") for i in range(4)]
+    made = plan(Snapshot((*flood, *waiting, *late), (room_for(4),)), LIMITS)
+    assert tenants(made) == {"tenants/flood": 2, "tenants/late": 2}
+    assert {task.name for task in flood[:2]} <= who(made)  # the newest gave way
+    reasons = {e.task: e.reason for e in made.explanations}
+    assert reasons[flood[3].name] == f"gave way to {late[0].name}"
+    assert reasons[late[0].name] == f"takes the place of {flood[3].name}"
+    assert plan(Snapshot((*flood, *late), (room_for(4),)), dataclasses.replace(LIMITS, preempts=False)).tasks_of(
+        "executors/0"
+    ) == tuple(task.name for task in flood)
+
+
+def test_weights_divide_device_time_among_tenants() -> None:
+    tasks = [_task(i, 256, tenant=f"tenants/{'ab'[i % 2]}") for i in range(16)]
+    made = plan(Snapshot(tuple(tasks), (room_for(8),), tenant_weights={"tenants/a": 3.0}), LIMITS)
+    assert tenants(made) == {"tenants/a": 6, "tenants/b": 2}
+
+
+def test_a_tenants_own_priority_then_deadline_then_age() -> None:
+    tasks = (
+        _task(0, 256),
+        _task(1, 256, seconds_to_deadline=100.0),
+        _task(2, 256, seconds_to_deadline=50.0),
+        _task(3, 256, priority=1),
+    )
+    order = [tasks[3], tasks[2], tasks[1], tasks[0]]
+    for count in range(1, 5):
+        assert who(plan(Snapshot(tasks, (room_for(count),)), LIMITS)) == {task.name for task in order[:count]}
+
+
+def test_priority_takes_the_place_of_ones_own_only() -> None:
+    mine, others = _task(0, 256, executor="executors/0"), _task(1, 256, tenant="tenants/u", executor="executors/0")
+    urgent = _task(2, 256, priority=9)
+    assert who(plan(Snapshot((mine, others, urgent), (room_for(2),)), LIMITS)) == {others.name, urgent.name}
+    assert who(plan(Snapshot((others, urgent), (room_for(1),)), LIMITS)) == {others.name}
+
+
+def test_a_task_being_cancelled_is_let_finish() -> None:
+    leaving = _task(0, 256, executor="executors/0", is_cancelling=True)
+    assert who(plan(Snapshot((leaving, _task(1, 256, priority=9)), (room_for(1),)), LIMITS)) == {leaving.name}
+
+
+def test_a_large_task_is_not_overtaken_for_ever() -> None:
+    """It waits for two places; its tenant's small ones don't take the first that comes free."""
+    residents = [_task(i, 256, executor="executors/0") for i in range(3)]
+    large, small = _task(4, 256, target="all-linear"), _task(5, 16)
+    made = plan(Snapshot((*residents, large, small), (room_for(4),)), LIMITS)
+    assert who(made) == {task.name for task in residents}
+    assert {e.task: e.reason for e in made.explanations}[small.name] == f"waits behind {large.name}"
+
+
+def test_an_idle_executor_takes_over_and_equal_ones_are_left_alone() -> None:
+    tasks = tuple(_task(i, executor="executors/0") for i in range(4))
+    both = (room_for(8), room_for(8, "executors/1"))
+    assert {len(who(plan(Snapshot(tasks, both), LIMITS), e.name)) for e in both} == {2}
+    uneven = tuple(dataclasses.replace(t, executor=f"executors/{int(i > 2)}") for i, t in enumerate(tasks))
+    made = plan(Snapshot((*uneven, _task(4, executor="executors/1")), both), LIMITS)
+    assert _placed(made)[tasks[2].name] == "executors/0"  # three and two: a move would not pay
+
+
+def test_htasks_that_run_nearly_as_well_are_kept() -> None:
+    """Over four stages two hTasks are best; six are kept, nearly as good, until a microbatch costs more by itself."""
+    tasks = tuple(_task(i, executor="executors/0", num_train_tokens=800 * (i + 1)) for i in range(6))
+    running = tuple(HTask((task.name,), 256, 16) for task in tasks)
+    for fixed_seconds, is_kept in ((0.5, True), (5.0, False)):
+        cost = dataclasses.replace(COST, fixed_seconds=fixed_seconds)
+        executor = dataclasses.replace(room_for(8, num_stages=4), cost=cost)
+        assert len(plan(Snapshot(tasks, (executor,)), LIMITS).htasks["executors/0"]) == 2
+        again = plan(Snapshot(tasks, (executor,), {"executors/0": running}), LIMITS).htasks["executors/0"]
+        assert (again == running) is is_kept
+
+
+def test_rounds_get_shorter_as_neighbours_finish() -> None:
+    """By hand: 100 and 200 tokens a step and 7.5 of padding each, 0.5 s a microbatch (of 256) and 10 ms a token; the
+    short task has 5 steps left, the long one 20."""
+    short, long = (
+        _task(i, step=10 - left, num_steps=10, executor="executors/0", num_train_tokens=tokens)
+        for i, left, tokens in ((0, 5, 1000), (1, 10, 2000))
+    )
+    made = plan(Snapshot((short, long), (room_for(8),)), LIMITS)
+    left = {e.task: e.predicted_seconds_left for e in made.explanations}
+    together, alone = 2 * 0.5 + 0.01 * 315, 0.5 + 0.01 * 207.5
+    assert left[short.name] == pytest.approx(5 * together)
+    assert left[long.name] == pytest.approx(5 * together + 5 * alone)
+
+
+def test_what_is_not_measured_is_not_told() -> None:
+    executor = dataclasses.replace(room_for(2), cost=UNKNOWN)
+    (told,) = plan(Snapshot((_task(0),), (executor,)), LIMITS).explanations
+    assert told.predicted_seconds_left is told.round_seconds is told.measured_step_seconds is None
+    measured = _task(0, step=4, device_seconds=6.0, num_effective_tokens=90, num_padding_tokens=10)
+    (told,) = plan(Snapshot((measured,), (room_for(2),)), LIMITS).explanations
+    assert (told.measured_step_seconds, told.padding_fraction) == (1.5, 0.1)
+    assert told.alone_bytes > told.predicted_bytes > 0
+
+
+def test_a_deadline_that_will_be_missed_is_told() -> None:
+    tasks = (_task(0, seconds_to_deadline=1.0), _task(1, seconds_to_deadline=1e6))
+    made = plan(Snapshot(tasks, (room_for(2),)), LIMITS)
+    assert {e.task: e.misses_deadline for e in made.explanations} == {tasks[0].name: True, tasks[1].name: False}

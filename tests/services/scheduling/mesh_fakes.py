@@ -30,6 +30,11 @@ BACKBONE = plan_pb2.Backbone(
     weight_bytes=4000, dtype="float32",
     adaptable_modules=[plan_pb2.AdaptableModule(name="q_proj", in_features=8, out_features=8)],
 )  # fmt: skip
+SPEC_OF_TASKS = task_pb2.TaskSpec(
+    backbone="tiny", dataset="tenants/a/datasets/d", dataset_version="v",
+    training=task_pb2.Training(learning_rate=0.1, num_steps=5, global_batch_size=2, max_sequence_tokens=16),
+    lora=task_pb2.Lora(rank=2, target_modules=["q_proj"]),
+)  # fmt: skip
 QUEUED, RUNNING, CANCELLING = (
     task_pb2.TASK_STATE_QUEUED, task_pb2.TASK_STATE_RUNNING, task_pb2.TASK_STATE_CANCELLING,
 )  # fmt: skip
@@ -63,15 +68,10 @@ class FakeLedger(ledger_pb2_grpc.LedgerServiceServicer):
         self.refusals: dict[str, list[MuxtuneError]] = {}
         self._hints: set[asyncio.Event] = set()
 
-    async def put_task(self, number: int, **fields: Any) -> str:
-        name = f"tenants/a/tasks/t{number}"
-        training = task_pb2.Training(learning_rate=0.1, num_steps=5, global_batch_size=2, max_sequence_tokens=16)
-        spec = task_pb2.TaskSpec(
-            backbone="tiny", dataset="tenants/a/datasets/d", dataset_version="v", training=training,
-            lora=task_pb2.Lora(rank=2, target_modules=["q_proj"]),
-        )  # fmt: skip
+    async def put_task(self, number: int, tenant: str = "a", **fields: Any) -> str:
+        name = f"tenants/{tenant}/tasks/t{number}"
         estimate = task_pb2.TaskEstimate(num_steps=5, num_train_tokens=100)
-        task = task_pb2.Task(name=name, spec=spec, state=QUEUED, estimate=estimate)
+        task = task_pb2.Task(name=name, spec=SPEC_OF_TASKS, state=QUEUED, estimate=estimate)
         self.tasks[name] = ledger_pb2.SnapshotTask(task=task, **fields)
         await self.hint()
         return name
@@ -257,13 +257,19 @@ class World:
         self._stack.push_async_callback(server.stop, None)
         return address
 
-    async def add_executor(self, name: str = "executors/x", memory_bytes: int = 1 << 30) -> FakeExecutor:
+    async def add_executor(
+        self,
+        name: str = "executors/x",
+        memory_bytes: int = 1 << 30,
+        cost: plan_pb2.CostProfile | None = None,
+        num_stages: int = 0,
+    ) -> FakeExecutor:
         executor = FakeExecutor(self.changes, name)
         add = execution_pb2_grpc.add_ExecutionServiceServicer_to_server
         self.executors[name] = executor
         self.ledger.executors[name] = plan_pb2.Executor(
             name=name, address=await self.serve(add, executor), incarnation="i1", lease_epoch=1, backbone=BACKBONE,
-            device=plan_pb2.Device(memory_bytes=memory_bytes),
+            device=plan_pb2.Device(memory_bytes=memory_bytes, cost=cost), num_stages=num_stages,
         )  # fmt: skip
         await self.ledger.hint()
         return executor

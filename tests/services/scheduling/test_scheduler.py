@@ -7,10 +7,21 @@ import grpc
 import pytest
 from google.protobuf.json_format import MessageToDict
 
-from engine.errors import InvalidInputError, LeaseLostError, StaleEpochError, UnauthenticatedError, UnavailableError
+from engine.errors import (
+    InvalidInputError,
+    LeaseLostError,
+    NotFoundError,
+    StaleEpochError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from engine.planning.memory import total_bytes
 from muxtune.v1 import plan_pb2, scheduling_pb2, scheduling_pb2_grpc
+from services.convert import spec_to_domain
 from services.mesh import open_channel
-from tests.services.scheduling.mesh_fakes import BACKBONE, CANCELLING, QUEUED, World, step_done
+from services.plan_convert import backbone_to_view
+from services.scheduling.__main__ import SchedulingSettings
+from tests.services.scheduling.mesh_fakes import BACKBONE, CANCELLING, QUEUED, SPEC_OF_TASKS, World, step_done
 
 
 async def test_what_is_admitted_runs_and_arrivals_and_departures_make_new_plans(world: World) -> None:
@@ -282,3 +293,89 @@ async def test_every_rpc_wants_the_mesh_secret(world: World) -> None:
                 await scheduling_pb2_grpc.SchedulingServiceStub(bare).GetPlan(scheduling_pb2.GetPlanRequest())
     assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
     assert MessageToDict(scheduling_pb2.GetPlanResponse()) == {}
+
+
+COST = plan_pb2.CostProfile(fixed_seconds=0.5, token_seconds=0.1)
+SPEC = spec_to_domain(SPEC_OF_TASKS)
+ROOM_FOR_THREE = total_bytes([SPEC] * 3, backbone_to_view(BACKBONE), 256)
+
+
+async def test_a_task_that_is_moved_starts_only_when_it_was_handed_back(world: World) -> None:
+    """Its old executor is told first, and may still commit what it has: nothing is lost."""
+    crowded = await world.add_executor("executors/a", cost=COST)
+    async with world.scheduler():
+        tasks = [await world.ledger.put_task(i) for i in range(4)]
+        await world.changes.until(lambda: len(crowded.epochs()) == 4)
+        idle = await world.add_executor("executors/b", cost=COST)
+        await world.changes.until(lambda: len(crowded.epochs()) == 2)
+        moved = set(tasks) - set(crowded.epochs())
+        assert moved == set(tasks[2:])
+        assert all(not plan.tasks for plan in idle.plans)
+        epochs = {task: world.ledger.tasks[task].task.attempt_epoch for task in moved}
+        assert set(epochs.values()) == {1}
+        for task in moved:
+            await world.ledger.hand_back(task)
+        await world.changes.until(lambda: idle.epochs() == dict.fromkeys(moved, 2))
+
+
+async def test_a_tenant_that_comes_late_gets_a_place_of_one_that_has_many(world: World) -> None:
+    executor = await world.add_executor(memory_bytes=ROOM_FOR_THREE, cost=COST)
+    async with world.scheduler():
+        flood = [await world.ledger.put_task(i) for i in range(4)]
+        await world.changes.until(lambda: set(executor.epochs()) == set(flood[:3]))
+        late = await world.ledger.put_task(9, tenant="b")
+        await world.changes.until(lambda: set(executor.epochs()) == {*flood[:2], late})
+
+
+async def test_a_plan_is_explained_task_by_task(world: World) -> None:
+    await world.add_executor(memory_bytes=ROOM_FOR_THREE, cost=COST, num_stages=2)
+    async with world.scheduler() as (scheduler, scheduling):
+        tasks = [await world.ledger.put_task(i) for i in range(4)]
+        await world.changes.until(lambda: len(scheduler.plan.explanations) == 4)
+        told = await scheduling.ExplainPlan(scheduling_pb2.ExplainPlanRequest(task=tasks[0]))
+        assert told.explanation.executor == "executors/x" and tasks[0] in told.htask.tasks
+        assert told.explanation.round_seconds >= told.explanation.alone_round_seconds > 0
+        assert told.explanation.alone_bytes > told.explanation.predicted_bytes > 0
+        assert told.cost == COST
+        assert told.timeline_svg.startswith("<svg") and "stage 1" in told.timeline_svg
+        waits = await scheduling.ExplainPlan(scheduling_pb2.ExplainPlanRequest(task=tasks[3]))
+        assert waits.explanation.reason and not waits.explanation.executor and not waits.timeline_svg
+        with pytest.raises(NotFoundError):
+            await scheduling.ExplainPlan(scheduling_pb2.ExplainPlanRequest(task="tenants/a/tasks/none"))
+
+
+async def test_what_would_be_is_told_and_changes_nothing(world: World) -> None:
+    executor = await world.add_executor(cost=COST)
+    async with world.scheduler() as (scheduler, scheduling):
+        task = await world.ledger.put_task(1)
+        await world.changes.until(lambda: executor.plans and len(scheduler.plan.explanations) == 1)
+        spec = world.ledger.tasks[task].task.spec
+        new = scheduling_pb2.HypotheticalTask(task="tenants/b/tasks/new", spec=spec, num_train_tokens=100)
+        told = await scheduling.SimulatePlan(scheduling_pb2.SimulatePlanRequest(tasks=[new]))
+        by_name = {forecast.task: forecast for forecast in told.forecasts}
+        assert by_name[task].seconds_left_with > by_name[task].seconds_left > 0
+        assert by_name[new.task].seconds_left_with > 0 and not by_name[new.task].HasField("seconds_left")
+        assert {explanation.task for explanation in told.explanations} == {task, new.task}
+        assert [e.task for e in scheduler.plan.explanations] == [task] and len(executor.plans) == 1
+        for wrong in (
+            scheduling_pb2.HypotheticalTask(task=task, spec=spec, num_train_tokens=100),
+            scheduling_pb2.HypotheticalTask(task="nobody", spec=spec, num_train_tokens=100),
+            scheduling_pb2.HypotheticalTask(task=new.task, spec=spec),
+            scheduling_pb2.HypotheticalTask(task=new.task, num_train_tokens=100),
+        ):
+            with pytest.raises(InvalidInputError):
+                await scheduling.SimulatePlan(scheduling_pb2.SimulatePlanRequest(tasks=[wrong]))
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"), [("", {}), ("tenants/a=2, tenants/b=0.5", {"tenants/a": 2.0, "tenants/b": 0.5})]
+)
+def test_tenants_weights_are_a_setting(text: str, weights: dict[str, float]) -> None:
+    settings = SchedulingSettings(mesh_secret="s", admission_address="a:1", tenant_weights=text)
+    assert settings.weights() == weights
+
+
+@pytest.mark.parametrize("text", ["tenants/a", "tenants/a=", "tenants/a=-1", "tenants/a=inf", "tenants/a=nan"])
+def test_a_weight_that_does_not_read_ends_the_service(text: str) -> None:
+    with pytest.raises(SystemExit, match="MUXTUNE_TENANT_WEIGHTS"):
+        SchedulingSettings(mesh_secret="s", admission_address="a:1", tenant_weights=text).weights()

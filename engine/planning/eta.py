@@ -1,0 +1,22 @@
+"""How long tasks on one executor still take, if nobody comes: rounds get shorter as neighbours finish."""
+
+from collections.abc import Sequence
+
+from engine.planning.hosts import Crowd, Host
+from engine.planning.needs import Need
+
+
+def seconds_left(host: Host, needs: Sequence[Need]) -> dict[str, float]:
+    """Until each has done its last step. Every round is one step of each that has one left."""
+    result, elapsed, rounds_done = dict[str, float](), 0.0, 0
+    waiting = sorted(needs, key=lambda need: need.task.num_steps_left, reverse=True)
+    crowds = [Crowd()]
+    for need in waiting:  # those with most steps first: a prefix of them is who is left
+        crowds.append(crowds[-1] + host.crowd_of(need))
+    for count in range(len(waiting), 0, -1):
+        task = waiting[count - 1].task
+        rounds = task.num_steps_left - rounds_done
+        elapsed += rounds * host.round_seconds(crowds[count])
+        rounds_done += rounds
+        result[task.name] = elapsed
+    return result

@@ -1,0 +1,73 @@
+"""What one task asks of any executor of its backbone, worked out once a plan: bytes, and one step as the cost model
+sees it."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from engine.planning.cost import AdapterLoad, CostProfile, Part, adapter_load
+from engine.planning.fusion import Job
+from engine.planning.memory import Footprint, footprint
+from engine.planning.plan import BackboneView, Limits, TaskView
+
+
+@dataclass(frozen=True)
+class Need:
+    """`step`: one optimizer step of the task, padding included."""
+
+    task: TaskView
+    footprint: Footprint
+    step: Part
+
+    def seconds(self, profile: CostProfile) -> float:
+        """What a step costs an executor that is busy anyway: the task's claim on it."""
+        return profile.token_seconds * self.step.num_tokens + profile.extra_seconds(self.step)
+
+    def job(self, profile: CostProfile) -> Job:
+        return Job(self.task.name, self.step.num_tokens, profile.extra_seconds(self.step),
+                   self.footprint.sequence_tokens, self.footprint.kept_bytes)  # fmt: skip
+
+
+class Appraiser:
+    """Works out needs, and remembers them for as long as it lives: most of a need depends on the spec alone."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._needs: dict[tuple[str, str], Need] = {}
+        self._methods: dict[tuple[str, str], AdapterLoad] = {}
+
+    def need(self, task: TaskView, backbone: BackboneView) -> Need:
+        """Raises InvalidInputError if the task's method names what the backbone has not."""
+        key = task.name, backbone.name
+        known = self._needs.get(key)
+        if known is None or known.task.spec != task.spec:
+            method = repr(task.spec.method), backbone.name
+            if method not in self._methods:
+                self._methods[method] = adapter_load(task.spec.method, backbone.sites)
+            step = _step(task, self._methods[method], self._limits)
+            known = Need(task, footprint(task.spec, backbone), step)
+        elif known.task is not task:
+            known = Need(task, known.footprint, known.step)
+        self._needs[key] = known
+        return known
+
+    def forget_all_but(self, tasks: Collection[str]) -> None:
+        self._needs = {key: need for key, need in self._needs.items() if key[0] in tasks}
+
+
+def _step(task: TaskView, load: AdapterLoad, limits: Limits) -> Part:
+    """An average step. Its sequences are taken to be of one length, and every position to bear loss."""
+    training = task.spec.training
+    sequences = max(1, training.global_batch_size)
+    tokens = task.tokens_per_step + sequences * task.spec.method.num_virtual_tokens
+    slices = math.ceil(sequences / max(1, training.micro_batch_size))
+    ranges = min(slices, max(1, math.ceil(tokens / limits.token_budget)))
+    padded = tokens + ranges * (limits.chunk_tokens - 1) / 2
+    return Part(
+        num_tokens=padded,
+        num_squared_tokens=tokens * tokens / sequences,
+        num_targets=task.tokens_per_step,
+        num_modules=ranges * load.num_modules,
+        num_multiplications=padded * load.num_multiplications,
+        num_stepped_parameters=load.num_parameters,
+    )

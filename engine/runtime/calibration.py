@@ -1,0 +1,160 @@
+"""What microbatches cost on this executor, measured in a few seconds: a few sizes, and variations of one of them.
+
+The tasks it times are of its own making and leave no trace. Prices are fitted by `engine.planning.fit`.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
+from engine.method import SiteKind
+from engine.methods import Lora
+from engine.planning.cost import Part, adapter_load
+from engine.planning.fit import Sample
+from engine.runtime.executor import Executor
+from engine.runtime.task_run import Assignment
+from engine.task import TaskSpec, Training
+
+_FIRST_TOKENS = 16
+_LARGEST_SHARE = 0.15  # of the time, for one run of the largest probe
+_MAX_PASSES = 3
+_STRIDE = 8
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A microbatch to time: `num_ranges` tasks, each of `num_sequences` sequences of `num_tokens` tokens.
+
+    They are LoRA of `rank` on one in `module_stride` linear operators: few, so that a high rank needs little memory and
+    the price of tokens shows apart from the adapters'. One in `target_stride` positions bears loss. `has_step`:
+    optimizers step after it.
+    """
+
+    num_tokens: int
+    num_sequences: int = 1
+    num_ranges: int = 1
+    rank: int = 8
+    module_stride: int = _STRIDE
+    target_stride: int = 1
+    has_step: bool = False
+
+
+def calibrate(
+    executor: Executor, budget_seconds: float, max_tokens: int, clock: Callable[[], float] = time.perf_counter
+) -> list[Sample]:
+    """Medians of what was timed, a sample a probe. Spends about `budget_seconds`, at least one pass over the probes."""
+    started = clock()
+    with _Bench(executor, clock) as bench:
+        probes = _probes(bench, max_tokens, _LARGEST_SHARE * budget_seconds)
+        timed: dict[Probe, list[float]] = {probe: [] for probe in probes}
+        for number, probe in itertools.product(range(_MAX_PASSES), probes):
+            if number and clock() - started > budget_seconds:
+                break
+            timed[probe].append(bench.seconds(probe))
+        return [Sample(bench.parts(probe), statistics.median(seconds)) for probe, seconds in timed.items()]
+
+
+def _probes(bench: "_Bench", max_tokens: int, largest_seconds: float) -> list[Probe]:
+    """Four sizes, the largest of which takes so long, and of the second largest one thing changed at a time."""
+    largest = _FIRST_TOKENS
+    bench.seconds(Probe(largest))  # the first run of anything pays for more than itself
+    while 2 * largest <= max_tokens and bench.seconds(Probe(largest)) < largest_seconds / 2:
+        largest *= 2
+    base = max(_FIRST_TOKENS, largest // 2)
+    return [
+        *(Probe(size) for size in sorted({largest, base, base // 2, base // 4})),
+        Probe(base, target_stride=16),
+        Probe(base, module_stride=1),
+        Probe(base, rank=128),
+        Probe(base // 4, num_ranges=4, module_stride=1),
+        Probe(base // 8, num_sequences=8, target_stride=4),
+        Probe(base, rank=128, has_step=True),
+        Probe(base // 8, num_sequences=2, num_ranges=4, module_stride=1, has_step=True),
+    ]
+
+
+def parts_of(microbatch: Microbatch, executor: Executor) -> tuple[Part, ...]:
+    """What the cost model sees of a microbatch: its resident tasks' ranges, and the steps taken after it."""
+    sites, parts = executor.backbone.sites, []
+    for range_ in microbatch.ranges:
+        lengths = [segment.num_tokens for segment in range_.segments]
+        targets = microbatch.targets_T[range_.start : range_.start + range_.num_tokens]
+        part = Part(range_.num_tokens, sum(n * n for n in lengths), int((targets != IGNORE).sum()))
+        if (run := executor.tasks.get(range_.task)) is not None:
+            load = adapter_load(run.assignment.spec.method, sites)
+            part = replace(
+                part,
+                num_modules=load.num_modules,
+                num_multiplications=load.num_multiplications * range_.num_tokens,
+                num_stepped_parameters=load.num_parameters if range_.is_last else 0,
+            )
+        parts.append(part)
+    return tuple(parts)
+
+
+class _Bench:
+    """Runs probes with tasks of its own, attached once and gone at the end."""
+
+    def __init__(self, executor: Executor, clock: Callable[[], float]) -> None:
+        self._executor, self._clock = executor, clock
+        self._random = np.random.default_rng(0)
+        self._names: list[str] = []
+
+    def __enter__(self) -> "_Bench":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for name in self._names:
+            if name in self._executor.tasks:
+                self._executor.detach(name)
+
+    def seconds(self, probe: Probe) -> float:
+        microbatch = self._microbatch(probe)
+        self._synchronize()
+        started = self._clock()
+        self._executor.run(microbatch)
+        self._synchronize()
+        return self._clock() - started
+
+    def parts(self, probe: Probe) -> tuple[Part, ...]:
+        return parts_of(self._microbatch(probe), self._executor)
+
+    def _tasks(self, probe: Probe) -> list[str]:
+        names = [f"calibration/{probe.rank}/{probe.module_stride}/{i}" for i in range(probe.num_ranges)]
+        linear = [site.name for site in self._executor.backbone.sites if site.kind is SiteKind.LINEAR]
+        method = Lora(probe.rank, float(probe.rank), tuple(linear[:: probe.module_stride]))
+        for name in names:
+            if name not in self._executor.tasks:
+                spec = TaskSpec("", method, "", Training(0.0, num_steps=1))
+                self._executor.attach(Assignment(name, spec, num_steps=1))
+                self._names.append(name)
+                self._executor.tasks[name].take_step()  # an optimizer's first step allocates: not what the others cost
+        return names
+
+    def _microbatch(self, probe: Probe) -> Microbatch:
+        longest = self._executor.backbone.max_sequence_tokens
+        lengths = _cut(probe.num_tokens, longest) * probe.num_sequences
+        size, names = sum(lengths), self._tasks(probe)
+        vocabulary = self._executor.backbone.config.get_text_config().vocab_size
+        ids_T = self._random.integers(0, vocabulary, size * len(names)).astype(np.int32)
+        targets_T = np.where(np.arange(len(ids_T)) % probe.target_stride == 0, ids_T, IGNORE).astype(np.int32)
+        offsets = [0, *itertools.accumulate(lengths)]
+        segments = tuple(Segment(n, at) for n, at in zip(lengths, offsets, strict=False))
+        ranges = tuple(Range(name, 0, i * size, size, segments, size, probe.has_step) for i, name in enumerate(names))
+        return Microbatch(0, MicrobatchKind.TRAIN, ids_T, targets_T, ranges, False)
+
+    def _synchronize(self) -> None:
+        if self._executor.backbone.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def _cut(num_tokens: int, longest: int) -> list[int]:
+    """Sequences of at most `longest` tokens."""
+    whole, rest = divmod(max(1, num_tokens), longest)
+    return [longest] * whole + ([rest] if rest else [])

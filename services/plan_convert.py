@@ -1,0 +1,102 @@
+"""The planner's words, protobuf <-> dataclass: executors and their costs, tasks of a snapshot, plans and why."""
+
+import dataclasses
+import math
+from typing import Any
+
+from engine.method import Site, SiteKind
+from engine.planning.cost import UNKNOWN, CostProfile
+from engine.planning.plan import BackboneView, ExecutorView, Explanation, HTask, TaskView
+from muxtune.v1 import ledger_pb2, plan_pb2, task_pb2
+from services.convert import spec_to_domain
+
+
+def cost_to_proto(cost: CostProfile) -> plan_pb2.CostProfile:
+    return plan_pb2.CostProfile(**dataclasses.asdict(cost))
+
+
+def cost_to_domain(cost: plan_pb2.CostProfile) -> CostProfile:
+    """What is no price (negative, not finite) counts as nothing: an executor's word is not trusted to be sane."""
+    values = {field.name: float(getattr(cost, field.name)) for field in dataclasses.fields(CostProfile)}
+    sane = {name: value if math.isfinite(value) and value > 0 else 0.0 for name, value in values.items()}
+    return CostProfile(**sane)
+
+
+def site_to_module(site: Site) -> plan_pb2.AdaptableModule:
+    return plan_pb2.AdaptableModule(
+        name=site.name,
+        in_features=site.in_features,
+        out_features=site.out_features,
+        kind=plan_pb2.ModuleKind.Value(f"MODULE_KIND_{site.kind.name}"),
+        has_bias=site.has_bias,
+        group_size=site.group_size,
+    )
+
+
+def module_to_site(module: plan_pb2.AdaptableModule) -> Site:
+    kinds = {plan_pb2.ModuleKind.Value(f"MODULE_KIND_{kind.name}"): kind for kind in SiteKind}
+    kind = kinds.get(module.kind, SiteKind.LINEAR)
+    group_size = max(1, module.group_size)
+    return Site(module.name, module.in_features, module.out_features, kind, module.has_bias, group_size)
+
+
+def backbone_to_view(backbone: plan_pb2.Backbone) -> BackboneView:
+    return BackboneView(
+        name=backbone.name,
+        num_parameters=backbone.num_parameters,
+        num_layers=backbone.num_layers,
+        hidden_size=backbone.hidden_size,
+        vocab_size=backbone.vocab_size,
+        max_sequence_tokens=backbone.max_sequence_tokens,
+        weight_bytes=backbone.weight_bytes,
+        dtype=backbone.dtype,
+        sites=tuple(module_to_site(module) for module in backbone.adaptable_modules),
+    )
+
+
+def executor_to_view(executor: plan_pb2.Executor) -> ExecutorView:
+    return ExecutorView(
+        name=executor.name,
+        backbone=backbone_to_view(executor.backbone),
+        memory_bytes=executor.device.memory_bytes,
+        effective_tokens_per_second=executor.device.effective_tokens_per_second,
+        is_draining=executor.draining,
+        cost=cost_to_domain(executor.device.cost) if executor.device.HasField("cost") else UNKNOWN,
+        num_stages=max(1, executor.num_stages),
+        hop_seconds=executor.hop_seconds,
+    )
+
+
+def snapshot_task_to_view(entry: ledger_pb2.SnapshotTask, age: int, now_microseconds: int) -> TaskView:
+    task, progress = entry.task, entry.task.progress
+    spec = spec_to_domain(task.spec)
+    deadline = spec.deadline_microseconds
+    return TaskView(
+        name=task.name,
+        tenant=task.name.rpartition("/tasks/")[0],
+        spec=spec,
+        age=age,
+        num_steps=task.estimate.num_steps,
+        step=progress.step,
+        num_train_tokens=task.estimate.num_train_tokens,
+        executor=entry.executor,
+        is_cancelling=task.state == task_pb2.TASK_STATE_CANCELLING,
+        seconds_to_deadline=(deadline - now_microseconds) / 1e6 if deadline else math.inf,
+        device_seconds=progress.device_seconds,
+        num_effective_tokens=progress.effective_tokens,
+        num_padding_tokens=progress.padding_tokens,
+    )
+
+
+def htask_to_proto(htask: HTask) -> plan_pb2.HTask:
+    return plan_pb2.HTask(tasks=htask.tasks, token_budget=htask.token_budget, chunk_tokens=htask.chunk_tokens)
+
+
+def htask_to_domain(htask: plan_pb2.HTask) -> HTask:
+    return HTask(tuple(htask.tasks), htask.token_budget, htask.chunk_tokens)
+
+
+def explanation_to_proto(explanation: Explanation) -> plan_pb2.TaskExplanation:
+    """Field by field; what is None stays unset."""
+    fields: dict[str, Any] = {f.name: getattr(explanation, f.name) for f in dataclasses.fields(explanation)}
+    return plan_pb2.TaskExplanation(**{name: value for name, value in fields.items() if value is not None})

@@ -1,0 +1,181 @@
+"""Fusion against brute force over all partitions, against its bound, and against cases worked out by hand."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.planning import fusion
+from engine.planning.cost import CostProfile
+from engine.planning.fusion import Fusion, Job, Stage, fuse, lower_bound_seconds, of_partition
+
+FLAT = CostProfile(fixed_seconds=0.0, token_seconds=1.0)  # a second a token
+JOBS = st.builds(
+    Job,
+    name=st.just(""),
+    num_tokens=st.integers(16, 4000),
+    extra_seconds=st.floats(0, 300),
+    longest_tokens=st.sampled_from([16, 256, 512]),
+    token_bytes=st.sampled_from([0.0, 1.0, 2.0]),
+)
+STAGES = st.builds(
+    Stage,
+    profile=st.builds(
+        CostProfile,
+        fixed_seconds=st.sampled_from([0.0, 10.0, 200.0]),
+        token_seconds=st.just(1.0),
+        knee_tokens=st.sampled_from([0.0, 100.0, 700.0]),
+    ),
+    max_tokens=st.just(1024),
+    max_bytes=st.sampled_from([math.inf, 1024.0]),
+    num_stages=st.sampled_from([1, 2, 4, 8]),
+    hop_seconds=st.sampled_from([0.0, 20.0]),
+)
+
+
+def named(jobs: Sequence[Job]) -> list[Job]:
+    return [replace(job, name=str(i)) for i, job in enumerate(jobs)]
+
+
+def partitions(jobs: Sequence[Job]) -> Iterator[list[list[Job]]]:
+    """Every way to split the jobs into groups: Bell's number of them."""
+    if not jobs:
+        yield []
+        return
+    for rest in partitions(jobs[1:]):
+        yield [[jobs[0]], *rest]
+        for i, group in enumerate(rest):
+            yield [*rest[:i], [jobs[0], *group], *rest[i + 1 :]]
+
+
+def period(partition: Sequence[Sequence[Job]], stage: Stage) -> float:
+    """The docstring's formula with nothing clever: every number of microbatches for every group, all combinations."""
+    options = []
+    for group in partition:
+        tokens = sum(job.num_tokens for job in group)
+        held = min([stage.max_tokens, *(stage.max_bytes // j.token_bytes for j in group if j.token_bytes)])
+        fewest = max(1, math.ceil(tokens / held))
+        choices = []
+        for number in range(fewest, fewest + 2 * stage.num_stages - 1):
+            busy = max(tokens, number * stage.profile.knee_tokens) * stage.profile.token_seconds
+            work = number * stage.profile.fixed_seconds + busy + sum(job.extra_seconds for job in group)
+            work /= stage.num_stages
+            fill = (stage.num_stages - 1) * (work / number + 2 * stage.hop_seconds)
+            choices.append((work, work + fill))
+        options.append(choices)
+    if math.prod(map(len, options)) <= 5000:
+        return min(max(sum(w for w, _ in pick), *(x for _, x in pick)) for pick in itertools.product(*options))
+    bounds = sorted({latency for choices in options for _, latency in choices})
+    return min(
+        max(sum(min((w for w, x in choices if x <= bound), default=math.inf) for choices in options), bound)
+        for bound in bounds
+    )
+
+
+def least(jobs: Sequence[Job], stage: Stage) -> float:
+    return min(period(partition, stage) for partition in partitions(jobs))
+
+
+@given(st.lists(JOBS, min_size=1, max_size=6), STAGES)
+@settings(max_examples=150, deadline=None)
+def test_few_tasks_are_fused_as_brute_force_does(jobs: list[Job], stage: Stage) -> None:
+    found = fuse(named(jobs), stage)
+    assert found.period_seconds == pytest.approx(least(named(jobs), stage), rel=0.01)
+    check_partition(found, jobs, stage)
+
+
+@given(st.lists(JOBS, min_size=8, max_size=8), STAGES)
+@settings(max_examples=2, deadline=None)
+def test_eight_tasks_are_fused_as_brute_force_does(jobs: list[Job], stage: Stage) -> None:
+    """4,140 partitions; each one's period from the code under test, which the test above holds. Ten: benchmarks/."""
+    brute = min(of_partition(partition, stage).period_seconds for partition in partitions(named(jobs)))
+    assert fuse(named(jobs), stage).period_seconds == pytest.approx(brute, rel=0.01)
+
+
+@given(st.lists(JOBS, min_size=7, max_size=fusion.EXACT_TASKS), STAGES)
+@settings(max_examples=50, deadline=None)
+def test_all_subsets_are_no_worse_than_intervals(jobs: list[Job], stage: Stage) -> None:
+    assert fuse(named(jobs), stage).period_seconds <= fuse_intervals(named(jobs), stage).period_seconds * 1.001
+
+
+def fuse_intervals(jobs: Sequence[Job], stage: Stage) -> Fusion:
+    """As many tasks are fused."""
+    ordered = sorted(jobs, key=lambda job: job.num_tokens)
+    return fusion._best_of_groups(fusion._Intervals(ordered), stage)
+
+
+@given(st.lists(JOBS, min_size=1, max_size=5), STAGES)
+@settings(max_examples=100, deadline=None)
+def test_intervals_of_an_order_are_all_tried(jobs: list[Job], stage: Stage) -> None:
+    """The way of many tasks, on few: the best of all partitions into runs of the sorted tasks."""
+    ordered = sorted(named(jobs), key=lambda job: job.num_tokens)
+    cuts = itertools.chain.from_iterable(
+        itertools.combinations(range(1, len(ordered)), count) for count in range(len(ordered))
+    )
+    runs = ([ordered[a:b] for a, b in itertools.pairwise([0, *cut, len(ordered)])] for cut in cuts)
+    best = min(period(run, stage) for run in runs)
+    assert fuse_intervals(ordered, stage).period_seconds == pytest.approx(best, rel=0.01)
+
+
+@given(st.lists(JOBS, min_size=1, max_size=40), STAGES)
+@settings(max_examples=100, deadline=None)
+def test_no_partition_is_under_the_bound(jobs: list[Job], stage: Stage) -> None:
+    found = fuse(named(jobs), stage)
+    assert found.period_seconds >= lower_bound_seconds(named(jobs), stage) * (1 - 1e-9)
+    check_partition(found, jobs, stage)
+
+
+def check_partition(found: Fusion, jobs: Sequence[Job], stage: Stage) -> None:
+    """Each job once, and no microbatch holds more than it may."""
+    assert sorted(job.name for group in found.groups for job in group.jobs) == sorted(map(str, range(len(jobs))))
+    for group in found.groups:
+        tokens = sum(job.num_tokens for job in group.jobs) / group.num_microbatches
+        assert tokens <= stage.max_tokens * (1 + 1e-9)
+        assert tokens * max(job.token_bytes for job in group.jobs) <= stage.max_bytes * (1 + 1e-9)
+
+
+def test_on_one_stage_all_share_while_there_is_something_to_share() -> None:
+    """A fixed cost and idle tokens under the knee are paid once; nothing fills with one stage."""
+    profile = CostProfile(fixed_seconds=10.0, token_seconds=1.0, knee_tokens=100.0)
+    jobs = [Job(str(i), 30) for i in range(4)]
+    found = fuse(jobs, Stage(profile, 1000))
+    assert len(found.groups) == 1
+    assert found.period_seconds == 10 + 120
+    assert of_partition([[job] for job in jobs], Stage(profile, 1000)).period_seconds == 4 * (10 + 100)
+
+
+def test_on_four_stages_all_in_one_would_wait_for_itself() -> None:
+    """Two tasks of 3 microbatches each fill 4 stages in turn: 600 s of work over 4 stages, and no bubble. As one hTask
+    of 6 microbatches the round would take 150 * (1 + 3 / 6) = 225 s; a finer cut of it, 12, would take 187.5 s."""
+    jobs = [Job("a", 300), Job("b", 300)]
+    stage = Stage(FLAT, 100, num_stages=4)
+    assert of_partition([jobs], stage).period_seconds == pytest.approx(150 * (1 + 3 / 12))
+    found = fuse(jobs, stage)
+    assert [len(group.jobs) for group in found.groups] == [1, 1]
+    assert found.period_seconds == pytest.approx(150, rel=1e-3)
+
+
+def test_a_saturated_device_gains_nothing_from_fusion() -> None:
+    """Past the knee and without fixed costs the period is that of separate hTasks; of equals, the fewest are taken."""
+    jobs = [Job(str(i), 500) for i in range(6)]
+    stage = Stage(replace(FLAT, knee_tokens=100.0), 500)
+    assert fuse(jobs, stage).period_seconds == of_partition([[job] for job in jobs], stage).period_seconds == 3000
+    assert len(fuse(jobs, stage).groups) == 1
+
+
+def test_a_task_that_keeps_much_does_not_make_small_microbatches_for_all() -> None:
+    """One task keeps 10 bytes a token, so that only 100 of its tokens fit; fused, all would run by 100 tokens."""
+    jobs = [Job("heavy", 100, token_bytes=10.0), *(Job(str(i), 500, token_bytes=1.0) for i in range(4))]
+    stage = Stage(CostProfile(fixed_seconds=50.0, token_seconds=1.0), 1000, max_bytes=1000.0)
+    found = fuse(jobs, stage)
+    assert sorted(len(group.jobs) for group in found.groups) == [1, 4]
+    assert found.period_seconds == (50 + 100) + (2 * 50 + 2000)
+
+
+def test_a_sequence_that_no_microbatch_holds_is_refused() -> None:
+    with pytest.raises(ValueError, match="longer than any microbatch"):
+        fuse([Job("a", 500, longest_tokens=200, token_bytes=1.0)], Stage(FLAT, 1000, max_bytes=100.0))
