@@ -22,7 +22,7 @@ def cost_to_domain(cost: plan_pb2.CostProfile) -> CostProfile:
     return CostProfile(**sane)
 
 
-def site_to_module(site: Site) -> plan_pb2.AdaptableModule:
+def site_to_module(site: Site, input_group: int = 0) -> plan_pb2.AdaptableModule:
     return plan_pb2.AdaptableModule(
         name=site.name,
         in_features=site.in_features,
@@ -30,6 +30,7 @@ def site_to_module(site: Site) -> plan_pb2.AdaptableModule:
         kind=plan_pb2.ModuleKind.Value(f"MODULE_KIND_{site.kind.name}"),
         has_bias=site.has_bias,
         group_size=site.group_size,
+        input_group=input_group,
     )
 
 
@@ -51,6 +52,8 @@ def backbone_to_view(backbone: plan_pb2.Backbone) -> BackboneView:
         weight_bytes=backbone.weight_bytes,
         dtype=backbone.dtype,
         sites=tuple(module_to_site(module) for module in backbone.adaptable_modules),
+        kept_token_bytes=max(0.0, backbone.kept_token_bytes),
+        input_groups={module.name: module.input_group for module in backbone.adaptable_modules if module.input_group},
     )
 
 

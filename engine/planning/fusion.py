@@ -7,7 +7,7 @@ microbatches keeps each stage busy for `work` seconds, and its own round takes a
 
 because a task's next step needs its last one on every stage, while other hTasks' microbatches fill the wait. So
 
-    period = max(sum of work, largest latency)                                                (docs/planning.md)
+    period = max(sum of work, largest latency)
 
 Fusing saves fixed costs and idle tokens under the knee; splitting fills pipelines. For a bound on the latency the least
 work is a shortest path over groups, so the period is found by bisection over that bound. Groups are all subsets for few

@@ -19,6 +19,7 @@ class Crowd:
     extra_seconds: float = 0.0
     adapter_bytes: int = 0
     kept_bytes: float = 0.0
+    input_mask: int = 0
     sequence_tokens: int = 0
     slice_tokens: int = 0
 
@@ -28,6 +29,7 @@ class Crowd:
             self.extra_seconds + other.extra_seconds,
             self.adapter_bytes + other.adapter_bytes,
             max(self.kept_bytes, other.kept_bytes),
+            self.input_mask | other.input_mask,
             max(self.sequence_tokens, other.sequence_tokens),
             max(self.slice_tokens, other.slice_tokens),
         )
@@ -62,12 +64,13 @@ class Host:
 
     def bytes_of(self, crowd: Crowd) -> int:
         tokens = self.microbatch_tokens(crowd)
-        return resident_bytes(self.executor.backbone, crowd.adapter_bytes, crowd.kept_bytes, tokens)
+        return resident_bytes(self.executor.backbone, crowd.adapter_bytes, crowd.kept_bytes, crowd.input_mask, tokens)
 
     def alone_bytes(self, need: Need) -> int:
         """In a process of its own, with a backbone of its own and microbatches of its own size."""
         held = need.footprint
-        return resident_bytes(self.executor.backbone, held.adapter_bytes, held.kept_bytes, held.slice_tokens)
+        return resident_bytes(self.executor.backbone, held.adapter_bytes, held.kept_bytes, held.input_mask,
+                              held.slice_tokens)  # fmt: skip
 
     def microbatch_tokens(self, crowd: Crowd) -> int:
         limits = self._limits
@@ -117,7 +120,7 @@ class Host:
     def _alone(self, need: Need) -> Crowd:
         held = need.footprint
         return Crowd(need.step.num_tokens, self.profile.extra_seconds(need.step), held.adapter_bytes, held.kept_bytes,
-                     held.sequence_tokens, held.slice_tokens)  # fmt: skip
+                     held.input_mask, held.sequence_tokens, held.slice_tokens)  # fmt: skip
 
 
 class Pool:

@@ -1,18 +1,22 @@
-"""Bytes, before the device says no. A first, deliberately simple model: every term is a stated formula.
+"""Bytes, before the device says no: weights, adapters, and what a step keeps and makes at its peak.
 
 Legend: T tokens of a microbatch, L tokens of the longest sequence.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engine.errors import WillNeverFitError
+from engine.methods import Lora
 from engine.planning.plan import BackboneView, ExecutorView
 from engine.task import Optimizer, TaskSpec
 
-_SLACK = 1.1  # allocator and workspaces, on what is not weights
-_LOGITS_CHUNK_BYTES = 3 * (64 << 20)  # logits, their exponentials and a copy: engine.kernels.segment_cross_entropy
+_SLACK = 1.05  # the allocator's own, on what is not weights
+_CHUNK_LOGITS = 1 << 24  # elements: engine.kernels.segment_cross_entropy
+_LOGIT_COPIES = 2  # logits, and their exponentials while the normaliser is summed
 _GIB = 1 << 30
 _MANY = 1 << 10  # tokens, over which what a method keeps is averaged
 
@@ -26,24 +30,32 @@ def adapter_bytes(spec: TaskSpec, backbone: BackboneView) -> int:
 
 
 def activation_bytes(backbone: BackboneView, num_tokens: int) -> int:
-    """Kept for backward, by layer: the inputs and outputs of its operators and the two norms, for T tokens."""
-    per_token = backbone.linear_width + 6 * backbone.num_layers * backbone.hidden_size
-    return int(_SLACK * num_tokens * per_token * backbone.element_bytes) + _LOGITS_CHUNK_BYTES
+    """What the bare backbone has at the peak of a step of T tokens, all of which bear loss.
+
+    Kept for backward by T tokens; three hidden states (the last, the loss's gradient by it at target positions and at
+    all); and the larger of what comes and goes: logits of a chunk with a copy, or one layer's gradients.
+    """
+    logits = _LOGIT_COPIES * 4 * min(num_tokens * backbone.vocab_size, max(_CHUNK_LOGITS, backbone.vocab_size))
+    layer = num_tokens * backbone.token_bytes / max(1, backbone.num_layers)
+    hidden = 3 * num_tokens * backbone.hidden_size * backbone.element_bytes
+    return int(num_tokens * backbone.token_bytes + hidden + max(logits, layer))
 
 
 def kept_bytes(spec: TaskSpec, backbone: BackboneView, num_tokens: int) -> int:
     """What the method keeps for backward beside that, were all T tokens this task's."""
     taken = spec.method.shapes(backbone.sites)
     kept = sum(spec.method.kept_elements(site, num_tokens) for site in backbone.sites if site.name in taken)
-    return int(_SLACK * kept * backbone.element_bytes)
+    return kept * backbone.element_bytes
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a task asks of an executor's memory, worked out once: `kept_bytes` by a token of its own."""
+    """What a task asks of an executor's memory, worked out once: `kept_bytes` by a token of its own, and the operators'
+    inputs (a mask of `BackboneView.inputs`) that are kept whole, for every token, once for all tasks that need them."""
 
     adapter_bytes: int
     kept_bytes: float
+    input_mask: int
     sequence_tokens: int
     slice_tokens: int
 
@@ -54,6 +66,7 @@ def footprint(spec: TaskSpec, backbone: BackboneView) -> Footprint:
     return Footprint(
         adapter_bytes=adapter_bytes(spec, backbone),
         kept_bytes=kept_bytes(spec, backbone, _MANY) / _MANY,
+        input_mask=backbone.inputs.mask(_trained_on(spec, backbone)),
         sequence_tokens=longest,
         slice_tokens=longest * spec.training.micro_batch_size,
     )
@@ -81,14 +94,29 @@ def largest_tokens(sequence_tokens: int, slice_tokens: int, token_budget: int, c
 def total_bytes(specs: Iterable[TaskSpec], backbone: BackboneView, num_tokens: int) -> int:
     """One backbone, all adapters, one microbatch in flight: at worst all of the method that keeps most."""
     footprints = [footprint(spec, backbone) for spec in specs]
-    adapters = sum(f.adapter_bytes for f in footprints)
-    return resident_bytes(backbone, adapters, max((f.kept_bytes for f in footprints), default=0.0), num_tokens)
+    return resident_bytes(
+        backbone,
+        sum(f.adapter_bytes for f in footprints),
+        max((f.kept_bytes for f in footprints), default=0.0),
+        functools.reduce(operator.or_, (f.input_mask for f in footprints), 0),
+        num_tokens,
+    )
 
 
-def resident_bytes(backbone: BackboneView, all_adapter_bytes: int, kept_token_bytes: float, num_tokens: int) -> int:
+def resident_bytes(
+    backbone: BackboneView, all_adapter_bytes: int, kept_token_bytes: float, input_mask: int, num_tokens: int
+) -> int:
     """The same, of what the footprints add up to."""
-    kept = math.ceil(kept_token_bytes * num_tokens)
-    return backbone.weight_bytes + int(_SLACK * all_adapter_bytes) + activation_bytes(backbone, num_tokens) + kept
+    kept = (kept_token_bytes + backbone.inputs.token_bytes(input_mask)) * num_tokens
+    moving = all_adapter_bytes + activation_bytes(backbone, num_tokens) + kept
+    return backbone.weight_bytes + math.ceil(_SLACK * moving)
+
+
+def _trained_on(spec: TaskSpec, backbone: BackboneView) -> list[str]:
+    """Operators whose input LoRA's A is trained on. The other methods keep what they read themselves, or nothing."""
+    if not isinstance(spec.method, Lora):
+        return []
+    return [name for name, tensors in spec.method.shapes(backbone.sites).items() if "lora_A" in tensors]
 
 
 def separate_instance_bytes(spec: TaskSpec, backbone: BackboneView) -> int:

@@ -1,7 +1,9 @@
 """What the planner reads (a snapshot) and what it answers (a plan that explains itself). Frozen, pure, no clocks."""
 
+import functools
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,7 +14,8 @@ from engine.task import TaskSpec
 
 @dataclass(frozen=True)
 class BackboneView:
-    """A backbone as its executor described it."""
+    """A backbone as its executor described it. Measured at its load, where they are there: bytes that it keeps for
+    backward by a token, and which linear operators, by number, read one tensor."""
 
     name: str
     num_parameters: int
@@ -23,15 +26,45 @@ class BackboneView:
     weight_bytes: int
     dtype: str
     sites: tuple[Site, ...]
+    kept_token_bytes: float = 0.0
+    input_groups: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def element_bytes(self) -> int:
         return {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
 
     @cached_property
-    def linear_width(self) -> int:
-        """Inputs and outputs of all its linear operators."""
-        return sum(site.in_features + site.out_features for site in self.sites if site.kind is SiteKind.LINEAR)
+    def token_bytes(self) -> float:
+        """Kept for backward by a token, adapters aside: as measured, or a guess: the outputs of all operators and three
+        hidden states a layer."""
+        if self.kept_token_bytes:
+            return self.kept_token_bytes
+        outputs = sum(site.out_features for site in self.sites if site.kind is SiteKind.LINEAR)
+        return self.element_bytes * (outputs + 3 * self.num_layers * self.hidden_size)
+
+    @cached_property
+    def inputs(self) -> "Inputs":
+        return Inputs(self)
+
+
+class Inputs:
+    """What a backbone's linear operators read: sets of tensors as bit masks, and the bytes of a token in them."""
+
+    def __init__(self, backbone: BackboneView) -> None:
+        linear = [site for site in backbone.sites if site.kind is SiteKind.LINEAR]
+        groups = [backbone.input_groups.get(site.name) or site.name for site in linear]
+        numbers = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+        self._bits = {site.name: 1 << numbers[group] for site, group in zip(linear, groups, strict=True)}
+        self._widths = {self._bits[site.name]: site.in_features * backbone.element_bytes for site in linear}
+        self._known: dict[int, int] = {}
+
+    def mask(self, sites: Iterable[str]) -> int:
+        return functools.reduce(operator.or_, (self._bits.get(name, 0) for name in sites), 0)
+
+    def token_bytes(self, mask: int) -> int:
+        if mask not in self._known:
+            self._known[mask] = sum(width for bit, width in self._widths.items() if mask & bit)
+        return self._known[mask]
 
 
 @dataclass(frozen=True)

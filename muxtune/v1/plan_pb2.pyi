@@ -446,6 +446,7 @@ class Backbone(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     ADAPTABLE_MODULES_FIELD_NUMBER: _builtins.int
+    KEPT_TOKEN_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     architecture: _builtins.str
     num_parameters: _builtins.int
@@ -456,6 +457,8 @@ class Backbone(_message.Message):
     weight_bytes: _builtins.int
     dtype: _builtins.str
     """float32, bfloat16 or float16"""
+    kept_token_bytes: _builtins.float
+    """Bytes it keeps for backward by a token, adapters aside, measured when it is loaded. 0: not measured."""
     @_builtins.property
     def adaptable_modules(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdaptableModule]: ...
     def __init__(
@@ -471,10 +474,11 @@ class Backbone(_message.Message):
         weight_bytes: _builtins.int = ...,
         dtype: _builtins.str = ...,
         adaptable_modules: _abc.Iterable[Global___AdaptableModule] | None = ...,
+        kept_token_bytes: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptable_modules", b"adaptable_modules", "architecture", b"architecture", "dtype", b"dtype", "hidden_size", b"hidden_size", "max_sequence_tokens", b"max_sequence_tokens", "name", b"name", "num_layers", b"num_layers", "num_parameters", b"num_parameters", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptable_modules", b"adaptable_modules", "architecture", b"architecture", "dtype", b"dtype", "hidden_size", b"hidden_size", "kept_token_bytes", b"kept_token_bytes", "max_sequence_tokens", b"max_sequence_tokens", "name", b"name", "num_layers", b"num_layers", "num_parameters", b"num_parameters", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -492,6 +496,7 @@ class AdaptableModule(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     HAS_BIAS_FIELD_NUMBER: _builtins.int
     GROUP_SIZE_FIELD_NUMBER: _builtins.int
+    INPUT_GROUP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Full name: model.layers.0.self_attn.q_proj"""
     in_features: _builtins.int
@@ -500,6 +505,8 @@ class AdaptableModule(_message.Message):
     has_bias: _builtins.bool
     group_size: _builtins.int
     """Of an attention: query heads that share one key-value head. 0: 1."""
+    input_group: _builtins.int
+    """Linear operators of one number over 0 read the same tensor. 0: not known."""
     def __init__(
         self,
         *,
@@ -509,10 +516,11 @@ class AdaptableModule(_message.Message):
         kind: Global___ModuleKind.ValueType = ...,
         has_bias: _builtins.bool = ...,
         group_size: _builtins.int = ...,
+        input_group: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_size", b"group_size", "has_bias", b"has_bias", "in_features", b"in_features", "kind", b"kind", "name", b"name", "out_features", b"out_features"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_size", b"group_size", "has_bias", b"has_bias", "in_features", b"in_features", "input_group", b"input_group", "kind", b"kind", "name", b"name", "out_features", b"out_features"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -563,7 +571,7 @@ Global___Device: _TypeAlias = Device  # noqa: Y015
 class CostProfile(_message.Message):
     """seconds = fixed + token * max(T, knee) + square * sum of squared sequence lengths + target * target positions
       + module * adapted modules of all ranges + multiplication * the adapters' multiplications
-      + parameter * parameters stepped, for a microbatch of T tokens. docs/planning.md derives it.
+      + parameter * parameters stepped, for a microbatch of T tokens. engine/planning/cost.py has it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

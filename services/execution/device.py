@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from engine.runtime.backbone import Backbone
+from engine.runtime.footprint import BackboneFootprint
 from muxtune.v1 import plan_pb2
 from services.execution.settings import ExecutionSettings
 from services.plan_convert import site_to_module
@@ -30,7 +31,9 @@ def describe_device(settings: ExecutionSettings, kind: str) -> plan_pb2.Device:
     )
 
 
-def describe_backbone(settings: ExecutionSettings, backbone: Backbone) -> plan_pb2.Backbone:
+def describe_backbone(
+    settings: ExecutionSettings, backbone: Backbone, footprint: BackboneFootprint
+) -> plan_pb2.Backbone:
     config = backbone.config.get_text_config()
     return plan_pb2.Backbone(
         name=settings.backbone_name,
@@ -42,7 +45,8 @@ def describe_backbone(settings: ExecutionSettings, backbone: Backbone) -> plan_p
         max_sequence_tokens=backbone.max_sequence_tokens,
         weight_bytes=backbone.weight_bytes(),
         dtype=str(backbone.dtype).removeprefix("torch."),
-        adaptable_modules=[site_to_module(site) for site in backbone.sites],
+        adaptable_modules=[site_to_module(site, footprint.input_groups.get(site.name, 0)) for site in backbone.sites],
+        kept_token_bytes=footprint.kept_token_bytes,
     )
 
 

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from engine.errors import ArtifactCorruptError, InvalidInputError, MuxtuneError, NotFoundError
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
+from engine.runtime.footprint import measure
 from muxtune.v1 import alignment_pb2, execution_pb2, plan_pb2
 from services.artifacts import ArtifactStore
 from services.config import from_environment
@@ -47,6 +48,7 @@ class Trainer:
         self._device_kind = choose_device(settings)
         dtype = getattr(torch, settings.dtype)
         self._executor = Executor(Backbone.load(settings.backbone_folder, dtype, self._device_kind))
+        self._footprint = measure(self._executor.backbone)
         self._costs = Costs(self._executor, settings.calibration_seconds)
         vault = Vault(ArtifactStore.open(settings.artifact_url))
         self._residents = Residents(self._executor, vault, settings.checkpoint_steps, settings.checkpoint_seconds)
@@ -184,7 +186,7 @@ class Trainer:
             execution_pb2.DescribeExecutorResponse(
                 executor=plan_pb2.Executor(
                     name=self._settings.resource_name,
-                    backbone=describe_backbone(self._settings, backbone),
+                    backbone=describe_backbone(self._settings, backbone, self._footprint),
                     device=self._device(),
                 ),
                 tasks=self._residents.names,

@@ -202,7 +202,7 @@ async def test_a_task_that_can_never_fit_is_refused(admission: Admission) -> Non
     dataset = await admission.upload()
     big = spec(dataset.name, lora=task_pb2.Lora(rank=256, target_modules=["all-linear"]), max_sequence_tokens=128)
     await admission.tenant().EstimateTask(pb.EstimateTaskRequest(spec=big))
-    await admission.ledger().PutLease(lease(executor(incarnation="i2", memory_bytes=150 << 20)))
+    await admission.ledger().PutLease(lease(executor(incarnation="i2", memory_bytes=1 << 20)))
     with refused(INVALID, "WILL_NEVER_FIT") as refusal:
         await admission.tenant().CreateTask(pb.CreateTaskRequest(spec=big))
     assert refusal.fields and "GiB" in refusal.message

@@ -1,0 +1,70 @@
+"""What a backbone keeps for backward, measured on one small forward: bytes by token; which operators read one tensor.
+
+The memory model (`engine.planning.memory`) adds what tasks' methods keep beside it. Legend: T tokens.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
+from engine.runtime.backbone import Backbone
+
+_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class BackboneFootprint:
+    """`kept_token_bytes` where gradients flow through all of it. Operators of one number in `input_groups` (from 1)
+    read the same tensor, which is kept once however many of them are adapted."""
+
+    kept_token_bytes: float
+    input_groups: dict[str, int]
+
+
+def measure(backbone: Backbone) -> BackboneFootprint:
+    """Runs one sequence of a few tokens, with no task resident."""
+    stream = _stream(min(_TOKENS, backbone.max_sequence_tokens))
+    weights = {t.untyped_storage().data_ptr() for t in (*backbone.model.parameters(), *backbone.model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+    inputs: dict[str, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held: an address is not used twice
+        return tensor
+
+    with _hooks(backbone, inputs), torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
+        backbone.hidden(stream, frozenset())
+    numbers = dict[int, int]()
+    groups = {name: numbers.setdefault(x.data_ptr(), len(numbers) + 1) for name, x in inputs.items()}
+    return BackboneFootprint(sum(storage.nbytes() for storage in kept.values()) / stream.num_tokens, groups)
+
+
+def _stream(num_tokens: int) -> Microbatch:
+    range_ = Range("", 0, 0, num_tokens, (Segment(num_tokens, 0),), 1, False)
+    ids_T, targets_T = np.zeros(num_tokens, np.int32), np.full(num_tokens, IGNORE, np.int32)
+    return Microbatch(0, MicrobatchKind.TRAIN, ids_T, targets_T, (range_,), False)
+
+
+@contextmanager
+def _hooks(backbone: Backbone, inputs: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Gradients from the embedding on; what each operator reads, held so that no address is used twice."""
+
+    def note(name: str) -> Any:
+        return lambda module, args: inputs.__setitem__(name, args[0])
+
+    embedding = backbone.model.get_input_embeddings()
+    handles = [embedding.register_forward_hook(lambda module, args, y: y if y.requires_grad else y.requires_grad_())]
+    handles += [module.register_forward_pre_hook(note(name)) for name, module in backbone.operators.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
