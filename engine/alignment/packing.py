@@ -69,8 +69,12 @@ class Slice:
 
     @property
     def num_tokens(self) -> int:
-        """What it takes of the budget."""
-        return sum(sequence.num_tokens + self.member.num_prefix_tokens for sequence in self.sequences)
+        return sum(sequence.num_tokens for sequence in self.sequences)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """What it takes of the budget beside its tokens."""
+        return len(self.sequences) * self.member.num_prefix_tokens
 
 
 def rounds(members: Sequence[Member], token_budget: int, chunk_tokens: int) -> Iterator[Microbatch]:
@@ -116,7 +120,7 @@ def pack(slices: Sequence[Slice], token_budget: int, chunk_tokens: int) -> list[
     Slices of one task keep their order inside a bin.
     """
     bins: list[_Bin] = []
-    for index in sorted(range(len(slices)), key=lambda i: (-slices[i].num_tokens, i)):
+    for index in sorted(range(len(slices)), key=lambda i: (-slices[i].num_tokens - slices[i].num_prefix_tokens, i)):
         slice_ = slices[index]
         for bin_ in bins:
             if bin_.num_tokens_with(slice_, chunk_tokens) <= token_budget:
@@ -129,7 +133,7 @@ def pack(slices: Sequence[Slice], token_budget: int, chunk_tokens: int) -> list[
 
 
 class _Bin:
-    """A microbatch being filled: padded tokens in all, unpadded ones by task, and which slices."""
+    """A microbatch being filled: padded tokens and prefixes in all, unpadded tokens by task, and which slices."""
 
     def __init__(self) -> None:
         self.num_tokens = 0
@@ -139,7 +143,7 @@ class _Bin:
     def num_tokens_with(self, slice_: Slice, chunk_tokens: int) -> int:
         filled = self.by_task.get(slice_.member.task, 0)
         added = _padded(filled + slice_.num_tokens, chunk_tokens) - _padded(filled, chunk_tokens)
-        return self.num_tokens + added
+        return self.num_tokens + added + slice_.num_prefix_tokens
 
     def add(self, index: int, slice_: Slice, chunk_tokens: int) -> None:
         self.num_tokens = self.num_tokens_with(slice_, chunk_tokens)
