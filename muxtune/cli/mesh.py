@@ -88,8 +88,12 @@ class Mesh:
 
     def restart_service(self, service: str) -> None:
         """Starts one service again, where it was."""
-        self._start_service(service, {name: self._folder(name) for name in self.backbones})
+        self.respawn(service)
         self._await_health()
+
+    def respawn(self, service: str) -> None:
+        """Starts one service again, where it was, and does not wait for it."""
+        self._start_service(service, {name: self._folder(name) for name in self.backbones})
 
     def dead_services(self) -> dict[str, int]:
         """Exit status of services that ended by themselves."""

@@ -30,6 +30,7 @@ from services.execution.residents import Residents, exported_response
 from services.execution.settings import ExecutionSettings
 from services.execution.vault import Vault
 from services.execution.window import StepWindow
+from services.failpoints import failpoint
 from services.mesh import open_sync_channel
 from services.plan_convert import cost_to_proto
 from services.telemetry import configure, links_to, tracer
@@ -175,7 +176,9 @@ class Trainer:
             response = execution_pb2.RunPlanResponse(
                 plan_version=self._plan.version, adopted=adopted, results=results, device=self._device()
             )
+            failpoint("report.before")
             self._pipe.write(Tag.RESULTS, response)
+            failpoint("report.after")
         if adopted or any(result.WhichOneof("result") in ("finished", "failed", "released") for result in results):
             self._describe()
 

@@ -15,6 +15,7 @@ from engine.planning.needs import Appraiser
 from engine.planning.plan import Limits, Plan, Snapshot
 from engine.planning.planner import plan as make_plan
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, scheduling_pb2, task_pb2
+from services.failpoints import failpoint
 from services.plan_convert import (
     executor_to_view,
     explanation_to_proto,
@@ -125,6 +126,7 @@ class Scheduler:
                 ],
             )
             answer = await self._ledger.CommitPlan(request)
+            failpoint("plan.committed")
             for task, epoch in zip(starting, answer.attempt_epochs, strict=True):
                 task.attempt_epoch = epoch
                 self._note_placement(task, version, executor.name, span)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 from engine.errors import MuxtuneError
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, ledger_pb2, ledger_pb2_grpc, plan_pb2
+from services.failpoints import failpoint
 from services.mesh import open_channel
 from services.server import start_vital
 
@@ -99,11 +100,13 @@ class ExecutorStream:
     async def _commit(self, response: execution_pb2.RunPlanResponse) -> None:
         stale: set[str] = set()
         if response.results:
+            failpoint("results.before")
             answer = await self._ledger.CommitResults(
                 ledger_pb2.CommitResultsRequest(
                     executor=self.executor.name, lease_epoch=self.executor.lease_epoch, results=response.results
                 )
             )
+            failpoint("results.after")
             pairs = zip(response.results, answer.verdicts, strict=True)
             stale = {result.task for result, verdict in pairs if verdict == ledger_pb2.RESULT_VERDICT_STALE}
         self.mailbox.put_acknowledgement(response.sequence, stale)
