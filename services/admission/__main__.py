@@ -21,7 +21,8 @@ from services.admission.keys import KeyStore
 from services.admission.ledger import Ledger
 from services.admission.notifier import Notifier
 from services.admission.servicer import AdmissionServicer, KeyServicer, LedgerServicer, authenticator
-from services.admission.sweep import sweep_checkpoints
+from services.admission.sweep import Sweeper
+from services.admission.sweeping import Sweeping
 from services.artifacts import ArtifactStore
 from services.config import ServerSettings, from_environment
 from services.mesh import open_channel
@@ -49,9 +50,10 @@ async def main() -> None:
     alignment = alignment_pb2_grpc.AlignmentServiceStub(open_channel(settings.alignment_address, settings.mesh_secret))
     quota = Quota(settings.max_unfinished_tasks, settings.token_budget, settings.chunk_tokens)
     notifier, keys = Notifier(), KeyStore(database)
-    ledger = LedgerServicer(Ledger(database), notifier, lambda: sweep_checkpoints(database, artifacts))
     admitter = Admitter(database, artifacts, alignment, quota)
     servicer = AdmissionServicer(database, artifacts, alignment, admitter, notifier, settings.max_adapter_bytes)
+    sweeping = Sweeping(Sweeper(database, artifacts), servicer.sweep_datasets)
+    ledger = LedgerServicer(Ledger(database), notifier, sweeping.add)
 
     def register(server: grpc.aio.Server) -> list[str]:
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, server)
@@ -65,7 +67,7 @@ async def main() -> None:
 
     running = [
         start_vital(ledger.announce_expiries(), "leases"),
-        start_vital(ledger.sweep_after_changes(), "sweep"),
+        start_vital(sweeping.run(), "sweep"),
     ]
     await serve("admission", settings, register, authenticate=authenticator(keys, settings.mesh_secret), on_stop=stop)
     for task in running:

@@ -13,7 +13,6 @@ from engine.runtime.checkpoint import CheckpointState
 from muxtune.v1 import task_pb2
 from services.artifacts import MANIFEST, ArtifactStore, Manifest
 
-_KEPT = 2
 _log = logging.getLogger(__name__)
 
 
@@ -26,12 +25,9 @@ class Vault:
     def put_checkpoint(
         self, task: str, epoch: int, state: CheckpointState, extra: dict[str, Any]
     ) -> task_pb2.CheckpointCommitted:
-        """Commits it; then deletes all but the last few of the task."""
+        """Commits it. Those before it stay until admission, which knows what is recorded, deletes them."""
         prefix = f"{task}/checkpoints/{state.step:08d}-{epoch}"
         manifest = self._store.commit_folder(prefix, state.files(), {**state.metadata, **extra, "epoch": epoch})
-        before = [key for key in self._committed(task) if _step(key) < state.step]
-        for old in before[: 1 - _KEPT]:
-            self._store.delete_folder(old.removesuffix(f"/{MANIFEST}"))
         return task_pb2.CheckpointCommitted(step=state.step, manifest_key=manifest.key, size_bytes=manifest.size_bytes)
 
     def get_checkpoint(self, task: str, recorded: task_pb2.CheckpointCommitted) -> CheckpointState:

@@ -151,7 +151,7 @@ class Admission:
         alignment = alignment_pb2_grpc.AlignmentServiceStub(self._to_alignment)
         self.key_store, ledger = KeyStore(self.database), Ledger(self.database, self.clock)
         self.admitter = Admitter(self.database, self.artifacts, alignment, Quota(self.quota, 256, 16))
-        servicer = AdmissionServicer(
+        servicer = self.servicer = AdmissionServicer(
             self.database, self.artifacts, alignment, self.admitter, self.notifier, MAX_ADAPTER_BYTES
         )
         gate = Gate(authenticator(self.key_store, SECRET))
@@ -159,7 +159,7 @@ class Admission:
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, self._server)
         key_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(self.key_store), self._server)
         ledger_pb2_grpc.add_LedgerServiceServicer_to_server(
-            LedgerServicer(ledger, self.notifier, lambda: 0), self._server
+            LedgerServicer(ledger, self.notifier, lambda names: None), self._server
         )
         address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         await self._server.start()
