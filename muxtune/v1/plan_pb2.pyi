@@ -364,15 +364,19 @@ class TaskReleased(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
+    NUM_SUSPECTS_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
+    num_suspects: _builtins.int
+    """Over 0: not unharmed, its trainer died or hung with so many tasks in its hands, and this one may be why."""
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
+        num_suspects: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_suspects", b"num_suspects", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

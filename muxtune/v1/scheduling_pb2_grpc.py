@@ -29,6 +29,8 @@ class SchedulingServiceStub:
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
+    Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
+
     Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
     """
 
@@ -73,6 +75,8 @@ class SchedulingServiceStub:
 class SchedulingServiceServicer:
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
+
+    Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
     Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
     """
@@ -168,6 +172,8 @@ def add_SchedulingServiceServicer_to_server(servicer, server):
 class SchedulingService:
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
+
+    Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
     Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
     """

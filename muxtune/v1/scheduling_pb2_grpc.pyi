@@ -30,6 +30,8 @@ class SchedulingServiceStub:
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
+    Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
+
     Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
     """
 
@@ -63,6 +65,8 @@ class SchedulingServiceAsyncStub(SchedulingServiceStub):
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
+    Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
+
     Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
     """
 
@@ -91,6 +95,8 @@ class SchedulingServiceAsyncStub(SchedulingServiceStub):
 class SchedulingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
+
+    Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
     Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
     """

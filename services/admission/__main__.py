@@ -31,13 +31,16 @@ from services.server import serve, start_vital
 
 @dataclass(frozen=True, kw_only=True)
 class AdmissionSettings(ServerSettings):
-    """`database_url` as SQLAlchemy writes it: sqlite:///path or postgresql+psycopg://..."""
+    """`database_url` as SQLAlchemy writes it: sqlite:///path or postgresql+psycopg://... A task fails that was alone
+    on its executor when that died, `max_crashes` times in a row with no new step since.
+    """
 
     database_url: str
     artifact_url: str
     alignment_address: str
     max_adapter_bytes: int = 512 << 20
     max_unfinished_tasks: int = 1000
+    max_crashes: int = 3
     token_budget: int = 2048
     chunk_tokens: int = 16
 
@@ -53,7 +56,7 @@ async def main() -> None:
     admitter = Admitter(database, artifacts, alignment, quota)
     servicer = AdmissionServicer(database, artifacts, alignment, admitter, notifier, settings.max_adapter_bytes)
     sweeping = Sweeping(Sweeper(database, artifacts), servicer.sweep_datasets)
-    ledger = LedgerServicer(Ledger(database), notifier, sweeping.add)
+    ledger = LedgerServicer(Ledger(database, max_crashes=settings.max_crashes), notifier, sweeping.add)
 
     def register(server: grpc.aio.Server) -> list[str]:
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, server)

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from engine.task import TaskState
 from muxtune.v1 import ledger_pb2 as pb
 from muxtune.v1 import plan_pb2, task_pb2
-from services.admission import tasks
+from services.admission import crashes, tasks
 from services.admission.clock import now
 from services.admission.tables import adapters
 from services.admission.tables import tasks as tasks_table
@@ -15,13 +15,17 @@ from services.admission.tables import tasks as tasks_table
 _RATE_WEIGHT = 0.2  # of the newest step in the moving average of tokens per second
 
 
-def commit(connection: sa.Connection, executor: str, result: plan_pb2.TaskResult) -> pb.ResultVerdict.ValueType:
+def commit(
+    connection: sa.Connection, executor: str, result: plan_pb2.TaskResult, max_crashes: int
+) -> pb.ResultVerdict.ValueType:
     """COMMITTED, DUPLICATE (its step is recorded already) or STALE (the attempt was superseded)."""
     row = connection.execute(sa.select(tasks_table).where(tasks_table.c.name == result.task)).one_or_none()
     if row is None or row.attempt_epoch != result.attempt_epoch or row.executor != executor:
         ended = row is not None and TaskState[row.state].is_final and row.attempt_epoch == result.attempt_epoch
         return pb.RESULT_VERDICT_DUPLICATE if ended else pb.RESULT_VERDICT_STALE
-    kind = result.WhichOneof("result")
+    kind, suspects = result.WhichOneof("result"), result.released.num_suspects
+    if suspects and crashes.count(connection, row, result.released.reason, suspects, max_crashes):
+        return pb.RESULT_VERDICT_COMMITTED
     is_new = {
         "step_done": _step_done,
         "evaluated": _evaluated,
@@ -46,7 +50,7 @@ def _step_done(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult)
     progress.padding_tokens += step.padding_tokens
     progress.device_seconds += step.device_seconds
     progress.num_neighbours = step.num_neighbours
-    _put_progress(connection, row, progress, progress_time=moment)
+    _put_progress(connection, row, progress, progress_time=moment, crashes=0)
     tasks.append_event(connection, row.name, task_pb2.TaskEvent(step_done=step))
     return True
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
-from engine.errors import MuxtuneError, PermissionDeniedError, UnavailableError
+from engine.errors import InvalidInputError, MuxtuneError, PermissionDeniedError, UnavailableError
 from muxtune.v1 import (
     admission_pb2_grpc,
     alignment_pb2_grpc,
@@ -30,7 +30,6 @@ from services.admission.task_rpcs import TaskRpcs
 from services.artifacts import ArtifactStore
 from services.auth import Authenticate, Principal, current_principal, mesh_authenticator
 
-_ENDS = ("finished", "failed", "released")
 _RECORDED = ("checkpoint_committed", "finished", "failed")
 _CLIENT_SERVICE = "/muxtune.v1.AdmissionService/"
 _log = logging.getLogger(__name__)
@@ -121,7 +120,7 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
     ) -> ledger_pb2.CommitResultsResponse:
         results = list(request.results)
         commit = partial(self._ledger.commit_results, request.executor, request.lease_epoch, results)
-        verdicts = await self._notifier.after(commit, lambda _: self._tell_of(results))
+        verdicts, _ = await self._notifier.after(commit, lambda answer: self._tell_of(results, answer[1]))
         return ledger_pb2.CommitResultsResponse(verdicts=verdicts)
 
     async def RevokeAttempts(
@@ -130,6 +129,17 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
         revoke = partial(self._ledger.revoke, request.executor, list(request.tasks), request.reason)
         taken = await self._notifier.after(revoke, self._notifier.notify)
         return ledger_pb2.RevokeAttemptsResponse(num_revoked=len(taken))
+
+    async def LeadScheduling(
+        self, request: ledger_pb2.LeadSchedulingRequest, context: Any
+    ) -> ledger_pb2.LeadSchedulingResponse:
+        if not request.scheduler or not request.incarnation:
+            field = "incarnation" if request.scheduler else "scheduler"
+            raise InvalidInputError.of_field(field, "is missing: it says who asks")
+        seconds = request.duration.ToTimedelta().total_seconds()
+        lead = partial(self._ledger.leadership.lead, request.scheduler, request.incarnation, seconds)
+        leader, incarnation, epoch = await asyncio.to_thread(lead)
+        return ledger_pb2.LeadSchedulingResponse(leader=leader, incarnation=incarnation, epoch=epoch)
 
     async def PutLease(self, request: ledger_pb2.PutLeaseRequest, context: Any) -> ledger_pb2.PutLeaseResponse:
         seconds = request.duration.ToTimedelta().total_seconds()
@@ -162,11 +172,11 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
                     await self.end_expired()
                     self._notifier.notify()
 
-    def _tell_of(self, results: Sequence[plan_pb2.TaskResult]) -> None:
-        """The watchers of these tasks; and scheduling where one ended: a step done is no reason for a cycle."""
+    def _tell_of(self, results: Sequence[plan_pb2.TaskResult], changes_plan: bool) -> None:
+        """The watchers of these tasks; and scheduling where its plan may change: not at each step."""
         self._notifier.notify_tasks({result.task for result in results})
         self._on_recorded({result.task for result in results if result.WhichOneof("result") in _RECORDED})
-        if any(result.WhichOneof("result") in _ENDS for result in results):
+        if changes_plan:
             self._notifier.notify()
 
 

@@ -3,9 +3,11 @@
 One loop: adopt the newest plan at a round's boundary, run a microbatch of each hTask in turn, report the round.
 """
 
+import faulthandler
 import logging
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -36,6 +38,7 @@ from services.plan_convert import cost_to_proto
 from services.telemetry import configure, links_to, tracer
 
 _RETRY_SECONDS = 1.0
+_SIGN_SECONDS = 0.5
 _WAIT_SECONDS = 0.2  # for a microbatch, before the pipe is heard again
 _BAD_DATA = (InvalidInputError, NotFoundError, ArtifactCorruptError)
 _log = logging.getLogger(__name__)
@@ -62,6 +65,7 @@ class Trainer:
         self._round_members: list[str] = []
         self._window = StepWindow()
         self._is_held = self._is_draining = False
+        self._last_sign = 0.0
 
     def run(self) -> None:
         """The trainer's life: until the pipe closes."""
@@ -94,6 +98,7 @@ class Trainer:
 
     def _run_microbatch(self, index: int) -> None:
         """One microbatch of one hTask, from alignment through the backbone to its tasks' optimizers."""
+        self._give_sign(is_idle=False)
         try:
             microbatch = self._streams[index].next(_WAIT_SECONDS)
         except queue.Empty:
@@ -211,6 +216,7 @@ class Trainer:
             is_idle = not (has_work or self._unfinished or self._is_draining)
             if is_idle:
                 self._window.close()
+            self._give_sign(is_idle)
             try:
                 frame = self._inbox.get(block=is_idle)
             except queue.Empty:
@@ -218,6 +224,12 @@ class Trainer:
             if frame is None:
                 return False
             self._handle(*frame)
+
+    def _give_sign(self, is_idle: bool) -> None:
+        """Of life, for the server's watchdog."""
+        if is_idle or time.monotonic() - self._last_sign >= _SIGN_SECONDS:
+            self._last_sign = time.monotonic()
+            self._pipe.write(Tag.IDLE if is_idle else Tag.ALIVE)
 
     def _handle(self, tag: Tag, payload: bytes) -> None:
         if tag is Tag.PLAN:
@@ -263,6 +275,7 @@ class Trainer:
 def main() -> None:
     settings = from_environment(ExecutionSettings, os.environ)
     logging.captureWarnings(True)
+    faulthandler.register(signal.SIGUSR1)  # the watchdog asks for its stacks
     disable_progress_bar()
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)

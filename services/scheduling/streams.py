@@ -17,8 +17,8 @@ _log = logging.getLogger(__name__)
 class Mailbox:
     """What the executor should know next. Newer replaces older, so it holds one message at most."""
 
-    def __init__(self, lease_epoch: int) -> None:
-        self._lease_epoch = lease_epoch
+    def __init__(self, lease_epoch: int, leader_epoch: int) -> None:
+        self._lease_epoch, self._leader_epoch = lease_epoch, leader_epoch
         self._plan: plan_pb2.ExecutorPlan | None = None
         self._acknowledged = 0
         self._stale: set[str] = set()
@@ -51,6 +51,7 @@ class Mailbox:
             sent, stale, self._stale = self._plan, self._stale, set()
             yield execution_pb2.RunPlanRequest(
                 lease_epoch=self._lease_epoch,
+                leader_epoch=self._leader_epoch,
                 plan=fresh,
                 acknowledged_sequence=self._acknowledged,
                 stale_tasks=sorted(stale),
@@ -61,10 +62,14 @@ class ExecutorStream:
     """Keeps the stream to one executor's incarnation open until closed."""
 
     def __init__(
-        self, executor: plan_pb2.Executor, secret: str, ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub"
+        self,
+        executor: plan_pb2.Executor,
+        leader_epoch: int,
+        secret: str,
+        ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub",
     ) -> None:
         self.executor = executor
-        self.mailbox = Mailbox(executor.lease_epoch)
+        self.mailbox = Mailbox(executor.lease_epoch, leader_epoch)
         self._secret, self._ledger = secret, ledger
         self._task = start_vital(self._run(), f"stream to {executor.name}")
 
