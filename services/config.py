@@ -17,6 +17,7 @@ class ServerSettings:
     """What every service needs. `listen` "host:0" takes a free port, which `ready_file` then tells.
 
     `stop_with_parent`: as SIGTERM does, when the process that started this one is gone: no orphans of `muxtune up`.
+    More calls than `max_calls` at once, or streams than `max_streams`, are refused: RESOURCE_EXHAUSTED, later again.
     """
 
     mesh_secret: str = dataclasses.field(repr=False)
@@ -27,6 +28,8 @@ class ServerSettings:
     prometheus_port: int | None = None
     log_level: str = "INFO"
     stop_with_parent: bool = False
+    max_calls: int = 256
+    max_streams: int = 1024
 
 
 class SettingsError(SystemExit):

@@ -5,15 +5,15 @@ So a servicer only reads, decides, and raises.
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import grpc
 from grpc_status import rpc_status
 from opentelemetry.trace import SpanKind
 
-from engine.errors import MuxtuneError
+from engine.errors import MuxtuneError, OverloadedError
 from services.auth import OPEN_SERVICES, Authenticate, bearer, set_principal
 from services.errors import status_of
 from services.rpc_spans import RpcSpan
@@ -30,10 +30,13 @@ _HANDLERS = {
 
 
 class Gate(grpc.aio.ServerInterceptor):
-    """`address`: what the spans name as the server's."""
+    """`address`: what the spans name as the server's. More calls or streams at once are refused, and may come again."""
 
-    def __init__(self, authenticate: Authenticate, address: str = "") -> None:
+    def __init__(
+        self, authenticate: Authenticate, address: str = "", max_calls: int = 256, max_streams: int = 1024
+    ) -> None:
         self._authenticate, self._address = authenticate, address
+        self._calls, self._streams = _Places("calls", max_calls), _Places("streams", max_streams)
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         handler, method = await continuation(handler_call_details), handler_call_details.method
@@ -47,7 +50,7 @@ class Gate(grpc.aio.ServerInterceptor):
         inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
 
         async def serve(request: Any, context: Any) -> Any:
-            async with self._call(method, context):
+            async with self._call(method, context, self._calls):
                 try:
                     return await inner(request, context)
                 except MuxtuneError:
@@ -63,7 +66,7 @@ class Gate(grpc.aio.ServerInterceptor):
         # A coroutine that writes, not a generator: gRPC leaves the generator of an abandoned stream to the garbage
         # collector, and its span and its servicer's clean-up with it.
         async def serve(request: Any, context: Any) -> None:
-            async with self._call(method, context) as span:
+            async with self._call(method, context, self._streams) as span:
                 answer = inner(request, context)
                 if inspect.isawaitable(answer):  # a servicer that writes by itself
                     await answer
@@ -76,12 +79,12 @@ class Gate(grpc.aio.ServerInterceptor):
         return serve
 
     @asynccontextmanager
-    async def _call(self, method: str, context: Any) -> AsyncIterator[RpcSpan]:
+    async def _call(self, method: str, context: Any, places: "_Places") -> AsyncIterator[RpcSpan]:
         metadata = context.invocation_metadata()
         span = RpcSpan(method, SpanKind.SERVER, carrier_of(metadata), self._address)
         code = grpc.StatusCode.UNKNOWN
         try:
-            with span.in_force():
+            with places.taken(), span.in_force():
                 principal = await self._authenticate(method, bearer(metadata))
                 set_principal(principal)
                 if principal.tenant:
@@ -106,6 +109,24 @@ class Gate(grpc.aio.ServerInterceptor):
             await context.abort_with_status(rpc_status.to_status(status))
         finally:
             span.end(code)
+
+
+class _Places:
+    """So many at once and no more."""
+
+    def __init__(self, what: str, limit: int) -> None:
+        self._what, self._limit, self._num_taken = what, limit, 0
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Raises OverloadedError where none is free."""
+        if self._num_taken >= self._limit:
+            raise OverloadedError(f"{self._limit} {self._what} are in progress already: call again later")
+        self._num_taken += 1
+        try:
+            yield
+        finally:
+            self._num_taken -= 1
 
 
 async def _drain(requests: Any) -> None:

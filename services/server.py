@@ -58,7 +58,9 @@ async def serve(
     """
     parent = os.getppid()
     telemetry = configure(service_name, settings)
-    server = grpc.aio.server(interceptors=[Gate(authenticate, settings.listen)], options=_OPTIONS)
+    server = grpc.aio.server(
+        interceptors=[Gate(authenticate, settings.listen, settings.max_calls, settings.max_streams)], options=_OPTIONS
+    )
     health = health or health_aio.HealthServicer()
     names = [*register(server), health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -195,7 +196,7 @@ class Mesh:
             "MUXTUNE_STOP_WITH_PARENT": "true",
             "MUXTUNE_TRACE_FILE": "" if self.otlp_endpoint else str(data / "traces" / "spans.jsonl"),
             "MUXTUNE_ARTIFACT_URL": str(data / "artifacts"),
-            "MUXTUNE_DATABASE_URL": f"sqlite:///{data / 'admission.db'}",
+            "MUXTUNE_DATABASE_URL": f"sqlite:///{quote(str(data / 'admission.db'))}",
             "MUXTUNE_ALIGNMENT_ADDRESS": self.addresses["alignment"],
             "MUXTUNE_ADMISSION_ADDRESS": self.addresses["admission"],
             "MUXTUNE_SCHEDULING_ADDRESS": self.addresses["scheduling"],

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import torch
 from opentelemetry import propagate
@@ -229,7 +230,8 @@ class Trainer:
         """Of life, for the server's watchdog."""
         if is_idle or time.monotonic() - self._last_sign >= _SIGN_SECONDS:
             self._last_sign = time.monotonic()
-            self._pipe.write(Tag.IDLE if is_idle else Tag.ALIVE)
+            with suppress(BrokenPipeError, ConnectionResetError):  # the server is gone: the inbox says so next
+                self._pipe.write(Tag.IDLE if is_idle else Tag.ALIVE)
 
     def _handle(self, tag: Tag, payload: bytes) -> None:
         if tag is Tag.PLAN:
