@@ -4,10 +4,12 @@ That variable names a folder. A file there of a failpoint's name arms it: whoeve
 dies, as by `kill -9`. So each kills once, whenever a test says so, in whichever process passes.
 """
 
+import math
 import os
 import signal
 
 VARIABLE = "MUXTUNE_FAILPOINTS"
+TOKENS = "microbatch.tokens"  # the text of this file is a number: a microbatch of more tokens finds no memory
 NAMES = (
     "commit.before",  # a transaction on admission's database
     "commit.after",
@@ -21,6 +23,17 @@ NAMES = (
     "report.before",  # made by the trainer, not sent to its server
     "report.after",
 )
+
+
+def tokens_allowed() -> float:
+    """Of a microbatch, before it finds no memory: without a test that says so, any number."""
+    if folder := os.environ.get(VARIABLE):
+        try:
+            with open(os.path.join(folder, TOKENS)) as file:
+                return float(file.read())
+        except FileNotFoundError:
+            pass
+    return math.inf
 
 
 def failpoint(name: str) -> None:

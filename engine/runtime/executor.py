@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range
-from engine.errors import NonFiniteError
+from engine.errors import NonFiniteError, WillNeverFitError
 from engine.kernels.segment_cross_entropy import segment_cross_entropy
 from engine.results import EvaluationResult, Result, ShadowCheck, StepResult, TaskFailure
 from engine.runtime import export
 from engine.runtime.backbone import Backbone
 from engine.runtime.checkpoint import CheckpointState
+from engine.runtime.out_of_memory import in_short, is_out_of_memory
 from engine.runtime.task_run import Assignment, Gathered, TaskRun
 
 
@@ -117,12 +118,18 @@ class Executor:
 
     def _finish_step(self, range_: Range) -> StepResult | TaskFailure:
         run = self.tasks[range_.task]
-        shadow_check = self._run_alone(run) if run.gathered.alone else None
         try:
+            shadow_check = self._run_alone(run) if run.gathered.alone else None
             rate, norm = run.take_step()
         except NonFiniteError as error:
             self.detach(range_.task)
             return TaskFailure(range_.task, range_.step, error)
+        except (RuntimeError, MemoryError) as error:  # its optimizer's state may be torn: no step can follow
+            if not is_out_of_memory(error):
+                raise
+            self.detach(range_.task)
+            failure = WillNeverFitError(f"its optimizer finds no memory at step {range_.step + 1}: {in_short(error)}")
+            return TaskFailure(range_.task, range_.step, failure)
         done, run.gathered = run.gathered, Gathered()
         return StepResult(
             task=range_.task,

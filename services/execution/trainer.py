@@ -17,10 +17,12 @@ import torch
 from opentelemetry import propagate
 from transformers.utils.logging import disable_progress_bar
 
-from engine.errors import ArtifactCorruptError, InvalidInputError, MuxtuneError, NotFoundError
+from engine.alignment.microbatch import Microbatch
+from engine.errors import ArtifactCorruptError, InvalidInputError, MuxtuneError, NotFoundError, WillNeverFitError
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
 from engine.runtime.footprint import measure
+from engine.runtime.out_of_memory import in_short, is_out_of_memory, release_cache
 from muxtune.v1 import alignment_pb2, execution_pb2, plan_pb2
 from services.artifacts import ArtifactStore
 from services.config import from_environment
@@ -31,9 +33,10 @@ from services.execution.microbatches import MicrobatchStream
 from services.execution.pipe import BlockingPipe, Frame, Tag
 from services.execution.residents import Residents, exported_response
 from services.execution.settings import ExecutionSettings
+from services.execution.shortage import Shortage
 from services.execution.vault import Vault
 from services.execution.window import StepWindow
-from services.failpoints import failpoint
+from services.failpoints import failpoint, tokens_allowed
 from services.mesh import open_sync_channel
 from services.plan_convert import cost_to_proto
 from services.telemetry import configure, links_to, tracer
@@ -64,7 +67,7 @@ class Trainer:
         self._streams: dict[int, MicrobatchStream] = {}  # by index of the hTask in the plan
         self._unfinished: list[int] = []  # hTasks whose round is not over
         self._round_members: list[str] = []
-        self._window = StepWindow()
+        self._window, self._shortage = StepWindow(), Shortage()
         self._is_held = self._is_draining = False
         self._last_sign = 0.0
 
@@ -90,6 +93,7 @@ class Trainer:
             self._plan, self._next_plan = self._next_plan, None
             self._close_streams()
             self._residents.adopt(list(self._plan.tasks))
+            self._shortage.forget_all_but(self._residents.names)
             self._report(adopted=True)
         for index, htask in enumerate(self._plan.htasks):
             names = [name for name in htask.tasks if name in self._residents.names]
@@ -111,7 +115,18 @@ class Trainer:
             self._unfinished.remove(index)
             return
         parts, started = self._costs.parts(microbatch), time.perf_counter()
-        results = self._executor.run(microbatch)
+        try:
+            if microbatch.num_tokens > tokens_allowed():
+                raise MemoryError("armed by a test")
+            results = self._executor.run(microbatch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = in_short(error)
+        else:
+            shortage = ""
+        if shortage:  # out of the except clause, which holds on to the tensors of all frames
+            return self._found_no_memory(index, microbatch, shortage)
         seconds = time.perf_counter() - started
         self._costs.add(microbatch, parts, seconds)
         self._window.add(microbatch, seconds, self._plan.version, self._residents.trace_parents())
@@ -119,6 +134,18 @@ class Trainer:
             self._residents.record(result)
         if microbatch.is_last_in_round:
             self._unfinished.remove(index)
+
+    def _found_no_memory(self, index: int, microbatch: Microbatch, shortage: str) -> None:
+        """The round begins again with less at once; a task that finds no memory alone fails."""
+        _log.warning("no memory for %d tokens of htask %d: %s", microbatch.num_tokens, index, shortage)
+        release_cache(self._device_kind)
+        self._plan.htasks[index].tasks[:] = self._begin_again(index)
+        if (name := self._shortage.relieve(self._plan, index, microbatch)) is not None:
+            longest, limit = microbatch.num_tokens, self._device().memory_bytes
+            why = f"a sequence of it, {longest} tokens, finds no memory even alone on {limit} bytes: {shortage}"
+            self._residents.fail(
+                name, WillNeverFitError(f"{why}; shorten its sequences, or adapt less", tokens=longest)
+            )
 
     def _end_round(self) -> None:
         """Finishes and checkpoints what is due, reports; streams are opened anew where a member has left."""
@@ -132,7 +159,7 @@ class Trainer:
             backbone=self._settings.backbone_name,
             plan_version=self._plan.version,
             members=[self._residents.member(name) for name in names],
-            token_budget=htask.token_budget,
+            token_budget=self._shortage.token_budget(htask),
             chunk_tokens=htask.chunk_tokens,
         )
         attributes = {"muxtune.plan_version": self._plan.version, "muxtune.num_tasks": len(names)}
@@ -144,17 +171,22 @@ class Trainer:
     def _stream_broke(self, index: int, error: MuxtuneError) -> None:
         """Alignment is away: wait and open again at the members' cursors. Data that is wrong fails its tasks."""
         _log.warning("microbatches of htask %d broke off: %s", index, error)
-        self._streams.pop(index).close()
-        self._unfinished.remove(index)
-        members = [name for name in self._plan.htasks[index].tasks if name in self._residents.names]
+        members = self._begin_again(index)
         if isinstance(error, _BAD_DATA) and len(members) == 1:
             self._residents.fail(members[0], error)
         elif isinstance(error, _BAD_DATA):
             self._split(index)
         else:
-            for name in members:  # what the round had gathered for them is gathered anew
-                self._executor.tasks[name].restart_step()
             time.sleep(_RETRY_SECONDS)
+
+    def _begin_again(self, index: int) -> list[str]:
+        """Ends the hTask's round: what it had gathered for its members is gathered anew. Answers those."""
+        self._streams.pop(index).close()
+        self._unfinished.remove(index)
+        members = [name for name in self._plan.htasks[index].tasks if name in self._residents.names]
+        for name in members:
+            self._executor.tasks[name].restart_step()
+        return members
 
     def _split(self, index: int) -> None:
         """One member's data is wrong, and only alone will it say so: each becomes an hTask of its own."""
