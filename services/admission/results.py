@@ -33,6 +33,7 @@ def commit(
         "finished": _finished,
         "failed": _failed,
         "released": _released,
+        "resumed": _resumed,
     }[kind or "released"](connection, row, result)
     return pb.RESULT_VERDICT_COMMITTED if is_new else pb.RESULT_VERDICT_DUPLICATE
 
@@ -130,6 +131,18 @@ def _released(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) 
         tasks.change_state(connection, row, TaskState.QUEUED, reason, executor="")
     else:
         connection.execute(sa.update(tasks_table).where(tasks_table.c.name == row.name).values(executor=""))
+    return True
+
+
+def _resumed(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
+    """The recorded checkpoint cannot be read: an earlier one takes its place, and the tenant is told."""
+    checkpoint = result.resumed.checkpoint
+    if not row.checkpoint or task_pb2.CheckpointCommitted.FromString(row.checkpoint).step <= checkpoint.step:
+        return False
+    progress = task_pb2.TaskProgress.FromString(row.progress)
+    progress.checkpoint_step = checkpoint.step
+    _put_progress(connection, row, progress, checkpoint=checkpoint.SerializeToString())
+    tasks.tell(connection, row, result.resumed.message)
     return True
 
 

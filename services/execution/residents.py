@@ -211,13 +211,16 @@ class Residents:
         task = resident.planned
         assignment = Assignment(task.task, resident.spec, task.num_steps, task.attempt_epoch)
         if task.HasField("resume_from"):
-            state = self._vault.get_checkpoint(task.task, task.resume_from)
+            state, used = self._vault.get_checkpoint(task.task, task.resume_from)
             checkpointed = (task.task, state.metadata.get("trace_parent", ""))
             for link in links_to([checkpointed]):  # in an attempt before this one
                 trace.get_current_span().add_link(link.context, link.attributes)
             resident.early_stop = EarlyStop(**state.metadata.get("early_stop", {}))
             resident.checkpoint_step = state.step
             self._executor.attach(assignment, state)
+            if used.manifest_key != task.resume_from.manifest_key:
+                why = f"goes on from step {used.step}: the checkpoint of step {task.resume_from.step} cannot be read"
+                self._report(resident, resumed=plan_pb2.TaskResumed(checkpoint=used, message=why))
         elif task.initial_adapter_key:
             with self._vault.get_adapter(task.initial_adapter_key) as folder:
                 self._executor.attach(assignment, None, Path(folder))

@@ -201,7 +201,7 @@ def test_no_checkpoint_is_deleted_by_whom_cannot_know_which_is_recorded(tmp_path
     recorded, *_ = [vault.put_checkpoint(TASK, 1, state(step), {}) for step in (10, 20, 30)]
     vault.put_checkpoint(TASK, 2, state(15), {})
     assert folders(store) == ["00000010-1", "00000015-2", "00000020-1", "00000030-1"]
-    assert vault.get_checkpoint(TASK, recorded).step == 10
+    assert vault.get_checkpoint(TASK, recorded)[0].step == 10
 
 
 def test_a_corrupt_checkpoint_falls_back_to_one_before_it_never_after(tmp_path: Path) -> None:
@@ -211,8 +211,9 @@ def test_a_corrupt_checkpoint_falls_back_to_one_before_it_never_after(tmp_path: 
     recorded = vault.put_checkpoint(TASK, 1, state(20), {})
     (file,) = (tmp_path / f"{TASK}/checkpoints/00000020-1").rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    found = vault.get_checkpoint(TASK, recorded)
+    found, used = vault.get_checkpoint(TASK, recorded)
     assert (found.step, found.metadata["early_stop"]) == (10, {"best": 1.0})
+    assert (used.step, used.manifest_key) == (10, f"{TASK}/checkpoints/00000010-1/manifest.json")
     first = task_pb2.CheckpointCommitted(step=5, manifest_key=f"{TASK}/checkpoints/00000005-1/manifest.json")
     with pytest.raises(ArtifactCorruptError):
         vault.get_checkpoint(TASK, first)
