@@ -195,7 +195,8 @@ class Residents:
                 resident = Resident(task, spec_to_domain(task.spec))
                 self._attach(resident)
             self._held[task.task] = resident
-        except UnavailableError as error:  # the store is away: no fault of the task's
+        except UnavailableError as error:  # the store is away: no fault of the task's; planned again, not at once
+            time.sleep(_RETRY_SECONDS)
             released = plan_pb2.TaskReleased(reason=f"not taken in: {error.message}")
             self._results.append(
                 plan_pb2.TaskResult(task=task.task, attempt_epoch=task.attempt_epoch, released=released)
