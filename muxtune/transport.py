@@ -22,17 +22,18 @@ CHUNK_BYTES = 1 << 20
 DEADLINE_SECONDS = 60.0
 ADMIT_SECONDS = 150.0  # admission may tokenize the whole dataset first
 TRANSFER_SECONDS = 3600.0
-UPLOAD_BACKOFFS_SECONDS = (0.2, 1.0, 3.0, None)  # between whole uploads; None: give up
+UPLOAD_BACKOFFS_SECONDS = (0.3, 1.0, 3.0, 5.0, None)  # between whole uploads; None: give up
 WATCH_BACKOFF_SECONDS = (0.1, 5.0)
+# Nine seconds in all, about: a service of one replica is back by then when it is restarted.
 _RETRY_POLICY = {
     "methodConfig": [
         {
             "name": [{"service": "muxtune.v1.AdmissionService"}],
             "retryPolicy": {
                 "maxAttempts": 5,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "3s",
-                "backoffMultiplier": 2,
+                "initialBackoff": "0.3s",
+                "maxBackoff": "5s",
+                "backoffMultiplier": 3,
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
         },

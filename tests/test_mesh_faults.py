@@ -1,5 +1,5 @@
 """Who lost its lease writes nothing that counts; one scheduler leads; a task that kills executors fails alone. With
-real processes: stopped and continued, cut off, killed, doubled."""
+real processes: stopped and continued, cut off, killed, doubled, restarted."""
 
 import asyncio
 import json
@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 
 from muxtune.cli.mesh import START_ORDER, Mesh
 from muxtune.client import Client
+from muxtune.errors import UnavailableError
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc, task_pb2
 from tests.fault_proxy import FaultProxy
 from tests.mesh_chaos import trainer_of
@@ -244,6 +246,64 @@ def test_of_two_schedulers_one_leads_and_the_other_takes_over(
     assert "attempt 2" not in messages(events)  # the executor went on with what it had
     second = client.create_task(spec(dataset, 3)).name  # the one that took over has resigned
     check(client, second, expected, tmp_path / "second")
+
+
+def test_with_the_store_away_tasks_pause_and_go_on(
+    mesh: Mesh, client: Client, calm: tuple[str, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """A file stands where the folder was, until after the last step: checkpoints and the adapter have to wait."""
+    dataset, expected = calm
+    name = client.create_task(spec(dataset, 3)).name
+    until_step(client, name, 8)
+    store, away = mesh.data / "artifacts", mesh.data / "away"
+    store.rename(away)
+    store.touch()
+    with pytest.raises(UnavailableError):
+        client.upload_dataset([{"text": "no room for this"}])
+    until_step(client, name, STEPS)
+    assert client.get_task(name).state == task_pb2.TASK_STATE_RUNNING
+    store.unlink()
+    away.rename(store)
+    check(client, name, expected, tmp_path / "adapter")
+    client.upload_dataset([{"text": "room again"}])
+
+
+def test_a_rolling_restart_under_load_loses_no_request(
+    mesh: Mesh, client: Client, calm: tuple[str, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """Each service is told to end and started again; clients have nothing but the client's own retries."""
+    dataset, expected = calm
+    long = client.create_task(spec(dataset, 3)).name
+    until_step(client, long, 2)
+    is_over, created = threading.Event(), list[str]()
+
+    def call_on() -> None:
+        with Client(mesh.addresses["admission"], mesh.api_key) as own:
+            while not is_over.wait(0.3):
+                created.append(own.create_task(spec(dataset, 1, num_steps=1)).name)
+                assert own.get_dataset(dataset).num_rows == len(ROWS)
+                assert created[-1] in {task.name for task in own.list_tasks()}
+                own.delete_dataset(own.upload_dataset([{"text": created[-1]}]).name)
+
+    with ThreadPoolExecutor(2) as pool:
+        calling = [pool.submit(call_on) for _ in range(2)]
+        try:
+            for service in START_ORDER:
+                restart(mesh, service)
+        finally:
+            is_over.set()
+        for each in calling:
+            each.result()
+    for name in created:
+        assert client.wait_task(name).state == task_pb2.TASK_STATE_SUCCEEDED
+    events = check(client, long, expected, tmp_path / "adapter")
+    assert "its executor drains" in messages(events)
+
+
+def restart(mesh: Mesh, service: str) -> None:
+    mesh.processes[service].terminate()
+    assert mesh.processes[service].wait(60) == 0
+    mesh.restart_service(service)
 
 
 def test_a_task_that_kills_its_executor_fails_alone(
