@@ -19,6 +19,8 @@ class Attempts:
 
     def start(self, plan: plan_pb2.ExecutorPlan) -> plan_pb2.ExecutorPlan:
         """The plan without attempts that ended here: it may have been made before scheduling knew."""
+        named = {task.task for task in plan.tasks}  # who is not will not be again in an attempt that ended
+        self._ended = {task: epoch for task, epoch in self._ended.items() if task in named}
         going = [task for task in plan.tasks if self._ended.get(task.task, 0) < task.attempt_epoch]
         self._running |= {task.task: task.attempt_epoch for task in going}
         left = plan_pb2.ExecutorPlan()

@@ -63,6 +63,7 @@ class Residents:
     def adopt(self, tasks: list[plan_pb2.PlannedTask]) -> None:
         """Holds just these: hands back what left, drops what was superseded, takes in what is new."""
         planned = {task.task: task for task in tasks}
+        self._ended = {name: epoch for name, epoch in self._ended.items() if name in planned}
         for name, resident in list(self._held.items()):
             if name not in planned:
                 self.release(name, "a new plan leaves it out")
