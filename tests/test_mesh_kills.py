@@ -4,8 +4,9 @@ task ends with the adapter of a mesh that was left alone. MUXTUNE_TESTS=long mak
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +21,8 @@ from muxtune.errors import UnavailableError
 from muxtune.v1 import task_pb2
 from services.failpoints import VARIABLE
 from tests.mesh_chaos import Chaos, long_mode, printed_seed
+from tests.services.admission.admission_mesh import DATABASES
+from tests.services.admission.postgres import NoPostgresError, running_postgres
 from tests.tiny_backbone import write_backbone
 
 NUM_KILLS = 200 if long_mode() else 20
@@ -156,9 +159,29 @@ def quick(folder: Path) -> dict[str, dict[str, str]]:
     }  # fmt: skip
 
 
-def test_killed_at_random_points_nothing_is_lost_and_every_adapter_is_the_same(backbone: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def database_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Of PostgreSQL, or empty: the mesh's own SQLite."""
+    with ExitStack() as stack:
+        if request.param == "sqlite":
+            yield ""
+            return
+        try:
+            server = stack.enter_context(running_postgres())
+        except NoPostgresError as error:
+            pytest.skip(f"no PostgreSQL can start here: {error}")
+        yield server.new_database()
+
+
+@pytest.mark.parametrize("database_url", DATABASES if long_mode() else DATABASES[:1], indirect=True)
+def test_killed_at_random_points_nothing_is_lost_and_every_adapter_is_the_same(
+    backbone: Path, database_url: str, tmp_path: Path
+) -> None:
     seed = printed_seed()
-    mesh = Mesh(tmp_path / "of 100%41? #1" / "mesh", {"tiny": backbone}, environment=quick(tmp_path))
+    environment = quick(tmp_path)
+    if database_url:
+        environment["admission"]["MUXTUNE_DATABASE_URL"] = database_url
+    mesh = Mesh(tmp_path / "of 100%41? #1" / "mesh", {"tiny": backbone}, environment=environment)
     with mesh, Client(mesh.addresses["admission"], mesh.api_key) as client:
         client.upload_dataset(ROWS, "rows")
         calm = [client.create_task(spec).name for spec in specs("tenants/default/datasets/rows")]
