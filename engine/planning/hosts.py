@@ -5,10 +5,10 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from engine.planning.fusion import Job, Stage
 from engine.planning.memory import largest_tokens, resident_bytes
 from engine.planning.needs import Need
 from engine.planning.plan import ExecutorView, Limits
+from engine.planning.round_time import Job, Stage
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from engine.planning.cost import AdapterLoad, CostProfile, Part, adapter_load
-from engine.planning.fusion import Job
 from engine.planning.memory import Footprint, footprint
 from engine.planning.plan import BackboneView, Limits, TaskView
+from engine.planning.round_time import Job
+from engine.task import TaskSpec
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Appraiser:
         self._limits = limits
         self._needs: dict[tuple[str, str], Need] = {}
         self._methods: dict[tuple[str, str], AdapterLoad] = {}
+        self._footprints: dict[tuple[object, ...], Footprint] = {}
 
     def need(self, task: TaskView, backbone: BackboneView) -> Need:
         """Raises InvalidInputError if the task's method names what the backbone has not."""
@@ -45,11 +47,19 @@ class Appraiser:
             if method not in self._methods:
                 self._methods[method] = adapter_load(task.spec.method, backbone.sites)
             step = _step(task, self._methods[method], self._limits)
-            known = Need(task, footprint(task.spec, backbone), step)
+            known = Need(task, self._footprint(task.spec, backbone), step)
         elif known.task is not task:
             known = Need(task, known.footprint, known.step)
         self._needs[key] = known
         return known
+
+    def _footprint(self, spec: TaskSpec, backbone: BackboneView) -> Footprint:
+        training = spec.training
+        key = (repr(spec.method), backbone.name, training.optimizer, training.momentum > 0,
+               training.max_sequence_tokens, training.micro_batch_size)  # fmt: skip
+        if key not in self._footprints:
+            self._footprints[key] = footprint(spec, backbone)
+        return self._footprints[key]
 
     def forget_all_but(self, tasks: Collection[str]) -> None:
         self._needs = {key: need for key, need in self._needs.items() if key[0] in tasks}

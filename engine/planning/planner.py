@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from engine.errors import InvalidInputError
 from engine.planning.explain import explain_residents
-from engine.planning.fusion import Fusion, Job, fuse, of_partition
+from engine.planning.fusion import Fusion, fuse, of_partition
 from engine.planning.hosts import Host, Pool
 from engine.planning.memory import refuse_if_never_fits
 from engine.planning.needs import Appraiser, Need
 from engine.planning.placement import Placement, place
 from engine.planning.plan import Explanation, HTask, Limits, Plan, Snapshot, TaskView
+from engine.planning.round_time import Job
 
 KEEP_WITHIN = 1.05  # hTasks that run are kept while their period is within this of the best
 
