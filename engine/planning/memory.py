@@ -9,15 +9,13 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from engine.errors import WillNeverFitError
 from engine.methods import Lora
-from engine.planning.plan import BackboneView, ExecutorView
+from engine.planning.plan import BackboneView
 from engine.task import Optimizer, TaskSpec
 
 _SLACK = 1.05  # the allocator's own, on what is not weights
 _CHUNK_LOGITS = 1 << 24  # elements: engine.kernels.segment_cross_entropy
 _LOGIT_COPIES = 2  # logits, and their exponentials while the normaliser is summed
-_GIB = 1 << 30
 _MANY = 1 << 10  # tokens, over which what a method keeps is averaged
 
 
@@ -123,19 +121,3 @@ def separate_instance_bytes(spec: TaskSpec, backbone: BackboneView) -> int:
     """The task in a process of its own: its own backbone and a microbatch of its own size."""
     num_tokens = spec.training.micro_batch_size * sequence_tokens(spec)
     return total_bytes([spec], backbone, num_tokens)
-
-
-def refuse_if_never_fits(spec: TaskSpec, executors: Iterable[ExecutorView], token_budget: int, chunk: int) -> None:
-    """Raises WillNeverFitError, with the bytes and a remedy, if no executor could hold the task even alone."""
-    known = [e for e in executors if e.backbone.name == spec.backbone]
-    if not known:
-        return
-    needed = {e.name: total_bytes([spec], e.backbone, microbatch_tokens([spec], token_budget, chunk)) for e in known}
-    if any(needed[e.name] <= e.memory_bytes for e in known):
-        return
-    largest = max(e.memory_bytes for e in known)
-    raise WillNeverFitError.of_field(
-        "spec.training.micro_batch_size",
-        f"the task needs {min(needed.values()) / _GIB:.1f} GiB, the executors of {spec.backbone} have at most "
-        f"{largest / _GIB:.1f} GiB: reduce micro_batch_size, max_sequence_tokens or the rank",
-    )

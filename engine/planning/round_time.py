@@ -35,13 +35,15 @@ class Job:
 @dataclass(frozen=True)
 class Stage:
     """Where hTasks run: the model's profile split evenly over `num_stages`, `hop_seconds` between two of them, and what
-    one microbatch may hold: tokens, and bytes kept for backward."""
+    one microbatch may hold: tokens, and bytes kept for backward. Where hTasks' rounds do not interleave, a round keeps
+    all stages from the others for as long as it takes itself."""
 
     profile: CostProfile
     max_tokens: int
     max_bytes: float = math.inf
     num_stages: int = 1
     hop_seconds: float = 0.0
+    interleaves: bool = True
 
     def held_tokens(self, token_bytes: float) -> float:
         """Of a microbatch whose tokens keep so many bytes each."""
@@ -68,5 +70,7 @@ def round_times(tokens_X: Floats, extra_X: Floats, held_X: Floats, longest_X: Fl
     base_XJ = profile.fixed_seconds * number_XJ + profile.token_seconds * busy_XJ
     work_XJ = (base_XJ + extra_X[..., None]) / stage.num_stages
     latency_XJ = work_XJ * (1 + others / number_XJ) + 2 * others * stage.hop_seconds
+    if not stage.interleaves:
+        work_XJ = latency_XJ.copy()
     work_XJ[held_X < longest_X] = np.inf
     return Rounds(number_XJ, work_XJ, latency_XJ)
