@@ -11,6 +11,8 @@ from engine.planning.plan import BackboneView, ExecutorView, Explanation, HTask,
 from muxtune.v1 import ledger_pb2, plan_pb2, scheduling_pb2, task_pb2
 from services.convert import spec_to_domain
 
+_MOST_SLACK = 10.0
+
 
 def cost_to_proto(cost: CostProfile) -> plan_pb2.CostProfile:
     return plan_pb2.CostProfile(**dataclasses.asdict(cost))
@@ -54,6 +56,10 @@ def backbone_to_view(backbone: plan_pb2.Backbone) -> BackboneView:
         dtype=backbone.dtype,
         sites=tuple(module_to_site(module) for module in backbone.adaptable_modules),
         kept_token_bytes=max(0.0, backbone.kept_token_bytes),
+        process_bytes=max(0, backbone.process_bytes),
+        allocator_slack=max(1.0, backbone.allocator_slack)
+        if backbone.allocator_slack
+        else BackboneView.allocator_slack,
         input_groups={module.name: module.input_group for module in backbone.adaptable_modules if module.input_group},
     )
 

@@ -16,7 +16,8 @@ from engine.task import TaskSpec
 @dataclass(frozen=True)
 class BackboneView:
     """A backbone as its executor described it. Measured at its load, where they are there: bytes that it keeps for
-    backward by a token, and which linear operators, by number, read one tensor."""
+    backward by a token, which linear operators, by number, read one tensor, what its process has beside the weights.
+    `allocator_slack`: what the allocator takes for a byte that is asked for."""
 
     name: str
     num_parameters: int
@@ -29,6 +30,8 @@ class BackboneView:
     sites: tuple[Site, ...]
     kept_token_bytes: float = 0.0
     input_groups: Mapping[str, int] = field(default_factory=dict, hash=False)
+    process_bytes: int = 0
+    allocator_slack: float = 1.05
 
     @property
     def element_bytes(self) -> int:
