@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from engine.planning.plan import Limits
 from muxtune.v1 import (
     admission_pb2,
     admission_pb2_grpc,
@@ -38,7 +39,7 @@ class AdmissionSettings(ServerSettings):
     max_adapter_bytes: int = 512 << 20
     max_unfinished_tasks: int = 1000
     token_budget: int = 2048
-    chunk_tokens: int = 16
+    chunk_tokens: int = 0
 
 
 async def main() -> None:
@@ -47,7 +48,7 @@ async def main() -> None:
     database.migrate()
     artifacts = ArtifactStore.open(settings.artifact_url)
     alignment = alignment_pb2_grpc.AlignmentServiceStub(open_channel(settings.alignment_address, settings.mesh_secret))
-    quota = Quota(settings.max_unfinished_tasks, settings.token_budget, settings.chunk_tokens)
+    quota = Quota(settings.max_unfinished_tasks, Limits(settings.token_budget, settings.chunk_tokens))
     notifier, keys = Notifier(), KeyStore(database)
     ledger = LedgerServicer(Ledger(database), notifier, lambda: sweep_checkpoints(database, artifacts))
     admitter = Admitter(database, artifacts, alignment, quota)
