@@ -1,4 +1,4 @@
-"""What stands before every RPC of a server: its span, who calls, and domain errors as statuses.
+"""What stands before every RPC of a server: its span, who calls and whether they may, and domain errors as statuses.
 
 So a servicer only reads, decides, and raises.
 """
@@ -14,7 +14,8 @@ from grpc_status import rpc_status
 from opentelemetry.trace import SpanKind
 
 from engine.errors import MuxtuneError
-from services.auth import OPEN_SERVICES, Authenticate, bearer, set_principal
+from services.access import Role, check_access, rule_of
+from services.auth import Authenticate, bearer, certified, set_principal
 from services.errors import status_of
 from services.rpc_spans import RpcSpan
 from services.telemetry import carrier_of
@@ -37,7 +38,7 @@ class Gate(grpc.aio.ServerInterceptor):
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         handler, method = await continuation(handler_call_details), handler_call_details.method
-        if handler is None or method.startswith(OPEN_SERVICES):
+        if handler is None or Role.ANYONE in rule_of(method).roles:
             return handler
         behaviour = self._streaming(handler, method) if handler.response_streaming else self._unary(handler, method)
         make: Any = _HANDLERS[handler.request_streaming, handler.response_streaming]
@@ -82,8 +83,9 @@ class Gate(grpc.aio.ServerInterceptor):
         code = grpc.StatusCode.UNKNOWN
         try:
             with span.in_force():
-                principal = await self._authenticate(method, bearer(metadata))
+                principal = certified(context) or await self._authenticate(method, bearer(metadata))
                 set_principal(principal)
+                check_access(method, principal.role)
                 if principal.tenant:
                     span.set_tenant(principal.tenant)
                 span.establish_soon()

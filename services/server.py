@@ -62,8 +62,9 @@ async def serve(
     health = health or health_aio.HealthServicer()
     names = [*register(server), health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
-    address = _bind(server, settings.listen)
+    if settings.reflection:
+        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+    address, *_ = [_bind(server, *port) for port in settings.ports()]
     await _announce(health, names, health_pb2.HealthCheckResponse.NOT_SERVING)  # it would say SERVING before it is
     await server.start()
     stopping = stopping or asyncio.Event()
@@ -117,9 +118,9 @@ def _set_by_signals(stopping: asyncio.Event) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-def _bind(server: grpc.aio.Server, listen: str) -> str:
+def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None) -> str:
     try:
-        port = server.add_insecure_port(listen)
+        port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
     except RuntimeError as error:
         raise SystemExit(f"cannot listen on {listen}: {error}; is another service on that port?") from error
     return f"{listen.rpartition(':')[0]}:{port}"

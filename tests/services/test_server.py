@@ -74,7 +74,12 @@ async def start(settings: ServerSettings) -> asyncio.subprocess.Process:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> ServerSettings:
-    return ServerSettings(mesh_secret="mesh_s", ready_file=tmp_path / "ready.json", trace_file=tmp_path / "trace.jsonl")
+    return ServerSettings(
+        mesh_secret="mesh_s",
+        reflection=True,
+        ready_file=tmp_path / "ready.json",
+        trace_file=tmp_path / "trace.jsonl",
+    )
 
 
 @pytest.fixture

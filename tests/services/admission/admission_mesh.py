@@ -33,10 +33,11 @@ from muxtune.v1 import (
 )
 from services.admission.admit import Admitter, Quota
 from services.admission.database import Database
+from services.admission.identity import authenticator
 from services.admission.keys import KeyStore
 from services.admission.ledger import Ledger
 from services.admission.notifier import Notifier
-from services.admission.servicer import AdmissionServicer, KeyServicer, LedgerServicer, authenticator
+from services.admission.servicer import AdmissionServicer, KeyServicer, LedgerServicer
 from services.admission.tables import metadata
 from services.alignment.catalog import Catalog
 from services.alignment.servicer import AlignmentServicer
