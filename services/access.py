@@ -65,6 +65,12 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
         "ListApiKeys": _may(Role.OPERATOR),
         "RevokeApiKey": _changes(Role.OPERATOR),
     },
+    "muxtune.v1.OperatorService": {
+        "SetQuota": _changes(Role.OPERATOR),
+        "GetQuota": _may(Role.OPERATOR),
+        "ListUsage": _may(Role.OPERATOR),
+        "ListAuditEvents": _may(Role.OPERATOR),
+    },
     "muxtune.v1.LedgerService": {
         "WatchChanges": _LEDGER,
         "GetSnapshot": _LEDGER,

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from services.audit import Audit
 from services.auth import Authenticate
 from services.config import ServerSettings
 from services.gate import Gate
@@ -45,6 +46,7 @@ async def serve(
     register: Register,
     *,
     authenticate: Authenticate,
+    audit: Audit | None = None,
     on_ready: Callable[[str], Awaitable[None]] | None = None,
     on_stop: Callable[[], Awaitable[None]] | None = None,
     stopping: asyncio.Event | None = None,
@@ -58,7 +60,7 @@ async def serve(
     """
     parent = os.getppid()
     telemetry = configure(service_name, settings)
-    server = grpc.aio.server(interceptors=[Gate(authenticate, settings.listen)], options=_OPTIONS)
+    server = grpc.aio.server(interceptors=[Gate(authenticate, settings.listen, audit)], options=_OPTIONS)
     health = health or health_aio.HealthServicer()
     names = [*register(server), health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class KeyServiceStub:
     """API keys, for operators: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone else gets
-    PERMISSION_DENIED.
+    PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
     """
 
     def __init__(self, channel):
@@ -55,7 +55,7 @@ class KeyServiceStub:
 
 class KeyServiceServicer:
     """API keys, for operators: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone else gets
-    PERMISSION_DENIED.
+    PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
     """
 
     def CreateApiKey(self, request, context):
@@ -106,7 +106,7 @@ def add_KeyServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class KeyService:
     """API keys, for operators: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone else gets
-    PERMISSION_DENIED.
+    PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
     """
 
     @staticmethod

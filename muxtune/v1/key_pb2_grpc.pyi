@@ -28,7 +28,7 @@ GRPC_VERSION: str
 
 class KeyServiceStub:
     """API keys, for operators: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone else gets
-    PERMISSION_DENIED.
+    PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
     """
 
     @_typing.overload
@@ -44,7 +44,7 @@ class KeyServiceStub:
 @_typing.type_check_only
 class KeyServiceAsyncStub(KeyServiceStub):
     """API keys, for operators: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone else gets
-    PERMISSION_DENIED.
+    PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -56,7 +56,7 @@ class KeyServiceAsyncStub(KeyServiceStub):
 
 class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
     """API keys, for operators: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone else gets
-    PERMISSION_DENIED.
+    PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
     """
 
     @_abc_1.abstractmethod
