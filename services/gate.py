@@ -5,16 +5,16 @@ So a servicer only reads, decides, and raises.
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 from opentelemetry.trace import SpanKind
 
-from engine.errors import MuxtuneError
+from engine.errors import InvalidInputError, MuxtuneError
 from services.access import Role, check_access, rule_of
 from services.audit import Audit, AuditEntry, resource_of
 from services.auth import Authenticate, Principal, bearer, certified, set_principal
@@ -24,6 +24,7 @@ from services.telemetry import carrier_of
 
 _DRAIN_SECONDS = 1.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
+_UNREADABLE = object()
 _HANDLERS = {
     (False, False): grpc.unary_unary_rpc_method_handler,
     (False, True): grpc.unary_stream_rpc_method_handler,
@@ -46,14 +47,15 @@ class Gate(grpc.aio.ServerInterceptor):
             return handler
         behaviour = self._streaming(handler, method) if handler.response_streaming else self._unary(handler, method)
         make: Any = _HANDLERS[handler.request_streaming, handler.response_streaming]
-        return make(behaviour, handler.request_deserializer, handler.response_serializer)
+        return make(behaviour, _forgiving(handler), handler.response_serializer)
 
     def _unary(self, handler: Any, method: str) -> Any:
         inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
 
         async def serve(request: Any, context: Any) -> Any:
-            named = [] if handler.request_streaming else [request]
+            named = [request] if isinstance(request, Message) else []
             async with self._call(method, context, named):
+                _check_read(request)
                 try:
                     response = await inner(request, context)
                     named.insert(0, response)  # what was made, rather than where
@@ -71,7 +73,8 @@ class Gate(grpc.aio.ServerInterceptor):
         # A coroutine that writes, not a generator: gRPC leaves the generator of an abandoned stream to the garbage
         # collector, and its span and its servicer's clean-up with it.
         async def serve(request: Any, context: Any) -> None:
-            async with self._call(method, context, [] if handler.request_streaming else [request]) as span:
+            async with self._call(method, context, [request] if isinstance(request, Message) else []) as span:
+                _check_read(request)
                 answer = inner(request, context)
                 if inspect.isawaitable(answer):  # a servicer that writes by itself
                     await answer
@@ -131,6 +134,27 @@ class Gate(grpc.aio.ServerInterceptor):
             self._telling.add(telling)
             telling.add_done_callback(self._telling.discard)
             await asyncio.shield(telling)
+
+
+def _forgiving(handler: Any) -> Callable[[bytes], Any]:
+    """Reads requests, and takes bytes that are none as the caller's mistake: gRPC would call them our own (UNKNOWN).
+
+    In a stream they are a message without a part, which every servicer refuses in its place.
+    """
+    read = handler.request_deserializer
+
+    def deserialize(data: bytes) -> Any:
+        try:
+            return read(data)
+        except DecodeError:
+            return read(b"") if handler.request_streaming else _UNREADABLE
+
+    return deserialize
+
+
+def _check_read(request: Any) -> None:
+    if request is _UNREADABLE:
+        raise InvalidInputError.of_field("request", "is no message of this RPC: its bytes do not parse")
 
 
 async def _drain(requests: Any) -> None:

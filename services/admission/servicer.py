@@ -21,6 +21,7 @@ from services.admission.notifier import ANYTHING, Notifier
 from services.admission.task_rpcs import TaskRpcs
 from services.artifacts import ArtifactStore
 
+_MAX_LEASE_SECONDS = 86_400.0
 _log = logging.getLogger(__name__)
 
 
@@ -108,7 +109,9 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
         return ledger_pb2.RevokeAttemptsResponse(num_revoked=len(taken))
 
     async def PutLease(self, request: ledger_pb2.PutLeaseRequest, context: Any) -> ledger_pb2.PutLeaseResponse:
-        seconds = request.duration.ToTimedelta().total_seconds()
+        seconds = request.duration.seconds + request.duration.nanos / 1e9
+        if not 0 <= seconds <= _MAX_LEASE_SECONDS:
+            raise InvalidInputError.of_field("duration", f"{seconds:g} s must be 0 to {_MAX_LEASE_SECONDS:g}")
         epoch, taken = await asyncio.to_thread(self._ledger.put_lease, request.executor, seconds)
         if request.executor.lease_epoch != epoch or request.executor.draining:
             self._notifier.notify(taken)
