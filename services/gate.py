@@ -7,6 +7,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import grpc
@@ -111,17 +112,17 @@ class Gate(grpc.aio.ServerInterceptor):
             raise
         except NotImplementedError:  # a generated servicer's own answer
             code = grpc.StatusCode.UNIMPLEMENTED
-            refuse = context.abort(code, f"{method} is not implemented")
+            refuse = partial(context.abort, code, f"{method} is not implemented")
         except Exception as error:
             with span.in_force():
                 status = status_of(error)
             code = _CODES[status.code]
-            refuse = context.abort_with_status(rpc_status.to_status(status))
+            refuse = partial(context.abort_with_status, rpc_status.to_status(status))
         finally:
             span.end(code)
             await self._tell(principal, method, named, code)
         if refuse is not None:
-            await refuse
+            await refuse()
 
     async def _tell(
         self, principal: Principal | None, method: str, named: Sequence[Message], code: grpc.StatusCode

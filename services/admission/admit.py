@@ -4,7 +4,6 @@ Nothing is stored here. Source of the order: authorize, then idempotency, then v
 """
 
 import asyncio
-import json
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -19,6 +18,7 @@ from services.admission.database import Database
 from services.admission.ledger import known_executors
 from services.admission.names import authorize, denied
 from services.admission.receipt import CONFIG_FILE
+from services.admission.safetensors import plain_json
 from services.admission.validation import validate
 from services.artifacts import ArtifactStore
 from services.auth import Principal
@@ -128,7 +128,12 @@ class Admitter:
 
     def _check_initial_adapter(self, spec: TaskSpec, key: str) -> None:
         manifest = self._artifacts.read_manifest(key)
-        if why := spec.method.misfit(json.loads(self._artifacts.read_file(manifest, CONFIG_FILE))):
+        config = plain_json(self._artifacts.read_file(manifest, CONFIG_FILE))
+        try:
+            why = spec.method.misfit(config)
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            why = f"{CONFIG_FILE} has a field of another type than PEFT writes ({type(error).__name__})"
+        if why:
             raise InvalidInputError.of_field("spec.initial_adapter", why)
 
     async def _inspect(self, tenant: str, spec: task_pb2.TaskSpec) -> dataset_pb2.PreflightReport:

@@ -5,7 +5,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from engine.errors import OverloadedError
+from engine.errors import OverloadedError, UnauthenticatedError
+from services.access import Role, rule_of
 from services.admission.keys import KeyStore
 from services.admission.oidc import TokenVerifier
 from services.auth import Authenticate, Principal, mesh_authenticator
@@ -48,6 +49,8 @@ def authenticator(
             principal = await asyncio.to_thread(keys.principal_of, token)
         elif verifier is not None and token.count(".") == 2:
             principal = await asyncio.to_thread(verifier.principal_of, token)
+        elif Role.TENANT in rule_of(method).roles:
+            raise UnauthenticatedError("the API key is unknown, expired or revoked")  # the mesh is no tenant
         else:
             return await mesh(method, token)
         if limit is not None and principal.tenant is not None:
