@@ -57,6 +57,8 @@ class ArtifactStore:
         if "://" not in url or url.startswith("file://"):
             folder = Path(url.removeprefix("file://")).absolute()
             return cls(LocalStore(folder, mkdir=True, automatic_cleanup=True), folder)
+        if not url.startswith("s3://"):
+            raise InvalidInputError.of_field("artifact_url", f'"{url}" is no folder, file:// or s3:// URL')
         try:
             return cls(from_url(url))
         except (BaseError, ValueError) as error:

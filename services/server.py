@@ -25,7 +25,6 @@ _OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on this port must fail, not share it silently
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: gRPC limits a message's size before it is inflated
     # Clients ping every 30 s, on idle connections too (services/mesh.py): allow it, or they end in GOAWAY. The server
     # pings too: a client that vanished without a word must not hold its stream for gRPC's default of two hours.
     ("grpc.keepalive_time_ms", 30_000),
