@@ -456,7 +456,7 @@ class Training(_message.Message):
     epsilon: _builtins.float
     """1e-8"""
     momentum: _builtins.float
-    """SGD only. 0"""
+    """of SGD; 0"""
     max_grad_norm: _builtins.float
     """Clip the task's own gradient norm. Unset: 1.0; 0: never."""
     seed: _builtins.int
