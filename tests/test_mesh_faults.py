@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from muxtune.cli.mesh import START_ORDER, Mesh
+from muxtune.cli.mesh import OPERATORS_DOOR, START_ORDER, Mesh
 from muxtune.client import Client
 from muxtune.errors import UnavailableError
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc, task_pb2
@@ -88,7 +88,8 @@ def proxies() -> Iterator[Proxies]:
 def mesh(backbone: Path, proxies: Proxies, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     """Its executor and its scheduling hear of each other through the proxies only."""
     data = tmp_path_factory.mktemp("fencing") / "mesh"
-    addresses = dict(zip(START_ORDER, free_addresses(len(START_ORDER)), strict=True))
+    doors = (*START_ORDER, *OPERATORS_DOOR.values())
+    addresses = dict(zip(doors, free_addresses(len(doors)), strict=True))
     data.mkdir()
     (data / "mesh.json").write_text(json.dumps({"addresses": addresses}))
     through = {
@@ -108,7 +109,7 @@ def free_addresses(count: int) -> list[str]:
 
 @pytest.fixture
 def client(mesh: Mesh) -> Iterator[Client]:
-    with Client(mesh.addresses["admission"], mesh.api_key) as connected:
+    with mesh.client() as connected:
         yield connected
 
 
@@ -125,7 +126,7 @@ def spec(dataset: str, seed: int, num_steps: int = STEPS) -> task_pb2.TaskSpec:
 @pytest.fixture(scope="module")
 def calm(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, torch.Tensor]]:
     """A dataset, and the adapter that seed 3 leaves where nothing happens."""
-    with Client(mesh.addresses["admission"], mesh.api_key) as client:
+    with mesh.client() as client:
         dataset = client.upload_dataset(ROWS).name
         task = client.wait_task(client.create_task(spec(dataset, 3)).name)
         folder = client.download_adapter(task.name, tmp_path_factory.mktemp("calm") / "adapter")
@@ -170,8 +171,8 @@ def another(mesh: Mesh, service: str, **settings: str) -> Iterator["subprocess.P
 
 
 def call(mesh: Mesh, stub: Any, service: str, method: str, request: Any) -> Any:
-    with grpc.insecure_channel(mesh.addresses[service]) as channel:
-        return getattr(stub(channel), method)(request, timeout=10, metadata=mesh.mesh_metadata(), wait_for_ready=True)
+    with mesh.operator_channel(service) as channel:
+        return getattr(stub(channel), method)(request, timeout=10, wait_for_ready=True)
 
 
 def current_plan(mesh: Mesh) -> scheduling_pb2.GetPlanResponse:
@@ -278,7 +279,7 @@ def test_a_rolling_restart_under_load_loses_no_request(
     is_over, created = threading.Event(), list[str]()
 
     def call_on() -> None:
-        with Client(mesh.addresses["admission"], mesh.api_key) as own:
+        with mesh.client() as own:
             while not is_over.wait(0.3):
                 created.append(own.create_task(spec(dataset, 1, num_steps=1)).name)
                 assert own.get_dataset(dataset).num_rows == len(ROWS)

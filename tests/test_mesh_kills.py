@@ -182,7 +182,7 @@ def test_killed_at_random_points_nothing_is_lost_and_every_adapter_is_the_same(
     if database_url:
         environment["admission"]["MUXTUNE_DATABASE_URL"] = database_url
     mesh = Mesh(tmp_path / "of 100%41? #1" / "mesh", {"tiny": backbone}, environment=environment)
-    with mesh, Client(mesh.addresses["admission"], mesh.api_key) as client:
+    with mesh, mesh.client() as client:
         client.upload_dataset(ROWS, "rows")
         calm = [client.create_task(spec).name for spec in specs("tenants/default/datasets/rows")]
         expected = [outcome(client, name, tmp_path / "calm", Patience()) for name in calm]

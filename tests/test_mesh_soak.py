@@ -100,7 +100,7 @@ def test_a_mesh_at_work_does_not_grow_and_leaves_nothing_behind(tmp_path: Path) 
     backbone = write_backbone(tmp_path / "tiny")
     samples: defaultdict[tuple[str, int], list[Sample]] = defaultdict(list)
     mesh = Mesh(tmp_path / "mesh", {"tiny": backbone}, environment=QUICK)
-    with mesh, Client(mesh.addresses["admission"], mesh.api_key) as client:
+    with mesh, mesh.client() as client:
         chaos, tenant = Chaos(mesh, chance), Tenant(client, chance)
         started = time.monotonic()
         next_kill = started + SECONDS / 4

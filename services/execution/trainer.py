@@ -22,13 +22,13 @@ from engine.errors import ArtifactCorruptError, InvalidInputError, MuxtuneError,
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
 from engine.runtime.footprint import measure
-from engine.runtime.out_of_memory import in_short, is_out_of_memory, release_cache
+from engine.runtime.out_of_memory import NoMemory, release_cache
 from muxtune.v1 import alignment_pb2, execution_pb2, plan_pb2
 from services.artifacts import ArtifactStore
 from services.config import from_environment
 from services.errors import to_failure
 from services.execution.costs import Costs
-from services.execution.device import choose_device, describe_backbone, describe_device
+from services.execution.device import choose_device, describe_backbone, describe_device, used_bytes
 from services.execution.microbatches import MicrobatchStream
 from services.execution.pipe import BlockingPipe, Frame, Tag
 from services.execution.residents import Residents, exported_response
@@ -55,12 +55,15 @@ class Trainer:
         self._settings, self._pipe = settings, pipe
         self._device_kind = choose_device(settings)
         dtype = getattr(torch, settings.dtype)
+        unloaded_bytes = used_bytes(self._device_kind)
         self._executor = Executor(Backbone.load(settings.backbone_folder, dtype, self._device_kind))
         self._footprint = measure(self._executor.backbone)
+        weight_bytes = self._executor.backbone.weight_bytes()
+        self._process_bytes = max(unloaded_bytes, used_bytes(self._device_kind) - weight_bytes)
         self._costs = Costs(self._executor, settings.calibration_seconds)
         vault = Vault(ArtifactStore.open(settings.artifact_url))
         self._residents = Residents(self._executor, vault, settings.checkpoint_steps, settings.checkpoint_seconds)
-        self._channel = open_sync_channel(settings.alignment_address, settings.mesh_secret)
+        self._channel = open_sync_channel(settings.alignment_address, settings.mesh_secret, settings.trust("alignment"))
         self._inbox: queue.Queue[Frame | None] = queue.Queue()
         self._plan: plan_pb2.ExecutorPlan = plan_pb2.ExecutorPlan()
         self._next_plan: plan_pb2.ExecutorPlan | None = None
@@ -117,16 +120,10 @@ class Trainer:
         parts, started = self._costs.parts(microbatch), time.perf_counter()
         try:
             if microbatch.num_tokens > tokens_allowed():
-                raise MemoryError("armed by a test")
+                raise NoMemory("said by a test")
             results = self._executor.run(microbatch)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            shortage = in_short(error)
-        else:
-            shortage = ""
-        if shortage:  # out of the except clause, which holds on to the tensors of all frames
-            return self._found_no_memory(index, microbatch, shortage)
+        except NoMemory as error:
+            return self._found_no_memory(index, microbatch, str(error))
         seconds = time.perf_counter() - started
         self._costs.add(microbatch, parts, seconds)
         self._window.add(microbatch, seconds, self._plan.version, self._residents.trace_parents())
@@ -227,7 +224,7 @@ class Trainer:
             execution_pb2.DescribeExecutorResponse(
                 executor=plan_pb2.Executor(
                     name=self._settings.resource_name,
-                    backbone=describe_backbone(self._settings, backbone, self._footprint),
+                    backbone=describe_backbone(self._settings, backbone, self._footprint, self._process_bytes),
                     device=self._device(),
                 ),
                 tasks=self._residents.names,

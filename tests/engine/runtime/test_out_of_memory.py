@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from engine.errors import WillNeverFitError
-from engine.results import StepResult, TaskFailure
-from engine.runtime.out_of_memory import in_short, is_out_of_memory
+from engine.results import StepResult
+from engine.runtime import executor as module
+from engine.runtime.out_of_memory import NoMemory, in_short, is_out_of_memory
+from engine.runtime.task_run import Assignment
 from tests.engine.runtime.tiny import CONFIGS, executor_with, model_of, pack_round, task_of
 
 
@@ -37,12 +39,32 @@ def test_other_failures_are_no_shortage() -> None:
     assert not is_out_of_memory(ValueError("out of memory, said a user"))
 
 
-def test_a_task_whose_optimizer_finds_no_memory_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks = [task_of(name, seed=seed, lengths=[7, 12, 3, 9], num_steps=3) for seed, name in enumerate("abc")]
+def test_a_task_that_finds_no_memory_is_not_attached_and_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [task_of(name, seed=seed, lengths=[7, 12, 3, 9], num_steps=3) for seed, name in enumerate("ab")]
     executor = executor_with(model_of(CONFIGS["llama-tied"]), tasks)
-    asked = executor.tasks["b"].optimizer
-    monkeypatch.setattr(asked, "step", lambda: torch.empty(1 << 50))
-    results = {r.task: r for m in pack_round(tasks, [0] * 3) for r in executor.run(m)}
-    failure = results.pop("b")
-    assert isinstance(failure, TaskFailure) and isinstance(failure.error, WillNeverFitError)
-    assert set(executor.tasks) == {"a", "c"} and all(isinstance(r, StepResult) for r in results.values())
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "TaskRun", lambda *arguments: torch.empty(1 << 50))
+        with pytest.raises(WillNeverFitError, match=f"tried to allocate {4 << 50} bytes"):
+            executor.attach(Assignment("large", tasks[0].spec, 3))
+    assert set(executor.tasks) == {"a", "b"}
+    results = [r for m in pack_round(tasks, [0] * 2) for r in executor.run(m)]
+    assert all(isinstance(r, StepResult) for r in results)
+
+
+def test_a_microbatch_that_finds_no_memory_leaves_every_task_before_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried again after a fresh start of the step, the result is that of an executor that never failed."""
+    tasks = [task_of(name, seed=seed, lengths=[7, 12, 3, 9], num_steps=3) for seed, name in enumerate("ab")]
+    shaken, calm = (executor_with(model_of(CONFIGS["llama-tied"]), tasks) for _ in range(2))
+    microbatches = pack_round(tasks, [0] * 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "segment_cross_entropy", lambda *arguments: torch.empty(1 << 50))
+        with pytest.raises(NoMemory) as caught:
+            shaken.run(microbatches[0])
+    assert caught.value.__context__ is None and caught.value.__cause__ is None  # no frame holds on to its tensors
+    for run in shaken.tasks.values():
+        run.restart_step()
+    for executor in (shaken, calm):
+        for microbatch in microbatches:
+            executor.run(microbatch)
+    for name in "ab":
+        assert torch.equal(*(executor.tasks[name].parameters_P for executor in (shaken, calm)))

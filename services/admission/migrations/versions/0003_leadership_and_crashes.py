@@ -3,8 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002_leadership"
-down_revision = "0001"
+revision = "0003_leadership"
+down_revision = "0002_accounts_and_audit"
 
 
 def upgrade() -> None:
