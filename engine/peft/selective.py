@@ -35,8 +35,11 @@ class VectorCopy:
             vector.copy_(getattr(self.op.module, name))
 
     def apply(self, x_LK: torch.Tensor, y_LN: torch.Tensor) -> torch.Tensor:
-        """A norm's output, run again."""
-        result: torch.Tensor = functional_call(self.replica, self.vectors, (x_LK,))
+        """A norm's output, run again, in at least float32: norms of torch want all their tensors of one type."""
+        dtype = torch.promote_types(x_LK.dtype, torch.float32)
+        shared = {"weight": self.op.weight_KN, "bias": self.op.bias_N}
+        vectors = {name: v.to(dtype) for name, v in {**shared, **self.vectors}.items() if v is not None}
+        result: torch.Tensor = functional_call(self.replica, vectors, (x_LK.to(dtype),))
         return result.to(y_LN.dtype)
 
     @property
