@@ -45,9 +45,10 @@ test-gpu: $(CUDA_READY) ## the kernels' tests on a GPU
 kernels: $(READY) ## prebuilt cubins in build/kernels, for images without a compiler
 	python -m engine.kernels.compile sm_80 sm_90 sm_100
 
-sanitize: $(CUDA_READY) ## compute-sanitizer over the kernels' GPU tests
+sanitize: $(CUDA_READY) ## compute-sanitizer over the kernels' GPU tests: memory accesses, then races in shared memory
 	@command -v compute-sanitizer >/dev/null || { echo "make sanitize needs a GPU and compute-sanitizer, of the CUDA toolkit"; exit 1; }
-	compute-sanitizer --error-exitcode 1 python -m pytest -m gpu tests/engine/kernels
+	compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest -m gpu tests/engine/kernels
+	compute-sanitizer --tool racecheck --error-exitcode 1 python -m pytest -m gpu tests/engine/kernels
 
 bench-kernels: $(CUDA_READY) ## all kernels checked and timed on a GPU; ARGS="--lorafusion FOLDER" beside LoRAFusion's
 	python benchmarks/bench_kernels.py $(ARGS)
