@@ -29,7 +29,8 @@ class SchedulingServiceStub:
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def __init__(self, channel):
@@ -79,7 +80,8 @@ class SchedulingServiceServicer:
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def RegisterExecutor(self, request, context):
@@ -186,7 +188,8 @@ class SchedulingService:
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     @staticmethod

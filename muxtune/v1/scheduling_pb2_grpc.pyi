@@ -30,7 +30,8 @@ class SchedulingServiceStub:
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     @_typing.overload
@@ -65,7 +66,8 @@ class SchedulingServiceAsyncStub(SchedulingServiceStub):
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -96,7 +98,8 @@ class SchedulingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     @_abc_1.abstractmethod

@@ -55,7 +55,7 @@ class Trainer:
         self._costs = Costs(self._executor, settings.calibration_seconds)
         vault = Vault(ArtifactStore.open(settings.artifact_url))
         self._residents = Residents(self._executor, vault, settings.checkpoint_steps, settings.checkpoint_seconds)
-        self._channel = open_sync_channel(settings.alignment_address, settings.mesh_secret)
+        self._channel = open_sync_channel(settings.alignment_address, settings.mesh_secret, settings.trust("alignment"))
         self._inbox: queue.Queue[Frame | None] = queue.Queue()
         self._plan: plan_pb2.ExecutorPlan = plan_pb2.ExecutorPlan()
         self._next_plan: plan_pb2.ExecutorPlan | None = None

@@ -58,9 +58,11 @@ class SchedulingSettings(ServerSettings):
 
 async def main() -> None:
     settings = from_environment(SchedulingSettings, os.environ)
-    channel = open_channel(settings.admission_address, settings.mesh_secret)
+    channel = open_channel(settings.admission_address, settings.mesh_secret, settings.trust("admission"))
     ledger: ledger_pb2_grpc.LedgerServiceAsyncStub = ledger_pb2_grpc.LedgerServiceStub(channel)
-    scheduler = Scheduler(ledger, settings.mesh_secret, settings.limits(), settings.weights())
+    scheduler = Scheduler(
+        ledger, settings.mesh_secret, settings.limits(), settings.weights(), settings.trust("execution")
+    )
     running: list[asyncio.Task[None]] = []
 
     def register(server: grpc.aio.Server) -> list[str]:

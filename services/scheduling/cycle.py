@@ -15,6 +15,7 @@ from engine.planning.needs import Appraiser
 from engine.planning.plan import Limits, Plan, Snapshot
 from engine.planning.planner import plan as make_plan
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, scheduling_pb2, task_pb2
+from services.certificates import Trust
 from services.plan_convert import (
     executor_to_view,
     explanation_to_proto,
@@ -39,8 +40,9 @@ class Scheduler:
         secret: str,
         limits: Limits,
         tenant_weights: Mapping[str, float] | None = None,
+        trust: Trust | None = None,
     ) -> None:
-        self._ledger, self._secret, self.limits = ledger, secret, limits
+        self._ledger, self._secret, self._trust, self.limits = ledger, secret, trust, limits
         self.tenant_weights, self._appraiser = tenant_weights or {}, Appraiser(limits)
         self.snapshot, self.plan = Snapshot((), ()), Plan({})  # the newest, for those who ask
         self.read = ledger_pb2.GetSnapshotResponse()  # what the snapshot was made of
@@ -156,7 +158,7 @@ class Scheduler:
                 await stream.close()
         for executor in executors:
             if executor.name not in self._streams:
-                self._streams[executor.name] = ExecutorStream(executor, self._secret, self._ledger)
+                self._streams[executor.name] = ExecutorStream(executor, self._secret, self._ledger, self._trust)
 
     async def _watch_changes(self) -> None:
         backoff = _FIRST_BACKOFF_SECONDS

@@ -32,7 +32,7 @@ COMMANDS = [
     "up", "demo", "dataset put", "dataset ls", "dataset check", "dataset rm", "task create", "task ls", "task show",
     "task watch", "task cancel", "adapter pull", "adapter push", "plan show", "plan explain",
     "plan whatif", "plan timeline", "plan profile", "plan simulate", "key create", "key ls", "key revoke",
-    "verify",
+    "verify", "certs", "tenant quota", "tenant usage", "tenant audit",
 ]  # fmt: skip
 READING = {
     "dataset ls": ("num_rows", 3),

@@ -16,6 +16,7 @@ from muxtune.cli.main import app
 from muxtune.cli.spec import read_settings, read_spec
 from muxtune.errors import InvalidInputError
 from muxtune.v1 import plan_pb2, scheduling_pb2, scheduling_pb2_grpc, task_pb2
+from tests.certificates import ca_folder, certificates
 
 TASK, OWN, OTHERS = "tenants/a/tasks/t", "tenants/a/tasks/u", ("tenants/b/tasks/v", "tenants/c/tasks/w")
 EXPLANATION = plan_pb2.TaskExplanation(
@@ -66,8 +67,9 @@ class Scheduling(scheduling_pb2_grpc.SchedulingServiceServicer):
 def mesh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     server = grpc.server(futures.ThreadPoolExecutor(2))
     scheduling_pb2_grpc.add_SchedulingServiceServicer_to_server(Scheduling(), server)
-    monkeypatch.setenv("MUXTUNE_SCHEDULING_ADDRESS", f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
-    monkeypatch.setenv("MUXTUNE_MESH_SECRET", "s")
+    port = server.add_secure_port("127.0.0.1:0", certificates("scheduling").for_server(is_mutual=True))
+    monkeypatch.setenv("MUXTUNE_SCHEDULING_ADDRESS", f"127.0.0.1:{port}")
+    monkeypatch.setenv("MUXTUNE_CERTS", str(ca_folder() / "operator"))
     monkeypatch.chdir(tmp_path)
     server.start()
     yield
