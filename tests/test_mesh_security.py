@@ -160,6 +160,28 @@ def test_tenants_in_one_microbatch_learn_nothing_of_each_other(mesh: Mesh) -> No
         client.close()
 
 
+def test_an_operator_makes_keys_with_roles_and_ends_them(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    (viewer,) = operate(mesh, "key", "create", "acme", "--role", "viewer", "--days", "1")
+    with mesh.client(str(viewer["secret"])) as client:
+        assert list(client.list_tasks()) == []
+        with pytest.raises(PermissionDeniedError):
+            client.upload_dataset(ROWS)
+    (operator,) = operate(mesh, "key", "create", "--role", "operator")
+    # Such a key does at the public door what the certificate does inside.
+    monkeypatch.setenv("MUXTUNE_ADDRESS", mesh.addresses["admission"])
+    monkeypatch.setenv("MUXTUNE_CA", str(mesh.ca))
+    monkeypatch.setenv("MUXTUNE_API_KEY", str(operator["secret"]))
+    (mesh.data / "elsewhere").mkdir()
+    elsewhere = ["--data", str(mesh.data / "elsewhere"), "--json"]
+    listed = CliRunner().invoke(app, ["key", "ls", "--tenant", "acme", *elsewhere])
+    (key,) = (json.loads(line) for line in listed.stdout.splitlines())
+    assert (key["role"], key["id"]) == ("KEY_ROLE_VIEWER", str(viewer["secret"]).split("_")[1])
+    assert key["expire_time"] and "secret" not in key
+    assert CliRunner().invoke(app, ["key", "revoke", key["id"], *elsewhere[:2]]).exit_code == 0
+    with mesh.client(str(viewer["secret"])) as client, pytest.raises(UnauthenticatedError):
+        client.list_tasks().__next__()
+
+
 def test_plans_are_the_operators(mesh: Mesh) -> None:
     with mesh.operator_channel("scheduling") as channel:
         scheduling_pb2_grpc.SchedulingServiceStub(channel).GetPlan(scheduling_pb2.GetPlanRequest(), timeout=10)

@@ -18,10 +18,11 @@ from engine.errors import OverloadedError, UnauthenticatedError, UnavailableErro
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import key_pb2
 from services.access import Role
+from services.admission.__main__ import AdmissionSettings
 from services.admission.identity import RateLimit, authenticator
 from services.admission.keys import KeyStore
 from services.admission.oidc import Provider, TokenVerifier
-from services.config import SettingsError
+from services.config import SettingsError, from_environment
 from tests.services.admission.admission_mesh import Admission, dataset_parts, refused
 
 ISSUER, AUDIENCE = "https://issuer.example", "muxtune"
@@ -166,6 +167,22 @@ async def test_keys_and_tokens_stand_side_by_side(admission: Admission, provider
             await authenticate("/x/Y", nobody)
     with pytest.raises(UnauthenticatedError):  # no issuer, no tokens
         await authenticator(admission.key_store, "")("/x/Y", token())
+
+
+async def test_the_services_settings_name_the_issuer(admission: Admission, provider: Provider) -> None:
+    given = {
+        "MUXTUNE_DATABASE_URL": "sqlite:///x", "MUXTUNE_ARTIFACT_URL": "x", "MUXTUNE_ALIGNMENT_ADDRESS": "x:1",
+        "MUXTUNE_OIDC_ISSUER": ISSUER, "MUXTUNE_OIDC_AUDIENCE": AUDIENCE, "MUXTUNE_OIDC_KEYS": provider.keys,
+        "MUXTUNE_OIDC_TENANT_CLAIM": "org", "MUXTUNE_OIDC_ALGORITHMS": "ES256, RS256",
+    }  # fmt: skip
+    authenticate = from_environment(AdmissionSettings, given).authenticate(admission.key_store)
+    assert (await authenticate("/x/Y", token(org="globex"))).tenant == "tenants/globex"
+    with pytest.raises(UnauthenticatedError):
+        await authenticate("/x/Y", token(algorithm="RS384", org="globex"))
+    with pytest.raises(SettingsError, match="HS256"):
+        from_environment(AdmissionSettings, {**given, "MUXTUNE_OIDC_ALGORITHMS": "HS256"}).authenticate(
+            admission.key_store
+        )
 
 
 async def test_a_viewer_reads_and_changes_nothing(admission: Admission) -> None:
