@@ -138,6 +138,20 @@ DEVICE int increment(int* counter) { return atomicAdd(counter, 1); }
 DEVICE void device_fence() { __threadfence(); }
 #endif
 
+// N neighbouring floats of device memory in one access; four of them begin at 16 bytes.
+template <int N>
+struct alignas(4 * N) Floats {
+    float v[N];
+};
+template <int N>
+DEVICE Floats<N> load_floats(const float* from) {
+    return *reinterpret_cast<const Floats<N>*>(from);
+}
+template <int N>
+DEVICE void store_floats(float* to, const Floats<N>& floats) {
+    *reinterpret_cast<Floats<N>*>(to) = floats;
+}
+
 constexpr DEVICE int least(int a, int b) { return a < b ? a : b; }
 constexpr DEVICE int greatest(int a, int b) { return a > b ? a : b; }
 constexpr DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }

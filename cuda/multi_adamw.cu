@@ -29,13 +29,32 @@ struct AdamWLaunch {
     int num_items, chunk_elements;
 };
 
-DEVICE void step_one(const AdamWGroup& group, i64 i, float clip) {
-    const float g = group.gradients[i] * clip;
-    const float m = group.first_moments[i] + group.one_minus_beta1 * (g - group.first_moments[i]);
-    const float v = group.beta2 * group.second_moments[i] + group.one_minus_beta2 * (g * g);
+// One element, in registers.
+DEVICE void step_one(const AdamWGroup& group, float clip, float& p, float& g, float& m, float& v) {
+    const float clipped = g * clip;
+    m += group.one_minus_beta1 * (clipped - m);
+    v = group.beta2 * v + group.one_minus_beta2 * (clipped * clipped);
     const float root = square_root(v) / group.root_correction + group.epsilon;
-    group.parameters[i] = group.decay * group.parameters[i] - group.step_size * (m / root);
-    group.first_moments[i] = m, group.second_moments[i] = v, group.gradients[i] = 0.0f;
+    p = group.decay * p - group.step_size * (m / root);
+    g = 0.0f;
+}
+
+// N neighbours: 4 where all four arrays begin at 16 bytes, as those of whole tasks do; a group inside a task may not.
+template <int N>
+DEVICE void step_range(const AdamWGroup& group, float clip, i64 first, i64 end) {
+    for (i64 i = first + thread_index() * N; i + N <= end; i += THREADS * N) {
+        Floats<N> p = load_floats<N>(group.parameters + i), g = load_floats<N>(group.gradients + i);
+        Floats<N> m = load_floats<N>(group.first_moments + i), v = load_floats<N>(group.second_moments + i);
+#pragma unroll
+        for (int j = 0; j < N; ++j) step_one(group, clip, p.v[j], g.v[j], m.v[j], v.v[j]);
+        store_floats(group.parameters + i, p), store_floats(group.gradients + i, g);
+        store_floats(group.first_moments + i, m), store_floats(group.second_moments + i, v);
+    }
+}
+
+DEVICE bool is_aligned(const AdamWGroup& group) {
+    return (reinterpret_cast<u64>(group.parameters) | reinterpret_cast<u64>(group.gradients) |
+            reinterpret_cast<u64>(group.first_moments) | reinterpret_cast<u64>(group.second_moments)) % 16 == 0;
 }
 
 KERNEL(multi_adamw, AdamWLaunch, 8) {
@@ -48,6 +67,8 @@ KERNEL(multi_adamw, AdamWLaunch, 8) {
         const i64 first = static_cast<i64>(item.chunk) * launch.chunk_elements;
         const i64 whole_chunk = first + launch.chunk_elements;
         const i64 end = whole_chunk < group.num_elements ? whole_chunk : group.num_elements;
-        for (i64 j = first + thread_index(); j < end; j += THREADS) step_one(group, j, clip);
+        const i64 whole = is_aligned(group) ? first + (end - first) / 4 * 4 : first;
+        step_range<4>(group, clip, first, whole);
+        step_range<1>(group, clip, whole, end);
     }
 }

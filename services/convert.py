@@ -256,6 +256,7 @@ def preflight_to_proto(report: "Preflight", max_refused: int = 100) -> dataset_p
         num_truncated_rows=report.num_truncated_rows,
         refused_rows=[dataset_pb2.RefusedRow(line=r.line, reason=r.reason) for r in report.refused[:max_refused]],
         num_refused_rows=len(report.refused),
+        length_quantiles=report.length_quantiles,
     )
 
 

@@ -26,6 +26,7 @@ from engine.peft.mounted import (
     mount_norms,
 )
 from engine.runtime import attention
+from engine.runtime.varlen_attention import Shared
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _PACKED = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}
@@ -51,6 +52,7 @@ class Backbone:
         self.operators = mount_linears(self.model, self.layout)
         norms = mount_norms(self.model, self.layout)
         self.attentions: dict[str, MountedAttention] = {}
+        self.attention_paths = set[str]()  # that were taken so far, and why
         softcap = getattr(model.config, "final_logit_softcapping", None)
         self.head = Head(self.model.get_output_embeddings(), softcap)
         with observed_blocks(self.model, self.operators) as widths:
@@ -135,7 +137,7 @@ class Backbone:
         position_ids_1T = torch.cat(positions).to(self.device).unsqueeze(0)
         prefixes = {id(mounted.op.module): mounted.prefixes() for mounted in self.attentions.values()}
         self.layout.num_tokens = sum(lengths)
-        cu_seqlens = [0, *itertools.accumulate(lengths)]
+        cu_seqlens, shared = [0, *itertools.accumulate(lengths)], Shared()
         base = self.model.base_model
         output = base(
             input_ids=token_ids_1T,
@@ -143,9 +145,10 @@ class Backbone:
             cu_seqlens=cu_seqlens,
             prefixes=prefixes,
             calls=calls,
-            masks={},
+            shared=shared,
             use_cache=False,
         )
+        self.attention_paths |= shared.paths
         hidden: torch.Tensor = output.last_hidden_state
         return hidden[0]
 

@@ -58,6 +58,8 @@ class SchedulingServiceStub:
     Forecasts are left out until the executors' costs are known.
     INVALID_ARGUMENT: a spec that does not read, no number of steps, or the name of a task there is.
     """
+    GetProfile: _grpc.UnaryUnaryMultiCallable[_scheduling_pb2.GetProfileRequest, _scheduling_pb2.GetProfileResponse]
+    """What plans are made from: with it `muxtune plan whatif --profile` and `muxtune plan simulate` answer without a mesh."""
 
 @_typing.type_check_only
 class SchedulingServiceAsyncStub(SchedulingServiceStub):
@@ -89,6 +91,8 @@ class SchedulingServiceAsyncStub(SchedulingServiceStub):
     Forecasts are left out until the executors' costs are known.
     INVALID_ARGUMENT: a spec that does not read, no number of steps, or the name of a task there is.
     """
+    GetProfile: _aio.UnaryUnaryMultiCallable[_scheduling_pb2.GetProfileRequest, _scheduling_pb2.GetProfileResponse]  # type: ignore[assignment]
+    """What plans are made from: with it `muxtune plan whatif --profile` and `muxtune plan simulate` answer without a mesh."""
 
 class SchedulingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
@@ -153,5 +157,13 @@ class SchedulingServiceServicer(metaclass=_abc_1.ABCMeta):
         Forecasts are left out until the executors' costs are known.
         INVALID_ARGUMENT: a spec that does not read, no number of steps, or the name of a task there is.
         """
+
+    @_abc_1.abstractmethod
+    def GetProfile(
+        self,
+        request: _scheduling_pb2.GetProfileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduling_pb2.GetProfileResponse, _abc.Awaitable[_scheduling_pb2.GetProfileResponse]]:
+        """What plans are made from: with it `muxtune plan whatif --profile` and `muxtune plan simulate` answer without a mesh."""
 
 def add_SchedulingServiceServicer_to_server(servicer: SchedulingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

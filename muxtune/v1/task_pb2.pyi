@@ -456,7 +456,7 @@ class Training(_message.Message):
     epsilon: _builtins.float
     """1e-8"""
     momentum: _builtins.float
-    """SGD only. 0"""
+    """of SGD; 0"""
     max_grad_norm: _builtins.float
     """Clip the task's own gradient norm. Unset: 1.0; 0: never."""
     seed: _builtins.int
@@ -544,6 +544,7 @@ class TaskEstimate(_message.Message):
     ADDED_BYTES_FIELD_NUMBER: _builtins.int
     SEPARATE_INSTANCE_BYTES_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    LENGTH_QUANTILES_FIELD_NUMBER: _builtins.int
     num_train_rows: _builtins.int
     num_heldout_rows: _builtins.int
     num_refused_rows: _builtins.int
@@ -555,7 +556,11 @@ class TaskEstimate(_message.Message):
     """Bytes the task adds to an executor that already hosts the backbone, and bytes of an instance of its own."""
     separate_instance_bytes: _builtins.int
     seconds: _builtins.float
-    """Seconds, from measured throughput of the executors of that backbone; unset until one has been measured."""
+    """Seconds alone on the fastest executor of that backbone, by its cost model; unset until one has been calibrated."""
+    @_builtins.property
+    def length_quantiles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens of a row of its training split at 64 evenly spaced quantiles."""
+
     def __init__(
         self,
         *,
@@ -567,10 +572,11 @@ class TaskEstimate(_message.Message):
         added_bytes: _builtins.int = ...,
         separate_instance_bytes: _builtins.int = ...,
         seconds: _builtins.float | None = ...,
+        length_quantiles: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "seconds", b"seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "added_bytes", b"added_bytes", "num_heldout_rows", b"num_heldout_rows", "num_refused_rows", b"num_refused_rows", "num_steps", b"num_steps", "num_train_rows", b"num_train_rows", "num_train_tokens", b"num_train_tokens", "seconds", b"seconds", "separate_instance_bytes", b"separate_instance_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "added_bytes", b"added_bytes", "length_quantiles", b"length_quantiles", "num_heldout_rows", b"num_heldout_rows", "num_refused_rows", b"num_refused_rows", "num_steps", b"num_steps", "num_train_rows", b"num_train_rows", "num_train_tokens", b"num_train_tokens", "seconds", b"seconds", "separate_instance_bytes", b"separate_instance_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seconds: _TypeAlias = _typing.Literal["seconds"]  # noqa: Y015
     _WhichOneofArgType__seconds: _TypeAlias = _typing.Literal["_seconds", b"_seconds"]  # noqa: Y015

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc
 
+from engine.planning.plan import Limits
 from muxtune.v1 import (
     admission_pb2,
     admission_pb2_grpc,
@@ -64,7 +65,7 @@ class AdmissionSettings(ServerSettings):
     max_tokens_per_day: int = 0
     max_device_seconds_per_day: float = 0.0
     token_budget: int = 2048
-    chunk_tokens: int = 16
+    chunk_tokens: int = 0
 
     def secure_ports(self, certificates: Certificates) -> list[tuple[str, grpc.ServerCredentials | None]]:
         public = Certificates(self.public_certs) if self.public_certs else certificates
@@ -76,8 +77,7 @@ class AdmissionSettings(ServerSettings):
     def quota(self) -> Quota:
         return Quota(
             self.max_unfinished_tasks,
-            self.token_budget,
-            self.chunk_tokens,
+            Limits(self.token_budget, self.chunk_tokens),
             self.max_dataset_bytes,
             self.max_tokens_per_day,
             self.max_device_seconds_per_day,

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from engine.errors import InvalidInputError
-from engine.planning.memory import adapter_bytes, refuse_if_never_fits, separate_instance_bytes
-from engine.planning.plan import BackboneView, ExecutorView
+from engine.planning.eta import seconds_alone
+from engine.planning.memory import adapter_bytes, separate_instance_bytes
+from engine.planning.plan import BackboneView, ExecutorView, Limits, TaskView
+from engine.planning.remedy import refuse_if_never_fits
 from engine.task import TaskSpec
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, dataset_pb2, operator_pb2, task_pb2
 from services.admission import accounts, catalog
@@ -39,14 +41,10 @@ class Admissible:
 
 @dataclass(frozen=True)
 class Quota:
-    """What holds for tenants without limits of their own (0: none).
-
-    `token_budget` and `chunk_tokens` are the planner's, for the memory model.
-    """
+    """What holds for tenants without limits of their own (0: none). `limits` are the planner's, for its models."""
 
     max_unfinished_tasks: int
-    token_budget: int
-    chunk_tokens: int
+    limits: Limits
     max_dataset_bytes: int = 0
     max_tokens_per_day: int = 0
     max_device_seconds_per_day: float = 0.0
@@ -80,14 +78,20 @@ class Admitter:
         backbone = validate(domain, [executor.backbone for executor in executors])
         if key:
             await asyncio.to_thread(self._check_initial_adapter, domain, key)
-        refuse_if_never_fits(domain, executors, self._quota.token_budget, self._quota.chunk_tokens)
+        refuse_if_never_fits(domain, executors, self._quota.limits)
         report = await self._inspect(str(principal.tenant), resolved)
         if domain.training.warmup_steps > report.num_steps:
             raise InvalidInputError.of_field(
                 "spec.training.warmup_steps", f"{domain.training.warmup_steps} of {report.num_steps} steps in all"
             )
-        rate = max((e.effective_tokens_per_second for e in executors if e.backbone.name == backbone.name), default=0.0)
-        return Admissible(resolved, _estimate(report, domain, backbone, rate), key)
+        estimate = _estimate(report, domain, backbone)
+        task = TaskView("", "", domain, 0, report.num_steps, num_train_tokens=report.num_train_tokens,
+                        length_quantiles=tuple(report.length_quantiles))  # fmt: skip
+        hosts = [executor for executor in executors if executor.backbone.name == backbone.name]
+        seconds = [seconds_alone(task, executor, self._quota.limits) for executor in hosts if executor.can_predict]
+        if seconds:
+            estimate.seconds = min(seconds)
+        return Admissible(resolved, estimate, key)
 
     def _resolve(
         self, principal: Principal, spec: task_pb2.TaskSpec
@@ -145,10 +149,8 @@ class Admitter:
         return answer.report
 
 
-def _estimate(
-    report: dataset_pb2.PreflightReport, spec: TaskSpec, backbone: BackboneView, tokens_per_second: float
-) -> task_pb2.TaskEstimate:
-    estimate = task_pb2.TaskEstimate(
+def _estimate(report: dataset_pb2.PreflightReport, spec: TaskSpec, backbone: BackboneView) -> task_pb2.TaskEstimate:
+    return task_pb2.TaskEstimate(
         num_train_rows=report.num_train_rows,
         num_heldout_rows=report.num_heldout_rows,
         num_refused_rows=report.num_refused_rows,
@@ -156,7 +158,5 @@ def _estimate(
         num_train_tokens=report.num_train_tokens,
         added_bytes=adapter_bytes(spec, backbone),
         separate_instance_bytes=separate_instance_bytes(spec, backbone),
+        length_quantiles=report.length_quantiles,
     )
-    if tokens_per_second > 0:
-        estimate.seconds = report.num_train_tokens / tokens_per_second
-    return estimate

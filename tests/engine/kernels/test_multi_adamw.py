@@ -107,6 +107,21 @@ def test_a_sick_task_is_left_as_it_is_and_alone(make_launcher: MakeLauncher, kin
         assert all(torch.equal(a, b) for a, b in zip(healthy[i].tensors, groups[i].tensors, strict=True))
 
 
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_a_place_in_memory_changes_no_bit(make_launcher: MakeLauncher, offset: int) -> None:
+    """Whether arrays begin at 16 bytes or not, as LoRA+'s second group in a task's buffer."""
+    launcher, placed = make_launcher(1), []
+    for start in (0, offset):
+        (group,) = groups_of([4099], 5)
+        spaces = {name: torch.empty(start + 4099, device=launcher.device)[start:] for name in TENSORS}
+        placed.append(replace(group, **{name: space.copy_(getattr(group, name)) for name, space in spaces.items()}))
+    norms = [grad_norm.launched(launcher, [group.gradients_P]) for group in placed]
+    assert all(torch.equal(a, b) for a, b in zip(*norms, strict=True))
+    for group in placed:
+        adamw.launched(launcher, [group], *norms[0])
+    assert all(torch.equal(a, b) for a, b in zip(*(group.tensors for group in placed), strict=True))
+
+
 def test_squares_that_a_float_cannot_hold_are_no_infinity(make_launcher: MakeLauncher) -> None:
     gradients = [torch.full((1000,), 1e25)]
     launcher = make_launcher(0)

@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from engine.planning.plan import Limits
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import (
     admission_pb2_grpc,
@@ -154,7 +155,7 @@ class Admission:
         self.artifacts, self.notifier = ArtifactStore.open(str(self.folder)), Notifier()
         self._to_alignment = open_channel(self._alignment_address, SECRET)
         alignment = alignment_pb2_grpc.AlignmentServiceStub(self._to_alignment)
-        quota = Quota(self.quota, 256, 16)
+        quota = Quota(self.quota, Limits(256, 1))
         self.key_store, ledger = KeyStore(self.database), Ledger(self.database, self.clock, quota.to_proto())
         self.admitter = Admitter(self.database, self.artifacts, alignment, quota)
         self.limits = LimitsWatch(self.database, quota.to_proto(), self.notifier)
