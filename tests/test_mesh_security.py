@@ -126,6 +126,9 @@ def test_a_days_quota_pauses_a_task_and_a_budget_ends_one(mesh: Mesh) -> None:
         assert stopped.state == task_pb2.TASK_STATE_CANCELLED and stopped.adapter
         assert stopped.progress.effective_tokens >= 300 and stopped.progress.step < 100_000
         used = ended.progress.effective_tokens + stopped.progress.effective_tokens
+    for command in (["quota", "metered"], ["usage"], ["audit"]):  # as people read them
+        shown = CliRunner().invoke(app, ["tenant", *command, "--data", str(mesh.data)])
+        assert shown.exit_code == 0 and ("metered" in shown.output or "no limit" in shown.output)
     days = operate(mesh, "tenant", "usage", "--tenant", "metered")
     assert sum(int(str(day["effective_tokens"])) for day in days) == used
     lines = operate(mesh, "tenant", "audit", "--tenant", "metered")
