@@ -93,6 +93,7 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
         "GetPlan": _may(Role.OPERATOR),  # names of all tenants' tasks: never for one of them
         "ExplainPlan": _may(Role.OPERATOR),
         "SimulatePlan": _may(Role.OPERATOR),
+        "GetProfile": _may(Role.OPERATOR),
     },
     "muxtune.v1.ExecutionService": {
         "RunPlan": _may(Role.SCHEDULING),

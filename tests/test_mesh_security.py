@@ -14,10 +14,19 @@ from typer.testing import CliRunner
 
 from muxtune.cli.authority import issue
 from muxtune.cli.main import app
-from muxtune.cli.mesh import START_ORDER, Mesh
+from muxtune.cli.mesh import START_ORDER, Mesh, secure_channel
 from muxtune.client import Client
 from muxtune.errors import PermissionDeniedError, QuotaExceededError, UnauthenticatedError, UnavailableError
-from muxtune.v1 import budget_pb2, ledger_pb2, ledger_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc, task_pb2
+from muxtune.v1 import (
+    admission_pb2,
+    admission_pb2_grpc,
+    budget_pb2,
+    ledger_pb2,
+    ledger_pb2_grpc,
+    scheduling_pb2,
+    scheduling_pb2_grpc,
+    task_pb2,
+)
 from tests.tiny_backbone import write_backbone
 
 QUICK = {"*": {"MUXTUNE_LEASE_SECONDS": "3"}, "execution": {"MUXTUNE_CALIBRATION_SECONDS": "0"}}
@@ -92,6 +101,24 @@ def test_the_public_door_describes_nothing_and_serves_clients_alone(mesh: Mesh) 
             assert refused.value.code() is code
     with pytest.raises(UnauthenticatedError), mesh.client("mxt_0_nonsense") as nobody:
         nobody.list_backbones()
+
+
+def test_a_service_is_no_tenant_whatever_key_it_brings(mesh: Mesh) -> None:
+    """At the inner door the certificate counts alone: neither a tenant's key nor a name in metadata adds anything."""
+    brought = (("authorization", f"Bearer {mesh.api_key}"), ("x-muxtune-tenant", "tenants/default"))
+    for name in ("execution", "alignment", "operator", "scheduling"):
+        with secure_channel(mesh.addresses["admission_internal"], mesh.certs / name, "admission") as channel:
+            client, ledger = (
+                admission_pb2_grpc.AdmissionServiceStub(channel),
+                ledger_pb2_grpc.LedgerServiceStub(channel),
+            )
+            calls = [(client.ListTasks, admission_pb2.ListTasksRequest(parent="tenants/default"))]
+            if name != "scheduling":
+                calls.append((ledger.GetSnapshot, ledger_pb2.GetSnapshotRequest()))
+            for call, request in calls:
+                with pytest.raises(grpc.RpcError) as refused:
+                    call(request, timeout=10, metadata=brought)
+                assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED, name
 
 
 def test_a_client_that_does_not_know_the_ca_sends_no_key(mesh: Mesh, tmp_path: Path) -> None:
