@@ -13,6 +13,7 @@ import grpc
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from google.rpc import error_details_pb2
 
 from engine.errors import OverloadedError, UnauthenticatedError, UnavailableError
 from muxtune.v1 import admission_pb2 as pb
@@ -244,6 +245,19 @@ def test_a_tenant_that_calls_too_often_waits_and_others_do_not(seconds: list[flo
     with pytest.raises(OverloadedError):
         limit.take("tenants/a")
     RateLimit(0).take("tenants/a")
+
+
+async def test_a_tenant_over_its_rate_is_told_when_to_come_again(admission: Admission) -> None:
+    admission.requests_per_second = 0.01
+    await admission.restart()
+    acme = admission.tenant()
+    await acme.ListTasks(pb.ListTasksRequest())
+    for _ in range(3):
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED") as refusal:
+            await acme.ListTasks(pb.ListTasksRequest())
+        (retry,) = (d for d in refusal.details if isinstance(d, error_details_pb2.RetryInfo))
+        assert retry.retry_delay.seconds >= 1
+    await admission.keys().ListApiKeys(key_pb2.ListApiKeysRequest())  # operators are not limited
 
 
 async def test_the_limit_holds_whatever_key_is_used(admission: Admission, seconds: list[float]) -> None:
