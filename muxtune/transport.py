@@ -85,7 +85,7 @@ def credentials(address: str, ca: Path | str | None) -> grpc.ChannelCredentials 
     """
     source = ca or os.environ.get("MUXTUNE_CA")
     if not source:
-        return None if _is_loopback(address) else grpc.ssl_channel_credentials()
+        return None if is_loopback(address) else grpc.ssl_channel_credentials()
     return grpc.ssl_channel_credentials(rows_as_bytes(source))
 
 
@@ -206,7 +206,8 @@ class FolderSink:
         shutil.rmtree(self._partial, ignore_errors=True)
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Of "host:port"."""
     host = address.rpartition(":")[0].strip("[]")
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback

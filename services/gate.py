@@ -5,6 +5,7 @@ So a servicer only reads, decides, and raises.
 
 import asyncio
 import inspect
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -23,7 +24,7 @@ from services.errors import status_of
 from services.rpc_spans import RpcSpan
 from services.telemetry import carrier_of
 
-_DRAIN_SECONDS = 1.0
+_DRAIN_SECONDS, _PROOF_SECONDS = 1.0, 30.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _UNREADABLE = object()
 _HANDLERS = {
@@ -89,8 +90,12 @@ class Gate(grpc.aio.ServerInterceptor):
                 if inspect.isawaitable(answer):  # a servicer that writes by itself
                     await answer
                     return
+                proved_at = time.monotonic()
                 async with aclosing(answer) as responses:
                     async for response in responses:
+                        if time.monotonic() - proved_at > _PROOF_SECONDS:  # the key may be revoked by now
+                            await self._prove(method, context)
+                            proved_at = time.monotonic()
                         await context.write(response)
                         span.establish()
 
@@ -106,7 +111,7 @@ class Gate(grpc.aio.ServerInterceptor):
         code, principal, refuse = grpc.StatusCode.UNKNOWN, None, None
         try:
             with places.taken(), span.in_force():
-                principal = certified(context) or await self._authenticate(method, bearer(metadata))
+                principal = await self._prove(method, context)
                 set_principal(principal)
                 check_access(method, principal.role)
                 if principal.tenant:
@@ -134,6 +139,10 @@ class Gate(grpc.aio.ServerInterceptor):
             await self._tell(principal, method, named, code)
         if refuse is not None:
             await refuse()
+
+    async def _prove(self, method: str, context: Any) -> Principal:
+        """Who calls, by certificate or else by token. Raises UnauthenticatedError."""
+        return certified(context) or await self._authenticate(method, bearer(context.invocation_metadata()))
 
     async def _tell(
         self, principal: Principal | None, method: str, named: Sequence[Message], code: grpc.StatusCode

@@ -620,7 +620,7 @@ Global___Device: _TypeAlias = Device  # noqa: Y015
 class CostProfile(_message.Message):
     """seconds = fixed + token * max(T, knee) + square * sum of squared sequence lengths + target * target positions
       + module * adapted modules of all ranges + multiplication * the adapters' multiplications
-      + parameter * parameters stepped, for a microbatch of T tokens. engine/planning/cost.py has it.
+      + parameter * parameters stepped + segment * sequences, for a microbatch of T tokens. engine/planning/cost.py has it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -634,6 +634,7 @@ class CostProfile(_message.Message):
     MULTIPLICATION_SECONDS_FIELD_NUMBER: _builtins.int
     PARAMETER_SECONDS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    SEGMENT_SECONDS_FIELD_NUMBER: _builtins.int
     fixed_seconds: _builtins.float
     token_seconds: _builtins.float
     knee_tokens: _builtins.float
@@ -644,6 +645,7 @@ class CostProfile(_message.Message):
     parameter_seconds: _builtins.float
     error: _builtins.float
     """Median relative error on what it was fitted to."""
+    segment_seconds: _builtins.float
     def __init__(
         self,
         *,
@@ -656,10 +658,11 @@ class CostProfile(_message.Message):
         multiplication_seconds: _builtins.float = ...,
         parameter_seconds: _builtins.float = ...,
         error: _builtins.float = ...,
+        segment_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "fixed_seconds", b"fixed_seconds", "knee_tokens", b"knee_tokens", "module_seconds", b"module_seconds", "multiplication_seconds", b"multiplication_seconds", "parameter_seconds", b"parameter_seconds", "square_seconds", b"square_seconds", "target_seconds", b"target_seconds", "token_seconds", b"token_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "fixed_seconds", b"fixed_seconds", "knee_tokens", b"knee_tokens", "module_seconds", b"module_seconds", "multiplication_seconds", b"multiplication_seconds", "parameter_seconds", b"parameter_seconds", "segment_seconds", b"segment_seconds", "square_seconds", b"square_seconds", "target_seconds", b"target_seconds", "token_seconds", b"token_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

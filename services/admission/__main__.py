@@ -71,7 +71,7 @@ class AdmissionSettings(ServerSettings):
     chunk_tokens: int = 0
 
     def secure_ports(self, certificates: Certificates) -> list[tuple[str, grpc.ServerCredentials | None]]:
-        public = Certificates(self.public_certs) if self.public_certs else certificates
+        public = self._certificates(self.public_certs) if self.public_certs else certificates
         return [
             (self.listen, public.for_server(is_mutual=False)),
             (self.internal_listen, certificates.for_server(is_mutual=True)),

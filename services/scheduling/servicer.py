@@ -1,6 +1,7 @@
 """SchedulingService. See protos/muxtune/v1/scheduling.proto for what each RPC promises."""
 
 import asyncio
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,8 @@ from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, scheduling_pb2_grp
 from muxtune.v1 import scheduling_pb2 as pb
 from services.scheduling.cycle import Scheduler
 from services.scheduling.questions import explain, newcomers, profile, what_if
+
+_ADDRESS = re.compile(r"([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 
 
 class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
@@ -28,6 +31,8 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
         needed = {"name": executor.name, "address": executor.address, "incarnation": executor.incarnation,
                   "backbone.name": executor.backbone.name}  # fmt: skip
         wrong = [FieldViolation(f"executor.{field}", "is missing") for field, value in needed.items() if not value]
+        if executor.address and not _ADDRESS.fullmatch(executor.address):  # gRPC would dial unix:, dns://, xds: ...
+            wrong.append(FieldViolation("executor.address", f'"{executor.address}" is not HOST:PORT'))
         if wrong:
             raise InvalidInputError("; ".join(f"{v.field}: {v.description}" for v in wrong), wrong)
         executor.lease_epoch = 0
