@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.kernel_timing import timed
+from benchmarks.lorafusion import LoraFusion, NotDoneError
 from engine.kernels.launch import Launcher
 from engine.kernels.multi_lora import LoraUse, LowRank
 from engine.kernels.multi_lora_device import LowRankProducts, Wanted, describe
@@ -25,10 +26,6 @@ LAYER = {  # the linear operators of one Llama-3-8B layer
 OPERATORS = {"4096x4096": (4096, 4096), "4096x11008": (4096, 11008), "11008x4096": (11008, 4096)}
 SCALE = 0.5
 TOLERANCE = 2e-2  # of the norm of a result in bf16
-
-
-class NotDoneError(Exception):
-    """Why a peer cannot do a point."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +194,16 @@ def errors(found: Result, reference: Result) -> dict[str, float]:
 
 
 Contender = Callable[[Inputs], Callable[[Inputs], Result]]  # from inputs, what is timed on them
+
+
+def beside(peer: LoraFusion) -> Contender:
+    """A peer as a contender."""
+
+    def made(given: Inputs) -> Callable[[Inputs], Result]:
+        run = peer.operator(given.x, given.weight, given.uses, given.factors)
+        return lambda own: run(own.x, own.dy)
+
+    return made
 
 
 def measured(
