@@ -75,3 +75,18 @@ def test_tasks_of_every_method_train_as_with_torch_alone(host_launcher: MakeHost
         on_them.backbone.mounted
     )  # at most one launch for each, whoever trains there: one before, one after
     assert 0 < counts["multi_affine_fp32"] <= 2 * num_modules * num_microbatches
+
+
+def test_a_step_in_bf16_is_the_same_to_its_rounding(host_launcher: MakeHost) -> None:
+    model = model_of(CONFIGS["llama-tied"]).to(torch.bfloat16)
+    tasks = [task_of(name, method=METHODS[name], seed=i, micro_batch_size=8) for i, name in enumerate(METHODS)]
+    plain, on_them = executor_with(model, tasks), executor_with(model, tasks)
+    expected = two_steps(plain, tasks)
+    with on_kernels(host_launcher(0)):
+        found = two_steps(on_them, tasks)
+    for own, theirs in zip(found, expected, strict=True):
+        assert own.task == theirs.task and own.loss == pytest.approx(theirs.loss, rel=2e-3)
+        assert own.grad_norm == pytest.approx(theirs.grad_norm, rel=2e-2)
+    for name in METHODS:
+        ours, theirs_P = (executor.tasks[name].parameters_P.detach() for executor in (on_them, plain))
+        assert (ours - theirs_P).norm() <= 2e-2 * theirs_P.norm(), name
