@@ -59,7 +59,8 @@ def line(point: dict[str, Any], limits: dict[str, float]) -> str:
         added = {name: times[name] - times["frozen"] for name in ("ours", "cublas", "peft")}
         floor = 1e3 * point["extra_bytes"] / limits["bytes_per_second"]
         shares = " ".join(f"{name} {100 * ms / times['frozen']:+.1f}%" for name, ms in added.items())
-        return f"{what}: {shown} ms; {shares}; ours over the byte floor {added['ours'] / floor:.2f}"
+        choice = f"rides: {', '.join(sorted(set(point['chosen'])))}, faster: {point['faster']}"
+        return f"{what}: {shown} ms; {shares}; ours over the byte floor {added['ours'] / floor:.2f}; {choice}"
     floor = 1e3 * point["bytes"] / limits["bytes_per_second"]
     return f"{what}: {shown} ms; ours over the byte floor {times['ours'] / floor:.2f}"
 

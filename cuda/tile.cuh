@@ -19,16 +19,18 @@ constexpr DEVICE int row_stride(int width) {
     return width + vector_length<T>();
 }
 
-// 16 rows by 64 columns of a product, spread over a warp as mma lays it out: pair p, half h, register i hold
+// 16 rows by 16 P columns of a product, spread over a warp as mma lays it out: pair p, half h, register i hold
 // row lane / 4 + 8 * (i / 2), column 16 p + 8 h + 2 * (lane % 4) + i % 2.
-struct Accumulator {
-    float v[PAIRS][2][4];
+template <int P>
+struct Sums {
+    float v[P][2][4];
 
     DEVICE void clear() {
 #pragma unroll
-        for (int i = 0; i < PAIRS * 8; ++i) v[i / 8][i / 4 % 2][i % 4] = 0.0f;
+        for (int i = 0; i < P * 8; ++i) v[i / 8][i / 4 % 2][i % 4] = 0.0f;
     }
 };
+using Accumulator = Sums<PAIRS>;
 DEVICE int fragment_row(int i) { return thread_index() % WARP / 4 + 8 * (i / 2); }
 DEVICE int fragment_column(int pair, int half, int i) {
     return PAIR * pair + 8 * half + 2 * (thread_index() % 4) + i % 2;
@@ -108,13 +110,13 @@ struct Product<float> {
 };
 
 // The warp's 16 rows (from `m`) of the product of two tiles; `depth` (a multiple of 16) is what is summed over.
-template <typename T>
-DEVICE void multiply_tiles(Accumulator& c, const T* a, int a_stride, bool is_a_row_major, const T* b, int b_stride,
+template <typename T, int P>
+DEVICE void multiply_tiles(Sums<P>& c, const T* a, int a_stride, bool is_a_row_major, const T* b, int b_stride,
                            bool is_b_row_major, int m, int depth, int num_pairs) {
     for (int k = 0; k < depth; k += Product<T>::STEP) {
         const auto fa = Product<T>::load_a(a, a_stride, m, k, is_a_row_major);
 #pragma unroll
-        for (int pair = 0; pair < PAIRS; ++pair)
+        for (int pair = 0; pair < P; ++pair)
             if (pair < num_pairs)
                 Product<T>::multiply(c.v[pair], fa, Product<T>::load_b(b, b_stride, PAIR * pair, k, is_b_row_major));
     }

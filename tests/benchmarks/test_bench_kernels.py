@@ -16,15 +16,19 @@ def test_every_point_is_checked_timed_and_written(host_launcher: MakeHost, tmp_p
     record = bench_kernels.run(host_launcher(0), torch.device("cpu"), tmp_path, rounds=2, minutes=5, is_small=True)
     assert json.loads((tmp_path / "kernels.json").read_text())["points"] == json.loads(json.dumps(record["points"]))
     assert [point["kernel"] for point in record["points"]] == ["multi_lora", "multi_adamw", "segment_cross_entropy"]
-    assert set(record["points"][0]["times"]) == {"frozen", "ours", "cublas", "peft"}
+    first = record["points"][0]
+    assert set(first["times"]) == {"frozen", "ours", "first", "after", "cublas", "peft"}
+    assert first["chosen"] == ["after"] and first["faster"] in ("first", "after")
     assert all(time["ms"] > 0 for point in record["points"] for time in point["times"].values())
     assert record["left_out"] == 0 and record["environment"]["commit"]
 
 
 def test_a_wrong_kernel_is_not_timed(host_launcher: MakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = bench_multi_lora.ours
-    monkeypatch.setattr(bench_multi_lora, "ours", lambda given, launcher: (given.dy, *right(given, launcher)[1:]))
-    with pytest.raises(AssertionError, match="32x24"):
+    monkeypatch.setattr(
+        bench_multi_lora, "ours", lambda given, launcher, first=None: (given.dys, *right(given, launcher, first)[1:])
+    )
+    with pytest.raises(AssertionError, match="32x24, 8"):
         bench_kernels.run(host_launcher(0), torch.device("cpu"), tmp_path, rounds=2, minutes=5, is_small=True)
 
 
