@@ -42,6 +42,7 @@ def measured(rows: int, vocabulary: int, launcher: Launcher, device: torch.devic
     return {
         "point": f"{rows} rows of {vocabulary}",
         "bytes": num_bytes,
-        "error": error,
+        "flop": 8 * rows * vocabulary,
+        "errors": {"ours": error},
         "times": timed(variants, rounds, device),
     }

@@ -22,7 +22,8 @@ Calls = Sequence[Callable[[], object]]
 
 
 def timed(variants: Mapping[str, Calls], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """For each variant: median, quartiles, and milliseconds of a call in a graph's replay where it can be captured."""
+    """For each variant: median and quartiles, host microseconds of a call; milliseconds and host microseconds of a call
+    in a graph's replay where it can be captured."""
     for calls in variants.values():
         for call in (*calls, *calls):  # compiles, loads, fills the allocator
             call()
@@ -36,7 +37,7 @@ def timed(variants: Mapping[str, Calls], rounds: int, device: torch.device) -> d
         results[name] = {"ms": statistics.median(values), "low_ms": low, "high_ms": high}
         results[name]["launch_us"] = launch_cost(variants[name], device)
         if device.type == "cuda":
-            results[name]["graph_ms"] = replayed(variants[name], rounds)
+            results[name] |= replayed(variants[name], rounds)
     return results
 
 
@@ -66,8 +67,8 @@ def launch_cost(calls: Calls, device: torch.device) -> float:
     return statistics.median(values)
 
 
-def replayed(calls: Calls, rounds: int) -> float:
-    """Milliseconds of a call within a captured graph; NaN where it cannot be captured (it says why on stderr)."""
+def replayed(calls: Calls, rounds: int) -> dict[str, float]:
+    """`graph_ms` and `graph_launch_us` of a call within a captured graph; empty where none can be (stderr says why)."""
     graph = torch.cuda.CUDAGraph()
     try:
         side = torch.cuda.Stream()
@@ -82,10 +83,16 @@ def replayed(calls: Calls, rounds: int) -> float:
                 call()
     except RuntimeError as error:
         print(f"no graph: {error}", file=sys.stderr)
-        return float("nan")
+        return {}
     device = torch.device("cuda", torch.cuda.current_device())
     graph.replay()
-    return statistics.median(_one(graph.replay, device) / len(calls) for _ in range(rounds))
+    milliseconds = statistics.median(_one(graph.replay, device) for _ in range(rounds)) / len(calls)
+    return {"graph_ms": milliseconds, "graph_launch_us": launch_cost([graph.replay], device) / len(calls)}
+
+
+def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """||found - reference|| / ||reference||, in float64."""
+    return float((found.double() - reference.double()).norm() / reference.double().norm())
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from benchmarks import report
-from benchmarks.cpu_throughput import smollm2
+from benchmarks.models import smollm2
 from engine.alignment.dataset import TokenizedDataset
 from engine.alignment.packing import Member, one_round
 from engine.methods import Bottleneck, Ia3, Lora, Method, Miss, Prefix, Prompt, Selective, Vera

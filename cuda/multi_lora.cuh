@@ -186,40 +186,13 @@ DEVICE void copy_shrunk(T* to, int stride, const void* shrunk, const LoraLaunch&
     }
 }
 
-// A thread's share of partial sums, or of sums kept in shared memory: every THREADS-th float4.
-template <int P>
-DEVICE void keep(float4* kept, const Sums<P>& c, int num_pairs) {
-#pragma unroll
-    for (int i = 0; i < 2 * P; ++i) {
-        const float(&v)[4] = c.v[i / 2][i % 2];
-        if (i < 2 * num_pairs) kept[i * THREADS] = float4{v[0], v[1], v[2], v[3]};
-    }
-}
-template <int P>
-DEVICE void add_kept(Sums<P>& c, const float4* kept, int num_pairs) {
-#pragma unroll
-    for (int i = 0; i < 2 * P; ++i) {
-        if (i >= 2 * num_pairs) continue;
-        const float4 four = kept[i * THREADS];
-        float(&v)[4] = c.v[i / 2][i % 2];
-        v[0] += four.x, v[1] += four.y, v[2] += four.z, v[3] += four.w;
-    }
-}
-
-// Sums the splits of an item's `tile`-th tile in their order, if this block is the last of them; then `c` is the whole.
-// Collective.
+// Sums the splits of an item's `tile`-th tile, if this block is the last of them; then `c` is the whole. Collective.
 template <int P>
 DEVICE bool combine_splits(Sums<P>& c, const LoraLaunch& launch, const LoraSplit& split, int tile, int num_pairs,
                            int* flag) {
-    if (split.count == 1) return true;
-    const int size = 2 * num_pairs * THREADS;
-    float4* partial = reinterpret_cast<float4*>(launch.partials + split.partial) + thread_index();
-    partial += static_cast<i64>(tile) * split.count * size;
-    keep(partial + split.index * size, c, num_pairs);
-    if (!is_last_to_arrive(launch.counters + split.counter + tile, split.count, flag)) return false;
-    c.clear();
-    for (int i = 0; i < split.count; ++i) add_kept(c, partial + i * size, num_pairs);
-    return true;
+    const i64 size = 2 * num_pairs * THREADS * 4;
+    return sum_splits(c, launch.partials + split.partial + tile * split.count * size, split.index, split.count,
+                      launch.counters + split.counter + tile, num_pairs, flag);
 }
 
 DEVICE DropoutKey key_of(const LoraUse& use, const LoraFactors& factors) {

@@ -162,3 +162,73 @@ DEVICE void store_two(T* to, float first, float second) {
     };
     *reinterpret_cast<Two*>(to) = Two{from_float<T>(first), from_float<T>(second)};
 }
+
+// A 64 x 64 tile on its way through registers, where S becomes T: lines as they lie in memory.
+template <typename T, typename S>
+struct StagedTile {
+    static constexpr int V = vector_length<S>(), PER_LINE = TILE / V, CHUNKS = TILE * PER_LINE / THREADS;
+    union {
+        uint4 whole;
+        S each[V];
+    } v[CHUNKS];
+
+    // [lines x columns] at (line, column); what is beyond becomes zero.
+    DEVICE void fetch(const Matrix<S>& from, i64 line, int column, int lines, int columns) {
+#pragma unroll
+        for (int q = 0; q < CHUNKS; ++q) {
+            const int i = thread_index() + q * THREADS, l = i / PER_LINE, c = i % PER_LINE * V;
+            const int valid = l < lines ? greatest(0, least(V, columns - c)) : 0;
+            const S* source = from.data + (line + l) * from.stride + column + c;
+            if (from.is_aligned && valid == V) {
+                v[q].whole = load_16(source);
+            } else {
+#pragma unroll
+                for (int j = 0; j < V; ++j) v[q].each[j] = j < valid ? source[j] : S{};
+            }
+        }
+    }
+    DEVICE void store(T* tile) const {
+#pragma unroll
+        for (int q = 0; q < CHUNKS; ++q) {
+            const int i = thread_index() + q * THREADS;
+            T* to = tile + i / PER_LINE * row_stride<T>(TILE) + i % PER_LINE * V;
+#pragma unroll
+            for (int j = 0; j < V; j += 2) store_two(to + j, to_float(v[q].each[j]), to_float(v[q].each[j + 1]));
+        }
+    }
+};
+
+// A thread's share of partial sums, or of sums kept in shared memory: every THREADS-th float4.
+template <int P>
+DEVICE void keep(float4* kept, const Sums<P>& c, int num_pairs) {
+#pragma unroll
+    for (int i = 0; i < 2 * P; ++i) {
+        const float(&v)[4] = c.v[i / 2][i % 2];
+        if (i < 2 * num_pairs) kept[i * THREADS] = float4{v[0], v[1], v[2], v[3]};
+    }
+}
+template <int P>
+DEVICE void add_kept(Sums<P>& c, const float4* kept, int num_pairs) {
+#pragma unroll
+    for (int i = 0; i < 2 * P; ++i) {
+        if (i >= 2 * num_pairs) continue;
+        const float4 four = kept[i * THREADS];
+        float(&v)[4] = c.v[i / 2][i % 2];
+        v[0] += four.x, v[1] += four.y, v[2] += four.z, v[3] += four.w;
+    }
+}
+
+// Sums `num_splits` partial tiles in their order, if this block is the last of them to come: then `c` is the whole.
+// `partials` has room for all, `counter` is zero before and after, `flag` one int of shared memory. Collective.
+template <int P>
+DEVICE bool sum_splits(Sums<P>& c, float* partials, int split, int num_splits, int* counter, int num_pairs,
+                       int* flag) {
+    if (num_splits == 1) return true;
+    const int size = 2 * num_pairs * THREADS;
+    float4* const own = reinterpret_cast<float4*>(partials) + thread_index();
+    keep(own + split * size, c, num_pairs);
+    if (!is_last_to_arrive(counter, num_splits, flag)) return false;
+    c.clear();
+    for (int other = 0; other < num_splits; ++other) add_kept(c, own + other * size, num_pairs);
+    return true;
+}

@@ -1,6 +1,6 @@
 """A task from upload to adapter with the Python client.
 
-Start a mesh with `muxtune up`, export the MUXTUNE_ADDRESS and MUXTUNE_API_KEY it prints, then run this file.
+Start a mesh with `muxtune up`, export what it prints, then run this file.
 """
 
 from pathlib import Path

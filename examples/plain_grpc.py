@@ -1,6 +1,6 @@
 """The same task with nothing but grpcio and the generated stubs: what any language can do.
 
-Start a mesh with `muxtune up`, export the MUXTUNE_ADDRESS and MUXTUNE_API_KEY it prints, then run this file.
+Start a mesh with `muxtune up`, export what it prints, then run this file.
 """
 
 import hashlib
@@ -26,7 +26,8 @@ def upload(data: bytes) -> Iterator[admission_pb2.UploadDatasetRequest]:
 
 def main() -> None:
     metadata = (("authorization", f"Bearer {os.environ['MUXTUNE_API_KEY']}"),)
-    with grpc.insecure_channel(os.environ["MUXTUNE_ADDRESS"]) as channel:
+    credentials = grpc.ssl_channel_credentials(Path(os.environ["MUXTUNE_CA"]).read_bytes())
+    with grpc.secure_channel(os.environ["MUXTUNE_ADDRESS"], credentials) as channel:
         stub = admission_pb2_grpc.AdmissionServiceStub(channel)
         data = (Path(__file__).parent / "support_replies.jsonl").read_bytes()
         dataset = stub.UploadDataset(upload(data), metadata=metadata, timeout=60).dataset

@@ -31,6 +31,7 @@ from muxtune.transport import (
     adapter_requests,
     address_and_key,
     call_span,
+    credentials,
     dataset_requests,
     metadata,
     new_request_id,
@@ -41,11 +42,17 @@ from muxtune.v1 import admission_pb2_grpc, artifact_pb2, dataset_pb2, task_pb2
 
 
 class AsyncClient:
-    """Speaks to admission with one tenant's key, from one event loop. Close it, or use it as a context manager."""
+    """Speaks to admission with one tenant's key, from one event loop. Close it, or use it as a context manager.
 
-    def __init__(self, address: str | None = None, api_key: str | None = None) -> None:
+    `ca`: file with the roots of admission's certificate; default: MUXTUNE_CA, else the system's.
+    """
+
+    def __init__(self, address: str | None = None, api_key: str | None = None, ca: Path | str | None = None) -> None:
         address, self._api_key = address_and_key(address, api_key)
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        secure = credentials(address, ca)
+        self._channel = (
+            grpc.aio.secure_channel(address, secure, OPTIONS) if secure else grpc.aio.insecure_channel(address, OPTIONS)
+        )
         self._stub: admission_pb2_grpc.AdmissionServiceAsyncStub = admission_pb2_grpc.AdmissionServiceStub(
             self._channel
         )

@@ -31,6 +31,7 @@ from muxtune.transport import (
     adapter_requests,
     address_and_key,
     call_span,
+    credentials,
     dataset_requests,
     metadata,
     new_request_id,
@@ -43,11 +44,17 @@ FINAL_STATES = frozenset({task_pb2.TASK_STATE_SUCCEEDED, task_pb2.TASK_STATE_FAI
 
 
 class Client:
-    """Speaks to admission with one tenant's key. Thread-safe; close it, or use it as a context manager."""
+    """Speaks to admission with one tenant's key. Thread-safe; close it, or use it as a context manager.
 
-    def __init__(self, address: str | None = None, api_key: str | None = None) -> None:
+    `ca`: file with the roots of admission's certificate; default: MUXTUNE_CA, else the system's.
+    """
+
+    def __init__(self, address: str | None = None, api_key: str | None = None, ca: Path | str | None = None) -> None:
         address, self._api_key = address_and_key(address, api_key)
-        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        secure = credentials(address, ca)
+        self._channel = (
+            grpc.secure_channel(address, secure, OPTIONS) if secure else grpc.insecure_channel(address, OPTIONS)
+        )
         self._stub = admission_pb2_grpc.AdmissionServiceStub(self._channel)
 
     def upload_dataset(
@@ -177,6 +184,11 @@ class Client:
     def list_backbones(self) -> Sequence[pb.BackboneSummary]:
         with call_span("ListBackbones"), raising():
             return self._stub.ListBackbones(pb.ListBackbonesRequest(), **self._call()).backbones
+
+    @property
+    def channel(self) -> grpc.Channel:
+        """For stubs of other services at the same address."""
+        return self._channel
 
     def close(self) -> None:
         self._channel.close()

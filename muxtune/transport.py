@@ -1,6 +1,7 @@
 """What the blocking and the asyncio client share: channel options, files as chunks, folders from chunks, spans."""
 
 import hashlib
+import ipaddress
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict
 
+import grpc
 from opentelemetry import propagate, trace
 from opentelemetry.trace import SpanKind
 
@@ -65,6 +67,17 @@ def address_and_key(address: str | None, api_key: str | None) -> tuple[str, str]
     if not address or not api_key:
         raise UnauthenticatedError("no address or API key: pass them, or set MUXTUNE_ADDRESS and MUXTUNE_API_KEY")
     return address, api_key
+
+
+def credentials(address: str, ca: Path | str | None) -> grpc.ChannelCredentials | None:
+    """TLS with the roots in `ca`, or in MUXTUNE_CA, or the system's; None (plain text) on loopback without one.
+
+    Raises InvalidInputError if the file cannot be read.
+    """
+    source = ca or os.environ.get("MUXTUNE_CA")
+    if not source:
+        return None if _is_loopback(address) else grpc.ssl_channel_credentials()
+    return grpc.ssl_channel_credentials(rows_as_bytes(source))
 
 
 def metadata(api_key: str) -> tuple[tuple[str, str], ...]:
@@ -182,6 +195,14 @@ class FolderSink:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _check_replaceable(dest: Path) -> None:

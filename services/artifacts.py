@@ -57,6 +57,8 @@ class ArtifactStore:
         if "://" not in url or url.startswith("file://"):
             folder = Path(url.removeprefix("file://")).absolute()
             return cls(LocalStore(folder, mkdir=True, automatic_cleanup=True), folder)
+        if not url.startswith("s3://"):
+            raise InvalidInputError.of_field("artifact_url", f'"{url}" is no folder, file:// or s3:// URL')
         try:
             return cls(from_url(url))
         except (BaseError, ValueError) as error:
@@ -79,13 +81,13 @@ class ArtifactStore:
 
     def stream(self, key: str, chunk_bytes: int) -> Iterator[bytes]:
         with _translated("read", key):
-            for chunk in obstore.get(self._store, _checked(key)).stream(min_chunk_size=chunk_bytes):
+            for chunk in obstore.get(self._store, self._checked(key)).stream(min_chunk_size=chunk_bytes):
                 yield bytes(chunk)
 
     def exists(self, key: str) -> bool:
         try:
             with _translated("read", key):
-                obstore.head(self._store, _checked(key))
+                obstore.head(self._store, self._checked(key))
         except MissingError:
             return False
         return True
@@ -93,12 +95,14 @@ class ArtifactStore:
     def delete(self, key: str) -> None:
         """Deleting what is not there is no error."""
         with suppress(MissingError), _translated("delete", key):
-            obstore.delete(self._store, _checked(key))
+            obstore.delete(self._store, self._checked(key))
 
     def list(self, prefix: str) -> list[str]:
         """Every key below `prefix`/, sorted."""
         with _translated("list", prefix):
-            return sorted(str(item["path"]) for page in obstore.list(self._store, _checked(prefix)) for item in page)
+            return sorted(
+                str(item["path"]) for page in obstore.list(self._store, self._checked(prefix)) for item in page
+            )
 
     def commit_folder(self, prefix: str, files: Mapping[str, bytes | Path], metadata: Mapping[str, Any]) -> Manifest:
         """Puts the files, then the manifest. If the folder is committed already, that one stands and is answered.
@@ -146,9 +150,16 @@ class ArtifactStore:
         for key in self.list(prefix):
             self.delete(key)
 
+    def _checked(self, key: str) -> str:
+        """The key, if what it names lies in the store: not behind a link that leads out of a folder."""
+        _check_key(key)
+        if self._folder is not None and not (self._folder / key).resolve().is_relative_to(self._folder.resolve()):
+            raise InvalidInputError.of_field("key", f'"{key}" leads out of the artifact store')
+        return key
+
     def _put(self, key: str, data: bytes | Path, mode: Literal["create", "overwrite"]) -> None:
         with _translated("write", key):
-            obstore.put(self._store, _checked(key), data, mode=mode, use_multipart=False)
+            obstore.put(self._store, self._checked(key), data, mode=mode, use_multipart=False)
             if self._folder is not None:
                 _sync(self._folder / key)
 
@@ -187,7 +198,6 @@ def _file_key(manifest_key: str, name: str, entry: FileEntry) -> str:
     return f"{manifest_key.removesuffix(MANIFEST)}{entry.sha256[:16]}/{name}"
 
 
-def _checked(key: str) -> str:
+def _check_key(key: str) -> None:
     if not _KEY.fullmatch(key) or ".." in key.split("/") or "." in key.split("/"):
         raise InvalidInputError.of_field("key", f'"{key}" is no key of the artifact store')
-    return key

@@ -1,29 +1,28 @@
-"""Who calls: a tenant by its API key, or the mesh by its own secret, in `authorization: Bearer ...`.
+"""Who calls: a service or the operator by its certificate, a tenant by a token in `authorization: Bearer ...`.
 
-Health and reflection are open. What a principal may see is checked by the servicers, name by name, before anything
-else (AIP-211).
+What a caller may call stands in services/access.py. What a tenant may see is checked by the servicers, name by name,
+before anything else (AIP-211).
 """
 
 import hmac
 from collections.abc import Awaitable, Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
-from engine.errors import UnauthenticatedError
+from engine.errors import PermissionDeniedError, UnauthenticatedError
+from services.access import Role
 
-OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/")
 _METADATA_KEY = "authorization"
 
 
 @dataclass(frozen=True)
 class Principal:
-    """`tenant`: "tenants/{tenant}" of an API key, or None for the mesh itself."""
+    """`tenant`: "tenants/{tenant}", or None for who acts for no tenant. `subject`: who it is, for the audit log."""
 
     tenant: str | None
-
-    @property
-    def is_mesh(self) -> bool:
-        return self.tenant is None
+    role: Role = Role.MESH
+    subject: str = "mesh secret"
 
 
 Authenticate = Callable[[str, str], Awaitable[Principal]]  # (full method, token) -> principal
@@ -41,6 +40,23 @@ def set_principal(principal: Principal) -> None:
     _principal.set(principal)
 
 
+def certified(context: Any) -> Principal | None:
+    """The peer of a call whose certificate the handshake has verified; None where it showed none.
+
+    Nothing that such a peer says of itself in metadata counts. Raises PermissionDeniedError for a name that is no role.
+    """
+    names = context.auth_context().get("x509_common_name")
+    if not names:
+        return None
+    name = names[0].decode(errors="replace")
+    if name not in _CERTIFIED:
+        raise PermissionDeniedError(f'the certificate of "{name}" is of no service of this mesh')
+    return Principal(None, Role(name), f"certificate {name}")
+
+
+_CERTIFIED = {Role.OPERATOR, Role.ADMISSION, Role.SCHEDULING, Role.ALIGNMENT, Role.EXECUTION}
+
+
 def bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str:
     """The token of a call's metadata. Raises UnauthenticatedError, saying what to send, if there is none."""
     for key, value in metadata or ():
@@ -54,10 +70,13 @@ def bearer_metadata(token: str) -> tuple[str, str]:
 
 
 def mesh_authenticator(secret: str) -> Authenticate:
-    """Takes the mesh secret only. Raises UnauthenticatedError for anything else."""
+    """Takes the mesh secret only; with none (services have certificates then), nothing.
+
+    Raises UnauthenticatedError for anything else.
+    """
 
     async def authenticate(method: str, token: str) -> Principal:
-        if not hmac.compare_digest(token.encode(), secret.encode()):
+        if not secret or not hmac.compare_digest(token.encode(), secret.encode()):
             raise UnauthenticatedError("the mesh secret is wrong")
         return Principal(None)
 

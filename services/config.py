@@ -1,12 +1,17 @@
 """Settings of a service: one frozen class each, built once in its `__main__.py`, every field from the environment."""
 
 import dataclasses
+import ipaddress
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import grpc
+
+from services.certificates import Certificates, Trust
 
 PREFIX = "MUXTUNE_"
 T = typing.TypeVar("T")
@@ -17,16 +22,46 @@ class ServerSettings:
     """What every service needs. `listen` "host:0" takes a free port, which `ready_file` then tells.
 
     `stop_with_parent`: as SIGTERM does, when the process that started this one is gone: no orphans of `muxtune up`.
+    `certs`: folder with this service's tls.crt, tls.key and ca.crt: peers prove themselves by theirs. Without, on
+    loopback only, callers prove themselves by `mesh_secret`. `reflection` describes the RPCs to whoever asks.
     """
 
-    mesh_secret: str = dataclasses.field(repr=False)
+    certs: Path | None = None
+    mesh_secret: str = dataclasses.field(default="", repr=False)
     listen: str = "127.0.0.1:0"
+    reflection: bool = False
     ready_file: Path | None = None
     otlp_endpoint: str | None = None
     trace_file: Path | None = None
     prometheus_port: int | None = None
     log_level: str = "INFO"
     stop_with_parent: bool = False
+
+    def trust(self, peer: str) -> Trust | None:
+        """How a channel to that service proves itself; None where the mesh secret does."""
+        return Trust(Certificates(self.certs), peer) if self.certs else None
+
+    def ports(self) -> list[tuple[str, grpc.ServerCredentials | None]]:
+        """Where to listen, and with what; the first is the service's address. Exits where that would be open to all."""
+        if bool(self.certs) == bool(self.mesh_secret):
+            raise SettingsError("set MUXTUNE_CERTS (a folder of `muxtune certs`), or MUXTUNE_MESH_SECRET on loopback")
+        if self.certs is None:
+            if not is_loopback(self.listen):
+                raise SettingsError(f"MUXTUNE_LISTEN: {self.listen} is no loopback address: that takes MUXTUNE_CERTS")
+            return [(self.listen, None)]
+        return self.secure_ports(Certificates(self.certs))
+
+    def secure_ports(self, certificates: Certificates) -> list[tuple[str, grpc.ServerCredentials | None]]:
+        return [(self.listen, certificates.for_server(is_mutual=True))]
+
+
+def is_loopback(address: str) -> bool:
+    """Of "host:port"."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class SettingsError(SystemExit):

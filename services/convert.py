@@ -51,6 +51,7 @@ def spec_to_domain(spec: task_pb2.TaskSpec, path: str = "spec") -> TaskSpec:
     wrong: list[FieldViolation] = []
     method = method_to_domain(spec, path, wrong)
     training = _training(spec.training, f"{path}.training", wrong)
+    deadline = _deadline(spec, f"{path}.deadline", wrong)
     _refuse(wrong)
     assert method is not None
     return TaskSpec(
@@ -62,8 +63,17 @@ def spec_to_domain(spec: task_pb2.TaskSpec, path: str = "spec") -> TaskSpec:
         initial_adapter=spec.initial_adapter,
         labels=dict(spec.labels),
         priority=spec.priority,
-        deadline_microseconds=spec.deadline.ToMicroseconds() if spec.HasField("deadline") else 0,
+        deadline_microseconds=deadline,
     )
+
+
+def _deadline(spec: task_pb2.TaskSpec, path: str, wrong: list[FieldViolation]) -> int:
+    """Microseconds since the epoch; 0 for none, and for one that is no time of the years 1 to 9999."""
+    try:
+        return spec.deadline.ToMicroseconds() if spec.HasField("deadline") else 0
+    except ValueError:
+        wrong.append(FieldViolation(path, f"{spec.deadline.seconds} seconds are no time of the years 1 to 9999"))
+        return 0
 
 
 def training_to_domain(training: task_pb2.Training, path: str = "training") -> Training:
@@ -246,6 +256,7 @@ def preflight_to_proto(report: "Preflight", max_refused: int = 100) -> dataset_p
         num_truncated_rows=report.num_truncated_rows,
         refused_rows=[dataset_pb2.RefusedRow(line=r.line, reason=r.reason) for r in report.refused[:max_refused]],
         num_refused_rows=len(report.refused),
+        length_quantiles=report.length_quantiles,
     )
 
 

@@ -1,26 +1,31 @@
-"""What stands before every RPC of a server: its span, who calls, and domain errors as statuses.
+"""What stands before every RPC of a server: its span, who calls and whether they may, and domain errors as statuses.
 
 So a servicer only reads, decides, and raises.
 """
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 from opentelemetry.trace import SpanKind
 
-from engine.errors import MuxtuneError
-from services.auth import OPEN_SERVICES, Authenticate, bearer, set_principal
+from engine.errors import InvalidInputError, MuxtuneError
+from services.access import Role, check_access, rule_of
+from services.audit import Audit, AuditEntry, resource_of
+from services.auth import Authenticate, Principal, bearer, certified, set_principal
 from services.errors import status_of
 from services.rpc_spans import RpcSpan
 from services.telemetry import carrier_of
 
 _DRAIN_SECONDS = 1.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
+_UNREADABLE = object()
 _HANDLERS = {
     (False, False): grpc.unary_unary_rpc_method_handler,
     (False, True): grpc.unary_stream_rpc_method_handler,
@@ -30,26 +35,32 @@ _HANDLERS = {
 
 
 class Gate(grpc.aio.ServerInterceptor):
-    """`address`: what the spans name as the server's."""
+    """`address`: what the spans name as the server's. `audit` hears of calls that change something and of refused ones,
+    before their caller has the answer."""
 
-    def __init__(self, authenticate: Authenticate, address: str = "") -> None:
-        self._authenticate, self._address = authenticate, address
+    def __init__(self, authenticate: Authenticate, address: str = "", audit: Audit | None = None) -> None:
+        self._authenticate, self._address, self._audit = authenticate, address, audit
+        self._telling: set[asyncio.Future[None]] = set()
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         handler, method = await continuation(handler_call_details), handler_call_details.method
-        if handler is None or method.startswith(OPEN_SERVICES):
+        if handler is None or Role.ANYONE in rule_of(method).roles:
             return handler
         behaviour = self._streaming(handler, method) if handler.response_streaming else self._unary(handler, method)
         make: Any = _HANDLERS[handler.request_streaming, handler.response_streaming]
-        return make(behaviour, handler.request_deserializer, handler.response_serializer)
+        return make(behaviour, _forgiving(handler), handler.response_serializer)
 
     def _unary(self, handler: Any, method: str) -> Any:
         inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
 
         async def serve(request: Any, context: Any) -> Any:
-            async with self._call(method, context):
+            named = [request] if isinstance(request, Message) else []
+            async with self._call(method, context, named):
+                _check_read(request)
                 try:
-                    return await inner(request, context)
+                    response = await inner(request, context)
+                    named.insert(0, response)  # what was made, rather than where
+                    return response
                 except MuxtuneError:
                     if handler.request_streaming:
                         await _drain(request)
@@ -63,7 +74,8 @@ class Gate(grpc.aio.ServerInterceptor):
         # A coroutine that writes, not a generator: gRPC leaves the generator of an abandoned stream to the garbage
         # collector, and its span and its servicer's clean-up with it.
         async def serve(request: Any, context: Any) -> None:
-            async with self._call(method, context) as span:
+            async with self._call(method, context, [request] if isinstance(request, Message) else []) as span:
+                _check_read(request)
                 answer = inner(request, context)
                 if inspect.isawaitable(answer):  # a servicer that writes by itself
                     await answer
@@ -76,14 +88,16 @@ class Gate(grpc.aio.ServerInterceptor):
         return serve
 
     @asynccontextmanager
-    async def _call(self, method: str, context: Any) -> AsyncIterator[RpcSpan]:
+    async def _call(self, method: str, context: Any, named: Sequence[Message]) -> AsyncIterator[RpcSpan]:
+        """`named`: messages that name the call's resource, for the audit log."""
         metadata = context.invocation_metadata()
         span = RpcSpan(method, SpanKind.SERVER, carrier_of(metadata), self._address)
-        code = grpc.StatusCode.UNKNOWN
+        code, principal, refuse = grpc.StatusCode.UNKNOWN, None, None
         try:
             with span.in_force():
-                principal = await self._authenticate(method, bearer(metadata))
+                principal = certified(context) or await self._authenticate(method, bearer(metadata))
                 set_principal(principal)
+                check_access(method, principal.role)
                 if principal.tenant:
                     span.set_tenant(principal.tenant)
                 span.establish_soon()
@@ -98,14 +112,50 @@ class Gate(grpc.aio.ServerInterceptor):
             raise
         except NotImplementedError:  # a generated servicer's own answer
             code = grpc.StatusCode.UNIMPLEMENTED
-            await context.abort(code, f"{method} is not implemented")
+            refuse = partial(context.abort, code, f"{method} is not implemented")
         except Exception as error:
             with span.in_force():
                 status = status_of(error)
             code = _CODES[status.code]
-            await context.abort_with_status(rpc_status.to_status(status))
+            refuse = partial(context.abort_with_status, rpc_status.to_status(status))
         finally:
             span.end(code)
+            await self._tell(principal, method, named, code)
+        if refuse is not None:
+            await refuse()
+
+    async def _tell(
+        self, principal: Principal | None, method: str, named: Sequence[Message], code: grpc.StatusCode
+    ) -> None:
+        """In a task of its own: a caller who leaves does not take the entry along."""
+        is_told = rule_of(method).is_audited or code is grpc.StatusCode.PERMISSION_DENIED
+        if self._audit is not None and principal is not None and is_told:
+            entry = AuditEntry(principal, method, resource_of(*named), code.name)
+            telling = asyncio.ensure_future(self._audit(entry))
+            self._telling.add(telling)
+            telling.add_done_callback(self._telling.discard)
+            await asyncio.shield(telling)
+
+
+def _forgiving(handler: Any) -> Callable[[bytes], Any]:
+    """Reads requests, and takes bytes that are none as the caller's mistake: gRPC would call them our own (UNKNOWN).
+
+    In a stream they are a message without a part, which every servicer refuses in its place.
+    """
+    read = handler.request_deserializer
+
+    def deserialize(data: bytes) -> Any:
+        try:
+            return read(data)
+        except DecodeError:
+            return read(b"") if handler.request_streaming else _UNREADABLE
+
+    return deserialize
+
+
+def _check_read(request: Any) -> None:
+    if request is _UNREADABLE:
+        raise InvalidInputError.of_field("request", "is no message of this RPC: its bytes do not parse")
 
 
 async def _drain(requests: Any) -> None:

@@ -1,16 +1,24 @@
-"""Whether a service is healthy: `python -m services.health HOST:PORT`, exit status 0 or 1; for container checks."""
+"""Whether a service is healthy: `python -m services.health HOST:PORT SERVICE`, exit status 0 or 1, for containers.
 
+With the certificate in MUXTUNE_CERTS; in plain text where that is not set.
+"""
+
+import os
 import sys
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.certificates import Certificates, Trust
+
 _SECONDS = 2.0
 
 
-def is_serving(address: str) -> bool:
+def is_serving(address: str, trust: Trust | None = None) -> bool:
     """By grpc.health.v1, which wants no key."""
-    with grpc.insecure_channel(address) as channel:
+    secure = trust and grpc.secure_channel(address, trust.credentials(), trust.options())
+    with secure or grpc.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=_SECONDS)  # type: ignore[attr-defined]
@@ -21,4 +29,5 @@ def is_serving(address: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(not is_serving(sys.argv[1]))
+    certs = os.environ.get("MUXTUNE_CERTS")
+    sys.exit(not is_serving(sys.argv[1], Trust(Certificates(Path(certs)), sys.argv[2]) if certs else None))

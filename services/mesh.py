@@ -1,4 +1,4 @@
-"""Clients of the mesh: channels that retry, keep alive, carry the mesh secret and the trace, and raise domain errors.
+"""Clients of the mesh: channels that retry, keep alive, prove who calls, carry the trace, raise domain errors.
 
 Only UNAVAILABLE is retried by itself (AIP-194), by gRPC's own service config. Every unary call has a deadline. Calls do
 not wait for a service that is away beyond those retries (about two seconds); who can wait passes `wait_for_ready=True`.
@@ -16,6 +16,7 @@ from opentelemetry.trace import SpanKind
 
 from muxtune.v1 import admission_pb2, alignment_pb2, execution_pb2
 from services.auth import bearer_metadata
+from services.certificates import Dialled, Trust
 from services.errors import from_rpc_error
 from services.rpc_spans import RpcSpan
 from services.server import MAX_MESSAGE_BYTES
@@ -59,14 +60,29 @@ def channel_options() -> list[tuple[str, Any]]:
     ]
 
 
-def open_channel(address: str, secret: str) -> grpc.aio.Channel:
-    """An asyncio channel. Calls on it raise `engine.errors`, never grpc.RpcError; close it when done."""
-    return MeshChannel(grpc.aio.insecure_channel(address, options=channel_options()), address, secret)
+def open_channel(address: str, secret: str, trust: Trust | None = None) -> grpc.aio.Channel:
+    """An asyncio channel. Calls on it raise `engine.errors`, never grpc.RpcError; close it when done.
+
+    With `trust` it is mutual TLS, dialled anew when the certificates are replaced; else the secret goes in plain text.
+    """
+
+    def dial() -> grpc.aio.Channel:
+        if trust is None:
+            return grpc.aio.insecure_channel(address, options=channel_options())
+        return grpc.aio.secure_channel(address, trust.credentials(), options=[*channel_options(), *trust.options()])
+
+    return MeshChannel(Dialled(dial, trust), address, secret)
 
 
-def open_sync_channel(address: str, secret: str) -> grpc.Channel:
-    """The same for threads: unary calls and server streams."""
-    channel = grpc.insecure_channel(address, options=channel_options())
+def open_sync_channel(address: str, secret: str, trust: Trust | None = None) -> grpc.Channel:
+    """The same for threads: unary calls and server streams. Stubs made after a replacement use the new certificates."""
+
+    def dial() -> grpc.Channel:
+        if trust is None:
+            return grpc.insecure_channel(address, options=channel_options())
+        return grpc.secure_channel(address, trust.credentials(), options=[*channel_options(), *trust.options()])
+
+    channel = _SyncChannel(Dialled(dial, trust))
     return grpc.intercept_channel(channel, _SyncInterceptor(address, secret))
 
 
@@ -83,20 +99,42 @@ class MeshChannel(grpc.aio.Channel):
     """Wraps a channel rather than intercepting it: gRPC's asyncio interceptors lose track of streams that are cancelled
     or abandoned. Stubs take it like any other channel."""
 
-    def __init__(self, inner: grpc.aio.Channel, address: str, secret: str) -> None:
-        self._inner, self._address, self._secret = inner, address, secret
+    def __init__(self, dialled: Dialled[grpc.aio.Channel], address: str, secret: str) -> None:
+        self._dialled, self._address, self._secret = dialled, address, secret
+        self._closing: set[asyncio.Task[None]] = set()
 
     def unary_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return partial(self._unary, self._inner.unary_unary(method, *args, **kwargs), method, DEADLINE_SECONDS)
+        return partial(self._unary, self._starter("unary_unary", method, *args, **kwargs), method, DEADLINE_SECONDS)
 
     def stream_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return partial(self._unary, self._inner.stream_unary(method, *args, **kwargs), method, UPLOAD_DEADLINE_SECONDS)
+        start = self._starter("stream_unary", method, *args, **kwargs)
+        return partial(self._unary, start, method, UPLOAD_DEADLINE_SECONDS)
 
     def unary_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return partial(self._stream, self._inner.unary_stream(method, *args, **kwargs), method)
+        return partial(self._stream, self._starter("unary_stream", method, *args, **kwargs), method)
 
     def stream_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return partial(self._stream, self._inner.stream_stream(method, *args, **kwargs), method)
+        return partial(self._stream, self._starter("stream_stream", method, *args, **kwargs), method)
+
+    def _starter(self, kind: str, method: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """Starts a call on the newest channel."""
+        made: dict[int, Any] = {}
+
+        def start(request: Any, **options: Any) -> Any:
+            channel = self._newest()
+            if id(channel) not in made:
+                made.clear()
+                made[id(channel)] = getattr(channel, kind)(method, *args, **kwargs)
+            return made[id(channel)](request, **options)
+
+        return start
+
+    def _newest(self) -> grpc.aio.Channel:
+        if (outdated := self._dialled.renew()) is not None:
+            task = asyncio.ensure_future(outdated.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        return self._dialled.channel
 
     def _unary(
         self, start: Callable[..., Any], method: str, seconds: float, request: Any = None, **options: Any
@@ -119,16 +157,59 @@ class MeshChannel(grpc.aio.Channel):
         await self.close()
 
     async def close(self, grace: float | None = None) -> None:
-        await self._inner.close(grace)
+        for channel in (self._dialled.channel, self._dialled.previous):
+            if channel is not None:
+                await channel.close(grace)
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
-        return self._inner.get_state(try_to_connect)
+        return self._newest().get_state(try_to_connect)
 
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
-        await self._inner.wait_for_state_change(last_observed_state)
+        await self._newest().wait_for_state_change(last_observed_state)
 
     async def channel_ready(self) -> None:
-        await self._inner.channel_ready()
+        await self._newest().channel_ready()
+
+
+class _SyncChannel(grpc.Channel):
+    """A channel for threads whose stubs begin on the newest one."""
+
+    def __init__(self, dialled: Dialled[grpc.Channel]) -> None:
+        self._dialled = dialled
+
+    def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
+        return self._newest().unary_unary(*args, **kwargs)
+
+    def unary_stream(self, *args: Any, **kwargs: Any) -> Any:
+        return self._newest().unary_stream(*args, **kwargs)
+
+    def stream_unary(self, *args: Any, **kwargs: Any) -> Any:
+        return self._newest().stream_unary(*args, **kwargs)
+
+    def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
+        return self._newest().stream_stream(*args, **kwargs)
+
+    def subscribe(self, callback: Any, try_to_connect: bool | None = False) -> None:
+        self._newest().subscribe(callback, bool(try_to_connect))
+
+    def unsubscribe(self, callback: Any) -> None:
+        self._dialled.channel.unsubscribe(callback)
+
+    def close(self) -> None:
+        for channel in (self._dialled.channel, self._dialled.previous):
+            if channel is not None:
+                channel.close()
+
+    def __enter__(self) -> "_SyncChannel":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def _newest(self) -> grpc.Channel:
+        if (outdated := self._dialled.renew()) is not None:
+            outdated.close()
+        return self._dialled.channel
 
 
 class _Call:
@@ -237,4 +318,5 @@ class _SyncInterceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientI
 
 
 def _metadata(given: Any, secret: str, span: RpcSpan) -> list[tuple[str, Any]]:
-    return [*(given or ()), bearer_metadata(secret), *span.carrier.items()]
+    proof = [bearer_metadata(secret)] if secret else []  # else the certificate is proof
+    return [*(given or ()), *proof, *span.carrier.items()]

@@ -4,11 +4,14 @@ import dataclasses
 import math
 from typing import Any
 
+from engine.errors import InvalidInputError
 from engine.method import Site, SiteKind
 from engine.planning.cost import UNKNOWN, CostProfile
-from engine.planning.plan import BackboneView, ExecutorView, Explanation, HTask, TaskView
-from muxtune.v1 import ledger_pb2, plan_pb2, task_pb2
+from engine.planning.plan import BackboneView, ExecutorView, Explanation, HTask, Limits, TaskView
+from muxtune.v1 import ledger_pb2, plan_pb2, scheduling_pb2, task_pb2
 from services.convert import spec_to_domain
+
+_MOST_SLACK = 10.0
 
 
 def cost_to_proto(cost: CostProfile) -> plan_pb2.CostProfile:
@@ -53,6 +56,10 @@ def backbone_to_view(backbone: plan_pb2.Backbone) -> BackboneView:
         dtype=backbone.dtype,
         sites=tuple(module_to_site(module) for module in backbone.adaptable_modules),
         kept_token_bytes=max(0.0, backbone.kept_token_bytes),
+        process_bytes=max(0, backbone.process_bytes),
+        allocator_slack=max(1.0, backbone.allocator_slack)
+        if backbone.allocator_slack
+        else BackboneView.allocator_slack,
         input_groups={module.name: module.input_group for module in backbone.adaptable_modules if module.input_group},
     )
 
@@ -82,6 +89,7 @@ def snapshot_task_to_view(entry: ledger_pb2.SnapshotTask, age: int, now_microsec
         num_steps=task.estimate.num_steps,
         step=progress.step,
         num_train_tokens=task.estimate.num_train_tokens,
+        length_quantiles=tuple(task.estimate.length_quantiles),
         executor=entry.executor,
         is_cancelling=task.state == task_pb2.TASK_STATE_CANCELLING,
         seconds_to_deadline=(deadline - now_microseconds) / 1e6 if deadline else math.inf,
@@ -89,6 +97,27 @@ def snapshot_task_to_view(entry: ledger_pb2.SnapshotTask, age: int, now_microsec
         num_effective_tokens=progress.effective_tokens,
         num_padding_tokens=progress.padding_tokens,
     )
+
+
+def limits_to_proto(limits: Limits) -> scheduling_pb2.PlannerLimits:
+    return scheduling_pb2.PlannerLimits(
+        token_budget=limits.token_budget,
+        chunk_tokens=limits.chunk_tokens,
+        fusion_off=not limits.fuses,
+        interleaving_off=not limits.interleaves,
+        preemption_off=not limits.preempts,
+    )
+
+
+def limits_to_domain(limits: scheduling_pb2.PlannerLimits) -> Limits:
+    """Raises InvalidInputError."""
+    chunk = limits.chunk_tokens
+    if limits.token_budget < 0:
+        raise InvalidInputError.of_field("limits.token_budget", f"{limits.token_budget} is no number of tokens")
+    if chunk < 0 or chunk & (chunk - 1):
+        raise InvalidInputError.of_field("limits.chunk_tokens", f"{chunk} is neither 0 nor a power of two")
+    budget = limits.token_budget or Limits.token_budget
+    return Limits(budget, chunk, not limits.fusion_off, not limits.interleaving_off, not limits.preemption_off)
 
 
 def htask_to_proto(htask: HTask) -> plan_pb2.HTask:

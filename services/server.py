@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from services.audit import Audit
 from services.auth import Authenticate
 from services.config import ServerSettings
 from services.gate import Gate
@@ -45,6 +46,7 @@ async def serve(
     register: Register,
     *,
     authenticate: Authenticate,
+    audit: Audit | None = None,
     on_ready: Callable[[str], Awaitable[None]] | None = None,
     on_stop: Callable[[], Awaitable[None]] | None = None,
     stopping: asyncio.Event | None = None,
@@ -58,12 +60,13 @@ async def serve(
     """
     parent = os.getppid()
     telemetry = configure(service_name, settings)
-    server = grpc.aio.server(interceptors=[Gate(authenticate, settings.listen)], options=_OPTIONS)
+    server = grpc.aio.server(interceptors=[Gate(authenticate, settings.listen, audit)], options=_OPTIONS)
     health = health or health_aio.HealthServicer()
     names = [*register(server), health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
-    address = _bind(server, settings.listen)
+    if settings.reflection:
+        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+    address, *_ = [_bind(server, *port) for port in settings.ports()]
     await _announce(health, names, health_pb2.HealthCheckResponse.NOT_SERVING)  # it would say SERVING before it is
     await server.start()
     stopping = stopping or asyncio.Event()
@@ -117,9 +120,9 @@ def _set_by_signals(stopping: asyncio.Event) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-def _bind(server: grpc.aio.Server, listen: str) -> str:
+def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None) -> str:
     try:
-        port = server.add_insecure_port(listen)
+        port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
     except RuntimeError as error:
         raise SystemExit(f"cannot listen on {listen}: {error}; is another service on that port?") from error
     return f"{listen.rpartition(':')[0]}:{port}"

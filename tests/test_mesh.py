@@ -94,7 +94,7 @@ def mesh(backbone: Path, collector: Collector, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 def client(mesh: Mesh) -> Iterator[Client]:
-    with Client(mesh.addresses["admission"], mesh.api_key) as connected:
+    with mesh.client() as connected:
         yield connected
 
 
@@ -176,7 +176,7 @@ def test_continue_from_an_adapter(client: Client, tmp_path: Path) -> None:
 
 
 async def test_the_asyncio_client_does_the_same(mesh: Mesh, tmp_path: Path) -> None:
-    async with AsyncClient(mesh.addresses["admission"], mesh.api_key) as client:
+    async with AsyncClient(mesh.addresses["admission"], mesh.api_key, mesh.ca) as client:
         dataset = await client.upload_dataset(ROWS)
         assert (await client.get_dataset(dataset.name)).num_rows == len(ROWS)
         assert dataset.name in [found.name async for found in client.list_datasets(page_size=1)]
@@ -218,7 +218,7 @@ def test_one_trace_crosses_all_services_and_holds_no_row(client: Client, mesh: M
     assert SECRET_WORD not in str(collector.requests)
     for log in (mesh.data / "logs").iterdir():
         assert SECRET_WORD not in log.read_text()
-        assert mesh.mesh_secret not in log.read_text()
+        assert mesh.api_key not in log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_bad_uploads_are_refused_and_leave_nothing(client: Client, mesh: Mesh) -
     assert SECRET_WORD not in str(refused.value)
     with pytest.raises(MalformedDatasetError, match="empty"):
         client.upload_dataset(b"\n\n")
-    with grpc.insecure_channel(mesh.addresses["admission"]) as channel:
+    with mesh.client() as connected:
         data = json.dumps(ROWS[0]).encode()
         header = artifact_pb2.FileHeader(size_bytes=len(data) + 9, sha256=hashlib.sha256(data).hexdigest())
         parts = [
@@ -260,7 +260,7 @@ def test_bad_uploads_are_refused_and_leave_nothing(client: Client, mesh: Mesh) -
             admission_pb2.UploadDatasetRequest(file=header),
             admission_pb2.UploadDatasetRequest(chunk=artifact_pb2.FileChunk(data=data)),
         ]
-        stub = admission_pb2_grpc.AdmissionServiceStub(channel)
+        stub = admission_pb2_grpc.AdmissionServiceStub(connected.channel)
         with pytest.raises(grpc.RpcError) as truncated:
             stub.UploadDataset(iter(parts), metadata=metadata(mesh.api_key), timeout=30)
     assert truncated.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -270,7 +270,7 @@ def test_bad_uploads_are_refused_and_leave_nothing(client: Client, mesh: Mesh) -
 def test_another_tenants_names_and_missing_ones_answer_alike(client: Client, mesh: Mesh) -> None:
     dataset = client.upload_dataset(ROWS).name
     task = client.wait_task(client.create_task(spec(dataset, num_steps=1)).name)
-    with Client(mesh.addresses["admission"], mesh.create_key("tenants/rival")) as rival:
+    with mesh.client(mesh.create_key("tenants/rival")) as rival:
         for call, there, missing in (
             (rival.get_task, task.name, f"{task.name}0"),
             (rival.cancel_task, task.name, f"{task.name}0"),
@@ -286,7 +286,7 @@ def test_another_tenants_names_and_missing_ones_answer_alike(client: Client, mes
         with pytest.raises(PermissionDeniedError):
             rival.create_task(spec(dataset))
         assert list(rival.list_tasks()) == []
-    with Client(mesh.addresses["admission"], "mxt_0_nonsense") as nobody, pytest.raises(UnauthenticatedError):
+    with mesh.client("mxt_0_nonsense") as nobody, pytest.raises(UnauthenticatedError):
         nobody.list_backbones()
 
 
@@ -299,12 +299,12 @@ def test_stopped_or_killed_it_goes_on_with_the_same_adapter(backbone: Path, tmp_
     """Once undisturbed; once with the trainer killed, the scheduler killed, and the whole mesh stopped midway."""
     steps = 40
     mesh = Mesh(tmp_path / "calm", {"tiny": backbone}, environment=QUICK)
-    with mesh, Client(mesh.addresses["admission"], mesh.api_key) as client:
+    with mesh, mesh.client() as client:
         calm = client.create_task(spec(client.upload_dataset(ROWS).name, num_steps=steps))
         calm_events = list(client.watch_task(calm.name))
         client.download_adapter(calm.name, tmp_path / "calm-adapter")
     mesh = Mesh(tmp_path / "rough", {"tiny": backbone}, environment=QUICK)
-    with mesh, Client(mesh.addresses["admission"], mesh.api_key) as client:
+    with mesh, mesh.client() as client:
         rough = client.create_task(spec(client.upload_dataset(ROWS).name, num_steps=steps))
         seen = watch_until(client, rough.name, 5)
         os.kill(trainer_of(mesh), signal.SIGKILL)
@@ -316,7 +316,7 @@ def test_stopped_or_killed_it_goes_on_with_the_same_adapter(backbone: Path, tmp_
         codes = mesh.stop()
     assert codes == dict.fromkeys(codes, 0)
     again = Mesh(tmp_path / "rough", {"tiny": backbone}, environment=QUICK)
-    with again, Client(again.addresses["admission"], again.api_key) as client:
+    with again, again.client() as client:
         seen += client.watch_task(rough.name, seen[-1].sequence)
         assert client.get_task(rough.name).state == task_pb2.TASK_STATE_SUCCEEDED
         client.download_adapter(rough.name, tmp_path / "rough-adapter")

@@ -8,7 +8,6 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from muxtune.cli.mesh import Mesh
-from muxtune.client import Client
 from muxtune.v1 import task_pb2
 from tests.services.admission.postgres import NoPostgresError, running_postgres
 from tests.tiny_backbone import write_backbone
@@ -55,14 +54,14 @@ def train_with_a_restart(folder: Path, everywhere: dict[str, str]) -> None:
         training=task_pb2.Training(learning_rate=0.01, num_steps=60, global_batch_size=4, max_sequence_tokens=64),
     )
     mesh = Mesh(folder / "mesh", {"tiny": backbone}, environment=environment)
-    with mesh, Client(mesh.addresses["admission"], mesh.api_key) as client:
+    with mesh, mesh.client() as client:
         spec.dataset = client.upload_dataset(ROWS).name
         task = client.create_task(spec)
         for event in client.watch_task(task.name):
             if event.step_done.step >= 4:
                 break
     again = Mesh(folder / "mesh", {"tiny": backbone}, environment=environment)
-    with again, Client(again.addresses["admission"], again.api_key) as client:
+    with again, again.client() as client:
         sequences = [event.sequence for event in client.watch_task(task.name)]
         assert sequences == list(range(1, len(sequences) + 1))
         ended = client.get_task(task.name)

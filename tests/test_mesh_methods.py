@@ -33,7 +33,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     options = {"execution": {"MUXTUNE_NUM_THREADS": "1", "MUXTUNE_CHECKPOINT_STEPS": "3"}}
     mesh = Mesh(tmp_path_factory.mktemp("mesh"), {"tiny": backbone}, None, options)
-    with mesh, Client(mesh.addresses["admission"], mesh.api_key) as connected:
+    with mesh, mesh.client() as connected:
         yield connected
 
 

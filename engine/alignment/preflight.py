@@ -5,10 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.alignment.dataset import Order, Refused, TokenizedDataset, num_steps, split
 from engine.alignment.tokens import BackboneTokenizer
 from engine.task import Training
+
+_NUM_QUANTILES = 64
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class RenderedRow:
 
 @dataclass(frozen=True)
 class Preflight:
-    """`length_histogram` maps [from, to) tokens, powers of two, to rows before truncation."""
+    """`length_histogram` maps [from, to) tokens, powers of two, to rows before truncation; `length_quantiles`: tokens
+    of the training rows after it."""
 
     num_rows: int
     num_train_rows: int
@@ -43,6 +47,7 @@ class Preflight:
     length_histogram: Mapping[tuple[int, int], int]
     num_truncated_rows: int
     refused: tuple[Refused, ...]
+    length_quantiles: tuple[int, ...]
 
 
 def preflight(
@@ -65,6 +70,7 @@ def preflight(
         length_histogram=_histogram(dataset),
         num_truncated_rows=dataset.num_truncated,
         refused=dataset.refused,
+        length_quantiles=_quantiles(lengths[parts.train]),
     )
 
 
@@ -81,6 +87,12 @@ def _train_tokens(dataset: TokenizedDataset, training: Training, steps: int) -> 
 def _histogram(dataset: TokenizedDataset) -> dict[tuple[int, int], int]:
     exponents = np.frexp(dataset.original_lengths.astype(float))[1]  # length in [2**(e-1), 2**e)
     return {(1 << (int(e) - 1), 1 << int(e)): int((exponents == e).sum()) for e in np.unique(exponents)}
+
+
+def _quantiles(lengths: NDArray[np.int64]) -> tuple[int, ...]:
+    """Each the length of a row there is."""
+    at = (np.arange(_NUM_QUANTILES) + 0.5) / _NUM_QUANTILES
+    return tuple(np.quantile(lengths, at, method="inverted_cdf").astype(int).tolist()) if len(lengths) else ()
 
 
 def _render(dataset: TokenizedDataset, tokenizer: BackboneTokenizer, index: int, is_heldout: bool) -> RenderedRow:

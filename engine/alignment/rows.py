@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.alignment.smuggled import smuggled_spans
 from engine.alignment.templates import TemplateRefusedError
 from engine.alignment.tokens import BackboneTokenizer
 from engine.alignment.turns import assistant_turns
 from engine.errors import MalformedDatasetError
 
-MAX_LINE_BYTES = 4 << 20
+MAX_LINE_BYTES, MAX_ROWS, MAX_MESSAGES = 4 << 20, 10_000_000, 512
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
 _SHAPES = {
     frozenset({"messages"}): "messages",
@@ -56,6 +57,8 @@ def parse_lines(lines: Iterable[bytes]) -> Iterator[Row]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             num_rows += 1
+            if num_rows > MAX_ROWS:
+                raise _malformed(number, f"is one row too many; at most {MAX_ROWS}: upload several datasets")
             yield _parse(number, line)
     if num_rows == 0:
         raise MalformedDatasetError("the dataset is empty: upload at least one row")
@@ -107,6 +110,8 @@ def _shape(number: int, fields: dict[str, Any]) -> str:
 def _check_messages(number: int, messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise _malformed(number, '"messages" must be a list of at least one message')
+    if len(messages) > MAX_MESSAGES:  # a turn is found by rendering what comes before it: work grows with the square
+        raise _malformed(number, f"has {len(messages)} messages; at most {MAX_MESSAGES}: split the conversation")
     for index, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or role not in _ROLES:
@@ -166,9 +171,10 @@ def _messages(
     try:
         text = tokenizer.template.render(messages)
         turns = assistant_turns(messages, text, tokenizer)
+        smuggled = smuggled_spans(messages, text, tokenizer)
     except TemplateRefusedError as error:
         raise RowRefusedError(str(error)) from None
-    encoded = tokenizer.encode(text, add_special_tokens=False)
+    encoded = tokenizer.encode_rendered(text, smuggled)
     mask = np.zeros(len(encoded.token_ids_L), np.bool_)
     starts, ends = encoded.offsets_L2.T
     for turn in turns:

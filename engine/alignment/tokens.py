@@ -3,7 +3,9 @@
 Legend: L tokens of one row.
 """
 
+import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ class BackboneTokenizer:
         # Post-processors add special tokens and may trim white space off the offsets: none where offsets are read.
         self._exact = Tokenizer.from_str(tokenizer.to_str())
         self._exact.post_processor = None
+        self._plain = Tokenizer.from_str(self._exact.to_str())
+        self._plain.encode_special_tokens = True  # as text
         special = {
             name: _text(config[name])
             for name in ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -71,6 +75,17 @@ class BackboneTokenizer:
         encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         return Encoded(np.array(encoding.ids, dtype=np.int32), offsets)
+
+    def encode_rendered(self, text: str, plain_spans: Sequence[tuple[int, int]]) -> Encoded:
+        """`encode` without tokens added; but what stands in the spans, in order, is text whatever it spells."""
+        bounds = [0, *(bound for span in plain_spans for bound in span), len(text)]
+        ids, offsets = [], []
+        for index, (start, end) in enumerate(itertools.pairwise(bounds)):
+            tokenizer = self._plain if index % 2 else self._exact
+            encoding = tokenizer.encode(text[start:end], add_special_tokens=False)
+            ids.append(np.array(encoding.ids, dtype=np.int32))
+            offsets.append(np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) + start)
+        return Encoded(np.concatenate(ids), np.concatenate(offsets))
 
     def decode(self, token_ids_L: NDArray[np.int32]) -> str:
         text: str = self._tokenizer.decode(token_ids_L.tolist(), skip_special_tokens=False)

@@ -36,8 +36,8 @@ def multi_grad_norm(gradients: Sequence[torch.Tensor]) -> tuple[torch.Tensor, to
             raise ValueError(f"gradients on {gradients[0].device} and {gradient_P.device}")
     if gradients and gradients[0].is_cuda:
         return launched(device.launcher_of(gradients[0].device), gradients)
-    squares = [gradient_P.double().square().sum() for gradient_P in gradients]
-    norms_U = torch.stack(squares).sqrt().float() if squares else torch.zeros(0)
+    norms = [torch.linalg.vector_norm(gradient_P, dtype=torch.float64) for gradient_P in gradients]
+    norms_U = torch.stack(norms).float() if norms else torch.zeros(0)
     return norms_U, torch.isfinite(norms_U).int()
 
 

@@ -45,8 +45,8 @@ class Selective(Method):
         return result
 
     def kept_elements(self, site: Site, num_tokens: int) -> int:
-        """Of a norm what it scales, and its row's root mean square; of a linear operator's bias nothing."""
-        return num_tokens * (site.out_features + 1) if site.kind is SiteKind.NORM else 0
+        """Of a norm what it gives; of a linear operator's bias nothing."""
+        return num_tokens * site.out_features if site.kind is SiteKind.NORM else 0
 
     def wrongs(self) -> Iterator[Wrong]:
         yield from ()

@@ -1,15 +1,15 @@
 """The unified representation of PEFT methods: BaseOp, Adapter, Dispatch, Aggregate (MuxTune section 3.2).
 
 A mounted module dispatches each task's tokens to that task's Adapter and aggregates what it computes into the output. A
-method is one file with one Adapter class, which overrides the hooks it needs: `before` (what the operator reads),
-`low_rank` (what the fused kernel adds), `after` (what becomes of the output).
+method is one file with one Adapter class, which overrides the hooks it needs: `input_affine` (what the operator reads),
+`low_rank` (what the fused kernel adds), `after` and then `output_affines` (what becomes of the output).
 Legend: L tokens of one span, K inputs, N outputs.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from peft import PeftConfig
@@ -33,6 +33,7 @@ class BaseOp:
     weight_KN: torch.Tensor
     bias_N: torch.Tensor | None = None
     is_conv1d: bool = False  # GPT-2's transposed linear
+    gain_N: torch.Tensor | None = None  # of a norm, all it multiplies by, where its output may be divided by that
 
     @property
     def name(self) -> str:
@@ -45,6 +46,13 @@ class BaseOp:
     @property
     def out_features(self) -> int:
         return self.site.out_features
+
+
+class Affine(NamedTuple):
+    """x becomes gain o x + shift: float32 vectors, or None where there is nothing to multiply by or to add."""
+
+    gain_N: torch.Tensor | None
+    shift_N: torch.Tensor | None
 
 
 class Adapter(ABC):
@@ -70,17 +78,38 @@ class Adapter(ABC):
     def initialise(self) -> None:
         """Fills `tensors`, keyed by (task seed, module) alone."""
 
-    def before(self, x_LK: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:
-        """What the operator reads instead of x."""
-        return x_LK
+    def input_affine(self) -> Affine | None:
+        """What becomes of x before the operator reads it, or nothing."""
+        return None
 
     def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, LowRank] | None:
         """Where and how, and what, the fused kernel adds; or nothing."""
         return None
 
     def after(self, x_LK: torch.Tensor, y_LN: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:
-        """What the operator answers instead of y."""
+        """What the operator answers instead of y; asked only where it `changes_output`."""
         return y_LN
+
+    def changes_output(self, training: bool) -> bool:
+        return type(self).after is not Adapter.after
+
+    @classmethod
+    def after_all(
+        cls, uses: Sequence[tuple[TaskSpan, Any]], x_TK: torch.Tensor, ys: Sequence[torch.Tensor], training: bool
+    ) -> Sequence[torch.Tensor]:
+        """`after` of all tasks of this method at one module: overridden where their products go in one launch.
+
+        `ys` are parts of the stream: what is kept of one for backward must be a copy, or it holds the whole stream.
+        """
+        return [
+            adapter.after(x_TK[span.start : span.end], y_LN.clone(), span, training)
+            for (span, adapter), y_LN in zip(uses, ys, strict=True)
+        ]
+
+    @classmethod
+    def output_affines(cls, adapters: Sequence[Any], training: bool) -> Sequence[Affine | None]:
+        """What becomes of the output last, by all tasks of this method at one module, or nothing."""
+        return [None] * len(adapters)
 
     def prefix(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, [1, G, P, D] each, that an attention's segments also see. G heads, P tokens, D width."""
@@ -122,14 +151,6 @@ class Adapter(ABC):
     def adopt(cls, adapters: Sequence["Adapter"], found: Tensors) -> None:
         """Takes from a file's tensors what `shared` made of several modules'."""
         return
-
-    @property
-    def rewrites_input(self) -> bool:
-        return type(self).before is not Adapter.before
-
-    @property
-    def rewrites_output(self) -> bool:
-        return type(self).after is not Adapter.after
 
 
 def lora_use(op: BaseOp, seed: int, span: TaskSpan, training: bool, scale: float, dropout: float) -> LoraUse:

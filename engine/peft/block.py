@@ -13,7 +13,7 @@ from torch import nn
 from engine.method import Site, SiteKind
 from engine.peft.adapter import Adapter, BaseOp
 from engine.peft.layout import Layout
-from engine.peft.spans import rewrite
+from engine.peft.spans import rewrite_output
 
 
 class MountedBlock:
@@ -30,10 +30,8 @@ class MountedBlock:
         uses = self.layout.uses(self.adapters)
         if not uses:
             return None
-        x_TK, y_TN, training = _read(args, kwargs)[0], _given(output)[0], self.layout.training
-        y_1TN = rewrite(
-            y_TN, uses, lambda y_LN, span, adapter: adapter.after(x_TK[span.start : span.end], y_LN, span, training)
-        ).unsqueeze(0)
+        x_TK, y_TN = _read(args, kwargs)[0], _given(output)[0]
+        y_1TN = rewrite_output(y_TN, x_TK, uses, self.layout.training).unsqueeze(0)
         return (y_1TN, *output[1:]) if isinstance(output, tuple) else y_1TN
 
 

@@ -1,7 +1,7 @@
 """Bottleneck adapters (arXiv 1902.00751, 2005.00247, 2110.04366): y += scale * (act(h D^T + d) U^T + u).
 
 h is the operator's output y (serial) or its input x (parallel). PEFT has no such method: docs/ADAPTERS.md tells the
-format. Legend: L tokens of one span, K inputs, N outputs, S bottleneck.
+format. Legend: T tokens of the stream, L of one span, K inputs, N outputs, S bottleneck.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from engine.kernels.grouped_gemm import grouped_gemm
 from engine.methods import Activation, Bottleneck, Placement
 from engine.peft.adapter import Adapter, BaseOp
 from engine.peft.drawing import uniform_
@@ -37,11 +38,26 @@ class BottleneckAdapter(Adapter):
         self.tensors["up_weight"].zero_()
         self.tensors["up_bias"].zero_()
 
-    def after(self, x_LK: torch.Tensor, y_LN: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:
-        h = y_LN if self.method.placement is Placement.SERIAL else x_LK.clone()  # kept: not the stream it is part of
-        down, down_bias, up, up_bias = (t.to(h.dtype) for t in self.tensors.values())
-        s_LS = _ACTIVATIONS[self.method.activation](functional.linear(h, down, down_bias))
-        return y_LN + self.method.scale * functional.linear(s_LS, up, up_bias)
+    def changes_output(self, training: bool) -> bool:
+        return True
+
+    @classmethod
+    def after_all(
+        cls,
+        uses: Sequence[tuple[TaskSpan, "BottleneckAdapter"]],
+        x_TK: torch.Tensor,
+        ys: Sequence[torch.Tensor],
+        training: bool,
+    ) -> Sequence[torch.Tensor]:
+        """Two products of all tasks, for each activation and placement there is."""
+        kinds = [(adapter.method.activation, adapter.method.placement) for _, adapter in uses]
+        changed = list(ys)
+        for kind in dict.fromkeys(kinds):
+            places = [i for i, own in enumerate(kinds) if own == kind]
+            pieces = _changed([uses[i] for i in places], x_TK, [ys[i] for i in places], *kind)
+            for i, piece in zip(places, pieces, strict=True):
+                changed[i] = piece
+        return changed
 
     @classmethod
     def config(cls, method: Bottleneck, ops: Sequence[BaseOp], common: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,6 +69,26 @@ class BottleneckAdapter(Adapter):
             "scale": method.scale,
             "target_modules": [op.name for op in ops],
         }
+
+
+def _changed(
+    uses: Sequence[tuple[TaskSpan, BottleneckAdapter]],
+    x_TK: torch.Tensor,
+    ys: Sequence[torch.Tensor],
+    activation: Activation,
+    placement: Placement,
+) -> tuple[torch.Tensor, ...]:
+    """The outputs [L, N] of adapters of one activation and placement."""
+    adapters, num_tokens, ones = [adapter for _, adapter in uses], [len(y_LN) for y_LN in ys], [1.0] * len(uses)
+    down, down_bias, up, up_bias = (
+        [adapter.tensors[name] for adapter in adapters] for name in ("down_weight", "down_bias", "up_weight", "up_bias")
+    )
+    y = torch.cat([y_LN.flatten() for y_LN in ys])  # copies: what is kept of them must not hold the whole stream
+    is_serial = placement is Placement.SERIAL
+    h = y if is_serial else torch.cat([x_TK[span.start : span.end].flatten() for span, _ in uses])
+    s = _ACTIVATIONS[activation](grouped_gemm(h, num_tokens, down, down_bias, ones))
+    y = y + grouped_gemm(s, num_tokens, up, up_bias, [adapter.method.scale for adapter in adapters])
+    return torch.split(y.view(-1, ys[0].shape[1]), num_tokens)
 
 
 ADAPTER = BottleneckAdapter

@@ -2,18 +2,16 @@
 
     y = l * (x W + b)    or    y = (l * x) W + b
 
-Legend: L tokens of one span, K inputs, N outputs.
+Legend: K inputs, N outputs.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from peft import IA3Config
 
 from engine.methods import Ia3
-from engine.peft.adapter import Adapter, BaseOp
-from engine.peft.layout import TaskSpan
+from engine.peft.adapter import Adapter, Affine, BaseOp
 
 
 class Ia3Adapter(Adapter):
@@ -25,18 +23,15 @@ class Ia3Adapter(Adapter):
         self.tensors["ia3_l"].fill_(1.0)
 
     @property
-    def rewrites_input(self) -> bool:
-        return self.method.scales_input(self.op.name)
+    def _affine(self) -> Affine:
+        return Affine(self.tensors["ia3_l"].flatten(), None)
 
-    @property
-    def rewrites_output(self) -> bool:
-        return not self.rewrites_input
+    def input_affine(self) -> Affine | None:
+        return self._affine if self.method.scales_input(self.op.name) else None
 
-    def before(self, x_LK: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:
-        return x_LK * self.tensors["ia3_l"].flatten()
-
-    def after(self, x_LK: torch.Tensor, y_LN: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:
-        return y_LN * self.tensors["ia3_l"].flatten()
+    @classmethod
+    def output_affines(cls, adapters: Sequence["Ia3Adapter"], training: bool) -> list[Affine | None]:
+        return [None if adapter.method.scales_input(adapter.op.name) else adapter._affine for adapter in adapters]
 
     @classmethod
     def config(cls, method: Ia3, ops: Sequence[BaseOp], common: Mapping[str, Any]) -> IA3Config:

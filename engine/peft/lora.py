@@ -1,14 +1,11 @@
 """LoRA (arXiv 2106.09685): y += scale * dropout(x) A^T B^T, initialised as PEFT does: A uniform, B zero.
 
-With a magnitude m (DoRA, arXiv 2402.09353), as PEFT computes it:
-    y = x W + b + (m / n - 1) * drop(x) W + (m / n) * scale * drop(x) A^T B^T,  n = ||W + scale * B A|| by output
-where n bears no gradient. n is never computed from the dense sum:
-    n^2 = ||W||^2 + 2 scale * (B A W^T) + scale^2 * (B A A^T B^T), by output: O(N K R) and no [N, K] buffer.
+With a magnitude m (DoRA), y is scaled by output: engine.peft.magnitude.
 
 Started from the weight's own factors A0, B0 (PiSSA, OLoRA), W - scale * B0 A0 would be the frozen part. As W is shared,
 the task adds scale * x [A; A0]^T [B, -B0]^T instead, and is exported so, as LoRA of rank 2 R.
 
-Legend: L tokens of one span, K inputs, N outputs, R rank.
+Legend: T tokens of the stream, L of one span, K inputs, N outputs, R rank.
 """
 
 import math
@@ -18,13 +15,13 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from engine.kernels.dropout import drop
 from engine.kernels.multi_lora import LoraUse, LowRank
 from engine.methods import Lora, LoraInit
-from engine.peft.adapter import Adapter, BaseOp, Tensors, lora_use
+from engine.peft.adapter import Adapter, Affine, BaseOp, Tensors, lora_use
 from engine.peft.drawing import uniform_
 from engine.peft.factorisation import orthonormal_factors, principal_factors
 from engine.peft.layout import TaskSpan
+from engine.peft.magnitude import scaled_beside, weight_norms
 from engine.peft.selective import VectorCopy
 
 
@@ -87,36 +84,50 @@ class LoraAdapter(Adapter):
             return a_RK, b_NR
         return torch.cat([a_RK, self.initial["initial_A"]]), torch.cat([b_NR, -self.initial["initial_B"]], dim=1)
 
-    @property
-    def rewrites_output(self) -> bool:
-        return self.bias is not None or self.magnitude_N is not None
+    def changes_output(self, training: bool) -> bool:
+        return self._drops_beside(training) or not (self.bias is None or self.bias.is_affine)
 
-    def after(self, x_LK: torch.Tensor, y_LN: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:
-        if self.magnitude_N is not None:
-            y_LN = self._with_magnitude(x_LK, y_LN, span, training)
-        return y_LN if self.bias is None else self.bias.apply(x_LK, y_LN)
+    def _drops_beside(self, training: bool) -> bool:
+        """Whether what the magnitude scales has dropout, which the operator's own x W has not."""
+        return self.magnitude_N is not None and training and self.method.dropout > 0
 
-    def _with_magnitude(self, x_LK: torch.Tensor, y_LN: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:
-        """Without dropout y is x W + b + scale * x A^T B^T so far; with it x W + b, and drop(x) W is run beside."""
+    @classmethod
+    def after_all(
+        cls,
+        uses: Sequence[tuple[TaskSpan, "LoraAdapter"]],
+        x_TK: torch.Tensor,
+        ys: Sequence[torch.Tensor],
+        training: bool,
+    ) -> Sequence[torch.Tensor]:
+        """Magnitudes with dropout, in products of all tasks; a norm's bias where it must be run again."""
+        changed = list(ys)
+        scaled = [i for i, (_, adapter) in enumerate(uses) if adapter._drops_beside(training)]
+        for i, piece in zip(
+            scaled, scaled_beside([uses[i] for i in scaled], x_TK, [ys[i] for i in scaled]), strict=True
+        ):
+            changed[i] = piece
+        for i, (span, adapter) in enumerate(uses):
+            if adapter.bias is not None and not adapter.bias.is_affine:
+                changed[i] = adapter.bias.apply(x_TK[span.start : span.end], ys[i])
+        return changed
+
+    @classmethod
+    def output_affines(cls, adapters: Sequence["LoraAdapter"], training: bool) -> list[Affine | None]:
+        """The magnitude's ratio, where y is x W + b + scale * x A^T B^T by now, and the task's own bias."""
+        scaled = [a for a in adapters if a.magnitude_N is not None and not a._drops_beside(training)]
+        norms = {id(adapter): norms_N for adapter, norms_N in zip(scaled, weight_norms(scaled), strict=True)}
+        return [adapter._affine(norms.get(id(adapter))) for adapter in adapters]
+
+    def _affine(self, norms_N: torch.Tensor | None) -> Affine | None:
+        own = None if self.bias is None else self.bias.affine()
+        if norms_N is None:
+            return own
         assert self.magnitude_N is not None
-        ratio_N = (self.magnitude_N / self._norms()).to(y_LN.dtype)
-        use = lora_use(self.op, self.seed, span, training, self.scale, self.method.dropout)
-        if use.keep_mask is None:
-            bias_N = 0 if self.op.bias_N is None else self.op.bias_N
-            return (y_LN - bias_N) * ratio_N + bias_N
-        dropped_LK = drop(x_LK, use.keep_mask, use.keep_scale)
-        a_RK, b_NR = (self.tensors[name].to(x_LK.dtype) for name in ("lora_A", "lora_B"))
-        base_LN, low_rank_LN = dropped_LK @ self.op.weight_KN, self.scale * (dropped_LK @ a_RK.T) @ b_NR.T
-        return y_LN + ratio_N * (base_LN + low_rank_LN) - base_LN
-
-    @torch.no_grad()
-    def _norms(self) -> torch.Tensor:
-        a_RK, b_NR = self.tensors["lora_A"], self.tensors["lora_B"]
-        weight_KN = self.op.weight_KN.to(a_RK.dtype)
-        cross_N = ((a_RK @ weight_KN).T * b_NR).sum(dim=1)
-        square_N = ((b_NR @ (a_RK @ a_RK.T)) * b_NR).sum(dim=1)
-        squares_N = weight_KN.square().sum(dim=0) + 2 * self.scale * cross_N + self.scale**2 * square_N
-        return squares_N.sqrt()
+        gain_N, bias_N = self.magnitude_N / norms_N, self.op.bias_N
+        shift_N = None if bias_N is None else bias_N - gain_N * bias_N
+        if own is not None and own.shift_N is not None:
+            shift_N = own.shift_N if shift_N is None else shift_N + own.shift_N
+        return Affine(gain_N, shift_N)
 
     @classmethod
     def config(cls, method: Lora, ops: Sequence[BaseOp], common: Mapping[str, Any]) -> LoraConfig:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from engine.kernels.multi_lora import Operator, multi_lora
@@ -18,7 +19,7 @@ from engine.peft.adapter import Adapter, BaseOp
 from engine.peft.block import MountedBlock
 from engine.peft.layout import Layout
 from engine.peft.shared_input import SharedInput
-from engine.peft.spans import Uses, rewrite
+from engine.peft.spans import Uses, rewrite_input, rewrite_output
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,12 @@ class MountedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Dispatch, the operator with every low-rank addition in one kernel, aggregate."""
-        x_TK, training = x.reshape(-1, x.shape[-1]), self.layout.training
+        x_TK, uses = x.reshape(-1, x.shape[-1]), self._uses
         y_TN = None if self.group is None else self.group.answer(self, x)
         if y_TN is None:
-            before = [use for use in self._uses if use[1].rewrites_input]
-            x_TK = rewrite(x_TK, before, lambda x_LK, span, adapter: adapter.before(x_LK, span, training))
+            x_TK = rewrite_input(x_TK, uses)
             y_TN = self._alone(x_TK)
-        after = [use for use in self._uses if use[1].rewrites_output]
-        y_TN = rewrite(
-            y_TN, after, lambda y_LN, span, adapter: adapter.after(x_TK[span.start : span.end], y_LN, span, training)
-        )
-        return y_TN.view(*x.shape[:-1], -1)
+        return rewrite_output(y_TN, x_TK, uses, self.layout.training).view(*x.shape[:-1], -1)
 
     @property
     def _uses(self) -> Uses:
@@ -72,7 +68,7 @@ class MountedLinear(nn.Module):
 
     @property
     def rewrites_input(self) -> bool:
-        return any(adapter.rewrites_input for _, adapter in self._uses)
+        return any(adapter.input_affine() is not None for _, adapter in self._uses)
 
     def operator(self) -> Operator:
         pairs = [adapter.low_rank(span, self.layout.training) for span, adapter in self._uses]
@@ -96,7 +92,8 @@ class MountedNorm:
         bias = getattr(base, "bias", None)
         site = Site(name, len(weight), len(weight), SiteKind.NORM, bias is not None)
         self.token_dim: int | None = None  # of its input: known once the backbone has been probed
-        self.op = BaseOp(site, index, base, weight.detach(), None if bias is None else bias.detach())
+        bias_N = None if bias is None else bias.detach()
+        self.op = BaseOp(site, index, base, weight.detach(), bias_N, gain_N=gain_of(base))
         self.layout = layout
         self.adapters: dict[str, Adapter] = {}
         base.register_forward_hook(self._rewrite)
@@ -110,13 +107,35 @@ class MountedNorm:
         if not uses:
             return None
         assert self.token_dim is not None
-        x_T, training = args[0].movedim(self.token_dim, 0), self.layout.training
-        y_T = rewrite(
-            y.movedim(self.token_dim, 0),
-            uses,
-            lambda y_L, span, adapter: adapter.after(x_T[span.start : span.end], y_L, span, training),
-        )
-        return y_T.movedim(0, self.token_dim)
+        x_T, y_T = (t.movedim(self.token_dim, 0) for t in (args[0], y))
+        return rewrite_output(y_T, x_T, uses, self.layout.training).movedim(0, self.token_dim)
+
+
+@torch.no_grad()
+def gain_of(norm: Any) -> torch.Tensor | None:
+    """What `norm` multiplies by: its weight, or one more (Gemma), told by trying it, in at least float32; else None.
+
+    And None where what it gives can't be divided by it: a gain of zero, or a bias in a type of few digits.
+    """
+    bias_N = getattr(norm, "bias", None)
+    if bias_N is not None and norm.weight.itemsize < torch.float32.itemsize:
+        return None
+    weight_N = norm.weight.to(torch.promote_types(norm.weight.dtype, torch.float32))
+    x = torch.linspace(-1.0, 2.0, 3 * len(weight_N), device=weight_N.device).view(3, -1).sin().to(weight_N.dtype)
+    tried = {"weight": weight_N.new_tensor(range(len(weight_N))) / len(weight_N) - 0.3}
+    zero = {} if bias_N is None else {"bias": torch.zeros_like(weight_N)}
+    for offset in (0.0, 1.0):
+        try:
+            plain, given = (
+                functional_call(norm, {**zero, "weight": w}, (x,))
+                for w in (torch.full_like(weight_N, 1 - offset), tried["weight"])
+            )
+        except (TypeError, RuntimeError, AttributeError):  # it reads more than one tensor
+            return None
+        gain_N = weight_N + offset if offset else weight_N
+        if torch.allclose(given, (tried["weight"] + offset) * plain, rtol=1e-4, atol=1e-6):
+            return gain_N if bool(gain_N.abs().min() > 0) else None
+    return None
 
 
 class MountedEmbedding:
@@ -134,11 +153,7 @@ class MountedEmbedding:
         uses = self.layout.uses(self.adapters)
         if not uses:
             return None
-        ids_T, training = args[0][0], self.layout.training
-        y_TN = rewrite(
-            y_1TN[0], uses, lambda y, span, adapter: adapter.after(ids_T[span.start : span.end], y, span, training)
-        )
-        return y_TN.unsqueeze(0)
+        return rewrite_output(y_1TN[0], args[0][0], uses, self.layout.training).unsqueeze(0)
 
 
 class MountedAttention:

@@ -1,7 +1,8 @@
 """Training of the backbone's own vectors: norm weights and biases (BitFit, arXiv 2106.10199; LN tuning, 2312.11420).
 
-The backbone stays as it is: the task trains a copy v of a vector b.  Bias of a linear operator:  y += v - b.  Norms run
-again with the task's vectors on the task's span. Legend: L tokens of one span, K inputs, N outputs.
+The backbone stays as it is: the task trains a copy v of a vector. Of a linear operator's bias b: y += v - b. A norm's
+output y = g o x' + b, whose gain g is the weight or one more, gets the factor v's gain / g, and its own b; where that
+would lose digits the norm runs again, with the task's vectors, on the task's span. Legend: L tokens of one span.
 """
 
 import copy
@@ -14,7 +15,7 @@ from torch.func import functional_call
 
 from engine.method import SiteKind
 from engine.methods import Selective
-from engine.peft.adapter import Adapter, BaseOp, Tensors
+from engine.peft.adapter import Adapter, Affine, BaseOp, Tensors
 from engine.peft.layout import TaskSpan
 
 
@@ -34,11 +35,27 @@ class VectorCopy:
             vector.copy_(getattr(self.op.module, name))
 
     def apply(self, x_LK: torch.Tensor, y_LN: torch.Tensor) -> torch.Tensor:
-        if self.op.site.kind is SiteKind.NORM:
-            result: torch.Tensor = functional_call(self.replica, self.vectors, (x_LK,))
-            return result.to(y_LN.dtype)
-        assert self.op.bias_N is not None
-        return y_LN + (self.vectors["bias"] - self.op.bias_N).to(y_LN.dtype)
+        """A norm's output, run again."""
+        result: torch.Tensor = functional_call(self.replica, self.vectors, (x_LK,))
+        return result.to(y_LN.dtype)
+
+    @property
+    def is_affine(self) -> bool:
+        return self.op.site.kind is not SiteKind.NORM or self.op.gain_N is not None
+
+    def affine(self) -> Affine | None:
+        """What makes the module's output the task's own, if a factor and an offset do."""
+        if not self.is_affine:
+            return None
+        gain_N, shift_N, bias_N = None, None, self.op.bias_N
+        if "weight" in self.vectors:
+            assert self.op.gain_N is not None
+            gain_N = 1 + (self.vectors["weight"] - self.op.weight_KN) / self.op.gain_N
+            shift_N = None if bias_N is None else bias_N - gain_N * bias_N
+        if "bias" in self.vectors:
+            assert bias_N is not None
+            shift_N = self.vectors["bias"] - (bias_N if gain_N is None else gain_N * bias_N)
+        return Affine(gain_N, shift_N)
 
 
 class SelectiveAdapter(Adapter):
@@ -51,8 +68,15 @@ class SelectiveAdapter(Adapter):
     def initialise(self) -> None:
         self.copy.initialise()
 
+    def changes_output(self, training: bool) -> bool:
+        return not self.copy.is_affine
+
     def after(self, x_LK: torch.Tensor, y_LN: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:
         return self.copy.apply(x_LK, y_LN)
+
+    @classmethod
+    def output_affines(cls, adapters: Sequence["SelectiveAdapter"], training: bool) -> list[Affine | None]:
+        return [adapter.copy.affine() for adapter in adapters]
 
     @classmethod
     def config(

@@ -1,9 +1,11 @@
-"""How long tasks on one executor still take, if nobody comes: rounds get shorter as neighbours finish."""
+"""How long tasks on one executor still take, if nobody comes: rounds get shorter as neighbours finish; and how long one
+takes alone."""
 
 from collections.abc import Sequence
 
 from engine.planning.hosts import Crowd, Host
-from engine.planning.needs import Need
+from engine.planning.needs import Appraiser, Need
+from engine.planning.plan import ExecutorView, Limits, TaskView
 
 
 def seconds_left(host: Host, needs: Sequence[Need]) -> dict[str, float]:
@@ -20,3 +22,10 @@ def seconds_left(host: Host, needs: Sequence[Need]) -> dict[str, float]:
         rounds_done += rounds
         result[task.name] = elapsed
     return result
+
+
+def seconds_alone(task: TaskView, executor: ExecutorView, limits: Limits, appraiser: Appraiser | None = None) -> float:
+    """Of all its steps, had it to itself an executor whose costs are known."""
+    host = Host(executor, limits)
+    need = (appraiser or Appraiser(limits)).need(task, executor.backbone)
+    return task.num_steps_left * host.round_seconds(host.crowd_of(need))

@@ -1,5 +1,6 @@
 """Why a task runs where it runs: beside whom, and predicted against measured seconds, bytes and padding."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from engine.planning.eta import seconds_left
@@ -33,8 +34,15 @@ def _explain(host: Host, need: Need, htask: HTask, reason: str, left: float) -> 
         predicted_step_seconds=_share_of_round(host, need) if can_predict else None,
         measured_step_seconds=task.device_seconds / task.step if task.step and task.device_seconds else None,
         padding_fraction=task.num_padding_tokens / reached if reached else None,
+        predicted_padding_fraction=_padding(host, need, htask),
         misses_deadline=can_predict and left > task.seconds_to_deadline,
     )
+
+
+def _padding(host: Host, need: Need, htask: HTask) -> float:
+    tokens = sum(host.residents[name].ragged.num_tokens for name in htask.tasks)
+    padding = need.ragged.padding_tokens(max(1, math.ceil(tokens / htask.token_budget)), htask.chunk_tokens)
+    return padding / (padding + need.ragged.num_tokens) if padding else 0.0
 
 
 def _share_of_round(host: Host, need: Need) -> float:

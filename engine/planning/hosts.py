@@ -5,10 +5,10 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from engine.planning.fusion import Job, Stage
 from engine.planning.memory import largest_tokens, resident_bytes
 from engine.planning.needs import Need
 from engine.planning.plan import ExecutorView, Limits
+from engine.planning.round_time import Job, Stage
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ class Host:
 
     def microbatch_tokens(self, crowd: Crowd) -> int:
         limits = self._limits
-        return largest_tokens(crowd.sequence_tokens, crowd.slice_tokens, limits.token_budget, limits.chunk_tokens)
+        return largest_tokens(
+            crowd.sequence_tokens, crowd.slice_tokens, limits.token_budget, limits.largest_chunk_tokens
+        )
 
     def crowd_of(self, *needs: Need) -> Crowd:
         return sum((self._alone(need) for need in needs), Crowd())
@@ -86,7 +88,8 @@ class Host:
     def stage(self) -> Stage:
         """What fusion may count on. That a microbatch of so many tokens fits is seen to when tasks are placed."""
         executor, tokens = self.executor, self.microbatch_tokens(self._crowd)
-        return Stage(self.profile, tokens, math.inf, executor.num_stages, executor.hop_seconds)
+        return Stage(self.profile, tokens, math.inf, executor.num_stages, executor.hop_seconds,
+                     self._limits.interleaves)  # fmt: skip
 
     def shares(self, joining: Need | None = None, leaving: Collection[str] = ()) -> dict[str, float]:
         """The part of its time that each tenant's residents have, or would have."""

@@ -9,15 +9,12 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from engine.errors import WillNeverFitError
 from engine.methods import Lora
-from engine.planning.plan import BackboneView, ExecutorView
+from engine.planning.plan import BackboneView
 from engine.task import Optimizer, TaskSpec
 
-_SLACK = 1.05  # the allocator's own, on what is not weights
 _CHUNK_LOGITS = 1 << 24  # elements: engine.kernels.segment_cross_entropy
 _LOGIT_COPIES = 2  # logits, and their exponentials while the normaliser is summed
-_GIB = 1 << 30
 _MANY = 1 << 10  # tokens, over which what a method keeps is averaged
 
 
@@ -92,7 +89,8 @@ def largest_tokens(sequence_tokens: int, slice_tokens: int, token_budget: int, c
 
 
 def total_bytes(specs: Iterable[TaskSpec], backbone: BackboneView, num_tokens: int) -> int:
-    """One backbone, all adapters, one microbatch in flight: at worst all of the method that keeps most."""
+    """One process with one backbone, all adapters, one microbatch in flight: at worst all of the method that keeps
+    most."""
     footprints = [footprint(spec, backbone) for spec in specs]
     return resident_bytes(
         backbone,
@@ -109,7 +107,7 @@ def resident_bytes(
     """The same, of what the footprints add up to."""
     kept = (kept_token_bytes + backbone.inputs.token_bytes(input_mask)) * num_tokens
     moving = all_adapter_bytes + activation_bytes(backbone, num_tokens) + kept
-    return backbone.weight_bytes + math.ceil(_SLACK * moving)
+    return backbone.process_bytes + backbone.weight_bytes + math.ceil(backbone.allocator_slack * moving)
 
 
 def _trained_on(spec: TaskSpec, backbone: BackboneView) -> list[str]:
@@ -120,22 +118,7 @@ def _trained_on(spec: TaskSpec, backbone: BackboneView) -> list[str]:
 
 
 def separate_instance_bytes(spec: TaskSpec, backbone: BackboneView) -> int:
-    """The task in a process of its own: its own backbone and a microbatch of its own size."""
+    """The task in a process of its own: its own backbone and a microbatch of its own size. What any process has, with
+    or without a backbone, is left out."""
     num_tokens = spec.training.micro_batch_size * sequence_tokens(spec)
-    return total_bytes([spec], backbone, num_tokens)
-
-
-def refuse_if_never_fits(spec: TaskSpec, executors: Iterable[ExecutorView], token_budget: int, chunk: int) -> None:
-    """Raises WillNeverFitError, with the bytes and a remedy, if no executor could hold the task even alone."""
-    known = [e for e in executors if e.backbone.name == spec.backbone]
-    if not known:
-        return
-    needed = {e.name: total_bytes([spec], e.backbone, microbatch_tokens([spec], token_budget, chunk)) for e in known}
-    if any(needed[e.name] <= e.memory_bytes for e in known):
-        return
-    largest = max(e.memory_bytes for e in known)
-    raise WillNeverFitError.of_field(
-        "spec.training.micro_batch_size",
-        f"the task needs {min(needed.values()) / _GIB:.1f} GiB, the executors of {spec.backbone} have at most "
-        f"{largest / _GIB:.1f} GiB: reduce micro_batch_size, max_sequence_tokens or the rank",
-    )
+    return total_bytes([spec], backbone, num_tokens) - backbone.process_bytes

@@ -3,21 +3,24 @@ sees it."""
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from engine.planning.chunks import Ragged, allowed_padding_tokens, choose_chunk
 from engine.planning.cost import AdapterLoad, CostProfile, Part, adapter_load
-from engine.planning.fusion import Job
 from engine.planning.memory import Footprint, footprint
 from engine.planning.plan import BackboneView, Limits, TaskView
+from engine.planning.round_time import Job
+from engine.task import TaskSpec
 
 
 @dataclass(frozen=True)
 class Need:
-    """`step`: one optimizer step of the task, padding included."""
+    """`step`: one optimizer step of the task, padding included; `ragged`: its sequences."""
 
     task: TaskView
     footprint: Footprint
     step: Part
+    ragged: Ragged
 
     def seconds(self, profile: CostProfile) -> float:
         """What a step costs an executor that is busy anyway: the task's claim on it."""
@@ -35,6 +38,7 @@ class Appraiser:
         self._limits = limits
         self._needs: dict[tuple[str, str], Need] = {}
         self._methods: dict[tuple[str, str], AdapterLoad] = {}
+        self._footprints: dict[tuple[object, ...], Footprint] = {}
 
     def need(self, task: TaskView, backbone: BackboneView) -> Need:
         """Raises InvalidInputError if the task's method names what the backbone has not."""
@@ -44,28 +48,47 @@ class Appraiser:
             method = repr(task.spec.method), backbone.name
             if method not in self._methods:
                 self._methods[method] = adapter_load(task.spec.method, backbone.sites)
-            step = _step(task, self._methods[method], self._limits)
-            known = Need(task, footprint(task.spec, backbone), step)
+            ragged = _ragged(task)
+            step = _step(task, ragged, self._methods[method], self._limits)
+            known = Need(task, self._footprint(task.spec, backbone), step, ragged)
         elif known.task is not task:
-            known = Need(task, known.footprint, known.step)
+            known = replace(known, task=task)
         self._needs[key] = known
         return known
+
+    def _footprint(self, spec: TaskSpec, backbone: BackboneView) -> Footprint:
+        training = spec.training
+        key = (repr(spec.method), backbone.name, training.optimizer, training.momentum > 0,
+               training.max_sequence_tokens, training.micro_batch_size)  # fmt: skip
+        if key not in self._footprints:
+            self._footprints[key] = footprint(spec, backbone)
+        return self._footprints[key]
 
     def forget_all_but(self, tasks: Collection[str]) -> None:
         self._needs = {key: need for key, need in self._needs.items() if key[0] in tasks}
 
 
-def _step(task: TaskView, load: AdapterLoad, limits: Limits) -> Part:
-    """An average step. Its sequences are taken to be of one length, and every position to bear loss."""
-    training = task.spec.training
+def _ragged(task: TaskView) -> Ragged:
+    """One step's sequences, virtual tokens included."""
+    training, virtual = task.spec.training, task.spec.method.num_virtual_tokens
     sequences = max(1, training.global_batch_size)
-    tokens = task.tokens_per_step + sequences * task.spec.method.num_virtual_tokens
+    lengths = tuple(length + virtual for length in task.length_quantiles)
     slices = math.ceil(sequences / max(1, training.micro_batch_size))
-    ranges = min(slices, max(1, math.ceil(tokens / limits.token_budget)))
-    padded = tokens + ranges * (limits.chunk_tokens - 1) / 2
+    return Ragged(lengths, sequences, slices, task.tokens_per_step + sequences * virtual)
+
+
+def _step(task: TaskView, ragged: Ragged, load: AdapterLoad, limits: Limits) -> Part:
+    """An average step, were the task alone. Every position is taken to bear loss; sequences whose lengths are not known
+    are taken to be of one."""
+    tokens, sequences = ragged.num_tokens, ragged.num_sequences
+    ranges = min(ragged.num_slices, max(1, math.ceil(tokens / limits.token_budget)))
+    chunk = limits.chunk_tokens or choose_chunk([ragged], ranges, allowed_padding_tokens(tokens, ranges))
+    padded = tokens + ragged.padding_tokens(ranges, chunk)
+    mean = tokens / sequences
+    square = sum(length * length for length in ragged.lengths) / len(ragged.lengths) if ragged.lengths else mean * mean
     return Part(
         num_tokens=padded,
-        num_squared_tokens=tokens * tokens / sequences,
+        num_squared_tokens=square * sequences,
         num_targets=task.tokens_per_step,
         num_modules=ranges * load.num_modules,
         num_multiplications=padded * load.num_multiplications,

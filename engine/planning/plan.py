@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from engine.method import Site, SiteKind
+from engine.planning.chunks import MAX_CHUNK_TOKENS
 from engine.planning.cost import UNKNOWN, CostProfile
 from engine.task import TaskSpec
 
@@ -15,7 +16,8 @@ from engine.task import TaskSpec
 @dataclass(frozen=True)
 class BackboneView:
     """A backbone as its executor described it. Measured at its load, where they are there: bytes that it keeps for
-    backward by a token, and which linear operators, by number, read one tensor."""
+    backward by a token, which linear operators, by number, read one tensor, what its process has beside the weights.
+    `allocator_slack`: what the allocator takes for a byte that is asked for."""
 
     name: str
     num_parameters: int
@@ -28,6 +30,8 @@ class BackboneView:
     sites: tuple[Site, ...]
     kept_token_bytes: float = 0.0
     input_groups: Mapping[str, int] = field(default_factory=dict, hash=False)
+    process_bytes: int = 0
+    allocator_slack: float = 1.05
 
     @property
     def element_bytes(self) -> int:
@@ -99,6 +103,7 @@ class ExecutorView:
 class TaskView:
     """An unfinished task. `executor`: who holds its current attempt, or ""; `age` orders tasks, oldest smallest.
 
+    `length_quantiles`: tokens of its training rows, as many from each part of them; () if not known.
     `seconds_to_deadline` may be past. What was measured so far: seconds of device, tokens, and padding among them.
     """
 
@@ -109,6 +114,7 @@ class TaskView:
     num_steps: int
     step: int = 0
     num_train_tokens: int = 0
+    length_quantiles: tuple[int, ...] = ()
     executor: str = ""
     is_cancelling: bool = False
     seconds_to_deadline: float = math.inf
@@ -139,13 +145,21 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Limits:
-    """The operator's settings: tokens of one microbatch, and the alignment quantum. `fuses` and `preempts` are switches
-    for ablation: without the first every task is an hTask of its own."""
+    """The operator's settings: tokens of one microbatch, and the alignment quantum, chosen for each hTask if it is 0.
+
+    Switches for ablation: without `fuses` every task is an hTask of its own; without `interleaves` hTasks' rounds run
+    one after another, each alone in the pipeline; a chunk of 1 is no alignment; without `preempts` nobody gives way.
+    """
 
     token_budget: int = 2048
-    chunk_tokens: int = 16
+    chunk_tokens: int = 0
     fuses: bool = True
+    interleaves: bool = True
     preempts: bool = True
+
+    @property
+    def largest_chunk_tokens(self) -> int:
+        return self.chunk_tokens or MAX_CHUNK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -163,7 +177,8 @@ class Explanation:
 
     Seconds are None until the executor's costs are known. `round_seconds`: in which every task of its executor takes a
     step; `alone_round_seconds`: of the task, had it the executor to itself. `predicted_step_seconds` and
-    `measured_step_seconds`: its own share of device time, a step. `padding_fraction`: of its tokens so far.
+    `measured_step_seconds`: its own share of device time, a step. `padding_fraction`: of its tokens so far, and
+    `predicted_padding_fraction`: in a round of its hTask.
     """
 
     task: str
@@ -178,6 +193,7 @@ class Explanation:
     predicted_step_seconds: float | None = None
     measured_step_seconds: float | None = None
     padding_fraction: float | None = None
+    predicted_padding_fraction: float | None = None
     misses_deadline: bool = False
 
 

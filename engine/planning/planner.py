@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 
 from engine.errors import InvalidInputError
+from engine.planning.chunks import allowed_padding_tokens, choose_chunk
 from engine.planning.explain import explain_residents
-from engine.planning.fusion import Fusion, Job, fuse, of_partition
+from engine.planning.fusion import Fusion, Group, fuse, of_partition
 from engine.planning.hosts import Host, Pool
-from engine.planning.memory import refuse_if_never_fits
 from engine.planning.needs import Appraiser, Need
 from engine.planning.placement import Placement, place
 from engine.planning.plan import Explanation, HTask, Limits, Plan, Snapshot, TaskView
+from engine.planning.remedy import refuse_if_never_fits
+from engine.planning.round_time import Job
 
 KEEP_WITHIN = 1.05  # hTasks that run are kept while their period is within this of the best
 
@@ -65,7 +67,7 @@ def _need(task: TaskView, pool: Pool, limits: Limits, appraiser: Appraiser) -> N
         need = appraiser.need(task, hosts[0].executor.backbone)
         if need.task.executor not in pool.hosts and not any(host.could_hold(need) for host in hosts):
             executors = [host.executor for host in hosts]
-            refuse_if_never_fits(task.spec, executors, limits.token_budget, limits.chunk_tokens)
+            refuse_if_never_fits(task.spec, executors, limits)
     except InvalidInputError as error:  # it fitted an executor that has left, or other operators
         return str(error)
     return need
@@ -99,21 +101,31 @@ def _htasks(host: Host, running: tuple[HTask, ...], limits: Limits) -> tuple[HTa
 def _in_order(fusion: Fusion, host: Host, limits: Limits) -> tuple[HTask, ...]:
     """As the pipeline's template has them: sizes rising and falling; members oldest first."""
     rising = sorted(fusion.groups, key=lambda group: (group.microbatch_seconds, group.jobs[0].name))
-    return tuple(
-        HTask(_by_age(group.jobs, host), _token_budget(group.jobs, group.num_microbatches, host, limits),
-              limits.chunk_tokens)
-        for group in rising[::2] + rising[1::2][::-1]
-    )  # fmt: skip
+    return tuple(_htask(group, host, limits) for group in rising[::2] + rising[1::2][::-1])
+
+
+def _htask(group: Group, host: Host, limits: Limits) -> HTask:
+    chunk = limits.chunk_tokens or _chunk(group, host)
+    return HTask(_by_age(group.jobs, host), _token_budget(group, host, chunk), chunk)
+
+
+def _chunk(group: Group, host: Host) -> int:
+    """The largest whose padding costs little of the hTask's round."""
+    tasks = [host.residents[job.name].ragged for job in group.jobs]
+    tokens, seconds = sum(task.num_tokens for task in tasks), group.work_seconds * host.executor.num_stages
+    allowed = allowed_padding_tokens(tokens, group.num_microbatches, seconds, host.profile)
+    return choose_chunk(tasks, group.num_microbatches, allowed)
 
 
 def _by_age(jobs: tuple[Job, ...], host: Host) -> tuple[str, ...]:
     return tuple(sorted((job.name for job in jobs), key=lambda name: (host.residents[name].task.age, name)))
 
 
-def _token_budget(jobs: tuple[Job, ...], num_microbatches: int, host: Host, limits: Limits) -> int:
+def _token_budget(group: Group, host: Host, chunk: int) -> int:
     """So much that the round has about so many microbatches; on one stage all there is room for."""
     largest = host.stage().max_tokens
     if host.executor.num_stages == 1:
         return largest
-    wanted = max(max(job.longest_tokens for job in jobs), sum(job.num_tokens for job in jobs) / num_microbatches)
-    return min(largest, -(-int(wanted) // limits.chunk_tokens) * limits.chunk_tokens)
+    evenly = sum(job.num_tokens for job in group.jobs) / group.num_microbatches
+    wanted = max(max(job.longest_tokens for job in group.jobs), evenly)
+    return min(largest, -(-int(wanted) // chunk) * chunk)

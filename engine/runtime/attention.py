@@ -1,4 +1,5 @@
-"""Attention over a packed stream: each segment attends to itself, causally.
+"""Attention over a packed stream: each segment attends to itself, causally. On CUDA in one call of flash attention
+where that does it (`varlen_attention`), else by SDPA, a segment at a time.
 
 Registered with transformers' AttentionInterface, so every architecture that goes through it works unchanged; the
 segments' bounds come as the model keyword argument `cu_seqlens`. What an architecture asks for (grouped heads, sliding
@@ -18,9 +19,9 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from engine.errors import BackboneUnsupportedError
 from engine.peft.mounted import Call
+from engine.runtime.varlen_attention import Masks, Shared, varlen_attention, why_not
 
 NAME = "muxtune_packed"
-Masks = dict[tuple[int, int, int | None], torch.Tensor]  # by length, prefix and window
 
 
 def register() -> None:
@@ -47,14 +48,14 @@ def packed_attention(
     cu_seqlens: list[int] | None = None,
     prefixes: Mapping[int, Mapping[int, tuple[torch.Tensor, torch.Tensor]]] | None = None,
     calls: list[Call] | None = None,
-    masks: Masks | None = None,
+    shared: Shared | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """[1, H, T, D] by [1, G, T, D] -> [1, T, H, D]. Source: transformers' attention interface.
 
     `prefixes`: by id of the module and first token of a segment, keys and values [1, G, P, D] it also sees.
-    `calls`: every call is noted there. `masks`: those made so far for the stream, which all layers share.
+    `calls`: every call is noted there. `shared`: what has been made so far for the stream, for all layers.
     """
     if cu_seqlens is None:
         raise BackboneUnsupportedError(f"{type(module).__name__} drops cu_seqlens on its way to the attention")
@@ -65,9 +66,14 @@ def packed_attention(
     if calls is not None:
         group_size = query.shape[1] // key.shape[1]
         calls.append(Call(module, key.shape[1], key.shape[3], group_size, sliding_window is not None))
+    own, shared = (prefixes or {}).get(id(module), {}), shared or Shared()
+    reason = why_not(query, softcap, bool(own))
+    shared.paths.add("flash attention" if reason is None else f"by segment: {reason}")
+    if reason is None:
+        bounds = shared.on_device(cu_seqlens, query.device)
+        return varlen_attention(query, key, value, bounds, scaling, sliding_window), None
     repeats = query.shape[1] // key.shape[1]
     key, value = _repeat(key, repeats), _repeat(value, repeats)
-    own = (prefixes or {}).get(id(module), {})
     pieces = []
     for start, end in itertools.pairwise(cu_seqlens):
         q, k, v = (t[:, :, start:end] for t in (query, key, value))
@@ -75,7 +81,7 @@ def packed_attention(
             k, v = (
                 torch.cat([_repeat(p, repeats).to(t.dtype), t], dim=2) for p, t in zip(own[start], (k, v), strict=True)
             )
-        pieces.append(_segment(q, k, v, scaling, sliding_window, softcap, {} if masks is None else masks))
+        pieces.append(_segment(q, k, v, scaling, sliding_window, softcap, shared.masks))
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 

@@ -28,6 +28,7 @@ from engine.peft.mounted import (
 )
 from engine.peft.shared_input import SharedInput, observed_inputs, sharing
 from engine.runtime import attention
+from engine.runtime.varlen_attention import Shared
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _PACKED = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}
@@ -53,6 +54,7 @@ class Backbone:
         self.operators = mount_linears(self.model, self.layout)
         norms = mount_norms(self.model, self.layout)
         self.attentions: dict[str, MountedAttention] = {}
+        self.attention_paths = set[str]()  # that were taken so far, and why
         softcap = getattr(model.config, "final_logit_softcapping", None)
         self.head = Head(self.model.get_output_embeddings(), softcap)
         self.shared_inputs: list[SharedInput] = []
@@ -139,7 +141,7 @@ class Backbone:
         position_ids_1T = torch.cat(positions).to(self.device).unsqueeze(0)
         prefixes = {id(mounted.op.module): mounted.prefixes() for mounted in self.attentions.values()}
         self.layout.num_tokens = sum(lengths)
-        cu_seqlens = [0, *itertools.accumulate(lengths)]
+        cu_seqlens, shared = [0, *itertools.accumulate(lengths)], Shared()
         base = self.model.base_model
         with sharing(self.shared_inputs):
             output = base(
@@ -148,9 +150,10 @@ class Backbone:
                 cu_seqlens=cu_seqlens,
                 prefixes=prefixes,
                 calls=calls,
-                masks={},
+                shared=shared,
                 use_cache=False,
             )
+        self.attention_paths |= shared.paths
         hidden: torch.Tensor = output.last_hidden_state
         return hidden[0]
 

@@ -134,7 +134,6 @@ class _Bench:
                 spec = TaskSpec("", method, "", Training(0.0, num_steps=1))
                 self._executor.attach(Assignment(name, spec, num_steps=1))
                 self._names.append(name)
-                self._executor.tasks[name].take_step()  # an optimizer's first step allocates: not what the others cost
         return names
 
     def _microbatch(self, probe: Probe) -> Microbatch:

@@ -36,7 +36,7 @@ class CheckpointState:
     def of(cls, run: "TaskRun") -> "CheckpointState":
         tensors = {f"parameters.{name}": tensor.detach() for name, tensor in run.tensors.items()}
         tensors |= {f"started_from.{name}": tensor for name, tensor in run.started_from.items()}
-        tensors |= {f"optimizer.{name}": value for name, value in run.optimizer_state().items()}
+        tensors |= {f"optimizer.{name}": value for name, value in run.optimizer.state().items()}
         copies = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
         }
@@ -59,7 +59,7 @@ class CheckpointState:
         expected = {f"parameters.{name}": tuple(tensor.shape) for name, tensor in run.tensors.items()}
         expected |= {f"started_from.{name}": tuple(tensor.shape) for name, tensor in run.started_from.items()}
         if self.step > 0:
-            expected |= {f"optimizer.{name}": shape for name, shape in run.optimizer_shapes().items()}
+            expected |= {f"optimizer.{name}": shape for name, shape in run.optimizer.shapes().items()}
         found = {n: tuple(t.shape) for n, t in self.tensors.items()}
         if expected != found:
             odd = sorted(set(expected.items()) ^ set(found.items()))[:3]
@@ -70,5 +70,5 @@ class CheckpointState:
             tensor.copy_(self.tensors[f"started_from.{name}"])
         state = {n.removeprefix("optimizer."): t for n, t in self.tensors.items() if n.startswith("optimizer.")}
         if state:
-            run.restore_optimizer(state)
+            run.optimizer.restore(state, self.step)
         run.step = self.step

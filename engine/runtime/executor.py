@@ -5,7 +5,7 @@ Legend: T tokens of the packed stream, H hidden, M target positions of the micro
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from engine.results import EvaluationResult, Result, ShadowCheck, StepResult, Ta
 from engine.runtime import export
 from engine.runtime.backbone import Backbone
 from engine.runtime.checkpoint import CheckpointState
-from engine.runtime.task_run import Assignment, Gathered, TaskRun
+from engine.runtime.task_run import Assignment, Gathered, TaskRun, take_steps
 
 
 class Executor:
@@ -36,21 +36,24 @@ class Executor:
         rows_M, loss_M = self._forward_backward(microbatch, resident)
         self._gather(microbatch, rows_M, loss_M, self._clock() - started)
         complete = [r for r in microbatch.ranges if r.is_last and r.task in resident]
-        return [self._finish_step(r) if trains else self._finish_evaluation(r) for r in complete]
+        return self._finish_steps(complete) if trains else [self._finish_evaluation(r) for r in complete]
 
     def _forward_backward(self, microbatch: Microbatch, resident: frozenset[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows [M] that bear a loss, losses [M]); where it trains, gradients are added to the tasks' own."""
+        """(rows [M] that bear a loss, losses [M]), on the host: the device is done. Where it trains, gradients go
+        to the tasks' own."""
         trains = microbatch.kind is MicrobatchKind.TRAIN
         with torch.set_grad_enabled(trains):
             hidden_TH = self.backbone.hidden(microbatch, resident)
         rows_M, weights_M = self._target_rows(microbatch, resident)
-        targets_M = torch.from_numpy(microbatch.targets_T).to(hidden_TH.device)[rows_M]
+        there_M, targets_M = (
+            rows.to(hidden_TH.device) for rows in (rows_M, torch.from_numpy(microbatch.targets_T)[rows_M])
+        )
         loss_M, dhidden_MH = segment_cross_entropy(
-            self.backbone.head, hidden_TH.detach()[rows_M], targets_M, weights_M if trains else None
+            self.backbone.head, hidden_TH.detach()[there_M], targets_M, weights_M if trains else None
         )
         if dhidden_MH is not None and hidden_TH.requires_grad:
-            torch.autograd.backward(hidden_TH, torch.zeros_like(hidden_TH).index_copy_(0, rows_M, dhidden_MH))
-        return rows_M, loss_M
+            torch.autograd.backward(hidden_TH, torch.zeros_like(hidden_TH).index_copy_(0, there_M, dhidden_MH))
+        return rows_M, loss_M.double().cpu()
 
     def attach(
         self, assignment: Assignment, state: CheckpointState | None = None, initial_adapter: Path | None = None
@@ -89,18 +92,19 @@ class Executor:
         return {name: run.num_bytes() for name, run in self.tasks.items()}
 
     def _target_rows(self, microbatch: Microbatch, resident: frozenset[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions [M] that bear a resident task's loss, and 1 / (targets of that task's whole step) for each."""
+        """Positions [M] that bear a resident task's loss, on the host, and 1 / (targets of that task's whole step) for
+        each, on the device."""
         targets_T = torch.from_numpy(microbatch.targets_T)
         weights_T = torch.zeros(microbatch.num_tokens, dtype=torch.float64)
         for range_ in microbatch.ranges:
             if range_.task in resident:
                 weights_T[_slice(range_)] = 1 / max(1, range_.num_step_target_tokens)
         rows_M = torch.nonzero((targets_T != IGNORE) & (weights_T > 0)).squeeze(1)
-        return rows_M.to(self.backbone.device), weights_T[rows_M].to(self.backbone.device)
+        return rows_M, weights_T[rows_M].to(self.backbone.device)
 
     def _gather(self, microbatch: Microbatch, rows_M: torch.Tensor, loss_M: torch.Tensor, seconds: float) -> None:
         loss_T = torch.zeros(microbatch.num_tokens, dtype=torch.float64)
-        loss_T[rows_M.cpu()] = loss_M.double().cpu()
+        loss_T[rows_M] = loss_M
         names = {r.task for r in microbatch.ranges}
         for range_ in microbatch.ranges:
             if (run := self.tasks.get(range_.task)) is None:
@@ -115,21 +119,27 @@ class Executor:
             if run.is_verified and microbatch.kind is MicrobatchKind.TRAIN:
                 gathered.alone.append(microbatch.alone(range_))
 
-    def _finish_step(self, range_: Range) -> StepResult | TaskFailure:
+    def _finish_steps(self, complete: Sequence[Range]) -> list[Result]:
+        """Clip, optimizer and schedule of each task, all of them at once; a sick one fails alone."""
+        runs = [self.tasks[range_.task] for range_ in complete]
+        checks = [self._run_alone(run) if run.gathered.alone else None for run in runs]
+        taken = take_steps(runs)
+        return [self._finish_step(*each) for each in zip(complete, taken, checks, strict=True)]
+
+    def _finish_step(
+        self, range_: Range, taken: tuple[float, float] | NonFiniteError, shadow_check: ShadowCheck | None
+    ) -> StepResult | TaskFailure:
         run = self.tasks[range_.task]
-        shadow_check = self._run_alone(run) if run.gathered.alone else None
-        try:
-            rate, norm = run.take_step()
-        except NonFiniteError as error:
+        if isinstance(taken, NonFiniteError):
             self.detach(range_.task)
-            return TaskFailure(range_.task, range_.step, error)
+            return TaskFailure(range_.task, range_.step, taken)
         done, run.gathered = run.gathered, Gathered()
         return StepResult(
             task=range_.task,
             step=run.step,
             loss=done.loss,
-            learning_rate=rate,
-            grad_norm=norm,
+            learning_rate=taken[0],
+            grad_norm=taken[1],
             num_effective_tokens=done.num_effective_tokens,
             num_target_tokens=done.num_target_tokens,
             num_padding_tokens=done.num_padding_tokens,
@@ -140,8 +150,7 @@ class Executor:
 
     def _run_alone(self, run: TaskRun) -> ShadowCheck:
         """The step again with no neighbour in the batch. The gradient stays the one of the fused step."""
-        started, gradient_P = self._clock(), run.parameters_P.grad
-        assert gradient_P is not None
+        started, gradient_P = self._clock(), run.gradient_P
         fused_P, loss = gradient_P.clone(), 0.0
         gradient_P.zero_()
         for microbatch in run.gathered.alone:

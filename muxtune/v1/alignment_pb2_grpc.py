@@ -29,7 +29,8 @@ class AlignmentServiceStub:
     """Turns rows into microbatches: tokenizes, applies the chat template and the loss mask, packs and aligns. What it yields
     is a pure function of (dataset version, spec, seed, cursor, layout); it keeps caches, no state.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: admission's and, for microbatches, execution's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def __init__(self, channel):
@@ -64,7 +65,8 @@ class AlignmentServiceServicer:
     """Turns rows into microbatches: tokenizes, applies the chat template and the loss mask, packs and aligns. What it yields
     is a pure function of (dataset version, spec, seed, cursor, layout); it keeps caches, no state.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: admission's and, for microbatches, execution's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def StoreDataset(self, request_iterator, context):
@@ -134,7 +136,8 @@ class AlignmentService:
     """Turns rows into microbatches: tokenizes, applies the chat template and the loss mask, packs and aligns. What it yields
     is a pure function of (dataset version, spec, seed, cursor, layout); it keeps caches, no state.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: admission's and, for microbatches, execution's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     @staticmethod

@@ -30,7 +30,8 @@ class AlignmentServiceStub:
     """Turns rows into microbatches: tokenizes, applies the chat template and the loss mask, packs and aligns. What it yields
     is a pure function of (dataset version, spec, seed, cursor, layout); it keeps caches, no state.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: admission's and, for microbatches, execution's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     @_typing.overload
@@ -58,7 +59,8 @@ class AlignmentServiceAsyncStub(AlignmentServiceStub):
     """Turns rows into microbatches: tokenizes, applies the chat template and the loss mask, packs and aligns. What it yields
     is a pure function of (dataset version, spec, seed, cursor, layout); it keeps caches, no state.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: admission's and, for microbatches, execution's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -82,7 +84,8 @@ class AlignmentServiceServicer(metaclass=_abc_1.ABCMeta):
     """Turns rows into microbatches: tokenizes, applies the chat template and the loss mask, packs and aligns. What it yields
     is a pure function of (dataset version, spec, seed, cursor, layout); it keeps caches, no state.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: admission's and, for microbatches, execution's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     @_abc_1.abstractmethod

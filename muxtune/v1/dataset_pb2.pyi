@@ -131,6 +131,7 @@ class PreflightReport(_message.Message):
     NUM_TRUNCATED_ROWS_FIELD_NUMBER: _builtins.int
     REFUSED_ROWS_FIELD_NUMBER: _builtins.int
     NUM_REFUSED_ROWS_FIELD_NUMBER: _builtins.int
+    LENGTH_QUANTILES_FIELD_NUMBER: _builtins.int
     num_rows: _builtins.int
     num_train_rows: _builtins.int
     num_heldout_rows: _builtins.int
@@ -150,6 +151,10 @@ class PreflightReport(_message.Message):
     def refused_rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusedRow]:
         """At most 100 are listed; the number counts all."""
 
+    @_builtins.property
+    def length_quantiles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens of a row of the training split, after truncation, at 64 evenly spaced quantiles."""
+
     def __init__(
         self,
         *,
@@ -165,10 +170,11 @@ class PreflightReport(_message.Message):
         num_truncated_rows: _builtins.int = ...,
         refused_rows: _abc.Iterable[Global___RefusedRow] | None = ...,
         num_refused_rows: _builtins.int = ...,
+        length_quantiles: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["length_histogram", b"length_histogram", "num_heldout_rows", b"num_heldout_rows", "num_refused_rows", b"num_refused_rows", "num_rows", b"num_rows", "num_steps", b"num_steps", "num_target_tokens_per_epoch", b"num_target_tokens_per_epoch", "num_tokens_per_epoch", b"num_tokens_per_epoch", "num_train_rows", b"num_train_rows", "num_train_tokens", b"num_train_tokens", "num_truncated_rows", b"num_truncated_rows", "refused_rows", b"refused_rows", "samples", b"samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length_histogram", b"length_histogram", "length_quantiles", b"length_quantiles", "num_heldout_rows", b"num_heldout_rows", "num_refused_rows", b"num_refused_rows", "num_rows", b"num_rows", "num_steps", b"num_steps", "num_target_tokens_per_epoch", b"num_target_tokens_per_epoch", "num_tokens_per_epoch", b"num_tokens_per_epoch", "num_train_rows", b"num_train_rows", "num_train_tokens", b"num_train_tokens", "num_truncated_rows", b"num_truncated_rows", "refused_rows", b"refused_rows", "samples", b"samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class ExecutionServiceStub:
-    """Runs plans on one backbone. Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE
-    (retry), INTERNAL.
+    """Runs plans on one backbone. Callers show a certificate: scheduling's or the operator's. Statuses of every RPC:
+    UNAUTHENTICATED, PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def __init__(self, channel):
@@ -59,8 +59,8 @@ class ExecutionServiceStub:
 
 
 class ExecutionServiceServicer:
-    """Runs plans on one backbone. Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE
-    (retry), INTERNAL.
+    """Runs plans on one backbone. Callers show a certificate: scheduling's or the operator's. Statuses of every RPC:
+    UNAUTHENTICATED, PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def RunPlan(self, request_iterator, context):
@@ -128,8 +128,8 @@ def add_ExecutionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ExecutionService:
-    """Runs plans on one backbone. Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE
-    (retry), INTERNAL.
+    """Runs plans on one backbone. Callers show a certificate: scheduling's or the operator's. Statuses of every RPC:
+    UNAUTHENTICATED, PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     @staticmethod

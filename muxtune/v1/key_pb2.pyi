@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +19,33 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _KeyRole:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KeyRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KeyRole.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KEY_ROLE_UNSPECIFIED: _KeyRole.ValueType  # 0
+    """As KEY_ROLE_TENANT."""
+    KEY_ROLE_TENANT: _KeyRole.ValueType  # 1
+    """Everything that is the tenant's."""
+    KEY_ROLE_VIEWER: _KeyRole.ValueType  # 2
+    """Reads what is the tenant's, and changes nothing."""
+    KEY_ROLE_OPERATOR: _KeyRole.ValueType  # 3
+    """Of no tenant: keys, quotas, accounts, the audit log."""
+
+class KeyRole(_KeyRole, metaclass=_KeyRoleEnumTypeWrapper): ...
+
+KEY_ROLE_UNSPECIFIED: KeyRole.ValueType  # 0
+"""As KEY_ROLE_TENANT."""
+KEY_ROLE_TENANT: KeyRole.ValueType  # 1
+"""Everything that is the tenant's."""
+KEY_ROLE_VIEWER: KeyRole.ValueType  # 2
+"""Reads what is the tenant's, and changes nothing."""
+KEY_ROLE_OPERATOR: KeyRole.ValueType  # 3
+"""Of no tenant: keys, quotas, accounts, the audit log."""
+Global___KeyRole: _TypeAlias = KeyRole  # noqa: Y015
 
 @_typing.final
 class ApiKey(_message.Message):
@@ -30,9 +58,11 @@ class ApiKey(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     REVOKE_TIME_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     tenant: _builtins.str
     """tenants/{tenant}"""
+    role: Global___KeyRole.ValueType
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -47,10 +77,11 @@ class ApiKey(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         revoke_time: _timestamp_pb2.Timestamp | None = ...,
+        role: Global___KeyRole.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "revoke_time", b"revoke_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "id", b"id", "revoke_time", b"revoke_time", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "id", b"id", "revoke_time", b"revoke_time", "role", b"role", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -62,8 +93,10 @@ class CreateApiKeyRequest(_message.Message):
 
     TENANT_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
-    """tenants/{tenant}"""
+    """tenants/{tenant}; empty for an operator's key."""
+    role: Global___KeyRole.ValueType
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """Unset: never."""
@@ -73,10 +106,11 @@ class CreateApiKeyRequest(_message.Message):
         *,
         tenant: _builtins.str = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        role: Global___KeyRole.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "role", b"role", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

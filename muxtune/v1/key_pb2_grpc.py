@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class KeyServiceStub:
-    """API keys, for operators: every call carries the mesh's own secret. UNAUTHENTICATED without it.
+    """API keys, for operators: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone else gets
+    PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
     """
 
     def __init__(self, channel):
@@ -53,7 +54,8 @@ class KeyServiceStub:
 
 
 class KeyServiceServicer:
-    """API keys, for operators: every call carries the mesh's own secret. UNAUTHENTICATED without it.
+    """API keys, for operators: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone else gets
+    PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
     """
 
     def CreateApiKey(self, request, context):
@@ -103,7 +105,8 @@ def add_KeyServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KeyService:
-    """API keys, for operators: every call carries the mesh's own secret. UNAUTHENTICATED without it.
+    """API keys, for operators: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone else gets
+    PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
     """
 
     @staticmethod

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class KeyServiceStub:
-    """API keys, for operators: every call carries the mesh's own secret. UNAUTHENTICATED without it."""
+    """API keys, for operators: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone else gets
+    PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -41,7 +43,9 @@ class KeyServiceStub:
 
 @_typing.type_check_only
 class KeyServiceAsyncStub(KeyServiceStub):
-    """API keys, for operators: every call carries the mesh's own secret. UNAUTHENTICATED without it."""
+    """API keys, for operators: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone else gets
+    PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_key_pb2.CreateApiKeyRequest, _key_pb2.CreateApiKeyResponse]  # type: ignore[assignment]
@@ -51,7 +55,9 @@ class KeyServiceAsyncStub(KeyServiceStub):
     """Revoking a revoked key answers OK. NOT_FOUND: no such key."""
 
 class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
-    """API keys, for operators: every call carries the mesh's own secret. UNAUTHENTICATED without it."""
+    """API keys, for operators: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone else gets
+    PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
+    """
 
     @_abc_1.abstractmethod
     def CreateApiKey(

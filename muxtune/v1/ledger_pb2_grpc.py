@@ -29,7 +29,8 @@ class LedgerServiceStub:
     """The durable side of scheduling, served by admission, which owns the only database. Scheduling keeps nothing: it reads
     a snapshot here, and everything it decides or hears from executors becomes true only when committed here.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: scheduling's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def __init__(self, channel):
@@ -79,7 +80,8 @@ class LedgerServiceServicer:
     """The durable side of scheduling, served by admission, which owns the only database. Scheduling keeps nothing: it reads
     a snapshot here, and everything it decides or hears from executors becomes true only when committed here.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: scheduling's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def WatchChanges(self, request, context):
@@ -188,7 +190,8 @@ class LedgerService:
     """The durable side of scheduling, served by admission, which owns the only database. Scheduling keeps nothing: it reads
     a snapshot here, and everything it decides or hears from executors becomes true only when committed here.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: scheduling's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     @staticmethod

@@ -30,7 +30,8 @@ class LedgerServiceStub:
     """The durable side of scheduling, served by admission, which owns the only database. Scheduling keeps nothing: it reads
     a snapshot here, and everything it decides or hears from executors becomes true only when committed here.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: scheduling's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     @_typing.overload
@@ -69,7 +70,8 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     """The durable side of scheduling, served by admission, which owns the only database. Scheduling keeps nothing: it reads
     a snapshot here, and everything it decides or hears from executors becomes true only when committed here.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: scheduling's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -104,7 +106,8 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
     """The durable side of scheduling, served by admission, which owns the only database. Scheduling keeps nothing: it reads
     a snapshot here, and everything it decides or hears from executors becomes true only when committed here.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: scheduling's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     @_abc_1.abstractmethod

@@ -192,6 +192,7 @@ class TaskExplanation(_message.Message):
     PREDICTED_STEP_SECONDS_FIELD_NUMBER: _builtins.int
     MEASURED_STEP_SECONDS_FIELD_NUMBER: _builtins.int
     PADDING_FRACTION_FIELD_NUMBER: _builtins.int
+    PREDICTED_PADDING_FRACTION_FIELD_NUMBER: _builtins.int
     MISSES_DEADLINE_FIELD_NUMBER: _builtins.int
     task: _builtins.str
     executor: _builtins.str
@@ -211,6 +212,8 @@ class TaskExplanation(_message.Message):
     measured_step_seconds: _builtins.float
     padding_fraction: _builtins.float
     """Of its tokens so far, the part that was padding."""
+    predicted_padding_fraction: _builtins.float
+    """Of its tokens in a round, the part that will be padding."""
     misses_deadline: _builtins.bool
     """By the prediction it will be done after its deadline."""
     @_builtins.property
@@ -232,11 +235,12 @@ class TaskExplanation(_message.Message):
         predicted_step_seconds: _builtins.float | None = ...,
         measured_step_seconds: _builtins.float | None = ...,
         padding_fraction: _builtins.float | None = ...,
+        predicted_padding_fraction: _builtins.float | None = ...,
         misses_deadline: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_alone_round_seconds", b"_alone_round_seconds", "_measured_step_seconds", b"_measured_step_seconds", "_padding_fraction", b"_padding_fraction", "_predicted_seconds_left", b"_predicted_seconds_left", "_predicted_step_seconds", b"_predicted_step_seconds", "_round_seconds", b"_round_seconds", "alone_round_seconds", b"alone_round_seconds", "measured_step_seconds", b"measured_step_seconds", "padding_fraction", b"padding_fraction", "predicted_seconds_left", b"predicted_seconds_left", "predicted_step_seconds", b"predicted_step_seconds", "round_seconds", b"round_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alone_round_seconds", b"_alone_round_seconds", "_measured_step_seconds", b"_measured_step_seconds", "_padding_fraction", b"_padding_fraction", "_predicted_padding_fraction", b"_predicted_padding_fraction", "_predicted_seconds_left", b"_predicted_seconds_left", "_predicted_step_seconds", b"_predicted_step_seconds", "_round_seconds", b"_round_seconds", "alone_round_seconds", b"alone_round_seconds", "measured_step_seconds", b"measured_step_seconds", "padding_fraction", b"padding_fraction", "predicted_padding_fraction", b"predicted_padding_fraction", "predicted_seconds_left", b"predicted_seconds_left", "predicted_step_seconds", b"predicted_step_seconds", "round_seconds", b"round_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alone_round_seconds", b"_alone_round_seconds", "_measured_step_seconds", b"_measured_step_seconds", "_padding_fraction", b"_padding_fraction", "_predicted_seconds_left", b"_predicted_seconds_left", "_predicted_step_seconds", b"_predicted_step_seconds", "_round_seconds", b"_round_seconds", "alone_bytes", b"alone_bytes", "alone_round_seconds", b"alone_round_seconds", "executor", b"executor", "measured_step_seconds", b"measured_step_seconds", "misses_deadline", b"misses_deadline", "neighbours", b"neighbours", "padding_fraction", b"padding_fraction", "predicted_bytes", b"predicted_bytes", "predicted_seconds_left", b"predicted_seconds_left", "predicted_step_seconds", b"predicted_step_seconds", "reason", b"reason", "round_seconds", b"round_seconds", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alone_round_seconds", b"_alone_round_seconds", "_measured_step_seconds", b"_measured_step_seconds", "_padding_fraction", b"_padding_fraction", "_predicted_padding_fraction", b"_predicted_padding_fraction", "_predicted_seconds_left", b"_predicted_seconds_left", "_predicted_step_seconds", b"_predicted_step_seconds", "_round_seconds", b"_round_seconds", "alone_bytes", b"alone_bytes", "alone_round_seconds", b"alone_round_seconds", "executor", b"executor", "measured_step_seconds", b"measured_step_seconds", "misses_deadline", b"misses_deadline", "neighbours", b"neighbours", "padding_fraction", b"padding_fraction", "predicted_bytes", b"predicted_bytes", "predicted_padding_fraction", b"predicted_padding_fraction", "predicted_seconds_left", b"predicted_seconds_left", "predicted_step_seconds", b"predicted_step_seconds", "reason", b"reason", "round_seconds", b"round_seconds", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alone_round_seconds: _TypeAlias = _typing.Literal["alone_round_seconds"]  # noqa: Y015
     _WhichOneofArgType__alone_round_seconds: _TypeAlias = _typing.Literal["_alone_round_seconds", b"_alone_round_seconds"]  # noqa: Y015
@@ -244,6 +248,8 @@ class TaskExplanation(_message.Message):
     _WhichOneofArgType__measured_step_seconds: _TypeAlias = _typing.Literal["_measured_step_seconds", b"_measured_step_seconds"]  # noqa: Y015
     _WhichOneofReturnType__padding_fraction: _TypeAlias = _typing.Literal["padding_fraction"]  # noqa: Y015
     _WhichOneofArgType__padding_fraction: _TypeAlias = _typing.Literal["_padding_fraction", b"_padding_fraction"]  # noqa: Y015
+    _WhichOneofReturnType__predicted_padding_fraction: _TypeAlias = _typing.Literal["predicted_padding_fraction"]  # noqa: Y015
+    _WhichOneofArgType__predicted_padding_fraction: _TypeAlias = _typing.Literal["_predicted_padding_fraction", b"_predicted_padding_fraction"]  # noqa: Y015
     _WhichOneofReturnType__predicted_seconds_left: _TypeAlias = _typing.Literal["predicted_seconds_left"]  # noqa: Y015
     _WhichOneofArgType__predicted_seconds_left: _TypeAlias = _typing.Literal["_predicted_seconds_left", b"_predicted_seconds_left"]  # noqa: Y015
     _WhichOneofReturnType__predicted_step_seconds: _TypeAlias = _typing.Literal["predicted_step_seconds"]  # noqa: Y015
@@ -256,6 +262,8 @@ class TaskExplanation(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__measured_step_seconds) -> _WhichOneofReturnType__measured_step_seconds | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__padding_fraction) -> _WhichOneofReturnType__padding_fraction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_padding_fraction) -> _WhichOneofReturnType__predicted_padding_fraction | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_seconds_left) -> _WhichOneofReturnType__predicted_seconds_left | None: ...
     @_typing.overload
@@ -447,6 +455,8 @@ class Backbone(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     ADAPTABLE_MODULES_FIELD_NUMBER: _builtins.int
     KEPT_TOKEN_BYTES_FIELD_NUMBER: _builtins.int
+    PROCESS_BYTES_FIELD_NUMBER: _builtins.int
+    ALLOCATOR_SLACK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     architecture: _builtins.str
     num_parameters: _builtins.int
@@ -459,6 +469,10 @@ class Backbone(_message.Message):
     """float32, bfloat16 or float16"""
     kept_token_bytes: _builtins.float
     """Bytes it keeps for backward by a token, adapters aside, measured when it is loaded. 0: not measured."""
+    process_bytes: _builtins.int
+    """Bytes of a process that has loaded it, weights aside, measured then."""
+    allocator_slack: _builtins.float
+    """What the allocator takes for a byte that is asked for while training. 0: 1.05."""
     @_builtins.property
     def adaptable_modules(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdaptableModule]: ...
     def __init__(
@@ -475,10 +489,12 @@ class Backbone(_message.Message):
         dtype: _builtins.str = ...,
         adaptable_modules: _abc.Iterable[Global___AdaptableModule] | None = ...,
         kept_token_bytes: _builtins.float = ...,
+        process_bytes: _builtins.int = ...,
+        allocator_slack: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptable_modules", b"adaptable_modules", "architecture", b"architecture", "dtype", b"dtype", "hidden_size", b"hidden_size", "kept_token_bytes", b"kept_token_bytes", "max_sequence_tokens", b"max_sequence_tokens", "name", b"name", "num_layers", b"num_layers", "num_parameters", b"num_parameters", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptable_modules", b"adaptable_modules", "allocator_slack", b"allocator_slack", "architecture", b"architecture", "dtype", b"dtype", "hidden_size", b"hidden_size", "kept_token_bytes", b"kept_token_bytes", "max_sequence_tokens", b"max_sequence_tokens", "name", b"name", "num_layers", b"num_layers", "num_parameters", b"num_parameters", "process_bytes", b"process_bytes", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

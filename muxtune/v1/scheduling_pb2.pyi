@@ -279,13 +279,23 @@ class HypotheticalTask(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     NUM_STEPS_FIELD_NUMBER: _builtins.int
     NUM_TRAIN_TOKENS_FIELD_NUMBER: _builtins.int
+    LENGTH_QUANTILES_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    EXECUTOR_FIELD_NUMBER: _builtins.int
     task: _builtins.str
     """tenants/{tenant}/tasks/{task}: of no task there is."""
     num_steps: _builtins.int
     """As AdmissionService.PreflightDataset tells them. num_steps 0: the spec's own."""
     num_train_tokens: _builtins.int
+    step: _builtins.int
+    """Of a task that there is, in a profile only: steps done, and the executor it runs on; empty: it waits."""
+    executor: _builtins.str
     @_builtins.property
     def spec(self) -> _task_pb2.TaskSpec: ...
+    @_builtins.property
+    def length_quantiles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As TaskEstimate has them. None: not known."""
+
     def __init__(
         self,
         *,
@@ -293,10 +303,13 @@ class HypotheticalTask(_message.Message):
         spec: _task_pb2.TaskSpec | None = ...,
         num_steps: _builtins.int = ...,
         num_train_tokens: _builtins.int = ...,
+        length_quantiles: _abc.Iterable[_builtins.int] | None = ...,
+        step: _builtins.int = ...,
+        executor: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_steps", b"num_steps", "num_train_tokens", b"num_train_tokens", "spec", b"spec", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor", b"executor", "length_quantiles", b"length_quantiles", "num_steps", b"num_steps", "num_train_tokens", b"num_train_tokens", "spec", b"spec", "step", b"step", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -363,3 +376,128 @@ class TaskForecast(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seconds_left_with) -> _WhichOneofReturnType__seconds_left_with | None: ...
 
 Global___TaskForecast: _TypeAlias = TaskForecast  # noqa: Y015
+
+@_typing.final
+class GetProfileRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetProfileRequest: _TypeAlias = GetProfileRequest  # noqa: Y015
+
+@_typing.final
+class GetProfileResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROFILE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def profile(self) -> Global___PlannerProfile: ...
+    def __init__(
+        self,
+        *,
+        profile: Global___PlannerProfile | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetProfileResponse: _TypeAlias = GetProfileResponse  # noqa: Y015
+
+@_typing.final
+class PlannerProfile(_message.Message):
+    """Executors with their costs, the unfinished tasks, and the planner's settings."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class TenantWeightsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    EXECUTORS_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    TENANT_WEIGHTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def executors(self) -> _containers.RepeatedCompositeFieldContainer[_plan_pb2.Executor]: ...
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___HypotheticalTask]: ...
+    @_builtins.property
+    def limits(self) -> Global___PlannerLimits: ...
+    @_builtins.property
+    def tenant_weights(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """By tenant; 1 where there is none."""
+
+    def __init__(
+        self,
+        *,
+        executors: _abc.Iterable[_plan_pb2.Executor] | None = ...,
+        tasks: _abc.Iterable[Global___HypotheticalTask] | None = ...,
+        limits: Global___PlannerLimits | None = ...,
+        tenant_weights: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executors", b"executors", "limits", b"limits", "tasks", b"tasks", "tenant_weights", b"tenant_weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannerProfile: _TypeAlias = PlannerProfile  # noqa: Y015
+
+@_typing.final
+class PlannerLimits(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_BUDGET_FIELD_NUMBER: _builtins.int
+    CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
+    FUSION_OFF_FIELD_NUMBER: _builtins.int
+    INTERLEAVING_OFF_FIELD_NUMBER: _builtins.int
+    PREEMPTION_OFF_FIELD_NUMBER: _builtins.int
+    token_budget: _builtins.int
+    """Tokens of one microbatch; 0: 2048."""
+    chunk_tokens: _builtins.int
+    """A power of two; 0: chosen for each hTask."""
+    fusion_off: _builtins.bool
+    """Switches for ablation: every task an hTask of its own; hTasks' rounds one after another; nobody gives way."""
+    interleaving_off: _builtins.bool
+    preemption_off: _builtins.bool
+    def __init__(
+        self,
+        *,
+        token_budget: _builtins.int = ...,
+        chunk_tokens: _builtins.int = ...,
+        fusion_off: _builtins.bool = ...,
+        interleaving_off: _builtins.bool = ...,
+        preemption_off: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_tokens", b"chunk_tokens", "fusion_off", b"fusion_off", "interleaving_off", b"interleaving_off", "preemption_off", b"preemption_off", "token_budget", b"token_budget"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannerLimits: _TypeAlias = PlannerLimits  # noqa: Y015

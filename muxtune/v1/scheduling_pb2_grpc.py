@@ -29,7 +29,8 @@ class SchedulingServiceStub:
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def __init__(self, channel):
@@ -68,13 +69,19 @@ class SchedulingServiceStub:
                 request_serializer=muxtune_dot_v1_dot_scheduling__pb2.SimulatePlanRequest.SerializeToString,
                 response_deserializer=muxtune_dot_v1_dot_scheduling__pb2.SimulatePlanResponse.FromString,
                 _registered_method=True)
+        self.GetProfile = channel.unary_unary(
+                '/muxtune.v1.SchedulingService/GetProfile',
+                request_serializer=muxtune_dot_v1_dot_scheduling__pb2.GetProfileRequest.SerializeToString,
+                response_deserializer=muxtune_dot_v1_dot_scheduling__pb2.GetProfileResponse.FromString,
+                _registered_method=True)
 
 
 class SchedulingServiceServicer:
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def RegisterExecutor(self, request, context):
@@ -124,6 +131,13 @@ class SchedulingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetProfile(self, request, context):
+        """What plans are made from: with it `muxtune plan whatif --profile` and `muxtune plan simulate` answer without a mesh.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -157,6 +171,11 @@ def add_SchedulingServiceServicer_to_server(servicer, server):
                     request_deserializer=muxtune_dot_v1_dot_scheduling__pb2.SimulatePlanRequest.FromString,
                     response_serializer=muxtune_dot_v1_dot_scheduling__pb2.SimulatePlanResponse.SerializeToString,
             ),
+            'GetProfile': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetProfile,
+                    request_deserializer=muxtune_dot_v1_dot_scheduling__pb2.GetProfileRequest.FromString,
+                    response_serializer=muxtune_dot_v1_dot_scheduling__pb2.GetProfileResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'muxtune.v1.SchedulingService', rpc_method_handlers)
@@ -169,7 +188,8 @@ class SchedulingService:
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     @staticmethod
@@ -324,6 +344,33 @@ class SchedulingService:
             '/muxtune.v1.SchedulingService/SimulatePlan',
             muxtune_dot_v1_dot_scheduling__pb2.SimulatePlanRequest.SerializeToString,
             muxtune_dot_v1_dot_scheduling__pb2.SimulatePlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetProfile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxtune.v1.SchedulingService/GetProfile',
+            muxtune_dot_v1_dot_scheduling__pb2.GetProfileRequest.SerializeToString,
+            muxtune_dot_v1_dot_scheduling__pb2.GetProfileResponse.FromString,
             options,
             channel_credentials,
             insecure,

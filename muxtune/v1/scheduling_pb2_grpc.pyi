@@ -30,7 +30,8 @@ class SchedulingServiceStub:
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     @_typing.overload
@@ -57,13 +58,16 @@ class SchedulingServiceStub:
     Forecasts are left out until the executors' costs are known.
     INVALID_ARGUMENT: a spec that does not read, no number of steps, or the name of a task there is.
     """
+    GetProfile: _grpc.UnaryUnaryMultiCallable[_scheduling_pb2.GetProfileRequest, _scheduling_pb2.GetProfileResponse]
+    """What plans are made from: with it `muxtune plan whatif --profile` and `muxtune plan simulate` answer without a mesh."""
 
 @_typing.type_check_only
 class SchedulingServiceAsyncStub(SchedulingServiceStub):
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -87,12 +91,15 @@ class SchedulingServiceAsyncStub(SchedulingServiceStub):
     Forecasts are left out until the executors' costs are known.
     INVALID_ARGUMENT: a spec that does not read, no number of steps, or the name of a task there is.
     """
+    GetProfile: _aio.UnaryUnaryMultiCallable[_scheduling_pb2.GetProfileRequest, _scheduling_pb2.GetProfileResponse]  # type: ignore[assignment]
+    """What plans are made from: with it `muxtune plan whatif --profile` and `muxtune plan simulate` answer without a mesh."""
 
 class SchedulingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
-    Every call carries the mesh secret. Statuses of every RPC: UNAUTHENTICATED, UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     @_abc_1.abstractmethod
@@ -150,5 +157,13 @@ class SchedulingServiceServicer(metaclass=_abc_1.ABCMeta):
         Forecasts are left out until the executors' costs are known.
         INVALID_ARGUMENT: a spec that does not read, no number of steps, or the name of a task there is.
         """
+
+    @_abc_1.abstractmethod
+    def GetProfile(
+        self,
+        request: _scheduling_pb2.GetProfileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduling_pb2.GetProfileResponse, _abc.Awaitable[_scheduling_pb2.GetProfileResponse]]:
+        """What plans are made from: with it `muxtune plan whatif --profile` and `muxtune plan simulate` answer without a mesh."""
 
 def add_SchedulingServiceServicer_to_server(servicer: SchedulingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

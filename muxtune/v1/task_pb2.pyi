@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from muxtune.v1 import budget_pb2 as _budget_pb2
 from muxtune.v1 import errors_pb2 as _errors_pb2
 from muxtune.v1 import method_pb2 as _method_pb2
 import builtins as _builtins
@@ -226,6 +227,7 @@ class TaskSpec(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     DEADLINE_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
     backbone: _builtins.str
     """Name of a backbone that an executor hosts."""
     dataset: _builtins.str
@@ -262,6 +264,8 @@ class TaskSpec(_message.Message):
     def deadline(self) -> _timestamp_pb2.Timestamp:
         """By when it should be done: it is not refused or ended if it can't be, but told."""
 
+    @_builtins.property
+    def budget(self) -> _budget_pb2.Budget: ...
     def __init__(
         self,
         *,
@@ -281,10 +285,11 @@ class TaskSpec(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         priority: _builtins.int = ...,
         deadline: _timestamp_pb2.Timestamp | None = ...,
+        budget: _budget_pb2.Budget | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bottleneck", b"bottleneck", "deadline", b"deadline", "ia3", b"ia3", "lora", b"lora", "method", b"method", "miss", b"miss", "prefix", b"prefix", "prompt", b"prompt", "selective", b"selective", "training", b"training", "vera", b"vera"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bottleneck", b"bottleneck", "budget", b"budget", "deadline", b"deadline", "ia3", b"ia3", "lora", b"lora", "method", b"method", "miss", b"miss", "prefix", b"prefix", "prompt", b"prompt", "selective", b"selective", "training", b"training", "vera", b"vera"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "bottleneck", b"bottleneck", "dataset", b"dataset", "dataset_version", b"dataset_version", "deadline", b"deadline", "ia3", b"ia3", "initial_adapter", b"initial_adapter", "labels", b"labels", "lora", b"lora", "method", b"method", "miss", b"miss", "prefix", b"prefix", "priority", b"priority", "prompt", b"prompt", "selective", b"selective", "training", b"training", "vera", b"vera"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "bottleneck", b"bottleneck", "budget", b"budget", "dataset", b"dataset", "dataset_version", b"dataset_version", "deadline", b"deadline", "ia3", b"ia3", "initial_adapter", b"initial_adapter", "labels", b"labels", "lora", b"lora", "method", b"method", "miss", b"miss", "prefix", b"prefix", "priority", b"priority", "prompt", b"prompt", "selective", b"selective", "training", b"training", "vera", b"vera"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_method: _TypeAlias = _typing.Literal["lora", "vera", "ia3", "bottleneck", "selective", "prompt", "prefix", "miss"]  # noqa: Y015
     _WhichOneofArgType_method: _TypeAlias = _typing.Literal["method", b"method"]  # noqa: Y015
@@ -539,6 +544,7 @@ class TaskEstimate(_message.Message):
     ADDED_BYTES_FIELD_NUMBER: _builtins.int
     SEPARATE_INSTANCE_BYTES_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    LENGTH_QUANTILES_FIELD_NUMBER: _builtins.int
     num_train_rows: _builtins.int
     num_heldout_rows: _builtins.int
     num_refused_rows: _builtins.int
@@ -550,7 +556,11 @@ class TaskEstimate(_message.Message):
     """Bytes the task adds to an executor that already hosts the backbone, and bytes of an instance of its own."""
     separate_instance_bytes: _builtins.int
     seconds: _builtins.float
-    """Seconds, from measured throughput of the executors of that backbone; unset until one has been measured."""
+    """Seconds alone on the fastest executor of that backbone, by its cost model; unset until one has been calibrated."""
+    @_builtins.property
+    def length_quantiles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens of a row of its training split at 64 evenly spaced quantiles."""
+
     def __init__(
         self,
         *,
@@ -562,10 +572,11 @@ class TaskEstimate(_message.Message):
         added_bytes: _builtins.int = ...,
         separate_instance_bytes: _builtins.int = ...,
         seconds: _builtins.float | None = ...,
+        length_quantiles: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "seconds", b"seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "added_bytes", b"added_bytes", "num_heldout_rows", b"num_heldout_rows", "num_refused_rows", b"num_refused_rows", "num_steps", b"num_steps", "num_train_rows", b"num_train_rows", "num_train_tokens", b"num_train_tokens", "seconds", b"seconds", "separate_instance_bytes", b"separate_instance_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "added_bytes", b"added_bytes", "length_quantiles", b"length_quantiles", "num_heldout_rows", b"num_heldout_rows", "num_refused_rows", b"num_refused_rows", "num_steps", b"num_steps", "num_train_rows", b"num_train_rows", "num_train_tokens", b"num_train_tokens", "seconds", b"seconds", "separate_instance_bytes", b"separate_instance_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seconds: _TypeAlias = _typing.Literal["seconds"]  # noqa: Y015
     _WhichOneofArgType__seconds: _TypeAlias = _typing.Literal["_seconds", b"_seconds"]  # noqa: Y015

@@ -3,9 +3,11 @@
 import asyncio
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 
+from engine.planning.plan import Limits
 from muxtune.v1 import (
     admission_pb2,
     admission_pb2_grpc,
@@ -14,15 +16,24 @@ from muxtune.v1 import (
     key_pb2_grpc,
     ledger_pb2,
     ledger_pb2_grpc,
+    operator_pb2,
+    operator_pb2_grpc,
 )
 from services.admission.admit import Admitter, Quota
+from services.admission.audit import audited_in
 from services.admission.database import Database
+from services.admission.identity import RateLimit, authenticator
 from services.admission.keys import KeyStore
 from services.admission.ledger import Ledger
+from services.admission.limits import LimitsWatch
 from services.admission.notifier import Notifier
-from services.admission.servicer import AdmissionServicer, KeyServicer, LedgerServicer, authenticator
+from services.admission.oidc import Provider, TokenVerifier
+from services.admission.operator import OperatorServicer
+from services.admission.servicer import AdmissionServicer, KeyServicer, LedgerServicer
 from services.admission.sweep import sweep_checkpoints
 from services.artifacts import ArtifactStore
+from services.auth import Authenticate
+from services.certificates import Certificates
 from services.config import ServerSettings, from_environment
 from services.mesh import open_channel
 from services.server import serve, start_vital
@@ -30,15 +41,58 @@ from services.server import serve, start_vital
 
 @dataclass(frozen=True, kw_only=True)
 class AdmissionSettings(ServerSettings):
-    """`database_url` as SQLAlchemy writes it: sqlite:///path or postgresql+psycopg://..."""
+    """`database_url` as SQLAlchemy writes it: sqlite:///path or postgresql+psycopg://...
+
+    `listen` is the clients', with the certificate in `public_certs` (default: `certs`); who shows one, services and
+    operators, comes to `internal_listen`. `oidc_*`: see services/admission/oidc.py; no issuer, no tokens.
+    `max_*` hold for tenants without a quota of their own; 0: no limit.
+    """
 
     database_url: str
     artifact_url: str
     alignment_address: str
+    internal_listen: str = "127.0.0.1:0"
+    public_certs: Path | None = None
+    oidc_issuer: str = ""
+    oidc_audience: str = ""
+    oidc_keys: str = ""
+    oidc_algorithms: str = "RS256,ES256"
+    oidc_tenant_claim: str = "tenant"
+    requests_per_second: float = 500.0
     max_adapter_bytes: int = 512 << 20
     max_unfinished_tasks: int = 1000
+    max_dataset_bytes: int = 0
+    max_tokens_per_day: int = 0
+    max_device_seconds_per_day: float = 0.0
     token_budget: int = 2048
-    chunk_tokens: int = 16
+    chunk_tokens: int = 0
+
+    def secure_ports(self, certificates: Certificates) -> list[tuple[str, grpc.ServerCredentials | None]]:
+        public = Certificates(self.public_certs) if self.public_certs else certificates
+        return [
+            (self.listen, public.for_server(is_mutual=False)),
+            (self.internal_listen, certificates.for_server(is_mutual=True)),
+        ]
+
+    def quota(self) -> Quota:
+        return Quota(
+            self.max_unfinished_tasks,
+            Limits(self.token_budget, self.chunk_tokens),
+            self.max_dataset_bytes,
+            self.max_tokens_per_day,
+            self.max_device_seconds_per_day,
+        )
+
+    def authenticate(self, keys: KeyStore) -> Authenticate:
+        """By API key, and by token of the issuer if one is set."""
+        verifier = None
+        if self.oidc_issuer:
+            algorithms = tuple(filter(None, map(str.strip, self.oidc_algorithms.split(","))))
+            provider = Provider(
+                self.oidc_issuer, self.oidc_audience, self.oidc_keys, algorithms, self.oidc_tenant_claim
+            )
+            verifier = TokenVerifier(provider)
+        return authenticator(keys, self.mesh_secret, verifier, RateLimit(self.requests_per_second))
 
 
 async def main() -> None:
@@ -46,19 +100,21 @@ async def main() -> None:
     database = Database(settings.database_url)
     database.migrate()
     artifacts = ArtifactStore.open(settings.artifact_url)
-    alignment = alignment_pb2_grpc.AlignmentServiceStub(open_channel(settings.alignment_address, settings.mesh_secret))
-    quota = Quota(settings.max_unfinished_tasks, settings.token_budget, settings.chunk_tokens)
-    notifier, keys = Notifier(), KeyStore(database)
-    ledger = LedgerServicer(Ledger(database), notifier, lambda: sweep_checkpoints(database, artifacts))
+    to_alignment = open_channel(settings.alignment_address, settings.mesh_secret, settings.trust("alignment"))
+    alignment = alignment_pb2_grpc.AlignmentServiceStub(to_alignment)
+    quota, notifier, keys = settings.quota(), Notifier(), KeyStore(database)
+    default = quota.to_proto()
+    ledger = LedgerServicer(Ledger(database, quota=default), notifier, lambda: sweep_checkpoints(database, artifacts))
     admitter = Admitter(database, artifacts, alignment, quota)
     servicer = AdmissionServicer(database, artifacts, alignment, admitter, notifier, settings.max_adapter_bytes)
 
     def register(server: grpc.aio.Server) -> list[str]:
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, server)
         key_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(keys), server)
+        operator_pb2_grpc.add_OperatorServiceServicer_to_server(OperatorServicer(database, default, notifier), server)
         ledger_pb2_grpc.add_LedgerServiceServicer_to_server(ledger, server)
-        modules = ((admission_pb2, "AdmissionService"), (key_pb2, "KeyService"), (ledger_pb2, "LedgerService"))
-        return [module.DESCRIPTOR.services_by_name[name].full_name for module, name in modules]
+        modules = (admission_pb2, key_pb2, operator_pb2, ledger_pb2)
+        return [service.full_name for m in modules for service in m.DESCRIPTOR.services_by_name.values()]
 
     async def stop() -> None:
         notifier.close()
@@ -66,8 +122,16 @@ async def main() -> None:
     running = [
         start_vital(ledger.announce_expiries(), "leases"),
         start_vital(ledger.sweep_after_changes(), "sweep"),
+        start_vital(LimitsWatch(database, default, notifier).run(), "limits"),
     ]
-    await serve("admission", settings, register, authenticate=authenticator(keys, settings.mesh_secret), on_stop=stop)
+    await serve(
+        "admission",
+        settings,
+        register,
+        authenticate=settings.authenticate(keys),
+        audit=audited_in(database),
+        on_stop=stop,
+    )
     for task in running:
         task.cancel()
     database.close()

@@ -4,23 +4,23 @@ Nothing is stored here. Source of the order: authorize, then idempotency, then v
 """
 
 import asyncio
-import json
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from engine.errors import InvalidInputError, QuotaExceededError
-from engine.planning.memory import adapter_bytes, refuse_if_never_fits, separate_instance_bytes
-from engine.planning.plan import BackboneView, ExecutorView
+from engine.errors import InvalidInputError
+from engine.planning.eta import seconds_alone
+from engine.planning.memory import adapter_bytes, separate_instance_bytes
+from engine.planning.plan import BackboneView, ExecutorView, Limits, TaskView
+from engine.planning.remedy import refuse_if_never_fits
 from engine.task import TaskSpec
-from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, dataset_pb2, task_pb2
-from services.admission import catalog
+from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, dataset_pb2, operator_pb2, task_pb2
+from services.admission import accounts, catalog
 from services.admission.database import Database
 from services.admission.ledger import known_executors
 from services.admission.names import authorize, denied
 from services.admission.receipt import CONFIG_FILE
-from services.admission.tables import tasks as tasks_table
-from services.admission.tasks import UNFINISHED
+from services.admission.safetensors import plain_json
 from services.admission.validation import validate
 from services.artifacts import ArtifactStore
 from services.auth import Principal
@@ -41,11 +41,21 @@ class Admissible:
 
 @dataclass(frozen=True)
 class Quota:
-    """`token_budget` and `chunk_tokens` are the planner's, for the memory model."""
+    """What holds for tenants without limits of their own (0: none). `limits` are the planner's, for its models."""
 
     max_unfinished_tasks: int
-    token_budget: int
-    chunk_tokens: int
+    limits: Limits
+    max_dataset_bytes: int = 0
+    max_tokens_per_day: int = 0
+    max_device_seconds_per_day: float = 0.0
+
+    def to_proto(self) -> operator_pb2.Quota:
+        return operator_pb2.Quota(
+            max_dataset_bytes=self.max_dataset_bytes,
+            max_unfinished_tasks=self.max_unfinished_tasks,
+            max_tokens_per_day=self.max_tokens_per_day,
+            max_device_seconds_per_day=self.max_device_seconds_per_day,
+        )
 
 
 class Admitter:
@@ -62,19 +72,26 @@ class Admitter:
 
     async def examine(self, principal: Principal, spec: task_pb2.TaskSpec) -> Admissible:
         """Raises PermissionDeniedError, InvalidInputError, WillNeverFitError or QuotaExceededError."""
+        accounts.check_budget(spec.budget)
         resolved, key, executors = await asyncio.to_thread(self._resolve, principal, spec)
         domain = spec_to_domain(resolved)
         backbone = validate(domain, [executor.backbone for executor in executors])
         if key:
             await asyncio.to_thread(self._check_initial_adapter, domain, key)
-        refuse_if_never_fits(domain, executors, self._quota.token_budget, self._quota.chunk_tokens)
+        refuse_if_never_fits(domain, executors, self._quota.limits)
         report = await self._inspect(str(principal.tenant), resolved)
         if domain.training.warmup_steps > report.num_steps:
             raise InvalidInputError.of_field(
                 "spec.training.warmup_steps", f"{domain.training.warmup_steps} of {report.num_steps} steps in all"
             )
-        rate = max((e.effective_tokens_per_second for e in executors if e.backbone.name == backbone.name), default=0.0)
-        return Admissible(resolved, _estimate(report, domain, backbone, rate), key)
+        estimate = _estimate(report, domain, backbone)
+        task = TaskView("", "", domain, 0, report.num_steps, num_train_tokens=report.num_train_tokens,
+                        length_quantiles=tuple(report.length_quantiles))  # fmt: skip
+        hosts = [executor for executor in executors if executor.backbone.name == backbone.name]
+        seconds = [seconds_alone(task, executor, self._quota.limits) for executor in hosts if executor.can_predict]
+        if seconds:
+            estimate.seconds = min(seconds)
+        return Admissible(resolved, estimate, key)
 
     def _resolve(
         self, principal: Principal, spec: task_pb2.TaskSpec
@@ -94,25 +111,33 @@ class Admitter:
             if spec.initial_adapter:
                 name = authorize(principal, spec.initial_adapter, "adapters")
                 key = catalog.adapter_row(connection, name).manifest_key
-            self._check_quota(connection, str(principal.tenant))
+            accounts.check_task(connection, str(principal.tenant), self._quota.to_proto())
             executors = [executor_to_view(executor) for executor in known_executors(connection)]
         return resolved, key, executors
 
     def check_again(self, connection: sa.Connection, tenant: str, admissible: Admissible) -> None:
         """In the transaction that stores the task: the quota, and that its dataset is the one that was examined."""
-        self._check_quota(connection, tenant)
+        accounts.check_task(connection, tenant, self._quota.to_proto())
         if catalog.dataset_row(connection, admissible.spec.dataset).sha256 != admissible.spec.dataset_version:
             raise denied(admissible.spec.dataset)
 
-    def _check_quota(self, connection: sa.Connection, tenant: str) -> None:
-        columns, most = tasks_table.c, self._quota.max_unfinished_tasks
-        query = sa.select(sa.func.count()).where(columns.tenant == tenant, columns.state.in_(UNFINISHED))
-        if (count := connection.execute(query).scalar_one()) >= most:
-            raise QuotaExceededError(f"{tenant} has {count} unfinished tasks; at most {most}", subject=tenant)
+    def check_bytes(self, tenant: str, added_bytes: int) -> None:
+        """Before a dataset is taken in. Raises QuotaExceededError."""
+        with self._database.read() as connection:
+            accounts.check_bytes(connection, tenant, added_bytes, self._quota.to_proto())
+
+    def check_bytes_again(self, connection: sa.Connection, tenant: str, added_bytes: int) -> None:
+        """In the transaction that stores the dataset."""
+        accounts.check_bytes(connection, tenant, added_bytes, self._quota.to_proto())
 
     def _check_initial_adapter(self, spec: TaskSpec, key: str) -> None:
         manifest = self._artifacts.read_manifest(key)
-        if why := spec.method.misfit(json.loads(self._artifacts.read_file(manifest, CONFIG_FILE))):
+        config = plain_json(self._artifacts.read_file(manifest, CONFIG_FILE))
+        try:
+            why = spec.method.misfit(config)
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            why = f"{CONFIG_FILE} has a field of another type than PEFT writes ({type(error).__name__})"
+        if why:
             raise InvalidInputError.of_field("spec.initial_adapter", why)
 
     async def _inspect(self, tenant: str, spec: task_pb2.TaskSpec) -> dataset_pb2.PreflightReport:
@@ -124,10 +149,8 @@ class Admitter:
         return answer.report
 
 
-def _estimate(
-    report: dataset_pb2.PreflightReport, spec: TaskSpec, backbone: BackboneView, tokens_per_second: float
-) -> task_pb2.TaskEstimate:
-    estimate = task_pb2.TaskEstimate(
+def _estimate(report: dataset_pb2.PreflightReport, spec: TaskSpec, backbone: BackboneView) -> task_pb2.TaskEstimate:
+    return task_pb2.TaskEstimate(
         num_train_rows=report.num_train_rows,
         num_heldout_rows=report.num_heldout_rows,
         num_refused_rows=report.num_refused_rows,
@@ -135,7 +158,5 @@ def _estimate(
         num_train_tokens=report.num_train_tokens,
         added_bytes=adapter_bytes(spec, backbone),
         separate_instance_bytes=separate_instance_bytes(spec, backbone),
+        length_quantiles=report.length_quantiles,
     )
-    if tokens_per_second > 0:
-        estimate.seconds = report.num_train_tokens / tokens_per_second
-    return estimate

@@ -10,7 +10,7 @@ from engine.target_modules import suffixes
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, artifact_pb2, dataset_pb2, plan_pb2
 from services.admission import catalog, pages, requests, tasks
-from services.admission.admit import INSPECT_SECONDS
+from services.admission.admit import INSPECT_SECONDS, Admitter
 from services.admission.database import Database
 from services.admission.ledger import known_executors
 from services.admission.names import authorize, new_name, parent_of
@@ -27,6 +27,7 @@ class DataRpcs:
     _database: Database
     _artifacts: ArtifactStore
     _alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub"
+    _admitter: Admitter
     _max_adapter_bytes: int
     _bytes_locks: WeakValueDictionary[str, asyncio.Lock]
 
@@ -37,6 +38,7 @@ class DataRpcs:
         name = await asyncio.to_thread(self._dataset_name, tenant, header, body)
         known = await asyncio.to_thread(self._existing_dataset, name, header.request_id, body, file.sha256.lower())
         if known is None:
+            await asyncio.to_thread(self._admitter.check_bytes, tenant, file.size_bytes)
             async with self._bytes_lock(tenant, file.sha256.lower()):
                 stored = await self._alignment.StoreDataset(_forwarded(tenant, file, chunks))
                 try:
@@ -147,6 +149,7 @@ class DataRpcs:
             made = requests.find(connection, tenant, request_id, "UploadDataset", body)
             name = made or name
             if catalog.existing_dataset(connection, name, stored.sha256) is None:
+                self._admitter.check_bytes_again(connection, tenant, stored.size_bytes)
                 shapes = dict(stored.num_rows_by_shape)
                 catalog.insert_dataset(connection, name, stored.sha256, stored.size_bytes, stored.num_rows, shapes)
             if not made:

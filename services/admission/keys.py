@@ -8,11 +8,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from engine.errors import NotFoundError, UnauthenticatedError
+from engine.errors import InvalidInputError, NotFoundError, UnauthenticatedError
+from services.access import Role
 from services.admission.clock import now
 from services.admission.database import Database
 from services.admission.names import check_tenant
 from services.admission.tables import api_keys
+from services.auth import Principal
 
 
 class KeyStore:
@@ -21,12 +23,18 @@ class KeyStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def create(self, tenant: str, expires: int | None) -> tuple[Any, str]:
-        """(row, the key to give to the client)."""
+    def create(self, tenant: str, expires: int | None, role: Role = Role.TENANT) -> tuple[Any, str]:
+        """(row, the key to give to the client). An operator's key is of no tenant: `tenant` must be empty.
+
+        Raises InvalidInputError for that, and for a tenant that is none.
+        """
+        if role is Role.OPERATOR and tenant:
+            raise InvalidInputError.of_field("tenant", f'"{tenant}": an operator\'s key has no tenant: leave it empty')
         key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32).replace("_", "-")
         row = {
             "id": key_id,
-            "tenant": check_tenant(tenant),
+            "tenant": tenant if role is Role.OPERATOR else check_tenant(tenant),
+            "role": role.value,
             "secret_sha256": _hash(secret),
             "created": now(),
             "expires": expires,
@@ -47,7 +55,7 @@ class KeyStore:
                 connection.execute(sa.update(api_keys).where(api_keys.c.id == key_id).values(revoked=now()))
             return self._row(connection, key_id)
 
-    def tenant_of(self, token: str) -> str:
+    def principal_of(self, token: str) -> Principal:
         """Raises UnauthenticatedError, alike for malformed, unknown, wrong, expired and revoked keys."""
         prefix, key_id, secret = (*token.split("_", 2), "", "")[:3]
         with self._database.read() as connection:
@@ -56,8 +64,7 @@ class KeyStore:
         is_ended = row is not None and (row.revoked is not None or (row.expires is not None and row.expires <= now()))
         if prefix != "mxt" or row is None or not is_right or is_ended:
             raise UnauthenticatedError("the API key is unknown, expired or revoked")
-        tenant: str = row.tenant
-        return tenant
+        return Principal(row.tenant or None, Role(row.role), f"key {key_id}")
 
     def _row(self, connection: sa.Connection, key_id: str) -> Any:
         row = connection.execute(sa.select(api_keys).where(api_keys.c.id == key_id)).one_or_none()

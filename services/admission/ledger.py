@@ -16,8 +16,8 @@ import sqlalchemy as sa
 from engine.errors import LeaseLostError, StaleEpochError
 from engine.task import TaskState
 from muxtune.v1 import ledger_pb2 as pb
-from muxtune.v1 import plan_pb2, task_pb2
-from services.admission import results, tasks
+from muxtune.v1 import operator_pb2, plan_pb2, task_pb2
+from services.admission import accounts, results, tasks
 from services.admission.clock import now
 from services.admission.database import Database
 from services.admission.tables import executors, incarnations, plans
@@ -25,10 +25,15 @@ from services.admission.tables import tasks as tasks_table
 
 
 class Ledger:
-    """`monotonic` is the clock of leases, replaceable in tests."""
+    """`monotonic` is the clock of leases, replaceable in tests. `quota`: of tenants without one of their own."""
 
-    def __init__(self, database: Database, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self._database = database
+    def __init__(
+        self,
+        database: Database,
+        monotonic: Callable[[], float] = time.monotonic,
+        quota: operator_pb2.Quota | None = None,
+    ) -> None:
+        self._database, self._quota = database, quota or operator_pb2.Quota()
         self._monotonic = monotonic
         self._deadlines: dict[str, float] = {}
         self._guard = threading.Lock()
@@ -37,16 +42,20 @@ class Ledger:
                 self._deadlines[row.name] = monotonic() + row.lease_seconds
 
     def snapshot(self) -> pb.GetSnapshotResponse:
-        """Unfinished tasks, live executors. Call `end_expired` before."""
+        """Unfinished tasks, live executors. Call `end_expired` before.
+
+        Tasks of a tenant who used up a limit of the day are left out, so that they are handed back and wait.
+        """
         with self._database.write() as connection:
             rows = connection.execute(
                 sa.select(tasks_table)
                 .where(tasks_table.c.state.in_(tasks.UNFINISHED))
                 .order_by(tasks_table.c.created, tasks_table.c.name)
             ).all()
+            waiting, cancelling = accounts.exhausted_tenants(connection, self._quota), TaskState.CANCELLING.name
             version = connection.execute(sa.select(sa.func.max(plans.c.version))).scalar() or 0
             return pb.GetSnapshotResponse(
-                tasks=[_snapshot_task(row) for row in rows],
+                tasks=[_snapshot_task(row) for row in rows if row.tenant not in waiting or row.state == cancelling],
                 executors=[self._executor(row) for row in self._live(connection)],
                 plan_version=version,
             )

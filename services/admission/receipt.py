@@ -1,17 +1,18 @@
 """Files on their way in from a client, checked against what was announced, and a PEFT folder among them. Pure."""
 
 import hashlib
-import json
 import math
 
 from engine.errors import ChecksumMismatchError, InvalidInputError, QuotaExceededError
 from engine.methods import METHODS
+from engine.methods.lora import MAX_RANK
 from muxtune.v1 import artifact_pb2
+from services.admission.safetensors import check_safetensors, plain_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _PEFT_TYPES = (*dict.fromkeys(method.peft_type for method in METHODS.values()), "LN_TUNING")
-_MAX_HEADER_BYTES = 16 << 20
+_MAX_CONFIG_BYTES = 256 << 10
 
 
 class FolderReceipt:
@@ -53,36 +54,24 @@ class FolderReceipt:
         if missing := [name for name in _PEFT_FILES if name not in files]:
             raise InvalidInputError.of_field("file", f"missing: {', '.join(missing)}")
         _check_config(files[CONFIG_FILE])
-        _check_safetensors(files[WEIGHTS_FILE])
+        check_safetensors(files[WEIGHTS_FILE], WEIGHTS_FILE)
         return files
 
 
 def _check_config(data: bytes) -> None:
+    """Plain JSON of a method we know, that names no code to be imported. Source: peft.PeftConfig."""
+    if len(data) > _MAX_CONFIG_BYTES:
+        raise InvalidInputError.of_field(CONFIG_FILE, f"has {len(data)} bytes; at most {_MAX_CONFIG_BYTES}")
     try:
-        fields = json.loads(data)
+        fields = plain_json(data)
         is_known = fields["peft_type"] in _PEFT_TYPES
         if fields["peft_type"] == "LORA":
-            is_known = int(fields["r"]) > 0 and math.isfinite(fields["lora_alpha"])
+            is_known = 0 < int(fields["r"]) <= MAX_RANK and math.isfinite(fields["lora_alpha"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         is_known = False
     if not is_known:
-        raise InvalidInputError.of_field(CONFIG_FILE, f"is no adapter's configuration: one of {', '.join(_PEFT_TYPES)}")
-
-
-def _check_safetensors(data: bytes) -> None:
-    """The header must be JSON and its tensors must tile the file exactly. Source: the safetensors format."""
-    try:
-        size = int.from_bytes(data[:8], "little")
-        if size > min(_MAX_HEADER_BYTES, len(data) - 8):
-            raise ValueError("header leaves the file")
-        header = json.loads(data[8 : 8 + size])
-        spans = sorted(tuple(entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__")
-        end = 0
-        for start, stop in spans:
-            if start != end or stop < start:
-                raise ValueError("tensors overlap or leave gaps")
-            end = stop
-        if end != len(data) - 8 - size or not spans:
-            raise ValueError("tensors do not fill the file")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InvalidInputError.of_field(WEIGHTS_FILE, f"is no safetensors file: {error}") from error
+        raise InvalidInputError.of_field(
+            CONFIG_FILE, f"is no adapter's configuration: one of {', '.join(_PEFT_TYPES)}; LoRA's r 1 to {MAX_RANK}"
+        )
+    if fields.get("auto_map"):
+        raise InvalidInputError.of_field(f"{CONFIG_FILE}.auto_map", "names code to be imported: leave it null")

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from engine.task import TaskState
 from muxtune.v1 import ledger_pb2 as pb
 from muxtune.v1 import plan_pb2, task_pb2
-from services.admission import tasks
+from services.admission import accounts, tasks
 from services.admission.clock import now
 from services.admission.tables import adapters
 from services.admission.tables import tasks as tasks_table
@@ -48,6 +48,10 @@ def _step_done(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult)
     progress.num_neighbours = step.num_neighbours
     _put_progress(connection, row, progress, progress_time=moment)
     tasks.append_event(connection, row.name, task_pb2.TaskEvent(step_done=step))
+    accounts.charge(connection, row.tenant, step)
+    why = accounts.spent(task_pb2.TaskSpec.FromString(row.spec).budget, progress)
+    if why and row.state == TaskState.RUNNING.name:
+        tasks.change_state(connection, row, TaskState.CANCELLING, why)
     return True
 
 

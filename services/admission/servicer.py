@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
-from engine.errors import MuxtuneError, PermissionDeniedError, UnavailableError
+from engine.errors import InvalidInputError, MuxtuneError, UnavailableError
 from muxtune.v1 import admission_pb2_grpc, alignment_pb2_grpc, key_pb2, key_pb2_grpc, ledger_pb2, ledger_pb2_grpc
+from services.access import Role
 from services.admission.admit import Admitter
 from services.admission.clock import microseconds, timestamp
 from services.admission.data_rpcs import DataRpcs
@@ -19,22 +20,9 @@ from services.admission.ledger import Ledger
 from services.admission.notifier import ANYTHING, Notifier
 from services.admission.task_rpcs import TaskRpcs
 from services.artifacts import ArtifactStore
-from services.auth import Authenticate, Principal, current_principal, mesh_authenticator
 
-_CLIENT_SERVICE = "/muxtune.v1.AdmissionService/"
+_MAX_LEASE_SECONDS = 86_400.0
 _log = logging.getLogger(__name__)
-
-
-def authenticator(keys: KeyStore, mesh_secret: str) -> Authenticate:
-    """Clients' RPCs take a tenant's key, all others the mesh secret."""
-    mesh = mesh_authenticator(mesh_secret)
-
-    async def authenticate(method: str, token: str) -> Principal:
-        if method.startswith(_CLIENT_SERVICE):
-            return Principal(await asyncio.to_thread(keys.tenant_of, token))
-        return await mesh(method, token)
-
-    return authenticate
 
 
 class AdmissionServicer(TaskRpcs, DataRpcs, admission_pb2_grpc.AdmissionServiceServicer):
@@ -61,18 +49,15 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         self._keys = keys
 
     async def CreateApiKey(self, request: key_pb2.CreateApiKeyRequest, context: Any) -> key_pb2.CreateApiKeyResponse:
-        _mesh_only()
         expires = microseconds(request.expire_time, "expire_time") if request.HasField("expire_time") else None
-        row, secret = await asyncio.to_thread(self._keys.create, request.tenant, expires)
+        row, secret = await asyncio.to_thread(self._keys.create, request.tenant, expires, _role(request.role))
         return key_pb2.CreateApiKeyResponse(key=_key_to_proto(row), secret=secret)
 
     async def ListApiKeys(self, request: key_pb2.ListApiKeysRequest, context: Any) -> key_pb2.ListApiKeysResponse:
-        _mesh_only()
         rows = await asyncio.to_thread(self._keys.ls, request.tenant)
         return key_pb2.ListApiKeysResponse(keys=[_key_to_proto(row) for row in rows])
 
     async def RevokeApiKey(self, request: key_pb2.RevokeApiKeyRequest, context: Any) -> key_pb2.RevokeApiKeyResponse:
-        _mesh_only()
         row = await asyncio.to_thread(self._keys.revoke, request.id)
         return key_pb2.RevokeApiKeyResponse(key=_key_to_proto(row))
 
@@ -124,7 +109,9 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
         return ledger_pb2.RevokeAttemptsResponse(num_revoked=len(taken))
 
     async def PutLease(self, request: ledger_pb2.PutLeaseRequest, context: Any) -> ledger_pb2.PutLeaseResponse:
-        seconds = request.duration.ToTimedelta().total_seconds()
+        seconds = request.duration.seconds + request.duration.nanos / 1e9
+        if not 0 <= seconds <= _MAX_LEASE_SECONDS:
+            raise InvalidInputError.of_field("duration", f"{seconds:g} s must be 0 to {_MAX_LEASE_SECONDS:g}")
         epoch, taken = await asyncio.to_thread(self._ledger.put_lease, request.executor, seconds)
         if request.executor.lease_epoch != epoch or request.executor.draining:
             self._notifier.notify(taken)
@@ -171,11 +158,6 @@ def _retried_later(what: str) -> Iterator[None]:
         _log.warning("%s put off: %s", what, error)
 
 
-def _mesh_only() -> None:
-    if not current_principal().is_mesh:
-        raise PermissionDeniedError("keys are the operators' business")
-
-
 def _key_to_proto(row: Any) -> key_pb2.ApiKey:
     return key_pb2.ApiKey(
         id=row.id,
@@ -183,4 +165,18 @@ def _key_to_proto(row: Any) -> key_pb2.ApiKey:
         create_time=timestamp(row.created),
         expire_time=timestamp(row.expires),
         revoke_time=timestamp(row.revoked),
+        role=key_pb2.KeyRole.Value(f"KEY_ROLE_{row.role.upper()}"),
     )
+
+
+def _role(role: key_pb2.KeyRole.ValueType) -> Role:
+    """Raises InvalidInputError for one that is not in the contract."""
+    roles = {
+        key_pb2.KEY_ROLE_UNSPECIFIED: Role.TENANT,
+        key_pb2.KEY_ROLE_TENANT: Role.TENANT,
+        key_pb2.KEY_ROLE_VIEWER: Role.VIEWER,
+        key_pb2.KEY_ROLE_OPERATOR: Role.OPERATOR,
+    }
+    if role not in roles:
+        raise InvalidInputError.of_field("role", f"{role} is no role: 1 tenant, 2 viewer, 3 operator")
+    return roles[role]

@@ -108,3 +108,37 @@ plans = Table(
     Column("executor", String, primary_key=True),
     Column("created", BigInteger, nullable=False),
 )
+
+quotas = Table(
+    "quotas",
+    metadata,
+    Column("tenant", String, primary_key=True),
+    Column("quota", LargeBinary, nullable=False),  # operator.Quota
+)
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("tenant", String, primary_key=True),
+    Column("day", BigInteger, primary_key=True),  # days since the epoch, UTC
+    Column("effective_tokens", BigInteger, nullable=False),
+    Column("padding_tokens", BigInteger, nullable=False),
+    Column("device_seconds", Float, nullable=False),
+    Column("num_steps", BigInteger, nullable=False),
+    Index("usage_by_day", "day", "tenant"),
+)
+
+# Triggers of the migration refuse whatever is not an insert.
+audit_events = Table(
+    "audit_events",
+    metadata,
+    Column("sequence", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("time", BigInteger, nullable=False),
+    Column("subject", String, nullable=False),
+    Column("tenant", String, nullable=False),
+    Column("method", String, nullable=False),
+    Column("resource", String, nullable=False),
+    Column("status_code", String, nullable=False),
+    Index("audit_events_by_tenant", "tenant", "sequence"),
+    sqlite_autoincrement=True,  # a sequence is never used twice
+)

@@ -31,6 +31,7 @@ class AlignmentSettings(ServerSettings):
     backbones: str
     max_dataset_bytes: int = 1 << 30
     tokenized_cache_bytes: int = 1 << 30
+    tokenize_seconds: float = 3600.0
 
     def backbone_folders(self) -> dict[str, Path]:
         pairs = (entry.partition("=") for entry in _BETWEEN.split(self.backbones) if entry)
@@ -41,7 +42,8 @@ async def main() -> None:
     settings = from_environment(AlignmentSettings, os.environ)
     store = ArtifactStore.open(settings.artifact_url)
     try:
-        catalog = Catalog(store, settings.backbone_folders(), settings.tokenized_cache_bytes)
+        folders = settings.backbone_folders()
+        catalog = Catalog(store, folders, settings.tokenized_cache_bytes, settings.tokenize_seconds)
     except InvalidInputError as error:
         raise SystemExit(f"MUXTUNE_BACKBONES: {error}") from error
     servicer = AlignmentServicer(catalog, settings.max_dataset_bytes)

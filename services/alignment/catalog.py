@@ -4,11 +4,13 @@ Bytes are addressed by their SHA-256 under the tenant, so storing them twice is 
 """
 
 import hashlib
+import math
 import re
 import tempfile
 import threading
+import time
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -88,12 +90,21 @@ class Receipt:
 
 
 class Catalog:
-    """Thread-safe; the tokenized cache holds at most `cache_bytes` (or the one dataset asked for last).
+    """Thread-safe; the tokenized cache holds at most `cache_bytes` (or the one dataset asked for last). No dataset is
+    tokenized for longer than `tokenize_seconds`.
 
     Raises InvalidInputError if a backbone's folder holds no tokenizer.
     """
 
-    def __init__(self, store: ArtifactStore, backbones: Mapping[str, Path], cache_bytes: int) -> None:
+    def __init__(
+        self,
+        store: ArtifactStore,
+        backbones: Mapping[str, Path],
+        cache_bytes: int,
+        tokenize_seconds: float = math.inf,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._tokenize_seconds, self._monotonic = tokenize_seconds, monotonic
         self._store = store
         self._tokenizers = {name: BackboneTokenizer.load(folder) for name, folder in backbones.items()}
         self._cache: OrderedDict[TokenizedKey, TokenizedDataset] = OrderedDict()
@@ -136,7 +147,7 @@ class Catalog:
             with at_work:  # who comes second waits for what the first is making
                 found = self._cached(key)
                 if found is None:
-                    rows = self._until_closing(parse_lines(self._lines(tenant, sha256)))
+                    rows = self._in_time(self._until_closing(parse_lines(self._lines(tenant, sha256))))
                     found = tokenize_dataset(rows, self._tokenizer(backbone), training)
                     self._keep(key, found)
                 return found
@@ -160,6 +171,18 @@ class Catalog:
         for row in rows:
             if self._closing.is_set():
                 raise UnavailableError("alignment is stopping: send the call again")
+            yield row
+
+    def _in_time(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """Raises QuotaExceededError: rows made to be slow must not hold a thread for days."""
+        deadline = self._monotonic() + self._tokenize_seconds
+        for row in rows:
+            if self._monotonic() > deadline:
+                raise QuotaExceededError(
+                    f"the dataset takes longer than {self._tokenize_seconds:g} s to tokenize, which got to line "
+                    f"{row.line}: upload it in parts",
+                    subject="dataset",
+                )
             yield row
 
     def _lines(self, tenant: str, sha256: str) -> Iterator[bytes]:

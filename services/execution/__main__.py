@@ -21,7 +21,7 @@ _TRAINER_STOP_SECONDS = 10.0
 
 async def main() -> None:
     settings = from_environment(ExecutionSettings, os.environ)
-    channel = open_channel(settings.scheduling_address, settings.mesh_secret)
+    channel = open_channel(settings.scheduling_address, settings.mesh_secret, settings.trust("scheduling"))
     scheduling: scheduling_pb2_grpc.SchedulingServiceAsyncStub = scheduling_pb2_grpc.SchedulingServiceStub(channel)
     health = health_aio.HealthServicer()
     name = execution_pb2.DESCRIPTOR.services_by_name["ExecutionService"].full_name

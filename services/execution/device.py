@@ -12,6 +12,7 @@ from muxtune.v1 import plan_pb2
 from services.execution.settings import ExecutionSettings
 from services.plan_convert import site_to_module
 
+_CPU_SLACK = 1.32  # malloc keeps what was freed in pieces: measured by tests/services/execution/test_process_peak.py
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -22,18 +23,29 @@ def choose_device(settings: ExecutionSettings) -> str:
 def describe_device(settings: ExecutionSettings, kind: str) -> plan_pb2.Device:
     """`memory_bytes`: the setting, or the GPU's, or this container's or machine's."""
     if kind.startswith("cuda"):
-        free, total = torch.cuda.mem_get_info()
-        model, memory, used = torch.cuda.get_device_name(), total, total - free
+        model, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
     else:
-        model, memory, used = _cpu_model(), _machine_bytes(), _resident_bytes()
+        model, memory = _cpu_model(), _machine_bytes()
     return plan_pb2.Device(
-        kind=kind.partition(":")[0], model=model, memory_bytes=settings.memory_bytes or memory, used_bytes=used
+        kind=kind.partition(":")[0],
+        model=model,
+        memory_bytes=settings.memory_bytes or memory,
+        used_bytes=used_bytes(kind),
     )
 
 
+def used_bytes(kind: str) -> int:
+    """Of the GPU, by anyone; of a CPU's memory, by this process."""
+    if kind.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    return _resident_bytes()
+
+
 def describe_backbone(
-    settings: ExecutionSettings, backbone: Backbone, footprint: BackboneFootprint
+    settings: ExecutionSettings, backbone: Backbone, footprint: BackboneFootprint, process_bytes: int
 ) -> plan_pb2.Backbone:
+    """`process_bytes`: what the process has beside the weights, once it has loaded them and run a little."""
     config = backbone.config.get_text_config()
     return plan_pb2.Backbone(
         name=settings.backbone_name,
@@ -47,6 +59,8 @@ def describe_backbone(
         dtype=str(backbone.dtype).removeprefix("torch."),
         adaptable_modules=[site_to_module(site, footprint.input_groups.get(site.name, 0)) for site in backbone.sites],
         kept_token_bytes=footprint.kept_token_bytes,
+        process_bytes=process_bytes,
+        allocator_slack=_CPU_SLACK if backbone.device.type == "cpu" else 0.0,
     )
 
 

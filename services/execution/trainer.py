@@ -23,7 +23,7 @@ from services.artifacts import ArtifactStore
 from services.config import from_environment
 from services.errors import to_failure
 from services.execution.costs import Costs
-from services.execution.device import choose_device, describe_backbone, describe_device
+from services.execution.device import choose_device, describe_backbone, describe_device, used_bytes
 from services.execution.microbatches import MicrobatchStream
 from services.execution.pipe import BlockingPipe, Frame, Tag
 from services.execution.residents import Residents, exported_response
@@ -47,12 +47,15 @@ class Trainer:
         self._settings, self._pipe = settings, pipe
         self._device_kind = choose_device(settings)
         dtype = getattr(torch, settings.dtype)
+        unloaded_bytes = used_bytes(self._device_kind)
         self._executor = Executor(Backbone.load(settings.backbone_folder, dtype, self._device_kind))
         self._footprint = measure(self._executor.backbone)
+        weight_bytes = self._executor.backbone.weight_bytes()
+        self._process_bytes = max(unloaded_bytes, used_bytes(self._device_kind) - weight_bytes)
         self._costs = Costs(self._executor, settings.calibration_seconds)
         vault = Vault(ArtifactStore.open(settings.artifact_url))
         self._residents = Residents(self._executor, vault, settings.checkpoint_steps, settings.checkpoint_seconds)
-        self._channel = open_sync_channel(settings.alignment_address, settings.mesh_secret)
+        self._channel = open_sync_channel(settings.alignment_address, settings.mesh_secret, settings.trust("alignment"))
         self._inbox: queue.Queue[Frame | None] = queue.Queue()
         self._plan: plan_pb2.ExecutorPlan = plan_pb2.ExecutorPlan()
         self._next_plan: plan_pb2.ExecutorPlan | None = None
@@ -186,7 +189,7 @@ class Trainer:
             execution_pb2.DescribeExecutorResponse(
                 executor=plan_pb2.Executor(
                     name=self._settings.resource_name,
-                    backbone=describe_backbone(self._settings, backbone, self._footprint),
+                    backbone=describe_backbone(self._settings, backbone, self._footprint, self._process_bytes),
                     device=self._device(),
                 ),
                 tasks=self._residents.names,

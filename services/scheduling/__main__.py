@@ -19,15 +19,28 @@ from services.server import serve, start_vital
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulingSettings(ServerSettings):
-    """`token_budget`: tokens of one microbatch, more only where one task's own slice is larger. `tenant_weights`:
-    "tenants/a=2,tenants/b=0.5", what a tenant's share of device time is divided by; 1 where none is given.
+    """`token_budget`: tokens of one microbatch, more only where one task's own slice is larger. `chunk_tokens`:
+    0 chooses it for each hTask; 1 is no alignment. `tenant_weights`: "tenants/a=2,tenants/b=0.5", what a tenant's share
+    of device time is divided by; 1 where none is given. `fuses`, `interleaves` and `preempts` are what they are in
+    `engine.planning.plan.Limits`.
     """
 
     admission_address: str
     lease_seconds: float = 15.0
     token_budget: int = 2048
-    chunk_tokens: int = 16
+    chunk_tokens: int = 0
     tenant_weights: str = ""
+    fuses: bool = True
+    interleaves: bool = True
+    preempts: bool = True
+
+    def limits(self) -> Limits:
+        """Exits if one makes no sense."""
+        if self.token_budget < 1:
+            raise SettingsError(f"MUXTUNE_TOKEN_BUDGET: {self.token_budget} is no positive number of tokens")
+        if self.chunk_tokens < 0 or self.chunk_tokens & (self.chunk_tokens - 1):
+            raise SettingsError(f"MUXTUNE_CHUNK_TOKENS: {self.chunk_tokens} is neither 0 nor a power of two")
+        return Limits(self.token_budget, self.chunk_tokens, self.fuses, self.interleaves, self.preempts)
 
     def weights(self) -> dict[str, float]:
         """By tenant. Exits if one does not read."""
@@ -45,10 +58,11 @@ class SchedulingSettings(ServerSettings):
 
 async def main() -> None:
     settings = from_environment(SchedulingSettings, os.environ)
-    channel = open_channel(settings.admission_address, settings.mesh_secret)
+    channel = open_channel(settings.admission_address, settings.mesh_secret, settings.trust("admission"))
     ledger: ledger_pb2_grpc.LedgerServiceAsyncStub = ledger_pb2_grpc.LedgerServiceStub(channel)
-    limits = Limits(settings.token_budget, settings.chunk_tokens)
-    scheduler = Scheduler(ledger, settings.mesh_secret, limits, settings.weights())
+    scheduler = Scheduler(
+        ledger, settings.mesh_secret, settings.limits(), settings.weights(), settings.trust("execution")
+    )
     running: list[asyncio.Task[None]] = []
 
     def register(server: grpc.aio.Server) -> list[str]:

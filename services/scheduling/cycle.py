@@ -15,6 +15,7 @@ from engine.planning.needs import Appraiser
 from engine.planning.plan import Limits, Plan, Snapshot
 from engine.planning.planner import plan as make_plan
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, scheduling_pb2, task_pb2
+from services.certificates import Trust
 from services.plan_convert import (
     executor_to_view,
     explanation_to_proto,
@@ -39,10 +40,12 @@ class Scheduler:
         secret: str,
         limits: Limits,
         tenant_weights: Mapping[str, float] | None = None,
+        trust: Trust | None = None,
     ) -> None:
-        self._ledger, self._secret, self.limits = ledger, secret, limits
-        self._tenant_weights, self._appraiser = tenant_weights or {}, Appraiser(limits)
+        self._ledger, self._secret, self._trust, self.limits = ledger, secret, trust, limits
+        self.tenant_weights, self._appraiser = tenant_weights or {}, Appraiser(limits)
         self.snapshot, self.plan = Snapshot((), ()), Plan({})  # the newest, for those who ask
+        self.read = ledger_pb2.GetSnapshotResponse()  # what the snapshot was made of
         self._streams: dict[str, ExecutorStream] = {}
         self._running: dict[str, plan_pb2.ExecutorPlan] = {}
         self._hinted = asyncio.Event()
@@ -85,7 +88,7 @@ class Scheduler:
                 version += 1
                 await self._commit_and_send(draft, starting, version, executor)
         # 4. Remember why, for those who ask.
-        self.snapshot, self.plan = view, plan
+        self.read, self.snapshot, self.plan = snapshot, view, plan
 
     def current(self) -> scheduling_pb2.GetPlanResponse:
         """The plans as they were sent, and why."""
@@ -101,7 +104,7 @@ class Scheduler:
         tasks = tuple(snapshot_task_to_view(entry, age, now) for age, entry in enumerate(snapshot.tasks))
         running = {name: tuple(map(htask_to_domain, plan.htasks)) for name, plan in self._running.items()}
         executors = tuple(executor_to_view(executor) for executor in snapshot.executors)
-        return Snapshot(tasks, executors, running, self._tenant_weights)
+        return Snapshot(tasks, executors, running, self.tenant_weights)
 
     async def _commit_and_send(
         self,
@@ -155,7 +158,7 @@ class Scheduler:
                 await stream.close()
         for executor in executors:
             if executor.name not in self._streams:
-                self._streams[executor.name] = ExecutorStream(executor, self._secret, self._ledger)
+                self._streams[executor.name] = ExecutorStream(executor, self._secret, self._ledger, self._trust)
 
     async def _watch_changes(self) -> None:
         backoff = _FIRST_BACKOFF_SECONDS

@@ -1,16 +1,37 @@
 """Questions about the plan: why a task runs where it runs, and what would be if other tasks came too."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from engine.errors import InvalidInputError, NotFoundError
 from engine.planning.plan import Limits, Plan, Snapshot, TaskView
 from engine.planning.planner import plan as make_plan
 from engine.planning.whatif import forecast, picture
+from muxtune.v1 import ledger_pb2
 from muxtune.v1 import scheduling_pb2 as pb
 from services.convert import spec_to_domain
-from services.plan_convert import cost_to_proto, explanation_to_proto, htask_to_proto
+from services.plan_convert import cost_to_proto, explanation_to_proto, htask_to_proto, limits_to_proto
 
 MAX_NEWCOMERS = 256
+
+
+def profile(read: ledger_pb2.GetSnapshotResponse, limits: Limits, weights: Mapping[str, float]) -> pb.PlannerProfile:
+    """What plans are made from, for `services.scheduling.offline`."""
+    tasks = [
+        pb.HypotheticalTask(
+            task=entry.task.name,
+            spec=entry.task.spec,
+            num_steps=entry.task.estimate.num_steps,
+            num_train_tokens=entry.task.estimate.num_train_tokens,
+            length_quantiles=entry.task.estimate.length_quantiles,
+            step=entry.task.progress.step,
+            executor=entry.executor,
+        )
+        for entry in read.tasks
+    ]
+    return pb.PlannerProfile(
+        executors=read.executors, tasks=tasks, limits=limits_to_proto(limits), tenant_weights=weights
+    )
 
 
 def explain(snapshot: Snapshot, plan: Plan, limits: Limits, task: str) -> pb.ExplainPlanResponse:
@@ -47,7 +68,10 @@ def newcomers(request: pb.SimulatePlanRequest, snapshot: Snapshot) -> list[TaskV
             raise InvalidInputError.of_field(f"{path}.num_steps", "steps and tokens must be known: see preflight")
         age += 1
         names.add(asked.task)
-        found.append(TaskView(asked.task, tenant, spec, age, steps, num_train_tokens=asked.num_train_tokens))
+        found.append(
+            TaskView(asked.task, tenant, spec, age, steps, num_train_tokens=asked.num_train_tokens,
+                     length_quantiles=tuple(asked.length_quantiles))
+        )  # fmt: skip
     return found
 
 

@@ -10,7 +10,7 @@ from engine.errors import FieldViolation, InvalidInputError
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, scheduling_pb2_grpc
 from muxtune.v1 import scheduling_pb2 as pb
 from services.scheduling.cycle import Scheduler
-from services.scheduling.questions import explain, newcomers, what_if
+from services.scheduling.questions import explain, newcomers, profile, what_if
 
 
 class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
@@ -62,6 +62,10 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
     async def SimulatePlan(self, request: pb.SimulatePlanRequest, context: Any) -> pb.SimulatePlanResponse:
         extra = newcomers(request, self._scheduler.snapshot)
         return await asyncio.to_thread(what_if, self._scheduler.snapshot, self._scheduler.limits, extra)
+
+    async def GetProfile(self, request: pb.GetProfileRequest, context: Any) -> pb.GetProfileResponse:
+        scheduler = self._scheduler
+        return pb.GetProfileResponse(profile=profile(scheduler.read, scheduler.limits, scheduler.tenant_weights))
 
     async def GetPlan(self, request: pb.GetPlanRequest, context: Any) -> pb.GetPlanResponse:
         return self._scheduler.current()

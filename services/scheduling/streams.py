@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 from engine.errors import MuxtuneError
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, ledger_pb2, ledger_pb2_grpc, plan_pb2
+from services.certificates import Trust
 from services.mesh import open_channel
 from services.server import start_vital
 
@@ -60,11 +61,15 @@ class ExecutorStream:
     """Keeps the stream to one executor's incarnation open until closed."""
 
     def __init__(
-        self, executor: plan_pb2.Executor, secret: str, ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub"
+        self,
+        executor: plan_pb2.Executor,
+        secret: str,
+        ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub",
+        trust: Trust | None = None,
     ) -> None:
         self.executor = executor
         self.mailbox = Mailbox(executor.lease_epoch)
-        self._secret, self._ledger = secret, ledger
+        self._secret, self._ledger, self._trust = secret, ledger, trust
         self._task = start_vital(self._run(), f"stream to {executor.name}")
 
     async def close(self) -> None:
@@ -76,7 +81,7 @@ class ExecutorStream:
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        channel = open_channel(self.executor.address, self._secret)
+        channel = open_channel(self.executor.address, self._secret, self._trust)
         stub: execution_pb2_grpc.ExecutionServiceAsyncStub = execution_pb2_grpc.ExecutionServiceStub(channel)
         backoff = _FIRST_BACKOFF_SECONDS
         async with channel:

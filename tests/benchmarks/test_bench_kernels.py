@@ -2,36 +2,112 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import bench_kernels, bench_multi_lora
+from benchmarks.bench_multi_lora import Inputs, NotDoneError, Point
+from benchmarks.lorafusion import LoraFusion, refusal
+from engine.kernels.compile import sources
 from tests.engine.kernels.conftest import MakeHost, host_launcher
 
 __all__ = ["host_launcher"]
+CPU = torch.device("cpu")
 
 
-def test_every_point_is_checked_timed_and_written(host_launcher: MakeHost, tmp_path: Path) -> None:
-    record = bench_kernels.run(host_launcher(0), torch.device("cpu"), tmp_path, rounds=2, minutes=5, is_small=True)
+def small_jobs(host_launcher: MakeHost, peers: dict[str, Any] | None = None) -> bench_kernels.Jobs:
+    return bench_kernels.jobs(host_launcher(0), CPU, 2, True, peers)
+
+
+def test_every_kernel_is_checked_timed_and_written(host_launcher: MakeHost, tmp_path: Path) -> None:
+    jobs = small_jobs(host_launcher)
+    assert {source.removesuffix(".cu") for source in sources()} == set(jobs) - {"layer"}
+    record = bench_kernels.run(jobs, CPU, tmp_path, minutes=5)
     assert json.loads((tmp_path / "kernels.json").read_text())["points"] == json.loads(json.dumps(record["points"]))
-    assert [point["kernel"] for point in record["points"]] == ["multi_lora", "multi_adamw", "segment_cross_entropy"]
+    assert [point["kernel"] for point in record["points"]] == list(jobs)
     first = record["points"][0]
     assert set(first["times"]) == {"frozen", "ours", "first", "after", "cublas", "peft"}
     assert first["chosen"] == ["after"] and first["faster"] in ("first", "after")
+    assert set(record["points"][1]["times"]) == {"frozen", "ours", "peft"}
     assert all(time["ms"] > 0 for point in record["points"] for time in point["times"].values())
     assert record["left_out"] == 0 and record["environment"]["commit"]
+    table = [line for line in (tmp_path / "kernels.md").read_text().splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(jobs) and {line.count("|") for line in table} == {len(bench_kernels.HEADER) + 1}
 
 
 def test_a_wrong_kernel_is_not_timed(host_launcher: MakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = bench_multi_lora.ours
-    monkeypatch.setattr(
-        bench_multi_lora, "ours", lambda given, launcher, first=None: (given.dys, *right(given, launcher, first)[1:])
-    )
+    monkeypatch.setattr(bench_multi_lora, "ours", lambda given, *rest: (given.dys, *right(given, *rest)[1:]))
     with pytest.raises(AssertionError, match="32x24, 8"):
-        bench_kernels.run(host_launcher(0), torch.device("cpu"), tmp_path, rounds=2, minutes=5, is_small=True)
+        bench_kernels.run(small_jobs(host_launcher), CPU, tmp_path, minutes=5)
+
+
+def test_a_peer_is_timed_where_it_is_right_and_else_left_out_with_the_reason(host_launcher: MakeHost) -> None:
+    def unable(given: Inputs) -> Any:
+        raise NotDoneError("not these widths")
+
+    peers = {
+        "right": bench_multi_lora.BlockDiagonal,
+        "wrong": lambda given: lambda own: (own.dys, own.x, bench_multi_lora.expected(own)[2]),
+        "unable": unable,
+    }
+    point = small_jobs(host_launcher, peers)["multi_lora"][0]()
+    assert set(point["times"]) == {"frozen", "ours", "first", "after", "cublas", "peft", "right"}
+    assert point["left_out"]["unable"] == "not these widths"
+    assert point["left_out"]["wrong"].startswith("wrong results")
 
 
 def test_what_the_time_does_not_suffice_for_is_counted(host_launcher: MakeHost, tmp_path: Path) -> None:
-    record = bench_kernels.run(host_launcher(0), torch.device("cpu"), tmp_path, rounds=2, minutes=0, is_small=True)
-    assert record["points"] == [] and record["left_out"] == 3
+    jobs = small_jobs(host_launcher)
+    record = bench_kernels.run(jobs, CPU, tmp_path, minutes=0)
+    assert record["points"] == [] and record["left_out"] == len(jobs)
+
+
+def test_a_line_tells_the_floors_that_the_card_itself_sets() -> None:
+    point = {
+        "kernel": "multi_lora", "point": "p", "tokens": 64, "tasks": 2, "extra_bytes": 2e9, "extra_flop": 1e12,
+        "errors": {"ours": {"y": 1e-3, "dx": 2e-3}}, "left_out": {"peer": "why"},
+        "times": {
+            "frozen": {"ms": 10.0}, "ours": {"ms": 13.0, "launch_us": 7.0, "graph_ms": 12.5}, "peft": {"ms": 15.0},
+        },
+    }  # fmt: skip
+    found = bench_kernels.row(point, {"bytes_per_second": 2e12, "flop_per_second": 5e14})
+    assert found[4:11] == [
+        "13.000 (+30.0%)",
+        "12.500",
+        "7",
+        "-",
+        "1.000, 2.000",
+        "1.50",
+        "frozen 10.000; peft 15.000 (+50.0%)",
+    ]
+    assert found[11:] == ["ours 2.0e-03", "peer: why"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_it_says_so() -> None:
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        bench_kernels.main([])
+
+
+@pytest.mark.parametrize(
+    ("point", "words"),
+    [
+        (Point("p", ((256, (256,)),), 640, 5, (8,)), "4 adapters at most, not 5"),
+        (Point("p", ((256, (256,)),), 300, 2, (8,)), "128 tokens: 150"),
+        (Point("p", ((256, (200,)),), 256, 2, (8,)), "widths off 256: 200"),
+        (Point("p", ((256, (256,)),), 256, 2, (8,), torch.float32), "float32"),
+        (Point("p", ((256, (512,)),), 256, 2, (8, 16)), None),
+    ],
+)
+def test_lorafusion_is_refused_what_it_cannot_do(point: Point, words: str | None) -> None:
+    [group] = point.groups
+    why = refusal(Inputs.drawn(point, group, CPU))
+    assert why is None if words is None else words in (why or "")
+
+
+def test_a_folder_that_is_no_lorafusion_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(NotDoneError, match="no clone"):
+        LoraFusion(tmp_path)

@@ -13,11 +13,12 @@ from muxtune.v1 import (
     execution_pb2,
     key_pb2,
     ledger_pb2,
+    operator_pb2,
     scheduling_pb2,
 )
 from services.errors import TABLE
 
-MODULES = (admission_pb2, alignment_pb2, execution_pb2, key_pb2, ledger_pb2, scheduling_pb2)
+MODULES = (admission_pb2, alignment_pb2, execution_pb2, key_pb2, ledger_pb2, operator_pb2, scheduling_pb2)
 RPCS = [
     (service.name, method.name)
     for module in MODULES

@@ -36,8 +36,8 @@ SETTINGS = {
     "alignment": AlignmentSettings,
     "execution": ExecutionSettings,
 }
-FILLED = {"MUXTUNE_MESH_SECRET": "mesh_x", "MUXTUNE_BACKBONE_SOURCE": "/models/tiny"}
-NOT_SETTINGS = {"MUXTUNE_ADMISSION_ADDRESS", "MUXTUNE_SCHEDULING_ADDRESS"}  # of admission: for `muxtune key` in it
+FILLED = {"MUXTUNE_BACKBONE_SOURCE": "/models/tiny"}
+INTERNAL_PORT = "7411"  # of admission: for services and operators
 
 
 def test_the_dockerfile_passes_hadolint() -> None:
@@ -81,7 +81,7 @@ def test_every_variable_is_a_setting_and_every_setting_is_given(service: str) ->
     for target in images:
         environment = environment_of_image(target) | compose(FILLED)["services"][service]["environment"]
         ours = {name for name in environment if name.startswith("MUXTUNE_")}
-        assert ours - known <= (NOT_SETTINGS if service == "admission" else set())
+        assert ours <= known
         from_environment(SETTINGS[service], {name: str(value) for name, value in environment.items()})
 
 
@@ -90,11 +90,24 @@ def test_ports_agree(service: str) -> None:
     port = environment_of_image(service)["MUXTUNE_LISTEN"].rpartition(":")[2]
     exposed = [rest for word, rest in image_of(service) if word == "EXPOSE"]
     check = last_of(service, "HEALTHCHECK")
-    assert exposed == ["9464", port]
-    assert f'"127.0.0.1:{port}"' in check
+    assert exposed == ["9464", f"{port} {INTERNAL_PORT}" if service == "admission" else port]
+    assert f'"127.0.0.1:{port}", "{service}"' in check
     assert json.loads(last_of(service, "CMD")) == ["python", "-m", f"services.{service}"]
     everywhere = yaml.safe_dump(compose(FILLED)["services"])
-    assert set(re.findall(rf"\b{service}:(\d+)", everywhere)) <= {port}
+    called = {INTERNAL_PORT} if service == "admission" else {port}  # its other door is the clients'
+    assert set(re.findall(rf"\b{service}:(\d+)", everywhere)) <= called
+
+
+def test_nobody_holds_another_ones_key() -> None:
+    services = compose(FILLED)["services"]
+    held = {name: [v for v in service.get("volumes", []) if v.startswith(("ca:", "certs-"))]
+            for name, service in services.items()}  # fmt: skip
+    for name in (*SERVICES, "operator"):
+        assert held.pop(name) == [f"certs-{name}:/var/lib/muxtune/certs:ro"]
+    assert len(held.pop("certs")) == 6
+    assert not any(held.values())
+    published = [port for service in services.values() for port in service.get("ports", [])]
+    assert not any(INTERNAL_PORT in str(port) for port in published)
 
 
 def test_images_run_as_nobody_in_particular() -> None:
@@ -138,7 +151,7 @@ def test_prometheus_asks_every_service() -> None:
 def test_volumes_are_writable_for_the_images_user() -> None:
     made = " ".join(rest for word, rest in image_of("admission") if word == "RUN")
     assert "install -d -o muxtune -g muxtune" in made
-    for service in (*SERVICES, "prepare"):
+    for service in (*SERVICES, "prepare", "certs", "operator"):
         for volume in compose(FILLED)["services"][service].get("volumes", []):
             name, path = volume.split(":")[:2]
             if name in compose(FILLED)["volumes"]:

@@ -14,6 +14,7 @@ import pytest
 
 from muxtune.client import Client
 from muxtune.v1 import task_pb2
+from services.certificates import Certificates, Trust
 from services.health import is_serving
 from tests.deploy.compose_file import ROOT, SERVICES, compose, environment_of_image, last_of
 from tests.tiny_backbone import write_backbone
@@ -24,9 +25,10 @@ class Machine:
 
     def __init__(self, folder: Path, source: Path) -> None:
         self.folder = folder
-        secrets = {"MUXTUNE_MESH_SECRET": "mesh_of_the_test", "MUXTUNE_BACKBONE_SOURCE": str(source)}
-        self.services = compose({**secrets, "MUXTUNE_BACKBONE_NAME": "tiny"})["services"]
+        given = {"MUXTUNE_BACKBONE_SOURCE": str(source), "MUXTUNE_BACKBONE_NAME": "tiny"}
+        self.services = compose(given)["services"]
         self.ports = {service: (free_port(), free_port()) for service in SERVICES}
+        self.internal_port = free_port()
         self.source = source
 
     def environment(self, service: str) -> dict[str, str]:
@@ -36,10 +38,24 @@ class Machine:
         grpc_port, metrics_port = self.ports[service]
         own |= {"MUXTUNE_LISTEN": f"127.0.0.1:{grpc_port}", "MUXTUNE_PROMETHEUS_PORT": str(metrics_port)}
         if service == "admission":
-            own["MUXTUNE_ADMISSION_ADDRESS"] = f"127.0.0.1:{grpc_port}"
+            own["MUXTUNE_INTERNAL_LISTEN"] = f"127.0.0.1:{self.internal_port}"
+        return self.outside(own | {"MUXTUNE_CERTS": str(self.certs(service))})
+
+    def operator(self) -> dict[str, str]:
+        """As in the operator's container."""
+        inside = self.services["operator"]["environment"]
+        own = {name: self.here(str(value)) for name, value in inside.items()}
+        return self.outside(own | {"MUXTUNE_CERTS": str(self.certs("operator"))})
+
+    def outside(self, own: dict[str, str]) -> dict[str, str]:
         return {**{k: v for k, v in os.environ.items() if not k.startswith("MUXTUNE_")}, **own, "PYTHONPATH": str(ROOT)}
 
+    def certs(self, name: str) -> Path:
+        """What the volume certs-{name} holds."""
+        return self.folder / "ca" / name
+
     def here(self, text: str) -> str:
+        text = text.replace("admission:7411", f"127.0.0.1:{self.internal_port}")
         for service, (port, _) in self.ports.items():
             inside = environment_of_image(service)["MUXTUNE_LISTEN"].rpartition(":")[2]
             text = text.replace(f"{service}:{inside}", f"127.0.0.1:{port}")
@@ -67,6 +83,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     machine = Machine(tmp_path_factory.mktemp("deploy"), source)
     command = [machine.here(str(part)) for part in machine.services["prepare"]["command"]]
     subprocess.run([sys.executable, *command[1:]], cwd=ROOT, check=True, capture_output=True)
+    command = [machine.here(str(part)) for part in machine.services["certs"]["command"]]
+    subprocess.run([sys.executable, "-m", "muxtune.cli.main", *command[1:]], cwd=ROOT, check=True, capture_output=True)
     processes = []
     try:
         for service in SERVICES:  # in the order that depends_on asks for
@@ -83,23 +101,23 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 def wait_until_healthy(machine: Machine, service: str, process: "subprocess.Popen[bytes]") -> None:
     """As Docker asks: the image's own check, again and again."""
     address = f"127.0.0.1:{machine.ports[service][0]}"
-    while not is_serving(address):
+    while not is_serving(address, Trust(Certificates(machine.certs(service)), service)):
         assert process.poll() is None, (machine.folder / f"{service}.log").read_text()[-2000:]
 
 
 def test_the_order_is_the_one_compose_keeps(machine: Machine) -> None:
     for place, service in enumerate(SERVICES):
-        needed = set(machine.services[service].get("depends_on", {})) - {"prepare"}
+        needed = set(machine.services[service].get("depends_on", {})) - {"prepare", "certs"}
         assert needed <= set(SERVICES[:place])
 
 
-def test_a_key_made_in_the_admission_container_trains_a_task(machine: Machine, tmp_path: Path) -> None:
+def test_a_key_made_by_the_operator_trains_a_task(machine: Machine, tmp_path: Path) -> None:
     made = subprocess.run(
         [sys.executable, "-m", "muxtune.cli.main", "key", "create", "acme", "--json"],
-        env=machine.environment("admission"), cwd=tmp_path, capture_output=True, text=True, check=True,
+        env=machine.operator(), cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
     key = json.loads(made.stdout)["secret"]
-    with Client(f"127.0.0.1:{machine.ports['admission'][0]}", key) as client:
+    with Client(f"localhost:{machine.ports['admission'][0]}", key, machine.folder / "ca" / "ca.crt") as client:
         dataset = client.upload_dataset([{"prompt": f"fox {i}", "completion": " jumps"} for i in range(8)])
         while not any(backbone.num_executors for backbone in client.list_backbones()):
             pass

@@ -31,7 +31,7 @@ NAME = "tenants/a/tasks/t"
 COMMANDS = [
     "up", "demo", "dataset put", "dataset ls", "dataset check", "dataset rm", "task create", "task ls", "task show",
     "task watch", "task cancel", "adapter pull", "adapter push", "plan show", "key create", "key ls", "key revoke",
-    "verify",
+    "verify", "certs", "tenant quota", "tenant usage", "tenant audit",
 ]  # fmt: skip
 READING = {
     "dataset ls": ("num_rows", 3),

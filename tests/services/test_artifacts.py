@@ -193,5 +193,6 @@ def test_a_store_that_is_away_is_unavailable(tmp_path: Path, monkeypatch: pytest
 
 
 def test_an_unknown_scheme_is_named() -> None:
-    with pytest.raises(InvalidInputError, match="artifact_url"):
-        ArtifactStore.open("gopher://somewhere/x")
+    for url in ("gopher://somewhere/x", "http://169.254.169.254/latest", "https://somewhere/x", "memory:///x", "://"):
+        with pytest.raises(InvalidInputError, match="artifact_url"):
+            ArtifactStore.open(url)

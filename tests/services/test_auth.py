@@ -88,15 +88,20 @@ async def test_each_call_has_its_own_principal(start_mesh) -> None:
     stub = await mesh.admission()
     for _ in range(2):
         await stub.GetTask(admission_pb2.GetTaskRequest())
-    assert seen == [Principal(None), Principal(None)] and seen[0].is_mesh
+    assert seen == [Principal(None), Principal(None)]
 
 
 async def test_the_secret_is_compared_whole() -> None:
     authenticate = mesh_authenticator("mesh_ä")
-    assert (await authenticate("/x/Y", "mesh_ä")).is_mesh
+    assert await authenticate("/x/Y", "mesh_ä") == Principal(None)
     for wrong in ("", "mesh_", "mesh_ä ", "mesh_a"):
         with pytest.raises(UnauthenticatedError):
             await authenticate("/x/Y", wrong)
+
+
+async def test_no_secret_is_no_way_in() -> None:
+    with pytest.raises(UnauthenticatedError):
+        await mesh_authenticator("")("/x/Y", "")
 
 
 def test_the_message_says_what_to_send() -> None:

@@ -74,7 +74,12 @@ async def start(settings: ServerSettings) -> asyncio.subprocess.Process:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> ServerSettings:
-    return ServerSettings(mesh_secret="mesh_s", ready_file=tmp_path / "ready.json", trace_file=tmp_path / "trace.jsonl")
+    return ServerSettings(
+        mesh_secret="mesh_s",
+        reflection=True,
+        ready_file=tmp_path / "ready.json",
+        trace_file=tmp_path / "trace.jsonl",
+    )
 
 
 @pytest.fixture
@@ -222,3 +227,31 @@ async def test_a_hook_that_fails_still_stops_the_server() -> None:
     async with grpc.aio.insecure_channel(address) as plain:
         call = health_pb2_grpc.HealthStub(plain).Check(health_pb2.HealthCheckRequest(), timeout=2)
         assert await call.code() is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+async def test_a_bomb_is_not_inflated(compression: grpc.Compression) -> None:
+    """64 MB of zeros come as 64 kB: it is what they would become that counts."""
+    serving, stopping, address = await serve_here(ServerSettings(mesh_secret="mesh_s"))
+    bomb = admission_pb2.GetTaskRequest(name="0" * (64 << 20))
+    metadata = [("authorization", "Bearer mesh_s")]
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = admission_pb2_grpc.AdmissionServiceStub(channel)
+        call = stub.GetTask(bomb, compression=compression, timeout=20, metadata=metadata)
+        assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        small = stub.GetTask(admission_pb2.GetTaskRequest(), compression=compression, timeout=20, metadata=metadata)
+        assert await small.code() is grpc.StatusCode.UNIMPLEMENTED  # the servicer's own answer: it got there
+    stopping.set()
+    await serving
+
+
+async def test_metadata_has_an_end() -> None:
+    serving, stopping, address = await serve_here(ServerSettings(mesh_secret="mesh_s"))
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = admission_pb2_grpc.AdmissionServiceStub(channel)
+        for extra in ([("x-long", "x" * 20_000)], [(f"x-{i}", "x" * 90) for i in range(200)]):
+            metadata = [("authorization", "Bearer mesh_s"), *extra]
+            call = stub.GetTask(admission_pb2.GetTaskRequest(), timeout=20, metadata=metadata)
+            assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    stopping.set()
+    await serving

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from engine.kernels import compile as kernels
-from engine.kernels import multi_adamw, multi_grad_norm, multi_lora_structs, segment_cross_entropy
+from engine.kernels import (
+    grouped_gemm_device,
+    multi_adamw,
+    multi_affine_device,
+    multi_grad_norm,
+    multi_lora_structs,
+    segment_cross_entropy,
+)
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TABLE = Path(__file__).with_name("registers.json")  # written by `python tests/engine/kernels/test_compile.py`
@@ -31,6 +38,12 @@ STRUCTS = {
     "AdamWGroup": ("multi_adamw.cu", multi_adamw.GROUP),
     "AdamWItem": ("multi_adamw.cu", multi_adamw.ITEM),
     "AdamWLaunch": ("multi_adamw.cu", multi_adamw.LAUNCH),
+    "GemmUse": ("grouped_gemm.cu", grouped_gemm_device.USE),
+    "GemmItem": ("grouped_gemm.cu", grouped_gemm_device.ITEM),
+    "GemmLaunch": ("grouped_gemm.cu", grouped_gemm_device.LAUNCH),
+    "AffineUse": ("multi_affine.cu", multi_affine_device.USE),
+    "AffineItem": ("multi_affine.cu", multi_affine_device.ITEM),
+    "AffineLaunch": ("multi_affine.cu", multi_affine_device.LAUNCH),
     "CrossEntropyLaunch": ("segment_cross_entropy.cu", segment_cross_entropy.LAUNCH),
 }
 

@@ -1,6 +1,6 @@
 """Gradients of mounted modules by finite differences, in float64, with tasks of every method on one stream."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from engine.kernels.dropout import drop
 from engine.method import Method, Site, SiteKind
 from engine.methods import Activation, Bottleneck, Ia3, Lora, LoraBias, Miss, Placement, Prefix, Prompt, Selective, Vera
+from engine.peft import lora, magnitude
 from engine.peft.adapter import Adapter
 from engine.peft.block import MountedBlock
 from engine.peft.layout import Layout, TaskSpan
@@ -71,8 +72,13 @@ def attach(mounted: Mounted, methods: Mapping[str, Method]) -> list[torch.Tensor
 @pytest.fixture(autouse=True)
 def dora_norms_as_constants(monkeypatch: pytest.MonkeyPatch) -> None:
     """They bear no gradient by definition (arXiv 2402.09353 section 4.3): for finite differences they stand still."""
-    right, held = LoraAdapter._norms, dict[int, torch.Tensor]()
-    monkeypatch.setattr(LoraAdapter, "_norms", lambda self: held.setdefault(id(self), right(self)))
+    right, held = magnitude.weight_norms, dict[int, torch.Tensor]()
+
+    def standing_still(adapters: Sequence[LoraAdapter]) -> list[torch.Tensor]:
+        return [held.setdefault(id(a), norms_N) for a, norms_N in zip(adapters, right(adapters), strict=True)]
+
+    for module in (lora, magnitude):
+        monkeypatch.setattr(module, "weight_norms", standing_still)
 
 
 @pytest.mark.parametrize("is_conv1d", [False, True])

@@ -120,8 +120,8 @@ def in_stream(tasks: Sequence[TinyTask]) -> int:
 
 
 def constant_elements(tasks: Sequence[TinyTask]) -> int:
-    """Whatever the tokens: what a method holds frozen, DoRA's norms and their ratios, the masks of a prefix's segments
-    (for all layers once, and for all segments of a length)."""
+    """Whatever the tokens: what a method holds frozen, DoRA's norms and their ratios, a norm's factor, the masks of a
+    prefix's segments (for all layers once, and for all segments of a length)."""
     sites, total, masks = executor_with(MODEL, []).backbone.sites, 0, set[tuple[int, int]]()
     for each in tasks:
         method = each.spec.method
@@ -130,6 +130,8 @@ def constant_elements(tasks: Sequence[TinyTask]) -> int:
         if isinstance(method, Lora) and method.use_dora:
             shapes = method.shapes(sites)
             total += 2 * sum(site.out_features for site in sites if site.name in shapes)
+        if isinstance(method, Selective):
+            total += sum(s.out_features for s in sites if "weight" in method.shapes(sites).get(s.name, ()))
         if method.num_prefix_tokens:
             masks |= {(len(ids), len(ids) + method.num_prefix_tokens) for ids, _ in each.batch(0)}
     return total + sum(length * width for length, width in masks)

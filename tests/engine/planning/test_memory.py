@@ -4,17 +4,16 @@ import dataclasses
 
 import pytest
 
-from engine.errors import InvalidInputError, WillNeverFitError
+from engine.errors import InvalidInputError
 from engine.methods import Lora
 from engine.planning.memory import (
     activation_bytes,
     adapter_bytes,
     microbatch_tokens,
-    refuse_if_never_fits,
     separate_instance_bytes,
     total_bytes,
 )
-from engine.planning.plan import BackboneView, ExecutorView, Site
+from engine.planning.plan import BackboneView, Site
 from engine.task import Optimizer, TaskSpec, Training
 
 SITES = tuple(
@@ -78,15 +77,6 @@ def test_microbatch_holds_a_slice_within_four_budgets_and_always_a_sequence(
 ) -> None:
     spec = _spec(micro_batch_size=micro_batch_size, max_sequence_tokens=max_sequence_tokens)
     assert microbatch_tokens([_spec(max_sequence_tokens=64), spec], 1024, 16) == expected
-
-
-def test_never_fits_says_how_much_and_what_to_do() -> None:
-    executor = ExecutorView("e", BACKBONE, memory_bytes=1 << 20)
-    with pytest.raises(WillNeverFitError, match=r"needs 0\.\d GiB.*at most 0\.0 GiB: reduce") as caught:
-        refuse_if_never_fits(_spec(), [executor], 1024, 16)
-    assert caught.value.violations[0].field == "spec.training.micro_batch_size"
-    refuse_if_never_fits(_spec(), [executor, ExecutorView("f", BACKBONE, 1 << 40)], 1024, 16)
-    refuse_if_never_fits(_spec(), [], 1024, 16)  # nobody hosts it yet: nothing to say
 
 
 def test_unknown_target_is_named() -> None:

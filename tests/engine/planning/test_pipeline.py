@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.planning.cost import CostProfile
-from engine.planning.fusion import Job, Stage, of_partition
+from engine.planning.fusion import of_partition
 from engine.planning.pipeline import Load, Operation, Pipeline, Timeline, interleaved, one_by_one, simulate
+from engine.planning.round_time import Job, Stage
 from engine.planning.timeline import svg
 
 LOADS = st.lists(

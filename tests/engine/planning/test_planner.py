@@ -158,7 +158,7 @@ def test_reasons_to_wait_are_precise() -> None:
     executors = (_executor("executors/0", 41), _executor("executors/1", 4096, "b"))
     tasks = (_task(0), _task(1, backbone="c"), _task(2, backbone="b", target="nothing"))
     reasons = {e.task: e.reason for e in plan(Snapshot(tasks, executors), LIMITS).explanations}
-    assert "GiB, the executors of a have at most 0.0 GiB: reduce" in reasons[tasks[0].name]
+    assert "MB, the executors of this backbone have at most 43.0 MB: " in reasons[tasks[0].name]
     assert reasons[tasks[1].name] == "no executor of backbone c is ready"
     assert '"nothing" matches no adaptable module' in reasons[tasks[2].name]
 

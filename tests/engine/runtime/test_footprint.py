@@ -80,7 +80,6 @@ def step_bytes(backbone: Backbone, methods: Sequence[Method], num_tokens: int) -
     ranges = []
     for i, spec in enumerate(specs):
         executor.attach(Assignment(str(i), spec, 9))
-        executor.tasks[str(i)].take_step()
         ranges.append(Range(str(i), 0, i * num_tokens, num_tokens, (Segment(num_tokens, 0),), num_tokens, False))
     ids_T = random.integers(0, backbone.config.vocab_size, num_tokens * len(specs)).astype(np.int32)
     with Peak() as peak:

@@ -49,7 +49,7 @@ def test_a_gradient_that_is_not_finite_is_quarantined_before_anything_is_written
     assert run.parameters_P.grad is not None
     run.parameters_P.grad[5] = float("nan")
     failure = run_round(executor, [task])["a"]
-    assert isinstance(failure, TaskFailure) and torch.equal(run.parameters_P, before) and not run.optimizer.state
+    assert isinstance(failure, TaskFailure) and torch.equal(run.parameters_P, before) and not run.optimizer.state()
 
 
 def test_a_non_finite_evaluation_is_a_failure() -> None:

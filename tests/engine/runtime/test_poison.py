@@ -48,7 +48,7 @@ def test_a_sick_task_of_any_method_leaves_its_neighbours_bit_for_bit(name: str, 
     if value != 1e30:  # finite weights may give a finite loss
         assert isinstance(failure, TaskFailure) and isinstance(failure.error, NonFiniteError)
     if isinstance(failure, TaskFailure):
-        assert torch.equal(run.parameters_P.nan_to_num(1.5), before.nan_to_num(1.5)) and not run.optimizer_state()
+        assert torch.equal(run.parameters_P.nan_to_num(1.5), before.nan_to_num(1.5)) and not run.optimizer.state()
     for task in tasks:
         if task.name != ill:
             mine, theirs = results[0][task.name], results[1][task.name]

@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from engine.planning.plan import Limits
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import (
     admission_pb2_grpc,
@@ -28,15 +29,20 @@ from muxtune.v1 import (
     key_pb2_grpc,
     ledger_pb2,
     ledger_pb2_grpc,
+    operator_pb2_grpc,
     plan_pb2,
     task_pb2,
 )
 from services.admission.admit import Admitter, Quota
+from services.admission.audit import audited_in
 from services.admission.database import Database
+from services.admission.identity import authenticator
 from services.admission.keys import KeyStore
 from services.admission.ledger import Ledger
+from services.admission.limits import LimitsWatch
 from services.admission.notifier import Notifier
-from services.admission.servicer import AdmissionServicer, KeyServicer, LedgerServicer, authenticator
+from services.admission.operator import OperatorServicer
+from services.admission.servicer import AdmissionServicer, KeyServicer, LedgerServicer
 from services.admission.tables import metadata
 from services.alignment.catalog import Catalog
 from services.alignment.servicer import AlignmentServicer
@@ -149,15 +155,20 @@ class Admission:
         self.artifacts, self.notifier = ArtifactStore.open(str(self.folder)), Notifier()
         self._to_alignment = open_channel(self._alignment_address, SECRET)
         alignment = alignment_pb2_grpc.AlignmentServiceStub(self._to_alignment)
-        self.key_store, ledger = KeyStore(self.database), Ledger(self.database, self.clock)
-        self.admitter = Admitter(self.database, self.artifacts, alignment, Quota(self.quota, 256, 16))
+        quota = Quota(self.quota, Limits(256, 1))
+        self.key_store, ledger = KeyStore(self.database), Ledger(self.database, self.clock, quota.to_proto())
+        self.admitter = Admitter(self.database, self.artifacts, alignment, quota)
+        self.limits = LimitsWatch(self.database, quota.to_proto(), self.notifier)
         servicer = AdmissionServicer(
             self.database, self.artifacts, alignment, self.admitter, self.notifier, MAX_ADAPTER_BYTES
         )
-        gate = Gate(authenticator(self.key_store, SECRET))
+        gate = Gate(authenticator(self.key_store, SECRET), audit=audited_in(self.database))
         self._server = grpc.aio.server(interceptors=[gate], options=[("grpc.so_reuseport", 0)])
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, self._server)
         key_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(self.key_store), self._server)
+        operator_pb2_grpc.add_OperatorServiceServicer_to_server(
+            OperatorServicer(self.database, quota.to_proto(), self.notifier), self._server
+        )
         ledger_pb2_grpc.add_LedgerServiceServicer_to_server(
             LedgerServicer(ledger, self.notifier, lambda: 0), self._server
         )
@@ -200,6 +211,9 @@ class Admission:
     def keys(self, token: str = SECRET) -> Any:
         return Caller(key_pb2_grpc.KeyServiceStub(self._channel), token)
 
+    def operator(self, token: str = SECRET) -> Any:
+        return Caller(operator_pb2_grpc.OperatorServiceStub(self._channel), token)
+
     @property
     def channel(self) -> grpc.aio.Channel:
         return self._channel
@@ -209,13 +223,14 @@ class Admission:
         return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
 
     def num_rows(self) -> dict[str, int]:
-        """Rows by table, keys left out."""
+        """Rows by table, keys and the audit log left out."""
         with self.database.read() as connection:
             counts = {
                 table.name: connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()
                 for table in metadata.sorted_tables
             }
-        del counts["api_keys"]
+        for name in ("api_keys", "audit_events"):
+            del counts[name]
         return counts
 
     async def upload(self, data: bytes = TEN_ROWS, dataset_id: str = "", **options: Any) -> Any:

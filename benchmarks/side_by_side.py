@@ -1,0 +1,185 @@
+"""muxtune beside what a user would pick instead, on the same work in the same run.
+
+    PYTHONPATH=. python benchmarks/side_by_side.py                  (CPU: SmolLM2-135M, and a small shape in many mixes)
+    PYTHONPATH=. python benchmarks/side_by_side.py --device cuda    (one GPU, bf16: Llama and GPT shapes)
+
+A round is one optimizer step (forward, backward, clip, AdamW) of every task; `workload.py` says of what, `systems.py`
+and `instances.py` who trains it and with which settings. Systems take each round in turn, in rotating order, so that a
+ratio compares neighbours in time; the first round warms up and is not counted; a round's losses must be equal across
+all systems. Peak memory is measured in processes of their own, over two rounds.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import report, workload
+from benchmarks.instances import SHARING, SeparateInstances, Setting, build, peak_bytes
+from benchmarks.models import NAMES, Choice, smollm2
+from benchmarks.systems import Engine, Losses, System
+from engine.runtime.backbone import sharing_copy
+
+PEERS = ("peft, longest", "peft, cap", "peft, flattened", "separate instances", "batch and pad")
+IN_ONE_PROCESS = tuple(name for name in PEERS if name in SHARING)  # where N models do not fit
+ABLATIONS = ("engine, fusion off", "engine, chunk 256")
+LOSS_TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}  # relative; bf16 rounds at 4e-3 each operator
+# model, mix, tasks, sequences of a micro batch, systems beside the engine
+CPU_WORK = (
+    ("smollm2", "mixed", 8, 4, PEERS),
+    ("small", "sst2", 8, 4, (*PEERS, *ABLATIONS)),
+    ("small", "openbookqa", 8, 4, PEERS),
+    ("small", "rte", 8, 4, PEERS),
+    ("small", "mixed", 2, 4, PEERS),
+    ("small", "mixed", 32, 4, (*IN_ONE_PROCESS, *ABLATIONS)),
+    ("small", "sst2", 8, 1, (*PEERS, *ABLATIONS)),
+    ("small", "rte", 8, 8, (*PEERS, *ABLATIONS)),
+)
+CUDA_WORK = (
+    ("llama-2-7b", "mixed", 8, 8, IN_ONE_PROCESS),
+    ("llama-2-7b", "mixed", 32, 8, IN_ONE_PROCESS),
+    ("llama-3.2-1b", "mixed", 8, 8, (*PEERS, *ABLATIONS)),
+    ("llama-3.2-1b", "sst2", 8, 1, (*PEERS, *ABLATIONS)),
+    ("gpt-2.7b", "mixed", 8, 4, IN_ONE_PROCESS),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", choices=NAMES, help="only the work on this one")
+    parser.add_argument("--mix", choices=workload.MIXES, help="only the work of this mix")
+    parser.add_argument("--tasks", type=int, help="only the work of so many tasks")
+    parser.add_argument("--backbone", type=Path, help="SmolLM2 as a Hugging Face folder or GGUF file")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--token-budget", type=int, default=0, help="tokens of a microbatch (512; on a GPU 8192)")
+    parser.add_argument("--chunk", type=int, default=16)
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("needs a CUDA device; without one: --device cpu")
+    asked = (arguments.model, arguments.mix, arguments.tasks)
+    work = [
+        w
+        for w in (CPU_WORK if arguments.device == "cpu" else CUDA_WORK)
+        if all(one in (None, own) for one, own in zip(asked, w, strict=False))
+    ]
+    with tempfile.TemporaryDirectory(prefix="muxtune-bench-") as scratch:
+        folder = smollm2(arguments.backbone, Path(scratch))
+        measured = [one_work(arguments, folder, Path(scratch) / str(i), *w) for i, w in enumerate(work)]
+    raw = report.origin(f"side_by_side_{arguments.device}") | {"work": measured}
+    if arguments.no_write:
+        print(section(raw))
+    else:
+        report.write(raw, section(raw))
+
+
+def one_work(
+    arguments: argparse.Namespace, folder: Path, scratch: Path, model: str, mix: str, num_tasks: int, size: int,
+    beside: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Speed of all systems in turn, then each one's peak bytes, and those of the engine with one task."""
+    choice = Choice(model, folder, arguments.device)
+    num_rounds = arguments.rounds + 1
+    tasks = workload.make(mix, num_tasks, size, num_rounds, choice.vocabulary, choice.targets)
+    budget = arguments.token_budget or (512 if arguments.device == "cpu" else 8192)
+    setting = Setting(choice, tasks, num_rounds, scratch, budget, arguments.chunk, torch.get_num_threads())
+    print(f"{model}: {tasks.told}", flush=True)
+    seconds, read = speeds(setting, beside)
+    alone = replace(setting, workload=replace(tasks, tasks=tasks.tasks[-1:]))
+    peaks = {name: peak_bytes(setting, name, (0, 1)) for name in ("engine", *beside) if name not in ABLATIONS}
+    return {
+        "model": model, "work": tasks.told, "mix": mix, "num_tasks": num_tasks, "micro_batch_size": size,
+        "token_budget": budget, "chunk_tokens": arguments.chunk, "seconds_by_round": seconds, "tokens_read": read,
+        "effective_tokens": [tasks.num_tokens(r) for r in range(1, num_rounds)],
+        "peak_bytes": peaks, "peak_bytes_of_one_task": peak_bytes(alone, "engine", (0, 1)),
+    }  # fmt: skip
+
+
+def speeds(setting: Setting, beside: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+    """(seconds, tokens read) by system and counted round."""
+    model = setting.choice.load()
+    engine = setting.engine(sharing_copy(model))
+    assert isinstance(engine, Engine)
+    engine.export(setting.adapters)
+    systems: dict[str, System] = {"engine": engine}
+    systems |= {name: build(setting, name, model) for name in beside if name in SHARING}
+    if "separate instances" in beside:
+        systems["separate instances"] = instances = SeparateInstances(setting)
+    seconds = measure(systems, setting.num_rounds, LOSS_TOLERANCE[setting.choice.device])
+    if "separate instances" in beside:
+        instances.close()
+    return seconds, {name: system.num_tokens[1:] for name, system in systems.items()}
+
+
+def measure(systems: Mapping[str, System], num_rounds: int, tolerance: float) -> dict[str, list[float]]:
+    """Seconds by system and round, the first round left out. Exits if a round's losses differ."""
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    names = list(systems)
+    for round_ in range(num_rounds):
+        losses = {}
+        turn = round_ % len(names)
+        for name in names[turn:] + names[:turn]:
+            started = time.perf_counter()
+            losses[name] = systems[name].run(round_)  # tells losses as numbers: it has ended
+            seconds[name].append(time.perf_counter() - started)
+        check_equal(losses, round_, tolerance)
+        print(f"round {round_}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()), flush=True)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def check_equal(losses: Mapping[str, Losses], round_: int, tolerance: float) -> None:
+    own = losses["engine"]
+    for system, other in losses.items():
+        worst = max(abs(other[task] / loss - 1) for task, loss in own.items())
+        if not worst <= tolerance:
+            raise SystemExit(f"round {round_}: losses of {system!r} differ by {worst:.2g}: {other}, engine {own}")
+
+
+def summary(work: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """By system: effective tokens per second (median and quartiles), how much faster the engine is (median of ratios
+    within a round, least, most), tokens read for an effective one, peak bytes."""
+    rows = []
+    own, tokens = work["seconds_by_round"]["engine"], work["effective_tokens"]
+    for name, seconds in work["seconds_by_round"].items():
+        rates = [t / s for t, s in zip(tokens, seconds, strict=True)]
+        low, middle, high = statistics.quantiles(rates, n=4, method="inclusive")
+        ratios = [theirs / ours for ours, theirs in zip(own, seconds, strict=True)]
+        rows.append({
+            "system": name, "rate": middle, "low": low, "high": high, "ratio": statistics.median(ratios),
+            "least": min(ratios), "most": max(ratios), "read": sum(work["tokens_read"][name]) / sum(tokens),
+            "bytes": work["peak_bytes"].get(name),
+        })  # fmt: skip
+    return rows
+
+
+def section(raw: Mapping[str, Any]) -> str:
+    header = ["system", "tokens read per effective", "effective tokens/s", "engine is faster by", "peak MB"]
+    parts = [f"## Side by side, {raw['benchmark'].rpartition('_')[2]}", report.told(dict(raw))]
+    for work in raw["work"]:
+        rows: list[list[object]] = [
+            [
+                row["system"], f"{row['read']:.2f}", f"{row['rate']:.0f} ({row['low']:.0f} to {row['high']:.0f})",
+                "" if row["system"] == "engine" else f"{row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f})",
+                "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.0f}",
+            ]
+            for row in summary(work)
+        ]  # fmt: skip
+        more = work["peak_bytes"]["engine"] / work["peak_bytes_of_one_task"]
+        parts += [
+            f"### {work['model']}: {work['work']}", report.table(header, rows),
+            f"Microbatches of at most {work['token_budget']} tokens, chunk {work['chunk_tokens']}. The engine with all"
+            f" {work['num_tasks']} tasks holds {more:.2f} times the bytes of one.",
+        ]  # fmt: skip
+    parts.append(f"Raw figures: `results/{raw['benchmark']}.json`.")
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()

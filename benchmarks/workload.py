@@ -1,0 +1,108 @@
+"""The tasks that side_by_side.py runs: lengths, ranks and targets as the MuxTune paper mixes them (section 5).
+
+The paper's datasets are SST-2, OpenBookQA and RTE, cut at 64, 128 and 256 tokens. Rows here are random tokens; their
+lengths are drawn from log-normal distributions of our own (`CORPORA`), short questions to long ones, not fitted to the
+datasets. Every position bears loss.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.alignment.dataset import TokenizedDataset
+from engine.methods import Lora
+from engine.task import LrSchedule, TaskSpec, Training
+
+Targets = Sequence[Sequence[str]]  # of tasks in turn
+RANKS = (8, 16, 32, 64)
+Rows = tuple[NDArray[np.int32], ...]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Log-normal lengths in tokens: half of them under `median`; cut to 4 and `cap`."""
+
+    name: str
+    cap: int
+    median: float
+    sigma: float
+
+    def lengths(self, random: np.random.Generator, count: int) -> NDArray[np.int64]:
+        drawn = random.lognormal(np.log(self.median), self.sigma, count)
+        return np.clip(np.rint(drawn), 4, self.cap).astype(np.int64)
+
+
+CORPORA = {
+    "sst2": Corpus("sst2", 64, 26, 0.45),
+    "openbookqa": Corpus("openbookqa", 128, 52, 0.35),
+    "rte": Corpus("rte", 256, 92, 0.45),
+}
+MIXES = {name: (name,) for name in CORPORA} | {"mixed": tuple(CORPORA)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One task: its spec, and its rows, `spec.training.global_batch_size` a round."""
+
+    name: str
+    corpus: Corpus
+    spec: TaskSpec
+    rows: Rows
+
+    def batch(self, round_: int) -> Rows:
+        size = self.spec.training.global_batch_size
+        return self.rows[round_ * size : (round_ + 1) * size]
+
+    def num_tokens(self, round_: int) -> int:
+        return sum(map(len, self.batch(round_)))
+
+    @cached_property
+    def dataset(self) -> TokenizedDataset:
+        lengths = np.array([len(row) for row in self.rows], np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        ids = np.concatenate(self.rows)
+        return TokenizedDataset(ids, np.ones(len(ids), np.bool_), offsets, np.arange(len(lengths)), lengths, (), 0)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Tasks that train at once, one optimizer step each a round."""
+
+    mix: str
+    micro_batch_size: int
+    tasks: tuple[Work, ...]
+
+    def num_tokens(self, round_: int) -> int:
+        return sum(work.num_tokens(round_) for work in self.tasks)
+
+    @property
+    def told(self) -> str:
+        return f"{self.mix}, {len(self.tasks)} tasks of {self.micro_batch_size} sequences"
+
+
+def make(
+    mix: str, num_tasks: int, micro_batch_size: int, num_rounds: int, vocabulary: int, targets: Targets
+) -> Workload:
+    """Tasks take the mix's corpora, and ranks and targets, in turn. Equal arguments, equal work."""
+    random = np.random.default_rng(20260601)
+    corpora = [CORPORA[name] for name in MIXES[mix]]
+    tasks = []
+    for i in range(num_tasks):
+        corpus, rank, own = corpora[i % len(corpora)], RANKS[i % len(RANKS)], targets[i // 2 % len(targets)]
+        lengths = corpus.lengths(random, num_rounds * micro_batch_size)
+        rows = tuple(random.integers(0, vocabulary, length).astype(np.int32) for length in lengths)
+        tasks.append(Work(f"task-{i}", corpus, _spec(corpus, rank, own, num_rounds, micro_batch_size, i), rows))
+    return Workload(mix, micro_batch_size, tuple(tasks))
+
+
+def _spec(
+    corpus: Corpus, rank: int, targets: Sequence[str], num_rounds: int, micro_batch_size: int, seed: int
+) -> TaskSpec:
+    training = Training(
+        1e-3, num_steps=num_rounds, lr_schedule=LrSchedule.CONSTANT, micro_batch_size=micro_batch_size,
+        global_batch_size=micro_batch_size, max_sequence_tokens=corpus.cap, shuffle=False, seed=seed,
+    )  # fmt: skip
+    return TaskSpec("benchmark", Lora(rank, 2.0 * rank, tuple(targets)), "random", training)

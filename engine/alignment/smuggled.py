@@ -1,0 +1,61 @@
+"""Special tokens spelled out in what somebody wrote: they stay text, or a message could end itself and forge the next.
+
+Found as turns are: the conversation is rendered a second time with a mark inside each of them, and must come out the
+same but for the marks. Only a template's own special tokens are read as such.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engine.alignment.templates import TemplateRefusedError
+from engine.alignment.tokens import BackboneTokenizer
+
+_MARK = "\ue002Mx\ue003"  # private use
+
+
+def smuggled_spans(
+    messages: Sequence[Mapping[str, Any]], text: str, tokenizer: BackboneTokenizer
+) -> list[tuple[int, int]]:
+    """Characters [start, end) of `text`, the rendered messages, where one of them spells a special token out.
+
+    Raises TemplateRefusedError where the template does anything with it but to put it there.
+    """
+    assert tokenizer.template is not None
+    spelled = _pattern(tokenizer.special_tokens)
+    if spelled is None or not any(map(spelled.search, _texts(messages))):
+        return []
+    rendered = tokenizer.template.render([_marked(message, spelled) for message in messages])
+    parts = rendered.split(_MARK)
+    if _MARK in text or "".join(parts) != text:
+        raise TemplateRefusedError("the chat template reads a special token that a message spells out")
+    spans, place = [], 0
+    for part in parts[:-1]:
+        place += len(part)
+        found = spelled.match(text, place - 1)  # the mark stands behind its first character
+        if found is None:
+            raise TemplateRefusedError("the chat template changes a special token that a message spells out")
+        spans.append(found.span())
+    return spans
+
+
+def _pattern(special_tokens: frozenset[str]) -> re.Pattern[str] | None:
+    """The longest first, as tokenizers match."""
+    longest_first = sorted(filter(None, special_tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _texts(value: Any) -> list[str]:
+    """Every string in the messages: a template may write any field."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return [text for part in inner for text in _texts(part)]
+
+
+def _marked(value: Any, spelled: re.Pattern[str]) -> Any:
+    if isinstance(value, str):
+        return spelled.sub(lambda found: found[0][0] + _MARK + found[0][1:], value)
+    if isinstance(value, Mapping):
+        return {key: _marked(part, spelled) for key, part in value.items()}
+    return [_marked(part, spelled) for part in value] if isinstance(value, list) else value

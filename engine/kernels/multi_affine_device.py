@@ -1,0 +1,153 @@
+"""multi_affine's passes on a device: cuda/multi_affine.cu. Structs as declared there.
+
+Legend: T tokens, N columns; S spans: the uses, and what lies between them, which is passed on as it is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.kernels.launch import POINTER, SUFFIXES, THREADS, Kernel, Launcher, Table, pack, struct_of, upload
+
+TOKENS = 128  # of one item
+USE = struct_of(
+    [("gain", POINTER), ("shift", POINTER)]
+    + [(name, np.int64) for name in ("own_row", "dgain", "dshift", "partial")]
+    + [("start", np.int32), ("num_tokens", np.int32)]
+)
+ITEM = struct_of(
+    [(name, np.int32) for name in ("use", "token", "end_token", "column", "split", "num_splits", "counter", "unused")]
+)
+LAUNCH = struct_of(
+    [(name, POINTER) for name in ("uses", "items", "in", "own", "out", "gradients", "partials", "counters")]
+    + [(name, np.int64) for name in ("in_stride", "own_stride", "out_stride")]
+    + [("num_items", np.int32), ("width", np.int32)]
+)
+_BLOCKS_PER_MULTIPROCESSOR = 6
+
+
+class AffineRows:
+    """The uses of one stream as structs. `wanted`: which vectors bear a gradient, in their order."""
+
+    def __init__(
+        self,
+        bounds: Sequence[int],
+        kinds: Sequence[int],
+        vectors: Sequence[torch.Tensor],
+        wanted: Sequence[bool] | None = None,
+    ) -> None:
+        self.bounds, self.vectors = bounds, vectors
+        self.uses = np.zeros(len(kinds), USE)
+        rest, flags = iter(vectors), iter(wanted or [False] * len(vectors))
+        num_kept = num_gradients = 0
+        for i, (row, kind) in enumerate(zip(self.uses, kinds, strict=True)):
+            row["start"], row["num_tokens"] = bounds[2 * i], bounds[2 * i + 1] - bounds[2 * i]
+            row["own_row"], row["dgain"], row["dshift"] = num_kept, -1, -1
+            num_kept += int(row["num_tokens"]) if kind & 1 else 0
+            for bit, name in ((1, "gain"), (2, "shift")):
+                if kind & bit:
+                    row[name] = next(rest).data_ptr()
+                    if next(flags):
+                        row[f"d{name}"] = num_gradients
+                        num_gradients += 1
+
+    def spans(self, num_tokens: int, width: int) -> NDArray[Any]:
+        """Uses and gaps, in the stream's order; gradients in floats."""
+        ends = [0, *self.bounds, num_tokens]
+        gaps = np.zeros(len(self.uses) + 1, USE)
+        gaps["dgain"] = gaps["dshift"] = -1
+        gaps["start"], gaps["num_tokens"] = ends[::2], np.subtract(ends[1::2], ends[::2])
+        spans = np.concatenate([self.uses, gaps[gaps["num_tokens"] > 0]])
+        for name in ("dgain", "dshift"):
+            spans[name] = np.where(spans[name] < 0, -1, spans[name] * width)
+        return spans
+
+
+def forward(launcher: Launcher, rows: AffineRows, x_TN: torch.Tensor, y_TN: torch.Tensor) -> None:
+    """Y, all of it."""
+    _run(launcher, "multi_affine", rows, x_TN, None, y_TN, None)
+
+
+def backward(
+    launcher: Launcher,
+    rows: AffineRows,
+    own: torch.Tensor,
+    dy_TN: torch.Tensor,
+    dx_TN: torch.Tensor | None,
+    gradients: torch.Tensor,
+) -> None:
+    """dX, all of it, if there is one, and the gradients. `own`: X's tokens of the uses that have a gain."""
+    _run(launcher, "multi_affine_backward", rows, dy_TN, own, dx_TN, gradients)
+
+
+def _run(
+    launcher: Launcher,
+    name: str,
+    rows: AffineRows,
+    given: torch.Tensor,
+    own: torch.Tensor | None,
+    out: torch.Tensor | None,
+    gradients: torch.Tensor | None,
+) -> None:
+    num_tokens, width = given.shape
+    columns = THREADS * 16 // given.element_size()
+    spans, where = rows.spans(num_tokens, width), given.device
+    key = ("affine", spans.tobytes(), width, columns)
+    plan = launcher.remembered(key, lambda: _Plan.of(spans, width, columns, where))
+    if not plan.num_items:
+        return
+    partials = torch.empty(plan.num_partials if gradients is not None else 0, dtype=torch.float32, device=where)
+    strides = {f"{key}_stride": 0 if t is None else t.stride(0) for key, t in (("own", own), ("out", out))}
+    struct = pack(
+        LAUNCH, uses=plan.uses, items=plan.items, out=out, own=own, gradients=gradients, partials=partials,
+        counters=plan.counters, in_stride=given.stride(0), num_items=plan.num_items, width=width, **{"in": given},
+        **strides,
+    )  # fmt: skip
+    num_blocks = min(plan.num_items, _BLOCKS_PER_MULTIPROCESSOR * launcher.num_multiprocessors)
+    pointed = [given, own, out, gradients, partials, plan.counters, *rows.vectors]
+    kernel = Kernel("multi_affine.cu", f"{name}_{SUFFIXES[given.dtype]}")
+    launcher.launch(kernel, num_blocks, 16, struct, [plan.uses, plan.items], [t for t in pointed if t is not None])
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Spans and their work items on the device, with the counters of split sums, which are zero between launches."""
+
+    uses: Table
+    items: Table
+    num_items: int
+    num_partials: int
+    counters: torch.Tensor
+
+    @classmethod
+    def of(cls, spans: NDArray[Any], width: int, columns: int, where: torch.device) -> "_Plan":
+        items, num_counters, num_partials = work_items(spans, width, columns)
+        counters = torch.zeros(num_counters + 1, dtype=torch.int32, device=where)
+        return cls(upload(spans, where), upload(items, where), len(items), num_partials, counters)
+
+
+def work_items(spans: NDArray[Any], width: int, columns: int) -> tuple[NDArray[Any], int, int]:
+    """(items, counters, floats of all partial sums); `spans` learn where theirs are. Sums are split every TOKENS.
+
+    A span without tokens has one item, which writes zeros as its gradients.
+    """
+    splits_S = np.maximum(1, -(-spans["num_tokens"].astype(np.int64) // TOKENS))
+    num_blocks = -(-width // columns)
+    has_sums_S = (spans["dgain"] >= 0) | (spans["dshift"] >= 0)
+    floats_S = np.where(has_sums_S & (splits_S > 1), splits_S * 2 * width, 0)
+    spans["partial"] = np.cumsum(floats_S) - floats_S
+    sizes_S = splits_S * num_blocks
+    use = np.repeat(np.arange(len(spans)), sizes_S)
+    place = np.arange(len(use)) - np.repeat(np.cumsum(sizes_S) - sizes_S, sizes_S)
+    split, block = np.divmod(place, num_blocks)
+    items = np.zeros(len(use), ITEM)
+    items["use"], items["column"] = use, block * columns
+    items["token"] = split * TOKENS
+    items["end_token"] = np.minimum((split + 1) * TOKENS, spans["num_tokens"][use])
+    items["split"], items["num_splits"] = split, splits_S[use]
+    items["counter"] = use * num_blocks + block
+    return items, len(spans) * num_blocks, int(floats_S.sum())

@@ -1,0 +1,136 @@
+"""The private CA of a mesh, and what it signs: a certificate for each service and the operator, in a folder each."""
+
+import datetime
+import ipaddress
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from muxtune.errors import InvalidInputError
+
+NAMES = ("admission", "scheduling", "alignment", "execution", "operator")
+CERTIFICATE, KEY, CA, CA_KEY = "tls.crt", "tls.key", "ca.crt", "ca.key"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+DAYS, _CA_DAYS, _RENEW_DAYS = 90, 3650, 30
+_BACKDATED = datetime.timedelta(minutes=5)  # clocks differ
+
+
+def issue(folder: Path, hosts: Sequence[str] = LOOPBACK, days: float = DAYS) -> None:
+    """Each folder gets tls.key, tls.crt and ca.crt, whole files only; the CA stays what it was."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    ca_key, ca = _authority(folder)
+    for name in NAMES:
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = _signed(name, key, ca, ca_key, days, hosts if name == "admission" else ())
+        (folder / name).mkdir(mode=0o700, exist_ok=True)
+        _write(folder / name / KEY, _pem(key))
+        _write(folder / name / CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM))
+        _write(folder / name / CA, (folder / CA).read_bytes())
+
+
+def issue_where_due(folder: Path) -> None:
+    """At the start of `muxtune up`: when there are none yet, or one of them ends within a month."""
+    soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=_RENEW_DAYS)
+    for name in NAMES:
+        path = folder / name / CERTIFICATE
+        if not path.exists() or x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc < soon:
+            return issue(folder)
+
+
+def _authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    """The CA's key and certificate, made if there are none. Raises InvalidInputError if only one is there."""
+    if (folder / CA).exists() != (folder / CA_KEY).exists():
+        raise InvalidInputError(f"{folder} has only one of {CA} and {CA_KEY}: bring the other, or take another folder")
+    if not (folder / CA_KEY).exists():
+        key = ec.generate_private_key(ec.SECP256R1())
+        _write(folder / CA_KEY, _pem(key))
+        _write(folder / CA, _self_signed(key).public_bytes(serialization.Encoding.PEM))
+    loaded = serialization.load_pem_private_key((folder / CA_KEY).read_bytes(), None)
+    if not isinstance(loaded, ec.EllipticCurvePrivateKey):
+        raise InvalidInputError(f"{folder / CA_KEY} is no elliptic-curve key: take another folder")
+    return loaded, x509.load_pem_x509_certificate((folder / CA).read_bytes())
+
+
+def _self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    name = _named("muxtune private CA")
+    return (
+        _builder(name, name, key, _CA_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(is_ca=True), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+
+
+def _signed(
+    name: str,
+    key: ec.EllipticCurvePrivateKey,
+    ca: x509.Certificate,
+    ca_key: ec.EllipticCurvePrivateKey,
+    days: float,
+    hosts: Sequence[str],
+) -> x509.Certificate:
+    """Its common name says who shows it, its DNS name who is reached; the operator is nobody's server."""
+    uses = [ExtendedKeyUsageOID.CLIENT_AUTH] + ([] if name == "operator" else [ExtendedKeyUsageOID.SERVER_AUTH])
+    alternatives = [x509.DNSName(name), *map(_alternative, hosts)]
+    return (
+        _builder(_named(name), ca.subject, key, days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(is_ca=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
+        .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+        .sign(ca_key, hashes.SHA256())
+    )
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: float
+) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _BACKDATED)
+        .not_valid_after(now + datetime.timedelta(days=days))
+    )
+
+
+def _key_usage(*, is_ca: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not is_ca, key_cert_sign=is_ca, crl_sign=is_ca, content_commitment=False,
+        key_encipherment=False, data_encipherment=False, key_agreement=False, encipher_only=False, decipher_only=False,
+    )  # fmt: skip
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _named(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Whole or not at all; readable by its owner only."""
+    number, partial = tempfile.mkstemp(dir=path.parent, prefix=".partial-")  # mode 0600
+    with os.fdopen(number, "wb") as file:
+        file.write(data)
+    Path(partial).replace(path)

@@ -1,0 +1,85 @@
+"""`muxtune tenant`: quota, usage, audit. Operators' commands."""
+
+from typing import Annotated, Any
+
+import typer
+
+from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, console, operator_channel, print_json, table
+from muxtune.errors import raising
+from muxtune.v1 import operator_pb2, operator_pb2_grpc
+
+app = typer.Typer(help="What tenants may use, used and did (for operators).", no_args_is_help=True)
+TenantOption = Annotated[str, typer.Option(help="Only this tenant's.")]
+
+
+@app.command(epilog="Example: muxtune tenant quota acme --max-tokens-per-day 5000000")
+def quota(
+    tenant: Annotated[str, typer.Argument(help="A tenant's id.")],
+    max_dataset_bytes: Annotated[int | None, typer.Option(help="0: no limit.")] = None,
+    max_unfinished_tasks: Annotated[int | None, typer.Option(help="0: no limit.")] = None,
+    max_tokens_per_day: Annotated[int | None, typer.Option(help="0: no limit.")] = None,
+    max_device_seconds_per_day: Annotated[float | None, typer.Option(help="0: no limit.")] = None,
+    data: DataOption = DEFAULT_DATA,
+    json: JsonOption = False,
+) -> None:
+    """Show a tenant's quota; with options, replace it: what is left out is as the service says."""
+    given: dict[str, Any] = {
+        "max_dataset_bytes": max_dataset_bytes,
+        "max_unfinished_tasks": max_unfinished_tasks,
+        "max_tokens_per_day": max_tokens_per_day,
+        "max_device_seconds_per_day": max_device_seconds_per_day,
+    }
+    with operator_channel(data, "admission") as (channel, metadata), raising():
+        stub = operator_pb2_grpc.OperatorServiceStub(channel)
+        if any(value is not None for value in given.values()):
+            wanted = operator_pb2.SetQuotaRequest(tenant=_name(tenant), quota=operator_pb2.Quota(**given))
+            found = stub.SetQuota(wanted, timeout=30, metadata=metadata).quota
+        else:
+            asked = operator_pb2.GetQuotaRequest(tenant=_name(tenant))
+            found = stub.GetQuota(asked, timeout=30, metadata=metadata).quota
+        if json:
+            return print_json([found])
+        for name in given:
+            console.print(f"{name}: {getattr(found, name) or 'no limit'}")
+
+
+@app.command(epilog="Example: muxtune tenant usage --tenant acme")
+def usage(tenant: TenantOption = "", data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
+    """List what tenants used, by day (UTC), newest first."""
+    with operator_channel(data, "admission") as (channel, metadata), raising():
+        stub, token = operator_pb2_grpc.OperatorServiceStub(channel), ""
+        days: list[operator_pb2.DayUsage] = []
+        while True:
+            request = operator_pb2.ListUsageRequest(tenant=_name(tenant), page_size=1000, page_token=token)
+            answer = stub.ListUsage(request, timeout=30, metadata=metadata)
+            days.extend(answer.days)
+            if not (token := answer.next_page_token):
+                break
+        if json:
+            return print_json(days)
+        rows = ((d.date, d.tenant, d.effective_tokens, d.padding_tokens, f"{d.device_seconds:.1f}", d.num_steps)
+                for d in days)  # fmt: skip
+        table("", ("day", "tenant", "tokens", "padding", "device seconds", "steps"), rows)
+
+
+@app.command(epilog="Example: muxtune tenant audit --after 1200 --json")
+def audit(
+    after: Annotated[int, typer.Option(min=0, help="From the event after this sequence on.")] = 0,
+    tenant: TenantOption = "",
+    data: DataOption = DEFAULT_DATA,
+    json: JsonOption = False,
+) -> None:
+    """List who did what, when, and what came of it: at most 1000 events, oldest first."""
+    with operator_channel(data, "admission") as (channel, metadata), raising():
+        request = operator_pb2.ListAuditEventsRequest(after_sequence=after, page_size=1000, tenant=_name(tenant))
+        stub = operator_pb2_grpc.OperatorServiceStub(channel)
+        events = stub.ListAuditEvents(request, timeout=30, metadata=metadata).events
+        if json:
+            return print_json(events)
+        rows = ((e.sequence, e.time.ToDatetime(), e.subject, e.tenant or "-", e.method.rpartition("/")[2],
+                 e.resource or "-", e.status_code) for e in events)  # fmt: skip
+        table("", ("sequence", "time", "who", "tenant", "what", "on", "result"), rows)
+
+
+def _name(tenant: str) -> str:
+    return tenant if not tenant or tenant.startswith("tenants/") else f"tenants/{tenant}"

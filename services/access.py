@@ -1,0 +1,122 @@
+"""Who may call what: one table for every RPC of every service. What is not in it is refused.
+
+A tenant's own names are checked after this, one by one, by the servicers (AIP-211).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from engine.errors import PermissionDeniedError
+
+
+class Role(StrEnum):
+    """What a caller proved to be: services and the operator by the common name of their certificate, tenants by an API
+    key or an identity provider's token. MESH is the shared secret of services that run without certificates."""
+
+    ANYONE = "anyone"
+    VIEWER = "viewer"  # of a tenant: reads
+    TENANT = "tenant"  # of a tenant: everything
+    OPERATOR = "operator"
+    ADMISSION = "admission"
+    SCHEDULING = "scheduling"
+    ALIGNMENT = "alignment"
+    EXECUTION = "execution"
+    MESH = "mesh"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`is_audited`: a call leaves a line in the audit log, whatever came of it; refusals always do."""
+
+    roles: frozenset[Role]
+    is_audited: bool = False
+
+
+def _may(*roles: Role) -> Rule:
+    return Rule(frozenset(roles))
+
+
+def _changes(*roles: Role) -> Rule:
+    return Rule(frozenset(roles), is_audited=True)
+
+
+_READS, _WRITES = _may(Role.TENANT, Role.VIEWER), _changes(Role.TENANT)
+_OPEN, _LEDGER = _may(Role.ANYONE), _may(Role.SCHEDULING)
+_RULES: Mapping[str, Mapping[str, Rule]] = {
+    "muxtune.v1.AdmissionService": {
+        "CreateTask": _WRITES,
+        "EstimateTask": _READS,
+        "GetTask": _READS,
+        "ListTasks": _READS,
+        "WatchTask": _READS,
+        "CancelTask": _WRITES,
+        "UploadDataset": _WRITES,
+        "GetDataset": _READS,
+        "ListDatasets": _READS,
+        "PreflightDataset": _READS,
+        "DeleteDataset": _WRITES,
+        "UploadAdapter": _WRITES,
+        "DownloadAdapter": _READS,
+        "ListBackbones": _READS,
+    },
+    "muxtune.v1.KeyService": {
+        "CreateApiKey": _changes(Role.OPERATOR),
+        "ListApiKeys": _may(Role.OPERATOR),
+        "RevokeApiKey": _changes(Role.OPERATOR),
+    },
+    "muxtune.v1.OperatorService": {
+        "SetQuota": _changes(Role.OPERATOR),
+        "GetQuota": _may(Role.OPERATOR),
+        "ListUsage": _may(Role.OPERATOR),
+        "ListAuditEvents": _may(Role.OPERATOR),
+    },
+    "muxtune.v1.LedgerService": {
+        "WatchChanges": _LEDGER,
+        "GetSnapshot": _LEDGER,
+        "CommitPlan": _LEDGER,
+        "CommitResults": _LEDGER,
+        "RevokeAttempts": _LEDGER,
+        "PutLease": _LEDGER,
+        "EndLease": _LEDGER,
+    },
+    "muxtune.v1.AlignmentService": {
+        "StoreDataset": _may(Role.ADMISSION),
+        "InspectDataset": _may(Role.ADMISSION),
+        "RemoveDataset": _may(Role.ADMISSION),
+        "StreamMicrobatches": _may(Role.EXECUTION),
+    },
+    "muxtune.v1.SchedulingService": {
+        "RegisterExecutor": _may(Role.EXECUTION),
+        "KeepLease": _may(Role.EXECUTION),
+        "EndLease": _may(Role.EXECUTION),
+        "GetPlan": _may(Role.OPERATOR),  # names of all tenants' tasks: never for one of them
+        "ExplainPlan": _may(Role.OPERATOR),
+        "SimulatePlan": _may(Role.OPERATOR),
+    },
+    "muxtune.v1.ExecutionService": {
+        "RunPlan": _may(Role.SCHEDULING),
+        "ExportAdapter": _may(Role.SCHEDULING, Role.OPERATOR),
+        "Drain": _may(Role.OPERATOR),
+        "DescribeExecutor": _may(Role.SCHEDULING, Role.OPERATOR),
+    },
+    "grpc.health.v1.Health": {"Check": _OPEN, "Watch": _OPEN, "List": _OPEN},
+    # Served only where MUXTUNE_REFLECTION says so.
+    "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": _OPEN},
+}
+TABLE: Mapping[str, Rule] = {
+    f"/{service}/{method}": rule for service, methods in _RULES.items() for method, rule in methods.items()
+}
+_NOBODY = _changes()
+
+
+def rule_of(method: str) -> Rule:
+    """Of "/package.Service/Method"; nobody may call what is not in the table."""
+    return TABLE.get(method, _NOBODY)
+
+
+def check_access(method: str, role: Role) -> None:
+    """Raises PermissionDeniedError unless the table lets the role call the method."""
+    rule = rule_of(method)
+    if role not in rule.roles and not (role is Role.MESH and rule.roles):
+        raise PermissionDeniedError(f"a caller who is {role.value} may not call {method}", method=method)

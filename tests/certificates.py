@@ -1,0 +1,26 @@
+"""One private CA for the whole test run, as `muxtune certs` makes it."""
+
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from muxtune.cli.authority import issue
+from services.certificates import Certificates, Trust
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="muxtune-test-ca-")
+
+
+@cache
+def ca_folder() -> Path:
+    folder = Path(_FOLDER.name) / "ca"
+    issue(folder)
+    return folder
+
+
+def certificates(name: str) -> Certificates:
+    return Certificates(ca_folder() / name)
+
+
+def trust(name: str, peer: str) -> Trust:
+    """How `name` comes to `peer`."""
+    return Trust(certificates(name), peer)

@@ -1,0 +1,83 @@
+"""A whole step as on a GPU, on this CPU: every kernel's own source, called as the executor calls it, against torch."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from engine.kernels import device
+from engine.method import Method
+from engine.methods import Activation, Bottleneck, Ia3, Lora, LoraBias, Miss, Placement, Selective, Vera
+from engine.results import StepResult
+from engine.runtime.executor import Executor
+from tests.engine.kernels.conftest import MakeHost, host_launcher
+from tests.engine.runtime.tiny import CONFIGS, executor_with, model_of, pack_round, task_of
+
+__all__ = ["host_launcher"]
+
+ALL = ("all-linear",)
+METHODS: dict[str, Method] = {
+    "lora": Lora(3, 8.0, ALL, 0.3, bias=LoraBias.ALL),
+    "dora": Lora(2, 3.0, ("q_proj", "down_proj"), use_dora=True),
+    "dora-dropout": Lora(2, 3.0, ("q_proj", "down_proj"), 0.4, use_dora=True),
+    "vera": Vera(4, ALL),
+    "miss": Miss(2, ALL),
+    "outputs": Ia3(("k_proj", "down_proj"), ("down_proj",)),
+    "inputs": Ia3(ALL, ALL),
+    "serial": Bottleneck(3, ("o_proj",), activation=Activation.GELU),
+    "parallel": Bottleneck(5, ("o_proj",), Placement.PARALLEL),
+    "wide": Bottleneck(9, ("o_proj",)),
+    "norms": Selective(("all-norms",)),
+    "biases": Selective(("all-biases",)),
+}
+
+
+@contextmanager
+def on_kernels(launcher: Any) -> Iterator[None]:
+    """Tensors pass for a GPU's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "launcher_of", lambda _: launcher)
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        yield
+
+
+def two_steps(executor: Executor, tasks: Any) -> list[StepResult]:
+    found = [r for step in (0, 1) for m in pack_round(tasks, [step] * len(tasks)) for r in executor.run(m)]
+    assert all(isinstance(result, StepResult) for result in found)
+    return found  # type: ignore[return-value]
+
+
+GROUPABLE = [name for name in METHODS if name != "inputs"]  # which has every operator read something of its own
+
+
+@pytest.mark.parametrize("names", [list(METHODS), GROUPABLE], ids=["alone", "in groups"])
+def test_tasks_of_every_method_train_as_with_torch_alone(host_launcher: MakeHost, names: list[str]) -> None:
+    model, launcher = model_of(CONFIGS["llama-tied"]), host_launcher(0)
+    tasks = [task_of(name, method=METHODS[name], seed=i, micro_batch_size=8) for i, name in enumerate(names)]
+    plain, on_them = executor_with(model, tasks), executor_with(model, tasks)
+    expected = two_steps(plain, tasks)
+    before = len(launcher.launched)
+    with on_kernels(launcher):
+        found = two_steps(on_them, tasks)
+    for own, theirs in zip(found, expected, strict=True):
+        assert own.task == theirs.task
+        assert own.loss == pytest.approx(theirs.loss, rel=1e-5) and own.grad_norm == pytest.approx(
+            theirs.grad_norm, rel=1e-3
+        )
+    for name in names:
+        ours, theirs_P = (executor.tasks[name].parameters_P for executor in (on_them, plain))
+        torch.testing.assert_close(ours, theirs_P, rtol=1e-3, atol=1e-4)
+    counts = Counter(launcher.launched[before:])
+    num_microbatches = len(pack_round(tasks, [0] * len(tasks))) * 2
+    assert counts["multi_adamw"] == counts["multi_grad_norm"] == num_microbatches
+    num_nodes = len(on_them.backbone.operators)
+    if names == GROUPABLE:  # q, k and v are one; gate and up, too
+        num_nodes -= 3 * len(model.model.layers)
+    assert counts["multi_lora_shrink_outer_fp32"] == num_nodes * num_microbatches
+    num_modules = len(
+        on_them.backbone.mounted
+    )  # at most one launch for each, whoever trains there: one before, one after
+    assert 0 < counts["multi_affine_fp32"] <= 2 * num_modules * num_microbatches

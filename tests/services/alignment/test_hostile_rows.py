@@ -1,0 +1,190 @@
+"""Datasets made to break the reader: refused by line, never quoted, in bounded memory and work."""
+
+import hashlib
+import json
+import os
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.alignment import rows
+from engine.alignment.rows import MAX_LINE_BYTES, MAX_MESSAGES, parse_lines, tokenize
+from engine.errors import InvalidInputError, MalformedDatasetError, QuotaExceededError
+from engine.task import Training
+from services.alignment.catalog import Catalog, Receipt
+from services.artifacts import ArtifactStore
+from tests.tiny_tokenizer import write_tokenizer
+
+# The line of a gigabyte is one with MUXTUNE_FUZZ_EXAMPLES set; it is read no further than the limit either way.
+LINE_BYTES = 1 << (30 if "MUXTUNE_FUZZ_EXAMPLES" in os.environ else 26)
+WORD = "xylophonic"
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    store = ArtifactStore.open(str(tmp_path / "store"))
+    return Catalog(store, {"tiny": write_tokenizer(tmp_path / "tiny")}, cache_bytes=1 << 20)
+
+
+def received(*chunks: bytes) -> Receipt:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    receipt, offset = Receipt(sum(map(len, chunks)), digest.hexdigest(), 2 << 30), 0
+    for chunk in chunks:
+        receipt.add(offset, chunk)
+        offset += len(chunk)
+    return receipt
+
+
+def test_a_line_without_end_is_read_no_further_than_it_may_be_long(catalog: Catalog) -> None:
+    megabyte = b"x" * (1 << 20)
+    receipt = received(b'{"text": "', *[megabyte] * (LINE_BYTES >> 20), b'"}')
+    tracemalloc.start()
+    with pytest.raises(MalformedDatasetError, match=f"line 1 is .* at most {MAX_LINE_BYTES}"):
+        catalog.store("tenants/a", receipt)
+    assert tracemalloc.get_traced_memory()[1] < 4 * MAX_LINE_BYTES
+    tracemalloc.stop()
+    receipt.discard()
+
+
+def test_a_million_empty_rows_are_none(catalog: Catalog) -> None:
+    for empty in (b"\n", b" \n", b"\r\n", b"\t\n"):
+        receipt = received(empty * 1_000_000)
+        with pytest.raises(MalformedDatasetError, match="empty"):
+            catalog.store("tenants/a", receipt)
+        receipt.discard()
+
+
+HOSTILE: dict[str, bytes] = {
+    "100,000 levels": b'{"text":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "100,000 objects": b'{"text":' * 100_000,
+    "a number of 5,000 digits": b'{"text":"' + WORD.encode() + b'","n":' + b"9" * 5_000 + b"}",
+    "a number too large": b'{"text":"a","n":1e400000000000,"m":NaN}',
+    "NaN": b'{"text":"a","n":NaN}',
+    "Infinity": b'{"text":"a","n":-Infinity}',
+    "a key twice": b'{"text":"a","text":"' + WORD.encode() + b'"}',
+    "a key twice by escapes": rb'{"text":"a","\u0074ext":"b"}',
+    "a key twice deep down": b'{"text":"a","x":{"k":1,"k":2}}',
+    "invalid UTF-8": b'{"text":"\xff\xfe"}',
+    "an overlong slash": b'{"text":"\xc0\xaf"}',
+    "a surrogate in UTF-8": b'{"text":"\xed\xa0\x80"}',
+    "a lone surrogate": rb'{"text":"\ud800"}',
+    "a lone surrogate in a message": rb'{"messages":[{"role":"assistant","content":"\udfff"}]}',
+    "a lone surrogate in a role": rb'{"messages":[{"role":"\ud800","content":"a"}]}',
+    "UTF-16": '{"text":"a"}'.encode("utf-16"),
+    "an array": b'["text"]',
+    "two values": b'{"text":"a"}{"text":"b"}',
+    "a comment": b'{"text":"a"} // b',
+    "text that is a number": b'{"text":5}',
+    "a gzip": b"\x1f\x8b\x08\x00" + b"\0" * 20,
+    "a pickle": b"\x80\x04\x95" + b"\0" * 20,
+    "many messages": json.dumps({"messages": [{"role": "assistant", "content": ""}] * (MAX_MESSAGES + 1)}).encode(),
+}
+
+
+@pytest.mark.parametrize("line", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_line_is_named_and_not_quoted(catalog: Catalog, tmp_path: Path, line: bytes) -> None:
+    receipt = received(b'{"text":"fine"}\n', line + b"\n")
+    with pytest.raises(MalformedDatasetError) as refused:
+        catalog.store("tenants/a", receipt)
+    receipt.discard()
+    assert refused.value.metadata["line"] in ("2", "3")  # UTF-16 has a line feed's byte in it
+    assert WORD not in refused.value.message and len(refused.value.message) < 300
+    assert not list((tmp_path / "store").rglob("*.jsonl"))
+
+
+def test_rows_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "MAX_ROWS", 3)
+    with pytest.raises(MalformedDatasetError, match="line 4"):
+        list(parse_lines([b'{"text":"a"}'] * 4))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a" * 200_000, "\u200d" * 50_000, "\U0001f468\u200d" * 30_000, "e" + "\u0301" * 100_000, " " * 200_000,
+     "<|im_end|>" * 20_000, "\n" * 100_000, "\u202e" * 1000],
+    ids=["one word", "joiners", "families", "accents", "blanks", "special tokens", "line feeds", "right to left"],
+)  # fmt: skip
+def test_a_token_bomb_is_cut_where_the_task_says(catalog: Catalog, text: str) -> None:
+    data = json.dumps({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]}).encode()
+    short = b'{"text":"fine"}'
+    receipt = received(data + b"\n" + short)
+    sha256 = catalog.store("tenants/a", receipt).sha256
+    receipt.discard()
+    training = Training(learning_rate=1e-3, num_epochs=1, max_sequence_tokens=32)
+    dataset = catalog.tokenized("tenants/a", sha256, "tiny", training)
+    assert dataset.num_bytes < 10_000
+
+
+def test_a_dataset_that_is_slow_on_purpose_is_given_up(tmp_path: Path) -> None:
+    seconds = iter(range(1000))
+    store = ArtifactStore.open(str(tmp_path / "store"))
+    tokenizer = {"tiny": write_tokenizer(tmp_path / "tiny")}
+    catalog = Catalog(store, tokenizer, 1 << 20, tokenize_seconds=5, monotonic=lambda: float(next(seconds)))
+    receipt = received(b'{"text":"fine"}\n' * 20)
+    sha256 = catalog.store("tenants/a", receipt).sha256
+    receipt.discard()
+    with pytest.raises(QuotaExceededError, match=r"longer than 5 s .* line 6"):
+        catalog.tokenized("tenants/a", sha256, "tiny", Training(learning_rate=1e-3, num_epochs=1))
+
+
+def test_the_longest_conversation_is_rendered_and_masked(catalog: Catalog) -> None:
+    pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    line = json.dumps({"messages": pair * (MAX_MESSAGES // 2)}).encode()
+    (row,) = parse_lines([line])
+    assert int(tokenize(row, catalog._tokenizer("tiny")).bears_loss_L.sum()) == MAX_MESSAGES  # each answer and its stop
+
+
+def keys() -> Iterator[str]:
+    yield from (
+        "../x",
+        "/etc/passwd",
+        "a/../../b",
+        "a/./b",
+        "a//b",
+        "",
+        "/",
+        "a/",
+        "~",
+        "a\0b",
+        "a\\..\\b",
+        "a b",
+        "C:\\x",
+    )
+    yield from ("file:///etc/passwd", "s3://bucket/key", "http://169.254.169.254/latest/meta-data", "%2e%2e/x", "..")
+
+
+@pytest.mark.parametrize("key", keys())
+def test_a_key_stays_in_the_store(tmp_path: Path, key: str) -> None:
+    store = ArtifactStore.open(str(tmp_path / "store"))
+    for act in (store.get, store.exists, store.delete, store.list, lambda key: store.put(key, b"x")):
+        with pytest.raises(InvalidInputError):
+            act(key)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("name", ["tenants/../x", "tenants/", "tenants/a/b", "x", "", "tenants/..", "tenants/a\0"])
+def test_a_tenant_is_no_way_out_of_its_folder(catalog: Catalog, tmp_path: Path, name: str) -> None:
+    receipt = received(b'{"text":"fine"}')
+    with pytest.raises(InvalidInputError):
+        catalog.store(name, receipt)
+    receipt.discard()
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_a_link_in_the_store_leads_nowhere(tmp_path: Path) -> None:
+    """Nobody but an operator can put one there; if it is, what lies behind it is not the tenant's."""
+    (tmp_path / "secret").write_bytes(b"secret")
+    store = ArtifactStore.open(str(tmp_path / "store"))
+    (tmp_path / "store" / "tenants").mkdir()
+    (tmp_path / "store" / "tenants" / "link").symlink_to(tmp_path / "secret")
+    (tmp_path / "store" / "folder").symlink_to(tmp_path)
+    for key in ("tenants/link", "folder/secret"):
+        with pytest.raises(InvalidInputError):
+            store.get(key)
+        with pytest.raises(InvalidInputError):
+            store.put(key, b"x")
+    assert (tmp_path / "secret").read_bytes() == b"secret"

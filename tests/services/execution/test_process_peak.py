@@ -1,0 +1,43 @@
+"""The memory model against the peak of a whole process: interpreter, libraries, weights, activations, and what malloc
+keeps of what was freed. A fresh process each, because a peak is never unlearnt."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).parents[3]
+SIZES = {"small": (256, 6, 4000, 704), "wide": (512, 8, 8000, 1376)}  # hidden, layers, vocabulary, intermediate
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for name, (hidden, layers, vocabulary, intermediate) in SIZES.items():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+            num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048,
+        )  # fmt: skip
+        found[name] = tmp_path_factory.mktemp(name)
+        LlamaForCausalLM(config).save_pretrained(found[name])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "num_tokens"),
+    [("small", [8, 16], 512), ("wide", [8, 16], 256), ("wide", [32], 1024)],
+)
+def test_the_peak_of_a_process_is_foretold(
+    folders: dict[str, Path], size: str, ranks: list[int], num_tokens: int
+) -> None:
+    """Within a tenth, and never under by more than three hundredths."""
+    script = Path(__file__).with_name("process_peak.py")
+    command = [sys.executable, str(script), str(folders[size]), json.dumps(ranks), str(num_tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0.97 <= found["predicted"] / found["peak"] <= 1.10, found

@@ -1,0 +1,180 @@
+"""The four processes as `muxtune up` starts them: certificates from the first start on, limits that hold while tasks
+train, and two tenants of whom neither learns anything of the other."""
+
+import json
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from typer.testing import CliRunner
+
+from muxtune.cli.authority import issue
+from muxtune.cli.main import app
+from muxtune.cli.mesh import START_ORDER, Mesh
+from muxtune.client import Client
+from muxtune.errors import PermissionDeniedError, QuotaExceededError, UnauthenticatedError, UnavailableError
+from muxtune.v1 import budget_pb2, ledger_pb2, ledger_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc, task_pb2
+from tests.tiny_backbone import write_backbone
+
+QUICK = {"*": {"MUXTUNE_LEASE_SECONDS": "3"}, "execution": {"MUXTUNE_CALIBRATION_SECONDS": "0"}}
+SECRET_WORD = "xylophonic"
+ROWS = [{"prompt": f"the {SECRET_WORD} fox {i}", "completion": " jumps over"} for i in range(20)]
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    backbone = write_backbone(tmp_path_factory.mktemp("tiny"))
+    with Mesh(tmp_path_factory.mktemp("mesh"), {"tiny": backbone}, environment=QUICK) as running:
+        yield running
+
+
+def spec(dataset: str, num_steps: int = 8, **fields: object) -> task_pb2.TaskSpec:
+    return task_pb2.TaskSpec(
+        backbone="tiny",
+        dataset=dataset,
+        lora=task_pb2.Lora(rank=4, target_modules=["q_proj"]),
+        training=task_pb2.Training(
+            learning_rate=0.01, num_steps=num_steps, global_batch_size=4, max_sequence_tokens=64, seed=3
+        ),
+        **fields,
+    )
+
+
+def operate(mesh: Mesh, *arguments: str) -> list[dict[str, object]]:
+    """What an operator's command prints."""
+    done = CliRunner().invoke(app, [*arguments, "--data", str(mesh.data), "--json"])
+    assert done.exit_code == 0, done.output
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_keys_lie_where_their_owner_alone_reads_them(mesh: Mesh) -> None:
+    for path in (*mesh.certs.rglob("*.key"), mesh.data / "mesh.json"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+    assert len(list(mesh.certs.rglob("*.key"))) == 6
+    logs = "".join(path.read_text() for path in (mesh.data / "logs").iterdir())
+    assert "PRIVATE KEY" not in logs and mesh.api_key not in logs
+
+
+@pytest.mark.parametrize("service", START_ORDER)
+def test_nobody_gets_in_in_plain_text_or_without_a_certificate(mesh: Mesh, service: str) -> None:
+    roots = grpc.ssl_channel_credentials(mesh.ca.read_bytes())
+    options = [("grpc.ssl_target_name_override", service)]
+    doors = [mesh.addresses[service]] if service != "admission" else [mesh.addresses["admission_internal"]]
+    for door in doors:
+        for channel in (grpc.insecure_channel(door), grpc.secure_channel(door, roots, options)):
+            with channel, pytest.raises(grpc.RpcError) as refused:
+                health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    if service == "admission":
+        with grpc.insecure_channel(mesh.addresses[service]) as channel, pytest.raises(grpc.RpcError) as refused:
+            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_the_public_door_describes_nothing_and_serves_clients_alone(mesh: Mesh) -> None:
+    with mesh.client() as client:
+        request = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        with pytest.raises(grpc.RpcError) as refused:
+            list(reflection_pb2_grpc.ServerReflectionStub(client.channel).ServerReflectionInfo(request, timeout=10))
+        assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        for metadata, code in (
+            ((), grpc.StatusCode.UNAUTHENTICATED),
+            ((("authorization", f"Bearer {mesh.api_key}"),), grpc.StatusCode.PERMISSION_DENIED),
+        ):
+            with pytest.raises(grpc.RpcError) as refused:
+                ledger_pb2_grpc.LedgerServiceStub(client.channel).GetSnapshot(
+                    ledger_pb2.GetSnapshotRequest(), timeout=10, metadata=metadata
+                )
+            assert refused.value.code() is code
+    with pytest.raises(UnauthenticatedError), mesh.client("mxt_0_nonsense") as nobody:
+        nobody.list_backbones()
+
+
+def test_a_client_that_does_not_know_the_ca_sends_no_key(mesh: Mesh, tmp_path: Path) -> None:
+    issue(tmp_path)
+    for ca in (None, tmp_path / "ca.crt"):
+        with Client(mesh.addresses["admission"], mesh.api_key, ca) as client, pytest.raises(UnavailableError):
+            client.list_backbones()
+
+
+def test_a_days_quota_pauses_a_task_and_a_budget_ends_one(mesh: Mesh) -> None:
+    with mesh.client(mesh.create_key("tenants/metered")) as client:
+        dataset = client.upload_dataset(ROWS).name
+        operate(mesh, "tenant", "quota", "metered", "--max-tokens-per-day", "200")
+        task = client.create_task(spec(dataset, 100_000))
+        for event in client.watch_task(task.name):
+            if event.state_changed.state == task_pb2.TASK_STATE_QUEUED and event.sequence > 1:
+                break
+        paused = client.get_task(task.name)
+        assert paused.progress.effective_tokens >= 200
+        with pytest.raises(QuotaExceededError, match="tomorrow"):
+            client.create_task(spec(dataset))
+        operate(mesh, "tenant", "quota", "metered", "--max-tokens-per-day", "0")
+        for following in client.watch_task(task.name, event.sequence):
+            if following.step_done.step > paused.progress.step:
+                break
+        client.cancel_task(task.name)
+        ended = client.wait_task(task.name)
+        assert ended.adapter
+        stopped = client.wait_task(
+            client.create_task(spec(dataset, 100_000, budget=budget_pb2.Budget(max_tokens=300))).name
+        )
+        assert stopped.state == task_pb2.TASK_STATE_CANCELLED and stopped.adapter
+        assert stopped.progress.effective_tokens >= 300 and stopped.progress.step < 100_000
+        used = ended.progress.effective_tokens + stopped.progress.effective_tokens
+    days = operate(mesh, "tenant", "usage", "--tenant", "metered")
+    assert sum(int(str(day["effective_tokens"])) for day in days) == used
+    lines = operate(mesh, "tenant", "audit", "--tenant", "metered")
+    assert [str(line["method"]).rpartition("/")[2] for line in lines] == [
+        "UploadDataset", "CreateTask", "CreateTask", "CancelTask", "CreateTask",
+    ]  # fmt: skip
+    assert [line["status_code"] for line in lines] == ["OK", "OK", "RESOURCE_EXHAUSTED", "OK", "OK"]
+
+
+def test_tenants_in_one_microbatch_learn_nothing_of_each_other(mesh: Mesh) -> None:
+    """Neither in what they read, nor in the explanation of their place; nor rows in any span or log."""
+    names = ("one-tenant", "another-tenant")
+    clients = {name: mesh.client(mesh.create_key(f"tenants/{name}")) for name in names}
+    tasks = {}
+    for name, client in clients.items():
+        dataset = client.upload_dataset(ROWS, f"data-of-{name}").name
+        tasks[name] = client.create_task(spec(dataset, 30), f"task-of-{name}").name
+    shown = {}
+    for name, client in clients.items():
+        events = list(client.watch_task(tasks[name]))
+        listed = [*client.list_tasks(), *client.list_datasets(), *client.list_backbones()]
+        shown[name] = str([events, client.get_task(tasks[name]), listed])
+    assert any("num_neighbours: 1" in text for text in shown.values())  # they did share
+    for name, other in (names, reversed(names)):
+        assert name in shown[name] and other not in shown[name]
+        for call in (clients[name].get_task, clients[name].cancel_task):
+            with pytest.raises(PermissionDeniedError):
+                call(tasks[other])
+    for path in (*(mesh.data / "logs").iterdir(), mesh.trace_file):
+        assert SECRET_WORD not in path.read_text()
+    for client in clients.values():
+        client.close()
+
+
+def test_plans_are_the_operators(mesh: Mesh) -> None:
+    with mesh.operator_channel("scheduling") as channel:
+        scheduling_pb2_grpc.SchedulingServiceStub(channel).GetPlan(scheduling_pb2.GetPlanRequest(), timeout=10)
+        with pytest.raises(grpc.RpcError) as refused:
+            scheduling_pb2_grpc.SchedulingServiceStub(channel).RegisterExecutor(
+                scheduling_pb2.RegisterExecutorRequest(), timeout=10
+            )
+    assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_certificates_are_renewed_under_a_running_mesh(mesh: Mesh) -> None:
+    """New certificates of a new CA, at once: every hop is dialled again, and a task passes through all of them."""
+    for name in ("ca.crt", "ca.key"):
+        (mesh.certs / name).unlink()
+    issue(mesh.certs)
+    with mesh.client(mesh.create_key("tenants/renewed")) as client:
+        dataset = client.upload_dataset(ROWS).name
+        assert client.wait_task(client.create_task(spec(dataset)).name).state == task_pb2.TASK_STATE_SUCCEEDED
