@@ -31,10 +31,6 @@ template <typename T>
 constexpr DEVICE int stages() {
     return sizeof(T) == 4 ? 2 : 3;
 }
-template <typename T>
-constexpr DEVICE int tile_size() {
-    return TILE * row_stride<T>(TILE);
-}
 
 // Up to 64 ranks of uses on the same tokens: octet i holds eight of `use[i]` from `rank[i]` on. All lie the same way in
 // memory, and either none is dropped or all are of one use. `ends_sum`: the next tile of an item has another mask.

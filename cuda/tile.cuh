@@ -18,6 +18,10 @@ template <typename T>
 constexpr DEVICE int row_stride(int width) {
     return width + vector_length<T>();
 }
+template <typename T>
+constexpr DEVICE int tile_size() {
+    return TILE * row_stride<T>(TILE);
+}
 
 // 16 rows by 16 P columns of a product, spread over a warp as mma lays it out: pair p, half h, register i hold
 // row lane / 4 + 8 * (i / 2), column 16 p + 8 h + 2 * (lane % 4) + i % 2.
