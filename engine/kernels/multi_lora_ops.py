@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.kernels import device
 from engine.kernels.dropout import DropoutMask
-from engine.kernels.launch import Launcher, Table, upload
+from engine.kernels.launch import Launcher, Memory, Table, upload
 from engine.kernels.multi_lora import LowRank, Operator, check
 from engine.kernels.multi_lora_device import GroupProducts, rides, with_addresses
 from engine.kernels.multi_lora_plan import Plan
@@ -29,6 +29,8 @@ from engine.kernels.multi_lora_uses import (
     pairs_of,
     uses_key,
 )
+
+_NUM_PLANS = 64  # that a device keeps: of a microbatch of 16384 tokens in a Llama-3-8B four, 1 MB each
 
 
 def run(x_TK: Tensor, operators: Sequence[Operator]) -> tuple[Tensor, ...]:
@@ -240,9 +242,8 @@ def _products(
     launcher, where = device.launcher_of(stream.device), stream.device
     rows, uses, runs = _rows(factors_B, FACTORS), _rows(uses_B, USE), _rows(runs_B, RUN)
     plan_key = (len(stream), tuple(widths), stream.dtype, uses.tobytes(), runs.tobytes(), layout_of(rows).tobytes())
-    plan = launcher.remembered(
-        ("plan", *plan_key), lambda: Plan(uses, runs, rows, len(stream), widths, stream.dtype, where)
-    )
+    plans = launcher.remembered("multi_lora's plans", lambda: Memory(_NUM_PLANS))
+    plan = plans.remembered(plan_key, lambda: Plan(uses, runs, rows, len(stream), widths, stream.dtype, where))
     pointed = [*factors, *steps]
     addresses = tuple(tensor.data_ptr() for tensor in pointed)
     table: Table = launcher.remembered(

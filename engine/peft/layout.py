@@ -43,7 +43,7 @@ class Layout:
     training: bool = False
     tasks: frozenset[str] = field(default=frozenset())
     device: torch.device = field(default=torch.device("cpu"))
-    _steps: dict[str, torch.Tensor] = field(default_factory=dict)
+    _steps: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
 
     def uses(self, adapters: Mapping[str, A]) -> list[tuple[TaskSpan, A]]:
         """The spans of the tasks that have an adapter in `adapters`, in the stream's order."""
@@ -51,14 +51,20 @@ class Layout:
 
     def set(self, microbatch: Microbatch, resident: frozenset[str]) -> None:
         """Lays out `microbatch`; ranges of tasks that are not resident run through the bare backbone."""
-        self._steps = {task: cell for task, cell in self._steps.items() if task in resident}
+        self._steps = {task: own for task, own in self._steps.items() if task in resident}
         ranges = [r for r in microbatch.ranges if r.task in resident and r.segments]
         self.spans = tuple(TaskSpan.of(r, self._device_step(r)) for r in ranges)
         self.training = microbatch.kind is MicrobatchKind.TRAIN
         self.tasks = resident
 
     def _device_step(self, range_: Range) -> torch.Tensor:
-        """Memory of the task's own for as long as it is resident: a captured graph sees the step change in it."""
-        if range_.task not in self._steps:
-            self._steps[range_.task] = torch.zeros((), dtype=torch.int64, device=self.device)
-        return self._steps[range_.task].fill_(range_.step)
+        """Memory of the task's own for as long as it is resident: a captured graph sees the step change in it.
+
+        Written only where it changes: autograd refuses a backward pass whose forward pass read another step.
+        """
+        cell, step = self._steps.get(range_.task, (None, None))
+        if cell is None:
+            cell = torch.empty((), dtype=torch.int64, device=self.device)
+        if step != range_.step:
+            self._steps[range_.task] = cell.fill_(range_.step), range_.step
+        return cell

@@ -154,6 +154,16 @@ def test_a_step_that_is_updated_in_place_uploads_nothing(monkeypatch: pytest.Mon
     torch.testing.assert_close(second, reference(x, at(7)), rtol=2e-5, atol=2e-5)
 
 
+def test_a_backward_pass_at_another_step_than_its_forward_pass_is_refused() -> None:
+    cell, [first, *_] = torch.tensor(1, device=here()), group()
+    own = DropoutMask(4, 1, 2, np.arange(32), WIDTH_IN, 0.25, here(), cell)
+    uses = [LoraUse(40, 72, 2.0, own, keep_scale(0.25)) if use.start == 40 else use for use in first.uses]
+    [y] = multi_lora_ops.run(draw(TOKENS, WIDTH_IN), [first._replace(uses=uses)])
+    cell.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_torch_accepts_the_operators() -> None:
     operators = group(dropout=False)
     pairs = pairs_of(operators)

@@ -16,6 +16,9 @@ def test_a_step_changes_in_place() -> None:
     layout.set(pack_round(tasks, [0, 4])[0], both)
     first = cells(layout)
     assert [first[task][1] for task in "ab"] == [0, 4] and first["a"][0] != first["b"][0]
+    version = layout.spans[0].device_step._version  # type: ignore[union-attr]
+    layout.set(pack_round(tasks, [0, 5])[0], both)
+    assert layout.spans[0].device_step._version == version  # type: ignore[union-attr]
     layout.set(pack_round(tasks, [1, 5])[0], both)
     assert cells(layout) == {"a": (first["a"][0], 1), "b": (first["b"][0], 5)}
     layout.set(pack_round(tasks, [2, 6])[0], frozenset({"b"}))
