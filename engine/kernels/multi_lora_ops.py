@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from engine.kernels import device
 from engine.kernels.dropout import DropoutMask
@@ -224,9 +225,9 @@ def _views(
 ) -> list[Tensor | None]:
     """A gradient for each of the flat `factors`, None where it is not wanted."""
     laid_out = are_laid_out(uses, rows)
-    sizes = [f.numel() for f, is_there in zip(factors, laid_out, strict=True) if is_there]
-    pieces = iter(torch.split(gradients, sizes))
-    found = [next(pieces).view(f.shape) if is_there else None for f, is_there in zip(factors, laid_out, strict=True)]
+    shaped = [factor for factor, is_there in zip(factors, laid_out, strict=True) if is_there]
+    views = iter(_unflatten_dense_tensors(gradients, shaped))  # type: ignore[no-untyped-call]  # one call, not hundreds
+    found = [next(views) if is_there else None for is_there in laid_out]
     return [gradient if wants else None for gradient, wants in zip(found, wanted, strict=True)]
 
 
