@@ -27,9 +27,8 @@ from benchmarks import (
     bench_multi_lora,
     bench_segment_cross_entropy,
 )
-from benchmarks.bench_multi_lora import NotDoneError
 from benchmarks.kernel_timing import ceilings, environment
-from benchmarks.lorafusion import LoraFusion
+from benchmarks.lorafusion import LoraFusion, NotDoneError
 from engine.kernels.launch import Launcher
 
 HEADER = (
@@ -160,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        peers = {"lorafusion": LoraFusion(given.lorafusion)} if given.lorafusion else None
+        peers = {"lorafusion": bench_multi_lora.beside(LoraFusion(given.lorafusion))} if given.lorafusion else None
     except NotDoneError as error:
         sys.exit(f"--lorafusion: {error}")
     all_jobs = jobs(launcher_of(device), device, given.rounds, False, peers)

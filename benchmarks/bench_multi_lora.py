@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.kernel_timing import timed
+from benchmarks.lorafusion import LoraFusion, NotDoneError
 from engine.kernels.launch import Launcher, Table, upload
 from engine.kernels.multi_lora import LoraUse, LowRank, Operator
 from engine.kernels.multi_lora_device import GroupProducts, rides, with_addresses
@@ -32,10 +33,6 @@ GROUPS: dict[str, Widths] = {
 }  # fmt: skip
 SCALE = 0.5
 TOLERANCE = 2e-2  # of the norm of a result in bf16
-
-
-class NotDoneError(Exception):
-    """Why a peer cannot do a point."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +251,22 @@ def errors(found: Result, reference: Result) -> dict[str, float]:
 
 
 Contender = Callable[[Inputs], Callable[[Inputs], Result]]  # from inputs, what is timed on them
+
+
+def beside(peer: LoraFusion) -> Contender:
+    """A peer as a contender: its operators one by one, their dX added up."""
+
+    def made(given: Inputs) -> Callable[[Inputs], Result]:
+        runs = [peer.operator(given.x, o.weight_KN, o.uses, o.factors) for o in given.operators]
+
+        def run(own: Inputs) -> Result:
+            parts = [one(own.x, dy) for one, dy in zip(runs, own.dys, strict=True)]
+            dx = sum((part for _, part, _ in parts[1:]), start=parts[0][1])
+            return [y for y, _, _ in parts], dx, [gradient for *_, of in parts for gradient in of]
+
+        return run
+
+    return made
 
 
 def measured(

@@ -129,7 +129,8 @@ DEVICE void affine_backward_item(const AffineLaunch& launch, const AffineItem& i
         for (int k = 0; k < 2; ++k)
 #pragma unroll
             for (int j = 0; j < V; ++j)
-                if (j < valid) partials[(2 * item.split + k) * static_cast<i64>(launch.width) + column + j] = sums[k][j];
+                if (j < valid)
+                    partials[(2 * item.split + k) * static_cast<i64>(launch.width) + column + j] = sums[k][j];
         if (!is_last_to_arrive(launch.counters + item.counter, item.num_splits, flag)) return;
     }
     for (int k = 0; k < 2; ++k) {

@@ -152,8 +152,8 @@ DEVICE void outer_item(const LoraLaunch& launch, const LoraItem& item) {
 
 constexpr int ONE_PASS_PAIRS = 2;  // ranks beyond take two passes: engine/kernels/multi_lora_items.py
 
-// One pass over dY [tokens x columns] of one use. dB of 64 columns is summed in registers along the tokens; E of all the
-// item's tokens in shared memory along the columns, where each thread keeps its own fragments.
+// One pass over dY [tokens x columns] of one use. dB of 64 columns is summed in registers along the tokens; E of all
+// the item's tokens in shared memory along the columns, where each thread keeps its own fragments.
 template <typename T>
 struct ShrinkOuter {
     static constexpr int STAGES = stages<T>();

@@ -166,8 +166,8 @@ struct FactorTile {
     }
 };
 
-// Starts copying a tile's ranks of S or E, `num_rows` tokens from `token` on, of which `rows` are there; what is beyond,
-// up to `num_pairs` pairs of octets, becomes zero.
+// Starts copying a tile's ranks of S or E, `num_rows` tokens from `token` on, of which `rows` are there; what is
+// beyond, up to a whole pair of octets, becomes zero.
 template <typename T>
 DEVICE void copy_shrunk(T* to, int stride, const void* shrunk, const LoraLaunch& launch, const LoraTile& tile,
                         int num_rows, int token, int rows) {

@@ -74,6 +74,7 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
     "muxtune.v1.LedgerService": {
         "WatchChanges": _LEDGER,
         "GetSnapshot": _LEDGER,
+        "LeadScheduling": _LEDGER,
         "CommitPlan": _LEDGER,
         "CommitResults": _LEDGER,
         "RevokeAttempts": _LEDGER,
@@ -93,6 +94,7 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
         "GetPlan": _may(Role.OPERATOR),  # names of all tenants' tasks: never for one of them
         "ExplainPlan": _may(Role.OPERATOR),
         "SimulatePlan": _may(Role.OPERATOR),
+        "GetProfile": _may(Role.OPERATOR),
     },
     "muxtune.v1.ExecutionService": {
         "RunPlan": _may(Role.SCHEDULING),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.alignment.rows import Row, RowRefusedError, tokenize
+from engine.alignment.rows import Row, RowRefusedError, tokenize_all
 from engine.alignment.tokens import BackboneTokenizer
 from engine.errors import FieldViolation, InvalidInputError
 from engine.task import Overlength, Training
@@ -59,11 +59,9 @@ def tokenize_dataset(rows: Iterable[Row], tokenizer: BackboneTokenizer, training
     """Raises InvalidInputError if no row is left, or if one is too long and `overlength` is REFUSE."""
     kept, refused, lengths, num_truncated = [], [], [], 0
     limit = training.max_sequence_tokens
-    for row in rows:
-        try:
-            tokenized = tokenize(row, tokenizer)
-        except RowRefusedError as error:
-            refused.append(Refused(row.line, str(error)))
+    for row, tokenized in tokenize_all(rows, tokenizer):
+        if isinstance(tokenized, RowRefusedError):
+            refused.append(Refused(row.line, str(tokenized)))
             continue
         ids, mask = tokenized.token_ids_L, tokenized.bears_loss_L
         lengths.append(len(ids))

@@ -5,8 +5,9 @@ Three shapes: `messages` (the backbone's chat template; loss on assistant turns,
 No error ever quotes a row: it is the tenant's data. Legend: L tokens of one row.
 """
 
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,12 @@ from numpy.typing import NDArray
 
 from engine.alignment.smuggled import smuggled_spans
 from engine.alignment.templates import TemplateRefusedError
-from engine.alignment.tokens import BackboneTokenizer
-from engine.alignment.turns import assistant_turns
+from engine.alignment.tokens import BackboneTokenizer, Encoded, Piece
+from engine.alignment.turns import Turn, assistant_turns
 from engine.errors import MalformedDatasetError
 
 MAX_LINE_BYTES, MAX_ROWS, MAX_MESSAGES = 4 << 20, 10_000_000, 512
+_BATCH_ROWS, _BATCH_CHARACTERS = 512, 1 << 20  # that go through the tokenizer at once
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
 _SHAPES = {
     frozenset({"messages"}): "messages",
@@ -66,16 +68,56 @@ def parse_lines(lines: Iterable[bytes]) -> Iterator[Row]:
 
 def tokenize(row: Row, tokenizer: BackboneTokenizer) -> TokenizedRow:
     """Raises RowRefusedError where the backbone's template cannot render or mask the row."""
-    if row.shape == "messages":
-        ids, mask = _messages(row.fields["messages"], tokenizer)
-    elif row.shape == "prompt_completion":
-        ids, mask = _prompt_completion(row.fields["prompt"], row.fields["completion"], tokenizer)
-    else:
-        ids = _closed(tokenizer.encode(row.fields["text"], add_special_tokens=True).token_ids_L, tokenizer)
-        mask = np.ones(len(ids), dtype=np.bool_)
-    if not mask[1:].any():
-        raise RowRefusedError("no token bears loss")
-    return TokenizedRow(row.line, ids, mask)
+    ((_, read),) = tokenize_all([row], tokenizer)
+    if isinstance(read, RowRefusedError):
+        raise read
+    return read
+
+
+def tokenize_all(
+    rows: Iterable[Row], tokenizer: BackboneTokenizer
+) -> Iterator[tuple[Row, TokenizedRow | RowRefusedError]]:
+    """Each row in order, with its tokens or why it has none. Rows go through the tokenizer many at once."""
+    waiting: list[_Reader] = []
+    num_characters = 0
+    for row in rows:
+        waiting.append(_Reader(row, tokenizer))
+        num_characters += waiting[-1].num_characters
+        if len(waiting) == _BATCH_ROWS or num_characters > _BATCH_CHARACTERS:
+            yield from _read(waiting, tokenizer)
+            waiting, num_characters = [], 0
+    yield from _read(waiting, tokenizer)
+
+
+def _read(
+    readers: Sequence["_Reader"], tokenizer: BackboneTokenizer
+) -> Iterator[tuple[Row, TokenizedRow | RowRefusedError]]:
+    encoded = iter(tokenizer.encode([piece for reader in readers for piece in reader.pieces]))
+    for reader in readers:
+        yield reader.row, reader.finish([next(encoded) for _ in reader.pieces])
+
+
+class _Reader:
+    """One row on its way: `pieces` are to be encoded, none if it is refused already."""
+
+    def __init__(self, row: Row, tokenizer: BackboneTokenizer) -> None:
+        self.row, self._refused = row, None
+        self._reading = _READINGS[row.shape](row.fields, tokenizer)
+        self.pieces: list[Piece] = []
+        try:
+            self.pieces = next(self._reading)
+        except RowRefusedError as error:
+            self._refused = error
+        self.num_characters = sum(len(piece.text) for piece in self.pieces)
+
+    def finish(self, encoded: list[Encoded]) -> TokenizedRow | RowRefusedError:
+        if self._refused is not None:
+            return self._refused
+        try:
+            self._reading.send(encoded)
+        except StopIteration as done:
+            ids, mask = done.value
+        return TokenizedRow(self.row.line, ids, mask) if mask[1:].any() else RowRefusedError("no token bears loss")
 
 
 def _parse(number: int, line: bytes) -> Row:
@@ -145,13 +187,21 @@ def _malformed(number: int, why: str) -> MalformedDatasetError:
     return MalformedDatasetError(f"line {number} {why}", line=number)
 
 
-def _prompt_completion(
-    prompt: str, completion: str, tokenizer: BackboneTokenizer
-) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    head = tokenizer.encode(prompt, add_special_tokens=True).token_ids_L
+# A shape's reading asks for its pieces, is sent what became of them, and returns tokens and which of them bear loss.
+_Reading = Generator[list[Piece], list[Encoded], tuple[NDArray[np.int32], NDArray[np.bool_]]]
+
+
+def _text(fields: Mapping[str, Any], tokenizer: BackboneTokenizer) -> _Reading:
+    (encoded,) = yield [Piece(fields["text"], adds_tokens=True)]
+    ids = _closed(encoded.token_ids_L, tokenizer)
+    return ids, np.ones(len(ids), np.bool_)
+
+
+def _prompt_completion(fields: Mapping[str, Any], tokenizer: BackboneTokenizer) -> _Reading:
+    prompt, completion = yield [Piece(fields["prompt"], adds_tokens=True), Piece(fields["completion"])]
+    head, tail = prompt.token_ids_L, _closed(completion.token_ids_L, tokenizer)
     if tokenizer.eos_token_id is not None and len(head) and head[-1] == tokenizer.eos_token_id:
         head = head[:-1]  # some tokenizers close what they encode
-    tail = _closed(tokenizer.encode(completion, add_special_tokens=False).token_ids_L, tokenizer)
     mask = np.concatenate([np.zeros(len(head), np.bool_), np.ones(len(tail), np.bool_)])
     return np.concatenate([head, tail]), mask
 
@@ -162,30 +212,51 @@ def _closed(ids: NDArray[np.int32], tokenizer: BackboneTokenizer) -> NDArray[np.
     return np.append(ids, np.int32(tokenizer.eos_token_id))
 
 
-def _messages(
-    messages: list[dict[str, Any]], tokenizer: BackboneTokenizer
-) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """One tokenization of the whole conversation, as a server would see it; the assistant turns in it bear loss."""
+def _messages(fields: Mapping[str, Any], tokenizer: BackboneTokenizer) -> _Reading:
+    """One tokenization of the whole conversation, as a server would see it; the assistant turns in it bear loss.
+
+    What a message itself spells out of the template's special tokens is encoded apart, as text.
+    """
     if tokenizer.template is None:
         raise RowRefusedError("the backbone has no chat template: use prompt/completion or text")
+    messages = fields["messages"]
     try:
         text = tokenizer.template.render(messages)
         turns = assistant_turns(messages, text, tokenizer)
         smuggled = smuggled_spans(messages, text, tokenizer)
     except TemplateRefusedError as error:
         raise RowRefusedError(str(error)) from None
-    encoded = tokenizer.encode_rendered(text, smuggled)
-    mask = np.zeros(len(encoded.token_ids_L), np.bool_)
-    starts, ends = encoded.offsets_L2.T
+    bounds = [0, *(bound for span in smuggled for bound in span), len(text)]
+    encoded = yield [
+        Piece(text[start:end], is_plain=i % 2 == 1, has_offsets=True)
+        for i, (start, end) in enumerate(itertools.pairwise(bounds))
+    ]
+    ids = np.concatenate([part.token_ids_L for part in encoded])
+    offsets_L2 = np.concatenate([part.offsets_L2 + start for part, start in zip(encoded, bounds, strict=False)])
+    return ids, _turns_mask(turns, ids, offsets_L2, tokenizer)
+
+
+def _turns_mask(
+    turns: Sequence[Turn], ids: NDArray[np.int32], offsets_L2: NDArray[np.int64], tokenizer: BackboneTokenizer
+) -> NDArray[np.bool_]:
+    mask = np.zeros(len(ids), np.bool_)
+    starts, ends = offsets_L2.T
     for turn in turns:
         # A token of no width (a sentencepiece prefix) belongs to the turn if it lies strictly inside.
         inside = np.flatnonzero((starts >= turn.start) & (starts < turn.end) & (ends > turn.start) & (ends <= turn.end))
-        is_special = np.isin(encoded.token_ids_L[inside], list(tokenizer.special_ids))
+        is_special = tokenizer.are_special(ids[inside])
         mask[inside[: _stop(is_special & (starts[inside] >= turn.content_end))]] = True
-    return encoded.token_ids_L, mask
+    return mask
 
 
 def _stop(is_stop: NDArray[np.bool_]) -> int:
     """Tokens of a turn up to its stop token, that one included; template text after it is never generated."""
     stops = np.flatnonzero(is_stop)
     return int(stops[-1]) + 1 if len(stops) else len(is_stop)
+
+
+_READINGS: dict[str, Callable[[Mapping[str, Any], BackboneTokenizer], _Reading]] = {
+    "messages": _messages,
+    "prompt_completion": _prompt_completion,
+    "text": _text,
+}

@@ -1,9 +1,8 @@
 """A backbone's tokenizer, from the files beside its weights; no torch and no transformers.
 
-Legend: L tokens of one row.
+Legend: L tokens of one row, V vocabulary.
 """
 
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +11,26 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from engine.alignment.templates import ChatTemplate, TemplateRefusedError
 from engine.errors import InvalidInputError
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A text to encode. `adds_tokens`: with what the tokenizer puts around a text; `is_plain`: special tokens that it
+    spells out stay text, else they are read as such, as a chat template needs; `has_offsets`: see Encoded."""
+
+    text: str
+    adds_tokens: bool = False
+    is_plain: bool = False
+    has_offsets: bool = False
+
+
+@dataclass(frozen=True)
 class Encoded:
-    """`token_ids_L` int32 and, for each token, the characters [start, end) of the text it stands for."""
+    """`token_ids_L` int32 and, if asked for, the characters [start, end) of the text that each token stands for."""
 
     token_ids_L: NDArray[np.int32]
     offsets_L2: NDArray[np.int64]
@@ -47,7 +57,8 @@ class BackboneTokenizer:
         self.eos_token = special.get("eos_token")
         self.eos_token_id = tokenizer.token_to_id(self.eos_token) if self.eos_token else None
         added = {i: token for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.special_ids = frozenset(added)
+        self._is_special_V = np.zeros(1 + max(tokenizer.get_vocab().values(), default=0), np.bool_)
+        self._is_special_V[list(added)] = True
         self.special_tokens = frozenset(token.content for token in added.values())
 
     @classmethod
@@ -69,27 +80,31 @@ class BackboneTokenizer:
         except TemplateRefusedError as error:
             raise InvalidInputError.of_field("backbone", f"{folder}: {error}") from error
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> Encoded:
-        """Special tokens written out in `text` are read as such, as a chat template needs."""
-        tokenizer = self._tokenizer if add_special_tokens else self._exact
-        encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        return Encoded(np.array(encoding.ids, dtype=np.int32), offsets)
+    def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
+        """All at once, on all cores. Text alone is the same whatever stands beside it."""
+        encoded: dict[int, Encoded] = {}
+        kinds = [(piece.adds_tokens, piece.is_plain, piece.has_offsets) for piece in pieces]
+        for kind in set(kinds):
+            adds_tokens, is_plain, has_offsets = kind
+            tokenizer = self._tokenizer if adds_tokens else self._plain if is_plain else self._exact
+            encode = tokenizer.encode_batch if has_offsets else tokenizer.encode_batch_fast
+            own = [i for i, other in enumerate(kinds) if other == kind]
+            found = encode([pieces[i].text for i in own], add_special_tokens=adds_tokens)
+            encoded |= {i: _encoded(encoding, has_offsets) for i, encoding in zip(own, found, strict=True)}
+        return [encoded[i] for i in range(len(pieces))]
 
-    def encode_rendered(self, text: str, plain_spans: Sequence[tuple[int, int]]) -> Encoded:
-        """`encode` without tokens added; but what stands in the spans, in order, is text whatever it spells."""
-        bounds = [0, *(bound for span in plain_spans for bound in span), len(text)]
-        ids, offsets = [], []
-        for index, (start, end) in enumerate(itertools.pairwise(bounds)):
-            tokenizer = self._plain if index % 2 else self._exact
-            encoding = tokenizer.encode(text[start:end], add_special_tokens=False)
-            ids.append(np.array(encoding.ids, dtype=np.int32))
-            offsets.append(np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) + start)
-        return Encoded(np.concatenate(ids), np.concatenate(offsets))
+    def are_special(self, token_ids_L: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """[L]: which of them are special tokens."""
+        return self._is_special_V[token_ids_L]
 
     def decode(self, token_ids_L: NDArray[np.int32]) -> str:
         text: str = self._tokenizer.decode(token_ids_L.tolist(), skip_special_tokens=False)
         return text
+
+
+def _encoded(encoding: Encoding, has_offsets: bool) -> Encoded:
+    offsets = encoding.offsets if has_offsets else []
+    return Encoded(np.array(encoding.ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2))
 
 
 def _text(token: str | dict[str, Any]) -> str:

@@ -33,7 +33,8 @@ def _turn(messages: Sequence[Mapping[str, Any]], index: int, text: str, tokenize
     before = tokenizer.template.render(messages[:index], add_generation_prompt=True)
     if not text.startswith(before):
         raise TemplateRefusedError("the chat template opens this turn otherwise than its generation prompt")
-    through = tokenizer.template.render(messages[: index + 1])
+    is_last = index + 1 == len(messages)
+    through = text if is_last else tokenizer.template.render(messages[: index + 1])
     if text.startswith(through) and through.startswith(before):
         content = messages[index]["content"].strip()
         content_end = max(len(before), through.find(content, len(before)) + len(content))

@@ -21,6 +21,8 @@ from engine.peft.layout import Layout
 from engine.peft.shared_input import SharedInput
 from engine.peft.spans import Uses, rewrite_input, rewrite_output
 
+_LEAST_GAIN = 1e-3  # of a norm: below it a 16-bit output may have lost digits
+
 
 @dataclass(frozen=True)
 class Call:
@@ -115,7 +117,7 @@ class MountedNorm:
 def gain_of(norm: Any) -> torch.Tensor | None:
     """What `norm` multiplies by: its weight, or one more (Gemma), told by trying it, in at least float32; else None.
 
-    And None where what it gives can't be divided by it: a gain of zero, or a bias in a type of few digits.
+    And None where what it gives can't be divided by it: a gain near zero, or a bias in a type of few digits.
     """
     bias_N = getattr(norm, "bias", None)
     if bias_N is not None and norm.weight.itemsize < torch.float32.itemsize:
@@ -134,7 +136,7 @@ def gain_of(norm: Any) -> torch.Tensor | None:
             return None
         gain_N = weight_N + offset if offset else weight_N
         if torch.allclose(given, (tried["weight"] + offset) * plain, rtol=1e-4, atol=1e-6):
-            return gain_N if bool(gain_N.abs().min() > 0) else None
+            return gain_N if bool(gain_N.abs().min() >= _LEAST_GAIN) else None
     return None
 
 
