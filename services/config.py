@@ -23,6 +23,7 @@ class ServerSettings:
     """What every service needs. `listen` "host:0" takes a free port, which `ready_file` then tells.
 
     `stop_with_parent`: as SIGTERM does, when the process that started this one is gone: no orphans of `muxtune up`.
+    More calls than `max_calls` at once, or streams than `max_streams`, are refused: RESOURCE_EXHAUSTED, later again.
     `certs`: folder with this service's tls.crt, tls.key and ca.crt: peers prove themselves by theirs. Without, on
     loopback only, callers prove themselves by `mesh_secret`. `reflection` describes the RPCs to whoever asks.
     """
@@ -37,6 +38,8 @@ class ServerSettings:
     prometheus_port: int | None = None
     log_level: str = "INFO"
     stop_with_parent: bool = False
+    max_calls: int = 256
+    max_streams: int = 1024
 
     def trust(self, peer: str) -> Trust | None:
         """How a channel to that service proves itself; None where the mesh secret does. Exits without a certificate."""

@@ -1,13 +1,13 @@
-"""Seconds of a microbatch, from what is in it: a formula of seven prices, fitted to measurements by `fit.py`.
+"""Seconds of a microbatch, from what is in it: a formula of eight prices, fitted to measurements by `fit.py`.
 
-    seconds = fixed + token * max(T, knee) + square * sum(L^2) + target * M
+    seconds = fixed + token * max(T, knee) + segment * sequences + square * sum(L^2) + target * M
               + module * ranges' adapted modules + multiplication * adapters' multiplications
               + parameter * parameters stepped
 
 Up to `knee` tokens a device is not busy: more tokens cost nothing. Past it the base operators are linear in tokens,
-attention is quadratic in each sequence, the output head runs at target positions only, an adapter costs a launch for
-each module it is mounted on and arithmetic for each of its task's tokens, and the optimizer passes over parameters.
-Source: MuxTune section 3.3 asks for a latency model of a fused stage; the formula is ours.
+attention is a call for each sequence (on a CPU) and quadratic in its length, the output head runs at target positions
+only, an adapter costs a launch for each module it is mounted on and arithmetic for each of its task's tokens, and the
+optimizer passes over parameters. The formula is ours.
 Legend: T tokens of the microbatch, L of a sequence, M target positions.
 """
 
@@ -42,6 +42,7 @@ class Part:
     num_modules: float = 0.0
     num_multiplications: float = 0.0  # of all its tokens
     num_stepped_parameters: float = 0.0
+    num_segments: float = 0.0  # sequences
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class CostProfile:
     module_seconds: float = 0.0
     multiplication_seconds: float = 0.0
     parameter_seconds: float = 0.0
+    segment_seconds: float = 0.0
     error: float = 0.0
 
     @property
@@ -83,6 +85,7 @@ class CostProfile:
             + self.module_seconds * part.num_modules
             + self.multiplication_seconds * part.num_multiplications
             + self.parameter_seconds * part.num_stepped_parameters
+            + self.segment_seconds * part.num_segments
         )
 
 
@@ -93,7 +96,7 @@ def total(parts: Iterable[Part]) -> Part:
     """All of them as one."""
     rows = [
         (p.num_tokens, p.num_squared_tokens, p.num_targets, p.num_modules, p.num_multiplications,
-         p.num_stepped_parameters)
+         p.num_stepped_parameters, p.num_segments)
         for p in parts
     ]  # fmt: skip
     return Part(*map(sum, zip(*rows, strict=True))) if rows else Part(0.0)

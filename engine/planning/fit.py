@@ -61,7 +61,7 @@ def refit(start: Sequence[Sample], recent: Sequence[Sample]) -> CostProfile:
 
 def _features(whole: Part) -> tuple[float, ...]:
     return (1.0, whole.num_tokens, whole.num_squared_tokens, whole.num_targets, whole.num_modules,
-            whole.num_multiplications, whole.num_stepped_parameters)  # fmt: skip
+            whole.num_multiplications, whole.num_stepped_parameters, whole.num_segments)  # fmt: skip
 
 
 def _fit_with_knee(
@@ -77,9 +77,9 @@ def _fit_with_knee(
         errors_N = np.abs(relative_NF @ prices_F - 1)
         spread = max(float(np.median(errors_N)), 1e-9)
         weights_N = np.minimum(1.0, _OUTLIER * spread / np.maximum(errors_N, 1e-12)) ** 0.5
-    fixed, token, square, target, module, multiplication, parameter = prices_F.tolist()
+    fixed, token, square, target, module, multiplication, parameter, segment = prices_F.tolist()
     rms = float(np.sqrt(np.mean((weights_N * errors_N) ** 2)))
-    return CostProfile(fixed, token, knee, square, target, module, multiplication, parameter, error=rms)
+    return CostProfile(fixed, token, knee, square, target, module, multiplication, parameter, segment, rms)
 
 
 def nonnegative_least_squares(a_NF: NDArray[np.float64], b_N: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -93,4 +93,5 @@ def _step(task: TaskView, ragged: Ragged, load: AdapterLoad, limits: Limits) -> 
         num_modules=ranges * load.num_modules,
         num_multiplications=padded * load.num_multiplications,
         num_stepped_parameters=load.num_parameters,
+        num_segments=sequences,
     )

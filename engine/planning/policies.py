@@ -115,7 +115,7 @@ def _padded_seconds(host: Host, needs: Sequence[Need]) -> float:
         step = need.step
         parts.append(
             Part(tokens, tokens * longest, step.num_targets, step.num_modules, step.num_multiplications * grown,
-                 step.num_stepped_parameters)
+                 step.num_stepped_parameters, step.num_segments)
         )  # fmt: skip
     whole = sum(part.num_tokens for part in parts)
     number = max(1, math.ceil(whole / host.stage().max_tokens))

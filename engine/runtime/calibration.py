@@ -25,14 +25,15 @@ _FIRST_TOKENS = 16
 _LARGEST_SHARE = 0.15  # of the time, for one run of the largest probe
 _MAX_PASSES = 3
 _STRIDE = 8
+_RANK = 64  # so high that the adapters' arithmetic shows
 
 
 @dataclass(frozen=True)
 class Probe:
     """A microbatch to time: `num_ranges` tasks, each of `num_sequences` sequences of `num_tokens` tokens.
 
-    They are LoRA of `rank` on one in `module_stride` linear operators: few, so that a high rank needs little memory and
-    the price of tokens shows apart from the adapters'. One in `target_stride` positions bears loss. `has_step`:
+    They are LoRA of `rank` on one in `module_stride` linear operators: mostly few, so that the price of tokens shows
+    apart from the adapters'. One in `target_stride` positions bears loss. `has_step`:
     optimizers step after it.
     """
 
@@ -71,10 +72,11 @@ def _probes(bench: "_Bench", max_tokens: int, largest_seconds: float) -> list[Pr
         *(Probe(size) for size in sorted({largest, base, base // 2, base // 4})),
         Probe(base, target_stride=16),
         Probe(base, module_stride=1),
-        Probe(base, rank=128),
+        Probe(base, rank=_RANK, module_stride=2),
         Probe(base // 4, num_ranges=4, module_stride=1),
         Probe(base // 8, num_sequences=8, target_stride=4),
-        Probe(base, rank=128, has_step=True),
+        Probe(max(1, base // 32), num_sequences=32, target_stride=4),
+        Probe(base, rank=_RANK, module_stride=2, has_step=True),
         Probe(base // 8, num_sequences=2, num_ranges=4, module_stride=1, has_step=True),
     ]
 
@@ -85,7 +87,8 @@ def parts_of(microbatch: Microbatch, executor: Executor) -> tuple[Part, ...]:
     for range_ in microbatch.ranges:
         lengths = [segment.num_tokens for segment in range_.segments]
         targets = microbatch.targets_T[range_.start : range_.start + range_.num_tokens]
-        part = Part(range_.num_tokens, sum(n * n for n in lengths), int((targets != IGNORE).sum()))
+        part = Part(range_.num_tokens, sum(n * n for n in lengths), int((targets != IGNORE).sum()),
+                    num_segments=len(lengths))  # fmt: skip
         if (run := executor.tasks.get(range_.task)) is not None:
             load = adapter_load(run.assignment.spec.method, sites)
             part = replace(

@@ -60,6 +60,9 @@ def newcomers(request: pb.SimulatePlanRequest, snapshot: Snapshot) -> list[TaskV
     for index, asked in enumerate(request.tasks):
         path = f"tasks[{index}]"
         spec = spec_to_domain(asked.spec, f"{path}.spec")
+        for wrong in spec.method.wrongs():
+            field = f"{path}.spec.{spec.method.name}.{wrong.field}"
+            raise InvalidInputError.of_field(field, f"{wrong.value}: {wrong.remedy}")
         steps = asked.num_steps or spec.training.num_steps or 0
         tenant = asked.task.rpartition("/tasks/")[0]
         if not tenant or asked.task in names:

@@ -160,7 +160,7 @@ class Admission:
         self.key_store, ledger = KeyStore(self.database), Ledger(self.database, self.clock, quota.to_proto())
         self.admitter = Admitter(self.database, self.artifacts, alignment, quota)
         self.limits = LimitsWatch(self.database, quota.to_proto(), self.notifier)
-        servicer = AdmissionServicer(
+        servicer = self.servicer = AdmissionServicer(
             self.database, self.artifacts, alignment, self.admitter, self.notifier, MAX_ADAPTER_BYTES
         )
         limit = RateLimit(self.requests_per_second)
@@ -172,7 +172,7 @@ class Admission:
             OperatorServicer(self.database, quota.to_proto(), self.notifier), self._server
         )
         ledger_pb2_grpc.add_LedgerServiceServicer_to_server(
-            LedgerServicer(ledger, self.notifier, lambda: 0), self._server
+            LedgerServicer(ledger, self.notifier, lambda names: None), self._server
         )
         address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         await self._server.start()
