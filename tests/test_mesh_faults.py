@@ -32,7 +32,7 @@ from tests.tiny_backbone import write_backbone
 pytestmark = pytest.mark.timeout(240)
 ROWS = [{"prompt": f"what is {i}", "completion": " it is more" * (1 + i % 5)} for i in range(24)]
 QUICK = {
-    "admission": {"MUXTUNE_MAX_CRASHES": "3"},
+    "admission": {"MUXTUNE_MAX_CRASHES": "2"},
     "scheduling": {"MUXTUNE_LEASE_SECONDS": "3", "MUXTUNE_LEADER_SECONDS": "1.5"},
 }
 EXECUTION = {
@@ -321,7 +321,7 @@ def test_a_task_that_kills_its_executor_fails_alone(
             os.kill(trainer_of(mesh), signal.SIGKILL)
             until_away(mesh)
         time.sleep(_POLL_SECONDS)
-    assert "3 times" in client.get_task(poison).failure.message
+    assert "2 times" in client.get_task(poison).failure.message
     check(client, good, expected, tmp_path / "adapter")
 
 

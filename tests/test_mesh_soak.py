@@ -18,10 +18,10 @@ from muxtune.v1 import task_pb2
 from tests.mesh_chaos import TRAINER, Chaos, long_mode, printed_seed, trainer_of
 from tests.tiny_backbone import write_backbone
 
-SECONDS = 1800.0 if long_mode() else 40.0
+SECONDS = 1800.0 if long_mode() else 30.0
 WARM_UP = 0.2  # of that time: caches fill, allocators settle
 EVERY_SECONDS, NUM_AT_ONCE, END_SECONDS = 0.5, 6, 120.0
-MAX_BYTES_A_SECOND = 3_000 if long_mode() else 600_000  # 40 s of a young process say little
+MAX_BYTES_A_SECOND = 3_000 if long_mode() else 600_000  # half a minute of a young process say little
 MAX_MORE_FILES, MAX_MORE_THREADS = 12, 12  # a connection here, a pool's thread there
 QUICK = {
     "execution": {

@@ -101,7 +101,7 @@ class TrainerProcess:
         )
         theirs.close()
         self._pipe, self._cause = await AsyncPipe.of(ours), ""
-        self._watchdog.heard(time.monotonic(), is_idle=True)  # a backbone may take long to load
+        self._watchdog.started()
 
     async def _pump(self) -> bool:
         """Hands on frames until the trainer is gone; whether it was ever ready."""

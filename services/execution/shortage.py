@@ -26,6 +26,8 @@ class Shortage:
                 self._most_tokens[range_.task] = chunks * htask.chunk_tokens
             return None
         (name,) = (r.task for r in ranges)
+        if name not in htask.tasks:  # it has left: a stream opened anew does not have it
+            return None
         if len(htask.tasks) == 1:
             return name
         htask.tasks.remove(name)

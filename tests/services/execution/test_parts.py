@@ -132,7 +132,13 @@ def test_what_is_handed_back_says_how_many_may_be_why() -> None:
 
 def test_the_watchdog_barks_at_who_has_work_and_is_silent() -> None:
     watchdog = Watchdog(8.0)
+    watchdog.told(0.0)
+    assert not any(watchdog.is_hung(float(now)) for now in range(0, 900, 2))  # it loads, whatever it was told
+    watchdog.heard(900.0)
+    assert [watchdog.is_hung(float(now)) for now in range(900, 912, 2)][-1]
+    watchdog.started()
     assert watchdog.interval_seconds == 2.0
+    watchdog.heard(0.0, is_idle=True)
     silent = [watchdog.is_hung(float(now)) for now in range(0, 40, 2)]
     assert not any(silent)  # it has nothing to do
     watchdog.told(40.0)
