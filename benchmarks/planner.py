@@ -261,7 +261,8 @@ def drawn(rows: list[dict[str, Any]]) -> str:
         f'<polyline points="{full}" fill="none" stroke="#1f5fa8"/>'
         f'<polyline points="{dashed}" fill="none" stroke="#b5482a" stroke-dasharray="5 4"/>'
         f'<text x="{left}" y="{top - 10}">full: effective tokens/s, up to {most:.0f}; dashed: share of time '
-        f'that fusing two halves saves, 0 to 1</text><text x="{left + width / 2}" y="{top + height + 42:g}" text-anchor="middle">'
+        f"that fusing two halves saves, 0 to 1</text>"
+        f'<text x="{left + width / 2}" y="{top + height + 42:g}" text-anchor="middle">'
         f"tokens of one microbatch</text></svg>\n"
     )
 
@@ -305,8 +306,9 @@ The costs of all but the predictions are those of a made-up device (`DEVICE` in 
 
 **Fusion.** The way of many tasks on {f["instances"]} instances of 5 to 10 tasks, against the best of all partitions:
 worst {f["many_over_exact_worst"]:.1%} over, {f["many_over_exact_over_1_percent"]} of them over 1 %. 64 tasks on 4
-stages, against a bound below any partition: median {f["over_bound_median"]:.2%} over, worst {f["over_bound_worst"]:.2%}.
-512 tasks on 8 executors of 4 stages: {1000 * f["fuse_512_on_8_seconds"]:.0f} ms of CPU for fusion,
+stages, against a bound below any partition: median {f["over_bound_median"]:.2%} over, worst
+{f["over_bound_worst"]:.2%}. 512 tasks on 8 executors of 4 stages: fusion takes
+{1000 * f["fuse_512_on_8_seconds"]:.0f} ms of CPU,
 {1000 * f["plan_512_on_8_seconds"]:.0f} ms for the whole plan from nothing, explained.
 
 **Bubbles**, of all stages' time, 8 tasks on 4 stages, 20 rounds, filling and draining included:

@@ -12,7 +12,7 @@ A: where A is frozen (VeRA, MiSS) it is not.
 This is the reference and the CPU path; on CUDA, cuda/multi_lora.cu does it (`multi_lora_ops`).
 Legend: T tokens, K inputs, N outputs, R rank, L tokens of one use.
 Source: LoRA (arXiv 2106.09685), VeRA (arXiv 2310.11454); multi-tenant batching as in Punica (arXiv 2310.18547) and
-MuxTune section 3.2.
+MuxTune (arXiv 2603.02885).
 """
 
 from collections.abc import Callable, Sequence
