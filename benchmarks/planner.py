@@ -329,8 +329,8 @@ stages, against a bound below any partition: median {f["over_bound_median"]:.2%}
 
 **Saturation.** Up to the knee of {DEVICE.knee_tokens:.0f} tokens a microbatch's throughput grows with its tokens.
 What fusing two tasks of half the tokens each saves of their time on one device; and eight tasks of so many tokens on
-four stages: the planner's hTasks, and the periods of those, of one hTask of all, and of one hTask each. Past the knee
-fusing gains nothing more: one each is as good.
+four stages: the planner's hTasks, and the periods of those, of one hTask of all, and of one hTask each. Where a
+task alone fills whole microbatches (here of 2048 tokens) fusing gains nothing more: one each is as good.
 
 ![throughput, and what fusion saves, over tokens](saturation.svg)
 
