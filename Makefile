@@ -32,17 +32,26 @@ test: $(READY) ## all tests that need no GPU
 test-kernels: $(READY) ## the CUDA kernels' tests that need no GPU: their own source, run on this CPU; part of test
 	python -m pytest -m "not gpu" tests/engine/kernels tests/benchmarks
 
-test-gpu: $(READY) ## the kernels' tests on a GPU
+# Beside torch's CUDA build, where there is a GPU: what launches the kernels.
+CUDA_READY := $(VENV)/.ready-cuda
+$(CUDA_READY): $(READY)
+	if command -v nvidia-smi >/dev/null; then \
+	  $(BIN)/python -m pip install -q -c constraints.txt -e '.[cuda]' && touch $(CUDA_READY); fi
+
+test-gpu: $(CUDA_READY) ## the kernels' tests on a GPU
+	@command -v nvidia-smi >/dev/null || echo "No NVIDIA driver is here: all of these tests will be skipped."
 	python -m pytest -m gpu
 
 kernels: $(READY) ## prebuilt cubins in build/kernels, for images without a compiler
 	python -m engine.kernels.compile sm_80 sm_90 sm_100
 
-sanitize: $(READY) ## compute-sanitizer over the kernels' GPU tests
-	compute-sanitizer --error-exitcode 1 python -m pytest -m gpu tests/engine/kernels
+sanitize: $(CUDA_READY) ## compute-sanitizer over the kernels' GPU tests: memory accesses, then races in shared memory
+	@command -v compute-sanitizer >/dev/null || { echo "make sanitize needs a GPU and compute-sanitizer, of the CUDA toolkit"; exit 1; }
+	compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest -m gpu tests/engine/kernels
+	compute-sanitizer --tool racecheck --error-exitcode 1 python -m pytest -m gpu tests/engine/kernels
 
-bench-kernels: $(READY) ## all kernels checked and timed on a GPU
-	python benchmarks/bench_kernels.py
+bench-kernels: $(CUDA_READY) ## all kernels checked and timed on a GPU; ARGS="--lorafusion FOLDER" beside LoRAFusion's
+	python benchmarks/bench_kernels.py $(ARGS)
 
 lint: $(READY) ## ruff, import-linter, buf
 	ruff check .

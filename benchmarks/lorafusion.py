@@ -8,15 +8,23 @@ cannot do is refused with the reason, not run: they read beyond their rows or an
 import importlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.bench_multi_lora import Inputs, NotDoneError, Result
+from engine.kernels.multi_lora import LoraUse, LowRank
 
 _MAX_TASKS, _TOKENS, _WIDTH = 4, 128, 256
+
+
+class NotDoneError(Exception):
+    """Why a peer cannot do a point."""
+
+
+Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, list[Tensor]]]  # X, dY; Y, dX, gradients of A and B in turn
 
 
 class LoraFusion:
@@ -45,50 +53,49 @@ class LoraFusion:
         if card not in config.HARDWARE_CONFIGS and torch.cuda.get_device_capability() == (9, 0):
             config.HARDWARE_CONFIGS[card] = config.H100_CONFIG
 
-    def __call__(self, given: Inputs) -> Callable[[Inputs], Result]:
-        """A contender for these inputs. Raises NotDoneError."""
-        if why := refusal(given):
+    def operator(self, x_TK: Tensor, weight_KN: Tensor, uses: Sequence[LoraUse], factors: Sequence[LowRank]) -> Run:
+        """One linear operator, forward and backward, for streams like `x_TK`. Raises NotDoneError."""
+        if why := refusal(x_TK, weight_KN, uses):
             raise NotDoneError(why)
-        lengths = [use.end - use.start for use in given.uses]
-        ranks = [len(low_rank.a_RK) for low_rank in given.factors]
+        lengths, ranks = [use.end - use.start for use in uses], [len(low_rank.a_RK) for low_rank in factors]
         info = self._ops.prepare_multi_lora_batch_info(
             seq_len_list=lengths, lora_idx_list=list(range(len(ranks))), lora_rank_list=ranks,
-            dropout_p_list=[0.0] * len(ranks), alpha_list=[use.scale for use in given.uses],
-            block_size_m=self._block, output_dtype=given.x.dtype, allow_empty_micro_batch_info=True,
+            dropout_p_list=[0.0] * len(ranks), alpha_list=[use.scale for use in uses],
+            block_size_m=self._block, output_dtype=x_TK.dtype, allow_empty_micro_batch_info=True,
         )  # fmt: skip
-        weight_NK = given.weight.T.contiguous()
-        leaves = [
-            (low_rank.a_RK.to(given.x.dtype).requires_grad_(), low_rank.b_NR.to(given.x.dtype).requires_grad_())
-            for low_rank in given.factors
-        ]
+        weight_NK = weight_KN.T.contiguous()
+        a, b = (
+            [low_rank[i].detach().to(x_TK.dtype).requires_grad_() for low_rank in factors]  # type: ignore[union-attr]
+            for i in range(2)
+        )
         names = ("padded_seq_len_list", "block_to_lookup_table", "block_to_dropout_p", "block_to_alpha")
         options = {name: getattr(info, name) for name in (*names, "enable_dropout", "same_dropout_p_value", "max_r")}
 
-        def run(own: Inputs) -> Result:
-            x = own.x.detach().unsqueeze(0).requires_grad_()
+        def run(x_TK: Tensor, dy_TN: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+            x = x_TK.detach().unsqueeze(0).requires_grad_()
             y = self._ops.fused_linear_multi_lora(
-                x, weight_NK, lora_a_list=[a for a, _ in leaves], lora_b_list=[b for _, b in leaves],
-                seq_len_list=lengths, **options,
-            )  # fmt: skip
-            flat = [factor for pair in leaves for factor in pair]
-            dx, *gradients = torch.autograd.grad(y, [x, *flat], own.dy.unsqueeze(0))
+                x, weight_NK, lora_a_list=[*a], lora_b_list=[*b], seq_len_list=lengths, **options
+            )
+            leaves = [factor for pair in zip(a, b, strict=True) for factor in pair]
+            dx, *gradients = torch.autograd.grad(y, [x, *leaves], dy_TN.unsqueeze(0))
             return y.detach()[0], dx[0], list(gradients)
 
         return run
 
 
-def refusal(given: Inputs) -> str | None:
-    """What of these inputs its kernels cannot do, if anything."""
-    if len(given.uses) > _MAX_TASKS:
-        return f"LoRAFusion takes {_MAX_TASKS} adapters at most, not {len(given.uses)}"
-    if odd := [use for use in given.uses if (use.end - use.start) % _TOKENS]:
-        return (
-            f"LoRAFusion pads each adapter to {_TOKENS} tokens: {odd[0].end - odd[0].start} would not be the same work"
-        )
-    if odd_widths := [width for width in given.weight.shape if width % _WIDTH]:
-        return f"LoRAFusion reads out of bounds at widths off {_WIDTH}: {odd_widths[0]}"
-    if given.x.dtype not in (torch.bfloat16, torch.float16):
-        return f"LoRAFusion takes bfloat16 and float16, not {given.x.dtype}"
+def refusal(x_TK: Tensor, weight_KN: Tensor, uses: Sequence[LoraUse]) -> str | None:
+    """What its kernels cannot do, if anything."""
+    lengths = [use.end - use.start for use in uses]
+    if len(uses) > _MAX_TASKS:
+        return f"LoRAFusion takes {_MAX_TASKS} adapters at most, not {len(uses)}"
+    if odd := [length for length in lengths if length % _TOKENS]:
+        return f"LoRAFusion pads each adapter to {_TOKENS} tokens: {odd[0]} would not be the same work"
+    if sum(lengths) != len(x_TK):
+        return f"LoRAFusion gives every token an adapter: {sum(lengths)} of {len(x_TK)} have one"
+    if odd := [width for width in weight_KN.shape if width % _WIDTH]:
+        return f"LoRAFusion reads out of bounds at widths off {_WIDTH}: {odd[0]}"
+    if x_TK.dtype not in (torch.bfloat16, torch.float16):
+        return f"LoRAFusion takes bfloat16 and float16, not {x_TK.dtype}"
     return None
 
 

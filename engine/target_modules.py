@@ -26,6 +26,7 @@ def matching_modules(
         if len(targets) > 1:
             raise _refusal(f'"{ALL_LINEAR}" stands alone or not at all', names, field)
         return names
+    targets = list(dict.fromkeys(targets))  # said a million times, it is read once
     for target in targets:
         if not any(matches(target, name) for name in names):
             what = f'"{target}" matches no adaptable module of the backbone (all tasks share its head and embeddings)'

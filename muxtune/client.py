@@ -22,9 +22,8 @@ from muxtune.transport import (
     ADMIT_SECONDS,
     DEADLINE_SECONDS,
     OPTIONS,
+    STREAM_BACKOFFS_SECONDS,
     TRANSFER_SECONDS,
-    UPLOAD_BACKOFFS_SECONDS,
-    WATCH_BACKOFF_SECONDS,
     CallOptions,
     FolderSink,
     Rows,
@@ -36,6 +35,7 @@ from muxtune.transport import (
     metadata,
     new_request_id,
     rows_as_bytes,
+    watch_backoff,
 )
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import admission_pb2_grpc, artifact_pb2, dataset_pb2, task_pb2
@@ -63,7 +63,7 @@ class Client:
         """A path to JSON Lines, its bytes, or rows as dicts. Sent again whole if the connection breaks."""
         data = rows_as_bytes(rows)
         header = artifact_pb2.UploadHeader(id=dataset_id, request_id=request_id or new_request_id())
-        for backoff in UPLOAD_BACKOFFS_SECONDS:
+        for backoff in STREAM_BACKOFFS_SECONDS:
             try:
                 with call_span("UploadDataset"), raising():
                     requests = dataset_requests(header, data)
@@ -133,21 +133,21 @@ class Client:
 
     def watch_task(self, name: str, after_sequence: int = 0) -> Iterator[task_pb2.TaskEvent]:
         """Every event after the sequence, once, until the task's end. A broken stream is opened again where it was."""
-        backoff, was_heard = WATCH_BACKOFF_SECONDS[0], False
+        num_failures, was_heard = 0, False
         while True:
             try:
                 with raising():
                     request = pb.WatchTaskRequest(name=name, after_sequence=after_sequence)
                     for response in self._stub.WatchTask(request, metadata=metadata(self._api_key)):
-                        after_sequence, was_heard = response.event.sequence, True
-                        backoff = WATCH_BACKOFF_SECONDS[0]
+                        after_sequence, was_heard, num_failures = response.event.sequence, True, 0
                         yield response.event
                     return
             except UnavailableError:
-                if not was_heard:
+                num_failures += 1
+                backoff = watch_backoff(num_failures, was_heard)
+                if backoff is None:
                     raise
                 time.sleep(backoff)
-                backoff = min(2 * backoff, WATCH_BACKOFF_SECONDS[1])
 
     def wait_task(self, name: str) -> task_pb2.Task:
         """The task when it has come to its end."""
@@ -163,7 +163,7 @@ class Client:
         """A PEFT folder, to continue from as `initial_adapter`. Sent again whole if the connection breaks."""
         header = artifact_pb2.UploadHeader(id=adapter_id, request_id=request_id or new_request_id())
         parts = list(adapter_requests(header, Path(folder)))  # read before anything is sent
-        for backoff in UPLOAD_BACKOFFS_SECONDS:
+        for backoff in STREAM_BACKOFFS_SECONDS:
             try:
                 with call_span("UploadAdapter"), raising():
                     return self._stub.UploadAdapter(iter(parts), **self._call(TRANSFER_SECONDS)).adapter
@@ -175,11 +175,18 @@ class Client:
 
     def download_adapter(self, name: str, dest: Path | str) -> Path:
         """An adapter's or a task's PEFT folder, checked; it appears at `dest` whole or not at all."""
-        with call_span("DownloadAdapter"), raising(), FolderSink(Path(dest)) as sink:
-            request = pb.DownloadAdapterRequest(name=name)
-            for response in self._stub.DownloadAdapter(request, **self._call(TRANSFER_SECONDS)):
-                sink.add(response)
-            return sink.close()
+        request = pb.DownloadAdapterRequest(name=name)
+        for backoff in STREAM_BACKOFFS_SECONDS:
+            try:
+                with call_span("DownloadAdapter"), raising(), FolderSink(Path(dest)) as sink:
+                    for response in self._stub.DownloadAdapter(request, **self._call(TRANSFER_SECONDS)):
+                        sink.add(response)
+                    return sink.close()
+            except UnavailableError:
+                if backoff is None:
+                    raise
+                time.sleep(backoff)
+        raise AssertionError("unreachable")
 
     def list_backbones(self) -> Sequence[pb.BackboneSummary]:
         with call_span("ListBackbones"), raising():

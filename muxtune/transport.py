@@ -24,22 +24,24 @@ CHUNK_BYTES = 1 << 20
 DEADLINE_SECONDS = 60.0
 ADMIT_SECONDS = 150.0  # admission may tokenize the whole dataset first
 TRANSFER_SECONDS = 3600.0
-UPLOAD_BACKOFFS_SECONDS = (0.2, 1.0, 3.0, None)  # between whole uploads; None: give up
-WATCH_BACKOFF_SECONDS = (0.1, 5.0)
+STREAM_BACKOFFS_SECONDS = (0.3, 1.0, 3.0, 5.0, None)  # between tries of what is streamed; None: give up
+STREAMED = ("UploadDataset", "UploadAdapter", "DownloadAdapter", "WatchTask")
+# Nine seconds in all, about: a service of one replica is back by then when it is restarted.
 _RETRY_POLICY = {
     "methodConfig": [
         {
             "name": [{"service": "muxtune.v1.AdmissionService"}],
             "retryPolicy": {
                 "maxAttempts": 5,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "3s",
-                "backoffMultiplier": 2,
+                "initialBackoff": "0.3s",
+                "maxBackoff": "5s",
+                "backoffMultiplier": 3,
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
         },
-        # A client stream cannot be sent again by gRPC: the client does it, whole.
-        {"name": [{"service": "muxtune.v1.AdmissionService", "method": m} for m in ("UploadDataset", "UploadAdapter")]},
+        # Not streams: the client does it, whole. A client's stream cannot be sent again by gRPC; a server's that gRPC
+        # tries again hangs now and then, for good, when its server is killed (grpcio 1.85; tests/test_mesh_kills.py).
+        {"name": [{"service": "muxtune.v1.AdmissionService", "method": method} for method in STREAMED]},
     ]
 }
 OPTIONS: list[tuple[str, Any]] = [
@@ -51,6 +53,13 @@ OPTIONS: list[tuple[str, Any]] = [
 ]
 _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 Rows = Iterable[Mapping[str, Any]]
+
+
+def watch_backoff(num_failures: int, was_heard: bool) -> float | None:
+    """Seconds until the watch is opened again after so many failures in a row; None: it never was there."""
+    last = len(STREAM_BACKOFFS_SECONDS) - 1
+    backoff = STREAM_BACKOFFS_SECONDS[min(num_failures - 1, last)]
+    return STREAM_BACKOFFS_SECONDS[last - 1] if backoff is None and was_heard else backoff
 
 
 class CallOptions(TypedDict):
@@ -76,7 +85,7 @@ def credentials(address: str, ca: Path | str | None) -> grpc.ChannelCredentials 
     """
     source = ca or os.environ.get("MUXTUNE_CA")
     if not source:
-        return None if _is_loopback(address) else grpc.ssl_channel_credentials()
+        return None if is_loopback(address) else grpc.ssl_channel_credentials()
     return grpc.ssl_channel_credentials(rows_as_bytes(source))
 
 
@@ -197,7 +206,8 @@ class FolderSink:
         shutil.rmtree(self._partial, ignore_errors=True)
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Of "host:port"."""
     host = address.rpartition(":")[0].strip("[]")
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback

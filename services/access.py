@@ -74,6 +74,7 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
     "muxtune.v1.LedgerService": {
         "WatchChanges": _LEDGER,
         "GetSnapshot": _LEDGER,
+        "LeadScheduling": _LEDGER,
         "CommitPlan": _LEDGER,
         "CommitResults": _LEDGER,
         "RevokeAttempts": _LEDGER,

@@ -20,6 +20,7 @@ from obstore.store import LocalStore, ObjectStore, from_url
 
 from engine.errors import ArtifactCorruptError, InvalidInputError, UnavailableError
 from engine.errors import NotFoundError as MissingError
+from services.failpoints import failpoint
 
 MANIFEST = "manifest.json"
 _KEY = re.compile(r"[A-Za-z0-9_.=-]+(/[A-Za-z0-9_.=-]+)*")
@@ -116,7 +117,9 @@ class ArtifactStore:
         for name, data in files.items():
             self.put(_file_key(key, name, entries[name]), data)
         content = {"files": {name: asdict(entry) for name, entry in entries.items()}, "metadata": dict(metadata)}
+        failpoint("manifest.before")
         self.put_new(key, json.dumps(content, sort_keys=True).encode())
+        failpoint("manifest.after")
         return self.read_manifest(key)
 
     def read_manifest(self, key: str) -> Manifest:

@@ -86,9 +86,15 @@ class Dialled(Generic[Channel]):  # Python 3.11 has no other way
         self.previous: Channel | None = None
 
     def renew(self) -> Channel | None:
-        """Dials where the certificates changed: the channel to be closed then, if there is one."""
-        if self._trust is None or (version := self._trust.certificates.version()) == self._version:
+        """Dials where the certificates changed: the channel to be closed then, if there is one.
+
+        Where the files are no certificate just now, the channel there is stays.
+        """
+        try:
+            if self._trust is None or (version := self._trust.certificates.version()) == self._version:
+                return None
+            fresh = self._dial()
+        except UnavailableError:
             return None
-        outdated, fresh = self.previous, self._dial()
-        self._version, self.previous, self.channel = version, self.channel, fresh
+        outdated, self.previous, self.channel, self._version = self.previous, self.channel, fresh, version
         return outdated

@@ -1,7 +1,6 @@
 """Settings of a service: one frozen class each, built once in its `__main__.py`, every field from the environment."""
 
 import dataclasses
-import ipaddress
 import types
 import typing
 from collections.abc import Mapping
@@ -11,6 +10,8 @@ from typing import Any
 
 import grpc
 
+from engine.errors import UnavailableError
+from muxtune.transport import is_loopback
 from services.certificates import Certificates, Trust
 
 PREFIX = "MUXTUNE_"
@@ -22,6 +23,7 @@ class ServerSettings:
     """What every service needs. `listen` "host:0" takes a free port, which `ready_file` then tells.
 
     `stop_with_parent`: as SIGTERM does, when the process that started this one is gone: no orphans of `muxtune up`.
+    More calls than `max_calls` at once, or streams than `max_streams`, are refused: RESOURCE_EXHAUSTED, later again.
     `certs`: folder with this service's tls.crt, tls.key and ca.crt: peers prove themselves by theirs. Without, on
     loopback only, callers prove themselves by `mesh_secret`. `reflection` describes the RPCs to whoever asks.
     """
@@ -36,10 +38,12 @@ class ServerSettings:
     prometheus_port: int | None = None
     log_level: str = "INFO"
     stop_with_parent: bool = False
+    max_calls: int = 256
+    max_streams: int = 1024
 
     def trust(self, peer: str) -> Trust | None:
-        """How a channel to that service proves itself; None where the mesh secret does."""
-        return Trust(Certificates(self.certs), peer) if self.certs else None
+        """How a channel to that service proves itself; None where the mesh secret does. Exits without a certificate."""
+        return Trust(self._certificates(self.certs), peer) if self.certs else None
 
     def ports(self) -> list[tuple[str, grpc.ServerCredentials | None]]:
         """Where to listen, and with what; the first is the service's address. Exits where that would be open to all."""
@@ -49,19 +53,18 @@ class ServerSettings:
             if not is_loopback(self.listen):
                 raise SettingsError(f"MUXTUNE_LISTEN: {self.listen} is no loopback address: that takes MUXTUNE_CERTS")
             return [(self.listen, None)]
-        return self.secure_ports(Certificates(self.certs))
+        return self.secure_ports(self._certificates(self.certs))
+
+    @staticmethod
+    def _certificates(folder: Path) -> Certificates:
+        try:
+            Certificates(folder).read()
+        except UnavailableError as error:
+            raise SettingsError(f"MUXTUNE_CERTS: {error}") from error
+        return Certificates(folder)
 
     def secure_ports(self, certificates: Certificates) -> list[tuple[str, grpc.ServerCredentials | None]]:
         return [(self.listen, certificates.for_server(is_mutual=True))]
-
-
-def is_loopback(address: str) -> bool:
-    """Of "host:port"."""
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class SettingsError(SystemExit):

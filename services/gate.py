@@ -5,8 +5,9 @@ So a servicer only reads, decides, and raises.
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 from opentelemetry.trace import SpanKind
 
-from engine.errors import InvalidInputError, MuxtuneError
+from engine.errors import InvalidInputError, MuxtuneError, OverloadedError
 from services.access import Role, check_access, rule_of
 from services.audit import Audit, AuditEntry, resource_of
 from services.auth import Authenticate, Principal, bearer, certified, set_principal
@@ -23,7 +24,7 @@ from services.errors import status_of
 from services.rpc_spans import RpcSpan
 from services.telemetry import carrier_of
 
-_DRAIN_SECONDS = 1.0
+_DRAIN_SECONDS, _PROOF_SECONDS = 1.0, 30.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _UNREADABLE = object()
 _HANDLERS = {
@@ -36,10 +37,18 @@ _HANDLERS = {
 
 class Gate(grpc.aio.ServerInterceptor):
     """`address`: what the spans name as the server's. `audit` hears of calls that change something and of refused ones,
-    before their caller has the answer."""
+    before their caller has the answer. More calls or streams at once are refused, and may come again."""
 
-    def __init__(self, authenticate: Authenticate, address: str = "", audit: Audit | None = None) -> None:
+    def __init__(
+        self,
+        authenticate: Authenticate,
+        address: str = "",
+        audit: Audit | None = None,
+        max_calls: int = 256,
+        max_streams: int = 1024,
+    ) -> None:
         self._authenticate, self._address, self._audit = authenticate, address, audit
+        self._calls, self._streams = _Places("calls", max_calls), _Places("streams", max_streams)
         self._telling: set[asyncio.Future[None]] = set()
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
@@ -55,7 +64,7 @@ class Gate(grpc.aio.ServerInterceptor):
 
         async def serve(request: Any, context: Any) -> Any:
             named = [request] if isinstance(request, Message) else []
-            async with self._call(method, context, named):
+            async with self._call(method, context, named, self._calls):
                 _check_read(request)
                 try:
                     response = await inner(request, context)
@@ -74,28 +83,35 @@ class Gate(grpc.aio.ServerInterceptor):
         # A coroutine that writes, not a generator: gRPC leaves the generator of an abandoned stream to the garbage
         # collector, and its span and its servicer's clean-up with it.
         async def serve(request: Any, context: Any) -> None:
-            async with self._call(method, context, [request] if isinstance(request, Message) else []) as span:
+            named = [request] if isinstance(request, Message) else []
+            async with self._call(method, context, named, self._streams) as span:
                 _check_read(request)
                 answer = inner(request, context)
                 if inspect.isawaitable(answer):  # a servicer that writes by itself
                     await answer
                     return
+                proved_at = time.monotonic()
                 async with aclosing(answer) as responses:
                     async for response in responses:
+                        if time.monotonic() - proved_at > _PROOF_SECONDS:  # the key may be revoked by now
+                            await self._prove(method, context)
+                            proved_at = time.monotonic()
                         await context.write(response)
                         span.establish()
 
         return serve
 
     @asynccontextmanager
-    async def _call(self, method: str, context: Any, named: Sequence[Message]) -> AsyncIterator[RpcSpan]:
+    async def _call(
+        self, method: str, context: Any, named: Sequence[Message], places: "_Places"
+    ) -> AsyncIterator[RpcSpan]:
         """`named`: messages that name the call's resource, for the audit log."""
         metadata = context.invocation_metadata()
         span = RpcSpan(method, SpanKind.SERVER, carrier_of(metadata), self._address)
         code, principal, refuse = grpc.StatusCode.UNKNOWN, None, None
         try:
-            with span.in_force():
-                principal = certified(context) or await self._authenticate(method, bearer(metadata))
+            with places.taken(), span.in_force():
+                principal = await self._prove(method, context)
                 set_principal(principal)
                 check_access(method, principal.role)
                 if principal.tenant:
@@ -123,6 +139,10 @@ class Gate(grpc.aio.ServerInterceptor):
             await self._tell(principal, method, named, code)
         if refuse is not None:
             await refuse()
+
+    async def _prove(self, method: str, context: Any) -> Principal:
+        """Who calls, by certificate or else by token. Raises UnauthenticatedError."""
+        return certified(context) or await self._authenticate(method, bearer(context.invocation_metadata()))
 
     async def _tell(
         self, principal: Principal | None, method: str, named: Sequence[Message], code: grpc.StatusCode
@@ -156,6 +176,24 @@ def _forgiving(handler: Any) -> Callable[[bytes], Any]:
 def _check_read(request: Any) -> None:
     if request is _UNREADABLE:
         raise InvalidInputError.of_field("request", "is no message of this RPC: its bytes do not parse")
+
+
+class _Places:
+    """So many at once and no more."""
+
+    def __init__(self, what: str, limit: int) -> None:
+        self._what, self._limit, self._num_taken = what, limit, 0
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Raises OverloadedError where none is free."""
+        if self._num_taken >= self._limit:
+            raise OverloadedError(f"{self._limit} {self._what} are in progress already: call again later")
+        self._num_taken += 1
+        try:
+            yield
+        finally:
+            self._num_taken -= 1
 
 
 async def _drain(requests: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 from opentelemetry.trace import SpanKind
 
-from muxtune.v1 import admission_pb2, alignment_pb2, execution_pb2
+from muxtune.v1 import admission_pb2, alignment_pb2, execution_pb2, ledger_pb2
 from services.auth import bearer_metadata
 from services.certificates import Dialled, Trust
 from services.errors import from_rpc_error
@@ -33,15 +33,16 @@ _RETRY_POLICY = {
 
 
 def service_config() -> str:
-    """Everything is retried but what a client streams: that is sent again whole by who has it, or not at all."""
-    services = (
-        s for m in (admission_pb2, alignment_pb2, execution_pb2) for s in m.DESCRIPTOR.services_by_name.values()
-    )
+    """Everything is retried but streams: who has one opens it again. gRPC cannot send a client's again, and a server's
+    that it tries again hangs now and then, for good, when its server is killed (grpcio 1.85; tests/test_mesh_kills.py).
+    """
+    modules = (admission_pb2, alignment_pb2, execution_pb2, ledger_pb2)
+    services = (s for m in modules for s in m.DESCRIPTOR.services_by_name.values())
     streamed = [
         {"service": service.full_name, "method": method.name}
         for service in services
         for method in service.methods
-        if method.client_streaming
+        if method.client_streaming or method.server_streaming
     ]
     return json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": _RETRY_POLICY}, {"name": streamed}]})
 

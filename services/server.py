@@ -60,7 +60,8 @@ async def serve(
     """
     parent = os.getppid()
     telemetry = configure(service_name, settings)
-    server = grpc.aio.server(interceptors=[Gate(authenticate, settings.listen, audit)], options=_OPTIONS)
+    gate = Gate(authenticate, settings.listen, audit, settings.max_calls, settings.max_streams)
+    server = grpc.aio.server(interceptors=[gate], options=_OPTIONS)
     health = health or health_aio.HealthServicer()
     names = [*register(server), health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

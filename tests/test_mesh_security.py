@@ -14,10 +14,19 @@ from typer.testing import CliRunner
 
 from muxtune.cli.authority import issue
 from muxtune.cli.main import app
-from muxtune.cli.mesh import START_ORDER, Mesh
+from muxtune.cli.mesh import START_ORDER, Mesh, secure_channel
 from muxtune.client import Client
 from muxtune.errors import PermissionDeniedError, QuotaExceededError, UnauthenticatedError, UnavailableError
-from muxtune.v1 import budget_pb2, ledger_pb2, ledger_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc, task_pb2
+from muxtune.v1 import (
+    admission_pb2,
+    admission_pb2_grpc,
+    budget_pb2,
+    ledger_pb2,
+    ledger_pb2_grpc,
+    scheduling_pb2,
+    scheduling_pb2_grpc,
+    task_pb2,
+)
 from tests.tiny_backbone import write_backbone
 
 QUICK = {"*": {"MUXTUNE_LEASE_SECONDS": "3"}, "execution": {"MUXTUNE_CALIBRATION_SECONDS": "0"}}
@@ -94,6 +103,24 @@ def test_the_public_door_describes_nothing_and_serves_clients_alone(mesh: Mesh) 
         nobody.list_backbones()
 
 
+def test_a_service_is_no_tenant_whatever_key_it_brings(mesh: Mesh) -> None:
+    """At the inner door the certificate counts alone: neither a tenant's key nor a name in metadata adds anything."""
+    brought = (("authorization", f"Bearer {mesh.api_key}"), ("x-muxtune-tenant", "tenants/default"))
+    for name in ("execution", "alignment", "operator", "scheduling"):
+        with secure_channel(mesh.addresses["admission_internal"], mesh.certs / name, "admission") as channel:
+            client, ledger = (
+                admission_pb2_grpc.AdmissionServiceStub(channel),
+                ledger_pb2_grpc.LedgerServiceStub(channel),
+            )
+            calls = [(client.ListTasks, admission_pb2.ListTasksRequest(parent="tenants/default"))]
+            if name != "scheduling":
+                calls.append((ledger.GetSnapshot, ledger_pb2.GetSnapshotRequest()))
+            for call, request in calls:
+                with pytest.raises(grpc.RpcError) as refused:
+                    call(request, timeout=10, metadata=brought)
+                assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED, name
+
+
 def test_a_client_that_does_not_know_the_ca_sends_no_key(mesh: Mesh, tmp_path: Path) -> None:
     issue(tmp_path)
     for ca in (None, tmp_path / "ca.crt"):
@@ -126,6 +153,9 @@ def test_a_days_quota_pauses_a_task_and_a_budget_ends_one(mesh: Mesh) -> None:
         assert stopped.state == task_pb2.TASK_STATE_CANCELLED and stopped.adapter
         assert stopped.progress.effective_tokens >= 300 and stopped.progress.step < 100_000
         used = ended.progress.effective_tokens + stopped.progress.effective_tokens
+    for command, heading in ((["quota", "metered"], "no limit"), (["usage"], "tokens"), (["audit"], "who")):
+        shown = CliRunner().invoke(app, ["tenant", *command, "--data", str(mesh.data)])  # as people read them
+        assert shown.exit_code == 0 and heading in shown.output
     days = operate(mesh, "tenant", "usage", "--tenant", "metered")
     assert sum(int(str(day["effective_tokens"])) for day in days) == used
     lines = operate(mesh, "tenant", "audit", "--tenant", "metered")
@@ -142,13 +172,17 @@ def test_tenants_in_one_microbatch_learn_nothing_of_each_other(mesh: Mesh) -> No
     tasks = {}
     for name, client in clients.items():
         dataset = client.upload_dataset(ROWS, f"data-of-{name}").name
-        tasks[name] = client.create_task(spec(dataset, 30), f"task-of-{name}").name
+        tasks[name] = client.create_task(spec(dataset, 100_000), f"task-of-{name}").name
+    for event in clients[names[0]].watch_task(tasks[names[0]]):
+        if event.step_done.num_neighbours:  # they share
+            break
     shown = {}
+    for name, client in clients.items():
+        client.cancel_task(tasks[name])
     for name, client in clients.items():
         events = list(client.watch_task(tasks[name]))
         listed = [*client.list_tasks(), *client.list_datasets(), *client.list_backbones()]
         shown[name] = str([events, client.get_task(tasks[name]), listed])
-    assert any("num_neighbours: 1" in text for text in shown.values())  # they did share
     for name, other in (names, reversed(names)):
         assert name in shown[name] and other not in shown[name]
         for call in (clients[name].get_task, clients[name].cancel_task):
@@ -158,6 +192,28 @@ def test_tenants_in_one_microbatch_learn_nothing_of_each_other(mesh: Mesh) -> No
         assert SECRET_WORD not in path.read_text()
     for client in clients.values():
         client.close()
+
+
+def test_an_operator_makes_keys_with_roles_and_ends_them(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    (viewer,) = operate(mesh, "key", "create", "acme", "--role", "viewer", "--days", "1")
+    with mesh.client(str(viewer["secret"])) as client:
+        assert list(client.list_tasks()) == []
+        with pytest.raises(PermissionDeniedError):
+            client.upload_dataset(ROWS)
+    (operator,) = operate(mesh, "key", "create", "--role", "operator")
+    # Such a key does at the public door what the certificate does inside.
+    monkeypatch.setenv("MUXTUNE_ADDRESS", mesh.addresses["admission"])
+    monkeypatch.setenv("MUXTUNE_CA", str(mesh.ca))
+    monkeypatch.setenv("MUXTUNE_API_KEY", str(operator["secret"]))
+    (mesh.data / "elsewhere").mkdir()
+    elsewhere = ["--data", str(mesh.data / "elsewhere"), "--json"]
+    listed = CliRunner().invoke(app, ["key", "ls", "--tenant", "acme", *elsewhere])
+    (key,) = (json.loads(line) for line in listed.stdout.splitlines())
+    assert (key["role"], key["id"]) == ("KEY_ROLE_VIEWER", str(viewer["secret"]).split("_")[1])
+    assert key["expire_time"] and "secret" not in key
+    assert CliRunner().invoke(app, ["key", "revoke", key["id"], *elsewhere[:2]]).exit_code == 0
+    with mesh.client(str(viewer["secret"])) as client, pytest.raises(UnauthenticatedError):
+        client.list_tasks().__next__()
 
 
 def test_plans_are_the_operators(mesh: Mesh) -> None:

@@ -1,8 +1,8 @@
 """From `cuda/*.cu` to cubins, by NVRTC: needs neither a GPU, nor a driver, nor the CUDA toolkit.
 
-`python -m engine.kernels.compile sm_80 sm_90 ...` builds all of them for these architectures into build/kernels, from
-where they are taken as long as the sources stay as they are. What is not there is compiled at first use and kept there
-or, where that folder cannot be written, in the user's cache folder.
+`python -m engine.kernels.compile sm_80 sm_90 ...` builds all of them for these architectures into build/kernels (of an
+installed package: beside it), from where they are taken as long as the sources stay as they are. What is not there is
+compiled at first use and kept there or, where that folder cannot be written, in the user's cache folder.
 """
 
 import hashlib
@@ -10,14 +10,15 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-CUDA = ROOT / "cuda"
-PREBUILT = ROOT / "build" / "kernels"
+INSTALLED = Path(__file__).parent / "cuda"  # where a wheel has the sources
+CUDA = INSTALLED if INSTALLED.is_dir() else ROOT / "cuda"
+PREBUILT = INSTALLED.with_name("cubins") if INSTALLED.is_dir() else ROOT / "build" / "kernels"
 OPTIONS = ("--std=c++17", "--ptxas-options=-v")
 
 
@@ -83,11 +84,17 @@ def resources(log: str) -> list[Resources]:
 
 def cubin(source: str, architecture: str) -> Path:
     """The cubin's file: prebuilt, kept from before, or compiled now. Raises KernelCompileError."""
-    name = f"{Path(source).stem}-{architecture}-{digest(source)}.cubin"
+    name = _name(source, architecture)
     for folder in _folders():
         if (folder / name).is_file():
             return folder / name
     return _keep(compile_source(source, architecture).cubin, name)
+
+
+def build(source: str, architecture: str) -> Path:
+    """The prebuilt cubin's file, compiled unless it is there. Raises KernelCompileError."""
+    file = PREBUILT / _name(source, architecture)
+    return file if file.is_file() else _keep(compile_source(source, architecture).cubin, file.name, [PREBUILT])
 
 
 def digest(source: str) -> str:
@@ -98,14 +105,19 @@ def digest(source: str) -> str:
     return hashed.hexdigest()[:16]
 
 
+def _name(source: str, architecture: str) -> str:
+    return f"{Path(source).stem}-{architecture}-{digest(source)}.cubin"
+
+
 def _folders() -> Iterator[Path]:
     yield PREBUILT
     yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "muxtune" / "kernels"
 
 
-def _keep(cubin_bytes: bytes, name: str) -> Path:
+def _keep(cubin_bytes: bytes, name: str, folders: Iterable[Path] | None = None) -> Path:
     """Writes whole files only: another process may read at the same time."""
-    for folder in _folders():
+    tried = list(folders or _folders())
+    for folder in tried:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
@@ -114,7 +126,7 @@ def _keep(cubin_bytes: bytes, name: str) -> Path:
         except OSError:
             continue
         return folder / name
-    raise KernelCompileError(f"no folder to keep {name} in: {', '.join(map(str, _folders()))}")
+    raise KernelCompileError(f"no folder to keep {name} in: {', '.join(map(str, tried))} cannot be written")
 
 
 def _checked(answer: Any) -> Any:
@@ -137,7 +149,16 @@ def _numbers(pattern: str, text: str) -> Sequence[str]:
     return match.groups()
 
 
+def main(architectures: Sequence[str]) -> None:
+    if not architectures or not all(re.fullmatch(r"sm_\d+a?", name) for name in architectures):
+        sys.exit("usage: python -m engine.kernels.compile ARCHITECTURE ...   such as sm_80 sm_90 sm_100")
+    try:
+        for architecture in architectures:
+            for source in sources():
+                print(build(source, architecture))
+    except KernelCompileError as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
-    for wanted in sys.argv[1:]:
-        for source_name in sources():
-            print(cubin(source_name, wanted).relative_to(ROOT))
+    main(sys.argv[1:])

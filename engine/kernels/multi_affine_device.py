@@ -96,58 +96,64 @@ def _run(
     num_tokens, width = given.shape
     columns = THREADS * 16 // given.element_size()
     spans, where = rows.spans(num_tokens, width), given.device
-    key = ("affine", spans.tobytes(), width, columns)
-    plan = launcher.remembered(key, lambda: _Plan.of(spans, width, columns, where))
+    has_sums_S = (spans["dgain"] >= 0) | (spans["dshift"] >= 0)
+    key = ("affine", spans["num_tokens"].tobytes(), has_sums_S.tobytes(), width, columns)
+    plan = launcher.remembered(key, lambda: _Plan.of(spans["num_tokens"], has_sums_S, width, columns, where))
     if not plan.num_items:
         return
+    spans["partial"] = plan.partials_S
+    uses = launcher.remembered(("affine uses", spans.tobytes()), lambda: upload(spans, where))
     partials = torch.empty(plan.num_partials if gradients is not None else 0, dtype=torch.float32, device=where)
     strides = {f"{key}_stride": 0 if t is None else t.stride(0) for key, t in (("own", own), ("out", out))}
     struct = pack(
-        LAUNCH, uses=plan.uses, items=plan.items, out=out, own=own, gradients=gradients, partials=partials,
+        LAUNCH, uses=uses, items=plan.items, out=out, own=own, gradients=gradients, partials=partials,
         counters=plan.counters, in_stride=given.stride(0), num_items=plan.num_items, width=width, **{"in": given},
         **strides,
     )  # fmt: skip
     num_blocks = min(plan.num_items, _BLOCKS_PER_MULTIPROCESSOR * launcher.num_multiprocessors)
     pointed = [given, own, out, gradients, partials, plan.counters, *rows.vectors]
     kernel = Kernel("multi_affine.cu", f"{name}_{SUFFIXES[given.dtype]}")
-    launcher.launch(kernel, num_blocks, 16, struct, [plan.uses, plan.items], [t for t in pointed if t is not None])
+    launcher.launch(kernel, num_blocks, 16, struct, [uses, plan.items], [t for t in pointed if t is not None])
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Spans and their work items on the device, with the counters of split sums, which are zero between launches."""
+    """Work items on the device, with the counters of split sums, which are zero between launches; shared by all modules
+    of one width in a microbatch. `partials_S`: floats before each span's partial sums."""
 
-    uses: Table
     items: Table
     num_items: int
+    partials_S: NDArray[np.int64]
     num_partials: int
     counters: torch.Tensor
 
     @classmethod
-    def of(cls, spans: NDArray[Any], width: int, columns: int, where: torch.device) -> "_Plan":
-        items, num_counters, num_partials = work_items(spans, width, columns)
-        counters = torch.zeros(num_counters + 1, dtype=torch.int32, device=where)
-        return cls(upload(spans, where), upload(items, where), len(items), num_partials, counters)
+    def of(
+        cls, num_tokens_S: NDArray[Any], has_sums_S: NDArray[np.bool_], width: int, columns: int, where: torch.device
+    ) -> "_Plan":
+        items, partials_S, num_partials = work_items(num_tokens_S, has_sums_S, width, columns)
+        counters = torch.zeros(int(items["counter"].max(initial=0)) + 1, dtype=torch.int32, device=where)
+        return cls(upload(items, where), len(items), partials_S, num_partials, counters)
 
 
-def work_items(spans: NDArray[Any], width: int, columns: int) -> tuple[NDArray[Any], int, int]:
-    """(items, counters, floats of all partial sums); `spans` learn where theirs are. Sums are split every TOKENS.
+def work_items(
+    num_tokens_S: NDArray[Any], has_sums_S: NDArray[np.bool_], width: int, columns: int
+) -> tuple[NDArray[Any], NDArray[np.int64], int]:
+    """(items, floats before each span's partial sums, floats of all). Sums are split every TOKENS.
 
     A span without tokens has one item, which writes zeros as its gradients.
     """
-    splits_S = np.maximum(1, -(-spans["num_tokens"].astype(np.int64) // TOKENS))
+    splits_S = np.maximum(1, -(-num_tokens_S.astype(np.int64) // TOKENS))
     num_blocks = -(-width // columns)
-    has_sums_S = (spans["dgain"] >= 0) | (spans["dshift"] >= 0)
     floats_S = np.where(has_sums_S & (splits_S > 1), splits_S * 2 * width, 0)
-    spans["partial"] = np.cumsum(floats_S) - floats_S
     sizes_S = splits_S * num_blocks
-    use = np.repeat(np.arange(len(spans)), sizes_S)
+    use = np.repeat(np.arange(len(sizes_S)), sizes_S)
     place = np.arange(len(use)) - np.repeat(np.cumsum(sizes_S) - sizes_S, sizes_S)
     split, block = np.divmod(place, num_blocks)
     items = np.zeros(len(use), ITEM)
     items["use"], items["column"] = use, block * columns
     items["token"] = split * TOKENS
-    items["end_token"] = np.minimum((split + 1) * TOKENS, spans["num_tokens"][use])
+    items["end_token"] = np.minimum((split + 1) * TOKENS, num_tokens_S[use])
     items["split"], items["num_splits"] = split, splits_S[use]
     items["counter"] = use * num_blocks + block
-    return items, len(spans) * num_blocks, int(floats_S.sum())
+    return items, np.cumsum(floats_S) - floats_S, int(floats_S.sum())

@@ -22,7 +22,7 @@ from engine.peft.drawing import uniform_
 from engine.peft.factorisation import orthonormal_factors, principal_factors
 from engine.peft.layout import TaskSpan
 from engine.peft.magnitude import scaled_beside, weight_norms
-from engine.peft.selective import VectorCopy
+from engine.peft.selective import VectorCopy, affines
 
 
 class LoraAdapter(Adapter):
@@ -116,10 +116,12 @@ class LoraAdapter(Adapter):
         """The magnitude's ratio, where y is x W + b + scale * x A^T B^T by now, and the task's own bias."""
         scaled = [a for a in adapters if a.magnitude_N is not None and not a._drops_beside(training)]
         norms = {id(adapter): norms_N for adapter, norms_N in zip(scaled, weight_norms(scaled), strict=True)}
-        return [adapter._affine(norms.get(id(adapter))) for adapter in adapters]
+        biased = [adapter for adapter in adapters if adapter.bias is not None]
+        biases = affines([adapter.bias for adapter in biased if adapter.bias is not None])
+        own = {id(adapter): affine for adapter, affine in zip(biased, biases, strict=True)}
+        return [adapter._affine(norms.get(id(adapter)), own.get(id(adapter))) for adapter in adapters]
 
-    def _affine(self, norms_N: torch.Tensor | None) -> Affine | None:
-        own = None if self.bias is None else self.bias.affine()
+    def _affine(self, norms_N: torch.Tensor | None, own: Affine | None) -> Affine | None:
         if norms_N is None:
             return own
         assert self.magnitude_N is not None

@@ -2,11 +2,12 @@
 
 The backbone stays as it is: the task trains a copy v of a vector. Of a linear operator's bias b: y += v - b. A norm's
 output y = g o x' + b, whose gain g is the weight or one more, gets the factor v's gain / g, and its own b; where that
-would lose digits the norm runs again, with the task's vectors, on the task's span. Legend: L tokens of one span.
+would lose digits the norm runs again, with the task's vectors, on the task's span. Legend: L tokens of one
+span, N width, U tasks.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,27 +36,41 @@ class VectorCopy:
             vector.copy_(getattr(self.op.module, name))
 
     def apply(self, x_LK: torch.Tensor, y_LN: torch.Tensor) -> torch.Tensor:
-        """A norm's output, run again."""
-        result: torch.Tensor = functional_call(self.replica, self.vectors, (x_LK,))
+        """A norm's output, run again, in at least float32: norms of torch want all their tensors of one type."""
+        dtype = torch.promote_types(x_LK.dtype, torch.float32)
+        shared = {"weight": self.op.weight_KN, "bias": self.op.bias_N}
+        vectors = {name: v.to(dtype) for name, v in {**shared, **self.vectors}.items() if v is not None}
+        result: torch.Tensor = functional_call(self.replica, vectors, (x_LK.to(dtype),))
         return result.to(y_LN.dtype)
 
     @property
     def is_affine(self) -> bool:
         return self.op.site.kind is not SiteKind.NORM or self.op.gain_N is not None
 
-    def affine(self) -> Affine | None:
-        """What makes the module's output the task's own, if a factor and an offset do."""
-        if not self.is_affine:
-            return None
-        gain_N, shift_N, bias_N = None, None, self.op.bias_N
-        if "weight" in self.vectors:
-            assert self.op.gain_N is not None
-            gain_N = 1 + (self.vectors["weight"] - self.op.weight_KN) / self.op.gain_N
-            shift_N = None if bias_N is None else bias_N - gain_N * bias_N
-        if "bias" in self.vectors:
-            assert bias_N is not None
-            shift_N = self.vectors["bias"] - (bias_N if gain_N is None else gain_N * bias_N)
-        return Affine(gain_N, shift_N)
+
+def affines(copies: Sequence[VectorCopy]) -> list[Affine | None]:
+    """What makes one module's output each task's own, in few operations for all; nothing where it is to run again."""
+    if not copies or not copies[0].is_affine:
+        return [None] * len(copies)
+    op, base_N = copies[0].op, copies[0].op.gain_N  # of a norm alone, which has all weights there are
+    weights = [own.vectors.get("weight") for own in copies]
+    gains = weights if base_N is None else _each(weights, lambda v_UN: 1 + (v_UN - op.weight_KN) / base_N)
+    if op.bias_N is None:
+        return [Affine(gain_N, None) for gain_N in gains]
+    bias_N = op.bias_N.to(torch.promote_types(op.bias_N.dtype, torch.float32))
+    left = _each(gains, lambda gain_UN: gain_UN * bias_N)  # what the factor makes of the shared bias
+    own_UN = torch.stack([c.vectors.get("bias", bias_N) for c in copies])
+    shifts = (own_UN - torch.stack([bias_N if left_N is None else left_N for left_N in left])).unbind()
+    return [Affine(*pair) for pair in zip(gains, shifts, strict=True)]
+
+
+def _each(
+    vectors: Sequence[torch.Tensor | None], of: Callable[[torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """`of` all that are there, stacked [U, N]; each in its place."""
+    there = [vector for vector in vectors if vector is not None]
+    made = iter(of(torch.stack(there)).unbind() if there else ())
+    return [None if vector is None else next(made) for vector in vectors]
 
 
 class SelectiveAdapter(Adapter):
@@ -76,7 +91,7 @@ class SelectiveAdapter(Adapter):
 
     @classmethod
     def output_affines(cls, adapters: Sequence["SelectiveAdapter"], training: bool) -> list[Affine | None]:
-        return [adapter.copy.affine() for adapter in adapters]
+        return affines([adapter.copy for adapter in adapters])
 
     @classmethod
     def config(

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range
-from engine.errors import NonFiniteError
+from engine.errors import NonFiniteError, WillNeverFitError
 from engine.kernels.segment_cross_entropy import segment_cross_entropy
 from engine.results import EvaluationResult, Result, ShadowCheck, StepResult, TaskFailure
 from engine.runtime import export
 from engine.runtime.backbone import Backbone
 from engine.runtime.checkpoint import CheckpointState
+from engine.runtime.out_of_memory import NoMemory, within_memory
 from engine.runtime.task_run import Assignment, Gathered, TaskRun, take_steps
 
 
@@ -29,11 +30,14 @@ class Executor:
         self._clock = clock
 
     def run(self, microbatch: Microbatch) -> list[Result]:
-        """Forward, loss, backward; then, for each task whose step is complete, its own clip, optimizer and schedule."""
+        """Forward, loss, backward; then, for each task whose step is complete, its own clip, optimizer and schedule.
+
+        Raises NoMemory before any task has taken its step: what this one's tasks have gathered is to be gathered anew.
+        """
         started = self._clock()
         resident = frozenset(self.tasks)
         trains = microbatch.kind is MicrobatchKind.TRAIN
-        rows_M, loss_M = self._forward_backward(microbatch, resident)
+        rows_M, loss_M = within_memory(lambda: self._forward_backward(microbatch, resident))
         self._gather(microbatch, rows_M, loss_M, self._clock() - started)
         complete = [r for r in microbatch.ranges if r.is_last and r.task in resident]
         return self._finish_steps(complete) if trains else [self._finish_evaluation(r) for r in complete]
@@ -60,11 +64,15 @@ class Executor:
     ) -> None:
         """Mounts the task's adapters, fresh, from an initial adapter, or exactly as a checkpoint left them.
 
-        Raises InvalidInputError (targets, an adapter that does not fit) or ArtifactCorruptError; nothing is mounted.
+        Raises InvalidInputError (targets, an adapter that does not fit), WillNeverFitError (no memory for it) or
+        ArtifactCorruptError; nothing is mounted.
         """
         if assignment.task in self.tasks:
             raise ValueError(f"{assignment.task} is attached already")
-        run = TaskRun(assignment, self.backbone)
+        try:
+            run = within_memory(lambda: TaskRun(assignment, self.backbone))
+        except NoMemory as error:
+            raise WillNeverFitError(f"its adapter, gradients and optimizer find no memory: {error}") from None
         if state is not None:
             state.restore(run)
         elif initial_adapter is not None:

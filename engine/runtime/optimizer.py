@@ -34,21 +34,19 @@ class TaskOptimizer:
 
     def state(self) -> State:
         """As torch keeps it, by `<number of the part>.<name>`; empty before the first step."""
-        if not self.count:
-            return {}
-        state = {}
-        for i, part in enumerate(self.parts.values()):
-            if self.training.optimizer is Optimizer.ADAMW:
-                state[f"{i}.step"] = torch.tensor(float(self.count))
-            state |= {f"{i}.{name}": moments_P[part] for name, moments_P in self.moments.items()}
-        return state
+        return self._kept() if self.count else {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of `state` after a step."""
-        count, self.count = self.count, 1
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.state().items()}
-        self.count = count
-        return shapes
+        return {name: tuple(tensor.shape) for name, tensor in self._kept().items()}
+
+    def _kept(self) -> State:
+        kept = {}
+        for i, part in enumerate(self.parts.values()):
+            if self.training.optimizer is Optimizer.ADAMW:
+                kept[f"{i}.step"] = torch.tensor(float(self.count))
+            kept |= {f"{i}.{name}": moments_P[part] for name, moments_P in self.moments.items()}
+        return kept
 
     def restore(self, state: Mapping[str, torch.Tensor], step: int) -> None:
         """Takes the `state` of another one of the same shapes, whose task had taken `step` steps."""

@@ -61,7 +61,7 @@ def _authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certifica
 def _self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     name = _named("muxtune private CA")
     return (
-        _builder(name, name, key, _CA_DAYS)
+        _builder(name, name, key, key, _CA_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(is_ca=True), critical=True)
         .sign(key, hashes.SHA256())
@@ -80,7 +80,7 @@ def _signed(
     uses = [ExtendedKeyUsageOID.CLIENT_AUTH] + ([] if name == "operator" else [ExtendedKeyUsageOID.SERVER_AUTH])
     alternatives = [x509.DNSName(name), *map(_alternative, hosts)]
     return (
-        _builder(_named(name), ca.subject, key, days)
+        _builder(_named(name), ca.subject, key, ca_key, days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(is_ca=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
@@ -90,8 +90,14 @@ def _signed(
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: float
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePrivateKey,
+    issuer_key: ec.EllipticCurvePrivateKey,
+    days: float,
 ) -> x509.CertificateBuilder:
+    """What RFC 5280 asks of both kinds."""
+    authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key())
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
@@ -101,6 +107,8 @@ def _builder(
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _BACKDATED)
         .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(authority, critical=False)
     )
 
 

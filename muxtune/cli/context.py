@@ -34,9 +34,9 @@ def client_of(data: Path) -> Iterator[Client]:
     """With MUXTUNE_ADDRESS and MUXTUNE_API_KEY, or the data folder's own mesh. Errors end the command."""
     with errors_as_lines(), traced(data):
         state = read_state(data)
-        address, ca = os.environ.get("MUXTUNE_ADDRESS"), None
-        if not address:
-            address, ca = state.get("addresses", {}).get("admission"), data / "certs" / CA
+        own = state.get("addresses", {}).get("admission")
+        address = os.environ.get("MUXTUNE_ADDRESS") or own
+        ca = data / "certs" / CA if address == own and "MUXTUNE_CA" not in os.environ else None
         key = os.environ.get("MUXTUNE_API_KEY") or state.get("api_key")
         if not address or not key:
             raise UnauthenticatedError(

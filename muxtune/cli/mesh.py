@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -89,8 +90,12 @@ class Mesh:
 
     def restart_service(self, service: str) -> None:
         """Starts one service again, where it was."""
-        self._start_service(service, {name: self._folder(name) for name in self.backbones})
+        self.respawn(service)
         self._await_health()
+
+    def respawn(self, service: str) -> None:
+        """Starts one service again, where it was, and does not wait for it."""
+        self._start_service(service, {name: self._folder(name) for name in self.backbones})
 
     def dead_services(self) -> dict[str, int]:
         """Exit status of services that ended by themselves."""
@@ -206,7 +211,7 @@ class Mesh:
             "MUXTUNE_STOP_WITH_PARENT": "true",
             "MUXTUNE_TRACE_FILE": "" if self.otlp_endpoint else str(data / "traces" / "spans.jsonl"),
             "MUXTUNE_ARTIFACT_URL": str(data / "artifacts"),
-            "MUXTUNE_DATABASE_URL": f"sqlite:///{data / 'admission.db'}",
+            "MUXTUNE_DATABASE_URL": f"sqlite:///{quote(str(data / 'admission.db'))}",
             "MUXTUNE_ALIGNMENT_ADDRESS": self.addresses["alignment"],
             "MUXTUNE_ADMISSION_ADDRESS": self.addresses["admission_internal"],
             "MUXTUNE_SCHEDULING_ADDRESS": self.addresses["scheduling"],

@@ -137,10 +137,15 @@ class SnapshotTask(_message.Message):
     EXECUTOR_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     INITIAL_ADAPTER_KEY_FIELD_NUMBER: _builtins.int
+    NUM_CRASHES_FIELD_NUMBER: _builtins.int
     executor: _builtins.str
     """executors/{executor} that holds its current attempt; empty: none."""
     initial_adapter_key: _builtins.str
     """Manifest key of its initial adapter; empty: none."""
+    num_crashes: _builtins.int
+    """Executors that died in a row while it ran there, with no new step of it since. Over 0: it is to run alone until it
+    has done a step, so that what kills executors harms nobody else; too many, and it fails.
+    """
     @_builtins.property
     def task(self) -> _task_pb2.Task: ...
     @_builtins.property
@@ -154,10 +159,11 @@ class SnapshotTask(_message.Message):
         executor: _builtins.str = ...,
         checkpoint: _task_pb2.CheckpointCommitted | None = ...,
         initial_adapter_key: _builtins.str = ...,
+        num_crashes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "executor", b"executor", "initial_adapter_key", b"initial_adapter_key", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "executor", b"executor", "initial_adapter_key", b"initial_adapter_key", "num_crashes", b"num_crashes", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -171,9 +177,12 @@ class CommitPlanRequest(_message.Message):
     LEASE_EPOCH_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     STARTS_FIELD_NUMBER: _builtins.int
+    LEADER_EPOCH_FIELD_NUMBER: _builtins.int
     executor: _builtins.str
     lease_epoch: _builtins.int
     version: _builtins.int
+    leader_epoch: _builtins.int
+    """As LeadScheduling answered; 0: nobody has ever led."""
     @_builtins.property
     def starts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttemptStart]:
         """New on this executor; tasks that stay keep their epoch."""
@@ -185,10 +194,11 @@ class CommitPlanRequest(_message.Message):
         lease_epoch: _builtins.int = ...,
         version: _builtins.int = ...,
         starts: _abc.Iterable[Global___AttemptStart] | None = ...,
+        leader_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor", b"executor", "lease_epoch", b"lease_epoch", "starts", b"starts", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor", b"executor", "leader_epoch", b"leader_epoch", "lease_epoch", b"lease_epoch", "starts", b"starts", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -286,6 +296,62 @@ class CommitResultsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CommitResultsResponse: _TypeAlias = CommitResultsResponse  # noqa: Y015
+
+@_typing.final
+class LeadSchedulingRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCHEDULER_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    scheduler: _builtins.str
+    """Where it runs: host and address, as of no other at the same time. One that is started anew in the leader's place
+    takes over at once.
+    """
+    incarnation: _builtins.str
+    """Made anew at each start."""
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration: ...
+    def __init__(
+        self,
+        *,
+        scheduler: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "incarnation", b"incarnation", "scheduler", b"scheduler"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeadSchedulingRequest: _TypeAlias = LeadSchedulingRequest  # noqa: Y015
+
+@_typing.final
+class LeadSchedulingResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEADER_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    leader: _builtins.str
+    """Empty: nobody, the caller has resigned."""
+    incarnation: _builtins.str
+    epoch: _builtins.int
+    def __init__(
+        self,
+        *,
+        leader: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "incarnation", b"incarnation", "leader", b"leader"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeadSchedulingResponse: _TypeAlias = LeadSchedulingResponse  # noqa: Y015
 
 @_typing.final
 class RevokeAttemptsRequest(_message.Message):

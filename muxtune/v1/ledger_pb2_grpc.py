@@ -59,6 +59,11 @@ class LedgerServiceStub:
                 request_serializer=muxtune_dot_v1_dot_ledger__pb2.CommitResultsRequest.SerializeToString,
                 response_deserializer=muxtune_dot_v1_dot_ledger__pb2.CommitResultsResponse.FromString,
                 _registered_method=True)
+        self.LeadScheduling = channel.unary_unary(
+                '/muxtune.v1.LedgerService/LeadScheduling',
+                request_serializer=muxtune_dot_v1_dot_ledger__pb2.LeadSchedulingRequest.SerializeToString,
+                response_deserializer=muxtune_dot_v1_dot_ledger__pb2.LeadSchedulingResponse.FromString,
+                _registered_method=True)
         self.RevokeAttempts = channel.unary_unary(
                 '/muxtune.v1.LedgerService/RevokeAttempts',
                 request_serializer=muxtune_dot_v1_dot_ledger__pb2.RevokeAttemptsRequest.SerializeToString,
@@ -102,8 +107,8 @@ class LedgerServiceServicer:
     def CommitPlan(self, request, context):
         """Records the plan of one executor and starts new attempts in one transaction: each task named gets epoch + 1, becomes
         RUNNING (a CANCELLING one stays so). ABORTED / STALE_EPOCH: a plan of this or a later version exists, a task's epoch
-        is not the one expected, or it is final; ABORTED / LEASE_LOST: the executor's lease is not the one named. Nothing is
-        stored then: take a new snapshot.
+        is not the one expected, or it is final, or another scheduler leads; ABORTED / LEASE_LOST: the executor's lease is
+        not the one named. Nothing is stored then: take a new snapshot.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,6 +117,15 @@ class LedgerServiceServicer:
     def CommitResults(self, request, context):
         """Commits results in order, in one transaction. Each counts only if its attempt epoch is current (and its step new);
         the answer says which did not. Sending again is safe: what is recorded is skipped.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LeadScheduling(self, request, context):
+        """One scheduler leads. Who asks while nobody does, or the leader's lease has run out, leads from then on under a new
+        epoch; the leader asks again every third of the duration to go on, and with a duration of 0 to resign. The answer
+        tells who leads: another stands by and asks again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -162,6 +176,11 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.CommitResults,
                     request_deserializer=muxtune_dot_v1_dot_ledger__pb2.CommitResultsRequest.FromString,
                     response_serializer=muxtune_dot_v1_dot_ledger__pb2.CommitResultsResponse.SerializeToString,
+            ),
+            'LeadScheduling': grpc.unary_unary_rpc_method_handler(
+                    servicer.LeadScheduling,
+                    request_deserializer=muxtune_dot_v1_dot_ledger__pb2.LeadSchedulingRequest.FromString,
+                    response_serializer=muxtune_dot_v1_dot_ledger__pb2.LeadSchedulingResponse.SerializeToString,
             ),
             'RevokeAttempts': grpc.unary_unary_rpc_method_handler(
                     servicer.RevokeAttempts,
@@ -292,6 +311,33 @@ class LedgerService:
             '/muxtune.v1.LedgerService/CommitResults',
             muxtune_dot_v1_dot_ledger__pb2.CommitResultsRequest.SerializeToString,
             muxtune_dot_v1_dot_ledger__pb2.CommitResultsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LeadScheduling(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxtune.v1.LedgerService/LeadScheduling',
+            muxtune_dot_v1_dot_ledger__pb2.LeadSchedulingRequest.SerializeToString,
+            muxtune_dot_v1_dot_ledger__pb2.LeadSchedulingResponse.FromString,
             options,
             channel_credentials,
             insecure,

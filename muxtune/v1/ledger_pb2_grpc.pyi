@@ -47,12 +47,17 @@ class LedgerServiceStub:
     CommitPlan: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.CommitPlanRequest, _ledger_pb2.CommitPlanResponse]
     """Records the plan of one executor and starts new attempts in one transaction: each task named gets epoch + 1, becomes
     RUNNING (a CANCELLING one stays so). ABORTED / STALE_EPOCH: a plan of this or a later version exists, a task's epoch
-    is not the one expected, or it is final; ABORTED / LEASE_LOST: the executor's lease is not the one named. Nothing is
-    stored then: take a new snapshot.
+    is not the one expected, or it is final, or another scheduler leads; ABORTED / LEASE_LOST: the executor's lease is
+    not the one named. Nothing is stored then: take a new snapshot.
     """
     CommitResults: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.CommitResultsRequest, _ledger_pb2.CommitResultsResponse]
     """Commits results in order, in one transaction. Each counts only if its attempt epoch is current (and its step new);
     the answer says which did not. Sending again is safe: what is recorded is skipped.
+    """
+    LeadScheduling: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.LeadSchedulingRequest, _ledger_pb2.LeadSchedulingResponse]
+    """One scheduler leads. Who asks while nobody does, or the leader's lease has run out, leads from then on under a new
+    epoch; the leader asks again every third of the duration to go on, and with a duration of 0 to resign. The answer
+    tells who leads: another stands by and asks again.
     """
     RevokeAttempts: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.RevokeAttemptsRequest, _ledger_pb2.RevokeAttemptsResponse]
     """Takes attempts from their executor (lost, or its stream broke): RUNNING becomes QUEUED. The epoch grows, so that
@@ -84,12 +89,17 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     CommitPlan: _aio.UnaryUnaryMultiCallable[_ledger_pb2.CommitPlanRequest, _ledger_pb2.CommitPlanResponse]  # type: ignore[assignment]
     """Records the plan of one executor and starts new attempts in one transaction: each task named gets epoch + 1, becomes
     RUNNING (a CANCELLING one stays so). ABORTED / STALE_EPOCH: a plan of this or a later version exists, a task's epoch
-    is not the one expected, or it is final; ABORTED / LEASE_LOST: the executor's lease is not the one named. Nothing is
-    stored then: take a new snapshot.
+    is not the one expected, or it is final, or another scheduler leads; ABORTED / LEASE_LOST: the executor's lease is
+    not the one named. Nothing is stored then: take a new snapshot.
     """
     CommitResults: _aio.UnaryUnaryMultiCallable[_ledger_pb2.CommitResultsRequest, _ledger_pb2.CommitResultsResponse]  # type: ignore[assignment]
     """Commits results in order, in one transaction. Each counts only if its attempt epoch is current (and its step new);
     the answer says which did not. Sending again is safe: what is recorded is skipped.
+    """
+    LeadScheduling: _aio.UnaryUnaryMultiCallable[_ledger_pb2.LeadSchedulingRequest, _ledger_pb2.LeadSchedulingResponse]  # type: ignore[assignment]
+    """One scheduler leads. Who asks while nobody does, or the leader's lease has run out, leads from then on under a new
+    epoch; the leader asks again every third of the duration to go on, and with a duration of 0 to resign. The answer
+    tells who leads: another stands by and asks again.
     """
     RevokeAttempts: _aio.UnaryUnaryMultiCallable[_ledger_pb2.RevokeAttemptsRequest, _ledger_pb2.RevokeAttemptsResponse]  # type: ignore[assignment]
     """Takes attempts from their executor (lost, or its stream broke): RUNNING becomes QUEUED. The epoch grows, so that
@@ -136,8 +146,8 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_ledger_pb2.CommitPlanResponse, _abc.Awaitable[_ledger_pb2.CommitPlanResponse]]:
         """Records the plan of one executor and starts new attempts in one transaction: each task named gets epoch + 1, becomes
         RUNNING (a CANCELLING one stays so). ABORTED / STALE_EPOCH: a plan of this or a later version exists, a task's epoch
-        is not the one expected, or it is final; ABORTED / LEASE_LOST: the executor's lease is not the one named. Nothing is
-        stored then: take a new snapshot.
+        is not the one expected, or it is final, or another scheduler leads; ABORTED / LEASE_LOST: the executor's lease is
+        not the one named. Nothing is stored then: take a new snapshot.
         """
 
     @_abc_1.abstractmethod
@@ -148,6 +158,17 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_ledger_pb2.CommitResultsResponse, _abc.Awaitable[_ledger_pb2.CommitResultsResponse]]:
         """Commits results in order, in one transaction. Each counts only if its attempt epoch is current (and its step new);
         the answer says which did not. Sending again is safe: what is recorded is skipped.
+        """
+
+    @_abc_1.abstractmethod
+    def LeadScheduling(
+        self,
+        request: _ledger_pb2.LeadSchedulingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.LeadSchedulingResponse, _abc.Awaitable[_ledger_pb2.LeadSchedulingResponse]]:
+        """One scheduler leads. Who asks while nobody does, or the leader's lease has run out, leads from then on under a new
+        epoch; the leader asks again every third of the duration to go on, and with a duration of 0 to resign. The answer
+        tells who leads: another stands by and asks again.
         """
 
     @_abc_1.abstractmethod

@@ -289,6 +289,7 @@ class TaskResult(_message.Message):
     FINISHED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
     task: _builtins.str
     attempt_epoch: _builtins.int
     @_builtins.property
@@ -303,6 +304,8 @@ class TaskResult(_message.Message):
     def failed(self) -> _errors_pb2.TaskFailure: ...
     @_builtins.property
     def released(self) -> Global___TaskReleased: ...
+    @_builtins.property
+    def resumed(self) -> Global___TaskResumed: ...
     def __init__(
         self,
         *,
@@ -314,16 +317,42 @@ class TaskResult(_message.Message):
         finished: Global___TaskFinished | None = ...,
         failed: _errors_pb2.TaskFailure | None = ...,
         released: Global___TaskReleased | None = ...,
+        resumed: Global___TaskResumed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint_committed", b"checkpoint_committed", "evaluated", b"evaluated", "failed", b"failed", "finished", b"finished", "released", b"released", "result", b"result", "step_done", b"step_done"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint_committed", b"checkpoint_committed", "evaluated", b"evaluated", "failed", b"failed", "finished", b"finished", "released", b"released", "result", b"result", "resumed", b"resumed", "step_done", b"step_done"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_epoch", b"attempt_epoch", "checkpoint_committed", b"checkpoint_committed", "evaluated", b"evaluated", "failed", b"failed", "finished", b"finished", "released", b"released", "result", b"result", "step_done", b"step_done", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_epoch", b"attempt_epoch", "checkpoint_committed", b"checkpoint_committed", "evaluated", b"evaluated", "failed", b"failed", "finished", b"finished", "released", b"released", "result", b"result", "resumed", b"resumed", "step_done", b"step_done", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["step_done", "evaluated", "checkpoint_committed", "finished", "failed", "released"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["step_done", "evaluated", "checkpoint_committed", "finished", "failed", "released", "resumed"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
 Global___TaskResult: _TypeAlias = TaskResult  # noqa: Y015
+
+@_typing.final
+class TaskResumed(_message.Message):
+    """Taken in again from an earlier checkpoint than the plan named, which cannot be read: its steps since are run again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    message: _builtins.str
+    @_builtins.property
+    def checkpoint(self) -> _task_pb2.CheckpointCommitted: ...
+    def __init__(
+        self,
+        *,
+        checkpoint: _task_pb2.CheckpointCommitted | None = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TaskResumed: _TypeAlias = TaskResumed  # noqa: Y015
 
 @_typing.final
 class TaskFinished(_message.Message):
@@ -372,15 +401,19 @@ class TaskReleased(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
+    NUM_SUSPECTS_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
+    num_suspects: _builtins.int
+    """Over 0: not unharmed, its trainer died or hung with so many tasks in its hands, and this one may be why."""
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
+        num_suspects: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_suspects", b"num_suspects", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -29,6 +29,8 @@ class SchedulingServiceStub:
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
+    Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
+
     Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
     PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
@@ -79,6 +81,8 @@ class SchedulingServiceStub:
 class SchedulingServiceServicer:
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
+
+    Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
     Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
     PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
@@ -187,6 +191,8 @@ def add_SchedulingServiceServicer_to_server(servicer, server):
 class SchedulingService:
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
+
+    Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
     Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
     PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.

@@ -30,6 +30,8 @@ class SchedulingServiceStub:
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
+    Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
+
     Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
     PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
@@ -66,6 +68,8 @@ class SchedulingServiceAsyncStub(SchedulingServiceStub):
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
 
+    Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
+
     Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
     PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
@@ -97,6 +101,8 @@ class SchedulingServiceAsyncStub(SchedulingServiceStub):
 class SchedulingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
     it starts from the ledger's snapshot.
+
+    Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
     Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
     PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.

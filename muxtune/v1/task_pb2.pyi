@@ -718,7 +718,7 @@ class StateChanged(_message.Message):
     ATTEMPT_EPOCH_FIELD_NUMBER: _builtins.int
     state: Global___TaskState.ValueType
     message: _builtins.str
-    """Why, in a sentence."""
+    """Why, in a sentence. The state may be the one before, where there is something to tell: a checkpoint was corrupt."""
     adapter: _builtins.str
     attempt_epoch: _builtins.int
     @_builtins.property

@@ -30,7 +30,8 @@ from services.admission.notifier import Notifier
 from services.admission.oidc import Provider, TokenVerifier
 from services.admission.operator import OperatorServicer
 from services.admission.servicer import AdmissionServicer, KeyServicer, LedgerServicer
-from services.admission.sweep import sweep_checkpoints
+from services.admission.sweep import Sweeper
+from services.admission.sweeping import Sweeping
 from services.artifacts import ArtifactStore
 from services.auth import Authenticate
 from services.certificates import Certificates
@@ -45,7 +46,8 @@ class AdmissionSettings(ServerSettings):
 
     `listen` is the clients', with the certificate in `public_certs` (default: `certs`); who shows one, services and
     operators, comes to `internal_listen`. `oidc_*`: see services/admission/oidc.py; no issuer, no tokens.
-    `max_*` hold for tenants without a quota of their own; 0: no limit.
+    `max_*` hold for tenants without a quota of their own; 0: no limit. But a task fails that was alone on its executor
+    when that died, `max_crashes` times in a row with no new step since.
     """
 
     database_url: str
@@ -61,6 +63,7 @@ class AdmissionSettings(ServerSettings):
     requests_per_second: float = 500.0
     max_adapter_bytes: int = 512 << 20
     max_unfinished_tasks: int = 1000
+    max_crashes: int = 3
     max_dataset_bytes: int = 0
     max_tokens_per_day: int = 0
     max_device_seconds_per_day: float = 0.0
@@ -68,7 +71,7 @@ class AdmissionSettings(ServerSettings):
     chunk_tokens: int = 0
 
     def secure_ports(self, certificates: Certificates) -> list[tuple[str, grpc.ServerCredentials | None]]:
-        public = Certificates(self.public_certs) if self.public_certs else certificates
+        public = self._certificates(self.public_certs) if self.public_certs else certificates
         return [
             (self.listen, public.for_server(is_mutual=False)),
             (self.internal_listen, certificates.for_server(is_mutual=True)),
@@ -104,9 +107,11 @@ async def main() -> None:
     alignment = alignment_pb2_grpc.AlignmentServiceStub(to_alignment)
     quota, notifier, keys = settings.quota(), Notifier(), KeyStore(database)
     default = quota.to_proto()
-    ledger = LedgerServicer(Ledger(database, quota=default), notifier, lambda: sweep_checkpoints(database, artifacts))
     admitter = Admitter(database, artifacts, alignment, quota)
     servicer = AdmissionServicer(database, artifacts, alignment, admitter, notifier, settings.max_adapter_bytes)
+    sweeping = Sweeping(Sweeper(database, artifacts), servicer.sweep_datasets)
+    store = Ledger(database, quota=default, max_crashes=settings.max_crashes)
+    ledger = LedgerServicer(store, notifier, sweeping.add)
 
     def register(server: grpc.aio.Server) -> list[str]:
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, server)
@@ -121,7 +126,7 @@ async def main() -> None:
 
     running = [
         start_vital(ledger.announce_expiries(), "leases"),
-        start_vital(ledger.sweep_after_changes(), "sweep"),
+        start_vital(sweeping.run(), "sweep"),
         start_vital(LimitsWatch(database, default, notifier).run(), "limits"),
     ]
     await serve(

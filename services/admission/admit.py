@@ -28,6 +28,7 @@ from services.convert import spec_to_domain
 from services.plan_convert import executor_to_view
 
 INSPECT_SECONDS = 120.0
+_MAX_SPEC_BYTES = 256 << 10  # it is read again at every scheduling cycle
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Admitter:
 
     async def examine(self, principal: Principal, spec: task_pb2.TaskSpec) -> Admissible:
         """Raises PermissionDeniedError, InvalidInputError, WillNeverFitError or QuotaExceededError."""
+        if (size := spec.ByteSize()) > _MAX_SPEC_BYTES:
+            raise InvalidInputError.of_field("spec", f"has {size} bytes; at most {_MAX_SPEC_BYTES}")
         accounts.check_budget(spec.budget)
         resolved, key, executors = await asyncio.to_thread(self._resolve, principal, spec)
         domain = spec_to_domain(resolved)

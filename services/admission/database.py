@@ -10,6 +10,7 @@ from alembic import command
 from alembic.config import Config
 
 from engine.errors import UnavailableError
+from services.failpoints import failpoint
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _WRITERS_LOCK = 0x6D7578  # PostgreSQL's advisory lock: writers take turns, as they do on SQLite
@@ -47,6 +48,8 @@ class Database:
             else:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
             yield connection
+            failpoint("commit.before")
+        failpoint("commit.after")
 
     def close(self) -> None:
         self._engine.dispose()

@@ -22,10 +22,10 @@ class RateLimit:
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # (calls left, when)
 
     def take(self, tenant: str) -> None:
-        """Raises OverloadedError where the bucket is empty; a second later it is not."""
+        """Raises OverloadedError where the bucket is empty; a second later it is not, at a rate of one or more."""
         if not self._per_second:
             return
-        most, moment = 2 * self._per_second, self._monotonic()
+        most, moment = max(1.0, 2 * self._per_second), self._monotonic()
         left, since = self._buckets.pop(tenant, (most, moment))
         left = min(most, left + (moment - since) * self._per_second)
         self._buckets[tenant] = (left - 1 if left >= 1 else left, moment)

@@ -17,23 +17,29 @@ from engine.errors import LeaseLostError, StaleEpochError
 from engine.task import TaskState
 from muxtune.v1 import ledger_pb2 as pb
 from muxtune.v1 import operator_pb2, plan_pb2, task_pb2
-from services.admission import accounts, results, tasks
+from services.admission import accounts, crashes, results, tasks
 from services.admission.clock import now
 from services.admission.database import Database
+from services.admission.leadership import Leadership, check_leader
 from services.admission.tables import executors, incarnations, plans
 from services.admission.tables import tasks as tasks_table
 
+_ENDS = ("finished", "failed", "released")
+
 
 class Ledger:
-    """`monotonic` is the clock of leases, replaceable in tests. `quota`: of tenants without one of their own."""
+    """`monotonic` is the clock of leases, replaceable in tests. `quota`: of tenants without one of their own. A task
+    fails that was alone on an executor which died, `max_crashes` times in a row with no new step since the first."""
 
     def __init__(
         self,
         database: Database,
         monotonic: Callable[[], float] = time.monotonic,
         quota: operator_pb2.Quota | None = None,
+        max_crashes: int = 3,
     ) -> None:
-        self._database, self._quota = database, quota or operator_pb2.Quota()
+        self.leadership = Leadership(database, monotonic)
+        self._database, self._quota, self._max_crashes = database, quota or operator_pb2.Quota(), max_crashes
         self._monotonic = monotonic
         self._deadlines: dict[str, float] = {}
         self._guard = threading.Lock()
@@ -71,7 +77,11 @@ class Ledger:
             return []
         with self._database.write() as connection:
             expired = self._expired()  # none can be renewed now: writers take turns
-            taken = [task for name in expired for task in self._end(connection, name, "its executor's lease ran out")]
+            taken = [
+                task
+                for name in expired
+                for task in self._end(connection, name, "its executor's lease ran out", is_crash=True)
+            ]
         with self._guard:
             for name in expired:
                 if self._deadlines.get(name, math.inf) <= self._monotonic():
@@ -113,6 +123,7 @@ class Ledger:
         """Attempt epochs of the tasks started. Raises StaleEpochError or LeaseLostError with nothing stored."""
         with self._database.write() as connection:
             self._check_lease(self._row(connection, request.executor), request.executor, request.lease_epoch)
+            check_leader(connection, request.leader_epoch)
             newest = connection.execute(sa.select(sa.func.max(plans.c.version))).scalar() or 0
             if request.version <= newest:
                 raise StaleEpochError(f"plan {request.version} comes after plan {newest}: take a new snapshot")
@@ -123,16 +134,20 @@ class Ledger:
 
     def commit_results(
         self, executor: str, lease_epoch: int, batch: Sequence[plan_pb2.TaskResult]
-    ) -> list[pb.ResultVerdict.ValueType]:
-        """A verdict for each, in order; all in one transaction. Raises LeaseLostError with nothing stored."""
+    ) -> tuple[list[pb.ResultVerdict.ValueType], bool]:
+        """A verdict for each, in order, all in one transaction; and whether the plan may change by it. Raises
+        LeaseLostError with nothing stored."""
         with self._database.write() as connection:
             self._check_lease(self._row(connection, executor), executor, lease_epoch)
-            return [results.commit(connection, executor, result) for result in batch]
+            suspects = crashes.suspects(connection, executor)
+            verdicts = [results.commit(connection, executor, result, self._max_crashes) for result in batch]
+            is_cleared = suspects != crashes.suspects(connection, executor)
+        return verdicts, is_cleared or any(result.WhichOneof("result") in _ENDS for result in batch)
 
     def revoke(self, executor: str, names: Sequence[str], reason: str) -> list[str]:
         """The tasks whose attempts were taken back."""
         with self._database.write() as connection:
-            return _revoke(connection, executor, names, reason)
+            return self._revoke(connection, executor, names, reason)
 
     def _register(self, connection: sa.Connection, row: Any, executor: plan_pb2.Executor) -> tuple[int, list[str]]:
         key = {"executor": executor.name, "incarnation": executor.incarnation}
@@ -145,10 +160,29 @@ class Ledger:
             fresh = {"name": executor.name, "incarnation": executor.incarnation, "lease_epoch": 1, "is_ended": False}
             connection.execute(sa.insert(executors).values(**fresh, lease_seconds=0.0, executor=b""))
             return 1, []
-        taken = _revoke(connection, executor.name, (), "its executor started anew")
+        is_crash = not row.is_ended  # it did not say good-bye
+        taken = self._revoke(connection, executor.name, (), "its executor started anew", is_crash=is_crash)
         changed = {"incarnation": executor.incarnation, "is_ended": False}
         connection.execute(sa.update(executors).where(executors.c.name == executor.name).values(changed))
         return int(row.lease_epoch) + 1, taken
+
+    def _revoke(
+        self, connection: sa.Connection, executor: str, names: Sequence[str], reason: str, *, is_crash: bool = False
+    ) -> list[str]:
+        """RUNNING becomes QUEUED; CANCELLING waits for another executor, or ends if nothing was trained."""
+        query = sa.select(tasks_table).where(tasks_table.c.executor == executor)
+        rows = connection.execute(query.where(tasks_table.c.name.in_(names)) if names else query).all()
+        for row in rows:
+            columns: dict[str, Any] = {"executor": "", "attempt_epoch": row.attempt_epoch + 1}
+            if is_crash and crashes.count(connection, row, reason, len(rows), self._max_crashes):
+                continue
+            if row.state == TaskState.RUNNING.name:
+                tasks.change_state(connection, row, TaskState.QUEUED, reason, **columns)
+            elif row.state == TaskState.CANCELLING.name and row.checkpoint is None:
+                tasks.change_state(connection, row, TaskState.CANCELLED, reason, **columns)
+            else:
+                connection.execute(sa.update(tasks_table).where(tasks_table.c.name == row.name).values(columns))
+        return [row.name for row in rows]
 
     def _start(self, connection: sa.Connection, executor: str, start: pb.AttemptStart) -> int:
         row = tasks.row_of(connection, start.task)
@@ -177,9 +211,9 @@ class Ledger:
         with self._guard:
             return [name for name, deadline in self._deadlines.items() if deadline <= self._monotonic()]
 
-    def _end(self, connection: sa.Connection, name: str, reason: str) -> list[str]:
+    def _end(self, connection: sa.Connection, name: str, reason: str, *, is_crash: bool = False) -> list[str]:
         connection.execute(sa.update(executors).where(executors.c.name == name).values(is_ended=True))
-        return _revoke(connection, name, (), reason)
+        return self._revoke(connection, name, (), reason, is_crash=is_crash)
 
     def _live(self, connection: sa.Connection) -> Sequence[Any]:
         query = sa.select(executors).where(executors.c.is_ended.is_(False)).order_by(executors.c.name)
@@ -204,25 +238,11 @@ def known_executors(connection: sa.Connection, *, only_live: bool = False) -> li
     return [plan_pb2.Executor.FromString(row.executor) for row in rows]
 
 
-def _revoke(connection: sa.Connection, executor: str, names: Sequence[str], reason: str) -> list[str]:
-    """RUNNING becomes QUEUED; CANCELLING waits for another executor, or ends if nothing was trained. All of them."""
-    query = sa.select(tasks_table).where(tasks_table.c.executor == executor)
-    rows = connection.execute(query.where(tasks_table.c.name.in_(names)) if names else query).all()
-    for row in rows:
-        columns: dict[str, Any] = {"executor": "", "attempt_epoch": row.attempt_epoch + 1}
-        if row.state == TaskState.RUNNING.name:
-            tasks.change_state(connection, row, TaskState.QUEUED, reason, **columns)
-        elif row.state == TaskState.CANCELLING.name and row.checkpoint is None:
-            tasks.change_state(connection, row, TaskState.CANCELLED, reason, **columns)
-        else:
-            connection.execute(sa.update(tasks_table).where(tasks_table.c.name == row.name).values(columns))
-    return [row.name for row in rows]
-
-
 def _snapshot_task(row: Any) -> pb.SnapshotTask:
     return pb.SnapshotTask(
         task=tasks.to_proto(row),
         executor=row.executor,
         checkpoint=task_pb2.CheckpointCommitted.FromString(row.checkpoint) if row.checkpoint else None,
         initial_adapter_key=row.initial_adapter_key,
+        num_crashes=row.crashes,
     )

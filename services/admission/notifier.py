@@ -1,10 +1,12 @@
 """Wakes those who wait for a change of a task, or of anything. Lives on the event loop; holds no events itself."""
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 ANYTHING = ""
+T = TypeVar("T")
 
 
 class Notifier:
@@ -13,6 +15,21 @@ class Notifier:
     def __init__(self) -> None:
         self._waiters: dict[str, set[asyncio.Event]] = {}
         self._closed = False
+        self._commits: set[asyncio.Task[object]] = set()
+
+    async def after(self, commit: Callable[[], T], tell: Callable[[T], None]) -> T:
+        """Runs the commit in a thread, then `tell` of what it answered, though the caller be cancelled meanwhile: what
+        was committed for a caller who is gone has its watchers too."""
+
+        async def both() -> T:
+            done = await asyncio.to_thread(commit)
+            tell(done)
+            return done
+
+        task = asyncio.create_task(both())
+        self._commits.add(task)
+        task.add_done_callback(self._commits.discard)
+        return await asyncio.shield(task)
 
     def notify(self, names: Iterable[str] = ()) -> None:
         """The named tasks changed, and scheduling should look."""

@@ -11,10 +11,11 @@ from typing import Any
 import jwt
 
 from engine.errors import InvalidInputError, UnauthenticatedError, UnavailableError
+from muxtune.transport import is_loopback
 from services.access import Role
 from services.admission.names import check_tenant
 from services.auth import Principal
-from services.config import SettingsError, is_loopback
+from services.config import SettingsError
 
 _ALGORITHMS = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"})
 _REFRESH_SECONDS, _FETCH_SECONDS, _LEEWAY_SECONDS = 60.0, 5.0, 30.0

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from engine.task import TaskState
 from muxtune.v1 import ledger_pb2 as pb
 from muxtune.v1 import plan_pb2, task_pb2
-from services.admission import accounts, tasks
+from services.admission import accounts, crashes, tasks
 from services.admission.clock import now
 from services.admission.tables import adapters
 from services.admission.tables import tasks as tasks_table
@@ -15,13 +15,17 @@ from services.admission.tables import tasks as tasks_table
 _RATE_WEIGHT = 0.2  # of the newest step in the moving average of tokens per second
 
 
-def commit(connection: sa.Connection, executor: str, result: plan_pb2.TaskResult) -> pb.ResultVerdict.ValueType:
+def commit(
+    connection: sa.Connection, executor: str, result: plan_pb2.TaskResult, max_crashes: int
+) -> pb.ResultVerdict.ValueType:
     """COMMITTED, DUPLICATE (its step is recorded already) or STALE (the attempt was superseded)."""
     row = connection.execute(sa.select(tasks_table).where(tasks_table.c.name == result.task)).one_or_none()
     if row is None or row.attempt_epoch != result.attempt_epoch or row.executor != executor:
         ended = row is not None and TaskState[row.state].is_final and row.attempt_epoch == result.attempt_epoch
         return pb.RESULT_VERDICT_DUPLICATE if ended else pb.RESULT_VERDICT_STALE
-    kind = result.WhichOneof("result")
+    kind, suspects = result.WhichOneof("result"), result.released.num_suspects
+    if suspects and crashes.count(connection, row, result.released.reason, suspects, max_crashes):
+        return pb.RESULT_VERDICT_COMMITTED
     is_new = {
         "step_done": _step_done,
         "evaluated": _evaluated,
@@ -29,6 +33,7 @@ def commit(connection: sa.Connection, executor: str, result: plan_pb2.TaskResult
         "finished": _finished,
         "failed": _failed,
         "released": _released,
+        "resumed": _resumed,
     }[kind or "released"](connection, row, result)
     return pb.RESULT_VERDICT_COMMITTED if is_new else pb.RESULT_VERDICT_DUPLICATE
 
@@ -46,7 +51,7 @@ def _step_done(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult)
     progress.padding_tokens += step.padding_tokens
     progress.device_seconds += step.device_seconds
     progress.num_neighbours = step.num_neighbours
-    _put_progress(connection, row, progress, progress_time=moment)
+    _put_progress(connection, row, progress, progress_time=moment, crashes=0)
     tasks.append_event(connection, row.name, task_pb2.TaskEvent(step_done=step))
     accounts.charge(connection, row.tenant, step)
     why = accounts.spent(task_pb2.TaskSpec.FromString(row.spec).budget, progress)
@@ -130,6 +135,18 @@ def _released(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) 
         tasks.change_state(connection, row, TaskState.QUEUED, reason, executor="")
     else:
         connection.execute(sa.update(tasks_table).where(tasks_table.c.name == row.name).values(executor=""))
+    return True
+
+
+def _resumed(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
+    """The recorded checkpoint cannot be read: an earlier one takes its place, and the tenant is told."""
+    checkpoint = result.resumed.checkpoint
+    if not row.checkpoint or task_pb2.CheckpointCommitted.FromString(row.checkpoint).step <= checkpoint.step:
+        return False
+    progress = task_pb2.TaskProgress.FromString(row.progress)
+    progress.checkpoint_step = checkpoint.step
+    _put_progress(connection, row, progress, checkpoint=checkpoint.SerializeToString())
+    tasks.tell(connection, row, result.resumed.message)
     return True
 
 

@@ -3,13 +3,24 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
+from google.protobuf.duration_pb2 import Duration
+
 from engine.errors import InvalidInputError, MuxtuneError, UnavailableError
-from muxtune.v1 import admission_pb2_grpc, alignment_pb2_grpc, key_pb2, key_pb2_grpc, ledger_pb2, ledger_pb2_grpc
+from muxtune.v1 import (
+    admission_pb2_grpc,
+    alignment_pb2_grpc,
+    key_pb2,
+    key_pb2_grpc,
+    ledger_pb2,
+    ledger_pb2_grpc,
+    plan_pb2,
+)
 from services.access import Role
 from services.admission.admit import Admitter
 from services.admission.clock import microseconds, timestamp
@@ -21,6 +32,7 @@ from services.admission.notifier import ANYTHING, Notifier
 from services.admission.task_rpcs import TaskRpcs
 from services.artifacts import ArtifactStore
 
+_RECORDED = ("checkpoint_committed", "finished", "failed")
 _MAX_LEASE_SECONDS = 86_400.0
 _log = logging.getLogger(__name__)
 
@@ -65,8 +77,8 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
 class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
     """LedgerService: the durable side of scheduling."""
 
-    def __init__(self, ledger: Ledger, notifier: Notifier, sweep: Callable[[], int]) -> None:
-        self._ledger, self._notifier, self._sweep = ledger, notifier, sweep
+    def __init__(self, ledger: Ledger, notifier: Notifier, on_recorded: Callable[[Iterable[str]], None]) -> None:
+        self._ledger, self._notifier, self._on_recorded = ledger, notifier, on_recorded
 
     async def WatchChanges(
         self, request: ledger_pb2.WatchChangesRequest, context: Any
@@ -85,46 +97,57 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
         return await asyncio.to_thread(self._ledger.snapshot)
 
     async def CommitPlan(self, request: ledger_pb2.CommitPlanRequest, context: Any) -> ledger_pb2.CommitPlanResponse:
-        epochs = await asyncio.to_thread(self._ledger.commit_plan, request)
-        self._wake(start.task for start in request.starts)
+        started = [start.task for start in request.starts]
+        commit = partial(self._ledger.commit_plan, request)
+        epochs = await self._notifier.after(commit, lambda _: self._notifier.notify_tasks(started))
         return ledger_pb2.CommitPlanResponse(attempt_epochs=epochs)
 
     async def CommitResults(
         self, request: ledger_pb2.CommitResultsRequest, context: Any
     ) -> ledger_pb2.CommitResultsResponse:
-        verdicts = await asyncio.to_thread(
-            self._ledger.commit_results, request.executor, request.lease_epoch, list(request.results)
-        )
-        self._wake(result.task for result in request.results)
-        ends = ("finished", "failed", "released")
-        if any(result.WhichOneof("result") in ends for result in request.results):
-            self._notifier.notify()
+        results = list(request.results)
+        commit = partial(self._ledger.commit_results, request.executor, request.lease_epoch, results)
+        verdicts, _ = await self._notifier.after(commit, lambda answer: self._tell_of(results, answer[1]))
         return ledger_pb2.CommitResultsResponse(verdicts=verdicts)
 
     async def RevokeAttempts(
         self, request: ledger_pb2.RevokeAttemptsRequest, context: Any
     ) -> ledger_pb2.RevokeAttemptsResponse:
-        taken = await asyncio.to_thread(self._ledger.revoke, request.executor, list(request.tasks), request.reason)
-        self._notifier.notify(taken)
+        revoke = partial(self._ledger.revoke, request.executor, list(request.tasks), request.reason)
+        taken = await self._notifier.after(revoke, self._notifier.notify)
         return ledger_pb2.RevokeAttemptsResponse(num_revoked=len(taken))
 
+    async def LeadScheduling(
+        self, request: ledger_pb2.LeadSchedulingRequest, context: Any
+    ) -> ledger_pb2.LeadSchedulingResponse:
+        if not request.scheduler or not request.incarnation:
+            field = "incarnation" if request.scheduler else "scheduler"
+            raise InvalidInputError.of_field(field, "is missing: it says who asks")
+        seconds = _lease_seconds(request.duration)
+        lead = partial(self._ledger.leadership.lead, request.scheduler, request.incarnation, seconds)
+        leader, incarnation, epoch = await asyncio.to_thread(lead)
+        return ledger_pb2.LeadSchedulingResponse(leader=leader, incarnation=incarnation, epoch=epoch)
+
     async def PutLease(self, request: ledger_pb2.PutLeaseRequest, context: Any) -> ledger_pb2.PutLeaseResponse:
-        seconds = request.duration.seconds + request.duration.nanos / 1e9
-        if not 0 <= seconds <= _MAX_LEASE_SECONDS:
-            raise InvalidInputError.of_field("duration", f"{seconds:g} s must be 0 to {_MAX_LEASE_SECONDS:g}")
-        epoch, taken = await asyncio.to_thread(self._ledger.put_lease, request.executor, seconds)
-        if request.executor.lease_epoch != epoch or request.executor.draining:
-            self._notifier.notify(taken)
+        seconds = _lease_seconds(request.duration)
+
+        def tell(put: tuple[int, list[str]]) -> None:
+            if request.executor.lease_epoch != put[0] or request.executor.draining:
+                self._notifier.notify(put[1])
+
+        epoch, _ = await self._notifier.after(partial(self._ledger.put_lease, request.executor, seconds), tell)
         return ledger_pb2.PutLeaseResponse(lease_epoch=epoch)
 
     async def EndLease(self, request: ledger_pb2.EndLeaseRequest, context: Any) -> ledger_pb2.EndLeaseResponse:
-        self._notifier.notify(await asyncio.to_thread(self._ledger.end_lease, request.executor, request.incarnation))
+        end = partial(self._ledger.end_lease, request.executor, request.incarnation)
+        await self._notifier.after(end, self._notifier.notify)
         return ledger_pb2.EndLeaseResponse()
 
     async def end_expired(self) -> None:
         """Ends leases that ran out and takes their attempts back; tells their watchers and scheduling."""
-        if taken := await asyncio.to_thread(self._ledger.end_expired):
-            self._notifier.notify(taken)
+        await self._notifier.after(
+            self._ledger.end_expired, lambda taken: self._notifier.notify(taken) if taken else None
+        )
 
     async def announce_expiries(self) -> None:
         """Hints at a new cycle whenever a lease runs out; runs until cancelled."""
@@ -136,18 +159,12 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
                     await self.end_expired()
                     self._notifier.notify()
 
-    async def sweep_after_changes(self) -> None:
-        """Sweeps at the start and when something ended; runs until admission stops."""
-        with self._notifier.waiting(ANYTHING) as changed:
-            while not self._notifier.is_closed:
-                changed.clear()
-                with _retried_later("sweep"):
-                    await asyncio.to_thread(self._sweep)
-                await changed.wait()
-
-    def _wake(self, names: Any) -> None:
-        """Watchers of these tasks only: a step done is no reason for a scheduling cycle."""
-        self._notifier.notify_tasks(set(names))
+    def _tell_of(self, results: Sequence[plan_pb2.TaskResult], changes_plan: bool) -> None:
+        """The watchers of these tasks; and scheduling where its plan may change: not at each step."""
+        self._notifier.notify_tasks({result.task for result in results})
+        self._on_recorded({result.task for result in results if result.WhichOneof("result") in _RECORDED})
+        if changes_plan:
+            self._notifier.notify()
 
 
 @contextmanager
@@ -180,3 +197,11 @@ def _role(role: key_pb2.KeyRole.ValueType) -> Role:
     if role not in roles:
         raise InvalidInputError.of_field("role", f"{role} is no role: 1 tenant, 2 viewer, 3 operator")
     return roles[role]
+
+
+def _lease_seconds(duration: Duration) -> float:
+    """Raises InvalidInputError."""
+    seconds = duration.seconds + duration.nanos / 1e9
+    if not 0 <= seconds <= _MAX_LEASE_SECONDS:
+        raise InvalidInputError.of_field("duration", f"{seconds:g} s must be 0 to {_MAX_LEASE_SECONDS:g}")
+    return seconds

@@ -61,6 +61,7 @@ tasks = Table(
     Column("executor", String, nullable=False, server_default=""),
     Column("last_sequence", BigInteger, nullable=False, server_default="0"),
     Column("trace_parent", String, nullable=False, server_default=""),
+    Column("crashes", Integer, nullable=False, server_default="0"),  # see SnapshotTask.num_crashes
     Index("tasks_by_tenant", "tenant", "created", "name"),
 )
 
@@ -99,6 +100,16 @@ incarnations = Table(
     metadata,
     Column("executor", String, primary_key=True),
     Column("incarnation", String, primary_key=True),
+)
+
+leaderships = Table(
+    "leaderships",
+    metadata,
+    Column("role", String, primary_key=True),
+    Column("holder", String, nullable=False, server_default=""),  # empty: it resigned
+    Column("incarnation", String, nullable=False, server_default=""),
+    Column("epoch", BigInteger, nullable=False, server_default="0"),
+    Column("seconds", Float, nullable=False, server_default="0"),
 )
 
 plans = Table(

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from engine.errors import UnavailableError
@@ -15,6 +16,7 @@ from services.admission.names import authorize, new_name, parent_of
 from services.admission.notifier import Notifier
 from services.auth import current_principal
 from services.convert import state_to_domain
+from services.failpoints import failpoint
 from services.telemetry import current_trace_parent
 
 _EVENTS_AT_ONCE = 256
@@ -35,10 +37,10 @@ class TaskRpcs:
         if done is None:
             name = new_name(tenant, "tasks", request.task_id, "task_id")
             admissible = await self._admitter.examine(principal, request.spec)
-            done = await asyncio.to_thread(
+            store = partial(
                 self._store_task, tenant, name, request.request_id, body, admissible, current_trace_parent()
             )
-            self._notifier.notify([done.name])
+            done = await self._notifier.after(store, lambda task: self._notifier.notify([task.name]))
         return pb.CreateTaskResponse(task=done)
 
     async def EstimateTask(self, request: pb.EstimateTaskRequest, context: Any) -> pb.EstimateTaskResponse:
@@ -71,6 +73,7 @@ class TaskRpcs:
                 for event in events:
                     yield pb.WatchTaskResponse(event=event)
                     sequence = event.sequence
+                    failpoint("watch.event")
                 if is_final and len(events) < _EVENTS_AT_ONCE:
                     return
                 if self._notifier.is_closed:
@@ -80,8 +83,7 @@ class TaskRpcs:
 
     async def CancelTask(self, request: pb.CancelTaskRequest, context: Any) -> pb.CancelTaskResponse:
         name = authorize(current_principal(), request.name, "tasks")
-        task = await asyncio.to_thread(self._cancel, name)
-        self._notifier.notify([name])
+        task = await self._notifier.after(partial(self._cancel, name), lambda _: self._notifier.notify([name]))
         return pb.CancelTaskResponse(task=task)
 
     def _answered_before(self, tenant: str, request_id: str, body: str) -> task_pb2.Task | None:

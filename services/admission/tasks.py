@@ -96,6 +96,13 @@ def change_state(
     append_event(connection, row.name, task_pb2.TaskEvent(state_changed=changed))
 
 
+def tell(connection: sa.Connection, row: Any, message: str) -> None:
+    """An event that changes nothing: what the tenant should know."""
+    state = state_to_proto(TaskState[row.state])
+    told = task_pb2.StateChanged(state=state, message=message, attempt_epoch=row.attempt_epoch)
+    append_event(connection, row.name, task_pb2.TaskEvent(state_changed=told))
+
+
 def cancel(connection: sa.Connection, name: str) -> None:
     """See CancelTask: at once where nothing was trained, CANCELLING where an adapter is to be exported."""
     row = row_of(connection, name)

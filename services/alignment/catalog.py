@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -62,7 +63,8 @@ class Receipt:
         self._announced = (size_bytes, sha256.lower())
         self._hash = hashlib.sha256()
         self._size = 0
-        self.file: IO[bytes] = tempfile.NamedTemporaryFile(prefix="dataset-")  # noqa: SIM115  # gone with `discard`
+        with _disk():
+            self.file: IO[bytes] = tempfile.NamedTemporaryFile(prefix="dataset-")  # noqa: SIM115  # gone with `discard`
 
     def add(self, offset: int, data: bytes) -> None:
         """The next chunk. Raises ChecksumMismatchError if it does not follow the one before."""
@@ -72,7 +74,8 @@ class Receipt:
             raise ChecksumMismatchError(f"more than the {self._announced[0]} bytes announced: send it again whole")
         self._hash.update(data)
         self._size += len(data)
-        self.file.write(data)
+        with _disk():
+            self.file.write(data)
 
     def close(self) -> str:
         """The SHA-256 of what came. Raises ChecksumMismatchError unless it is what was announced."""
@@ -82,11 +85,22 @@ class Receipt:
                 f"{found[0]} bytes with SHA-256 {found[1]} came, {self._announced[0]} with {self._announced[1]} were "
                 "announced: send it again whole"
             )
-        self.file.seek(0)
+        with _disk():
+            self.file.seek(0)
         return found[1]
 
     def discard(self) -> None:
-        self.file.close()
+        with suppress(OSError):
+            self.file.close()
+
+
+@contextmanager
+def _disk() -> Iterator[None]:
+    """A temporary folder that is full or read-only is no fault of the caller's."""
+    try:
+        yield
+    except OSError as error:
+        raise UnavailableError(f"alignment cannot write to its temporary folder: {error.strerror}") from error
 
 
 class Catalog:

@@ -5,11 +5,8 @@ Pure: no pipe, no gRPC.
 
 from collections.abc import Iterable
 
-from engine.errors import MuxtuneError
 from muxtune.v1 import plan_pb2
-from services.errors import to_failure
 
-_MAX_DEATHS = 3  # of the trainer, in a row, with the task resident and without a step of it
 _ENDS = ("finished", "failed", "released")
 
 
@@ -19,10 +16,11 @@ class Attempts:
     def __init__(self) -> None:
         self._running: dict[str, int] = {}  # epoch by task
         self._ended: dict[str, int] = {}
-        self._deaths: dict[str, int] = {}
 
     def start(self, plan: plan_pb2.ExecutorPlan) -> plan_pb2.ExecutorPlan:
         """The plan without attempts that ended here: it may have been made before scheduling knew."""
+        named = {task.task for task in plan.tasks}  # who is not will not be again in an attempt that ended
+        self._ended = {task: epoch for task, epoch in self._ended.items() if task in named}
         going = [task for task in plan.tasks if self._ended.get(task.task, 0) < task.attempt_epoch]
         self._running |= {task.task: task.attempt_epoch for task in going}
         left = plan_pb2.ExecutorPlan()
@@ -41,8 +39,6 @@ class Attempts:
             kind = result.WhichOneof("result")
             if kind in _ENDS:
                 self._end(result.task, result.attempt_epoch)
-            if kind in (*_ENDS, "step_done"):
-                self._deaths.pop(result.task, None)
         return counting
 
     def drop_all(self) -> None:
@@ -63,19 +59,13 @@ class Attempts:
             self._running.pop(task, None)
         return stale
 
-    def hand_back(self, code: int) -> list[plan_pb2.TaskResult]:
-        """The trainer died: every attempt is released, but a task under which it keeps dying is failed."""
+    def hand_back(self, reason: str) -> list[plan_pb2.TaskResult]:
+        """The trainer died: every attempt is released. Any of them may be why, which admission keeps count of."""
+        held = list(self._running.items())
         results = []
-        for task, epoch in list(self._running.items()):
-            self._deaths[task] = self._deaths.get(task, 0) + 1
-            result = plan_pb2.TaskResult(task=task, attempt_epoch=epoch)
-            if self._deaths[task] < _MAX_DEATHS:
-                result.released.reason = f"its trainer ended with status {code}"
-            else:
-                why = f"its trainer ended {_MAX_DEATHS} times in a row before a step of it was done (status {code})"
-                result.failed.CopyFrom(to_failure(MuxtuneError(why)))
-                del self._deaths[task]
-            results.append(result)
+        for task, epoch in held:
+            released = plan_pb2.TaskReleased(reason=reason, num_suspects=len(held))
+            results.append(plan_pb2.TaskResult(task=task, attempt_epoch=epoch, released=released))
             self._end(task, epoch)
         return results
 

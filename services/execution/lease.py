@@ -68,14 +68,17 @@ class LeaseKeeper:
         _log.info("lease %d for %g s", answer.lease_epoch, self._seconds)
 
     async def _keep(self) -> None:
-        """Renews every third of the lease. Returns when it ran out unrenewed; raises LeaseLostError when told so."""
-        renewed = time.monotonic()
-        while time.monotonic() - renewed < self._seconds:
-            await asyncio.sleep(self._seconds / 3)
+        """Renews every third of the lease. Returns when it ran out unrenewed, before admission can think so; raises
+        LeaseLostError when told so."""
+        runs_out = time.monotonic() + self._seconds
+        while (left := runs_out - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, self._seconds / 3))
             sent = time.monotonic()
+            if sent >= runs_out:
+                break
             try:
-                await self._scheduling.KeepLease(self._request(), timeout=self._seconds / 3)
-                renewed = sent
+                await self._scheduling.KeepLease(self._request(), timeout=min(runs_out - sent, self._seconds / 3))
+                runs_out = sent + self._seconds
             except LeaseLostError:
                 raise
             except MuxtuneError as error:

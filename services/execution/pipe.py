@@ -31,6 +31,8 @@ class Tag(enum.Enum):
     EXPORTED = b"x"  # up: ExportAdapterResponse; answers come in the order of EXPORT
     EXPORT_FAILED = b"e"  # up: TaskFailure
     DRAINED = b"q"  # up: empty
+    ALIVE = b"a"  # up: empty; now and then while it works
+    IDLE = b"i"  # up: empty; it waits to be told something
 
 
 Frame = tuple[Tag, bytes]

@@ -6,8 +6,10 @@ Exec and not fork: gRPC does not survive a fork, and CUDA wants a fresh process.
 import asyncio
 import logging
 import os
+import signal
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable
 
 from google.protobuf.message import Message
@@ -15,24 +17,28 @@ from google.protobuf.message import Message
 from services.config import environment_of
 from services.execution.pipe import AsyncPipe, Frame, Tag
 from services.execution.settings import ExecutionSettings
+from services.execution.watchdog import Watchdog
 
+_STACKS_SECONDS = 0.5  # for a trainer that hangs to write its stacks, before it is killed
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.5, 30.0
 _log = logging.getLogger(__name__)
 
 
 class TrainerProcess:
-    """`on_frame` gets what the trainer says, in order; `on_death` is told before each restart."""
+    """`on_frame` gets what the trainer says, in order; `on_death` is told before each restart, with the cause."""
 
     def __init__(
         self,
         settings: ExecutionSettings,
         on_frame: Callable[[Frame], Awaitable[None]],
-        on_death: Callable[[int], Awaitable[None]],
+        on_death: Callable[[str], Awaitable[None]],
     ) -> None:
         self._settings, self._on_frame, self._on_death = settings, on_frame, on_death
         self._process: asyncio.subprocess.Process | None = None
         self._pipe: AsyncPipe | None = None
         self._is_stopping = self._was_ever_ready = False
+        self._watchdog = Watchdog(settings.watchdog_seconds)
+        self._cause = ""
 
     @property
     def pid(self) -> int:
@@ -43,7 +49,9 @@ class TrainerProcess:
         backoff = _FIRST_BACKOFF_SECONDS
         while not self._is_stopping:
             await self._start()
+            watching = asyncio.create_task(self._watch(), name="watchdog")
             was_ready = await self._pump()
+            watching.cancel()
             assert self._process is not None
             code = await self._process.wait()
             if self._is_stopping:
@@ -52,13 +60,14 @@ class TrainerProcess:
             if not (was_ready or self._was_ever_ready):
                 return  # a backbone that does not load will not load again: its log says why
             self._was_ever_ready = True
-            await self._on_death(code)
+            await self._on_death(self._cause or f"its trainer ended with status {code}")
             backoff = _FIRST_BACKOFF_SECONDS if was_ready else min(2 * backoff, _LAST_BACKOFF_SECONDS)
             await asyncio.sleep(backoff)
 
     async def send(self, tag: Tag, message: Message | None = None) -> None:
         """Lost when the trainer is dying: whoever restarts it tells it again what it needs."""
         if self._pipe is not None:
+            self._watchdog.told(time.monotonic())
             try:
                 await self._pipe.write(tag, message)
             except ConnectionError:
@@ -91,7 +100,8 @@ class TrainerProcess:
             start_new_session=True,  # a terminal's Ctrl-C is for the server, which drains first
         )
         theirs.close()
-        self._pipe = await AsyncPipe.of(ours)
+        self._pipe, self._cause = await AsyncPipe.of(ours), ""
+        self._watchdog.heard(time.monotonic(), is_idle=True)  # a backbone may take long to load
 
     async def _pump(self) -> bool:
         """Hands on frames until the trainer is gone; whether it was ever ready."""
@@ -99,5 +109,20 @@ class TrainerProcess:
         was_ready = False
         while (frame := await self._pipe.read()) is not None:
             was_ready = True
+            self._watchdog.heard(time.monotonic(), is_idle=frame[0] is Tag.IDLE)
             await self._on_frame(frame)
         return was_ready
+
+    async def _watch(self) -> None:
+        """Kills this trainer if it hangs."""
+        while True:
+            await asyncio.sleep(self._watchdog.interval_seconds)
+            if self._watchdog.is_hung(time.monotonic()):
+                assert self._process is not None
+                limit = self._watchdog.limit_seconds
+                self._cause = f"its trainer gave no sign of life for {limit:g} s and was killed by its watchdog"
+                _log.error("%s; its stacks follow, if it can write them", self._cause)
+                self._process.send_signal(signal.SIGUSR1)
+                await asyncio.sleep(_STACKS_SECONDS)
+                self._process.kill()
+                return

@@ -63,6 +63,7 @@ class Residents:
     def adopt(self, tasks: list[plan_pb2.PlannedTask]) -> None:
         """Holds just these: hands back what left, drops what was superseded, takes in what is new."""
         planned = {task.task: task for task in tasks}
+        self._ended = {name: epoch for name, epoch in self._ended.items() if name in planned}
         for name, resident in list(self._held.items()):
             if name not in planned:
                 self.release(name, "a new plan leaves it out")
@@ -195,7 +196,8 @@ class Residents:
                 resident = Resident(task, spec_to_domain(task.spec))
                 self._attach(resident)
             self._held[task.task] = resident
-        except UnavailableError as error:  # the store is away: no fault of the task's
+        except UnavailableError as error:  # the store is away: no fault of the task's; planned again, not at once
+            time.sleep(_RETRY_SECONDS)
             released = plan_pb2.TaskReleased(reason=f"not taken in: {error.message}")
             self._results.append(
                 plan_pb2.TaskResult(task=task.task, attempt_epoch=task.attempt_epoch, released=released)
@@ -211,13 +213,16 @@ class Residents:
         task = resident.planned
         assignment = Assignment(task.task, resident.spec, task.num_steps, task.attempt_epoch)
         if task.HasField("resume_from"):
-            state = self._vault.get_checkpoint(task.task, task.resume_from)
+            state, used = self._vault.get_checkpoint(task.task, task.resume_from)
             checkpointed = (task.task, state.metadata.get("trace_parent", ""))
             for link in links_to([checkpointed]):  # in an attempt before this one
                 trace.get_current_span().add_link(link.context, link.attributes)
             resident.early_stop = EarlyStop(**state.metadata.get("early_stop", {}))
             resident.checkpoint_step = state.step
             self._executor.attach(assignment, state)
+            if used.manifest_key != task.resume_from.manifest_key:
+                why = f"goes on from step {used.step}: the checkpoint of step {task.resume_from.step} cannot be read"
+                self._report(resident, resumed=plan_pb2.TaskResumed(checkpoint=used, message=why))
         elif task.initial_adapter_key:
             with self._vault.get_adapter(task.initial_adapter_key) as folder:
                 self._executor.attach(assignment, None, Path(folder))

@@ -36,7 +36,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         self._drained = asyncio.Event()
         self._leased = asyncio.Event()
         self._attempts = Attempts()
-        self._plan_version = 0
+        self._plan_version = self._leader_epoch = 0
         self._late_plan: plan_pb2.ExecutorPlan | None = None  # came while the trainer was away
         self._stream: asyncio.Task[None] | None = None  # reads the newest stream's requests
         self._stream_ended = asyncio.Event()
@@ -50,6 +50,9 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         if first is None:
             return
         await self._check_lease(first.lease_epoch)
+        if first.leader_epoch < self._leader_epoch:
+            raise StaleEpochError(f"leader epoch {first.leader_epoch} was superseded by {self._leader_epoch}")
+        self._leader_epoch = first.leader_epoch
         if self._stream is not None:
             self._stream.cancel()  # the newest stream wins
         reading = self._stream = asyncio.create_task(self._read_requests(first, requests))
@@ -196,15 +199,16 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
             await self.outbox.put(response)
             await self._hold_or_go()
 
-    async def _on_death(self, code: int) -> None:
-        """Its tasks are handed back, to be planned anew from their last checkpoints."""
+    async def _on_death(self, cause: str) -> None:
+        """Its tasks are handed back, to be planned anew from their last checkpoints. A plan that it was not handed yet
+        waits for the next trainer."""
         self.ready.clear()
         await self._tell_health(False)
         self._is_held = False
         for waiting in self._exports:
             waiting.set_exception(UnavailableError("the trainer died"))
         self._exports.clear()
-        if results := self._attempts.hand_back(code):
+        if self._late_plan is None and (results := self._attempts.hand_back(cause)):
             response = pb.RunPlanResponse(plan_version=self._plan_version, results=results)
             response.device.CopyFrom(self.described.executor.device)
             await self.outbox.put(response)

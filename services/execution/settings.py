@@ -13,7 +13,8 @@ class ExecutionSettings(ServerSettings):
     `advertise_address`: where scheduling reaches this executor (default: where it listens). `memory_bytes`: what it may
     use (default: all there is). `device`: default cuda if there is one. `num_threads`: torch's, on a CPU (default: all
     cores). At its start it times microbatches of its own for about `calibration_seconds`. A task is checkpointed after
-    `checkpoint_steps` steps or `checkpoint_seconds`, whichever comes first.
+    `checkpoint_steps` steps or `checkpoint_seconds`, whichever comes first. A trainer that has work and gives no sign
+    of life for `watchdog_seconds` is killed: no microbatch, checkpoint or export may take longer.
     """
 
     scheduling_address: str
@@ -31,6 +32,7 @@ class ExecutionSettings(ServerSettings):
     checkpoint_seconds: float = 60.0
     max_unacknowledged: int = 64
     drain_seconds: float = 30.0
+    watchdog_seconds: float = 300.0
 
     def __post_init__(self) -> None:
         if not (self.backbone_name and self.backbone.partition("=")[2]):

@@ -3,21 +3,26 @@
 One loop: adopt the newest plan at a round's boundary, run a microbatch of each hTask in turn, report the round.
 """
 
+import faulthandler
 import logging
 import os
 import queue
+import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import torch
 from opentelemetry import propagate
 from transformers.utils.logging import disable_progress_bar
 
-from engine.errors import ArtifactCorruptError, InvalidInputError, MuxtuneError, NotFoundError
+from engine.alignment.microbatch import Microbatch
+from engine.errors import ArtifactCorruptError, InvalidInputError, MuxtuneError, NotFoundError, WillNeverFitError
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
 from engine.runtime.footprint import measure
+from engine.runtime.out_of_memory import NoMemory, release_cache
 from muxtune.v1 import alignment_pb2, execution_pb2, plan_pb2
 from services.artifacts import ArtifactStore
 from services.config import from_environment
@@ -28,13 +33,16 @@ from services.execution.microbatches import MicrobatchStream
 from services.execution.pipe import BlockingPipe, Frame, Tag
 from services.execution.residents import Residents, exported_response
 from services.execution.settings import ExecutionSettings
+from services.execution.shortage import Shortage
 from services.execution.vault import Vault
 from services.execution.window import StepWindow
+from services.failpoints import failpoint, tokens_allowed
 from services.mesh import open_sync_channel
 from services.plan_convert import cost_to_proto
 from services.telemetry import configure, links_to, tracer
 
 _RETRY_SECONDS = 1.0
+_SIGN_SECONDS = 0.5
 _WAIT_SECONDS = 0.2  # for a microbatch, before the pipe is heard again
 _BAD_DATA = (InvalidInputError, NotFoundError, ArtifactCorruptError)
 _log = logging.getLogger(__name__)
@@ -62,8 +70,9 @@ class Trainer:
         self._streams: dict[int, MicrobatchStream] = {}  # by index of the hTask in the plan
         self._unfinished: list[int] = []  # hTasks whose round is not over
         self._round_members: list[str] = []
-        self._window = StepWindow()
+        self._window, self._shortage = StepWindow(), Shortage()
         self._is_held = self._is_draining = False
+        self._last_sign = 0.0
 
     def run(self) -> None:
         """The trainer's life: until the pipe closes."""
@@ -87,6 +96,7 @@ class Trainer:
             self._plan, self._next_plan = self._next_plan, None
             self._close_streams()
             self._residents.adopt(list(self._plan.tasks))
+            self._shortage.forget_all_but(self._residents.names)
             self._report(adopted=True)
         for index, htask in enumerate(self._plan.htasks):
             names = [name for name in htask.tasks if name in self._residents.names]
@@ -96,6 +106,7 @@ class Trainer:
 
     def _run_microbatch(self, index: int) -> None:
         """One microbatch of one hTask, from alignment through the backbone to its tasks' optimizers."""
+        self._give_sign(is_idle=False)
         try:
             microbatch = self._streams[index].next(_WAIT_SECONDS)
         except queue.Empty:
@@ -107,7 +118,12 @@ class Trainer:
             self._unfinished.remove(index)
             return
         parts, started = self._costs.parts(microbatch), time.perf_counter()
-        results = self._executor.run(microbatch)
+        try:
+            if microbatch.num_tokens > tokens_allowed():
+                raise NoMemory("said by a test")
+            results = self._executor.run(microbatch)
+        except NoMemory as error:
+            return self._found_no_memory(index, microbatch, str(error))
         seconds = time.perf_counter() - started
         self._costs.add(microbatch, parts, seconds)
         self._window.add(microbatch, seconds, self._plan.version, self._residents.trace_parents())
@@ -115,6 +131,18 @@ class Trainer:
             self._residents.record(result)
         if microbatch.is_last_in_round:
             self._unfinished.remove(index)
+
+    def _found_no_memory(self, index: int, microbatch: Microbatch, shortage: str) -> None:
+        """The round begins again with less at once; a task that finds no memory alone fails."""
+        _log.warning("no memory for %d tokens of htask %d: %s", microbatch.num_tokens, index, shortage)
+        release_cache(self._device_kind)
+        self._plan.htasks[index].tasks[:] = self._begin_again(index)
+        if (name := self._shortage.relieve(self._plan, index, microbatch)) is not None:
+            longest, limit = microbatch.num_tokens, self._device().memory_bytes
+            why = f"a sequence of it, {longest} tokens, finds no memory even alone on {limit} bytes: {shortage}"
+            self._residents.fail(
+                name, WillNeverFitError(f"{why}; shorten its sequences, or adapt less", tokens=longest)
+            )
 
     def _end_round(self) -> None:
         """Finishes and checkpoints what is due, reports; streams are opened anew where a member has left."""
@@ -128,7 +156,7 @@ class Trainer:
             backbone=self._settings.backbone_name,
             plan_version=self._plan.version,
             members=[self._residents.member(name) for name in names],
-            token_budget=htask.token_budget,
+            token_budget=self._shortage.token_budget(htask),
             chunk_tokens=htask.chunk_tokens,
         )
         attributes = {"muxtune.plan_version": self._plan.version, "muxtune.num_tasks": len(names)}
@@ -140,17 +168,22 @@ class Trainer:
     def _stream_broke(self, index: int, error: MuxtuneError) -> None:
         """Alignment is away: wait and open again at the members' cursors. Data that is wrong fails its tasks."""
         _log.warning("microbatches of htask %d broke off: %s", index, error)
-        self._streams.pop(index).close()
-        self._unfinished.remove(index)
-        members = [name for name in self._plan.htasks[index].tasks if name in self._residents.names]
+        members = self._begin_again(index)
         if isinstance(error, _BAD_DATA) and len(members) == 1:
             self._residents.fail(members[0], error)
         elif isinstance(error, _BAD_DATA):
             self._split(index)
         else:
-            for name in members:  # what the round had gathered for them is gathered anew
-                self._executor.tasks[name].restart_step()
             time.sleep(_RETRY_SECONDS)
+
+    def _begin_again(self, index: int) -> list[str]:
+        """Ends the hTask's round: what it had gathered for its members is gathered anew. Answers those."""
+        self._streams.pop(index).close()
+        self._unfinished.remove(index)
+        members = [name for name in self._plan.htasks[index].tasks if name in self._residents.names]
+        for name in members:
+            self._executor.tasks[name].restart_step()
+        return members
 
     def _split(self, index: int) -> None:
         """One member's data is wrong, and only alone will it say so: each becomes an hTask of its own."""
@@ -178,7 +211,9 @@ class Trainer:
             response = execution_pb2.RunPlanResponse(
                 plan_version=self._plan.version, adopted=adopted, results=results, device=self._device()
             )
+            failpoint("report.before")
             self._pipe.write(Tag.RESULTS, response)
+            failpoint("report.after")
         if adopted or any(result.WhichOneof("result") in ("finished", "failed", "released") for result in results):
             self._describe()
 
@@ -211,6 +246,7 @@ class Trainer:
             is_idle = not (has_work or self._unfinished or self._is_draining)
             if is_idle:
                 self._window.close()
+            self._give_sign(is_idle)
             try:
                 frame = self._inbox.get(block=is_idle)
             except queue.Empty:
@@ -218,6 +254,13 @@ class Trainer:
             if frame is None:
                 return False
             self._handle(*frame)
+
+    def _give_sign(self, is_idle: bool) -> None:
+        """Of life, for the server's watchdog."""
+        if is_idle or time.monotonic() - self._last_sign >= _SIGN_SECONDS:
+            self._last_sign = time.monotonic()
+            with suppress(BrokenPipeError, ConnectionResetError):  # the server is gone: the inbox says so next
+                self._pipe.write(Tag.IDLE if is_idle else Tag.ALIVE)
 
     def _handle(self, tag: Tag, payload: bytes) -> None:
         if tag is Tag.PLAN:
@@ -263,6 +306,7 @@ class Trainer:
 def main() -> None:
     settings = from_environment(ExecutionSettings, os.environ)
     logging.captureWarnings(True)
+    faulthandler.register(signal.SIGUSR1)  # the watchdog asks for its stacks
     disable_progress_bar()
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)

@@ -8,12 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ArtifactCorruptError, MuxtuneError, NotFoundError
+from engine.errors import ArtifactCorruptError, NotFoundError
 from engine.runtime.checkpoint import CheckpointState
 from muxtune.v1 import task_pb2
 from services.artifacts import MANIFEST, ArtifactStore, Manifest
 
-_KEPT = 2
 _log = logging.getLogger(__name__)
 
 
@@ -26,24 +25,26 @@ class Vault:
     def put_checkpoint(
         self, task: str, epoch: int, state: CheckpointState, extra: dict[str, Any]
     ) -> task_pb2.CheckpointCommitted:
-        """Commits it; then deletes all but the last few of the task."""
+        """Commits it. Those before it stay until admission, which knows what is recorded, deletes them."""
         prefix = f"{task}/checkpoints/{state.step:08d}-{epoch}"
         manifest = self._store.commit_folder(prefix, state.files(), {**state.metadata, **extra, "epoch": epoch})
-        before = [key for key in self._committed(task) if _step(key) < state.step]
-        for old in before[: 1 - _KEPT]:
-            self._store.delete_folder(old.removesuffix(f"/{MANIFEST}"))
         return task_pb2.CheckpointCommitted(step=state.step, manifest_key=manifest.key, size_bytes=manifest.size_bytes)
 
-    def get_checkpoint(self, task: str, recorded: task_pb2.CheckpointCommitted) -> CheckpointState:
-        """The recorded one; where it is gone or corrupt, the newest before it that reads: its steps are run again.
+    def get_checkpoint(
+        self, task: str, recorded: task_pb2.CheckpointCommitted
+    ) -> tuple[CheckpointState, task_pb2.CheckpointCommitted]:
+        """The recorded one; where it is gone or corrupt, the newest before it that reads: its steps are run again. And
+        which that was.
 
-        Never one after it, whose steps were not recorded. Raises ArtifactCorruptError.
+        Never one after it, whose steps were not recorded. Raises ArtifactCorruptError, UnavailableError.
         """
         before = [key for key in reversed(self._committed(task)) if _step(key) < recorded.step]
         for key in [recorded.manifest_key, *before]:
             try:
                 manifest, files = self._store.read_folder(key)
-                return CheckpointState.from_files(files, dict(manifest.metadata))
+                state = CheckpointState.from_files(files, dict(manifest.metadata))
+                size = manifest.size_bytes
+                return state, task_pb2.CheckpointCommitted(step=state.step, manifest_key=key, size_bytes=size)
             except (NotFoundError, ArtifactCorruptError) as error:
                 _log.error("checkpoint %s of %s cannot be used: %s", key, task, error)
         raise ArtifactCorruptError(f"no checkpoint of {task} can be read", task=task)
@@ -64,10 +65,7 @@ class Vault:
 
     def _committed(self, task: str) -> list[str]:
         """Manifest keys of the task's checkpoints, oldest step first."""
-        try:
-            keys = self._store.list(f"{task}/checkpoints")
-        except MuxtuneError:
-            return []
+        keys = self._store.list(f"{task}/checkpoints")
         return sorted(key for key in keys if key.endswith(f"/{MANIFEST}"))
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import os
+import socket
 from dataclasses import dataclass
 
 import grpc
@@ -13,6 +14,7 @@ from services.auth import mesh_authenticator
 from services.config import ServerSettings, SettingsError, from_environment
 from services.mesh import open_channel
 from services.scheduling.cycle import Scheduler
+from services.scheduling.leadership import Leadership
 from services.scheduling.servicer import SchedulingServicer
 from services.server import serve, start_vital
 
@@ -22,11 +24,13 @@ class SchedulingSettings(ServerSettings):
     """`token_budget`: tokens of one microbatch, more only where one task's own slice is larger. `chunk_tokens`:
     0 chooses it for each hTask; 1 is no alignment. `tenant_weights`: "tenants/a=2,tenants/b=0.5", what a tenant's share
     of device time is divided by; 1 where none is given. `fuses`, `interleaves` and `preempts` are what they are in
-    `engine.planning.plan.Limits`.
+    `engine.planning.plan.Limits`. Of several schedulers one leads, under a lease of `leader_seconds`; the others
+    stand by.
     """
 
     admission_address: str
     lease_seconds: float = 15.0
+    leader_seconds: float = 6.0
     token_budget: int = 2048
     chunk_tokens: int = 0
     tenant_weights: str = ""
@@ -64,6 +68,7 @@ async def main() -> None:
         ledger, settings.mesh_secret, settings.limits(), settings.weights(), settings.trust("execution")
     )
     running: list[asyncio.Task[None]] = []
+    leaderships: list[Leadership] = []
 
     def register(server: grpc.aio.Server) -> list[str]:
         servicer = SchedulingServicer(scheduler, ledger, settings.lease_seconds)
@@ -71,12 +76,15 @@ async def main() -> None:
         return [scheduling_pb2.DESCRIPTOR.services_by_name["SchedulingService"].full_name]
 
     async def start(address: str) -> None:
-        running.append(start_vital(scheduler.run(), "scheduler"))
+        leaderships.append(Leadership(ledger, f"{socket.gethostname()} {address}", settings.leader_seconds))
+        running.append(start_vital(leaderships[0].run(scheduler.run), "scheduler"))
 
     async def stop() -> None:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+        for leadership in leaderships:
+            await leadership.resign()
 
     await serve(
         "scheduling",

@@ -13,9 +13,9 @@ from opentelemetry import trace
 from engine.errors import MuxtuneError
 from engine.planning.needs import Appraiser
 from engine.planning.plan import Limits, Plan, Snapshot
-from engine.planning.planner import plan as make_plan
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, scheduling_pb2, task_pb2
 from services.certificates import Trust
+from services.failpoints import failpoint
 from services.plan_convert import (
     executor_to_view,
     explanation_to_proto,
@@ -24,6 +24,7 @@ from services.plan_convert import (
     snapshot_task_to_view,
 )
 from services.scheduling.streams import ExecutorStream
+from services.scheduling.suspects import plan as make_plan
 from services.server import start_vital
 from services.telemetry import current_trace_parent, links_to, task_span, tracer
 
@@ -49,9 +50,12 @@ class Scheduler:
         self._streams: dict[str, ExecutorStream] = {}
         self._running: dict[str, plan_pb2.ExecutorPlan] = {}
         self._hinted = asyncio.Event()
+        self._leader_epoch = 0
+        self.is_running = False
 
-    async def run(self) -> None:
+    async def run(self, leader_epoch: int = 0) -> None:
         """Cycles until cancelled. Hints coalesce: any number of changes during a cycle make one more."""
+        self._leader_epoch, self.is_running = leader_epoch, True
         watching = start_vital(self._watch_changes(), "hints of the ledger")
         backoff = _FIRST_BACKOFF_SECONDS
         try:
@@ -69,6 +73,7 @@ class Scheduler:
         finally:
             watching.cancel()
             await asyncio.gather(*(stream.close() for stream in self._streams.values()))
+            self._streams, self._running, self.is_running = {}, {}, False
 
     async def schedule(self) -> None:
         """One cycle. Raises StaleEpochError when another scheduler, or a tenant, was faster: begin again."""
@@ -77,7 +82,8 @@ class Scheduler:
         await self._follow(snapshot.executors)
         # 2. Decide, with pure code: same snapshot, same plan.
         view = self._view(snapshot)
-        plan = make_plan(view, self.limits, self._appraiser)
+        suspects = [entry.task.name for entry in snapshot.tasks if entry.num_crashes]
+        plan = make_plan(view, suspects, self.limits, self._appraiser)
         # 3. Commit, executor by executor, what differs from what it runs: new attempts get their epochs.
         version = snapshot.plan_version
         entries = {entry.task.name: entry for entry in snapshot.tasks}
@@ -123,11 +129,13 @@ class Scheduler:
                 executor=executor.name,
                 lease_epoch=executor.lease_epoch,
                 version=version,
+                leader_epoch=self._leader_epoch,
                 starts=[
                     ledger_pb2.AttemptStart(task=task.task, expected_epoch=task.attempt_epoch) for task in starting
                 ],
             )
             answer = await self._ledger.CommitPlan(request)
+            failpoint("plan.committed")
             for task, epoch in zip(starting, answer.attempt_epochs, strict=True):
                 task.attempt_epoch = epoch
                 self._note_placement(task, version, executor.name, span)
@@ -158,7 +166,9 @@ class Scheduler:
                 await stream.close()
         for executor in executors:
             if executor.name not in self._streams:
-                self._streams[executor.name] = ExecutorStream(executor, self._secret, self._ledger, self._trust)
+                self._streams[executor.name] = ExecutorStream(
+                    executor, self._leader_epoch, self._secret, self._ledger, self._trust
+                )
 
     async def _watch_changes(self) -> None:
         backoff = _FIRST_BACKOFF_SECONDS

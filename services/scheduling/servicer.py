@@ -1,16 +1,19 @@
 """SchedulingService. See protos/muxtune/v1/scheduling.proto for what each RPC promises."""
 
 import asyncio
+import re
 from datetime import timedelta
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
-from engine.errors import FieldViolation, InvalidInputError
+from engine.errors import FieldViolation, InvalidInputError, UnavailableError
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, scheduling_pb2_grpc
 from muxtune.v1 import scheduling_pb2 as pb
 from services.scheduling.cycle import Scheduler
 from services.scheduling.questions import explain, newcomers, profile, what_if
+
+_ADDRESS = re.compile(r"([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 
 
 class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
@@ -28,6 +31,8 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
         needed = {"name": executor.name, "address": executor.address, "incarnation": executor.incarnation,
                   "backbone.name": executor.backbone.name}  # fmt: skip
         wrong = [FieldViolation(f"executor.{field}", "is missing") for field, value in needed.items() if not value]
+        if executor.address and not _ADDRESS.fullmatch(executor.address):  # gRPC would dial unix:, dns://, xds: ...
+            wrong.append(FieldViolation("executor.address", f'"{executor.address}" is not HOST:PORT'))
         if wrong:
             raise InvalidInputError("; ".join(f"{v.field}: {v.description}" for v in wrong), wrong)
         executor.lease_epoch = 0
@@ -56,10 +61,12 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
         return pb.SchedulingServiceEndLeaseResponse()
 
     async def ExplainPlan(self, request: pb.ExplainPlanRequest, context: Any) -> pb.ExplainPlanResponse:
+        self._refuse_on_standby()
         return await asyncio.to_thread(explain, self._scheduler.snapshot, self._scheduler.plan, self._scheduler.limits,
                                        request.task)  # fmt: skip
 
     async def SimulatePlan(self, request: pb.SimulatePlanRequest, context: Any) -> pb.SimulatePlanResponse:
+        self._refuse_on_standby()
         extra = newcomers(request, self._scheduler.snapshot)
         return await asyncio.to_thread(what_if, self._scheduler.snapshot, self._scheduler.limits, extra)
 
@@ -68,4 +75,9 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
         return pb.GetProfileResponse(profile=profile(scheduler.read, scheduler.limits, scheduler.tenant_weights))
 
     async def GetPlan(self, request: pb.GetPlanRequest, context: Any) -> pb.GetPlanResponse:
+        self._refuse_on_standby()
         return self._scheduler.current()
+
+    def _refuse_on_standby(self) -> None:
+        if not self._scheduler.is_running:
+            raise UnavailableError("this scheduler stands by and makes no plan: another one leads")

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from engine.errors import MuxtuneError
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, ledger_pb2, ledger_pb2_grpc, plan_pb2
 from services.certificates import Trust
+from services.failpoints import failpoint
 from services.mesh import open_channel
 from services.server import start_vital
 
@@ -17,8 +18,8 @@ _log = logging.getLogger(__name__)
 class Mailbox:
     """What the executor should know next. Newer replaces older, so it holds one message at most."""
 
-    def __init__(self, lease_epoch: int) -> None:
-        self._lease_epoch = lease_epoch
+    def __init__(self, lease_epoch: int, leader_epoch: int) -> None:
+        self._lease_epoch, self._leader_epoch = lease_epoch, leader_epoch
         self._plan: plan_pb2.ExecutorPlan | None = None
         self._acknowledged = 0
         self._stale: set[str] = set()
@@ -51,6 +52,7 @@ class Mailbox:
             sent, stale, self._stale = self._plan, self._stale, set()
             yield execution_pb2.RunPlanRequest(
                 lease_epoch=self._lease_epoch,
+                leader_epoch=self._leader_epoch,
                 plan=fresh,
                 acknowledged_sequence=self._acknowledged,
                 stale_tasks=sorted(stale),
@@ -63,12 +65,13 @@ class ExecutorStream:
     def __init__(
         self,
         executor: plan_pb2.Executor,
+        leader_epoch: int,
         secret: str,
         ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub",
         trust: Trust | None = None,
     ) -> None:
         self.executor = executor
-        self.mailbox = Mailbox(executor.lease_epoch)
+        self.mailbox = Mailbox(executor.lease_epoch, leader_epoch)
         self._secret, self._ledger, self._trust = secret, ledger, trust
         self._task = start_vital(self._run(), f"stream to {executor.name}")
 
@@ -104,11 +107,13 @@ class ExecutorStream:
     async def _commit(self, response: execution_pb2.RunPlanResponse) -> None:
         stale: set[str] = set()
         if response.results:
+            failpoint("results.before")
             answer = await self._ledger.CommitResults(
                 ledger_pb2.CommitResultsRequest(
                     executor=self.executor.name, lease_epoch=self.executor.lease_epoch, results=response.results
                 )
             )
+            failpoint("results.after")
             pairs = zip(response.results, answer.verdicts, strict=True)
             stale = {result.task for result, verdict in pairs if verdict == ledger_pb2.RESULT_VERDICT_STALE}
         self.mailbox.put_acknowledgement(response.sequence, stale)

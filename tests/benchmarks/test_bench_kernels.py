@@ -1,16 +1,19 @@
 """The kernels' benchmark runs from end to end on sizes that this CPU can do, before a GPU is borrowed for it."""
 
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import bench_kernels, bench_multi_lora
-from benchmarks.bench_multi_lora import Inputs, NotDoneError, Point
-from benchmarks.lorafusion import LoraFusion, refusal
+from benchmarks.bench_multi_lora import Inputs
+from benchmarks.lorafusion import LoraFusion, NotDoneError, refusal
 from engine.kernels.compile import sources
+from engine.kernels.multi_lora import LoraUse
 from tests.engine.kernels.conftest import MakeHost, host_launcher
 
 __all__ = ["host_launcher"]
@@ -27,7 +30,9 @@ def test_every_kernel_is_checked_timed_and_written(host_launcher: MakeHost, tmp_
     record = bench_kernels.run(jobs, CPU, tmp_path, minutes=5)
     assert json.loads((tmp_path / "kernels.json").read_text())["points"] == json.loads(json.dumps(record["points"]))
     assert [point["kernel"] for point in record["points"]] == list(jobs)
-    assert set(record["points"][0]["times"]) == {"frozen", "ours", "cublas", "peft"}
+    first = record["points"][0]
+    assert set(first["times"]) == {"frozen", "ours", "first", "after", "cublas", "peft"}
+    assert first["chosen"] == ["after"] and first["faster"] in ("first", "after")
     assert set(record["points"][1]["times"]) == {"frozen", "ours", "peft"}
     assert all(time["ms"] > 0 for point in record["points"] for time in point["times"].values())
     assert record["left_out"] == 0 and record["environment"]["commit"]
@@ -37,8 +42,8 @@ def test_every_kernel_is_checked_timed_and_written(host_launcher: MakeHost, tmp_
 
 def test_a_wrong_kernel_is_not_timed(host_launcher: MakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = bench_multi_lora.ours
-    monkeypatch.setattr(bench_multi_lora, "ours", lambda given, launcher: (given.dy, *right(given, launcher)[1:]))
-    with pytest.raises(AssertionError, match="32x24"):
+    monkeypatch.setattr(bench_multi_lora, "ours", lambda given, *rest: (given.dys, *right(given, *rest)[1:]))
+    with pytest.raises(AssertionError, match="32x24, 8"):
         bench_kernels.run(small_jobs(host_launcher), CPU, tmp_path, minutes=5)
 
 
@@ -48,11 +53,11 @@ def test_a_peer_is_timed_where_it_is_right_and_else_left_out_with_the_reason(hos
 
     peers = {
         "right": bench_multi_lora.BlockDiagonal,
-        "wrong": lambda given: lambda own: (own.dy, own.x, bench_multi_lora.expected(own)[2]),
+        "wrong": lambda given: lambda own: (own.dys, own.x, bench_multi_lora.expected(own)[2]),
         "unable": unable,
     }
     point = small_jobs(host_launcher, peers)["multi_lora"][0]()
-    assert set(point["times"]) == {"frozen", "ours", "cublas", "peft", "right"}
+    assert set(point["times"]) == {"frozen", "ours", "first", "after", "cublas", "peft", "right"}
     assert point["left_out"]["unable"] == "not these widths"
     assert point["left_out"]["wrong"].startswith("wrong results")
 
@@ -91,21 +96,52 @@ def test_without_a_device_it_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("point", "words"),
+    ("lengths", "widths", "dtype", "words"),
     [
-        (Point("p", ((256, 256),), 640, 5, (8,)), "4 adapters at most, not 5"),
-        (Point("p", ((256, 256),), 300, 2, (8,)), "128 tokens: 150"),
-        (Point("p", ((256, 200),), 256, 2, (8,)), "widths off 256: 200"),
-        (Point("p", ((256, 256),), 256, 2, (8,), torch.float32), "float32"),
-        (Point("p", ((256, 512),), 256, 2, (8, 16)), None),
+        ([128] * 5, (256, 256), torch.bfloat16, "4 adapters at most, not 5"),
+        ([128, 150], (256, 256), torch.bfloat16, "128 tokens: 150"),
+        ([128, 128], (256, 200), torch.bfloat16, "widths off 256: 200"),
+        ([128, 128], (256, 256), torch.float32, "float32"),
+        ([128, 256], (256, 512), torch.bfloat16, None),
     ],
 )
-def test_lorafusion_is_refused_what_it_cannot_do(point: Point, words: str | None) -> None:
-    [(k, n)] = point.operators
-    why = refusal(Inputs.drawn(point, k, n, CPU))
+def test_lorafusion_is_refused_what_it_cannot_do(
+    lengths: list[int], widths: tuple[int, int], dtype: torch.dtype, words: str | None
+) -> None:
+    bounds = [0, *itertools.accumulate(lengths)]
+    uses = [LoraUse(start, end, 1.0) for start, end in itertools.pairwise(bounds)]
+    why = refusal(torch.empty(sum(lengths), widths[0], dtype=dtype), torch.empty(widths), uses)
     assert why is None if words is None else words in (why or "")
 
 
 def test_a_folder_that_is_no_lorafusion_is_said_to_be_none(tmp_path: Path) -> None:
     with pytest.raises(NotDoneError, match="no clone"):
         LoraFusion(tmp_path)
+
+
+class PlainOps:
+    """LoRAFusion's two functions by the names and shapes that its source gives them, in plain torch."""
+
+    @staticmethod
+    def prepare_multi_lora_batch_info(**given: Any) -> Any:
+        assert given["dropout_p_list"] == [0.0] * len(given["lora_rank_list"])
+        info = dict.fromkeys(("block_to_lookup_table", "block_to_dropout_p", "enable_dropout", "same_dropout_p_value"))
+        lengths = given["seq_len_list"]
+        return SimpleNamespace(
+            padded_seq_len_list=lengths, block_to_alpha=given["alpha_list"], max_r=max(given["lora_rank_list"]), **info
+        )
+
+    @staticmethod
+    def fused_linear_multi_lora(padded_x: Any, linear_w: Any, **given: Any) -> Any:
+        parts = padded_x[0].split(given["seq_len_list"])
+        each = zip(parts, given["lora_a_list"], given["lora_b_list"], given["block_to_alpha"], strict=True)
+        return torch.cat([x @ linear_w.T + alpha * (x @ a.T) @ b.T for x, a, b, alpha in each]).unsqueeze(0)
+
+
+def test_lorafusion_is_given_the_work_that_ours_is() -> None:
+    peer = LoraFusion.__new__(LoraFusion)
+    peer._ops, peer._block = PlainOps, 128
+    point = bench_multi_lora.Point("p", ((256, (512, 256)),), 256, 2, (8, 16))
+    given = Inputs.drawn(point, point.groups[0], CPU)
+    found = bench_multi_lora.beside(peer)(given)(given)
+    assert all(e < 2e-2 for e in bench_multi_lora.errors(found, bench_multi_lora.expected(given)).values())

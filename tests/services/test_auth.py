@@ -1,11 +1,15 @@
 """Who gets in, seen over the wire; before anything of the request is looked at."""
 
+import asyncio
+
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.errors import UnauthenticatedError
 from muxtune.v1 import admission_pb2, admission_pb2_grpc
+from services import gate
+from services.access import Role
 from services.auth import Principal, bearer, current_principal, mesh_authenticator, set_principal
 
 
@@ -67,6 +71,37 @@ async def test_streams_are_gated_too(start_mesh) -> None:
             pass
     with pytest.raises(UnauthenticatedError):
         await stub.UploadDataset(iter([admission_pb2.UploadDatasetRequest()]))
+
+
+async def test_a_stream_ends_when_its_key_does(monkeypatch) -> None:
+    """Revoked while it is open: nothing more is written once the proof is due again."""
+    monkeypatch.setattr(gate, "_PROOF_SECONDS", 0.0)
+    revoked, sent = asyncio.Event(), asyncio.Event()
+
+    async def authenticate(method: str, token: str) -> Principal:
+        if revoked.is_set():
+            raise UnauthenticatedError("revoked")
+        return Principal("tenants/a", Role.TENANT, "key 1")
+
+    class Servicer(admission_pb2_grpc.AdmissionServiceServicer):
+        async def WatchTask(self, request, context):
+            yield admission_pb2.WatchTaskResponse(event={"sequence": 1})
+            yield admission_pb2.WatchTaskResponse(event={"sequence": 2})
+            await sent.wait()
+            yield admission_pb2.WatchTaskResponse(event={"sequence": 3})
+
+    server = grpc.aio.server(interceptors=[gate.Gate(authenticate)])
+    admission_pb2_grpc.add_AdmissionServiceServicer_to_server(Servicer(), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        request, token = admission_pb2.WatchTaskRequest(), [("authorization", "Bearer x")]
+        call = admission_pb2_grpc.AdmissionServiceStub(channel).WatchTask(request, metadata=token, timeout=20)
+        assert [(await call.read()).event.sequence for _ in range(2)] == [1, 2]
+        revoked.set()
+        sent.set()
+        assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
+    await server.stop(None)
 
 
 async def test_health_is_open(start_mesh) -> None:

@@ -198,6 +198,26 @@ async def test_half_replaced_files_change_nothing(tmp_path: Path) -> None:
         Certificates(tmp_path / "alignment").version()
 
 
+async def test_a_channel_outlives_a_folder_that_is_half_replaced(alignment: Server, tmp_path: Path) -> None:
+    here = tmp_path / "admission"
+    here.mkdir()
+    for name in ("tls.crt", "tls.key", "ca.crt"):
+        (here / name).write_bytes((certificates("admission").folder / name).read_bytes())
+    async with open_channel(alignment.address, "", Trust(Certificates(here), "alignment")) as channel:
+        stub = alignment_pb2_grpc.AlignmentServiceStub(channel)
+        await stub.RemoveDataset(REMOVE)
+        (here / "tls.key").write_bytes((certificates("execution").folder / "tls.key").read_bytes())
+        await stub.RemoveDataset(REMOVE)
+        (here / "tls.crt").unlink()
+        await stub.RemoveDataset(REMOVE)
+    assert len(alignment.seen) == 3
+    for folder in (here, tmp_path / "none"):
+        with pytest.raises(SettingsError, match="MUXTUNE_CERTS"):
+            ServerSettings(certs=folder).ports()
+        with pytest.raises(SettingsError, match="MUXTUNE_CERTS"):
+            ServerSettings(certs=folder).trust("alignment")
+
+
 async def test_health_wants_a_certificate_and_no_role(alignment: Server) -> None:
     for name in NAMES:
         answer = await asyncio.to_thread(is_serving, alignment.address, trust(name, "alignment"))

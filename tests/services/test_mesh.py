@@ -60,11 +60,15 @@ async def test_unavailable_is_retried_and_then_raised(start_mesh) -> None:
     assert hopeless.calls == 5
 
 
-async def test_a_server_stream_is_retried_before_its_first_message(start_mesh) -> None:
-    flaky = Flaky(2, UnavailableError("not yet"))
+async def test_a_server_stream_is_opened_again_by_who_reads_it(start_mesh) -> None:
+    flaky = Flaky(1, UnavailableError("not yet"))
     mesh = await start_mesh(DownloadAdapter=flaky.stream)
-    call = (await mesh.admission()).DownloadAdapter(admission_pb2.DownloadAdapterRequest())
-    assert len([piece async for piece in call]) == 1 and flaky.calls == 3
+    stub = await mesh.admission()
+    with pytest.raises(UnavailableError):
+        await anext(stub.DownloadAdapter(admission_pb2.DownloadAdapterRequest()))
+    assert flaky.calls == 1
+    again = stub.DownloadAdapter(admission_pb2.DownloadAdapterRequest())
+    assert len([piece async for piece in again]) == 1 and flaky.calls == 2
 
 
 @pytest.mark.parametrize("error", [OverloadedError("x"), NotFoundError("x"), MuxtuneError("x"), ValueError("x")])
@@ -84,10 +88,10 @@ async def test_an_upload_is_not_retried(start_mesh) -> None:
     assert flaky.calls == 1
 
 
-def test_the_service_config_names_every_client_stream() -> None:
+def test_the_service_config_names_every_stream() -> None:
     modules = (admission_pb2, alignment_pb2, execution_pb2, key_pb2, ledger_pb2, scheduling_pb2)
     services = [service for module in modules for service in module.DESCRIPTOR.services_by_name.values()]
-    streamed = {(s.full_name, m.name) for s in services for m in s.methods if m.client_streaming}
+    streamed = {(s.full_name, m.name) for s in services for m in s.methods if m.client_streaming or m.server_streaming}
     [everything, never] = json.loads(service_config())["methodConfig"]
     assert everything["name"] == [{}]
     assert everything["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]

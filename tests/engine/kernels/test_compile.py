@@ -1,9 +1,12 @@
 """Every kernel compiles for every architecture we name, without spills; structs lie as their kernels read them."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from engine.kernels import (
     multi_adamw,
     multi_affine_device,
     multi_grad_norm,
-    multi_lora_items,
+    multi_lora_structs,
     segment_cross_entropy,
 )
 
@@ -24,10 +27,14 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TABLE = Path(__file__).with_name("registers.json")  # written by `python tests/engine/kernels/test_compile.py`
 MAX_REGISTERS = 168  # three blocks of 128 threads on a multiprocessor
 STRUCTS = {
-    "LoraUse": ("multi_lora.cuh", multi_lora_items.USE),
-    "LoraItem": ("multi_lora.cuh", multi_lora_items.ITEM),
-    "LoraLaunch": ("multi_lora.cuh", multi_lora_items.LAUNCH),
-    "Run": ("philox.cuh", multi_lora_items.RUN),
+    "LoraUse": ("multi_lora.cuh", multi_lora_structs.USE),
+    "LoraFactors": ("multi_lora.cuh", multi_lora_structs.FACTORS),
+    "LoraTile": ("multi_lora.cuh", multi_lora_structs.RANKS),
+    "LoraSplit": ("multi_lora.cuh", multi_lora_structs.SPLIT),
+    "LoraItem": ("multi_lora.cuh", multi_lora_structs.ITEM),
+    "LoraStream": ("multi_lora.cuh", multi_lora_structs.STREAM),
+    "LoraLaunch": ("multi_lora.cuh", multi_lora_structs.LAUNCH),
+    "Run": ("philox.cuh", multi_lora_structs.RUN),
     "NormTask": ("multi_grad_norm.cu", multi_grad_norm.TASK),
     "NormItem": ("multi_grad_norm.cu", multi_grad_norm.ITEM),
     "NormLaunch": ("multi_grad_norm.cu", multi_grad_norm.LAUNCH),
@@ -106,7 +113,7 @@ def offsets(name: str, dtype: np.dtype[Any]) -> list[str]:
 
 def fields(body: str) -> list[str]:
     """Names declared in a struct's body, in order."""
-    text = re.sub(r"//[^\n]*", "", body)
+    text = re.sub(r"//[^\n]*|\[[^\]]*\]", "", body)
     return [name for line in text.split(";") for name in re.findall(r"(\w+)\s*(?=,|$)", line.strip())]
 
 
@@ -127,6 +134,49 @@ def test_a_kept_cubin_is_taken_until_its_source_changes(tmp_path: Path, monkeypa
     before = kernels.digest("one.cu")
     (tmp_path / "shared.cuh").write_text("// new")
     assert kernels.digest("one.cu") != before
+
+
+def test_prebuilt_cubins_are_what_a_process_then_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.cu").write_text('extern "C" __global__ void f() {}')
+    monkeypatch.setattr(kernels, "CUDA", tmp_path)
+    monkeypatch.setattr(kernels, "PREBUILT", tmp_path / "built")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kept = kernels._keep(
+        b"not prebuilt", kernels._name("one.cu", "sm_90"), [tmp_path / "cache" / "muxtune" / "kernels"]
+    )
+    assert kernels.cubin("one.cu", "sm_90") == kept
+    kernels.main(["sm_80", "sm_90"])  # whatever the cache holds
+    built = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert [path.parent for path in built] == [tmp_path / "built"] * 2
+    monkeypatch.setattr(kernels, "compile_source", None)
+    assert kernels.cubin("one.cu", "sm_90") == built[1]
+
+
+@pytest.mark.parametrize("arguments", [[], ["hopper"]])
+def test_an_architecture_must_be_named(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match="sm_80 sm_90"):
+        kernels.main(arguments)
+
+
+def test_an_installed_package_has_the_sources_and_room_for_cubins(tmp_path: Path) -> None:
+    """As an image installs it: a wheel, without the checkout."""
+    built = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=kernels.ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    [wheel] = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = "from engine.kernels import compile as k; print(*k.sources()); print(k.PREBUILT); k.digest(k.sources()[0])"
+    where = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=where, capture_output=True, text=True, check=True
+    )
+    names, prebuilt = done.stdout.splitlines()
+    assert names.split() == kernels.sources() and Path(prebuilt) == site / "engine" / "kernels" / "cubins"
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from muxtune.v1 import (
 from services.admission.admit import Admitter, Quota
 from services.admission.audit import audited_in
 from services.admission.database import Database
-from services.admission.identity import authenticator
+from services.admission.identity import RateLimit, authenticator
 from services.admission.keys import KeyStore
 from services.admission.ledger import Ledger
 from services.admission.limits import LimitsWatch
@@ -147,6 +147,7 @@ class Admission:
         self.database_url, self.folder, self.clock, self.quota = database_url, folder, Clock(), 1000
         self._alignment_address, self.started = alignment, asyncio.Event()
         self._keys: dict[str, str] = {}
+        self.requests_per_second = 0.0  # no limit
         self._channels: list[grpc.aio.Channel] = []
 
     async def start(self) -> None:
@@ -159,10 +160,11 @@ class Admission:
         self.key_store, ledger = KeyStore(self.database), Ledger(self.database, self.clock, quota.to_proto())
         self.admitter = Admitter(self.database, self.artifacts, alignment, quota)
         self.limits = LimitsWatch(self.database, quota.to_proto(), self.notifier)
-        servicer = AdmissionServicer(
+        servicer = self.servicer = AdmissionServicer(
             self.database, self.artifacts, alignment, self.admitter, self.notifier, MAX_ADAPTER_BYTES
         )
-        gate = Gate(authenticator(self.key_store, SECRET), audit=audited_in(self.database))
+        limit = RateLimit(self.requests_per_second)
+        gate = Gate(authenticator(self.key_store, SECRET, None, limit), audit=audited_in(self.database))
         self._server = grpc.aio.server(interceptors=[gate], options=[("grpc.so_reuseport", 0)])
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, self._server)
         key_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(self.key_store), self._server)
@@ -170,7 +172,7 @@ class Admission:
             OperatorServicer(self.database, quota.to_proto(), self.notifier), self._server
         )
         ledger_pb2_grpc.add_LedgerServiceServicer_to_server(
-            LedgerServicer(ledger, self.notifier, lambda: 0), self._server
+            LedgerServicer(ledger, self.notifier, lambda names: None), self._server
         )
         address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         await self._server.start()

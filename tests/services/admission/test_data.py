@@ -8,6 +8,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
+from engine.errors import UnavailableError
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import dataset_pb2, ledger_pb2, plan_pb2, task_pb2
 from tests.services.admission.admission_mesh import (
@@ -154,6 +155,23 @@ async def test_a_dataset_deleted_while_its_task_is_examined(
     with refused(*DENIED):
         await creating
     assert admission.num_rows()["tasks"] == 0
+
+
+async def test_bytes_that_no_dataset_holds_go_with_a_sweep(
+    admission: Admission, alignment: Alignment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, gone = await admission.upload(), await admission.upload(lines(ROWS[:2]))
+    both_files = admission.files()
+
+    def away(tenant: str, sha256: str) -> None:
+        raise UnavailableError("the store is away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(alignment.servicer._catalog, "remove", away)
+        await admission.tenant().DeleteDataset(pb.DeleteDatasetRequest(name=gone.name))
+    assert admission.files() == both_files
+    await admission.servicer.sweep_datasets()
+    assert admission.files() == [f"tenants/acme/datasets/{kept.sha256}.jsonl"]
 
 
 async def test_what_alignment_holds_up_is_unavailable_and_nothing_is_stored(

@@ -13,15 +13,17 @@ import grpc
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from google.rpc import error_details_pb2
 
 from engine.errors import OverloadedError, UnauthenticatedError, UnavailableError
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import key_pb2
 from services.access import Role
+from services.admission.__main__ import AdmissionSettings
 from services.admission.identity import RateLimit, authenticator
 from services.admission.keys import KeyStore
 from services.admission.oidc import Provider, TokenVerifier
-from services.config import SettingsError
+from services.config import SettingsError, from_environment
 from tests.services.admission.admission_mesh import Admission, dataset_parts, refused
 
 ISSUER, AUDIENCE = "https://issuer.example", "muxtune"
@@ -168,6 +170,22 @@ async def test_keys_and_tokens_stand_side_by_side(admission: Admission, provider
         await authenticator(admission.key_store, "")("/x/Y", token())
 
 
+async def test_the_services_settings_name_the_issuer(admission: Admission, provider: Provider) -> None:
+    given = {
+        "MUXTUNE_DATABASE_URL": "sqlite:///x", "MUXTUNE_ARTIFACT_URL": "x", "MUXTUNE_ALIGNMENT_ADDRESS": "x:1",
+        "MUXTUNE_OIDC_ISSUER": ISSUER, "MUXTUNE_OIDC_AUDIENCE": AUDIENCE, "MUXTUNE_OIDC_KEYS": provider.keys,
+        "MUXTUNE_OIDC_TENANT_CLAIM": "org", "MUXTUNE_OIDC_ALGORITHMS": "ES256, RS256",
+    }  # fmt: skip
+    authenticate = from_environment(AdmissionSettings, given).authenticate(admission.key_store)
+    assert (await authenticate("/x/Y", token(org="globex"))).tenant == "tenants/globex"
+    with pytest.raises(UnauthenticatedError):
+        await authenticate("/x/Y", token(algorithm="RS384", org="globex"))
+    with pytest.raises(SettingsError, match="HS256"):
+        from_environment(AdmissionSettings, {**given, "MUXTUNE_OIDC_ALGORITHMS": "HS256"}).authenticate(
+            admission.key_store
+        )
+
+
 async def test_a_viewer_reads_and_changes_nothing(admission: Admission) -> None:
     dataset = await admission.upload()
     viewer = admission.with_token(admission.key_store.create("tenants/acme", None, Role.VIEWER)[1])
@@ -227,6 +245,19 @@ def test_a_tenant_that_calls_too_often_waits_and_others_do_not(seconds: list[flo
     with pytest.raises(OverloadedError):
         limit.take("tenants/a")
     RateLimit(0).take("tenants/a")
+
+
+async def test_a_tenant_over_its_rate_is_told_when_to_come_again(admission: Admission) -> None:
+    admission.requests_per_second = 0.01
+    await admission.restart()
+    acme = admission.tenant()
+    await acme.ListTasks(pb.ListTasksRequest())
+    for _ in range(3):
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED") as refusal:
+            await acme.ListTasks(pb.ListTasksRequest())
+        (retry,) = (d for d in refusal.details if isinstance(d, error_details_pb2.RetryInfo))
+        assert retry.retry_delay.seconds >= 1
+    await admission.keys().ListApiKeys(key_pb2.ListApiKeysRequest())  # operators are not limited
 
 
 async def test_the_limit_holds_whatever_key_is_used(admission: Admission, seconds: list[float]) -> None:

@@ -313,3 +313,20 @@ async def test_a_cancel_that_races_the_end_leaves_one_end(admission: Admission) 
         for answer in outcome:
             if isinstance(answer, grpc.RpcError):
                 assert answer.code() is grpc.StatusCode.FAILED_PRECONDITION and "CANCELLING" not in seen
+
+
+async def test_a_task_that_fell_back_to_an_earlier_checkpoint_goes_on_from_that_one_and_its_tenant_is_told(
+    admission: Admission,
+) -> None:
+    task = await running(admission)
+    await admission.commit(*(checkpoint(task, 1, number) for number in (2, 4)))
+    fell_back = task_pb2.CheckpointCommitted(step=2, manifest_key=f"{task}/checkpoints/00000002-1")
+    resumed = plan_pb2.TaskResumed(checkpoint=fell_back, message="the checkpoint of step 4 cannot be read")
+    result = plan_pb2.TaskResult(task=task, attempt_epoch=1, resumed=resumed)
+    assert await admission.commit(result, result) == ["COMMITTED", "DUPLICATE"]
+    (seen,) = (await snapshot(admission)).tasks
+    assert seen.checkpoint == fell_back and seen.task.progress.checkpoint_step == 2
+    assert await admission.commit(checkpoint(task, 1, 3)) == ["COMMITTED"]  # counts again: it is after that one
+    await admission.commit(finished(task, 1))
+    told = [event.state_changed for event in await admission.events(task) if event.HasField("state_changed")]
+    assert [(change.message, change.state) for change in told][2] == (resumed.message, task_pb2.TASK_STATE_RUNNING)

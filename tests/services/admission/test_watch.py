@@ -2,14 +2,17 @@
 
 import asyncio
 import random
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import Any
 
 import grpc
 import pytest
 
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import ledger_pb2, plan_pb2, task_pb2
+from services.admission.ledger import Ledger
 from tests.services.admission.admission_mesh import (
     DATABASES,
     TIMEOUT_SECONDS,
@@ -133,6 +136,34 @@ async def test_watchers_go_on_over_a_restart(admission: Admission) -> None:
     for watcher in watchers:
         assert await watcher.ended() == list(range(1, 10))
         assert watcher.num_streams >= 2
+
+
+async def test_a_commit_whose_caller_is_gone_meanwhile_reaches_the_watchers(
+    admission: Admission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler was killed while admission wrote its last results: their watchers once waited for ever."""
+    task = await running_task(admission)
+    watcher = Watcher(admission, task)
+    await watcher.has(2)
+    began, may_go_on = threading.Event(), threading.Event()
+    commit = Ledger.commit_results
+
+    def slowly(*arguments: Any) -> Any:
+        began.set()
+        assert may_go_on.wait(TIMEOUT_SECONDS)
+        return commit(*arguments)
+
+    monkeypatch.setattr(Ledger, "commit_results", slowly)
+    request = ledger_pb2.CommitResultsRequest(executor=ONE, lease_epoch=1, results=[finished(task, 1)])
+    call = admission.ledger().CommitResults(request)
+    committing = asyncio.ensure_future(call)
+    assert await asyncio.to_thread(began.wait, TIMEOUT_SECONDS)
+    call.cancel()
+    with suppress(asyncio.CancelledError):
+        await committing
+    await admission.state(task)  # a call later than the cancellation on the same connection: the server has heard of it
+    may_go_on.set()
+    assert await watcher.ended() == [1, 2, 3]
 
 
 async def test_a_stopping_service_sends_watchers_away_with_unavailable(admission: Admission) -> None:

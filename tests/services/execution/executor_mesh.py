@@ -96,7 +96,7 @@ class FakeScheduling(scheduling_pb2_grpc.SchedulingServiceServicer):
         self.is_lost = False
         self.registered: asyncio.Queue[plan_pb2.Executor] = asyncio.Queue()
         self.ended: list[str] = []
-        self.num_renewals = 0
+        self.num_renewals, self.renewed = 0, asyncio.Event()
         self.lease_seconds = 3
 
     async def RegisterExecutor(self, request: Any, context: Any) -> scheduling_pb2.RegisterExecutorResponse:
@@ -111,6 +111,8 @@ class FakeScheduling(scheduling_pb2_grpc.SchedulingServiceServicer):
         if self.is_lost or request.lease_epoch != self.epoch:
             raise LeaseLostError("the lease ended")
         self.num_renewals += 1
+        self.renewed.set()
+        self.renewed = asyncio.Event()
         return scheduling_pb2.KeepLeaseResponse()
 
     async def EndLease(self, request: Any, context: Any) -> scheduling_pb2.SchedulingServiceEndLeaseResponse:

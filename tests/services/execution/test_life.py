@@ -106,6 +106,29 @@ async def test_a_task_resumed_from_its_checkpoint_ends_with_the_same_weights(mes
     await stream.close()
 
 
+async def test_a_corrupt_checkpoint_falls_back_to_the_one_before_and_says_so(mesh: Mesh, versions: Versions) -> None:
+    stream = await mesh.open_stream()
+    stream.send(plan_of(versions.next(), planned("sound", num_steps=8, version="same")))
+    await stream.until_finished("sound")
+    mesh.alignment.pause_seconds = 0.05
+    stream.send(plan_of(versions.next(), planned("rotten", num_steps=8, version="same")))
+    await stream.until(lambda: len(stream.of("rotten", "checkpoint_committed")) >= 2)
+    stream.send(plan_of(versions.next()))
+    await stream.until(lambda: stream.of("rotten", "released"))
+    mesh.alignment.pause_seconds = 0.0
+    before, last = stream.of("rotten", "checkpoint_committed")[-2:]
+    (file,) = (mesh.artifacts / last.manifest_key).parent.rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    stream.send(plan_of(versions.next(), planned("rotten", epoch=2, num_steps=8, version="same", resume_from=last)))
+    await stream.until_finished("rotten")
+    (resumed,) = stream.of("rotten", "resumed")
+    assert resumed.checkpoint == before and f"step {last.step} cannot be read" in resumed.message
+    (sound,), (rotten,) = stream.of("sound", "finished"), stream.of("rotten", "finished")
+    expected, found = weights(mesh, sound.adapter_key), weights(mesh, rotten.adapter_key)
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    await stream.close()
+
+
 async def test_cancelling_keeps_what_was_trained(mesh: Mesh, versions: Versions, tiny_backbone: Path) -> None:
     stream = await mesh.open_stream()
     mesh.alignment.pause_seconds = 0.02

@@ -20,6 +20,7 @@ from services.execution.early_stop import EarlyStop
 from services.execution.outbox import Outbox
 from services.execution.pipe import MAX_FRAME_BYTES, AsyncPipe, BlockingPipe, Tag
 from services.execution.vault import Vault
+from services.execution.watchdog import Watchdog
 
 TASK = "tenants/t/tasks/a"
 
@@ -97,11 +98,11 @@ def test_a_dead_trainer_hands_back_what_it_held_and_nothing_else() -> None:
     attempts.start(plan(a=1, b=1, c=2, d=1))
     attempts.note([result("a", 1, "finished"), result("b", 1, "step_done")])
     assert attempts.drop_stale(["d"], []) == ["d"]
-    assert {(r.task, r.attempt_epoch, r.WhichOneof("result")) for r in attempts.hand_back(-9)} == {
+    assert {(r.task, r.attempt_epoch, r.WhichOneof("result")) for r in attempts.hand_back("died")} == {
         ("b", 1, "released"),
         ("c", 2, "released"),
     }
-    assert attempts.hand_back(-9) == []
+    assert attempts.hand_back("died") == []
     assert [task.task for task in attempts.start(plan(a=1, b=2, c=2)).tasks] == ["b"]
 
 
@@ -119,17 +120,30 @@ def test_a_stale_result_of_an_earlier_attempt_does_not_end_this_one() -> None:
     attempts.start(plan(a=2, b=2))
     judged = [result("a", 1, "released"), result("b", 2, "step_done")]
     assert attempts.drop_stale(["a", "b", "unknown"], judged) == ["b", "unknown"]
-    assert [r.task for r in attempts.hand_back(-9)] == ["a"]
+    assert [r.task for r in attempts.hand_back("died")] == ["a"]
 
 
-def test_a_task_under_which_the_trainer_keeps_dying_fails() -> None:
-    attempts, kinds = Attempts(), []
-    for epoch in range(1, 4):
-        attempts.start(plan(poison=epoch, fine=epoch))
-        attempts.note([result("fine", epoch, "step_done")])
-        kinds.append({r.task: r.WhichOneof("result") for r in attempts.hand_back(-11)})
-    assert [kind["poison"] for kind in kinds] == ["released", "released", "failed"]
-    assert [kind["fine"] for kind in kinds] == ["released"] * 3
+def test_what_is_handed_back_says_how_many_may_be_why() -> None:
+    attempts = Attempts()
+    attempts.start(plan(a=1, b=1, done=1))
+    attempts.note([result("done", 1, "finished")])
+    assert [(r.released.num_suspects, r.released.reason) for r in attempts.hand_back("died")] == [(2, "died")] * 2
+
+
+def test_the_watchdog_barks_at_who_has_work_and_is_silent() -> None:
+    watchdog = Watchdog(8.0)
+    assert watchdog.interval_seconds == 2.0
+    silent = [watchdog.is_hung(float(now)) for now in range(0, 40, 2)]
+    assert not any(silent)  # it has nothing to do
+    watchdog.told(40.0)
+    assert [watchdog.is_hung(float(now)) for now in range(40, 52, 2)] == [False] * 5 + [True]
+    watchdog.heard(52.0)
+    watchdog.told(57.0)  # told more while it works: no sign of its life
+    assert [watchdog.is_hung(float(now)) for now in range(54, 64, 2)] == [False] * 4 + [True]
+    watchdog.heard(64.0)
+    assert not watchdog.is_hung(4000.0)  # this process was stopped itself: what the trainer said is not read yet
+    watchdog.heard(4000.0, is_idle=True)
+    assert not any(watchdog.is_hung(float(now)) for now in range(4002, 4100, 2))
 
 
 def training(patience: int, min_delta: float = 0.0) -> Training:
@@ -180,16 +194,14 @@ def folders(store: ArtifactStore) -> list[str]:
     return [key.split("/")[-2] for key in keys if key.endswith("manifest.json")]
 
 
-def test_the_last_two_checkpoints_are_kept_and_later_ones_of_a_lost_attempt_are_not_preferred(tmp_path: Path) -> None:
+def test_no_checkpoint_is_deleted_by_whom_cannot_know_which_is_recorded(tmp_path: Path) -> None:
+    """The last of them recorded may be any: an executor far ahead of its results once deleted it."""
     store = ArtifactStore.open(str(tmp_path))
     vault = Vault(store)
-    for step in (10, 20, 30):
-        recorded = vault.put_checkpoint(TASK, 1, state(step), {})
-    assert folders(store) == ["00000020-1", "00000030-1"]
-    vault.put_checkpoint(TASK, 1, state(90), {})  # never recorded: its executor was lost
-    vault.put_checkpoint(TASK, 2, state(40), {})
-    assert "00000040-2" in folders(store)
-    assert vault.get_checkpoint(TASK, recorded).step == 30
+    recorded, *_ = [vault.put_checkpoint(TASK, 1, state(step), {}) for step in (10, 20, 30)]
+    vault.put_checkpoint(TASK, 2, state(15), {})
+    assert folders(store) == ["00000010-1", "00000015-2", "00000020-1", "00000030-1"]
+    assert vault.get_checkpoint(TASK, recorded)[0].step == 10
 
 
 def test_a_corrupt_checkpoint_falls_back_to_one_before_it_never_after(tmp_path: Path) -> None:
@@ -199,8 +211,9 @@ def test_a_corrupt_checkpoint_falls_back_to_one_before_it_never_after(tmp_path: 
     recorded = vault.put_checkpoint(TASK, 1, state(20), {})
     (file,) = (tmp_path / f"{TASK}/checkpoints/00000020-1").rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    found = vault.get_checkpoint(TASK, recorded)
+    found, used = vault.get_checkpoint(TASK, recorded)
     assert (found.step, found.metadata["early_stop"]) == (10, {"best": 1.0})
+    assert (used.step, used.manifest_key) == (10, f"{TASK}/checkpoints/00000010-1/manifest.json")
     first = task_pb2.CheckpointCommitted(step=5, manifest_key=f"{TASK}/checkpoints/00000005-1/manifest.json")
     with pytest.raises(ArtifactCorruptError):
         vault.get_checkpoint(TASK, first)

@@ -1,0 +1,138 @@
+"""Rows and tokens per second of alignment's reading of a dataset, beside `tokenizers` alone on the same texts.
+
+    PYTHONPATH=. python benchmarks/alignment_throughput.py [--rows 20000]
+
+Alignment parses JSON Lines, checks every row, renders chat templates, encodes, finds what bears loss, and packs rows
+into microbatches; the peer is one `encode_batch_fast` of the finished texts, rendered beforehand. SmolLM2's tokenizer,
+rows of words of our own of log-normal length (median 40 words). In turn, so that a ratio compares neighbours in time.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from benchmarks import report
+from benchmarks.models import smollm2
+from engine.alignment.dataset import TokenizedDataset, tokenize_dataset
+from engine.alignment.packing import Member, one_round
+from engine.alignment.rows import parse_lines
+from engine.alignment.tokens import BackboneTokenizer
+from engine.task import Training
+
+GOAL = 0.7  # of the peer's rate
+REPEATS = 5
+WORDS = (
+    "adapters tenants share one frozen backbone and each of them trains its own small factors while tokens of all "
+    "flow through the same operators in one stream; nobody waits for a copy, 42 tasks fit where 3 did, and answers stay"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--backbone", type=Path, help="SmolLM2 as a Hugging Face folder or GGUF file")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="muxtune-bench-") as scratch:
+        folder = smollm2(arguments.backbone, Path(scratch))
+        ours, peer = BackboneTokenizer.load(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+        measured = {shape: measure(rows, ours, peer) for shape, rows in rows_of(arguments.rows).items()}
+    raw = report.origin("alignment_throughput") | {"rows": arguments.rows, "shapes": measured}
+    if arguments.no_write:
+        print(section(raw))
+    else:
+        report.write(raw, section(raw))
+
+
+def rows_of(count: int) -> dict[str, list[dict[str, Any]]]:
+    random, words = np.random.default_rng(20260601), WORDS.split()
+
+    def text() -> str:
+        return " ".join(random.choice(words, max(1, round(random.lognormal(np.log(40), 0.5)))))
+
+    return {
+        "text": [{"text": text()} for _ in range(count)],
+        "prompt_completion": [{"prompt": text(), "completion": " " + text()} for _ in range(count)],
+        "messages": [
+            {"messages": [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]}
+            for _ in range(count)
+        ],
+    }
+
+
+def measure(rows: list[dict[str, Any]], ours: BackboneTokenizer, peer: Tokenizer) -> dict[str, Any]:
+    lines, texts = [json.dumps(row).encode() for row in rows], [finished(row, ours) for row in rows]
+    training = Training(1e-3, num_epochs=1, max_sequence_tokens=8192, global_batch_size=64, micro_batch_size=64)
+    seconds: dict[str, list[float]] = {"read": [], "pack": [], "tokenizers": []}
+    for _ in range(REPEATS + 1):
+        dataset = timed(seconds["read"], lambda: tokenize_dataset(parse_lines(lines), ours, training))
+        timed(seconds["pack"], lambda dataset=dataset: pack(dataset, training))  # type: ignore[misc]
+        timed(seconds["tokenizers"], lambda: peer.encode_batch_fast(texts, add_special_tokens=False))
+    return {
+        "num_rows": len(rows), "num_tokens": len(dataset.token_ids_S),
+        "seconds": {name: values[1:] for name, values in seconds.items()},  # the first warms up
+    }  # fmt: skip
+
+
+def timed(seconds: list[float], work: Callable[[], Any]) -> Any:
+    started = time.perf_counter()
+    result = work()
+    seconds.append(time.perf_counter() - started)
+    return result
+
+
+def finished(row: Mapping[str, Any], ours: BackboneTokenizer) -> str:
+    if "messages" in row:
+        assert ours.template is not None
+        return ours.template.render(row["messages"])
+    return row.get("text") or row["prompt"] + row["completion"]
+
+
+def pack(dataset: TokenizedDataset, training: Training) -> int:
+    """All microbatches of one epoch: their number."""
+    num_steps = -(-dataset.num_rows // training.global_batch_size)
+    member = Member("task", dataset, training, num_steps, 0)
+    return sum(len(one_round(step, [(member, step)], 8192, 64)) for step in range(num_steps))
+
+
+def section(raw: Mapping[str, Any]) -> str:
+    rows: list[list[object]] = []
+    for shape, told in raw["shapes"].items():
+        read, packed, alone = (statistics.median(told["seconds"][name]) for name in ("read", "pack", "tokenizers"))
+        ratios = [peer / own for own, peer in zip(told["seconds"]["read"], told["seconds"]["tokenizers"], strict=True)]
+        ratio = statistics.median(ratios)
+        rows.append([
+            shape, f"{told['num_rows'] / read:,.0f}", f"{told['num_tokens'] / read:,.0f}",
+            f"{told['num_tokens'] / alone:,.0f}", f"{told['num_tokens'] / packed:,.0f}",
+            f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}), {'held' if ratio >= GOAL else 'failed'}",
+        ])  # fmt: skip
+    header = [
+        "rows of",
+        "rows/s",
+        "tokens/s",
+        "tokenizers alone, tokens/s",
+        "packing, tokens/s",
+        f"ratio (goal {GOAL})",
+    ]
+    return f"""
+## Alignment: reading a dataset beside the tokenizer alone
+
+{report.told(dict(raw))}
+{raw["rows"]} rows of each shape, medians of {REPEATS}.
+
+{report.table(header, rows)}
+
+Raw figures: `results/alignment_throughput.json`.
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""deploy/kubernetes.yaml: of the API's own schema, and of one mind with the images and the services' settings."""
+
+import dataclasses
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from services.config import from_environment
+from tests.deploy.compose_file import DEPLOY, SERVICES, environment_of_image
+from tests.deploy.test_files import INTERNAL_PORT, SETTINGS
+
+OBJECTS: list[dict[str, Any]] = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
+SECRETS = {"MUXTUNE_DATABASE_URL": "postgresql+psycopg://u@h/d"}  # muxtune-database
+
+
+def of_kind(*kinds: str) -> dict[str, dict[str, Any]]:
+    return {o["metadata"]["name"]: o for o in OBJECTS if o["kind"] in kinds}
+
+
+WORKLOADS = of_kind("Deployment", "StatefulSet")
+
+
+def pod(service: str) -> dict[str, Any]:
+    found: dict[str, Any] = WORKLOADS[service]["spec"]["template"]["spec"]
+    return found
+
+
+@pytest.mark.parametrize("object_", OBJECTS, ids=lambda o: f"{o['kind']} {o['metadata']['name']}")
+def test_each_object_is_of_the_apis_schema(object_: dict[str, Any]) -> None:
+    kubernetes_validate.validate(object_, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_the_schema_is_alive() -> None:
+    with pytest.raises(kubernetes_validate.ValidationError):
+        wrong = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "x"}, "spec": {"port": 1}}
+        kubernetes_validate.validate(wrong, kubernetes_validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_every_setting_is_given_and_every_port_agrees(service: str) -> None:
+    (container,) = pod(service)["containers"]
+    config = of_kind("ConfigMap")["muxtune"]["data"]
+    own = {entry["name"]: str(entry.get("value", "pod-0")) for entry in container.get("env", [])}
+    environment = environment_of_image(service) | config | own | (SECRETS if service == "admission" else {})
+    settings = from_environment(SETTINGS[service], environment)
+    known = {f"MUXTUNE_{field.name.upper()}" for cls in SETTINGS.values() for field in dataclasses.fields(cls)}
+    assert {name for name in (*config, *own) if name.startswith("MUXTUNE_")} <= known
+    port = int(settings.listen.rpartition(":")[2])
+    ports = {entry["containerPort"] for entry in container["ports"]} - {9464}
+    assert ports == ({port, int(INTERNAL_PORT)} if service == "admission" else {port})
+    assert {entry["port"] for entry in of_kind("Service")[service]["spec"]["ports"]} == ports
+    for probe in ("readinessProbe", "livenessProbe", "startupProbe"):
+        command = container[probe]["exec"]["command"]
+        assert command == ["python", "-m", "services.health", f"127.0.0.1:{port}", service]
+
+
+def test_nobody_holds_another_ones_key_and_nothing_runs_as_root() -> None:
+    for service in SERVICES:
+        spec = pod(service)
+        held = [v["secret"]["secretName"] for v in spec["volumes"] if "secret" in v]
+        assert held == [f"{service}-certs"]
+        mounted = {m["mountPath"]: m for m in spec["containers"][0]["volumeMounts"]}
+        assert mounted[of_kind("ConfigMap")["muxtune"]["data"]["MUXTUNE_CERTS"]]["readOnly"]
+        assert spec["securityContext"]["runAsUser"] == 10001 and spec["automountServiceAccountToken"] is False
+        limits = spec["containers"][0]["securityContext"]
+        assert limits["readOnlyRootFilesystem"] and limits["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_from_outside_only_the_clients_door_is_open() -> None:
+    policies = of_kind("NetworkPolicy")
+    assert policies["nobody"]["spec"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
+    open_to_all = [
+        (policy["spec"]["podSelector"], rule["ports"])
+        for policy in policies.values()
+        for rule in policy["spec"].get("ingress", [])
+        if "from" not in rule
+    ]
+    assert open_to_all == [({"matchLabels": {"app": "admission"}}, [{"port": 7401}])]
+    among = {entry["port"] for entry in policies["mesh"]["spec"]["ingress"][0]["ports"]}
+    assert among == {7402, 7403, 7404, int(INTERNAL_PORT)}

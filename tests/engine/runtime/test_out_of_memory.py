@@ -1,0 +1,70 @@
+"""Real allocators that are asked for more than there is."""
+
+import pytest
+import torch
+
+from engine.errors import WillNeverFitError
+from engine.results import StepResult
+from engine.runtime import executor as module
+from engine.runtime.out_of_memory import NoMemory, in_short, is_out_of_memory
+from engine.runtime.task_run import Assignment
+from tests.engine.runtime.tiny import CONFIGS, executor_with, model_of, pack_round, task_of
+
+
+def refusal(ask) -> Exception:  # type: ignore[no-untyped-def]
+    with pytest.raises(Exception) as caught:
+        ask()
+    return caught.value
+
+
+def test_the_cpus_allocators_refusal_is_known_and_told_with_its_bytes() -> None:
+    error = refusal(lambda: torch.empty(1 << 50))
+    assert is_out_of_memory(error)
+    assert in_short(error) == f"tried to allocate {4 << 50} bytes"
+    assert is_out_of_memory(refusal(lambda: bytearray(1 << 60)))
+
+
+def test_what_cuda_says_is_known() -> None:
+    """Its text, as the allocator of torch 2 writes it; no GPU is needed to read it."""
+    text = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB of which 1 GiB is free."
+    )
+    error = torch.OutOfMemoryError(text)
+    assert is_out_of_memory(error) and in_short(error) == "Tried to allocate 2.00 GiB"
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+
+
+def test_other_failures_are_no_shortage() -> None:
+    assert not is_out_of_memory(refusal(lambda: torch.ones(2) @ torch.ones(3)))
+    assert not is_out_of_memory(ValueError("out of memory, said a user"))
+
+
+def test_a_task_that_finds_no_memory_is_not_attached_and_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [task_of(name, seed=seed, lengths=[7, 12, 3, 9], num_steps=3) for seed, name in enumerate("ab")]
+    executor = executor_with(model_of(CONFIGS["llama-tied"]), tasks)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "TaskRun", lambda *arguments: torch.empty(1 << 50))
+        with pytest.raises(WillNeverFitError, match=f"tried to allocate {4 << 50} bytes"):
+            executor.attach(Assignment("large", tasks[0].spec, 3))
+    assert set(executor.tasks) == {"a", "b"}
+    results = [r for m in pack_round(tasks, [0] * 2) for r in executor.run(m)]
+    assert all(isinstance(r, StepResult) for r in results)
+
+
+def test_a_microbatch_that_finds_no_memory_leaves_every_task_before_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried again after a fresh start of the step, the result is that of an executor that never failed."""
+    tasks = [task_of(name, seed=seed, lengths=[7, 12, 3, 9], num_steps=3) for seed, name in enumerate("ab")]
+    shaken, calm = (executor_with(model_of(CONFIGS["llama-tied"]), tasks) for _ in range(2))
+    microbatches = pack_round(tasks, [0] * 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "segment_cross_entropy", lambda *arguments: torch.empty(1 << 50))
+        with pytest.raises(NoMemory) as caught:
+            shaken.run(microbatches[0])
+    assert caught.value.__context__ is None and caught.value.__cause__ is None  # no frame holds on to its tensors
+    for run in shaken.tasks.values():
+        run.restart_step()
+    for executor in (shaken, calm):
+        for microbatch in microbatches:
+            executor.run(microbatch)
+    for name in "ab":
+        assert torch.equal(*(executor.tasks[name].parameters_P for executor in (shaken, calm)))

@@ -1,0 +1,100 @@
+"""A mesh whose processes are killed at random while clients go on; a supervisor starts them again."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from muxtune.cli.mesh import START_ORDER, Mesh
+from services.failpoints import NAMES, VARIABLE
+
+TRAINER = "trainer"
+_ARMED_SECONDS = 2.0  # a failpoint that nobody passes in that time is disarmed
+_POLL_SECONDS = 0.05
+
+
+def long_mode() -> bool:
+    return os.environ.get("MUXTUNE_TESTS") == "long"
+
+
+def printed_seed() -> int:
+    """MUXTUNE_SEED, or a new one; pytest shows it where the test fails."""
+    seed = int(os.environ.get("MUXTUNE_SEED") or random.SystemRandom().randrange(1 << 32))
+    print(f"MUXTUNE_SEED={seed}")
+    return seed
+
+
+def trainer_of(mesh: Mesh) -> int:
+    """Process id of the executor's trainer; 0 while there is none."""
+    server = mesh.processes["execution"].pid
+    try:
+        children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+        return next((int(pid) for pid in children if b"trainer" in Path(f"/proc/{pid}/cmdline").read_bytes()), 0)
+    except OSError:
+        return 0
+
+
+@dataclass
+class Chaos:
+    """Kills by `random`; `killed` counts by service or failpoint."""
+
+    mesh: Mesh
+    random: random.Random
+    killed: Counter[str] = field(default_factory=Counter)
+    num_restarts: Counter[str] = field(default_factory=Counter)
+    _stopping: threading.Event = field(default_factory=threading.Event)
+
+    @contextmanager
+    def supervised(self) -> Iterator["Chaos"]:
+        """Starts what has died again, until the block ends."""
+        thread = threading.Thread(target=self._supervise, name="supervisor")
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._stopping.set()
+            thread.join()
+
+    def kill_somewhere(self) -> None:
+        """One kill point: a process at any moment, all of them at once, or whoever passes a point of the code."""
+        target = self.random.choices(
+            ["failpoint", "admission", "scheduling", "alignment", "execution", TRAINER, "all"], [8, 2, 2, 2, 2, 2, 1]
+        )[0]
+        if target == "failpoint":
+            return self._kill_at(self.random.choice(NAMES))
+        for service in START_ORDER if target == "all" else [target]:
+            self.kill(service)
+        self.killed[target] += 1
+
+    def kill(self, service: str) -> None:
+        """At once. The trainer dies with its server."""
+        pid = trainer_of(self.mesh) if service == TRAINER else self.mesh.processes[service].pid
+        if pid and (service == TRAINER or self.mesh.processes[service].poll() is None):
+            os.kill(pid, signal.SIGKILL)
+
+    def _kill_at(self, failpoint: str) -> None:
+        armed = self._failpoints / failpoint
+        armed.touch()
+        deadline = time.monotonic() + _ARMED_SECONDS
+        while armed.exists() and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        try:
+            armed.unlink()
+        except FileNotFoundError:
+            self.killed[failpoint] += 1
+
+    @property
+    def _failpoints(self) -> Path:
+        return Path(self.mesh.environment["*"][VARIABLE])
+
+    def _supervise(self) -> None:
+        while not self._stopping.wait(_POLL_SECONDS):
+            for service in self.mesh.dead_services():
+                self.num_restarts[service] += 1
+                self.mesh.respawn(service)

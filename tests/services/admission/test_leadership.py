@@ -1,0 +1,84 @@
+"""Two schedulers at once: one leads, and no other commits a plan. On both databases."""
+
+from typing import Any
+
+import grpc
+import pytest
+
+from muxtune.v1 import ledger_pb2
+from tests.services.admission.admission_mesh import DATABASES, Admission, refused
+
+pytestmark = pytest.mark.parametrize("database_url", DATABASES, indirect=True)
+STALE = (grpc.StatusCode.ABORTED, "STALE_EPOCH")
+
+
+async def lead(admission: Admission, scheduler: str, seconds: int = 6, start: int = 1) -> tuple[str, int]:
+    """Who leads (scheduler and number of its start), and in which epoch."""
+    request = ledger_pb2.LeadSchedulingRequest(scheduler=scheduler, incarnation=f"{scheduler}{start}")
+    request.duration.FromSeconds(seconds)
+    answer: Any = await admission.ledger().LeadScheduling(request)
+    assert answer.incarnation.startswith(answer.leader)
+    return answer.incarnation, answer.epoch
+
+
+async def test_who_asks_first_leads_and_the_other_takes_over_when_the_lease_has_run_out(admission: Admission) -> None:
+    assert await lead(admission, "a") == ("a1", 1)
+    admission.clock.seconds += 5
+    assert await lead(admission, "b") == ("a1", 1)
+    assert await lead(admission, "a") == ("a1", 1)  # renewed
+    admission.clock.seconds += 5
+    assert await lead(admission, "b") == ("a1", 1)
+    admission.clock.seconds += 1
+    assert await lead(admission, "b") == ("b1", 2)
+    assert await lead(admission, "a") == ("b1", 2)
+
+
+async def test_who_resigns_makes_room_at_once_and_nobody_else_can_resign_for_it(admission: Admission) -> None:
+    assert await lead(admission, "b", 0) == ("", 0)
+    assert await lead(admission, "a") == ("a1", 1)
+    assert await lead(admission, "b", 0) == ("a1", 1)
+    assert await lead(admission, "a", 0) == ("", 1)
+    assert await lead(admission, "b") == ("b1", 2)
+
+
+async def test_a_leader_started_anew_in_its_place_goes_on_under_a_new_epoch(admission: Admission) -> None:
+    assert await lead(admission, "a") == ("a1", 1)
+    assert await lead(admission, "a", start=2) == ("a2", 2)
+
+
+async def test_the_leader_outlives_a_restart_of_admission_and_gets_its_time_again(admission: Admission) -> None:
+    assert await lead(admission, "a") == ("a1", 1)
+    admission.clock.seconds += 5
+    await admission.restart()
+    admission.clock.seconds += 5
+    assert await lead(admission, "b") == ("a1", 1)
+    admission.clock.seconds += 1
+    assert await lead(admission, "b") == ("b1", 2)
+
+
+async def test_a_superseded_leader_commits_no_plan(admission: Admission) -> None:
+    task = (await admission.create((await admission.upload()).name)).name
+    start = ledger_pb2.AttemptStart(task=task, expected_epoch=0)
+    await lead(admission, "a")
+    await lead(admission, "a", 0)
+    await lead(admission, "b")
+    before = admission.num_rows()
+    for epoch in (0, 1, 3):
+        with refused(*STALE):
+            await admission.ledger().CommitPlan(plan(start, epoch))
+    assert admission.num_rows() == before and await admission.state(task) == "QUEUED"
+    await admission.ledger().CommitPlan(plan(start, 2))
+    assert await admission.state(task) == "RUNNING"
+
+
+def plan(start: ledger_pb2.AttemptStart, leader_epoch: int) -> ledger_pb2.CommitPlanRequest:
+    return ledger_pb2.CommitPlanRequest(
+        executor="executors/one", lease_epoch=1, version=1, starts=[start], leader_epoch=leader_epoch
+    )
+
+
+async def test_who_asks_must_say_who_it_is(admission: Admission) -> None:
+    for request in (ledger_pb2.LeadSchedulingRequest(scheduler="a"), ledger_pb2.LeadSchedulingRequest(incarnation="i")):
+        with refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_INPUT") as refusal:
+            await admission.ledger().LeadScheduling(request)
+        assert refusal.fields == ["incarnation" if request.scheduler else "scheduler"]

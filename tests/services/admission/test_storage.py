@@ -1,0 +1,89 @@
+"""Disks that are full or read-only: UNAVAILABLE, nothing half done, and all is well again once there is room."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import pytest
+import sqlalchemy as sa
+from google.rpc import error_details_pb2
+
+from muxtune.v1 import admission_pb2 as pb
+from tests.services.admission.admission_mesh import Admission, Alignment, lines, refused, spec, step
+
+UNAVAILABLE = (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
+FULL = "max_page_count = 1"  # SQLite takes it as: not one page more
+READ_ONLY = "query_only = ON"
+
+
+@contextmanager
+def pragma(admission: Admission, text: str) -> Iterator[None]:
+    """On every connection of the database."""
+
+    def configure(connection: Any, record: Any) -> None:
+        connection.execute(f"PRAGMA {text}")
+
+    engine = admission.database._engine
+    sa.event.listen(engine, "connect", configure)
+    engine.dispose()
+    yield
+    sa.event.remove(engine, "connect", configure)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("trouble", [FULL, READ_ONLY])
+async def test_a_database_that_takes_no_more_is_unavailable_and_what_it_has_is_read(
+    admission: Admission, trouble: str
+) -> None:
+    dataset = (await admission.upload()).name
+    task = (await admission.create(dataset)).name
+    await admission.run(task)
+    acknowledged = [task]
+
+    async def create() -> None:
+        request = pb.CreateTaskRequest(spec=spec(dataset), request_id=f"r{len(acknowledged)}")
+        acknowledged.append((await admission.tenant().CreateTask(request)).task.name)
+
+    with pragma(admission, trouble), refused(*UNAVAILABLE) as refusal:
+        for _ in range(200):  # some still fit on pages that are there
+            await create()
+    assert refusal.has(error_details_pb2.RetryInfo)
+    with pragma(admission, trouble):
+        with refused(*UNAVAILABLE):
+            await create()
+        assert await admission.state(task) == "RUNNING"
+    assert admission.num_rows()["tasks"] == len(acknowledged)
+    await create()  # the same request, now taken
+    assert await admission.commit(step(task, 1, 1)) == ["COMMITTED"]
+    listed = (await admission.tenant().ListTasks(pb.ListTasksRequest(page_size=1000))).tasks
+    assert sorted(found.name for found in listed) == sorted(acknowledged)
+
+
+async def test_an_upload_without_room_for_it_is_unavailable_and_leaves_nothing(
+    admission: Admission, alignment: Alignment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/full refuses every write, as a full disk does."""
+    before = admission.num_rows(), admission.files()
+    with monkeypatch.context() as patched:
+        patched.setattr(tempfile, "NamedTemporaryFile", lambda **options: open("/dev/full", "w+b", 0))  # noqa: SIM115
+        with refused(*UNAVAILABLE):
+            await admission.upload()
+    assert (admission.num_rows(), admission.files()) == before
+    await admission.upload()
+
+
+async def test_an_artifact_store_that_is_away_is_unavailable_and_comes_back(admission: Admission) -> None:
+    """A file stands where the store's folder was."""
+    dataset = (await admission.upload()).name
+    away = admission.folder.with_name("away")
+    admission.folder.rename(away)
+    admission.folder.touch()
+    with refused(*UNAVAILABLE) as refusal:
+        await admission.upload(lines([{"text": "other bytes"}]))
+    assert refusal.has(error_details_pb2.RetryInfo)
+    admission.folder.unlink()
+    away.rename(admission.folder)
+    await admission.upload(lines([{"text": "other bytes"}]))
+    await admission.create(dataset)
