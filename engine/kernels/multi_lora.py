@@ -15,7 +15,7 @@ get no gradient, and nothing is saved for one. S is kept of each use, and X if a
 This is the reference and the CPU path; on CUDA, cuda/multi_lora.cu does it (`multi_lora_ops`).
 Legend: T tokens, K inputs, N outputs, R rank, L tokens of one use.
 Source: LoRA (arXiv 2106.09685), VeRA (arXiv 2310.11454); multi-tenant batching as in Punica (arXiv 2310.18547) and
-MuxTune section 3.2.
+MuxTune (arXiv 2603.02885).
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The unified representation of PEFT methods: BaseOp, Adapter, Dispatch, Aggregate (MuxTune section 3.2).
+"""The unified representation of PEFT methods: BaseOp, Adapter, Dispatch, Aggregate (after MuxTune).
 
 A mounted module dispatches each task's tokens to that task's Adapter and aggregates what it computes into the output. A
 method is one file with one Adapter class, which overrides the hooks it needs: `input_affine` (what the operator reads),
