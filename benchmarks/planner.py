@@ -6,7 +6,7 @@ Predictions: a small Llama on one thread, timed by CPU seconds; calibrated, corr
 shapes as an executor does, then asked for 60 others. Fusion: random tasks against the best of all partitions (up to
 10), and against the bound below any partition (64 on 4 stages). Pipelines: 8 tasks on 4 stages, 20 rounds. Traces:
 1,000 tasks on 16 devices under three policies, 10,000 on 128 under ours, in bursts of 8. Padding: tasks with lengths as
-of the paper's datasets, drawn log-normally (`SHAPES`), packed by alignment itself. Switches: 16 such tasks on 4 stages.
+of the paper's datasets, drawn log-normally (`workload.CORPORA`), packed by alignment itself. Switches: 16 such tasks on 4 stages.
 Saturation: two tasks fused on one device, and eight on four stages, over their tokens. All seconds are the process's
 own. Costs of all but the predictions are those of `DEVICE`, which small microbatches leave idle, and which is made up.
 """
@@ -26,6 +26,7 @@ import torch
 import transformers
 
 from benchmarks import report
+from benchmarks.workload import CORPORA
 from engine.alignment.dataset import TokenizedDataset
 from engine.alignment.packing import Member, rounds
 from engine.method import Site
@@ -50,8 +51,7 @@ from engine.runtime.executor import Executor
 from engine.task import TaskSpec, Training
 
 PLOT = Path(__file__).parent / "saturation.svg"
-SHAPES = {"sst2": (22, 0.5, 64), "openbookqa": (45, 0.4, 128), "rte": (80, 0.5, 256)}  # median, spread of log, cap
-MIXES = {name: (name,) * 4 for name in SHAPES} | {"all three": tuple(SHAPES) * 2, "fifteen": tuple(SHAPES) * 5}
+MIXES = {name: (name,) * 4 for name in CORPORA} | {"all three": tuple(CORPORA) * 2, "fifteen": tuple(CORPORA) * 5}
 SITES = tuple(Site(f"layers.{i}.{n}_proj", 576, 576) for i in range(30) for n in "qv")
 BACKBONE = BackboneView("b", 135_000_000, 30, 576, 49152, 8192, 540 << 20, "float32", SITES)
 DEVICE = CostProfile(fixed_seconds=0.05, token_seconds=1e-4, knee_tokens=512, square_seconds=1e-9, target_seconds=1e-6,
@@ -169,13 +169,12 @@ def simulated(num_tasks: int, num_devices: int, policy: Policy) -> dict[str, Any
 def tasks_of(mix: tuple[str, ...], batch: int, steps: int = 12) -> list[tuple[TaskView, TokenizedDataset]]:
     random, made = np.random.default_rng(len(mix)), []
     for i, shape in enumerate(mix):
-        median, spread, cap = SHAPES[shape]
-        lengths = np.clip(np.exp(random.normal(math.log(median), spread, 400)).astype(np.int64), 4, cap)
+        lengths = CORPORA[shape].lengths(random, 400)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         ids = np.zeros(offsets[-1], np.int32)
         data = TokenizedDataset(ids, np.ones(len(ids), np.bool_), offsets, np.arange(400), lengths, (), 0)
         training = Training(1e-3, num_steps=steps, micro_batch_size=8, global_batch_size=batch,
-                            max_sequence_tokens=cap, seed=i)  # fmt: skip
+                            max_sequence_tokens=CORPORA[shape].cap, seed=i)  # fmt: skip
         quantiles = np.quantile(lengths, (np.arange(64) + 0.5) / 64, method="inverted_cdf").astype(int)
         spec = TaskSpec("b", Lora(8, 8.0, ("q_proj", "v_proj")), "", training)
         view = TaskView(f"t/tasks/{i:02}", "t", spec, i, steps, num_train_tokens=int(steps * batch * lengths.mean()),
@@ -194,14 +193,14 @@ def padding(mix: tuple[str, ...], batch: int, chunk: int) -> dict[str, Any]:
     for microbatch in rounds(members, htask.token_budget, htask.chunk_tokens):
         whole += sum(range_.num_tokens for range_ in microbatch.ranges)
         effective += sum(range_.num_effective_tokens for range_ in microbatch.ranges)
-    cap = max(SHAPES[shape][2] for shape in mix)
+    cap = max(CORPORA[shape].cap for shape in mix)
     return {"chunk": htask.chunk_tokens, "padding": 1 - effective / whole,
             "padding_to_longest": 1 - effective / (12 * batch * cap * len(mix))}  # fmt: skip
 
 
 def switches() -> dict[str, float]:
     """Seconds in which each of 16 ragged tasks takes a step, on four stages."""
-    views = tuple(view for view, _ in tasks_of(tuple(SHAPES) * 5 + ("rte",), 32))
+    views = tuple(view for view, _ in tasks_of(tuple(CORPORA) * 5 + ("rte",), 32))
     executor = ExecutorView("e", BACKBONE, 80 << 30, cost=DEVICE, num_stages=4, hop_seconds=2e-3)
     variants = {
         "all on": Limits(),
