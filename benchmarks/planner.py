@@ -6,7 +6,7 @@ Predictions: a small Llama on one thread, timed by CPU seconds; calibrated, corr
 shapes as an executor does, then asked for 60 others. Fusion: random tasks against the best of all partitions (up to
 10), and against the bound below any partition (64 on 4 stages). Pipelines: 8 tasks on 4 stages, 20 rounds. Traces:
 1,000 tasks on 16 devices under three policies, 10,000 on 128 under ours, in bursts of 8. Padding: tasks with lengths as
-of the paper's datasets, drawn log-normally (`workload.CORPORA`), packed by alignment itself. Switches: 16 such tasks on 4 stages.
+of the paper's datasets (`workload.CORPORA`), packed by alignment itself. Switches: 16 such tasks on 4 stages.
 Saturation: two tasks fused on one device, and eight on four stages, over their tokens. All seconds are the process's
 own. Costs of all but the predictions are those of `DEVICE`, which small microbatches leave idle, and which is made up.
 """
