@@ -7,7 +7,7 @@ DATA ?= muxtune-data
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help demo up test test-kernels test-gpu kernels sanitize bench-kernels lint types protos bench clean
+.PHONY: help demo up test test-kernels test-gpu kernels sanitize bench-kernels bench-planner lint types protos bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 15
@@ -67,6 +67,9 @@ protos: $(READY) ## generate the stubs in muxtune/v1
 
 bench: $(READY) ## effective tokens per second on this CPU against Hugging Face PEFT
 	python benchmarks/cpu_throughput.py
+
+bench-planner: $(READY) ## the planner's predictions, fusion, pipelines, traces, padding and switches
+	python benchmarks/planner.py
 
 clean: ## remove the virtual environment, caches and demo data
 	rm -rf $(VENV) demo-data .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

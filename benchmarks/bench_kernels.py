@@ -113,9 +113,14 @@ def row(point: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
         point["kernel"], point["point"], str(point.get("tokens", "")), str(point.get("tasks", "")),
         f"{ours['ms']:.3f}{added}", _or_dash(ours, "graph_ms", 3), f"{ours['launch_us']:.0f}",
         _or_dash(ours, "graph_launch_us", 1), f"{floors[0]:.3f}, {floors[1]:.3f}", f"{spent / max(floors):.2f}",
-        "; ".join(beside), "; ".join(_errors(point["errors"])),
+        "; ".join([*beside, *_choice(point)]), "; ".join(_errors(point["errors"])),
         "; ".join(f"{name}: {why}" for name, why in point.get("left_out", {}).items()),
     ]  # fmt: skip
+
+
+def _choice(point: Mapping[str, Any]) -> list[str]:
+    """Of two ways of ours, the one that the shape chose and the one that was faster."""
+    return [f"chosen: {', '.join(point['chosen'])}, faster: {point['faster']}"] if "chosen" in point else []
 
 
 def _beside(name: str, milliseconds: float, times: Mapping[str, Any]) -> str:

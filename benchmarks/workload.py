@@ -1,4 +1,4 @@
-"""The tasks that side_by_side.py runs: lengths, ranks and targets as the MuxTune paper mixes them (section 5).
+"""The tasks that side_by_side.py runs: lengths, ranks and targets mixed as the MuxTune paper does.
 
 The paper's datasets are SST-2, OpenBookQA and RTE, cut at 64, 128 and 256 tokens. Rows here are random tokens; their
 lengths are drawn from log-normal distributions of our own (`CORPORA`), short questions to long ones, not fitted to the
@@ -36,9 +36,9 @@ class Corpus:
 
 
 CORPORA = {
-    "sst2": Corpus("sst2", 64, 26, 0.45),
-    "openbookqa": Corpus("openbookqa", 128, 52, 0.35),
-    "rte": Corpus("rte", 256, 92, 0.45),
+    "sst2": Corpus("sst2", 64, 22, 0.5),
+    "openbookqa": Corpus("openbookqa", 128, 45, 0.4),
+    "rte": Corpus("rte", 256, 80, 0.5),
 }
 MIXES = {name: (name,) for name in CORPORA} | {"mixed": tuple(CORPORA)}
 

@@ -6,10 +6,6 @@
 #include "tile.cuh"
 
 constexpr int STAGES = 3;
-template <typename T>
-constexpr DEVICE int tile_size() {
-    return TILE * row_stride<T>(TILE);
-}
 
 // C [rows x columns], dense, of A [rows x depth] and B [depth x columns].
 struct GemmUse {

@@ -1,84 +1,143 @@
-// What a launch of multi_lora reads, as engine/kernels/multi_lora_items.py packs it, and the tiles it works on.
+// What a launch of multi_lora reads, as engine/kernels/multi_lora_structs.py packs it, and the tiles it works on.
 //
-// Legend: T tokens, W columns of the stream (K inputs or N outputs), R rank, L tokens of one use.
+// Legend: T tokens, W columns of a stream (K inputs or N outputs), R rank, L tokens of one use.
 #pragma once
 #include "philox.cuh"
 #include "tile.cuh"
 
-// One task's adapter on its own tokens [start, start + num_tokens) of the stream.
+constexpr int OCTET = 8, OCTETS = TILE / OCTET;  // ranks of one use side by side; of a tile
+constexpr int MAX_OPERATORS = 8;                 // of a group
+
+// One task's adapter of one operator, on its own tokens [start, start + num_tokens) of the stream.
 struct LoraUse {
-    int start, num_tokens, rank, first_run, num_runs;
-    int threshold;  // of its dropout; 0: none
-    float scale, keep_scale;
-    u64 seed, step_site;
-    const float *a, *b, *shrink_gain, *expand_gain;  // gains may be null
-    i64 a_stride, b_stride;
-    int is_a_rank_major, is_b_rank_major;  // whether a row of memory is one rank
-    i64 shrunk;                            // elements before this use's [L, padded rank] in the shrunk rows
-    i64 da, db, dd, dg;                    // floats before each gradient; -1: not wanted
+    int start, num_tokens, rank, op;
+    int first_run, num_runs, threshold, unused;  // of its dropout; threshold 0: none
+    i64 shrunk;                                  // elements before this use's [L, padded rank] in the shrunk rows
+    i64 da, db, dd, dg;                          // floats before each gradient; -1: not wanted
 };
 
-// One block's work, on tokens and columns of one use. Splits of one tile are summed by the last of them to finish.
+// What it multiplies by. The dropout's step is read where it lies, so that a captured graph sees it change.
+struct LoraFactors {
+    const float *a, *b, *shrink_gain, *expand_gain;  // gains may be null
+    const i64* step;
+    u64 seed;
+    i64 site, a_stride, b_stride;
+    float scale, keep_scale;
+    int is_a_rank_major, is_b_rank_major;  // whether a row of memory is one rank
+};
+
+// Tiles on their way: floats have twice the bytes, and 99 KB a block is what some architectures have (sm_86, sm_89).
+template <typename T>
+constexpr DEVICE int stages() {
+    return sizeof(T) == 4 ? 2 : 3;
+}
+
+// Up to 64 ranks of uses on the same tokens: octet i holds eight of `use[i]` from `rank[i]` on. All lie the same way in
+// memory, and either none is dropped or all are of one use. `ends_sum`: the next tile of an item has another mask.
+struct LoraTile {
+    int use[OCTETS], rank[OCTETS];
+    int num_octets, ends_sum;
+};
+
+// Of a sum that several items have a part of: the last of them to finish adds the parts up.
+struct LoraSplit {
+    int index, count, counter, unused;
+    i64 partial;  // floats before the partial sums
+};
+
+// One block's work: tiles [tile, tile + num_tiles) on tokens and columns of one stream.
 struct LoraItem {
-    int use, token, end_token, column, end_column, rank;
-    int split, num_splits, counter, unused;
-    i64 partial;  // floats before the tile's partial sums
+    int tile, num_tiles, stream, unused;
+    int token, end_token, column, end_column;
+    LoraSplit sum, outer;  // `outer`: of dB, where E and dB are summed by one item
+};
+
+struct LoraStream {
+    void* data;        // [T, W]
+    const void* bias;  // [W], or null
+    i64 stride;
+    int width, adds;  // whether expand adds to what is there, or writes it
 };
 
 struct LoraLaunch {
     const LoraUse* uses;
+    const LoraFactors* factors;
     const Run* runs;
+    const LoraTile* tiles;
     const LoraItem* items;
-    void* stream;       // X, dX, Y or dY: [T, W]
     void* shrunk;       // S or E: [L, padded rank] of each use
     const void* other;  // S, beside E
     float* gradients;
     float* partials;
     int* counters;
-    i64 stream_stride;
-    int num_items, width;
-    int is_input_side;  // A with X or dX and dropout; else B with Y or dY and scale
-    int rank_capacity;  // the greatest rank of all uses, to a multiple of 64
+    int num_items, unused;
+    LoraStream streams[MAX_OPERATORS + 1];  // X or dX, and of each operator Y or dY
 };
 
-DEVICE int padded(int rank) { return ceil_div(rank, 8) * 8; }
+DEVICE int padded(int rank) { return ceil_div(rank, OCTET) * OCTET; }
+// The input side has A with X or dX and dropout; the output side B with Y or dY and scale.
+DEVICE bool is_input_side(const LoraItem& item) { return item.stream == 0; }
+DEVICE int num_pairs_of(const LoraTile& tile) { return ceil_div(tile.num_octets * OCTET, PAIR); }
+DEVICE const LoraUse& use_of(const LoraLaunch& launch, const LoraTile& tile) { return launch.uses[tile.use[0]]; }
+template <typename T>
+DEVICE Matrix<T> stream_of(const LoraLaunch& launch, int stream) {
+    const LoraStream& s = launch.streams[stream];
+    return matrix(static_cast<const T*>(s.data), s.stride);
+}
+// Of S or E: the row of a token of the stream, from the octet's first rank on.
+template <typename T>
+DEVICE T* shrunk_row(const void* shrunk, const LoraUse& use, i64 token, int rank) {
+    return static_cast<T*>(const_cast<void*>(shrunk)) + use.shrunk + (token - use.start) * padded(use.rank) + rank;
+}
+DEVICE float keep_scale_of(const LoraUse& use, const LoraFactors& factors) {
+    return use.threshold ? factors.keep_scale : 1.0f;
+}
 
-// A or B of one use: [R x W], whichever way it lies in memory. The gains are multiplied into it as it is loaded.
+// A tile of A or B, [64 ranks x W], whichever way it lies in memory. Gains are multiplied into it as it is loaded.
 struct Factor {
-    const float *data, *rank_gain, *column_gain;
-    i64 stride;
-    bool is_rank_major, is_aligned;
-    int rank, width;
+    const LoraLaunch& launch;
+    const LoraTile& tile;
+    bool is_input, has_rank_gain, has_column_gain, is_rank_major;
+    int width;
 };
-DEVICE Factor factor_of(const LoraLaunch& launch, const LoraUse& use) {
-    const bool input = launch.is_input_side != 0;
-    const Matrix<float> m = input ? matrix(use.a, use.a_stride) : matrix(use.b, use.b_stride);
-    const bool is_rank_major = (input ? use.is_a_rank_major : use.is_b_rank_major) != 0;
-    return {m.data, nullptr, nullptr, m.stride, is_rank_major, m.is_aligned, use.rank, launch.width};
+enum class Gain { NONE, RANK, COLUMN };
+DEVICE Factor factor_of(const LoraLaunch& launch, const LoraTile& tile, int stream, Gain gain) {
+    const LoraFactors& first = launch.factors[tile.use[0]];
+    const bool is_input = stream == 0;
+    return {launch, tile, is_input, gain == Gain::RANK, gain == Gain::COLUMN,
+            (is_input ? first.is_a_rank_major : first.is_b_rank_major) != 0, launch.streams[stream].width};
 }
 
 // A 64 x 64 tile of a factor on its way through registers, where floats become T: as it lies in memory, so that a row
-// of the tile is one rank (is_rank_major) or one column.
-template <typename T>
+// of the tile is one rank (is_rank_major) or one column. Of 16 P ranks at most.
+template <typename T, int P = PAIRS>
 struct FactorTile {
-    static constexpr int CHUNKS = TILE * TILE / 4 / THREADS;
+    static constexpr int CHUNKS = PAIR * P * TILE / 4 / THREADS;
     float v[CHUNKS][4];
 
-    // Ranks from `rank` and columns from `column`; what is beyond the factor is zero.
-    DEVICE void fetch(const Factor& f, int rank, int column, int num_pairs) {
-        const int per_line = f.is_rank_major ? TILE / 4 : num_pairs * PAIR / 4;
+    // Columns from `column`; what is beyond the factor is zero.
+    DEVICE void fetch(const Factor& f, int column) {
+        const int num_pairs = num_pairs_of(f.tile), per_line = f.is_rank_major ? TILE / 4 : num_pairs * PAIR / 4;
         const int num_chunks = (f.is_rank_major ? num_pairs * PAIR : TILE) * per_line;
 #pragma unroll
         for (int q = 0; q < CHUNKS; ++q) {
-            const int i = thread_index() + q * THREADS;
-            if (i < num_chunks) fetch_chunk(v[q], f, rank, column, i / per_line, i % per_line * 4);
+            const int i = thread_index() + q * THREADS, line = i / per_line, along = i % per_line * 4;
+            if (i >= num_chunks) continue;
+            const int place = f.is_rank_major ? line : along;
+            if (place / OCTET < f.tile.num_octets)
+                fetch_chunk(v[q], f, place, column + (f.is_rank_major ? along : line));
+            else
+                for (int j = 0; j < 4; ++j) v[q][j] = 0.0f;
         }
     }
-    static DEVICE void fetch_chunk(float (&to)[4], const Factor& f, int rank, int column, int line, int along) {
-        const int r = rank + (f.is_rank_major ? line : along), c = column + (f.is_rank_major ? along : line);
-        const int valid = f.is_rank_major ? (r < f.rank ? f.width - c : 0) : (c < f.width ? f.rank - r : 0);
-        const float* from = f.data + (f.is_rank_major ? r * f.stride + c : c * f.stride + r);
-        if (f.is_aligned && valid >= 4) {
+    static DEVICE void fetch_chunk(float (&to)[4], const Factor& f, int place, int column) {
+        const int index = f.tile.use[place / OCTET], rank = f.tile.rank[place / OCTET] + place % OCTET;
+        const LoraFactors& own = f.launch.factors[index];
+        const Matrix<float> m = f.is_input ? matrix(own.a, own.a_stride) : matrix(own.b, own.b_stride);
+        const int ranks = f.launch.uses[index].rank - rank, columns = f.width - column;
+        const int valid = f.is_rank_major ? (ranks > 0 ? columns : 0) : (columns > 0 ? ranks : 0);
+        const float* from = m.data + (f.is_rank_major ? rank * m.stride + column : column * m.stride + rank);
+        if (m.is_aligned && valid >= 4) {
             const float4 four = *reinterpret_cast<const float4*>(from);
             to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
         } else {
@@ -87,12 +146,14 @@ struct FactorTile {
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            if (f.rank_gain != nullptr && j < valid) to[j] *= f.rank_gain[f.is_rank_major ? r : r + j];
-            if (f.column_gain != nullptr && j < valid) to[j] *= f.column_gain[f.is_rank_major ? c + j : c];
+            if (f.has_rank_gain && own.shrink_gain != nullptr && j < valid)
+                to[j] *= own.shrink_gain[f.is_rank_major ? rank : rank + j];
+            if (f.has_column_gain && own.expand_gain != nullptr && j < valid)
+                to[j] *= own.expand_gain[f.is_rank_major ? column + j : column];
         }
     }
-    DEVICE void store(T* tile, const Factor& f, int num_pairs) const {
-        const int per_line = f.is_rank_major ? TILE / 4 : num_pairs * PAIR / 4;
+    DEVICE void store(T* tile, const Factor& f) const {
+        const int num_pairs = num_pairs_of(f.tile), per_line = f.is_rank_major ? TILE / 4 : num_pairs * PAIR / 4;
         const int num_chunks = (f.is_rank_major ? num_pairs * PAIR : TILE) * per_line;
 #pragma unroll
         for (int q = 0; q < CHUNKS; ++q) {
@@ -105,38 +166,45 @@ struct FactorTile {
     }
 };
 
-// Sums the splits of a tile in their order, if this block is the last of them; then `c` is the whole. Collective.
-DEVICE bool combine_splits(Accumulator& c, const LoraLaunch& launch, const LoraItem& item, int num_pairs, int* flag) {
-    if (item.num_splits == 1) return true;
-    const int num_chunks = 2 * num_pairs;
-    float4* partial = reinterpret_cast<float4*>(launch.partials + item.partial) + thread_index();
-#pragma unroll
-    for (int i = 0; i < 2 * PAIRS; ++i) {
-        const float(&v)[4] = c.v[i / 2][i % 2];
-        if (i < num_chunks) partial[(item.split * num_chunks + i) * THREADS] = float4{v[0], v[1], v[2], v[3]};
+// Starts copying a tile's ranks of S or E, `num_rows` tokens from `token` on, of which `rows` are there; what is
+// beyond, up to a whole pair of octets, becomes zero.
+template <typename T>
+DEVICE void copy_shrunk(T* to, int stride, const void* shrunk, const LoraLaunch& launch, const LoraTile& tile,
+                        int num_rows, int token, int rows) {
+    constexpr int V = vector_length<T>();
+    const int per_row = num_pairs_of(tile) * PAIR / V;
+    for (int i = thread_index(); i < num_rows * per_row; i += THREADS) {
+        const int r = i / per_row, c = i % per_row * V, octet = c / OCTET;
+        const bool is_there = r < rows && octet < tile.num_octets;
+        const int o = is_there ? octet : 0, row = is_there ? r : 0;
+        const T* from = shrunk_row<T>(shrunk, launch.uses[tile.use[o]], token + row, tile.rank[o] + c % OCTET);
+        cp_async_16(to + r * stride + c, from, is_there ? 16 : 0);
     }
-    if (!is_last_to_arrive(launch.counters + item.counter, item.num_splits, flag)) return false;
-    c.clear();
-    for (int split = 0; split < item.num_splits; ++split) {
-#pragma unroll
-        for (int i = 0; i < 2 * PAIRS; ++i) {
-            if (i >= num_chunks) continue;
-            const float4 four = partial[(split * num_chunks + i) * THREADS];
-            float(&v)[4] = c.v[i / 2][i % 2];
-            v[0] += four.x, v[1] += four.y, v[2] += four.z, v[3] += four.w;
-        }
-    }
-    return true;
+}
+
+// Sums the splits of an item's `tile`-th tile, if this block is the last of them; then `c` is the whole. Collective.
+template <int P>
+DEVICE bool combine_splits(Sums<P>& c, const LoraLaunch& launch, const LoraSplit& split, int tile, int num_pairs,
+                           int* flag) {
+    const i64 size = 2 * num_pairs * THREADS * 4;
+    return sum_splits(c, launch.partials + split.partial + tile * split.count * size, split.index, split.count,
+                      launch.counters + split.counter + tile, num_pairs, flag);
+}
+
+DEVICE DropoutKey key_of(const LoraUse& use, const LoraFactors& factors) {
+    if (use.threshold == 0) return {0, 0, 0};
+    return {factors.seed, (static_cast<u64>(*factors.step) << 32) + static_cast<u64>(factors.site), use.threshold};
 }
 
 // Zeroes what a use's dropout drops of a tile of its tokens from `token` and columns from `column`; does not scale.
 template <typename T>
-DEVICE void drop_tile(T* tile, const LoraUse& use, const Run* runs, int width, int token, int column, int rows) {
-    const DropoutKey key{use.seed, use.step_site, use.threshold};
+DEVICE void drop_tile(T* tile, const LoraUse& use, const DropoutKey& key, const Run* runs, int width, int token,
+                      int column, int rows) {
     constexpr int BLOCKS = TILE / LANES;
     const int row = thread_index() / 2;  // two threads a token
     if (row >= rows) return;
-    const u64 position = static_cast<u64>(position_of(runs + use.first_run, use.num_runs, token + row));
+    const int own = token - use.start + row;
+    const u64 position = static_cast<u64>(position_of(runs + use.first_run, use.num_runs, own));
     const u64 counter = position * ceil_div(width, LANES) + column / LANES;
     for (int block = thread_index() % 2 * (BLOCKS / 2), i = 0; i < BLOCKS / 2; ++i, ++block) {
         if (column + block * LANES >= width) return;

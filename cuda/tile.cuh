@@ -18,17 +18,23 @@ template <typename T>
 constexpr DEVICE int row_stride(int width) {
     return width + vector_length<T>();
 }
+template <typename T>
+constexpr DEVICE int tile_size() {
+    return TILE * row_stride<T>(TILE);
+}
 
-// 16 rows by 64 columns of a product, spread over a warp as mma lays it out: pair p, half h, register i hold
+// 16 rows by 16 P columns of a product, spread over a warp as mma lays it out: pair p, half h, register i hold
 // row lane / 4 + 8 * (i / 2), column 16 p + 8 h + 2 * (lane % 4) + i % 2.
-struct Accumulator {
-    float v[PAIRS][2][4];
+template <int P>
+struct Sums {
+    float v[P][2][4];
 
     DEVICE void clear() {
 #pragma unroll
-        for (int i = 0; i < PAIRS * 8; ++i) v[i / 8][i / 4 % 2][i % 4] = 0.0f;
+        for (int i = 0; i < P * 8; ++i) v[i / 8][i / 4 % 2][i % 4] = 0.0f;
     }
 };
+using Accumulator = Sums<PAIRS>;
 DEVICE int fragment_row(int i) { return thread_index() % WARP / 4 + 8 * (i / 2); }
 DEVICE int fragment_column(int pair, int half, int i) {
     return PAIR * pair + 8 * half + 2 * (thread_index() % 4) + i % 2;
@@ -108,13 +114,13 @@ struct Product<float> {
 };
 
 // The warp's 16 rows (from `m`) of the product of two tiles; `depth` (a multiple of 16) is what is summed over.
-template <typename T>
-DEVICE void multiply_tiles(Accumulator& c, const T* a, int a_stride, bool is_a_row_major, const T* b, int b_stride,
+template <typename T, int P>
+DEVICE void multiply_tiles(Sums<P>& c, const T* a, int a_stride, bool is_a_row_major, const T* b, int b_stride,
                            bool is_b_row_major, int m, int depth, int num_pairs) {
     for (int k = 0; k < depth; k += Product<T>::STEP) {
         const auto fa = Product<T>::load_a(a, a_stride, m, k, is_a_row_major);
 #pragma unroll
-        for (int pair = 0; pair < PAIRS; ++pair)
+        for (int pair = 0; pair < P; ++pair)
             if (pair < num_pairs)
                 Product<T>::multiply(c.v[pair], fa, Product<T>::load_b(b, b_stride, PAIR * pair, k, is_b_row_major));
     }
@@ -196,28 +202,37 @@ struct StagedTile {
     }
 };
 
+// A thread's share of partial sums, or of sums kept in shared memory: every THREADS-th float4.
+template <int P>
+DEVICE void keep(float4* kept, const Sums<P>& c, int num_pairs) {
+#pragma unroll
+    for (int i = 0; i < 2 * P; ++i) {
+        const float(&v)[4] = c.v[i / 2][i % 2];
+        if (i < 2 * num_pairs) kept[i * THREADS] = float4{v[0], v[1], v[2], v[3]};
+    }
+}
+template <int P>
+DEVICE void add_kept(Sums<P>& c, const float4* kept, int num_pairs) {
+#pragma unroll
+    for (int i = 0; i < 2 * P; ++i) {
+        if (i >= 2 * num_pairs) continue;
+        const float4 four = kept[i * THREADS];
+        float(&v)[4] = c.v[i / 2][i % 2];
+        v[0] += four.x, v[1] += four.y, v[2] += four.z, v[3] += four.w;
+    }
+}
+
 // Sums `num_splits` partial tiles in their order, if this block is the last of them to come: then `c` is the whole.
 // `partials` has room for all, `counter` is zero before and after, `flag` one int of shared memory. Collective.
-DEVICE bool sum_splits(Accumulator& c, float* partials, int split, int num_splits, int* counter, int num_pairs,
+template <int P>
+DEVICE bool sum_splits(Sums<P>& c, float* partials, int split, int num_splits, int* counter, int num_pairs,
                        int* flag) {
     if (num_splits == 1) return true;
-    const int num_chunks = 2 * num_pairs;
+    const int size = 2 * num_pairs * THREADS;
     float4* const own = reinterpret_cast<float4*>(partials) + thread_index();
-#pragma unroll
-    for (int i = 0; i < 2 * PAIRS; ++i) {
-        const float(&v)[4] = c.v[i / 2][i % 2];
-        if (i < num_chunks) own[(split * num_chunks + i) * THREADS] = float4{v[0], v[1], v[2], v[3]};
-    }
+    keep(own + split * size, c, num_pairs);
     if (!is_last_to_arrive(counter, num_splits, flag)) return false;
     c.clear();
-    for (int other = 0; other < num_splits; ++other) {
-#pragma unroll
-        for (int i = 0; i < 2 * PAIRS; ++i) {
-            if (i >= num_chunks) continue;
-            const float4 four = own[(other * num_chunks + i) * THREADS];
-            float(&v)[4] = c.v[i / 2][i % 2];
-            v[0] += four.x, v[1] += four.y, v[2] += four.z, v[3] += four.w;
-        }
-    }
+    for (int other = 0; other < num_splits; ++other) add_kept(c, own + other * size, num_pairs);
     return true;
 }

@@ -1,6 +1,6 @@
 """A microbatch: one packed stream of tokens, holding ranges of one or more tasks.
 
-Legend: T tokens of the stream (all ranges, tails included). Source: MuxTune section 3.4 (chunk-based alignment).
+Legend: T tokens of the stream (all ranges, tails included). Source: MuxTune's chunk-based alignment.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ A task's global batch is cut into slices of at most `micro_batch_size` sequences
 all tasks are packed into few microbatches, first-fit decreasing, under that budget. Only a sequence longer than the
 budget passes it, alone: a microbatch holds at most the larger of the budget and the longest sequence, padded.
 In one microbatch a task has one contiguous range, padded at its tail to a multiple of the chunk.
-Source: MuxTune section 3.4. Legend: T tokens of the stream.
+Source: MuxTune's chunk-based alignment (arXiv 2603.02885). Legend: T tokens of the stream.
 """
 
 from collections.abc import Iterator, Sequence

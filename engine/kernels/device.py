@@ -35,6 +35,10 @@ class CupyLauncher(Memory):
         self._functions: dict[Kernel, Any] = {}
         self._shared_bytes: dict[Kernel, int] = {}
 
+    @property
+    def stream(self) -> int:
+        return int(torch.cuda.current_stream(self.device).cuda_stream)
+
     def launch(
         self,
         kernel: Kernel,

@@ -45,6 +45,7 @@ class DropoutMask:
     width: int
     probability: float
     device: torch.device | str = "cpu"
+    device_step: torch.Tensor | None = None  # the step in the device's memory (int64), where its owner updates it
 
     def __call__(self) -> torch.Tensor:
         mask = keep_mask(self.seed, self.step, self.site, self.positions_L, self.width, self.probability)

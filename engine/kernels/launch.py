@@ -42,6 +42,10 @@ class Launcher(Protocol):
     @property
     def num_multiprocessors(self) -> int: ...
 
+    @property
+    def stream(self) -> int:
+        """Which of the device's streams launches go to now."""
+
     def launch(
         self,
         kernel: Kernel,

@@ -1,21 +1,24 @@
-"""A frozen linear operator with the low-rank adapters of many tasks on one packed stream.
+"""Frozen linear operators that read the same X, with the low-rank adapters of many tasks on one packed stream.
 
-    Y = X Wt + b;   for each use u:  Y[u] += scale_u * g_u o ((d_u o (drop_u(X[u]) A_u^T)) B_u^T)
+For each operator i of the group (q, k and v; gate and up; an operator alone is a group of one):
+    Y_i = X W_i + b_i;   for each use u of it:  Y_i[u] += scale_u * g_u o ((d_u o (drop_u(X[u]) A_u^T)) B_u^T)
 
-d [R] and g [N] are learned gains of the two products (VeRA); without them it is LoRA. Backward, with dY given and
+d [R] and g [N] are learned gains of the two products (VeRA); without them it is LoRA. Backward, with dY_i given and
 S = drop(X[u]) A^T:
-    dX = dY Wt^T;   E = scale * ((g o dY[u]) B);   dX[u] += drop'((d o E) A);   dA = (d o E)^T drop(X[u]);
-    dd = sum(E o S);   dB = scale * (g o dY[u])^T (d o S);   dg = scale * rowsum(B o (dY[u]^T (d o S)))
-The backbone's W and b get no gradient, and nothing is saved for one. S is kept of each use, and X if a use trains its
-A: where A is frozen (VeRA, MiSS) it is not.
+    E = scale * ((g o dY_i[u]) B);   dX = sum over i of (sum over u of drop'((d o E) A) + dY_i W_i^T);
+    dA = (d o E)^T drop(X[u]);   dd = sum(E o S);
+    dB = scale * (g o dY_i[u])^T (d o S);   dg = scale * rowsum(B o (dY_i[u]^T (d o S)))
+dX is written once by the adapters, and each operator's product is accumulated into it in place. The backbone's W and b
+get no gradient, and nothing is saved for one. S is kept of each use, and X if a use trains its A: where A is frozen
+(VeRA, MiSS) it is not.
 
 This is the reference and the CPU path; on CUDA, cuda/multi_lora.cu does it (`multi_lora_ops`).
 Legend: T tokens, K inputs, N outputs, R rank, L tokens of one use.
 Source: LoRA (arXiv 2106.09685), VeRA (arXiv 2310.11454); multi-tenant batching as in Punica (arXiv 2310.18547) and
-MuxTune section 3.2.
+MuxTune (arXiv 2603.02885).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,84 +48,121 @@ class LowRank(NamedTuple):
     expand_gain_N: torch.Tensor | None = None  # g
 
 
-_FIRST_FACTOR = 4  # arguments of _MultiLora.forward before them
+class Operator(NamedTuple):
+    """One linear operator of a group, and the adapters on it. `factors` holds one LowRank for each use, in order."""
+
+    weight_KN: torch.Tensor
+    bias_N: torch.Tensor | None
+    uses: Sequence[LoraUse]
+    factors: Sequence[LowRank]
+
+
+MAX_OPERATORS = 8  # of a group: cuda/multi_lora.cuh
+_FIRST_FACTOR = 2  # arguments of _MultiLora.forward before them
 _NUM_FACTORS = len(LowRank._fields)
 
 
-def multi_lora(
-    x_TK: torch.Tensor,
-    weight_KN: torch.Tensor,
-    bias_N: torch.Tensor | None,
-    uses: Sequence[LoraUse],
-    factors: Sequence[LowRank],
-) -> torch.Tensor:
-    """Y [T, N]. `factors` holds one LowRank for each use, in order. Uses must not overlap.
+def multi_lora(x_TK: torch.Tensor, operators: Sequence[Operator]) -> tuple[torch.Tensor, ...]:
+    """Y_i [T, N_i] of each operator, in order.
 
+    Uses of one operator must not overlap; those of two must lie on the same tokens or have none in common.
     Raises ValueError where shapes or ranges do not fit.
     """
-    _check(x_TK, weight_KN, uses, factors)
-    if _on_device(x_TK, uses):
+    if _on_device(x_TK, operators):
         from engine.kernels import multi_lora_ops  # a process without a GPU does not load what is for one
 
-        return multi_lora_ops.run(x_TK, weight_KN, bias_N, uses, factors)
-    flat = [tensor for low_rank in factors for tensor in low_rank]
-    result: torch.Tensor = _MultiLora.apply(  # type: ignore[no-untyped-call]
-        x_TK, weight_KN, bias_N, tuple(uses), *flat
+        return multi_lora_ops.run(x_TK, operators)
+    check(x_TK, operators)
+    flat = [tensor for operator in operators for low_rank in operator.factors for tensor in low_rank]
+    result: tuple[torch.Tensor, ...] = _MultiLora.apply(  # type: ignore[no-untyped-call]
+        x_TK, tuple(operators), *flat
     )
     return result
 
 
-def _on_device(x_TK: torch.Tensor, uses: Sequence[LoraUse]) -> bool:
+def _on_device(x_TK: torch.Tensor, operators: Sequence[Operator]) -> bool:
     """Whether the kernels take it: float64, and masks that are not made from a dropout key, go the reference's way."""
-    keyed = all(use.keep_mask is None or isinstance(use.keep_mask, DropoutMask) for use in uses)
-    return x_TK.is_cuda and x_TK.dtype in SUFFIXES and len(uses) > 0 and keyed
+    if not (x_TK.is_cuda and x_TK.dtype in SUFFIXES):
+        return False
+    masks = [use.keep_mask for operator in operators for use in operator.uses]
+    return all(mask is None or isinstance(mask, DropoutMask) for mask in masks)
 
 
 class _MultiLora(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_TK: torch.Tensor,
-        weight_KN: torch.Tensor,
-        bias_N: torch.Tensor | None,
-        uses: tuple[LoraUse, ...],
-        *flat: torch.Tensor | None,
-    ) -> torch.Tensor:
-        y_TN = x_TK @ weight_KN if bias_N is None else torch.addmm(bias_N, x_TK, weight_KN)
-        shrunk = []
-        for use, low_rank in zip(uses, _grouped(flat), strict=True):
-            a_RK, b_NR, d_R, g_N = _cast(low_rank, x_TK.dtype)
-            s_LR = _masked(x_TK[use.start : use.end], _mask(use), use) @ a_RK.T
-            y_LN, gained_LR = y_TN[use.start : use.end], _gained(s_LR, d_R)
-            if g_N is None:
-                y_LN.addmm_(gained_LR, b_NR.T, alpha=use.scale)
-            else:
-                y_LN.addcmul_(gained_LR @ b_NR.T, g_N, value=use.scale)
-            shrunk.append(s_LR)
-        ctx.uses = uses
+        ctx: Any, x_TK: torch.Tensor, operators: tuple[Operator, ...], *flat: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        results, shrunk = [], []
+        for (weight_KN, bias_N, uses, _), factors in zip(operators, _by_operator(operators, flat), strict=True):
+            y_TN = x_TK @ weight_KN if bias_N is None else torch.addmm(bias_N, x_TK, weight_KN)
+            shrunk += [_add(x_TK, y_TN, use, low_rank) for use, low_rank in zip(uses, factors, strict=True)]
+            results.append(y_TN)
+        ctx.operators = operators
         trains_a = any(ctx.needs_input_grad[_FIRST_FACTOR::_NUM_FACTORS])
-        ctx.save_for_backward(x_TK if trains_a else None, weight_KN, *flat, *shrunk)
-        return y_TN
+        ctx.save_for_backward(x_TK if trains_a else None, *(o.weight_KN for o in operators), *flat, *shrunk)
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
-        dy_TN = grad_outputs[0]
-        x_TK, weight_KN, *rest = ctx.saved_tensors
-        uses: tuple[LoraUse, ...] = ctx.uses
-        flat, shrunk = rest[: _NUM_FACTORS * len(uses)], rest[_NUM_FACTORS * len(uses) :]
-        needed = _grouped(ctx.needs_input_grad[_FIRST_FACTOR:])
-        dx_TK = dy_TN @ weight_KN.T if ctx.needs_input_grad[0] else None
+    def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[Any, ...]:
+        operators: tuple[Operator, ...] = ctx.operators
+        x_TK, *rest = ctx.saved_tensors
+        weights, rest = rest[: len(operators)], rest[len(operators) :]
+        num_flat = _NUM_FACTORS * sum(len(operator.uses) for operator in operators)
+        factors, shrunk = _by_operator(operators, rest[:num_flat]), iter(rest[num_flat:])
+        needed = _by_operator(operators, ctx.needs_input_grad[_FIRST_FACTOR:])
+        dx_TK = _zeros(weights, grad_outputs) if ctx.needs_input_grad[0] else None
         grads: list[torch.Tensor | None] = []
-        for use, low_rank, s_LR, needs in zip(uses, _grouped(flat), shrunk, needed, strict=True):
-            part = slice(use.start, use.end)
-            ds_LR, own = _gradients(dy_TN[part], s_LR, low_rank, use, needs)
-            mask_LK = _mask(use) if needs.a_RK or dx_TK is not None else None
-            if needs.a_RK:
-                own = own._replace(a_RK=ds_LR.T @ _masked(x_TK[part], mask_LK, use))
-            if dx_TK is not None:
-                dx_TK[part] += _masked(ds_LR @ low_rank.a_RK.to(dy_TN.dtype), mask_LK, use)
-            grads += [g if g is None else g.to(factor.dtype) for g, factor in zip(own, low_rank, strict=True)]
-        return dx_TK, None, None, None, *grads
+        for operator, dy_TN, own, needs in zip(operators, grad_outputs, factors, needed, strict=True):
+            for use, low_rank, needs_of in zip(operator.uses, own, needs, strict=True):
+                s_LR = next(shrunk)
+                grads += _backward_of(x_TK, dy_TN, dx_TK, s_LR, use, low_rank, needs_of)
+        for weight_KN, dy_TN in zip(weights, grad_outputs, strict=True):
+            if dx_TK is not None and dy_TN is not None:
+                dx_TK.addmm_(dy_TN, weight_KN.T)
+        return dx_TK, None, *grads
+
+
+def _add(x_TK: torch.Tensor, y_TN: torch.Tensor, use: LoraUse, low_rank: LowRank) -> torch.Tensor:
+    """Y[u] += the low-rank product. Returns S."""
+    a_RK, b_NR, d_R, g_N = _cast(low_rank, x_TK.dtype)
+    s_LR: torch.Tensor = _masked(x_TK[use.start : use.end], _mask(use), use) @ a_RK.T
+    y_LN, gained_LR = y_TN[use.start : use.end], _gained(s_LR, d_R)
+    if g_N is None:
+        y_LN.addmm_(gained_LR, b_NR.T, alpha=use.scale)
+    else:
+        y_LN.addcmul_(gained_LR @ b_NR.T, g_N, value=use.scale)
+    return s_LR
+
+
+def _zeros(weights: Sequence[torch.Tensor], dys: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """dX [T, K] before anything has been added to it."""
+    dy_TN = next((dy_TN for dy_TN in dys if dy_TN is not None), None)
+    return None if dy_TN is None else dy_TN.new_zeros(len(dy_TN), len(weights[0]))
+
+
+def _backward_of(
+    x_TK: torch.Tensor | None,
+    dy_TN: torch.Tensor | None,
+    dx_TK: torch.Tensor | None,
+    s_LR: torch.Tensor,
+    use: LoraUse,
+    low_rank: LowRank,
+    needs: Any,
+) -> list[Any]:
+    """The gradients of one use's factors; its part of dX is added to it. Nothing where nobody read this Y."""
+    if dy_TN is None:
+        return [None] * _NUM_FACTORS
+    part = slice(use.start, use.end)
+    ds_LR, own = _gradients(dy_TN[part], s_LR, low_rank, use, needs)
+    mask_LK = _mask(use) if needs.a_RK or dx_TK is not None else None
+    if needs.a_RK:
+        assert x_TK is not None
+        own = own._replace(a_RK=ds_LR.T @ _masked(x_TK[part], mask_LK, use))
+    if dx_TK is not None:
+        dx_TK[part] += _masked(ds_LR @ low_rank.a_RK.to(dy_TN.dtype), mask_LK, use)
+    return [None if g is None or f is None else g.to(f.dtype) for g, f in zip(own, low_rank, strict=True)]
 
 
 def _gradients(
@@ -138,9 +178,10 @@ def _gradients(
     return _gained(e_LR, d_R), LowRank(None, db_NR, dd_R, dg_N)  # type: ignore[arg-type]
 
 
-def _grouped(flat: Sequence[Any]) -> list[Any]:
-    """LowRanks of what was flattened."""
-    return [LowRank(*flat[i : i + _NUM_FACTORS]) for i in range(0, len(flat), _NUM_FACTORS)]
+def _by_operator(operators: Sequence[Operator], flat: Sequence[Any]) -> list[list[Any]]:
+    """LowRanks of what was flattened, a list an operator."""
+    each: Iterator[LowRank] = (LowRank(*flat[i : i + _NUM_FACTORS]) for i in range(0, len(flat), _NUM_FACTORS))
+    return [[next(each) for _ in operator.uses] for operator in operators]
 
 
 def _cast(low_rank: LowRank, dtype: torch.dtype) -> list[Any]:
@@ -159,19 +200,38 @@ def _masked(x_LK: torch.Tensor, mask_LK: torch.Tensor | None, use: LoraUse) -> t
     return x_LK if mask_LK is None else torch.where(mask_LK, x_LK, 0) * use.keep_scale
 
 
-def _check(x_TK: torch.Tensor, weight_KN: torch.Tensor, uses: Sequence[LoraUse], factors: Sequence[LowRank]) -> None:
-    num_tokens, width_in = x_TK.shape
-    if weight_KN.shape[0] != width_in:
-        raise ValueError(f"weight_KN has {weight_KN.shape[0]} rows, x_TK {width_in} columns")
+def check(x_TK: torch.Tensor, operators: Sequence[Operator]) -> None:
+    """Raises ValueError where the group's shapes and ranges do not fit."""
+    if not 1 <= len(operators) <= MAX_OPERATORS:
+        raise ValueError(f"a group has 1 to {MAX_OPERATORS} operators, got {len(operators)}")
+    for operator in operators:
+        _check_shapes(x_TK, operator)
+        _check_ranges([(use.start, use.end) for use in operator.uses], len(x_TK))
+    _check_ranges(list({(use.start, use.end) for operator in operators for use in operator.uses}), len(x_TK))
+
+
+def _check_shapes(x_TK: torch.Tensor, operator: Operator) -> None:
+    weight_KN, bias_N, uses, factors = operator
+    width_in, width_out = weight_KN.shape
+    if width_in != x_TK.shape[1]:
+        raise ValueError(f"weight_KN has {width_in} rows, x_TK {x_TK.shape[1]} columns")
+    if bias_N is not None and bias_N.shape != (width_out,):
+        raise ValueError(f"bias_N {tuple(bias_N.shape)} does not fit W {tuple(weight_KN.shape)}")
     if len(factors) != len(uses):
         raise ValueError(f"{len(uses)} uses need as many factors, got {len(factors)}")
-    end = 0
-    for use, (a_RK, b_NR, d_R, g_N) in sorted(zip(uses, factors, strict=True), key=lambda item: item[0].start):
-        if not end <= use.start <= use.end <= num_tokens:
-            raise ValueError(f"use [{use.start}, {use.end}) overlaps another or leaves the {num_tokens} tokens")
-        if a_RK.shape[1] != width_in or b_NR.shape != (weight_KN.shape[1], a_RK.shape[0]):
+    for a_RK, b_NR, d_R, g_N in factors:
+        if a_RK.shape[1] != width_in or b_NR.shape != (width_out, a_RK.shape[0]):
             raise ValueError(f"A {tuple(a_RK.shape)} and B {tuple(b_NR.shape)} do not fit W {tuple(weight_KN.shape)}")
         for gain, rows in ((d_R, b_NR.T), (g_N, b_NR)):
             if gain is not None and gain.shape != rows.shape[:1]:
                 raise ValueError(f"gain {tuple(gain.shape)} does not fit A {tuple(a_RK.shape)}, B {tuple(b_NR.shape)}")
-        end = use.end
+
+
+def _check_ranges(ranges: Sequence[tuple[int, int]], num_tokens: int) -> None:
+    last = 0
+    for start, end in sorted(ranges):
+        if not last <= start <= end <= num_tokens:
+            raise ValueError(
+                f"use [{start}, {end}) leaves the {num_tokens} tokens or overlaps another without being equal to it"
+            )
+        last = end

@@ -1,245 +1,166 @@
-"""multi_lora's products on a device: cuda/multi_lora.cu, launched over the uses of one operator.
+"""multi_lora's products on a device: cuda/multi_lora.cu, launched over the uses of a group of operators.
 
-Bytes beside the base operator's, at rank R: X, dY and X again read once each (X only where A is trained, dY a second
-time where B is); Y and dX read and written; S and E, R / K of X. Partial sums: R / 512 of what each shrink or outer
-reads.
-Legend: T tokens, K inputs, N outputs, W columns of a stream, R rank, U uses, C some of them.
+Bytes beside the base operators', at rank R: X is read once for S of all members and once more for dA, as far as their
+ranks lie in one tile (`multi_lora_tiles`); each dY once for E and dB up to rank 32, twice beyond, once where no B is
+trained. Y_i is written once where the base product accumulates onto it (`rides`), else read and written; dX is written
+once for all members. S and E are R / K of X. Partial sums: `multi_lora_items`.
+Legend: T tokens, K inputs, N outputs, R rank, S streams.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from engine.kernels import multi_lora_items as items_of
-from engine.kernels.dropout import DropoutMask
-from engine.kernels.launch import SUFFIXES, Kernel, Launcher, Table, pack, upload
-from engine.kernels.multi_lora import LoraUse, LowRank
+from engine.kernels.launch import SUFFIXES, Kernel, Launcher, Table, pack
+from engine.kernels.multi_lora import MAX_OPERATORS
+from engine.kernels.multi_lora_plan import Plan, Work
+from engine.kernels.multi_lora_structs import LAUNCH, STREAM, Rows
 
 SOURCE = "multi_lora.cu"
-_STAGES, _TILE = 3, items_of.TILE
 _BLOCKS_PER_MULTIPROCESSOR = 3
-_GRADIENTS = ("da", "db", "dd", "dg")
-Rows = NDArray[Any]
+_MIN_RIDING_WIDTH = 1024
 
 
-class Wanted(NamedTuple):
-    """Which gradients of a use are wanted: those of A, B, d and g."""
+def rides(width_in: int, has_bias: bool) -> bool:
+    """Whether the low-rank products are written first and the base product accumulates onto them (beta = 1).
 
-    a: bool
-    b: bool
-    shrink_gain: bool
-    expand_gain: bool
+    Else they are added to its result.
 
+    Written first, Y passes through memory once in our kernel instead of twice; the base product then reads it, which
+    costs nothing where it is bound by arithmetic: it does 2 K operations for each element of 2 bytes, and a card does
+    about 300 operations in the time of a byte, so from K of some hundreds on. The operands' own bytes, shared by a tile
+    of 128, come on top: 1024. Nobody has measured it yet: benchmarks/bench_multi_lora.py times both.
 
-def describe(uses: Sequence[LoraUse], factors: Sequence[LowRank]) -> tuple[Rows, Rows]:
-    """(uses without addresses, runs of their positions) as structs. A gain that is there is marked by a 1."""
-    rows, runs = np.zeros(len(uses), items_of.USE), [np.zeros(0, items_of.RUN)]
-    for row, use, low_rank in zip(rows, uses, factors, strict=True):
-        row["start"], row["num_tokens"], row["rank"] = use.start, use.end - use.start, len(low_rank.a_RK)
-        row["scale"], row["keep_scale"] = use.scale, use.keep_scale
-        row["shrink_gain"] = low_rank.shrink_gain_R is not None
-        row["expand_gain"] = low_rank.expand_gain_N is not None
-        if isinstance(use.keep_mask, DropoutMask):
-            row["seed"], row["step_site"] = use.keep_mask.key
-            row["threshold"], row["first_run"] = use.keep_mask.threshold, sum(map(len, runs))
-            runs.append(items_of.runs_of(use.keep_mask.positions_L))
-            row["num_runs"] = len(runs[-1])
-    for name in _GRADIENTS:
-        rows[name] = -1
-    sizes_U = rows["num_tokens"] * items_of.padded(rows["rank"])
-    rows["shrunk"] = np.cumsum(sizes_U) - sizes_U
-    return rows, np.concatenate(runs)
-
-
-def num_shrunk(rows: Rows) -> int:
-    """Elements of all shrunk rows S."""
-    return int((rows["num_tokens"] * items_of.padded(rows["rank"])).sum())
-
-
-def laid_out(rows: Rows, width_in: int, width_out: int, wanted: Sequence[Wanted]) -> tuple[Rows, int]:
-    """(uses that know where in one float32 buffer their gradients go, the buffer's size). dB is there for dg, too."""
-    rows, size = rows.copy(), 0
-    for row, wants in zip(rows, wanted, strict=True):
-        sizes = (row["rank"] * width_in, row["rank"] * width_out, row["rank"], width_out)
-        flags = wants._replace(b=wants.b or wants.expand_gain)
-        for name, num_floats, is_needed in zip(_GRADIENTS, sizes, flags, strict=True):
-            if is_needed:
-                row[name] = size
-                size += int(num_floats)
-    return rows, size
-
-
-class LowRankProducts:
-    """The products of one operator's uses on one stream. Factors are float32, contiguous along ranks or columns.
-
-    Raises ValueError where a factor is not.
+    Only the shape decides, never how many rows have an adapter: a task's bits would depend on its neighbours. With a
+    bias cuBLAS would take another product (one that adds the bias) for the same rows as soon as no task has an adapter
+    there, and the bits of a task without one would change: so it does not ride.
     """
+    return width_in >= _MIN_RIDING_WIDTH and not has_bias
+
+
+class GroupProducts:
+    """The products of a group's uses on one stream. `table`: their factors, with addresses; `factors` are what it
+    points into."""
 
     def __init__(
-        self, launcher: Launcher, rows: Rows, runs: Rows, factors: Sequence[LowRank], dtype: torch.dtype
+        self, launcher: Launcher, plan: Plan, table: Table, factors: Sequence[torch.Tensor], dtype: torch.dtype
     ) -> None:
-        self.launcher, self.rows, self.runs, self.factors, self.dtype = launcher, rows.copy(), runs, factors, dtype
-        self.device = factors[0].a_RK.device
-        self.width_in, self.width_out = factors[0].a_RK.shape[1], len(factors[0].b_NR)
-        self.num_tokens_U, self.ranks_U = (rows[name].astype(np.int64) for name in ("num_tokens", "rank"))
-        for row, low_rank in zip(self.rows, factors, strict=True):
-            for name, factor in zip(("a", "b", "shrink_gain", "expand_gain"), low_rank, strict=True):
-                row[name] = 0 if factor is None else _float32(factor).data_ptr()
-            row["a_stride"], row["is_a_rank_major"] = _layout(low_rank.a_RK)
-            row["b_stride"], row["is_b_rank_major"] = _layout(low_rank.b_NR.T)
+        self.launcher, self.plan, self.table, self.factors, self.dtype = launcher, plan, table, list(factors), dtype
 
-    def forward(self, x_TK: torch.Tensor, y_TN: torch.Tensor) -> torch.Tensor:
-        """Y += the low-rank products, in place. Returns S, which backward needs."""
-        shrunk = torch.empty(num_shrunk(self.rows), dtype=self.dtype, device=x_TK.device)
-        self._shrink(x_TK, shrunk, self.rows, is_input_side=True)
-        self._expand(y_TN, shrunk, self.rows, is_input_side=False)
+    def shrink(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """S of all uses, which backward needs."""
+        shrunk = torch.empty(self.plan.num_shrunk, dtype=self.dtype, device=x_TK.device)
+        self._run("shrink", self.plan.shrink_input, [x_TK], shrunk=shrunk)
         return shrunk
 
+    def write(
+        self, ys: Sequence[torch.Tensor | None], biases: Sequence[torch.Tensor | None], shrunk: torch.Tensor
+    ) -> None:
+        """Y_i = b_i + the low-rank products, where a Y is given; rows that no use covers, too."""
+        self._expand(ys, biases, shrunk, adds=False)
+
+    def add(self, ys: Sequence[torch.Tensor | None], shrunk: torch.Tensor) -> None:
+        """Y_i += the low-rank products, in place, where a Y is given."""
+        self._expand(ys, [], shrunk, adds=True)
+
     def backward(
-        self,
-        x_TK: torch.Tensor | None,
-        dy_TN: torch.Tensor,
-        shrunk: torch.Tensor,
-        dx_TK: torch.Tensor | None,
-        wanted: Sequence[Wanted],
+        self, x_TK: torch.Tensor | None, dys: Sequence[torch.Tensor], shrunk: torch.Tensor, dx_TK: torch.Tensor | None
     ) -> torch.Tensor:
-        """dX += the low-rank products, in place, if there is one. Gradients of what is `wanted`, as `laid_out` tells.
+        """All gradients that are laid out in the plan's uses. dX, if there is one, is written: the low-rank part alone.
 
         X must be there where a gradient of A is wanted.
         """
-        rows, size = laid_out(self.rows, self.width_in, self.width_out, wanted)
-        gradients = torch.empty(size, dtype=torch.float32, device=self.device)
+        plan, streams = self.plan, [None, *dys]
+        gradients = torch.empty(plan.num_gradients, dtype=torch.float32, device=shrunk.device)
         grown = torch.empty_like(shrunk)  # E
-        self._shrink(dy_TN, grown, rows, is_input_side=False)
-        outer = [w.b or w.expand_gain for w in wanted]
-        self._outer(dy_TN, shrunk, gradients, rows, outer, is_input_side=False)
-        self._gains(grown, shrunk, gradients, rows, wanted)
+        self._run("shrink_outer", plan.shrink_outer, streams, shrunk=grown, other=shrunk, gradients=gradients)
+        self._run("shrink", plan.shrink_output, streams, shrunk=grown)
+        self._run("outer", plan.outer_output, streams, other=shrunk, gradients=gradients)
+        self._run("expand_gain", plan.expand_gain, [], gradients=gradients)
+        self._run("shrink_gain", plan.shrink_gain, [], shrunk=grown, other=shrunk, gradients=gradients)
         if x_TK is not None:
-            self._outer(x_TK, grown, gradients, rows, [w.a for w in wanted], is_input_side=True)
+            self._run("outer", plan.outer_input, [x_TK], shrunk=grown, gradients=gradients)
         if dx_TK is not None:
-            self._expand(dx_TK, grown, rows, is_input_side=True)
+            self._run("expand", plan.expand_input, [dx_TK], shrunk=grown)
         return gradients
 
-    def _shrink(self, stream: torch.Tensor, shrunk: torch.Tensor, rows: Rows, *, is_input_side: bool) -> None:
-        plan = self._plan(items_of.shrink_items, np.arange(len(rows)), stream.shape[1])
-        shared = 5 * self._tile_bytes() + 16
-        self._run("shrink", plan, rows, shared, stream=stream, shrunk=shrunk, is_input_side=is_input_side)
-
-    def _expand(self, stream: torch.Tensor, shrunk: torch.Tensor, rows: Rows, *, is_input_side: bool) -> None:
-        plan = self._plan(items_of.expand_items, np.arange(len(rows)), stream.shape[1])
-        staged = _TILE * (_TILE * 4 + 16)
-        shared = _TILE * (self.rank_capacity * self.dtype.itemsize + 16) + 2 * self._tile_bytes() + staged
-        self._run("expand", plan, rows, shared, stream=stream, shrunk=shrunk, is_input_side=is_input_side)
-
-    def _outer(
+    def _expand(
         self,
-        stream: torch.Tensor,
+        ys: Sequence[torch.Tensor | None],
+        biases: Sequence[torch.Tensor | None],
         shrunk: torch.Tensor,
-        gradients: torch.Tensor,
-        rows: Rows,
-        needed: Sequence[Any],
         *,
-        is_input_side: bool,
+        adds: bool,
     ) -> None:
-        plan = self._plan(items_of.outer_items, np.flatnonzero(needed), stream.shape[1])
-        shared = 2 * _STAGES * self._tile_bytes() + 16
-        self._run(
-            "outer", plan, rows, shared,
-            stream=stream, shrunk=shrunk, gradients=gradients, is_input_side=is_input_side,
-        )  # fmt: skip
-
-    def _gains(
-        self,
-        grown: torch.Tensor,
-        shrunk: torch.Tensor,
-        gradients: torch.Tensor,
-        rows: Rows,
-        wanted: Sequence[Wanted],
-    ) -> None:
-        """dg, from dB without it, which dB then gets; dd, from E and S."""
-        plan = self._plan(items_of.expand_gain_items, np.flatnonzero([w.expand_gain for w in wanted]), self.width_out)
-        self._run("expand_gain", plan, rows, 0, gradients=gradients)
-        plan = self._plan(items_of.shrink_gain_items, np.flatnonzero([w.shrink_gain for w in wanted]), 0)
-        self._run("shrink_gain", plan, rows, 4 * 128, shrunk=grown, other=shrunk, gradients=gradients)
-
-    @property
-    def rank_capacity(self) -> int:
-        return _TILE * max(1, -(-int(self.ranks_U.max(initial=0)) // _TILE))
-
-    def _tile_bytes(self) -> int:
-        return _TILE * (_TILE * self.dtype.itemsize + 16)
+        ops = tuple(index for index, y_TN in enumerate(ys) if y_TN is not None)
+        if ops:
+            work = self.plan.expand_output(ops, adds)
+            self._run("expand", work, [None, *ys], biases=[None, *biases], adds=adds, shrunk=shrunk)
 
     def _run(
         self,
         name: str,
-        plan: "_Plan",
-        rows: Rows,
-        shared_bytes: int,
+        work: Work,
+        streams: Sequence[torch.Tensor | None],
         *,
-        stream: torch.Tensor | None = None,
+        biases: Sequence[torch.Tensor | None] = (),
+        adds: bool = False,
         shrunk: torch.Tensor | None = None,
         other: torch.Tensor | None = None,
         gradients: torch.Tensor | None = None,
-        is_input_side: bool = False,
     ) -> None:
-        if plan.num_items == 0:
+        if work.num_items == 0:
             return
-        uses, runs = self._upload(rows), self._upload(self.runs)
-        partials = torch.empty(plan.num_partials, dtype=torch.float32, device=self.device)
+        device = self.plan.device
+        partials = torch.empty(work.num_partials, dtype=torch.float32, device=device) if work.num_partials else None
+        counters = self._counters(work.num_counters) if work.num_counters else None
         struct = pack(
-            items_of.LAUNCH, uses=uses, runs=runs, items=plan.items, stream=stream, shrunk=shrunk, other=other,
-            gradients=gradients, partials=partials, counters=plan.counters,
-            stream_stride=0 if stream is None else stream.stride(0), num_items=plan.num_items, width=plan.width,
-            is_input_side=is_input_side, rank_capacity=self.rank_capacity,
+            LAUNCH, uses=self.plan.uses, factors=self.table, runs=self.plan.runs, tiles=work.tiles, items=work.items,
+            shrunk=shrunk, other=other, gradients=gradients, partials=partials, counters=counters,
+            num_items=work.num_items, unused=0, streams=self._streams(streams, biases, adds),
         )  # fmt: skip
         kernel = f"multi_lora_{name}" + ("" if name == "expand_gain" else f"_{SUFFIXES[self.dtype]}")
-        factors = [factor for low_rank in self.factors for factor in low_rank]
-        pointed = [stream, shrunk, other, gradients, partials, plan.counters, *factors]
-        num_blocks = min(plan.num_items, _BLOCKS_PER_MULTIPROCESSOR * self.launcher.num_multiprocessors)
+        pointed = [*streams, *biases, shrunk, other, gradients, partials, counters, *self.factors]
+        tables = [self.plan.uses, self.table, self.plan.runs, work.items, *([work.tiles] if work.tiles else [])]
         self.launcher.launch(
-            Kernel(SOURCE, kernel), num_blocks, shared_bytes, struct, [uses, runs, plan.items],
-            [tensor for tensor in pointed if tensor is not None],
+            Kernel(SOURCE, kernel), min(work.num_items, _BLOCKS_PER_MULTIPROCESSOR * self.launcher.num_multiprocessors),
+            work.shared_bytes, struct, tables, [tensor for tensor in pointed if tensor is not None],
         )  # fmt: skip
 
-    def _upload(self, rows: Rows) -> Table:
-        key = ("table", rows.dtype.itemsize, rows.tobytes())
-        return self.launcher.remembered(key, lambda: upload(rows, self.device))
+    def _streams(
+        self, streams: Sequence[torch.Tensor | None], biases: Sequence[torch.Tensor | None], adds: bool
+    ) -> Rows:
+        rows = np.zeros(MAX_OPERATORS + 1, STREAM)
+        for index, stream in enumerate(streams):
+            if stream is not None:
+                bias = biases[index] if index < len(biases) else None
+                place = 0 if bias is None else bias.data_ptr()
+                rows[index] = (stream.data_ptr(), place, stream.stride(0), stream.shape[1], adds)
+        if not streams:  # expand_gain and shrink_gain read none
+            return rows
+        rows["width"][: len(self.plan.widths_S)] = self.plan.widths_S
+        return rows
 
-    def _plan(self, make: Callable[..., Rows], chosen_C: NDArray[np.int64], width: int) -> "_Plan":
-        tokens_C, ranks_C = self.num_tokens_U[chosen_C], self.ranks_U[chosen_C]
-        key = (make.__name__, width, chosen_C.tobytes(), tokens_C.tobytes(), ranks_C.tobytes())
+    def _counters(self, count: int) -> torch.Tensor:
+        """Zero between launches, and of one stream's launches alone: two streams may run the same plan at a time."""
+        key = ("counters", self.launcher.stream, -(-count // 1024))
         return self.launcher.remembered(
-            key, lambda: _Plan.of(make(tokens_C, ranks_C, width), width, chosen_C, ranks_C, self.device)
+            key, lambda: torch.zeros(1024 * key[2], dtype=torch.int32, device=self.plan.device)
         )
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Work items on the device, with the counters of their splits, which are zero between launches."""
+def with_addresses(rows: Rows, factors: Sequence[torch.Tensor], steps: Sequence[torch.Tensor]) -> Rows:
+    """Described factors with addresses: the flat `factors` of all that are there and, for those with dropout, the step.
 
-    items: Table
-    width: int
-    num_items: int
-    num_partials: int
-    counters: torch.Tensor
-
-    @classmethod
-    def of(
-        cls,
-        items: Rows,
-        width: int,
-        chosen_C: NDArray[np.int64],
-        ranks_C: NDArray[np.int64],
-        device: torch.device,
-    ) -> "_Plan":
-        num_partials = items_of.partial_floats(items, ranks_C)
-        counters = torch.zeros(int(items["counter"].max(initial=0)) + 1, dtype=torch.int32, device=device)
-        items["use"] = chosen_C[items["use"]]
-        return cls(upload(items, device), width, len(items), num_partials, counters)
+    Raises ValueError for factors that are not float32, or gains that are not contiguous.
+    """
+    rows, factor, step = rows.copy(), iter(factors), iter(steps)
+    for row in rows:
+        for name in ("a", "b", "shrink_gain", "expand_gain"):
+            row[name] = _float32(next(factor)).data_ptr() if row[name] else 0
+        row["step"] = next(step).data_ptr() if row["step"] else 0
+    return rows
 
 
 def _float32(factor: torch.Tensor) -> torch.Tensor:
@@ -248,13 +169,3 @@ def _float32(factor: torch.Tensor) -> torch.Tensor:
     if factor.ndim == 1 and not factor.is_contiguous():
         raise ValueError("gains are contiguous")
     return factor
-
-
-def _layout(factor_RW: torch.Tensor) -> tuple[int, bool]:
-    """(elements from one row of memory to the next, whether such a row is one rank). Raises ValueError."""
-    rank_stride, column_stride = factor_RW.stride()
-    if column_stride == 1 or factor_RW.shape[1] == 1:
-        return rank_stride, True
-    if rank_stride == 1 or factor_RW.shape[0] == 1:
-        return column_stride, False
-    raise ValueError(f"a factor of strides {factor_RW.stride()} is contiguous neither along ranks nor along columns")

@@ -1,157 +1,157 @@
-"""What multi_lora's kernels read beside the tensors: uses, and the work items they are cut into.
+"""The work items that multi_lora's products are cut into.
 
-How a use is cut depends on its own tokens, its rank and the operator's width alone, so its sums are the same, bit for
-bit, whoever its neighbours are. Structs as in cuda/multi_lora.cuh.
+How a use is cut depends on its own tokens, its rank, the stream's width and type alone, so its sums are the same, bit
+for bit, whoever its neighbours are. Partial sums are floats, added up by the last item to finish, in a fixed order:
+written and read once, on top of the stream's bytes, at rank R and two bytes an element they are
+    R / 256 of X or dY in shrink,  R / 256 in outer,  R / 128 + R / 64 in shrink_outer,
+less where a use has fewer tokens than an item sums. So E and dB in one pass over dY pay up to rank 32 (at 16: 38% of dY
+instead of 112%); beyond, the tokens that shared memory has room for are so few that reading dY twice is cheaper.
+Legend: P tiles, G groups of tiles summed by one item.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.kernels.launch import POINTER, THREADS, struct_of
+from engine.kernels.launch import THREADS
+from engine.kernels.multi_lora_structs import ITEM, TILE, Ints, Rows
+from engine.kernels.multi_lora_tiles import Tiles
 
-TILE = 64  # tokens, columns or ranks: cuda/tile.cuh
-PAIR = 16  # the step of an accumulator's columns
 SHRINK_COLUMNS = 1024  # of the stream, summed by one item
 EXPAND_COLUMNS = 512  # of the stream, written by one item
 OUTER_TOKENS = 1024  # summed by one item
+ONE_PASS_COLUMNS = 512  # by an item of shrink_outer
 GAIN_RANKS, GAIN_COLUMNS = 32, 64
 
-USE = struct_of(
-    [(name, np.int32) for name in ("start", "num_tokens", "rank", "first_run", "num_runs", "threshold")]
-    + [("scale", np.float32), ("keep_scale", np.float32), ("seed", np.uint64), ("step_site", np.uint64)]
-    + [(name, POINTER) for name in ("a", "b", "shrink_gain", "expand_gain")]
-    + [("a_stride", np.int64), ("b_stride", np.int64), ("is_a_rank_major", np.int32), ("is_b_rank_major", np.int32)]
-    + [(name, np.int64) for name in ("shrunk", "da", "db", "dd", "dg")]
-)
-RUN = struct_of([("position", np.int64), ("token", np.int32), ("unused", np.int32)])
-ITEM = struct_of(
-    [(name, np.int32) for name in ("use", "token", "end_token", "column", "end_column", "rank")]
-    + [(name, np.int32) for name in ("split", "num_splits", "counter", "unused")]
-    + [("partial", np.int64)]
-)
-LAUNCH = struct_of(
-    [(name, POINTER) for name in ("uses", "runs", "items", "stream", "shrunk", "other")]
-    + [(name, POINTER) for name in ("gradients", "partials", "counters")]
-    + [("stream_stride", np.int64)]
-    + [(name, np.int32) for name in ("num_items", "width", "is_input_side", "rank_capacity")]
-)
 
-Ints = NDArray[np.int64]
+def one_pass_ranks(itemsize: int) -> int:
+    """Up to which rank E and dB are summed in one pass over dY. A rule of bytes, and of the 99 KB that a block has."""
+    return 32 if itemsize == 2 else 16
 
 
-def shrink_items(num_tokens_U: Ints, ranks_U: Ints, width: int) -> NDArray[Any]:
+def one_pass_tokens(itemsize: int) -> int:
+    return 256 if itemsize == 2 else 128
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Items, and how many counters and floats of partial sums they share."""
+
+    items: Rows
+    num_counters: int = 0
+    num_partials: int = 0
+
+
+def shrink_items(tiles: Tiles) -> Cut:
     """Sums along columns, split every SHRINK_COLUMNS."""
-    items, i, j, split = _cut(num_tokens_U, TILE, ranks_U, TILE, _like(num_tokens_U, width), SHRINK_COLUMNS)
-    _tokens(items, i, TILE, num_tokens_U)
-    _columns(items, split, SHRINK_COLUMNS, width)
-    items["rank"] = j * TILE
-    _split(items, split, num_tokens_U, ranks_U, -(-width // SHRINK_COLUMNS))
-    return items
+    items, tile, i, split = _cut(tiles.num_tokens_P, TILE, tiles.width_P, SHRINK_COLUMNS)
+    _place(items, tiles, tile, (i, TILE), (split, SHRINK_COLUMNS))
+    count = -(-tiles.width_P // SHRINK_COLUMNS)[tile]
+    return _ordered(_split(items, "sum", split, count, (tile, i), np.ones_like(i), tiles))
 
 
-def expand_items(num_tokens_U: Ints, ranks_U: Ints, width: int) -> NDArray[Any]:
-    """Sums along ranks, all in one item."""
-    one_U = np.minimum(ranks_U, 1)
-    items, i, j, _ = _cut(num_tokens_U, TILE, _like(num_tokens_U, width), EXPAND_COLUMNS, one_U, 1)
-    _tokens(items, i, TILE, num_tokens_U)
-    _columns(items, j, EXPAND_COLUMNS, width)
-    items["num_splits"] = 1
-    return items
-
-
-def outer_items(num_tokens_U: Ints, ranks_U: Ints, width: int) -> NDArray[Any]:
+def outer_items(tiles: Tiles) -> Cut:
     """Sums along tokens, split every OUTER_TOKENS. A use without tokens has zeros written by one item a tile."""
-    at_least_one_U = np.maximum(num_tokens_U, 1)
-    items, i, j, split = _cut(_like(num_tokens_U, width), TILE, ranks_U, TILE, at_least_one_U, OUTER_TOKENS)
-    _tokens(items, split, OUTER_TOKENS, num_tokens_U)
-    _columns(items, i, TILE, width)
-    items["rank"] = j * TILE
-    splits_U = -(-at_least_one_U // OUTER_TOKENS)
-    _split(items, split, num_tokens_U, ranks_U, splits_U[items["use"]])
-    return items
+    at_least_one_P = np.maximum(tiles.num_tokens_P, 1)
+    items, tile, split, j = _cut(at_least_one_P, OUTER_TOKENS, tiles.width_P, TILE)
+    _place(items, tiles, tile, (split, OUTER_TOKENS), (j, TILE))
+    count = -(-at_least_one_P // OUTER_TOKENS)[tile]
+    return _ordered(_split(items, "sum", split, count, (tile, j), np.ones_like(j), tiles))
 
 
-def shrink_gain_items(num_tokens_U: Ints, ranks_U: Ints, width: int) -> NDArray[Any]:
-    """Ranks, GAIN_RANKS an item."""
-    one_U = _like(ranks_U, 1)
-    items, i, _, _ = _cut(ranks_U, GAIN_RANKS, one_U, 1, one_U, 1)
-    items["rank"], items["num_splits"] = i * GAIN_RANKS, 1
-    return items
+def shrink_outer_items(tiles: Tiles, itemsize: int) -> Cut:
+    """E sums along columns, split every ONE_PASS_COLUMNS; dB along tokens, split every `one_pass_tokens`."""
+    num_tokens = one_pass_tokens(itemsize)
+    items, tile, i, j = _cut(tiles.num_tokens_P, num_tokens, tiles.width_P, ONE_PASS_COLUMNS)
+    _place(items, tiles, tile, (i, num_tokens), (j, ONE_PASS_COLUMNS))
+    rows, columns = (
+        -(-(items[end] - items[name]) // TILE) for name, end in (("token", "end_token"), ("column", "end_column"))
+    )
+    first = _split(items, "sum", j, -(-tiles.width_P // ONE_PASS_COLUMNS)[tile], (tile, i), rows, tiles)
+    return _split(items, "outer", i, -(-tiles.num_tokens_P // num_tokens)[tile], (tile, j), columns, tiles, first)
 
 
-def expand_gain_items(num_tokens_U: Ints, ranks_U: Ints, width: int) -> NDArray[Any]:
-    """Columns, GAIN_COLUMNS an item."""
-    one_U = np.minimum(ranks_U, 1)
-    items, i, _, _ = _cut(_like(ranks_U, width), GAIN_COLUMNS, one_U, 1, one_U, 1)
-    _columns(items, i, GAIN_COLUMNS, width)
-    items["num_splits"] = 1
-    return items
+def expand_items(tiles: Tiles, gaps: NDArray[Any], stream_gaps: Ints, widths: Ints) -> Cut:
+    """Sums along the ranks of a use or, on the input side, of all uses on the same tokens, all in one item.
+
+    `gaps` [n, 2]: start and end of tokens that no use covers, of the streams `stream_gaps`, which are written, too.
+    """
+    key_P2 = np.stack([tiles.stream_P, tiles.start_P, tiles.num_tokens_P], axis=1)
+    is_first_P = np.ones(len(tiles), bool)
+    is_first_P[1:] = (key_P2[1:] != key_P2[:-1]).any(axis=1)
+    first_G = np.flatnonzero(is_first_P)
+    num_tiles_G = np.diff(np.append(first_G, len(tiles)))
+    start_G = np.concatenate([tiles.start_P[first_G], gaps[:, 0]])
+    num_tokens_G = np.concatenate([tiles.num_tokens_P[first_G], gaps[:, 1] - gaps[:, 0]])
+    stream_G = np.concatenate([tiles.stream_P[first_G], stream_gaps])
+    items, group, i, j = _cut(num_tokens_G, TILE, widths[stream_G], EXPAND_COLUMNS)
+    items["tile"] = np.append(first_G, np.zeros(len(gaps), np.int64))[group]
+    items["num_tiles"] = np.append(num_tiles_G, np.zeros(len(gaps), np.int64))[group]
+    items["stream"] = stream_G[group]
+    _bounds(items, ("token", "end_token"), i, TILE, start_G[group], num_tokens_G[group])
+    _bounds(items, ("column", "end_column"), j, EXPAND_COLUMNS, 0, widths[stream_G][group])
+    return _ordered(Cut(items))
 
 
-def partial_floats(items: NDArray[Any], ranks_U: Ints) -> int:
-    """Floats of all partial sums."""
-    split = items[items["num_splits"] > 1]
-    return int((split["partial"] + split["num_splits"] * _tile_floats(split, ranks_U)).max(initial=0))
+def gain_items(chosen_U: Ints, widths_U: Ints, step: int) -> Cut:
+    """`step` ranks or outputs of one use an item."""
+    items, use, i, _ = _cut(widths_U[chosen_U], step, np.ones_like(chosen_U), 1)
+    items["tile"] = chosen_U[use]
+    _bounds(items, ("column", "end_column"), i, step, 0, widths_U[chosen_U][use])
+    return Cut(items)
 
 
-def runs_of(positions_L: Ints) -> NDArray[Any]:
-    """Where positions are consecutive: sorted runs, the first from token 0."""
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(positions_L) != 1) + 1]).astype(np.int64)
-    runs = np.zeros(len(starts) if len(positions_L) else 0, RUN)
-    if len(positions_L):
-        runs["token"], runs["position"] = starts, positions_L[starts]
-    return runs
+def _cut(a_P: Ints, a: int, b_P: Ints, b: int) -> tuple[Rows, Ints, Ints, Ints]:
+    """(items, of which tile each is, its place in a grid of a_P / a by b_P / b cells for each tile)."""
+    counts_P2 = -(-np.stack([a_P, b_P], axis=1) // np.array([a, b]))
+    sizes_P = counts_P2.prod(axis=1)
+    tile = np.repeat(np.arange(len(sizes_P)), sizes_P)
+    place = np.arange(len(tile)) - np.repeat(np.cumsum(sizes_P) - sizes_P, sizes_P)
+    i, j = np.divmod(place, counts_P2[tile, 1])
+    return np.zeros(len(tile), ITEM), tile, i, j
 
 
-def _like(values_U: Ints, value: int) -> Ints:
-    return np.full(len(values_U), value, np.int64)
+def _place(items: Rows, tiles: Tiles, tile: Ints, tokens: tuple[Ints, int], columns: tuple[Ints, int]) -> None:
+    items["tile"], items["num_tiles"], items["stream"] = tile, 1, tiles.stream_P[tile]
+    _bounds(items, ("token", "end_token"), *tokens, tiles.start_P[tile], tiles.num_tokens_P[tile])
+    _bounds(items, ("column", "end_column"), *columns, 0, tiles.width_P[tile])
 
 
-def _cut(a_U: Ints, a: int, b_U: Ints, b: int, c_U: Ints, c: int) -> tuple[NDArray[Any], Ints, Ints, Ints]:
-    """(items of all uses, their places in a grid of a_U / a by b_U / b by c_U / c cells for each use)."""
-    counts_U3 = -(-np.stack([a_U, b_U, c_U], axis=1) // np.array([a, b, c]))
-    sizes_U = counts_U3.prod(axis=1)
-    use = np.repeat(np.arange(len(sizes_U)), sizes_U)
-    place = np.arange(len(use)) - np.repeat(np.cumsum(sizes_U) - sizes_U, sizes_U)
-    rest, k = np.divmod(place, counts_U3[use, 2])
-    i, j = np.divmod(rest, counts_U3[use, 1])
-    items = np.zeros(len(use), ITEM)
-    items["use"] = use
-    return items, i, j, k
+def _bounds(items: Rows, names: tuple[str, str], index: Ints, step: int, start: Any, size: Any) -> None:
+    items[names[0]] = start + index * step
+    items[names[1]] = start + np.minimum((index + 1) * step, size)
 
 
-def _tokens(items: NDArray[Any], index: Ints, step: int, num_tokens_U: Ints) -> None:
-    items["token"] = index * step
-    items["end_token"] = np.minimum((index + 1) * step, num_tokens_U[items["use"]])
+def _split(
+    items: Rows,
+    name: str,
+    index: Ints,
+    count: Ints,
+    group: tuple[Ints, Ints],
+    num_sums: Ints,
+    tiles: Tiles,
+    before: Cut | None = None,
+) -> Cut:
+    """Lays out the partial sums of `num_sums` tiles in each `group` of items, `count` items a group."""
+    before = before or Cut(items)
+    _, number = np.unique(group[0] * (1 << 32) + group[1], return_inverse=True)
+    is_first = (index == 0) & (count > 1)
+    floats = num_sums * count * tiles.num_pairs_P[items["tile"]] * (2 * THREADS * 4)
+    split = items[name]
+    split["index"], split["count"] = index, count
+    totals = []
+    for field, sizes, start in (("counter", num_sums, before.num_counters), ("partial", floats, before.num_partials)):
+        base = np.zeros(number.max(initial=0) + 1, np.int64)
+        base[number[is_first]] = start + np.cumsum(sizes[is_first]) - sizes[is_first]
+        split[field] = base[number]
+        totals.append(start + int(sizes[is_first].sum()))
+    return Cut(items, *totals)
 
 
-def _columns(items: NDArray[Any], index: Ints, step: int, width: int) -> None:
-    items["column"] = index * step
-    items["end_column"] = np.minimum((index + 1) * step, width)
-
-
-def _split(items: NDArray[Any], split: Ints, num_tokens_U: Ints, ranks_U: Ints, num_splits: Any) -> None:
-    """Numbers the tiles whose sums are split, and lays out their partial sums."""
-    items["split"], items["num_splits"] = split, num_splits
-    is_first = (split == 0) & (items["num_splits"] > 1)
-    floats = np.where(is_first, items["num_splits"] * _tile_floats(items, ranks_U), 0)
-    items["counter"] = np.maximum(np.cumsum(is_first) - 1, 0)
-    items["partial"] = np.cumsum(floats) - np.where(items["num_splits"] > 1, _group(items, ranks_U), 0)
-
-
-def _group(items: NDArray[Any], ranks_U: Ints) -> Ints:
-    return items["num_splits"] * _tile_floats(items, ranks_U)
-
-
-def _tile_floats(items: NDArray[Any], ranks_U: Ints) -> Ints:
-    num_pairs = -(-np.minimum(TILE, ranks_U[items["use"]] - items["rank"]) // PAIR)
-    floats: Ints = num_pairs.astype(np.int64) * 2 * THREADS * 4
-    return floats
-
-
-def padded(ranks_U: Sequence[int] | Ints) -> Ints:
-    """Width of S's rows."""
-    return -(-np.asarray(ranks_U, np.int64) // 8) * 8
+def _ordered(cut: Cut) -> Cut:
+    """Items that read the same tokens and columns stand together: what one has read the next finds in the cache."""
+    items = cut.items
+    order = np.lexsort((items["tile"], items["column"], items["token"], items["stream"]))
+    return Cut(items[order], cut.num_counters, cut.num_partials)

@@ -1,7 +1,8 @@
 """multi_lora as torch operators, `muxtune::multi_lora` and `muxtune::multi_lora_backward`, with autograd and fakes.
 
-Uses travel as structs in CPU tensors of bytes, factors as one flat list without the gains that are not there: what
-`multi_lora_device.describe` makes. Legend: T tokens, K inputs, N outputs, B bytes.
+Uses and what is known of their factors travel as structs in CPU tensors of bytes (`multi_lora_uses`), factors as one
+flat list without the gains that are not there. What depends on the layout alone is made once and remembered by the
+launcher. Legend: T tokens, K inputs, N outputs, B bytes.
 """
 
 from collections.abc import Sequence
@@ -9,154 +10,252 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from engine.kernels import device
-from engine.kernels import multi_lora_items as items_of
-from engine.kernels.multi_lora import LoraUse, LowRank
-from engine.kernels.multi_lora_device import LowRankProducts, Wanted, describe, laid_out
+from engine.kernels.dropout import DropoutMask
+from engine.kernels.launch import Launcher, Memory, Table, upload
+from engine.kernels.multi_lora import LowRank, Operator, check
+from engine.kernels.multi_lora_device import GroupProducts, rides, with_addresses
+from engine.kernels.multi_lora_plan import Plan
+from engine.kernels.multi_lora_structs import FACTORS, RUN, USE, Rows
+from engine.kernels.multi_lora_uses import (
+    Pair,
+    are_laid_out,
+    described_factors,
+    described_uses,
+    factors_key,
+    layout_of,
+    pairs_of,
+    uses_key,
+)
+
+_NUM_PLANS = 64  # that a device keeps: of a microbatch of 16384 tokens in a Llama-3-8B four, 1 MB each
 
 
-def run(
-    x_TK: Tensor, weight_KN: Tensor, bias_N: Tensor | None, uses: Sequence[LoraUse], factors: Sequence[LowRank]
-) -> Tensor:
-    """Y, differentiable in x and the factors. Raises ValueError where a tensor is on another device or of another type.
+def run(x_TK: Tensor, operators: Sequence[Operator]) -> tuple[Tensor, ...]:
+    """Y of each operator, differentiable in x and the factors.
 
-    Shapes and ranges have been checked by `multi_lora`.
+    Raises ValueError where shapes and ranges do not fit, or a tensor is on another device or of another type.
     """
-    _check(x_TK, weight_KN, bias_N, factors)
-    rows, runs = describe(uses, factors)
-    flat = [_ready(factor) for low_rank in factors for factor in low_rank if factor is not None]
-    y_TN: Tensor = multi_lora_op(x_TK.contiguous(), weight_KN, bias_N, flat, _bytes(rows), _bytes(runs))[0]
-    return y_TN
+    _check_frozen(x_TK, operators)
+    launcher, pairs = device.launcher_of(x_TK.device), pairs_of(operators)
+    widths = (x_TK.shape[1], *(operator.weight_KN.shape[1] for operator in operators))
+    factors_B, is_ready = launcher.remembered(
+        ("described factors", widths, factors_key(pairs)), lambda: _describe_factors(x_TK, operators, pairs)
+    )
+    if not is_ready:
+        pairs = [pair._replace(low_rank=_ready(pair.low_rank)) for pair in pairs]
+    uses_B, runs_B, _ = launcher.remembered(
+        ("described uses", len(x_TK), widths, uses_key(pairs)), lambda: _describe_uses(x_TK, operators, pairs, widths)
+    )
+    flat = [factor for pair in pairs for factor in pair.low_rank if factor is not None]
+    *results, _ = multi_lora_op(
+        x_TK.contiguous(),
+        [operator.weight_KN for operator in operators],
+        [operator.bias_N for operator in operators],
+        flat,
+        _steps(pairs, launcher, x_TK.device),
+        factors_B,
+        uses_B,
+        runs_B,
+    )
+    return tuple(results)
 
 
-def _check(x_TK: Tensor, weight_KN: Tensor, bias_N: Tensor | None, factors: Sequence[LowRank]) -> None:
-    for name, frozen in (("weight_KN", weight_KN), ("bias_N", bias_N)):
-        if frozen is not None and frozen.dtype != x_TK.dtype:
-            raise ValueError(f"{name} is {frozen.dtype}, x_TK {x_TK.dtype}")
-    for tensor in (weight_KN, bias_N, *(factor for low_rank in factors for factor in low_rank)):
-        if tensor is not None and tensor.device != x_TK.device:
-            raise ValueError(f"a tensor is on {tensor.device}, x_TK on {x_TK.device}")
+def _check_frozen(x_TK: Tensor, operators: Sequence[Operator]) -> None:
+    for operator in operators:
+        for name, frozen in (("weight_KN", operator.weight_KN), ("bias_N", operator.bias_N)):
+            if frozen is None:
+                continue
+            if frozen.dtype != x_TK.dtype:
+                raise ValueError(f"{name} is {frozen.dtype}, x_TK {x_TK.dtype}")
+            if frozen.device != x_TK.device:
+                raise ValueError(f"{name} is on {frozen.device}, x_TK on {x_TK.device}")
 
 
-def _ready(factor: Tensor) -> Tensor:
+def _describe_factors(x_TK: Tensor, operators: Sequence[Operator], pairs: Sequence[Pair]) -> tuple[Tensor, bool]:
+    """(rows as bytes, whether the factors can be read as they are)."""
+    check(x_TK, operators)
+    for _, _, low_rank in pairs:
+        for factor in low_rank:
+            if factor is not None and factor.device != x_TK.device:
+                raise ValueError(f"a factor is on {factor.device}, x_TK on {x_TK.device}")
+    ready = [pair._replace(low_rank=_ready(pair.low_rank)) for pair in pairs]
+    is_ready = all(
+        own is theirs
+        for a, b in zip(pairs, ready, strict=True)
+        for own, theirs in zip(a.low_rank, b.low_rank, strict=True)
+    )
+    return _bytes(described_factors(ready)), is_ready
+
+
+def _describe_uses(
+    x_TK: Tensor, operators: Sequence[Operator], pairs: Sequence[Pair], widths: Sequence[int]
+) -> tuple[Tensor, Tensor, Any]:
+    """(uses, runs, what the key names by its address and therefore has to live as long)."""
+    check(x_TK, operators)
+    uses, runs = described_uses(pairs, widths[0], widths[1:])
+    held = [use.keep_mask.positions_L for _, use, _ in pairs if isinstance(use.keep_mask, DropoutMask)]
+    return _bytes(uses), _bytes(runs), held
+
+
+def _ready(low_rank: LowRank) -> LowRank:
     """In float32, and contiguous along one of its dimensions, as nearly all of them are already."""
+    a_RK, b_NR, *gains = low_rank
+    return LowRank(_readable(a_RK), _readable(b_NR), *(None if gain is None else _readable(gain) for gain in gains))
+
+
+def _readable(factor: Tensor) -> Tensor:
     factor = factor.float()
     return factor if 1 in factor.stride() or factor.numel() == 1 else factor.contiguous()
 
 
+def _steps(pairs: Sequence[Pair], launcher: Launcher, where: torch.device) -> list[Tensor]:
+    """The step of each use with dropout: in the memory that its owner updates, else in some that stays as it is."""
+    masks = [use.keep_mask for _, use, _ in pairs if isinstance(use.keep_mask, DropoutMask)]
+    return [_step_of(mask, launcher, where) if mask.device_step is None else mask.device_step for mask in masks]
+
+
+def _step_of(mask: DropoutMask, launcher: Launcher, where: torch.device) -> Tensor:
+    return launcher.remembered(("step", mask.step), lambda: torch.tensor(mask.step, device=where))
+
+
 @torch.library.custom_op("muxtune::multi_lora", mutates_args=())
 def multi_lora_op(
-    x_TK: Tensor, weight_KN: Tensor, bias_N: Tensor | None, factors: Sequence[Tensor], uses_B: Tensor, runs_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(Y, S)."""
-    y_TN = x_TK @ weight_KN if bias_N is None else torch.addmm(bias_N, x_TK, weight_KN)
-    return y_TN, _products(x_TK, factors, uses_B, runs_B).forward(x_TK, y_TN)
+    x_TK: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    factors_B: Tensor,
+    uses_B: Tensor,
+    runs_B: Tensor,
+) -> list[Tensor]:
+    """Y of each operator, and S."""
+    widths = [x_TK.shape[1], *(weight_KN.shape[1] for weight_KN in weights)]
+    products = _products(x_TK, widths, factors, steps, factors_B, uses_B, runs_B)
+    shrunk, used = products.shrink(x_TK), products.plan.used_ops
+    riding = [i in used and rides(widths[0], bias is not None) for i, bias in enumerate(biases)]
+    ys = [
+        x_TK.new_empty(len(x_TK), weight_KN.shape[1]) if first else _base(x_TK, weight_KN, bias)
+        for first, weight_KN, bias in zip(riding, weights, biases, strict=True)
+    ]
+    products.write([y_TN if first else None for first, y_TN in zip(riding, ys, strict=True)], biases, shrunk)
+    for first, y_TN, weight_KN in zip(riding, ys, weights, strict=True):
+        if first:
+            y_TN.addmm_(x_TK, weight_KN)
+    products.add([None if riding[i] or i not in used else y_TN for i, y_TN in enumerate(ys)], shrunk)
+    return [*ys, shrunk]
+
+
+def _base(x_TK: Tensor, weight_KN: Tensor, bias_N: Tensor | None) -> Tensor:
+    return x_TK @ weight_KN if bias_N is None else torch.addmm(bias_N, x_TK, weight_KN)
 
 
 @torch.library.custom_op("muxtune::multi_lora_backward", mutates_args=())
 def multi_lora_backward_op(
     x_TK: Tensor | None,
-    dy_TN: Tensor,
+    dys: Sequence[Tensor],
     shrunk: Tensor,
-    weight_KN: Tensor | None,
+    weights: Sequence[Tensor],
+    width_in: int,
     factors: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    factors_B: Tensor,
     uses_B: Tensor,
     runs_B: Tensor,
-    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """(dX, empty if no weight is given; all gradients of factors, as `laid_out` tells). `wanted`: four flags a use."""
-    dx_TK = dy_TN.new_empty(0) if weight_KN is None else dy_TN @ weight_KN.T
-    products = _products(dy_TN, factors, uses_B, runs_B)
-    flags = [Wanted(*wanted[i : i + 4]) for i in range(0, len(wanted), 4)]
-    gradients = products.backward(x_TK, dy_TN, shrunk, None if weight_KN is None else dx_TK, flags)
+    """(dX, empty if no weights are given; all gradients of factors, as the uses say)."""
+    products = _products(dys[0], [width_in, *(dy.shape[1] for dy in dys)], factors, steps, factors_B, uses_B, runs_B)
+    dx_TK = dys[0].new_empty(len(dys[0]) if weights else 0, width_in)
+    gradients = products.backward(x_TK, dys, shrunk, dx_TK if weights else None)
+    for dy_TN, weight_KN in zip(dys, weights, strict=False):
+        dx_TK.addmm_(dy_TN, weight_KN.T)
     return dx_TK, gradients
 
 
 @multi_lora_op.register_fake
-def _(
-    x_TK: Tensor, weight_KN: Tensor, bias_N: Tensor | None, factors: Sequence[Tensor], uses_B: Tensor, runs_B: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(x_TK: Tensor, weights: Sequence[Tensor], *_: Any) -> list[Tensor]:
     size = torch.library.get_ctx().new_dynamic_size()
-    return x_TK.new_empty(x_TK.shape[0], weight_KN.shape[1]), x_TK.new_empty(size)
+    return [*(x_TK.new_empty(x_TK.shape[0], weight_KN.shape[1]) for weight_KN in weights), x_TK.new_empty(size)]
 
 
 @multi_lora_backward_op.register_fake
 def _(
-    x_TK: Tensor | None,
-    dy_TN: Tensor,
-    shrunk: Tensor,
-    weight_KN: Tensor | None,
-    factors: Sequence[Tensor],
-    uses_B: Tensor,
-    runs_B: Tensor,
-    wanted: Sequence[bool],
+    x_TK: Tensor | None, dys: Sequence[Tensor], shrunk: Tensor, weights: Sequence[Tensor], width_in: int, *_: Any
 ) -> tuple[Tensor, Tensor]:
     size = torch.library.get_ctx().new_dynamic_size()
-    dx_TK = dy_TN.new_empty(0) if weight_KN is None else dy_TN.new_empty(dy_TN.shape[0], weight_KN.shape[0])
-    return dx_TK, dy_TN.new_empty(size, dtype=torch.float32)
+    dx_TK = dys[0].new_empty(dys[0].shape[0] if weights else 0, width_in)
+    return dx_TK, dys[0].new_empty(size, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Nothing is kept for the frozen weight; x where an A is trained."""
-    x_TK, weight_KN, _, factors, uses_B, runs_B = inputs
-    rows = _rows(uses_B, items_of.USE)
-    flags = _grouped([factor.requires_grad for factor in factors], rows, absent=False)
-    ctx.wanted, ctx.num_factors = [flag for low_rank in flags for flag in low_rank], len(factors)
-    kept_x = x_TK if any(low_rank.a_RK for low_rank in flags) else None
-    ctx.save_for_backward(kept_x, weight_KN if x_TK.requires_grad else None, output[1], uses_B, runs_B, *factors)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    """Nothing is kept for the frozen weights; x where an A is trained."""
+    x_TK, weights, biases, factors, steps, factors_B, uses_B, runs_B = inputs
+    ctx.biases_are_one = None in biases  # such a list counts as one argument without a gradient, not as several
+    uses = _rows(uses_B, USE)
+    ctx.width_in, ctx.wanted = x_TK.shape[1], [factor.requires_grad for factor in factors]
+    ctx.lengths = len(weights) if x_TK.requires_grad else 0, len(factors)
+    kept_x = x_TK if (uses["da"] >= 0).any() else None
+    kept = [*(weights if x_TK.requires_grad else ()), *factors, *steps]
+    ctx.save_for_backward(kept_x, output[-1], factors_B, uses_B, runs_B, *kept)
 
 
-def _backward(ctx: Any, dy_TN: Tensor, _: Tensor) -> tuple[Any, ...]:
-    x_TK, weight_KN, shrunk, uses_B, runs_B, *factors = ctx.saved_tensors
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    x_TK, shrunk, factors_B, uses_B, runs_B, *kept = ctx.saved_tensors
+    num_weights, num_factors = ctx.lengths
+    weights, factors = kept[:num_weights], kept[num_weights : num_weights + num_factors]
+    steps, dys = kept[num_weights + num_factors :], [dy_TN.contiguous() for dy_TN in grads[:-1]]
     dx_TK, gradients = multi_lora_backward_op(
-        x_TK, dy_TN.contiguous(), shrunk, weight_KN, factors, uses_B, runs_B, ctx.wanted
+        x_TK, dys, shrunk, weights, ctx.width_in, factors, steps, factors_B, uses_B, runs_B
     )
-    views = _views(gradients, factors, _rows(uses_B, items_of.USE), ctx.wanted)
-    return None if weight_KN is None else dx_TK, None, None, views, None, None
+    views = _views(gradients, factors, _rows(uses_B, USE), _rows(factors_B, FACTORS), ctx.wanted)
+    none = [None] * len(dys)
+    of_biases = None if ctx.biases_are_one else none
+    return dx_TK if num_weights else None, none, of_biases, views, [None] * len(steps), None, None, None
 
 
 multi_lora_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _views(
-    gradients: Tensor, factors: Sequence[Tensor], rows: NDArray[Any], wanted: Sequence[bool]
+    gradients: Tensor, factors: Sequence[Tensor], uses: Rows, rows: Rows, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """A gradient for each of the flat `factors`, None where it is not wanted."""
-    grouped = _grouped(factors, rows, absent=None)
-    flags = [Wanted(*wanted[i : i + 4]) for i in range(0, len(wanted), 4)]
-    widths = (grouped[0].a_RK.shape[1], len(grouped[0].b_NR))
-    placed, _ = laid_out(rows, *widths, flags)
-    return [
-        gradients[start : start + factor.numel()].view(factor.shape) if wants else None
-        for row, low_rank, own in zip(placed, grouped, flags, strict=True)
-        for start, factor, wants in zip((int(row[n]) for n in ("da", "db", "dd", "dg")), low_rank, own, strict=True)
-        if factor is not None
-    ]
+    laid_out = are_laid_out(uses, rows)
+    shaped = [factor for factor, is_there in zip(factors, laid_out, strict=True) if is_there]
+    views = iter(_unflatten_dense_tensors(gradients, shaped))  # type: ignore[no-untyped-call]  # one call, not hundreds
+    found = [next(views) if is_there else None for is_there in laid_out]
+    return [gradient if wants else None for gradient, wants in zip(found, wanted, strict=True)]
 
 
-def _products(stream: Tensor, factors: Sequence[Tensor], uses_B: Tensor, runs_B: Tensor) -> LowRankProducts:
-    rows = _rows(uses_B, items_of.USE)
-    grouped = _grouped(factors, rows, absent=None)
-    launcher = device.launcher_of(stream.device)
-    return LowRankProducts(launcher, rows, _rows(runs_B, items_of.RUN), grouped, stream.dtype)
+def _products(
+    stream: Tensor,
+    widths: Sequence[int],
+    factors: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    factors_B: Tensor,
+    uses_B: Tensor,
+    runs_B: Tensor,
+) -> GroupProducts:
+    launcher, where = device.launcher_of(stream.device), stream.device
+    rows, uses, runs = _rows(factors_B, FACTORS), _rows(uses_B, USE), _rows(runs_B, RUN)
+    plan_key = (len(stream), tuple(widths), stream.dtype, uses.tobytes(), runs.tobytes(), layout_of(rows).tobytes())
+    plans = launcher.remembered("multi_lora's plans", lambda: Memory(_NUM_PLANS))
+    plan = plans.remembered(plan_key, lambda: Plan(uses, runs, rows, len(stream), widths, stream.dtype, where))
+    pointed = [*factors, *steps]
+    addresses = tuple(tensor.data_ptr() for tensor in pointed)
+    table: Table = launcher.remembered(
+        ("factors", rows.tobytes(), addresses), lambda: upload(with_addresses(rows, factors, steps), where)
+    )
+    return GroupProducts(launcher, plan, table, pointed, stream.dtype)
 
 
-def _grouped(flat: Sequence[Any], rows: NDArray[Any], absent: Any) -> list[LowRank]:
-    """One LowRank a use of what stands flat, `absent` for a gain that is not there."""
-    rest, grouped = iter(flat), []
-    for row in rows:
-        a_RK, b_NR = next(rest), next(rest)
-        gains = [next(rest) if row[name] else absent for name in ("shrink_gain", "expand_gain")]
-        grouped.append(LowRank(a_RK, b_NR, *gains))
-    return grouped
-
-
-def _bytes(rows: NDArray[Any]) -> Tensor:
+def _bytes(rows: Rows) -> Tensor:
     return torch.from_numpy(np.array(np.frombuffer(rows.tobytes(), np.uint8)))
 
 
-def _rows(raw_B: Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _rows(raw_B: Tensor, dtype: np.dtype[Any]) -> Rows:
     return raw_B.numpy().view(dtype)

@@ -1,4 +1,4 @@
-"""The unified representation of PEFT methods: BaseOp, Adapter, Dispatch, Aggregate (MuxTune section 3.2).
+"""The unified representation of PEFT methods: BaseOp, Adapter, Dispatch, Aggregate (after MuxTune).
 
 A mounted module dispatches each task's tokens to that task's Adapter and aggregates what it computes into the output. A
 method is one file with one Adapter class, which overrides the hooks it needs: `input_affine` (what the operator reads),
@@ -157,6 +157,6 @@ def lora_use(op: BaseOp, seed: int, span: TaskSpan, training: bool, scale: float
     """Where on the stream, at which scale, under which mask: keyed by (task seed, step, module, position)."""
     if not training or dropout == 0:
         return LoraUse(span.start, span.end, scale)
-    device = op.weight_KN.device
-    mask = DropoutMask(seed, span.step, op.index, span.positions_L, op.in_features, dropout, device)
+    device, step = op.weight_KN.device, span.device_step
+    mask = DropoutMask(seed, span.step, op.index, span.positions_L, op.in_features, dropout, device, step)
     return LoraUse(span.start, span.end, scale, mask, keep_scale(dropout))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range
@@ -23,13 +24,14 @@ class TaskSpan:
     end: int
     positions_L: NDArray[np.int64]  # place of each token in the task's own stream
     lengths: tuple[int, ...] = ()  # tokens of each segment
+    device_step: torch.Tensor | None = None  # the step where kernels read it
 
     @classmethod
-    def of(cls, range_: Range) -> "TaskSpan":
+    def of(cls, range_: Range, device_step: torch.Tensor) -> "TaskSpan":
         positions = [np.arange(s.num_tokens, dtype=np.int64) + s.stream_offset_tokens for s in range_.segments]
         end = range_.start + range_.num_effective_tokens
         lengths = tuple(segment.num_tokens for segment in range_.segments)
-        return cls(range_.task, range_.step, range_.start, end, np.concatenate(positions), lengths)
+        return cls(range_.task, range_.step, range_.start, end, np.concatenate(positions), lengths, device_step)
 
 
 @dataclass
@@ -40,6 +42,8 @@ class Layout:
     spans: tuple[TaskSpan, ...] = ()
     training: bool = False
     tasks: frozenset[str] = field(default=frozenset())
+    device: torch.device = field(default=torch.device("cpu"))
+    _steps: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
 
     def uses(self, adapters: Mapping[str, A]) -> list[tuple[TaskSpan, A]]:
         """The spans of the tasks that have an adapter in `adapters`, in the stream's order."""
@@ -47,6 +51,20 @@ class Layout:
 
     def set(self, microbatch: Microbatch, resident: frozenset[str]) -> None:
         """Lays out `microbatch`; ranges of tasks that are not resident run through the bare backbone."""
-        self.spans = tuple(TaskSpan.of(r) for r in microbatch.ranges if r.task in resident and r.segments)
+        self._steps = {task: own for task, own in self._steps.items() if task in resident}
+        ranges = [r for r in microbatch.ranges if r.task in resident and r.segments]
+        self.spans = tuple(TaskSpan.of(r, self._device_step(r)) for r in ranges)
         self.training = microbatch.kind is MicrobatchKind.TRAIN
         self.tasks = resident
+
+    def _device_step(self, range_: Range) -> torch.Tensor:
+        """Memory of the task's own for as long as it is resident: a captured graph sees the step change in it.
+
+        Written only where it changes: autograd refuses a backward pass whose forward pass read another step.
+        """
+        cell, step = self._steps.get(range_.task, (None, None))
+        if cell is None:
+            cell = torch.empty((), dtype=torch.int64, device=self.device)
+        if step != range_.step:
+            self._steps[range_.task] = cell.fill_(range_.step), range_.step
+        return cell

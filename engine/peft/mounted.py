@@ -4,7 +4,7 @@ microbatches.
 Legend: T tokens of the packed stream, L tokens of one span, K inputs, N outputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from engine.kernels.multi_lora import multi_lora
+from engine.kernels.multi_lora import Operator, multi_lora
 from engine.method import Site, SiteKind
 from engine.peft.adapter import Adapter, BaseOp
 from engine.peft.block import MountedBlock
 from engine.peft.layout import Layout
+from engine.peft.shared_input import SharedInput
 from engine.peft.spans import Uses, rewrite_input, rewrite_output
 
 _LEAST_GAIN = 1e-3  # of a norm: below it a 16-bit output may have lost digits
@@ -52,28 +53,37 @@ class MountedLinear(nn.Module):
         self.in_features, self.out_features = self.op.in_features, self.op.out_features
         self.layout = layout
         self.adapters: dict[str, Adapter] = {}
+        self.group: SharedInput | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x_TK = x.reshape(-1, x.shape[-1])
-        uses = self.layout.uses(self.adapters)
-        return self._adapted(x_TK, uses).view(*x.shape[:-1], -1) if uses else self._plain(x)
-
-    def _adapted(self, x_TK: torch.Tensor, uses: Uses) -> torch.Tensor:
         """Dispatch, the operator with every low-rank addition in one kernel, aggregate."""
-        training = self.layout.training
-        x_TK = rewrite_input(x_TK, uses)
-        pairs = [pair for span, adapter in uses if (pair := adapter.low_rank(span, training)) is not None]
-        if pairs:
-            uses_of, factors = zip(*pairs, strict=True)
-            y_TN = multi_lora(x_TK, self.op.weight_KN, self.op.bias_N, uses_of, factors)
-        else:
-            y_TN = self._plain(x_TK)
-        return rewrite_output(y_TN, x_TK, uses, training)
+        x_TK, uses = x.reshape(-1, x.shape[-1]), self._uses
+        y_TN = None if self.group is None else self.group.answer(self, x)
+        if y_TN is None:
+            x_TK = rewrite_input(x_TK, uses)
+            y_TN = self._alone(x_TK)
+        return rewrite_output(y_TN, x_TK, uses, self.layout.training).view(*x.shape[:-1], -1)
 
-    def _plain(self, x: torch.Tensor) -> torch.Tensor:
-        if self.op.bias_N is None:
-            return x @ self.op.weight_KN
-        return torch.addmm(self.op.bias_N, x.reshape(-1, x.shape[-1]), self.op.weight_KN).view(*x.shape[:-1], -1)
+    @property
+    def _uses(self) -> Uses:
+        return self.layout.uses(self.adapters)
+
+    @property
+    def rewrites_input(self) -> bool:
+        return any(adapter.input_affine() is not None for _, adapter in self._uses)
+
+    def operator(self) -> Operator:
+        pairs = [adapter.low_rank(span, self.layout.training) for span, adapter in self._uses]
+        found = [pair for pair in pairs if pair is not None]
+        return Operator(self.op.weight_KN, self.op.bias_N, [use for use, _ in found], [factors for _, factors in found])
+
+    def _alone(self, x_TK: torch.Tensor) -> torch.Tensor:
+        operator = self.operator()
+        if operator.uses:
+            return multi_lora(x_TK, [operator])[0]
+        if operator.bias_N is None:
+            return x_TK @ operator.weight_KN
+        return torch.addmm(operator.bias_N, x_TK, operator.weight_KN)
 
 
 class MountedNorm:
@@ -181,6 +191,17 @@ def mount_linears(model: Any, layout: Layout) -> dict[str, MountedLinear]:
         mounted[name] = MountedLinear(module, name, index, layout)
         setattr(model.get_submodule(parent), last, mounted[name])
     return mounted
+
+
+def group_linears(mounted: Mapping[str, MountedLinear], groups: Sequence[Sequence[str]]) -> list[SharedInput]:
+    """Makes groups of operators that share their input, by name."""
+    shared = []
+    for names in groups:
+        group = SharedInput([mounted[name] for name in names])
+        for name in names:
+            mounted[name].group = group
+        shared.append(group)
+    return shared
 
 
 def mount_norms(model: Any, layout: Layout) -> dict[str, MountedNorm]:

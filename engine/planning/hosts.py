@@ -67,10 +67,11 @@ class Host:
         return resident_bytes(self.executor.backbone, crowd.adapter_bytes, crowd.kept_bytes, crowd.input_mask, tokens)
 
     def alone_bytes(self, need: Need) -> int:
-        """In a process of its own, with a backbone of its own and microbatches of its own size."""
-        held = need.footprint
-        return resident_bytes(self.executor.backbone, held.adapter_bytes, held.kept_bytes, held.input_mask,
-                              held.slice_tokens)  # fmt: skip
+        """In a process of its own, with a backbone of its own and microbatches of its own size. What any process has,
+        with or without a backbone, is left out, as in `memory.separate_instance_bytes`."""
+        held, backbone = need.footprint, self.executor.backbone
+        whole = resident_bytes(backbone, held.adapter_bytes, held.kept_bytes, held.input_mask, held.slice_tokens)
+        return whole - backbone.process_bytes
 
     def microbatch_tokens(self, crowd: Crowd) -> int:
         limits = self._limits

@@ -5,8 +5,8 @@ passed backward through the first stage: its steps are S stages apart, and the w
 rounds. No order fills more: between an hTask's rounds of n of all N microbatches there can be at most N - n others, and
 in a cycle of whole rounds there are N - n for every hTask at once. Neighbours in the cycle are alike in size (up, then
 down), because a stage idles where a short microbatch follows a long one. A frozen backbone has no weight gradients to
-fill bubbles with: others' microbatches are all there is. Source: MuxTune section 3.3; the cycle and its argument are
-ours. Legend: S stages.
+fill bubbles with: others' microbatches are all there is. Source: MuxTune interleaves hTasks in time; the cycle and its
+argument are ours. Legend: S stages.
 """
 
 import math

@@ -20,11 +20,13 @@ from engine.peft.mounted import (
     Call,
     Mounted,
     MountedAttention,
+    group_linears,
     mount_attentions,
     mount_embedding,
     mount_linears,
     mount_norms,
 )
+from engine.peft.shared_input import SharedInput, observed_inputs, sharing
 from engine.runtime import attention
 from engine.runtime.varlen_attention import Shared
 
@@ -48,15 +50,17 @@ class Backbone:
         self.shadow = sharing_copy(model)
         self.model.set_attn_implementation(attention.NAME)
         self.shadow.set_attn_implementation(_plain_attention(self.shadow))
-        self.layout = Layout()
+        self.layout = Layout(device=model.device)
         self.operators = mount_linears(self.model, self.layout)
         norms = mount_norms(self.model, self.layout)
         self.attentions: dict[str, MountedAttention] = {}
         self.attention_paths = set[str]()  # that were taken so far, and why
         softcap = getattr(model.config, "final_logit_softcapping", None)
         self.head = Head(self.model.get_output_embeddings(), softcap)
-        with observed_blocks(self.model, self.operators) as widths:
+        self.shared_inputs: list[SharedInput] = []
+        with observed_blocks(self.model, self.operators) as widths, observed_inputs(self.operators) as groups:
             calls = self._refuse_what_is_not_exact()
+        self.shared_inputs = group_linears(self.operators, groups)
         self.attentions = mount_attentions(self.model, self.layout, calls)
         self.mounted: dict[str, Mounted] = {
             **self.operators,
@@ -139,15 +143,16 @@ class Backbone:
         self.layout.num_tokens = sum(lengths)
         cu_seqlens, shared = [0, *itertools.accumulate(lengths)], Shared()
         base = self.model.base_model
-        output = base(
-            input_ids=token_ids_1T,
-            position_ids=position_ids_1T,
-            cu_seqlens=cu_seqlens,
-            prefixes=prefixes,
-            calls=calls,
-            shared=shared,
-            use_cache=False,
-        )
+        with sharing(self.shared_inputs):
+            output = base(
+                input_ids=token_ids_1T,
+                position_ids=position_ids_1T,
+                cu_seqlens=cu_seqlens,
+                prefixes=prefixes,
+                calls=calls,
+                shared=shared,
+                use_cache=False,
+            )
         self.attention_paths |= shared.paths
         hidden: torch.Tensor = output.last_hidden_state
         return hidden[0]

@@ -252,4 +252,5 @@ def _share(message: Any, field: str) -> str:
 
 
 def _bytes(number: int) -> str:
-    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+    unit, size = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if number >= s or u == "kB")
+    return f"{number / size:.3g} {unit}"

@@ -30,7 +30,9 @@ def test_every_kernel_is_checked_timed_and_written(host_launcher: MakeHost, tmp_
     record = bench_kernels.run(jobs, CPU, tmp_path, minutes=5)
     assert json.loads((tmp_path / "kernels.json").read_text())["points"] == json.loads(json.dumps(record["points"]))
     assert [point["kernel"] for point in record["points"]] == list(jobs)
-    assert set(record["points"][0]["times"]) == {"frozen", "ours", "cublas", "peft"}
+    first = record["points"][0]
+    assert set(first["times"]) == {"frozen", "ours", "first", "after", "cublas", "peft"}
+    assert first["chosen"] == ["after"] and first["faster"] in ("first", "after")
     assert set(record["points"][1]["times"]) == {"frozen", "ours", "peft"}
     assert all(time["ms"] > 0 for point in record["points"] for time in point["times"].values())
     assert record["left_out"] == 0 and record["environment"]["commit"]
@@ -40,8 +42,8 @@ def test_every_kernel_is_checked_timed_and_written(host_launcher: MakeHost, tmp_
 
 def test_a_wrong_kernel_is_not_timed(host_launcher: MakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = bench_multi_lora.ours
-    monkeypatch.setattr(bench_multi_lora, "ours", lambda given, launcher: (given.dy, *right(given, launcher)[1:]))
-    with pytest.raises(AssertionError, match="32x24"):
+    monkeypatch.setattr(bench_multi_lora, "ours", lambda given, *rest: (given.dys, *right(given, *rest)[1:]))
+    with pytest.raises(AssertionError, match="32x24, 8"):
         bench_kernels.run(small_jobs(host_launcher), CPU, tmp_path, minutes=5)
 
 
@@ -51,11 +53,11 @@ def test_a_peer_is_timed_where_it_is_right_and_else_left_out_with_the_reason(hos
 
     peers = {
         "right": bench_multi_lora.BlockDiagonal,
-        "wrong": lambda given: lambda own: (own.dy, own.x, bench_multi_lora.expected(own)[2]),
+        "wrong": lambda given: lambda own: (own.dys, own.x, bench_multi_lora.expected(own)[2]),
         "unable": unable,
     }
     point = small_jobs(host_launcher, peers)["multi_lora"][0]()
-    assert set(point["times"]) == {"frozen", "ours", "cublas", "peft", "right"}
+    assert set(point["times"]) == {"frozen", "ours", "first", "after", "cublas", "peft", "right"}
     assert point["left_out"]["unable"] == "not these widths"
     assert point["left_out"]["wrong"].startswith("wrong results")
 
@@ -139,7 +141,7 @@ class PlainOps:
 def test_lorafusion_is_given_the_work_that_ours_is() -> None:
     peer = LoraFusion.__new__(LoraFusion)
     peer._ops, peer._block = PlainOps, 128
-    point = bench_multi_lora.Point("p", ((256, 512),), 256, 2, (8, 16))
-    given = Inputs.drawn(point, 256, 512, CPU)
+    point = bench_multi_lora.Point("p", ((256, (512, 256)),), 256, 2, (8, 16))
+    given = Inputs.drawn(point, point.groups[0], CPU)
     found = bench_multi_lora.beside(peer)(given)(given)
     assert all(e < 2e-2 for e in bench_multi_lora.errors(found, bench_multi_lora.expected(given)).values())

@@ -98,7 +98,7 @@ def test_a_task_is_explained_and_other_tenants_are_only_counted(mesh: None) -> N
     assert shown.exit_code == 0, shown.output
     for words in (
         f"{OWN}, 2 of other tenants", "stays where it runs", "predicted 0.4 s, measured 0.44 s",
-        "2 s, alone it would be 0.5 s", "adds 5.0 MB", "2.00 GB", "predicted 2.0%, so far 3.1%",
+        "2 s, alone it would be 0.5 s", "adds 5 MB", "2 GB", "predicted 2.0%, so far 3.1%",
         "90 s, after its deadline", "chunks of 32",
     ):  # fmt: skip
         assert words in shown.output

@@ -35,6 +35,9 @@ def test_counts(tokenizer: BackboneTokenizer, options: dict[str, int]) -> None:
     order = Order(training, parts.train)
     assert report.num_train_tokens == sum(lengths[order.batch(step)].sum() for step in range(report.num_steps))
     assert [row.line for row in report.samples if row.is_heldout] == [int(dataset.lines[parts.heldout[0]])]
+    assert set(report.length_quantiles) == set(lengths[parts.train].tolist()) and len(report.length_quantiles) == 64
+    assert np.mean(report.length_quantiles) == pytest.approx(lengths[parts.train].mean(), rel=0.05)
+    assert list(report.length_quantiles) == sorted(report.length_quantiles)
     assert sum(report.length_histogram.values()) == 4
     for (low, high), count in report.length_histogram.items():
         assert count == sum(low <= n < high for n in dataset.original_lengths)

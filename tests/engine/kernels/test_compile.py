@@ -19,7 +19,7 @@ from engine.kernels import (
     multi_adamw,
     multi_affine_device,
     multi_grad_norm,
-    multi_lora_items,
+    multi_lora_structs,
     segment_cross_entropy,
 )
 
@@ -27,10 +27,14 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TABLE = Path(__file__).with_name("registers.json")  # written by `python tests/engine/kernels/test_compile.py`
 MAX_REGISTERS = 168  # three blocks of 128 threads on a multiprocessor
 STRUCTS = {
-    "LoraUse": ("multi_lora.cuh", multi_lora_items.USE),
-    "LoraItem": ("multi_lora.cuh", multi_lora_items.ITEM),
-    "LoraLaunch": ("multi_lora.cuh", multi_lora_items.LAUNCH),
-    "Run": ("philox.cuh", multi_lora_items.RUN),
+    "LoraUse": ("multi_lora.cuh", multi_lora_structs.USE),
+    "LoraFactors": ("multi_lora.cuh", multi_lora_structs.FACTORS),
+    "LoraTile": ("multi_lora.cuh", multi_lora_structs.RANKS),
+    "LoraSplit": ("multi_lora.cuh", multi_lora_structs.SPLIT),
+    "LoraItem": ("multi_lora.cuh", multi_lora_structs.ITEM),
+    "LoraStream": ("multi_lora.cuh", multi_lora_structs.STREAM),
+    "LoraLaunch": ("multi_lora.cuh", multi_lora_structs.LAUNCH),
+    "Run": ("philox.cuh", multi_lora_structs.RUN),
     "NormTask": ("multi_grad_norm.cu", multi_grad_norm.TASK),
     "NormItem": ("multi_grad_norm.cu", multi_grad_norm.ITEM),
     "NormLaunch": ("multi_grad_norm.cu", multi_grad_norm.LAUNCH),
@@ -109,7 +113,7 @@ def offsets(name: str, dtype: np.dtype[Any]) -> list[str]:
 
 def fields(body: str) -> list[str]:
     """Names declared in a struct's body, in order."""
-    text = re.sub(r"//[^\n]*", "", body)
+    text = re.sub(r"//[^\n]*|\[[^\]]*\]", "", body)
     return [name for line in text.split(";") for name in re.findall(r"(\w+)\s*(?=,|$)", line.strip())]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.kernels.multi_lora import LoraUse, LowRank, multi_lora
+from engine.kernels.multi_lora import MAX_OPERATORS, LoraUse, LowRank, Operator, multi_lora
 
 
 def make(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[LowRank]]:
@@ -20,6 +20,13 @@ def make(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor
     for factor in trained(pairs):
         factor.requires_grad_()
     return draw(11, 5), draw(5, 7), draw(7), pairs
+
+
+def alone(
+    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, uses: list[LoraUse], pairs: list[LowRank]
+) -> torch.Tensor:
+    [y] = multi_lora(x, [Operator(w, b, uses, pairs)])
+    return y
 
 
 def trained(pairs: Sequence[LowRank]) -> list[torch.Tensor]:
@@ -58,7 +65,7 @@ def test_equals_autograd(uses: list[LoraUse], with_bias: bool) -> None:
     b = bias if with_bias else None
     x.requires_grad_()
     upstream = torch.randn(11, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    ours, theirs = multi_lora(x, w, b, uses, pairs), reference(x, w, b, uses, pairs)
+    ours, theirs = alone(x, w, b, uses, pairs), reference(x, w, b, uses, pairs)
     torch.testing.assert_close(ours, theirs)
     found = torch.autograd.grad(ours, [x, *trained(pairs)], upstream)
     expected = torch.autograd.grad(theirs, [x, *trained(pairs)], upstream)
@@ -69,24 +76,24 @@ def test_equals_autograd(uses: list[LoraUse], with_bias: bool) -> None:
 def test_gradients_by_finite_differences(uses: list[LoraUse]) -> None:
     x, w, b, pairs = make()
     inputs = (x.requires_grad_(), *trained(pairs))
-    assert torch.autograd.gradcheck(lambda x, *flat: multi_lora(x, w, b, uses, paired(flat)), inputs)
+    assert torch.autograd.gradcheck(lambda x, *flat: alone(x, w, b, uses, paired(flat)), inputs)
 
 
 @pytest.mark.parametrize("which", range(6))
 def test_a_frozen_factor_gets_no_gradient_and_changes_no_other(which: int) -> None:
     x, w, b, pairs = make()
     x.requires_grad_()
-    expected = torch.autograd.grad(multi_lora(x, w, b, USES["dropout"], pairs).square().sum(), [x, *trained(pairs)])
+    expected = torch.autograd.grad(alone(x, w, b, USES["dropout"], pairs).square().sum(), [x, *trained(pairs)])
     for index, factor in enumerate(trained(pairs)):
         factor.requires_grad_(index == which)
-    multi_lora(x, w, b, USES["dropout"], pairs).square().sum().backward()
+    alone(x, w, b, USES["dropout"], pairs).square().sum().backward()
     torch.testing.assert_close([x.grad, trained(pairs)[which].grad], [expected[0], expected[1 + which]])
     assert [index for index, factor in enumerate(trained(pairs)) if factor.grad is not None] == [which]
 
 
 def test_no_input_gradient_where_nothing_upstream_needs_one() -> None:
     x, w, b, pairs = make()
-    multi_lora(x, w, b, USES["plain"], pairs).sum().backward()
+    alone(x, w, b, USES["plain"], pairs).sum().backward()
     assert x.grad is None and w.grad is None and b.grad is None
     assert all(factor.grad is not None for factor in trained(pairs))
 
@@ -98,7 +105,7 @@ def test_backward_keeps_only_what_adapters_need(trains_a: bool) -> None:
         pair.a_RK.requires_grad_(trains_a)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        multi_lora(x.requires_grad_(), w, b, USES["plain"], pairs)
+        alone(x.requires_grad_(), w, b, USES["plain"], pairs)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     for known in (w, *trained(pairs)):  # nothing but the frozen weight itself, the factors ...
         storages.pop(known.untyped_storage().data_ptr(), None)
@@ -114,18 +121,74 @@ def test_backward_keeps_only_what_adapters_need(trains_a: bool) -> None:
 def test_ranges_that_do_not_fit_are_refused(uses: list[LoraUse]) -> None:
     x, w, b, pairs = make()
     with pytest.raises(ValueError, match=r"overlaps|leaves|factors"):
-        multi_lora(x, w, b, uses, pairs)
+        alone(x, w, b, uses, pairs)
+
+
+def group() -> tuple[torch.Tensor, list[Operator]]:
+    """Three operators of different widths on one X: uses with and without dropout and gains, the third without any."""
+    x, w, b, pairs = make()
+    generator = torch.Generator().manual_seed(5)
+    w2, w3 = (torch.randn(5, n, generator=generator, dtype=x.dtype) for n in (4, 2))
+    small = LowRank(
+        *(torch.randn(size, generator=generator, dtype=x.dtype).requires_grad_() for size in ((2, 5), (4, 2)))
+    )
+    return x, [
+        Operator(w, b, USES["dropout"], pairs),
+        Operator(w2, None, USES["dropout"][1:], [small]),
+        Operator(w3, None, [], []),
+    ]
+
+
+def test_a_group_is_its_operators_one_by_one() -> None:
+    x, operators = group()
+    x.requires_grad_()
+    leaves = [x, *(factor for operator in operators for factor in trained(operator.factors))]
+    ours = multi_lora(x, operators)
+    theirs = [reference(x, *operator) for operator in operators]
+    torch.testing.assert_close(list(ours), theirs)
+    upstream = [torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(2)) for y in theirs]
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, leaves, upstream), torch.autograd.grad(theirs, leaves, upstream)
+    )
+
+
+def test_gradients_of_a_group_by_finite_differences() -> None:
+    x, operators = group()
+    counts = [len(trained(operator.factors)) for operator in operators]
+
+    def run(x: torch.Tensor, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        first, second, third = operators
+        own = [
+            first._replace(factors=paired(flat[: counts[0]])),
+            second._replace(factors=[LowRank(*flat[counts[0] :])]),
+        ]
+        return multi_lora(x, [*own, third])
+
+    leaves = [factor for operator in operators for factor in trained(operator.factors)]
+    assert torch.autograd.gradcheck(run, (x.requires_grad_(), *leaves))
+
+
+def test_groups_that_do_not_fit_are_refused() -> None:
+    x, [first, second, third] = group()
+    with pytest.raises(ValueError, match="without being equal"):
+        multi_lora(x, [first, second._replace(uses=[LoraUse(5, 9, 1.0)])])
+    with pytest.raises(ValueError, match=f"1 to {MAX_OPERATORS} operators, got 9"):
+        multi_lora(x, [third] * 9)
+    with pytest.raises(ValueError, match="got 0"):
+        multi_lora(x, [])
+    with pytest.raises(ValueError, match="bias_N"):
+        multi_lora(x, [third._replace(bias_N=first.bias_N)])
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     x, w, b, (first, second) = make()
     with pytest.raises(ValueError, match="do not fit"):
-        multi_lora(x, w, b, USES["plain"], [first._replace(b_NR=second.b_NR), second])
+        alone(x, w, b, USES["plain"], [first._replace(b_NR=second.b_NR), second])
     with pytest.raises(ValueError, match="rows"):
-        multi_lora(x, w.T, b, USES["plain"], [first, second])
+        alone(x, w.T, b, USES["plain"], [first, second])
     for wrong in (
         second._replace(shrink_gain_R=second.expand_gain_N),
         second._replace(expand_gain_N=second.shrink_gain_R),
     ):
         with pytest.raises(ValueError, match="gain"):
-            multi_lora(x, w, b, USES["plain"], [first, wrong])
+            alone(x, w, b, USES["plain"], [first, wrong])

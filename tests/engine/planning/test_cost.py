@@ -15,7 +15,7 @@ from engine.planning.fit import Sample, error_of, fit, nonnegative_least_squares
 
 PROFILE = CostProfile(
     fixed_seconds=0.1, token_seconds=2e-3, knee_tokens=50, square_seconds=1e-6, target_seconds=1e-3,
-    module_seconds=1e-4, multiplication_seconds=1e-9, parameter_seconds=1e-8,
+    module_seconds=1e-4, multiplication_seconds=1e-9, parameter_seconds=1e-8, segment_seconds=3e-3,
 )  # fmt: skip
 PARTS = st.builds(
     Part,
@@ -25,12 +25,14 @@ PARTS = st.builds(
     num_modules=st.integers(0, 300),
     num_multiplications=st.integers(0, 10**9),
     num_stepped_parameters=st.integers(0, 10**7),
+    num_segments=st.integers(0, 50),
 )
 
 
 def test_seconds_by_hand() -> None:
-    parts = [Part(30, 900, 10, 4, 1_000_000, 0), Part(10, 100, 10, 2, 0, 500_000)]
+    parts = [Part(30, 900, 10, 4, 1_000_000, 0, 2), Part(10, 100, 10, 2, 0, 500_000, 5)]
     expected = 0.1 + 2e-3 * 50 + 1e-6 * 1000 + 1e-3 * 20 + 1e-4 * 6 + 1e-9 * 1e6 + 1e-8 * 5e5
+    expected += 3e-3 * 7
     assert PROFILE.microbatch_seconds(parts) == pytest.approx(expected)
     assert PROFILE.microbatch_seconds([*parts, Part(60)]) == pytest.approx(expected + 2e-3 * 50)
 
@@ -63,7 +65,8 @@ def _samples(profile: CostProfile, random: np.random.Generator, count: int, nois
         ranges = int(random.integers(1, 5))
         tokens, length, modules, multiplications = random.integers([8, 8, 8, 1], [800, 512, 99, 10**6]).tolist()
         stepped = int(random.integers(0, 2)) * 10**6
-        part = Part(tokens, tokens * length, tokens * random.random(), modules, tokens * multiplications, stepped)
+        part = Part(tokens, tokens * length, tokens * random.random(), modules, tokens * multiplications, stepped,
+                    int(random.integers(1, 9)))  # fmt: skip
         parts = (part,) * ranges
         samples.append(Sample(parts, profile.microbatch_seconds(parts) * (1 + noise * random.standard_normal())))
     return samples

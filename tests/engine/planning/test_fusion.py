@@ -257,6 +257,16 @@ def test_on_four_stages_all_in_one_would_wait_for_itself() -> None:
     assert found.period_seconds == pytest.approx(150, rel=1e-3)
 
 
+def test_without_interleaving_rounds_run_one_after_another() -> None:
+    """Two tasks of 3 microbatches on 4 stages: each round takes 75 s of work, and 3 / 12 of it to fill and drain once
+    it is cut into 9. Fused they fill and drain once."""
+    jobs = [Job("a", 300), Job("b", 300)]
+    stage = Stage(FLAT, 100, num_stages=4, interleaves=False)
+    apart = of_partition([[job] for job in jobs], stage)
+    assert apart.period_seconds == pytest.approx(2 * 75 * (1 + 3 / 9))
+    assert fuse(jobs, stage).period_seconds == pytest.approx(150 * (1 + 3 / 12))
+
+
 def test_a_saturated_device_gains_nothing_from_fusion() -> None:
     """Past the knee and without fixed costs the period is that of separate hTasks; of equals, the fewest are taken."""
     jobs = [Job(str(i), 500) for i in range(6)]

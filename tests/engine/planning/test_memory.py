@@ -68,6 +68,15 @@ def test_bytes_grow_with_what_costs_them() -> None:
     assert total_bytes([spec, spec], BACKBONE, 256) < 2 * separate_instance_bytes(spec, BACKBONE)
 
 
+def test_what_a_process_has_counts_once_and_in_no_comparison_with_separate_instances() -> None:
+    spec, larger = _spec(), dataclasses.replace(BACKBONE, process_bytes=10**8, allocator_slack=1.5)
+    without = dataclasses.replace(larger, process_bytes=0)
+    assert total_bytes([spec, spec], larger, 256) == total_bytes([spec, spec], without, 256) + 10**8
+    assert separate_instance_bytes(spec, larger) == separate_instance_bytes(spec, without)
+    moving = total_bytes([spec], dataclasses.replace(without, allocator_slack=1.0), 256) - larger.weight_bytes
+    assert total_bytes([spec], without, 256) - larger.weight_bytes == pytest.approx(1.5 * moving, abs=2)
+
+
 @pytest.mark.parametrize(
     ("micro_batch_size", "max_sequence_tokens", "expected"),
     [(1, 100, 1024), (4, 512, 2048), (64, 512, 4096), (1, 5000, 5008), (3, 400, 1200)],

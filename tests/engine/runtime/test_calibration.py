@@ -14,6 +14,7 @@ from tests.engine.runtime.tiny import CONFIGS, model_of
 TRUTH = CostProfile(
     fixed_seconds=0.05, token_seconds=4e-3, square_seconds=2e-5, target_seconds=1e-3, module_seconds=1e-3,
     multiplication_seconds=1e-7, parameter_seconds=1e-6,
+    segment_seconds=2e-3,
 )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def compiled(source: str, folder: Path) -> Path:
 class HostLauncher(Memory):
     """A Launcher. `seed` 0 runs threads in order, others in a random one."""
 
-    num_multiprocessors = 1
+    num_multiprocessors, stream = 1, 0
     device = torch.device("cpu")
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
@@ -134,12 +134,20 @@ def _rows(table: Table) -> NDArray[Any]:
 
 def _pointers(buffer: int, rows: NDArray[Any], whole: _Storages) -> list[tuple[int, int, int, int]]:
     """(buffer, offset, buffer pointed to, offset there) of every pointer that is not null."""
+    return [(buffer, at, *whole.find(address)) for at, address in _addresses(rows) if address]
+
+
+def _addresses(rows: NDArray[Any]) -> list[tuple[int, int]]:
+    """(offset, address) of all pointers in structs, and in the arrays of structs that they hold."""
     places = []
     for name, field in (rows.dtype.fields or {}).items():
-        if (field[0].metadata or {}).get("is_pointer"):
-            for i, address in enumerate(rows[name].tolist()):
-                if address:
-                    places.append((buffer, i * rows.dtype.itemsize + field[1], *whole.find(address)))
+        kind, at = field[0], field[1]
+        for i in range(len(rows)) if kind.subdtype or (kind.metadata or {}).get("is_pointer") else ():
+            start = i * rows.dtype.itemsize + at
+            if kind.subdtype:
+                places += [(start + inner, address) for inner, address in _addresses(rows[name][i])]
+            else:
+                places.append((start, int(rows[name][i])))
     return places
 
 

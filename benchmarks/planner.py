@@ -1,0 +1,372 @@
+"""The planner measured: predictions on this CPU, fusion, pipelines, traces, padding, and its switches one by one.
+
+    PYTHONPATH=. python benchmarks/planner.py [--quick] [--no-write]
+
+Predictions: a small Llama on one thread, timed by CPU seconds; calibrated, corrected by 24 microbatches of random
+shapes as an executor does, then asked for 60 others. Fusion: random tasks against the best of all partitions (up to
+10), and against the bound below any partition (64 on 4 stages). Pipelines: 8 tasks on 4 stages, 20 rounds. Traces:
+1,000 tasks on 16 devices under three policies, 10,000 on 128 under ours, in bursts of 8. Padding: tasks with lengths as
+of the paper's datasets (`workload.CORPORA`), packed by alignment itself. Switches: 16 such tasks on 4 stages.
+Saturation: two tasks fused on one device, and eight on four stages, over their tokens. All seconds are the process's
+own. Costs of all but the predictions are those of `DEVICE`, which small microbatches leave idle, and which is made up.
+"""
+
+import argparse
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from benchmarks import report
+from benchmarks.workload import CORPORA
+from engine.alignment.dataset import TokenizedDataset
+from engine.alignment.packing import Member, rounds
+from engine.method import Site
+from engine.methods import Lora
+from engine.planning.cost import CostProfile
+from engine.planning.eta import seconds_alone
+from engine.planning.fit import Sample, refit
+from engine.planning.fusion import fuse, fuse_many, lower_bound_seconds, of_partition
+from engine.planning.needs import Appraiser
+from engine.planning.pipeline import Load, Pipeline, interleaved, one_by_one
+from engine.planning.pipeline import simulate as run_pipeline
+from engine.planning.plan import BackboneView, ExecutorView, Limits, Snapshot, TaskView
+from engine.planning.planner import plan
+from engine.planning.policies import BatchEverything, Multiplexed, OneInstanceEach
+from engine.planning.round_time import Job, Stage
+from engine.planning.simulator import Policy, simulate
+from engine.planning.summary import summarise
+from engine.planning.trace import Trace, arrivals
+from engine.runtime.backbone import Backbone
+from engine.runtime.calibration import Probe, _Bench, calibrate
+from engine.runtime.executor import Executor
+from engine.task import TaskSpec, Training
+
+PLOT = Path(__file__).parent / "saturation.svg"
+MIXES = {name: (name,) * 4 for name in CORPORA} | {"all three": tuple(CORPORA) * 2, "fifteen": tuple(CORPORA) * 5}
+SITES = tuple(Site(f"layers.{i}.{n}_proj", 576, 576) for i in range(30) for n in "qv")
+BACKBONE = BackboneView("b", 135_000_000, 30, 576, 49152, 8192, 540 << 20, "float32", SITES)
+DEVICE = CostProfile(fixed_seconds=0.05, token_seconds=1e-4, knee_tokens=512, square_seconds=1e-9, target_seconds=1e-6,
+                     module_seconds=2e-5, multiplication_seconds=1e-14)  # fmt: skip
+
+
+def accuracy(quick: bool) -> dict[str, Any]:
+    """Relative errors on shapes never fitted."""
+    torch.set_num_threads(1)
+    config = transformers.LlamaConfig(
+        vocab_size=2000, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
+        num_key_value_heads=3, max_position_embeddings=1024,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    executor = Executor(Backbone(transformers.LlamaForCausalLM(config).eval()))
+    start, random, timed = calibrate(executor, 6.0, 1024, time.process_time), np.random.default_rng(1), list[Sample]()
+    number_recent, number = (8, 12) if quick else (24, 60)
+    with _Bench(executor, time.process_time) as bench:
+        for _ in range(number_recent + number):
+            tokens, sequences, ranges = random.integers([16, 1, 1], [120, 6, 5]).tolist()
+            rank, stride, targets = (int(random.choice(c)) for c in ((4, 16, 32), (1, 2, 4), (1, 2, 8)))
+            probe = Probe(tokens, sequences, ranges, rank, stride, targets, has_step=bool(random.integers(2)))
+            bench.seconds(probe)
+            timed.append(Sample(bench.parts(probe), min(bench.seconds(probe) for _ in range(2))))
+    cost = refit(start, timed[:number_recent])
+    errors = [abs(cost.microbatch_seconds(s.parts) / s.seconds - 1) for s in timed[number_recent:]]
+    return {
+        "shapes": number,
+        "median_error": float(np.median(errors)),
+        "p95_error": float(np.quantile(errors, 0.95)),
+        "cost": vars(cost),
+    }
+
+
+def random_jobs(random: np.random.Generator, count: int) -> list[Job]:
+    return [
+        Job(str(i), float(np.clip(np.exp(random.normal(6.5, 1.2)), 16, 20000)), float(random.uniform(0, 300)), 256)
+        for i in range(count)
+    ]
+
+
+def fusion_quality(quick: bool) -> dict[str, Any]:
+    """Of the way of many tasks against the exact one, and against the bound; seconds at 512 tasks on 8 executors."""
+    random, over_exact, over_bound = np.random.default_rng(0), list[float](), list[float]()
+    for _ in range(60 if quick else 400):
+        stage = Stage(CostProfile(float(random.choice([0, 10, 200])), 1.0, float(random.choice([0, 100, 700]))), 1024,
+                      num_stages=int(random.choice([1, 2, 4, 8])), hop_seconds=20.0)  # fmt: skip
+        jobs = random_jobs(random, int(random.integers(5, 11)))
+        over_exact.append(fuse_many(jobs, stage).period_seconds / fuse(jobs, stage).period_seconds - 1)
+    executors = tuple(
+        ExecutorView(f"e{i}", BACKBONE, 80 << 30, cost=DEVICE, num_stages=4, hop_seconds=1e-3) for i in range(8)
+    )
+    for _ in range(4 if quick else 16):
+        jobs, stage = random_jobs(random, 64), Stage(DEVICE, 2048, num_stages=4, hop_seconds=1e-3)
+        over_bound.append(fuse(jobs, stage).period_seconds / lower_bound_seconds(jobs, stage) - 1)
+    tasks, limits = tuple(a.task for a in arrivals(Trace(512, 1.0, "b", seed=1))), Limits()
+    seconds = [least_seconds(lambda n=n: plan(Snapshot(tasks, executors[:n]), limits)) for n in (8,)]
+    fuse_seconds = least_seconds(lambda: [fuse(random_jobs(np.random.default_rng(i), 64), stage) for i in range(8)])
+    return {
+        "instances": len(over_exact),
+        "many_over_exact_worst": max(over_exact),
+        "many_over_exact_over_1_percent": sum(x > 0.01 for x in over_exact),
+        "over_bound_median": statistics.median(over_bound),
+        "over_bound_worst": max(over_bound),
+        "fuse_512_on_8_seconds": fuse_seconds,
+        "plan_512_on_8_seconds": seconds[0],
+    }
+
+
+def least_seconds(run: Callable[[], object]) -> float:
+    """Of five runs, the process's own."""
+    timed = []
+    for _ in range(5):
+        started = time.process_time()
+        run()
+        timed.append(time.process_time() - started)
+    return min(timed)
+
+
+def bubbles() -> dict[str, float]:
+    """Eight tasks on four stages: equal, and from 0.7 to 2.1 s a microbatch, eight and four microbatches a round."""
+    equal = [Load(f"task-{i}", 8, 1.0, 1.0) for i in range(8)]
+    uneven = [Load(f"task-{i}", 4, 0.35 + i / 10, 0.35 + i / 10) for i in range(8)]
+    found = {}
+    for name, loads, pipeline in (("equal", equal, Pipeline(4)), ("uneven", uneven, Pipeline(4, 0.02, 2))):
+        found[f"{name}, interleaved"] = run_pipeline(interleaved(loads, 20), pipeline).bubble_fraction
+        found[f"{name}, 1F1B task by task"] = run_pipeline(one_by_one(loads, 20), pipeline).bubble_fraction
+    return found
+
+
+def traces(quick: bool) -> dict[str, Any]:
+    """Three policies on one trace, and ours on a large one."""
+    small, large = ((300, 6), (2000, 32)) if quick else ((1000, 16), (10_000, 128))
+    limits = Limits()
+    policies: dict[str, Policy] = {
+        "muxtune": Multiplexed(limits),
+        "one instance a task": OneInstanceEach(limits),
+        "batch everything": BatchEverything(limits),
+    }
+    found = {name: simulated(*small, policy) for name, policy in policies.items()}
+    return found | {"muxtune, large": simulated(*large, Multiplexed(limits))}
+
+
+def simulated(num_tasks: int, num_devices: int, policy: Policy) -> dict[str, Any]:
+    """As many arrivals as keep our devices busy nine tenths of the time."""
+    executors = [ExecutorView(f"e{i:03}", BACKBONE, 24 << 30, cost=DEVICE) for i in range(num_devices)]
+    come = arrivals(Trace(num_tasks, num_devices / 260, "b", burst=8.0, seed=2))
+    limits, appraiser, started = Limits(), Appraiser(Limits()), time.process_time()
+    run = simulate(come, executors, policy, replan_seconds=come[-1].seconds / 600)
+    cpu_seconds = time.process_time() - started
+    summary = summarise(run, lambda task: seconds_alone(task, executors[0], limits, appraiser))
+    return vars(summary) | {"devices": num_devices, "cpu_seconds": cpu_seconds}
+
+
+def tasks_of(mix: tuple[str, ...], batch: int, steps: int = 12) -> list[tuple[TaskView, TokenizedDataset]]:
+    random, made = np.random.default_rng(len(mix)), []
+    for i, shape in enumerate(mix):
+        lengths = CORPORA[shape].lengths(random, 400)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        ids = np.zeros(offsets[-1], np.int32)
+        data = TokenizedDataset(ids, np.ones(len(ids), np.bool_), offsets, np.arange(400), lengths, (), 0)
+        training = Training(1e-3, num_steps=steps, micro_batch_size=8, global_batch_size=batch,
+                            max_sequence_tokens=CORPORA[shape].cap, seed=i)  # fmt: skip
+        quantiles = np.quantile(lengths, (np.arange(64) + 0.5) / 64, method="inverted_cdf").astype(int)
+        spec = TaskSpec("b", Lora(8, 8.0, ("q_proj", "v_proj")), "", training)
+        view = TaskView(f"t/tasks/{i:02}", "t", spec, i, steps, num_train_tokens=int(steps * batch * lengths.mean()),
+                        length_quantiles=tuple(quantiles.tolist()))  # fmt: skip
+        made.append((view, data))
+    return made
+
+
+def padding(mix: tuple[str, ...], batch: int, chunk: int) -> dict[str, Any]:
+    """Packed by alignment with the planner's chunk (0) or a given one, and what padding to the longest would be."""
+    made, whole, effective = tasks_of(mix, batch), 0, 0
+    views, data = tuple(view for view, _ in made), {view.name: data for view, data in made}
+    executor = ExecutorView("e", BACKBONE, 80 << 30, cost=DEVICE)
+    (htask,) = plan(Snapshot(views, (executor,)), Limits(chunk_tokens=chunk)).htasks["e"]
+    members = [Member(v.name, data[v.name], v.spec.training, v.num_steps, 0) for v in views]
+    for microbatch in rounds(members, htask.token_budget, htask.chunk_tokens):
+        whole += sum(range_.num_tokens for range_ in microbatch.ranges)
+        effective += sum(range_.num_effective_tokens for range_ in microbatch.ranges)
+    cap = max(CORPORA[shape].cap for shape in mix)
+    return {"chunk": htask.chunk_tokens, "padding": 1 - effective / whole,
+            "padding_to_longest": 1 - effective / (12 * batch * cap * len(mix))}  # fmt: skip
+
+
+def switches() -> dict[str, float]:
+    """Seconds in which each of 16 ragged tasks takes a step, on four stages."""
+    views = tuple(view for view, _ in tasks_of(tuple(CORPORA) * 5 + ("rte",), 32))
+    executor = ExecutorView("e", BACKBONE, 80 << 30, cost=DEVICE, num_stages=4, hop_seconds=2e-3)
+    variants = {
+        "all on": Limits(),
+        "fusion off": Limits(fuses=False),
+        "interleaving off": Limits(interleaves=False),
+        "fusion and interleaving off": Limits(fuses=False, interleaves=False),
+        "chunks of 64 for all": Limits(chunk_tokens=64),
+        "alignment off (chunk 1)": Limits(chunk_tokens=1),
+    }
+    found = {n: Multiplexed(limits).assign(views, [executor])["e"].round_seconds for n, limits in variants.items()}
+    whole = BatchEverything(Limits()).assign(views, [executor])["e"].round_seconds
+    return found | {"one batch, padded to the longest": whole}
+
+
+def saturation() -> dict[str, Any]:
+    """By tokens fused: effective tokens a second of one microbatch, and what fusing two such halves saves."""
+    rows = []
+    for tokens in (32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 8192):
+        halves = [Job("a", tokens / 2, 1e-6 * tokens / 2), Job("b", tokens / 2, 1e-6 * tokens / 2)]
+        stage = Stage(DEVICE, 8192)
+        fused = of_partition([halves], stage).period_seconds
+        apart = of_partition([[half] for half in halves], stage).period_seconds
+        pipeline, eight = replace(stage, max_tokens=2048, num_stages=4), [Job(str(i), tokens) for i in range(8)]
+        best, *others = (
+            fuse(eight, pipeline),
+            of_partition([eight], pipeline),
+            of_partition([[j] for j in eight], pipeline),
+        )
+        periods = [fusion.period_seconds for fusion in (best, *others)]
+        rows.append({"tokens": tokens, "tokens_per_second": tokens / fused, "saved": 1 - fused / apart,
+                     "num_htasks": len(best.groups), "periods": periods})  # fmt: skip
+    return {"rows": rows}
+
+
+def drawn(rows: list[dict[str, Any]]) -> str:
+    """SVG: throughput over tokens (full line), what fusion saves (dashed), tokens on a logarithmic scale."""
+    width, height, left, top = 640.0, 320.0, 60.0, 30.0
+    low, high = math.log2(rows[0]["tokens"]), math.log2(rows[-1]["tokens"])
+    most = max(row["tokens_per_second"] for row in rows)
+
+    def points(value: Callable[[dict[str, Any]], float]) -> str:
+        xs = [left + width * (math.log2(row["tokens"]) - low) / (high - low) for row in rows]
+        return " ".join(f"{x:.1f},{top + height * (1 - value(row)):.1f}" for x, row in zip(xs, rows, strict=True))
+
+    ticks = "".join(
+        f'<text x="{x.partition(",")[0]}" y="{top + height + 18:g}" text-anchor="middle">{row["tokens"]}</text>'
+        for x, row in zip(points(lambda row: 0.0).split(), rows, strict=True)
+    )
+    full, dashed = points(lambda row: row["tokens_per_second"] / most), points(lambda row: row["saved"])
+    knee = left + width * (math.log2(DEVICE.knee_tokens) - low) / (high - low)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 30:g}" height="{top + height + 60:g}" '
+        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
+        f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#999"/>{ticks}'
+        f'<line x1="{knee:.1f}" x2="{knee:.1f}" y1="{top}" y2="{top + height}" stroke="#bbb"/>'
+        f'<text x="{knee + 4:.1f}" y="{top + 14}">knee</text>'
+        f'<polyline points="{full}" fill="none" stroke="#1f5fa8"/>'
+        f'<polyline points="{dashed}" fill="none" stroke="#b5482a" stroke-dasharray="5 4"/>'
+        f'<text x="{left}" y="{top - 10}">full: effective tokens/s, up to {most:.0f}; dashed: share of time '
+        f"that fusing two halves saves, 0 to 1</text>"
+        f'<text x="{left + width / 2}" y="{top + height + 42:g}" text-anchor="middle">'
+        f"tokens of one microbatch</text></svg>\n"
+    )
+
+
+def padding_rows(found: dict[str, Any]) -> list[list[object]]:
+    rows: list[list[object]] = []
+    for mix, batch in itertools.product(MIXES, (8, 32)):
+        chosen, whole = found[f"{mix}, {batch}, chosen"], found[f"{mix}, {batch}, 64"]
+        rows.append([mix, batch, chosen["chunk"], f"{chosen['padding']:.2%}", f"{whole['padding']:.2%}",
+                     f"{chosen['padding_to_longest']:.1%}"])  # fmt: skip
+    return rows
+
+
+def trace_rows(found: dict[str, Any]) -> list[list[object]]:
+    return [
+        [name, row["num_tasks"], row["devices"], f"{row['effective_tokens_per_second']:.0f}",
+         f"{row['mean_completion_seconds']:.0f}", f"{row['p95_completion_seconds']:.0f}",
+         f"{row['mean_slowdown']:.2f}", f"{row['fairness']:.2f}", f"{row['cpu_seconds']:.1f}"]
+        for name, row in found.items()
+    ]  # fmt: skip
+
+
+def section(raw: dict[str, Any]) -> str:
+    a, f, rows, base = raw["accuracy"], raw["fusion"], raw["saturation"]["rows"], raw["switches"]["all on"]
+    idle = report.table(["tasks", "idle"], [[name, f"{value:.1%}"] for name, value in raw["bubbles"].items()])
+    header = ["policy", "tasks", "devices", "effective tokens/s", "mean completion, s", "95 %, s", "slowdown",
+              "fairness", "simulated in, s of CPU"]  # fmt: skip
+    switched = [[name, f"{seconds:.3f}", f"{seconds / base:.2f}"] for name, seconds in raw["switches"].items()]
+    padded = ["mix", "global batch", "chunk", "padding", "with 64", "to the longest"]
+    split = [
+        [row["tokens"], f"{row['saved']:.0%}", row["num_htasks"], *(f"{s:.3f}" for s in row["periods"])] for row in rows
+    ]
+    return f"""
+## The planner
+
+{report.told(raw)}
+The costs of all but the predictions are those of a made-up device (`DEVICE` in the script).
+
+**Predictions** on {a["shapes"]} shapes never fitted: median error {a["median_error"]:.1%}, 95th percentile
+{a["p95_error"]:.1%} (goals: 10 % and 25 %).
+
+**Fusion.** The way of many tasks on {f["instances"]} instances of 5 to 10 tasks, against the best of all partitions:
+worst {f["many_over_exact_worst"]:.1%} over, {f["many_over_exact_over_1_percent"]} of them over 1 %. 64 tasks on 4
+stages, against a bound below any partition: median {f["over_bound_median"]:.2%} over, worst
+{f["over_bound_worst"]:.2%}. 512 tasks on 8 executors of 4 stages: fusion takes
+{1000 * f["fuse_512_on_8_seconds"]:.0f} ms of CPU,
+{1000 * f["plan_512_on_8_seconds"]:.0f} ms for the whole plan from nothing, explained.
+
+**Bubbles**, of all stages' time, 8 tasks on 4 stages, 20 rounds, filling and draining included:
+
+{idle}
+
+**Traces** (slowdown: over the time alone; fairness: Jain's index of tenants' slowdowns):
+
+{report.table(header, trace_rows(raw["traces"]))}
+
+**Padding** by the planner's chunk, by chunks of 64, and if every sequence were padded to the longest:
+
+{report.table(padded, padding_rows(raw["padding"]))}
+
+**Switches**, 16 ragged tasks on 4 stages, seconds in which each takes a step:
+
+{report.table(["planner", "period, s", "of all on"], switched)}
+
+**Saturation.** Up to the knee of {DEVICE.knee_tokens:.0f} tokens a microbatch's throughput grows with its tokens.
+What fusing two tasks of half the tokens each saves of their time on one device; and eight tasks of so many tokens on
+four stages: the planner's hTasks, and the periods of those, of one hTask of all, and of one hTask each. Where a
+task alone fills whole microbatches (here of 2048 tokens) fusing gains nothing more: one each is as good.
+
+![throughput, and what fusion saves, over tokens](saturation.svg)
+
+{report.table(["tokens", "saved", "hTasks", "period, s", "all fused, s", "one each, s"], split)}
+
+Raw figures: `results/planner.json`.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer of everything, nothing written")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    arguments = parser.parse_args()
+    quick, figures = arguments.quick, dict[str, Any]()
+    parts: dict[str, Callable[[], Any]] = {
+        "accuracy": lambda: accuracy(quick),
+        "fusion": lambda: fusion_quality(quick),
+        "bubbles": bubbles,
+        "traces": lambda: traces(quick),
+        "padding": lambda: {
+            f"{mix}, {batch}, {chunk or 'chosen'}": padding(MIXES[mix], batch, chunk)
+            for mix, batch, chunk in itertools.product(MIXES, (8, 32), (0, 64))
+        },
+        "switches": switches,
+        "saturation": saturation,
+    }
+    for name, measure in parts.items():
+        started = time.perf_counter()
+        figures[name] = measure()
+        print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
+    raw = report.origin("planner") | figures
+    print(section(raw))
+    if not (quick or arguments.no_write):
+        PLOT.write_text(drawn(figures["saturation"]["rows"]))
+        report.write(raw, section(raw))
+
+
+if __name__ == "__main__":
+    main()
