@@ -3,6 +3,7 @@
 Memory, file descriptors and threads are sampled of every process that lives through it; slopes are printed.
 """
 
+import os
 import random
 import time
 from collections import defaultdict
@@ -89,7 +90,7 @@ class Tenant:
 def until_swept(store: Path) -> None:
     """No checkpoint is left of tasks that ended: they go a moment after."""
     deadline = time.monotonic() + END_SECONDS
-    while left := [path for path in store.glob("tenants/*/tasks/*/checkpoints/**/*") if path.is_file()]:
+    while left := [folder for folder, _, files in os.walk(store) if files and "/checkpoints/" in folder]:
         assert time.monotonic() < deadline, left
         time.sleep(EVERY_SECONDS)
 
@@ -121,5 +122,8 @@ def test_a_mesh_at_work_does_not_grow_and_leaves_nothing_behind(tmp_path: Path) 
         until_swept(mesh.data / "artifacts")
         print(f"{len(states)} tasks, {states.count(task_pb2.TASK_STATE_CANCELLED)} of them cancelled")
     for (name, _), taken in samples.items():
-        if taken[-1][0] - taken[0][0] > SECONDS / 3:  # a trainer that was killed soon says little
+        taken = taken[len(taken) // 3 :]  # one that was started meanwhile loads first
+        if name == TRAINER and not long_mode():
+            continue  # it was killed, and half a minute says nothing of the next
+        if taken[-1][0] - taken[0][0] > SECONDS / 3:
             check_flat(name, taken)
