@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from opentelemetry import trace
 
@@ -82,8 +83,7 @@ class Scheduler:
         await self._follow(snapshot.executors)
         # 2. Decide, with pure code: same snapshot, same plan.
         view = self._view(snapshot)
-        suspects = [entry.task.name for entry in snapshot.tasks if entry.num_crashes]
-        plan = make_plan(view, suspects, self.limits, self._appraiser)
+        plan = self._decide(snapshot, view)
         # 3. Commit, executor by executor, what differs from what it runs: new attempts get their epochs.
         version = snapshot.plan_version
         entries = {entry.task.name: entry for entry in snapshot.tasks}
@@ -96,6 +96,20 @@ class Scheduler:
         # 4. Remember why, for those who ask.
         self.read, self.snapshot, self.plan = snapshot, view, plan
 
+    async def look(self) -> None:
+        """Reads anew, and plans what a cycle would plan now, for those who ask: progress and corrected costs start no
+        cycle. Nothing is committed. Why a task is where it is stays what it was."""
+        read = await self._ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest())
+        view = self._view(read)
+        plan, before = self._decide(read, view), {told.task: told for told in self.plan.explanations}
+        told = [
+            replace(now, reason=before[now.task].reason)
+            if now.task in before and before[now.task].executor == now.executor
+            else now
+            for now in plan.explanations
+        ]
+        self.read, self.snapshot, self.plan = read, view, Plan(plan.htasks, tuple(told))
+
     def current(self) -> scheduling_pb2.GetPlanResponse:
         """The plans as they were sent, and why."""
         version = max((plan.version for plan in self._running.values()), default=0)
@@ -103,6 +117,10 @@ class Scheduler:
         return scheduling_pb2.GetPlanResponse(
             version=version, executors=list(self._running.values()), explanations=explanations
         )
+
+    def _decide(self, snapshot: ledger_pb2.GetSnapshotResponse, view: Snapshot) -> Plan:
+        suspects = [entry.task.name for entry in snapshot.tasks if entry.num_crashes]
+        return make_plan(view, suspects, self.limits, self._appraiser)
 
     def _view(self, snapshot: ledger_pb2.GetSnapshotResponse) -> Snapshot:
         """What the planner reads: with the hTasks that run, which it keeps where they are good enough."""

@@ -62,20 +62,25 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
 
     async def ExplainPlan(self, request: pb.ExplainPlanRequest, context: Any) -> pb.ExplainPlanResponse:
         self._refuse_on_standby()
+        await self._scheduler.look()
         return await asyncio.to_thread(explain, self._scheduler.snapshot, self._scheduler.plan, self._scheduler.limits,
                                        request.task)  # fmt: skip
 
     async def SimulatePlan(self, request: pb.SimulatePlanRequest, context: Any) -> pb.SimulatePlanResponse:
         self._refuse_on_standby()
+        await self._scheduler.look()
         extra = newcomers(request, self._scheduler.snapshot)
         return await asyncio.to_thread(what_if, self._scheduler.snapshot, self._scheduler.limits, extra)
 
     async def GetProfile(self, request: pb.GetProfileRequest, context: Any) -> pb.GetProfileResponse:
+        self._refuse_on_standby()
         scheduler = self._scheduler
+        await scheduler.look()
         return pb.GetProfileResponse(profile=profile(scheduler.read, scheduler.limits, scheduler.tenant_weights))
 
     async def GetPlan(self, request: pb.GetPlanRequest, context: Any) -> pb.GetPlanResponse:
         self._refuse_on_standby()
+        await self._scheduler.look()
         return self._scheduler.current()
 
     def _refuse_on_standby(self) -> None:

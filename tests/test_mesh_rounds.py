@@ -1,0 +1,58 @@
+"""What the planner foretells of a running mesh, held against what then happens: four processes, wall time."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from muxtune.cli.mesh import Mesh
+from muxtune.v1 import scheduling_pb2, scheduling_pb2_grpc, task_pb2
+from tests.tiny_backbone import write_backbone
+
+NUM_STEPS, ASKED_AT = 100, 60
+ROWS = [{"text": " ".join(["a row of words to learn from"] * (1 + i % 5))} for i in range(64)]
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    """A backbone large enough that a round is its microbatches, not what surrounds them."""
+    folder = tmp_path_factory.mktemp("rounds")
+    backbone = write_backbone(folder / "backbone", hidden_size=192, intermediate_size=512, num_hidden_layers=6)
+    environment = {"execution": {"MUXTUNE_NUM_THREADS": "1", "MUXTUNE_CHECKPOINT_STEPS": "1000"}}
+    with Mesh(folder / "mesh", {"tiny": backbone}, environment=environment) as running:
+        yield running
+
+
+def test_rounds_and_the_end_come_as_the_planner_says(mesh: Mesh) -> None:
+    """Three ragged tasks. Asked when costs have been corrected by what ran; within 15 %."""
+    with mesh.client() as client:
+        dataset = client.upload_dataset(ROWS).name
+        names = [client.create_task(spec(dataset, i)).name for i in range(3)]
+        seconds: dict[int, float] = {}
+        for event in client.watch_task(names[0]):
+            if event.WhichOneof("event") != "step_done":
+                continue
+            seconds[event.step_done.step] = event.time.ToNanoseconds() / 1e9
+            if event.step_done.step == ASKED_AT:
+                told = explanation(mesh, names[0])
+        assert client.get_task(names[0]).state == task_pb2.TASK_STATE_SUCCEEDED
+    assert len(told.neighbours) == 2
+    left = seconds[NUM_STEPS] - seconds[ASKED_AT]
+    assert told.round_seconds == pytest.approx(left / (NUM_STEPS - ASKED_AT), rel=0.15)
+    assert told.predicted_seconds_left == pytest.approx(left, rel=0.15)
+
+
+def spec(dataset: str, index: int) -> task_pb2.TaskSpec:
+    training = task_pb2.Training(
+        learning_rate=1e-4, num_steps=NUM_STEPS, max_sequence_tokens=64, micro_batch_size=2 + index,
+        global_batch_size=(8, 4, 12)[index], seed=index,
+    )  # fmt: skip
+    lora = task_pb2.Lora(
+        rank=(4, 8, 16)[index], alpha=8, target_modules=(["q_proj"], ["q_proj", "v_proj"], ["all-linear"])[index]
+    )
+    return task_pb2.TaskSpec(backbone="tiny", dataset=dataset, lora=lora, training=training)
+
+
+def explanation(mesh: Mesh, task: str) -> scheduling_pb2.ExplainPlanResponse:
+    with mesh.operator_channel("scheduling") as channel:
+        stub = scheduling_pb2_grpc.SchedulingServiceStub(channel)
+        return stub.ExplainPlan(scheduling_pb2.ExplainPlanRequest(task=task), timeout=30).explanation
