@@ -7,7 +7,7 @@ DATA ?= muxtune-data
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help demo up test test-kernels test-gpu kernels sanitize bench-kernels bench-planner lint types protos bench clean
+.PHONY: help demo up test test-kernels test-gpu kernels sanitize bench-kernels bench bench-gpu bench-planner lint types protos clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 15
@@ -65,8 +65,13 @@ types: $(READY) ## mypy, strict
 protos: $(READY) ## generate the stubs in muxtune/v1
 	python -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. protos/muxtune/v1/*.proto
 
-bench: $(READY) ## effective tokens per second on this CPU against Hugging Face PEFT
-	python benchmarks/cpu_throughput.py
+bench: $(READY) ## beside what a user would pick instead, on this CPU: training, control plane, alignment
+	python benchmarks/side_by_side.py
+	python benchmarks/control_plane.py
+	python benchmarks/alignment_throughput.py
+
+bench-gpu: $(CUDA_READY) ## training beside what a user would pick instead, on a GPU
+	python benchmarks/side_by_side.py --device cuda
 
 bench-planner: $(READY) ## the planner's predictions, fusion, pipelines, traces, padding and switches
 	python benchmarks/planner.py

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from muxtune.cli.mesh import OPERATORS_DOOR, START_ORDER, Mesh
+from muxtune.cli.mesh import OPERATORS_DOOR, START_ORDER, STOP_ORDER, Mesh
 from muxtune.client import Client
 from muxtune.errors import UnavailableError
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc, task_pb2
@@ -289,7 +289,7 @@ def test_a_rolling_restart_under_load_loses_no_request(
     with ThreadPoolExecutor(2) as pool:
         calling = [pool.submit(call_on) for _ in range(2)]
         try:
-            for service in START_ORDER:
+            for service in STOP_ORDER:  # the executor while the task is still there
                 restart(mesh, service)
         finally:
             is_over.set()
