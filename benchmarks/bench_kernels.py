@@ -4,8 +4,9 @@
 
 Writes kernels.json (raw figures, with hardware, versions, commit, date, command and the card's own ceilings) and
 kernels.md (one table) into FOLDER (default benchmarks/results) after every point, so that a run that is cut off leaves
-what it has. Beside each time stand its two floors on this card, by bytes and by FLOPs: of what adapters add where the
-frozen operator is timed, too, of all of it elsewhere. `--lorafusion`: a clone of its repository, to be run beside.
+what it has; at the end the table goes into RESULTS.md, too. Beside each time stand its two floors on this card, by
+bytes and by FLOPs: of what adapters add where the frozen operator is timed, too, of all of it elsewhere.
+`--lorafusion`: a clone of its repository, to be run beside.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from benchmarks import (
     bench_multi_grad_norm,
     bench_multi_lora,
     bench_segment_cross_entropy,
+    report,
 )
 from benchmarks.kernel_timing import ceilings, environment
 from benchmarks.lorafusion import LoraFusion, NotDoneError
@@ -145,7 +147,7 @@ def _errors(errors: Mapping[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="kernels, or `layer`; default: all")
     parser.add_argument("--lorafusion", type=Path, metavar="FOLDER", help="a clone of its repository")
     parser.add_argument("--rounds", type=int, default=30)
@@ -165,12 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     all_jobs = jobs(launcher_of(device), device, given.rounds, False, peers)
     if unknown := set(given.only or ()) - set(all_jobs):
         parser.error(f"--only {', '.join(sorted(unknown))}: there are {', '.join(all_jobs)}")
-    run(
-        {name: own for name, own in all_jobs.items() if name in (given.only or all_jobs)},
-        device,
-        given.out,
-        given.minutes,
-    )
+    chosen = {name: own for name, own in all_jobs.items() if name in (given.only or all_jobs)}
+    record = run(chosen, device, given.out, given.minutes)
+    if given.out == report.RESULTS and record["points"]:
+        report.put_on_page("kernels", f"## Kernels\n\n{page(record)}")
 
 
 if __name__ == "__main__":

@@ -47,10 +47,14 @@ def table(header: list[str], rows: list[list[object]]) -> str:
 
 
 def write(report: dict[str, Any], section: str) -> None:
-    """`section` begins with its heading; the benchmark's former one is replaced."""
+    """The raw figures and, on the page, their section."""
     RESULTS.mkdir(exist_ok=True)
-    name = report["benchmark"]
-    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / f"{report['benchmark']}.json").write_text(json.dumps(report, indent=1) + "\n")
+    put_on_page(report["benchmark"], section)
+
+
+def put_on_page(name: str, section: str) -> None:
+    """`section` begins with its heading; the benchmark's former one is replaced."""
     opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
     page = PAGE.read_text() if PAGE.exists() else "# Results\n\n"
     if opening not in page:
