@@ -77,10 +77,11 @@ class Problem:
         return Results([(c, da, *own) for c, da, own in zip(cs, das, gradients, strict=True)])
 
     def expected(self, of: Any = torch.Tensor.double) -> Results:
+        """`of`: what is made of each tensor, and of the scale, first."""
         found = []
         for shape, *tensors in zip(self.shapes, self.a, self.dc, self.weights, self.biases, strict=True):
             a, dc, w, b = (of(tensor) for tensor in tensors)
-            s = shape.scale
+            s = of(torch.tensor(shape.scale))
             found.append((s * (a @ w.T + b), s * (dc @ w), s * (dc.T @ a), s * dc.sum(0)))
         return Results(found)
 
