@@ -2,10 +2,10 @@
 
     PYTHONPATH=. python benchmarks/control_plane.py [--seconds 3] [--callers 16]
 
-A mesh as `muxtune up` starts it (TLS, SQLite that syncs each commit, spans to a file), with its scheduler suspended so
-that no training takes the CPU. The echo, in a process of its own, answers over TLS too, with as many bytes as GetTask
-does. `--callers` coroutines call one after another through one channel; blocks of all calls alternate. Watch is a new
-stream read to its first event.
+A mesh as `muxtune up` starts it (TLS, SQLite that syncs each commit, spans to a file), without a tenant's limits, and
+with its scheduler suspended so that no training takes the CPU. The echo, in a process of its own, answers over TLS too,
+with as many bytes as GetTask does. `--callers` coroutines call one after another through one channel; blocks of all
+calls alternate. Watch is a new stream read to its first event.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from tests.tiny_backbone import write_backbone
 
 GOAL = 0.3  # of the echo's requests per second
 BLOCKS = 5
+WITHOUT_LIMITS = {"admission": {"MUXTUNE_REQUESTS_PER_SECOND": "1000000", "MUXTUNE_MAX_UNFINISHED_TASKS": "1000000"}}
 PEERS = {"GetTask": "echo", "CreateTask": "echo", "WatchTask": "echo, stream"}
 Call = Callable[[], Awaitable[Any]]
 
@@ -45,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="muxtune-bench-") as scratch:
         folder = Path(scratch) / "tiny"
         folder.mkdir()
-        with Mesh(Path(scratch) / "data", {"tiny": write_backbone(folder)}) as mesh:
+        with Mesh(Path(scratch) / "data", {"tiny": write_backbone(folder)}, environment=WITHOUT_LIMITS) as mesh:
             blocks = asyncio.run(measure(mesh, arguments.seconds, arguments.callers))
     raw = report.origin("control_plane") | {"callers": arguments.callers, "blocks": blocks}
     if arguments.no_write:
