@@ -244,7 +244,10 @@ def _show_explanations(explanations: Iterable[plan_pb2.TaskExplanation]) -> None
 
 
 def _seconds(message: Any, field: str) -> str:
-    return f"{getattr(message, field):.3g} s" if message.HasField(field) else "not known"
+    if not message.HasField(field):
+        return "not known"
+    seconds = getattr(message, field)
+    return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:.3g} s"  # never 3.65e+03
 
 
 def _share(message: Any, field: str) -> str:
