@@ -46,7 +46,7 @@ from engine.planning.simulator import Policy, simulate
 from engine.planning.summary import summarise
 from engine.planning.trace import Trace, arrivals
 from engine.runtime.backbone import Backbone
-from engine.runtime.calibration import Probe, _Bench, calibrate
+from engine.runtime.calibration import Bench, Probe, calibrate
 from engine.runtime.executor import Executor
 from engine.task import TaskSpec, Training
 
@@ -69,7 +69,7 @@ def accuracy(quick: bool) -> dict[str, Any]:
     executor = Executor(Backbone(transformers.LlamaForCausalLM(config).eval()))
     start, random, timed = calibrate(executor, 6.0, 1024, time.process_time), np.random.default_rng(1), list[Sample]()
     number_recent, number = (8, 12) if quick else (24, 60)
-    with _Bench(executor, time.process_time) as bench:
+    with Bench(executor, time.process_time) as bench:
         for _ in range(number_recent + number):
             tokens, sequences, ranges = random.integers([16, 1, 1], [120, 6, 5]).tolist()
             rank, stride, targets = (int(random.choice(c)) for c in ((4, 16, 32), (1, 2, 4), (1, 2, 8)))

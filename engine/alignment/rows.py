@@ -19,6 +19,7 @@ from engine.alignment.templates import TemplateRefusedError
 from engine.alignment.tokens import BackboneTokenizer, Encoded, Piece
 from engine.alignment.turns import Turn, assistant_turns
 from engine.errors import MalformedDatasetError
+from engine.plain_json import plain_json
 
 MAX_LINE_BYTES, MAX_ROWS, MAX_MESSAGES = 4 << 20, 10_000_000, 512
 _BATCH_ROWS, _BATCH_CHARACTERS = 512, 1 << 20  # that go through the tokenizer at once
@@ -124,7 +125,7 @@ def _parse(number: int, line: bytes) -> Row:
     if len(line) > MAX_LINE_BYTES:
         raise _malformed(number, f"is {len(line)} bytes long; at most {MAX_LINE_BYTES}")
     try:
-        fields = json.loads(line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        fields = plain_json(line)
     except UnicodeDecodeError as error:
         raise _malformed(number, f"is not UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:
@@ -170,17 +171,6 @@ def _check_text(number: int, key: str, value: Any) -> None:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise _malformed(number, f'"{key}" holds a lone surrogate') from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return fields
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
 
 
 def _malformed(number: int, why: str) -> MalformedDatasetError:

@@ -51,7 +51,7 @@ def calibrate(
 ) -> list[Sample]:
     """Medians of what was timed, a sample a probe. Spends about `budget_seconds`, at least one pass over the probes."""
     started = clock()
-    with _Bench(executor, clock) as bench:
+    with Bench(executor, clock) as bench:
         probes = _probes(bench, max_tokens, _LARGEST_SHARE * budget_seconds)
         timed: dict[Probe, list[float]] = {probe: [] for probe in probes}
         for number, probe in itertools.product(range(_MAX_PASSES), probes):
@@ -61,7 +61,7 @@ def calibrate(
         return [Sample(bench.parts(probe), statistics.median(seconds)) for probe, seconds in timed.items()]
 
 
-def _probes(bench: "_Bench", max_tokens: int, largest_seconds: float) -> list[Probe]:
+def _probes(bench: "Bench", max_tokens: int, largest_seconds: float) -> list[Probe]:
     """Four sizes, the largest of which takes so long, and of the second largest one thing changed at a time."""
     largest = _FIRST_TOKENS
     bench.seconds(Probe(largest))  # the first run of anything pays for more than itself
@@ -101,7 +101,7 @@ def parts_of(microbatch: Microbatch, executor: Executor) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-class _Bench:
+class Bench:
     """Runs probes with tasks of its own, attached once and gone at the end."""
 
     def __init__(self, executor: Executor, clock: Callable[[], float]) -> None:
@@ -109,7 +109,7 @@ class _Bench:
         self._random = np.random.default_rng(0)
         self._names: list[str] = []
 
-    def __enter__(self) -> "_Bench":
+    def __enter__(self) -> "Bench":
         return self
 
     def __exit__(self, *exception: object) -> None:

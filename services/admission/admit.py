@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from engine.errors import InvalidInputError
+from engine.plain_json import plain_json
 from engine.planning.eta import seconds_alone
 from engine.planning.memory import adapter_bytes, separate_instance_bytes
 from engine.planning.plan import BackboneView, ExecutorView, Limits, TaskView
@@ -20,7 +21,6 @@ from services.admission.database import Database
 from services.admission.ledger import known_executors
 from services.admission.names import authorize, denied
 from services.admission.receipt import CONFIG_FILE
-from services.admission.safetensors import plain_json
 from services.admission.validation import validate
 from services.artifacts import ArtifactStore
 from services.auth import Principal

@@ -6,8 +6,9 @@ import math
 from engine.errors import ChecksumMismatchError, InvalidInputError, QuotaExceededError
 from engine.methods import METHODS
 from engine.methods.lora import MAX_RANK
+from engine.plain_json import plain_json
 from muxtune.v1 import artifact_pb2
-from services.admission.safetensors import check_safetensors, plain_json
+from services.admission.safetensors import check_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_FILES = (CONFIG_FILE, WEIGHTS_FILE)

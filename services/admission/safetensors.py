@@ -3,22 +3,17 @@
 Source: the safetensors format (8 bytes of header size, a JSON header, tensors that tile the rest).
 """
 
-import json
 import math
 from typing import Any
 
 import numpy as np
 
 from engine.errors import InvalidInputError
+from engine.plain_json import plain_json
 
 _MAX_HEADER_BYTES, _MAX_TENSORS, _MAX_DIMENSIONS = 16 << 20, 100_000, 8
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # an adapter's weights are floats
 _EXPONENT_OF_BF16 = 0x7F80
-
-
-def plain_json(data: bytes) -> Any:
-    """What JSON allows and no more: no NaN, no key twice. Raises ValueError or RecursionError."""
-    return json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
 
 
 def check_safetensors(data: bytes, field: str) -> None:
@@ -68,14 +63,3 @@ def _is_finite(data: memoryview, dtype: str) -> bool:
 def _check_metadata(metadata: Any) -> None:
     if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise ValueError("its metadata is not text by text")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return fields
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")

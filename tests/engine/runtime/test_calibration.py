@@ -7,7 +7,7 @@ from engine.planning.cost import CostProfile
 from engine.planning.fit import fit
 from engine.results import Result
 from engine.runtime.backbone import Backbone
-from engine.runtime.calibration import Probe, _Bench, calibrate, parts_of
+from engine.runtime.calibration import Bench, Probe, calibrate, parts_of
 from engine.runtime.executor import Executor
 from tests.engine.runtime.tiny import CONFIGS, model_of
 
@@ -35,7 +35,7 @@ def executor() -> Priced:
 
 def test_shapes_never_timed_are_predicted(executor: Priced) -> None:
     fitted = fit(calibrate(executor, 30.0, 4096, lambda: executor.now))
-    with _Bench(executor, lambda: executor.now) as bench:
+    with Bench(executor, lambda: executor.now) as bench:
         for probe in (
             Probe(50, num_sequences=3, num_ranges=3, rank=12, module_stride=2, target_stride=3),
             Probe(30, num_sequences=9, rank=4, module_stride=1, has_step=True),

@@ -21,7 +21,7 @@ from engine.planning.planner import plan
 from engine.planning.policies import Multiplexed
 from engine.planning.simulator import Arrival, simulate
 from engine.runtime.backbone import Backbone
-from engine.runtime.calibration import Probe, _Bench, calibrate, parts_of
+from engine.runtime.calibration import Bench, Probe, calibrate, parts_of
 from engine.runtime.executor import Executor
 from engine.runtime.task_run import Assignment
 from engine.task import LrSchedule, TaskSpec, Training
@@ -59,7 +59,7 @@ def test_shapes_it_was_not_fitted_on_are_predicted(executor: Executor, start: li
     """Half within a tenth, nineteen of twenty within a quarter: calibrated, then corrected by the first microbatches
     that run, as an executor does, then asked for others. Each is timed twice after a first run, the least taken."""
     random, timed = np.random.default_rng(1), list[Sample]()
-    with _Bench(executor, CLOCK) as bench:
+    with Bench(executor, CLOCK) as bench:
         for _ in range(14 + 20):
             probe = drawn(random)
             bench.seconds(probe)

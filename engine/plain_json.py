@@ -1,0 +1,20 @@
+"""What strangers send as JSON: what the format allows and no more, no NaN, no key twice."""
+
+import json
+from typing import Any
+
+
+def plain_json(data: bytes) -> Any:
+    """Raises ValueError (UnicodeDecodeError and json.JSONDecodeError among them) or RecursionError."""
+    return json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return fields
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
