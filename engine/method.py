@@ -49,6 +49,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     peft_type: ClassVar[str]  # of the adapters it reads and writes
+    dropout: float = 0.0  # the part of its inputs that is dropped in training: a field where a method has it
 
     @abstractmethod
     def shapes(self, sites: Sequence[Site]) -> Shapes:

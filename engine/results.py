@@ -18,7 +18,10 @@ class ShadowCheck:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step of one task. `step` counts steps done. `seconds` is its share of its microbatches' time."""
+    """One optimizer step of one task. `step` counts steps done. `seconds` is its share of its microbatches' time.
+
+    `input_digest`: what it was trained on, 32 bytes (engine/alignment/step_digest.py).
+    """
 
     task: str
     step: int
@@ -30,6 +33,7 @@ class StepResult:
     num_padding_tokens: int
     seconds: float
     num_neighbours: int
+    input_digest: bytes
     shadow_check: ShadowCheck | None = None
 
 

@@ -275,6 +275,7 @@ def step_to_proto(result: StepResult) -> task_pb2.StepDone:
         padding_tokens=result.num_padding_tokens,
         device_seconds=result.seconds,
         num_neighbours=result.num_neighbours,
+        input_digest=result.input_digest,
     )
 
 

@@ -52,7 +52,7 @@ class Chaos:
 
     @contextmanager
     def supervised(self) -> Iterator["Chaos"]:
-        """Starts what has died again, until the block ends."""
+        """Starts what has died again, until the block ends; then all of them serve."""
         thread = threading.Thread(target=self._supervise, name="supervisor")
         thread.start()
         try:
@@ -60,6 +60,9 @@ class Chaos:
         finally:
             self._stopping.set()
             thread.join()
+        for service in self.mesh.dead_services():
+            self.mesh.respawn(service)
+        self.mesh.await_health()
 
     def kill_somewhere(self) -> None:
         """One kill point: a process at any moment, all of them at once, or whoever passes a point of the code."""

@@ -1,46 +1,23 @@
 """The four processes with their state where platforms keep it: rows in PostgreSQL, artifacts in S3 (by moto)."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
-import pytest
-from moto.server import ThreadedMotoServer
 
 from muxtune.cli.mesh import Mesh
 from muxtune.v1 import task_pb2
-from tests.services.admission.postgres import NoPostgresError, running_postgres
+from tests.elsewhere import elsewhere
 from tests.tiny_backbone import write_backbone
 
 ROWS = [{"prompt": f"fox {i}", "completion": " jumps over" * (1 + i % 4)} for i in range(16)]
 
 
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    variables = {
-        "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ALLOW_HTTP": "true",
-    }  # fmt: skip
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="muxtune")
-    yield "s3://muxtune/mesh"
-    server.stop()
-
-
-def test_a_task_lives_through_a_restart_on_postgresql_and_s3(s3: str, tmp_path: Path) -> None:
-    try:
-        with running_postgres() as postgres:
-            url = postgres.new_database()
-            train_with_a_restart(tmp_path, {"MUXTUNE_DATABASE_URL": url, "MUXTUNE_ARTIFACT_URL": s3})
-    except NoPostgresError as error:
-        pytest.skip(f"no PostgreSQL can start here: {error}")
+def test_a_task_lives_through_a_restart_on_postgresql_and_s3(tmp_path: Path) -> None:
+    with elsewhere() as settings:
+        train_with_a_restart(tmp_path, settings)
+        keys = [item["Key"] for item in boto3.client("s3").list_objects_v2(Bucket="muxtune")["Contents"]]
     assert not (tmp_path / "mesh" / "admission.db").exists()
     assert not (tmp_path / "mesh" / "artifacts").exists()
-    keys = [item["Key"] for item in boto3.client("s3").list_objects_v2(Bucket="muxtune")["Contents"]]
     assert any("/datasets/" in key for key in keys)
     assert any("/adapters/" in key for key in keys)
 

@@ -1,6 +1,7 @@
-"""Hours of arrivals, cancellations and kills in small: no service grows. MUXTUNE_TESTS=long makes it half an hour.
+"""Hours of arrivals, cancellations and kills in small: no service grows, nor does the trainer that took the place of
+the one that was killed. MUXTUNE_TESTS=long makes it half an hour.
 
-Memory, file descriptors and threads are sampled of every process that lives through it; slopes are printed.
+Memory, file descriptors and threads are sampled of every process; slopes are printed.
 """
 
 import os
@@ -19,10 +20,10 @@ from muxtune.v1 import task_pb2
 from tests.mesh_chaos import TRAINER, Chaos, long_mode, printed_seed, trainer_of
 from tests.tiny_backbone import write_backbone
 
-SECONDS = 1800.0 if long_mode() else 30.0
+SECONDS = 1800.0 if long_mode() else 120.0
 WARM_UP = 0.2  # of that time: caches fill, allocators settle
 EVERY_SECONDS, NUM_AT_ONCE, END_SECONDS = 0.5, 6, 120.0
-MAX_BYTES_A_SECOND = 3_000 if long_mode() else 600_000  # half a minute of a young process say little
+MAX_BYTES_A_SECOND = 3_000 if long_mode() else 150_000  # a minute of a young process says little
 MAX_MORE_FILES, MAX_MORE_THREADS = 12, 12  # a connection here, a pool's thread there
 QUICK = {
     "execution": {
@@ -121,9 +122,10 @@ def test_a_mesh_at_work_does_not_grow_and_leaves_nothing_behind(tmp_path: Path) 
         assert set(states) <= {task_pb2.TASK_STATE_SUCCEEDED, task_pb2.TASK_STATE_CANCELLED}
         until_swept(mesh.data / "artifacts")
         print(f"{len(states)} tasks, {states.count(task_pb2.TASK_STATE_CANCELLED)} of them cancelled")
+    judged = set()
     for (name, _), taken in samples.items():
         taken = taken[len(taken) // 3 :]  # one that was started meanwhile loads first
-        if name == TRAINER and not long_mode():
-            continue  # it was killed, and half a minute says nothing of the next
-        if taken[-1][0] - taken[0][0] > SECONDS / 3:
+        if taken[-1][0] - taken[0][0] > SECONDS / 4:
             check_flat(name, taken)
+            judged.add(name)
+    assert judged == {*START_ORDER, TRAINER}

@@ -1,4 +1,4 @@
-"""Chat templates, rendered exactly as transformers renders them.
+"""Chat templates, rendered exactly as transformers renders them, but for the date: to a template it is always one day.
 
 Source: transformers.utils.chat_template_utils: jinja2's immutable sandbox, trimmed blocks, loop controls, own tojson,
 `{% generation %}` taken as plain text. Templates come with backbones from anywhere, so what they can reach is nothing.
@@ -15,6 +15,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the first is the one templates read
+_TODAY = datetime(2024, 7, 26)  # of Llama 3's own template: a step's tokens must not depend on the day it is run on
 
 
 class TemplateRefusedError(Exception):
@@ -31,7 +32,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals.update(
             raise_exception=_raise,
-            strftime_now=lambda form: datetime.now().strftime(form),
+            strftime_now=_TODAY.strftime,
             dict=_TemplateDict(),
             namespace=_TemplateNamespace,
         )

@@ -124,8 +124,10 @@ class Executor:
             gathered.num_padding_tokens += range_.num_tokens - range_.num_effective_tokens
             gathered.seconds += seconds * range_.num_tokens / microbatch.num_tokens
             gathered.neighbours |= names - {range_.task}
-            if run.is_verified and microbatch.kind is MicrobatchKind.TRAIN:
-                gathered.alone.append(microbatch.alone(range_))
+            if microbatch.kind is MicrobatchKind.TRAIN:
+                gathered.digest.add(microbatch, range_)
+                if run.is_verified:
+                    gathered.alone.append(microbatch.alone(range_))
 
     def _finish_steps(self, complete: Sequence[Range]) -> list[Result]:
         """Clip, optimizer and schedule of each task, all of them at once; a sick one fails alone."""
@@ -153,6 +155,7 @@ class Executor:
             num_padding_tokens=done.num_padding_tokens,
             seconds=done.seconds,
             num_neighbours=len(done.neighbours),
+            input_digest=done.digest.of(run.training.seed, range_.step, run.assignment.spec.method.dropout),
             shadow_check=shadow_check,
         )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.alignment.microbatch import Microbatch
+from engine.alignment.step_digest import StepDigest
 from engine.errors import NonFiniteError
 from engine.method import Method, Shapes
 from engine.peft.table import adapter_class
@@ -41,6 +42,7 @@ class Gathered:
     num_padding_tokens: int = 0
     seconds: float = 0.0
     neighbours: set[str] = field(default_factory=set)
+    digest: StepDigest = field(default_factory=StepDigest)
     alone: list[Microbatch] = field(default_factory=list)  # the task's own ranges, where the step is to be verified
 
 

@@ -67,7 +67,7 @@ class Mesh:
             folders = {name: self._prepare(name, source) for name, source in self.backbones.items()}
             for service in START_ORDER:
                 self._start_service(service, folders)
-            self._await_health()
+            self.await_health()
             if not self.api_key:
                 self.api_key = self.create_key(DEFAULT_TENANT)
             self._write_state()
@@ -91,7 +91,7 @@ class Mesh:
     def restart_service(self, service: str) -> None:
         """Starts one service again, where it was."""
         self.respawn(service)
-        self._await_health()
+        self.await_health()
 
     def respawn(self, service: str) -> None:
         """Starts one service again, where it was, and does not wait for it."""
@@ -220,7 +220,8 @@ class Mesh:
             **tracing,
         }
 
-    def _await_health(self) -> None:
+    def await_health(self) -> None:
+        """Returns when every health check answers SERVING. Raises MeshError."""
         deadline = time.monotonic() + _READY_SECONDS
         for service in START_ORDER:
             while not self._is_serving(service):

@@ -12,20 +12,24 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from muxtune.trace_file import FileSpanExporter
 
+_EXPORT_SECONDS = 1
+
 
 @contextmanager
-def traced(data: Path) -> Iterator[None]:
-    """Spans go to MUXTUNE_OTLP_ENDPOINT, or to the data folder's trace file; flushed when the block ends."""
+def traced(data: Path) -> Iterator[TracerProvider]:
+    """Spans go to MUXTUNE_OTLP_ENDPOINT, or to the data folder's trace file; flushed when the block ends, which waits a
+    moment for a backend and no longer."""
     endpoint = os.environ.get("MUXTUNE_OTLP_ENDPOINT", "")
     provider = TracerProvider(resource=Resource.create({"service.name": "muxtune-client"}))
     if endpoint:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint, insecure="https" not in endpoint)))
+        exporter = OTLPSpanExporter(endpoint, insecure="https" not in endpoint, timeout=_EXPORT_SECONDS)
+        provider.add_span_processor(BatchSpanProcessor(exporter))
     elif data.exists():
         provider.add_span_processor(BatchSpanProcessor(FileSpanExporter(data / "traces" / "spans.jsonl")))
     trace.set_tracer_provider(provider)
     try:
-        yield
+        yield provider
     finally:
         provider.force_flush()

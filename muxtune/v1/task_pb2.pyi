@@ -617,7 +617,7 @@ class TaskProgress(_message.Message):
     """Over the last steps, by the wall clock: what a user waits for."""
     seconds_left: _builtins.float
     checkpoint_step: _builtins.int
-    """Step of the last checkpoint committed."""
+    """Of the last checkpoint committed."""
     num_neighbours: _builtins.int
     """Tasks it shared its last microbatches with (a count: neighbours have no names here)."""
     def __init__(
@@ -756,6 +756,7 @@ class StepDone(_message.Message):
     DEVICE_SECONDS_FIELD_NUMBER: _builtins.int
     NUM_NEIGHBOURS_FIELD_NUMBER: _builtins.int
     SHADOW_CHECK_FIELD_NUMBER: _builtins.int
+    INPUT_DIGEST_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     loss: _builtins.float
     learning_rate: _builtins.float
@@ -765,6 +766,10 @@ class StepDone(_message.Message):
     padding_tokens: _builtins.int
     device_seconds: _builtins.float
     num_neighbours: _builtins.int
+    input_digest: _builtins.bytes
+    """SHA-256 of what it was trained on: sequences, targets, their order, and seed, step and rate of dropout. A function of
+    dataset version, backbone, spec and step: runs that show the same saw the same (engine/alignment/step_digest.py).
+    """
     @_builtins.property
     def shadow_check(self) -> Global___ShadowCheck:
         """Where Training.verify_every_steps asks for it."""
@@ -782,10 +787,11 @@ class StepDone(_message.Message):
         device_seconds: _builtins.float = ...,
         num_neighbours: _builtins.int = ...,
         shadow_check: Global___ShadowCheck | None = ...,
+        input_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["shadow_check", b"shadow_check"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_seconds", b"device_seconds", "effective_tokens", b"effective_tokens", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "num_neighbours", b"num_neighbours", "padding_tokens", b"padding_tokens", "shadow_check", b"shadow_check", "step", b"step", "target_tokens", b"target_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_seconds", b"device_seconds", "effective_tokens", b"effective_tokens", "grad_norm", b"grad_norm", "input_digest", b"input_digest", "learning_rate", b"learning_rate", "loss", b"loss", "num_neighbours", b"num_neighbours", "padding_tokens", b"padding_tokens", "shadow_check", b"shadow_check", "step", b"step", "target_tokens", b"target_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -853,7 +859,7 @@ class CheckpointCommitted(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     manifest_key: _builtins.str
-    """Key of the checkpoint's manifest in the artifact store."""
+    """In the artifact store."""
     size_bytes: _builtins.int
     def __init__(
         self,

@@ -39,8 +39,11 @@ def test_as_transformers(source: str, prompt: bool) -> None:
     assert ChatTemplate(source, TOKENS).render(MESSAGES, add_generation_prompt=prompt) == expected[0]
 
 
-def test_strftime_now() -> None:
-    assert ChatTemplate("{{ strftime_now('%Y')|int > 2000 }}", {}).render([]) == "True"
+def test_a_template_that_asks_for_the_date_renders_the_same_tomorrow() -> None:
+    """Llama 3's asks as here; a task resumed on another day must see the data it saw before."""
+    asks = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}26 Jul 2024{% endif %}"
+    assert ChatTemplate(asks, {}).render([]) == "26 Jul 2024"
+    assert ChatTemplate("{{ strftime_now('%H:%M:%S.%f') }}", {}).render([]) == "00:00:00.000000"
 
 
 @pytest.mark.parametrize(

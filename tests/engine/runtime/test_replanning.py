@@ -59,11 +59,12 @@ class Plan:
 @dataclass
 class Seen:
     """Of the watched task: its sequences by (kind, step, place in its own batch), tokens and targets; its results; its
-    dropout masks by (step, site, place)."""
+    dropout masks by (step, site, place); the digest of each step."""
 
     rows: dict[tuple[str, int, int], bytes] = field(default_factory=dict)
     results: list[tuple[type, int, float]] = field(default_factory=list)
     masks: dict[tuple[int, int, int], bytes] = field(default_factory=dict)
+    digests: list[bytes] = field(default_factory=list)
     parameters_P: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def note(self, microbatch: Microbatch, task: str) -> None:
@@ -130,6 +131,7 @@ def live(jobs: dict[str, Job], watched: str, plans: Sequence[Plan], monkeypatch:
                     assert isinstance(result, StepResult | EvaluationResult), result
                     if result.task == watched:
                         seen.results.append((type(result), result.step, result.loss))
+                        seen.digests += [result.input_digest] if isinstance(result, StepResult) else []
         seen.parameters_P = executor.tasks[watched].parameters_P.detach().clone()
     return seen
 
@@ -143,6 +145,7 @@ def _microbatches(members: list[Member], plan: Plan) -> Iterator[Microbatch]:
 
 def assert_same(found: Seen, alone: Seen) -> None:
     assert found.rows == alone.rows and found.masks == alone.masks  # bit for bit
+    assert found.digests == alone.digests and len(set(alone.digests)) == STEPS
     assert [result[:2] for result in found.results] == [result[:2] for result in alone.results]
     losses = [result[2] for result in alone.results]
     assert [result[2] for result in found.results] == pytest.approx(losses, rel=1e-5, abs=1e-12)
