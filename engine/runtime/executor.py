@@ -19,6 +19,7 @@ from engine.runtime import export
 from engine.runtime.backbone import Backbone
 from engine.runtime.checkpoint import CheckpointState
 from engine.runtime.out_of_memory import NoMemory, release_cache, with_second_try, within_memory
+from engine.runtime.staging import Copy, copy_to, on_device, stage
 from engine.runtime.task_run import Assignment, Gathered, TaskRun, take_steps
 
 Taken = tuple[float, float] | MuxtuneError  # (learning rate, gradient norm), or why the task ends
@@ -27,10 +28,16 @@ Taken = tuple[float, float] | MuxtuneError  # (learning rate, gradient norm), or
 class Executor:
     """Holds resident tasks and runs what it is given. Not thread-safe: one caller, between microbatches."""
 
-    def __init__(self, backbone: Backbone, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, backbone: Backbone, *, clock: Callable[[], float] = time.perf_counter, copy: Copy | None = None
+    ) -> None:
         self.backbone = backbone
         self.tasks: dict[str, TaskRun] = {}
-        self._clock = clock
+        self._clock, self._copy = clock, copy or copy_to(backbone.device)
+
+    def stage(self, microbatch: Microbatch) -> Microbatch:
+        """The same, on its way to the device while others run there. On any thread; nobody has to."""
+        return microbatch if self._copy is None else stage(microbatch, self._copy)
 
     def run(self, microbatch: Microbatch) -> list[Result]:
         """Forward, loss, backward; then, for each task whose step is complete, its own clip, optimizer and schedule.
@@ -53,12 +60,11 @@ class Executor:
         """(rows [M] that bear a loss, losses [M]), on the host: the device is done. Where it trains, gradients go
         to the tasks' own."""
         trains = microbatch.kind is MicrobatchKind.TRAIN
+        rows_M, weights_M = self._target_rows(microbatch, resident)  # all copies first: each waits for the device
+        there_M = rows_M.to(self.backbone.device)
+        targets_M = on_device(microbatch, self.backbone.device)[1][there_M]
         with torch.set_grad_enabled(trains):
             hidden_TH = self.backbone.hidden(microbatch, resident)
-        rows_M, weights_M = self._target_rows(microbatch, resident)
-        there_M, targets_M = (
-            rows.to(hidden_TH.device) for rows in (rows_M, torch.from_numpy(microbatch.targets_T)[rows_M])
-        )
         loss_M, dhidden_MH = segment_cross_entropy(
             self.backbone.head, hidden_TH.detach()[there_M], targets_M, weights_M if trains else None
         )

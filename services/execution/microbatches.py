@@ -1,8 +1,9 @@
-"""Microbatches of one hTask from alignment, read ahead by a thread, a few at most."""
+"""Microbatches of one hTask from alignment, read and staged ahead by a thread, a few at most."""
 
 import contextvars
 import queue
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -21,10 +22,14 @@ class MicrobatchStream:
     """One StreamMicrobatches call, made after `delay_seconds`. Close it to leave; it holds a few microbatches."""
 
     def __init__(
-        self, channel: grpc.Channel, request: alignment_pb2.StreamMicrobatchesRequest, delay_seconds: float = 0.0
+        self,
+        channel: grpc.Channel,
+        request: alignment_pb2.StreamMicrobatchesRequest,
+        stage: Callable[[Microbatch], Microbatch] = lambda microbatch: microbatch,
+        delay_seconds: float = 0.0,
     ) -> None:
         self._stub, self._request = alignment_pb2_grpc.AlignmentServiceStub(channel), request
-        self._delay_seconds = delay_seconds
+        self._stage, self._delay_seconds = stage, delay_seconds
         self._call: Any = None
         self._ahead: queue.Queue[Microbatch | Exception | None] = queue.Queue(maxsize=_AHEAD)
         self._is_closed = threading.Event()
@@ -52,7 +57,7 @@ class MicrobatchStream:
             if self._is_closed.is_set():
                 self._call.cancel()
             for response in self._call:
-                self._put(microbatch_to_domain(response.microbatch))
+                self._put(self._stage(microbatch_to_domain(response.microbatch)))
             self._put(None)
         except grpc.RpcError as error:
             self._put(from_rpc_error(error))

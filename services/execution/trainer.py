@@ -198,7 +198,8 @@ class Trainer:
         links = links_to(pair for pair in self._residents.trace_parents() if pair[0] in names)
         with tracer().start_as_current_span("open microbatches", cycle, links=links, attributes=attributes):
             delay = 0.0 if self._interrupted.isdisjoint(names) else _RETRY_SECONDS
-            return MicrobatchStream(self._channel, request, delay)  # alignment's side joins this trace
+            # alignment's side joins this trace
+            return MicrobatchStream(self._channel, request, self._executor.stage, delay)
 
     def _stream_broke(self, index: int, error: MuxtuneError) -> None:
         """Alignment is away: it is opened again at the members' cursors, later. Data that is wrong fails its tasks.
@@ -276,6 +277,7 @@ class Trainer:
     def _device(self) -> plan_pb2.Device:
         device = describe_device(self._settings, self._device_kind)
         device.effective_tokens_per_second = self._window.tokens_per_second
+        device.data_wait_fraction = self._window.wait_fraction
         device.cost.CopyFrom(cost_to_proto(self._costs.profile))
         return device
 
