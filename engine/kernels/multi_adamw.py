@@ -60,7 +60,8 @@ class AdamWGroup:
 def multi_adamw(groups: Sequence[AdamWGroup], norms_U: torch.Tensor, is_finite_U: torch.Tensor) -> None:
     """A step of each group, in place. `norms_U` and `is_finite_U` as `multi_grad_norm` gives them.
 
-    Raises ValueError where tensors differ in size or device, or are not contiguous float32.
+    All memory that it needs it asks for before it writes: where there is none, no group has stepped. Raises ValueError
+    where tensors differ in size or device, or are not contiguous float32.
     """
     for group in groups:
         for tensor in group.tensors:
@@ -71,22 +72,24 @@ def multi_adamw(groups: Sequence[AdamWGroup], norms_U: torch.Tensor, is_finite_U
     if norms_U.is_cuda:
         launched(device.launcher_of(norms_U.device), groups, norms_U, is_finite_U)
         return
+    norms, flags = norms_U.tolist(), is_finite_U.tolist()
+    scratch_P = torch.empty(max((group.parameters_P.numel() for group in groups), default=0))
     for group in groups:
-        if is_finite_U[group.task]:
-            _step(group, float(norms_U[group.task]))
+        if flags[group.task]:
+            _step(group, norms[group.task], scratch_P[: group.parameters_P.numel()])
 
 
 @torch.no_grad()
-def _step(group: AdamWGroup, norm: float) -> None:
-    """The reference."""
+def _step(group: AdamWGroup, norm: float, root_P: torch.Tensor) -> None:
+    """The reference. What `root_P` holds is overwritten."""
     p, g, m, v = group.tensors
     if group.max_norm > 0:
         g.mul_(min(1.0, group.max_norm / (norm + 1e-6)))
     p.mul_(1 - group.learning_rate * group.weight_decay)
     m.lerp_(g, 1 - group.beta1)
     v.mul_(group.beta2).addcmul_(g, g, value=1 - group.beta2)
-    root = (v.sqrt() / math.sqrt(1 - group.beta2**group.step)).add_(group.epsilon)
-    p.addcdiv_(m, root, value=-group.learning_rate / (1 - group.beta1**group.step))
+    torch.sqrt(v, out=root_P).div_(math.sqrt(1 - group.beta2**group.step)).add_(group.epsilon)
+    p.addcdiv_(m, root_P, value=-group.learning_rate / (1 - group.beta1**group.step))
     g.zero_()
 
 

@@ -28,6 +28,7 @@ from engine.peft.mounted import (
 )
 from engine.peft.shared_input import SharedInput, observed_inputs, sharing
 from engine.runtime import attention
+from engine.runtime.staging import on_device
 from engine.runtime.varlen_attention import Shared
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -124,7 +125,7 @@ class Backbone:
         self.layout.set(microbatch, resident)
         lengths = [n for r in microbatch.ranges for n in _segment_lengths(r.num_tokens, r)]
         firsts = [first for r in microbatch.ranges for first in self._first_positions(r)]
-        token_ids_1T = torch.from_numpy(microbatch.token_ids_T).long().to(self.device).unsqueeze(0)
+        token_ids_1T = on_device(microbatch, self.device)[0].long().unsqueeze(0)
         return self._packed_hidden(token_ids_1T, lengths, firsts)
 
     def _first_positions(self, range_: Range) -> list[int]:

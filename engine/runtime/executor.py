@@ -6,28 +6,38 @@ Legend: T tokens of the packed stream, H hidden, M target positions of the micro
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range
-from engine.errors import NonFiniteError, WillNeverFitError
+from engine.errors import MuxtuneError, NonFiniteError, WillNeverFitError
 from engine.kernels.segment_cross_entropy import segment_cross_entropy
 from engine.results import EvaluationResult, Result, ShadowCheck, StepResult, TaskFailure
 from engine.runtime import export
 from engine.runtime.backbone import Backbone
 from engine.runtime.checkpoint import CheckpointState
-from engine.runtime.out_of_memory import NoMemory, within_memory
+from engine.runtime.out_of_memory import NoMemory, release_cache, with_second_try, within_memory
+from engine.runtime.staging import Copy, copy_to, on_device, stage
 from engine.runtime.task_run import Assignment, Gathered, TaskRun, take_steps
+
+Taken = tuple[float, float] | MuxtuneError  # (learning rate, gradient norm), or why the task ends
 
 
 class Executor:
     """Holds resident tasks and runs what it is given. Not thread-safe: one caller, between microbatches."""
 
-    def __init__(self, backbone: Backbone, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, backbone: Backbone, *, clock: Callable[[], float] = time.perf_counter, copy: Copy | None = None
+    ) -> None:
         self.backbone = backbone
         self.tasks: dict[str, TaskRun] = {}
-        self._clock = clock
+        self._clock, self._copy = clock, copy or copy_to(backbone.device)
+
+    def stage(self, microbatch: Microbatch) -> Microbatch:
+        """The same, on its way to the device while others run there. On any thread; nobody has to."""
+        return microbatch if self._copy is None else stage(microbatch, self._copy)
 
     def run(self, microbatch: Microbatch) -> list[Result]:
         """Forward, loss, backward; then, for each task whose step is complete, its own clip, optimizer and schedule.
@@ -37,8 +47,12 @@ class Executor:
         started = self._clock()
         resident = frozenset(self.tasks)
         trains = microbatch.kind is MicrobatchKind.TRAIN
-        rows_M, loss_M = within_memory(lambda: self._forward_backward(microbatch, resident))
-        self._gather(microbatch, rows_M, loss_M, self._clock() - started)
+
+        def gather() -> None:
+            rows_M, loss_M = self._forward_backward(microbatch, resident)
+            self._gather(microbatch, rows_M, loss_M, self._clock() - started)
+
+        within_memory(gather)
         complete = [r for r in microbatch.ranges if r.is_last and r.task in resident]
         return self._finish_steps(complete) if trains else [self._finish_evaluation(r) for r in complete]
 
@@ -46,12 +60,11 @@ class Executor:
         """(rows [M] that bear a loss, losses [M]), on the host: the device is done. Where it trains, gradients go
         to the tasks' own."""
         trains = microbatch.kind is MicrobatchKind.TRAIN
+        rows_M, weights_M = self._target_rows(microbatch, resident)  # all copies first: each waits for the device
+        there_M = rows_M.to(self.backbone.device)
+        targets_M = on_device(microbatch, self.backbone.device)[1][there_M]
         with torch.set_grad_enabled(trains):
             hidden_TH = self.backbone.hidden(microbatch, resident)
-        rows_M, weights_M = self._target_rows(microbatch, resident)
-        there_M, targets_M = (
-            rows.to(hidden_TH.device) for rows in (rows_M, torch.from_numpy(microbatch.targets_T)[rows_M])
-        )
         loss_M, dhidden_MH = segment_cross_entropy(
             self.backbone.head, hidden_TH.detach()[there_M], targets_M, weights_M if trains else None
         )
@@ -64,19 +77,21 @@ class Executor:
     ) -> None:
         """Mounts the task's adapters, fresh, from an initial adapter, or exactly as a checkpoint left them.
 
-        Raises InvalidInputError (targets, an adapter that does not fit), WillNeverFitError (no memory for it) or
-        ArtifactCorruptError; nothing is mounted.
+        Raises InvalidInputError (targets, an adapter that does not fit), ArtifactCorruptError or NoMemory; nothing is
+        mounted.
         """
         if assignment.task in self.tasks:
             raise ValueError(f"{assignment.task} is attached already")
-        try:
-            run = within_memory(lambda: TaskRun(assignment, self.backbone))
-        except NoMemory as error:
-            raise WillNeverFitError(f"its adapter, gradients and optimizer find no memory: {error}") from None
-        if state is not None:
-            state.restore(run)
-        elif initial_adapter is not None:
-            export.load_adapter(initial_adapter, run, self.backbone)
+
+        def make() -> TaskRun:
+            run = TaskRun(assignment, self.backbone)
+            if state is not None:
+                state.restore(run)
+            elif initial_adapter is not None:
+                export.load_adapter(initial_adapter, run, self.backbone)
+            return run
+
+        run = with_second_try(make, self.backbone.device.type)
         for name, adapter in run.adapters.items():
             self.backbone.mounted[name].adapters[assignment.task] = adapter
         self.tasks[assignment.task] = run
@@ -88,12 +103,13 @@ class Executor:
             del self.backbone.mounted[name].adapters[task]
 
     def checkpoint(self, task: str) -> CheckpointState:
-        """A copy of the task between two steps: parameters, optimizer, step."""
-        return CheckpointState.of(self.tasks[task])
+        """A copy of the task between two steps: parameters, optimizer, step. Raises NoMemory."""
+        return with_second_try(lambda: CheckpointState.of(self.tasks[task]), self.backbone.device.type)
 
     def export(self, task: str, folder: Path) -> export.ExportReport:
-        """The adapter as a PEFT folder, loaded again and compared. Raises ExportMismatchError."""
-        return export.export(self.backbone, self.tasks[task], folder)
+        """The adapter as a PEFT folder, loaded again and compared. Raises ExportMismatchError, NoMemory."""
+        work = partial(export.export, self.backbone, self.tasks[task], folder)
+        return with_second_try(work, self.backbone.device.type)
 
     def task_bytes(self) -> dict[str, int]:
         """Bytes held for each resident task: parameters, gradients, optimizer."""
@@ -131,18 +147,49 @@ class Executor:
 
     def _finish_steps(self, complete: Sequence[Range]) -> list[Result]:
         """Clip, optimizer and schedule of each task, all of them at once; a sick one fails alone."""
-        runs = [self.tasks[range_.task] for range_ in complete]
-        checks = [self._run_alone(run) if run.gathered.alone else None for run in runs]
-        taken = take_steps(runs)
-        return [self._finish_step(*each) for each in zip(complete, taken, checks, strict=True)]
+        results: list[Result] = []
+        checked: list[tuple[Range, ShadowCheck | None]] = []
+        for range_ in complete:
+            try:
+                checked.append((range_, self._verified(self.tasks[range_.task])))
+            except WillNeverFitError as error:
+                results.append(self._fail(range_, error))
+        taken = self._take_steps([self.tasks[range_.task] for range_, _ in checked])
+        return results + [self._finish_step(*each, step) for each, step in zip(checked, taken, strict=True)]
 
-    def _finish_step(
-        self, range_: Range, taken: tuple[float, float] | NonFiniteError, shadow_check: ShadowCheck | None
-    ) -> StepResult | TaskFailure:
+    def _take_steps(self, runs: Sequence[TaskRun]) -> Sequence[Taken]:
+        """Where all at once find no memory, one after the other."""
+        try:
+            return within_memory(lambda: take_steps(runs))
+        except NoMemory:
+            release_cache(self.backbone.device.type)
+        return [self._take_step(run) for run in runs]
+
+    def _take_step(self, run: TaskRun) -> Taken:
+        try:
+            return within_memory(lambda: take_steps([run]))[0]
+        except NoMemory as error:
+            return _no_room(f"optimizer's step {run.step + 1}", run, error, "adapt less")
+
+    def _verified(self, run: TaskRun) -> ShadowCheck | None:
+        """The check of the step in flight, where one is due. Raises WillNeverFitError."""
+        if not run.gathered.alone:
+            return None
+        try:
+            return with_second_try(lambda: self._run_alone(run), self.backbone.device.type)
+        except NoMemory as error:
+            raise _no_room(
+                f"step {run.step + 1}, run again to verify it,", run, error, "verify_every_steps: 0 asks for less"
+            ) from None
+
+    def _fail(self, range_: Range, error: MuxtuneError) -> TaskFailure:
+        self.detach(range_.task)
+        return TaskFailure(range_.task, range_.step, error)
+
+    def _finish_step(self, range_: Range, shadow_check: ShadowCheck | None, taken: Taken) -> StepResult | TaskFailure:
         run = self.tasks[range_.task]
-        if isinstance(taken, NonFiniteError):
-            self.detach(range_.task)
-            return TaskFailure(range_.task, range_.step, taken)
+        if isinstance(taken, MuxtuneError):
+            return self._fail(range_, taken)
         done, run.gathered = run.gathered, Gathered()
         return StepResult(
             task=range_.task,
@@ -163,13 +210,15 @@ class Executor:
         """The step again with no neighbour in the batch. The gradient stays the one of the fused step."""
         started, gradient_P = self._clock(), run.gradient_P
         fused_P, loss = gradient_P.clone(), 0.0
-        gradient_P.zero_()
-        for microbatch in run.gathered.alone:
-            _, loss_M = self._forward_backward(microbatch, frozenset({run.assignment.task}))
-            loss += loss_M.sum().item() / max(1, microbatch.ranges[0].num_step_target_tokens)
-        norm = torch.linalg.vector_norm(gradient_P).item()
-        difference = torch.linalg.vector_norm(fused_P - gradient_P).item()
-        gradient_P.copy_(fused_P)
+        try:
+            gradient_P.zero_()
+            for microbatch in run.gathered.alone:
+                _, loss_M = self._forward_backward(microbatch, frozenset({run.assignment.task}))
+                loss += loss_M.sum().item() / max(1, microbatch.ranges[0].num_step_target_tokens)
+            norm = torch.linalg.vector_norm(gradient_P).item()
+            difference = torch.linalg.vector_norm(gradient_P.neg_().add_(fused_P)).item()
+        finally:
+            gradient_P.copy_(fused_P)
         run.gathered.seconds += self._clock() - started
         return ShadowCheck(_relative(run.gathered.loss - loss, loss), _relative(difference, norm))
 
@@ -177,10 +226,16 @@ class Executor:
         run = self.tasks[range_.task]
         done, run.gathered = run.gathered, Gathered()
         if not math.isfinite(done.loss):
-            self.detach(range_.task)
             error = NonFiniteError(f"held-out loss after step {range_.step} is {done.loss}", step=range_.step)
-            return TaskFailure(range_.task, range_.step, error)
+            return self._fail(range_, error)
         return EvaluationResult(range_.task, range_.step, done.loss, done.num_target_tokens)
+
+
+def _no_room(what: str, run: TaskRun, error: NoMemory, remedy: str) -> WillNeverFitError:
+    held = run.num_bytes()
+    return WillNeverFitError(
+        f"its {what} finds no memory beside the {held} bytes that it holds: {error}; {remedy}", bytes=held
+    )
 
 
 def _slice(range_: Range) -> slice:

@@ -18,6 +18,7 @@ from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Rang
 from engine.errors import ExportMismatchError, InvalidInputError
 from engine.peft.table import adapter_class
 from engine.runtime.backbone import Backbone, sharing_copy
+from engine.runtime.out_of_memory import is_out_of_memory
 from engine.target_modules import matching_modules, suffixes
 from muxtune import adapters
 from muxtune.adapters import FORMAT_VERSION
@@ -68,6 +69,8 @@ def load_adapter(folder: Path, run: "TaskRun", backbone: Backbone) -> None:
         config = json.loads((folder / CONFIG_AND_WEIGHTS[0]).read_text())
         why = run.assignment.spec.method.misfit(config)
     except Exception as error:  # whatever a folder that is no adapter makes of itself
+        if is_out_of_memory(error):
+            raise
         raise InvalidInputError.of_field("initial_adapter", f"cannot be read: {error}") from error
     if why:
         raise InvalidInputError.of_field("initial_adapter", why)

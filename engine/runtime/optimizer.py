@@ -5,6 +5,7 @@ finite, one copy takes the norms to the host. SGD (few use it) follows by torch,
 after clip_grad_norm_. Legend: U tasks, P parameters of one.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -82,7 +83,10 @@ class TaskOptimizer:
 
 @torch.no_grad()
 def step_all(optimizers: Sequence[TaskOptimizer], rates: Sequence[float | None]) -> list[float]:
-    """Gradient norms before clipping. Untouched stays who has no rate, or no finite norm. All on one device."""
+    """Gradient norms before clipping. Untouched stays who has no rate, or no finite norm. All on one device.
+
+    Where it finds no memory, nobody has stepped: nothing is asked for once the first has.
+    """
     if not optimizers:
         return []
     norms_U, is_finite_U = multi_grad_norm([optimizer.gradients_P for optimizer in optimizers])
@@ -95,9 +99,8 @@ def step_all(optimizers: Sequence[TaskOptimizer], rates: Sequence[float | None])
     ]
     multi_adamw(groups, norms_U, is_finite_U)
     norms: list[float] = norms_U.tolist()  # the only copy to the host, and the only wait for the device
-    flags = torch.isfinite(torch.tensor(norms)).tolist()
-    for optimizer, rate, norm, is_finite, is_done in zip(optimizers, rates, norms, flags, by_adamw, strict=True):
-        if rate is None or not is_finite:
+    for optimizer, rate, norm, is_done in zip(optimizers, rates, norms, by_adamw, strict=True):
+        if rate is None or not math.isfinite(norm):
             continue
         if not is_done:
             optimizer.step_sgd(rate, norm)

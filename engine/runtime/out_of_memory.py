@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,14 @@ def within_memory(work: Callable[[], T]) -> T:
             raise
         asked = in_short(error)
     raise NoMemory(asked)
+
+
+def with_second_try(work: Callable[[], T], device_kind: str) -> T:
+    """`within_memory`; where there is none, once more when the allocator has given back what it keeps for later."""
+    with suppress(NoMemory):
+        return within_memory(work)
+    release_cache(device_kind)
+    return within_memory(work)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -585,6 +585,7 @@ class Device(_message.Message):
     USED_BYTES_FIELD_NUMBER: _builtins.int
     EFFECTIVE_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
+    DATA_WAIT_FRACTION_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """"cpu" or "cuda" """
     model: _builtins.str
@@ -594,6 +595,8 @@ class Device(_message.Message):
     used_bytes: _builtins.int
     effective_tokens_per_second: _builtins.float
     """Measured at start and corrected by what runs; 0: not yet."""
+    data_wait_fraction: _builtins.float
+    """Of its time with work, the part in which nothing ran because microbatches had to be waited for: lately."""
     @_builtins.property
     def cost(self) -> Global___CostProfile:
         """What microbatches cost on it: calibrated at start, corrected by what runs. Unset: not yet."""
@@ -607,10 +610,11 @@ class Device(_message.Message):
         used_bytes: _builtins.int = ...,
         effective_tokens_per_second: _builtins.float = ...,
         cost: Global___CostProfile | None = ...,
+        data_wait_fraction: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "effective_tokens_per_second", b"effective_tokens_per_second", "kind", b"kind", "memory_bytes", b"memory_bytes", "model", b"model", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "data_wait_fraction", b"data_wait_fraction", "effective_tokens_per_second", b"effective_tokens_per_second", "kind", b"kind", "memory_bytes", b"memory_bytes", "model", b"model", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -192,6 +192,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
     async def _take_results(self, response: pb.RunPlanResponse) -> None:
         counting = self._attempts.note(response.results)
         self._usage.add(counting)
+        self._usage.tell_wait(response.device.data_wait_fraction)
         del response.results[:]
         response.results.extend(counting)
         self.described.executor.device.CopyFrom(response.device)

@@ -11,7 +11,10 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
+from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 
 import torch
 from opentelemetry import propagate
@@ -48,6 +51,10 @@ _BAD_DATA = (InvalidInputError, NotFoundError, ArtifactCorruptError)
 _log = logging.getLogger(__name__)
 
 
+class _Wake:
+    """In the inbox: something is done at the store."""
+
+
 class Trainer:
     """Owns the engine's executor. Runs until its pipe closes."""
 
@@ -62,14 +69,20 @@ class Trainer:
         self._process_bytes = max(unloaded_bytes, used_bytes(self._device_kind) - weight_bytes)
         self._costs = Costs(self._executor, settings.calibration_seconds)
         vault = Vault(ArtifactStore.open(settings.artifact_url))
-        self._residents = Residents(self._executor, vault, settings.checkpoint_steps, settings.checkpoint_seconds)
+        self._inbox: queue.Queue[Frame | _Wake | None] = queue.Queue()
+        every = settings.checkpoint_steps, settings.checkpoint_seconds
+        self._residents = Residents(self._executor, vault, *every, wake=partial(self._inbox.put, _Wake()))
+        self._exports: deque[Future[plan_pb2.TaskFinished]] = deque()  # on their way to the store
         self._channel = open_sync_channel(settings.alignment_address, settings.mesh_secret, settings.trust("alignment"))
-        self._inbox: queue.Queue[Frame | None] = queue.Queue()
         self._plan: plan_pb2.ExecutorPlan = plan_pb2.ExecutorPlan()
         self._next_plan: plan_pb2.ExecutorPlan | None = None
         self._streams: dict[int, MicrobatchStream] = {}  # by index of the hTask in the plan
         self._unfinished: list[int] = []  # hTasks whose round is not over
+        self._late: set[int] = set()  # hTasks whose microbatches are waited for: the others' rounds go on
+        self._served: set[str] = set()  # tasks whose data alignment is known to have
+        self._interrupted: set[str] = set()  # tasks whose stream is opened again, not at once
         self._round_members: list[str] = []
+        self._described: list[str] | None = None
         self._window, self._shortage = StepWindow(), Shortage()
         self._is_held = self._is_draining = False
         self._last_sign = 0.0
@@ -79,15 +92,14 @@ class Trainer:
         threading.Thread(target=self._receive, name="pipe", daemon=True).start()
         self._describe()
         while self._listen():
-            if self._is_draining:
-                self._drain()
-                continue
+            if self._is_draining and self._residents.is_empty:
+                self._drained()
             if not self._unfinished:
                 self._begin_round()
             for index in list(self._unfinished):
                 if index in self._unfinished:
                     self._run_microbatch(index)
-            if not self._unfinished:
+            if self._late.issuperset(self._unfinished):
                 self._end_round()
 
     def _begin_round(self) -> None:
@@ -96,23 +108,30 @@ class Trainer:
             self._plan, self._next_plan = self._next_plan, None
             self._close_streams()
             self._residents.adopt(list(self._plan.tasks))
-            self._shortage.forget_all_but(self._residents.names)
+            held = [task.task for task in self._plan.tasks]
+            self._shortage.forget_all_but(held)
+            self._served.intersection_update(held)
+            self._interrupted.intersection_update(held)
             self._report(adopted=True)
         for index, htask in enumerate(self._plan.htasks):
             names = [name for name in htask.tasks if name in self._residents.names]
             if names and index not in self._streams:
                 self._streams[index] = self._open_stream(htask, names)
+                if not self._interrupted.isdisjoint(names):
+                    self._late.add(index)
         self._unfinished, self._round_members = list(self._streams), self._residents.names
 
     def _run_microbatch(self, index: int) -> None:
         """One microbatch of one hTask, from alignment through the backbone to its tasks' optimizers."""
         self._give_sign(is_idle=False)
         try:
-            microbatch = self._streams[index].next(_WAIT_SECONDS)
+            microbatch = self._next_microbatch(index)
         except queue.Empty:
+            self._late.add(index)
             return
         except MuxtuneError as error:
             return self._stream_broke(index, error)
+        self._late.discard(index)
         if microbatch is None:
             self._streams.pop(index).close()
             self._unfinished.remove(index)
@@ -132,6 +151,20 @@ class Trainer:
         if microbatch.is_last_in_round:
             self._unfinished.remove(index)
 
+    def _next_microbatch(self, index: int) -> Microbatch | None:
+        """Waits a moment for it, unless it is late: then only where there is nothing else to run."""
+        is_waited_for = index not in self._late or self._late.issuperset(self._streams)
+        started = time.perf_counter()
+        try:
+            microbatch = self._streams[index].next(_WAIT_SECONDS if is_waited_for else 0.0)
+        finally:
+            self._window.add_wait(time.perf_counter() - started)
+        if microbatch is not None:
+            names = {range_.task for range_ in microbatch.ranges}
+            self._served |= names
+            self._interrupted -= names
+        return microbatch
+
     def _found_no_memory(self, index: int, microbatch: Microbatch, shortage: str) -> None:
         """The round begins again with less at once; a task that finds no memory alone fails."""
         _log.warning("no memory for %d tokens of htask %d: %s", microbatch.num_tokens, index, shortage)
@@ -145,7 +178,8 @@ class Trainer:
             )
 
     def _end_round(self) -> None:
-        """Finishes and checkpoints what is due, reports; streams are opened anew where a member has left."""
+        """Finishes and checkpoints what is due, reports; streams are opened anew where a member has come or left."""
+        self._unfinished = []
         self._residents.close_round()
         if self._residents.names != self._round_members:
             self._close_streams()
@@ -163,47 +197,54 @@ class Trainer:
         cycle = propagate.extract({"traceparent": self._plan.trace_parent})
         links = links_to(pair for pair in self._residents.trace_parents() if pair[0] in names)
         with tracer().start_as_current_span("open microbatches", cycle, links=links, attributes=attributes):
-            return MicrobatchStream(self._channel, request)  # alignment's side joins this trace
+            delay = 0.0 if self._interrupted.isdisjoint(names) else _RETRY_SECONDS
+            # alignment's side joins this trace
+            return MicrobatchStream(self._channel, request, self._executor.stage, delay)
 
     def _stream_broke(self, index: int, error: MuxtuneError) -> None:
-        """Alignment is away: wait and open again at the members' cursors. Data that is wrong fails its tasks."""
+        """Alignment is away: it is opened again at the members' cursors, later. Data that is wrong fails its tasks.
+
+        Who was never served may be why: those who were do not wait for it. Nor can members whose data is wrong be told
+        from others, but alone.
+        """
         _log.warning("microbatches of htask %d broke off: %s", index, error)
         members = self._begin_again(index)
+        newcomers = [name for name in members if name not in self._served]
         if isinstance(error, _BAD_DATA) and len(members) == 1:
             self._residents.fail(members[0], error)
         elif isinstance(error, _BAD_DATA):
-            self._split(index)
+            self._set_apart(index, members[1:])
+        elif 0 < len(newcomers) < len(members):
+            self._set_apart(index, newcomers)
+            self._interrupted.update(newcomers)
         else:
-            time.sleep(_RETRY_SECONDS)
+            self._interrupted.update(members)
 
     def _begin_again(self, index: int) -> list[str]:
         """Ends the hTask's round: what it had gathered for its members is gathered anew. Answers those."""
         self._streams.pop(index).close()
         self._unfinished.remove(index)
+        self._late.discard(index)
         members = [name for name in self._plan.htasks[index].tasks if name in self._residents.names]
         for name in members:
             self._executor.tasks[name].restart_step()
         return members
 
-    def _split(self, index: int) -> None:
-        """One member's data is wrong, and only alone will it say so: each becomes an hTask of its own."""
+    def _set_apart(self, index: int, names: list[str]) -> None:
+        """Each of them becomes an hTask of its own, at the plan's end."""
         htask = self._plan.htasks[index]
-        alone = [
-            plan_pb2.HTask(tasks=[name], token_budget=htask.token_budget, chunk_tokens=htask.chunk_tokens)
-            for name in htask.tasks
-            if name in self._residents.names
-        ]
-        others = [other for i, other in enumerate(self._plan.htasks) if i != index]
-        self._close_streams()
-        for name in self._residents.names:  # rounds in flight begin again
-            self._executor.tasks[name].restart_step()
-        del self._plan.htasks[:]
-        self._plan.htasks.extend([*others, *alone])
+        for name in names:
+            htask.tasks.remove(name)
+            self._plan.htasks.add(tasks=[name], token_budget=htask.token_budget, chunk_tokens=htask.chunk_tokens)
 
     def _close_streams(self) -> None:
+        """What is in flight is begun again."""
         for stream in self._streams.values():
             stream.close()
         self._streams, self._unfinished = {}, []
+        self._late.clear()
+        for name in self._residents.names:
+            self._executor.tasks[name].restart_step()
 
     def _report(self, adopted: bool = False) -> None:
         results = self._residents.take_results()
@@ -214,11 +255,11 @@ class Trainer:
             failpoint("report.before")
             self._pipe.write(Tag.RESULTS, response)
             failpoint("report.after")
-        if adopted or any(result.WhichOneof("result") in ("finished", "failed", "released") for result in results):
+        if adopted or self._described != self._residents.names:
             self._describe()
 
     def _describe(self) -> None:
-        backbone = self._executor.backbone
+        backbone, self._described = self._executor.backbone, self._residents.names
         self._pipe.write(
             Tag.DESCRIBED,
             execution_pb2.DescribeExecutorResponse(
@@ -227,7 +268,7 @@ class Trainer:
                     backbone=describe_backbone(self._settings, backbone, self._footprint, self._process_bytes),
                     device=self._device(),
                 ),
-                tasks=self._residents.names,
+                tasks=self._described,
                 backbone_bytes=backbone.weight_bytes(),
                 task_bytes=self._executor.task_bytes(),
             ),
@@ -236,24 +277,36 @@ class Trainer:
     def _device(self) -> plan_pb2.Device:
         device = describe_device(self._settings, self._device_kind)
         device.effective_tokens_per_second = self._window.tokens_per_second
+        device.data_wait_fraction = self._window.wait_fraction
         device.cost.CopyFrom(cost_to_proto(self._costs.profile))
         return device
 
     def _listen(self) -> bool:
-        """Takes what the server says; waits for it while there is nothing to run. False: the server is gone."""
+        """Takes what the server says and what the store has done; waits for them while there is nothing to run. False:
+        the server is gone."""
         while True:
             has_work = bool(self._residents.names or self._next_plan) and not self._is_held
-            is_idle = not (has_work or self._unfinished or self._is_draining)
+            is_drained = self._is_draining and self._residents.is_empty
+            is_idle = not (has_work or self._unfinished or is_drained)
             if is_idle:
                 self._window.close()
             self._give_sign(is_idle)
             try:
-                frame = self._inbox.get(block=is_idle)
+                frame = self._inbox.get(is_idle, self._residents.seconds_to_retry())
             except queue.Empty:
                 return True
             if frame is None:
                 return False
-            self._handle(*frame)
+            if isinstance(frame, _Wake):
+                self._settle()
+            else:
+                self._handle(*frame)
+
+    def _settle(self) -> None:
+        """Something came back from the store."""
+        self._residents.settle()
+        self._answer_exports()
+        self._report()
 
     def _give_sign(self, is_idle: bool) -> None:
         """Of life, for the server's watchdog."""
@@ -270,13 +323,13 @@ class Trainer:
         elif tag is Tag.STALE:
             self._residents.drop(list(execution_pb2.RunPlanRequest.FromString(payload).stale_tasks))
         elif tag is Tag.LEASE_LOST:
-            self._residents.drop(self._residents.names)
+            self._residents.drop(self._residents.held)
             self._close_streams()
             self._plan, self._next_plan = plan_pb2.ExecutorPlan(), None
         elif tag is Tag.EXPORT:
             self._export(execution_pb2.ExportAdapterRequest.FromString(payload).task)
         elif tag is Tag.DRAIN:
-            self._is_draining, self._is_held = True, False
+            self._drain()
         elif tag in (Tag.HOLD, Tag.GO):
             self._is_held = tag is Tag.HOLD
 
@@ -284,18 +337,34 @@ class Trainer:
         try:
             if name not in self._residents.names:
                 raise NotFoundError(f"{name} is not resident on this executor")
-            self._pipe.write(Tag.EXPORTED, exported_response(self._residents.export(name)))
+            exported = self._residents.export(name)
         except MuxtuneError as error:
-            self._pipe.write(Tag.EXPORT_FAILED, to_failure(error))
+            exported = Future()
+            exported.set_exception(error)
+        self._exports.append(exported)
+        self._answer_exports()
+
+    def _answer_exports(self) -> None:
+        """In the order in which they were asked for."""
+        while self._exports and self._exports[0].done():
+            try:
+                self._pipe.write(Tag.EXPORTED, exported_response(self._exports.popleft().result()))
+            except MuxtuneError as error:
+                self._pipe.write(Tag.EXPORT_FAILED, to_failure(error))
 
     def _drain(self) -> None:
+        self._is_draining, self._is_held = True, False
         self._close_streams()
-        for name in self._residents.names:
+        self._plan, self._next_plan = plan_pb2.ExecutorPlan(), None
+        for name in self._residents.held:
             self._residents.release(name, "its executor drains")
+
+    def _drained(self) -> None:
+        """The store has what was handed back."""
         self._report()
         self._pipe.write(Tag.DRAINED)
         self._window.close()
-        self._plan, self._next_plan, self._is_draining = plan_pb2.ExecutorPlan(), None, False
+        self._is_draining = False
 
     def _receive(self) -> None:
         while (frame := self._pipe.read()) is not None:

@@ -17,7 +17,12 @@ class Usage:
         self._padding = meter().create_counter("muxtune.padding_tokens", unit="{token}")
         self._steps = meter().create_counter("muxtune.steps", unit="{step}")
         self._seconds = meter().create_counter("muxtune.device_seconds", unit="s")
+        self._wait = meter().create_gauge("muxtune.data_wait_fraction", unit="1")
         self._ends = meter().create_counter("muxtune.attempts_ended", unit="{attempt}")
+
+    def tell_wait(self, fraction: float) -> None:
+        """The part of its time that it waits for microbatches."""
+        self._wait.set(fraction, self._attributes)
 
     def add(self, results: Iterable[plan_pb2.TaskResult]) -> None:
         """Steps as they were run: those run again after a resume count again."""

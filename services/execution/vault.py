@@ -5,10 +5,14 @@ Keys: {task}/checkpoints/{step}-{epoch}/manifest.json and tenants/{tenant}/adapt
 
 import logging
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ArtifactCorruptError, NotFoundError
+from safetensors import SafetensorError
+
+from engine.errors import ArtifactCorruptError, NotFoundError, UnavailableError
 from engine.runtime.checkpoint import CheckpointState
 from muxtune.v1 import task_pb2
 from services.artifacts import MANIFEST, ArtifactStore, Manifest
@@ -17,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class Vault:
-    """Synchronous; used by the trainer only."""
+    """Synchronous; used by the trainer only, on any of its threads."""
 
     def __init__(self, store: ArtifactStore) -> None:
         self._store = store
@@ -49,24 +53,31 @@ class Vault:
                 _log.error("checkpoint %s of %s cannot be used: %s", key, task, error)
         raise ArtifactCorruptError(f"no checkpoint of {task} can be read", task=task)
 
-    def put_adapter(self, task: str, epoch: int, step: int, folder: Path, is_final: bool) -> Manifest:
+    def put_adapter(self, task: str, epoch: int, step: int, files: dict[str, bytes], is_final: bool) -> Manifest:
         """The PEFT folder, under the adapter's name; one that the task goes on from lies apart."""
         prefix = f"{task.replace('/tasks/', '/adapters/')}/{epoch}" + ("" if is_final else f"-step-{step:08d}")
-        files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
         return self._store.commit_folder(prefix, files, {"task": task, "step": step})
 
-    def get_adapter(self, manifest_key: str) -> "tempfile.TemporaryDirectory[str]":
-        """Its files in a temporary folder, which goes when closed."""
-        _, files = self._store.read_folder(manifest_key)
-        folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory(prefix="muxtune-adapter-")
-        for name, data in files.items():
-            (Path(folder.name) / name).write_bytes(data)
-        return folder
+    def get_adapter(self, manifest_key: str) -> dict[str, bytes]:
+        return self._store.read_folder(manifest_key)[1]
 
     def _committed(self, task: str) -> list[str]:
         """Manifest keys of the task's checkpoints, oldest step first."""
         keys = self._store.list(f"{task}/checkpoints")
         return sorted(key for key in keys if key.endswith(f"/{MANIFEST}"))
+
+
+@contextmanager
+def folder_of(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """The files in a temporary folder. What else is written there goes with it. Raises UnavailableError where this disk
+    is full."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="muxtune-adapter-") as folder:
+            for name, data in files.items():
+                (Path(folder) / name).write_bytes(data)
+            yield Path(folder)
+    except (OSError, SafetensorError) as error:
+        raise UnavailableError(f"no temporary files can be written: {error}") from error
 
 
 def _step(manifest_key: str) -> int:

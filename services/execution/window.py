@@ -12,17 +12,30 @@ from services.telemetry import links_to, tracer
 
 _WINDOW_SECONDS = 5.0
 _RATE_WEIGHT = 0.1
+_KEPT = 0.99  # of the waits and runs before, at each microbatch
+_TOTALS = ("microbatches", "effective_tokens", "padding_tokens", "run_seconds", "wait_seconds")
 
 
 class StepWindow:
-    """Adds up microbatches; also keeps the executor's throughput, a moving average."""
+    """Adds up microbatches; also keeps the executor's throughput and what part of its time it waits for microbatches,
+    moving averages."""
 
     def __init__(self) -> None:
         self.tokens_per_second = 0.0
+        self._recent_wait = self._recent_run = 0.0  # seconds, the older the less
         self._span: Span | None = None
         self._key: tuple[object, ...] = ()
         self._started = 0.0
-        self._totals = {"microbatches": 0, "effective_tokens": 0, "padding_tokens": 0}
+        self._totals = dict.fromkeys(_TOTALS, 0.0)
+
+    @property
+    def wait_fraction(self) -> float:
+        return self._recent_wait / max(1e-9, self._recent_wait + self._recent_run)
+
+    def add_wait(self, seconds: float) -> None:
+        """For microbatches, while nothing ran."""
+        self._recent_wait += seconds
+        self._totals["wait_seconds"] += seconds
 
     def add(
         self, microbatch: Microbatch, seconds: float, plan_version: int, trace_parents: list[tuple[str, str]]
@@ -38,6 +51,8 @@ class StepWindow:
             self.close()
         if self._span is None:
             self._open(key, plan_version, trace_parents)
+        self._recent_wait, self._recent_run = (_KEPT * each for each in (self._recent_wait, self._recent_run + seconds))
+        self._totals["run_seconds"] += seconds
         self._totals["microbatches"] += 1
         self._totals["effective_tokens"] += effective
         self._totals["padding_tokens"] += microbatch.num_tokens - effective
@@ -46,9 +61,9 @@ class StepWindow:
         """Ends the window's span, if one is open."""
         if self._span is not None:
             for name, total in self._totals.items():
-                self._span.set_attribute(f"muxtune.{name}", total)
+                self._span.set_attribute(f"muxtune.{name}", total if name.endswith("_seconds") else int(total))
             self._span.end()
-            self._span, self._totals = None, dict.fromkeys(self._totals, 0)
+            self._span, self._totals = None, dict.fromkeys(_TOTALS, 0.0)
 
     def _open(self, key: tuple[object, ...], plan_version: int, trace_parents: list[tuple[str, str]]) -> None:
         attributes = {"muxtune.plan_version": plan_version, "muxtune.num_tasks": len(trace_parents)}

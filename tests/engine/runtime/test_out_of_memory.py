@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from engine.errors import WillNeverFitError
 from engine.results import StepResult
 from engine.runtime import executor as module
 from engine.runtime.out_of_memory import NoMemory, in_short, is_out_of_memory
@@ -44,7 +43,7 @@ def test_a_task_that_finds_no_memory_is_not_attached_and_harms_nobody(monkeypatc
     executor = executor_with(model_of(CONFIGS["llama-tied"]), tasks)
     with monkeypatch.context() as patched:
         patched.setattr(module, "TaskRun", lambda *arguments: torch.empty(1 << 50))
-        with pytest.raises(WillNeverFitError, match=f"tried to allocate {4 << 50} bytes"):
+        with pytest.raises(NoMemory, match=f"tried to allocate {4 << 50} bytes"):
             executor.attach(Assignment("large", tasks[0].spec, 3))
     assert set(executor.tasks) == {"a", "b"}
     results = [r for m in pack_round(tasks, [0] * 2) for r in executor.run(m)]

@@ -1,0 +1,95 @@
+"""Microbatches that are copied ahead: the same results, whenever the copy arrives; and no more than is there."""
+
+import copy
+import threading
+
+import pytest
+import torch
+
+from engine.results import StepResult
+from engine.runtime.backbone import Backbone
+from engine.runtime.executor import Executor
+from engine.runtime.staging import Arrival, StagedMicrobatch, on_device
+from tests.engine.runtime.tiny import CONFIGS, executor_with, model_of, pack_round, task_of
+
+TASKS = [task_of(name, seed=seed, lengths=[7, 12, 3, 9], num_steps=3) for seed, name in enumerate("ab")]
+
+
+class LateCopy:
+    """Copies on another thread, only once it is waited for: who reads too early reads what is no token."""
+
+    def __init__(self) -> None:
+        self.num_begun = self.num_arrived = 0
+
+    def __call__(self, host: torch.Tensor) -> Arrival:
+        self.num_begun += 1
+        there = torch.full_like(host, 1 << 30)
+
+        def arrived() -> torch.Tensor:
+            copying = threading.Thread(target=lambda: there.copy_(host))
+            copying.start()
+            copying.join()
+            self.num_arrived += 1
+            return there
+
+        return arrived
+
+
+def results_of(executor: Executor, *, staged: bool) -> list[StepResult]:
+    """Three rounds; where staged, each round's microbatches are all under way before the first of them runs."""
+    results = []
+    for step in range(3):
+        microbatches = pack_round(TASKS, [step] * 2)
+        if staged:
+            microbatches = [executor.stage(microbatch) for microbatch in microbatches]
+        results += [result for microbatch in microbatches for result in executor.run(microbatch)]
+    return [result for result in results if isinstance(result, StepResult)]
+
+
+def test_staged_or_not_each_step_is_the_same() -> None:
+    model, late = model_of(CONFIGS["llama-tied"]), LateCopy()
+    plain, ahead = executor_with(model, TASKS), Executor(Backbone(copy.deepcopy(model)), copy=late)
+    for task in TASKS:
+        ahead.attach(task.assignment)
+    expected, found = results_of(plain, staged=False), results_of(ahead, staged=True)
+    assert [(r.task, r.step, r.loss, r.grad_norm) for r in found] == [
+        (r.task, r.step, r.loss, r.grad_norm) for r in expected
+    ]
+    assert len(expected) == 6 and late.num_begun == 6 and late.num_arrived >= 6
+    for name in "ab":
+        assert torch.equal(*(executor.tasks[name].parameters_P for executor in (plain, ahead)))
+
+
+def test_what_finds_no_room_ahead_is_copied_when_it_is_its_turn() -> None:
+    def no_room(host: torch.Tensor) -> Arrival:
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 MiB")
+
+    executor = Executor(Backbone(model_of(CONFIGS["llama-tied"])), copy=no_room)
+    for task in TASKS:
+        executor.attach(task.assignment)
+    assert len(results_of(executor, staged=True)) == 6
+
+
+def test_where_there_is_no_device_nothing_is_copied() -> None:
+    executor, (first, *_) = executor_with(model_of(CONFIGS["llama-tied"]), TASKS), pack_round(TASKS, [0] * 2)
+    assert executor.stage(first) is first
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_copied_on_a_stream_of_its_own_while_the_device_is_busy() -> None:
+    """The copy is done although the computing stream has work left, and is read in order."""
+    device = torch.device("cuda")
+    executor = Executor(Backbone(model_of(CONFIGS["llama-tied"]).to(device)))
+    (first, *_) = pack_round(TASKS, [0] * 2)
+    busy = torch.randn(8192, 8192, device=device)
+    for _ in range(20):
+        busy = busy @ busy
+    staged = executor.stage(first)
+    assert isinstance(staged, StagedMicrobatch)
+    assert executor._copy is not None
+    executor._copy._stream.synchronize()  # type: ignore[attr-defined]
+    assert not torch.cuda.current_stream().query()  # still at it
+    ids_T, targets_T = on_device(staged, device)
+    assert torch.equal(ids_T.cpu(), torch.from_numpy(first.token_ids_T))
+    assert torch.equal(targets_T.cpu(), torch.from_numpy(first.targets_T))

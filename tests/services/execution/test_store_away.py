@@ -1,0 +1,123 @@
+"""The artifact store or alignment away for one task, v, of a real trainer: it waits, its neighbours' rounds go on.
+
+"Away" is a gate that the test opens when the neighbours are done: had they waited, they would never have been. It turns
+callers away, or lets them hang. Neighbours: a in v's hTask, b in another.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load
+
+from services.execution.pipe import Tag
+from tests.services.execution.executor_mesh import planned
+from tests.services.execution.trainer_thread import TrainerThread, full, running_trainer
+
+pytestmark = pytest.mark.timeout(300)
+NEIGHBOURS = planned("a", num_steps=12), planned("b", num_steps=12)
+TOGETHER = [["v", "a"], ["b"]]
+either_way = pytest.mark.parametrize("is_away", [True, False], ids=["away", "hanging"])
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, tiny_backbone: Path) -> Iterator[TrainerThread]:
+    with running_trainer(tmp_path, tiny_backbone, checkpoint_steps=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> bytes:
+    """The adapter that v leaves where nothing is away."""
+    with running_trainer(tmp_path_factory.mktemp("calm"), tiny_backbone) as running:
+        running.plan(planned("v", num_steps=6), htasks=[["v"]])
+        running.until_ended("v")
+        return running.adapter("v")
+
+
+def assert_close(found: bytes, expected: bytes) -> None:
+    """To rounding: microbatches have other shapes beside neighbours."""
+    one, other = load(found), load(expected)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        np.testing.assert_allclose(tensor, other[name], rtol=1e-5, atol=1e-6)
+
+
+@either_way
+def test_a_task_whose_checkpoint_cannot_be_read_waits_for_it(
+    trainer: TrainerThread, calm: bytes, is_away: bool
+) -> None:
+    trainer.plan(planned("v", num_steps=6), htasks=[["v"]])
+    trainer.until(lambda: trainer.of("v", "checkpoint_committed"))
+    trainer.plan(htasks=[])
+    trainer.until_ended("v")
+    recorded = trainer.of("v", "checkpoint_committed")[0]
+    trainer.results.clear()
+    trainer.store.gates.close("get tenants/t/tasks/v", is_away=is_away)
+    trainer.plan(planned("v", epoch=2, num_steps=6, resume_from=recorded), *NEIGHBOURS, htasks=TOGETHER)
+    trainer.until_ended("a", "b")
+    assert trainer.store.gates.reached.is_set() and not trainer.steps("v")
+    trainer.store.gates.open()
+    trainer.until_ended("v")
+    assert_close(trainer.adapter("v"), calm)
+
+
+@either_way
+def test_what_cannot_be_written_holds_up_nobody(trainer: TrainerThread, calm: bytes, is_away: bool) -> None:
+    """Checkpoints on the way, and at the end the adapter."""
+    trainer.store.gates.close("put tenants/t/", is_away=is_away)
+    trainer.plan(planned("v", num_steps=6), *NEIGHBOURS, htasks=TOGETHER)
+    trainer.until(lambda: [len(trainer.steps(name)) for name in "vab"] == [6, 12, 12])
+    assert trainer.store.gates.reached.is_set()
+    assert not any(trainer.of(name, kind) for name in "vab" for kind in ("checkpoint_committed", "finished"))
+    trainer.store.gates.open()
+    trainer.until_ended("v", "a", "b")
+    assert_close(trainer.adapter("v"), calm)
+    assert trainer.of("v", "checkpoint_committed")[-1].step == 6
+
+
+@either_way
+def test_drained_with_the_store_away_a_task_is_handed_back(trainer: TrainerThread, is_away: bool) -> None:
+    trainer.plan(planned("v", num_steps=10_000), htasks=[["v"]])
+    trainer.until(lambda: trainer.of("v", "checkpoint_committed"))
+    trainer.store.gates.close("put tenants/t/", is_away=is_away)
+    trainer.until(trainer.store.gates.reached.is_set)
+    trainer.tell(Tag.DRAIN)
+    if not is_away:  # what hangs is waited for: the server ends the wait
+        seen = len(trainer.steps("v"))
+        assert not trainer.is_drained
+        trainer.store.gates.open()
+    trainer.until(lambda: trainer.is_drained)
+    (released,) = trainer.of("v", "released")
+    assert ("not checkpointed" in released.reason) is is_away
+    if not is_away:
+        assert trainer.of("v", "checkpoint_committed")[-1].step >= seen
+
+
+def test_data_that_is_away_for_a_newcomer_does_not_hold_up_its_htask(trainer: TrainerThread, calm: bytes) -> None:
+    trainer.plan(*NEIGHBOURS, htasks=[["a"], ["b"]])
+    trainer.until(lambda: trainer.steps("a"))
+    trainer.alignment.gates.close(full("v"), is_away=True)
+    trainer.plan(planned("v", num_steps=6), planned("a", num_steps=200), NEIGHBOURS[1], htasks=TOGETHER)
+    trainer.until_ended("a", "b")
+    assert trainer.alignment.gates.reached.is_set() and not trainer.steps("v")
+    assert {"v", "a"} in trainer.alignment.members and {"v"} in trainer.alignment.members
+    trainer.alignment.gates.open()
+    trainer.until_ended("v")
+    assert [step for step, _ in trainer.steps("a")] == list(range(1, 201))
+    assert_close(trainer.adapter("v"), calm)
+
+
+@either_way
+def test_an_htask_without_data_does_not_hold_up_the_others(trainer: TrainerThread, calm: bytes, is_away: bool) -> None:
+    """In the middle of its work: tasks that were served before, so none is set apart."""
+    v, a = planned("v", num_steps=6), planned("a", num_steps=6)
+    trainer.alignment.gates.close(full("v"), is_away=is_away)
+    trainer.plan(v, a, NEIGHBOURS[1], htasks=TOGETHER)
+    trainer.until_ended("b")
+    assert trainer.alignment.gates.reached.is_set() and not trainer.steps("v")
+    trainer.alignment.gates.open()
+    trainer.until_ended("v", "a")
+    assert [step for step, _ in trainer.steps("v")] == list(range(1, 7))
+    assert_close(trainer.adapter("v"), calm)

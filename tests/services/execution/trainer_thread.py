@@ -1,0 +1,183 @@
+"""A real trainer on a thread of the test's own process, so that a test can get between it and the engine or the store.
+
+The test plays its server (at the other end of the pipe), alignment (which packs real rounds) and the artifact store.
+"""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from obstore.store import LocalStore
+
+from engine.alignment.packing import Member, rounds
+from engine.errors import UnavailableError
+from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, execution_pb2, plan_pb2
+from services.artifacts import ArtifactStore
+from services.convert import microbatch_to_proto, training_to_domain
+from services.execution import trainer as module
+from services.execution.pipe import BlockingPipe, Tag
+from services.execution.settings import ExecutionSettings
+from tests.services.execution.executor_mesh import TIMEOUT_SECONDS, dataset_of, kind_of
+
+Results = list[plan_pb2.TaskResult]
+
+
+class Gates:
+    """Closed for whatever names it, a gate holds back who comes; away, it turns them away. `reached`: someone came."""
+
+    def __init__(self) -> None:
+        self._open = threading.Event()
+        self._open.set()
+        self.reached = threading.Event()
+        self._part, self._is_away = "", False
+
+    def close(self, part: str, *, is_away: bool = False) -> None:
+        self.reached.clear()
+        self._part, self._is_away = part, is_away
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def pass_through(self, name: str) -> None:
+        """Raises UnavailableError where it is away."""
+        if self._open.is_set() or self._part not in name:
+            return
+        self.reached.set()
+        if self._is_away:
+            raise UnavailableError("away, says a test")
+        assert self._open.wait(TIMEOUT_SECONDS), "nobody opened the gate"
+
+
+class GatedStore(ArtifactStore):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(LocalStore(folder, mkdir=True), folder)
+        self.gates = Gates()
+
+    def stream(self, key: str, chunk_bytes: int) -> Iterator[bytes]:
+        self.gates.pass_through(f"get {key}")
+        return super().stream(key, chunk_bytes)
+
+    def _put(self, key: str, data: Any, mode: Any) -> None:
+        self.gates.pass_through(f"put {key}")
+        super()._put(key, data, mode)
+
+
+class GatedAlignment(alignment_pb2_grpc.AlignmentServiceServicer):
+    def __init__(self) -> None:
+        self.gates = Gates()
+        self.members: list[set[str]] = []  # of each stream that was opened
+
+    def StreamMicrobatches(self, request: Any, context: Any) -> Iterator[Any]:
+        named = " ".join(member.task for member in request.members)
+        self.members.append({member.task.rpartition("/")[2] for member in request.members})
+        members = [
+            Member(m.task, dataset_of(m.dataset_version), training_to_domain(m.training), m.num_steps, m.cursor_step)
+            for m in request.members
+        ]
+        for microbatch in rounds(members, request.token_budget, request.chunk_tokens):
+            try:
+                self.gates.pass_through(named)
+            except UnavailableError as error:
+                context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
+            yield alignment_pb2.StreamMicrobatchesResponse(microbatch=microbatch_to_proto(microbatch))
+
+
+class TrainerThread:
+    """Plans go in by `plan`; what comes back is gathered, and awaited by `until`."""
+
+    def __init__(self, pipe: BlockingPipe, store: GatedStore, alignment: GatedAlignment) -> None:
+        self.store, self.alignment, self.results = store, alignment, Results()
+        self._pipe, self._version, self.is_drained = pipe, 0, False
+        self._news = threading.Condition()
+        self.ready = threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def plan(self, *tasks: plan_pb2.PlannedTask, htasks: list[list[str]]) -> None:
+        """`htasks`: of the tasks' short names."""
+        self._version += 1
+        groups = [plan_pb2.HTask(tasks=map(full, g), token_budget=128, chunk_tokens=16) for g in htasks]
+        self.tell(Tag.PLAN, plan_pb2.ExecutorPlan(version=self._version, tasks=tasks, htasks=groups))
+
+    def tell(self, tag: Tag, message: Any = None) -> None:
+        self._pipe.write(tag, message)
+
+    def of(self, task: str, kind: str) -> list[Any]:
+        return [getattr(r, kind) for r in self.results if r.task == full(task) and kind_of(r) == kind]
+
+    def steps(self, task: str) -> list[tuple[int, float]]:
+        return [(done.step, done.loss) for done in self.of(task, "step_done")]
+
+    def adapter(self, task: str) -> bytes:
+        (finished,) = self.of(task, "finished")
+        return self.store.read_folder(finished.adapter_key)[1]["adapter_model.safetensors"]
+
+    def until(self, condition: Callable[[], object]) -> None:
+        with self._news:
+            if not self._news.wait_for(condition, TIMEOUT_SECONDS):
+                pytest.fail(f"never happened; results: {[(r.task, kind_of(r)) for r in self.results]}")
+
+    def until_ended(self, *tasks: str) -> None:
+        ends = ("finished", "failed", "released")
+        self.until(lambda: all(any(self.of(task, kind) for kind in ends) for task in tasks))
+
+    def _read(self) -> None:
+        while (frame := self._pipe.read()) is not None:
+            tag, payload = frame
+            with self._news:
+                if tag is Tag.RESULTS:
+                    self.results += execution_pb2.RunPlanResponse.FromString(payload).results
+                self.is_drained |= tag is Tag.DRAINED
+                self._news.notify_all()
+            self.ready.set()
+
+
+def full(task: str) -> str:
+    return f"tenants/t/tasks/{task}"
+
+
+@contextmanager
+def running_trainer(folder: Path, backbone: Path, **overrides: Any) -> Iterator[TrainerThread]:
+    """Ends it by closing its pipe; fails if it died of anything."""
+    store, alignment, died = GatedStore(folder / "store"), GatedAlignment(), list[BaseException]()
+    server = grpc.server(ThreadPoolExecutor(16))
+    alignment_pb2_grpc.add_AlignmentServiceServicer_to_server(alignment, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    settings = ExecutionSettings(
+        **{
+            "mesh_secret": "secret", "scheduling_address": "", "alignment_address": address, "artifact_url": "unused",
+            "backbone": f"tiny={backbone}", "calibration_seconds": 0.05, "checkpoint_steps": 1000, **overrides,
+        }
+    )  # fmt: skip
+    ours, theirs = socket.socketpair()
+
+    def train() -> None:
+        try:
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(module.ArtifactStore, "open", lambda url: store)
+                trainer = module.Trainer(settings, BlockingPipe(theirs.detach()))
+            trainer.run()
+        except BaseException as error:
+            died.append(error)
+            raise
+
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    told = TrainerThread(BlockingPipe(ours.detach()), store, alignment)
+    try:
+        assert told.ready.wait(TIMEOUT_SECONDS), died
+        yield told
+    finally:
+        store.gates.open()
+        alignment.gates.open()
+        told._pipe._socket.shutdown(socket.SHUT_RDWR)
+        thread.join(TIMEOUT_SECONDS)
+        server.stop(None)
+    assert not died and not thread.is_alive()
