@@ -97,6 +97,7 @@ class Training:
     evaluate_every_steps: int = 0  # 0: only before the first and after the last step
     early_stop_patience: int = 0  # evaluations without improvement before the task ends; 0: never
     early_stop_min_delta: float = 0.0
+    parse_special_tokens: bool = False  # that text, prompt and completion spell out; else they stay text
     verify_every_steps: int = 0  # run such a step again for the task alone, and report the difference; 0: never
 
 

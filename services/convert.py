@@ -117,6 +117,7 @@ def _training(t: task_pb2.Training, path: str, wrong: list[FieldViolation]) -> T
         early_stop_patience=t.early_stop_patience,
         early_stop_min_delta=t.early_stop_min_delta,
         verify_every_steps=t.verify_every_steps,
+        parse_special_tokens=t.parse_special_tokens,
     )
 
 
@@ -257,6 +258,7 @@ def preflight_to_proto(report: "Preflight", max_refused: int = 100) -> dataset_p
         refused_rows=[dataset_pb2.RefusedRow(line=r.line, reason=r.reason) for r in report.refused[:max_refused]],
         num_refused_rows=len(report.refused),
         length_quantiles=report.length_quantiles,
+        num_special_text_rows=report.num_special_text_rows,
     )
 
 

@@ -36,6 +36,7 @@ class TokenizedDataset:
     original_lengths: NDArray[np.int64]  # of every row that tokenized, before truncation
     refused: tuple[Refused, ...]
     num_truncated: int
+    num_special_text_rows: int = 0  # rows kept that spell out special tokens, which are read as text
 
     @property
     def num_rows(self) -> int:
@@ -57,9 +58,9 @@ class TokenizedDataset:
 
 def tokenize_dataset(rows: Iterable[Row], tokenizer: BackboneTokenizer, training: Training) -> TokenizedDataset:
     """Raises InvalidInputError if no row is left, or if one is too long and `overlength` is REFUSE."""
-    kept, refused, lengths, num_truncated = [], [], [], 0
+    kept, refused, lengths, num_truncated, num_special = [], [], [], 0, 0
     limit = training.max_sequence_tokens
-    for row, tokenized in tokenize_all(rows, tokenizer):
+    for row, tokenized in tokenize_all(rows, tokenizer, training.parse_special_tokens):
         if isinstance(tokenized, RowRefusedError):
             refused.append(Refused(row.line, str(tokenized)))
             continue
@@ -72,6 +73,7 @@ def tokenize_dataset(rows: Iterable[Row], tokenizer: BackboneTokenizer, training
                 continue
             ids, mask, num_truncated = ids[:limit], mask[:limit], num_truncated + 1
         kept.append((row.line, ids, mask))
+        num_special += tokenized.spells_special
     if not kept:
         why = f"every row is refused; line {refused[0].line}: {refused[0].reason}" if refused else "has no rows"
         raise InvalidInputError.of_field("dataset", why)
@@ -83,6 +85,7 @@ def tokenize_dataset(rows: Iterable[Row], tokenizer: BackboneTokenizer, training
         original_lengths=np.array(lengths, np.int64),
         refused=tuple(refused),
         num_truncated=num_truncated,
+        num_special_text_rows=num_special,
     )
 
 

@@ -34,7 +34,7 @@ class RenderedRow:
 @dataclass(frozen=True)
 class Preflight:
     """`length_histogram` maps [from, to) tokens, powers of two, to rows before truncation; `length_quantiles`: tokens
-    of the training rows after it."""
+    of the training rows after it; `num_special_text_rows`: see TokenizedDataset."""
 
     num_rows: int
     num_train_rows: int
@@ -48,6 +48,7 @@ class Preflight:
     num_truncated_rows: int
     refused: tuple[Refused, ...]
     length_quantiles: tuple[int, ...]
+    num_special_text_rows: int
 
 
 def preflight(
@@ -71,6 +72,7 @@ def preflight(
         num_truncated_rows=dataset.num_truncated,
         refused=dataset.refused,
         length_quantiles=_quantiles(lengths[parts.train]),
+        num_special_text_rows=dataset.num_special_text_rows,
     )
 
 

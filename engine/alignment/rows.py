@@ -1,7 +1,8 @@
 """Rows of JSON Lines, and the tokens of each that bear loss.
 
 Three shapes: `messages` (the backbone's chat template; loss on assistant turns, their stop token included),
-`prompt`/`completion` (loss on the completion and its end), `text` (loss on all of it).
+`prompt`/`completion` (loss on the completion and its end), `text` (loss on all of it). Special tokens that a row spells
+out stay text; in the last two they are read as such for a task that asks for it (`Training.parse_special_tokens`).
 No error ever quotes a row: it is the tenant's data. Legend: L tokens of one row.
 """
 
@@ -43,11 +44,13 @@ class Row:
 
 @dataclass(frozen=True)
 class TokenizedRow:
-    """`bears_loss_L`: whether the token is to be predicted (from those before it)."""
+    """`bears_loss_L`: whether the token is to be predicted (from those before it). `spells_special`: whether a `text`,
+    `prompt` or `completion` spells out a special token that is read as text."""
 
     line: int
     token_ids_L: NDArray[np.int32]
     bears_loss_L: NDArray[np.bool_]
+    spells_special: bool = False
 
 
 class RowRefusedError(Exception):
@@ -67,22 +70,22 @@ def parse_lines(lines: Iterable[bytes]) -> Iterator[Row]:
         raise MalformedDatasetError("the dataset is empty: upload at least one row")
 
 
-def tokenize(row: Row, tokenizer: BackboneTokenizer) -> TokenizedRow:
+def tokenize(row: Row, tokenizer: BackboneTokenizer, parse_special_tokens: bool = False) -> TokenizedRow:
     """Raises RowRefusedError where the backbone's template cannot render or mask the row."""
-    ((_, read),) = tokenize_all([row], tokenizer)
+    ((_, read),) = tokenize_all([row], tokenizer, parse_special_tokens)
     if isinstance(read, RowRefusedError):
         raise read
     return read
 
 
 def tokenize_all(
-    rows: Iterable[Row], tokenizer: BackboneTokenizer
+    rows: Iterable[Row], tokenizer: BackboneTokenizer, parse_special_tokens: bool = False
 ) -> Iterator[tuple[Row, TokenizedRow | RowRefusedError]]:
     """Each row in order, with its tokens or why it has none. Rows go through the tokenizer many at once."""
     waiting: list[_Reader] = []
     num_characters = 0
     for row in rows:
-        waiting.append(_Reader(row, tokenizer))
+        waiting.append(_Reader(row, tokenizer, parse_special_tokens))
         num_characters += waiting[-1].num_characters
         if len(waiting) == _BATCH_ROWS or num_characters > _BATCH_CHARACTERS:
             yield from _read(waiting, tokenizer)
@@ -101,24 +104,32 @@ def _read(
 class _Reader:
     """One row on its way: `pieces` are to be encoded, none if it is refused already."""
 
-    def __init__(self, row: Row, tokenizer: BackboneTokenizer) -> None:
+    def __init__(self, row: Row, tokenizer: BackboneTokenizer, parse_special_tokens: bool) -> None:
         self.row, self._refused = row, None
-        self._reading = _READINGS[row.shape](row.fields, tokenizer)
+        self._is_trusted = parse_special_tokens and row.shape != "messages"
+        self._reading = _READINGS[row.shape](row.fields, tokenizer, parse_special_tokens)
         self.pieces: list[Piece] = []
         try:
             self.pieces = next(self._reading)
         except RowRefusedError as error:
             self._refused = error
         self.num_characters = sum(len(piece.text) for piece in self.pieces)
+        self._spells_special = row.shape != "messages" and any(
+            piece.is_plain and tokenizer.special_pattern.search(piece.text) for piece in self.pieces
+        )
 
     def finish(self, encoded: list[Encoded]) -> TokenizedRow | RowRefusedError:
         if self._refused is not None:
             return self._refused
+        if not self._is_trusted and any(part.is_forged for part in encoded):
+            return RowRefusedError("the backbone's tokenizer makes a special token of what it spells out, even as text")
         try:
             self._reading.send(encoded)
         except StopIteration as done:
             ids, mask = done.value
-        return TokenizedRow(self.row.line, ids, mask) if mask[1:].any() else RowRefusedError("no token bears loss")
+        if not mask[1:].any():
+            return RowRefusedError("no token bears loss")
+        return TokenizedRow(self.row.line, ids, mask, self._spells_special)
 
 
 def _parse(number: int, line: bytes) -> Row:
@@ -181,14 +192,17 @@ def _malformed(number: int, why: str) -> MalformedDatasetError:
 _Reading = Generator[list[Piece], list[Encoded], tuple[NDArray[np.int32], NDArray[np.bool_]]]
 
 
-def _text(fields: Mapping[str, Any], tokenizer: BackboneTokenizer) -> _Reading:
-    (encoded,) = yield [Piece(fields["text"], adds_tokens=True)]
+def _text(fields: Mapping[str, Any], tokenizer: BackboneTokenizer, parse_special_tokens: bool) -> _Reading:
+    (encoded,) = yield [Piece(fields["text"], adds_tokens=True, is_plain=not parse_special_tokens)]
     ids = _closed(encoded.token_ids_L, tokenizer)
     return ids, np.ones(len(ids), np.bool_)
 
 
-def _prompt_completion(fields: Mapping[str, Any], tokenizer: BackboneTokenizer) -> _Reading:
-    prompt, completion = yield [Piece(fields["prompt"], adds_tokens=True), Piece(fields["completion"])]
+def _prompt_completion(fields: Mapping[str, Any], tokenizer: BackboneTokenizer, parse_special_tokens: bool) -> _Reading:
+    prompt, completion = yield [
+        Piece(fields["prompt"], adds_tokens=True, is_plain=not parse_special_tokens),
+        Piece(fields["completion"], is_plain=not parse_special_tokens),
+    ]
     head, tail = prompt.token_ids_L, _closed(completion.token_ids_L, tokenizer)
     if tokenizer.eos_token_id is not None and len(head) and head[-1] == tokenizer.eos_token_id:
         head = head[:-1]  # some tokenizers close what they encode
@@ -202,7 +216,7 @@ def _closed(ids: NDArray[np.int32], tokenizer: BackboneTokenizer) -> NDArray[np.
     return np.append(ids, np.int32(tokenizer.eos_token_id))
 
 
-def _messages(fields: Mapping[str, Any], tokenizer: BackboneTokenizer) -> _Reading:
+def _messages(fields: Mapping[str, Any], tokenizer: BackboneTokenizer, _: bool) -> _Reading:
     """One tokenization of the whole conversation, as a server would see it; the assistant turns in it bear loss.
 
     What a message itself spells out of the template's special tokens is encoded apart, as text.
@@ -245,7 +259,7 @@ def _stop(is_stop: NDArray[np.bool_]) -> int:
     return int(stops[-1]) + 1 if len(stops) else len(is_stop)
 
 
-_READINGS: dict[str, Callable[[Mapping[str, Any], BackboneTokenizer], _Reading]] = {
+_READINGS: dict[str, Callable[[Mapping[str, Any], BackboneTokenizer, bool], _Reading]] = {
     "messages": _messages,
     "prompt_completion": _prompt_completion,
     "text": _text,

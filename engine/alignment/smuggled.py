@@ -22,8 +22,8 @@ def smuggled_spans(
     Raises TemplateRefusedError where the template does anything with it but to put it there.
     """
     assert tokenizer.template is not None
-    spelled = _pattern(tokenizer.special_tokens)
-    if spelled is None or not any(map(spelled.search, _texts(messages))):
+    spelled = tokenizer.special_pattern
+    if not any(map(spelled.search, _texts(messages))):
         return []
     rendered = tokenizer.template.render([_marked(message, spelled) for message in messages])
     parts = rendered.split(_MARK)
@@ -37,12 +37,6 @@ def smuggled_spans(
             raise TemplateRefusedError("the chat template changes a special token that a message spells out")
         spans.append(found.span())
     return spans
-
-
-def _pattern(special_tokens: frozenset[str]) -> re.Pattern[str] | None:
-    """The longest first, as tokenizers match."""
-    longest_first = sorted(filter(None, special_tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
 def _texts(value: Any) -> list[str]:

@@ -4,14 +4,15 @@ Legend: L tokens of one row, V vocabulary.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from engine.alignment.templates import ChatTemplate, TemplateRefusedError
 from engine.errors import InvalidInputError
@@ -20,7 +21,8 @@ from engine.errors import InvalidInputError
 @dataclass(frozen=True)
 class Piece:
     """A text to encode. `adds_tokens`: with what the tokenizer puts around a text; `is_plain`: special tokens that it
-    spells out stay text, else they are read as such, as a chat template needs; `has_offsets`: see Encoded."""
+    spells out stay text (transformers' split_special_tokens), else they are read as such, as a chat template needs;
+    `has_offsets`: see Encoded."""
 
     text: str
     adds_tokens: bool = False
@@ -30,24 +32,29 @@ class Piece:
 
 @dataclass(frozen=True)
 class Encoded:
-    """`token_ids_L` int32 and, if asked for, the characters [start, end) of the text that each token stands for."""
+    """`token_ids_L` int32 and, if asked for, the characters [start, end) of the text that each token stands for.
+    `is_forged`: it has more special tokens than were asked for, made of mere text (see BackboneTokenizer)."""
 
     token_ids_L: NDArray[np.int32]
     offsets_L2: NDArray[np.int64]
+    is_forged: bool
 
 
 class BackboneTokenizer:
-    """Encodes text as transformers' AutoTokenizer does for the same folder."""
+    """Encodes text as transformers' AutoTokenizer does for the same folder.
+
+    Some models (Unigram is one) have special tokens among their pieces and make them of text that spells them, even
+    where it is to stay text (tokenizers' encode_special_tokens). What came of such a text is told apart by counting.
+    """
 
     def __init__(self, tokenizer: Tokenizer, config: dict[str, Any], template: str | None) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self._tokenizer = tokenizer
-        # Post-processors add special tokens and may trim white space off the offsets: none where offsets are read.
-        self._exact = Tokenizer.from_str(tokenizer.to_str())
-        self._exact.post_processor = None
-        self._plain = Tokenizer.from_str(self._exact.to_str())
-        self._plain.encode_special_tokens = True  # as text
+        self._by_kind = {
+            (adds_tokens, is_plain): _variant(tokenizer, adds_tokens, is_plain)
+            for adds_tokens in (False, True)
+            for is_plain in (False, True)
+        }
         special = {
             name: _text(config[name])
             for name in ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -60,6 +67,9 @@ class BackboneTokenizer:
         self._is_special_V = np.zeros(1 + max(tokenizer.get_vocab().values(), default=0), np.bool_)
         self._is_special_V[list(added)] = True
         self.special_tokens = frozenset(token.content for token in added.values())
+        self.special_pattern = _any_of(self.special_tokens)
+        self._forgeable = frozenset(added) - {_unknown(tokenizer)} if self._may_forge(added) else frozenset()
+        self._num_added = tokenizer.num_special_tokens_to_add(False)
 
     @classmethod
     def load(cls, folder: Path) -> "BackboneTokenizer":
@@ -86,25 +96,61 @@ class BackboneTokenizer:
         kinds = [(piece.adds_tokens, piece.is_plain, piece.has_offsets) for piece in pieces]
         for kind in set(kinds):
             adds_tokens, is_plain, has_offsets = kind
-            tokenizer = self._tokenizer if adds_tokens else self._plain if is_plain else self._exact
+            tokenizer = self._by_kind[adds_tokens, is_plain]
             encode = tokenizer.encode_batch if has_offsets else tokenizer.encode_batch_fast
             own = [i for i, other in enumerate(kinds) if other == kind]
             found = encode([pieces[i].text for i in own], add_special_tokens=adds_tokens)
-            encoded |= {i: _encoded(encoding, has_offsets) for i, encoding in zip(own, found, strict=True)}
+            encoded |= {i: self._encoded(encoding, pieces[i]) for i, encoding in zip(own, found, strict=True)}
         return [encoded[i] for i in range(len(pieces))]
+
+    def _encoded(self, encoding: Encoding, piece: Piece) -> Encoded:
+        offsets = encoding.offsets if piece.has_offsets else []
+        is_forged = bool(self._forgeable) and self._num_special(encoding) > self._num_asked_for(piece)
+        return Encoded(np.array(encoding.ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2), is_forged)
+
+    def _num_special(self, encoding: Encoding) -> int:
+        return sum(token in self._forgeable for token in encoding.ids)
+
+    def _num_asked_for(self, piece: Piece) -> int:
+        spelled = 0 if piece.is_plain else len(self.special_pattern.findall(piece.text))
+        return spelled + (self._num_added if piece.adds_tokens else 0)
+
+    def _may_forge(self, special: Mapping[int, AddedToken]) -> bool:
+        plain = self._by_kind[False, True]
+        return any(
+            number in plain.encode(text, add_special_tokens=False).ids
+            for number, token in special.items()
+            for text in (token.content, f"a{token.content}", f" {token.content}")
+        )
 
     def are_special(self, token_ids_L: NDArray[np.int32]) -> NDArray[np.bool_]:
         """[L]: which of them are special tokens."""
         return self._is_special_V[token_ids_L]
 
     def decode(self, token_ids_L: NDArray[np.int32]) -> str:
-        text: str = self._tokenizer.decode(token_ids_L.tolist(), skip_special_tokens=False)
+        text: str = self._by_kind[True, False].decode(token_ids_L.tolist(), skip_special_tokens=False)
         return text
 
 
-def _encoded(encoding: Encoding, has_offsets: bool) -> Encoded:
-    offsets = encoding.offsets if has_offsets else []
-    return Encoded(np.array(encoding.ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2))
+def _variant(tokenizer: Tokenizer, adds_tokens: bool, is_plain: bool) -> Tokenizer:
+    """One of its own for each way to encode: how special tokens are read is a setting, shared by all threads."""
+    variant = Tokenizer.from_str(tokenizer.to_str())
+    if not adds_tokens:  # post-processors add special tokens, and may trim white space off the offsets
+        variant.post_processor = None
+    variant.encode_special_tokens = is_plain
+    return variant
+
+
+def _any_of(texts: frozenset[str]) -> re.Pattern[str]:
+    """The longest first, as tokenizers match."""
+    longest_first = sorted(filter(None, texts), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _unknown(tokenizer: Tokenizer) -> int | None:
+    """The token of what the model has no piece for: text makes that one rightly."""
+    model = json.loads(tokenizer.to_str())["model"]
+    return tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
 
 
 def _text(token: str | dict[str, Any]) -> str:

@@ -83,3 +83,13 @@ def _show(report: dataset_pb2.PreflightReport) -> None:
     )
     for refused in report.refused_rows:
         console.print(f"  line {refused.line}: {refused.reason}")
+    warn_of_special_text(report.num_special_text_rows)
+
+
+def warn_of_special_text(num_rows: int) -> None:
+    if num_rows:
+        console.print(
+            f"{num_rows} rows spell special tokens out, which will be read as text: if they were rendered beforehand, "
+            "set training.parse_special_tokens to true.",
+            style="yellow",
+        )

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, client_of, console, print_json, table
+from muxtune.cli.dataset import warn_of_special_text
 from muxtune.cli.spec import read_settings, read_spec
 from muxtune.v1 import task_pb2
 
@@ -170,3 +171,4 @@ def _print_estimate(estimate: task_pb2.TaskEstimate, json: bool) -> None:
         f"{estimate.num_steps} steps, {estimate.num_train_tokens} tokens, {estimate.num_train_rows} train rows, "
         f"{estimate.num_heldout_rows} held out, adds {estimate.added_bytes / 1e6:.1f} MB{seconds}"
     )
+    warn_of_special_text(estimate.num_special_text_rows)

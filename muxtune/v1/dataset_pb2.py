@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from muxtune.v1 import task_pb2 as muxtune_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18muxtune/v1/dataset.proto\x12\nmuxtune.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15muxtune/v1/task.proto\"\xf9\x01\n\x07\x44\x61taset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x10\n\x08num_rows\x18\x04 \x01(\x03\x12\x42\n\x11num_rows_by_shape\x18\x05 \x03(\x0b\x32\'.muxtune.v1.Dataset.NumRowsByShapeEntry\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\x35\n\x13NumRowsByShapeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"a\n\x10PreflightOptions\x12\x10\n\x08\x62\x61\x63kbone\x18\x01 \x01(\t\x12&\n\x08training\x18\x02 \x01(\x0b\x32\x14.muxtune.v1.Training\x12\x13\n\x0bnum_samples\x18\x03 \x01(\x05\"\xa1\x03\n\x0fPreflightReport\x12\x10\n\x08num_rows\x18\x01 \x01(\x03\x12\x16\n\x0enum_train_rows\x18\x02 \x01(\x03\x12\x18\n\x10num_heldout_rows\x18\x03 \x01(\x03\x12\x1c\n\x14num_tokens_per_epoch\x18\x04 \x01(\x03\x12#\n\x1bnum_target_tokens_per_epoch\x18\x05 \x01(\x03\x12\x11\n\tnum_steps\x18\x06 \x01(\x05\x12\x18\n\x10num_train_tokens\x18\x07 \x01(\x03\x12(\n\x07samples\x18\x08 \x03(\x0b\x32\x17.muxtune.v1.RenderedRow\x12\x32\n\x10length_histogram\x18\t \x03(\x0b\x32\x18.muxtune.v1.LengthBucket\x12\x1a\n\x12num_truncated_rows\x18\n \x01(\x03\x12,\n\x0crefused_rows\x18\x0b \x03(\x0b\x32\x16.muxtune.v1.RefusedRow\x12\x18\n\x10num_refused_rows\x18\x0c \x01(\x03\x12\x18\n\x10length_quantiles\x18\r \x03(\x05\"\xb1\x01\n\x0bRenderedRow\x12\x0c\n\x04line\x18\x01 \x01(\x03\x12\x12\n\nnum_tokens\x18\x02 \x01(\x05\x12-\n\x06pieces\x18\x03 \x03(\x0b\x32\x1d.muxtune.v1.RenderedRow.Piece\x12\x12\n\nis_heldout\x18\x04 \x01(\x08\x1a=\n\x05Piece\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x12\n\nbears_loss\x18\x02 \x01(\x08\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\"H\n\x0cLengthBucket\x12\x13\n\x0b\x66rom_tokens\x18\x01 \x01(\x05\x12\x11\n\tto_tokens\x18\x02 \x01(\x05\x12\x10\n\x08num_rows\x18\x03 \x01(\x03\"*\n\nRefusedRow\x12\x0c\n\x04line\x18\x01 \x01(\x03\x12\x0e\n\x06reason\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18muxtune/v1/dataset.proto\x12\nmuxtune.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15muxtune/v1/task.proto\"\xf9\x01\n\x07\x44\x61taset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x10\n\x08num_rows\x18\x04 \x01(\x03\x12\x42\n\x11num_rows_by_shape\x18\x05 \x03(\x0b\x32\'.muxtune.v1.Dataset.NumRowsByShapeEntry\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\x35\n\x13NumRowsByShapeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"a\n\x10PreflightOptions\x12\x10\n\x08\x62\x61\x63kbone\x18\x01 \x01(\t\x12&\n\x08training\x18\x02 \x01(\x0b\x32\x14.muxtune.v1.Training\x12\x13\n\x0bnum_samples\x18\x03 \x01(\x05\"\xc0\x03\n\x0fPreflightReport\x12\x10\n\x08num_rows\x18\x01 \x01(\x03\x12\x16\n\x0enum_train_rows\x18\x02 \x01(\x03\x12\x18\n\x10num_heldout_rows\x18\x03 \x01(\x03\x12\x1c\n\x14num_tokens_per_epoch\x18\x04 \x01(\x03\x12#\n\x1bnum_target_tokens_per_epoch\x18\x05 \x01(\x03\x12\x11\n\tnum_steps\x18\x06 \x01(\x05\x12\x18\n\x10num_train_tokens\x18\x07 \x01(\x03\x12(\n\x07samples\x18\x08 \x03(\x0b\x32\x17.muxtune.v1.RenderedRow\x12\x32\n\x10length_histogram\x18\t \x03(\x0b\x32\x18.muxtune.v1.LengthBucket\x12\x1a\n\x12num_truncated_rows\x18\n \x01(\x03\x12,\n\x0crefused_rows\x18\x0b \x03(\x0b\x32\x16.muxtune.v1.RefusedRow\x12\x18\n\x10num_refused_rows\x18\x0c \x01(\x03\x12\x18\n\x10length_quantiles\x18\r \x03(\x05\x12\x1d\n\x15num_special_text_rows\x18\x0e \x01(\x03\"\xb1\x01\n\x0bRenderedRow\x12\x0c\n\x04line\x18\x01 \x01(\x03\x12\x12\n\nnum_tokens\x18\x02 \x01(\x05\x12-\n\x06pieces\x18\x03 \x03(\x0b\x32\x1d.muxtune.v1.RenderedRow.Piece\x12\x12\n\nis_heldout\x18\x04 \x01(\x08\x1a=\n\x05Piece\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x12\n\nbears_loss\x18\x02 \x01(\x08\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\"H\n\x0cLengthBucket\x12\x13\n\x0b\x66rom_tokens\x18\x01 \x01(\x05\x12\x11\n\tto_tokens\x18\x02 \x01(\x05\x12\x10\n\x08num_rows\x18\x03 \x01(\x03\"*\n\nRefusedRow\x12\x0c\n\x04line\x18\x01 \x01(\x03\x12\x0e\n\x06reason\x18\x02 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,13 +42,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFLIGHTOPTIONS']._serialized_start=348
   _globals['_PREFLIGHTOPTIONS']._serialized_end=445
   _globals['_PREFLIGHTREPORT']._serialized_start=448
-  _globals['_PREFLIGHTREPORT']._serialized_end=865
-  _globals['_RENDEREDROW']._serialized_start=868
-  _globals['_RENDEREDROW']._serialized_end=1045
-  _globals['_RENDEREDROW_PIECE']._serialized_start=984
-  _globals['_RENDEREDROW_PIECE']._serialized_end=1045
-  _globals['_LENGTHBUCKET']._serialized_start=1047
-  _globals['_LENGTHBUCKET']._serialized_end=1119
-  _globals['_REFUSEDROW']._serialized_start=1121
-  _globals['_REFUSEDROW']._serialized_end=1163
+  _globals['_PREFLIGHTREPORT']._serialized_end=896
+  _globals['_RENDEREDROW']._serialized_start=899
+  _globals['_RENDEREDROW']._serialized_end=1076
+  _globals['_RENDEREDROW_PIECE']._serialized_start=1015
+  _globals['_RENDEREDROW_PIECE']._serialized_end=1076
+  _globals['_LENGTHBUCKET']._serialized_start=1078
+  _globals['_LENGTHBUCKET']._serialized_end=1150
+  _globals['_REFUSEDROW']._serialized_start=1152
+  _globals['_REFUSEDROW']._serialized_end=1194
 # @@protoc_insertion_point(module_scope)

@@ -132,6 +132,7 @@ class PreflightReport(_message.Message):
     REFUSED_ROWS_FIELD_NUMBER: _builtins.int
     NUM_REFUSED_ROWS_FIELD_NUMBER: _builtins.int
     LENGTH_QUANTILES_FIELD_NUMBER: _builtins.int
+    NUM_SPECIAL_TEXT_ROWS_FIELD_NUMBER: _builtins.int
     num_rows: _builtins.int
     num_train_rows: _builtins.int
     num_heldout_rows: _builtins.int
@@ -143,6 +144,10 @@ class PreflightReport(_message.Message):
     """Effective tokens of all steps."""
     num_truncated_rows: _builtins.int
     num_refused_rows: _builtins.int
+    num_special_text_rows: _builtins.int
+    """A warning: rows whose `text`, `prompt` or `completion` spells special tokens out that will be read as text, since
+    Training.parse_special_tokens is off.
+    """
     @_builtins.property
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___RenderedRow]: ...
     @_builtins.property
@@ -171,10 +176,11 @@ class PreflightReport(_message.Message):
         refused_rows: _abc.Iterable[Global___RefusedRow] | None = ...,
         num_refused_rows: _builtins.int = ...,
         length_quantiles: _abc.Iterable[_builtins.int] | None = ...,
+        num_special_text_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["length_histogram", b"length_histogram", "length_quantiles", b"length_quantiles", "num_heldout_rows", b"num_heldout_rows", "num_refused_rows", b"num_refused_rows", "num_rows", b"num_rows", "num_steps", b"num_steps", "num_target_tokens_per_epoch", b"num_target_tokens_per_epoch", "num_tokens_per_epoch", b"num_tokens_per_epoch", "num_train_rows", b"num_train_rows", "num_train_tokens", b"num_train_tokens", "num_truncated_rows", b"num_truncated_rows", "refused_rows", b"refused_rows", "samples", b"samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length_histogram", b"length_histogram", "length_quantiles", b"length_quantiles", "num_heldout_rows", b"num_heldout_rows", "num_refused_rows", b"num_refused_rows", "num_rows", b"num_rows", "num_special_text_rows", b"num_special_text_rows", "num_steps", b"num_steps", "num_target_tokens_per_epoch", b"num_target_tokens_per_epoch", "num_tokens_per_epoch", b"num_tokens_per_epoch", "num_train_rows", b"num_train_rows", "num_train_tokens", b"num_train_tokens", "num_truncated_rows", b"num_truncated_rows", "refused_rows", b"refused_rows", "samples", b"samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

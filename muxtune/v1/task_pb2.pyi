@@ -432,6 +432,7 @@ class Training(_message.Message):
     EARLY_STOP_PATIENCE_FIELD_NUMBER: _builtins.int
     EARLY_STOP_MIN_DELTA_FIELD_NUMBER: _builtins.int
     VERIFY_EVERY_STEPS_FIELD_NUMBER: _builtins.int
+    PARSE_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
     """> 0."""
     num_steps: _builtins.int
@@ -472,6 +473,10 @@ class Training(_message.Message):
     early_stop_min_delta: _builtins.float
     verify_every_steps: _builtins.int
     """Every so many steps, run the step again for this task alone and report the difference (StepDone). 0: never."""
+    parse_special_tokens: _builtins.bool
+    """Special tokens spelled out in `text`, `prompt` and `completion` are read as such, for rows rendered beforehand by
+    who is trusted; false: they stay text, as in `messages` they always do. transformers' split_special_tokens, negated.
+    """
     def __init__(
         self,
         *,
@@ -498,10 +503,11 @@ class Training(_message.Message):
         early_stop_patience: _builtins.int = ...,
         early_stop_min_delta: _builtins.float = ...,
         verify_every_steps: _builtins.int = ...,
+        parse_special_tokens: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_epsilon", b"_epsilon", "_max_grad_norm", b"_max_grad_norm", "_shuffle", b"_shuffle", "beta1", b"beta1", "beta2", b"beta2", "duration", b"duration", "epsilon", b"epsilon", "max_grad_norm", b"max_grad_norm", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "shuffle", b"shuffle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_epsilon", b"_epsilon", "_max_grad_norm", b"_max_grad_norm", "_shuffle", b"_shuffle", "beta1", b"beta1", "beta2", b"beta2", "duration", b"duration", "early_stop_min_delta", b"early_stop_min_delta", "early_stop_patience", b"early_stop_patience", "epsilon", b"epsilon", "evaluate_every_steps", b"evaluate_every_steps", "global_batch_size", b"global_batch_size", "heldout_fraction", b"heldout_fraction", "learning_rate", b"learning_rate", "lr_schedule", b"lr_schedule", "max_grad_norm", b"max_grad_norm", "max_sequence_tokens", b"max_sequence_tokens", "micro_batch_size", b"micro_batch_size", "momentum", b"momentum", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "optimizer", b"optimizer", "overlength", b"overlength", "seed", b"seed", "shuffle", b"shuffle", "verify_every_steps", b"verify_every_steps", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_epsilon", b"_epsilon", "_max_grad_norm", b"_max_grad_norm", "_shuffle", b"_shuffle", "beta1", b"beta1", "beta2", b"beta2", "duration", b"duration", "early_stop_min_delta", b"early_stop_min_delta", "early_stop_patience", b"early_stop_patience", "epsilon", b"epsilon", "evaluate_every_steps", b"evaluate_every_steps", "global_batch_size", b"global_batch_size", "heldout_fraction", b"heldout_fraction", "learning_rate", b"learning_rate", "lr_schedule", b"lr_schedule", "max_grad_norm", b"max_grad_norm", "max_sequence_tokens", b"max_sequence_tokens", "micro_batch_size", b"micro_batch_size", "momentum", b"momentum", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "optimizer", b"optimizer", "overlength", b"overlength", "parse_special_tokens", b"parse_special_tokens", "seed", b"seed", "shuffle", b"shuffle", "verify_every_steps", b"verify_every_steps", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__beta1: _TypeAlias = _typing.Literal["beta1"]  # noqa: Y015
     _WhichOneofArgType__beta1: _TypeAlias = _typing.Literal["_beta1", b"_beta1"]  # noqa: Y015
@@ -545,6 +551,7 @@ class TaskEstimate(_message.Message):
     SEPARATE_INSTANCE_BYTES_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     LENGTH_QUANTILES_FIELD_NUMBER: _builtins.int
+    NUM_SPECIAL_TEXT_ROWS_FIELD_NUMBER: _builtins.int
     num_train_rows: _builtins.int
     num_heldout_rows: _builtins.int
     num_refused_rows: _builtins.int
@@ -557,6 +564,8 @@ class TaskEstimate(_message.Message):
     separate_instance_bytes: _builtins.int
     seconds: _builtins.float
     """Seconds alone on the fastest executor of that backbone, by its cost model; unset until one has been calibrated."""
+    num_special_text_rows: _builtins.int
+    """As PreflightReport's."""
     @_builtins.property
     def length_quantiles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens of a row of its training split at 64 evenly spaced quantiles."""
@@ -573,10 +582,11 @@ class TaskEstimate(_message.Message):
         separate_instance_bytes: _builtins.int = ...,
         seconds: _builtins.float | None = ...,
         length_quantiles: _abc.Iterable[_builtins.int] | None = ...,
+        num_special_text_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "seconds", b"seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "added_bytes", b"added_bytes", "length_quantiles", b"length_quantiles", "num_heldout_rows", b"num_heldout_rows", "num_refused_rows", b"num_refused_rows", "num_steps", b"num_steps", "num_train_rows", b"num_train_rows", "num_train_tokens", b"num_train_tokens", "seconds", b"seconds", "separate_instance_bytes", b"separate_instance_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "added_bytes", b"added_bytes", "length_quantiles", b"length_quantiles", "num_heldout_rows", b"num_heldout_rows", "num_refused_rows", b"num_refused_rows", "num_special_text_rows", b"num_special_text_rows", "num_steps", b"num_steps", "num_train_rows", b"num_train_rows", "num_train_tokens", b"num_train_tokens", "seconds", b"seconds", "separate_instance_bytes", b"separate_instance_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seconds: _TypeAlias = _typing.Literal["seconds"]  # noqa: Y015
     _WhichOneofArgType__seconds: _TypeAlias = _typing.Literal["_seconds", b"_seconds"]  # noqa: Y015

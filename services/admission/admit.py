@@ -162,4 +162,5 @@ def _estimate(report: dataset_pb2.PreflightReport, spec: TaskSpec, backbone: Bac
         added_bytes=adapter_bytes(spec, backbone),
         separate_instance_bytes=separate_instance_bytes(spec, backbone),
         length_quantiles=report.length_quantiles,
+        num_special_text_rows=report.num_special_text_rows,
     )

@@ -26,13 +26,14 @@ class Database:
         if self._is_sqlite:
             sa.event.listen(self._engine, "connect", _configure_sqlite)
 
-    def migrate(self) -> None:
-        """Brings the schema up to this code's, from nothing if need be: whole or not at all, one service at a time."""
+    def migrate(self, revision: str = "head") -> None:
+        """Brings the schema up to this code's (or to an older revision), from nothing if need be: whole or not at all,
+        one service at a time."""
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS))
         with self.write() as connection:
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            command.upgrade(config, revision)
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:

@@ -42,6 +42,7 @@ class TokenizedKey:
     backbone: str
     max_sequence_tokens: int
     overlength: Overlength
+    parse_special_tokens: bool
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ class Catalog:
 
     def tokenized(self, tenant: str, sha256: str, backbone: str, training: Training) -> TokenizedDataset:
         """Raises NotFoundError (no such version), InvalidInputError (backbone, rows), ArtifactCorruptError."""
-        key = TokenizedKey(tenant, sha256, backbone, training.max_sequence_tokens, training.overlength)
+        how = (training.max_sequence_tokens, training.overlength, training.parse_special_tokens)
+        key = TokenizedKey(tenant, sha256, backbone, *how)
         with self._lock:
             at_work = self._at_work[key]
         try:

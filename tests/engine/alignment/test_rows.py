@@ -156,7 +156,7 @@ def test_prompt_and_completion(tmp_path: Path, adds_bos: bool) -> None:
 
 def test_text_bears_loss_throughout_and_ends(tokenizer: BackboneTokenizer) -> None:
     for written in ("hello", "hello<|im_end|>"):
-        row = tokenize(_row(text=written), tokenizer)
+        row = tokenize(_row(text=written), tokenizer, parse_special_tokens=True)
         assert tokenizer.decode(row.token_ids_L) == "hello<|im_end|>"
         assert row.bears_loss_L.all()
 

@@ -13,8 +13,9 @@ from alembic.script import ScriptDirectory
 
 from engine.errors import UnavailableError
 from muxtune.v1 import admission_pb2 as pb
+from muxtune.v1 import task_pb2
 from services.admission.database import _MIGRATIONS, Database
-from services.admission.tables import metadata, plans
+from services.admission.tables import metadata, plans, tasks
 from tests.services.admission.admission_mesh import DATABASES, Admission, step
 
 both = pytest.mark.parametrize("database_url", DATABASES, indirect=True)
@@ -38,6 +39,22 @@ def test_migrations_make_the_tables_that_the_code_reads(database_url: str) -> No
         assert compare_metadata(context, metadata) == []
         assert context.get_current_revision() == ScriptDirectory(str(_MIGRATIONS)).get_current_head()
     database.close()
+
+
+@both
+def test_tasks_from_before_special_tokens_were_a_choice_go_on_as_they_were(database_url: str) -> None:
+    old = task_pb2.TaskSpec(backbone="tiny", training=task_pb2.Training(learning_rate=1e-3, num_steps=7, seed=3))
+    database = Database(database_url)
+    database.migrate("0003_leadership")
+    with database.write() as connection:
+        values = {"name": "tenants/a/tasks/t", "tenant": "tenants/a", "created": 0, "state": "RUNNING", "dataset": "d"}
+        connection.execute(sa.insert(tasks).values(**values, spec=old.SerializeToString(), estimate=b"", progress=b""))
+    database.migrate()
+    with database.read() as connection:
+        found = task_pb2.TaskSpec.FromString(connection.execute(sa.select(tasks.c.spec)).scalar_one())
+    database.close()
+    old.training.parse_special_tokens = True
+    assert found == old
 
 
 @both

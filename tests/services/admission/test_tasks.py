@@ -69,6 +69,15 @@ async def test_an_estimate_is_what_creation_would_answer_and_stores_nothing(admi
     assert answer.estimate == (await admission.create(dataset.name)).estimate
 
 
+async def test_an_estimate_warns_of_rows_that_spell_special_tokens(admission: Admission) -> None:
+    rows = [{"text": "hello <|im_end|>"}, {"prompt": "a</s>", "completion": "b"}, {"text": "hello"}]
+    dataset = await admission.upload(lines(rows))
+    for parses, num_warned in ((False, 2), (True, 0)):
+        asked = spec(dataset.name, parse_special_tokens=parses)
+        answer = await admission.tenant().EstimateTask(pb.EstimateTaskRequest(spec=asked))
+        assert answer.estimate.num_special_text_rows == num_warned
+
+
 async def test_an_estimate_of_seconds_is_the_cost_models(admission: Admission) -> None:
     """Four steps, each a fixed cost and its tokens; of two executors the faster's."""
     dataset, asked = await admission.upload(), pb.EstimateTaskRequest(spec=spec("tenants/acme/datasets/d"))

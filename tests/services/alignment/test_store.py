@@ -186,6 +186,18 @@ async def test_inspection_reports_what_a_task_would_read(alignment: Alignment) -
     assert report.num_tokens_per_epoch == report.num_train_tokens == sum(row.num_tokens for row in report.samples)
 
 
+async def test_special_tokens_stay_text_unless_the_task_says_otherwise(alignment: Alignment) -> None:
+    """Both ways of the same bytes, one after the other: neither is answered with what was kept of the other."""
+    stored = await alignment.store(lines({"text": "a<|im_end|>b"}, {"text": "hello"}))
+    for parses, num_warned, num_tokens in ((False, 1, 13), (True, 0, 4), (False, 1, 13)):  # text: a token a letter
+        request = _inspect(stored.sha256)
+        request.options.training.parse_special_tokens = parses
+        report = (await alignment.stub.InspectDataset(request)).report
+        assert report.num_special_text_rows == num_warned
+        assert report.samples[0].num_tokens == num_tokens, parses
+        assert "".join(piece.text for piece in report.samples[0].pieces) == "a<|im_end|>b<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
