@@ -194,6 +194,23 @@ class AsyncClient:
                 await asyncio.sleep(backoff)
         raise AssertionError("unreachable")
 
+    async def list_adapters(self, page_size: int = 0) -> AsyncIterator[artifact_pb2.Adapter]:
+        """All of them, uploaded or left by tasks, newest first, page by page."""
+        token = ""
+        while True:
+            with call_span("ListAdapters"), raising():
+                request = pb.ListAdaptersRequest(page_size=page_size, page_token=token)
+                page = await self._stub.ListAdapters(request, **self._call())
+            for adapter in page.adapters:
+                yield adapter
+            if not (token := page.next_page_token):
+                return
+
+    async def delete_adapter(self, name: str) -> None:
+        """Raises ResourceInUseError while an unfinished task starts from it."""
+        with call_span("DeleteAdapter"), raising():
+            await self._stub.DeleteAdapter(pb.DeleteAdapterRequest(name=name), **self._call())
+
     async def list_backbones(self) -> Sequence[pb.BackboneSummary]:
         with call_span("ListBackbones"), raising():
             return (await self._stub.ListBackbones(pb.ListBackbonesRequest(), **self._call())).backbones

@@ -188,6 +188,22 @@ class Client:
                 time.sleep(backoff)
         raise AssertionError("unreachable")
 
+    def list_adapters(self, page_size: int = 0) -> Iterator[artifact_pb2.Adapter]:
+        """All of them, uploaded or left by tasks, newest first, page by page."""
+        token = ""
+        while True:
+            with call_span("ListAdapters"), raising():
+                request = pb.ListAdaptersRequest(page_size=page_size, page_token=token)
+                page = self._stub.ListAdapters(request, **self._call())
+            yield from page.adapters
+            if not (token := page.next_page_token):
+                return
+
+    def delete_adapter(self, name: str) -> None:
+        """Raises ResourceInUseError while an unfinished task starts from it."""
+        with call_span("DeleteAdapter"), raising():
+            self._stub.DeleteAdapter(pb.DeleteAdapterRequest(name=name), **self._call())
+
     def list_backbones(self) -> Sequence[pb.BackboneSummary]:
         with call_span("ListBackbones"), raising():
             return self._stub.ListBackbones(pb.ListBackbonesRequest(), **self._call()).backbones

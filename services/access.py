@@ -58,6 +58,8 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
         "DeleteDataset": _WRITES,
         "UploadAdapter": _WRITES,
         "DownloadAdapter": _READS,
+        "ListAdapters": _READS,
+        "DeleteAdapter": _WRITES,
         "ListBackbones": _READS,
     },
     "muxtune.v1.KeyService": {

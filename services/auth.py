@@ -14,15 +14,18 @@ from engine.errors import PermissionDeniedError, UnauthenticatedError
 from services.access import Role
 
 _METADATA_KEY = "authorization"
+_EXECUTOR_SUFFIX = ".execution"  # services/certificates.py: executor_host
 
 
 @dataclass(frozen=True)
 class Principal:
-    """`tenant`: "tenants/{tenant}", or None for who acts for no tenant. `subject`: who it is, for the audit log."""
+    """`tenant`: "tenants/{tenant}", or None for who acts for no tenant. `subject`: who it is, for the audit log.
+    `executor`: "executors/{executor}" where it is one."""
 
     tenant: str | None
     role: Role = Role.MESH
     subject: str = "mesh secret"
+    executor: str = ""
 
 
 Authenticate = Callable[[str, str], Awaitable[Principal]]  # (full method, token) -> principal
@@ -43,15 +46,40 @@ def set_principal(principal: Principal) -> None:
 def certified(context: Any) -> Principal | None:
     """The peer of a call whose certificate the handshake has verified; None where it showed none.
 
-    Nothing that such a peer says of itself in metadata counts. Raises PermissionDeniedError for a name that is no role.
+    Nothing that such a peer says of itself in metadata counts. Raises PermissionDeniedError for a name that is no role,
+    and for an executor's that does not say which.
     """
-    names = context.auth_context().get("x509_common_name")
+    shown = context.auth_context()
+    names = shown.get("x509_common_name")
     if not names:
         return None
     name = names[0].decode(errors="replace")
     if name not in _CERTIFIED:
         raise PermissionDeniedError(f'the certificate of "{name}" is of no service of this mesh')
-    return Principal(None, Role(name), f"certificate {name}")
+    if name != Role.EXECUTION:
+        return Principal(None, Role(name), f"certificate {name}")
+    executor = _executor_of(shown.get("peer_dns", ()))
+    return Principal(None, Role.EXECUTION, f"certificate of {executor}", executor)
+
+
+def _executor_of(dns_names: Iterable[bytes]) -> str:
+    hosts = [name.decode(errors="replace") for name in dns_names]
+    named = [host.removesuffix(_EXECUTOR_SUFFIX) for host in hosts if host.endswith(_EXECUTOR_SUFFIX)]
+    if len(named) != 1:
+        raise PermissionDeniedError(
+            "the certificate does not say which executor it is of: make one by `muxtune certs FOLDER --executor NAME`"
+        )
+    return f"executors/{named[0]}"
+
+
+def check_executor(principal: Principal, executor: str) -> None:
+    """Raises PermissionDeniedError where the caller's certificate names another executor."""
+    if principal.role is Role.EXECUTION and principal.executor != executor:
+        raise PermissionDeniedError(
+            f'the certificate is of {principal.executor}, not of "{executor}": give each executor its own, '
+            f"`muxtune certs FOLDER --executor NAME` makes it",
+            subject=executor,
+        )
 
 
 _CERTIFIED = {Role.OPERATOR, Role.ADMISSION, Role.SCHEDULING, Role.ALIGNMENT, Role.EXECUTION}

@@ -18,7 +18,8 @@ def ca_folder() -> Path:
 
 
 def certificates(name: str) -> Certificates:
-    return Certificates(ca_folder() / name)
+    """Of a service; "execution" is executors/local."""
+    return Certificates(ca_folder() / ("executors/local" if name == "execution" else name))
 
 
 def trust(name: str, peer: str) -> Trust:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from muxtune.cli.authority import issue
 from muxtune.cli.mesh import OPERATORS_DOOR, START_ORDER, STOP_ORDER, Mesh
 from muxtune.client import Client
 from muxtune.errors import UnavailableError
@@ -190,7 +191,9 @@ def test_an_executor_stopped_past_its_lease_changes_nothing_when_it_goes_on(
     server, trainer = mesh.processes["execution"].pid, trainer_of(mesh)
     for pid in (server, trainer):
         os.kill(pid, signal.SIGSTOP)
-    with another(mesh, "execution", MUXTUNE_EXECUTOR_NAME="other"):
+    issue(mesh.certs, executors=["other"])
+    certs = str(mesh.certs / "executors" / "other")
+    with another(mesh, "execution", MUXTUNE_EXECUTOR_NAME="other", MUXTUNE_CERTS=certs):
         for event in client.watch_task(name):
             if "executors/other" in event.state_changed.message:
                 break

@@ -106,7 +106,7 @@ def test_the_public_door_describes_nothing_and_serves_clients_alone(mesh: Mesh) 
 def test_a_service_is_no_tenant_whatever_key_it_brings(mesh: Mesh) -> None:
     """At the inner door the certificate counts alone: neither a tenant's key nor a name in metadata adds anything."""
     brought = (("authorization", f"Bearer {mesh.api_key}"), ("x-muxtune-tenant", "tenants/default"))
-    for name in ("execution", "alignment", "operator", "scheduling"):
+    for name in ("executors/local", "alignment", "operator", "scheduling"):
         with secure_channel(mesh.addresses["admission_internal"], mesh.certs / name, "admission") as channel:
             client, ledger = (
                 admission_pb2_grpc.AdmissionServiceStub(channel),

@@ -1,11 +1,11 @@
-"""`muxtune adapter`: pull, push."""
+"""`muxtune adapter`: pull, push, ls, rm."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, client_of, console, print_json
+from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, client_of, console, print_json, table
 
 app = typer.Typer(help="Adapters, as PEFT folders.", no_args_is_help=True)
 
@@ -36,3 +36,25 @@ def push(
         if json:
             return print_json([adapter])
         console.print(f"{adapter.name}: {adapter.size_bytes} bytes")
+
+
+@app.command(epilog="Example: muxtune adapter ls --json")
+def ls(data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
+    """List adapters, uploaded ones and those that tasks left, newest first."""
+    with client_of(data) as client:
+        adapters = list(client.list_adapters())
+        if json:
+            return print_json(adapters)
+        rows = ((a.name, a.size_bytes, f"{a.create_time.ToDatetime():%Y-%m-%d %H:%M} UTC") for a in adapters)
+        table("", ("name", "bytes", "made"), rows)
+
+
+@app.command(epilog="Example: muxtune adapter rm tenants/default/adapters/replies-before")
+def rm(
+    name: Annotated[str, typer.Argument(help="tenants/TENANT/adapters/ID; of a task's adapter, ID is the task's.")],
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Delete an adapter that no unfinished task starts from."""
+    with client_of(data) as client:
+        client.delete_adapter(name)
+        console.print(f"{name} is deleted")

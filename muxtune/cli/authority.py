@@ -1,8 +1,13 @@
-"""The private CA of a mesh, and what it signs: a certificate for each service and the operator, in a folder each."""
+"""The private CA of a mesh, and what it signs: certificates of services, executors and the operator, in a folder each.
+
+An executor's names it: beside "execution" it holds for "NAME.execution", which is who may register under that name, and
+whom scheduling expects where that name says it is.
+"""
 
 import datetime
 import ipaddress
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,34 +19,71 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from muxtune.errors import InvalidInputError
 
-NAMES = ("admission", "scheduling", "alignment", "execution", "operator")
+NAMES = ("admission", "scheduling", "alignment", "operator")
+EXECUTORS, DEFAULT_EXECUTOR = "executors", "local"  # as MUXTUNE_EXECUTOR_NAME's default
 CERTIFICATE, KEY, CA, CA_KEY = "tls.crt", "tls.key", "ca.crt", "ca.key"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 DAYS, _CA_DAYS, _RENEW_DAYS = 90, 3650, 30
 _BACKDATED = datetime.timedelta(minutes=5)  # clocks differ
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # of a DNS name, RFC 1123
 
 
-def issue(folder: Path, hosts: Sequence[str] = LOOPBACK, days: float = DAYS) -> None:
-    """Each folder gets tls.key, tls.crt and ca.crt, whole files only; the CA stays what it was."""
+def issue(
+    folder: Path, hosts: Sequence[str] = LOOPBACK, days: float = DAYS, executors: Sequence[str] = ()
+) -> list[Path]:
+    """Each folder gets tls.key, tls.crt and ca.crt, whole files only; the CA stays what it was. Executors that have a
+    folder get a new certificate, too; the first one is DEFAULT_EXECUTOR. Returns the folders.
+
+    Raises InvalidInputError for an executor's name that is none, and for half a CA.
+    """
+    for name in executors:
+        if not _LABEL.fullmatch(name):
+            raise InvalidInputError(
+                f'"{name}" names no executor: lower-case letters, digits and hyphens within, at most 63'
+            )
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
-    ca_key, ca = _authority(folder)
+    authority, made = _authority(folder), []
     for name in NAMES:
-        key = ec.generate_private_key(ec.SECP256R1())
-        certificate = _signed(name, key, ca, ca_key, days, hosts if name == "admission" else ())
-        (folder / name).mkdir(mode=0o700, exist_ok=True)
-        _write(folder / name / KEY, _pem(key))
-        _write(folder / name / CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM))
-        _write(folder / name / CA, (folder / CA).read_bytes())
+        alternatives = (name, *hosts) if name == "admission" else (name,)
+        made.append(_issue_one(folder, folder / name, name, alternatives, days, authority))
+    for name in sorted({*executors, *_executors(folder)}) or [DEFAULT_EXECUTOR]:
+        alternatives = ("execution", f"{name}.execution")
+        made.append(_issue_one(folder, folder / EXECUTORS / name, "execution", alternatives, days, authority))
+    return made
 
 
 def issue_where_due(folder: Path) -> None:
     """At the start of `muxtune up`: when there are none yet, or one of them ends within a month."""
     soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=_RENEW_DAYS)
-    for name in NAMES:
+    for name in (*NAMES, f"{EXECUTORS}/{DEFAULT_EXECUTOR}"):
         path = folder / name / CERTIFICATE
         if not path.exists() or x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc < soon:
-            return issue(folder)
+            issue(folder, executors=[DEFAULT_EXECUTOR])
+            return
+
+
+def _executors(folder: Path) -> list[str]:
+    """Those that have a folder."""
+    return [path.name for path in (folder / EXECUTORS).glob("*") if _LABEL.fullmatch(path.name)]
+
+
+def _issue_one(
+    folder: Path,
+    dest: Path,
+    role: str,
+    alternatives: Sequence[str],
+    days: float,
+    authority: tuple[ec.EllipticCurvePrivateKey, x509.Certificate],
+) -> Path:
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = _signed(role, key, authority, days, alternatives)
+    dest.parent.mkdir(mode=0o700, exist_ok=True)
+    dest.mkdir(mode=0o700, exist_ok=True)
+    _write(dest / KEY, _pem(key))
+    _write(dest / CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM))
+    _write(dest / CA, (folder / CA).read_bytes())
+    return dest
 
 
 def _authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
@@ -69,22 +111,21 @@ def _self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
 
 
 def _signed(
-    name: str,
+    role: str,
     key: ec.EllipticCurvePrivateKey,
-    ca: x509.Certificate,
-    ca_key: ec.EllipticCurvePrivateKey,
+    authority: tuple[ec.EllipticCurvePrivateKey, x509.Certificate],
     days: float,
-    hosts: Sequence[str],
+    alternatives: Sequence[str],
 ) -> x509.Certificate:
-    """Its common name says who shows it, its DNS name who is reached; the operator is nobody's server."""
-    uses = [ExtendedKeyUsageOID.CLIENT_AUTH] + ([] if name == "operator" else [ExtendedKeyUsageOID.SERVER_AUTH])
-    alternatives = [x509.DNSName(name), *map(_alternative, hosts)]
+    """Its common name says who shows it, its DNS names who is reached; the operator is nobody's server."""
+    ca_key, ca = authority
+    uses = [ExtendedKeyUsageOID.CLIENT_AUTH] + ([] if role == "operator" else [ExtendedKeyUsageOID.SERVER_AUTH])
     return (
-        _builder(_named(name), ca.subject, key, ca_key, days)
+        _builder(_named(role), ca.subject, key, ca_key, days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(is_ca=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
-        .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+        .add_extension(x509.SubjectAlternativeName(list(map(_alternative, alternatives))), critical=False)
         .sign(ca_key, hashes.SHA256())
     )
 

@@ -24,7 +24,7 @@ from urllib.parse import quote
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from muxtune.cli.authority import CA, CERTIFICATE, KEY, issue_where_due
+from muxtune.cli.authority import CA, CERTIFICATE, DEFAULT_EXECUTOR, EXECUTORS, KEY, issue_where_due
 from muxtune.client import Client
 from muxtune.errors import raising
 from muxtune.v1 import key_pb2, key_pb2_grpc
@@ -202,10 +202,11 @@ class Mesh:
 
     def _settings(self, service: str, folders: Mapping[str, Path]) -> dict[str, str]:
         data = self.data.resolve()
+        certs = f"{EXECUTORS}/{DEFAULT_EXECUTOR}" if service == "execution" else service
         first = next(iter(folders))
         tracing = {"MUXTUNE_OTLP_ENDPOINT": self.otlp_endpoint} if self.otlp_endpoint else {}
         return {
-            "MUXTUNE_CERTS": str(data / "certs" / service),
+            "MUXTUNE_CERTS": str(data / "certs" / certs),
             "MUXTUNE_LISTEN": self.addresses[service],
             "MUXTUNE_INTERNAL_LISTEN": self.addresses["admission_internal"],
             "MUXTUNE_STOP_WITH_PARENT": "true",

@@ -16,6 +16,7 @@ TenantOption = Annotated[str, typer.Option(help="Only this tenant's.")]
 def quota(
     tenant: Annotated[str, typer.Argument(help="A tenant's id.")],
     max_dataset_bytes: Annotated[int | None, typer.Option(help="0: no limit.")] = None,
+    max_adapter_bytes: Annotated[int | None, typer.Option(help="0: no limit.")] = None,
     max_unfinished_tasks: Annotated[int | None, typer.Option(help="0: no limit.")] = None,
     max_tokens_per_day: Annotated[int | None, typer.Option(help="0: no limit.")] = None,
     max_device_seconds_per_day: Annotated[float | None, typer.Option(help="0: no limit.")] = None,
@@ -25,6 +26,7 @@ def quota(
     """Show a tenant's quota; with options, replace it: what is left out is as the service says."""
     given: dict[str, Any] = {
         "max_dataset_bytes": max_dataset_bytes,
+        "max_adapter_bytes": max_adapter_bytes,
         "max_unfinished_tasks": max_unfinished_tasks,
         "max_tokens_per_day": max_tokens_per_day,
         "max_device_seconds_per_day": max_device_seconds_per_day,

@@ -107,6 +107,16 @@ class AdmissionServiceStub:
                 request_serializer=muxtune_dot_v1_dot_admission__pb2.DownloadAdapterRequest.SerializeToString,
                 response_deserializer=muxtune_dot_v1_dot_admission__pb2.DownloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/muxtune.v1.AdmissionService/ListAdapters',
+                request_serializer=muxtune_dot_v1_dot_admission__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=muxtune_dot_v1_dot_admission__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
+        self.DeleteAdapter = channel.unary_unary(
+                '/muxtune.v1.AdmissionService/DeleteAdapter',
+                request_serializer=muxtune_dot_v1_dot_admission__pb2.DeleteAdapterRequest.SerializeToString,
+                response_deserializer=muxtune_dot_v1_dot_admission__pb2.DeleteAdapterResponse.FromString,
+                _registered_method=True)
         self.ListBackbones = channel.unary_unary(
                 '/muxtune.v1.AdmissionService/ListBackbones',
                 request_serializer=muxtune_dot_v1_dot_admission__pb2.ListBackbonesRequest.SerializeToString,
@@ -128,7 +138,7 @@ class AdmissionServiceServicer:
     def CreateTask(self, request, context):
         """Validates, checks quota and memory, stores and acknowledges a task in TASK_STATE_QUEUED. What is acknowledged is
         durable. INVALID_ARGUMENT: INVALID_INPUT (BadRequest names each field), WILL_NEVER_FIT; PERMISSION_DENIED: the
-        dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED.
+        dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED (see Quota).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -210,13 +220,32 @@ class AdmissionServiceServicer:
 
     def UploadAdapter(self, request_iterator, context):
         """A PEFT folder (adapter_config.json, adapter_model.safetensors) to continue from, as UploadDataset: header, chunks.
+        RESOURCE_EXHAUSTED / QUOTA_EXCEEDED: it is too large, or the tenant's adapters are, in all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DownloadAdapter(self, request, context):
-        """Each file: a header with size and SHA-256, then its chunks in order. FAILED_PRECONDITION: the task has none (yet).
+        """Each file: a header with size and SHA-256, then its chunks in order. FAILED_PRECONDITION: the task has none (yet,
+        or any more).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapters(self, request, context):
+        """Uploaded ones and those that tasks left, newest first. INVALID_ARGUMENT: a page token that is not ours.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAdapter(self, request, context):
+        """Lifecycle: an adapter is there from its upload, or its task's end, until it is deleted here; its task stays, and names
+        none from then on. Its files go at once, or with a later sweep. FAILED_PRECONDITION / RESOURCE_IN_USE: an unfinished
+        task starts from it. PERMISSION_DENIED: not the caller's, or not there, as after it was deleted: who sends the call
+        again because no answer came (the service config does, on UNAVAILABLE) takes that for done.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -296,6 +325,16 @@ def add_AdmissionServiceServicer_to_server(servicer, server):
                     servicer.DownloadAdapter,
                     request_deserializer=muxtune_dot_v1_dot_admission__pb2.DownloadAdapterRequest.FromString,
                     response_serializer=muxtune_dot_v1_dot_admission__pb2.DownloadAdapterResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=muxtune_dot_v1_dot_admission__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=muxtune_dot_v1_dot_admission__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'DeleteAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAdapter,
+                    request_deserializer=muxtune_dot_v1_dot_admission__pb2.DeleteAdapterRequest.FromString,
+                    response_serializer=muxtune_dot_v1_dot_admission__pb2.DeleteAdapterResponse.SerializeToString,
             ),
             'ListBackbones': grpc.unary_unary_rpc_method_handler(
                     servicer.ListBackbones,
@@ -662,6 +701,60 @@ class AdmissionService:
             '/muxtune.v1.AdmissionService/DownloadAdapter',
             muxtune_dot_v1_dot_admission__pb2.DownloadAdapterRequest.SerializeToString,
             muxtune_dot_v1_dot_admission__pb2.DownloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxtune.v1.AdmissionService/ListAdapters',
+            muxtune_dot_v1_dot_admission__pb2.ListAdaptersRequest.SerializeToString,
+            muxtune_dot_v1_dot_admission__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxtune.v1.AdmissionService/DeleteAdapter',
+            muxtune_dot_v1_dot_admission__pb2.DeleteAdapterRequest.SerializeToString,
+            muxtune_dot_v1_dot_admission__pb2.DeleteAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,7 +44,7 @@ class AdmissionServiceStub:
     CreateTask: _grpc.UnaryUnaryMultiCallable[_admission_pb2.CreateTaskRequest, _admission_pb2.CreateTaskResponse]
     """Validates, checks quota and memory, stores and acknowledges a task in TASK_STATE_QUEUED. What is acknowledged is
     durable. INVALID_ARGUMENT: INVALID_INPUT (BadRequest names each field), WILL_NEVER_FIT; PERMISSION_DENIED: the
-    dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED.
+    dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED (see Quota).
     """
     EstimateTask: _grpc.UnaryUnaryMultiCallable[_admission_pb2.EstimateTaskRequest, _admission_pb2.EstimateTaskResponse]
     """What CreateTask would answer and estimate, storing nothing. Same statuses."""
@@ -74,9 +74,21 @@ class AdmissionServiceStub:
     DeleteDataset: _grpc.UnaryUnaryMultiCallable[_admission_pb2.DeleteDatasetRequest, _admission_pb2.DeleteDatasetResponse]
     """FAILED_PRECONDITION / RESOURCE_IN_USE: an unfinished task reads it."""
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_admission_pb2.UploadAdapterRequest, _admission_pb2.UploadAdapterResponse]
-    """A PEFT folder (adapter_config.json, adapter_model.safetensors) to continue from, as UploadDataset: header, chunks."""
+    """A PEFT folder (adapter_config.json, adapter_model.safetensors) to continue from, as UploadDataset: header, chunks.
+    RESOURCE_EXHAUSTED / QUOTA_EXCEEDED: it is too large, or the tenant's adapters are, in all.
+    """
     DownloadAdapter: _grpc.UnaryStreamMultiCallable[_admission_pb2.DownloadAdapterRequest, _admission_pb2.DownloadAdapterResponse]
-    """Each file: a header with size and SHA-256, then its chunks in order. FAILED_PRECONDITION: the task has none (yet)."""
+    """Each file: a header with size and SHA-256, then its chunks in order. FAILED_PRECONDITION: the task has none (yet,
+    or any more).
+    """
+    ListAdapters: _grpc.UnaryUnaryMultiCallable[_admission_pb2.ListAdaptersRequest, _admission_pb2.ListAdaptersResponse]
+    """Uploaded ones and those that tasks left, newest first. INVALID_ARGUMENT: a page token that is not ours."""
+    DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_admission_pb2.DeleteAdapterRequest, _admission_pb2.DeleteAdapterResponse]
+    """Lifecycle: an adapter is there from its upload, or its task's end, until it is deleted here; its task stays, and names
+    none from then on. Its files go at once, or with a later sweep. FAILED_PRECONDITION / RESOURCE_IN_USE: an unfinished
+    task starts from it. PERMISSION_DENIED: not the caller's, or not there, as after it was deleted: who sends the call
+    again because no answer came (the service config does, on UNAVAILABLE) takes that for done.
+    """
     ListBackbones: _grpc.UnaryUnaryMultiCallable[_admission_pb2.ListBackbonesRequest, _admission_pb2.ListBackbonesResponse]
     """The backbones that tasks can name, as their executors described them."""
 
@@ -96,7 +108,7 @@ class AdmissionServiceAsyncStub(AdmissionServiceStub):
     CreateTask: _aio.UnaryUnaryMultiCallable[_admission_pb2.CreateTaskRequest, _admission_pb2.CreateTaskResponse]  # type: ignore[assignment]
     """Validates, checks quota and memory, stores and acknowledges a task in TASK_STATE_QUEUED. What is acknowledged is
     durable. INVALID_ARGUMENT: INVALID_INPUT (BadRequest names each field), WILL_NEVER_FIT; PERMISSION_DENIED: the
-    dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED.
+    dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED (see Quota).
     """
     EstimateTask: _aio.UnaryUnaryMultiCallable[_admission_pb2.EstimateTaskRequest, _admission_pb2.EstimateTaskResponse]  # type: ignore[assignment]
     """What CreateTask would answer and estimate, storing nothing. Same statuses."""
@@ -126,9 +138,21 @@ class AdmissionServiceAsyncStub(AdmissionServiceStub):
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_admission_pb2.DeleteDatasetRequest, _admission_pb2.DeleteDatasetResponse]  # type: ignore[assignment]
     """FAILED_PRECONDITION / RESOURCE_IN_USE: an unfinished task reads it."""
     UploadAdapter: _aio.StreamUnaryMultiCallable[_admission_pb2.UploadAdapterRequest, _admission_pb2.UploadAdapterResponse]  # type: ignore[assignment]
-    """A PEFT folder (adapter_config.json, adapter_model.safetensors) to continue from, as UploadDataset: header, chunks."""
+    """A PEFT folder (adapter_config.json, adapter_model.safetensors) to continue from, as UploadDataset: header, chunks.
+    RESOURCE_EXHAUSTED / QUOTA_EXCEEDED: it is too large, or the tenant's adapters are, in all.
+    """
     DownloadAdapter: _aio.UnaryStreamMultiCallable[_admission_pb2.DownloadAdapterRequest, _admission_pb2.DownloadAdapterResponse]  # type: ignore[assignment]
-    """Each file: a header with size and SHA-256, then its chunks in order. FAILED_PRECONDITION: the task has none (yet)."""
+    """Each file: a header with size and SHA-256, then its chunks in order. FAILED_PRECONDITION: the task has none (yet,
+    or any more).
+    """
+    ListAdapters: _aio.UnaryUnaryMultiCallable[_admission_pb2.ListAdaptersRequest, _admission_pb2.ListAdaptersResponse]  # type: ignore[assignment]
+    """Uploaded ones and those that tasks left, newest first. INVALID_ARGUMENT: a page token that is not ours."""
+    DeleteAdapter: _aio.UnaryUnaryMultiCallable[_admission_pb2.DeleteAdapterRequest, _admission_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
+    """Lifecycle: an adapter is there from its upload, or its task's end, until it is deleted here; its task stays, and names
+    none from then on. Its files go at once, or with a later sweep. FAILED_PRECONDITION / RESOURCE_IN_USE: an unfinished
+    task starts from it. PERMISSION_DENIED: not the caller's, or not there, as after it was deleted: who sends the call
+    again because no answer came (the service config does, on UNAVAILABLE) takes that for done.
+    """
     ListBackbones: _aio.UnaryUnaryMultiCallable[_admission_pb2.ListBackbonesRequest, _admission_pb2.ListBackbonesResponse]  # type: ignore[assignment]
     """The backbones that tasks can name, as their executors described them."""
 
@@ -151,7 +175,7 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admission_pb2.CreateTaskResponse, _abc.Awaitable[_admission_pb2.CreateTaskResponse]]:
         """Validates, checks quota and memory, stores and acknowledges a task in TASK_STATE_QUEUED. What is acknowledged is
         durable. INVALID_ARGUMENT: INVALID_INPUT (BadRequest names each field), WILL_NEVER_FIT; PERMISSION_DENIED: the
-        dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED.
+        dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED (see Quota).
         """
 
     @_abc_1.abstractmethod
@@ -247,7 +271,9 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_admission_pb2.UploadAdapterRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_admission_pb2.UploadAdapterResponse, _abc.Awaitable[_admission_pb2.UploadAdapterResponse]]:
-        """A PEFT folder (adapter_config.json, adapter_model.safetensors) to continue from, as UploadDataset: header, chunks."""
+        """A PEFT folder (adapter_config.json, adapter_model.safetensors) to continue from, as UploadDataset: header, chunks.
+        RESOURCE_EXHAUSTED / QUOTA_EXCEEDED: it is too large, or the tenant's adapters are, in all.
+        """
 
     @_abc_1.abstractmethod
     def DownloadAdapter(
@@ -255,7 +281,29 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admission_pb2.DownloadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admission_pb2.DownloadAdapterResponse], _abc.AsyncIterator[_admission_pb2.DownloadAdapterResponse]]:
-        """Each file: a header with size and SHA-256, then its chunks in order. FAILED_PRECONDITION: the task has none (yet)."""
+        """Each file: a header with size and SHA-256, then its chunks in order. FAILED_PRECONDITION: the task has none (yet,
+        or any more).
+        """
+
+    @_abc_1.abstractmethod
+    def ListAdapters(
+        self,
+        request: _admission_pb2.ListAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admission_pb2.ListAdaptersResponse, _abc.Awaitable[_admission_pb2.ListAdaptersResponse]]:
+        """Uploaded ones and those that tasks left, newest first. INVALID_ARGUMENT: a page token that is not ours."""
+
+    @_abc_1.abstractmethod
+    def DeleteAdapter(
+        self,
+        request: _admission_pb2.DeleteAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admission_pb2.DeleteAdapterResponse, _abc.Awaitable[_admission_pb2.DeleteAdapterResponse]]:
+        """Lifecycle: an adapter is there from its upload, or its task's end, until it is deleted here; its task stays, and names
+        none from then on. Its files go at once, or with a later sweep. FAILED_PRECONDITION / RESOURCE_IN_USE: an unfinished
+        task starts from it. PERMISSION_DENIED: not the caller's, or not there, as after it was deleted: who sends the call
+        again because no answer came (the service config does, on UNAVAILABLE) takes that for done.
+        """
 
     @_abc_1.abstractmethod
     def ListBackbones(

@@ -31,11 +31,16 @@ class Quota(_message.Message):
     MAX_UNFINISHED_TASKS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_PER_DAY_FIELD_NUMBER: _builtins.int
     MAX_DEVICE_SECONDS_PER_DAY_FIELD_NUMBER: _builtins.int
+    MAX_ADAPTER_BYTES_FIELD_NUMBER: _builtins.int
     max_dataset_bytes: _builtins.int
     max_unfinished_tasks: _builtins.int
     max_tokens_per_day: _builtins.int
     """Effective tokens trained."""
     max_device_seconds_per_day: _builtins.float
+    max_adapter_bytes: _builtins.int
+    """Uploaded ones and those that tasks left. Over it, uploads and new tasks get RESOURCE_EXHAUSTED until some are deleted;
+    a task that runs leaves its adapter all the same.
+    """
     def __init__(
         self,
         *,
@@ -43,11 +48,14 @@ class Quota(_message.Message):
         max_unfinished_tasks: _builtins.int | None = ...,
         max_tokens_per_day: _builtins.int | None = ...,
         max_device_seconds_per_day: _builtins.float | None = ...,
+        max_adapter_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_dataset_bytes", b"_max_dataset_bytes", "_max_device_seconds_per_day", b"_max_device_seconds_per_day", "_max_tokens_per_day", b"_max_tokens_per_day", "_max_unfinished_tasks", b"_max_unfinished_tasks", "max_dataset_bytes", b"max_dataset_bytes", "max_device_seconds_per_day", b"max_device_seconds_per_day", "max_tokens_per_day", b"max_tokens_per_day", "max_unfinished_tasks", b"max_unfinished_tasks"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_adapter_bytes", b"_max_adapter_bytes", "_max_dataset_bytes", b"_max_dataset_bytes", "_max_device_seconds_per_day", b"_max_device_seconds_per_day", "_max_tokens_per_day", b"_max_tokens_per_day", "_max_unfinished_tasks", b"_max_unfinished_tasks", "max_adapter_bytes", b"max_adapter_bytes", "max_dataset_bytes", b"max_dataset_bytes", "max_device_seconds_per_day", b"max_device_seconds_per_day", "max_tokens_per_day", b"max_tokens_per_day", "max_unfinished_tasks", b"max_unfinished_tasks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_dataset_bytes", b"_max_dataset_bytes", "_max_device_seconds_per_day", b"_max_device_seconds_per_day", "_max_tokens_per_day", b"_max_tokens_per_day", "_max_unfinished_tasks", b"_max_unfinished_tasks", "max_dataset_bytes", b"max_dataset_bytes", "max_device_seconds_per_day", b"max_device_seconds_per_day", "max_tokens_per_day", b"max_tokens_per_day", "max_unfinished_tasks", b"max_unfinished_tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_adapter_bytes", b"_max_adapter_bytes", "_max_dataset_bytes", b"_max_dataset_bytes", "_max_device_seconds_per_day", b"_max_device_seconds_per_day", "_max_tokens_per_day", b"_max_tokens_per_day", "_max_unfinished_tasks", b"_max_unfinished_tasks", "max_adapter_bytes", b"max_adapter_bytes", "max_dataset_bytes", b"max_dataset_bytes", "max_device_seconds_per_day", b"max_device_seconds_per_day", "max_tokens_per_day", b"max_tokens_per_day", "max_unfinished_tasks", b"max_unfinished_tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_adapter_bytes: _TypeAlias = _typing.Literal["max_adapter_bytes"]  # noqa: Y015
+    _WhichOneofArgType__max_adapter_bytes: _TypeAlias = _typing.Literal["_max_adapter_bytes", b"_max_adapter_bytes"]  # noqa: Y015
     _WhichOneofReturnType__max_dataset_bytes: _TypeAlias = _typing.Literal["max_dataset_bytes"]  # noqa: Y015
     _WhichOneofArgType__max_dataset_bytes: _TypeAlias = _typing.Literal["_max_dataset_bytes", b"_max_dataset_bytes"]  # noqa: Y015
     _WhichOneofReturnType__max_device_seconds_per_day: _TypeAlias = _typing.Literal["max_device_seconds_per_day"]  # noqa: Y015
@@ -56,6 +64,8 @@ class Quota(_message.Message):
     _WhichOneofArgType__max_tokens_per_day: _TypeAlias = _typing.Literal["_max_tokens_per_day", b"_max_tokens_per_day"]  # noqa: Y015
     _WhichOneofReturnType__max_unfinished_tasks: _TypeAlias = _typing.Literal["max_unfinished_tasks"]  # noqa: Y015
     _WhichOneofArgType__max_unfinished_tasks: _TypeAlias = _typing.Literal["_max_unfinished_tasks", b"_max_unfinished_tasks"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_adapter_bytes) -> _WhichOneofReturnType__max_adapter_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_dataset_bytes) -> _WhichOneofReturnType__max_dataset_bytes | None: ...
     @_typing.overload

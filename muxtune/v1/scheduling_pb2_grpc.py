@@ -31,8 +31,8 @@ class SchedulingServiceStub:
 
     Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
-    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
-    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: an executor's own, of the name it says, and, for plans, the operator's. Statuses of every
+    RPC: UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
     """
 
     def __init__(self, channel):
@@ -84,8 +84,8 @@ class SchedulingServiceServicer:
 
     Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
-    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
-    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: an executor's own, of the name it says, and, for plans, the operator's. Statuses of every
+    RPC: UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
     """
 
     def RegisterExecutor(self, request, context):
@@ -194,8 +194,8 @@ class SchedulingService:
 
     Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
-    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
-    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: an executor's own, of the name it says, and, for plans, the operator's. Statuses of every
+    RPC: UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
     """
 
     @staticmethod

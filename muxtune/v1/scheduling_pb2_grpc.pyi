@@ -32,8 +32,8 @@ class SchedulingServiceStub:
 
     Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
-    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
-    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: an executor's own, of the name it says, and, for plans, the operator's. Statuses of every
+    RPC: UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
     """
 
     @_typing.overload
@@ -70,8 +70,8 @@ class SchedulingServiceAsyncStub(SchedulingServiceStub):
 
     Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
-    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
-    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: an executor's own, of the name it says, and, for plans, the operator's. Statuses of every
+    RPC: UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -104,8 +104,8 @@ class SchedulingServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
-    Callers show a certificate: execution's and, for plans, the operator's. Statuses of every RPC: UNAUTHENTICATED,
-    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
+    Callers show a certificate: an executor's own, of the name it says, and, for plans, the operator's. Statuses of every
+    RPC: UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
     """
 
     @_abc_1.abstractmethod

@@ -46,7 +46,8 @@ class AdmissionSettings(ServerSettings):
 
     `listen` is the clients', with the certificate in `public_certs` (default: `certs`); who shows one, services and
     operators, comes to `internal_listen`. `oidc_*`: see services/admission/oidc.py; no issuer, no tokens.
-    `max_*` hold for tenants without a quota of their own; 0: no limit. But a task fails that was alone on its executor
+    `max_*` hold for tenants without a quota of their own; 0: no limit. `max_upload_bytes` is of one
+    adapter. But a task fails that was alone on its executor
     when that died, `max_crashes` times in a row with no new step since.
     """
 
@@ -61,10 +62,11 @@ class AdmissionSettings(ServerSettings):
     oidc_algorithms: str = "RS256,ES256"
     oidc_tenant_claim: str = "tenant"
     requests_per_second: float = 500.0
-    max_adapter_bytes: int = 512 << 20
+    max_upload_bytes: int = 512 << 20
     max_unfinished_tasks: int = 1000
     max_crashes: int = 3
     max_dataset_bytes: int = 0
+    max_adapter_bytes: int = 0
     max_tokens_per_day: int = 0
     max_device_seconds_per_day: float = 0.0
     token_budget: int = 2048
@@ -84,6 +86,7 @@ class AdmissionSettings(ServerSettings):
             self.max_dataset_bytes,
             self.max_tokens_per_day,
             self.max_device_seconds_per_day,
+            self.max_adapter_bytes,
         )
 
     def authenticate(self, keys: KeyStore) -> Authenticate:
@@ -108,7 +111,7 @@ async def main() -> None:
     quota, notifier, keys = settings.quota(), Notifier(), KeyStore(database)
     default = quota.to_proto()
     admitter = Admitter(database, artifacts, alignment, quota)
-    servicer = AdmissionServicer(database, artifacts, alignment, admitter, notifier, settings.max_adapter_bytes)
+    servicer = AdmissionServicer(database, artifacts, alignment, admitter, notifier, settings.max_upload_bytes)
     sweeping = Sweeping(Sweeper(database, artifacts), servicer.sweep_datasets)
     store = Ledger(database, quota=default, max_crashes=settings.max_crashes)
     ledger = LedgerServicer(store, notifier, sweeping.add)

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from engine.errors import InvalidInputError, QuotaExceededError
 from muxtune.v1 import budget_pb2, operator_pb2, task_pb2
 from services.admission.clock import now
-from services.admission.tables import datasets, quotas, usage
+from services.admission.tables import adapters, datasets, quotas, usage
 from services.admission.tables import tasks as tasks_table
 from services.admission.tasks import UNFINISHED
 
@@ -66,15 +66,26 @@ def check_task(connection: sa.Connection, tenant: str, default: operator_pb2.Quo
     row = connection.execute(sa.select(usage).filter_by(tenant=tenant, day=today())).one_or_none()
     if row is not None and (why := _exhausted(row, quota)):
         raise QuotaExceededError(f"{tenant} {why}: try again tomorrow (UTC)", subject=tenant)
+    _check_held(connection, adapters, tenant, 1, quota.max_adapter_bytes)  # room for the one it will leave
 
 
-def check_bytes(connection: sa.Connection, tenant: str, added_bytes: int, default: operator_pb2.Quota) -> None:
+def check_datasets(connection: sa.Connection, tenant: str, added_bytes: int, default: operator_pb2.Quota) -> None:
     """Whether the tenant's datasets may grow by that. Raises QuotaExceededError."""
-    most = quota_of(connection, tenant, default).max_dataset_bytes
-    query = sa.select(sa.func.coalesce(sa.func.sum(datasets.c.size_bytes), 0)).where(datasets.c.tenant == tenant)
-    if most and (held := int(connection.execute(query).scalar_one())) + added_bytes > most:
+    _check_held(connection, datasets, tenant, added_bytes, quota_of(connection, tenant, default).max_dataset_bytes)
+
+
+def check_adapters(connection: sa.Connection, tenant: str, added_bytes: int, default: operator_pb2.Quota) -> None:
+    """Whether the tenant's adapters may grow by that. Raises QuotaExceededError."""
+    _check_held(connection, adapters, tenant, added_bytes, quota_of(connection, tenant, default).max_adapter_bytes)
+
+
+def _check_held(connection: sa.Connection, table: sa.Table, tenant: str, added_bytes: int, most: int) -> None:
+    if not most:
+        return
+    query = sa.select(sa.func.coalesce(sa.func.sum(table.c.size_bytes), 0)).where(table.c.tenant == tenant)
+    if (held := int(connection.execute(query).scalar_one())) + added_bytes > most:
         raise QuotaExceededError(
-            f"{tenant} has datasets of {held} bytes, this one {added_bytes}; at most {most} in all: delete some",
+            f"{tenant} has {table.name} of {held} bytes; at most {most} in all, with what is to come: delete some",
             subject=tenant,
         )
 

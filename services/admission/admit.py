@@ -49,6 +49,7 @@ class Quota:
     max_dataset_bytes: int = 0
     max_tokens_per_day: int = 0
     max_device_seconds_per_day: float = 0.0
+    max_adapter_bytes: int = 0
 
     def to_proto(self) -> operator_pb2.Quota:
         return operator_pb2.Quota(
@@ -56,6 +57,7 @@ class Quota:
             max_unfinished_tasks=self.max_unfinished_tasks,
             max_tokens_per_day=self.max_tokens_per_day,
             max_device_seconds_per_day=self.max_device_seconds_per_day,
+            max_adapter_bytes=self.max_adapter_bytes,
         )
 
 
@@ -119,19 +121,31 @@ class Admitter:
         return resolved, key, executors
 
     def check_again(self, connection: sa.Connection, tenant: str, admissible: Admissible) -> None:
-        """In the transaction that stores the task: the quota, and that its dataset is the one that was examined."""
+        """In the transaction that stores the task: the quota, and that what it starts from is what was examined."""
         accounts.check_task(connection, tenant, self._quota.to_proto())
         if catalog.dataset_row(connection, admissible.spec.dataset).sha256 != admissible.spec.dataset_version:
             raise denied(admissible.spec.dataset)
+        adapter = admissible.spec.initial_adapter
+        if adapter and catalog.adapter_row(connection, adapter).manifest_key != admissible.initial_adapter_key:
+            raise denied(adapter)
 
     def check_bytes(self, tenant: str, added_bytes: int) -> None:
         """Before a dataset is taken in. Raises QuotaExceededError."""
         with self._database.read() as connection:
-            accounts.check_bytes(connection, tenant, added_bytes, self._quota.to_proto())
+            accounts.check_datasets(connection, tenant, added_bytes, self._quota.to_proto())
 
     def check_bytes_again(self, connection: sa.Connection, tenant: str, added_bytes: int) -> None:
         """In the transaction that stores the dataset."""
-        accounts.check_bytes(connection, tenant, added_bytes, self._quota.to_proto())
+        accounts.check_datasets(connection, tenant, added_bytes, self._quota.to_proto())
+
+    def check_adapters(self, tenant: str) -> None:
+        """Before an adapter is taken in. Raises QuotaExceededError where there is no room for any."""
+        with self._database.read() as connection:
+            self.check_adapters_again(connection, tenant, 1)
+
+    def check_adapters_again(self, connection: sa.Connection, tenant: str, added_bytes: int) -> None:
+        """In the transaction that stores the adapter."""
+        accounts.check_adapters(connection, tenant, added_bytes, self._quota.to_proto())
 
     def _check_initial_adapter(self, spec: TaskSpec, key: str) -> None:
         manifest = self._artifacts.read_manifest(key)

@@ -1,6 +1,7 @@
 """Datasets and adapters as the store knows them: rows, names, who still needs them. Synchronous, no gRPC."""
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,11 +61,15 @@ def is_referenced(connection: sa.Connection, tenant: str, sha256: str) -> bool:
     return connection.execute(sa.select(datasets).filter_by(tenant=tenant, sha256=sha256)).first() is not None
 
 
-def dataset_page(connection: sa.Connection, tenant: str, before: tuple[int, str] | None, limit: int) -> Sequence[Any]:
-    query = sa.select(datasets).where(datasets.c.tenant == tenant)
-    query = query.order_by(datasets.c.created.desc(), datasets.c.name.desc())
+def page(
+    connection: sa.Connection, table: sa.Table, tenant: str, before: tuple[int, str] | None, limit: int
+) -> Sequence[Any]:
+    """Of the tenant's datasets or adapters, newest first, after the (created, name) of the page before."""
+    columns = table.c
+    query = sa.select(table).where(columns.tenant == tenant)
+    query = query.order_by(columns.created.desc(), columns.name.desc())
     if before:
-        query = query.where(sa.tuple_(datasets.c.created, datasets.c.name) < sa.tuple_(*map(sa.literal, before)))
+        query = query.where(sa.tuple_(columns.created, columns.name) < sa.tuple_(*map(sa.literal, before)))
     return connection.execute(query.limit(limit)).all()
 
 
@@ -87,15 +92,42 @@ def adapter_row(connection: sa.Connection, name: str) -> Any:
     return row
 
 
-def existing_adapter(connection: sa.Connection, name: str, folder: str) -> Any | None:
-    """The adapter of that name if it lies in `folder`, None if the name is free. Raises AlreadyExistsError if another
-    adapter, or a task that will leave one, has it."""
+def existing_adapter(connection: sa.Connection, name: str, digest: str) -> Any | None:
+    """The adapter of that name if it was uploaded with these contents, None if the name is free. Raises
+    AlreadyExistsError if another adapter, or a task that will leave one, has it."""
     row = connection.execute(sa.select(adapters).where(adapters.c.name == name)).one_or_none()
     task = name.replace("/adapters/", "/tasks/")
     is_task = connection.execute(sa.select(tasks_table.c.name).where(tasks_table.c.name == task)).first()
-    if is_task or (row is not None and row.manifest_key.rpartition("/")[0] != folder):
+    if is_task or (row is not None and not row.manifest_key.startswith(_uploads_of(name, digest))):
         raise AlreadyExistsError(f"{name} is taken: choose another id", subject=name)
     return row
+
+
+def new_upload(name: str, digest: str) -> str:
+    """A folder for this upload alone, so that its files go with its row and with no other. It says when it was made: a
+    sweep leaves alone what may not have its row yet."""
+    return f"{_uploads_of(name, digest)}-{now()}-{secrets.token_hex(4)}"
+
+
+def _uploads_of(name: str, digest: str) -> str:
+    return f"{name}/uploaded-{digest[:16]}"
+
+
+def delete_adapter(connection: sa.Connection, name: str) -> str:
+    """The folder that its files are in. Its task, if one left it, has none from then on. Raises ResourceInUseError."""
+    row = adapter_row(connection, name)
+    users = sa.select(tasks_table.c.name).where(
+        tasks_table.c.tenant == row.tenant,
+        tasks_table.c.initial_adapter_key == row.manifest_key,
+        tasks_table.c.state.in_(UNFINISHED),
+    )
+    if user := connection.execute(users).scalars().first():
+        raise ResourceInUseError(f"{user} starts from {name}: cancel it or wait for its end", subject=name)
+    task = name.replace("/adapters/", "/tasks/")
+    connection.execute(sa.update(tasks_table).where(tasks_table.c.name == task).values(adapter=""))
+    connection.execute(sa.delete(adapters).where(adapters.c.name == name))
+    folder: str = row.manifest_key.rpartition("/")[0]
+    return folder
 
 
 def insert_adapter(connection: sa.Connection, name: str, manifest_key: str, size_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""The RPCs of datasets, adapters and backbones. What each promises stands in protos/muxtune/v1/admission.proto."""
+"""The RPCs of datasets and backbones. What each promises stands in protos/muxtune/v1/admission.proto."""
 
 import asyncio
 import logging
@@ -7,21 +7,20 @@ from collections.abc import AsyncIterator
 from typing import Any
 from weakref import WeakValueDictionary
 
-from engine.errors import AlreadyExistsError, IllegalTransitionError, InvalidInputError, MuxtuneError, UnavailableError
+from engine.errors import InvalidInputError, MuxtuneError, UnavailableError
 from engine.target_modules import suffixes
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, artifact_pb2, dataset_pb2, plan_pb2
-from services.admission import catalog, pages, requests, tasks
+from services.admission import catalog, pages, requests
 from services.admission.admit import INSPECT_SECONDS, Admitter
 from services.admission.database import Database
 from services.admission.ledger import known_executors
 from services.admission.names import authorize, new_name, parent_of
-from services.admission.receipt import FolderReceipt
-from services.artifacts import ArtifactStore, Manifest
+from services.admission.tables import datasets
+from services.artifacts import ArtifactStore
 from services.auth import current_principal
 from services.failpoints import failpoint
 
-_CHUNK_BYTES = 1 << 20
 _DATASET = re.compile(r"(tenants/[^/]+)/datasets/([0-9a-f]{64})\.jsonl")
 _log = logging.getLogger(__name__)
 
@@ -33,7 +32,6 @@ class DataRpcs:
     _artifacts: ArtifactStore
     _alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub"
     _admitter: Admitter
-    _max_adapter_bytes: int
     _bytes_locks: WeakValueDictionary[str, asyncio.Lock]
 
     async def UploadDataset(self, request_iterator: Any, context: Any) -> pb.UploadDatasetResponse:
@@ -88,38 +86,6 @@ class DataRpcs:
             except UnavailableError as error:  # the tenant's dataset is gone; its bytes go with the next sweep
                 _log.warning("bytes of %s stay for now: %s", name, error)
         return pb.DeleteDatasetResponse()
-
-    async def UploadAdapter(self, request_iterator: Any, context: Any) -> pb.UploadAdapterResponse:
-        receipt, header = FolderReceipt(self._max_adapter_bytes), None
-        async for request in request_iterator:
-            part = request.WhichOneof("part")
-            if part == "header" and header is None:
-                header = request.header
-                tenant = parent_of(current_principal(), header.parent)
-            elif part == "file" and header is not None:
-                receipt.open(request.file)
-            elif part == "chunk" and header is not None:
-                receipt.add(request.chunk)
-            else:
-                raise InvalidInputError.of_field("part", f"{part} is out of order: header, then each file and chunks")
-        if header is None:
-            raise InvalidInputError.of_field("header", "is missing: nothing was sent")
-        return pb.UploadAdapterResponse(
-            adapter=await asyncio.to_thread(self._store_adapter, tenant, header, receipt.close())
-        )
-
-    async def DownloadAdapter(
-        self, request: pb.DownloadAdapterRequest, context: Any
-    ) -> AsyncIterator[pb.DownloadAdapterResponse]:
-        manifest = await asyncio.to_thread(self._adapter_manifest, request.name)
-        for name, entry in sorted(manifest.files.items()):
-            data = await asyncio.to_thread(self._artifacts.read_file, manifest, name)
-            yield pb.DownloadAdapterResponse(
-                file=artifact_pb2.FileHeader(file_name=name, size_bytes=entry.size_bytes, sha256=entry.sha256)
-            )
-            for offset in range(0, len(data), _CHUNK_BYTES):
-                chunk = artifact_pb2.FileChunk(offset=offset, data=data[offset : offset + _CHUNK_BYTES])
-                yield pb.DownloadAdapterResponse(chunk=chunk)
 
     async def ListBackbones(self, request: pb.ListBackbonesRequest, context: Any) -> pb.ListBackbonesResponse:
         executors = await asyncio.to_thread(self._executors)
@@ -178,7 +144,7 @@ class DataRpcs:
 
     def _dataset_page(self, tenant: str, before: tuple[int, str] | None, limit: int) -> Any:
         with self._database.read() as connection:
-            return catalog.dataset_page(connection, tenant, before, limit)
+            return catalog.page(connection, datasets, tenant, before, limit)
 
     def _delete_dataset(self, name: str) -> None:
         with self._database.write() as connection:
@@ -187,46 +153,6 @@ class DataRpcs:
     def _is_referenced(self, tenant: str, sha256: str) -> bool:
         with self._database.read() as connection:
             return catalog.is_referenced(connection, tenant, sha256)
-
-    def _store_adapter(
-        self, tenant: str, header: artifact_pb2.UploadHeader, files: dict[str, bytes]
-    ) -> artifact_pb2.Adapter:
-        digest = requests.body_hash(*(data for _, data in sorted(files.items())))
-        body = requests.body_hash(header.id.encode(), digest.encode())
-        with self._database.read() as connection:
-            if made := requests.find(connection, tenant, header.request_id, "UploadAdapter", body):
-                return catalog.adapter_to_proto(catalog.adapter_row(connection, made))
-            name = new_name(tenant, "adapters", header.id, "header.id")
-            folder = f"{name}/uploaded-{digest[:16]}"
-            catalog.existing_adapter(connection, name, folder)
-        manifest = self._artifacts.commit_folder(folder, files, {})
-        try:
-            with self._database.write() as connection:
-                made = requests.find(connection, tenant, header.request_id, "UploadAdapter", body)
-                if made is None and catalog.existing_adapter(connection, name, folder) is None:
-                    catalog.insert_adapter(connection, name, manifest.key, manifest.size_bytes)
-                if made is None:
-                    requests.remember(connection, tenant, header.request_id, "UploadAdapter", body, name)
-                row = catalog.adapter_row(connection, made or name)
-        except AlreadyExistsError:
-            self._artifacts.delete_folder(folder)
-            raise
-        if row.name != name:  # the same request came twice at once, and named its adapter itself
-            self._artifacts.delete_folder(folder)
-        return catalog.adapter_to_proto(row)
-
-    def _adapter_manifest(self, name: str) -> Manifest:
-        principal = current_principal()
-        with self._database.read() as connection:
-            if "/tasks/" in name:
-                row = tasks.row_of(connection, authorize(principal, name, "tasks"))
-                if not row.adapter:
-                    raise IllegalTransitionError(
-                        f"{name} has no adapter: it is {row.state}", task=name, state=row.state
-                    )
-                name = row.adapter
-            key = catalog.adapter_row(connection, authorize(principal, name, "adapters")).manifest_key
-        return self._artifacts.read_manifest(key)
 
     def _executors(self) -> list[plan_pb2.Executor]:
         with self._database.read() as connection:

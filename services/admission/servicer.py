@@ -22,6 +22,7 @@ from muxtune.v1 import (
     plan_pb2,
 )
 from services.access import Role
+from services.admission.adapter_rpcs import AdapterRpcs
 from services.admission.admit import Admitter
 from services.admission.clock import microseconds, timestamp
 from services.admission.data_rpcs import DataRpcs
@@ -37,7 +38,7 @@ _MAX_LEASE_SECONDS = 86_400.0
 _log = logging.getLogger(__name__)
 
 
-class AdmissionServicer(TaskRpcs, DataRpcs, admission_pb2_grpc.AdmissionServiceServicer):
+class AdmissionServicer(TaskRpcs, DataRpcs, AdapterRpcs, admission_pb2_grpc.AdmissionServiceServicer):
     """AdmissionService: the only address a client needs."""
 
     def __init__(
@@ -47,10 +48,10 @@ class AdmissionServicer(TaskRpcs, DataRpcs, admission_pb2_grpc.AdmissionServiceS
         alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub",
         admitter: Admitter,
         notifier: Notifier,
-        max_adapter_bytes: int,
+        max_upload_bytes: int,
     ) -> None:
         self._database, self._artifacts, self._alignment = database, artifacts, alignment
-        self._admitter, self._notifier, self._max_adapter_bytes = admitter, notifier, max_adapter_bytes
+        self._admitter, self._notifier, self._max_upload_bytes = admitter, notifier, max_upload_bytes
         self._bytes_locks = WeakValueDictionary()
 
 

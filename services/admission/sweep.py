@@ -14,12 +14,15 @@ import sqlalchemy as sa
 
 from engine.task import TaskState
 from muxtune.v1 import task_pb2
+from services.admission.clock import now
 from services.admission.database import Database
 from services.admission.tables import adapters, tasks
 from services.artifacts import ArtifactStore
 
 _CHECKPOINT = re.compile(r"(tenants/[^/]+)/tasks/([^/]+)/checkpoints/(\d+)-(\d+)(?=/|$)")
 _ADAPTER = re.compile(r"(tenants/[^/]+)/adapters/([^/]+)/(\d+)(?=/|$)")  # one that a task left, by its epoch
+_UPLOAD = re.compile(r"tenants/[^/]+/adapters/[^/]+/uploaded-[0-9a-f]{16}(?:-(\d+)-[0-9a-f]{8})?(?=/|$)")
+_UPLOAD_MICROSECONDS = 86_400_000_000  # what has no row after a day gets none any more, though clocks jump
 
 
 class Sweeper:
@@ -33,12 +36,22 @@ class Sweeper:
         return sum(self._sweep_task(name, self._folders(name)) for name in names)
 
     def sweep_all(self) -> int:
-        """Of every task that has files."""
+        """Of every task that has files, and of adapters whose upload was cut short, or their deletion."""
         by_task: defaultdict[str, set[str]] = defaultdict(set)
+        uploads: set[str] = set()
         for key in self._artifacts.list("tenants"):
             if found := _CHECKPOINT.match(key) or _ADAPTER.match(key):
                 by_task[f"{found[1]}/tasks/{found[2]}"].add(found[0])
-        return sum(self._sweep_task(name, folders) for name, folders in by_task.items())
+            elif (found := _UPLOAD.match(key)) and int(found[1] or 0) < now() - _UPLOAD_MICROSECONDS:
+                uploads.add(found[0])
+        return sum(self._sweep_task(name, folders) for name, folders in by_task.items()) + self._sweep_uploads(uploads)
+
+    def _sweep_uploads(self, folders: set[str]) -> int:
+        with self._database.read() as connection:
+            recorded = {key.rpartition("/")[0] for key in connection.scalars(sa.select(adapters.c.manifest_key))}
+        for folder in sorted(folders - recorded):
+            self._artifacts.delete_folder(folder)
+        return len(folders - recorded)
 
     def _folders(self, name: str) -> set[str]:
         keys = self._artifacts.list(f"{name}/checkpoints") + self._artifacts.list(_adapter_of(name))

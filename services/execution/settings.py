@@ -10,6 +10,7 @@ from services.config import ServerSettings, SettingsError
 class ExecutionSettings(ServerSettings):
     """`backbone`: NAME=FOLDER, a folder as services.execution.prepare leaves it. A zero or "" stands for a default.
 
+    `executor_name`: the one in its certificate (`muxtune certs FOLDER --executor NAME`).
     `advertise_address`: where scheduling reaches this executor (default: where it listens). `memory_bytes`: what it may
     use (default: all there is). `device`: default cuda if there is one. `num_threads`: torch's, on a CPU (default: all
     cores). At its start it times microbatches of its own for about `calibration_seconds`. A task is checkpointed after

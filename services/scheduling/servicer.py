@@ -10,6 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from engine.errors import FieldViolation, InvalidInputError, UnavailableError
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, scheduling_pb2_grpc
 from muxtune.v1 import scheduling_pb2 as pb
+from services.auth import check_executor, current_principal
 from services.scheduling.cycle import Scheduler
 from services.scheduling.questions import explain, newcomers, profile, what_if
 
@@ -28,6 +29,7 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
 
     async def RegisterExecutor(self, request: pb.RegisterExecutorRequest, context: Any) -> pb.RegisterExecutorResponse:
         executor = request.executor
+        check_executor(current_principal(), executor.name)
         needed = {"name": executor.name, "address": executor.address, "incarnation": executor.incarnation,
                   "backbone.name": executor.backbone.name}  # fmt: skip
         wrong = [FieldViolation(f"executor.{field}", "is missing") for field, value in needed.items() if not value]
@@ -40,6 +42,7 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
         return pb.RegisterExecutorResponse(lease_epoch=answer.lease_epoch, lease_duration=self._lease)
 
     async def KeepLease(self, request: pb.KeepLeaseRequest, context: Any) -> pb.KeepLeaseResponse:
+        check_executor(current_principal(), request.executor)
         if request.lease_epoch < 1:
             raise InvalidInputError.of_field("lease_epoch", f"{request.lease_epoch}: register first")
         executor = plan_pb2.Executor(
@@ -55,6 +58,7 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
     async def EndLease(
         self, request: pb.SchedulingServiceEndLeaseRequest, context: Any
     ) -> pb.SchedulingServiceEndLeaseResponse:
+        check_executor(current_principal(), request.executor)
         await self._ledger.EndLease(
             ledger_pb2.EndLeaseRequest(executor=request.executor, incarnation=request.incarnation)
         )

@@ -3,10 +3,11 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from engine.errors import MuxtuneError
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, ledger_pb2, ledger_pb2_grpc, plan_pb2
-from services.certificates import Trust
+from services.certificates import Trust, executor_host
 from services.failpoints import failpoint
 from services.mesh import open_channel
 from services.server import start_vital
@@ -72,7 +73,8 @@ class ExecutorStream:
     ) -> None:
         self.executor = executor
         self.mailbox = Mailbox(executor.lease_epoch, leader_epoch)
-        self._secret, self._ledger, self._trust = secret, ledger, trust
+        self._secret, self._ledger = secret, ledger
+        self._trust = trust and replace(trust, peer=executor_host(executor.name))
         self._task = start_vital(self._run(), f"stream to {executor.name}")
 
     async def close(self) -> None:

@@ -52,7 +52,7 @@ class Machine:
 
     def certs(self, name: str) -> Path:
         """What the volume certs-{name} holds."""
-        return self.folder / "ca" / name
+        return self.folder / "ca" / ("executors/local" if name == "execution" else name)
 
     def here(self, text: str) -> str:
         text = text.replace("admission:7411", f"127.0.0.1:{self.internal_port}")

@@ -105,6 +105,16 @@ class Admission(admission_pb2_grpc.AdmissionServiceServicer):
         self._noted(request, context)
         yield from self.download
 
+    def ListAdapters(self, request, context):
+        self._noted(request, context)
+        number = int(request.page_token or 0)
+        adapters = [artifact_pb2.Adapter(name=f"tenants/a/adapters/x{number}", size_bytes=7)]
+        return pb.ListAdaptersResponse(adapters=adapters, next_page_token=str(number + 1) if number < 2 else "")
+
+    def DeleteAdapter(self, request, context):
+        self._noted(request, context)
+        return pb.DeleteAdapterResponse()
+
     def WatchTask(self, request, context):
         self._noted(request, context)
         until = self.cuts.pop(0) if self.cuts else 0

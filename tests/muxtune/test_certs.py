@@ -16,13 +16,15 @@ from typer.testing import CliRunner
 from muxtune.cli.authority import NAMES, issue, issue_where_due
 from muxtune.cli.main import app
 
+FOLDERS = {**{name: name for name in NAMES}, "executors/local": "execution"}  # and whose certificate is in it
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("certs") / "made by it"
     done = CliRunner().invoke(app, ["certs", str(made), "--host", "muxtune.example.com", "--host", "192.0.2.7"])
     assert done.exit_code == 0, done.output
-    assert all(str(made / name) in done.output for name in NAMES)
+    assert all(str(made / name) in done.output for name in FOLDERS)
     return made
 
 
@@ -34,47 +36,69 @@ def roots(folder: Path) -> Store:
     return Store([load(folder / "ca.crt")])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_each_is_verified_as_what_it_is(folder: Path, name: str) -> None:
-    certificate = load(folder / name / "tls.crt")
+    certificate, role = load(folder / name / "tls.crt"), FOLDERS[name]
     client = PolicyBuilder().store(roots(folder)).build_client_verifier().verify(certificate, [])
-    assert client.subjects is not None and x509.DNSName(name) in client.subjects
+    assert client.subjects is not None and x509.DNSName(role) in client.subjects
     uses = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert (ExtendedKeyUsageOID.SERVER_AUTH in uses) == (name != "operator")
-    for other in NAMES:
+    for other in (*FOLDERS.values(), "local.execution", "other.execution"):
         verifier = PolicyBuilder().store(roots(folder)).build_server_verifier(x509.DNSName(other))
-        if other == name != "operator":
+        if other == role != "operator" or (role, other) == ("execution", "local.execution"):
             verifier.verify(certificate, [])
         else:
             with pytest.raises(VerificationError):
                 verifier.verify(certificate, [])
 
 
+def test_each_executor_has_a_certificate_of_its_own_name(tmp_path: Path) -> None:
+    issue(tmp_path, executors=["gpu-0", "gpu-1"])
+    first = {path.name: load(path / "tls.crt") for path in (tmp_path / "executors").iterdir()}
+    assert set(first) == {"gpu-0", "gpu-1"}
+    done = CliRunner().invoke(app, ["certs", str(tmp_path), "--executor", "gpu-2"])
+    assert done.exit_code == 0, done.output
+    for name in ("gpu-0", "gpu-1", "gpu-2"):
+        folder = tmp_path / "executors" / name
+        certificate = load(folder / "tls.crt")
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        assert names.get_values_for_type(x509.DNSName) == ["execution", f"{name}.execution"]
+        assert name not in first or certificate.serial_number != first[name].serial_number  # renewed with the others
+        assert str(folder) in done.output
+
+
+@pytest.mark.parametrize("name", ["", "Local", "a.b", "a/b", "..", "-a", "a-", "a" * 64, "ä", "*", "a\n"])
+def test_what_names_no_executor_gets_no_certificate(tmp_path: Path, name: str) -> None:
+    done = CliRunner().invoke(app, ["certs", str(tmp_path / "made"), "--executor", name])
+    assert done.exit_code == 1 and "names no executor" in done.output
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "::1", "muxtune.example.com", "192.0.2.7"])
 def test_openssl_finds_the_hosts_in_admissions_and_in_no_other(folder: Path, host: str) -> None:
     kind = "-verify_ip" if host[-1].isdigit() else "-verify_hostname"
-    for name in NAMES:
+    for name in FOLDERS:
         command = ["openssl", "verify", "-CAfile", folder / "ca.crt", kind, host, folder / name / "tls.crt"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode == 0) == (name == "admission"), done.stderr
 
 
 def test_keys_fit_and_are_their_owners_alone(folder: Path) -> None:
-    for name in NAMES:
+    for name in FOLDERS:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(folder / name / "tls.crt", folder / name / "tls.key")
     for path in (*folder.rglob("*.key"), *folder.rglob("*.crt")):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     keys = {path.read_bytes() for path in folder.rglob("*.key")}
-    assert len(keys) == len(NAMES) + 1
+    assert len(keys) == len(FOLDERS) + 1
     assert not list(folder.rglob(".partial-*"))
 
 
 def test_another_run_renews_under_the_same_ca(tmp_path: Path) -> None:
     issue(tmp_path)
-    ca, first = (tmp_path / "ca.crt").read_bytes(), load(tmp_path / "execution" / "tls.crt")
+    ca, first = (tmp_path / "ca.crt").read_bytes(), load(tmp_path / "executors" / "local" / "tls.crt")
     issue(tmp_path, days=5)
-    second = load(tmp_path / "execution" / "tls.crt")
-    assert (tmp_path / "ca.crt").read_bytes() == ca == (tmp_path / "execution" / "ca.crt").read_bytes()
+    second = load(tmp_path / "executors" / "local" / "tls.crt")
+    assert (tmp_path / "ca.crt").read_bytes() == ca == (tmp_path / "executors" / "local" / "ca.crt").read_bytes()
     assert second.serial_number != first.serial_number
     left = second.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
     assert datetime.timedelta(days=4) < left <= datetime.timedelta(days=5)
@@ -83,11 +107,12 @@ def test_another_run_renews_under_the_same_ca(tmp_path: Path) -> None:
 def test_a_start_renews_what_ends_soon_and_nothing_else(tmp_path: Path) -> None:
     issue_where_due(tmp_path)
     made = {path: path.read_bytes() for path in tmp_path.rglob("tls.crt")}
-    assert len(made) == len(NAMES)
+    assert len(made) == len(FOLDERS)
     issue_where_due(tmp_path)
     assert made == {path: path.read_bytes() for path in made}
     issue(tmp_path, days=29)
     issue_where_due(tmp_path)
+    assert len({load(path).serial_number for path in made}) == len(made)
     for path in made:
         left = load(path).not_valid_after_utc - datetime.datetime.now(datetime.UTC)
         assert left > datetime.timedelta(days=80)

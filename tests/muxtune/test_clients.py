@@ -30,6 +30,8 @@ UNARY = {
     "list_datasets": (),
     "delete_dataset": ("tenants/a/datasets/d",),
     "preflight_dataset": ("tenants/a/datasets/d", "tiny", task_pb2.Training()),
+    "list_adapters": (),
+    "delete_adapter": ("tenants/a/adapters/x",),
     "list_backbones": (),
 }
 

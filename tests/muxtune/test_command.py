@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 NAME = "tenants/a/tasks/t"
 COMMANDS = [
     "up", "demo", "dataset put", "dataset ls", "dataset check", "dataset rm", "task create", "task ls", "task show",
-    "task watch", "task cancel", "adapter pull", "adapter push", "plan show", "plan explain",
+    "task watch", "task cancel", "adapter pull", "adapter push", "adapter ls", "adapter rm", "plan show", "plan explain",
     "plan whatif", "plan timeline", "plan profile", "plan simulate", "key create", "key ls", "key revoke",
     "verify", "certs", "tenant quota", "tenant usage", "tenant audit",
 ]  # fmt: skip
@@ -38,6 +38,7 @@ READING = {
     "dataset ls": ("num_rows", 3),
     "dataset check tenants/a/datasets/d": ("num_rows", "3"),
     "task ls": ("name", "tenants/a/tasks/t0"),
+    "adapter ls": ("name", "tenants/a/adapters/x0"),
     f"task show {NAME}": ("state", "TASK_STATE_SUCCEEDED"),
     f"task watch {NAME}": ("sequence", "1"),
 }

@@ -66,7 +66,7 @@ async def remove(address: str, trusted: Trust, **options: object) -> None:
         await alignment_pb2_grpc.AlignmentServiceStub(channel).RemoveDataset(REMOVE, **options)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "execution"])
 async def test_only_the_peers_in_the_table_get_in(alignment: Server, name: str) -> None:
     if name == "admission":
         await remove(alignment.address, trust(name, "alignment"))
@@ -190,7 +190,7 @@ async def test_half_replaced_files_change_nothing(tmp_path: Path) -> None:
     issue(tmp_path)
     trusted = Trust(Certificates(tmp_path / "admission"), "alignment")
     async with Server(Certificates(tmp_path / "alignment")) as server:
-        (tmp_path / "alignment" / "tls.key").write_bytes((tmp_path / "execution" / "tls.key").read_bytes())
+        (tmp_path / "alignment" / "tls.key").write_bytes((tmp_path / "scheduling" / "tls.key").read_bytes())
         await remove(server.address, trusted)
         (tmp_path / "alignment" / "tls.crt").unlink()
         await remove(server.address, trusted)
@@ -219,7 +219,7 @@ async def test_a_channel_outlives_a_folder_that_is_half_replaced(alignment: Serv
 
 
 async def test_health_wants_a_certificate_and_no_role(alignment: Server) -> None:
-    for name in NAMES:
+    for name in (*NAMES, "execution"):
         answer = await asyncio.to_thread(is_serving, alignment.address, trust(name, "alignment"))
         assert answer
 

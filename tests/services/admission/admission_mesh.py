@@ -54,7 +54,7 @@ from services.mesh import open_channel
 SECRET = "mesh_of-the-tests"
 DATABASES = ["sqlite", "postgresql"]
 TIMEOUT_SECONDS = 20.0
-MAX_DATASET_BYTES, MAX_ADAPTER_BYTES = 1 << 20, 1 << 20
+MAX_DATASET_BYTES, MAX_UPLOAD_BYTES = 1 << 20, 1 << 20
 ROWS = [{"text": "the quick brown fox " * (1 + i % 3)} for i in range(10)]
 
 
@@ -161,7 +161,7 @@ class Admission:
         self.admitter = Admitter(self.database, self.artifacts, alignment, quota)
         self.limits = LimitsWatch(self.database, quota.to_proto(), self.notifier)
         servicer = self.servicer = AdmissionServicer(
-            self.database, self.artifacts, alignment, self.admitter, self.notifier, MAX_ADAPTER_BYTES
+            self.database, self.artifacts, alignment, self.admitter, self.notifier, MAX_UPLOAD_BYTES
         )
         limit = RateLimit(self.requests_per_second)
         gate = Gate(authenticator(self.key_store, SECRET, None, limit), audit=audited_in(self.database))

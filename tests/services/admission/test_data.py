@@ -250,6 +250,7 @@ def every_call_that_names(name: str) -> list[tuple[str, Any]]:
         ("GetDataset", pb.GetDatasetRequest(name=name)),
         ("PreflightDataset", preflight(name)),
         ("DeleteDataset", pb.DeleteDatasetRequest(name=name)),
+        ("DeleteAdapter", pb.DeleteAdapterRequest(name=name)),
         ("DownloadAdapter", pb.DownloadAdapterRequest(name=name)),
         ("CreateTask", pb.CreateTaskRequest(spec=spec(name))),
         ("EstimateTask", pb.EstimateTaskRequest(spec=spec(name))),
@@ -257,6 +258,7 @@ def every_call_that_names(name: str) -> list[tuple[str, Any]]:
         ("EstimateTask", pb.EstimateTaskRequest(parent=name)),
         ("ListTasks", pb.ListTasksRequest(parent=name)),
         ("ListDatasets", pb.ListDatasetsRequest(parent=name)),
+        ("ListAdapters", pb.ListAdaptersRequest(parent=name)),
     ]
 
 
@@ -289,7 +291,7 @@ async def test_anothers_name_and_one_that_is_not_there_answer_alike(admission: A
         assert all(len(texts) == 1 for texts in messages.values()), messages
     for odd in ("", "x", "tenants/other", "tenants/other/", "tenants/other/tasks/", "tenants/other/tasks/../x", "ä",
                 "\0", "tenants/other/tasks/x/y", "tenants/other/datasets/X", "tenants/other/tasks/x\n"):  # fmt: skip
-        for method, request in every_call_that_names(odd)[:7]:
+        for method, request in every_call_that_names(odd)[:8]:
             with refused(*DENIED):
                 await finish(getattr(stranger, method)(request))
     assert (admission.num_rows(), admission.files()) == before

@@ -137,6 +137,7 @@ def asking(kind: str, name: str) -> Iterator[tuple[str, Message]]:
         yield "CreateTask", pb.CreateTaskRequest(spec=spec(name))
         yield "EstimateTask", pb.EstimateTaskRequest(spec=spec(name))
     elif kind == "adapters":
+        yield "DeleteAdapter", pb.DeleteAdapterRequest(name=name)
         yield "DownloadAdapter", pb.DownloadAdapterRequest(name=name)
         asked = spec("tenants/acme/datasets/d")
         asked.initial_adapter = name
@@ -147,6 +148,7 @@ def asking(kind: str, name: str) -> Iterator[tuple[str, Message]]:
         yield "EstimateTask", pb.EstimateTaskRequest(parent=name, spec=spec("tenants/acme/datasets/d"))
         yield "ListTasks", pb.ListTasksRequest(parent=name)
         yield "ListDatasets", pb.ListDatasetsRequest(parent=name)
+        yield "ListAdapters", pb.ListAdaptersRequest(parent=name)
 
 
 @pytest.mark.parametrize("there", THEIRS)

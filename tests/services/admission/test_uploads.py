@@ -16,8 +16,8 @@ from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import artifact_pb2
 from tests.services.admission.admission_mesh import (
     DATABASES,
-    MAX_ADAPTER_BYTES,
     MAX_DATASET_BYTES,
+    MAX_UPLOAD_BYTES,
     TEN_ROWS,
     TIMEOUT_SECONDS,
     Admission,
@@ -335,7 +335,7 @@ async def test_adapters_that_are_none(admission: Admission, temporary: Path) -> 
 
 async def test_an_adapter_over_the_limit_however_it_counts(admission: Admission, temporary: Path) -> None:
     begin = adapter("header")
-    for sizes in ((MAX_ADAPTER_BYTES + 1,), (MAX_ADAPTER_BYTES, 1), (10, 2**62)):
+    for sizes in ((MAX_UPLOAD_BYTES + 1,), (MAX_UPLOAD_BYTES, 1), (10, 2**62)):
         files = [
             adapter("file", file_name=name, size_bytes=size)
             for name, size in zip((CONFIG, WEIGHTS), sizes, strict=False)

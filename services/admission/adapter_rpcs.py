@@ -1,0 +1,147 @@
+"""The RPCs of adapters. What each promises stands in protos/muxtune/v1/admission.proto."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from engine.errors import (
+    AlreadyExistsError,
+    ArtifactCorruptError,
+    IllegalTransitionError,
+    InvalidInputError,
+    QuotaExceededError,
+    RequestIdReusedError,
+    UnavailableError,
+)
+from engine.task import TaskState
+from muxtune.v1 import admission_pb2 as pb
+from muxtune.v1 import artifact_pb2
+from services.admission import catalog, pages, requests, tasks
+from services.admission.admit import Admitter
+from services.admission.database import Database
+from services.admission.names import authorize, new_name, parent_of
+from services.admission.receipt import FolderReceipt
+from services.admission.tables import adapters
+from services.artifacts import ArtifactStore, Manifest
+from services.auth import current_principal
+
+_CHUNK_BYTES = 1 << 20
+_log = logging.getLogger(__name__)
+
+
+class AdapterRpcs:
+    """Part of AdmissionServicer."""
+
+    _database: Database
+    _artifacts: ArtifactStore
+    _admitter: Admitter
+    _max_upload_bytes: int
+
+    async def UploadAdapter(self, request_iterator: Any, context: Any) -> pb.UploadAdapterResponse:
+        receipt, header = FolderReceipt(self._max_upload_bytes), None
+        async for request in request_iterator:
+            part = request.WhichOneof("part")
+            if part == "header" and header is None:
+                header = request.header
+                tenant = parent_of(current_principal(), header.parent)
+                await asyncio.to_thread(self._admitter.check_adapters, tenant)
+            elif part == "file" and header is not None:
+                receipt.open(request.file)
+            elif part == "chunk" and header is not None:
+                receipt.add(request.chunk)
+            else:
+                raise InvalidInputError.of_field("part", f"{part} is out of order: header, then each file and chunks")
+        if header is None:
+            raise InvalidInputError.of_field("header", "is missing: nothing was sent")
+        return pb.UploadAdapterResponse(
+            adapter=await asyncio.to_thread(self._store_adapter, tenant, header, receipt.close())
+        )
+
+    async def DownloadAdapter(
+        self, request: pb.DownloadAdapterRequest, context: Any
+    ) -> AsyncIterator[pb.DownloadAdapterResponse]:
+        manifest = await asyncio.to_thread(self._adapter_manifest, request.name)
+        for name, entry in sorted(manifest.files.items()):
+            try:
+                data = await asyncio.to_thread(self._artifacts.read_file, manifest, name)
+            except ArtifactCorruptError:
+                await asyncio.to_thread(self._adapter_manifest, request.name)  # it was deleted meanwhile: it says so
+                raise
+            yield pb.DownloadAdapterResponse(
+                file=artifact_pb2.FileHeader(file_name=name, size_bytes=entry.size_bytes, sha256=entry.sha256)
+            )
+            for offset in range(0, len(data), _CHUNK_BYTES):
+                chunk = artifact_pb2.FileChunk(offset=offset, data=data[offset : offset + _CHUNK_BYTES])
+                yield pb.DownloadAdapterResponse(chunk=chunk)
+
+    async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Any) -> pb.ListAdaptersResponse:
+        tenant = parent_of(current_principal(), request.parent)
+        size, query = pages.size(request.page_size), ["adapters", tenant]
+        rows = await asyncio.to_thread(self._adapter_page, tenant, pages.start(query, request.page_token), size + 1)
+        shown = rows[:size]
+        more = pages.token(query, shown[-1].created, shown[-1].name) if len(rows) > size else ""
+        return pb.ListAdaptersResponse(adapters=[catalog.adapter_to_proto(row) for row in shown], next_page_token=more)
+
+    async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Any) -> pb.DeleteAdapterResponse:
+        name = authorize(current_principal(), request.name, "adapters")
+        folder = await asyncio.to_thread(self._delete_adapter, name)
+        try:
+            await asyncio.to_thread(self._artifacts.delete_folder, folder)
+        except UnavailableError as error:  # the tenant's adapter is gone; its files go with a later sweep
+            _log.warning("files of %s stay for now: %s", name, error)
+        return pb.DeleteAdapterResponse()
+
+    def _store_adapter(
+        self, tenant: str, header: artifact_pb2.UploadHeader, files: dict[str, bytes]
+    ) -> artifact_pb2.Adapter:
+        digest = requests.body_hash(*(data for _, data in sorted(files.items())))
+        body = requests.body_hash(header.id.encode(), digest.encode())
+        with self._database.read() as connection:
+            if made := requests.find(connection, tenant, header.request_id, "UploadAdapter", body):
+                return catalog.adapter_to_proto(catalog.adapter_row(connection, made))
+            name = new_name(tenant, "adapters", header.id, "header.id")
+            catalog.existing_adapter(connection, name, digest)
+        folder = catalog.new_upload(name, digest)
+        manifest = self._artifacts.commit_folder(folder, files, {})
+        try:
+            row = self._record_adapter(tenant, name, header.request_id, body, digest, manifest)
+        except (AlreadyExistsError, QuotaExceededError, RequestIdReusedError):
+            self._artifacts.delete_folder(folder)
+            raise
+        if row.manifest_key != manifest.key:  # it is there already, under this name or of the same request
+            self._artifacts.delete_folder(folder)
+        return catalog.adapter_to_proto(row)
+
+    def _record_adapter(
+        self, tenant: str, name: str, request_id: str, body: str, digest: str, manifest: Manifest
+    ) -> Any:
+        """The row that stands for it."""
+        with self._database.write() as connection:
+            made = requests.find(connection, tenant, request_id, "UploadAdapter", body)
+            if made is None:
+                if catalog.existing_adapter(connection, name, digest) is None:
+                    self._admitter.check_adapters_again(connection, tenant, manifest.size_bytes)
+                    catalog.insert_adapter(connection, name, manifest.key, manifest.size_bytes)
+                requests.remember(connection, tenant, request_id, "UploadAdapter", body, name)
+            return catalog.adapter_row(connection, made or name)
+
+    def _adapter_page(self, tenant: str, before: tuple[int, str] | None, limit: int) -> Any:
+        with self._database.read() as connection:
+            return catalog.page(connection, adapters, tenant, before, limit)
+
+    def _delete_adapter(self, name: str) -> str:
+        with self._database.write() as connection:
+            return catalog.delete_adapter(connection, name)
+
+    def _adapter_manifest(self, name: str) -> Manifest:
+        principal = current_principal()
+        with self._database.read() as connection:
+            if "/tasks/" in name:
+                row = tasks.row_of(connection, authorize(principal, name, "tasks"))
+                if not row.adapter:
+                    why = "it was deleted" if row.state == TaskState.SUCCEEDED.name else f"it is {row.state}"
+                    raise IllegalTransitionError(f"{name} has no adapter: {why}", task=name, state=row.state)
+                name = row.adapter
+            key = catalog.adapter_row(connection, authorize(principal, name, "adapters")).manifest_key
+        return self._artifacts.read_manifest(key)
