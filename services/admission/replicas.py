@@ -18,6 +18,7 @@ from engine.errors import MuxtuneError
 from services.admission.database import Database
 from services.admission.notifier import Notifier
 
+SESSION = "muxtune replica"  # as pg_stat_activity names it
 _CHANNEL, _EVERYTHING = "muxtune_changes", "*"
 _KEEPER_LOCK = 0x6D7579
 _TURN_SECONDS = 0.5  # how often a replica asks for the lock, or says that it still lives
@@ -74,6 +75,7 @@ class Replicas:
     async def _open_session(self) -> "psycopg.AsyncConnection[Any]":
         async with asyncio.timeout(_SILENCE_SECONDS):
             session = await psycopg.AsyncConnection.connect(**self._database.connect_arguments(), autocommit=True)
+            await session.execute(f"SET application_name = '{SESSION}'")
             await session.execute(f"SET idle_session_timeout = '{_SILENCE_SECONDS}s'")
             await session.execute(f"LISTEN {_CHANNEL}")
         return session
