@@ -59,8 +59,8 @@ def channel_options(health_of: str = "") -> list[tuple[str, Any]]:
         ("grpc.service_config", service_config(health_of)),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", 10_000 if health_of else 30_000),  # one that is paused says nothing of its health
+        ("grpc.keepalive_timeout_ms", 5_000 if health_of else 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),  # else pings stop after two on an idle stream
         ("grpc.max_reconnect_backoff_ms", 2_000),
