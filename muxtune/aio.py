@@ -21,7 +21,6 @@ from muxtune.errors import UnavailableError, raising
 from muxtune.transport import (
     ADMIT_SECONDS,
     DEADLINE_SECONDS,
-    OPTIONS,
     STREAM_BACKOFFS_SECONDS,
     TRANSFER_SECONDS,
     CallOptions,
@@ -30,11 +29,13 @@ from muxtune.transport import (
     adapter_requests,
     address_and_key,
     call_span,
+    channel_options,
     credentials,
     dataset_requests,
     metadata,
     new_request_id,
     rows_as_bytes,
+    target,
     watch_backoff,
 )
 from muxtune.v1 import admission_pb2 as pb
@@ -44,14 +45,16 @@ from muxtune.v1 import admission_pb2_grpc, artifact_pb2, dataset_pb2, task_pb2
 class AsyncClient:
     """Speaks to admission with one tenant's key, from one event loop. Close it, or use it as a context manager.
 
+    `address`: "host:port", whose name may stand for several replicas, or "ip:port,ip:port"; default: MUXTUNE_ADDRESS.
     `ca`: file with the roots of admission's certificate; default: MUXTUNE_CA, else the system's.
     """
 
     def __init__(self, address: str | None = None, api_key: str | None = None, ca: Path | str | None = None) -> None:
         address, self._api_key = address_and_key(address, api_key)
         secure = credentials(address, ca)
+        dialled, options = target(address), channel_options(address)
         self._channel = (
-            grpc.aio.secure_channel(address, secure, OPTIONS) if secure else grpc.aio.insecure_channel(address, OPTIONS)
+            grpc.aio.secure_channel(dialled, secure, options) if secure else grpc.aio.insecure_channel(dialled, options)
         )
         self._stub: admission_pb2_grpc.AdmissionServiceAsyncStub = admission_pb2_grpc.AdmissionServiceStub(
             self._channel

@@ -42,14 +42,16 @@ _RETRY_POLICY = {
         # Not streams: the client does it, whole. A client's stream cannot be sent again by gRPC; a server's that gRPC
         # tries again hangs now and then, for good, when its server is killed (grpcio 1.85; tests/test_mesh_kills.py).
         {"name": [{"service": "muxtune.v1.AdmissionService", "method": method} for method in STREAMED]},
-    ]
+    ],
+    "loadBalancingConfig": [{"round_robin": {}}],  # over admission's replicas
 }
-OPTIONS: list[tuple[str, Any]] = [
+_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.service_config", json.dumps(_RETRY_POLICY)),
-    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_time_ms", 10_000),  # a replica that is cut off or paused is found out before calls time out
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_receive_message_length", 16 << 20),
     ("grpc.max_reconnect_backoff_ms", 3_000),
+    ("grpc.dns_min_time_between_resolutions_ms", 2_000),  # replicas come and go
 ]
 _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 Rows = Iterable[Mapping[str, Any]]
@@ -76,6 +78,31 @@ def address_and_key(address: str | None, api_key: str | None) -> tuple[str, str]
     if not address or not api_key:
         raise UnauthenticatedError("no address or API key: pass them, or set MUXTUNE_ADDRESS and MUXTUNE_API_KEY")
     return address, api_key
+
+
+def target(address: str) -> str:
+    """What gRPC dials for "host:port", whose name may stand for several replicas, or for a list, "ip:port,ip:port".
+
+    Raises InvalidInputError for a list of names: gRPC resolves one.
+    """
+    if "," not in address:
+        return address
+    replicas = [replica.strip().replace("localhost", "127.0.0.1") for replica in address.split(",")]
+    try:
+        versions = {ipaddress.ip_address(_host(replica)).version for replica in replicas}
+    except ValueError as error:
+        raise InvalidInputError(
+            f'address "{address}": {error}: each of a list must be IP:PORT; else give one name that resolves to all'
+        ) from error
+    if len(versions) > 1:
+        raise InvalidInputError(f'address "{address}": IPv4 and IPv6 are mixed: give addresses of one kind')
+    return f"ipv{versions.pop()}:{','.join(replicas)}"
+
+
+def channel_options(address: str) -> list[tuple[str, Any]]:
+    """Of a list of replicas, the certificate of each must name the first: the list is no name."""
+    named = [("grpc.ssl_target_name_override", _host(address.split(",")[0]))] if "," in address else []
+    return [*_OPTIONS, *named]
 
 
 def credentials(address: str, ca: Path | str | None) -> grpc.ChannelCredentials | None:
@@ -207,12 +234,16 @@ class FolderSink:
 
 
 def is_loopback(address: str) -> bool:
-    """Of "host:port"."""
-    host = address.rpartition(":")[0].strip("[]")
+    """Of "host:port", or of all in a list."""
+    hosts = [_host(replica) for replica in address.split(",")]
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return all(host == "localhost" or ipaddress.ip_address(host).is_loopback for host in hosts)
     except ValueError:
         return False
+
+
+def _host(address: str) -> str:
+    return address.strip().rpartition(":")[0].strip("[]")
 
 
 def _check_replaceable(dest: Path) -> None:

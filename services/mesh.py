@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 from opentelemetry.trace import SpanKind
 
+from muxtune.transport import target
 from muxtune.v1 import admission_pb2, alignment_pb2, execution_pb2, ledger_pb2
 from services.auth import bearer_metadata
 from services.certificates import Dialled, Trust
@@ -32,9 +33,11 @@ _RETRY_POLICY = {
 }
 
 
-def service_config() -> str:
+def service_config(health_of: str = "") -> str:
     """Everything is retried but streams: who has one opens it again. gRPC cannot send a client's again, and a server's
     that it tries again hangs now and then, for good, when its server is killed (grpcio 1.85; tests/test_mesh_kills.py).
+
+    Replicas are called in turn; with `health_of`, those that say they serve that service.
     """
     modules = (admission_pb2, alignment_pb2, execution_pb2, ledger_pb2)
     services = (s for m in modules for s in m.DESCRIPTOR.services_by_name.values())
@@ -44,33 +47,40 @@ def service_config() -> str:
         for method in service.methods
         if method.client_streaming or method.server_streaming
     ]
-    return json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": _RETRY_POLICY}, {"name": streamed}]})
+    config: dict[str, Any] = {
+        "methodConfig": [{"name": [{}], "retryPolicy": _RETRY_POLICY}, {"name": streamed}],
+        "loadBalancingConfig": [{"round_robin": {}}],
+    }
+    return json.dumps(config | ({"healthCheckConfig": {"serviceName": health_of}} if health_of else {}))
 
 
-def channel_options() -> list[tuple[str, Any]]:
+def channel_options(health_of: str = "") -> list[tuple[str, Any]]:
     return [
-        ("grpc.service_config", service_config()),
+        ("grpc.service_config", service_config(health_of)),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", 10_000 if health_of else 30_000),  # one that is paused says nothing of its health
+        ("grpc.keepalive_timeout_ms", 5_000 if health_of else 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),  # else pings stop after two on an idle stream
         ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.dns_min_time_between_resolutions_ms", 2_000),  # replicas come and go
         ("grpc.use_local_subchannel_pool", 1),
     ]
 
 
-def open_channel(address: str, secret: str, trust: Trust | None = None) -> grpc.aio.Channel:
+def open_channel(address: str, secret: str, trust: Trust | None = None, health_of: str = "") -> grpc.aio.Channel:
     """An asyncio channel. Calls on it raise `engine.errors`, never grpc.RpcError; close it when done.
 
-    With `trust` it is mutual TLS, dialled anew when the certificates are replaced; else the secret goes in plain text.
+    `address`: "host:port", or several replicas' (`muxtune.transport.target`). With
+    `trust` it is mutual TLS, dialled anew when the certificates are replaced; else the secret goes in plain text.
     """
 
     def dial() -> grpc.aio.Channel:
+        options = channel_options(health_of)
         if trust is None:
-            return grpc.aio.insecure_channel(address, options=channel_options())
-        return grpc.aio.secure_channel(address, trust.credentials(), options=[*channel_options(), *trust.options()])
+            return grpc.aio.insecure_channel(target(address), options)
+        return grpc.aio.secure_channel(target(address), trust.credentials(), [*options, *trust.options()])
 
     return MeshChannel(Dialled(dial, trust), address, secret)
 

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -51,12 +51,13 @@ async def serve(
     on_stop: Callable[[], Awaitable[None]] | None = None,
     stopping: asyncio.Event | None = None,
     health: health_aio.HealthServicer | None = None,
+    unannounced: Collection[str] = (),
     grace_seconds: float = 5,
 ) -> None:
     """Serves until SIGTERM, SIGINT or `stopping`; then health says NOT_SERVING, `on_stop` runs, calls get the grace.
 
-    `register` adds servicers and returns their full names. Whoever passes `health` may change it meanwhile. Exits with
-    a clear error if the port is taken.
+    `register` adds servicers and returns their full names. Whoever passes `health` may change it meanwhile, and alone
+    says how the services `unannounced` are. Exits with a clear error if the port is taken.
     """
     parent = os.getppid()
     telemetry = configure(service_name, settings)
@@ -68,6 +69,7 @@ async def serve(
     if settings.reflection:
         reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
     address, *_ = [_bind(server, *port) for port in settings.ports()]
+    names = [name for name in names if name not in unannounced]
     await _announce(health, names, health_pb2.HealthCheckResponse.NOT_SERVING)  # it would say SERVING before it is
     await server.start()
     stopping = stopping or asyncio.Event()

@@ -27,6 +27,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from muxtune.cli.authority import CA, CERTIFICATE, DEFAULT_EXECUTOR, EXECUTORS, KEY, issue_where_due
 from muxtune.client import Client
 from muxtune.errors import raising
+from muxtune.transport import target
 from muxtune.v1 import key_pb2, key_pb2_grpc
 
 START_ORDER = ("alignment", "admission", "scheduling", "execution")
@@ -288,7 +289,7 @@ def secure_channel(address: str, certs: Path, service: str) -> grpc.Channel:
     """Mutual TLS with the certificate in `certs`; whoever answers there must be that service."""
     key, chain, roots = ((certs / name).read_bytes() for name in (KEY, CERTIFICATE, CA))
     options = [("grpc.ssl_target_name_override", service)]
-    return grpc.secure_channel(address, grpc.ssl_channel_credentials(roots, key, chain), options)
+    return grpc.secure_channel(target(address), grpc.ssl_channel_credentials(roots, key, chain), options)
 
 
 def read_state(data: Path) -> dict[str, Any]:

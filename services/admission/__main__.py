@@ -3,9 +3,12 @@
 import asyncio
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import aio as health_aio
 
 from engine.planning.plan import Limits
 from muxtune.v1 import (
@@ -23,12 +26,14 @@ from services.admission.admit import Admitter, Quota
 from services.admission.audit import audited_in
 from services.admission.database import Database
 from services.admission.identity import RateLimit, authenticator
+from services.admission.keeping import LEDGER_SERVICE, Keeping
 from services.admission.keys import KeyStore
 from services.admission.ledger import Ledger
 from services.admission.limits import LimitsWatch
 from services.admission.notifier import Notifier
 from services.admission.oidc import Provider, TokenVerifier
 from services.admission.operator import OperatorServicer
+from services.admission.replicas import Alone, Replicas
 from services.admission.servicer import AdmissionServicer, KeyServicer, LedgerServicer
 from services.admission.sweep import Sweeper
 from services.admission.sweeping import Sweeping
@@ -112,9 +117,15 @@ async def main() -> None:
     default = quota.to_proto()
     admitter = Admitter(database, artifacts, alignment, quota)
     servicer = AdmissionServicer(database, artifacts, alignment, admitter, notifier, settings.max_upload_bytes)
-    sweeping = Sweeping(Sweeper(database, artifacts), servicer.sweep_datasets)
-    store = Ledger(database, quota=default, max_crashes=settings.max_crashes)
-    ledger = LedgerServicer(store, notifier, sweeping.add)
+    sweeping = Sweeping(Sweeper(database, artifacts), servicer.dataset_bytes.sweep)
+    ledger, limits = LedgerServicer(notifier, sweeping.add), LimitsWatch(database, default, notifier)
+    take, health = (
+        partial(Ledger, database, quota=default, max_crashes=settings.max_crashes),
+        health_aio.HealthServicer(),
+    )
+    keeping = Keeping(take, ledger, (ledger.announce_expiries, sweeping.run, limits.run), health)
+    replicas = Replicas(database, notifier) if database.is_shared else Alone()
+    running: list[asyncio.Task[None]] = []
 
     def register(server: grpc.aio.Server) -> list[str]:
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, server)
@@ -124,24 +135,29 @@ async def main() -> None:
         modules = (admission_pb2, key_pb2, operator_pb2, ledger_pb2)
         return [service.full_name for m in modules for service in m.DESCRIPTOR.services_by_name.values()]
 
+    async def start(address: str) -> None:
+        await health.set(LEDGER_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+        running.append(start_vital(replicas.run(keeping.keep), "replicas"))
+        running.append(start_vital(replicas.tell(), "word to other replicas"))
+
     async def stop() -> None:
         notifier.close()
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
-    running = [
-        start_vital(ledger.announce_expiries(), "leases"),
-        start_vital(sweeping.run(), "sweep"),
-        start_vital(LimitsWatch(database, default, notifier).run(), "limits"),
-    ]
     await serve(
         "admission",
         settings,
         register,
         authenticate=settings.authenticate(keys),
         audit=audited_in(database),
+        on_ready=start,
         on_stop=stop,
+        health=health,
+        unannounced=[LEDGER_SERVICE],
     )
-    for task in running:
-        task.cancel()
+    await replicas.tell_now()
     database.close()
 
 

@@ -2,10 +2,8 @@
 
 import asyncio
 import logging
-import re
 from collections.abc import AsyncIterator
 from typing import Any
-from weakref import WeakValueDictionary
 
 from engine.errors import InvalidInputError, MuxtuneError, UnavailableError
 from engine.target_modules import suffixes
@@ -14,6 +12,7 @@ from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, artifact_pb2, dataset_
 from services.admission import catalog, pages, requests
 from services.admission.admit import INSPECT_SECONDS, Admitter
 from services.admission.database import Database
+from services.admission.dataset_bytes import DatasetBytes
 from services.admission.ledger import known_executors
 from services.admission.names import authorize, new_name, parent_of
 from services.admission.tables import datasets
@@ -21,7 +20,6 @@ from services.artifacts import ArtifactStore
 from services.auth import current_principal
 from services.failpoints import failpoint
 
-_DATASET = re.compile(r"(tenants/[^/]+)/datasets/([0-9a-f]{64})\.jsonl")
 _log = logging.getLogger(__name__)
 
 
@@ -32,7 +30,7 @@ class DataRpcs:
     _artifacts: ArtifactStore
     _alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub"
     _admitter: Admitter
-    _bytes_locks: WeakValueDictionary[str, asyncio.Lock]
+    dataset_bytes: DatasetBytes
 
     async def UploadDataset(self, request_iterator: Any, context: Any) -> pb.UploadDatasetResponse:
         header, file, chunks = await _opening(request_iterator)
@@ -42,13 +40,13 @@ class DataRpcs:
         known = await asyncio.to_thread(self._existing_dataset, name, header.request_id, body, file.sha256.lower())
         if known is None:
             await asyncio.to_thread(self._admitter.check_bytes, tenant, file.size_bytes)
-            async with self._bytes_lock(tenant, file.sha256.lower()):
+            async with self.dataset_bytes.lock(tenant, file.sha256.lower()):
                 stored = await self._alignment.StoreDataset(_forwarded(tenant, file, chunks))
                 failpoint("dataset.stored")
                 try:
                     known = await asyncio.to_thread(self._store_dataset, tenant, name, header.request_id, body, stored)
                 except MuxtuneError:
-                    await self._remove_unreferenced(tenant, stored.sha256)
+                    await self.dataset_bytes.remove_unreferenced(tenant, stored.sha256)
                     raise
         return pb.UploadDatasetResponse(dataset=known)
 
@@ -79,10 +77,10 @@ class DataRpcs:
         principal = current_principal()
         name = authorize(principal, request.name, "datasets")
         dataset = await asyncio.to_thread(self._read_dataset, name)
-        async with self._bytes_lock(str(principal.tenant), dataset.sha256):
+        async with self.dataset_bytes.lock(str(principal.tenant), dataset.sha256):
             await asyncio.to_thread(self._delete_dataset, name)
             try:
-                await self._remove_unreferenced(str(principal.tenant), dataset.sha256)
+                await self.dataset_bytes.remove_unreferenced(str(principal.tenant), dataset.sha256)
             except UnavailableError as error:  # the tenant's dataset is gone; its bytes go with the next sweep
                 _log.warning("bytes of %s stay for now: %s", name, error)
         return pb.DeleteDatasetResponse()
@@ -90,23 +88,6 @@ class DataRpcs:
     async def ListBackbones(self, request: pb.ListBackbonesRequest, context: Any) -> pb.ListBackbonesResponse:
         executors = await asyncio.to_thread(self._executors)
         return pb.ListBackbonesResponse(backbones=_summaries(executors))
-
-    async def sweep_datasets(self) -> None:
-        """Removes bytes that no dataset holds: an upload or a deletion was cut short. Raises UnavailableError."""
-        keys = await asyncio.to_thread(self._artifacts.list, "tenants")
-        for found in filter(None, map(_DATASET.fullmatch, keys)):
-            async with self._bytes_lock(found[1], found[2]):
-                await self._remove_unreferenced(found[1], found[2])
-
-    def _bytes_lock(self, tenant: str, sha256: str) -> asyncio.Lock:
-        """Held while bytes are stored and their row is written, or the other way round: an upload must not find the
-        bytes that a deletion is about to remove."""
-        return self._bytes_locks.setdefault(f"{tenant} {sha256}", asyncio.Lock())
-
-    async def _remove_unreferenced(self, tenant: str, sha256: str) -> None:
-        """The bytes, if no dataset holds them. Call with their lock held."""
-        if not await asyncio.to_thread(self._is_referenced, tenant, sha256):
-            await self._alignment.RemoveDataset(alignment_pb2.RemoveDatasetRequest(tenant=tenant, sha256=sha256))
 
     def _dataset_name(self, tenant: str, header: artifact_pb2.UploadHeader, body: str) -> str:
         with self._database.read() as connection:
@@ -131,6 +112,7 @@ class DataRpcs:
             made = requests.find(connection, tenant, request_id, "UploadDataset", body)
             name = made or name
             if catalog.existing_dataset(connection, name, stored.sha256) is None:
+                self.dataset_bytes.check_kept(connection, tenant, stored.sha256)
                 self._admitter.check_bytes_again(connection, tenant, stored.size_bytes)
                 shapes = dict(stored.num_rows_by_shape)
                 catalog.insert_dataset(connection, name, stored.sha256, stored.size_bytes, stored.num_rows, shapes)
@@ -149,10 +131,6 @@ class DataRpcs:
     def _delete_dataset(self, name: str) -> None:
         with self._database.write() as connection:
             catalog.delete_dataset(connection, name)
-
-    def _is_referenced(self, tenant: str, sha256: str) -> bool:
-        with self._database.read() as connection:
-            return catalog.is_referenced(connection, tenant, sha256)
 
     def _executors(self) -> list[plan_pb2.Executor]:
         with self._database.read() as connection:

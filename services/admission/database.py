@@ -1,9 +1,11 @@
 """Transactions on the only database: SQLite by default, PostgreSQL by URL. Synchronous; callers use threads."""
 
+import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from alembic import command
@@ -13,6 +15,7 @@ from engine.errors import UnavailableError
 from services.failpoints import failpoint
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
+_SILENCE_SECONDS = 10
 _WRITERS_LOCK = 0x6D7578  # PostgreSQL's advisory lock: writers take turns, as they do on SQLite
 
 
@@ -23,8 +26,7 @@ class Database:
         self._is_sqlite = url.startswith("sqlite")
         self._engine = sa.create_engine(url, pool_pre_ping=not self._is_sqlite)
         self._writing = threading.Lock()
-        if self._is_sqlite:
-            sa.event.listen(self._engine, "connect", _configure_sqlite)
+        sa.event.listen(self._engine, "connect", _configure_sqlite if self._is_sqlite else _configure_postgresql)
 
     def migrate(self, revision: str = "head") -> None:
         """Brings the schema up to this code's (or to an older revision), from nothing if need be: whole or not at all,
@@ -52,6 +54,34 @@ class Database:
             failpoint("commit.before")
         failpoint("commit.after")
 
+    @contextmanager
+    def alone_with(self, key: str) -> Iterator[sa.Connection]:
+        """A transaction that reads, in which `holds` that key is true for nobody. Waits for those who hold it."""
+        with self._translated(), self._engine.begin() as connection:
+            if self.is_shared:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_lock_of(key))))
+            yield connection
+
+    def holds(self, connection: sa.Connection, key: str) -> bool:
+        """Until this transaction's end, unless somebody is alone with it. Always where no other process is."""
+        lock = sa.select(sa.func.pg_try_advisory_xact_lock_shared(_lock_of(key)))
+        return not self.is_shared or bool(connection.execute(lock).scalar())
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes may be at work on it."""
+        return not self._is_sqlite
+
+    def connect_arguments(self) -> dict[str, Any]:
+        """For a connection to PostgreSQL outside the pool, as psycopg takes them."""
+        return dict(self._engine.dialect.create_connect_args(self._engine.url)[1])
+
+    def notify(self, channel: str, payloads: Iterable[str]) -> None:
+        """Tells whoever listens on that channel of PostgreSQL."""
+        with self._translated(), self._engine.begin() as connection:
+            for payload in payloads:
+                connection.execute(sa.select(sa.func.pg_notify(channel, payload)))
+
     def close(self) -> None:
         self._engine.dispose()
 
@@ -59,8 +89,15 @@ class Database:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except sa.exc.OperationalError as error:
+        except sa.exc.DBAPIError as error:
+            if not isinstance(error, sa.exc.OperationalError) and not error.connection_invalidated:
+                raise
             raise UnavailableError(f"the database is away: {type(error.orig).__name__}") from error
+
+
+def _lock_of(key: str) -> int:
+    """As PostgreSQL numbers its advisory locks: 64 bits with a sign."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], signed=True)
 
 
 def _configure_sqlite(connection: object, record: object) -> None:
@@ -69,3 +106,9 @@ def _configure_sqlite(connection: object, record: object) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _configure_postgresql(connection: Any, record: object) -> None:
+    """A process that is paused or cut off amid a transaction must not keep all other writers waiting for good."""
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{_SILENCE_SECONDS}s'")
+    connection.commit()

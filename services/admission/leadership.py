@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from engine.errors import StaleEpochError
-from services.admission.database import Database
+from services.admission.fence import FencedDatabase
 from services.admission.tables import leaderships
 
 _ROLE = "scheduling"
@@ -18,7 +18,7 @@ _ROLE = "scheduling"
 class Leadership:
     """Its epoch stands in every plan that is committed, so that a leader who was superseded commits none."""
 
-    def __init__(self, database: Database, monotonic: Callable[[], float]) -> None:
+    def __init__(self, database: FencedDatabase, monotonic: Callable[[], float]) -> None:
         self._database, self._monotonic = database, monotonic
         with database.read() as connection:
             row = _row(connection)

@@ -1,8 +1,8 @@
 """The durable side of scheduling: leases, attempts, results. Everything is compared where it is committed:
 (executor's lease epoch), (task, attempt epoch, step), (plan version). Synchronous, no gRPC.
 
-Lease deadlines run on this process's monotonic clock, so a jump of the wall clock changes none; after a restart every
-lease gets its whole duration again.
+Lease deadlines run on this process's monotonic clock, so a jump of the wall clock changes none. After a restart, or
+with another keeper, every lease gets its whole duration again.
 """
 
 import math
@@ -20,6 +20,7 @@ from muxtune.v1 import operator_pb2, plan_pb2, task_pb2
 from services.admission import accounts, crashes, results, tasks
 from services.admission.clock import now
 from services.admission.database import Database
+from services.admission.fence import FencedDatabase
 from services.admission.leadership import Leadership, check_leader
 from services.admission.tables import executors, incarnations, plans
 from services.admission.tables import tasks as tasks_table
@@ -28,7 +29,8 @@ _ENDS = ("finished", "failed", "released")
 
 
 class Ledger:
-    """`monotonic` is the clock of leases, replaceable in tests. `quota`: of tenants without one of their own. A task
+    """Who makes one keeps the ledger: what an earlier one would still commit is refused, UnavailableError. `monotonic`
+    is the clock of leases, replaceable in tests. `quota`: of tenants without one of their own. A task
     fails that was alone on an executor which died, `max_crashes` times in a row with no new step since the first."""
 
     def __init__(
@@ -38,12 +40,13 @@ class Ledger:
         quota: operator_pb2.Quota | None = None,
         max_crashes: int = 3,
     ) -> None:
-        self.leadership = Leadership(database, monotonic)
-        self._database, self._quota, self._max_crashes = database, quota or operator_pb2.Quota(), max_crashes
+        self.fence = self._database = FencedDatabase(database)
+        self.leadership = Leadership(self.fence, monotonic)
+        self._quota, self._max_crashes = quota or operator_pb2.Quota(), max_crashes
         self._monotonic = monotonic
         self._deadlines: dict[str, float] = {}
         self._guard = threading.Lock()
-        with database.read() as connection:
+        with self.fence.read() as connection:
             for row in connection.execute(sa.select(executors).where(executors.c.is_ended.is_(False))):
                 self._deadlines[row.name] = monotonic() + row.lease_seconds
 

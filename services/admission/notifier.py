@@ -10,12 +10,14 @@ T = TypeVar("T")
 
 
 class Notifier:
-    """Waiters re-read the store after waking: a wake-up is a hint, so none can be lost or pile up."""
+    """Waiters re-read the store after waking: a wake-up is a hint, so none can be lost or pile up. `tell_others` takes
+    the names on to other processes on the same database (services/admission/replicas.py)."""
 
     def __init__(self) -> None:
         self._waiters: dict[str, set[asyncio.Event]] = {}
         self._closed = False
         self._commits: set[asyncio.Task[object]] = set()
+        self.tell_others: Callable[[Iterable[str]], None] | None = None
 
     async def after(self, commit: Callable[[], T], tell: Callable[[T], None]) -> T:
         """Runs the commit in a thread, then `tell` of what it answered, though the caller be cancelled meanwhile: what
@@ -37,14 +39,25 @@ class Notifier:
 
     def notify_tasks(self, names: Iterable[str]) -> None:
         """The named tasks have new events; nothing that a plan depends on changed."""
+        names = list(names)
+        self.wake(names)
+        if self.tell_others is not None:
+            self.tell_others(names)
+
+    def wake(self, names: Iterable[str]) -> None:
+        """Those who wait here."""
         for name in names:
             for event in self._waiters.get(name, ()):
                 event.set()
 
+    def wake_all(self) -> None:
+        """Whatever they wait for."""
+        self.wake(list(self._waiters))
+
     def close(self) -> None:
         """Wakes everyone for good: the service stops."""
         self._closed = True
-        self.notify(list(self._waiters))
+        self.wake_all()
 
     @property
     def is_closed(self) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -27,6 +26,7 @@ from services.admission.admit import Admitter
 from services.admission.clock import microseconds, timestamp
 from services.admission.data_rpcs import DataRpcs
 from services.admission.database import Database
+from services.admission.dataset_bytes import DatasetBytes
 from services.admission.keys import KeyStore
 from services.admission.ledger import Ledger
 from services.admission.notifier import ANYTHING, Notifier
@@ -52,7 +52,7 @@ class AdmissionServicer(TaskRpcs, DataRpcs, AdapterRpcs, admission_pb2_grpc.Admi
     ) -> None:
         self._database, self._artifacts, self._alignment = database, artifacts, alignment
         self._admitter, self._notifier, self._max_upload_bytes = admitter, notifier, max_upload_bytes
-        self._bytes_locks = WeakValueDictionary()
+        self.dataset_bytes = DatasetBytes(database, artifacts, alignment)
 
 
 class KeyServicer(key_pb2_grpc.KeyServiceServicer):
@@ -78,20 +78,37 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
 class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
     """LedgerService: the durable side of scheduling."""
 
-    def __init__(self, ledger: Ledger, notifier: Notifier, on_recorded: Callable[[Iterable[str]], None]) -> None:
-        self._ledger, self._notifier, self._on_recorded = ledger, notifier, on_recorded
+    def __init__(self, notifier: Notifier, on_recorded: Callable[[Iterable[str]], None]) -> None:
+        self._notifier, self._on_recorded = notifier, on_recorded
+        self._kept: Ledger | None = None
+
+    @contextmanager
+    def keeping(self, ledger: Ledger) -> Iterator[None]:
+        """Serves it meanwhile; before and after, every call is UNAVAILABLE here, and goes to who keeps it."""
+        self._kept = ledger
+        try:
+            yield
+        finally:
+            self._kept = None
+            self._notifier.wake([ANYTHING])  # its streams end
+
+    @property
+    def _ledger(self) -> Ledger:
+        if self._kept is None:
+            raise UnavailableError("this admission does not keep the ledger: another does, or will soon")
+        return self._kept
 
     async def WatchChanges(
         self, request: ledger_pb2.WatchChangesRequest, context: Any
     ) -> AsyncIterator[ledger_pb2.WatchChangesResponse]:
-        revision = 0
+        revision, ledger = 0, self._ledger
         with self._notifier.waiting(ANYTHING) as changed:
-            while not self._notifier.is_closed:
+            while not self._notifier.is_closed and self._kept is ledger:
                 changed.clear()
                 revision += 1
                 yield ledger_pb2.WatchChangesResponse(revision=revision)
                 await changed.wait()
-        raise UnavailableError("admission is stopping")
+        raise UnavailableError("this admission is stopping, or keeps the ledger no more")
 
     async def GetSnapshot(self, request: ledger_pb2.GetSnapshotRequest, context: Any) -> ledger_pb2.GetSnapshotResponse:
         await self.end_expired()

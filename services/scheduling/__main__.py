@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import grpc
 
 from engine.planning.plan import Limits
-from muxtune.v1 import ledger_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc
+from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc
 from services.auth import mesh_authenticator
 from services.config import ServerSettings, SettingsError, from_environment
 from services.mesh import open_channel
@@ -62,7 +62,9 @@ class SchedulingSettings(ServerSettings):
 
 async def main() -> None:
     settings = from_environment(SchedulingSettings, os.environ)
-    channel = open_channel(settings.admission_address, settings.mesh_secret, settings.trust("admission"))
+    keeper = ledger_pb2.DESCRIPTOR.services_by_name["LedgerService"].full_name  # one of several admissions serves it
+    trust = settings.trust("admission")
+    channel = open_channel(settings.admission_address, settings.mesh_secret, trust, keeper)
     ledger: ledger_pb2_grpc.LedgerServiceAsyncStub = ledger_pb2_grpc.LedgerServiceStub(channel)
     scheduler = Scheduler(
         ledger, settings.mesh_secret, settings.limits(), settings.weights(), settings.trust("execution")

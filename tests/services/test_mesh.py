@@ -168,7 +168,7 @@ async def test_metadata_of_the_caller_is_kept(start_mesh, spans) -> None:
 async def test_an_idle_stream_outlives_many_pings(start_mesh, monkeypatch) -> None:
     """A server of gRPC's own defaults ends such a stream in GOAWAY too_many_pings at the third, after four seconds."""
     fast = [(k, 1000 if k == "grpc.keepalive_time_ms" else v) for k, v in mesh_module.channel_options()]
-    monkeypatch.setattr(mesh_module, "channel_options", lambda: fast)  # gRPC pings once a second at most
+    monkeypatch.setattr(mesh_module, "channel_options", lambda *of: fast)  # gRPC pings once a second at most
     may_end = asyncio.Event()
 
     async def run_plan(requests, context):

@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -157,7 +157,9 @@ class Admission:
         self._to_alignment = open_channel(self._alignment_address, SECRET)
         alignment = alignment_pb2_grpc.AlignmentServiceStub(self._to_alignment)
         quota = Quota(self.quota, Limits(256, 1))
-        self.key_store, ledger = KeyStore(self.database), Ledger(self.database, self.clock, quota.to_proto())
+        self.key_store, ledger = KeyStore(self.database), LedgerServicer(self.notifier, lambda names: None)
+        self._keeping = ExitStack()
+        self._keeping.enter_context(ledger.keeping(Ledger(self.database, self.clock, quota.to_proto())))
         self.admitter = Admitter(self.database, self.artifacts, alignment, quota)
         self.limits = LimitsWatch(self.database, quota.to_proto(), self.notifier)
         servicer = self.servicer = AdmissionServicer(
@@ -171,9 +173,7 @@ class Admission:
         operator_pb2_grpc.add_OperatorServiceServicer_to_server(
             OperatorServicer(self.database, quota.to_proto(), self.notifier), self._server
         )
-        ledger_pb2_grpc.add_LedgerServiceServicer_to_server(
-            LedgerServicer(ledger, self.notifier, lambda names: None), self._server
-        )
+        ledger_pb2_grpc.add_LedgerServiceServicer_to_server(ledger, self._server)
         address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         await self._server.start()
         self._channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
@@ -184,6 +184,7 @@ class Admission:
         """As SIGTERM ends it: watchers are sent away, then the server stops."""
         self.started.clear()
         self.notifier.close()
+        self._keeping.close()
         await self._server.stop(TIMEOUT_SECONDS)
         await self._to_alignment.close()
         self.database.close()

@@ -170,7 +170,7 @@ async def test_bytes_that_no_dataset_holds_go_with_a_sweep(
         patched.setattr(alignment.servicer._catalog, "remove", away)
         await admission.tenant().DeleteDataset(pb.DeleteDatasetRequest(name=gone.name))
     assert admission.files() == both_files
-    await admission.servicer.sweep_datasets()
+    await admission.servicer.dataset_bytes.sweep()
     assert admission.files() == [f"tenants/acme/datasets/{kept.sha256}.jsonl"]
 
 

@@ -1,0 +1,148 @@
+"""A mesh with two admissions, "a" and "b", on one PostgreSQL. They can be killed, paused, cut off, started again."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+import psycopg
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from muxtune.cli.mesh import Mesh, secure_channel
+from muxtune.client import Client
+from services.admission.database import Database
+from services.admission.keeping import LEDGER_SERVICE
+from services.admission.replicas import SESSION
+
+NAMES = ("a", "b")
+_WAIT_SECONDS = 60.0
+
+
+class ReplicatedMesh:
+    """`environment`: as `Mesh` takes it. Clients know one admission or both; scheduling knows both."""
+
+    def __init__(
+        self, folder: Path, backbone: Path, url: str, environment: Mapping[str, Mapping[str, str]] | None = None
+    ) -> None:
+        self.folder, self.url = folder, url
+        doors = [_free_address() for _ in range(4)]
+        self.public, self.internal = dict(zip(NAMES, doors[:2], strict=True)), dict(zip(NAMES, doors[2:], strict=True))
+        folder.mkdir(parents=True)
+        addresses = {"admission": self.public["a"], "admission_internal": self.internal["a"]}
+        (folder / "mesh.json").write_text(json.dumps({"addresses": addresses}))
+        own = {name: dict(settings) for name, settings in (environment or {}).items()}
+        own.setdefault("admission", {})["MUXTUNE_DATABASE_URL"] = url
+        own.setdefault("scheduling", {})["MUXTUNE_ADMISSION_ADDRESS"] = ",".join(self.internal.values())
+        self.mesh = Mesh(folder, {"tiny": backbone}, environment=own)
+        self._b: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "ReplicatedMesh":
+        self.mesh.start()
+        assert {"admission": self.public["a"]}.items() <= self.mesh.addresses.items(), "its port was taken meanwhile"
+        self.start("b")
+        self.await_serving("b")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.mesh.stop()
+        if self._b is not None:
+            self._b.kill()
+            self._b.wait()
+
+    def client(self, *names: str) -> Client:
+        """Which knows these admissions."""
+        return Client(",".join(self.public[name] for name in names or NAMES), self.mesh.api_key, self.mesh.ca)
+
+    def process(self, name: str) -> "subprocess.Popen[bytes]":
+        process = self.mesh.processes["admission"] if name == "a" else self._b
+        assert process is not None
+        return process
+
+    def start(self, name: str) -> None:
+        """Where it was; does not wait."""
+        if name == "a":
+            return self.mesh.respawn("admission")
+        settings = self.mesh._settings("admission", {"tiny": self.mesh.backbone_folder("tiny")})
+        settings |= {"MUXTUNE_LISTEN": self.public["b"], "MUXTUNE_INTERNAL_LISTEN": self.internal["b"]}
+        own = {**self.mesh.environment.get("*", {}), **self.mesh.environment["admission"]}
+        with self.mesh.log_of("admission-b").open("ab") as log:
+            command = [sys.executable, "-m", "services.admission"]
+            self._b = subprocess.Popen(command, env={**os.environ, **settings, **own}, stdout=log, stderr=log)
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        self.process(name).send_signal(number)
+
+    def kill(self, name: str) -> None:
+        """As `kill -9` does, and starts it again."""
+        self.signal(name, signal.SIGKILL)
+        self.process(name).wait()
+        self.start(name)
+
+    def restart(self, name: str) -> None:
+        """As a rolling restart does: SIGTERM, its end, its start, until it serves again."""
+        self.signal(name, signal.SIGTERM)
+        assert self.process(name).wait(_WAIT_SECONDS) == 0
+        self.start(name)
+        self.await_serving(name)
+
+    def cut(self, *, only_sessions: bool = False) -> int:
+        """Ends the connections of all admissions to the database; how many."""
+        query = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+        query += " AND pid <> pg_backend_pid()"
+        if only_sessions:
+            query += f" AND application_name = '{SESSION}'"
+        with self.postgres() as connection:
+            return len(connection.execute(query).fetchall())  # type: ignore[arg-type]
+
+    def postgres(self) -> "psycopg.Connection[Any]":
+        database = Database(self.url)
+        try:
+            return psycopg.connect(**database.connect_arguments(), autocommit=True)
+        finally:
+            database.close()
+
+    def is_serving(self, name: str, service: str = "") -> bool:
+        with secure_channel(self.internal[name], self.mesh.certs / "operator", "admission") as channel:
+            request = health_pb2.HealthCheckRequest(service=service)
+            try:
+                answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=2)  # type: ignore[attr-defined]
+            except grpc.RpcError:
+                return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def await_serving(self, *names: str) -> None:
+        _await(lambda: all(self.is_serving(name) for name in names), f"{names} to serve")
+
+    def await_keeper(self, *among: str) -> str:
+        """The one that keeps the ledger."""
+        found: list[str] = []
+
+        def look() -> bool:
+            found[:] = [name for name in among or NAMES if self.is_serving(name, LEDGER_SERVICE)]
+            return len(found) == 1
+
+        _await(look, f"one of {among or NAMES} to keep the ledger")
+        return found[0]
+
+
+def _await(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.05)
+
+
+def _free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"

@@ -1,0 +1,202 @@
+"""Two admissions on one PostgreSQL, clients at both: whichever is killed, paused, cut off or restarted, nothing that was
+acknowledged is lost and every task ends with the adapter of a calm run."""
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+
+from muxtune.cli.mesh import secure_channel
+from muxtune.client import Client
+from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, task_pb2
+from tests.mesh_chaos import long_mode, printed_seed
+from tests.replicated_mesh import NAMES, ReplicatedMesh
+from tests.services.admission.postgres import NoPostgresError, running_postgres
+from tests.test_mesh_kills import ROWS as ROWS
+from tests.test_mesh_kills import Load, Outcome, Patience, check, outcome, quick, specs
+from tests.tiny_backbone import write_backbone
+
+NUM_PERILS = 60 if long_mode() else 8
+pytestmark = pytest.mark.timeout(NUM_PERILS * 40 + 600)
+ROWS_NAME = "tenants/default/datasets/rows"
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicatedMesh]:
+    folder = tmp_path_factory.mktemp("replicated")
+    try:
+        with running_postgres() as server:
+            url = server.new_database()
+            with ReplicatedMesh(folder / "mesh", write_backbone(folder / "tiny"), url, quick(folder)) as running:
+                with running.client() as client:
+                    client.upload_dataset(ROWS, "rows")
+                yield running
+    except NoPostgresError as error:
+        pytest.skip(f"no PostgreSQL can start here: {error}")
+
+
+@pytest.fixture(scope="module")
+def expected(mesh: ReplicatedMesh) -> list[Outcome]:
+    """What a calm run leaves, by number of the spec. Created at one admission, watched at the other."""
+    with mesh.client("a") as here, mesh.client("b") as there:
+        names = [here.create_task(spec).name for spec in specs(ROWS_NAME)]
+        return [outcome(there, name, mesh.folder / "calm", Patience()) for name in names]
+
+
+def test_killed_paused_cut_and_restarted_at_random_nothing_is_lost(
+    mesh: ReplicatedMesh, expected: list[Outcome], tmp_path: Path
+) -> None:
+    chance = random.Random(printed_seed())
+    with mesh.client() as client, mesh.client("b", "a") as other:
+        before = {task.name for task in client.list_tasks()}
+        load = Load(client, chance, tmp_path)
+        for _ in range(NUM_PERILS):
+            load.begin()
+            time.sleep(chance.uniform(0, 2.0))
+            peril = chance.choice(_PERILS)
+            print(f"{peril.__name__} at {time.monotonic():.1f} s, {mesh.await_keeper()} keeps the ledger", flush=True)
+            peril(mesh, chance)
+        for name in NAMES:
+            mesh.await_serving(name)
+        for number, found in load.end():
+            check(found, expected[number], found.task.name in load.cancelled)
+            assert list(other.watch_task(found.task.name)) == found.events
+        assert {task.name for task in client.list_tasks()} == before | set(load.tasks)
+        stored = {dataset.name: dataset.sha256 for dataset in other.list_datasets()}
+        assert load.datasets.items() <= stored.items()
+
+
+def _kill_keeper(mesh: ReplicatedMesh, chance: random.Random) -> None:
+    mesh.kill(mesh.await_keeper())
+
+
+def _kill_either(mesh: ReplicatedMesh, chance: random.Random) -> None:
+    mesh.kill(chance.choice(NAMES))
+
+
+def _pause_keeper(mesh: ReplicatedMesh, chance: random.Random) -> None:
+    keeper = mesh.await_keeper()
+    (other,) = set(NAMES) - {keeper}
+    mesh.signal(keeper, signal.SIGSTOP)
+    try:
+        mesh.await_keeper(other)
+        time.sleep(chance.uniform(0, 1.0))
+    finally:
+        mesh.signal(keeper, signal.SIGCONT)
+
+
+def _cut_sessions(mesh: ReplicatedMesh, chance: random.Random) -> None:
+    mesh.cut(only_sessions=True)
+
+
+def _cut_everything(mesh: ReplicatedMesh, chance: random.Random) -> None:
+    mesh.cut()
+
+
+def _kill_at_commit(mesh: ReplicatedMesh, chance: random.Random) -> None:
+    """Whoever commits next dies before or after it."""
+    armed = Path(mesh.mesh.environment["*"]["MUXTUNE_FAILPOINTS"]) / f"commit.{chance.choice(['before', 'after'])}"
+    armed.touch()
+    deadline = time.monotonic() + 20
+    while all(mesh.process(name).poll() is None for name in NAMES) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    armed.unlink(missing_ok=True)
+    for name in NAMES:
+        if mesh.process(name).poll() is not None:
+            mesh.start(name)
+
+
+def _restart(mesh: ReplicatedMesh, chance: random.Random) -> None:
+    mesh.await_serving(*NAMES)
+    mesh.restart(chance.choice(NAMES))
+
+
+_PERILS: list[Callable[[ReplicatedMesh, random.Random], None]] = [
+    _kill_keeper, _kill_either, _pause_keeper, _cut_sessions, _cut_everything, _kill_at_commit, _restart,
+]  # fmt: skip
+
+
+def test_while_the_keeper_is_paused_tasks_go_on_and_what_it_does_late_counts_for_nothing(
+    mesh: ReplicatedMesh, expected: list[Outcome], tmp_path: Path
+) -> None:
+    mesh.await_serving(*NAMES)
+    keeper = mesh.await_keeper()
+    (other,) = set(NAMES) - {keeper}
+    known = plan_pb2.Executor(name="executors/late", address="127.0.0.1:1", incarnation="i1")
+    known.backbone.name = "tiny"
+    request = ledger_pb2.PutLeaseRequest(executor=known)
+    request.duration.FromSeconds(3600)
+    scheduling = mesh.mesh.certs / "scheduling"
+    with secure_channel(mesh.internal[keeper], scheduling, "admission") as channel, mesh.client(other) as client:
+        ledger = ledger_pb2_grpc.LedgerServiceStub(channel)
+        ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest(), timeout=20)
+        mesh.signal(keeper, signal.SIGSTOP)
+        try:
+            late = ledger.PutLease.future(request, timeout=300)  # type: ignore[attr-defined]  # it waits at the paused one's door
+            created = client.create_task(specs(ROWS_NAME)[0]).name
+            found = outcome(client, created, tmp_path, Patience())  # from create to adapter, all at the other
+            assert not late.done()
+        finally:
+            mesh.signal(keeper, signal.SIGCONT)
+        check(found, expected[0], may_be_cancelled=False)
+        assert late.code() is grpc.StatusCode.UNAVAILABLE, late
+        mesh.await_keeper(other)
+        with mesh.postgres() as connection:
+            stored = connection.execute("SELECT count(*) FROM executors WHERE name = 'executors/late'").fetchone()
+        assert stored == (0,)
+
+
+def test_a_rolling_restart_under_load_fails_no_call(
+    mesh: ReplicatedMesh, expected: list[Outcome], tmp_path: Path
+) -> None:
+    """No call of a client that knows both: the client's own retries cover it."""
+    stopping = threading.Event()
+    with mesh.client() as client:
+
+        def call(number: int) -> int:
+            """Calls of every kind, one after another, until told to stop; how many."""
+            chance, count = random.Random(number), 0
+            while not stopping.is_set():
+                _call_something(client, chance, f"{number}-{count}", tmp_path, expected[0].task)
+                count += 1
+            return count
+
+        with ThreadPoolExecutor(4) as pool:
+            calling = [pool.submit(call, number) for number in range(4)]
+            try:
+                training = client.create_task(specs(ROWS_NAME)[1])
+                watching = pool.submit(lambda: list(client.watch_task(training.name)))
+                for name in (*NAMES, *NAMES):
+                    mesh.restart(name)
+            finally:
+                stopping.set()
+            counts = [each.result(120) for each in calling]  # raises what a call raised
+            events = watching.result(120)
+        print(f"{sum(counts)} calls")
+        assert min(counts) > 0 and [event.sequence for event in events] == list(range(1, len(events) + 1))
+        check(Outcome(client.get_task(training.name), events, expected[1].adapter), expected[1], may_be_cancelled=False)
+
+
+def _call_something(client: Client, chance: random.Random, name: str, folder: Path, done: task_pb2.Task) -> None:
+    kind = chance.randrange(6)
+    if kind == 0:
+        dataset = client.upload_dataset([{"text": name}], request_id=f"roll-{name}")
+        assert client.get_dataset(dataset.name) == dataset
+        client.delete_dataset(dataset.name)
+    elif kind == 1:
+        task = client.create_task(specs(ROWS_NAME)[2], request_id=f"roll-{name}")
+        assert client.cancel_task(task.name).name == task.name
+    elif kind == 2:
+        assert client.get_task(done.name) == done
+    elif kind == 3:
+        assert done.name in {task.name for task in client.list_tasks()}
+    elif kind == 4:
+        client.download_adapter(done.name, folder / name)
+    else:
+        assert list(client.watch_task(done.name))[-1].state_changed.state == task_pb2.TASK_STATE_SUCCEEDED
