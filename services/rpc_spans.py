@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 
 import grpc
-from opentelemetry import propagate, trace
+from opentelemetry import metrics, propagate, trace
 from opentelemetry.trace import Link, SpanKind, Status, StatusCode
 
 from services.telemetry import meter, tracer
@@ -105,13 +106,19 @@ class RpcSpan:
 
     def _record(self, outcome: Mapping[str, str]) -> None:
         side = "server" if self._kind is SpanKind.SERVER else "client"
-        duration = meter().create_histogram(  # the same one each time: the SDK keeps instruments by name
-            f"rpc.{side}.call.duration", unit="s", explicit_bucket_boundaries_advisory=_BUCKETS_SECONDS
-        )
+        duration = _duration(meter(), side)
         duration.record(time.perf_counter() - self._started, {**self._attributes, **outcome})
 
 
-def _server_attributes(address: str) -> dict[str, str | int]:
+@lru_cache(4)
+def _duration(meter: metrics.Meter, side: str) -> metrics.Histogram:
+    return meter.create_histogram(
+        f"rpc.{side}.call.duration", unit="s", explicit_bucket_boundaries_advisory=_BUCKETS_SECONDS
+    )
+
+
+@lru_cache(64)
+def _server_attributes(address: str) -> Mapping[str, str | int]:
     host, _, port = address.rpartition(":")
     if not host:
         return {}

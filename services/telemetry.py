@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from opentelemetry import metrics, propagate, trace
@@ -103,11 +104,21 @@ def _metric_readers(settings: ServerSettings) -> tuple[list[Any], list[Callable[
 
 
 def tracer() -> trace.Tracer:
-    return trace.get_tracer(_NAME)
+    return _tracer(trace.get_tracer_provider())
 
 
 def meter() -> metrics.Meter:
-    return metrics.get_meter(_NAME)
+    return _meter(metrics.get_meter_provider())
+
+
+@lru_cache(4)  # the SDK makes another each time
+def _tracer(provider: trace.TracerProvider) -> trace.Tracer:
+    return provider.get_tracer(_NAME)
+
+
+@lru_cache(4)
+def _meter(provider: metrics.MeterProvider) -> metrics.Meter:
+    return provider.get_meter(_NAME)
 
 
 def current_trace_parent() -> str:

@@ -20,6 +20,12 @@ from services.admission.tasks import UNFINISHED
 _DAY_MICROSECONDS = 86_400_000_000
 _LIMITS = [field.name for field in operator_pb2.Quota.DESCRIPTOR.fields]
 
+_QUOTA = sa.select(quotas.c.quota).where(quotas.c.tenant == sa.bindparam("tenant"))
+_NUM_UNFINISHED = sa.select(sa.func.count()).where(
+    tasks_table.c.tenant == sa.bindparam("tenant"), tasks_table.c.state.in_(UNFINISHED)
+)
+_USED = sa.select(usage).where(usage.c.tenant == sa.bindparam("tenant"), usage.c.day == sa.bindparam("day"))
+
 
 def today() -> int:
     """Days since the epoch, UTC."""
@@ -28,7 +34,7 @@ def today() -> int:
 
 def quota_of(connection: sa.Connection, tenant: str, default: operator_pb2.Quota) -> operator_pb2.Quota:
     """The tenant's own limits over the service's."""
-    stored = connection.execute(sa.select(quotas.c.quota).where(quotas.c.tenant == tenant)).scalar()
+    stored = connection.execute(_QUOTA, {"tenant": tenant}).scalar()
     return _over(default, stored)
 
 
@@ -59,11 +65,10 @@ def charge(connection: sa.Connection, tenant: str, step: task_pb2.StepDone) -> N
 def check_task(connection: sa.Connection, tenant: str, default: operator_pb2.Quota) -> None:
     """Whether the tenant may have another task now. Raises QuotaExceededError."""
     quota = quota_of(connection, tenant, default)
-    columns, most = tasks_table.c, quota.max_unfinished_tasks
-    query = sa.select(sa.func.count()).where(columns.tenant == tenant, columns.state.in_(UNFINISHED))
-    if most and (count := connection.execute(query).scalar_one()) >= most:
+    most = quota.max_unfinished_tasks
+    if most and (count := connection.execute(_NUM_UNFINISHED, {"tenant": tenant}).scalar_one()) >= most:
         raise QuotaExceededError(f"{tenant} has {count} unfinished tasks; at most {most}", subject=tenant)
-    row = connection.execute(sa.select(usage).filter_by(tenant=tenant, day=today())).one_or_none()
+    row = connection.execute(_USED, {"tenant": tenant, "day": today()}).one_or_none()
     if row is not None and (why := _exhausted(row, quota)):
         raise QuotaExceededError(f"{tenant} {why}: try again tomorrow (UTC)", subject=tenant)
     _check_held(connection, adapters, tenant, 1, quota.max_adapter_bytes)  # room for the one it will leave

@@ -4,30 +4,28 @@ Nothing is stored here. Source of the order: authorize, then idempotency, then v
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
 from engine.errors import InvalidInputError
 from engine.plain_json import plain_json
-from engine.planning.eta import seconds_alone
-from engine.planning.memory import adapter_bytes, separate_instance_bytes
-from engine.planning.plan import BackboneView, ExecutorView, Limits, TaskView
-from engine.planning.remedy import refuse_if_never_fits
+from engine.planning.plan import Limits
 from engine.task import TaskSpec
-from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, dataset_pb2, operator_pb2, task_pb2
+from muxtune.v1 import alignment_pb2_grpc, operator_pb2, task_pb2
 from services.admission import accounts, catalog
+from services.admission.appraisal import Appraisals, executor_view
 from services.admission.database import Database
-from services.admission.ledger import known_executors
 from services.admission.names import authorize, denied
 from services.admission.receipt import CONFIG_FILE
+from services.admission.tables import executors
 from services.admission.validation import validate
 from services.artifacts import ArtifactStore
 from services.auth import Principal
 from services.convert import spec_to_domain
-from services.plan_convert import executor_to_view
 
-INSPECT_SECONDS = 120.0
+_EXECUTORS = sa.select(executors.c.executor)  # one that is away for now still says what its backbone takes
 _MAX_SPEC_BYTES = 256 << 10  # it is read again at every scheduling cycle
 
 
@@ -61,6 +59,16 @@ class Quota:
         )
 
 
+@dataclass(frozen=True)
+class Found:
+    """What the store has of a task that is asked for: its spec with the dataset's version, the key of its initial
+    adapter's manifest, the executors there are (plan.Executor)."""
+
+    spec: task_pb2.TaskSpec
+    initial_adapter_key: str
+    executors: Sequence[bytes]
+
+
 class Admitter:
     """Reads the store, asks alignment; decides."""
 
@@ -71,58 +79,46 @@ class Admitter:
         alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub",
         quota: Quota,
     ) -> None:
-        self._database, self._artifacts, self._alignment, self._quota = database, artifacts, alignment, quota
+        self._database, self._artifacts, self._quota = database, artifacts, quota
+        self._quota_proto, self._appraisals = quota.to_proto(), Appraisals(alignment, quota.limits)
 
-    async def examine(self, principal: Principal, spec: task_pb2.TaskSpec) -> Admissible:
+    async def examine(self, principal: Principal, found: Found) -> Admissible:
         """Raises PermissionDeniedError, InvalidInputError, WillNeverFitError or QuotaExceededError."""
+        domain, key = spec_to_domain(found.spec), found.initial_adapter_key
+        backbone = validate(domain, [executor_view(executor).backbone for executor in found.executors])
+        if key:
+            await asyncio.to_thread(self._check_initial_adapter, domain, key)
+        estimate = await self._appraisals.of(str(principal.tenant), found.spec, domain, backbone, found.executors)
+        if domain.training.warmup_steps > estimate.num_steps:
+            raise InvalidInputError.of_field(
+                "spec.training.warmup_steps", f"{domain.training.warmup_steps} of {estimate.num_steps} steps in all"
+            )
+        return Admissible(found.spec, estimate, key)
+
+    def look(self, connection: sa.Connection, principal: Principal, spec: task_pb2.TaskSpec) -> Found:
+        """What `examine` needs. Raises PermissionDeniedError, InvalidInputError or QuotaExceededError."""
         if (size := spec.ByteSize()) > _MAX_SPEC_BYTES:
             raise InvalidInputError.of_field("spec", f"has {size} bytes; at most {_MAX_SPEC_BYTES}")
         accounts.check_budget(spec.budget)
-        resolved, key, executors = await asyncio.to_thread(self._resolve, principal, spec)
-        domain = spec_to_domain(resolved)
-        backbone = validate(domain, [executor.backbone for executor in executors])
-        if key:
-            await asyncio.to_thread(self._check_initial_adapter, domain, key)
-        refuse_if_never_fits(domain, executors, self._quota.limits)
-        report = await self._inspect(str(principal.tenant), resolved)
-        if domain.training.warmup_steps > report.num_steps:
-            raise InvalidInputError.of_field(
-                "spec.training.warmup_steps", f"{domain.training.warmup_steps} of {report.num_steps} steps in all"
-            )
-        estimate = _estimate(report, domain, backbone)
-        task = TaskView("", "", domain, 0, report.num_steps, num_train_tokens=report.num_train_tokens,
-                        length_quantiles=tuple(report.length_quantiles))  # fmt: skip
-        hosts = [executor for executor in executors if executor.backbone.name == backbone.name]
-        seconds = [seconds_alone(task, executor, self._quota.limits) for executor in hosts if executor.can_predict]
-        if seconds:
-            estimate.seconds = min(seconds)
-        return Admissible(resolved, estimate, key)
-
-    def _resolve(
-        self, principal: Principal, spec: task_pb2.TaskSpec
-    ) -> tuple[task_pb2.TaskSpec, str, list[ExecutorView]]:
-        """The dataset's version, the initial adapter's manifest, the executors there are."""
         resolved = task_pb2.TaskSpec()
         resolved.CopyFrom(spec)
         key = ""
-        with self._database.read() as connection:
-            if spec.dataset:
-                row = catalog.dataset_row(connection, authorize(principal, spec.dataset, "datasets"))
-                if spec.dataset_version not in ("", row.sha256):
-                    raise InvalidInputError.of_field(
-                        "spec.dataset_version", f'"{spec.dataset_version}" is not {row.sha256}, what {row.name} holds'
-                    )
-                resolved.dataset_version = row.sha256
-            if spec.initial_adapter:
-                name = authorize(principal, spec.initial_adapter, "adapters")
-                key = catalog.adapter_row(connection, name).manifest_key
-            accounts.check_task(connection, str(principal.tenant), self._quota.to_proto())
-            executors = [executor_to_view(executor) for executor in known_executors(connection)]
-        return resolved, key, executors
+        if spec.dataset:
+            row = catalog.dataset_row(connection, authorize(principal, spec.dataset, "datasets"))
+            if spec.dataset_version not in ("", row.sha256):
+                raise InvalidInputError.of_field(
+                    "spec.dataset_version", f'"{spec.dataset_version}" is not {row.sha256}, what {row.name} holds'
+                )
+            resolved.dataset_version = row.sha256
+        if spec.initial_adapter:
+            name = authorize(principal, spec.initial_adapter, "adapters")
+            key = catalog.adapter_row(connection, name).manifest_key
+        accounts.check_task(connection, str(principal.tenant), self._quota_proto)
+        return Found(resolved, key, connection.execute(_EXECUTORS).scalars().all())
 
     def check_again(self, connection: sa.Connection, tenant: str, admissible: Admissible) -> None:
         """In the transaction that stores the task: the quota, and that what it starts from is what was examined."""
-        accounts.check_task(connection, tenant, self._quota.to_proto())
+        accounts.check_task(connection, tenant, self._quota_proto)
         if catalog.dataset_row(connection, admissible.spec.dataset).sha256 != admissible.spec.dataset_version:
             raise denied(admissible.spec.dataset)
         adapter = admissible.spec.initial_adapter
@@ -132,11 +128,11 @@ class Admitter:
     def check_bytes(self, tenant: str, added_bytes: int) -> None:
         """Before a dataset is taken in. Raises QuotaExceededError."""
         with self._database.read() as connection:
-            accounts.check_datasets(connection, tenant, added_bytes, self._quota.to_proto())
+            accounts.check_datasets(connection, tenant, added_bytes, self._quota_proto)
 
     def check_bytes_again(self, connection: sa.Connection, tenant: str, added_bytes: int) -> None:
         """In the transaction that stores the dataset."""
-        accounts.check_datasets(connection, tenant, added_bytes, self._quota.to_proto())
+        accounts.check_datasets(connection, tenant, added_bytes, self._quota_proto)
 
     def check_adapters(self, tenant: str) -> None:
         """Before an adapter is taken in. Raises QuotaExceededError where there is no room for any."""
@@ -145,7 +141,7 @@ class Admitter:
 
     def check_adapters_again(self, connection: sa.Connection, tenant: str, added_bytes: int) -> None:
         """In the transaction that stores the adapter."""
-        accounts.check_adapters(connection, tenant, added_bytes, self._quota.to_proto())
+        accounts.check_adapters(connection, tenant, added_bytes, self._quota_proto)
 
     def _check_initial_adapter(self, spec: TaskSpec, key: str) -> None:
         manifest = self._artifacts.read_manifest(key)
@@ -156,25 +152,3 @@ class Admitter:
             why = f"{CONFIG_FILE} has a field of another type than PEFT writes ({type(error).__name__})"
         if why:
             raise InvalidInputError.of_field("spec.initial_adapter", why)
-
-    async def _inspect(self, tenant: str, spec: task_pb2.TaskSpec) -> dataset_pb2.PreflightReport:
-        options = dataset_pb2.PreflightOptions(backbone=spec.backbone, training=spec.training, num_samples=1)
-        answer = await self._alignment.InspectDataset(
-            alignment_pb2.InspectDatasetRequest(tenant=tenant, sha256=spec.dataset_version, options=options),
-            timeout=INSPECT_SECONDS,
-        )
-        return answer.report
-
-
-def _estimate(report: dataset_pb2.PreflightReport, spec: TaskSpec, backbone: BackboneView) -> task_pb2.TaskEstimate:
-    return task_pb2.TaskEstimate(
-        num_train_rows=report.num_train_rows,
-        num_heldout_rows=report.num_heldout_rows,
-        num_refused_rows=report.num_refused_rows,
-        num_steps=report.num_steps,
-        num_train_tokens=report.num_train_tokens,
-        added_bytes=adapter_bytes(spec, backbone),
-        separate_instance_bytes=separate_instance_bytes(spec, backbone),
-        length_quantiles=report.length_quantiles,
-        num_special_text_rows=report.num_special_text_rows,
-    )

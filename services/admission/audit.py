@@ -1,8 +1,8 @@
 """The audit log in the database: it only grows, held by triggers of the migration. Synchronous, no gRPC."""
 
-import asyncio
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,6 +13,7 @@ from services.admission.database import Database
 from services.admission.tables import audit_events
 from services.audit import Audit, AuditEntry
 
+_INSERT = sa.insert(audit_events)
 _log = logging.getLogger(__name__)
 
 
@@ -22,25 +23,23 @@ def audited_in(database: Database) -> Audit:
 
     async def audit(entry: AuditEntry) -> None:
         try:
-            await asyncio.to_thread(record, database, entry)
+            await database.commit(partial(insert, entry=entry))
         except Exception:
             _log.exception("audit: not recorded: %s", entry)
 
     return audit
 
 
-def record(database: Database, entry: AuditEntry) -> None:
-    with database.write() as connection:
-        connection.execute(
-            sa.insert(audit_events).values(
-                time=now(),
-                subject=entry.principal.subject,
-                tenant=entry.principal.tenant or "",
-                method=entry.method,
-                resource=entry.resource.replace("\0", ""),  # which PostgreSQL does not store
-                status_code=entry.status_code,
-            )
-        )
+def insert(connection: sa.Connection, entry: AuditEntry) -> None:
+    values = {
+        "time": now(),
+        "subject": entry.principal.subject,
+        "tenant": entry.principal.tenant or "",
+        "method": entry.method,
+        "resource": entry.resource.replace("\0", ""),  # which PostgreSQL does not store
+        "status_code": entry.status_code,
+    }
+    connection.execute(_INSERT, values)
 
 
 def page(connection: sa.Connection, tenant: str, after_sequence: int, limit: int) -> Sequence[Any]:

@@ -10,7 +10,8 @@ from engine.target_modules import suffixes
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, artifact_pb2, dataset_pb2, plan_pb2
 from services.admission import catalog, pages, requests
-from services.admission.admit import INSPECT_SECONDS, Admitter
+from services.admission.admit import Admitter
+from services.admission.appraisal import INSPECT_SECONDS
 from services.admission.database import Database
 from services.admission.dataset_bytes import DatasetBytes
 from services.admission.ledger import known_executors

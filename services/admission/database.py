@@ -1,19 +1,26 @@
-"""Transactions on the only database: SQLite by default, PostgreSQL by URL. Synchronous; callers use threads."""
+"""Transactions on the only database: SQLite by default, PostgreSQL by URL.
+
+`read` and `write` are synchronous; their callers use threads. `ask` and `commit` are for the event loop: what many
+calls ask at once is answered in one go, and what they change is one transaction, with one wait for the disk.
+"""
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
 from engine.errors import UnavailableError
+from services.admission.batches import Batches, Job
 from services.failpoints import failpoint
 
+T = TypeVar("T")
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _SILENCE_SECONDS = 10
 _WRITERS_LOCK = 0x6D7578  # PostgreSQL's advisory lock: writers take turns, as they do on SQLite
@@ -26,6 +33,7 @@ class Database:
         self._is_sqlite = url.startswith("sqlite")
         self._engine = sa.create_engine(url, pool_pre_ping=not self._is_sqlite)
         self._writing = threading.Lock()
+        self._questions, self._changes = Batches("questions", self._answer), Batches("changes", self._commit)
         sa.event.listen(self._engine, "connect", _configure_sqlite if self._is_sqlite else _configure_postgresql)
 
     def migrate(self, revision: str = "head") -> None:
@@ -82,7 +90,42 @@ class Database:
             for payload in payloads:
                 connection.execute(sa.select(sa.func.pg_notify(channel, payload)))
 
+    async def ask(self, question: Callable[[sa.Connection], T]) -> T:
+        """What the question finds. It changes nothing, and takes well under a millisecond: others wait for it."""
+        answer: T = await self._questions.do(partial(self._told, question))
+        return answer
+
+    async def commit(self, change: Callable[[sa.Connection], T]) -> T:
+        """What the change returned, once it is on the disk. Changes of one transaction see each other in the order they
+        came; one that raises leaves nothing, and the others stay."""
+        answer: T = await self._changes.do(partial(self._told, change))
+        return answer
+
+    def _told(self, work: Callable[[sa.Connection], T], connection: sa.Connection) -> T:
+        with self._translated():
+            return work(connection)
+
+    def _answer(self, jobs: Sequence[Job]) -> None:
+        with self.read() as connection:
+            for job in jobs:
+                job.run(connection)
+                if job.error is not None:
+                    connection.rollback()  # PostgreSQL answers nothing more before that
+
+    def _commit(self, jobs: Sequence[Job]) -> None:
+        with self.write() as connection:
+            for job in jobs:
+                connection.exec_driver_sql("SAVEPOINT alone")
+                job.run(connection)
+                if job.error is not None:
+                    if connection.invalidated:
+                        raise job.error
+                    connection.exec_driver_sql("ROLLBACK TO SAVEPOINT alone")
+                connection.exec_driver_sql("RELEASE SAVEPOINT alone")
+
     def close(self) -> None:
+        self._questions.close()
+        self._changes.close()
         self._engine.dispose()
 
     @contextmanager

@@ -2,8 +2,11 @@
 
 import hashlib
 import hmac
+import math
 import secrets
+import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,12 +19,16 @@ from services.admission.names import check_tenant
 from services.admission.tables import api_keys
 from services.auth import Principal
 
+_SEEN_SECONDS, _MOST_SEEN = 1.0, 10_000
+_ROW = sa.select(api_keys).where(api_keys.c.id == sa.bindparam("id"))
+
 
 class KeyStore:
     """Synchronous; answers are rows of `api_keys`."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._seen: dict[str, tuple[Principal, float]] = {}  # by the token's hash, and until when (monotonic)
 
     def create(self, tenant: str, expires: int | None, role: Role = Role.TENANT) -> tuple[Any, str]:
         """(row, the key to give to the client). An operator's key is of no tenant: `tenant` must be empty.
@@ -53,24 +60,39 @@ class KeyStore:
         with self._database.write() as connection:
             if self._row(connection, key_id).revoked is None:
                 connection.execute(sa.update(api_keys).where(api_keys.c.id == key_id).values(revoked=now()))
-            return self._row(connection, key_id)
+            row = self._row(connection, key_id)
+        self._seen = {}  # another one: who is asking the database right now remembers nothing
+        return row
 
-    def principal_of(self, token: str) -> Principal:
-        """Raises UnauthenticatedError, alike for malformed, unknown, wrong, expired and revoked keys."""
-        prefix, key_id, secret = (*token.split("_", 2), "", "")[:3]
-        with self._database.read() as connection:
-            row = connection.execute(sa.select(api_keys).where(api_keys.c.id == key_id)).one_or_none()
-        is_right = hmac.compare_digest(_hash(secret), row.secret_sha256 if row else _hash(""))
-        is_ended = row is not None and (row.revoked is not None or (row.expires is not None and row.expires <= now()))
-        if prefix != "mxt" or row is None or not is_right or is_ended:
-            raise UnauthenticatedError("the API key is unknown, expired or revoked")
-        return Principal(row.tenant or None, Role(row.role), f"key {key_id}")
+    async def principal_of(self, token: str) -> Principal:
+        """Remembered for a second, so a key that another process revokes is good for a second more; what this one
+        revokes ends at once. Raises UnauthenticatedError, alike for malformed, unknown, wrong, expired and revoked
+        keys."""
+        seen, digest = self._seen, _hash(token)
+        if (found := seen.get(digest)) is not None and time.monotonic() < found[1]:
+            return found[0]
+        principal, seconds = await self._database.ask(partial(_proved, token=token))
+        if len(seen) >= _MOST_SEEN:
+            seen.clear()
+        seen[digest] = (principal, time.monotonic() + min(seconds, _SEEN_SECONDS))
+        return principal
 
     def _row(self, connection: sa.Connection, key_id: str) -> Any:
-        row = connection.execute(sa.select(api_keys).where(api_keys.c.id == key_id)).one_or_none()
+        row = connection.execute(_ROW, {"id": key_id}).one_or_none()
         if row is None:
             raise NotFoundError(f'there is no API key "{key_id}"')
         return row
+
+
+def _proved(connection: sa.Connection, token: str) -> tuple[Principal, float]:
+    """Whose key it is, and for how many seconds at most."""
+    prefix, key_id, secret = (*token.split("_", 2), "", "")[:3]
+    row = connection.execute(_ROW, {"id": key_id}).one_or_none()
+    is_right = hmac.compare_digest(_hash(secret), row.secret_sha256 if row else _hash(""))
+    left = math.inf if row is None or row.expires is None else (row.expires - now()) / 1e6
+    if prefix != "mxt" or row is None or not is_right or row.revoked is not None or left <= 0:
+        raise UnauthenticatedError("the API key is unknown, expired or revoked")
+    return Principal(row.tenant or None, Role(row.role), f"key {key_id}"), left
 
 
 def _hash(secret: str) -> str:

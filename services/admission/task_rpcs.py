@@ -5,12 +5,14 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
+import sqlalchemy as sa
+
 from engine.errors import UnavailableError
 from engine.task import TaskState
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import task_pb2
 from services.admission import pages, requests, tasks
-from services.admission.admit import Admissible, Admitter
+from services.admission.admit import Admissible, Admitter, Found
 from services.admission.database import Database
 from services.admission.names import authorize, new_name, parent_of
 from services.admission.notifier import Notifier
@@ -33,25 +35,31 @@ class TaskRpcs:
         principal = current_principal()
         tenant = parent_of(principal, request.parent)
         body = requests.body_hash(request.task_id.encode(), request.spec.SerializeToString(deterministic=True))
-        done = await asyncio.to_thread(self._answered_before, tenant, request.request_id, body)
-        if done is None:
+
+        def look(connection: sa.Connection) -> tuple[task_pb2.Task | None, str, Found | None]:
+            if made := requests.find(connection, tenant, request.request_id, "CreateTask", body):
+                return tasks.read(connection, made), "", None
             name = new_name(tenant, "tasks", request.task_id, "task_id")
-            admissible = await self._admitter.examine(principal, request.spec)
-            store = partial(
-                self._store_task, tenant, name, request.request_id, body, admissible, current_trace_parent()
+            return None, name, self._admitter.look(connection, principal, request.spec)
+
+        done, name, found = await self._database.ask(look)
+        if found is not None:
+            admissible = await self._admitter.examine(principal, found)
+            store = partial(self._store_task, name, request.request_id, body, admissible, current_trace_parent())
+            done = await self._notifier.following(
+                self._database.commit(store), lambda task: self._notifier.notify([task.name])
             )
-            done = await self._notifier.after(store, lambda task: self._notifier.notify([task.name]))
         return pb.CreateTaskResponse(task=done)
 
     async def EstimateTask(self, request: pb.EstimateTaskRequest, context: Any) -> pb.EstimateTaskResponse:
         principal = current_principal()
         parent_of(principal, request.parent)
-        admissible = await self._admitter.examine(principal, request.spec)
-        return pb.EstimateTaskResponse(estimate=admissible.estimate)
+        found = await self._database.ask(partial(self._admitter.look, principal=principal, spec=request.spec))
+        return pb.EstimateTaskResponse(estimate=(await self._admitter.examine(principal, found)).estimate)
 
     async def GetTask(self, request: pb.GetTaskRequest, context: Any) -> pb.GetTaskResponse:
         name = authorize(current_principal(), request.name, "tasks")
-        return pb.GetTaskResponse(task=await asyncio.to_thread(self._read_task, name))
+        return pb.GetTaskResponse(task=await self._database.ask(partial(tasks.read, name=name)))
 
     async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
         tenant = parent_of(current_principal(), request.parent)
@@ -64,12 +72,11 @@ class TaskRpcs:
 
     async def WatchTask(self, request: pb.WatchTaskRequest, context: Any) -> AsyncIterator[pb.WatchTaskResponse]:
         name = authorize(current_principal(), request.name, "tasks")
-        await asyncio.to_thread(self._read_task, name)
         sequence = request.after_sequence
         with self._notifier.waiting(name) as changed:
             while True:
                 changed.clear()
-                events, is_final = await asyncio.to_thread(self._events, name, sequence)
+                events, is_final = await self._database.ask(partial(_events, name=name, after=sequence))
                 for event in events:
                     yield pb.WatchTaskResponse(event=event)
                     sequence = event.sequence
@@ -83,42 +90,41 @@ class TaskRpcs:
 
     async def CancelTask(self, request: pb.CancelTaskRequest, context: Any) -> pb.CancelTaskResponse:
         name = authorize(current_principal(), request.name, "tasks")
-        task = await self._notifier.after(partial(self._cancel, name), lambda _: self._notifier.notify([name]))
+        commit = self._database.commit(partial(_cancel, name=name))
+        task = await self._notifier.following(commit, lambda _: self._notifier.notify([name]))
         return pb.CancelTaskResponse(task=task)
 
-    def _answered_before(self, tenant: str, request_id: str, body: str) -> task_pb2.Task | None:
-        with self._database.read() as connection:
-            name = requests.find(connection, tenant, request_id, "CreateTask", body)
-            return tasks.to_proto(tasks.row_of(connection, name)) if name else None
-
     def _store_task(
-        self, tenant: str, name: str, request_id: str, body: str, admissible: Admissible, trace_parent: str
+        self,
+        name: str,
+        request_id: str,
+        body: str,
+        admissible: Admissible,
+        trace_parent: str,
+        connection: sa.Connection,
     ) -> task_pb2.Task:
-        with self._database.write() as connection:
-            # Asked again inside the transaction: the same request may have come twice at once.
-            if done := requests.find(connection, tenant, request_id, "CreateTask", body):
-                return tasks.to_proto(tasks.row_of(connection, done))
-            self._admitter.check_again(connection, tenant, admissible)
-            tasks.insert(
-                connection, name, admissible.spec, admissible.estimate, admissible.initial_adapter_key, trace_parent
-            )
-            requests.remember(connection, tenant, request_id, "CreateTask", body, name)
-            return tasks.to_proto(tasks.row_of(connection, name))
-
-    def _read_task(self, name: str) -> task_pb2.Task:
-        with self._database.read() as connection:
-            return tasks.to_proto(tasks.row_of(connection, name))
+        tenant = name.rpartition("/tasks/")[0]
+        # Asked again inside the transaction: the same request may have come twice at once.
+        if done := requests.find(connection, tenant, request_id, "CreateTask", body):
+            return tasks.read(connection, done)
+        self._admitter.check_again(connection, tenant, admissible)
+        tasks.insert(
+            connection, name, admissible.spec, admissible.estimate, admissible.initial_adapter_key, trace_parent
+        )
+        requests.remember(connection, tenant, request_id, "CreateTask", body, name)
+        return tasks.read(connection, name)
 
     def _page(self, tenant: str, states: list[TaskState], before: tuple[int, str] | None, limit: int) -> Any:
         with self._database.read() as connection:
             return tasks.page(connection, tenant, states, before, limit)
 
-    def _events(self, name: str, sequence: int) -> tuple[list[task_pb2.TaskEvent], bool]:
-        with self._database.read() as connection:
-            is_final = TaskState[tasks.row_of(connection, name).state].is_final  # read before its events
-            return tasks.events_after(connection, name, sequence, _EVENTS_AT_ONCE), is_final
 
-    def _cancel(self, name: str) -> task_pb2.Task:
-        with self._database.write() as connection:
-            tasks.cancel(connection, name)
-            return tasks.to_proto(tasks.row_of(connection, name))
+def _events(connection: sa.Connection, name: str, after: int) -> tuple[list[task_pb2.TaskEvent], bool]:
+    """The next ones, and whether the task has ended, which is read before its events."""
+    is_final = TaskState[tasks.row_of(connection, name).state].is_final
+    return tasks.events_after(connection, name, after, _EVENTS_AT_ONCE), is_final
+
+
+def _cancel(connection: sa.Connection, name: str) -> task_pb2.Task:
+    tasks.cancel(connection, name)
+    return tasks.read(connection, name)

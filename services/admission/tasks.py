@@ -15,6 +15,26 @@ from services.admission.tables import adapters, task_events, tasks
 from services.convert import state_to_proto
 
 UNFINISHED = [state.name for state in TaskState if not state.is_final]
+# Statements of the busiest calls are made once: to make one takes SQLAlchemy longer than SQLite takes to run it.
+_ROW = sa.select(tasks).where(tasks.c.name == sa.bindparam("name"))
+_TAKEN = (
+    sa.select(tasks.c.name)
+    .where(tasks.c.name == sa.bindparam("name"))
+    .union_all(sa.select(adapters.c.name).where(adapters.c.name == sa.bindparam("adapter")))
+)
+_INSERT, _INSERT_EVENT = sa.insert(tasks), sa.insert(task_events)
+_NEXT_SEQUENCE = (
+    sa.update(tasks)
+    .where(tasks.c.name == sa.bindparam("task"))
+    .values(last_sequence=tasks.c.last_sequence + 1)
+    .returning(tasks.c.last_sequence)
+)
+_EVENTS_AFTER = (
+    sa.select(task_events.c.event)
+    .where(task_events.c.task == sa.bindparam("name"), task_events.c.sequence > sa.bindparam("after"))
+    .order_by(task_events.c.sequence)
+    .limit(sa.bindparam("most"))
+)
 
 
 def insert(
@@ -26,47 +46,44 @@ def insert(
     trace_parent: str,
 ) -> None:
     """A new task in QUEUED with its first event. Raises AlreadyExistsError if the id is taken."""
-    adapter = name.replace("/tasks/", "/adapters/")
-    taken = connection.execute(sa.select(tasks.c.name).where(tasks.c.name == name)).first()
-    if taken or connection.execute(sa.select(adapters.c.name).where(adapters.c.name == adapter)).first():
+    if connection.execute(_TAKEN, {"name": name, "adapter": name.replace("/tasks/", "/adapters/")}).first():
         raise AlreadyExistsError(f"{name} (or the adapter it would leave) exists already: choose another id")
-    connection.execute(
-        sa.insert(tasks).values(
-            name=name,
-            tenant=name.rpartition("/tasks/")[0],
-            created=now(),
-            state=TaskState.QUEUED.name,
-            dataset=spec.dataset,
-            spec=spec.SerializeToString(deterministic=True),
-            estimate=estimate.SerializeToString(),
-            progress=task_pb2.TaskProgress(num_steps=estimate.num_steps).SerializeToString(),
-            initial_adapter_key=initial_adapter_key,
-            trace_parent=trace_parent,
-        )
-    )
+    values = {
+        "name": name,
+        "tenant": name.rpartition("/tasks/")[0],
+        "created": now(),
+        "state": TaskState.QUEUED.name,
+        "dataset": spec.dataset,
+        "spec": spec.SerializeToString(deterministic=True),
+        "estimate": estimate.SerializeToString(),
+        "progress": task_pb2.TaskProgress(num_steps=estimate.num_steps).SerializeToString(),
+        "initial_adapter_key": initial_adapter_key,
+        "trace_parent": trace_parent,
+    }
+    connection.execute(_INSERT, values)
     changed = task_pb2.StateChanged(state=task_pb2.TASK_STATE_QUEUED, message="acknowledged")
     append_event(connection, name, task_pb2.TaskEvent(state_changed=changed))
 
 
 def row_of(connection: sa.Connection, name: str) -> Any:
     """Raises PermissionDeniedError where there is none (AIP-211)."""
-    row = connection.execute(sa.select(tasks).where(tasks.c.name == name)).one_or_none()
+    row = connection.execute(_ROW, {"name": name}).one_or_none()
     if row is None:
         raise denied(name)
     return row
 
 
+def read(connection: sa.Connection, name: str) -> task_pb2.Task:
+    """Raises PermissionDeniedError where there is none (AIP-211)."""
+    return to_proto(row_of(connection, name))
+
+
 def append_event(connection: sa.Connection, name: str, event: task_pb2.TaskEvent) -> None:
     """Gives the event its sequence and time."""
-    sequence = connection.execute(
-        sa.update(tasks)
-        .where(tasks.c.name == name)
-        .values(last_sequence=tasks.c.last_sequence + 1)
-        .returning(tasks.c.last_sequence)
-    ).scalar_one()
+    sequence = connection.execute(_NEXT_SEQUENCE, {"task": name}).scalar_one()
     event.sequence = sequence
     event.time.FromMicroseconds(now())
-    connection.execute(sa.insert(task_events).values(task=name, sequence=sequence, event=event.SerializeToString()))
+    connection.execute(_INSERT_EVENT, {"task": name, "sequence": sequence, "event": event.SerializeToString()})
 
 
 def change_state(
@@ -114,12 +131,7 @@ def cancel(connection: sa.Connection, name: str) -> None:
 
 
 def events_after(connection: sa.Connection, name: str, sequence: int, limit: int) -> list[task_pb2.TaskEvent]:
-    rows = connection.execute(
-        sa.select(task_events.c.event)
-        .where(task_events.c.task == name, task_events.c.sequence > sequence)
-        .order_by(task_events.c.sequence)
-        .limit(limit)
-    )
+    rows = connection.execute(_EVENTS_AFTER, {"name": name, "after": sequence, "most": limit})
     return [task_pb2.TaskEvent.FromString(row.event) for row in rows]
 
 

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import logging
+import math
 import subprocess
 import sys
 import time
@@ -14,10 +15,17 @@ import grpc
 import pytest
 from google.protobuf import json_format
 from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.propagate import extract
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
-from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import Link, SpanKind, StatusCode
 
+from muxtune.trace_file import FileSpanExporter
 from services import telemetry
 from services.config import ServerSettings, SettingsError
 from services.telemetry import configure, current_trace_parent, links_to, task_span, tracer
@@ -198,6 +206,56 @@ def test_processes_share_a_trace_file(tmp_path: Path) -> None:
         assert len(span.trace_id) == 16 and len(span.span_id) == 8
         assert not span.parent_span_id or roots[span.parent_span_id].trace_id == span.trace_id
     assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_file_holds_what_a_collector_would_get(tmp_path: Path) -> None:
+    """Against OpenTelemetry's own encoder: attributes of every kind, events, links, remote parents, two scopes."""
+    kept = InMemorySpanExporter()
+    provider = TracerProvider(resource=Resource({"service.name": "x", "ids": (1, 2)}))
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    one, other = provider.get_tracer("one", "1.2"), provider.get_tracer("other")
+    remote = extract({"traceparent": f"00-{'a' * 32}-{'0' * 15}1-01", "tracestate": "vendor=x,more=y"})
+    values = [
+        "t\u00e9xt\n",
+        True,
+        False,
+        0,
+        -(2**62),
+        1.5,
+        math.inf,
+        -math.inf,
+        math.nan,
+        ("a", "b"),
+        (1.0, math.nan),
+        (),
+    ]
+    with one.start_as_current_span(
+        "root", remote, SpanKind.SERVER, {f"key{i}": v for i, v in enumerate(values)}
+    ) as root:
+        root.add_event("event", {"n": 1}, timestamp=5)
+        with other.start_as_current_span(
+            "child",
+            links=[Link(root.get_span_context(), {"l": True}), *links_to([("t", f"00-{'b' * 32}-{'0' * 15}2-00")])],
+        ) as child:
+            child.set_status(StatusCode.ERROR, "why")
+        for kind in SpanKind:
+            one.start_span("", kind=kind).end()
+    path = tmp_path / "trace.jsonl"
+    exporter = FileSpanExporter(path)
+    exporter.export(kept.get_finished_spans())
+    exporter.shutdown()
+    read = read_otlp_json(path.read_text())
+    assert spans_by_id(read) == spans_by_id(encode_spans(kept.get_finished_spans()))
+
+
+def spans_by_id(request: trace_service_pb2.ExportTraceServiceRequest) -> dict[bytes, tuple[str, str, str]]:
+    """Each span's text with those of its resource and scope."""
+    return {
+        span.span_id: (str(resource.resource), str(scope.scope), str(span))
+        for resource in request.resource_spans
+        for scope in resource.scope_spans
+        for span in scope.spans
+    }
 
 
 async def test_a_span_does_not_leak_between_tasks(spans) -> None:

@@ -1,0 +1,128 @@
+"""What a task would be: its data as alignment reads it, its bytes and seconds as the planner's models foretell them.
+
+All of it is a function of the dataset's version, of what the task trains and how, and of its executors, so it is
+remembered: of a sweep over learning rates only the first task is looked at whole.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
+from typing import Generic, TypeVar
+
+from engine.planning.eta import seconds_alone
+from engine.planning.memory import adapter_bytes, separate_instance_bytes
+from engine.planning.plan import BackboneView, ExecutorView, Limits, TaskView
+from engine.planning.remedy import refuse_if_never_fits
+from engine.task import TaskSpec
+from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, dataset_pb2, plan_pb2, task_pb2
+from services.plan_convert import executor_to_view
+
+INSPECT_SECONDS = 120.0
+_REMEMBERED_SECONDS, _MOST_REMEMBERED = 60.0, 1024  # an alignment of another version may read otherwise
+# What steers the optimizer changes neither data nor time nor bytes; nor does what is the tenant's own affair.
+_OWN = ("labels", "priority", "deadline", "budget", "initial_adapter", "dataset")
+_STEERING = ("learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "epsilon",
+             "max_grad_norm")  # fmt: skip
+_UNUSED = ("samples", "length_histogram", "refused_rows")  # of a report
+T = TypeVar("T")
+
+
+class Appraisals:
+    """`limits` are the planner's, for its models."""
+
+    def __init__(self, alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub", limits: Limits) -> None:
+        self._alignment, self._limits = alignment, limits
+        self._reports = _Remembered[dataset_pb2.PreflightReport]()
+        self._estimates = _Remembered[task_pb2.TaskEstimate]()
+
+    async def of(
+        self, tenant: str, spec: task_pb2.TaskSpec, domain: TaskSpec, backbone: BackboneView, executors: Sequence[bytes]
+    ) -> task_pb2.TaskEstimate:
+        """`spec` names its dataset's version and `domain` is the same; `executors`: each a plan.Executor.
+
+        Raises WillNeverFitError and what alignment refuses it with.
+        """
+        core = _core(spec)
+        key = (tenant, core.SerializeToString(deterministic=True), *executors)
+        found = self._estimates.get(key)
+        if found is None:
+            views = [view for view in map(executor_view, executors) if view.backbone.name == backbone.name]
+            refuse_if_never_fits(domain, views, self._limits)
+            report = await self._inspect(tenant, core)
+            found = self._estimates.put(key, self._estimate(report, domain, backbone, views))
+        estimate = task_pb2.TaskEstimate()
+        estimate.CopyFrom(found)
+        return estimate
+
+    async def _inspect(self, tenant: str, core: task_pb2.TaskSpec) -> dataset_pb2.PreflightReport:
+        training = core.training.SerializeToString(deterministic=True)
+        key = (tenant, core.dataset_version, core.backbone, training)
+        if (found := self._reports.get(key)) is not None:
+            return found
+        options = dataset_pb2.PreflightOptions(backbone=core.backbone, training=core.training, num_samples=1)
+        request = alignment_pb2.InspectDatasetRequest(tenant=tenant, sha256=core.dataset_version, options=options)
+        report = (await self._alignment.InspectDataset(request, timeout=INSPECT_SECONDS)).report
+        for field in _UNUSED:
+            report.ClearField(field)  # type: ignore[arg-type]
+        return self._reports.put(key, report)
+
+    def _estimate(
+        self,
+        report: dataset_pb2.PreflightReport,
+        spec: TaskSpec,
+        backbone: BackboneView,
+        hosts: Sequence[ExecutorView],
+    ) -> task_pb2.TaskEstimate:
+        task = TaskView("", "", spec, 0, report.num_steps, num_train_tokens=report.num_train_tokens,
+                        length_quantiles=tuple(report.length_quantiles))  # fmt: skip
+        seconds = [seconds_alone(task, executor, self._limits) for executor in hosts if executor.can_predict]
+        return task_pb2.TaskEstimate(
+            num_train_rows=report.num_train_rows,
+            num_heldout_rows=report.num_heldout_rows,
+            num_refused_rows=report.num_refused_rows,
+            num_steps=report.num_steps,
+            num_train_tokens=report.num_train_tokens,
+            added_bytes=adapter_bytes(spec, backbone),
+            separate_instance_bytes=separate_instance_bytes(spec, backbone),
+            length_quantiles=report.length_quantiles,
+            num_special_text_rows=report.num_special_text_rows,
+            seconds=min(seconds) if seconds else None,
+        )
+
+
+@lru_cache(1024)
+def executor_view(executor: bytes) -> ExecutorView:
+    """Of a plan.Executor as the store keeps it, read once for each change."""
+    return executor_to_view(plan_pb2.Executor.FromString(executor))
+
+
+def _core(spec: task_pb2.TaskSpec) -> task_pb2.TaskSpec:
+    """The part of a task that its data, time and bytes depend on."""
+    core = task_pb2.TaskSpec()
+    core.CopyFrom(spec)
+    for field in _OWN:
+        core.ClearField(field)  # type: ignore[arg-type]
+    for field in _STEERING:
+        core.training.ClearField(field)  # type: ignore[arg-type]
+    return core
+
+
+class _Remembered(Generic[T]):
+    """Values by key for a while; of too many the least recently used go."""
+
+    def __init__(self) -> None:
+        self._values: OrderedDict[Hashable, tuple[T, float]] = OrderedDict()
+
+    def get(self, key: Hashable) -> T | None:
+        value, until = self._values.get(key, (None, 0.0))
+        if value is None or until <= time.monotonic():
+            return None
+        self._values.move_to_end(key)
+        return value
+
+    def put(self, key: Hashable, value: T) -> T:
+        self._values[key] = (value, time.monotonic() + _REMEMBERED_SECONDS)
+        while len(self._values) > _MOST_REMEMBERED:
+            self._values.popitem(last=False)
+        return value
