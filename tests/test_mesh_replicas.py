@@ -1,5 +1,5 @@
-"""Two admissions on one PostgreSQL, clients at both: whichever is killed, paused, cut off or restarted, nothing that was
-acknowledged is lost and every task ends with the adapter of a calm run."""
+"""Two admissions on one PostgreSQL, clients at both: whichever is killed, paused, cut off or restarted, nothing that
+was acknowledged is lost and every task ends with the adapter of a calm run."""
 
 import random
 import signal
