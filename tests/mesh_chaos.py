@@ -71,15 +71,16 @@ class Chaos:
         )[0]
         if target == "failpoint":
             return self._kill_at(self.random.choice(NAMES))
-        for service in START_ORDER if target == "all" else [target]:
-            self.kill(service)
-        self.killed[target] += 1
+        if any([self.kill(service) for service in (START_ORDER if target == "all" else [target])]):
+            self.killed[target] += 1
 
-    def kill(self, service: str) -> None:
-        """At once. The trainer dies with its server."""
+    def kill(self, service: str) -> bool:
+        """At once, if it lives; whether it did. The trainer dies with its server."""
         pid = trainer_of(self.mesh) if service == TRAINER else self.mesh.processes[service].pid
-        if pid and (service == TRAINER or self.mesh.processes[service].poll() is None):
-            os.kill(pid, signal.SIGKILL)
+        if not pid or (service != TRAINER and self.mesh.processes[service].poll() is not None):
+            return False
+        os.kill(pid, signal.SIGKILL)
+        return True
 
     def _kill_at(self, failpoint: str) -> None:
         armed = self._failpoints / failpoint

@@ -142,7 +142,7 @@ def check(client: Client, name: str, expected: dict[str, torch.Tensor], folder: 
     assert steps == list(range(1, STEPS + 1))
     found = load_file(client.download_adapter(name, folder) / "adapter_model.safetensors")
     for key, tensor in expected.items():
-        torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-6)
     return events
 
 

@@ -26,12 +26,15 @@ EVERY_SECONDS, NUM_AT_ONCE, END_SECONDS = 0.5, 6, 120.0
 MAX_BYTES_A_SECOND = 3_000 if long_mode() else 150_000  # a minute of a young process says little
 MAX_MORE_FILES, MAX_MORE_THREADS = 12, 12  # a connection here, a pool's thread there
 QUICK = {
+    "alignment": {
+        "MUXTUNE_TOKENIZED_CACHE_BYTES": "500000"
+    },  # full when the warm-up ends, or it would look like a leak
     "execution": {
         "MUXTUNE_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
         "MUXTUNE_CHECKPOINT_STEPS": "5",
         "MUXTUNE_CALIBRATION_SECONDS": "0.1",
-    }
+    },
 }
 Sample = tuple[float, int, int, int]  # seconds, bytes resident, file descriptors, threads
 
@@ -46,16 +49,20 @@ def sample(pid: int) -> Sample | None:
         return None
 
 
-def check_flat(name: str, samples: Sequence[Sample]) -> None:
+def problems(name: str, samples: Sequence[Sample]) -> list[str]:
+    """What grew."""
     seconds, resident, files, threads = np.array(samples, dtype=float).T
     slope = np.polyfit(seconds - seconds[0], resident, 1)[0]
     print(f"{name}: {resident[0] / 1e6:.1f} to {resident[-1] / 1e6:.1f} MB in {seconds[-1] - seconds[0]:.0f} s,",
           f"{slope / 1e3:+.1f} kB/s; {files[0]:.0f} to {files[-1]:.0f} files;",
           f"{threads[0]:.0f} to {threads[-1]:.0f} threads")  # fmt: skip
-    assert slope <= MAX_BYTES_A_SECOND, name
     half = len(samples) // 2
-    assert np.median(files[half:]) <= np.median(files[:half]) + MAX_MORE_FILES, name
-    assert np.median(threads[half:]) <= np.median(threads[:half]) + MAX_MORE_THREADS, name
+    grew = {
+        "memory": slope > MAX_BYTES_A_SECOND,
+        "files": np.median(files[half:]) > np.median(files[:half]) + MAX_MORE_FILES,
+        "threads": np.median(threads[half:]) > np.median(threads[:half]) + MAX_MORE_THREADS,
+    }
+    return [f"{name}: {what}" for what, is_so in grew.items() if is_so]
 
 
 def spec(dataset: str, chance: random.Random) -> task_pb2.TaskSpec:
@@ -122,10 +129,10 @@ def test_a_mesh_at_work_does_not_grow_and_leaves_nothing_behind(tmp_path: Path) 
         assert set(states) <= {task_pb2.TASK_STATE_SUCCEEDED, task_pb2.TASK_STATE_CANCELLED}
         until_swept(mesh.data / "artifacts")
         print(f"{len(states)} tasks, {states.count(task_pb2.TASK_STATE_CANCELLED)} of them cancelled")
-    judged = set()
+    judged, grew = set(), list[str]()
     for (name, _), taken in samples.items():
         taken = taken[len(taken) // 3 :]  # one that was started meanwhile loads first
         if taken[-1][0] - taken[0][0] > SECONDS / 4:
-            check_flat(name, taken)
+            grew += problems(name, taken)
             judged.add(name)
-    assert judged == {*START_ORDER, TRAINER}
+    assert judged == {*START_ORDER, TRAINER} and not grew

@@ -31,6 +31,7 @@ from engine.task import Overlength, Training
 from services.artifacts import ArtifactStore
 
 _TENANT, _SHA256 = re.compile(r"tenants/[^/]+"), re.compile(r"[0-9a-f]{64}")
+_OBJECTS_BYTES, _REFUSED_BYTES = 4096, 256
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Catalog:
         self._store = store
         self._tokenizers = {name: BackboneTokenizer.load(folder) for name, folder in backbones.items()}
         self._cache: OrderedDict[TokenizedKey, TokenizedDataset] = OrderedDict()
-        self._cache_bytes = cache_bytes
+        self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._lock = threading.Lock()
         self._at_work: defaultdict[TokenizedKey, threading.Lock] = defaultdict(threading.Lock)
         self._closing = threading.Event()
@@ -147,7 +148,7 @@ class Catalog:
         self._store.delete(_key(tenant, sha256))
         with self._lock:
             for key in [k for k in self._cache if (k.tenant, k.sha256) == (tenant, sha256)]:
-                del self._cache[key]
+                self._forget(key)
 
     def inspect(self, tenant: str, sha256: str, backbone: str, training: Training, num_samples: int) -> Preflight:
         dataset = self.tokenized(tenant, sha256, backbone, training)
@@ -179,9 +180,15 @@ class Catalog:
 
     def _keep(self, key: TokenizedKey, dataset: TokenizedDataset) -> None:
         with self._lock:
+            self._forget(key)
             self._cache[key] = dataset
-            while len(self._cache) > 1 and sum(d.num_bytes for d in self._cache.values()) > self._cache_bytes:
-                self._cache.popitem(last=False)
+            self._cached_bytes += _held_bytes(dataset)
+            while len(self._cache) > 1 and self._cached_bytes > self._cache_bytes:
+                self._forget(next(iter(self._cache)))
+
+    def _forget(self, key: TokenizedKey) -> None:
+        if (dataset := self._cache.pop(key, None)) is not None:
+            self._cached_bytes -= _held_bytes(dataset)
 
     def _until_closing(self, rows: Iterator[Row]) -> Iterator[Row]:
         for row in rows:
@@ -212,6 +219,11 @@ class Catalog:
             known = ", ".join(sorted(self._tokenizers)) or "none"
             raise InvalidInputError.of_field("spec.backbone", f'"{backbone}" is unknown; there is {known}')
         return self._tokenizers[backbone]
+
+
+def _held_bytes(dataset: TokenizedDataset) -> int:
+    """With the objects around its arrays: of a small dataset they are the larger part."""
+    return dataset.num_bytes + _OBJECTS_BYTES + _REFUSED_BYTES * len(dataset.refused)
 
 
 def _key(tenant: str, sha256: str) -> str:

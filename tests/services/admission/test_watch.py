@@ -12,6 +12,7 @@ import pytest
 
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import ledger_pb2, plan_pb2, task_pb2
+from services.admission import tasks
 from services.admission.ledger import Ledger
 from tests.services.admission.admission_mesh import (
     DATABASES,
@@ -164,6 +165,39 @@ async def test_a_commit_whose_caller_is_gone_meanwhile_reaches_the_watchers(
     await admission.state(task)  # a call later than the cancellation on the same connection: the server has heard of it
     may_go_on.set()
     assert await watcher.ended() == [1, 2, 3]
+
+
+async def test_a_watcher_that_does_not_read_holds_no_memory_and_misses_nothing(
+    admission: Admission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events of 24 MB, of which it reads one: the service takes a few more out of its database, and then none."""
+    num_events, task = 3000, await running_task(admission)
+    with admission.database.write() as connection:
+        for _ in range(num_events - 2):
+            tasks.tell(connection, tasks.row_of(connection, task), "x" * 8000)
+    num_read, right = 0, tasks.events_after
+
+    def counted(*arguments: Any) -> list[task_pb2.TaskEvent]:
+        nonlocal num_read
+        events = right(*arguments)
+        num_read += len(events)
+        return events
+
+    monkeypatch.setattr(tasks, "events_after", counted)
+    slow = admission.tenant().WatchTask(pb.WatchTaskRequest(name=task), timeout=240)
+    seen = [(await anext(aiter(slow))).event.sequence]
+    before = -1
+    while before != num_read:  # until it stands still
+        before = num_read
+        await asyncio.sleep(0.5)
+    assert 1 <= num_read < num_events // 2
+    others = Watcher(admission, task)
+    await others.has(num_events)
+    assert num_read < num_events * 3 // 2  # the slow one's share did not grow by that
+    await admission.commit(finished(task, 1))
+    assert await others.ended() == list(range(1, num_events + 2))
+    seen += [answer.event.sequence async for answer in slow]
+    assert seen == list(range(1, num_events + 2))
 
 
 async def test_a_stopping_service_sends_watchers_away_with_unavailable(admission: Admission) -> None:

@@ -237,6 +237,12 @@ async def test_the_cache_is_bounded_in_bytes(alignment: Alignment, tmp_path: Pat
     assert sum(dataset.num_bytes for dataset in catalog._cache.values()) <= 10_000
     again = catalog.tokenized(TENANT, shas[-1], "tiny", values)
     assert catalog.tokenized(TENANT, shas[-1], "tiny", values) is again  # the newest stayed
+    for i in range(20):  # a few bytes each, and kilobytes of objects
+        catalog.tokenized(TENANT, (await alignment.store(lines({"text": f"{i} fox"}))).sha256, "tiny", values)
+    assert 1 <= len(catalog._cache) < 5
+    for key in list(catalog._cache):
+        catalog.remove(TENANT, key.sha256)
+    assert catalog._cached_bytes == 0
 
 
 async def _start(folder: Path, **settings: str) -> tuple[asyncio.subprocess.Process, str]:

@@ -33,6 +33,24 @@ async def test_sigterm_checkpoints_releases_and_exits_with_zero(tmp_path: Path, 
         assert not [line for line in log_lines(mesh) if line["level"] in ("WARNING", "ERROR")]
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"checkpoint_steps": 3, "checkpoint_seconds": 1e6}, [3, 6, 8]),
+        ({"checkpoint_steps": 1000, "checkpoint_seconds": 0.0}, list(range(1, 9))),
+    ],
+    ids=["by steps", "by time"],
+)
+async def test_checkpoints_come_by_steps_and_by_time_and_at_the_end(
+    settings: dict[str, float], expected: list[int], tmp_path: Path, tiny_backbone: Path
+) -> None:
+    async with running_mesh(tmp_path, tiny_backbone, **settings) as mesh:
+        stream = await mesh.open_stream()
+        stream.send(plan_of(1, planned("d", num_steps=8)))
+        await stream.until_finished("d")
+        assert [checkpoint.step for checkpoint in stream.of("d", "checkpoint_committed")] == expected
+
+
 async def test_drain_releases_everything_and_the_trainer_dies_with_its_server(
     tmp_path: Path, tiny_backbone: Path
 ) -> None:

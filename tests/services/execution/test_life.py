@@ -165,6 +165,7 @@ async def test_what_is_wrong_with_one_task_fails_it_alone(mesh: Mesh, versions: 
     (written,) = (mesh.artifacts / prefix).rglob("state.safetensors")
     written.write_bytes(b"as found later")
     resume = {"step": 2, "manifest_key": manifest.key}
+    adapters = {name: broken_adapter(mesh, name) for name in ("rotten", "garbled")}
     stream = await mesh.open_stream()
     stream.send(
         plan_of(
@@ -174,6 +175,7 @@ async def test_what_is_wrong_with_one_task_fails_it_alone(mesh: Mesh, versions: 
             planned("corrupt", epoch=2, resume_from=resume),
             planned("notarget", targets=["no_such_proj"]),
             planned("noadapter", initial_adapter_key="tenants/t/adapters/none/1/manifest.json"),
+            *(planned(name, initial_adapter_key=key) for name, key in adapters.items()),
             planned("diverges", num_steps=50, training={"learning_rate": 1e30, "max_grad_norm": 0.0}),
         )
     )
@@ -182,6 +184,8 @@ async def test_what_is_wrong_with_one_task_fails_it_alone(mesh: Mesh, versions: 
         "corrupt": errors_pb2.ERROR_REASON_ARTIFACT_CORRUPT,
         "notarget": errors_pb2.ERROR_REASON_INVALID_INPUT,
         "noadapter": errors_pb2.ERROR_REASON_NOT_FOUND,
+        "rotten": errors_pb2.ERROR_REASON_ARTIFACT_CORRUPT,
+        "garbled": errors_pb2.ERROR_REASON_INVALID_INPUT,
         "diverges": errors_pb2.ERROR_REASON_NON_FINITE,
     }
     await stream.until(lambda: all(stream.of(task, "failed") for task in bad))
@@ -189,6 +193,17 @@ async def test_what_is_wrong_with_one_task_fails_it_alone(mesh: Mesh, versions: 
     assert {task: stream.of(task, "failed")[0].reason for task in bad} == bad
     assert [done.step for done in stream.of("good", "step_done")] == [1, 2, 3]
     await stream.close()
+
+
+def broken_adapter(mesh: Mesh, name: str) -> str:
+    """Manifest key of one whose weights are no safetensors as uploaded, and, "rotten", changed on the disk since."""
+    prefix = f"tenants/t/adapters/{name}/1"
+    files = {"adapter_config.json": b'{"peft_type": "LORA", "r": 4}', "adapter_model.safetensors": b"\xff" * 99}
+    key: str = ArtifactStore.open(mesh.settings.artifact_url).commit_folder(prefix, files, {}).key
+    if name == "rotten":
+        (written,) = (mesh.artifacts / prefix).rglob("adapter_model.safetensors")
+        written.write_bytes(b"\xfe" * 99)
+    return key
 
 
 async def test_two_htasks_of_a_plan_interleave(mesh: Mesh, versions: Versions) -> None:

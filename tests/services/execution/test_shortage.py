@@ -44,6 +44,7 @@ async def test_what_fits_trains_on_with_the_same_result_and_what_does_not_fails_
         for done, wanted in zip(stream.of("fits", "step_done"), stream.of("calm", "step_done"), strict=True):
             assert done.loss == pytest.approx(wanted.loss, rel=1e-6)
             assert done.effective_tokens == wanted.effective_tokens
+            assert done.input_digest == wanted.input_digest != b""  # in more and smaller microbatches the same
 
 
 def longest(version: str) -> int:
