@@ -10,7 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -27,6 +29,7 @@ from tests.tiny_backbone import write_backbone
 
 NUM_PERILS = 60 if long_mode() else 8
 pytestmark = pytest.mark.timeout(NUM_PERILS * 40 + 600)
+WAIT_SECONDS = 120.0
 ROWS_NAME = "tenants/default/datasets/rows"
 
 
@@ -125,34 +128,70 @@ _PERILS: list[Callable[[ReplicatedMesh, random.Random], None]] = [
 ]  # fmt: skip
 
 
-def test_while_the_keeper_is_paused_tasks_go_on_and_what_it_does_late_counts_for_nothing(
+class Watch:
+    """A task's events as one stream sees them."""
+
+    def __init__(self, client: Client, task: str) -> None:
+        self._client, self._task, self._began = client, task, threading.Event()
+        self.events: list[task_pb2.TaskEvent] = []
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+        assert self._began.wait(WAIT_SECONDS)
+
+    def _read(self) -> None:
+        for event in self._client.watch_task(self._task):
+            self.events.append(event)
+            self._began.set()
+
+    def end(self) -> list[task_pb2.TaskEvent]:
+        self._thread.join(WAIT_SECONDS)
+        assert not self._thread.is_alive()
+        return self.events
+
+
+def test_while_the_keeper_is_paused_all_goes_on_and_what_it_does_late_counts_for_nothing(
     mesh: ReplicatedMesh, expected: list[Outcome], tmp_path: Path
 ) -> None:
     mesh.await_serving(*NAMES)
     keeper = mesh.await_keeper()
     (other,) = set(NAMES) - {keeper}
-    known = plan_pb2.Executor(name="executors/late", address="127.0.0.1:1", incarnation="i1")
-    known.backbone.name = "tiny"
-    request = ledger_pb2.PutLeaseRequest(executor=known)
-    request.duration.FromSeconds(3600)
-    scheduling = mesh.mesh.certs / "scheduling"
-    with secure_channel(mesh.internal[keeper], scheduling, "admission") as channel, mesh.client(other) as client:
-        ledger = ledger_pb2_grpc.LedgerServiceStub(channel)
-        ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest(), timeout=20)
+    with _ledger_at(mesh, keeper) as ledger, mesh.client() as both, mesh.client(other) as client:
+        created = both.create_task(specs(ROWS_NAME)[0]).name
+        watches = [Watch(both, created) for _ in range(2)]  # calls take turns: one at each
         mesh.signal(keeper, signal.SIGSTOP)
         try:
-            late = ledger.PutLease.future(request, timeout=300)  # type: ignore[attr-defined]  # it waits at the paused one's door
-            created = client.create_task(specs(ROWS_NAME)[0]).name
-            found = outcome(client, created, tmp_path, Patience())  # from create to adapter, all at the other
+            late = ledger.PutLease.future(_lease_of("executors/late"), timeout=300)  # waits at the paused one's door
+            found = outcome(client, created, tmp_path, Patience())
+            assert [watch.end() for watch in watches] == [found.events] * 2
+            again = outcome(client, client.create_task(specs(ROWS_NAME)[1]).name, tmp_path, Patience())
+            assert {both.get_task(created).state for _ in range(4)} == {task_pb2.TASK_STATE_SUCCEEDED}
             assert not late.done()
         finally:
             mesh.signal(keeper, signal.SIGCONT)
         check(found, expected[0], may_be_cancelled=False)
+        check(again, expected[1], may_be_cancelled=False)
         assert late.code() is grpc.StatusCode.UNAVAILABLE, late
         mesh.await_keeper(other)
         with mesh.postgres() as connection:
             stored = connection.execute("SELECT count(*) FROM executors WHERE name = 'executors/late'").fetchone()
         assert stored == (0,)
+
+
+@contextmanager
+def _ledger_at(mesh: ReplicatedMesh, name: str) -> Iterator[Any]:
+    """LedgerService at one admission, as scheduling may call it, with no retries; connected."""
+    with secure_channel(mesh.internal[name], mesh.mesh.certs / "scheduling", "admission") as channel:
+        ledger = ledger_pb2_grpc.LedgerServiceStub(channel)
+        ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest(), timeout=20)
+        yield ledger
+
+
+def _lease_of(name: str) -> ledger_pb2.PutLeaseRequest:
+    executor = plan_pb2.Executor(name=name, address="127.0.0.1:1", incarnation="i1")
+    executor.backbone.name = "tiny"
+    request = ledger_pb2.PutLeaseRequest(executor=executor)
+    request.duration.FromSeconds(3600)
+    return request
 
 
 def test_the_command_takes_both_addresses(mesh: ReplicatedMesh) -> None:
