@@ -20,6 +20,7 @@ import pytest
 from muxtune.cli.mesh import secure_channel
 from muxtune.client import Client
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, task_pb2
+from services.admission.keeping import LEDGER_SERVICE
 from tests.mesh_chaos import long_mode, printed_seed
 from tests.replicated_mesh import NAMES, ReplicatedMesh
 from tests.services.admission.postgres import NoPostgresError, running_postgres
@@ -206,7 +207,16 @@ def test_the_command_takes_both_addresses(mesh: ReplicatedMesh) -> None:
         assert ROWS_NAME in listed
         keys = _command(["key", "ls", "--json"], operator | {"MUXTUNE_CERTS": str(mesh.mesh.certs / "operator")})
         assert mesh.mesh.api_key.split("_")[1] in keys
+        assert _keeps_by_command(mesh, (set(NAMES) - {name}).pop())
         mesh.start(name)
+
+
+def _keeps_by_command(mesh: ReplicatedMesh, name: str) -> bool:
+    """What an operator asks to find the keeper; once there is one."""
+    mesh.await_keeper(name)
+    certs = {"MUXTUNE_CERTS": str(mesh.mesh.certs / "operator")}
+    command = [sys.executable, "-m", "services.health", mesh.internal[name], "admission", LEDGER_SERVICE]
+    return subprocess.run(command, env={**os.environ, **certs}, check=False).returncode == 0
 
 
 def _command(arguments: list[str], environment: dict[str, str]) -> str:
