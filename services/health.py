@@ -1,4 +1,5 @@
-"""Whether a service is healthy: `python -m services.health HOST:PORT SERVICE`, exit status 0 or 1, for containers.
+"""Whether a service is healthy: `python -m services.health HOST:PORT SERVICE`, exit status 0 or 1, for containers. One
+more argument asks for one of its gRPC services: muxtune.v1.LedgerService says which admission keeps the ledger.
 
 With the certificate in MUXTUNE_CERTS; in plain text where that is not set.
 """
@@ -15,13 +16,13 @@ from services.certificates import Certificates, Trust
 _SECONDS = 2.0
 
 
-def is_serving(address: str, trust: Trust | None = None) -> bool:
-    """By grpc.health.v1, which wants no key."""
+def is_serving(address: str, trust: Trust | None = None, of: str = "") -> bool:
+    """`of`: of one gRPC service there; else of all. By grpc.health.v1, which wants no key."""
     secure = trust and grpc.secure_channel(address, trust.credentials(), trust.options())
     with secure or grpc.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
-            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=_SECONDS)  # type: ignore[attr-defined]
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=of), timeout=_SECONDS)  # type: ignore[attr-defined]
         except grpc.RpcError as error:
             print(f"{address}: {error.code().name}", file=sys.stderr)
             return False
@@ -30,4 +31,5 @@ def is_serving(address: str, trust: Trust | None = None) -> bool:
 
 if __name__ == "__main__":
     certs = os.environ.get("MUXTUNE_CERTS")
-    sys.exit(not is_serving(sys.argv[1], Trust(Certificates(Path(certs)), sys.argv[2]) if certs else None))
+    proof = Trust(Certificates(Path(certs)), sys.argv[2]) if certs else None
+    sys.exit(not is_serving(sys.argv[1], proof, *sys.argv[3:4]))

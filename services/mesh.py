@@ -72,8 +72,9 @@ def channel_options(health_of: str = "") -> list[tuple[str, Any]]:
 def open_channel(address: str, secret: str, trust: Trust | None = None, health_of: str = "") -> grpc.aio.Channel:
     """An asyncio channel. Calls on it raise `engine.errors`, never grpc.RpcError; close it when done.
 
-    `address`: "host:port", or several replicas' (`muxtune.transport.target`). With
-    `trust` it is mutual TLS, dialled anew when the certificates are replaced; else the secret goes in plain text.
+    `address`: "host:port", or several replicas' (`muxtune.transport.target`); calls go to those that say they serve
+    `health_of`. With `trust` it is mutual TLS, dialled anew when the certificates are replaced; else the secret goes in
+    plain text.
     """
 
     def dial() -> grpc.aio.Channel:

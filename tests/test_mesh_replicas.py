@@ -1,13 +1,18 @@
 """Two admissions on one PostgreSQL, clients at both: whichever is killed, paused, cut off or restarted, nothing that
-was acknowledged is lost and every task ends with the adapter of a calm run."""
+was acknowledged is lost and every task ends with the adapter of a calm run. MUXTUNE_TESTS=long: 60 perils, not 8."""
 
+import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -15,6 +20,7 @@ import pytest
 from muxtune.cli.mesh import secure_channel
 from muxtune.client import Client
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, task_pb2
+from services.admission.keeping import LEDGER_SERVICE
 from tests.mesh_chaos import long_mode, printed_seed
 from tests.replicated_mesh import NAMES, ReplicatedMesh
 from tests.services.admission.postgres import NoPostgresError, running_postgres
@@ -24,6 +30,7 @@ from tests.tiny_backbone import write_backbone
 
 NUM_PERILS = 60 if long_mode() else 8
 pytestmark = pytest.mark.timeout(NUM_PERILS * 40 + 600)
+WAIT_SECONDS = 120.0
 ROWS_NAME = "tenants/default/datasets/rows"
 
 
@@ -56,10 +63,10 @@ def test_killed_paused_cut_and_restarted_at_random_nothing_is_lost(
     with mesh.client() as client, mesh.client("b", "a") as other:
         before = {task.name for task in client.list_tasks()}
         load = Load(client, chance, tmp_path)
-        for _ in range(NUM_PERILS):
+        each_once = chance.sample(_PERILS, len(_PERILS))
+        for peril in each_once + chance.choices(_PERILS, k=NUM_PERILS - len(_PERILS)):
             load.begin()
             time.sleep(chance.uniform(0, 2.0))
-            peril = chance.choice(_PERILS)
             print(f"{peril.__name__} at {time.monotonic():.1f} s, {mesh.await_keeper()} keeps the ledger", flush=True)
             peril(mesh, chance)
         for name in NAMES:
@@ -122,34 +129,101 @@ _PERILS: list[Callable[[ReplicatedMesh, random.Random], None]] = [
 ]  # fmt: skip
 
 
-def test_while_the_keeper_is_paused_tasks_go_on_and_what_it_does_late_counts_for_nothing(
+class Watch:
+    """A task's events as one stream sees them."""
+
+    def __init__(self, client: Client, task: str) -> None:
+        self._client, self._task, self._began = client, task, threading.Event()
+        self.events: list[task_pb2.TaskEvent] = []
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+        assert self._began.wait(WAIT_SECONDS)
+
+    def _read(self) -> None:
+        for event in self._client.watch_task(self._task):
+            self.events.append(event)
+            self._began.set()
+
+    def end(self) -> list[task_pb2.TaskEvent]:
+        self._thread.join(WAIT_SECONDS)
+        assert not self._thread.is_alive()
+        return self.events
+
+
+def test_while_the_keeper_is_paused_all_goes_on_and_what_it_does_late_counts_for_nothing(
     mesh: ReplicatedMesh, expected: list[Outcome], tmp_path: Path
 ) -> None:
     mesh.await_serving(*NAMES)
     keeper = mesh.await_keeper()
     (other,) = set(NAMES) - {keeper}
-    known = plan_pb2.Executor(name="executors/late", address="127.0.0.1:1", incarnation="i1")
-    known.backbone.name = "tiny"
-    request = ledger_pb2.PutLeaseRequest(executor=known)
-    request.duration.FromSeconds(3600)
-    scheduling = mesh.mesh.certs / "scheduling"
-    with secure_channel(mesh.internal[keeper], scheduling, "admission") as channel, mesh.client(other) as client:
-        ledger = ledger_pb2_grpc.LedgerServiceStub(channel)
-        ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest(), timeout=20)
+    with _ledger_at(mesh, keeper) as ledger, mesh.client() as both, mesh.client(other) as client:
+        created = both.create_task(specs(ROWS_NAME)[0]).name
+        watches = [Watch(both, created) for _ in range(2)]  # calls take turns: one at each
         mesh.signal(keeper, signal.SIGSTOP)
         try:
-            late = ledger.PutLease.future(request, timeout=300)  # type: ignore[attr-defined]  # it waits at the paused one's door
-            created = client.create_task(specs(ROWS_NAME)[0]).name
-            found = outcome(client, created, tmp_path, Patience())  # from create to adapter, all at the other
+            late = ledger.PutLease.future(_lease_of("executors/late"), timeout=300)  # waits at the paused one's door
+            found = outcome(client, created, tmp_path, Patience())
+            assert [watch.end() for watch in watches] == [found.events] * 2
+            again = outcome(client, client.create_task(specs(ROWS_NAME)[1]).name, tmp_path, Patience())
+            assert {both.get_task(created).state for _ in range(4)} == {task_pb2.TASK_STATE_SUCCEEDED}
             assert not late.done()
         finally:
             mesh.signal(keeper, signal.SIGCONT)
         check(found, expected[0], may_be_cancelled=False)
+        check(again, expected[1], may_be_cancelled=False)
         assert late.code() is grpc.StatusCode.UNAVAILABLE, late
         mesh.await_keeper(other)
         with mesh.postgres() as connection:
             stored = connection.execute("SELECT count(*) FROM executors WHERE name = 'executors/late'").fetchone()
         assert stored == (0,)
+
+
+@contextmanager
+def _ledger_at(mesh: ReplicatedMesh, name: str) -> Iterator[Any]:
+    """LedgerService at one admission, as scheduling may call it, with no retries; connected."""
+    with secure_channel(mesh.internal[name], mesh.mesh.certs / "scheduling", "admission") as channel:
+        ledger = ledger_pb2_grpc.LedgerServiceStub(channel)
+        ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest(), timeout=20)
+        yield ledger
+
+
+def _lease_of(name: str) -> ledger_pb2.PutLeaseRequest:
+    executor = plan_pb2.Executor(name=name, address="127.0.0.1:1", incarnation="i1")
+    executor.backbone.name = "tiny"
+    request = ledger_pb2.PutLeaseRequest(executor=executor)
+    request.duration.FromSeconds(3600)
+    return request
+
+
+def test_the_command_takes_both_addresses(mesh: ReplicatedMesh) -> None:
+    """A tenant's and an operator's, with either replica gone."""
+    tenant = {"MUXTUNE_ADDRESS": ",".join(mesh.public.values()), "MUXTUNE_API_KEY": mesh.mesh.api_key}
+    operator = {"MUXTUNE_ADMISSION_ADDRESS": ",".join(mesh.internal.values())}
+    for name in NAMES:
+        mesh.await_serving(*NAMES)
+        mesh.signal(name, signal.SIGKILL)
+        mesh.process(name).wait()
+        listed = _command(["dataset", "ls", "--json"], tenant | {"MUXTUNE_CA": str(mesh.mesh.ca)})
+        assert ROWS_NAME in listed
+        keys = _command(["key", "ls", "--json"], operator | {"MUXTUNE_CERTS": str(mesh.mesh.certs / "operator")})
+        assert mesh.mesh.api_key.split("_")[1] in keys
+        assert _keeps_by_command(mesh, (set(NAMES) - {name}).pop())
+        mesh.start(name)
+
+
+def _keeps_by_command(mesh: ReplicatedMesh, name: str) -> bool:
+    """What an operator asks to find the keeper; once there is one."""
+    mesh.await_keeper(name)
+    certs = {"MUXTUNE_CERTS": str(mesh.mesh.certs / "operator")}
+    command = [sys.executable, "-m", "services.health", mesh.internal[name], "admission", LEDGER_SERVICE]
+    return subprocess.run(command, env={**os.environ, **certs}, check=False).returncode == 0
+
+
+def _command(arguments: list[str], environment: dict[str, str]) -> str:
+    command = [sys.executable, "-m", "muxtune.cli.main", *arguments]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_a_rolling_restart_under_load_fails_no_call(

@@ -64,16 +64,16 @@ class Database:
 
     @contextmanager
     def alone_with(self, key: str) -> Iterator[sa.Connection]:
-        """A transaction that reads, in which `holds` that key is true for nobody. Waits for those who hold it."""
+        """A transaction that reads, and in which no other process `holds` that key. Waits for those that do."""
         with self._translated(), self._engine.begin() as connection:
             if self.is_shared:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_lock_of(key))))
             yield connection
 
     def holds(self, connection: sa.Connection, key: str) -> bool:
-        """Until this transaction's end, unless somebody is alone with it. Always where no other process is."""
+        """Of PostgreSQL: until this transaction's end nobody will be alone with that key; false where somebody is."""
         lock = sa.select(sa.func.pg_try_advisory_xact_lock_shared(_lock_of(key)))
-        return not self.is_shared or bool(connection.execute(lock).scalar())
+        return bool(connection.execute(lock).scalar())
 
     @property
     def is_shared(self) -> bool:
@@ -136,6 +136,8 @@ class Database:
             if not isinstance(error, sa.exc.OperationalError) and not error.connection_invalidated:
                 raise
             raise UnavailableError(f"the database is away: {type(error.orig).__name__}") from error
+        except sa.exc.TimeoutError as error:
+            raise UnavailableError("the database is busy: no connection was free in time") from error
 
 
 def _lock_of(key: str) -> int:

@@ -17,7 +17,7 @@ from services.admission import catalog
 from services.admission.database import Database
 from services.artifacts import ArtifactStore
 
-_KEY = re.compile(r"(tenants/[^/]+)/datasets/([0-9a-f]{64})\.jsonl")
+_KEYS = re.compile(r"(tenants/[^/]+)/datasets/([0-9a-f]{64})\.jsonl")
 _REMOVE_SECONDS = 5.0  # less than the database lets a transaction be silent
 
 
@@ -39,7 +39,9 @@ class DatasetBytes:
 
     def check_kept(self, connection: sa.Connection, tenant: str, sha256: str) -> None:
         """In the transaction that writes their row. Raises UnavailableError where another process removes them."""
-        key = f"{tenant}/datasets/{sha256}.jsonl"
+        if not self._database.is_shared:
+            return  # their lock is enough
+        key = _key(tenant, sha256)
         if not self._database.holds(connection, key) or not self._artifacts.exists(key):
             raise UnavailableError("these bytes were removed just now, with the last dataset that had them: send again")
 
@@ -51,15 +53,20 @@ class DatasetBytes:
     async def sweep(self) -> None:
         """Removes what no dataset holds: an upload or a deletion was cut short. Raises UnavailableError."""
         keys = await asyncio.to_thread(self._artifacts.list, "tenants")
-        for found in filter(None, map(_KEY.fullmatch, keys)):
+        for found in filter(None, map(_KEYS.fullmatch, keys)):
             async with self.lock(found[1], found[2]):
                 await self.remove_unreferenced(found[1], found[2])
 
     def _remove_unreferenced(self, tenant: str, sha256: str, loop: asyncio.AbstractEventLoop) -> None:
-        with self._database.alone_with(f"{tenant}/datasets/{sha256}.jsonl") as connection:
+        with self._database.alone_with(_key(tenant, sha256)) as connection:
             if not catalog.is_referenced(connection, tenant, sha256):
                 asyncio.run_coroutine_threadsafe(self._remove(tenant, sha256), loop).result()
 
     async def _remove(self, tenant: str, sha256: str) -> None:
         request = alignment_pb2.RemoveDatasetRequest(tenant=tenant, sha256=sha256)
         await self._alignment.RemoveDataset(request, timeout=_REMOVE_SECONDS)
+
+
+def _key(tenant: str, sha256: str) -> str:
+    """Where alignment puts them."""
+    return f"{tenant}/datasets/{sha256}.jsonl"

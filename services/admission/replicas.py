@@ -9,7 +9,8 @@ fenced (services/admission/fence.py).
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import psycopg
@@ -43,7 +44,7 @@ class Replicas:
         """Listens, and runs `keep` as long as the lock is this process's; it ends by itself where its epoch is over."""
         while True:
             try:
-                async with await self._open_session() as session:
+                async with self._open_session() as session:
                     self._notifier.wake_all()  # what was said meanwhile was not heard
                     await self._attend(session, keep)
             except (psycopg.Error, TimeoutError, MuxtuneError) as error:
@@ -72,13 +73,16 @@ class Replicas:
             self._untold = {_EVERYTHING}
         self._has_untold.set()
 
-    async def _open_session(self) -> "psycopg.AsyncConnection[Any]":
+    @asynccontextmanager
+    async def _open_session(self) -> "AsyncIterator[psycopg.AsyncConnection[Any]]":
         async with asyncio.timeout(_SILENCE_SECONDS):
             session = await psycopg.AsyncConnection.connect(**self._database.connect_arguments(), autocommit=True)
-            await session.execute(f"SET application_name = '{SESSION}'")
-            await session.execute(f"SET idle_session_timeout = '{_SILENCE_SECONDS}s'")
-            await session.execute(f"LISTEN {_CHANNEL}")
-        return session
+        async with session:
+            async with asyncio.timeout(_SILENCE_SECONDS):
+                await session.execute(f"SET application_name = '{SESSION}'")
+                await session.execute(f"SET idle_session_timeout = '{_SILENCE_SECONDS}s'")
+                await session.execute(f"LISTEN {_CHANNEL}")
+            yield session
 
     async def _attend(self, session: "psycopg.AsyncConnection[Any]", keep: Keep) -> None:
         keeping: asyncio.Task[None] | None = None

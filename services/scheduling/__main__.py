@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import grpc
 
 from engine.planning.plan import Limits
+from muxtune.errors import InvalidInputError
+from muxtune.transport import target
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc
 from services.auth import mesh_authenticator
 from services.config import ServerSettings, SettingsError, from_environment
@@ -25,7 +27,7 @@ class SchedulingSettings(ServerSettings):
     0 chooses it for each hTask; 1 is no alignment. `tenant_weights`: "tenants/a=2,tenants/b=0.5", what a tenant's share
     of device time is divided by; 1 where none is given. `fuses`, `interleaves` and `preempts` are what they are in
     `engine.planning.plan.Limits`. Of several schedulers one leads, under a lease of `leader_seconds`; the others
-    stand by.
+    stand by. `admission_address` may be several replicas'.
     """
 
     admission_address: str
@@ -37,6 +39,13 @@ class SchedulingSettings(ServerSettings):
     fuses: bool = True
     interleaves: bool = True
     preempts: bool = True
+
+    def __post_init__(self) -> None:
+        """Exits for an address that nobody can dial."""
+        try:
+            target(self.admission_address)
+        except InvalidInputError as error:
+            raise SettingsError(f"MUXTUNE_ADMISSION_ADDRESS: {error}") from error
 
     def limits(self) -> Limits:
         """Exits if one makes no sense."""

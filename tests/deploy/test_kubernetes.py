@@ -56,6 +56,25 @@ def test_every_setting_is_given_and_every_port_agrees(service: str) -> None:
         assert command == ["python", "-m", "services.health", f"127.0.0.1:{port}", service]
 
 
+def test_each_address_is_a_services() -> None:
+    services = of_kind("Service")
+    for name, value in of_kind("ConfigMap")["muxtune"]["data"].items():
+        if name.endswith("_ADDRESS"):
+            host, _, port = value.rpartition(":")
+            assert int(port) in {entry["port"] for entry in services[host]["spec"]["ports"]}, name
+
+
+def test_two_admissions_are_replaced_one_after_the_other_and_scheduling_sees_both() -> None:
+    """On PostgreSQL (docs/adr/0011); what keeps its place, or nothing at all, is one."""
+    spec = WORKLOADS["admission"]["spec"]
+    assert spec["replicas"] == 2
+    assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
+    host, _, port = of_kind("ConfigMap")["muxtune"]["data"]["MUXTUNE_ADMISSION_ADDRESS"].rpartition(":")
+    service = of_kind("Service")[host]["spec"]
+    assert (service["clusterIP"], service["selector"], port) == ("None", {"app": "admission"}, INTERNAL_PORT)
+    assert all(WORKLOADS[name]["spec"]["replicas"] == 1 for name in SERVICES if name != "admission")
+
+
 def test_nobody_holds_another_ones_key_and_nothing_runs_as_root() -> None:
     for service in SERVICES:
         spec = pod(service)

@@ -22,7 +22,7 @@ class Admission(admission_pb2_grpc.AdmissionServiceServicer):
     """`failures`: raised by the next calls, one each. `events`: what a watch yields; `cuts`: a stream breaks after so
     many. `download`: the responses of a download."""
 
-    def __init__(self) -> None:
+    def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
         self.failures: list[MuxtuneError] = []
         self.requests: list[Any] = []
         self.uploads: list[list[Any]] = []
@@ -33,7 +33,9 @@ class Admission(admission_pb2_grpc.AdmissionServiceServicer):
         self.released = threading.Event()
         self._server = grpc.server(futures.ThreadPoolExecutor(8))
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(self, self._server)
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        door = "127.0.0.1:0"
+        port = self._server.add_secure_port(door, credentials) if credentials else self._server.add_insecure_port(door)
+        self.address = f"127.0.0.1:{port}"
         self._server.start()
 
     def close(self) -> None:

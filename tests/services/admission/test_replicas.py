@@ -4,7 +4,7 @@ nothing. Polling is switched off: what is heard here is heard by NOTIFY, or by a
 import asyncio
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
@@ -14,23 +14,18 @@ import sqlalchemy as sa
 
 from engine.errors import UnavailableError
 from muxtune.v1 import admission_pb2 as pb
-from muxtune.v1 import ledger_pb2, plan_pb2
 from services.admission import database as database_module
 from services.admission import replicas as replicas_module
 from services.admission.database import Database
 from services.admission.fence import FencedDatabase
-from services.admission.ledger import Ledger
 from services.admission.notifier import ANYTHING, Notifier
 from services.admission.replicas import SESSION, Replicas
-from services.admission.tables import metadata
 from tests.services.admission.admission_mesh import (
     TEN_ROWS,
     Admission,
     Alignment,
     dataset_parts,
-    executor,
     finished,
-    refused,
     step,
 )
 from tests.services.admission.postgres import Postgres
@@ -203,42 +198,6 @@ async def test_who_stops_hands_the_ledger_on(database_url: str, pair: list[Repli
     async with Replica(database_url).running() as third:
         assert not third.is_keeping.is_set()
     assert pair[0].is_keeping.is_set() and not pair[1].epochs
-
-
-def _writes(ledger: Ledger) -> Iterator[Callable[[], object]]:
-    """Everything a keeper may commit."""
-    started = ledger_pb2.AttemptStart(task=TASK, expected_epoch=0)
-    yield ledger.snapshot
-    yield lambda: ledger.put_lease(executor("executors/one", "i1"), 30)
-    yield lambda: ledger.put_lease(executor("executors/two", "i1"), 30)
-    yield lambda: ledger.end_lease("executors/one", "i1")
-    yield lambda: ledger.commit_plan(
-        ledger_pb2.CommitPlanRequest(executor="executors/one", lease_epoch=1, version=9, starts=[started])
-    )
-    yield lambda: ledger.commit_results("executors/one", 1, [plan_pb2.TaskResult(task=TASK, attempt_epoch=1)])
-    yield lambda: ledger.revoke("executors/one", [TASK], "why not")
-    yield lambda: ledger.leadership.lead("a", "a1", 6.0)
-
-
-async def test_what_a_superseded_keeper_would_commit_is_refused_and_nothing_of_it_stays(admission: Admission) -> None:
-    task = (await admission.create((await admission.upload()).name, "t")).name
-    assert task == TASK and await admission.run(task) == [1]
-    stale, clock = Ledger(admission.database, admission.clock), admission.clock
-    clock.seconds += 1000  # its leases have all run out, and it would end them
-    Ledger(admission.database, clock)
-
-    def stored() -> list[object]:
-        with admission.database.read() as connection:
-            tables = [table for table in metadata.sorted_tables if table.name != "audit_events"]
-            return [connection.execute(sa.select(table)).all() for table in tables]
-
-    before = stored()
-    for write in (*_writes(stale), stale.end_expired):
-        with pytest.raises(UnavailableError, match="another admission keeps the ledger"):
-            write()
-    assert stored() == before
-    with refused(grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"):  # the server's own is superseded too
-        await admission.register("executors/two")
 
 
 async def test_a_task_created_at_one_is_watched_to_its_end_at_another(

@@ -380,3 +380,9 @@ def test_tenants_weights_are_a_setting(text: str, weights: dict[str, float]) -> 
 def test_a_weight_that_does_not_read_ends_the_service(text: str) -> None:
     with pytest.raises(SystemExit, match="MUXTUNE_TENANT_WEIGHTS"):
         SchedulingSettings(mesh_secret="s", admission_address="a:1", tenant_weights=text).weights()
+
+
+def test_several_admissions_are_addresses_not_names() -> None:
+    SchedulingSettings(mesh_secret="s", admission_address="10.0.0.1:7411,10.0.0.2:7411")
+    with pytest.raises(SystemExit, match=r'MUXTUNE_ADMISSION_ADDRESS: .*"a:1,b:1".*one name that resolves to all'):
+        SchedulingSettings(mesh_secret="s", admission_address="a:1,b:1")

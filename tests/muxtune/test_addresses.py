@@ -1,0 +1,94 @@
+"""Several admissions at once: what addresses mean, who is called, whose certificate is taken for whose."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from muxtune.aio import AsyncClient
+from muxtune.cli.authority import issue
+from muxtune.client import Client
+from muxtune.errors import InvalidInputError, UnavailableError
+from muxtune.transport import is_loopback, target
+from services.certificates import Certificates
+from tests.muxtune.admission_fake import KEY, Admission
+
+
+@pytest.mark.parametrize(
+    ("address", "dialled"),
+    [
+        ("muxtune.example:7401", "muxtune.example:7401"),
+        ("10.0.0.1:7401", "10.0.0.1:7401"),
+        ("10.0.0.1:7401,10.0.0.2:7402", "ipv4:10.0.0.1:7401,10.0.0.2:7402"),
+        (" 10.0.0.1:7401 , localhost:7402", "ipv4:10.0.0.1:7401,127.0.0.1:7402"),
+        ("[::1]:7401,[2001:db8::2]:7401", "ipv6:[::1]:7401,[2001:db8::2]:7401"),
+    ],
+)
+def test_what_an_address_stands_for(address: str, dialled: str) -> None:
+    assert target(address) == dialled
+
+
+@pytest.mark.parametrize("address", ["a:1,b:1", "10.0.0.1:1,b:1", "10.0.0.1:1,", "10.0.0.1,10.0.0.2", "::1:1,[::1]"])
+def test_a_list_of_anything_else_is_refused_with_what_to_write_instead(address: str) -> None:
+    with pytest.raises(InvalidInputError, match=r"IP:PORT.*one name that resolves to all"):
+        target(address)
+
+
+def test_a_list_of_two_kinds_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="IPv4 and IPv6"):
+        target("10.0.0.1:1,[::1]:1")
+
+
+def test_a_key_goes_in_plain_text_to_loopback_alone() -> None:
+    assert is_loopback("127.0.0.1:1,localhost:2,[::1]:3")
+    assert not is_loopback("127.0.0.1:1,10.0.0.1:2") and not is_loopback("10.0.0.1:2,127.0.0.1:1")
+
+
+@pytest.fixture
+def pair() -> Iterator[list[Admission]]:
+    both = [Admission(), Admission()]
+    yield both
+    for admission in both:
+        admission.close()
+
+
+def addresses(admissions: list[Admission]) -> str:
+    return ",".join(admission.address for admission in admissions)
+
+
+def test_both_are_called_and_either_may_go(pair: list[Admission]) -> None:
+    with Client(addresses(pair), KEY) as client:
+        while not all(admission.requests for admission in pair):
+            client.list_backbones()
+        pair[0].close()
+        for _ in range(5):
+            assert client.list_backbones()[0].name == "tiny"
+
+
+async def test_a_watch_goes_on_at_the_other_where_it_was(pair: list[Admission]) -> None:
+    for admission, cut in zip(pair, (3, 7), strict=True):
+        admission.num_events, admission.cuts = 10, [cut, cut + 1]
+    async with AsyncClient(addresses(pair), KEY) as client:
+        seen = [event.sequence async for event in client.watch_task("tenants/acme/tasks/t")]
+    assert seen == list(range(1, 11))
+    assert all(admission.requests for admission in pair)
+
+
+def test_the_certificate_of_each_must_name_the_first(tmp_path: Path) -> None:
+    issue(tmp_path / "right", ["127.0.0.1"])
+    issue(tmp_path / "wrong", ["127.0.0.2"])
+    for folder, is_taken in (("right", True), ("wrong", False)):
+        certificates = Certificates(tmp_path / folder / "admission")
+        with ExitStack() as stack:
+            pair = [Admission(certificates.for_server(is_mutual=False)) for _ in range(2)]
+            for admission in pair:
+                stack.callback(admission.close)
+            client = stack.enter_context(Client(addresses(pair), KEY, tmp_path / folder / "ca.crt"))
+            if is_taken:
+                while not all(admission.requests for admission in pair):
+                    client.list_backbones()
+            else:
+                with pytest.raises(UnavailableError):
+                    client.list_backbones()
+                assert not any(admission.metadata for admission in pair)  # no key was sent
