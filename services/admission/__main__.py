@@ -22,7 +22,7 @@ from muxtune.v1 import (
 from services.admission.admit import Admitter, Quota
 from services.admission.audit import audited_in
 from services.admission.database import Database
-from services.admission.identity import RateLimit, authenticator
+from services.admission.identity import authenticator
 from services.admission.keys import KeyStore
 from services.admission.ledger import Ledger
 from services.admission.limits import LimitsWatch
@@ -37,7 +37,9 @@ from services.auth import Authenticate
 from services.certificates import Certificates
 from services.config import ServerSettings, from_environment
 from services.mesh import open_channel
+from services.rate_limit import RateLimit
 from services.server import serve, start_vital
+from services.strangers import Strangers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,10 @@ class AdmissionSettings(ServerSettings):
 
     `listen` is the clients', with the certificate in `public_certs` (default: `certs`); who shows one, services and
     operators, comes to `internal_listen`. `oidc_*`: see services/admission/oidc.py; no issuer, no tokens.
-    `max_*` hold for tenants without a quota of their own; 0: no limit. `max_upload_bytes` is of one
-    adapter. But a task fails that was alone on its executor
-    when that died, `max_crashes` times in a row with no new step since.
+    `requests_per_second` are a tenant's; `refusals_per_second` those from one address that bring no valid key: 0 where
+    a proxy's address is everybody's. `max_upload_bytes` is of one adapter; the other `max_*` hold for tenants without a
+    quota of their own; 0: no limit. But a task fails that was alone on its executor when that died, `max_crashes` times
+    in a row with no new step since.
     """
 
     database_url: str
@@ -62,6 +65,7 @@ class AdmissionSettings(ServerSettings):
     oidc_algorithms: str = "RS256,ES256"
     oidc_tenant_claim: str = "tenant"
     requests_per_second: float = 500.0
+    refusals_per_second: float = 20.0
     max_upload_bytes: int = 512 << 20
     max_unfinished_tasks: int = 1000
     max_crashes: int = 3
@@ -116,6 +120,9 @@ async def main() -> None:
     store = Ledger(database, quota=default, max_crashes=settings.max_crashes)
     ledger = LedgerServicer(store, notifier, sweeping.add)
 
+    audit = audited_in(database)
+    strangers = Strangers(RateLimit(settings.refusals_per_second), audit)
+
     def register(server: grpc.aio.Server) -> list[str]:
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, server)
         key_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(keys), server)
@@ -131,17 +138,20 @@ async def main() -> None:
         start_vital(ledger.announce_expiries(), "leases"),
         start_vital(sweeping.run(), "sweep"),
         start_vital(LimitsWatch(database, default, notifier).run(), "limits"),
+        start_vital(strangers.run(), "strangers"),
     ]
     await serve(
         "admission",
         settings,
         register,
         authenticate=settings.authenticate(keys),
-        audit=audited_in(database),
+        audit=audit,
+        strangers=strangers,
         on_stop=stop,
     )
     for task in running:
         task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
     database.close()
 
 
