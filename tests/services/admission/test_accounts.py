@@ -253,6 +253,25 @@ async def test_calls_that_prove_nothing_are_in_the_audit_log(admission: Admissio
     assert (event.tenant, event.method) == ("", "/muxtune.v1.AdmissionService/ListTasks")
 
 
+async def test_scheduling_has_lines_of_its_own_written(admission: Admission) -> None:
+    event = operator_pb2.AuditEvent(
+        sequence=77, subject="certificate operator", method="/muxtune.v1.SchedulingService/DrainExecutor",
+        resource="executors/one", status_code="OK",
+    )  # fmt: skip
+    request = ledger_pb2.RecordAuditEventRequest(event=event)
+    await admission.ledger().RecordAuditEvent(request)
+    assert await audit_lines(admission) == [("certificate", "", "DrainExecutor", "executors/one", "OK")]
+    for field in ("subject", "method"):
+        wrong = ledger_pb2.RecordAuditEventRequest(event=event)
+        wrong.event.ClearField(field)  # type: ignore[arg-type]
+        with refused(*INVALID) as refusal:
+            await admission.ledger().RecordAuditEvent(wrong)
+        assert refusal.fields == [f"event.{field}"]
+    with refused(*DENIED):  # nor does a tenant write there but by what it does
+        await admission.ledger(admission.key_store.create("tenants/acme", None)[1]).RecordAuditEvent(request)
+    assert (await audit_lines(admission))[1:] == [("key", "tenants/acme", "RecordAuditEvent", "", "PERMISSION_DENIED")]
+
+
 @pytest.mark.parametrize(
     "statement", ["UPDATE audit_events SET tenant = 'x'", "DELETE FROM audit_events", "TRUNCATE audit_events"]
 )
