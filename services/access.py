@@ -82,6 +82,7 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
         "RevokeAttempts": _LEDGER,
         "PutLease": _LEDGER,
         "EndLease": _LEDGER,
+        "RecordAuditEvent": _LEDGER,
     },
     "muxtune.v1.AlignmentService": {
         "StoreDataset": _may(Role.ADMISSION),
@@ -93,6 +94,7 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
         "RegisterExecutor": _may(Role.EXECUTION),
         "KeepLease": _may(Role.EXECUTION),
         "EndLease": _may(Role.EXECUTION),
+        "DrainExecutor": _changes(Role.OPERATOR),
         "GetPlan": _may(Role.OPERATOR),  # names of all tenants' tasks: never for one of them
         "ExplainPlan": _may(Role.OPERATOR),
         "SimulatePlan": _may(Role.OPERATOR),
@@ -100,8 +102,9 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
     },
     "muxtune.v1.ExecutionService": {
         "RunPlan": _may(Role.SCHEDULING),
-        "ExportAdapter": _may(Role.SCHEDULING, Role.OPERATOR),
-        "Drain": _may(Role.OPERATOR),
+        # Nothing here is the operator's but to read: its audit log is admission's, which executors do not reach.
+        "ExportAdapter": _may(Role.SCHEDULING),
+        "Drain": _may(Role.SCHEDULING),
         "DescribeExecutor": _may(Role.SCHEDULING, Role.OPERATOR),
     },
     "grpc.health.v1.Health": {"Check": _OPEN, "Watch": _OPEN, "List": _OPEN},

@@ -7,7 +7,7 @@ from google.protobuf.message import Message
 
 from services.auth import Principal
 
-_NAMING = ("name", "id", "tenant", "parent", "task")
+_NAMING = ("name", "id", "tenant", "parent", "task", "executor")
 _MAX_NAME_CHARACTERS = 200
 
 

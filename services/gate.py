@@ -19,9 +19,10 @@ from opentelemetry.trace import SpanKind
 from engine.errors import InvalidInputError, MuxtuneError, OverloadedError
 from services.access import Role, check_access, rule_of
 from services.audit import Audit, AuditEntry, resource_of
-from services.auth import Authenticate, Principal, bearer, certified, set_principal
+from services.auth import Authenticate, Principal, certified, set_principal
 from services.errors import status_of
 from services.rpc_spans import RpcSpan
+from services.strangers import Strangers
 from services.telemetry import carrier_of
 
 _DRAIN_SECONDS, _PROOF_SECONDS = 1.0, 30.0
@@ -37,7 +38,8 @@ _HANDLERS = {
 
 class Gate(grpc.aio.ServerInterceptor):
     """`address`: what the spans name as the server's. `audit` hears of calls that change something and of refused ones,
-    before their caller has the answer. More calls or streams at once are refused, and may come again."""
+    before their caller has the answer; `strangers` of those that prove nothing. More calls or streams at once are
+    refused, and may come again."""
 
     def __init__(
         self,
@@ -46,8 +48,10 @@ class Gate(grpc.aio.ServerInterceptor):
         audit: Audit | None = None,
         max_calls: int = 256,
         max_streams: int = 1024,
+        strangers: Strangers | None = None,
     ) -> None:
         self._authenticate, self._address, self._audit = authenticate, address, audit
+        self._strangers = strangers or Strangers()
         self._calls, self._streams = _Places("calls", max_calls), _Places("streams", max_streams)
         self._telling: set[asyncio.Future[None]] = set()
 
@@ -141,8 +145,10 @@ class Gate(grpc.aio.ServerInterceptor):
             await refuse()
 
     async def _prove(self, method: str, context: Any) -> Principal:
-        """Who calls, by certificate or else by token. Raises UnauthenticatedError."""
-        return certified(context) or await self._authenticate(method, bearer(context.invocation_metadata()))
+        """Who calls, by certificate or else by token. Raises UnauthenticatedError, or OverloadedError to strangers."""
+        return certified(context) or await self._strangers.prove(
+            context.peer(), method, context.invocation_metadata(), self._authenticate
+        )
 
     async def _tell(
         self, principal: Principal | None, method: str, named: Sequence[Message], code: grpc.StatusCode

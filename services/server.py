@@ -18,6 +18,7 @@ from services.audit import Audit
 from services.auth import Authenticate
 from services.config import ServerSettings
 from services.gate import Gate
+from services.strangers import Strangers
 from services.telemetry import configure
 
 MAX_MESSAGE_BYTES = 16 << 20
@@ -47,6 +48,7 @@ async def serve(
     *,
     authenticate: Authenticate,
     audit: Audit | None = None,
+    strangers: Strangers | None = None,
     on_ready: Callable[[str], Awaitable[None]] | None = None,
     on_stop: Callable[[], Awaitable[None]] | None = None,
     stopping: asyncio.Event | None = None,
@@ -61,7 +63,7 @@ async def serve(
     """
     parent = os.getppid()
     telemetry = configure(service_name, settings)
-    gate = Gate(authenticate, settings.listen, audit, settings.max_calls, settings.max_streams)
+    gate = Gate(authenticate, settings.listen, audit, settings.max_calls, settings.max_streams, strangers)
     server = grpc.aio.server(interceptors=[gate], options=_OPTIONS)
     health = health or health_aio.HealthServicer()
     names = [*register(server), health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]

@@ -234,3 +234,17 @@ def test_certificates_are_renewed_under_a_running_mesh(mesh: Mesh) -> None:
     with mesh.client(mesh.create_key("tenants/renewed")) as client:
         dataset = client.upload_dataset(ROWS).name
         assert client.wait_task(client.create_task(spec(dataset)).name).state == task_pb2.TASK_STATE_SUCCEEDED
+
+
+def test_a_drained_executor_hands_its_tasks_back_and_the_operator_is_on_record(mesh: Mesh) -> None:
+    """Last here: the mesh's only executor takes no more from then on."""
+    with mesh.client(mesh.create_key("tenants/drained")) as client:
+        task = client.create_task(spec(client.upload_dataset(ROWS).name, 100_000))
+        events = client.watch_task(task.name)
+        next(event for event in events if event.WhichOneof("event") == "step_done")
+        done = CliRunner().invoke(app, ["executor", "drain", "local", "--data", str(mesh.data)])
+        assert done.exit_code == 0, done.output
+        next(event for event in events if event.state_changed.state == task_pb2.TASK_STATE_QUEUED)
+        assert client.get_task(task.name).progress.checkpoint_step > 0
+    (line,) = (x for x in operate(mesh, "tenant", "audit") if str(x["method"]).endswith("DrainExecutor"))
+    assert (line["subject"], line["resource"], line["status_code"]) == ("certificate operator", "executors/local", "OK")

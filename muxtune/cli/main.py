@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from muxtune.cli import adapter, dataset, key, plan, task, tenant
+from muxtune.cli import adapter, dataset, executor, key, plan, task, tenant
 from muxtune.cli.certs import certs
 from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, console, error_console, errors_as_lines
 from muxtune.cli.mesh import DEFAULT_BACKBONE, Mesh, default_backbone, stopped_by_signals
@@ -20,6 +20,7 @@ app.add_typer(dataset.app, name="dataset")
 app.add_typer(task.app, name="task")
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(plan.app, name="plan")
+app.add_typer(executor.app, name="executor")
 app.add_typer(key.app, name="key")
 app.add_typer(tenant.app, name="tenant")
 app.command(epilog="Example: muxtune certs /etc/muxtune/certs --host muxtune.example.com")(certs)

@@ -26,8 +26,9 @@ if _version_not_supported:
 
 
 class ExecutionServiceStub:
-    """Runs plans on one backbone. Callers show a certificate: scheduling's or the operator's. Statuses of every RPC:
-    UNAUTHENTICATED, PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
+    """Runs plans on one backbone. Callers show a certificate: scheduling's, or the operator's to read. What an operator
+    wants done goes through scheduling (DrainExecutor), and so into the audit log. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def __init__(self, channel):
@@ -59,8 +60,9 @@ class ExecutionServiceStub:
 
 
 class ExecutionServiceServicer:
-    """Runs plans on one backbone. Callers show a certificate: scheduling's or the operator's. Statuses of every RPC:
-    UNAUTHENTICATED, PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
+    """Runs plans on one backbone. Callers show a certificate: scheduling's, or the operator's to read. What an operator
+    wants done goes through scheduling (DrainExecutor), and so into the audit log. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def RunPlan(self, request_iterator, context):
@@ -128,8 +130,9 @@ def add_ExecutionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ExecutionService:
-    """Runs plans on one backbone. Callers show a certificate: scheduling's or the operator's. Statuses of every RPC:
-    UNAUTHENTICATED, PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
+    """Runs plans on one backbone. Callers show a certificate: scheduling's, or the operator's to read. What an operator
+    wants done goes through scheduling (DrainExecutor), and so into the audit log. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     @staticmethod

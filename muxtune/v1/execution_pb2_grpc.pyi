@@ -27,8 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ExecutionServiceStub:
-    """Runs plans on one backbone. Callers show a certificate: scheduling's or the operator's. Statuses of every RPC:
-    UNAUTHENTICATED, PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
+    """Runs plans on one backbone. Callers show a certificate: scheduling's, or the operator's to read. What an operator
+    wants done goes through scheduling (DrainExecutor), and so into the audit log. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     @_typing.overload
@@ -53,8 +54,9 @@ class ExecutionServiceStub:
 
 @_typing.type_check_only
 class ExecutionServiceAsyncStub(ExecutionServiceStub):
-    """Runs plans on one backbone. Callers show a certificate: scheduling's or the operator's. Statuses of every RPC:
-    UNAUTHENTICATED, PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
+    """Runs plans on one backbone. Callers show a certificate: scheduling's, or the operator's to read. What an operator
+    wants done goes through scheduling (DrainExecutor), and so into the audit log. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -75,8 +77,9 @@ class ExecutionServiceAsyncStub(ExecutionServiceStub):
     DescribeExecutor: _aio.UnaryUnaryMultiCallable[_execution_pb2.DescribeExecutorRequest, _execution_pb2.DescribeExecutorResponse]  # type: ignore[assignment]
 
 class ExecutionServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Runs plans on one backbone. Callers show a certificate: scheduling's or the operator's. Statuses of every RPC:
-    UNAUTHENTICATED, PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
+    """Runs plans on one backbone. Callers show a certificate: scheduling's, or the operator's to read. What an operator
+    wants done goes through scheduling (DrainExecutor), and so into the audit log. Statuses of every RPC: UNAUTHENTICATED,
+    PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     @_abc_1.abstractmethod

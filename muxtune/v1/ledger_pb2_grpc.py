@@ -79,6 +79,11 @@ class LedgerServiceStub:
                 request_serializer=muxtune_dot_v1_dot_ledger__pb2.EndLeaseRequest.SerializeToString,
                 response_deserializer=muxtune_dot_v1_dot_ledger__pb2.EndLeaseResponse.FromString,
                 _registered_method=True)
+        self.RecordAuditEvent = channel.unary_unary(
+                '/muxtune.v1.LedgerService/RecordAuditEvent',
+                request_serializer=muxtune_dot_v1_dot_ledger__pb2.RecordAuditEventRequest.SerializeToString,
+                response_deserializer=muxtune_dot_v1_dot_ledger__pb2.RecordAuditEventResponse.FromString,
+                _registered_method=True)
 
 
 class LedgerServiceServicer:
@@ -154,6 +159,14 @@ class LedgerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecordAuditEvent(self, request, context):
+        """A line of the audit log from scheduling, which keeps none: what an operator did there, before it hears the answer.
+        Sequence and time are the ledger's. Sent again it is another line. INVALID_ARGUMENT: no subject or method.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LedgerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -196,6 +209,11 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.EndLease,
                     request_deserializer=muxtune_dot_v1_dot_ledger__pb2.EndLeaseRequest.FromString,
                     response_serializer=muxtune_dot_v1_dot_ledger__pb2.EndLeaseResponse.SerializeToString,
+            ),
+            'RecordAuditEvent': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordAuditEvent,
+                    request_deserializer=muxtune_dot_v1_dot_ledger__pb2.RecordAuditEventRequest.FromString,
+                    response_serializer=muxtune_dot_v1_dot_ledger__pb2.RecordAuditEventResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -419,6 +437,33 @@ class LedgerService:
             '/muxtune.v1.LedgerService/EndLease',
             muxtune_dot_v1_dot_ledger__pb2.EndLeaseRequest.SerializeToString,
             muxtune_dot_v1_dot_ledger__pb2.EndLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordAuditEvent(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxtune.v1.LedgerService/RecordAuditEvent',
+            muxtune_dot_v1_dot_ledger__pb2.RecordAuditEventRequest.SerializeToString,
+            muxtune_dot_v1_dot_ledger__pb2.RecordAuditEventResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -69,6 +69,10 @@ class LedgerServiceStub:
     """
     EndLease: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.EndLeaseRequest, _ledger_pb2.EndLeaseResponse]
     """Ends a lease at once (clean shutdown). Ending one that has ended answers OK."""
+    RecordAuditEvent: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.RecordAuditEventRequest, _ledger_pb2.RecordAuditEventResponse]
+    """A line of the audit log from scheduling, which keeps none: what an operator did there, before it hears the answer.
+    Sequence and time are the ledger's. Sent again it is another line. INVALID_ARGUMENT: no subject or method.
+    """
 
 @_typing.type_check_only
 class LedgerServiceAsyncStub(LedgerServiceStub):
@@ -111,6 +115,10 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     """
     EndLease: _aio.UnaryUnaryMultiCallable[_ledger_pb2.EndLeaseRequest, _ledger_pb2.EndLeaseResponse]  # type: ignore[assignment]
     """Ends a lease at once (clean shutdown). Ending one that has ended answers OK."""
+    RecordAuditEvent: _aio.UnaryUnaryMultiCallable[_ledger_pb2.RecordAuditEventRequest, _ledger_pb2.RecordAuditEventResponse]  # type: ignore[assignment]
+    """A line of the audit log from scheduling, which keeps none: what an operator did there, before it hears the answer.
+    Sequence and time are the ledger's. Sent again it is another line. INVALID_ARGUMENT: no subject or method.
+    """
 
 class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
     """The durable side of scheduling, served by admission, which owns the only database. Scheduling keeps nothing: it reads
@@ -198,5 +206,15 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.EndLeaseResponse, _abc.Awaitable[_ledger_pb2.EndLeaseResponse]]:
         """Ends a lease at once (clean shutdown). Ending one that has ended answers OK."""
+
+    @_abc_1.abstractmethod
+    def RecordAuditEvent(
+        self,
+        request: _ledger_pb2.RecordAuditEventRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.RecordAuditEventResponse, _abc.Awaitable[_ledger_pb2.RecordAuditEventResponse]]:
+        """A line of the audit log from scheduling, which keeps none: what an operator did there, before it hears the answer.
+        Sequence and time are the ledger's. Sent again it is another line. INVALID_ARGUMENT: no subject or method.
+        """
 
 def add_LedgerServiceServicer_to_server(servicer: LedgerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -310,7 +310,9 @@ class AuditEvent(_message.Message):
     sequence: _builtins.int
     """Grows; never used twice."""
     subject: _builtins.str
-    """"key 6ce7bab7a897", "oidc ada", "certificate operator"."""
+    """"key 6ce7bab7a897", "oidc ada", "certificate operator"; "nobody, 17 calls from 192.0.2.1" of a minute's that proved
+    nothing, with the method of the first.
+    """
     tenant: _builtins.str
     """tenants/{tenant}; empty: it acts for none."""
     method: _builtins.str

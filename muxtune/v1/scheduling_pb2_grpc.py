@@ -31,7 +31,7 @@ class SchedulingServiceStub:
 
     Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
-    Callers show a certificate: an executor's own, of the name it says, and, for plans, the operator's. Statuses of every
+    Callers show a certificate: an executor's own, of the name it says, and, for the rest, the operator's. Statuses of every
     RPC: UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
     """
 
@@ -55,6 +55,11 @@ class SchedulingServiceStub:
                 '/muxtune.v1.SchedulingService/EndLease',
                 request_serializer=muxtune_dot_v1_dot_scheduling__pb2.SchedulingServiceEndLeaseRequest.SerializeToString,
                 response_deserializer=muxtune_dot_v1_dot_scheduling__pb2.SchedulingServiceEndLeaseResponse.FromString,
+                _registered_method=True)
+        self.DrainExecutor = channel.unary_unary(
+                '/muxtune.v1.SchedulingService/DrainExecutor',
+                request_serializer=muxtune_dot_v1_dot_scheduling__pb2.DrainExecutorRequest.SerializeToString,
+                response_deserializer=muxtune_dot_v1_dot_scheduling__pb2.DrainExecutorResponse.FromString,
                 _registered_method=True)
         self.GetPlan = channel.unary_unary(
                 '/muxtune.v1.SchedulingService/GetPlan',
@@ -84,7 +89,7 @@ class SchedulingServiceServicer:
 
     Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
-    Callers show a certificate: an executor's own, of the name it says, and, for plans, the operator's. Statuses of every
+    Callers show a certificate: an executor's own, of the name it says, and, for the rest, the operator's. Statuses of every
     RPC: UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
     """
 
@@ -106,6 +111,15 @@ class SchedulingServiceServicer:
 
     def EndLease(self, request, context):
         """Ends the lease at once. Ending one that has ended answers OK.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainExecutor(self, request, context):
+        """The operator's: the executor finishes its round, checkpoints and hands back every task, and takes no more until it is
+        started anew. Answers when that is done (tens of seconds: set a deadline of a minute). Draining twice answers OK.
+        NOT_FOUND: no executor of that name has a lease; UNAVAILABLE: it does not answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -160,6 +174,11 @@ def add_SchedulingServiceServicer_to_server(servicer, server):
                     request_deserializer=muxtune_dot_v1_dot_scheduling__pb2.SchedulingServiceEndLeaseRequest.FromString,
                     response_serializer=muxtune_dot_v1_dot_scheduling__pb2.SchedulingServiceEndLeaseResponse.SerializeToString,
             ),
+            'DrainExecutor': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainExecutor,
+                    request_deserializer=muxtune_dot_v1_dot_scheduling__pb2.DrainExecutorRequest.FromString,
+                    response_serializer=muxtune_dot_v1_dot_scheduling__pb2.DrainExecutorResponse.SerializeToString,
+            ),
             'GetPlan': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPlan,
                     request_deserializer=muxtune_dot_v1_dot_scheduling__pb2.GetPlanRequest.FromString,
@@ -194,7 +213,7 @@ class SchedulingService:
 
     Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
-    Callers show a certificate: an executor's own, of the name it says, and, for plans, the operator's. Statuses of every
+    Callers show a certificate: an executor's own, of the name it says, and, for the rest, the operator's. Statuses of every
     RPC: UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
     """
 
@@ -269,6 +288,33 @@ class SchedulingService:
             '/muxtune.v1.SchedulingService/EndLease',
             muxtune_dot_v1_dot_scheduling__pb2.SchedulingServiceEndLeaseRequest.SerializeToString,
             muxtune_dot_v1_dot_scheduling__pb2.SchedulingServiceEndLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainExecutor(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxtune.v1.SchedulingService/DrainExecutor',
+            muxtune_dot_v1_dot_scheduling__pb2.DrainExecutorRequest.SerializeToString,
+            muxtune_dot_v1_dot_scheduling__pb2.DrainExecutorResponse.FromString,
             options,
             channel_credentials,
             insecure,

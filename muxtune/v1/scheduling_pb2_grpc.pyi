@@ -32,7 +32,7 @@ class SchedulingServiceStub:
 
     Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
-    Callers show a certificate: an executor's own, of the name it says, and, for plans, the operator's. Statuses of every
+    Callers show a certificate: an executor's own, of the name it says, and, for the rest, the operator's. Statuses of every
     RPC: UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
     """
 
@@ -49,6 +49,11 @@ class SchedulingServiceStub:
     """ABORTED / LEASE_LOST: the lease ended; the executor drops its tasks without committing anything and registers again."""
     EndLease: _grpc.UnaryUnaryMultiCallable[_scheduling_pb2.SchedulingServiceEndLeaseRequest, _scheduling_pb2.SchedulingServiceEndLeaseResponse]
     """Ends the lease at once. Ending one that has ended answers OK."""
+    DrainExecutor: _grpc.UnaryUnaryMultiCallable[_scheduling_pb2.DrainExecutorRequest, _scheduling_pb2.DrainExecutorResponse]
+    """The operator's: the executor finishes its round, checkpoints and hands back every task, and takes no more until it is
+    started anew. Answers when that is done (tens of seconds: set a deadline of a minute). Draining twice answers OK.
+    NOT_FOUND: no executor of that name has a lease; UNAVAILABLE: it does not answer.
+    """
     GetPlan: _grpc.UnaryUnaryMultiCallable[_scheduling_pb2.GetPlanRequest, _scheduling_pb2.GetPlanResponse]
     """The plan as it runs, with the explanation of every unfinished task."""
     ExplainPlan: _grpc.UnaryUnaryMultiCallable[_scheduling_pb2.ExplainPlanRequest, _scheduling_pb2.ExplainPlanResponse]
@@ -70,7 +75,7 @@ class SchedulingServiceAsyncStub(SchedulingServiceStub):
 
     Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
-    Callers show a certificate: an executor's own, of the name it says, and, for plans, the operator's. Statuses of every
+    Callers show a certificate: an executor's own, of the name it says, and, for the rest, the operator's. Statuses of every
     RPC: UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
     """
 
@@ -84,6 +89,11 @@ class SchedulingServiceAsyncStub(SchedulingServiceStub):
     """ABORTED / LEASE_LOST: the lease ended; the executor drops its tasks without committing anything and registers again."""
     EndLease: _aio.UnaryUnaryMultiCallable[_scheduling_pb2.SchedulingServiceEndLeaseRequest, _scheduling_pb2.SchedulingServiceEndLeaseResponse]  # type: ignore[assignment]
     """Ends the lease at once. Ending one that has ended answers OK."""
+    DrainExecutor: _aio.UnaryUnaryMultiCallable[_scheduling_pb2.DrainExecutorRequest, _scheduling_pb2.DrainExecutorResponse]  # type: ignore[assignment]
+    """The operator's: the executor finishes its round, checkpoints and hands back every task, and takes no more until it is
+    started anew. Answers when that is done (tens of seconds: set a deadline of a minute). Draining twice answers OK.
+    NOT_FOUND: no executor of that name has a lease; UNAVAILABLE: it does not answer.
+    """
     GetPlan: _aio.UnaryUnaryMultiCallable[_scheduling_pb2.GetPlanRequest, _scheduling_pb2.GetPlanResponse]  # type: ignore[assignment]
     """The plan as it runs, with the explanation of every unfinished task."""
     ExplainPlan: _aio.UnaryUnaryMultiCallable[_scheduling_pb2.ExplainPlanRequest, _scheduling_pb2.ExplainPlanResponse]  # type: ignore[assignment]
@@ -104,7 +114,7 @@ class SchedulingServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
 
-    Callers show a certificate: an executor's own, of the name it says, and, for plans, the operator's. Statuses of every
+    Callers show a certificate: an executor's own, of the name it says, and, for the rest, the operator's. Statuses of every
     RPC: UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
     """
 
@@ -134,6 +144,17 @@ class SchedulingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduling_pb2.SchedulingServiceEndLeaseResponse, _abc.Awaitable[_scheduling_pb2.SchedulingServiceEndLeaseResponse]]:
         """Ends the lease at once. Ending one that has ended answers OK."""
+
+    @_abc_1.abstractmethod
+    def DrainExecutor(
+        self,
+        request: _scheduling_pb2.DrainExecutorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduling_pb2.DrainExecutorResponse, _abc.Awaitable[_scheduling_pb2.DrainExecutorResponse]]:
+        """The operator's: the executor finishes its round, checkpoints and hands back every task, and takes no more until it is
+        started anew. Answers when that is done (tens of seconds: set a deadline of a minute). Draining twice answers OK.
+        NOT_FOUND: no executor of that name has a lease; UNAVAILABLE: it does not answer.
+        """
 
     @_abc_1.abstractmethod
     def GetPlan(

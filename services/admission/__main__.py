@@ -25,7 +25,7 @@ from muxtune.v1 import (
 from services.admission.admit import Admitter, Quota
 from services.admission.audit import audited_in
 from services.admission.database import Database
-from services.admission.identity import RateLimit, authenticator
+from services.admission.identity import authenticator
 from services.admission.keeping import LEDGER_SERVICE, Keeping
 from services.admission.keys import KeyStore
 from services.admission.ledger import Ledger
@@ -42,7 +42,9 @@ from services.auth import Authenticate
 from services.certificates import Certificates
 from services.config import ServerSettings, from_environment
 from services.mesh import open_channel
+from services.rate_limit import RateLimit
 from services.server import serve, start_vital
+from services.strangers import Strangers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +53,10 @@ class AdmissionSettings(ServerSettings):
 
     `listen` is the clients', with the certificate in `public_certs` (default: `certs`); who shows one, services and
     operators, comes to `internal_listen`. `oidc_*`: see services/admission/oidc.py; no issuer, no tokens.
-    `max_*` hold for tenants without a quota of their own; 0: no limit. `max_upload_bytes` is of one
-    adapter. But a task fails that was alone on its executor
-    when that died, `max_crashes` times in a row with no new step since.
+    `requests_per_second` are a tenant's; `refusals_per_second` those from one address that bring no valid key: 0 where
+    a proxy's address is everybody's. `max_upload_bytes` is of one adapter; the other `max_*` hold for tenants without a
+    quota of their own; 0: no limit. But a task fails that was alone on its executor when that died, `max_crashes` times
+    in a row with no new step since.
     """
 
     database_url: str
@@ -67,6 +70,7 @@ class AdmissionSettings(ServerSettings):
     oidc_algorithms: str = "RS256,ES256"
     oidc_tenant_claim: str = "tenant"
     requests_per_second: float = 500.0
+    refusals_per_second: float = 20.0
     max_upload_bytes: int = 512 << 20
     max_unfinished_tasks: int = 1000
     max_crashes: int = 3
@@ -127,6 +131,9 @@ async def main() -> None:
     replicas = Replicas(database, notifier) if database.is_shared else Alone()
     running: list[asyncio.Task[None]] = []
 
+    audit = audited_in(database)
+    strangers = Strangers(RateLimit(settings.refusals_per_second), audit)
+
     def register(server: grpc.aio.Server) -> list[str]:
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, server)
         key_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(keys), server)
@@ -139,6 +146,7 @@ async def main() -> None:
         await health.set(LEDGER_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
         running.append(start_vital(replicas.run(keeping.keep), "replicas"))
         running.append(start_vital(replicas.tell(), "word to other replicas"))
+        running.append(start_vital(strangers.run(), "strangers"))
 
     async def stop() -> None:
         notifier.close()
@@ -151,7 +159,8 @@ async def main() -> None:
         settings,
         register,
         authenticate=settings.authenticate(keys),
-        audit=audited_in(database),
+        audit=audit,
+        strangers=strangers,
         on_ready=start,
         on_stop=stop,
         health=health,

@@ -1,38 +1,13 @@
 """Who calls admission with a token: a tenant or operator by API key, a tenant by its identity provider's token."""
 
 import asyncio
-import time
-from collections import OrderedDict
-from collections.abc import Callable
 
-from engine.errors import OverloadedError, UnauthenticatedError
+from engine.errors import UnauthenticatedError
 from services.access import Role, rule_of
 from services.admission.keys import KeyStore
 from services.admission.oidc import TokenVerifier
 from services.auth import Authenticate, Principal, mesh_authenticator
-
-_MAX_BUCKETS = 10_000
-
-
-class RateLimit:
-    """A token bucket for each tenant: `per_second` calls, and as many in one burst as two seconds have. 0: no limit."""
-
-    def __init__(self, per_second: float, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self._per_second, self._monotonic = per_second, monotonic
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # (calls left, when)
-
-    def take(self, tenant: str) -> None:
-        """Raises OverloadedError where the bucket is empty; a second later it is not, at a rate of one or more."""
-        if not self._per_second:
-            return
-        most, moment = max(1.0, 2 * self._per_second), self._monotonic()
-        left, since = self._buckets.pop(tenant, (most, moment))
-        left = min(most, left + (moment - since) * self._per_second)
-        self._buckets[tenant] = (left - 1 if left >= 1 else left, moment)
-        while len(self._buckets) > _MAX_BUCKETS:
-            self._buckets.popitem(last=False)
-        if left < 1:
-            raise OverloadedError(f"{tenant} makes more than {self._per_second:g} calls a second: wait", subject=tenant)
+from services.rate_limit import RateLimit
 
 
 def authenticator(
@@ -54,7 +29,9 @@ def authenticator(
         else:
             return await mesh(method, token)
         if limit is not None and principal.tenant is not None:
-            limit.take(principal.tenant)
+            limit.take(
+                principal.tenant, f"{principal.tenant} makes more than {limit.per_second:g} calls a second: wait"
+            )
         return principal
 
     return authenticate

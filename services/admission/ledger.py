@@ -13,17 +13,20 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from engine.errors import LeaseLostError, StaleEpochError
+from engine.errors import InvalidInputError, LeaseLostError, StaleEpochError
 from engine.task import TaskState
 from muxtune.v1 import ledger_pb2 as pb
 from muxtune.v1 import operator_pb2, plan_pb2, task_pb2
-from services.admission import accounts, crashes, results, tasks
+from services.access import Role
+from services.admission import accounts, audit, crashes, results, tasks
 from services.admission.clock import now
 from services.admission.database import Database
 from services.admission.fence import FencedDatabase
 from services.admission.leadership import Leadership, check_leader
 from services.admission.tables import executors, incarnations, plans
 from services.admission.tables import tasks as tasks_table
+from services.audit import AuditEntry
+from services.auth import Principal
 
 _ENDS = ("finished", "failed", "released")
 
@@ -146,6 +149,14 @@ class Ledger:
             verdicts = [results.commit(connection, executor, result, self._max_crashes) for result in batch]
             is_cleared = suspects != crashes.suspects(connection, executor)
         return verdicts, is_cleared or any(result.WhichOneof("result") in _ENDS for result in batch)
+
+    def record_audit(self, event: operator_pb2.AuditEvent) -> None:
+        """A line from scheduling. Raises InvalidInputError for one that does not say who or what."""
+        for field in ("subject", "method"):
+            if not getattr(event, field):
+                raise InvalidInputError.of_field(f"event.{field}", "is missing")
+        principal = Principal(event.tenant or None, Role.ANYONE, event.subject)
+        audit.record(self._database, AuditEntry(principal, event.method, event.resource, event.status_code))
 
     def revoke(self, executor: str, names: Sequence[str], reason: str) -> list[str]:
         """The tasks whose attempts were taken back."""

@@ -161,6 +161,12 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
         await self._notifier.after(end, self._notifier.notify)
         return ledger_pb2.EndLeaseResponse()
 
+    async def RecordAuditEvent(
+        self, request: ledger_pb2.RecordAuditEventRequest, context: Any
+    ) -> ledger_pb2.RecordAuditEventResponse:
+        await asyncio.to_thread(self._ledger.record_audit, request.event)
+        return ledger_pb2.RecordAuditEventResponse()
+
     async def end_expired(self) -> None:
         """Ends leases that ran out and takes their attempts back; tells their watchers and scheduling."""
         await self._notifier.after(

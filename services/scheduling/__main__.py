@@ -15,6 +15,7 @@ from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, scheduling_pb2, scheduling_p
 from services.auth import mesh_authenticator
 from services.config import ServerSettings, SettingsError, from_environment
 from services.mesh import open_channel
+from services.scheduling.audit import audited_by
 from services.scheduling.cycle import Scheduler
 from services.scheduling.leadership import Leadership
 from services.scheduling.servicer import SchedulingServicer
@@ -102,6 +103,7 @@ async def main() -> None:
         settings,
         register,
         authenticate=mesh_authenticator(settings.mesh_secret),
+        audit=audited_by(ledger),
         on_ready=start,
         on_stop=stop,
     )

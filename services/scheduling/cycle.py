@@ -11,10 +11,18 @@ from dataclasses import replace
 
 from opentelemetry import trace
 
-from engine.errors import MuxtuneError
+from engine.errors import MuxtuneError, NotFoundError
 from engine.planning.needs import Appraiser
 from engine.planning.plan import Limits, Plan, Snapshot
-from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, scheduling_pb2, task_pb2
+from muxtune.v1 import (
+    execution_pb2,
+    execution_pb2_grpc,
+    ledger_pb2,
+    ledger_pb2_grpc,
+    plan_pb2,
+    scheduling_pb2,
+    task_pb2,
+)
 from services.certificates import Trust
 from services.failpoints import failpoint
 from services.plan_convert import (
@@ -24,12 +32,13 @@ from services.plan_convert import (
     htask_to_proto,
     snapshot_task_to_view,
 )
-from services.scheduling.streams import ExecutorStream
+from services.scheduling.streams import ExecutorStream, executor_channel
 from services.scheduling.suspects import plan as make_plan
 from services.server import start_vital
 from services.telemetry import current_trace_parent, links_to, task_span, tracer
 
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 5.0
+_DRAIN_SECONDS = 120.0  # it gives up by itself long before
 _log = logging.getLogger(__name__)
 
 
@@ -109,6 +118,16 @@ class Scheduler:
             for now in plan.explanations
         ]
         self.read, self.snapshot, self.plan = read, view, Plan(plan.htasks, tuple(told))
+
+    async def drain(self, name: str) -> None:
+        """Answers when the executor has handed back its tasks. Raises NotFoundError."""
+        read = await self._ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest())
+        executor = next((executor for executor in read.executors if executor.name == name), None)
+        if executor is None:
+            raise NotFoundError(f'no executor "{name}" has a lease')
+        async with executor_channel(executor, self._secret, self._trust) as channel:
+            stub: execution_pb2_grpc.ExecutionServiceAsyncStub = execution_pb2_grpc.ExecutionServiceStub(channel)
+            await stub.Drain(execution_pb2.DrainRequest(), timeout=_DRAIN_SECONDS)
 
     def current(self) -> scheduling_pb2.GetPlanResponse:
         """The plans as they were sent, and why."""

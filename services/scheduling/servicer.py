@@ -64,6 +64,10 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
         )
         return pb.SchedulingServiceEndLeaseResponse()
 
+    async def DrainExecutor(self, request: pb.DrainExecutorRequest, context: Any) -> pb.DrainExecutorResponse:
+        await self._scheduler.drain(request.executor)
+        return pb.DrainExecutorResponse()
+
     async def ExplainPlan(self, request: pb.ExplainPlanRequest, context: Any) -> pb.ExplainPlanResponse:
         self._refuse_on_standby()
         await self._scheduler.look()

@@ -5,6 +5,8 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+import grpc
+
 from engine.errors import MuxtuneError
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, ledger_pb2, ledger_pb2_grpc, plan_pb2
 from services.certificates import Trust, executor_host
@@ -60,6 +62,11 @@ class Mailbox:
             )
 
 
+def executor_channel(executor: plan_pb2.Executor, secret: str, trust: Trust | None) -> grpc.aio.Channel:
+    """To where it said it is, if who answers there has its name."""
+    return open_channel(executor.address, secret, trust and replace(trust, peer=executor_host(executor.name)))
+
+
 class ExecutorStream:
     """Keeps the stream to one executor's incarnation open until closed."""
 
@@ -73,8 +80,7 @@ class ExecutorStream:
     ) -> None:
         self.executor = executor
         self.mailbox = Mailbox(executor.lease_epoch, leader_epoch)
-        self._secret, self._ledger = secret, ledger
-        self._trust = trust and replace(trust, peer=executor_host(executor.name))
+        self._secret, self._ledger, self._trust = secret, ledger, trust
         self._task = start_vital(self._run(), f"stream to {executor.name}")
 
     async def close(self) -> None:
@@ -86,7 +92,7 @@ class ExecutorStream:
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        channel = open_channel(self.executor.address, self._secret, self._trust)
+        channel = executor_channel(self.executor, self._secret, self._trust)
         stub: execution_pb2_grpc.ExecutionServiceAsyncStub = execution_pb2_grpc.ExecutionServiceStub(channel)
         backoff = _FIRST_BACKOFF_SECONDS
         async with channel:

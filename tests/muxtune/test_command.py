@@ -30,9 +30,9 @@ ROOT = Path(__file__).parents[2]
 NAME = "tenants/a/tasks/t"
 COMMANDS = [
     "up", "demo", "dataset put", "dataset ls", "dataset check", "dataset rm", "task create", "task ls", "task show",
-    "task watch", "task cancel", "adapter pull", "adapter push", "adapter ls", "adapter rm", "plan show",
-    "plan explain", "plan whatif", "plan timeline", "plan profile", "plan simulate", "key create", "key ls",
-    "key revoke", "verify", "certs", "tenant quota", "tenant usage", "tenant audit",
+    "task watch", "task cancel", "adapter pull", "adapter push", "adapter ls", "adapter rm", "executor drain",
+    "plan show", "plan explain", "plan whatif", "plan timeline", "plan profile", "plan simulate", "key create",
+    "key ls", "key revoke", "verify", "certs", "tenant quota", "tenant usage", "tenant audit",
 ]  # fmt: skip
 READING = {
     "dataset ls": ("num_rows", 3),

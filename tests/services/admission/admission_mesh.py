@@ -36,7 +36,7 @@ from muxtune.v1 import (
 from services.admission.admit import Admitter, Quota
 from services.admission.audit import audited_in
 from services.admission.database import Database
-from services.admission.identity import RateLimit, authenticator
+from services.admission.identity import authenticator
 from services.admission.keys import KeyStore
 from services.admission.ledger import Ledger
 from services.admission.limits import LimitsWatch
@@ -50,6 +50,8 @@ from services.artifacts import ArtifactStore
 from services.auth import mesh_authenticator
 from services.gate import Gate
 from services.mesh import open_channel
+from services.rate_limit import RateLimit
+from services.strangers import Strangers
 
 SECRET = "mesh_of-the-tests"
 DATABASES = ["sqlite", "postgresql"]
@@ -147,7 +149,7 @@ class Admission:
         self.database_url, self.folder, self.clock, self.quota = database_url, folder, Clock(), 1000
         self._alignment_address, self.started = alignment, asyncio.Event()
         self._keys: dict[str, str] = {}
-        self.requests_per_second = 0.0  # no limit
+        self.requests_per_second = self.refusals_per_second = 0.0  # no limit
         self._channels: list[grpc.aio.Channel] = []
 
     async def start(self) -> None:
@@ -165,8 +167,9 @@ class Admission:
         servicer = self.servicer = AdmissionServicer(
             self.database, self.artifacts, alignment, self.admitter, self.notifier, MAX_UPLOAD_BYTES
         )
-        limit = RateLimit(self.requests_per_second)
-        gate = Gate(authenticator(self.key_store, SECRET, None, limit), audit=audited_in(self.database))
+        limit, audit = RateLimit(self.requests_per_second), audited_in(self.database)
+        self.strangers = Strangers(RateLimit(self.refusals_per_second), audit)
+        gate = Gate(authenticator(self.key_store, SECRET, None, limit), audit=audit, strangers=self.strangers)
         self._server = grpc.aio.server(interceptors=[gate], options=[("grpc.so_reuseport", 0)])
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, self._server)
         key_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(self.key_store), self._server)

@@ -218,7 +218,7 @@ async def test_the_audit_log_tells_who_did_what_and_what_came_of_it(admission: A
         )
     key = (await admission.keys().CreateApiKey(key_pb2.CreateApiKeyRequest(tenant="tenants/acme"))).key
     await admission.keys().RevokeApiKey(key_pb2.RevokeApiKeyRequest(id=key.id))
-    with refused(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"):  # nobody: nothing to tell of
+    with refused(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"):  # nobody: counted, and told of once a minute
         await admission.with_token("mxt_0_x").CancelTask(pb.CancelTaskRequest(name=task.name))
     acme, rival = ("key", "tenants/acme"), ("key", "tenants/rival")
     assert await audit_lines(admission) == [
@@ -237,6 +237,39 @@ async def test_the_audit_log_tells_who_did_what_and_what_came_of_it(admission: A
         await admission.operator(admission.key_store.create("tenants/acme", None)[1]).ListAuditEvents(
             operator_pb2.ListAuditEventsRequest()
         )
+
+
+async def test_calls_that_prove_nothing_are_in_the_audit_log(admission: Admission) -> None:
+    admission.refusals_per_second = 1.0
+    await admission.restart()
+    nobody, codes = admission.with_token("mxt_0_x"), []
+    assert await audit_lines(admission) == []  # and now the operator is known there
+    for _ in range(5):
+        codes.append(await nobody.ListTasks(pb.ListTasksRequest()).code())
+    assert codes == [grpc.StatusCode.UNAUTHENTICATED] * 2 + [grpc.StatusCode.RESOURCE_EXHAUSTED] * 3
+    await admission.strangers.tell()
+    (event,) = (await admission.operator().ListAuditEvents(operator_pb2.ListAuditEventsRequest())).events
+    assert event.subject in ("nobody, 5 calls from 127.0.0.1", "nobody, 5 calls from ::/64")
+    assert (event.tenant, event.method) == ("", "/muxtune.v1.AdmissionService/ListTasks")
+
+
+async def test_scheduling_has_lines_of_its_own_written(admission: Admission) -> None:
+    event = operator_pb2.AuditEvent(
+        sequence=77, subject="certificate operator", method="/muxtune.v1.SchedulingService/DrainExecutor",
+        resource="executors/one", status_code="OK",
+    )  # fmt: skip
+    request = ledger_pb2.RecordAuditEventRequest(event=event)
+    await admission.ledger().RecordAuditEvent(request)
+    assert await audit_lines(admission) == [("certificate", "", "DrainExecutor", "executors/one", "OK")]
+    for field in ("subject", "method"):
+        wrong = ledger_pb2.RecordAuditEventRequest(event=event)
+        wrong.event.ClearField(field)  # type: ignore[arg-type]
+        with refused(*INVALID) as refusal:
+            await admission.ledger().RecordAuditEvent(wrong)
+        assert refusal.fields == [f"event.{field}"]
+    with refused(*DENIED):  # nor does a tenant write there but by what it does
+        await admission.ledger(admission.key_store.create("tenants/acme", None)[1]).RecordAuditEvent(request)
+    assert (await audit_lines(admission))[1:] == [("key", "tenants/acme", "RecordAuditEvent", "", "PERMISSION_DENIED")]
 
 
 @pytest.mark.parametrize(

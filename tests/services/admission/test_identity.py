@@ -20,10 +20,11 @@ from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import key_pb2
 from services.access import Role
 from services.admission.__main__ import AdmissionSettings
-from services.admission.identity import RateLimit, authenticator
+from services.admission.identity import authenticator
 from services.admission.keys import KeyStore
 from services.admission.oidc import Provider, TokenVerifier
 from services.config import SettingsError, from_environment
+from services.rate_limit import RateLimit
 from tests.services.admission.admission_mesh import Admission, dataset_parts, refused
 
 ISSUER, AUDIENCE = "https://issuer.example", "muxtune"
@@ -231,20 +232,22 @@ def seconds() -> Iterator[list[float]]:
     yield [0.0]
 
 
-def test_a_tenant_that_calls_too_often_waits_and_others_do_not(seconds: list[float]) -> None:
-    limit = RateLimit(5, lambda: seconds[0])
+async def test_a_tenant_that_calls_too_often_waits_and_others_do_not(
+    admission: Admission, seconds: list[float]
+) -> None:
+    authenticate = authenticator(admission.key_store, "", None, RateLimit(5, lambda: seconds[0]))
+    a, b = (admission.key_store.create(f"tenants/{name}", None)[1] for name in "ab")
     for _ in range(10):
-        limit.take("tenants/a")
+        await authenticate("/x/Y", a)
     for _ in range(3):
         with pytest.raises(OverloadedError, match="tenants/a makes more than 5 calls"):
-            limit.take("tenants/a")
-    limit.take("tenants/b")
+            await authenticate("/x/Y", a)
+    await authenticate("/x/Y", b)
     seconds[0] = 1.0  # what RetryInfo promises
     for _ in range(5):
-        limit.take("tenants/a")
+        await authenticate("/x/Y", a)
     with pytest.raises(OverloadedError):
-        limit.take("tenants/a")
-    RateLimit(0).take("tenants/a")
+        await authenticate("/x/Y", a)
 
 
 async def test_a_tenant_over_its_rate_is_told_when_to_come_again(admission: Admission) -> None:

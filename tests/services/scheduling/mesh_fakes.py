@@ -14,6 +14,7 @@ from muxtune.v1 import (
     execution_pb2_grpc,
     ledger_pb2,
     ledger_pb2_grpc,
+    operator_pb2,
     plan_pb2,
     scheduling_pb2_grpc,
     task_pb2,
@@ -66,6 +67,7 @@ class FakeLedger(ledger_pb2_grpc.LedgerServiceServicer):
         self.plans: list[ledger_pb2.CommitPlanRequest] = []
         self.committed: list[plan_pb2.TaskResult] = []
         self.refusals: dict[str, list[MuxtuneError]] = {}
+        self.audit: list[operator_pb2.AuditEvent] = []
         self._hints: set[asyncio.Event] = set()
 
     async def put_task(self, number: int, tenant: str = "a", **fields: Any) -> str:
@@ -162,6 +164,11 @@ class FakeLedger(ledger_pb2_grpc.LedgerServiceServicer):
         await self.hint()
         return ledger_pb2.EndLeaseResponse()
 
+    async def RecordAuditEvent(self, request: Any, context: Any) -> ledger_pb2.RecordAuditEventResponse:
+        self._refuse("RecordAuditEvent")
+        self.audit.append(request.event)
+        return ledger_pb2.RecordAuditEventResponse()
+
     def _refuse(self, method: str) -> None:
         if waiting := self.refusals.get(method):
             raise waiting.pop(0)
@@ -177,7 +184,7 @@ class FakeExecutor(execution_pb2_grpc.ExecutionServiceServicer):
     def __init__(self, changes: Changes, name: str) -> None:
         self.changes, self.name = changes, name
         self.requests: list[execution_pb2.RunPlanRequest] = []
-        self.num_streams, self.num_open = 0, 0
+        self.num_streams, self.num_open, self.num_drains = 0, 0, 0
         self.refusals: list[MuxtuneError] = []
         self._unacknowledged: list[execution_pb2.RunPlanResponse] = []
         self._sequence = 0
@@ -231,6 +238,12 @@ class FakeExecutor(execution_pb2_grpc.ExecutionServiceServicer):
             reading.cancel()
             self.num_open -= 1
             await self.changes.tell()
+
+    async def Drain(self, request: Any, context: Any) -> execution_pb2.DrainResponse:
+        if self.refusals:
+            raise self.refusals.pop(0)
+        self.num_drains += 1
+        return execution_pb2.DrainResponse()
 
     async def _read(self, request_iterator: Any) -> None:
         async for request in request_iterator:

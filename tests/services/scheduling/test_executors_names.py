@@ -1,4 +1,5 @@
-"""An executor takes part under the name in its certificate, and scheduling speaks to who has it: over mutual TLS."""
+"""An executor takes part under the name in its certificate, and scheduling speaks to who has it, and only an operator
+has it drained: over mutual TLS."""
 
 import asyncio
 import logging
@@ -13,14 +14,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from engine.errors import InvalidInputError, PermissionDeniedError
+from engine.errors import InvalidInputError, NotFoundError, PermissionDeniedError, StaleEpochError, UnavailableError
 from engine.planning.plan import Limits
 from muxtune.cli import authority
-from muxtune.v1 import execution_pb2_grpc, plan_pb2, scheduling_pb2, scheduling_pb2_grpc
+from muxtune.v1 import execution_pb2, execution_pb2_grpc, plan_pb2, scheduling_pb2, scheduling_pb2_grpc
 from services.auth import mesh_authenticator
 from services.certificates import Certificates, Trust
 from services.gate import Gate
 from services.mesh import open_channel
+from services.scheduling.audit import audited_by
 from services.scheduling.cycle import Scheduler
 from services.scheduling.servicer import SchedulingServicer
 from services.scheduling.streams import ExecutorStream
@@ -46,7 +48,8 @@ class Mesh:
         self.address = ""
 
     async def serve(self, name: str, add: Any, servicer: Any) -> str:
-        server = grpc.aio.server(interceptors=[Gate(mesh_authenticator(""))])
+        audit = audited_by(Forwarding(self.ledger))  # type: ignore[arg-type]
+        server = grpc.aio.server(interceptors=[Gate(mesh_authenticator(""), audit=audit)])
         add(servicer, server)
         credentials = Certificates(self.certs / name).for_server(is_mutual=True)
         address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
@@ -76,7 +79,8 @@ async def mesh(certs: Path) -> AsyncIterator[Mesh]:
     async with AsyncExitStack() as stack:
         made = Mesh(certs, stack)
         ledger: Any = Forwarding(made.ledger)
-        servicer = SchedulingServicer(Scheduler(ledger, "", Limits(256, 16)), ledger, 15.0)
+        trust = Trust(Certificates(certs / "scheduling"), "execution")
+        servicer = SchedulingServicer(Scheduler(ledger, "", Limits(256, 16), trust=trust), ledger, 15.0)
         add = scheduling_pb2_grpc.add_SchedulingServiceServicer_to_server
         made.address = await made.serve("scheduling", add, servicer)
         yield made
@@ -163,3 +167,70 @@ async def test_scheduling_sends_no_plan_to_who_has_not_the_name(mesh: Mesh) -> N
     stream.mailbox.put_plan(plan_pb2.ExecutorPlan(executor=B, version=1))
     await mesh.changes.until(lambda: player.plans)
     await stream.close()
+
+
+async def drained(mesh: Mesh) -> tuple[FakeExecutor, Any]:
+    """B, with a lease; and a way to ask for its draining with a certificate."""
+    player = FakeExecutor(mesh.changes, B)
+    address = await mesh.serve(B, execution_pb2_grpc.add_ExecutionServiceServicer_to_server, player)
+    mesh.ledger.executors[B] = plan_pb2.Executor(name=B, address=address, incarnation="i1", lease_epoch=1)
+
+    async def drain(who: str, executor: str = B) -> None:
+        request = scheduling_pb2.DrainExecutorRequest(executor=executor)
+        await (await mesh.scheduling(who)).DrainExecutor(request, timeout=20)
+
+    return player, drain
+
+
+def told(mesh: Mesh) -> list[tuple[str, str, str, str]]:
+    return [(e.subject, e.method.rpartition("/")[2], e.resource, e.status_code) for e in mesh.ledger.audit]
+
+
+async def test_an_operator_has_an_executor_drained_and_the_audit_log_knows(mesh: Mesh) -> None:
+    player, drain = await drained(mesh)
+    await drain("operator")
+    await drain("operator")
+    with pytest.raises(NotFoundError, match="executors/none"):
+        await drain("operator", "executors/none")
+    player.refusals = [StaleEpochError("as whatever goes wrong there")]
+    with pytest.raises(StaleEpochError):
+        await drain("operator")
+    assert player.num_drains == 2
+    assert told(mesh) == [
+        ("certificate operator", "DrainExecutor", executor, code)
+        for executor, code in ((B, "OK"), (B, "OK"), ("executors/none", "NOT_FOUND"), (B, "ABORTED"))
+    ]
+
+
+async def test_nobody_else_drains_and_no_operator_at_the_executor_itself(mesh: Mesh) -> None:
+    player, drain = await drained(mesh)
+    for who in (A, B, "admission", "alignment", "scheduling"):
+        with pytest.raises(PermissionDeniedError):
+            await drain(who)
+    expected = [(f"certificate {who}", who) for who in ("admission", "alignment", "scheduling")]
+    expected += [(f"certificate of {who}", who) for who in (A, B)]
+    assert {line[0] for line in told(mesh)} == {subject for subject, _ in expected}
+    assert {line[1:] for line in told(mesh)} == {("DrainExecutor", B, "PERMISSION_DENIED")}
+    address = mesh.ledger.executors[B].address
+    for who in ("operator", A, B):
+        trust = Trust(Certificates(mesh.certs / who), "execution")
+        async with open_channel(address, "", trust) as channel:
+            with pytest.raises(PermissionDeniedError):
+                await execution_pb2_grpc.ExecutionServiceStub(channel).Drain(execution_pb2.DrainRequest())
+    assert not player.num_drains
+
+
+async def test_who_is_refused_again_and_again_fills_no_log(mesh: Mesh) -> None:
+    a = await mesh.scheduling(A)
+    for _ in range(20):
+        with pytest.raises(PermissionDeniedError):
+            await a.RegisterExecutor(register(B))
+    assert told(mesh) == [(f"certificate of {A}", "RegisterExecutor", B, "PERMISSION_DENIED")]
+
+
+async def test_a_log_that_is_away_is_no_reason_not_to_drain(mesh: Mesh, caplog: pytest.LogCaptureFixture) -> None:
+    player, drain = await drained(mesh)
+    mesh.ledger.refusals["RecordAuditEvent"] = [UnavailableError("the database is away")]
+    await drain("operator")
+    assert player.num_drains == 1 and not mesh.ledger.audit
+    assert "not recorded" in caplog.text and "DrainExecutor" in caplog.text
