@@ -49,7 +49,7 @@ class Resident:
     luggage: Luggage | None = None  # fetched, but not attached yet
     ending: Ending | None = None
     errand: Errand[Any] | None = None
-    arrived: float = field(default_factory=time.monotonic)
+    waits_since: float | None = None
     retry_time: float = 0.0
     _retry_seconds: float = _FIRST_RETRY_SECONDS
 
@@ -72,15 +72,17 @@ class Resident:
         return self.planned.HasField("resume_from") or bool(self.planned.initial_adapter_key)
 
     def has_waited(self, seconds: float) -> bool:
-        return time.monotonic() - self.arrived > seconds
+        return self.waits_since is not None and time.monotonic() - self.waits_since > seconds
 
     def put_off(self) -> None:
         """Tried again later, and each time later."""
-        self.retry_time = time.monotonic() + self._retry_seconds
+        now = time.monotonic()
+        self.waits_since = now if self.waits_since is None else self.waits_since
+        self.retry_time = now + self._retry_seconds
         self._retry_seconds = min(2 * self._retry_seconds, _LAST_RETRY_SECONDS)
 
     def went_well(self) -> None:
-        self._retry_seconds = _FIRST_RETRY_SECONDS
+        self.waits_since, self._retry_seconds = None, _FIRST_RETRY_SECONDS
 
 
 def why(error: MuxtuneError | NoMemory) -> str:

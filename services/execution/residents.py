@@ -28,7 +28,7 @@ from services.execution.resident import Ending, Files, Luggage, Resident, why
 from services.execution.vault import Vault, folder_of
 from services.telemetry import current_trace_parent, links_to, task_span
 
-_PATIENCE_SECONDS = 60.0  # for what a task has to bring along, before it is handed back
+_PATIENCE_SECONDS = 60.0  # with the store or for room, before a task that does not train is handed back, or fails
 _log = logging.getLogger(__name__)
 
 
@@ -220,11 +220,12 @@ class Residents:
             self._fail(resident, error)
 
     def _hinder(self, resident: Resident, error: UnavailableError | NoMemory) -> None:
-        """The store is away, or there is no room, which others take: it waits. Alone it never fits."""
+        """The store is away, or there is no room: it waits for a while. Who finds no room alone then never will."""
         ending, told = resident.ending, why(error)
+        is_patient = self._trains(resident) or not resident.has_waited(_PATIENCE_SECONDS)
         if ending is not None and ending.finished is None:
             return self._leave(resident, f"{ending.reason}; not checkpointed: {told}")
-        if isinstance(error, NoMemory) and not self._trains(resident) and set(self.names) <= {resident.name}:
+        if isinstance(error, NoMemory) and not is_patient and set(self.names) <= {resident.name}:
             what = "export" if ending is not None else "adapter, with gradients and optimizer,"
             return self._fail(
                 resident, WillNeverFitError(f"its {what} finds no memory even alone: {error}; adapt less")
@@ -234,7 +235,7 @@ class Residents:
                 return self._leave(resident, f"handed back: {told}")
             self._executor.detach(resident.name)  # it comes back to be exported when there is room
             resident.luggage = Luggage(ending.state)
-        elif ending is None and not self._trains(resident) and resident.has_waited(_PATIENCE_SECONDS):
+        elif ending is None and not is_patient:
             return self._leave(resident, f"not taken in: {told}")
         resident.put_off()
         _log.warning("%s is put off: %s", resident.name, told)
@@ -257,7 +258,8 @@ class Residents:
                 assignment = Assignment(task.task, resident.spec, task.num_steps, resident.epoch)
                 self._executor.attach(assignment, state, folder if luggage.initial_adapter else None)
         resident.luggage = None
-        resident.went_well()
+        if resident.ending is None:
+            resident.went_well()
         if state is not None and used is not None:
             resident.early_stop = EarlyStop(**state.metadata.get("early_stop", {}))
             resident.checkpoint_step = state.step

@@ -15,7 +15,7 @@ class ExecutionSettings(ServerSettings):
     use (default: all there is). `device`: default cuda if there is one. `num_threads`: torch's, on a CPU (default: all
     cores). At its start it times microbatches of its own for about `calibration_seconds`. A task is checkpointed after
     `checkpoint_steps` steps or `checkpoint_seconds`, whichever comes first. A trainer that has work and gives no sign
-    of life for `watchdog_seconds` is killed: no microbatch, checkpoint or export may take longer.
+    of life for `watchdog_seconds` is killed: no microbatch or export may take longer.
     """
 
     scheduling_address: str

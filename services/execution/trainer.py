@@ -103,7 +103,7 @@ class Trainer:
                 self._end_round()
 
     def _begin_round(self) -> None:
-        """A round's boundary: the newest plan is adopted, and streams are opened where the members changed."""
+        """A round's boundary: the newest plan is adopted; streams are opened anew where members came or left."""
         if self._next_plan is not None:
             self._plan, self._next_plan = self._next_plan, None
             self._close_streams()
@@ -113,6 +113,8 @@ class Trainer:
             self._served.intersection_update(held)
             self._interrupted.intersection_update(held)
             self._report(adopted=True)
+        if self._residents.names != self._round_members:
+            self._close_streams()
         for index, htask in enumerate(self._plan.htasks):
             names = [name for name in htask.tasks if name in self._residents.names]
             if names and index not in self._streams:
@@ -178,11 +180,9 @@ class Trainer:
             )
 
     def _end_round(self) -> None:
-        """Finishes and checkpoints what is due, reports; streams are opened anew where a member has come or left."""
+        """Finishes and checkpoints what is due, reports."""
         self._unfinished = []
         self._residents.close_round()
-        if self._residents.names != self._round_members:
-            self._close_streams()
         self._report()
 
     def _open_stream(self, htask: plan_pb2.HTask, names: list[str]) -> MicrobatchStream:

@@ -24,6 +24,7 @@ from engine.runtime import export
 from engine.runtime.checkpoint import CheckpointState
 from engine.runtime.task_run import TaskRun
 from muxtune.v1 import errors_pb2
+from services.execution.resident import Resident
 from services.execution.vault import Vault
 from tests.mesh_chaos import printed_seed
 from tests.services.execution.executor_mesh import planned
@@ -146,7 +147,7 @@ class Runs:
 
     def __init__(self, trainer: TrainerThread) -> None:
         self._trainer, self._count = trainer, 0
-        self._known: dict[str, Any] = {}
+        self._neighbours = "", ""
         self._calm: dict[str, tuple[Outcome, int]] = {}
 
     def calm(self, name: str) -> tuple[Outcome, int]:
@@ -170,8 +171,12 @@ class Runs:
         together = [[v], [a], [b]] if alone else [[v, a], [b]]
         self._trainer.plan(*tasks, htasks=[[t for t in g if with_v or t != v] for g in together if with_v or g != [v]])
         names = (v, a, b) if with_v else (a, b)
+        self._neighbours = a, b
         self._trainer.until_ended(*names)
         return self._outcome({task.partition("-")[0]: task for task in names})
+
+    def are_neighbours_done(self) -> bool:
+        return all(self._trainer.of(task, "finished") for task in self._neighbours)
 
     def _fields(self, name: str) -> dict[str, Any]:
         if name == "shadow check":
@@ -229,8 +234,10 @@ def test_a_shortage_that_passes_changes_nothing(name: str, runs: Runs, chance: r
 
 @pytest.mark.parametrize("name", ALWAYS)
 def test_a_shortage_that_stays_ends_one_task_and_its_neighbours_never_notice(
-    name: str, runs: Runs, chance: random.Random
+    name: str, runs: Runs, chance: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It waits for room as long as they are there, and its patience ends when they are done."""
+    monkeypatch.setattr(Resident, "has_waited", lambda self, seconds: runs.are_neighbours_done())
     calm, num_allocations = runs.calm(name)
     shaken = Shaken(POINTS[name], chance, math.inf, num_allocations)
     with in_place(POINTS[name], shaken):

@@ -5,11 +5,13 @@ import socket
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.alignment.microbatch import Microbatch, MicrobatchKind
 from engine.errors import ArtifactCorruptError
 from engine.runtime.checkpoint import CheckpointState
 from engine.task import Training
@@ -21,6 +23,7 @@ from services.execution.outbox import Outbox
 from services.execution.pipe import MAX_FRAME_BYTES, AsyncPipe, BlockingPipe, Tag
 from services.execution.vault import Vault
 from services.execution.watchdog import Watchdog
+from services.execution.window import StepWindow
 
 TASK = "tenants/t/tasks/a"
 
@@ -189,6 +192,18 @@ def test_early_stop_is_the_first_run_of_patience_evaluations_over_the_best_befor
 
     expected = next((end for end in range(len(losses)) if stale(end)), None)
     assert stops_at(losses, training(patience)) == expected
+
+
+def test_the_part_of_its_time_that_an_executor_waits_for_data() -> None:
+    window = StepWindow()
+    microbatch = Microbatch(0, MicrobatchKind.TRAIN, np.zeros(4, np.int32), np.zeros(4, np.int32), (), True)
+    for _ in range(2000):
+        window.add_wait(0.25)
+        window.add(microbatch, 0.75, 1, [])
+    assert window.wait_fraction == pytest.approx(0.25, rel=0.01)
+    for _ in range(2000):
+        window.add(microbatch, 0.75, 1, [])
+    assert window.wait_fraction == pytest.approx(0.0, abs=1e-6)
 
 
 def state(step: int) -> CheckpointState:

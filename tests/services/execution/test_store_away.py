@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from muxtune.v1 import execution_pb2, task_pb2
+from services.execution import residents
 from services.execution.pipe import Tag
 from tests.services.execution.executor_mesh import planned
 from tests.services.execution.trainer_thread import TrainerThread, full, running_trainer
@@ -77,6 +79,32 @@ def test_what_cannot_be_written_holds_up_nobody(trainer: TrainerThread, calm: by
     assert trainer.of("v", "checkpoint_committed")[-1].step == 6
 
 
+def test_a_task_that_waits_too_long_is_handed_back(trainer: TrainerThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residents, "_PATIENCE_SECONDS", 0.0)
+    trainer.store.gates.close("get tenants/t/tasks/v", is_away=True)
+    recorded = task_pb2.CheckpointCommitted(step=2, manifest_key=f"{full('v')}/checkpoints/00000002-1/manifest.json")
+    trainer.plan(planned("v", epoch=2, resume_from=recorded), NEIGHBOURS[1], htasks=TOGETHER)
+    trainer.until_ended("v", "b")
+    (released,) = trainer.of("v", "released")
+    assert released.reason.startswith("not taken in: away") and not released.num_suspects
+    assert len(trainer.steps("b")) == 12
+
+
+def test_exports_that_hang_hold_up_nobody_and_come_in_their_order(trainer: TrainerThread) -> None:
+    trainer.plan(planned("v", num_steps=10_000), planned("a", num_steps=10_000), htasks=TOGETHER)
+    trainer.until(lambda: trainer.steps("v"))
+    trainer.store.gates.close("put tenants/t/adapters/v")
+    for name in ("v", "a"):
+        trainer.tell(Tag.EXPORT, execution_pb2.ExportAdapterRequest(task=full(name)))
+    trainer.until(trainer.store.gates.reached.is_set)
+    seen = len(trainer.steps("v"))
+    trainer.until(lambda: len(trainer.steps("v")) > seen + 10)
+    assert not trainer.exported
+    trainer.store.gates.open()
+    trainer.until(lambda: len(trainer.exported) == 2)
+    assert ["v" in each.adapter_key.split("/")[3] for each in trainer.exported] == [True, False]
+
+
 @either_way
 def test_drained_with_the_store_away_a_task_is_handed_back(trainer: TrainerThread, is_away: bool) -> None:
     trainer.plan(planned("v", num_steps=10_000), htasks=[["v"]])
@@ -117,6 +145,7 @@ def test_an_htask_without_data_does_not_hold_up_the_others(trainer: TrainerThrea
     trainer.plan(v, a, NEIGHBOURS[1], htasks=TOGETHER)
     trainer.until_ended("b")
     assert trainer.alignment.gates.reached.is_set() and not trainer.steps("v")
+    assert 0 < trainer.data_wait_fraction < 1
     trainer.alignment.gates.open()
     trainer.until_ended("v", "a")
     assert [step for step, _ in trainer.steps("v")] == list(range(1, 7))

@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,8 @@ class TrainerThread:
     def __init__(self, pipe: BlockingPipe, store: GatedStore, alignment: GatedAlignment) -> None:
         self.store, self.alignment, self.results = store, alignment, Results()
         self._pipe, self._version, self.is_drained = pipe, 0, False
+        self.exported: list[execution_pb2.ExportAdapterResponse] = []
+        self.data_wait_fraction = 0.0
         self._news = threading.Condition()
         self.ready = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
@@ -132,7 +134,11 @@ class TrainerThread:
             tag, payload = frame
             with self._news:
                 if tag is Tag.RESULTS:
-                    self.results += execution_pb2.RunPlanResponse.FromString(payload).results
+                    response = execution_pb2.RunPlanResponse.FromString(payload)
+                    self.results += response.results
+                    self.data_wait_fraction = response.device.data_wait_fraction
+                elif tag is Tag.EXPORTED:
+                    self.exported.append(execution_pb2.ExportAdapterResponse.FromString(payload))
                 self.is_drained |= tag is Tag.DRAINED
                 self._news.notify_all()
             self.ready.set()
@@ -163,7 +169,8 @@ def running_trainer(folder: Path, backbone: Path, **overrides: Any) -> Iterator[
             with pytest.MonkeyPatch.context() as patched:
                 patched.setattr(module.ArtifactStore, "open", lambda url: store)
                 trainer = module.Trainer(settings, BlockingPipe(theirs.detach()))
-            trainer.run()
+            with suppress(BrokenPipeError, ConnectionResetError):  # its server is gone
+                trainer.run()
         except BaseException as error:
             died.append(error)
             raise
