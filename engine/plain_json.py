@@ -6,7 +6,7 @@ from typing import Any
 
 def plain_json(data: bytes) -> Any:
     """Raises ValueError (UnicodeDecodeError and json.JSONDecodeError among them) or RecursionError."""
-    return json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
+    return _DECODER.decode(data.decode())
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -18,3 +18,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)

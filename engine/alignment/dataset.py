@@ -5,13 +5,16 @@ Legend: N rows, S tokens of all rows, L tokens of one row.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.alignment.rows import Row, RowRefusedError, tokenize_all
+from engine.alignment.reading import RowRefusedError, TokenizedRow, tokenize_all
+from engine.alignment.rows import Row
 from engine.alignment.tokens import BackboneTokenizer
 from engine.errors import FieldViolation, InvalidInputError
 from engine.task import Overlength, Training
@@ -58,35 +61,62 @@ class TokenizedDataset:
 
 def tokenize_dataset(rows: Iterable[Row], tokenizer: BackboneTokenizer, training: Training) -> TokenizedDataset:
     """Raises InvalidInputError if no row is left, or if one is too long and `overlength` is REFUSE."""
-    kept, refused, lengths, num_truncated, num_special = [], [], [], 0, 0
+    kept, refused, num_special = _Kept(), [], 0
     limit = training.max_sequence_tokens
+    lengths, num_truncated = array("q"), 0
     for row, tokenized in tokenize_all(rows, tokenizer, training.parse_special_tokens):
         if isinstance(tokenized, RowRefusedError):
             refused.append(Refused(row.line, str(tokenized)))
             continue
-        ids, mask = tokenized.token_ids_L, tokenized.bears_loss_L
-        lengths.append(len(ids))
-        if len(ids) > limit:
-            reason = _overlong(len(ids), limit, mask, training.overlength, row.line)
-            if reason:
+        num_tokens = len(tokenized.ids)
+        lengths.append(num_tokens)
+        if num_tokens > limit:
+            if reason := _overlong(tokenized, limit, training.overlength):
                 refused.append(Refused(row.line, reason))
                 continue
-            ids, mask, num_truncated = ids[:limit], mask[:limit], num_truncated + 1
-        kept.append((row.line, ids, mask))
+            num_truncated += 1
+        kept.add(tokenized, limit)
         num_special += tokenized.spells_special
-    if not kept:
+    if not kept.lines:
         why = f"every row is refused; line {refused[0].line}: {refused[0].reason}" if refused else "has no rows"
         raise InvalidInputError.of_field("dataset", why)
     return TokenizedDataset(
-        token_ids_S=np.concatenate([ids for _, ids, _ in kept]),
-        bears_loss_S=np.concatenate([mask for _, _, mask in kept]),
-        offsets=np.concatenate([[0], np.cumsum([len(ids) for _, ids, _ in kept])]).astype(np.int64),
-        lines=np.array([line for line, _, _ in kept], np.int64),
+        **kept.arrays(),
         original_lengths=np.array(lengths, np.int64),
         refused=tuple(refused),
         num_truncated=num_truncated,
         num_special_text_rows=num_special,
     )
+
+
+class _Kept:
+    """Rows one after another, flat as they come: few bytes a token, and no object a row."""
+
+    def __init__(self) -> None:
+        self.ids, self.lines, self.ends = array("i"), array("q"), array("q", [0])
+        self.span_starts, self.span_ends = array("q"), array("q")  # of tokens that bear loss; they never overlap
+
+    def add(self, row: TokenizedRow, limit: int) -> None:
+        """Its first `limit` tokens."""
+        base = len(self.ids)
+        self.ids.extend(row.ids[:limit])
+        self.lines.append(row.line)
+        self.ends.append(len(self.ids))
+        for start, end in row.spans:
+            if start < limit:
+                self.span_starts.append(base + start)
+                self.span_ends.append(base + min(end, limit))
+
+    def arrays(self) -> dict[str, Any]:
+        turns_S = np.zeros(len(self.ids) + 1, np.int8)  # 1 where a span begins, -1 behind its end
+        turns_S[np.array(self.span_starts, np.int64)] += 1
+        turns_S[np.array(self.span_ends, np.int64)] -= 1
+        return {
+            "token_ids_S": np.array(self.ids, np.int32),
+            "bears_loss_S": turns_S[:-1].cumsum(dtype=np.int8).astype(np.bool_),
+            "offsets": np.array(self.ends, np.int64),
+            "lines": np.array(self.lines, np.int64),
+        }
 
 
 @dataclass(frozen=True)
@@ -141,15 +171,14 @@ def _permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     return np.random.Generator(np.random.Philox(key=key)).permutation(count)
 
 
-def _overlong(
-    length: int, limit: int, mask: Sequence[bool] | NDArray[np.bool_], overlength: Overlength, line: int
-) -> str:
+def _overlong(row: TokenizedRow, limit: int, overlength: Overlength) -> str:
     """Why an overlong row is left out; empty: it is truncated. Raises InvalidInputError for REFUSE."""
+    num_tokens = len(row.ids)
     if overlength is Overlength.REFUSE:
         raise InvalidInputError.of_field(
             "training.max_sequence_tokens",
-            f"line {line} has {length} tokens, over {limit}; raise the limit or choose TRUNCATE or DROP",
+            f"line {row.line} has {num_tokens} tokens, over {limit}; raise the limit or choose TRUNCATE or DROP",
         )
     if overlength is Overlength.DROP:
-        return f"{length} tokens, over max_sequence_tokens {limit}"
-    return "" if np.any(np.asarray(mask)[1:limit]) else f"no token bears loss within max_sequence_tokens {limit}"
+        return f"{num_tokens} tokens, over max_sequence_tokens {limit}"
+    return "" if row.has_target(limit) else f"no token bears loss within max_sequence_tokens {limit}"

@@ -23,7 +23,7 @@ def smuggled_spans(
     """
     assert tokenizer.template is not None
     spelled = tokenizer.special_pattern
-    if not any(map(spelled.search, _texts(messages))):
+    if not _spells(messages, spelled):
         return []
     rendered = tokenizer.template.render([_marked(message, spelled) for message in messages])
     parts = rendered.split(_MARK)
@@ -39,17 +39,19 @@ def smuggled_spans(
     return spans
 
 
-def _texts(value: Any) -> list[str]:
-    """Every string in the messages: a template may write any field."""
+def _spells(value: Any, spelled: re.Pattern[str]) -> bool:
+    """Whether any string in it does: a template may write any field."""
     if isinstance(value, str):
-        return [value]
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return [text for part in inner for text in _texts(part)]
+        return spelled.search(value) is not None
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if _spells(part, spelled):
+            return True
+    return False
 
 
 def _marked(value: Any, spelled: re.Pattern[str]) -> Any:
     if isinstance(value, str):
         return spelled.sub(lambda found: found[0][0] + _MARK + found[0][1:], value)
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: _marked(part, spelled) for key, part in value.items()}
     return [_marked(part, spelled) for part in value] if isinstance(value, list) else value

@@ -12,10 +12,12 @@ from typing import Any
 import jinja2
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the first is the one templates read
 _TODAY = datetime(2024, 7, 26)  # of Llama 3's own template: a step's tokens must not depend on the day it is run on
+_REASONING_FIELDS_SET = frozenset(_REASONING_FIELDS)
 
 
 class TemplateRefusedError(Exception):
@@ -26,9 +28,7 @@ class ChatTemplate:
     """A compiled template with the special tokens it may name. Raises TemplateRefusedError if it does not compile."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         environment.filters["tojson"] = _tojson
         environment.globals.update(
             raise_exception=_raise,
@@ -40,6 +40,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise TemplateRefusedError(f"the chat template does not compile: {error}") from error
+        self._template.globals = dict(self._template.globals)  # a plain one: it is copied at every rendering
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
@@ -54,6 +55,14 @@ class ChatTemplate:
             )
         except Exception as error:  # a template may stumble over any value in any way
             raise TemplateRefusedError(f"the chat template refuses it ({type(error).__name__})") from None
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Of a loop (`loop.first`), which most templates ask for at every message: as the sandbox says, but at once."""
+        if type(obj) is LoopContext:
+            return not attr.startswith("_")
+        return super().is_safe_attribute(obj, attr, value)
 
 
 class _Generation(Extension):
@@ -101,6 +110,8 @@ def _check_name(name: str) -> None:
 
 
 def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    if _REASONING_FIELDS_SET.isdisjoint(message):
+        return message
     reasoning = next((message[key] for key in _REASONING_FIELDS if message.get(key) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 

@@ -3,23 +3,24 @@
 Legend: L tokens of one row, V vocabulary.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Encoding, Tokenizer
 
+from engine.alignment.offsets import Offsets, TokenLengths
 from engine.alignment.templates import ChatTemplate, TemplateRefusedError
 from engine.errors import InvalidInputError
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A text to encode. `adds_tokens`: with what the tokenizer puts around a text; `is_plain`: special tokens that it
     spells out stay text (transformers' split_special_tokens), else they are read as such, as a chat template needs;
     `has_offsets`: see Encoded."""
@@ -30,14 +31,17 @@ class Piece:
     has_offsets: bool = False
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """`token_ids_L` int32 and, if asked for, the characters [start, end) of the text that each token stands for.
+class Encoded(NamedTuple):
+    """Token ids and, if asked for, the characters [start, end) of the text that each stands for, both in order.
     `is_forged`: it has more special tokens than were asked for, made of mere text (see BackboneTokenizer)."""
 
-    token_ids_L: NDArray[np.int32]
-    offsets_L2: NDArray[np.int64]
+    ids: list[int]
+    starts: list[int]
+    ends: list[int]
     is_forged: bool
+
+
+_NONE: Offsets = ([], [])
 
 
 class BackboneTokenizer:
@@ -64,12 +68,12 @@ class BackboneTokenizer:
         self.eos_token = special.get("eos_token")
         self.eos_token_id = tokenizer.token_to_id(self.eos_token) if self.eos_token else None
         added = {i: token for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._is_special_V = np.zeros(1 + max(tokenizer.get_vocab().values(), default=0), np.bool_)
-        self._is_special_V[list(added)] = True
+        self.special_ids = frozenset(added)
         self.special_tokens = frozenset(token.content for token in added.values())
         self.special_pattern = _any_of(self.special_tokens)
-        self._forgeable = frozenset(added) - {_unknown(tokenizer)} if self._may_forge(added) else frozenset()
+        self._forgeable = self.special_ids - {_unknown(tokenizer)} if self._may_forge(added) else frozenset()
         self._num_added = tokenizer.num_special_tokens_to_add(False)
+        self._lengths = TokenLengths.of(tokenizer)
 
     @classmethod
     def load(cls, folder: Path) -> "BackboneTokenizer":
@@ -92,24 +96,35 @@ class BackboneTokenizer:
 
     def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
         """All at once, on all cores. Text alone is the same whatever stands beside it."""
+        by_kind = defaultdict[tuple[bool, bool, bool], list[int]](list)
+        for i, (_, adds_tokens, is_plain, has_offsets) in enumerate(pieces):
+            by_kind[adds_tokens, is_plain, has_offsets].append(i)
+        if len(by_kind) == 1:
+            return list(self._encode(pieces, *next(iter(by_kind))))
         encoded: dict[int, Encoded] = {}
-        kinds = [(piece.adds_tokens, piece.is_plain, piece.has_offsets) for piece in pieces]
-        for kind in set(kinds):
-            adds_tokens, is_plain, has_offsets = kind
-            tokenizer = self._by_kind[adds_tokens, is_plain]
-            encode = tokenizer.encode_batch if has_offsets else tokenizer.encode_batch_fast
-            own = [i for i, other in enumerate(kinds) if other == kind]
-            found = encode([pieces[i].text for i in own], add_special_tokens=adds_tokens)
-            encoded |= {i: self._encoded(encoding, pieces[i]) for i, encoding in zip(own, found, strict=True)}
+        for kind, own in by_kind.items():
+            encoded.update(zip(own, self._encode([pieces[i] for i in own], *kind), strict=True))
         return [encoded[i] for i in range(len(pieces))]
 
-    def _encoded(self, encoding: Encoding, piece: Piece) -> Encoded:
-        offsets = encoding.offsets if piece.has_offsets else []
-        is_forged = bool(self._forgeable) and self._num_special(encoding) > self._num_asked_for(piece)
-        return Encoded(np.array(encoding.ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2), is_forged)
+    def _encode(
+        self, pieces: Sequence[Piece], adds_tokens: bool, is_plain: bool, has_offsets: bool
+    ) -> Iterator[Encoded]:
+        """Pieces of one kind."""
+        tokenizer = self._by_kind[adds_tokens, is_plain]
+        is_slow = has_offsets and self._lengths is None
+        encode = tokenizer.encode_batch if is_slow else tokenizer.encode_batch_fast
+        found = encode([piece.text for piece in pieces], add_special_tokens=adds_tokens)
+        for piece, encoding in zip(pieces, found, strict=True):
+            ids = encoding.ids
+            starts, ends = _NONE
+            if has_offsets:
+                told = self._lengths.offsets(piece.text, ids) if self._lengths else _offsets(encoding)
+                starts, ends = told or _offsets(tokenizer.encode(piece.text, add_special_tokens=adds_tokens))
+            is_forged = bool(self._forgeable) and self._num_special(ids) > self._num_asked_for(piece)
+            yield Encoded(ids, starts, ends, is_forged)
 
-    def _num_special(self, encoding: Encoding) -> int:
-        return sum(token in self._forgeable for token in encoding.ids)
+    def _num_special(self, ids: list[int]) -> int:
+        return sum(token in self._forgeable for token in ids)
 
     def _num_asked_for(self, piece: Piece) -> int:
         spelled = 0 if piece.is_plain else len(self.special_pattern.findall(piece.text))
@@ -122,10 +137,6 @@ class BackboneTokenizer:
             for number, token in special.items()
             for text in (token.content, f"a{token.content}", f" {token.content}")
         )
-
-    def are_special(self, token_ids_L: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """[L]: which of them are special tokens."""
-        return self._is_special_V[token_ids_L]
 
     def decode(self, token_ids_L: NDArray[np.int32]) -> str:
         text: str = self._by_kind[True, False].decode(token_ids_L.tolist(), skip_special_tokens=False)
@@ -145,6 +156,13 @@ def _any_of(texts: frozenset[str]) -> re.Pattern[str]:
     """The longest first, as tokenizers match."""
     longest_first = sorted(filter(None, texts), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _offsets(encoding: Encoding) -> Offsets:
+    """As tokenizers tells them, and in order, should a normalizer have moved a letter past another."""
+    offsets = encoding.offsets
+    starts, ends = ([offset[side] for offset in offsets] for side in (0, 1))
+    return list(itertools.accumulate(starts, max)), list(itertools.accumulate(ends, max))
 
 
 def _unknown(tokenizer: Tokenizer) -> int | None:

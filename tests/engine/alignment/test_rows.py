@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.alignment.rows import MAX_LINE_BYTES, RowRefusedError, TokenizedRow, parse_lines, tokenize
+from engine.alignment.reading import RowRefusedError, TokenizedRow, tokenize
+from engine.alignment.rows import MAX_LINE_BYTES, parse_lines
 from engine.alignment.tokens import BackboneTokenizer, Piece
 from engine.errors import MalformedDatasetError
 from tests.tiny_tokenizer import CHATML, write_tokenizer
@@ -252,8 +253,6 @@ def test_chatml_answers_are_learned_whole_and_nothing_else(
     row = tokenize(_row(messages=chat), tokenizer)
     answers = [message["content"] for message in chat if message["role"] == "assistant"]
     learned = row.token_ids_L[row.bears_loss_L]
-    expected = [
-        token for answer in answers for token in tokenizer.encode([Piece(answer + "<|im_end|>")])[0].token_ids_L
-    ]
+    expected = [token for answer in answers for token in tokenizer.encode([Piece(answer + "<|im_end|>")])[0].ids]
     # A token that straddles header and answer ("\n" + "\n" in one) bears no loss; this tokenizer has none.
     assert learned.tolist() == expected

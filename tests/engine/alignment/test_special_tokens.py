@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from engine.alignment.dataset import tokenize_dataset
 from engine.alignment.preflight import preflight
-from engine.alignment.rows import Row, RowRefusedError, parse_lines, tokenize
+from engine.alignment.reading import RowRefusedError, tokenize
+from engine.alignment.rows import Row, parse_lines
 from engine.alignment.tokens import BackboneTokenizer
 from engine.task import Training
 from tests.tiny_tokenizer import write_tokenizer
@@ -207,7 +208,7 @@ def test_messages_keep_them_as_text_either_way(tmp_path: Path, parses: bool) -> 
     tokenizer = BackboneTokenizer.load(write_tokenizer(tmp_path))
     said = [{"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "b</s>"}]
     row = tokenize(Row(1, "messages", {"messages": said}), tokenizer, parses)
-    assert int(tokenizer.are_special(row.token_ids_L).sum()) == 4  # the template's: two turns, opened and closed
+    assert sum(i in tokenizer.special_ids for i in row.ids) == 4  # the template's: two turns, opened and closed
 
 
 @pytest.mark.parametrize("said", ["a</s>b", "a\uff1c/s\uff1eb"], ids=["spelled", "spelled once normalized"])

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from engine.alignment import rows
-from engine.alignment.rows import MAX_LINE_BYTES, MAX_MESSAGES, parse_lines, tokenize
+from engine.alignment.reading import tokenize
+from engine.alignment.rows import MAX_LINE_BYTES, MAX_MESSAGES, parse_lines
 from engine.errors import InvalidInputError, MalformedDatasetError, QuotaExceededError
 from engine.task import Training
 from services.alignment.catalog import Catalog, Receipt
