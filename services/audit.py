@@ -1,6 +1,7 @@
 """What the gate tells an audit log: who called what, on which resource, and what came of it."""
 
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from google.protobuf.message import Message
@@ -22,6 +23,30 @@ class AuditEntry:
 
 
 Audit = Callable[[AuditEntry], Awaitable[None]]
+
+
+@dataclass
+class AuditedCall:
+    """The RPC being served. `told`: the status code that the log has of it already, with what it did."""
+
+    principal: Principal
+    method: str
+    told: str = ""
+
+    def entry(self, resource: str, status_code: str) -> AuditEntry:
+        return AuditEntry(self.principal, self.method, resource, status_code)
+
+
+_call: ContextVar[AuditedCall] = ContextVar("audited_call")
+
+
+def current_call() -> AuditedCall:
+    return _call.get()
+
+
+def set_call(call: AuditedCall) -> None:
+    """For the gate of the server."""
+    _call.set(call)
 
 
 def resource_of(*messages: Message) -> str:

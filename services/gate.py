@@ -18,7 +18,7 @@ from opentelemetry.trace import SpanKind
 
 from engine.errors import InvalidInputError, MuxtuneError, OverloadedError
 from services.access import Role, check_access, rule_of
-from services.audit import Audit, AuditEntry, resource_of
+from services.audit import Audit, AuditedCall, resource_of, set_call
 from services.auth import Authenticate, Principal, certified, set_principal
 from services.errors import status_of
 from services.rpc_spans import RpcSpan
@@ -112,11 +112,12 @@ class Gate(grpc.aio.ServerInterceptor):
         """`named`: messages that name the call's resource, for the audit log."""
         metadata = context.invocation_metadata()
         span = RpcSpan(method, SpanKind.SERVER, carrier_of(metadata), self._address)
-        code, principal, refuse = grpc.StatusCode.UNKNOWN, None, None
+        code, call, refuse = grpc.StatusCode.UNKNOWN, None, None
         try:
             with places.taken(), span.in_force():
                 principal = await self._prove(method, context)
                 set_principal(principal)
+                set_call(call := AuditedCall(principal, method))
                 check_access(method, principal.role)
                 if principal.tenant:
                     span.set_tenant(principal.tenant)
@@ -140,7 +141,7 @@ class Gate(grpc.aio.ServerInterceptor):
             refuse = partial(context.abort_with_status, rpc_status.to_status(status))
         finally:
             span.end(code)
-            await self._tell(principal, method, named, code)
+            await self._tell(call, named, code)
         if refuse is not None:
             await refuse()
 
@@ -150,13 +151,12 @@ class Gate(grpc.aio.ServerInterceptor):
             context.peer(), method, context.invocation_metadata(), self._authenticate
         )
 
-    async def _tell(
-        self, principal: Principal | None, method: str, named: Sequence[Message], code: grpc.StatusCode
-    ) -> None:
+    async def _tell(self, call: AuditedCall | None, named: Sequence[Message], code: grpc.StatusCode) -> None:
         """In a task of its own: a caller who leaves does not take the entry along."""
-        is_told = rule_of(method).is_audited or code is grpc.StatusCode.PERMISSION_DENIED
-        if self._audit is not None and principal is not None and is_told:
-            entry = AuditEntry(principal, method, resource_of(*named), code.name)
+        if self._audit is None or call is None or call.told == code.name:
+            return
+        if rule_of(call.method).is_audited or code is grpc.StatusCode.PERMISSION_DENIED:
+            entry = call.entry(resource_of(*named), code.name)
             telling = asyncio.ensure_future(self._audit(entry))
             self._telling.add(telling)
             telling.add_done_callback(self._telling.discard)

@@ -6,6 +6,7 @@ What a request leaves 0, empty or UNSPECIFIED becomes the dataclass's default.
 import dataclasses
 import enum
 import re
+from functools import cache
 from typing import Any, get_type_hints
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -22,11 +23,11 @@ def method_to_domain(spec: task_pb2.TaskSpec, path: str, wrong: list[FieldViolat
     if name is None or name not in METHODS:
         wrong.append(FieldViolation(f"{path}.method", f"is missing: set one of {', '.join(METHODS)}"))
         return None
-    message, hints = getattr(spec, name), get_type_hints(METHODS[name])
+    message, hints, defaults = getattr(spec, name), _hints(METHODS[name]), _defaults(METHODS[name])
     values: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
-        if not value and _has_default(METHODS[name], field.name):
+        if not value and field.name in defaults:
             continue
         if field.enum_type is not None:
             value = _enum_to_domain(field, value, hints[field.name], f"{path}.{name}.{field.name}", wrong)
@@ -76,6 +77,14 @@ def _is_map(field: FieldDescriptor) -> bool:
     return field.message_type is not None and field.message_type.GetOptions().map_entry
 
 
-def _has_default(method: type[Method], name: str) -> bool:
-    field = next(f for f in dataclasses.fields(method) if f.name == name)  # type: ignore[arg-type]
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+@cache
+def _hints(method: type[Method]) -> dict[str, Any]:
+    return get_type_hints(method)
+
+
+@cache
+def _defaults(method: type[Method]) -> frozenset[str]:
+    """The fields that have one."""
+    missing = (dataclasses.MISSING, dataclasses.MISSING)
+    fields = dataclasses.fields(method)  # type: ignore[arg-type]
+    return frozenset(f.name for f in fields if (f.default, f.default_factory) != missing)

@@ -5,7 +5,7 @@ import hmac
 import math
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,8 +26,8 @@ _ROW = sa.select(api_keys).where(api_keys.c.id == sa.bindparam("id"))
 class KeyStore:
     """Synchronous; answers are rows of `api_keys`."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._database, self._monotonic = database, monotonic
         self._seen: dict[str, tuple[Principal, float]] = {}  # by the token's hash, and until when (monotonic)
 
     def create(self, tenant: str, expires: int | None, role: Role = Role.TENANT) -> tuple[Any, str]:
@@ -69,12 +69,12 @@ class KeyStore:
         revokes ends at once. Raises UnauthenticatedError, alike for malformed, unknown, wrong, expired and revoked
         keys."""
         seen, digest = self._seen, _hash(token)
-        if (found := seen.get(digest)) is not None and time.monotonic() < found[1]:
+        if (found := seen.get(digest)) is not None and self._monotonic() < found[1]:
             return found[0]
         principal, seconds = await self._database.ask(partial(_proved, token=token))
         if len(seen) >= _MOST_SEEN:
             seen.clear()
-        seen[digest] = (principal, time.monotonic() + min(seconds, _SEEN_SECONDS))
+        seen[digest] = (principal, self._monotonic() + min(seconds, _SEEN_SECONDS))
         return principal
 
     def _row(self, connection: sa.Connection, key_id: str) -> Any:

@@ -1,21 +1,23 @@
 """The RPCs of tasks. What each promises stands in protos/muxtune/v1/admission.proto."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
 
+import grpc
 import sqlalchemy as sa
 
 from engine.errors import UnavailableError
 from engine.task import TaskState
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import task_pb2
-from services.admission import pages, requests, tasks
+from services.admission import audit, pages, requests, tasks
 from services.admission.admit import Admissible, Admitter, Found
 from services.admission.database import Database
 from services.admission.names import authorize, new_name, parent_of
 from services.admission.notifier import Notifier
+from services.audit import current_call
 from services.auth import current_principal
 from services.convert import state_to_domain
 from services.failpoints import failpoint
@@ -46,9 +48,7 @@ class TaskRpcs:
         if found is not None:
             admissible = await self._admitter.examine(principal, found)
             store = partial(self._store_task, name, request.request_id, body, admissible, current_trace_parent())
-            done = await self._notifier.following(
-                self._database.commit(store), lambda task: self._notifier.notify([task.name])
-            )
+            done = await self._commit(store)
         return pb.CreateTaskResponse(task=done)
 
     async def EstimateTask(self, request: pb.EstimateTaskRequest, context: Any) -> pb.EstimateTaskResponse:
@@ -90,9 +90,23 @@ class TaskRpcs:
 
     async def CancelTask(self, request: pb.CancelTaskRequest, context: Any) -> pb.CancelTaskResponse:
         name = authorize(current_principal(), request.name, "tasks")
-        commit = self._database.commit(partial(_cancel, name=name))
-        task = await self._notifier.following(commit, lambda _: self._notifier.notify([name]))
+        task = await self._commit(partial(_cancel, name=name))
         return pb.CancelTaskResponse(task=task)
+
+    async def _commit(self, change: Callable[[sa.Connection], task_pb2.Task]) -> task_pb2.Task:
+        """The change of a task and its entry in the audit log, in one transaction; then those who watch hear of it."""
+        call = current_call()
+
+        def told(connection: sa.Connection) -> task_pb2.Task:
+            task = change(connection)
+            audit.insert(connection, call.entry(task.name, grpc.StatusCode.OK.name))
+            return task
+
+        task = await self._notifier.following(
+            self._database.commit(told), lambda task: self._notifier.notify([task.name])
+        )
+        call.told = grpc.StatusCode.OK.name
+        return task
 
     def _store_task(
         self,
@@ -108,11 +122,11 @@ class TaskRpcs:
         if done := requests.find(connection, tenant, request_id, "CreateTask", body):
             return tasks.read(connection, done)
         self._admitter.check_again(connection, tenant, admissible)
-        tasks.insert(
+        task = tasks.insert(
             connection, name, admissible.spec, admissible.estimate, admissible.initial_adapter_key, trace_parent
         )
         requests.remember(connection, tenant, request_id, "CreateTask", body, name)
-        return tasks.read(connection, name)
+        return task
 
     def _page(self, tenant: str, states: list[TaskState], before: tuple[int, str] | None, limit: int) -> Any:
         with self._database.read() as connection:

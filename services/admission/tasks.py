@@ -44,25 +44,33 @@ def insert(
     estimate: task_pb2.TaskEstimate,
     initial_adapter_key: str,
     trace_parent: str,
-) -> None:
+) -> task_pb2.Task:
     """A new task in QUEUED with its first event. Raises AlreadyExistsError if the id is taken."""
     if connection.execute(_TAKEN, {"name": name, "adapter": name.replace("/tasks/", "/adapters/")}).first():
         raise AlreadyExistsError(f"{name} (or the adapter it would leave) exists already: choose another id")
+    created, progress = now(), task_pb2.TaskProgress(num_steps=estimate.num_steps)
     values = {
         "name": name,
         "tenant": name.rpartition("/tasks/")[0],
-        "created": now(),
+        "created": created,
         "state": TaskState.QUEUED.name,
         "dataset": spec.dataset,
         "spec": spec.SerializeToString(deterministic=True),
         "estimate": estimate.SerializeToString(),
-        "progress": task_pb2.TaskProgress(num_steps=estimate.num_steps).SerializeToString(),
+        "progress": progress.SerializeToString(),
         "initial_adapter_key": initial_adapter_key,
+        "last_sequence": 1,
         "trace_parent": trace_parent,
     }
     connection.execute(_INSERT, values)
-    changed = task_pb2.StateChanged(state=task_pb2.TASK_STATE_QUEUED, message="acknowledged")
-    append_event(connection, name, task_pb2.TaskEvent(state_changed=changed))
+    state = task_pb2.TASK_STATE_QUEUED
+    changed = task_pb2.StateChanged(state=state, message="acknowledged")
+    event = task_pb2.TaskEvent(sequence=1, time=timestamp(created), state_changed=changed)
+    connection.execute(_INSERT_EVENT, {"task": name, "sequence": 1, "event": event.SerializeToString()})
+    return task_pb2.Task(
+        name=name, spec=spec, state=state, progress=progress, estimate=estimate, create_time=timestamp(created),
+        trace_parent=trace_parent,
+    )  # fmt: skip
 
 
 def row_of(connection: sa.Connection, name: str) -> Any:

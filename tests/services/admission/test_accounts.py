@@ -12,7 +12,7 @@ from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import budget_pb2, key_pb2, ledger_pb2, operator_pb2, task_pb2
 from services.access import Role
 from services.admission import accounts
-from services.admission.audit import insert
+from services.admission.audit import audited_in
 from services.admission.notifier import ANYTHING
 from services.audit import AuditEntry
 from services.auth import Principal
@@ -290,6 +290,5 @@ async def test_an_entry_is_stored_whatever_its_text(admission: Admission) -> Non
     entry = AuditEntry(
         Principal("tenants/a", Role.TENANT, "oidc x\n'; DROP TABLE audit_events; --"), "/a/B", "\0\n", "OK"
     )
-    with admission.database.write() as connection:
-        insert(connection, entry)
+    await audited_in(admission.database)(entry)
     assert (await audit_lines(admission))[-1] == ("oidc", "tenants/a", "B", "\n", "OK")

@@ -1,5 +1,6 @@
 """API keys: shown once, kept as a hash, good until they expire or are revoked."""
 
+import asyncio
 import time
 from typing import Any
 
@@ -8,8 +9,11 @@ import pytest
 import sqlalchemy as sa
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from engine.errors import UnauthenticatedError
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import key_pb2
+from services.admission import clock, keys
+from services.admission.keys import KeyStore
 from services.admission.tables import api_keys
 from tests.services.admission.admission_mesh import DATABASES, Admission, refused
 
@@ -70,6 +74,49 @@ async def test_a_revoked_key_opens_nothing_and_the_first_revocation_stands(admis
     for unknown in ("", "nosuch"):
         with refused(grpc.StatusCode.NOT_FOUND, "NOT_FOUND"):
             await admission.keys().RevokeApiKey(key_pb2.RevokeApiKeyRequest(id=unknown))
+
+
+async def test_a_key_that_another_process_revokes_is_good_for_a_second_at_most(admission: Admission) -> None:
+    seconds = [0.0]
+    here, other = KeyStore(admission.database, lambda: seconds[0]), KeyStore(admission.database)
+    row, token = here.create("tenants/acme", None)
+    assert (await here.principal_of(token)).tenant == "tenants/acme"
+    other.revoke(row.id)
+    seconds[0] = 1.0
+    for store in (here, other):
+        with pytest.raises(UnauthenticatedError):
+            await store.principal_of(token)
+    row, token = here.create("tenants/acme", None)
+    await here.principal_of(token)
+    here.revoke(row.id)  # its own end at once
+    with pytest.raises(UnauthenticatedError):
+        await here.principal_of(token)
+
+
+async def test_a_key_is_remembered_no_longer_than_it_is_good(
+    admission: Admission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds, start = [0.0], clock.now()
+    monkeypatch.setattr(keys, "now", lambda: start + int(seconds[0] * 1e6))
+    store = KeyStore(admission.database, lambda: seconds[0])
+    _, token = store.create("tenants/acme", start + 500_000)
+    await store.principal_of(token)
+    seconds[0] = 0.4
+    await store.principal_of(token)
+    seconds[0] = 0.5
+    with pytest.raises(UnauthenticatedError):
+        await store.principal_of(token)
+
+
+async def test_a_key_revoked_while_it_is_looked_up_is_not_remembered(admission: Admission) -> None:
+    store = KeyStore(admission.database)
+    row, token = store.create("tenants/acme", None)
+    looking = asyncio.ensure_future(store.principal_of(token))
+    await asyncio.sleep(0)
+    store.revoke(row.id)
+    await asyncio.gather(looking, return_exceptions=True)
+    with pytest.raises(UnauthenticatedError):
+        await store.principal_of(token)
 
 
 async def test_a_key_expires(admission: Admission) -> None:

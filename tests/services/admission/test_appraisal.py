@@ -1,0 +1,126 @@
+"""What admission remembers of tasks it has looked at: never an answer that a fresh look would not give."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+import sqlalchemy as sa
+
+from muxtune.v1 import admission_pb2 as pb
+from muxtune.v1 import task_pb2
+from tests.services.admission.admission_mesh import Admission, Alignment, executor, lease, lines, refused, spec
+
+
+@pytest.fixture
+def inspected(alignment: Alignment, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What alignment was asked to inspect."""
+    asked: list[Any] = []
+    inspect = alignment.servicer._catalog.inspect
+
+    def note(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return inspect(*arguments)
+
+    monkeypatch.setattr(alignment.servicer._catalog, "inspect", note)
+    yield asked
+
+
+async def estimate(admission: Admission, asked: task_pb2.TaskSpec) -> task_pb2.TaskEstimate:
+    answer: pb.EstimateTaskResponse = await admission.tenant().EstimateTask(pb.EstimateTaskRequest(spec=asked))
+    return answer.estimate
+
+
+async def test_estimates_are_those_of_a_service_that_remembers_nothing(admission: Admission) -> None:
+    """Random neighbours of one task, asked of a service that has seen others and then of one just started."""
+    draw = random.Random(7)
+    datasets = [
+        (await admission.upload(lines([{"text": f"row {i} " * (1 + i % 4)} for i in range(n)]))).name for n in (9, 20)
+    ]
+    optimizers = [task_pb2.OPTIMIZER_ADAMW, task_pb2.OPTIMIZER_SGD]
+    asked = []
+    for _ in range(60):
+        sgd = draw.choice(optimizers) == task_pb2.OPTIMIZER_SGD
+        asked.append(
+            spec(
+                draw.choice(datasets),
+                learning_rate=draw.choice([0.1, 0.01]),
+                num_steps=draw.choice([3, 30]),
+                seed=draw.choice([0, 1]),
+                max_sequence_tokens=draw.choice([8, 64]),
+                global_batch_size=draw.choice([2, 4]),
+                heldout_fraction=draw.choice([0.0, 0.3]),
+                optimizer=task_pb2.OPTIMIZER_SGD if sgd else task_pb2.OPTIMIZER_ADAMW,
+                momentum=draw.choice([0.0, 0.9]) if sgd else 0.0,
+                weight_decay=draw.choice([0.0, 0.1]),
+                lora=task_pb2.Lora(
+                    rank=draw.choice([2, 4]), alpha=8, target_modules=[draw.choice(["q_proj", "v_proj"])]
+                ),
+                labels={"run": str(draw.random())},
+                priority=draw.choice([0, 5]),
+            )
+        )
+    warm = [await estimate(admission, one) for one in asked]
+    assert len({answer.SerializeToString(deterministic=True) for answer in warm}) > 10
+    for one, before in zip(asked[::4], warm[::4], strict=True):
+        await admission.restart()
+        assert await estimate(admission, one) == before
+
+
+async def test_of_a_sweep_only_the_first_is_inspected(admission: Admission, inspected: list[Any]) -> None:
+    dataset = (await admission.upload()).name
+    made = [await admission.create(dataset, learning_rate=rate, labels={"rate": str(rate)}) for rate in (0.1, 0.2, 0.3)]
+    assert len(inspected) == 1
+    assert [task.spec.training.learning_rate for task in made] == pytest.approx([0.1, 0.2, 0.3])
+    assert [task.estimate for task in made] == [made[0].estimate] * 3
+    await admission.create(dataset, num_steps=7)
+    assert len(inspected) == 2
+
+
+async def test_what_is_remembered_lets_nothing_wrong_in(admission: Admission) -> None:
+    dataset = (await admission.upload()).name
+    await admission.create(dataset)
+    for wrong, field in (
+        ({"learning_rate": -1.0}, "spec.training.learning_rate"),
+        ({"warmup_steps": 5}, "spec.training.warmup_steps"),
+        ({"priority": 1000}, "spec.priority"),
+        ({"labels": {"x": "y" * 100}}, "spec.labels"),
+    ):
+        with refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_INPUT") as refusal:
+            await admission.create(dataset, **wrong)
+        assert field in refusal.fields
+    rival = admission.tenant("rival")
+    with refused(grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"):
+        await rival.CreateTask(pb.CreateTaskRequest(spec=spec(dataset)))
+
+
+async def test_an_executor_that_changes_is_looked_at_anew(admission: Admission) -> None:
+    dataset = (await admission.upload()).name
+    seconds, changed = (await estimate(admission, spec(dataset))).seconds, executor(lease_epoch=1)
+    changed.device.effective_tokens_per_second /= 2
+    await admission.ledger().PutLease(lease(changed))
+    assert (await estimate(admission, spec(dataset))).seconds == pytest.approx(2 * seconds)
+    changed.device.memory_bytes = 1
+    await admission.ledger().PutLease(lease(changed))
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "WILL_NEVER_FIT"):
+        await estimate(admission, spec(dataset))
+
+
+async def test_a_task_and_its_line_in_the_audit_log_are_one_transaction(admission: Admission) -> None:
+    dataset, commits = (await admission.upload()).name, []
+
+    def note(connection: Any) -> None:
+        commits.append(connection)
+
+    sa.event.listen(admission.database._engine, "commit", note)
+    task = await admission.create(dataset)
+    sa.event.remove(admission.database._engine, "commit", note)
+    assert len(commits) == 1
+    with admission.database.read() as connection:
+        assert (
+            connection.execute(
+                sa.text("SELECT count(*) FROM audit_events WHERE resource = :r"), {"r": task.name}
+            ).scalar()
+            == 1
+        )
