@@ -156,7 +156,8 @@ class Ledger:
             if not getattr(event, field):
                 raise InvalidInputError.of_field(f"event.{field}", "is missing")
         principal = Principal(event.tenant or None, Role.ANYONE, event.subject)
-        audit.record(self._database, AuditEntry(principal, event.method, event.resource, event.status_code))
+        with self._database.write() as connection:
+            audit.insert(connection, AuditEntry(principal, event.method, event.resource, event.status_code))
 
     def revoke(self, executor: str, names: Sequence[str], reason: str) -> list[str]:
         """The tasks whose attempts were taken back."""
