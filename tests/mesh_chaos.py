@@ -71,6 +71,13 @@ class Chaos:
         )[0]
         if target == "failpoint":
             return self._kill_at(self.random.choice(NAMES))
+        self._kill_and_count(target)
+
+    def kill_executor(self) -> None:
+        """Its server or its trainer, at any moment."""
+        self._kill_and_count(self.random.choice(["execution", TRAINER]))
+
+    def _kill_and_count(self, target: str) -> None:
         if any([self.kill(service) for service in (START_ORDER if target == "all" else [target])]):
             self.killed[target] += 1
 

@@ -63,24 +63,30 @@ def test_killed_at_random_points_nothing_is_lost_and_every_adapter_is_the_same(
 ) -> None:
     """Kills come faster than a trainer starts: from outside it looks as if each task alone killed its executor many
     times in a row, so that rule is off here. The next test has it on."""
+
+    def kill_soon(load: Load, chaos: Chaos) -> None:
+        time.sleep(chaos.random.uniform(0, 1.0))
+        chaos.kill_somewhere()
+
     chaotic = environment(tmp_path, settings, MUXTUNE_MAX_CRASHES="1000")
     with mesh_of(backbone, tmp_path, chaotic) as mesh, mesh.client() as client:
-        kill_under_load(mesh, client, tmp_path, NUM_KILLS, lambda load, chaos: time.sleep(chaos.random.uniform(0, 1.0)))
+        kill_under_load(mesh, client, tmp_path, NUM_KILLS, kill_soon)
 
 
-def test_kills_that_leave_each_task_time_for_a_step_fail_none(backbone: Path, tmp_path: Path) -> None:
+def test_kills_of_the_executor_that_leave_each_task_time_for_a_step_fail_none(backbone: Path, tmp_path: Path) -> None:
     """With the rule of three crashes in a row as it is by default."""
 
-    def until_each_has_done_a_step(load: Load, chaos: Chaos) -> None:
+    def kill_later(load: Load, chaos: Chaos) -> None:
         load.until_each_has_done_a_step()
         time.sleep(chaos.random.uniform(0, 0.5))
+        chaos.kill_executor()
 
     with mesh_of(backbone, tmp_path, environment(tmp_path, {})) as mesh, mesh.client() as client:
-        kill_under_load(mesh, client, tmp_path, NUM_KILLS_APART, until_each_has_done_a_step)
+        kill_under_load(mesh, client, tmp_path, NUM_KILLS_APART, kill_later)
 
 
 def kill_under_load(
-    mesh: Mesh, client: Client, folder: Path, num_kills: int, wait: Callable[[Load, Chaos], None]
+    mesh: Mesh, client: Client, folder: Path, num_kills: int, kill: Callable[[Load, Chaos], None]
 ) -> None:
     """First three tasks that are left alone, then the same again and again while processes are killed."""
     seed = printed_seed()
@@ -92,8 +98,7 @@ def kill_under_load(
         started = time.monotonic()
         while chaos.killed.total() < num_kills:
             load.begin()
-            wait(load, chaos)
-            chaos.kill_somewhere()
+            kill(load, chaos)
         print(f"{dict(chaos.killed)} in {time.monotonic() - started:.0f} s; restarted {dict(chaos.num_restarts)}")
         outcomes = load.end()
     print(f"{len(outcomes)} tasks, the last ended after {time.monotonic() - started:.0f} s")
