@@ -50,7 +50,7 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_time_ms", 10_000),  # a replica that is cut off or paused is found out before calls time out
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_receive_message_length", 16 << 20),
-    ("grpc.max_reconnect_backoff_ms", 3_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),  # what is there again is found within the retries' nine seconds
     ("grpc.dns_min_time_between_resolutions_ms", 2_000),  # replicas come and go
 ]
 _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}

@@ -123,10 +123,8 @@ async def main() -> None:
     servicer = AdmissionServicer(database, artifacts, alignment, admitter, notifier, settings.max_upload_bytes)
     sweeping = Sweeping(Sweeper(database, artifacts), servicer.dataset_bytes.sweep)
     ledger, limits = LedgerServicer(notifier, sweeping.add), LimitsWatch(database, default, notifier)
-    take, health = (
-        partial(Ledger, database, quota=default, max_crashes=settings.max_crashes),
-        health_aio.HealthServicer(),
-    )
+    take = partial(Ledger, database, quota=default, max_crashes=settings.max_crashes)
+    health = health_aio.HealthServicer()
     keeping = Keeping(take, ledger, (ledger.announce_expiries, sweeping.run, limits.run), health)
     replicas = Replicas(database, notifier) if database.is_shared else Alone()
     running: list[asyncio.Task[None]] = []

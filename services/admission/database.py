@@ -87,6 +87,7 @@ class Database:
     def notify(self, channel: str, payloads: Iterable[str]) -> None:
         """Tells whoever listens on that channel of PostgreSQL."""
         with self._translated(), self._engine.begin() as connection:
+            connection.exec_driver_sql("SET LOCAL synchronous_commit = off")  # word need not be on the disk
             for payload in payloads:
                 connection.execute(sa.select(sa.func.pg_notify(channel, payload)))
 
