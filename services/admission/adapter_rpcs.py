@@ -14,7 +14,6 @@ from engine.errors import (
     RequestIdReusedError,
     UnavailableError,
 )
-from engine.task import TaskState
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import artifact_pb2
 from services.admission import catalog, pages, requests, tasks
@@ -140,8 +139,9 @@ class AdapterRpcs:
             if "/tasks/" in name:
                 row = tasks.row_of(connection, authorize(principal, name, "tasks"))
                 if not row.adapter:
-                    why = "it was deleted" if row.state == TaskState.SUCCEEDED.name else f"it is {row.state}"
-                    raise IllegalTransitionError(f"{name} has no adapter: {why}", task=name, state=row.state)
+                    raise IllegalTransitionError(
+                        f"{name} has no adapter, or not any more: it is {row.state}", task=name, state=row.state
+                    )
                 name = row.adapter
             key = catalog.adapter_row(connection, authorize(principal, name, "adapters")).manifest_key
         return self._artifacts.read_manifest(key)
