@@ -137,6 +137,19 @@ _BY_CODE = {
 }
 
 
+# What gRPC says where it found no connection, and what to do then: for people alone, no error's class depends on it.
+_CA_REMEDY = "set MUXTUNE_CA (or ca=...) to the file with its CA: `muxtune up` writes certs/ca.crt in its data folder"
+_NO_TLS = "no TLS is spoken there, or a certificate is asked for: it is not the clients' door of admission"
+_REMEDIES = {
+    "Socket closed": f"whoever listens there takes no plain text. A mesh speaks TLS: {_CA_REMEDY}",
+    "CERTIFICATE_VERIFY_FAILED": f"its certificate is of a CA that is not known here: {_CA_REMEDY}",
+    "Hostname Verification": "its certificate is for other addresses: `muxtune certs FOLDER --host NAME` makes another",
+    "Handshake read failed": _NO_TLS,
+    "WRONG_VERSION_NUMBER": _NO_TLS,
+    "Connection refused": "nothing listens there: is the mesh up, and MUXTUNE_ADDRESS its admission's?",
+}
+
+
 def by_reason() -> dict[str, type[MuxtuneError]]:
     """Every class by its reason."""
     found, waiting = {}, [MuxtuneError]
@@ -170,7 +183,7 @@ def read_failure(error: grpc.RpcError) -> Failure:
         for detail in (info, bad, retry):
             packed.Unpack(detail)
     if info.domain != DOMAIN:
-        return Failure(code, "", f"{code.name}: {text}")
+        return Failure(code, "", f"{code.name}: {text}{_remedy(text)}")
     return Failure(
         code=code,
         reason=info.reason,
@@ -179,6 +192,13 @@ def read_failure(error: grpc.RpcError) -> Failure:
         metadata=dict(info.metadata),
         retry_after_seconds=(retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9) or None,
     )
+
+
+def _remedy(text: str) -> str:
+    """A sentence where a connection could not be made; a call that broke off later was connected."""
+    if "failed to connect" not in text:
+        return ""
+    return next((f". {remedy}" for said, remedy in _REMEDIES.items() if said in text), "")
 
 
 def _read_status(error: grpc.RpcError) -> status_pb2.Status | None:

@@ -153,7 +153,11 @@ def test_a_days_quota_pauses_a_task_and_a_budget_ends_one(mesh: Mesh) -> None:
         assert stopped.state == task_pb2.TASK_STATE_CANCELLED and stopped.adapter
         assert stopped.progress.effective_tokens >= 300 and stopped.progress.step < 100_000
         used = ended.progress.effective_tokens + stopped.progress.effective_tokens
-    for command, heading in ((["quota", "metered"], "no limit"), (["usage"], "tokens"), (["audit"], "who")):
+    for command, heading in (
+        (["quota", "metered"], "no limit"),
+        (["usage"], "tokens"),
+        (["audit"], "certificate operator: SetQuota tenants/metered: OK"),
+    ):
         shown = CliRunner().invoke(app, ["tenant", *command, "--data", str(mesh.data)])  # as people read them
         assert shown.exit_code == 0 and heading in shown.output
     days = operate(mesh, "tenant", "usage", "--tenant", "metered")

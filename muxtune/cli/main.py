@@ -1,5 +1,6 @@
 """The `muxtune` command: `muxtune --help`."""
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -37,9 +38,12 @@ def up(
     ] = None,
     otlp_endpoint: Annotated[str, typer.Option(help="Send traces and metrics there; default: a file.")] = "",
 ) -> None:
-    """Start the four services on loopback and stay until interrupted."""
+    """Start the four services on loopback and stay until interrupted.
+
+    MUXTUNE_OIDC_* and MUXTUNE_MAX_*, if set, are admission's: an identity provider, and tenants' limits.
+    """
     with errors_as_lines(), stopped_by_signals():
-        mesh = Mesh(data, _backbones(backbone), otlp_endpoint)
+        mesh = Mesh(data, _backbones(backbone), otlp_endpoint, {"admission": _policies()})
         try:
             console.print(f"starting on {data} ...")
             mesh.start()
@@ -94,6 +98,11 @@ def _backbones(options: list[str] | None) -> dict[str, Path]:
         if not (name and separator and Path(path).exists()):
             raise typer.BadParameter(f'"{name}{separator}{path}": write NAME=PATH of a file or folder that exists')
     return {name: Path(path) for name, _, path in pairs}
+
+
+def _policies() -> dict[str, str]:
+    """Of the environment, what says who may what; the rest of a mesh's settings is its own affair."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("MUXTUNE_OIDC_", "MUXTUNE_MAX_"))}
 
 
 def _announce(mesh: Mesh) -> None:

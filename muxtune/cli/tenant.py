@@ -20,10 +20,11 @@ def quota(
     max_unfinished_tasks: Annotated[int | None, typer.Option(help="0: no limit.")] = None,
     max_tokens_per_day: Annotated[int | None, typer.Option(help="0: no limit.")] = None,
     max_device_seconds_per_day: Annotated[float | None, typer.Option(help="0: no limit.")] = None,
+    reset: Annotated[bool, typer.Option("--reset", help="All others are as the service says.")] = False,
     data: DataOption = DEFAULT_DATA,
     json: JsonOption = False,
 ) -> None:
-    """Show a tenant's quota; with options, replace it: what is left out is as the service says."""
+    """Show a tenant's quota; with options, change it: what is left out stays."""
     given: dict[str, Any] = {
         "max_dataset_bytes": max_dataset_bytes,
         "max_adapter_bytes": max_adapter_bytes,
@@ -33,8 +34,10 @@ def quota(
     }
     with operator_channel(data, "admission") as (channel, metadata), raising():
         stub = operator_pb2_grpc.OperatorServiceStub(channel)
-        if any(value is not None for value in given.values()):
+        changed = [name for name, value in given.items() if value is not None]
+        if changed or reset:
             wanted = operator_pb2.SetQuotaRequest(tenant=_name(tenant), quota=operator_pb2.Quota(**given))
+            wanted.update_mask.paths.extend([] if reset else changed)
             found = stub.SetQuota(wanted, timeout=30, metadata=metadata).quota
         else:
             asked = operator_pb2.GetQuotaRequest(tenant=_name(tenant))
@@ -78,9 +81,11 @@ def audit(
         events = stub.ListAuditEvents(request, timeout=30, metadata=metadata).events
         if json:
             return print_json(events)
-        rows = ((e.sequence, e.time.ToDatetime(), e.subject, e.tenant or "-", e.method.rpartition("/")[2],
-                 e.resource or "-", e.status_code) for e in events)  # fmt: skip
-        table("", ("sequence", "time", "who", "tenant", "what", "on", "result"), rows)
+        for e in events:
+            who = f"{e.subject} of {e.tenant}" if e.tenant else e.subject
+            what = f"{e.method.rpartition('/')[2]} {e.resource or '-'}: {e.status_code}"
+            line = f"{e.sequence} {e.time.ToDatetime():%Y-%m-%d %H:%M:%S} {who}: {what}"
+            console.print("".join(c if c.isprintable() else "?" for c in line))  # names of strangers write no lines
 
 
 def _name(tenant: str) -> str:

@@ -64,7 +64,8 @@ class OperatorServiceServicer:
     """
 
     def SetQuota(self, request, context):
-        """Replaces the tenant's quota as a whole. INVALID_ARGUMENT: no tenant's name, or a negative limit.
+        """Sets the limits in `update_mask`; without one, replaces the tenant's quota as a whole. A limit that is unset is from then
+        on as the service says. INVALID_ARGUMENT: no tenant's name, a negative limit, a path in the mask that is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,9 @@ class OperatorServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> OperatorServiceAsyncStub: ...
     SetQuota: _grpc.UnaryUnaryMultiCallable[_operator_pb2.SetQuotaRequest, _operator_pb2.SetQuotaResponse]
-    """Replaces the tenant's quota as a whole. INVALID_ARGUMENT: no tenant's name, or a negative limit."""
+    """Sets the limits in `update_mask`; without one, replaces the tenant's quota as a whole. A limit that is unset is from then
+    on as the service says. INVALID_ARGUMENT: no tenant's name, a negative limit, a path in the mask that is none.
+    """
     GetQuota: _grpc.UnaryUnaryMultiCallable[_operator_pb2.GetQuotaRequest, _operator_pb2.GetQuotaResponse]
     """What holds for the tenant: its own quota, and the service's where that says nothing."""
     ListUsage: _grpc.UnaryUnaryMultiCallable[_operator_pb2.ListUsageRequest, _operator_pb2.ListUsageResponse]
@@ -52,7 +54,9 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     SetQuota: _aio.UnaryUnaryMultiCallable[_operator_pb2.SetQuotaRequest, _operator_pb2.SetQuotaResponse]  # type: ignore[assignment]
-    """Replaces the tenant's quota as a whole. INVALID_ARGUMENT: no tenant's name, or a negative limit."""
+    """Sets the limits in `update_mask`; without one, replaces the tenant's quota as a whole. A limit that is unset is from then
+    on as the service says. INVALID_ARGUMENT: no tenant's name, a negative limit, a path in the mask that is none.
+    """
     GetQuota: _aio.UnaryUnaryMultiCallable[_operator_pb2.GetQuotaRequest, _operator_pb2.GetQuotaResponse]  # type: ignore[assignment]
     """What holds for the tenant: its own quota, and the service's where that says nothing."""
     ListUsage: _aio.UnaryUnaryMultiCallable[_operator_pb2.ListUsageRequest, _operator_pb2.ListUsageResponse]  # type: ignore[assignment]
@@ -71,7 +75,9 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _operator_pb2.SetQuotaRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_operator_pb2.SetQuotaResponse, _abc.Awaitable[_operator_pb2.SetQuotaResponse]]:
-        """Replaces the tenant's quota as a whole. INVALID_ARGUMENT: no tenant's name, or a negative limit."""
+        """Sets the limits in `update_mask`; without one, replaces the tenant's quota as a whole. A limit that is unset is from then
+        on as the service says. INVALID_ARGUMENT: no tenant's name, a negative limit, a path in the mask that is none.
+        """
 
     @_abc_1.abstractmethod
     def GetQuota(

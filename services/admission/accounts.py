@@ -38,14 +38,24 @@ def quota_of(connection: sa.Connection, tenant: str, default: operator_pb2.Quota
     return _over(default, stored)
 
 
-def set_quota(connection: sa.Connection, tenant: str, quota: operator_pb2.Quota) -> None:
-    """Raises InvalidInputError for a limit that is none."""
+def set_quota(connection: sa.Connection, tenant: str, quota: operator_pb2.Quota, only: Sequence[str] = ()) -> None:
+    """All of it, or `only` these limits. Raises InvalidInputError for a limit that is none."""
     for name in _LIMITS:
         value = getattr(quota, name)
         if not 0 <= value < math.inf:
             raise InvalidInputError.of_field(f"quota.{name}", f"{value} must be finite and not negative; 0: no limit")
+    if unknown := set(only) - set(_LIMITS):
+        known = ", ".join(_LIMITS)
+        raise InvalidInputError.of_field("update_mask", f"{sorted(unknown)[0]!r:.100} is no limit: {known}")
+    stored = connection.execute(sa.select(quotas.c.quota).where(quotas.c.tenant == tenant)).scalar()
+    kept = operator_pb2.Quota.FromString(stored or b"") if only else operator_pb2.Quota()
+    for name in only:
+        kept.ClearField(name)  # type: ignore[arg-type]
+    for name in only or _LIMITS:
+        if quota.HasField(name):  # type: ignore[arg-type]
+            setattr(kept, name, getattr(quota, name))
     connection.execute(sa.delete(quotas).where(quotas.c.tenant == tenant))
-    connection.execute(sa.insert(quotas).values(tenant=tenant, quota=quota.SerializeToString()))
+    connection.execute(sa.insert(quotas).values(tenant=tenant, quota=kept.SerializeToString()))
 
 
 def charge(connection: sa.Connection, tenant: str, step: task_pb2.StepDone) -> None:

@@ -14,7 +14,6 @@ from engine.errors import (
     RequestIdReusedError,
     UnavailableError,
 )
-from engine.task import TaskState
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import artifact_pb2
 from services.admission import catalog, pages, requests, tasks
@@ -45,7 +44,7 @@ class AdapterRpcs:
             if part == "header" and header is None:
                 header = request.header
                 tenant = parent_of(current_principal(), header.parent)
-                await asyncio.to_thread(self._admitter.check_adapters, tenant)
+                await asyncio.to_thread(self._check_room, tenant, header)
             elif part == "file" and header is not None:
                 receipt.open(request.file)
             elif part == "chunk" and header is not None:
@@ -92,6 +91,15 @@ class AdapterRpcs:
             _log.warning("files of %s stay for now: %s", name, error)
         return pb.DeleteAdapterResponse()
 
+    def _check_room(self, tenant: str, header: artifact_pb2.UploadHeader) -> None:
+        """Before anything is taken in; what may be there already is looked at when it is all here. Raises
+        QuotaExceededError."""
+        name = f"{tenant}/adapters/{header.id}"
+        with self._database.read() as connection:
+            is_known = requests.is_known(connection, tenant, header.request_id)
+            if not is_known and not catalog.has_adapter(connection, name):
+                self._admitter.check_adapters(connection, tenant, 1)
+
     def _store_adapter(
         self, tenant: str, header: artifact_pb2.UploadHeader, files: dict[str, bytes]
     ) -> artifact_pb2.Adapter:
@@ -121,7 +129,7 @@ class AdapterRpcs:
             made = requests.find(connection, tenant, request_id, "UploadAdapter", body)
             if made is None:
                 if catalog.existing_adapter(connection, name, digest) is None:
-                    self._admitter.check_adapters_again(connection, tenant, manifest.size_bytes)
+                    self._admitter.check_adapters(connection, tenant, manifest.size_bytes)
                     catalog.insert_adapter(connection, name, manifest.key, manifest.size_bytes)
                 requests.remember(connection, tenant, request_id, "UploadAdapter", body, name)
             return catalog.adapter_row(connection, made or name)
@@ -140,8 +148,9 @@ class AdapterRpcs:
             if "/tasks/" in name:
                 row = tasks.row_of(connection, authorize(principal, name, "tasks"))
                 if not row.adapter:
-                    why = "it was deleted" if row.state == TaskState.SUCCEEDED.name else f"it is {row.state}"
-                    raise IllegalTransitionError(f"{name} has no adapter: {why}", task=name, state=row.state)
+                    raise IllegalTransitionError(
+                        f"{name} has no adapter, or not any more: it is {row.state}", task=name, state=row.state
+                    )
                 name = row.adapter
             key = catalog.adapter_row(connection, authorize(principal, name, "adapters")).manifest_key
         return self._artifacts.read_manifest(key)

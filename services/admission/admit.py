@@ -134,13 +134,8 @@ class Admitter:
         """In the transaction that stores the dataset."""
         accounts.check_datasets(connection, tenant, added_bytes, self._quota_proto)
 
-    def check_adapters(self, tenant: str) -> None:
-        """Before an adapter is taken in. Raises QuotaExceededError where there is no room for any."""
-        with self._database.read() as connection:
-            self.check_adapters_again(connection, tenant, 1)
-
-    def check_adapters_again(self, connection: sa.Connection, tenant: str, added_bytes: int) -> None:
-        """In the transaction that stores the adapter."""
+    def check_adapters(self, connection: sa.Connection, tenant: str, added_bytes: int) -> None:
+        """Whether an adapter may be stored. Raises QuotaExceededError."""
         accounts.check_adapters(connection, tenant, added_bytes, self._quota_proto)
 
     def _check_initial_adapter(self, spec: TaskSpec, key: str) -> None:

@@ -94,6 +94,10 @@ def adapter_row(connection: sa.Connection, name: str) -> Any:
     return row
 
 
+def has_adapter(connection: sa.Connection, name: str) -> bool:
+    return connection.execute(sa.select(adapters.c.name).where(adapters.c.name == name)).first() is not None
+
+
 def existing_adapter(connection: sa.Connection, name: str, digest: str) -> Any | None:
     """The adapter of that name if it was uploaded with these contents, None if the name is free. Raises
     AlreadyExistsError if another adapter, or a task that will leave one, has it."""

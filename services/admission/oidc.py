@@ -1,25 +1,29 @@
 """Tokens of an OpenID Connect issuer (JWT, RFC 7519), verified with the issuer's published keys (JWKS, RFC 7517)."""
 
 import json
+import logging
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jwt
 
-from engine.errors import InvalidInputError, UnauthenticatedError, UnavailableError
+from engine.errors import InvalidInputError, OverloadedError, UnauthenticatedError, UnavailableError
 from muxtune.transport import is_loopback
 from services.access import Role
 from services.admission.names import check_tenant
 from services.auth import Principal
 from services.config import SettingsError
+from services.rate_limit import RateLimit
 
 _ALGORITHMS = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"})
 _REFRESH_SECONDS, _FETCH_SECONDS, _LEEWAY_SECONDS = 60.0, 5.0, 30.0
 _MAX_KEYS_BYTES = 1 << 20
+_log = logging.getLogger(__name__)
 _ROLES = {"tenant": Role.TENANT, "viewer": Role.VIEWER}
 
 
@@ -52,6 +56,7 @@ class TokenVerifier:
         self._provider, self._monotonic = provider, monotonic
         self._keys: dict[str, jwt.PyJWK] = {}
         self._read_at = float("-inf")
+        self._told = RateLimit(0.1)  # by cause: strangers must not fill the log
 
     def principal_of(self, token: str) -> Principal:
         """Raises UnauthenticatedError, alike whatever is wrong, and UnavailableError where the keys cannot be read."""
@@ -70,8 +75,15 @@ class TokenVerifier:
             tenant = check_tenant(tenant if tenant.startswith("tenants/") else f"tenants/{tenant}")
             role = _ROLES[str(claims.get(provider.role_claim, "tenant"))]
         except (jwt.PyJWTError, InvalidInputError, KeyError, ValueError, RecursionError) as error:
+            self._tell(type(error).__name__)
             raise UnauthenticatedError("the token is not valid here: take a new one from the issuer") from error
         return Principal(tenant, role, f"oidc {claims['sub']}")
+
+    def _tell(self, cause: str) -> None:
+        """The operator, who may have set an audience wrong; the caller hears nothing of it."""
+        with suppress(OverloadedError):
+            self._told.take(cause, "")
+            _log.warning("a token was refused: %s", cause)
 
     def _key(self, key_id: str) -> jwt.PyJWK:
         """Raises KeyError for an unknown one."""

@@ -1,6 +1,7 @@
 """OperatorService: quotas, accounts, audit log. What each RPC promises stands in protos/muxtune/v1/operator.proto."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from muxtune.v1 import operator_pb2 as pb
@@ -19,7 +20,7 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
 
     async def SetQuota(self, request: pb.SetQuotaRequest, context: Any) -> pb.SetQuotaResponse:
         tenant = check_tenant(request.tenant)
-        quota = await asyncio.to_thread(self._set_quota, tenant, request.quota)
+        quota = await asyncio.to_thread(self._set_quota, tenant, request.quota, request.update_mask.paths)
         self._notifier.notify()  # tasks that waited may go on
         return pb.SetQuotaResponse(quota=quota)
 
@@ -39,9 +40,9 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         rows = await asyncio.to_thread(self._events, request.tenant, request.after_sequence, size)
         return pb.ListAuditEventsResponse(events=[audit.to_proto(row) for row in rows])
 
-    def _set_quota(self, tenant: str, quota: pb.Quota) -> pb.Quota:
+    def _set_quota(self, tenant: str, quota: pb.Quota, only: Sequence[str]) -> pb.Quota:
         with self._database.write() as connection:
-            accounts.set_quota(connection, tenant, quota)
+            accounts.set_quota(connection, tenant, quota, only)
             return accounts.quota_of(connection, tenant, self._default)
 
     def _quota(self, tenant: str) -> pb.Quota:

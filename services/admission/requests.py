@@ -42,6 +42,12 @@ def find(connection: sa.Connection, tenant: str, request_id: str, method: str, b
     return resource
 
 
+def is_known(connection: sa.Connection, tenant: str, request_id: str) -> bool:
+    """Whether a request of this id made something, whatever its body."""
+    query = sa.select(requests.c.request_id).filter_by(tenant=tenant, request_id=request_id)
+    return connection.execute(query).first() is not None
+
+
 def remember(connection: sa.Connection, tenant: str, request_id: str, method: str, body: str, resource: str) -> None:
     """In the transaction that makes the resource."""
     if request_id:

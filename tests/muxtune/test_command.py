@@ -19,8 +19,9 @@ from transformers import BloomConfig, BloomForCausalLM
 from typer.testing import CliRunner, Result
 
 from engine.errors import FieldViolation, InvalidInputError, PermissionDeniedError
+from muxtune.cli import main
 from muxtune.cli.main import app
-from muxtune.cli.mesh import read_state
+from muxtune.cli.mesh import MeshError, read_state
 from muxtune.cli.spec import read_spec
 from muxtune.v1 import task_pb2
 from tests.muxtune.admission_fake import CONFIG, KEY, WEIGHTS, Admission, file_parts
@@ -242,6 +243,23 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_up_hands_on_who_may_what_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An identity provider and limits in the environment are admission's; addresses and keys there nobody's."""
+    made: list[dict[str, dict[str, str]]] = []
+
+    def stop_there(data: Path, backbones: object, endpoint: str, environment: dict[str, dict[str, str]]) -> None:
+        made.append(environment)
+        raise MeshError("enough")
+
+    monkeypatch.setattr(main, "Mesh", stop_there)
+    given = {"MUXTUNE_OIDC_ISSUER": "https://issuer.example", "MUXTUNE_MAX_ADAPTER_BYTES": "9"}
+    for name, value in {**given, "MUXTUNE_ADDRESS": "x:1", "MUXTUNE_API_KEY": "k", "MUXTUNE_CERTS": "/c"}.items():
+        monkeypatch.setenv(name, value)
+    done = CliRunner().invoke(app, ["up", "--data", str(tmp_path), "--backbone", f"tiny={tmp_path}"])
+    assert done.exit_code == 1 and "enough" in done.output
+    assert made == [{"admission": given}]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda n: n.name)

@@ -65,6 +65,32 @@ async def test_a_quota_is_the_services_until_a_tenant_has_its_own(admission: Adm
         await set_quota(admission, "../x", max_tokens_per_day=1)
 
 
+async def test_a_mask_says_which_limits_are_set(admission: Admission) -> None:
+    async def change(*paths: str, **limits: float) -> dict[str, float]:
+        request = operator_pb2.SetQuotaRequest(tenant="tenants/acme", quota=operator_pb2.Quota(**limits))
+        request.update_mask.paths.extend(paths)
+        quota = (await admission.operator().SetQuota(request)).quota
+        return {
+            field.name: getattr(quota, field.name) for field in quota.DESCRIPTOR.fields if getattr(quota, field.name)
+        }
+
+    service = {"max_unfinished_tasks": 1000}
+    first = await change("max_tokens_per_day", max_tokens_per_day=7, max_dataset_bytes=99)
+    assert first == {**service, "max_tokens_per_day": 7}  # what is not in the mask does not count
+    second = await change("max_unfinished_tasks", "max_adapter_bytes", max_unfinished_tasks=3, max_adapter_bytes=5)
+    assert second == {"max_tokens_per_day": 7, "max_unfinished_tasks": 3, "max_adapter_bytes": 5}
+    assert await change("max_tokens_per_day", max_tokens_per_day=0) == {
+        "max_unfinished_tasks": 3,
+        "max_adapter_bytes": 5,
+    }
+    assert await change("max_unfinished_tasks") == {**service, "max_adapter_bytes": 5}  # unset: the service's again
+    for path in ("tenant", "max_tokens_per_day.x", "*", "", "x" * 10_000):
+        with refused(*INVALID) as refusal:
+            await change("max_tokens_per_day", path)
+        assert refusal.fields == ["update_mask"]
+    assert await change(max_dataset_bytes=9) == {**service, "max_dataset_bytes": 9}  # none: as a whole
+
+
 async def test_datasets_of_all_names_count_in_bytes(admission: Admission) -> None:
     await set_quota(admission, max_dataset_bytes=2 * len(TEN_ROWS))
     first = await admission.upload(TEN_ROWS, "one")

@@ -120,7 +120,7 @@ async def test_a_tasks_adapter_goes_and_its_task_stays(admission: Admission) -> 
     assert (task.state, task.adapter) == (task_pb2.TASK_STATE_SUCCEEDED, "")
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "ILLEGAL_TRANSITION") as refusal:
         await download(admission, task.name)
-    assert "deleted" in refusal.message
+    assert "not any more" in refusal.message
     with refused(grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS"):  # a task's name stays its own
         await upload(admission, "t")
 
@@ -209,6 +209,20 @@ async def test_adapters_of_all_kinds_count_in_bytes(admission: Admission) -> Non
     for adapter in (first, second):
         await delete(admission, adapter.name)
     await admission.create("tenants/acme/datasets/d")
+
+
+async def test_an_upload_that_filled_the_quota_answers_again(admission: Admission) -> None:
+    """Its answer may have been lost: the same request, or the same contents under its name, is no more bytes."""
+    quota = operator_pb2.Quota(max_adapter_bytes=SIZE)
+    await admission.operator().SetQuota(operator_pb2.SetQuotaRequest(tenant="tenants/acme", quota=quota))
+    made = await upload(admission, request_id="r1")
+    assert await upload(admission, request_id="r1") == made
+    assert await upload(admission, made.name.rpartition("/")[2], request_id="r2") == made
+    with refused(*EXHAUSTED):
+        await upload(admission, "other", request_id="r3")
+    with refused(*EXHAUSTED):
+        await upload(admission)
+    assert len(adapters_files(admission)) == 3
 
 
 async def test_a_task_that_runs_leaves_its_adapter_over_the_limit_too(admission: Admission) -> None:

@@ -107,6 +107,21 @@ def test_a_forged_token_is_nobodys_and_all_answer_alike(provider: Provider, forg
         TokenVerifier(provider).principal_of(forged())
 
 
+def test_the_operator_is_told_why_and_no_more_than_now_and_then(
+    provider: Provider, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing of the token is: it may be whole, and good elsewhere."""
+    verifier = TokenVerifier(provider)
+    for _ in range(20):
+        for forged in (token(aud="secret-audience"), token(iss="https://secret.example"), token(tenant="Secret Inc.")):
+            with pytest.raises(UnauthenticatedError):
+                verifier.principal_of(forged)
+    causes = [record.getMessage() for record in caplog.records]
+    wrong = ("InvalidAudienceError", "InvalidIssuerError", "InvalidInputError")
+    assert causes == [f"a token was refused: {cause}" for cause in wrong]
+    assert "secret" not in caplog.text.lower()
+
+
 def test_a_new_key_of_the_issuer_is_found_and_unknown_ones_cause_no_storm(tmp_path: Path) -> None:
     asked: list[str] = []
 

@@ -1,0 +1,87 @@
+"""A client that cannot connect says what to set: over real sockets, in Python and on the command line."""
+
+import asyncio
+import re
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+from typer.testing import CliRunner
+
+from muxtune.aio import AsyncClient
+from muxtune.cli.authority import issue
+from muxtune.cli.main import app
+from muxtune.client import Client
+from muxtune.errors import UnavailableError, from_rpc_error
+from services.certificates import Certificates
+
+CA_REMEDY = r"set MUXTUNE_CA .*certs/ca\.crt"
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[tuple[int, int, Path]]:
+    """Ports with TLS and without, and the folder of the CA."""
+    issue(tmp_path / "certs", hosts=["192.0.2.1"])
+    server = grpc.aio.server()
+    secure = Certificates(tmp_path / "certs" / "admission").for_server(is_mutual=False)
+    ports = server.add_secure_port("127.0.0.1:0", secure), server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield *ports, tmp_path / "certs"
+    await server.stop(None)
+
+
+def message_of(address: str, ca: Path | None) -> str:
+    with Client(address, "mxt_0_x", ca) as client, pytest.raises(UnavailableError) as refused:
+        client.list_backbones()
+    return refused.value.message
+
+
+async def test_what_to_set_is_said(server: tuple[int, int, Path], tmp_path: Path) -> None:
+    secure, plain, certs = server
+    issue(tmp_path / "other")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        closed = probe.getsockname()[1]
+    cases = [
+        (secure, None, CA_REMEDY),
+        (secure, tmp_path / "other" / "ca.crt", CA_REMEDY),
+        (secure, certs / "ca.crt", "muxtune certs FOLDER --host NAME"),  # it is of another address
+        (plain, certs / "ca.crt", "no TLS is spoken there"),
+        (closed, None, "nothing listens there.*MUXTUNE_ADDRESS"),
+    ]
+    asked = (asyncio.to_thread(message_of, f"127.0.0.1:{port}", ca) for port, ca, _ in cases)
+    for said, (_, _, remedy) in zip(await asyncio.gather(*asked), cases, strict=True):
+        assert re.search(remedy, said), said
+
+
+async def test_the_asyncio_client_says_it_too(server: tuple[int, int, Path]) -> None:
+    async with AsyncClient(f"127.0.0.1:{server[0]}", "mxt_0_x") as client:
+        with pytest.raises(UnavailableError, match=CA_REMEDY):
+            await client.list_backbones()
+
+
+async def test_the_command_says_it_in_its_line(
+    server: tuple[int, int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MUXTUNE_ADDRESS", f"127.0.0.1:{server[0]}")
+    monkeypatch.setenv("MUXTUNE_API_KEY", "mxt_0_x")
+    monkeypatch.delenv("MUXTUNE_CA", raising=False)
+    done = await asyncio.to_thread(CliRunner().invoke, app, ["task", "ls", "--data", str(tmp_path / "none")])
+    assert done.exit_code == 1
+    (line,) = done.output.splitlines()
+    assert line.startswith("error:") and "MUXTUNE_CA" in line and "certs/ca.crt" in line
+
+
+def test_a_call_that_broke_off_gets_no_advice_on_settings() -> None:
+    """Its connection was there: a service that is killed closes its sockets, too."""
+
+    class Broken(grpc.RpcError):
+        def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.UNAVAILABLE
+
+        def details(self) -> str:
+            return "Socket closed"
+
+    assert from_rpc_error(Broken()).message == "UNAVAILABLE: Socket closed"
