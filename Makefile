@@ -65,9 +65,10 @@ types: $(READY) ## mypy, strict
 protos: $(READY) ## generate the stubs in muxtune/v1
 	python -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. protos/muxtune/v1/*.proto
 
-bench: $(READY) ## beside what a user would pick instead, on this CPU: training, control plane, alignment
+bench: $(READY) ## beside what a user would pick instead, on this CPU: training, control plane, mesh, alignment
 	python benchmarks/side_by_side.py
 	python benchmarks/control_plane.py
+	python benchmarks/mesh_costs.py
 	python benchmarks/alignment_throughput.py
 
 bench-gpu: $(CUDA_READY) ## training beside what a user would pick instead, on a GPU

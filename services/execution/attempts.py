@@ -16,18 +16,27 @@ class Attempts:
     def __init__(self) -> None:
         self._running: dict[str, int] = {}  # epoch by task
         self._ended: dict[str, int] = {}
+        self._resident: set[str] = set()  # on the device
+        self._off: set[str] = set()  # that were, and now only wait for the store to have what they leave
 
     def start(self, plan: plan_pb2.ExecutorPlan) -> plan_pb2.ExecutorPlan:
         """The plan without attempts that ended here: it may have been made before scheduling knew."""
         named = {task.task for task in plan.tasks}  # who is not will not be again in an attempt that ended
         self._ended = {task: epoch for task, epoch in self._ended.items() if task in named}
         going = [task for task in plan.tasks if self._ended.get(task.task, 0) < task.attempt_epoch]
+        self._off -= {task.task for task in going if self._running.get(task.task) != task.attempt_epoch}
         self._running |= {task.task: task.attempt_epoch for task in going}
         left = plan_pb2.ExecutorPlan()
         left.CopyFrom(plan)
         del left.tasks[:]
         left.tasks.extend(going)
         return left
+
+    def note_resident(self, tasks: Iterable[str]) -> None:
+        """What the trainer says is on its device."""
+        now = set(tasks)
+        self._off = ((self._off | self._resident) - now) & self._running.keys()
+        self._resident = now
 
     def note(self, results: Iterable[plan_pb2.TaskResult]) -> list[plan_pb2.TaskResult]:
         """What the trainer says of its tasks; answers what of it counts: it may not have heard of a drop yet."""
@@ -60,13 +69,15 @@ class Attempts:
         return stale
 
     def hand_back(self, reason: str) -> list[plan_pb2.TaskResult]:
-        """The trainer died: every attempt is released. Any of them may be why, which admission keeps count of."""
-        held = list(self._running.items())
-        results = []
+        """The trainer died: every attempt is released. Any may be why, which admission counts, but none of those
+        that were off its device already."""
+        held, results = list(self._running.items()), []
+        num_suspects = sum(task not in self._off for task, _ in held)
         for task, epoch in held:
-            released = plan_pb2.TaskReleased(reason=reason, num_suspects=len(held))
+            released = plan_pb2.TaskReleased(reason=reason, num_suspects=0 if task in self._off else num_suspects)
             results.append(plan_pb2.TaskResult(task=task, attempt_epoch=epoch, released=released))
             self._end(task, epoch)
+        self._resident, self._off = set(), set()
         return results
 
     def _end(self, task: str, epoch: int) -> None:

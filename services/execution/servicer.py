@@ -175,6 +175,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
             await self._take_results(pb.RunPlanResponse.FromString(payload))
         elif tag is Tag.DESCRIBED:
             self.described = pb.DescribeExecutorResponse.FromString(payload)
+            self._attempts.note_resident(self.described.tasks)
             if not self.ready.is_set():
                 self.ready.set()
                 await self._tell_health(not self.is_draining)

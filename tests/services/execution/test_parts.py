@@ -126,6 +126,18 @@ def test_a_stale_result_of_an_earlier_attempt_does_not_end_this_one() -> None:
     assert [r.task for r in attempts.hand_back("died")] == ["a"]
 
 
+def test_who_was_off_the_device_already_is_no_suspect() -> None:
+    attempts = Attempts()
+    attempts.start(plan(a=1, b=1, c=1))
+    attempts.note_resident(["a", "b"])  # c has not arrived
+    attempts.note_resident(["b"])  # a has only to leave its checkpoint
+    attempts.start(plan(b=1, d=1))
+    attempts.note_resident(["b", "d"])
+    assert {r.task: r.released.num_suspects for r in attempts.hand_back("x")} == {"a": 0, "b": 3, "c": 3, "d": 3}
+    attempts.start(plan(a=2))
+    assert [r.released.num_suspects for r in attempts.hand_back("x")] == [1]
+
+
 def test_what_is_handed_back_says_how_many_may_be_why() -> None:
     attempts = Attempts()
     attempts.start(plan(a=1, b=1, done=1))

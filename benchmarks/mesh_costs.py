@@ -1,0 +1,304 @@
+"""What a mesh costs beside its training: starts, re-plans, waits for data, tracing. Real processes, one run.
+
+    PYTHONPATH=. python benchmarks/mesh_costs.py [--repeats 7] [--steps 60] [--backbone FOLDER] [--threads 1]
+
+- **up**: `muxtune up` from its start to its announcement that it serves; the first time (certificates, backbone
+  prepared) and again. Calibration is part of it (6 s by default, as users have it).
+- **first step**: CreateTask acknowledged until its watcher is told of step 1, on a mesh with nothing else to do.
+- **re-plan pause**: two tasks train, a third arrives. By the running task's steps (times as admission committed them):
+  the time between two steps, less the device seconds of all tasks' steps in it, is idle. Optimizer steps and the report
+  count as idle, so idle is never none; its median elsewhere is taken off. The pause is what is left, summed from the
+  arrival's acknowledgement to the newcomer's first step, against the median round before it.
+- **wait for data**: part of the executor's time with work in which nothing ran, as DescribeExecutor says, each repeat.
+- **tracing**: the same task by turns on a mesh that sends its spans to an OTLP receiver (a process of its own) and on
+  one whose OpenTelemetry is off (OTEL_SDK_DISABLED); seconds of a step between the tenth and the last. A pair's ratio
+  is traced over untraced, first one first, then the other; how far untraced ones differ from the next is the noise.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import grpc
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+from benchmarks import report
+from muxtune.cli.mesh import Mesh
+from muxtune.client import Client
+from muxtune.v1 import execution_pb2, execution_pb2_grpc, task_pb2
+from tests.tiny_backbone import write_backbone
+
+GOALS = {"pause": 1.0, "wait": 0.01, "tracing": 0.01}
+SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6}
+ROWS = [{"text": " ".join(["a row of words to learn from"] * (1 + i % 5))} for i in range(64)]
+WARM_STEPS = 10
+NAME = "measured"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7, help="of each measurement")
+    parser.add_argument("--steps", type=int, default=60, help="of a task whose tracing is measured")
+    parser.add_argument("--threads", type=int, default=1, help="of torch: the services want a core as well")
+    parser.add_argument("--backbone", type=Path, help="GGUF file or Hugging Face folder; default: random, 6 x 192")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="muxtune-bench-") as scratch:
+        backbone = arguments.backbone or write_backbone(Path(scratch) / "backbone", **SHAPE)
+        found = measure(Path(scratch), backbone, arguments)
+    told = {"repeats": arguments.repeats, "steps": arguments.steps, "threads": arguments.threads}
+    raw = report.origin("mesh_costs") | told | {"backbone": str(arguments.backbone or SHAPE), "found": found}
+    if arguments.no_write:
+        print(section(raw))
+    else:
+        report.write(raw, section(raw))
+
+
+def measure(scratch: Path, backbone: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    quick = {"MUXTUNE_NUM_THREADS": str(arguments.threads), "MUXTUNE_CHECKPOINT_STEPS": "100000"}
+    off = {"*": {"OTEL_SDK_DISABLED": "true", "MUXTUNE_TRACE_FILE": ""}, "execution": quick}
+    found: dict[str, Any] = {"up": [seconds_of_up(scratch / "up", backbone) for _ in range(2)]}
+    with ExitStack() as stack:
+        receiver = stack.enter_context(receiving())
+        traced = stack.enter_context(
+            Mesh(scratch / "traced", {NAME: backbone}, receiver.endpoint, environment={"execution": quick})
+        )
+        untraced = stack.enter_context(Mesh(scratch / "untraced", {NAME: backbone}, environment=off))
+        with traced.client() as one, untraced.client() as other:
+            datasets = {client: client.upload_dataset(ROWS).name for client in (one, other)}
+            found["first_step"] = [seconds_to_first_step(one, datasets[one]) for _ in range(arguments.repeats)]
+            found |= replans(traced, one, datasets[one], arguments.repeats)
+            pairs = []
+            for repeat in range(arguments.repeats + 1):  # the first warms up
+                order = (one, other) if repeat % 2 else (other, one)
+                by_client = {each: seconds_of_step(each, datasets[each], arguments.steps) for each in order}
+                pairs.append([by_client[one], by_client[other]])
+        found["tracing"] = {"pairs": pairs[1:], "spans": receiver.num_spans()}
+    return found
+
+
+def seconds_of_up(data: Path, backbone: Path) -> float:
+    command = [sys.executable, "-m", "muxtune.cli.main", "up", "--data", str(data), "--backbone", f"{NAME}={backbone}"]
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines: list[str] = []
+        for line in process.stdout:
+            lines.append(line)
+            if len(lines) == 2:  # "starting on ...", and then what serves where
+                break
+        seconds = time.perf_counter() - started
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+    if process.returncode:
+        raise SystemExit(f"muxtune up ended with {process.returncode}: {''.join(lines)}")
+    return seconds
+
+
+def spec(dataset: str, num_steps: int, seed: int) -> task_pb2.TaskSpec:
+    return task_pb2.TaskSpec(
+        backbone=NAME, dataset=dataset, lora=task_pb2.Lora(rank=8, alpha=16, target_modules=["q_proj", "v_proj"]),
+        training=task_pb2.Training(
+            learning_rate=1e-4, num_steps=num_steps, max_sequence_tokens=64, global_batch_size=8, micro_batch_size=4,
+            seed=seed,
+        ),
+    )  # fmt: skip
+
+
+def seconds_to_first_step(client: Client, dataset: str) -> float:
+    name = client.create_task(spec(dataset, 2, 0)).name
+    acknowledged = time.perf_counter()
+    seconds = 0.0
+    for event in client.watch_task(name):
+        if event.WhichOneof("event") == "step_done" and not seconds:
+            seconds = time.perf_counter() - acknowledged
+    return seconds
+
+
+def seconds_of_step(client: Client, dataset: str, num_steps: int) -> float:
+    """Alone on its mesh, while the other mesh has nothing to do."""
+    steps = Steps(client, client.create_task(spec(dataset, num_steps + WARM_STEPS, 1)).name)
+    steps.join()
+    return (steps.times[-1] - steps.times[WARM_STEPS - 1]) / num_steps
+
+
+class Steps(threading.Thread):
+    """Follows a task: seconds at which its steps were committed, and what each took of the device."""
+
+    def __init__(self, client: Client, task: str) -> None:
+        super().__init__(daemon=True)
+        self._client, self.task = client, task
+        self.times: list[float] = []
+        self.device_seconds: list[float] = []
+        self._news = threading.Condition()
+        self.start()
+
+    def run(self) -> None:
+        for event in self._client.watch_task(self.task):
+            if event.WhichOneof("event") == "step_done":
+                with self._news:
+                    self.times.append(event.time.ToNanoseconds() / 1e9)
+                    self.device_seconds.append(event.step_done.device_seconds)
+                    self._news.notify_all()
+
+    def wait(self, count: int) -> None:
+        with self._news:
+            if not self._news.wait_for(lambda: len(self.times) >= count, timeout=600):
+                raise SystemExit(f"{self.task} took no {count} steps in ten minutes")
+
+
+def replans(mesh: Mesh, client: Client, dataset: str, repeats: int) -> dict[str, Any]:
+    """`pauses`: of each arrival, [pause, median round before it], seconds. `waits`: as DescribeExecutor says."""
+    running = [Steps(client, client.create_task(spec(dataset, 100_000, seed)).name) for seed in (2, 3)]
+    newcomers: list[tuple[float, Steps]] = []
+    waits = []
+    for repeat in range(repeats):
+        running[0].wait(len(running[0].times) + 2 * WARM_STEPS)
+        name = client.create_task(spec(dataset, WARM_STEPS, 4 + repeat)).name
+        newcomers.append((time.time(), Steps(client, name)))
+        newcomers[-1][1].join()
+        running[0].wait(len(running[0].times) + WARM_STEPS)
+        waits.append(wait_fraction(mesh))
+    for each in running:
+        client.cancel_task(each.task)
+        each.join()
+    rounds = Rounds(running[0].times, [*running, *(steps for _, steps in newcomers)])
+    return {"pauses": [rounds.pause(at, steps.times[0]) for at, steps in newcomers], "waits": waits}
+
+
+class Rounds:
+    """Times between the steps of one task, and what of each was idle."""
+
+    def __init__(self, times: Sequence[float], tasks: Sequence[Steps]) -> None:
+        self._ends = times[1:]
+        self._gaps = [end - begin for begin, end in itertools.pairwise(times)]
+        busy = [0.0] * len(self._ends)
+        for steps in tasks:
+            for at, seconds in zip(steps.times, steps.device_seconds, strict=True):
+                busy[min(range(len(busy)), key=lambda i: abs(self._ends[i] - at))] += seconds
+        self._idle = [gap - seconds for gap, seconds in zip(self._gaps, busy, strict=True)]
+
+    def pause(self, begin: float, end: float) -> list[float]:
+        within = [i for i, at in enumerate(self._ends) if at > begin and at - self._gaps[i] < end]
+        before = range(max(0, within[0] - WARM_STEPS), within[0])
+        usual = statistics.median(self._idle[i] for i in before)
+        pause = sum(self._idle[i] - usual for i in within)
+        return [pause, statistics.median(self._gaps[i] for i in before)]
+
+
+def wait_fraction(mesh: Mesh) -> float:
+    with mesh.operator_channel("execution") as channel:
+        stub = execution_pb2_grpc.ExecutionServiceStub(channel)
+        described = stub.DescribeExecutor(execution_pb2.DescribeExecutorRequest(), timeout=30)
+    return float(described.executor.device.data_wait_fraction)
+
+
+class Receiver:
+    """An OTLP receiver's process."""
+
+    def __init__(self, endpoint: str, pipe: Connection) -> None:
+        self.endpoint, self._pipe = endpoint, pipe
+
+    def num_spans(self) -> int:
+        self._pipe.send("how many?")
+        return int(self._pipe.recv())
+
+
+@contextmanager
+def receiving() -> Iterator[Receiver]:
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=_serve_receiver, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield Receiver(pipe.recv(), pipe)
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _serve_receiver(pipe: Connection) -> None:
+    num_spans = 0
+
+    class Traces(trace_service_pb2_grpc.TraceServiceServicer):
+        def Export(self, request: Any, context: Any) -> Any:
+            nonlocal num_spans
+            num_spans += sum(len(scope.spans) for each in request.resource_spans for scope in each.scope_spans)
+            return trace_service_pb2.ExportTraceServiceResponse()
+
+    class Metrics(metrics_service_pb2_grpc.MetricsServiceServicer):
+        def Export(self, request: Any, context: Any) -> Any:
+            return metrics_service_pb2.ExportMetricsServiceResponse()
+
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Traces(), server)
+    metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(Metrics(), server)
+    address = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    pipe.send(address)
+    while pipe.recv():
+        pipe.send(num_spans)
+
+
+def section(raw: Mapping[str, Any]) -> str:
+    found = raw["found"]
+    shares = [pause / round_ for pause, round_ in found["pauses"]]
+    ratios = [traced / untraced - 1 for traced, untraced in found["tracing"]["pairs"]]
+    alone = [untraced for _, untraced in found["tracing"]["pairs"]]
+    noise = [abs(later / earlier - 1) for earlier, later in itertools.pairwise(alone)]
+    rows: list[list[object]] = [
+        ["muxtune up, the first time", f"{found['up'][0]:.1f} s", "", ""],
+        ["muxtune up, again", f"{found['up'][1]:.1f} s", "", ""],
+        ["first step after CreateTask", *spread(found["first_step"], "{:.2f} s"), ""],
+        ["a round before an arrival", *spread([round_ for _, round_ in found["pauses"]], "{:.3f} s"), ""],
+        ["pause at an arrival", *spread([pause for pause, _ in found["pauses"]], "{:.3f} s"), ""],
+        ["the same, in rounds", *spread(shares, "{:.2f}"), verdict(shares, GOALS["pause"], "under {:.0f}")],
+        ["executor waits for data", *spread(found["waits"], "{:.2%}"), verdict(found["waits"], GOALS["wait"])],
+        ["tracing costs", *spread(ratios, "{:+.2%}"), verdict(ratios, GOALS["tracing"])],
+        ["noise: an untraced run and the next", *spread(noise, "{:.2%}"), ""],
+    ]
+    return f"""
+## Costs of a mesh
+
+{report.told(dict(raw))}
+Backbone {raw["backbone"]}, torch on {raw["threads"]} threads; {raw["repeats"]} repeats, medians; {raw["steps"]} steps
+in a run with tracing or without, {found["tracing"]["spans"]} spans received.
+
+{report.table(["what", "median", "lowest to highest", "goal"], rows)}
+
+{said_of_noise(noise)}
+Raw figures: `results/mesh_costs.json`.
+"""
+
+
+def spread(values: Sequence[float], form: str) -> list[str]:
+    return [form.format(statistics.median(values)), f"{form.format(min(values))} to {form.format(max(values))}"]
+
+
+def verdict(values: Sequence[float], goal: float, form: str = "under {:.0%}") -> str:
+    return f"{form.format(goal)}: {'held' if statistics.median(values) < goal else 'FAILED'}"
+
+
+def said_of_noise(noise: Sequence[float]) -> str:
+    if (middle := statistics.median(noise)) > GOALS["tracing"]:
+        return f"Noise ({middle:.1%}) is above the goal for tracing: its figure here shows no more than that.\n"
+    return ""
+
+
+if __name__ == "__main__":
+    main()

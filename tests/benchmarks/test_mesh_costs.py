@@ -1,0 +1,50 @@
+"""What mesh_costs.py makes of what it measured: pauses that are known, goals held and failed."""
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks.mesh_costs import Rounds, section
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_pause_is_what_was_idle_beside_the_usual(seed: int) -> None:
+    """Rounds of two tasks that differ in length; from one on a third joins, after a pause that is known."""
+    chance = random.Random(seed)
+    pause, usual = chance.uniform(0.05, 3.0), chance.uniform(0.001, 0.02)
+    one, two, third = (SimpleNamespace(times=[], device_seconds=[]) for _ in range(3))
+    now, arrival = 100.0, 0.0
+    for number in range(60):
+        members = [one, two, third] if number >= 30 else [one, two]
+        seconds = [chance.uniform(0.2, 0.4) for _ in members]
+        if number == 30:
+            arrival = now + chance.uniform(0.0, pause)
+        now += sum(seconds) + usual + (pause if number == 30 else 0.0)
+        for member, took in zip(members, seconds, strict=True):
+            member.times.append(now + chance.uniform(0.0, 1e-4))  # committed one after the other
+            member.device_seconds.append(took)
+    found, round_seconds = Rounds(one.times, [one, two, third]).pause(arrival, third.times[0])
+    assert found == pytest.approx(pause, abs=0.01)
+    assert 0.4 < round_seconds < 0.85
+
+
+def raw(**changes: Any) -> dict[str, Any]:
+    found = {
+        "up": [9.0, 8.0], "first_step": [0.3, 0.4, 0.5], "pauses": [[0.1, 0.5], [0.2, 0.5], [0.3, 0.5]],
+        "waits": [0.001, 0.002, 0.003], "tracing": {"pairs": [[1.004, 1.0], [1.002, 1.001], [1.003, 1.0]], "spans": 7},
+    }  # fmt: skip
+    origin = {
+        "command": "c", "commit": "x", "when": "w", "machine": "m", "load_average": [0.0], "versions": {"torch": "2"},
+    }  # fmt: skip
+    return origin | {"repeats": 3, "steps": 9, "threads": 1, "backbone": "b", "found": found | changes}
+
+
+def test_goals_that_are_held_and_failed_are_told_as_such() -> None:
+    held = section(raw())
+    assert held.count(": held") == 3 and "FAILED" not in held and "Noise" not in held
+    assert section(raw(pauses=[[0.6, 0.5]] * 3)).count("FAILED") == 1
+    assert section(raw(waits=[0.02] * 3)).count("FAILED") == 1
+    slow = section(raw(tracing={"pairs": [[1.2, 1.0], [1.3, 1.1], [1.2, 1.0]], "spans": 7}))
+    assert slow.count("FAILED") == 1 and "Noise (9.5%) is above" in slow
