@@ -32,7 +32,7 @@ from tests.tiny_backbone import write_backbone
 
 GOAL = 0.3  # of the echo's requests per second
 BLOCKS = 5
-WITHOUT_LIMITS = {"admission": {"MUXTUNE_REQUESTS_PER_SECOND": "1000000", "MUXTUNE_MAX_UNFINISHED_TASKS": "1000000"}}
+WITHOUT_LIMITS = {"admission": {"MUXTUNE_REQUESTS_PER_SECOND": "1000000", "MUXTUNE_MAX_UNFINISHED_TASKS": "0"}}
 PEERS = {"GetTask": "echo", "CreateTask": "echo", "WatchTask": "echo, stream"}
 Call = Callable[[], Awaitable[Any]]
 
