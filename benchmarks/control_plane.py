@@ -5,7 +5,8 @@
 A mesh as `muxtune up` starts it (TLS, SQLite that syncs each commit, spans to a file), without a tenant's limits, and
 with its scheduler suspended so that no training takes the CPU. The echo, in a process of its own, answers over TLS too,
 with as many bytes as GetTask does. `--callers` coroutines call one after another through one channel; blocks of all
-calls alternate. Watch is a new stream read to its first event.
+calls alternate. Create makes the tasks of a sweep: one dataset, each another learning rate. Watch is a new stream read
+to its first event.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from tests.tiny_backbone import write_backbone
 
 GOAL = 0.3  # of the echo's requests per second
 BLOCKS = 5
-WITHOUT_LIMITS = {"admission": {"MUXTUNE_REQUESTS_PER_SECOND": "1000000", "MUXTUNE_MAX_UNFINISHED_TASKS": "1000000"}}
+WITHOUT_LIMITS = {"admission": {"MUXTUNE_REQUESTS_PER_SECOND": "1000000", "MUXTUNE_MAX_UNFINISHED_TASKS": "0"}}
 PEERS = {"GetTask": "echo", "CreateTask": "echo", "WatchTask": "echo, stream"}
 Call = Callable[[], Awaitable[Any]]
 
@@ -81,7 +82,7 @@ async def measure(mesh: Mesh, seconds: float, callers: int) -> dict[str, list[di
 
 
 def calls_of(mesh: Mesh, admission: Any, echo: Any, task: task_pb2.Task) -> dict[str, Call]:
-    stub, payload = admission_pb2_grpc.AdmissionServiceStub(admission), task.SerializeToString()
+    stub, payload, spec = admission_pb2_grpc.AdmissionServiceStub(admission), task.SerializeToString(), task.spec
     unary, stream = echo.unary_unary("/echo/Unary"), echo.unary_stream("/echo/Stream")
     proof: Any = {"metadata": (("authorization", f"Bearer {mesh.api_key}"),), "timeout": 60}
 
@@ -91,7 +92,8 @@ def calls_of(mesh: Mesh, admission: Any, echo: Any, task: task_pb2.Task) -> dict
         call.cancel()
 
     def create() -> Awaitable[Any]:
-        return stub.CreateTask(admission_pb2.CreateTaskRequest(spec=task.spec, request_id=str(uuid.uuid4())), **proof)
+        spec.training.learning_rate *= 0.9999
+        return stub.CreateTask(admission_pb2.CreateTaskRequest(spec=spec, request_id=str(uuid.uuid4())), **proof)
 
     return {
         "echo": lambda: unary(payload),

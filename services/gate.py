@@ -152,7 +152,8 @@ class Gate(grpc.aio.ServerInterceptor):
         )
 
     async def _tell(self, call: AuditedCall | None, named: Sequence[Message], code: grpc.StatusCode) -> None:
-        """In a task of its own: a caller who leaves does not take the entry along."""
+        """In a task of its own: a caller who leaves does not take the entry along. Who leaves while a change is
+        committed has two: that it was done, and that they had left."""
         if self._audit is None or call is None or call.told == code.name:
             return
         if rule_of(call.method).is_audited or code is grpc.StatusCode.PERMISSION_DENIED:

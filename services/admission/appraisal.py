@@ -16,6 +16,7 @@ from engine.planning.plan import BackboneView, ExecutorView, Limits, TaskView
 from engine.planning.remedy import refuse_if_never_fits
 from engine.task import TaskSpec
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, dataset_pb2, plan_pb2, task_pb2
+from services.admission.requests import body_hash
 from services.plan_convert import executor_to_view
 
 INSPECT_SECONDS = 120.0
@@ -44,7 +45,7 @@ class Appraisals:
         Raises WillNeverFitError and what alignment refuses it with.
         """
         core = _core(spec)
-        key = (tenant, core.SerializeToString(deterministic=True), *executors)
+        key = body_hash(tenant.encode(), core.SerializeToString(deterministic=True), *executors)
         found = self._estimates.get(key)
         if found is None:
             views = [view for view in map(executor_view, executors) if view.backbone.name == backbone.name]
@@ -91,7 +92,7 @@ class Appraisals:
         )
 
 
-@lru_cache(1024)
+@lru_cache(256)
 def executor_view(executor: bytes) -> ExecutorView:
     """Of a plan.Executor as the store keeps it, read once for each change."""
     return executor_to_view(plan_pb2.Executor.FromString(executor))

@@ -79,7 +79,8 @@ class Batches:
         while jobs := list(self._batch()):
             due = [job for job in jobs if not job.answer.cancelled()]
             try:
-                self._do_all(due)
+                if due:
+                    self._do_all(due)
             except BaseException as error:
                 for job in due:
                     job.error = job.error or error

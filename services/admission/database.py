@@ -92,7 +92,7 @@ class Database:
                 connection.execute(sa.select(sa.func.pg_notify(channel, payload)))
 
     async def ask(self, question: Callable[[sa.Connection], T]) -> T:
-        """What the question finds. It changes nothing, and takes well under a millisecond: others wait for it."""
+        """What the question finds. It changes nothing, and takes a millisecond at most: others wait for it."""
         answer: T = await self._questions.do(partial(self._told, question))
         return answer
 
