@@ -102,8 +102,21 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Any:
     held.set()
 
 
+@pytest.fixture
+def arrived(alignment: Alignment, monkeypatch: pytest.MonkeyPatch) -> asyncio.Queue[str]:
+    """The tenant of every call that has come to the line for long work."""
+    arrived, in_line = asyncio.Queue[str](), alignment.servicer._threads.in_line
+
+    async def noted(tenant: str, *arguments: Any) -> Any:
+        arrived.put_nowait(tenant)
+        return await in_line(tenant, *arguments)
+
+    monkeypatch.setattr(alignment.servicer._threads, "in_line", noted)
+    return arrived
+
+
 async def test_who_inspects_without_end_keeps_nobody_from_datasets_and_streams(
-    alignment: Alignment, held: threading.Event
+    alignment: Alignment, held: threading.Event, arrived: asyncio.Queue[str]
 ) -> None:
     """A hundred datasets of one tenant are under work at once, as are calls that it has left; another's are read."""
     sha256 = (await alignment.store(lines({"text": "oink oink"}), tenant=HOG)).sha256
@@ -113,12 +126,13 @@ async def test_who_inspects_without_end_keeps_nobody_from_datasets_and_streams(
         return alignment.stub.InspectDataset(pb.InspectDatasetRequest(tenant=HOG, sha256=sha256, options=options))
 
     left = [hog(1000 + i) for i in range(80)]
-    await asyncio.sleep(0)
-    under_work = [hog(2000 + i) for i in range(20)]
     async with asyncio.timeout(60):
-        stored = await alignment.store(TEN_ROWS)
+        assert [await arrived.get() for _ in range(1 + 80)] == [HOG] * 81
         for call in left:
             call.cancel()
+        under_work = [hog(2000 + i) for i in range(20)]
+        assert [await arrived.get() for _ in range(20)] == [HOG] * 20
+        stored = await alignment.store(TEN_ROWS)
         options = dataset_pb2.PreflightOptions(backbone="tiny", training=training())
         request = pb.InspectDatasetRequest(tenant=TENANT, sha256=stored.sha256, options=options)
         assert (await alignment.stub.InspectDataset(request)).report.num_rows == 10
