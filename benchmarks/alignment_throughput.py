@@ -3,13 +3,13 @@
     PYTHONPATH=. python benchmarks/alignment_throughput.py [--rows 20000]
 
 Alignment parses JSON Lines, checks every row, renders chat templates, encodes, finds what bears loss, and packs rows
-into microbatches; the peer is one `encode_batch_fast` of the finished texts, rendered beforehand. SmolLM2's tokenizer,
-rows of words of our own of log-normal length (median 40 words). In turn, so that a ratio compares neighbours in time.
+into microbatches; the peer is `encode_batch_fast` of the finished texts, rendered beforehand, on as many threads as it
+takes (all cores). SmolLM2's tokenizer, rows of words of our own of log-normal length (median 40 words). In turn, block
+by block, so that a ratio compares neighbours in time; where others use the machine, the ratio of CPU seconds says more.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ from engine.alignment.tokens import BackboneTokenizer
 from engine.task import Training
 
 GOAL = 0.7  # of the peer's rate
-REPEATS = 5
+BLOCK_ROWS, REPEATS = 2000, 5
 WORDS = (
     "adapters tenants share one frozen backbone and each of them trains its own small factors while tokens of all "
     "flow through the same operators in one stream; nobody waits for a copy, 42 tasks fit where 3 did, and answers stay"
@@ -69,24 +69,33 @@ def rows_of(count: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def measure(rows: list[dict[str, Any]], ours: BackboneTokenizer, peer: Tokenizer) -> dict[str, Any]:
-    lines, texts = [json.dumps(row).encode() for row in rows], [finished(row, ours) for row in rows]
+    """Seconds of each block by wall clock and of the CPU: ours, packing, the peer's."""
     training = Training(1e-3, num_epochs=1, max_sequence_tokens=8192, global_batch_size=64, micro_batch_size=64)
-    seconds: dict[str, list[float]] = {"read": [], "pack": [], "tokenizers": []}
-    for _ in range(REPEATS + 1):
-        dataset = timed(seconds["read"], lambda: tokenize_dataset(parse_lines(lines), ours, training))
-        timed(seconds["pack"], lambda dataset=dataset: pack(dataset, training))  # type: ignore[misc]
-        timed(seconds["tokenizers"], lambda: peer.encode_batch_fast(texts, add_special_tokens=False))
+    told: dict[str, list[list[float]]] = {"read": [], "pack": [], "tokenizers": []}
+    num_tokens = 0
+    for block in [rows[at : at + BLOCK_ROWS] for at in range(0, len(rows), BLOCK_ROWS)]:
+        lines, texts = [json.dumps(row).encode() for row in block], [finished(row, ours) for row in block]
+        for repeat in range(REPEATS + 1):
+            dataset, *read = timed(lambda lines=lines: tokenize_dataset(parse_lines(lines), ours, training))  # type: ignore[misc]
+            _, *packed = timed(lambda dataset=dataset: pack(dataset, training))  # type: ignore[misc]
+            _, *alone = timed(lambda texts=texts: peer.encode_batch_fast(texts, add_special_tokens=False))  # type: ignore[misc]
+            if repeat:  # the first warms up
+                for name, seconds in (("read", read), ("pack", packed), ("tokenizers", alone)):
+                    told[name].append(seconds)
+        num_tokens += len(dataset.token_ids_S)
     return {
-        "num_rows": len(rows), "num_tokens": len(dataset.token_ids_S),
-        "seconds": {name: values[1:] for name, values in seconds.items()},  # the first warms up
-    }  # fmt: skip
+        "num_rows": len(rows),
+        "num_tokens": num_tokens,
+        "num_blocks": len(told["read"]) // REPEATS,
+        "seconds": told,
+    }
 
 
-def timed(seconds: list[float], work: Callable[[], Any]) -> Any:
-    started = time.perf_counter()
+def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
+    """What came of it, its seconds by the wall clock and of the CPU."""
+    started, used = time.perf_counter(), time.process_time()
     result = work()
-    seconds.append(time.perf_counter() - started)
-    return result
+    return result, time.perf_counter() - started, time.process_time() - used
 
 
 def finished(row: Mapping[str, Any], ours: BackboneTokenizer) -> str:
@@ -106,13 +115,15 @@ def pack(dataset: TokenizedDataset, training: Training) -> int:
 def section(raw: Mapping[str, Any]) -> str:
     rows: list[list[object]] = []
     for shape, told in raw["shapes"].items():
-        read, packed, alone = (statistics.median(told["seconds"][name]) for name in ("read", "pack", "tokenizers"))
-        ratios = [peer / own for own, peer in zip(told["seconds"]["read"], told["seconds"]["tokenizers"], strict=True)]
-        ratio = statistics.median(ratios)
+        seconds = {name: np.array(values) for name, values in told["seconds"].items()}  # [blocks, (wall, CPU)]
+        read, packed, alone = (np.median(seconds[name][:, 0]) for name in ("read", "pack", "tokenizers"))
+        wall, cpu = (seconds["tokenizers"] / seconds["read"]).T
+        low, ratio, high = np.percentile(wall, [25, 50, 75])
+        num_rows, num_tokens = (told[of] / told["num_blocks"] for of in ("num_rows", "num_tokens"))
         rows.append([
-            shape, f"{told['num_rows'] / read:,.0f}", f"{told['num_tokens'] / read:,.0f}",
-            f"{told['num_tokens'] / alone:,.0f}", f"{told['num_tokens'] / packed:,.0f}",
-            f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}), {'held' if ratio >= GOAL else 'failed'}",
+            shape, f"{num_rows / read:,.0f}", f"{num_tokens / read:,.0f}",
+            f"{num_tokens / alone:,.0f}", f"{num_tokens / packed:,.0f}",
+            f"{ratio:.2f} ({low:.2f} to {high:.2f}), {'held' if ratio >= GOAL else 'failed'}", f"{np.median(cpu):.2f}",
         ])  # fmt: skip
     header = [
         "rows of",
@@ -120,13 +131,14 @@ def section(raw: Mapping[str, Any]) -> str:
         "tokens/s",
         "tokenizers alone, tokens/s",
         "packing, tokens/s",
-        f"ratio (goal {GOAL})",
+        f"ratio (goal {GOAL}; quartiles)",
+        "ratio of CPU seconds",
     ]
     return f"""
 ## Alignment: reading a dataset beside the tokenizer alone
 
 {report.told(dict(raw))}
-{raw["rows"]} rows of each shape, medians of {REPEATS}.
+{raw["rows"]} rows of each shape in blocks of {BLOCK_ROWS}, each {REPEATS} times; medians over all of them.
 
 {report.table(header, rows)}
 

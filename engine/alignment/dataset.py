@@ -159,10 +159,14 @@ class Order:
         """Rows of optimizer step `step` (from 0). The last batch of an epoch may be smaller."""
         size = self._training.global_batch_size
         epoch, index = divmod(step, math.ceil(len(self._train) / size))
+        return self.epoch(epoch)[index * size : (index + 1) * size]
+
+    def epoch(self, epoch: int) -> NDArray[np.int64]:
+        """All training rows in the order of one epoch (from 0)."""
         if self._training.shuffle and epoch != self._epoch:
             self._rows = self._train[_permutation(self._training.seed, epoch, len(self._train))]
             self._epoch = epoch
-        return self._rows[index * size : (index + 1) * size]
+        return self._rows
 
 
 def _permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""How a task would read a dataset, before it is created. Legend: L tokens of one row."""
+"""How a task would read a dataset, before it is created. Legend: N rows, L tokens of one row."""
 
 import itertools
 from collections.abc import Mapping
@@ -64,7 +64,7 @@ def preflight(
         num_train_rows=len(parts.train),
         num_heldout_rows=len(parts.heldout),
         num_tokens_per_epoch=int(lengths[parts.train].sum()),
-        num_target_tokens_per_epoch=sum(dataset.num_targets(int(i)) for i in parts.train),
+        num_target_tokens_per_epoch=int(_num_targets_N(dataset)[parts.train].sum()),
         num_steps=steps,
         num_train_tokens=_train_tokens(dataset, training, steps),
         samples=tuple(_render(dataset, tokenizer, i, i in heldout) for i in range(min(num_samples, dataset.num_rows))),
@@ -81,9 +81,15 @@ def _train_tokens(dataset: TokenizedDataset, training: Training, steps: int) -> 
     train, lengths = split(dataset.num_rows, training).train, np.diff(dataset.offsets)
     per_epoch = -(-len(train) // training.global_batch_size)
     epochs, rest = divmod(steps, per_epoch)
-    order = Order(training, train)
-    tail = sum(int(lengths[order.batch(epochs * per_epoch + i)].sum()) for i in range(rest))
+    order = Order(training, train).epoch(epochs)
+    tail = int(lengths[order[: rest * training.global_batch_size]].sum())
     return epochs * int(lengths[train].sum()) + tail
+
+
+def _num_targets_N(dataset: TokenizedDataset) -> NDArray[np.int64]:
+    """TokenizedDataset.num_targets of all rows at once; none is empty."""
+    starts = dataset.offsets[:-1]
+    return np.add.reduceat(dataset.bears_loss_S.astype(np.int64), starts) - dataset.bears_loss_S[starts]
 
 
 def _histogram(dataset: TokenizedDataset) -> dict[tuple[int, int], int]:

@@ -28,6 +28,7 @@ from engine.errors import (
     UnavailableError,
 )
 from engine.task import Overlength, Training
+from services.alignment.turns import Turn, Turns
 from services.artifacts import ArtifactStore
 
 _TENANT, _SHA256 = re.compile(r"tenants/[^/]+"), re.compile(r"[0-9a-f]{64}")
@@ -107,7 +108,7 @@ def _disk() -> Iterator[None]:
 
 class Catalog:
     """Thread-safe; the tokenized cache holds at most `cache_bytes` (or the one dataset asked for last). No dataset is
-    tokenized for longer than `tokenize_seconds`.
+    tokenized for longer than `tokenize_seconds`. Tenants compute in turns: see Turns.
 
     Raises InvalidInputError if a backbone's folder holds no tokenizer.
     """
@@ -120,7 +121,7 @@ class Catalog:
         tokenize_seconds: float = math.inf,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._tokenize_seconds, self._monotonic = tokenize_seconds, monotonic
+        self._tokenize_seconds, self._turns = tokenize_seconds, Turns(monotonic=monotonic)
         self._store = store
         self._tokenizers = {name: BackboneTokenizer.load(folder) for name, folder in backbones.items()}
         self._cache: OrderedDict[TokenizedKey, TokenizedDataset] = OrderedDict()
@@ -139,7 +140,8 @@ class Catalog:
         key = _key(tenant, sha256)
         # No line is read further than it may be long.
         lines = iter(lambda: receipt.file.readline(MAX_LINE_BYTES + 1), b"")
-        shapes = Counter(row.shape for row in self._until_closing(parse_lines(lines)))
+        with self._turns.of(tenant) as turn:
+            shapes = Counter(row.shape for row in self._paced(parse_lines(lines), turn, math.inf))
         self._store.put_new(key, Path(receipt.file.name))
         return StoredDataset(sha256, receipt.file.tell(), shapes.total(), dict(shapes))
 
@@ -152,25 +154,31 @@ class Catalog:
 
     def inspect(self, tenant: str, sha256: str, backbone: str, training: Training, num_samples: int) -> Preflight:
         dataset = self.tokenized(tenant, sha256, backbone, training)
-        return preflight(dataset, self._tokenizer(backbone), training, num_samples)
+        with self._turns.of(tenant):
+            return preflight(dataset, self._tokenizer(backbone), training, num_samples)
 
     def tokenized(self, tenant: str, sha256: str, backbone: str, training: Training) -> TokenizedDataset:
         """Raises NotFoundError (no such version), InvalidInputError (backbone, rows), ArtifactCorruptError."""
-        how = (training.max_sequence_tokens, training.overlength, training.parse_special_tokens)
-        key = TokenizedKey(tenant, sha256, backbone, *how)
+        key = _tokenized_key(tenant, sha256, backbone, training)
         with self._lock:
             at_work = self._at_work[key]
         try:
             with at_work:  # who comes second waits for what the first is making
                 found = self._cached(key)
                 if found is None:
-                    rows = self._in_time(self._until_closing(parse_lines(self._lines(tenant, sha256))))
-                    found = tokenize_dataset(rows, self._tokenizer(backbone), training)
+                    tokenizer = self._tokenizer(backbone)
+                    with self._fetched(tenant, sha256) as lines, self._turns.of(tenant) as turn:
+                        rows = self._paced(parse_lines(lines), turn, self._tokenize_seconds)
+                        found = tokenize_dataset(rows, tokenizer, training)
                     self._keep(key, found)
                 return found
         finally:
             with self._lock:
                 self._at_work.pop(key, None)
+
+    def cached(self, tenant: str, sha256: str, backbone: str, training: Training) -> TokenizedDataset | None:
+        """What `tokenized` would answer at once."""
+        return self._cached(_tokenized_key(tenant, sha256, backbone, training))
 
     def _cached(self, key: TokenizedKey) -> TokenizedDataset | None:
         with self._lock:
@@ -190,29 +198,35 @@ class Catalog:
         if (dataset := self._cache.pop(key, None)) is not None:
             self._cached_bytes -= _held_bytes(dataset)
 
-    def _until_closing(self, rows: Iterator[Row]) -> Iterator[Row]:
+    def _paced(self, rows: Iterator[Row], turn: Turn, max_seconds: float) -> Iterator[Row]:
+        """Raises QuotaExceededError: rows made to be slow must not hold a thread for days."""
         for row in rows:
             if self._closing.is_set():
                 raise UnavailableError("alignment is stopping: send the call again")
-            yield row
-
-    def _in_time(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Raises QuotaExceededError: rows made to be slow must not hold a thread for days."""
-        deadline = self._monotonic() + self._tokenize_seconds
-        for row in rows:
-            if self._monotonic() > deadline:
+            if turn.offer() > max_seconds:
                 raise QuotaExceededError(
-                    f"the dataset takes longer than {self._tokenize_seconds:g} s to tokenize, which got to line "
+                    f"the dataset takes longer than {max_seconds:g} s to tokenize, which got to line "
                     f"{row.line}: upload it in parts",
                     subject="dataset",
                 )
             yield row
 
-    def _lines(self, tenant: str, sha256: str) -> Iterator[bytes]:
-        data = self._store.get(_key(tenant, sha256))
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise ArtifactCorruptError(f"dataset {sha256} of {tenant} is not what was stored", sha256=sha256)
-        yield from data.split(b"\n")
+    @contextmanager
+    def _fetched(self, tenant: str, sha256: str) -> Iterator[IO[bytes]]:
+        """Its bytes as a temporary file: many datasets may be under work, and memory holds none of them whole."""
+        digest = hashlib.sha256()
+        with _disk():
+            file = tempfile.TemporaryFile(prefix="dataset-")  # noqa: SIM115  # closed below, its errors told apart
+        with file:
+            for chunk in self._store.stream(_key(tenant, sha256), 1 << 20):
+                digest.update(chunk)
+                with _disk():
+                    file.write(chunk)
+            if digest.hexdigest() != sha256:
+                raise ArtifactCorruptError(f"dataset {sha256} of {tenant} is not what was stored", sha256=sha256)
+            with _disk():
+                file.seek(0)
+            yield file
 
     def _tokenizer(self, backbone: str) -> BackboneTokenizer:
         if backbone not in self._tokenizers:
@@ -224,6 +238,11 @@ class Catalog:
 def _held_bytes(dataset: TokenizedDataset) -> int:
     """With the objects around its arrays: of a small dataset they are the larger part."""
     return dataset.num_bytes + _OBJECTS_BYTES + _REFUSED_BYTES * len(dataset.refused)
+
+
+def _tokenized_key(tenant: str, sha256: str, backbone: str, training: Training) -> TokenizedKey:
+    how = (training.max_sequence_tokens, training.overlength, training.parse_special_tokens)
+    return TokenizedKey(tenant, sha256, backbone, *how)
 
 
 def _key(tenant: str, sha256: str) -> str:

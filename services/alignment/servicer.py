@@ -4,26 +4,29 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from engine.alignment.dataset import num_steps, split
+from engine.alignment.dataset import TokenizedDataset, num_steps, split
 from engine.alignment.microbatch import Microbatch
 from engine.alignment.packing import Member, rounds
 from engine.errors import InvalidInputError, UnavailableError
+from engine.task import Training
 from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import alignment_pb2_grpc, dataset_pb2
 from services.alignment.catalog import Catalog, Receipt
 from services.alignment.requests import check_layout, check_num_steps, check_steps, check_training
+from services.alignment.threads import Threads
 from services.convert import microbatch_to_proto, preflight_to_proto, training_to_domain
 
 _DEFAULT_SAMPLES, _MAX_SAMPLES = 3, 100
 
 
 class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
-    """Tokenizing and packing run in threads, so that the event loop stays alive."""
+    """All work runs in threads, so that the event loop stays alive."""
 
     def __init__(self, catalog: Catalog, max_dataset_bytes: int) -> None:
         self._catalog = catalog
         self._max_dataset_bytes = max_dataset_bytes
         self._is_closing = False
+        self._threads = Threads()
 
     def close(self) -> None:
         """Ends streams at their next microbatch, and other work soon, with UNAVAILABLE."""
@@ -40,13 +43,13 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
                 elif part == "file" and tenant and receipt is None:
                     receipt = Receipt(request.file.size_bytes, request.file.sha256, self._max_dataset_bytes)
                 elif part == "chunk" and receipt is not None:
-                    receipt.add(request.chunk.offset, request.chunk.data)
+                    await self._threads.quickly(receipt.add, request.chunk.offset, request.chunk.data)
                 else:
                     order = f"{part or 'a part that is none'} is out of order: a header, its file, then only chunks"
                     raise InvalidInputError.of_field("part", order)
             if receipt is None:
                 raise InvalidInputError.of_field("file", "is missing: nothing was sent")
-            stored = await asyncio.to_thread(self._catalog.store, tenant, receipt)
+            stored = await self._threads.in_line(tenant, self._catalog.store, tenant, receipt)
         finally:
             if receipt is not None:
                 receipt.discard()
@@ -64,8 +67,8 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
         if options.num_samples < 0:
             raise InvalidInputError.of_field("options.num_samples", f"{options.num_samples} must not be negative")
         samples = min(options.num_samples or _DEFAULT_SAMPLES, _MAX_SAMPLES)
-        report = await asyncio.to_thread(
-            self._catalog.inspect, request.tenant, request.sha256, options.backbone, training, samples
+        report = await self._threads.in_line(
+            request.tenant, self._catalog.inspect, request.tenant, request.sha256, options.backbone, training, samples
         )
         check_num_steps(report.num_steps)
         return pb.InspectDatasetResponse(report=preflight_to_proto(report))
@@ -78,36 +81,43 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
         self, request: pb.StreamMicrobatchesRequest, context: Any
     ) -> AsyncIterator[pb.StreamMicrobatchesResponse]:
         check_layout(request)
-        members = [await asyncio.to_thread(self._member, request.backbone, member) for member in request.members]
+        members = [await self._member(request.backbone, member) for member in request.members]
         stream = rounds(members, request.token_budget, request.chunk_tokens)
         # One microbatch is made ahead of the one being sent; gRPC's flow control holds back the rest.
-        ahead = asyncio.create_task(asyncio.to_thread(_next_message, stream))
+        ahead = asyncio.create_task(self._threads.quickly(_next_message, stream))
         try:
             while (message := await ahead) is not None:
                 if self._is_closing:
                     raise UnavailableError("alignment is stopping: open the stream again")
-                ahead = asyncio.create_task(asyncio.to_thread(_next_message, stream))
+                ahead = asyncio.create_task(self._threads.quickly(_next_message, stream))
                 yield message
         finally:
             ahead.cancel()
 
-    def _member(self, backbone: str, member: pb.Member) -> Member:
+    async def _member(self, backbone: str, member: pb.Member) -> Member:
         path = f"members[{member.task}].training"
         training = training_to_domain(member.training, path)
         check_training(training, path)
         tenant = member.task.rpartition("/tasks/")[0]
-        dataset = self._catalog.tokenized(tenant, member.dataset_version, backbone, training)
-        steps = num_steps(training, len(split(dataset.num_rows, training).train))
-        check_steps(member, steps)
-        return Member(
-            member.task,
-            dataset,
-            training,
-            steps,
-            member.cursor_step,
-            member.num_virtual_tokens,
-            member.num_prefix_tokens,
-        )
+        asked = (tenant, member.dataset_version, backbone, training)
+        dataset = self._catalog.cached(*asked)
+        if dataset is None:
+            dataset = await self._threads.in_line(tenant, self._catalog.tokenized, *asked)
+        return await self._threads.quickly(_counted, member, dataset, training)
+
+
+def _counted(member: pb.Member, dataset: TokenizedDataset, training: Training) -> Member:
+    steps = num_steps(training, len(split(dataset.num_rows, training).train))
+    check_steps(member, steps)
+    return Member(
+        member.task,
+        dataset,
+        training,
+        steps,
+        member.cursor_step,
+        member.num_virtual_tokens,
+        member.num_prefix_tokens,
+    )
 
 
 def _next_message(stream: Iterator[Microbatch]) -> pb.StreamMicrobatchesResponse | None:
