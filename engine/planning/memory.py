@@ -14,7 +14,6 @@ from engine.planning.plan import BackboneView
 from engine.task import Optimizer, TaskSpec
 
 _CHUNK_LOGITS = 1 << 24  # elements: engine.kernels.segment_cross_entropy
-_LOGIT_COPIES = 2  # logits, and their exponentials while the normaliser is summed
 _MANY = 1 << 10  # tokens, over which what a method keeps is averaged
 
 
@@ -30,10 +29,11 @@ def activation_bytes(backbone: BackboneView, num_tokens: int, adapters_token_byt
     """What there is at the peak of a step of T tokens, all of which bear loss; adapters keep so much of each token.
 
     Kept for backward by T tokens; three hidden states (the last, the loss's gradient by it at target positions and at
-    all); and the larger of what comes and goes: logits of a chunk with a copy, or one layer's gradients. Where layers
+    all); and the larger of what comes and goes: logits of a chunk, or one layer's gradients. Where layers
     run again in backward, all that a layer keeps comes and goes with its gradients.
     """
-    logits = _LOGIT_COPIES * 4 * min(num_tokens * backbone.vocab_size, max(_CHUNK_LOGITS, backbone.vocab_size))
+    logit = 4 if backbone.element_bytes == 4 else 4 + backbone.element_bytes  # as the head gives it, and in float32
+    logits = logit * min(num_tokens * backbone.vocab_size, max(_CHUNK_LOGITS, backbone.vocab_size))
     hidden = 3 * num_tokens * backbone.hidden_size * backbone.element_bytes
     kept, num_layers = backbone.token_bytes, max(1, backbone.num_layers)
     if backbone.recomputed_token_bytes:
