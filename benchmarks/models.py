@@ -1,12 +1,13 @@
 """Backbones for benchmarks: SmolLM2-135M with its own weights, others by shape with random weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from services.execution.prepare import prepare
 
@@ -48,14 +49,39 @@ class Choice:
     def dtype(self) -> torch.dtype:
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
+    @cached_property
+    def config(self) -> Any:
+        return SHAPES[self.name] if self.name in SHAPES else AutoConfig.from_pretrained(self.folder)
+
     @property
     def vocabulary(self) -> int:
-        return int(SHAPES[self.name].vocab_size) if self.name in SHAPES else 49152
+        return int(self.config.vocab_size)
 
     @property
     def targets(self) -> Sequence[Sequence[str]]:
         """Modules that tasks adapt, by task in turn."""
-        return _TARGETS[SHAPES[self.name].model_type if self.name in SHAPES else "llama"]
+        return _TARGETS[self.config.model_type]
+
+    def flops(self, lengths: Iterable[int]) -> float:
+        """What one optimizer step on sequences of these lengths takes: 4 FLOPs for each weight of a linear and token
+        (forward, and backward to the inputs alone, for the weights are frozen), and causal attention. No adapters.
+        """
+        tokens, squares = 0, 0
+        for length in lengths:
+            tokens, squares = tokens + length, squares + length**2
+        return 4.0 * self._num_linear_weights * tokens + 6.0 * self._attention_width * squares
+
+    @cached_property
+    def _num_linear_weights(self) -> int:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config)
+        return sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+    @property
+    def _attention_width(self) -> int:
+        """Of all layers' heads together; half of the square is masked: 2 FLOPs forward, 4 backward."""
+        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        return int(self.config.num_hidden_layers * self.config.num_attention_heads * width)
 
     def load(self) -> Any:
         """The model, equal in every process, in memory of its own: no file stays mapped."""

@@ -13,19 +13,17 @@ own. Costs of all but the predictions are those of `DEVICE`, which small microba
 
 import argparse
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
-from benchmarks import report
+from benchmarks import plots, report
 from benchmarks.workload import CORPORA
 from engine.alignment.dataset import TokenizedDataset
 from engine.alignment.packing import Member, rounds
@@ -50,7 +48,6 @@ from engine.runtime.calibration import Bench, Probe, calibrate
 from engine.runtime.executor import Executor
 from engine.task import TaskSpec, Training
 
-PLOT = Path(__file__).parent / "saturation.svg"
 MIXES = {name: (name,) * 4 for name in CORPORA} | {"all three": tuple(CORPORA) * 2, "fifteen": tuple(CORPORA) * 5}
 SITES = tuple(Site(f"layers.{i}.{n}_proj", 576, 576) for i in range(30) for n in "qv")
 BACKBONE = BackboneView("b", 135_000_000, 30, 576, 49152, 8192, 540 << 20, "float32", SITES)
@@ -232,38 +229,7 @@ def saturation() -> dict[str, Any]:
         periods = [fusion.period_seconds for fusion in (best, *others)]
         rows.append({"tokens": tokens, "tokens_per_second": tokens / fused, "saved": 1 - fused / apart,
                      "num_htasks": len(best.groups), "periods": periods})  # fmt: skip
-    return {"rows": rows}
-
-
-def drawn(rows: list[dict[str, Any]]) -> str:
-    """SVG: throughput over tokens (full line), what fusion saves (dashed), tokens on a logarithmic scale."""
-    width, height, left, top = 640.0, 320.0, 60.0, 30.0
-    low, high = math.log2(rows[0]["tokens"]), math.log2(rows[-1]["tokens"])
-    most = max(row["tokens_per_second"] for row in rows)
-
-    def points(value: Callable[[dict[str, Any]], float]) -> str:
-        xs = [left + width * (math.log2(row["tokens"]) - low) / (high - low) for row in rows]
-        return " ".join(f"{x:.1f},{top + height * (1 - value(row)):.1f}" for x, row in zip(xs, rows, strict=True))
-
-    ticks = "".join(
-        f'<text x="{x.partition(",")[0]}" y="{top + height + 18:g}" text-anchor="middle">{row["tokens"]}</text>'
-        for x, row in zip(points(lambda row: 0.0).split(), rows, strict=True)
-    )
-    full, dashed = points(lambda row: row["tokens_per_second"] / most), points(lambda row: row["saved"])
-    knee = left + width * (math.log2(DEVICE.knee_tokens) - low) / (high - low)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 30:g}" height="{top + height + 60:g}" '
-        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
-        f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#999"/>{ticks}'
-        f'<line x1="{knee:.1f}" x2="{knee:.1f}" y1="{top}" y2="{top + height}" stroke="#bbb"/>'
-        f'<text x="{knee + 4:.1f}" y="{top + 14}">knee</text>'
-        f'<polyline points="{full}" fill="none" stroke="#1f5fa8"/>'
-        f'<polyline points="{dashed}" fill="none" stroke="#b5482a" stroke-dasharray="5 4"/>'
-        f'<text x="{left}" y="{top - 10}">full: effective tokens/s, up to {most:.0f}; dashed: share of time '
-        f"that fusing two halves saves, 0 to 1</text>"
-        f'<text x="{left + width / 2}" y="{top + height + 42:g}" text-anchor="middle">'
-        f"tokens of one microbatch</text></svg>\n"
-    )
+    return {"rows": rows, "knee_tokens": DEVICE.knee_tokens}
 
 
 def padding_rows(found: dict[str, Any]) -> list[list[object]]:
@@ -331,7 +297,7 @@ What fusing two tasks of half the tokens each saves of their time on one device;
 four stages: the planner's hTasks, and the periods of those, of one hTask of all, and of one hTask each. Where a
 task alone fills whole microbatches (here of 2048 tokens) fusing gains nothing more: one each is as good.
 
-![throughput, and what fusion saves, over tokens](saturation.svg)
+![throughput, and what fusion saves, over tokens](plots/saturation.svg)
 
 {report.table(["tokens", "saved", "hTasks", "period, s", "all fused, s", "one each, s"], split)}
 
@@ -364,8 +330,8 @@ def main() -> None:
     raw = report.origin("planner") | figures
     print(section(raw))
     if not (quick or arguments.no_write):
-        PLOT.write_text(drawn(figures["saturation"]["rows"]))
         report.write(raw, section(raw))
+        plots.draw("planner")
 
 
 if __name__ == "__main__":

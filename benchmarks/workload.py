@@ -78,6 +78,9 @@ class Workload:
     def num_tokens(self, round_: int) -> int:
         return sum(work.num_tokens(round_) for work in self.tasks)
 
+    def lengths(self, round_: int) -> list[int]:
+        return [len(row) for work in self.tasks for row in work.batch(round_)]
+
     @property
     def told(self) -> str:
         return f"{self.mix}, {len(self.tasks)} tasks of {self.micro_batch_size} sequences"

@@ -27,7 +27,7 @@ FOLDERS = {
     "services/execution": "the executor: a server, and its trainer",
     "deploy": "images and compose",
     "examples": "our own datasets, a task's YAML, two clients",
-    "benchmarks": "against peers; RESULTS.md and raw figures in `results/`",
+    "benchmarks": "against peers; RESULTS.md, raw figures in `results/`, plots in `plots/`",
     "tests": "mirrors the tree; `contract/` for the protos, `test_mesh.py` for four processes",
     "docs": "ARCHITECTURE.md on a page, decisions in `adr/`",
 }

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, LlamaConfig
 
-from benchmarks import models, side_by_side, workload
+from benchmarks import goals, models, side_by_side, workload
 from benchmarks.instances import SHARING, Setting
 from benchmarks.models import Choice
 from engine.runtime.backbone import sharing_copy
@@ -60,3 +62,26 @@ def test_lengths_are_as_their_corpus_states() -> None:
         lengths = sorted(map(len, work.rows))
         assert work.corpus == corpus and lengths[0] >= 4 and lengths[-1] <= corpus.cap
         assert abs(lengths[len(lengths) // 2] / corpus.median - 1) < 0.1
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_flops_are_those_that_torch_counts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "SHAPES", TINY)
+    choice = Choice(name, tmp_path, "cpu")
+    model, length = choice.load(), 24
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        embedded = torch.randn(1, length, 32, requires_grad=True)
+        model(inputs_embeds=embedded, use_cache=False).logits.sum().backward()
+    masked_half = 6.0 * 2 * 32 * length**2  # layers, width: torch counts the whole square
+    assert counter.get_total_flops() == choice.flops([length]) + masked_half
+
+
+def test_a_missed_goal_is_told() -> None:
+    work = {"peak_bytes": {"engine": 300, "separate instances": 900}, "peak_bytes_of_one_task": 100}
+    fast = {"engine": {"teraflops": 10.0}, "batch and pad": {"ratio": 2.5}}
+    assert goals.faster_than("batch and pad", 2).told(work, fast).endswith("2.50 of 2: held")
+    assert goals.faster_than("peft, cap", 2).told(work, fast).endswith("not measured")
+    assert goals.bytes_of_one(1.5).told(work, fast).endswith("3.00 of at most 1.5: FAILED")
+    assert goals.fewer_than_instances(5.3).told(work, fast).endswith("3.00 of 5.3: FAILED")
+    assert goals.teraflops(500).told(work, fast).endswith("10.00 of 500: FAILED")
