@@ -47,17 +47,10 @@ def segment_cross_entropy(
     losses, gradients = [], []
     for start in range(0, hidden_MH.shape[0], num_rows):
         rows = slice(start, start + num_rows)
-        if hidden_MH.is_cuda and hidden_MH.dtype in SUFFIXES:
-            loss_C, dhidden_CH = _by_kernel(head, hidden_MH[rows], targets_M[rows], weights_M, rows)
-            losses.append(loss_C)
-            gradients += [] if dhidden_CH is None else [dhidden_CH]
-            continue
-        z_CV = head.logits(hidden_MH[rows])
-        target_C1 = targets_M[rows].long().unsqueeze(1)
-        normaliser_C1 = torch.logsumexp(z_CV, dim=1, keepdim=True)
-        losses.append((normaliser_C1 - z_CV.gather(1, target_C1)).squeeze(1))
-        if weights_M is not None:
-            gradients.append(_hidden_gradient(head, z_CV, normaliser_C1, target_C1, weights_M[rows]))
+        by = _by_kernel if hidden_MH.is_cuda and hidden_MH.dtype in SUFFIXES else _by_torch
+        loss_C, dhidden_CH = by(head, hidden_MH[rows], targets_M[rows], weights_M, rows)
+        losses.append(loss_C)
+        gradients += [] if dhidden_CH is None else [dhidden_CH]
     if not losses:
         return hidden_MH.new_zeros(0), None if weights_M is None else torch.zeros_like(hidden_MH)
     return torch.cat(losses), torch.cat(gradients).to(hidden_MH.dtype) if gradients else None
@@ -100,14 +93,21 @@ def logits_gradient_(
     return losses_C
 
 
-def _hidden_gradient(
-    head: Head, z_CV: torch.Tensor, normaliser_C1: torch.Tensor, target_C1: torch.Tensor, weights_C: torch.Tensor
-) -> torch.Tensor:
-    slope_CV = None if head.softcap is None else 1 - (z_CV / head.softcap) ** 2
-    dz_CV = z_CV.sub_(normaliser_C1).exp_()  # in place: the logits are not needed any more
-    dz_CV.scatter_add_(1, target_C1, torch.full_like(normaliser_C1, -1.0))
-    dz_CV.mul_(weights_C.to(dz_CV.dtype).unsqueeze(1))
+def _by_torch(
+    head: Head, hidden_CH: torch.Tensor, targets_C: torch.Tensor, weights_M: torch.Tensor | None, rows: slice
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same by torch: logits become exponentials, then their own gradient, in place."""
+    z_CV, target_C1 = head.logits(hidden_CH), targets_C.long().unsqueeze(1)
+    slope_CV = None if head.softcap is None or weights_M is None else 1 - (z_CV / head.softcap) ** 2
+    z_CV.sub_(z_CV.amax(dim=1, keepdim=True))
+    target_logit_C1 = z_CV.gather(1, target_C1)
+    sum_C1 = z_CV.exp_().sum(dim=1, keepdim=True)
+    loss_C = (sum_C1.log() - target_logit_C1).squeeze(1)
+    if weights_M is None:
+        return loss_C, None
+    weights_C1 = weights_M[rows].to(z_CV.dtype).unsqueeze(1)
+    dz_CV = z_CV.mul_(weights_C1 / sum_C1).scatter_add_(1, target_C1, -weights_C1)
     if slope_CV is not None:
         dz_CV.mul_(slope_CV)
     weight_VH = head.linear.weight
-    return dz_CV.to(weight_VH.dtype) @ weight_VH
+    return loss_C, dz_CV.to(weight_VH.dtype) @ weight_VH

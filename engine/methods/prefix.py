@@ -29,7 +29,7 @@ class Prefix(Method):
         return {site.name: {"prefix": (self.length, 2, site.in_features, site.out_features)} for site in found}
 
     def kept_elements(self, site: Site, num_tokens: int) -> int:
-        """Each segment's keys and values, prefix included, for every query head."""
+        """Each segment's keys and values, prefix included, for every query head; on a CPU, of key heads only."""
         return num_tokens * 2 * site.in_features * site.group_size * site.out_features
 
     def wrongs(self) -> Iterator[Wrong]:

@@ -14,7 +14,6 @@ from engine.planning.plan import BackboneView
 from engine.task import Optimizer, TaskSpec
 
 _CHUNK_LOGITS = 1 << 24  # elements: engine.kernels.segment_cross_entropy
-_LOGIT_COPIES = 2  # logits, and their exponentials while the normaliser is summed
 _MANY = 1 << 10  # tokens, over which what a method keeps is averaged
 
 
@@ -26,16 +25,22 @@ def adapter_bytes(spec: TaskSpec, backbone: BackboneView) -> int:
     return count * 4 * (2 + moments) + 4 * spec.method.num_frozen(backbone.sites)
 
 
-def activation_bytes(backbone: BackboneView, num_tokens: int) -> int:
-    """What the bare backbone has at the peak of a step of T tokens, all of which bear loss.
+def activation_bytes(backbone: BackboneView, num_tokens: int, adapters_token_bytes: float = 0.0) -> int:
+    """What there is at the peak of a step of T tokens, all of which bear loss; adapters keep so much of each token.
 
     Kept for backward by T tokens; three hidden states (the last, the loss's gradient by it at target positions and at
-    all); and the larger of what comes and goes: logits of a chunk with a copy, or one layer's gradients.
+    all); and the larger of what comes and goes: logits of a chunk, or one layer's gradients. Where layers
+    run again in backward, all that a layer keeps comes and goes with its gradients.
     """
-    logits = _LOGIT_COPIES * 4 * min(num_tokens * backbone.vocab_size, max(_CHUNK_LOGITS, backbone.vocab_size))
-    layer = num_tokens * backbone.token_bytes / max(1, backbone.num_layers)
+    logit = 4 if backbone.element_bytes == 4 else 4 + backbone.element_bytes  # as the head gives it, and in float32
+    logits = logit * min(num_tokens * backbone.vocab_size, max(_CHUNK_LOGITS, backbone.vocab_size))
     hidden = 3 * num_tokens * backbone.hidden_size * backbone.element_bytes
-    return int(num_tokens * backbone.token_bytes + hidden + max(logits, layer))
+    kept, num_layers = backbone.token_bytes, max(1, backbone.num_layers)
+    if backbone.recomputed_token_bytes:
+        layer = 2 * backbone.recomputed_token_bytes + adapters_token_bytes / num_layers
+    else:
+        layer, kept = kept / num_layers, kept + adapters_token_bytes
+    return int(num_tokens * kept + hidden + max(logits, num_tokens * layer))
 
 
 def kept_bytes(spec: TaskSpec, backbone: BackboneView, num_tokens: int) -> int:
@@ -105,8 +110,8 @@ def resident_bytes(
     backbone: BackboneView, all_adapter_bytes: int, kept_token_bytes: float, input_mask: int, num_tokens: int
 ) -> int:
     """The same, of what the footprints add up to."""
-    kept = (kept_token_bytes + backbone.inputs.token_bytes(input_mask)) * num_tokens
-    moving = all_adapter_bytes + activation_bytes(backbone, num_tokens) + kept
+    kept = kept_token_bytes + backbone.inputs.token_bytes(input_mask)
+    moving = all_adapter_bytes + activation_bytes(backbone, num_tokens, kept)
     return backbone.process_bytes + backbone.weight_bytes + math.ceil(backbone.allocator_slack * moving)
 
 

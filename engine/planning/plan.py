@@ -17,7 +17,8 @@ from engine.task import TaskSpec
 class BackboneView:
     """A backbone as its executor described it. Measured at its load, where they are there: bytes that it keeps for
     backward by a token, which linear operators, by number, read one tensor, what its process has beside the weights.
-    `allocator_slack`: what the allocator takes for a byte that is asked for."""
+    `allocator_slack`: what the allocator takes for a byte that is asked for. `recomputed_token_bytes`: where each layer
+    runs again in backward (activation checkpointing), what it keeps then by a token; else 0."""
 
     name: str
     num_parameters: int
@@ -32,6 +33,7 @@ class BackboneView:
     input_groups: Mapping[str, int] = field(default_factory=dict, hash=False)
     process_bytes: int = 0
     allocator_slack: float = 1.05
+    recomputed_token_bytes: float = 0.0
 
     @property
     def element_bytes(self) -> int:

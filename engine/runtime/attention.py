@@ -8,6 +8,7 @@ window, soft-capping, scaling) is honoured; what is unknown is refused.
 Legend: T tokens, H query heads, G key heads, D head width, L tokens of a segment.
 """
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -72,21 +73,13 @@ def packed_attention(
     if reason is None:
         bounds = shared.on_device(cu_seqlens, query.device)
         return varlen_attention(query, key, value, bounds, scaling, sliding_window), None
-    repeats = query.shape[1] // key.shape[1]
-    key, value = _repeat(key, repeats), _repeat(value, repeats)
     pieces = []
     for start, end in itertools.pairwise(cu_seqlens):
         q, k, v = (t[:, :, start:end] for t in (query, key, value))
         if start in own:
-            k, v = (
-                torch.cat([_repeat(p, repeats).to(t.dtype), t], dim=2) for p, t in zip(own[start], (k, v), strict=True)
-            )
-        pieces.append(_segment(q, k, v, scaling, sliding_window, softcap, shared.masks))
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
-
-
-def _repeat(heads: torch.Tensor, repeats: int) -> torch.Tensor:
-    return heads if repeats == 1 else heads.repeat_interleave(repeats, dim=1)
+            k, v = (torch.cat([p.to(t.dtype), t], dim=2) for p, t in zip(own[start], (k, v), strict=True))
+        pieces.append(_segment(q, k, v, scaling, sliding_window, softcap, shared.masks).transpose(1, 2))
+    return torch.cat(pieces, dim=1), None  # in the order in which the output's projection reads it
 
 
 def _segment(
@@ -98,15 +91,19 @@ def _segment(
     softcap: float | None,
     masks: Masks,
 ) -> torch.Tensor:
-    """[1, H, L, D] by [1, H, P + L, D]: all of the P keys before the segment, of its own those not after the query."""
-    length, num_prefix = q.shape[2], k.shape[2] - q.shape[2]
+    """[1, H, L, D] by [1, G, P + L, D]: all of the P keys before the segment, of its own those not after the query."""
+    length, num_prefix, repeats = q.shape[2], k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
+    is_grouped = repeats > 1 and softcap is None and q.device.type == "cpu"  # whose kernel needs no copy for each head
+    if repeats > 1 and not is_grouped:
+        k, v = (heads.repeat_interleave(repeats, dim=1) for heads in (k, v))
+    sdpa = functools.partial(nn.functional.scaled_dot_product_attention, q, k, v, scale=scaling, enable_gqa=is_grouped)
     if softcap is None and not num_prefix and (window is None or length <= window):
-        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        return sdpa(is_causal=True)
     shape = length, num_prefix, window
     if shape not in masks:
         masks[shape] = _mask(*shape, q)
     if softcap is None:
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=masks[shape], scale=scaling)
+        return sdpa(attn_mask=masks[shape])
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
     scores = (scores + masks[shape]).to(torch.promote_types(q.dtype, torch.float32))

@@ -28,6 +28,7 @@ from engine.peft.mounted import (
 )
 from engine.peft.shared_input import SharedInput, observed_inputs, sharing
 from engine.runtime import attention
+from engine.runtime.activation_checkpointing import ActivationCheckpointing
 from engine.runtime.staging import on_device
 from engine.runtime.varlen_attention import Shared
 
@@ -43,7 +44,7 @@ class Backbone:
     The shadow shares every tensor (it costs no memory but its Python objects) and serves to check exports and probes.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, activation_checkpointing: bool = False) -> None:
         attention.register()
         model.eval().requires_grad_(False)
         self.model = model
@@ -62,6 +63,10 @@ class Backbone:
         with observed_blocks(self.model, self.operators) as widths, observed_inputs(self.operators) as groups:
             calls = self._refuse_what_is_not_exact()
         self.shared_inputs = group_linears(self.operators, groups)
+        self.activation_checkpointing = ActivationCheckpointing(self.model, lambda: sharing(self.shared_inputs))
+        if activation_checkpointing and not self.activation_checkpointing.num_layers:
+            raise self._unsupported("it has no layers to checkpoint; turn activation checkpointing off")
+        self.activation_checkpointing.is_on = activation_checkpointing
         self.attentions = mount_attentions(self.model, self.layout, calls)
         self.mounted: dict[str, Mounted] = {
             **self.operators,
@@ -73,7 +78,14 @@ class Backbone:
         self.sites = tuple(mounted.op.site for mounted in self.mounted.values())
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> "Backbone":
+    def load(
+        cls,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        *,
+        activation_checkpointing: bool = False,
+    ) -> "Backbone":
         """A local Hugging Face folder; never remote code. Raises BackboneUnsupportedError if it can't be exact."""
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -88,7 +100,7 @@ class Backbone:
             raise BackboneUnsupportedError(f"{folder} does not load as a causal language model: {error}") from error
         if missing := sorted(info["missing_keys"]):  # transformers would train on random weights
             raise BackboneUnsupportedError(f"{folder} does not load: its weights lack {', '.join(missing[:3])}")
-        return cls(model.to(device))
+        return cls(model.to(device), activation_checkpointing=activation_checkpointing)
 
     @property
     def config(self) -> Any:

@@ -21,14 +21,26 @@ _TOKENS = 64
 @dataclass(frozen=True)
 class BackboneFootprint:
     """`kept_token_bytes` where gradients flow through all of it. Operators of one number in `input_groups` (from 1)
-    read the same tensor, which is kept once however many of them are adapted."""
+    read the same tensor, which is kept once however many of them are adapted. `recomputed_token_bytes`: of one layer
+    while it runs again in backward; 0 where none does."""
 
     kept_token_bytes: float
     input_groups: dict[str, int]
+    recomputed_token_bytes: float = 0.0
 
 
 def measure(backbone: Backbone) -> BackboneFootprint:
-    """Runs one sequence of a few tokens, with no task resident."""
+    """Runs one sequence of a few tokens, with no task resident; and once more where layers run again in backward."""
+    checkpointing = backbone.activation_checkpointing
+    with checkpointing.switched(False):
+        whole, groups = _kept(backbone)
+    if not checkpointing.is_on:
+        return BackboneFootprint(whole, groups)
+    return BackboneFootprint(_kept(backbone)[0], groups, whole / checkpointing.num_layers)
+
+
+def _kept(backbone: Backbone) -> tuple[float, dict[str, int]]:
+    """(bytes by token, numbers of what operators read)."""
     stream = _stream(min(_TOKENS, backbone.max_sequence_tokens))
     weights = {t.untyped_storage().data_ptr() for t in (*backbone.model.parameters(), *backbone.model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -44,7 +56,7 @@ def measure(backbone: Backbone) -> BackboneFootprint:
         backbone.hidden(stream, frozenset())
     numbers = dict[int, int]()
     groups = {name: numbers.setdefault(x.data_ptr(), len(numbers) + 1) for name, x in inputs.items()}
-    return BackboneFootprint(sum(storage.nbytes() for storage in kept.values()) / stream.num_tokens, groups)
+    return sum(storage.nbytes() for storage in kept.values()) / stream.num_tokens, groups
 
 
 def _stream(num_tokens: int) -> Microbatch:

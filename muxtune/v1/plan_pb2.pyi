@@ -490,6 +490,7 @@ class Backbone(_message.Message):
     KEPT_TOKEN_BYTES_FIELD_NUMBER: _builtins.int
     PROCESS_BYTES_FIELD_NUMBER: _builtins.int
     ALLOCATOR_SLACK_FIELD_NUMBER: _builtins.int
+    RECOMPUTED_TOKEN_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     architecture: _builtins.str
     num_parameters: _builtins.int
@@ -506,6 +507,8 @@ class Backbone(_message.Message):
     """Bytes of a process that has loaded it, weights aside, measured then."""
     allocator_slack: _builtins.float
     """What the allocator takes for a byte that is asked for while training. 0: 1.05."""
+    recomputed_token_bytes: _builtins.float
+    """Where each layer runs again in backward (activation checkpointing): bytes it keeps then, by a token. Else 0."""
     @_builtins.property
     def adaptable_modules(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdaptableModule]: ...
     def __init__(
@@ -524,10 +527,11 @@ class Backbone(_message.Message):
         kept_token_bytes: _builtins.float = ...,
         process_bytes: _builtins.int = ...,
         allocator_slack: _builtins.float = ...,
+        recomputed_token_bytes: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptable_modules", b"adaptable_modules", "allocator_slack", b"allocator_slack", "architecture", b"architecture", "dtype", b"dtype", "hidden_size", b"hidden_size", "kept_token_bytes", b"kept_token_bytes", "max_sequence_tokens", b"max_sequence_tokens", "name", b"name", "num_layers", b"num_layers", "num_parameters", b"num_parameters", "process_bytes", b"process_bytes", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptable_modules", b"adaptable_modules", "allocator_slack", b"allocator_slack", "architecture", b"architecture", "dtype", b"dtype", "hidden_size", b"hidden_size", "kept_token_bytes", b"kept_token_bytes", "max_sequence_tokens", b"max_sequence_tokens", "name", b"name", "num_layers", b"num_layers", "num_parameters", b"num_parameters", "process_bytes", b"process_bytes", "recomputed_token_bytes", b"recomputed_token_bytes", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

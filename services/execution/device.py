@@ -59,6 +59,7 @@ def describe_backbone(
         dtype=str(backbone.dtype).removeprefix("torch."),
         adaptable_modules=[site_to_module(site, footprint.input_groups.get(site.name, 0)) for site in backbone.sites],
         kept_token_bytes=footprint.kept_token_bytes,
+        recomputed_token_bytes=footprint.recomputed_token_bytes,
         process_bytes=process_bytes,
         allocator_slack=_CPU_SLACK if backbone.device.type == "cpu" else 0.0,
     )

@@ -14,8 +14,10 @@ class ExecutionSettings(ServerSettings):
     `advertise_address`: where scheduling reaches this executor (default: where it listens). `memory_bytes`: what it may
     use (default: all there is). `device`: default cuda if there is one. `num_threads`: torch's, on a CPU (default: all
     cores). At its start it times microbatches of its own for about `calibration_seconds`. A task is checkpointed after
-    `checkpoint_steps` steps or `checkpoint_seconds`, whichever comes first. A trainer that has work and gives no sign
-    of life for `watchdog_seconds` is killed: no microbatch or export may take longer.
+    `checkpoint_steps` steps or `checkpoint_seconds`, whichever comes first. With `activation_checkpointing` the
+    backbone's layers keep their inputs only and run again in backward: less memory, more time, the same adapters. A
+    trainer that has work and gives no sign of life for `watchdog_seconds` is killed: no microbatch or export may take
+    longer.
     """
 
     scheduling_address: str
@@ -28,6 +30,7 @@ class ExecutionSettings(ServerSettings):
     dtype: str = "float32"
     memory_bytes: int = 0
     num_threads: int = 0
+    activation_checkpointing: bool = False
     calibration_seconds: float = 6.0
     checkpoint_steps: int = 50
     checkpoint_seconds: float = 60.0

@@ -63,7 +63,10 @@ class Trainer:
         self._device_kind = choose_device(settings)
         dtype = getattr(torch, settings.dtype)
         unloaded_bytes = used_bytes(self._device_kind)
-        self._executor = Executor(Backbone.load(settings.backbone_folder, dtype, self._device_kind))
+        checkpoints = settings.activation_checkpointing
+        self._executor = Executor(
+            Backbone.load(settings.backbone_folder, dtype, self._device_kind, activation_checkpointing=checkpoints)
+        )
         self._footprint = measure(self._executor.backbone)
         weight_bytes = self._executor.backbone.weight_bytes()
         self._process_bytes = max(unloaded_bytes, used_bytes(self._device_kind) - weight_bytes)

@@ -105,7 +105,7 @@ def stated_elements(tasks: Sequence[TinyTask], num_tokens: int) -> int:
         method, lengths = each.spec.method, [len(ids) for ids, _ in each.batch(0)]
         count = sum(lengths) + len(lengths) * (method.num_virtual_tokens + method.num_prefix_tokens)
         for site in (site for site in sites if site.name in method.shapes(sites)):
-            own += method.kept_elements(site, count)
+            own += method.kept_elements(site, count) // site.group_size  # a CPU's attention runs by key heads
             trains_a = isinstance(method, Lora) and "lora_A" in method.shapes(sites)[site.name]
             if trains_a and not (method.use_dora and method.dropout > 0):
                 layer, _, last = site.name.rpartition(".")
@@ -164,7 +164,8 @@ def test_the_bare_backbone_keeps_no_operators_input() -> None:
     config, tokens = CONFIGS["llama-tied"], in_stream([NEIGHBOUR])
     width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     by_norm = width + 1  # its input, a row's root mean square
-    by_attention = 4 * width + heads  # rotated queries, keys and values of each query head, what it gives, normalisers
+    key_width = width // heads * config.num_key_value_heads
+    by_attention = 2 * (width + key_width) + heads  # rotated queries, keys and values, what it gives, normalisers
     by_activation = 3 * inner  # gate, its activation, up
     by_layer = 2 * by_norm + by_attention + by_activation
     rotation = 2 * width // heads  # cosines and sines, kept once
