@@ -172,7 +172,7 @@ def fill(message: Message, depth: int = 6) -> Message:
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
         if field.message_type is not None and field.message_type.full_name == "google.protobuf.FieldMask":
-            value.paths.append("some_field")
+            value.paths.extend(["max_tokens_per_day", "a.b"])
         elif field.message_type is not None and field.message_type.full_name.startswith("google."):
             value.seconds, value.nanos = 1_700_000_000, 5_000_000
         elif field.message_type is not None and field.message_type.GetOptions().map_entry:
