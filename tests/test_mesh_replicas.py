@@ -31,6 +31,7 @@ from tests.tiny_backbone import write_backbone
 NUM_PERILS = 60 if long_mode() else 8
 pytestmark = pytest.mark.timeout(NUM_PERILS * 40 + 600)
 WAIT_SECONDS = 120.0
+FOUND_SECONDS = 10.0  # as in deploy/kubernetes.yaml: no event says that clients have found a replica that is back
 ROWS_NAME = "tenants/default/datasets/rows"
 
 
@@ -248,6 +249,7 @@ def test_a_rolling_restart_under_load_fails_no_call(
                 watching = pool.submit(lambda: list(client.watch_task(training.name)))
                 for name in (*NAMES, *NAMES):
                     mesh.restart(name)
+                    time.sleep(FOUND_SECONDS)
             finally:
                 stopping.set()
             counts = [each.result(120) for each in calling]  # raises what a call raised

@@ -67,7 +67,7 @@ def test_each_address_is_a_services() -> None:
 def test_two_admissions_are_replaced_one_after_the_other_and_scheduling_sees_both() -> None:
     """On PostgreSQL (docs/adr/0011); what keeps its place, or nothing at all, is one."""
     spec = WORKLOADS["admission"]["spec"]
-    assert spec["replicas"] == 2
+    assert spec["replicas"] == 2 and spec["minReadySeconds"] == 10
     assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
     host, _, port = of_kind("ConfigMap")["muxtune"]["data"]["MUXTUNE_ADMISSION_ADDRESS"].rpartition(":")
     service = of_kind("Service")[host]["spec"]
