@@ -94,7 +94,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.ids, self.lines, self.ends = array("i"), array("q"), array("q", [0])
-        self.span_starts, self.span_ends = array("q"), array("q")  # of tokens that bear loss; they never overlap
+        self.span_starts, self.span_ends = array("q"), array("q")  # of tokens that bear loss
 
     def add(self, row: TokenizedRow, limit: int) -> None:
         """Its first `limit` tokens."""
@@ -108,12 +108,12 @@ class _Kept:
                 self.span_ends.append(base + min(end, limit))
 
     def arrays(self) -> dict[str, Any]:
-        turns_S = np.zeros(len(self.ids) + 1, np.int8)  # 1 where a span begins, -1 behind its end
-        turns_S[np.array(self.span_starts, np.int64)] += 1
-        turns_S[np.array(self.span_ends, np.int64)] -= 1
+        num_spans_S = np.zeros(len(self.ids) + 1, np.int16)  # that a token is in: counted up where one begins
+        np.add.at(num_spans_S, np.array(self.span_starts, np.int64), 1)
+        np.subtract.at(num_spans_S, np.array(self.span_ends, np.int64), 1)
         return {
             "token_ids_S": np.array(self.ids, np.int32),
-            "bears_loss_S": turns_S[:-1].cumsum(dtype=np.int8).astype(np.bool_),
+            "bears_loss_S": num_spans_S[:-1].cumsum(dtype=np.int16).astype(np.bool_),
             "offsets": np.array(self.ends, np.int64),
             "lines": np.array(self.lines, np.int64),
         }

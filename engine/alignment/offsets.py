@@ -59,7 +59,7 @@ def _is_byte_level(described: dict[str, Any]) -> bool:
         model["type"] == "BPE"
         and not any(model.get(added) for added in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"))
         and (normalizer is None or normalizer["type"] == "NFC")
-        and any(step["type"] == "ByteLevel" for step in steps)
+        and [step["type"] for step in steps].count("ByteLevel") == 1
         and all(map(_keeps_all, steps))
     )
 

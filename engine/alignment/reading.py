@@ -97,7 +97,7 @@ def _finished(
 ) -> Iterator[tuple[Row, TokenizedRow | RowRefusedError]]:
     encoded = iter(encoding.result())
     for reader in readers:
-        yield reader.row, reader.finish([next(encoded) for _ in reader.pieces])
+        yield reader.row, reader.finish(list(itertools.islice(encoded, len(reader.pieces))))
 
 
 class _Reader:

@@ -48,7 +48,8 @@ class BackboneTokenizer:
     """Encodes text as transformers' AutoTokenizer does for the same folder.
 
     Some models (Unigram is one) have special tokens among their pieces and make them of text that spells them, even
-    where it is to stay text (tokenizers' encode_special_tokens). What came of such a text is told apart by counting.
+    where it is to stay text (tokenizers' encode_special_tokens); and a token may be looked for in normalized text, so
+    that other letters spell it, too. What came of such a text is told apart by counting.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: dict[str, Any], template: str | None) -> None:
@@ -114,6 +115,9 @@ class BackboneTokenizer:
         is_slow = has_offsets and self._lengths is None
         encode = tokenizer.encode_batch if is_slow else tokenizer.encode_batch_fast
         found = encode([piece.text for piece in pieces], add_special_tokens=adds_tokens)
+        if not has_offsets and not self._forgeable:  # as nearly always
+            yield from (Encoded(encoding.ids, *_NONE, False) for encoding in found)
+            return
         for piece, encoding in zip(pieces, found, strict=True):
             ids = encoding.ids
             starts, ends = _NONE
@@ -133,9 +137,12 @@ class BackboneTokenizer:
     def _may_forge(self, special: Mapping[int, AddedToken]) -> bool:
         plain = self._by_kind[False, True]
         return any(
-            number in plain.encode(text, add_special_tokens=False).ids
+            (token.normalized and plain.normalizer is not None)
+            or any(
+                number in plain.encode(text, add_special_tokens=False).ids
+                for text in (token.content, f"a{token.content}", f" {token.content}")
+            )
             for number, token in special.items()
-            for text in (token.content, f"a{token.content}", f" {token.content}")
         )
 
     def decode(self, token_ids_L: NDArray[np.int32]) -> str:

@@ -6,14 +6,16 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.alignment.dataset import Order, TokenizedDataset, num_steps, split, tokenize_dataset
-from engine.alignment.rows import parse_lines
+from engine.alignment.reading import tokenize
+from engine.alignment.rows import Row, parse_lines
 from engine.alignment.tokens import BackboneTokenizer
 from engine.errors import InvalidInputError
 from engine.task import Overlength, Training
+from tests.tiny_tokenizer import write_tokenizer
 
 trainings = st.builds(
     Training,
@@ -126,3 +128,34 @@ def test_every_row_refused(tokenizer: BackboneTokenizer) -> None:
         _tokenized(tokenizer, [{"text": ""}, {"text": ""}])
     with pytest.raises(InvalidInputError, match="has no rows"):
         tokenize_dataset([], tokenizer, Training(1e-3, num_epochs=1))
+
+
+# Answers of which some have no token at all, and which follow each other with nothing between them.
+BARE = (
+    "{% for m in messages %}{{ m.content if m.role == 'assistant' else m.content + ';' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '' }}{% endif %}"
+)
+
+
+@given(
+    chats=st.lists(st.lists(st.sampled_from(["", "", "a", "the fox"]), min_size=1, max_size=6), min_size=1, max_size=4),
+    limit=st.integers(3, 12),
+)
+@settings(max_examples=100, deadline=None)
+def test_what_bears_loss_is_kept_row_by_row(bare: BackboneTokenizer, chats: list[list[str]], limit: int) -> None:
+    rows = [
+        Row(i, "messages", {"messages": [{"role": "user", "content": "q"}]
+                            + [{"role": "assistant", "content": content} for content in chat]})
+        for i, chat in enumerate([*chats, ["the"]])
+    ]  # fmt: skip
+    dataset = tokenize_dataset(rows, bare, Training(1e-3, num_epochs=1, max_sequence_tokens=limit))
+    for index, line in enumerate(dataset.lines):
+        alone = tokenize(rows[line], bare)
+        ids, bears_loss = dataset.row(index)
+        assert ids.tolist() == alone.token_ids_L[:limit].tolist()
+        assert bears_loss.tolist() == alone.bears_loss_L[:limit].tolist()
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> BackboneTokenizer:
+    return BackboneTokenizer.load(write_tokenizer(tmp_path_factory.mktemp("bare"), BARE))

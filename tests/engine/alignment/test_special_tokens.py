@@ -211,6 +211,23 @@ def test_messages_keep_them_as_text_either_way(tmp_path: Path, parses: bool) -> 
     assert sum(i in tokenizer.special_ids for i in row.ids) == 4  # the template's: two turns, opened and closed
 
 
+def test_messages_that_spell_a_token_only_once_normalized_are_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(write_tokenizer(tmp_path) / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.add_special_tokens([AddedToken("<|stop|>", special=True, normalized=True)])
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    ours = BackboneTokenizer.load(tmp_path)
+    for said, is_refused in (("the <|STOP|> fox", True), ("the STOP fox", False), ("the <|stop|> fox", False)):
+        row = Row(
+            1, "messages", {"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": "a"}]}
+        )
+        if is_refused:
+            with pytest.raises(RowRefusedError, match="special token"):
+                tokenize(row, ours)
+        else:
+            assert tokenizer.token_to_id("<|stop|>") not in tokenize(row, ours).ids
+
+
 @pytest.mark.parametrize("said", ["a</s>b", "a\uff1c/s\uff1eb"], ids=["spelled", "spelled once normalized"])
 def test_messages_of_which_a_model_makes_special_tokens_are_refused(tmp_path: Path, said: str) -> None:
     folder = unigram(tmp_path / "unigram")
