@@ -155,5 +155,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     "engine": {},
     "engine, fusion off": {"fuses": False},
     "engine, chunk 256": {"chunk": 256},
+    "engine, activation checkpointing": {"checkpoints": True},
 }
 SHARING = (*ENGINES, "peft, longest", "peft, cap", "peft, flattened", "batch and pad")

@@ -30,10 +30,11 @@ from engine.runtime.backbone import sharing_copy
 PEERS = ("peft, longest", "peft, cap", "peft, flattened", "separate instances", "batch and pad")
 IN_ONE_PROCESS = tuple(name for name in PEERS if name in SHARING)  # where N models do not fit: 24 GB here
 ABLATIONS = ("engine, fusion off", "engine, chunk 256")
+CHECKPOINTED = "engine, activation checkpointing"
 LOSS_TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}  # relative; bf16 rounds at 4e-3 each operator
 # model, mix, tasks, sequences of a micro batch, systems beside the engine
 CPU_WORK = (
-    ("smollm2", "mixed", 8, 4, IN_ONE_PROCESS),
+    ("smollm2", "mixed", 8, 4, (*IN_ONE_PROCESS, CHECKPOINTED)),
     ("small", "sst2", 8, 4, (*PEERS, *ABLATIONS)),
     ("small", "openbookqa", 8, 4, PEERS),
     ("small", "rte", 8, 4, PEERS),
@@ -43,11 +44,11 @@ CPU_WORK = (
     ("small", "rte", 8, 8, (*PEERS, *ABLATIONS)),
 )
 CUDA_WORK = (
-    ("llama-2-7b", "mixed", 8, 8, IN_ONE_PROCESS),
-    ("llama-2-7b", "mixed", 32, 8, IN_ONE_PROCESS),
-    ("llama-3.2-1b", "mixed", 8, 8, (*PEERS, *ABLATIONS)),
+    ("llama-2-7b", "mixed", 8, 8, (*IN_ONE_PROCESS, CHECKPOINTED)),
+    ("llama-2-7b", "mixed", 32, 8, (*IN_ONE_PROCESS, CHECKPOINTED)),
+    ("llama-3.2-1b", "mixed", 8, 8, (*PEERS, *ABLATIONS, CHECKPOINTED)),
     ("llama-3.2-1b", "sst2", 8, 1, (*PEERS, *ABLATIONS)),
-    ("gpt-2.7b", "mixed", 8, 4, IN_ONE_PROCESS),
+    ("gpt-2.7b", "mixed", 8, 4, (*IN_ONE_PROCESS, CHECKPOINTED)),
 )
 
 

@@ -39,12 +39,14 @@ class System(ABC):
 
 
 class Engine(System):
-    """All tasks on one packed stream. `fuses` off: a microbatch holds one task's tokens only."""
+    """All tasks on one packed stream. `fuses` off: a microbatch holds one task's tokens only. `checkpoints`: activation
+    checkpointing, layers run again in backward."""
 
     def __init__(
-        self, model: Any, workload: Workload, num_rounds: int, *, token_budget: int, chunk: int, fuses: bool = True
-    ) -> None:
-        self.executor = Executor(Backbone(model))
+        self, model: Any, workload: Workload, num_rounds: int, *, token_budget: int, chunk: int, fuses: bool = True,
+        checkpoints: bool = False,
+    ) -> None:  # fmt: skip
+        self.executor = Executor(Backbone(model, activation_checkpointing=checkpoints))
         members = []
         for work in workload.tasks:
             self.executor.attach(Assignment(work.name, work.spec, num_rounds))

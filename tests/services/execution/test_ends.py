@@ -128,3 +128,17 @@ async def test_a_backbone_that_does_not_load_ends_the_service(tmp_path: Path) ->
     with pytest.raises(pytest.fail.Exception, match="does not load as a causal language model"):
         async with running_mesh(tmp_path, tmp_path / "empty"):
             pass
+
+
+async def test_with_activation_checkpointing_the_planner_is_told_and_a_task_ends(
+    tmp_path: Path, tiny_backbone: Path
+) -> None:
+    settings = {"calibration_seconds": 0.1, "activation_checkpointing": True}
+    async with running_mesh(tmp_path, tiny_backbone, **settings) as mesh:
+        stream = await mesh.open_stream()
+        stream.send(plan_of(1, planned("a", num_steps=3)))
+        await stream.until(lambda: stream.of("a", "finished"))
+        assert len(stream.of("a", "step_done")) == 3
+        described = await mesh.stub.DescribeExecutor(execution_pb2.DescribeExecutorRequest())
+        backbone = described.executor.backbone
+        assert backbone.recomputed_token_bytes > 0 and backbone.kept_token_bytes > 0
