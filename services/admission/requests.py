@@ -43,7 +43,9 @@ def find(connection: sa.Connection, tenant: str, request_id: str, method: str, b
 
 
 def is_known(connection: sa.Connection, tenant: str, request_id: str) -> bool:
-    """Whether a request of this id made something, whatever its body."""
+    """Whether a request of this id made something, whatever its body. An id that is none made nothing."""
+    if not _ID.fullmatch(request_id):
+        return False
     query = sa.select(requests.c.request_id).filter_by(tenant=tenant, request_id=request_id)
     return connection.execute(query).first() is not None
 
