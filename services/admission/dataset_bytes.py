@@ -7,6 +7,7 @@ they are there.
 
 import asyncio
 import re
+from concurrent.futures import ThreadPoolExecutor
 from weakref import WeakValueDictionary
 
 import sqlalchemy as sa
@@ -32,6 +33,8 @@ class DatasetBytes:
     ) -> None:
         self._database, self._artifacts, self._alignment = database, artifacts, alignment
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        # Threads of its own: they wait for alignment, and no other call may wait for them.
+        self._removals = ThreadPoolExecutor(4, "removal")
 
     def lock(self, tenant: str, sha256: str) -> asyncio.Lock:
         """Held in this process while bytes are stored and their row is written, or the other way round."""
@@ -48,7 +51,7 @@ class DatasetBytes:
     async def remove_unreferenced(self, tenant: str, sha256: str) -> None:
         """If no dataset holds them. Call with their lock held. Raises UnavailableError."""
         loop = asyncio.get_running_loop()
-        await asyncio.to_thread(self._remove_unreferenced, tenant, sha256, loop)
+        await loop.run_in_executor(self._removals, self._remove_unreferenced, tenant, sha256, loop)
 
     async def sweep(self) -> None:
         """Removes what no dataset holds: an upload or a deletion was cut short. Raises UnavailableError."""
