@@ -22,10 +22,10 @@ from muxtune.client import Client
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, task_pb2
 from services.admission.keeping import LEDGER_SERVICE
 from tests.mesh_chaos import long_mode, printed_seed
+from tests.mesh_load import ROWS, Load, Outcome, Patience, outcome, specs
 from tests.replicated_mesh import NAMES, ReplicatedMesh
 from tests.services.admission.postgres import NoPostgresError, running_postgres
-from tests.test_mesh_kills import ROWS as ROWS
-from tests.test_mesh_kills import Load, Outcome, Patience, check, outcome, quick, specs
+from tests.test_mesh_kills import check, environment
 from tests.tiny_backbone import write_backbone
 
 NUM_PERILS = 60 if long_mode() else 8
@@ -41,7 +41,8 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicatedMesh]:
     try:
         with running_postgres() as server:
             url = server.new_database()
-            with ReplicatedMesh(folder / "mesh", write_backbone(folder / "tiny"), url, quick(folder)) as running:
+            own = environment(folder, {}, MUXTUNE_MAX_CRASHES="1000")  # kills come faster than a trainer starts
+            with ReplicatedMesh(folder / "mesh", write_backbone(folder / "tiny"), url, own) as running:
                 with running.client() as client:
                     client.upload_dataset(ROWS, "rows")
                 yield running
