@@ -89,7 +89,8 @@ def one_work(
     arguments: argparse.Namespace, folder: Path, scratch: Path, model: str, mix: str, num_tasks: int, size: int,
     beside: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Speed of all systems in turn, then each one's peak bytes, and those of the engine with one task."""
+    """Speed of all systems in turn, then each one's peak bytes, and those of the engine with one task: the mean of the
+    first (of the least rank) and the last (of the largest), each alone."""
     choice = Choice(model, folder, arguments.device)
     num_rounds = arguments.rounds + 1
     tasks = workload.make(mix, num_tasks, size, num_rounds, choice.vocabulary, choice.targets)
@@ -97,17 +98,22 @@ def one_work(
     setting = Setting(choice, tasks, num_rounds, scratch, budget, arguments.chunk, torch.get_num_threads())
     print(f"{model}: {tasks.told}", flush=True)
     seconds, read = speeds(setting, beside)
-    alone = replace(setting, workload=replace(tasks, tasks=tasks.tasks[-1:]))
-    peaks = {name: peak_bytes(setting, name, (0, 1)) for name in ("engine", *beside) if name not in ABLATIONS}
+    ends = [replace(setting, workload=replace(tasks, tasks=(task,))) for task in (tasks.tasks[0], tasks.tasks[-1])]
+
+    def of_one(system: str) -> float:
+        return statistics.mean(peak_bytes(alone, system, (0, 1)) for alone in ends)
+
+    measured = [name for name in ("engine", *beside) if name not in ABLATIONS]
+    peaks: dict[str, float] = {name: peak_bytes(setting, name, (0, 1)) for name in measured}
     is_of_one = "separate instances" not in peaks
     if is_of_one:  # so many do not fit
-        peaks["separate instances"] = num_tasks * peak_bytes(alone, "separate instances", (0, 1))
+        peaks["separate instances"] = num_tasks * of_one("separate instances")
     return {
         "model": model, "work": tasks.told, "mix": mix, "num_tasks": num_tasks, "micro_batch_size": size,
         "token_budget": budget, "chunk_tokens": arguments.chunk, "seconds_by_round": seconds, "tokens_read": read,
         "effective_tokens": [tasks.num_tokens(r) for r in range(1, num_rounds)],
         "flops": [choice.flops(tasks.lengths(r)) for r in range(1, num_rounds)], "instances_are_of_one": is_of_one,
-        "peak_bytes": peaks, "peak_bytes_of_one_task": peak_bytes(alone, "engine", (0, 1)),
+        "peak_bytes": peaks, "peak_bytes_of_one_task": of_one("engine"),
     }  # fmt: skip
 
 
@@ -192,12 +198,12 @@ def section_of(work: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
     more = work["peak_bytes"]["engine"] / work["peak_bytes_of_one_task"]
     fewer = work["peak_bytes"]["separate instances"] / work["peak_bytes"]["engine"]
-    measured = " (one was measured, so many would not fit)" if work["instances_are_of_one"] else ""
+    measured = " (two were measured, so many would not fit)" if work["instances_are_of_one"] else ""
     parts = [
         f"### {work['model']}: {work['work']}", report.table(header, rows),
         f"Microbatches of at most {work['token_budget']} tokens, chunk {work['chunk_tokens']}. The engine with all"
-        f" {work['num_tasks']} tasks holds {more:.2f} times the bytes of the last one alone; separate instances"
-        f" hold {fewer:.1f} times the engine's{measured}.",
+        f" {work['num_tasks']} tasks holds {more:.2f} times the bytes of one alone (mean of the first and the last);"
+        f" separate instances hold {fewer:.1f} times the engine's{measured}.",
     ]  # fmt: skip
     goals = GOALS.get((work["model"], work["mix"], work["num_tasks"], work["micro_batch_size"]), ())
     if goals:
