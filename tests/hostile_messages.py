@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import grpc
+import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
@@ -18,6 +19,7 @@ FUZZING = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+PATIENT = pytest.mark.timeout(300 + NUM_EXAMPLES)  # seconds
 _MAX_DEPTH = 4
 _TIMEOUT_SECONDS = 20.0
 # What a peer may answer to nonsense; INTERNAL, UNKNOWN, DATA_LOSS and a hang are ours.

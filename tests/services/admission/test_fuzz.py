@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from muxtune.v1 import admission_pb2, key_pb2, ledger_pb2, operator_pb2
 from muxtune.v1 import admission_pb2 as pb
-from tests.hostile_messages import FAIR, FUZZING, answer_of, messages, streams
+from tests.hostile_messages import FAIR, FUZZING, PATIENT, answer_of, messages, streams
 from tests.services.admission.admission_mesh import SECRET, TEN_ROWS, Admission, adapter_files, adapter_parts, spec
+
+pytestmark = PATIENT
 
 SERVICES = [
     service

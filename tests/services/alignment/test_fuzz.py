@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muxtune.v1 import alignment_pb2
-from tests.hostile_messages import FAIR, FUZZING, answer_of, messages, streams
+from tests.hostile_messages import FAIR, FUZZING, PATIENT, answer_of, messages, streams
 from tests.services.alignment.conftest import SECRET, TASK, TEN_ROWS, TENANT, Alignment
+
+pytestmark = PATIENT
 
 METHODS = list(alignment_pb2.DESCRIPTOR.services_by_name["AlignmentService"].methods)
 

@@ -5,8 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muxtune.v1 import execution_pb2, execution_pb2_grpc
-from tests.hostile_messages import FAIR, FUZZING, answer_of, messages
+from tests.hostile_messages import FAIR, FUZZING, PATIENT, answer_of, messages
 from tests.services.execution.executor_mesh import SECRET, running_mesh
+
+pytestmark = PATIENT
 
 METHODS = [
     m

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muxtune.v1 import plan_pb2, scheduling_pb2
-from tests.hostile_messages import FAIR, FUZZING, answer_of, messages
+from tests.hostile_messages import FAIR, FUZZING, PATIENT, answer_of, messages
 from tests.services.scheduling.mesh_fakes import SECRET, World
+
+pytestmark = PATIENT
 
 METHODS = list(scheduling_pb2.DESCRIPTOR.services_by_name["SchedulingService"].methods)
 NAMES = ["executors/x", "i1", "tiny", "tenants/a/tasks/t", "q_proj"]
