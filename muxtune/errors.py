@@ -140,6 +140,7 @@ _BY_CODE = {
 # What gRPC says where it found no connection, and what to do then: for people alone, no error's class depends on it.
 _CA_REMEDY = "set MUXTUNE_CA (or ca=...) to the file with its CA: `muxtune up` writes certs/ca.crt in its data folder"
 _NO_TLS = "no TLS is spoken there, or a certificate is asked for: it is not the clients' door of admission"
+_UNCONNECTED = ("failed to connect", "connections to all backends failing")  # gRPC, of one address and of several
 _REMEDIES = {
     "Socket closed": f"whoever listens there takes no plain text. A mesh speaks TLS: {_CA_REMEDY}",
     "CERTIFICATE_VERIFY_FAILED": f"its certificate is of a CA that is not known here: {_CA_REMEDY}",
@@ -196,7 +197,7 @@ def read_failure(error: grpc.RpcError) -> Failure:
 
 def _remedy(text: str) -> str:
     """A sentence where a connection could not be made; a call that broke off later was connected."""
-    if "failed to connect" not in text:
+    if not any(said in text for said in _UNCONNECTED):
         return ""
     return next((f". {remedy}" for said, remedy in _REMEDIES.items() if said in text), "")
 
