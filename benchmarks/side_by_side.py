@@ -74,15 +74,17 @@ def main() -> None:
         for w in (CPU_WORK if arguments.device == "cpu" else CUDA_WORK)
         if all(one in (None, own) for one, own in zip(asked, w, strict=False))
     ]
+    measured: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="muxtune-bench-") as scratch:
         folder = smollm2(arguments.backbone, Path(scratch))
-        measured = [one_work(arguments, folder, Path(scratch) / str(i), *w) for i, w in enumerate(work)]
-    raw = report.origin(f"side_by_side_{arguments.device}") | {"work": measured}
+        for i, own in enumerate(work):
+            measured.append(one_work(arguments, folder, Path(scratch) / str(i), *own))
+            raw = report.origin(f"side_by_side_{arguments.device}") | {"work": measured}
+            if not arguments.no_write:  # after each: what was measured stays, whatever becomes of the rest
+                report.write(raw, section(raw))
+                plots.draw(raw["benchmark"])
     if arguments.no_write:
         print(section(raw))
-    else:
-        report.write(raw, section(raw))
-        plots.draw(raw["benchmark"])
 
 
 def one_work(

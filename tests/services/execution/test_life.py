@@ -364,8 +364,12 @@ async def test_spans_join_the_tasks_own_traces_and_hold_no_tokens(mesh: Mesh, ve
         scopes = [s for line in lines for r in json.loads(line)["resourceSpans"] for s in r["scopeSpans"]]
         return [span for scope in scopes for span in scope["spans"]]
 
+    def is_whole() -> bool:
+        found = spans()
+        own = {span["name"] for span in found if span["traceId"] == trace_id}
+        is_linked = any(link["traceId"] == trace_id for span in found for link in span.get("links", []))
+        return is_linked and {"attach", "checkpoint", "export"} <= own
+
     async with asyncio.timeout(30):
-        while not any(link["traceId"] == trace_id for span in spans() for link in span.get("links", [])):  # noqa: ASYNC110
+        while not is_whole():  # noqa: ASYNC110
             await asyncio.sleep(0.2)  # a file that another process writes in batches
-    own = {span["name"] for span in spans() if span["traceId"] == trace_id}
-    assert {"attach", "checkpoint", "export"} <= own
