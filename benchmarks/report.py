@@ -64,8 +64,15 @@ def put_on_page(name: str, section: str) -> None:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    """With "-dirty" where the working tree holds more than other benchmarks' results."""
+    own = [f":(exclude)benchmarks/{name}" for name in (PAGE.name, RESULTS.name, "plots")]
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *own)
+    return (_git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(RESULTS.parent.parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _cpu() -> str:

@@ -10,6 +10,7 @@ all systems. Peak memory is measured in processes of their own, over two rounds.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -74,12 +75,14 @@ def main() -> None:
         for w in (CPU_WORK if arguments.device == "cpu" else CUDA_WORK)
         if all(one in (None, own) for one, own in zip(asked, w, strict=False))
     ]
-    measured: list[dict[str, Any]] = []
+    if not work:
+        raise SystemExit("no such work: see CPU_WORK and CUDA_WORK in this file")
+    origin, measured = report.origin(f"side_by_side_{arguments.device}"), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory(prefix="muxtune-bench-") as scratch:
         folder = smollm2(arguments.backbone, Path(scratch))
         for i, own in enumerate(work):
             measured.append(one_work(arguments, folder, Path(scratch) / str(i), *own))
-            raw = report.origin(f"side_by_side_{arguments.device}") | {"work": measured}
+            raw = origin | {"load_average": os.getloadavg(), "work": measured}
             if not arguments.no_write:  # after each: what was measured stays, whatever becomes of the rest
                 report.write(raw, section(raw))
                 plots.draw(raw["benchmark"])
