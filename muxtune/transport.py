@@ -36,7 +36,8 @@ _RETRY_POLICY = {
                 "initialBackoff": "0.3s",
                 "maxBackoff": "5s",
                 "backoffMultiplier": 3,
-                "retryableStatusCodes": ["UNAVAILABLE"],
+                # CANCELLED is what gRPC itself tells who comes just as a server closes.
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
         },
         # Not streams: the client does it, whole. A client's stream cannot be sent again by gRPC; a server's that gRPC

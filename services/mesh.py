@@ -1,7 +1,8 @@
 """Clients of the mesh: channels that retry, keep alive, prove who calls, carry the trace, raise domain errors.
 
-Only UNAVAILABLE is retried by itself (AIP-194), by gRPC's own service config. Every unary call has a deadline. Calls do
-not wait for a service that is away beyond those retries (about two seconds); who can wait passes `wait_for_ready=True`.
+UNAVAILABLE is retried by itself (AIP-194), and a server's CANCELLED, by gRPC's own service config. Every unary call has
+a deadline. Calls do not wait for a service that is away beyond those retries (about two seconds); who can wait passes
+`wait_for_ready=True`.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ _RETRY_POLICY = {
     "initialBackoff": "0.1s",  # gRPC jitters it by a fifth
     "maxBackoff": "2s",
     "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE"],
+    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],  # gRPC's own, to who comes just as a server closes
 }
 
 

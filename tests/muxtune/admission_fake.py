@@ -24,6 +24,7 @@ class Admission(admission_pb2_grpc.AdmissionServiceServicer):
 
     def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
         self.failures: list[MuxtuneError] = []
+        self.num_closing = 0  # calls that come just as the server closes
         self.requests: list[Any] = []
         self.uploads: list[list[Any]] = []
         self.metadata: list[dict[str, Any]] = []
@@ -46,6 +47,9 @@ class Admission(admission_pb2_grpc.AdmissionServiceServicer):
         self.requests.append(request)
         self.metadata.append(dict(context.invocation_metadata()))
         self.deadlines.append(context.time_remaining())
+        if self.num_closing:
+            self.num_closing -= 1
+            context.abort(grpc.StatusCode.CANCELLED, "CANCELLED")
         if self.failures:
             context.abort_with_status(rpc_status.to_status(to_status(self.failures.pop(0))))
 

@@ -104,6 +104,13 @@ async def test_unavailable_is_retried_with_one_request_id_and_nothing_else_is(
     assert len(admission.requests) == before + 1
 
 
+async def test_a_call_that_comes_just_as_a_server_closes_is_retried(call: Either, admission: Admission) -> None:
+    """gRPC cancels it, and its caller has not."""
+    admission.num_closing = 2
+    assert (await call("create_task", SPEC)).name == NAME
+    assert len({request.request_id for request in admission.requests}) == 1 and len(admission.requests) == 3
+
+
 async def test_pages_are_followed_to_the_end(call: Either, admission: Admission) -> None:
     tasks = await call("list_tasks", [task_pb2.TASK_STATE_RUNNING], page_size=1)
     assert [task.name for task in tasks] == [f"tenants/a/tasks/t{i}" for i in range(3)]

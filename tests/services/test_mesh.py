@@ -94,7 +94,7 @@ def test_the_service_config_names_every_stream() -> None:
     streamed = {(s.full_name, m.name) for s in services for m in s.methods if m.client_streaming or m.server_streaming}
     [everything, never] = json.loads(service_config())["methodConfig"]
     assert everything["name"] == [{}]
-    assert everything["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
+    assert everything["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE", "CANCELLED"]
     assert {(name["service"], name["method"]) for name in never["name"]} == streamed
     assert "retryPolicy" not in never
 
