@@ -40,6 +40,7 @@ class Ledger:
         self,
         database: Database,
         monotonic: Callable[[], float] = time.monotonic,
+        *,
         quota: operator_pb2.Quota | None = None,
         max_crashes: int = 3,
     ) -> None:

@@ -161,7 +161,7 @@ class Admission:
         quota = Quota(self.quota, Limits(256, 1))
         self.key_store, ledger = KeyStore(self.database), LedgerServicer(self.notifier, lambda names: None)
         self._keeping = ExitStack()
-        self._keeping.enter_context(ledger.keeping(Ledger(self.database, self.clock, quota.to_proto())))
+        self._keeping.enter_context(ledger.keeping(Ledger(self.database, self.clock, quota=quota.to_proto())))
         self.admitter = Admitter(self.database, self.artifacts, alignment, quota)
         self.limits = LimitsWatch(self.database, quota.to_proto(), self.notifier)
         servicer = self.servicer = AdmissionServicer(

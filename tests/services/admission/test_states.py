@@ -85,7 +85,7 @@ class Store(RuleBasedStateMachine):
         self.wall.start()
         self.database = Database(f"sqlite:///{self.folder / 'a.db'}")
         self.database.migrate()
-        self.ledger = Ledger(self.database, lambda: self.now, MAX_CRASHES)
+        self.ledger = Ledger(self.database, lambda: self.now, max_crashes=MAX_CRASHES)
 
     def teardown(self) -> None:
         self.wall.stop()
@@ -262,7 +262,7 @@ class Store(RuleBasedStateMachine):
         """Its leases get their whole time again."""
         self.database.close()
         self.database = Database(f"sqlite:///{self.folder / 'a.db'}")
-        self.ledger = Ledger(self.database, lambda: self.now, MAX_CRASHES)
+        self.ledger = Ledger(self.database, lambda: self.now, max_crashes=MAX_CRASHES)
         for host in self.executors.values():
             host.deadline = self.now + LEASE_SECONDS
 
