@@ -34,6 +34,7 @@ def _tokenized(tokenizer: BackboneTokenizer, rows: list[dict[str, str]], **optio
 
 
 @given(num_rows=st.integers(2, 60), training=trainings)
+@settings(deadline=None)
 def test_split_is_a_partition_by_the_seed(num_rows: int, training: Training) -> None:
     parts = split(num_rows, training)
     assert sorted([*parts.train, *parts.heldout]) == list(range(num_rows))
@@ -47,6 +48,7 @@ def test_split_is_a_partition_by_the_seed(num_rows: int, training: Training) -> 
 
 
 @given(num_rows=st.integers(2, 60), training=trainings)
+@settings(deadline=None)
 def test_each_epoch_takes_every_training_row_once(num_rows: int, training: Training) -> None:
     train = split(num_rows, training).train
     steps_per_epoch = math.ceil(len(train) / training.global_batch_size)
