@@ -26,9 +26,8 @@ EVERY_SECONDS, NUM_AT_ONCE, END_SECONDS = 0.5, 6, 120.0
 MAX_BYTES_A_SECOND = 3_000 if long_mode() else 150_000  # a minute of a young process says little
 MAX_MORE_FILES, MAX_MORE_THREADS = 12, 12  # a connection here, a pool's thread there
 QUICK = {
-    "alignment": {
-        "MUXTUNE_TOKENIZED_CACHE_BYTES": "500000"
-    },  # full when the warm-up ends, or it would look like a leak
+    # Full when the warm-up ends, as the tokenizer's own cache of words is: what fills up looks like a leak.
+    "alignment": {"MUXTUNE_TOKENIZED_CACHE_BYTES": "500000"},
     "execution": {
         "MUXTUNE_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
@@ -83,7 +82,7 @@ class Tenant:
         self._client, self._chance, self.names = client, chance, list[str]()
 
     def act(self) -> None:
-        rows = [{"text": f"row {self._chance.random()} of many"} for _ in range(self._chance.randint(1, 30))]
+        rows = [{"text": f"row {self._chance.randrange(1000)} of many"} for _ in range(self._chance.randint(1, 30))]
         dataset = self._client.upload_dataset(rows).name
         unfinished = [task.name for task in self._client.list_tasks() if task.state not in FINAL_STATES]
         if len(unfinished) < NUM_AT_ONCE:
