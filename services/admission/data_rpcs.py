@@ -14,7 +14,7 @@ from services.admission.admit import Admitter
 from services.admission.appraisal import INSPECT_SECONDS
 from services.admission.database import Database
 from services.admission.dataset_bytes import DatasetBytes
-from services.admission.ledger import known_executors
+from services.admission.ledger import live_executors
 from services.admission.names import authorize, new_name, parent_of
 from services.admission.tables import datasets
 from services.artifacts import ArtifactStore
@@ -135,7 +135,7 @@ class DataRpcs:
 
     def _executors(self) -> list[plan_pb2.Executor]:
         with self._database.read() as connection:
-            return known_executors(connection, only_live=True)
+            return live_executors(connection)
 
 
 async def _opening(request_iterator: Any) -> tuple[artifact_pb2.UploadHeader, artifact_pb2.FileHeader, Any]:

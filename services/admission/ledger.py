@@ -247,10 +247,9 @@ class Ledger:
         return connection.execute(sa.select(executors).where(executors.c.name == name)).one_or_none()
 
 
-def known_executors(connection: sa.Connection, *, only_live: bool = False) -> list[plan_pb2.Executor]:
-    """Executors as they described themselves. One that is away for now still says what its backbone takes."""
-    query = sa.select(executors.c.executor)
-    rows = connection.execute(query.where(executors.c.is_ended.is_(False)) if only_live else query)
+def live_executors(connection: sa.Connection) -> list[plan_pb2.Executor]:
+    """Those that hold a lease, as they described themselves."""
+    rows = connection.execute(sa.select(executors.c.executor).where(executors.c.is_ended.is_(False)))
     return [plan_pb2.Executor.FromString(row.executor) for row in rows]
 
 
