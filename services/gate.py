@@ -6,10 +6,10 @@ So a servicer only reads, decides, and raises.
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -28,6 +28,7 @@ from services.telemetry import carrier_of
 _DRAIN_SECONDS, _PROOF_SECONDS = 1.0, 30.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _UNREADABLE = object()
+T = TypeVar("T")
 _HANDLERS = {
     (False, False): grpc.unary_unary_rpc_method_handler,
     (False, True): grpc.unary_stream_rpc_method_handler,
@@ -54,10 +55,19 @@ class Gate(grpc.aio.ServerInterceptor):
         self._strangers = strangers or Strangers()
         self._calls, self._streams = _Places("calls", max_calls), _Places("streams", max_streams)
         self._telling: set[asyncio.Future[None]] = set()
+        self._guarded: dict[str, Any] = {}  # handlers by method
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        handler, method = await continuation(handler_call_details), handler_call_details.method
-        if handler is None or Role.ANYONE in rule_of(method).roles:
+        method = handler_call_details.method
+        if (guarded := self._guarded.get(method)) is not None:
+            return guarded
+        handler = await continuation(handler_call_details)
+        if handler is not None:
+            self._guarded[method] = handler = self._guard(handler, method)
+        return handler
+
+    def _guard(self, handler: Any, method: str) -> Any:
+        if Role.ANYONE in rule_of(method).roles:
             return handler
         behaviour = self._streaming(handler, method) if handler.response_streaming else self._unary(handler, method)
         make: Any = _HANDLERS[handler.request_streaming, handler.response_streaming]
@@ -68,7 +78,8 @@ class Gate(grpc.aio.ServerInterceptor):
 
         async def serve(request: Any, context: Any) -> Any:
             named = [request] if isinstance(request, Message) else []
-            async with self._call(method, context, named, self._calls):
+
+            async def work(span: RpcSpan) -> Any:
                 _check_read(request)
                 try:
                     response = await inner(request, context)
@@ -79,6 +90,8 @@ class Gate(grpc.aio.ServerInterceptor):
                         await _drain(request)
                     raise
 
+            return await self._call(method, context, named, self._calls, work)
+
         return serve
 
     def _streaming(self, handler: Any, method: str) -> Any:
@@ -87,8 +100,7 @@ class Gate(grpc.aio.ServerInterceptor):
         # A coroutine that writes, not a generator: gRPC leaves the generator of an abandoned stream to the garbage
         # collector, and its span and its servicer's clean-up with it.
         async def serve(request: Any, context: Any) -> None:
-            named = [request] if isinstance(request, Message) else []
-            async with self._call(method, context, named, self._streams) as span:
+            async def work(span: RpcSpan) -> None:
                 _check_read(request)
                 answer = inner(request, context)
                 if inspect.isawaitable(answer):  # a servicer that writes by itself
@@ -103,18 +115,26 @@ class Gate(grpc.aio.ServerInterceptor):
                         await context.write(response)
                         span.establish()
 
+            named = [request] if isinstance(request, Message) else []
+            await self._call(method, context, named, self._streams, work)
+
         return serve
 
-    @asynccontextmanager
     async def _call(
-        self, method: str, context: Any, named: Sequence[Message], places: "_Places"
-    ) -> AsyncIterator[RpcSpan]:
-        """`named`: messages that name the call's resource, for the audit log."""
+        self,
+        method: str,
+        context: Any,
+        named: Sequence[Message],
+        places: "_Places",
+        work: Callable[[RpcSpan], Awaitable[T]],
+    ) -> T | None:
+        """What the work returns; None where it is refused. `named`: messages that name the call's resource, for the
+        audit log."""
         metadata = context.invocation_metadata()
         span = RpcSpan(method, SpanKind.SERVER, carrier_of(metadata), self._address)
-        code, call, refuse = grpc.StatusCode.UNKNOWN, None, None
+        code, call, refuse, done = grpc.StatusCode.UNKNOWN, None, None, None
         try:
-            with places.taken(), span.in_force():
+            with places, span.in_force():
                 principal = await self._prove(method, context)
                 set_principal(principal)
                 set_call(call := AuditedCall(principal, method))
@@ -122,7 +142,7 @@ class Gate(grpc.aio.ServerInterceptor):
                 if principal.tenant:
                     span.set_tenant(principal.tenant)
                 span.establish_soon()
-                yield span
+                done = await work(span)
             code = _code_of(context)
         except grpc.aio.AbortError:
             code = _code_of(context)
@@ -144,6 +164,7 @@ class Gate(grpc.aio.ServerInterceptor):
             await self._tell(call, named, code)
         if refuse is not None:
             await refuse()
+        return done
 
     async def _prove(self, method: str, context: Any) -> Principal:
         """Who calls, by certificate or else by token. Raises UnauthenticatedError, or OverloadedError to strangers."""
@@ -186,21 +207,18 @@ def _check_read(request: Any) -> None:
 
 
 class _Places:
-    """So many at once and no more."""
+    """So many at once and no more. Entering raises OverloadedError where none is free."""
 
     def __init__(self, what: str, limit: int) -> None:
         self._what, self._limit, self._num_taken = what, limit, 0
 
-    @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Raises OverloadedError where none is free."""
+    def __enter__(self) -> None:
         if self._num_taken >= self._limit:
             raise OverloadedError(f"{self._limit} {self._what} are in progress already: call again later")
         self._num_taken += 1
-        try:
-            yield
-        finally:
-            self._num_taken -= 1
+
+    def __exit__(self, *error: object) -> None:
+        self._num_taken -= 1
 
 
 async def _drain(requests: Any) -> None:

@@ -7,12 +7,11 @@ then a short span of its own below it. Source: OpenTelemetry RPC semantic conven
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import lru_cache
 
 import grpc
-from opentelemetry import metrics, propagate, trace
+from opentelemetry import context, metrics, propagate, trace
 from opentelemetry.trace import Link, SpanKind, Status, StatusCode
 
 from services.telemetry import meter, tracer
@@ -38,8 +37,8 @@ class RpcSpan:
     ) -> None:
         self._name, self._kind = method.lstrip("/"), kind
         self._attributes = {"rpc.system.name": "grpc", "rpc.method": self._name, **_server_attributes(address)}
-        context = propagate.extract(carrier) if carrier else None
-        self._span = tracer().start_span(self._name, context=context, kind=kind, attributes=self._attributes)
+        parent = propagate.extract(carrier) if carrier else None
+        self._span = tracer().start_span(self._name, context=parent, kind=kind, attributes=self._attributes)
         self._started = time.perf_counter()
         self._timer: asyncio.TimerHandle | None = None
         self._ending = threading.Lock()
@@ -56,11 +55,9 @@ class RpcSpan:
         propagate.inject(entries, trace.set_span_in_context(self._span))
         return entries
 
-    @contextmanager
-    def in_force(self) -> Iterator[None]:
+    def in_force(self) -> "_InForce":
         """Makes it the parent of what is started inside."""
-        with trace.use_span(self._span, end_on_exit=False, record_exception=False, set_status_on_exception=False):
-            yield
+        return _InForce(trace.set_span_in_context(self._span))
 
     def set_tenant(self, tenant: str) -> None:
         self._span.set_attribute("muxtune.tenant", tenant)
@@ -108,6 +105,19 @@ class RpcSpan:
         side = "server" if self._kind is SpanKind.SERVER else "client"
         duration = _duration(meter(), side)
         duration.record(time.perf_counter() - self._started, {**self._attributes, **outcome})
+
+
+class _InForce:
+    """A context that holds inside. Generators as context managers take four times as long."""
+
+    def __init__(self, inside: context.Context) -> None:
+        self._inside = inside
+
+    def __enter__(self) -> None:
+        self._token = context.attach(self._inside)
+
+    def __exit__(self, *error: object) -> None:
+        context.detach(self._token)
 
 
 @lru_cache(4)

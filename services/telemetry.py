@@ -124,9 +124,11 @@ def _meter(provider: metrics.MeterProvider) -> metrics.Meter:
 
 def current_trace_parent() -> str:
     """W3C traceparent of the span in force; empty if there is none."""
-    carrier: dict[str, str] = {}
-    propagate.inject(carrier)
-    return carrier.get("traceparent", "")
+    context = trace.get_current_span().get_span_context()
+    if not context.is_valid:
+        return ""
+    ids = trace.format_trace_id(context.trace_id), trace.format_span_id(context.span_id)
+    return f"00-{ids[0]}-{ids[1]}-{context.trace_flags:02x}"
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from engine.errors import InvalidInputError, QuotaExceededError
 from muxtune.v1 import budget_pb2, operator_pb2, task_pb2
 from services.admission.clock import now
+from services.admission.statements import Statement
 from services.admission.tables import adapters, datasets, quotas, usage
 from services.admission.tables import tasks as tasks_table
 from services.admission.tasks import UNFINISHED
@@ -20,11 +21,13 @@ from services.admission.tasks import UNFINISHED
 _DAY_MICROSECONDS = 86_400_000_000
 _LIMITS = [field.name for field in operator_pb2.Quota.DESCRIPTOR.fields]
 
-_QUOTA = sa.select(quotas.c.quota).where(quotas.c.tenant == sa.bindparam("tenant"))
-_NUM_UNFINISHED = sa.select(sa.func.count()).where(
-    tasks_table.c.tenant == sa.bindparam("tenant"), tasks_table.c.state.in_(UNFINISHED)
+_QUOTA = Statement(sa.select(quotas.c.quota).where(quotas.c.tenant == sa.bindparam("tenant")))
+_NUM_UNFINISHED = Statement(
+    sa.select(sa.func.count().label("number")).where(
+        tasks_table.c.tenant == sa.bindparam("tenant"), tasks_table.c.state.in_(map(sa.literal, UNFINISHED))
+    )
 )
-_USED = sa.select(usage).where(usage.c.tenant == sa.bindparam("tenant"), usage.c.day == sa.bindparam("day"))
+_USED = Statement(sa.select(usage).where(usage.c.tenant == sa.bindparam("tenant"), usage.c.day == sa.bindparam("day")))
 
 
 def today() -> int:
@@ -34,8 +37,8 @@ def today() -> int:
 
 def quota_of(connection: sa.Connection, tenant: str, default: operator_pb2.Quota) -> operator_pb2.Quota:
     """The tenant's own limits over the service's."""
-    stored = connection.execute(_QUOTA, {"tenant": tenant}).scalar()
-    return _over(default, stored)
+    row = _QUOTA.row(connection, tenant=tenant)
+    return _over(default, row.quota if row else None)
 
 
 def set_quota(connection: sa.Connection, tenant: str, quota: operator_pb2.Quota, only: Sequence[str] = ()) -> None:
@@ -76,9 +79,9 @@ def check_task(connection: sa.Connection, tenant: str, default: operator_pb2.Quo
     """Whether the tenant may have another task now. Raises QuotaExceededError."""
     quota = quota_of(connection, tenant, default)
     most = quota.max_unfinished_tasks
-    if most and (count := connection.execute(_NUM_UNFINISHED, {"tenant": tenant}).scalar_one()) >= most:
+    if most and (count := _NUM_UNFINISHED.rows(connection, tenant=tenant)[0].number) >= most:
         raise QuotaExceededError(f"{tenant} has {count} unfinished tasks; at most {most}", subject=tenant)
-    row = connection.execute(_USED, {"tenant": tenant, "day": today()}).one_or_none()
+    row = _USED.row(connection, tenant=tenant, day=today())
     if row is not None and (why := _exhausted(row, quota)):
         raise QuotaExceededError(f"{tenant} {why}: try again tomorrow (UTC)", subject=tenant)
     _check_held(connection, adapters, tenant, 1, quota.max_adapter_bytes)  # room for the one it will leave

@@ -19,13 +19,14 @@ from services.admission.appraisal import Appraisals, executor_view
 from services.admission.database import Database
 from services.admission.names import authorize, denied
 from services.admission.receipt import CONFIG_FILE
+from services.admission.statements import Statement
 from services.admission.tables import executors
 from services.admission.validation import validate
 from services.artifacts import ArtifactStore
 from services.auth import Principal
 from services.convert import spec_to_domain
 
-_EXECUTORS = sa.select(executors.c.executor)  # one that is away for now still says what its backbone takes
+_EXECUTORS = Statement(sa.select(executors.c.executor))  # one that is away for now still says what its backbone takes
 _MAX_SPEC_BYTES = 256 << 10  # it is read again at every scheduling cycle
 
 
@@ -114,7 +115,7 @@ class Admitter:
             name = authorize(principal, spec.initial_adapter, "adapters")
             key = catalog.adapter_row(connection, name).manifest_key
         accounts.check_task(connection, str(principal.tenant), self._quota_proto)
-        return Found(resolved, key, connection.execute(_EXECUTORS).scalars().all())
+        return Found(resolved, key, [row.executor for row in _EXECUTORS.rows(connection)])
 
     def check_again(self, connection: sa.Connection, tenant: str, admissible: Admissible) -> None:
         """In the transaction that stores the task: the quota, and that what it starts from is what was examined."""

@@ -10,10 +10,11 @@ import sqlalchemy as sa
 from muxtune.v1 import operator_pb2
 from services.admission.clock import now, timestamp
 from services.admission.database import Database
+from services.admission.statements import Statement
 from services.admission.tables import audit_events
 from services.audit import Audit, AuditEntry
 
-_INSERT = sa.insert(audit_events)
+_INSERT = Statement(sa.insert(audit_events))
 _log = logging.getLogger(__name__)
 
 
@@ -31,15 +32,15 @@ def audited_in(database: Database) -> Audit:
 
 
 def insert(connection: sa.Connection, entry: AuditEntry) -> None:
-    values = {
-        "time": now(),
-        "subject": entry.principal.subject,
-        "tenant": entry.principal.tenant or "",
-        "method": entry.method,
-        "resource": entry.resource.replace("\0", ""),  # which PostgreSQL does not store
-        "status_code": entry.status_code,
-    }
-    connection.execute(_INSERT, values)
+    _INSERT.run(
+        connection,
+        time=now(),
+        subject=entry.principal.subject,
+        tenant=entry.principal.tenant or "",
+        method=entry.method,
+        resource=entry.resource.replace("\0", ""),  # which PostgreSQL does not store
+        status_code=entry.status_code,
+    )
 
 
 def page(connection: sa.Connection, tenant: str, after_sequence: int, limit: int) -> Sequence[Any]:

@@ -11,16 +11,17 @@ from engine.errors import AlreadyExistsError, ResourceInUseError
 from muxtune.v1 import artifact_pb2, dataset_pb2
 from services.admission.clock import now, timestamp
 from services.admission.names import denied
+from services.admission.statements import Statement
 from services.admission.tables import adapters, datasets
 from services.admission.tables import tasks as tasks_table
 from services.admission.tasks import UNFINISHED
 
-_DATASET = sa.select(datasets).where(datasets.c.name == sa.bindparam("name"))
+_DATASET = Statement(sa.select(datasets).where(datasets.c.name == sa.bindparam("name")))
 
 
 def dataset_row(connection: sa.Connection, name: str) -> Any:
     """Raises PermissionDeniedError where there is none (AIP-211)."""
-    row = connection.execute(_DATASET, {"name": name}).one_or_none()
+    row = _DATASET.row(connection, name=name)
     if row is None:
         raise denied(name)
     return row
@@ -28,7 +29,7 @@ def dataset_row(connection: sa.Connection, name: str) -> Any:
 
 def existing_dataset(connection: sa.Connection, name: str, sha256: str) -> Any | None:
     """The dataset of that name if it holds these bytes, None if the name is free. Raises AlreadyExistsError."""
-    row = connection.execute(_DATASET, {"name": name}).one_or_none()
+    row = _DATASET.row(connection, name=name)
     if row is not None and row.sha256 != sha256:
         raise AlreadyExistsError(f"{name} holds other bytes: choose another id, or delete it first", subject=name)
     return row

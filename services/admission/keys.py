@@ -16,11 +16,12 @@ from services.access import Role
 from services.admission.clock import now
 from services.admission.database import Database
 from services.admission.names import check_tenant
+from services.admission.statements import Statement
 from services.admission.tables import api_keys
 from services.auth import Principal
 
 _SEEN_SECONDS, _MOST_SEEN = 1.0, 10_000
-_ROW = sa.select(api_keys).where(api_keys.c.id == sa.bindparam("id"))
+_ROW = Statement(sa.select(api_keys).where(api_keys.c.id == sa.bindparam("id")))
 
 
 class KeyStore:
@@ -78,7 +79,7 @@ class KeyStore:
         return principal
 
     def _row(self, connection: sa.Connection, key_id: str) -> Any:
-        row = connection.execute(_ROW, {"id": key_id}).one_or_none()
+        row = _ROW.row(connection, id=key_id)
         if row is None:
             raise NotFoundError(f'there is no API key "{key_id}"')
         return row
@@ -87,7 +88,7 @@ class KeyStore:
 def _proved(connection: sa.Connection, token: str) -> tuple[Principal, float]:
     """Whose key it is, and for how many seconds at most."""
     prefix, key_id, secret = (*token.split("_", 2), "", "")[:3]
-    row = connection.execute(_ROW, {"id": key_id}).one_or_none()
+    row = _ROW.row(connection, id=key_id)
     is_right = hmac.compare_digest(_hash(secret), row.secret_sha256 if row else _hash(""))
     left = math.inf if row is None or row.expires is None else (row.expires - now()) / 1e6
     if prefix != "mxt" or row is None or not is_right or row.revoked is not None or left <= 0:

@@ -7,12 +7,15 @@ import sqlalchemy as sa
 
 from engine.errors import InvalidInputError, RequestIdReusedError
 from services.admission.clock import now
+from services.admission.statements import Statement
 from services.admission.tables import requests
 
-_FOUND = sa.select(requests).where(
-    requests.c.tenant == sa.bindparam("tenant"), requests.c.request_id == sa.bindparam("request_id")
+_FOUND = Statement(
+    sa.select(requests).where(
+        requests.c.tenant == sa.bindparam("tenant"), requests.c.request_id == sa.bindparam("request_id")
+    )
 )
-_INSERT = sa.insert(requests)
+_INSERT = Statement(sa.insert(requests))
 _ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -33,7 +36,7 @@ def find(connection: sa.Connection, tenant: str, request_id: str, method: str, b
         return None
     if not _ID.fullmatch(request_id):
         raise InvalidInputError.of_field("request_id", "must be at most 128 visible ASCII characters: make it a UUID")
-    row = connection.execute(_FOUND, {"tenant": tenant, "request_id": request_id}).one_or_none()
+    row = _FOUND.row(connection, tenant=tenant, request_id=request_id)
     if row is None:
         return None
     if (row.method, row.body_sha256) != (method, body):
@@ -54,4 +57,4 @@ def remember(connection: sa.Connection, tenant: str, request_id: str, method: st
     """In the transaction that makes the resource."""
     if request_id:
         values = {"tenant": tenant, "request_id": request_id, "method": method, "body_sha256": body}
-        connection.execute(_INSERT, {**values, "resource": resource, "created": now()})
+        _INSERT.run(connection, **values, resource=resource, created=now())

@@ -11,25 +11,25 @@ from engine.task import TaskState, check_transition
 from muxtune.v1 import errors_pb2, task_pb2
 from services.admission.clock import now, timestamp
 from services.admission.names import denied
+from services.admission.statements import Statement
 from services.admission.tables import adapters, task_events, tasks
 from services.convert import state_to_proto
 
 UNFINISHED = [state.name for state in TaskState if not state.is_final]
-# Statements of the busiest calls are made once: to make one takes SQLAlchemy longer than SQLite takes to run it.
-_ROW = sa.select(tasks).where(tasks.c.name == sa.bindparam("name"))
-_TAKEN = (
+_ROW = Statement(sa.select(tasks).where(tasks.c.name == sa.bindparam("name")))
+_TAKEN = Statement(
     sa.select(tasks.c.name)
     .where(tasks.c.name == sa.bindparam("name"))
     .union_all(sa.select(adapters.c.name).where(adapters.c.name == sa.bindparam("adapter")))
 )
-_INSERT, _INSERT_EVENT = sa.insert(tasks), sa.insert(task_events)
+_INSERT, _INSERT_EVENT = Statement(sa.insert(tasks)), Statement(sa.insert(task_events))
 _NEXT_SEQUENCE = (
     sa.update(tasks)
     .where(tasks.c.name == sa.bindparam("task"))
     .values(last_sequence=tasks.c.last_sequence + 1)
     .returning(tasks.c.last_sequence)
 )
-_EVENTS_AFTER = (
+_EVENTS_AFTER = Statement(
     sa.select(task_events.c.event)
     .where(task_events.c.task == sa.bindparam("name"), task_events.c.sequence > sa.bindparam("after"))
     .order_by(task_events.c.sequence)
@@ -46,7 +46,7 @@ def insert(
     trace_parent: str,
 ) -> task_pb2.Task:
     """A new task in QUEUED with its first event. Raises AlreadyExistsError if the id is taken."""
-    if connection.execute(_TAKEN, {"name": name, "adapter": name.replace("/tasks/", "/adapters/")}).first():
+    if _TAKEN.row(connection, name=name, adapter=name.replace("/tasks/", "/adapters/")):
         raise AlreadyExistsError(f"{name} (or the adapter it would leave) exists already: choose another id")
     created, progress = now(), task_pb2.TaskProgress(num_steps=estimate.num_steps)
     values = {
@@ -62,11 +62,11 @@ def insert(
         "last_sequence": 1,
         "trace_parent": trace_parent,
     }
-    connection.execute(_INSERT, values)
+    _INSERT.run(connection, **values)
     state = task_pb2.TASK_STATE_QUEUED
     changed = task_pb2.StateChanged(state=state, message="acknowledged")
     event = task_pb2.TaskEvent(sequence=1, time=timestamp(created), state_changed=changed)
-    connection.execute(_INSERT_EVENT, {"task": name, "sequence": 1, "event": event.SerializeToString()})
+    _INSERT_EVENT.run(connection, task=name, sequence=1, event=event.SerializeToString())
     return task_pb2.Task(
         name=name, spec=spec, state=state, progress=progress, estimate=estimate, create_time=timestamp(created),
         trace_parent=trace_parent,
@@ -75,7 +75,7 @@ def insert(
 
 def row_of(connection: sa.Connection, name: str) -> Any:
     """Raises PermissionDeniedError where there is none (AIP-211)."""
-    row = connection.execute(_ROW, {"name": name}).one_or_none()
+    row = _ROW.row(connection, name=name)
     if row is None:
         raise denied(name)
     return row
@@ -91,7 +91,7 @@ def append_event(connection: sa.Connection, name: str, event: task_pb2.TaskEvent
     sequence = connection.execute(_NEXT_SEQUENCE, {"task": name}).scalar_one()
     event.sequence = sequence
     event.time.FromMicroseconds(now())
-    connection.execute(_INSERT_EVENT, {"task": name, "sequence": sequence, "event": event.SerializeToString()})
+    _INSERT_EVENT.run(connection, task=name, sequence=sequence, event=event.SerializeToString())
 
 
 def change_state(
@@ -139,7 +139,7 @@ def cancel(connection: sa.Connection, name: str) -> None:
 
 
 def events_after(connection: sa.Connection, name: str, sequence: int, limit: int) -> list[task_pb2.TaskEvent]:
-    rows = connection.execute(_EVENTS_AFTER, {"name": name, "after": sequence, "most": limit})
+    rows = _EVENTS_AFTER.rows(connection, name=name, after=sequence, most=limit)
     return [task_pb2.TaskEvent.FromString(row.event) for row in rows]
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.errors import FieldViolation, InvalidInputError
 from engine.planning.plan import BackboneView
@@ -13,8 +13,7 @@ _MAX_STEPS = 10_000_000
 _MAX_PRIORITY = 100
 
 
-@dataclass(frozen=True)
-class _Rule:
+class _Rule(NamedTuple):
     """`holds` or `remedy` is told; `value` is what was sent."""
 
     field: str
@@ -64,7 +63,7 @@ def _rules(spec: TaskSpec, backbone: BackboneView | None) -> list[_Rule]:
 
 
 def _training_rules(t: Training, backbone: BackboneView | None, num_added: int) -> list[_Rule]:
-    """`num_added`: positions that the method adds to every sequence."""
+    """Those that do not hold. `num_added`: positions that the method adds to every sequence."""
     longest = backbone.max_sequence_tokens - num_added if backbone else math.inf
     steps_field = "num_steps" if t.num_steps is not None else "num_epochs"
     steps = t.num_steps if t.num_steps is not None else t.num_epochs
@@ -114,4 +113,4 @@ def _training_rules(t: Training, backbone: BackboneView | None, num_added: int) 
             "must be finite and not negative",
         ),
     ]
-    return [_Rule(f"spec.training.{rule.field}", rule.value, rule.holds, rule.remedy) for rule in rules]
+    return [rule._replace(field=f"spec.training.{rule.field}") for rule in rules if not rule.holds]
