@@ -5,27 +5,18 @@ Legend: N rows, S tokens of all rows, L tokens of one row.
 """
 
 import math
-from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.alignment.reading import RowRefusedError, TokenizedRow, tokenize_all
+from engine.alignment.reading import tokenize_all
 from engine.alignment.rows import Row
+from engine.alignment.tokenized import Refused, TokenizedRows
 from engine.alignment.tokens import BackboneTokenizer
 from engine.errors import FieldViolation, InvalidInputError
 from engine.task import Overlength, Training
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A row left out, and why (never quoting it)."""
-
-    line: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -61,62 +52,47 @@ class TokenizedDataset:
 
 def tokenize_dataset(rows: Iterable[Row], tokenizer: BackboneTokenizer, training: Training) -> TokenizedDataset:
     """Raises InvalidInputError if no row is left, or if one is too long and `overlength` is REFUSE."""
-    kept, refused, num_special = _Kept(), [], 0
-    limit = training.max_sequence_tokens
-    lengths, num_truncated = array("q"), 0
-    for row, tokenized in tokenize_all(rows, tokenizer, training.parse_special_tokens):
-        if isinstance(tokenized, RowRefusedError):
-            refused.append(Refused(row.line, str(tokenized)))
-            continue
-        num_tokens = len(tokenized.ids)
-        lengths.append(num_tokens)
-        if num_tokens > limit:
-            if reason := _overlong(tokenized, limit, training.overlength):
-                refused.append(Refused(row.line, reason))
-                continue
-            num_truncated += 1
-        kept.add(tokenized, limit)
-        num_special += tokenized.spells_special
-    if not kept.lines:
+    parts, lengths, num_truncated = list[TokenizedRows](), list[NDArray[np.int64]](), 0
+    for part in tokenize_all(rows, tokenizer, training.parse_special_tokens):
+        within, num_cut = _within(part, training.max_sequence_tokens, training.overlength)
+        parts.append(within)
+        lengths.append(part.lengths_N)
+        num_truncated += num_cut
+    refused = tuple(row for part in parts for row in part.refused)
+    if not any(len(part.lines) for part in parts):
         why = f"every row is refused; line {refused[0].line}: {refused[0].reason}" if refused else "has no rows"
         raise InvalidInputError.of_field("dataset", why)
     return TokenizedDataset(
-        **kept.arrays(),
-        original_lengths=np.array(lengths, np.int64),
-        refused=tuple(refused),
+        token_ids_S=np.concatenate([part.token_ids_S for part in parts]),
+        bears_loss_S=np.concatenate([part.bears_loss_S for part in parts]),
+        offsets=np.concatenate([[0], *(part.lengths_N for part in parts)]).cumsum(),
+        lines=np.concatenate([part.lines for part in parts]),
+        original_lengths=np.concatenate(lengths),
+        refused=refused,
         num_truncated=num_truncated,
-        num_special_text_rows=num_special,
+        num_special_text_rows=sum(int(part.spells_special_N.sum()) for part in parts),
     )
 
 
-class _Kept:
-    """Rows one after another, flat as they come: few bytes a token, and no object a row."""
-
-    def __init__(self) -> None:
-        self.ids, self.lines, self.ends = array("i"), array("q"), array("q", [0])
-        self.span_starts, self.span_ends = array("q"), array("q")  # of tokens that bear loss
-
-    def add(self, row: TokenizedRow, limit: int) -> None:
-        """Its first `limit` tokens."""
-        base = len(self.ids)
-        self.ids.extend(row.ids[:limit])
-        self.lines.append(row.line)
-        self.ends.append(len(self.ids))
-        for start, end in row.spans:
-            if start < limit:
-                self.span_starts.append(base + start)
-                self.span_ends.append(base + min(end, limit))
-
-    def arrays(self) -> dict[str, Any]:
-        num_spans_S = np.zeros(len(self.ids) + 1, np.int16)  # that a token is in: counted up where one begins
-        np.add.at(num_spans_S, np.array(self.span_starts, np.int64), 1)
-        np.subtract.at(num_spans_S, np.array(self.span_ends, np.int64), 1)
-        return {
-            "token_ids_S": np.array(self.ids, np.int32),
-            "bears_loss_S": num_spans_S[:-1].cumsum(dtype=np.int16).astype(np.bool_),
-            "offsets": np.array(self.ends, np.int64),
-            "lines": np.array(self.lines, np.int64),
-        }
+def _within(rows: TokenizedRows, limit: int, overlength: Overlength) -> tuple[TokenizedRows, int]:
+    """Those that are not too long, or no more once truncated; how many were. Raises InvalidInputError for REFUSE."""
+    is_overlong_N = rows.lengths_N > limit
+    if not is_overlong_N.any():
+        return rows, 0
+    if overlength is Overlength.REFUSE:
+        index = int(is_overlong_N.argmax())
+        raise InvalidInputError.of_field(
+            "training.max_sequence_tokens",
+            f"line {rows.lines[index]} has {rows.lengths_N[index]} tokens, over {limit}; raise the limit or choose "
+            "TRUNCATE or DROP",
+        )
+    if overlength is Overlength.DROP:
+        is_out_N = is_overlong_N
+        reasons = [f"{num_tokens} tokens, over max_sequence_tokens {limit}" for num_tokens in rows.lengths_N[is_out_N]]
+    else:
+        is_out_N = is_overlong_N & (rows.num_targets_N(limit) == 0)
+        reasons = [f"no token bears loss within max_sequence_tokens {limit}"] * int(is_out_N.sum())
+    return rows.where(~is_out_N, limit, reasons), int((is_overlong_N & ~is_out_N).sum())
 
 
 @dataclass(frozen=True)
@@ -173,16 +149,3 @@ def _permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     """numpy's Philox keyed by (seed, epoch + 1): epoch -1 draws the held-out split."""
     key = np.array([seed % 2**64, epoch + 1], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).permutation(count)
-
-
-def _overlong(row: TokenizedRow, limit: int, overlength: Overlength) -> str:
-    """Why an overlong row is left out; empty: it is truncated. Raises InvalidInputError for REFUSE."""
-    num_tokens = len(row.ids)
-    if overlength is Overlength.REFUSE:
-        raise InvalidInputError.of_field(
-            "training.max_sequence_tokens",
-            f"line {row.line} has {num_tokens} tokens, over {limit}; raise the limit or choose TRUNCATE or DROP",
-        )
-    if overlength is Overlength.DROP:
-        return f"{num_tokens} tokens, over max_sequence_tokens {limit}"
-    return "" if row.has_target(limit) else f"no token bears loss within max_sequence_tokens {limit}"

@@ -1,25 +1,25 @@
 """Characters that tokens stand for, from the tokens' own lengths: a tokenizer need not keep them while it encodes.
 
 A byte-level BPE that normalizes nothing (GPT-2, Llama 3, SmolLM2; Qwen where a text is ASCII) cuts a text's bytes up,
-and a token stands for as many bytes as it has. Legend: B bytes of a text.
+and a token stands for as many bytes as it has. Legend: B bytes and T tokens of a text (or of several, one after
+another), V vocabulary.
 """
 
-import itertools
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-Offsets = tuple[list[int], list[int]]  # where each token starts and ends
+Offsets = tuple[NDArray[np.int64], NDArray[np.int64]]  # T each: where each token starts and ends; neither ever falls
 
 
 class TokenLengths:
     """Bytes of each token of a tokenizer that loses nothing."""
 
-    def __init__(self, num_bytes: Sequence[int], normalizes: bool) -> None:
-        self._num_bytes, self._normalizes = num_bytes, normalizes
+    def __init__(self, num_bytes_V: NDArray[np.int64], normalizes: bool) -> None:
+        self._num_bytes_V, self._normalizes = num_bytes_V, normalizes
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "TokenLengths | None":
@@ -30,24 +30,29 @@ class TokenLengths:
         pieces = tokenizer.get_vocab(with_added_tokens=False)
         added = {i: len(token.content.encode()) for i, token in tokenizer.get_added_tokens_decoder().items()}
         num_bytes = {i: len(piece) for piece, i in pieces.items()} | added  # of a piece each letter is a byte
-        by_token = [num_bytes.get(i, 0) for i in range(1 + max(num_bytes))]
-        return cls(by_token, described["normalizer"] is not None)
+        num_bytes_V = np.zeros(1 + max(num_bytes), np.int64)
+        num_bytes_V[list(num_bytes)] = list(num_bytes.values())
+        return cls(num_bytes_V, described["normalizer"] is not None)
 
-    def offsets(self, text: str, ids: list[int]) -> Offsets | None:
+    def offsets(self, text: str, ids_T: NDArray[np.int32]) -> Offsets | None:
         """Starts and ends, in characters of `text`, as tokenizers tells them: a part of a character counts as
-        the whole. None where they can't be told this way: a token swallowed blanks beside it, or there was none for a
-        byte. Either makes their lengths' sum too small, and nothing makes it larger."""
+        the whole. Texts that were encoded apart may be asked about at once, joined.
+
+        None where they can't be told this way: a token swallowed blanks beside it, or there was none for a byte.
+        Either makes their lengths' sum too small, and nothing makes it larger."""
         if self._normalizes and not text.isascii():
             return None
-        ends = list(itertools.accumulate(map(self._num_bytes.__getitem__, ids)))
-        starts, num_bytes = ([0, *ends[:-1]], ends[-1]) if ends else ([], 0)
+        num_bytes_T = self._num_bytes_V[ids_T]
+        ends_T = num_bytes_T.cumsum()
+        starts_T = ends_T - num_bytes_T
+        num_bytes = int(num_bytes_T.sum())
         if text.isascii():
-            return (starts, ends) if num_bytes == len(text) else None
+            return (starts_T, ends_T) if num_bytes == len(text) else None
         data_B = np.frombuffer(text.encode(), np.uint8)
         if num_bytes != len(data_B):
             return None
         num_begun_B = ((data_B & 0xC0) != 0x80).cumsum()  # characters up to each byte, its own included
-        return (num_begun_B[starts] - 1).tolist(), num_begun_B[np.array(ends) - 1].tolist()
+        return num_begun_B[starts_T] - 1, num_begun_B[ends_T - 1]
 
 
 def _is_byte_level(described: dict[str, Any]) -> bool:

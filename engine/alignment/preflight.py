@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.alignment.dataset import Order, Refused, TokenizedDataset, num_steps, split
+from engine.alignment.dataset import Order, TokenizedDataset, num_steps, split
+from engine.alignment.tokenized import Refused
 from engine.alignment.tokens import BackboneTokenizer
 from engine.task import Training
 

@@ -3,14 +3,14 @@
 `messages`: the backbone's chat template; loss on assistant turns, their stop token included. `prompt`/`completion`:
 loss on the completion and its end. `text`: loss on all of it. Special tokens that a row spells out stay text; in the
 last two they are read as such for a task that asks for it (`Training.parse_special_tokens`).
-No error ever quotes a row: it is the tenant's data. Legend: L tokens of one row.
+No error ever quotes a row: it is the tenant's data. Legend: N rows, S tokens of all rows, C of the conversations among
+them, K assistant turns of those.
 """
 
-import itertools
-from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, pairwise, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,37 +19,14 @@ from numpy.typing import NDArray
 from engine.alignment.rows import Row
 from engine.alignment.smuggled import smuggled_spans
 from engine.alignment.templates import TemplateRefusedError
+from engine.alignment.tokenized import Refused, TokenizedRow, TokenizedRows
 from engine.alignment.tokens import BackboneTokenizer, Encoded, Piece
-from engine.alignment.turns import Turn, assistant_turns
+from engine.alignment.turns import Turn, assistant_turns, turn_tokens
 
-_BATCH_ROWS, _BATCH_CHARACTERS = 1024, 1 << 20  # that go through the tokenizer at once
-_BATCHES_AHEAD = 2  # encoded by threads of their own, without Python's lock, while other rows are parsed and finished
-
-
-class TokenizedRow(NamedTuple):
-    """Token ids, and the spans [start, end) of them that bear loss, in order: each of those tokens is to be predicted
-    from the tokens before it. `spells_special`: a `text`, `prompt` or `completion` spells out a special token that is
-    read as text."""
-
-    line: int
-    ids: list[int]
-    spans: list[tuple[int, int]]
-    spells_special: bool
-
-    @property
-    def token_ids_L(self) -> NDArray[np.int32]:
-        return np.array(self.ids, np.int32)
-
-    @property
-    def bears_loss_L(self) -> NDArray[np.bool_]:
-        mask_L = np.zeros(len(self.ids), np.bool_)
-        for start, end in self.spans:
-            mask_L[start:end] = True
-        return mask_L
-
-    def has_target(self, num_tokens: int) -> bool:
-        """Whether any of its first tokens is to be predicted: nothing stands before the very first."""
-        return any(max(start, 1) < min(end, num_tokens) for start, end in self.spans)
+# Some milliseconds of the tokenizer's work: no core waits long for the first batch, or for what is made of the last.
+_BATCH_ROWS, _BATCH_CHARACTERS = 512, 1 << 15
+# Under work at once, while other rows are parsed and rendered; of one row alone the characters may be more.
+_BATCHES_AHEAD, _CHARACTERS_AHEAD = 4, 4 << 20
 
 
 class RowRefusedError(Exception):
@@ -58,148 +35,193 @@ class RowRefusedError(Exception):
 
 def tokenize(row: Row, tokenizer: BackboneTokenizer, parse_special_tokens: bool = False) -> TokenizedRow:
     """Raises RowRefusedError where the backbone's template cannot render or mask the row."""
-    ((_, read),) = tokenize_all([row], tokenizer, parse_special_tokens)
-    if isinstance(read, RowRefusedError):
-        raise read
-    return read
+    (rows,) = tokenize_all([row], tokenizer, parse_special_tokens)
+    for refused in rows.refused:
+        raise RowRefusedError(refused.reason)
+    return rows.row(0)
 
 
 def tokenize_all(
     rows: Iterable[Row], tokenizer: BackboneTokenizer, parse_special_tokens: bool = False
-) -> Iterator[tuple[Row, TokenizedRow | RowRefusedError]]:
-    """Each row in order, with its tokens or why it has none. Rows go through the tokenizer many at once."""
-    ahead: deque[tuple[list[_Reader], Future[list[Encoded]]]] = deque()
+) -> Iterator[TokenizedRows]:
+    """All rows in order, some at a time."""
+    ahead, num_ahead = deque[tuple[int, Future[TokenizedRows]]](), 0
     with ThreadPoolExecutor(_BATCHES_AHEAD, "tokenize") as threads:
-        for readers in _batches(_Reader(row, tokenizer, parse_special_tokens) for row in rows):
-            pieces = [piece for reader in readers for piece in reader.pieces]
-            ahead.append((readers, threads.submit(tokenizer.encode, pieces)))
-            if len(ahead) > _BATCHES_AHEAD:
-                yield from _finished(*ahead.popleft())
-        while ahead:
-            yield from _finished(*ahead.popleft())
+        for batch, num_characters in _batches(_ask(row, tokenizer, parse_special_tokens) for row in rows):
+            while ahead and (len(ahead) == _BATCHES_AHEAD or num_ahead + num_characters > _CHARACTERS_AHEAD):
+                num_done, future = ahead.popleft()
+                num_ahead -= num_done
+                yield future.result()
+            ahead.append((num_characters, threads.submit(_read, batch, tokenizer, parse_special_tokens)))
+            num_ahead += num_characters
+        for _, future in ahead:
+            yield future.result()
 
 
-def _batches(readers: Iterable["_Reader"]) -> Iterator[list["_Reader"]]:
-    batch: list[_Reader] = []
-    num_characters = 0
-    for reader in readers:
-        batch.append(reader)
-        num_characters += reader.num_characters
-        if len(batch) == _BATCH_ROWS or num_characters > _BATCH_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
+class _Asked(NamedTuple):
+    """A row on its way: what is to be encoded of it, or why nothing is; of a conversation, what an assistant says."""
+
+    row: Row
+    pieces: list[Piece]
+    turns: list[Turn]
+    refusal: str = ""
 
 
-def _finished(
-    readers: Sequence["_Reader"], encoding: Future[list[Encoded]]
-) -> Iterator[tuple[Row, TokenizedRow | RowRefusedError]]:
-    encoded = iter(encoding.result())
-    for reader in readers:
-        yield reader.row, reader.finish(list(itertools.islice(encoded, len(reader.pieces))))
+def _ask(row: Row, tokenizer: BackboneTokenizer, parse_special_tokens: bool) -> _Asked:
+    try:
+        return _Asked(row, *_SHAPES[row.shape](row.fields, tokenizer, not parse_special_tokens))
+    except TemplateRefusedError as error:
+        return _Asked(row, [], [], str(error))
 
 
-class _Reader:
-    """One row on its way: `pieces` are to be encoded, none if it is refused already."""
-
-    def __init__(self, row: Row, tokenizer: BackboneTokenizer, parse_special_tokens: bool) -> None:
-        self.row, self._refused = row, None
-        self._is_trusted = parse_special_tokens and row.shape != "messages"
-        self._reading = _READINGS[row.shape](row.fields, tokenizer, parse_special_tokens)
-        self.pieces: list[Piece] = []
-        try:
-            self.pieces = next(self._reading)
-        except RowRefusedError as error:
-            self._refused = error
-        self.num_characters, self._spells_special = 0, False
-        for piece in self.pieces:
-            self.num_characters += len(piece.text)
-            if piece.is_plain and row.shape != "messages" and tokenizer.special_pattern.search(piece.text):
-                self._spells_special = True
-
-    def finish(self, encoded: list[Encoded]) -> TokenizedRow | RowRefusedError:
-        if self._refused is not None:
-            return self._refused
-        for part in encoded:
-            if part.is_forged and not self._is_trusted:
-                return RowRefusedError("the backbone's tokenizer makes a special token of what it spells out as text")
-        try:
-            self._reading.send(encoded)
-        except StopIteration as done:
-            ids, spans = done.value
-        row = TokenizedRow(self.row.line, ids, spans, self._spells_special)
-        return row if row.has_target(len(ids)) else RowRefusedError("no token bears loss")
+def _text(fields: Mapping[str, Any], _: BackboneTokenizer, is_plain: bool) -> tuple[list[Piece], list[Turn]]:
+    return [Piece(fields["text"], True, is_plain)], []
 
 
-# A shape's reading asks for its pieces, is sent what became of them, and returns tokens and spans that bear loss.
-_Reading = Generator[list[Piece], list[Encoded], tuple[list[int], list[tuple[int, int]]]]
+def _prompt_completion(
+    fields: Mapping[str, Any], _: BackboneTokenizer, is_plain: bool
+) -> tuple[list[Piece], list[Turn]]:
+    return [Piece(fields["prompt"], True, is_plain), Piece(fields["completion"], False, is_plain)], []
 
 
-def _text(fields: Mapping[str, Any], tokenizer: BackboneTokenizer, parse_special_tokens: bool) -> _Reading:
-    (encoded,) = yield [Piece(fields["text"], adds_tokens=True, is_plain=not parse_special_tokens)]
-    ids = _closed(encoded.ids, tokenizer)
-    return ids, [(0, len(ids))]
-
-
-def _prompt_completion(fields: Mapping[str, Any], tokenizer: BackboneTokenizer, parse_special_tokens: bool) -> _Reading:
-    prompt, completion = yield [
-        Piece(fields["prompt"], adds_tokens=True, is_plain=not parse_special_tokens),
-        Piece(fields["completion"], is_plain=not parse_special_tokens),
-    ]
-    head, tail = prompt.ids, _closed(completion.ids, tokenizer)
-    if tokenizer.eos_token_id is not None and head and head[-1] == tokenizer.eos_token_id:
-        head = head[:-1]  # some tokenizers close what they encode
-    return head + tail, [(len(head), len(head) + len(tail))]
-
-
-def _closed(ids: list[int], tokenizer: BackboneTokenizer) -> list[int]:
-    if tokenizer.eos_token_id is None or (ids and ids[-1] == tokenizer.eos_token_id):
-        return ids
-    return [*ids, tokenizer.eos_token_id]
-
-
-def _messages(fields: Mapping[str, Any], tokenizer: BackboneTokenizer, _: bool) -> _Reading:
-    """One tokenization of the whole conversation, as a server would see it; the assistant turns in it bear loss.
+def _messages(fields: Mapping[str, Any], tokenizer: BackboneTokenizer, _: bool) -> tuple[list[Piece], list[Turn]]:
+    """One tokenization of the whole conversation, as a server would see it.
 
     What a message itself spells out of the template's special tokens is encoded apart, as text.
     """
     if tokenizer.template is None:
-        raise RowRefusedError("the backbone has no chat template: use prompt/completion or text")
+        raise TemplateRefusedError("the backbone has no chat template: use prompt/completion or text")
     messages = fields["messages"]
-    try:
-        text = tokenizer.template.render(messages)
-        turns = assistant_turns(messages, text, tokenizer)
-        smuggled = smuggled_spans(messages, text, tokenizer)
-    except TemplateRefusedError as error:
-        raise RowRefusedError(str(error)) from None
-    bounds = [0, *(bound for span in smuggled for bound in span), len(text)]
-    encoded = yield [
+    text = tokenizer.template.render(messages)
+    turns = assistant_turns(messages, text, tokenizer)
+    smuggled = smuggled_spans(messages, text, tokenizer)
+    if not smuggled:
+        return [Piece(text, has_offsets=True)], turns
+    bounds = [0, *chain.from_iterable(smuggled), len(text)]
+    return [
         Piece(text[start:end], is_plain=i % 2 == 1, has_offsets=True)
-        for i, (start, end) in enumerate(itertools.pairwise(bounds))
-    ]
-    (ids, starts, ends, _forged), *others = encoded
-    if others:
-        ids = [token for part in encoded for token in part.ids]
-        starts = [at + start for part, start in zip(encoded, bounds, strict=False) for at in part.starts]
-        ends = [at + start for part, start in zip(encoded, bounds, strict=False) for at in part.ends]
-    return ids, [_turn_span(turn, ids, starts, ends, tokenizer) for turn in turns]
+        for i, (start, end) in enumerate(pairwise(bounds))
+    ], turns
 
 
-def _turn_span(
-    turn: Turn, ids: list[int], starts: list[int], ends: list[int], tokenizer: BackboneTokenizer
-) -> tuple[int, int]:
-    """The tokens that lie in the turn, up to its stop token, that one included: template text after it is never
-    generated. A token of no width (a sentencepiece prefix) belongs to the turn if it lies strictly inside."""
-    first = max(bisect_left(starts, turn.start), bisect_right(ends, turn.start))
-    end = max(first, min(bisect_left(starts, turn.end), bisect_right(ends, turn.end)))
-    after = max(first, bisect_left(starts, turn.content_end))
-    stops = (i + 1 for i in range(end - 1, after - 1, -1) if ids[i] in tokenizer.special_ids)
-    return first, next(stops, end)
-
-
-_READINGS: dict[str, Callable[[Mapping[str, Any], BackboneTokenizer, bool], _Reading]] = {
+_SHAPES: dict[str, Callable[[Mapping[str, Any], BackboneTokenizer, bool], tuple[list[Piece], list[Turn]]]] = {
     "messages": _messages,
     "prompt_completion": _prompt_completion,
     "text": _text,
 }
+
+
+def _batches(rows: Iterable[_Asked]) -> Iterator[tuple[list[_Asked], int]]:
+    """With their numbers of characters."""
+    batch, num_characters = list[_Asked](), 0
+    for asked in rows:
+        batch.append(asked)
+        for piece in asked.pieces:
+            num_characters += len(piece.text)
+        if len(batch) == _BATCH_ROWS or num_characters > _BATCH_CHARACTERS:
+            yield batch, num_characters
+            batch, num_characters = [], 0
+    if batch:
+        yield batch, num_characters
+
+
+def _read(batch: Sequence[_Asked], tokenizer: BackboneTokenizer, parse_special_tokens: bool) -> TokenizedRows:
+    pieces = [piece for asked in batch for piece in asked.pieces]
+    reading, at = _Reading(tokenizer, pieces, tokenizer.encode(pieces)), 0
+    for asked in batch:
+        own = range(at, at + len(asked.pieces))
+        at = own.stop
+        reading.add(asked, own, is_trusted=parse_special_tokens)
+    return reading.rows()
+
+
+class _Reading:
+    """Rows of a batch one after another, of encoded pieces."""
+
+    def __init__(self, tokenizer: BackboneTokenizer, pieces: Sequence[Piece], encoded: Encoded) -> None:
+        self._tokenizer, self._pieces, self._encoded = tokenizer, pieces, encoded
+        self._ids, self._ends = list[int](), [0]
+        self._lines, self._spells_special, self._refused = list[int](), list[bool](), list[Refused]()
+        self._spans = list[tuple[int, int]]()  # of tokens that bear loss, but for those of conversations
+        self._chats, self._chat_pieces = list[int](), dict[int, Piece]()
+        self._turns, self._num_characters = list[tuple[int, int, int, int]](), 0  # of all conversations, joined
+
+    def add(self, asked: _Asked, own: range, is_trusted: bool) -> None:
+        """`own`: the indices of its pieces."""
+        is_chat, forged = asked.row.shape == "messages", self._encoded.forged
+        refusal = asked.refusal
+        if forged and not forged.isdisjoint(own) and (is_chat or not is_trusted):
+            refusal = "the backbone's tokenizer makes a special token of what it spells out as text"
+        if refusal:
+            self._refused.append(Refused(asked.row.line, refusal))
+            return
+        if is_chat:
+            self._add_chat(asked, own)
+        else:
+            self._add_plain(self._encoded.ids[own.start : own.stop])
+        spelled = self._tokenizer.special_pattern.search
+        self._lines.append(asked.row.line)
+        self._ends.append(len(self._ids))
+        self._spells_special.append(
+            not is_chat and any(piece.is_plain and spelled(piece.text) is not None for piece in asked.pieces)
+        )
+
+    def _add_plain(self, ids: Sequence[list[int]]) -> None:
+        """`text`, or `prompt` and `completion`: loss on the last of them and its end."""
+        all_ids, eos = self._ids, self._tokenizer.eos_token_id
+        *prompt, learned = ids
+        for own in prompt:
+            all_ids += own
+            if eos is not None and own and own[-1] == eos:  # some tokenizers close what they encode
+                all_ids.pop()
+        start = len(all_ids)
+        all_ids += learned
+        if eos is not None and not (learned and learned[-1] == eos):
+            all_ids.append(eos)
+        self._spans.append((start, len(all_ids)))
+
+    def _add_chat(self, asked: _Asked, own: range) -> None:
+        index, before = len(self._lines), self._num_characters
+        self._chats.append(index)
+        self._turns += [(index, before + start, before + end, before + content) for start, end, content in asked.turns]
+        for i, piece in zip(own, asked.pieces, strict=True):
+            self._ids += self._encoded.ids[i]
+            self._chat_pieces[i] = piece
+            self._num_characters += len(piece.text)
+
+    def rows(self) -> TokenizedRows:
+        ids_S, offsets = np.array(self._ids, np.int32), np.array(self._ends, np.int64)
+        spans = np.array(self._spans, np.int64).reshape(-1, 2).T
+        if self._chats:
+            spans = np.concatenate([spans, self._chat_spans(ids_S, offsets)], axis=1)
+        rows = TokenizedRows(
+            ids_S,
+            _covered_S(spans, len(ids_S)),
+            offsets,
+            np.array(self._lines, np.int64),
+            np.array(self._spells_special, np.bool_),
+            self._refused,
+        )
+        has_target_N = rows.num_targets_N(len(ids_S)) > 0
+        return rows if has_target_N.all() else rows.where(has_target_N, len(ids_S), repeat("no token bears loss"))
+
+    def _chat_spans(self, ids_S: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of tokens that bear loss, 2 by K: found among those of conversations alone."""
+        is_chat_N = np.zeros(len(offsets) - 1, np.bool_)
+        is_chat_N[self._chats] = True
+        lengths_N = np.diff(offsets)
+        ids_C = ids_S if is_chat_N.all() else ids_S[is_chat_N.repeat(lengths_N)]
+        chat_offsets = np.concatenate([[0], (lengths_N * is_chat_N).cumsum()])
+        row_K, *turns = np.array(self._turns, np.int64).reshape(-1, 4).T
+        told = self._tokenizer.offsets(self._chat_pieces, self._encoded, ids_C)
+        rows_2K = np.stack([chat_offsets[row_K], chat_offsets[row_K + 1]])
+        spans = turn_tokens(np.stack(turns), rows_2K, told, self._tokenizer.is_special_V[ids_C])
+        return spans + (offsets - chat_offsets)[row_K]
+
+
+def _covered_S(spans: NDArray[np.int64], num_tokens: int) -> NDArray[np.bool_]:
+    """Which tokens stand in any of the spans [start, end)."""
+    num_spans_S = np.zeros(num_tokens + 1, np.int16)  # counted up where one begins
+    np.add.at(num_spans_S, spans[0], 1)
+    np.subtract.at(num_spans_S, spans[1], 1)
+    return num_spans_S[:-1].cumsum(dtype=np.int16).astype(np.bool_)

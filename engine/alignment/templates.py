@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the first is the one templates read
 _TODAY = datetime(2024, 7, 26)  # of Llama 3's own template: a step's tokens must not depend on the day it is run on
 _REASONING_FIELDS_SET = frozenset(_REASONING_FIELDS)
+_OF_A_LOOP = frozenset({"first", "last", "index", "index0"})
 
 
 class TemplateRefusedError(Exception):
@@ -40,29 +41,26 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise TemplateRefusedError(f"the chat template does not compile: {error}") from error
-        self._template.globals = dict(self._template.globals)  # a plain one: it is copied at every rendering
-        self._special_tokens = dict(special_tokens)
+        self._always = {**self._template.globals, "tools": None, "documents": None, **special_tokens}
+        self._template.globals = {}  # so that each rendering copies one dict, and not both
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
         """The conversation as text. Raises TemplateRefusedError where the template refuses it."""
         try:
-            return self._template.render(
-                messages=[_with_reasoning(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
+            told = [_with_reasoning(message) for message in messages]
+            known = {**self._always, "messages": told, "add_generation_prompt": add_generation_prompt}
+            # As Template.render does it, less what only serves to show the template's line in a traceback.
+            return "".join(self._template.root_render_func(self._template.new_context(known, shared=True)))
         except Exception as error:  # a template may stumble over any value in any way
             raise TemplateRefusedError(f"the chat template refuses it ({type(error).__name__})") from None
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+    def getattr(self, obj: Any, attribute: str) -> Any:
         """Of a loop (`loop.first`), which most templates ask for at every message: as the sandbox says, but at once."""
-        if type(obj) is LoopContext:
-            return not attr.startswith("_")
-        return super().is_safe_attribute(obj, attr, value)
+        if type(obj) is LoopContext and attribute in _OF_A_LOOP:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
 
 
 class _Generation(Extension):

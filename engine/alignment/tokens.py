@@ -3,11 +3,10 @@
 Legend: L tokens of one row, V vocabulary.
 """
 
-import itertools
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from engine.errors import InvalidInputError
 class Piece(NamedTuple):
     """A text to encode. `adds_tokens`: with what the tokenizer puts around a text; `is_plain`: special tokens that it
     spells out stay text (transformers' split_special_tokens), else they are read as such, as a chat template needs;
-    `has_offsets`: see Encoded."""
+    `has_offsets`: see BackboneTokenizer.offsets."""
 
     text: str
     adds_tokens: bool = False
@@ -32,16 +31,12 @@ class Piece(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Token ids and, if asked for, the characters [start, end) of the text that each stands for, both in order.
-    `is_forged`: it has more special tokens than were asked for, made of mere text (see BackboneTokenizer)."""
+    """Token ids of each piece. `forged`: indices of those that have more special tokens than were asked for, made of
+    mere text (see BackboneTokenizer). `kept_offsets`: of a piece, by its index, where only tokenizers can tell them."""
 
-    ids: list[int]
-    starts: list[int]
-    ends: list[int]
-    is_forged: bool
-
-
-_NONE: Offsets = ([], [])
+    ids: list[list[int]]
+    forged: set[int]
+    kept_offsets: dict[int, Offsets]
 
 
 class BackboneTokenizer:
@@ -70,6 +65,8 @@ class BackboneTokenizer:
         self.eos_token_id = tokenizer.token_to_id(self.eos_token) if self.eos_token else None
         added = {i: token for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self.special_ids = frozenset(added)
+        self.is_special_V = np.zeros(1 + max([*tokenizer.get_vocab().values(), *added], default=0), np.bool_)
+        self.is_special_V[list(added)] = True
         self.special_tokens = frozenset(token.content for token in added.values())
         self.special_pattern = _any_of(self.special_tokens)
         self._forgeable = self.special_ids - {_unknown(tokenizer)} if self._may_forge(added) else frozenset()
@@ -95,37 +92,48 @@ class BackboneTokenizer:
         except TemplateRefusedError as error:
             raise InvalidInputError.of_field("backbone", f"{folder}: {error}") from error
 
-    def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
+    def encode(self, pieces: Sequence[Piece]) -> Encoded:
         """All at once, on all cores. Text alone is the same whatever stands beside it."""
         by_kind = defaultdict[tuple[bool, bool, bool], list[int]](list)
-        for i, (_, adds_tokens, is_plain, has_offsets) in enumerate(pieces):
-            by_kind[adds_tokens, is_plain, has_offsets].append(i)
-        if len(by_kind) == 1:
-            return list(self._encode(pieces, *next(iter(by_kind))))
-        encoded: dict[int, Encoded] = {}
-        for kind, own in by_kind.items():
-            encoded.update(zip(own, self._encode([pieces[i] for i in own], *kind), strict=True))
-        return [encoded[i] for i in range(len(pieces))]
+        for i, (_, *kind) in enumerate(pieces):
+            by_kind[tuple(kind)].append(i)
+        encoded = Encoded([[]] * len(pieces), set(), {})
+        for (adds_tokens, is_plain, has_offsets), own in by_kind.items():
+            tokenizer = self._by_kind[adds_tokens, is_plain]
+            keeps_offsets = has_offsets and self._lengths is None
+            encode = tokenizer.encode_batch if keeps_offsets else tokenizer.encode_batch_fast
+            found = encode([pieces[i].text for i in own], add_special_tokens=adds_tokens)
+            for i, encoding in zip(own, found, strict=True):
+                encoded.ids[i] = encoding.ids
+                if keeps_offsets:
+                    encoded.kept_offsets[i] = _offsets(encoding)
+        if self._forgeable:  # hardly ever
+            asked = map(self._num_asked_for, pieces)
+            encoded.forged.update(i for i, num in enumerate(asked) if self._num_special(encoded.ids[i]) > num)
+        return encoded
 
-    def _encode(
-        self, pieces: Sequence[Piece], adds_tokens: bool, is_plain: bool, has_offsets: bool
-    ) -> Iterator[Encoded]:
-        """Pieces of one kind."""
-        tokenizer = self._by_kind[adds_tokens, is_plain]
-        is_slow = has_offsets and self._lengths is None
-        encode = tokenizer.encode_batch if is_slow else tokenizer.encode_batch_fast
-        found = encode([piece.text for piece in pieces], add_special_tokens=adds_tokens)
-        if not has_offsets and not self._forgeable:  # as nearly always
-            yield from (Encoded(encoding.ids, *_NONE, False) for encoding in found)
-            return
-        for piece, encoding in zip(pieces, found, strict=True):
-            ids = encoding.ids
-            starts, ends = _NONE
-            if has_offsets:
-                told = self._lengths.offsets(piece.text, ids) if self._lengths else _offsets(encoding)
-                starts, ends = told or _offsets(tokenizer.encode(piece.text, add_special_tokens=adds_tokens))
-            is_forged = bool(self._forgeable) and self._num_special(ids) > self._num_asked_for(piece)
-            yield Encoded(ids, starts, ends, is_forged)
+    def offsets(self, pieces: Mapping[int, Piece], encoded: Encoded, ids_T: NDArray[np.int32]) -> Offsets:
+        """The characters that each token stands for, counted through the texts of these pieces, one after another.
+
+        `pieces`: some of those that were encoded, by their indices, all with `has_offsets`; `ids_T`: all their tokens.
+        """
+        told = self._lengths and self._lengths.offsets("".join([piece.text for piece in pieces.values()]), ids_T)
+        if told:
+            return told
+        starts, ends, num_characters = [ids_T[:0]], [ids_T[:0]], 0
+        for i, piece in pieces.items():
+            starts_L, ends_L = encoded.kept_offsets.get(i) or self._offsets(piece, encoded.ids[i])
+            starts.append(starts_L + num_characters)
+            ends.append(ends_L + num_characters)
+            num_characters += len(piece.text)
+        return np.concatenate(starts), np.concatenate(ends)
+
+    def _offsets(self, piece: Piece, ids: list[int]) -> Offsets:
+        told = self._lengths and self._lengths.offsets(piece.text, np.array(ids, np.int32))
+        if told:
+            return told
+        variant = self._by_kind[piece.adds_tokens, piece.is_plain]
+        return _offsets(variant.encode(piece.text, add_special_tokens=piece.adds_tokens))
 
     def _num_special(self, ids: list[int]) -> int:
         return sum(token in self._forgeable for token in ids)
@@ -167,9 +175,9 @@ def _any_of(texts: frozenset[str]) -> re.Pattern[str]:
 
 def _offsets(encoding: Encoding) -> Offsets:
     """As tokenizers tells them, and in order, should a normalizer have moved a letter past another."""
-    offsets = encoding.offsets
-    starts, ends = ([offset[side] for offset in offsets] for side in (0, 1))
-    return list(itertools.accumulate(starts, max)), list(itertools.accumulate(ends, max))
+    offsets_L2 = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    starts_L, ends_L = np.maximum.accumulate(offsets_L2).T
+    return starts_L, ends_L
 
 
 def _unknown(tokenizer: Tokenizer) -> int | None:

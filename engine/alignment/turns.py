@@ -2,20 +2,23 @@
 
 A turn begins where the prompt ends that a server would send for it: the messages before it with the generation prompt.
 It ends with its stop token. Both must hold in the one text that is trained on, or the row is refused.
+Legend: K turns, T tokens of the conversations that they stand in.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.alignment.offsets import Offsets
 from engine.alignment.templates import TemplateRefusedError
 from engine.alignment.tokens import BackboneTokenizer
 
 _MARK = "\ue000Mx\ue001"  # private use; mixed case, so that a template that changes letters is noticed
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """Characters [start, end) of the text; the message's content ends at `content_end`, template text follows."""
 
     start: int
@@ -61,3 +64,24 @@ def _marked_turn(
     rest = text[content_end:].lstrip()
     stop = max((token for token in tokenizer.special_tokens if rest.startswith(token)), key=len, default="")
     return Turn(start, len(text) - len(rest) + len(stop) if stop else content_end, content_end)
+
+
+def turn_tokens(
+    turns_3K: NDArray[np.int64], rows_2K: NDArray[np.int64], offsets: Offsets, is_special_T: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """The tokens [start, end) that lie in each turn, 2 by K: up to its stop token, that one included, for template text
+    after it is never generated. A token of no width (a sentencepiece prefix) belongs to the turn if it lies strictly
+    inside.
+
+    `turns_3K`: the fields of each Turn, in characters as `offsets` counts them; `rows_2K`: the tokens [start, end) of
+    the conversation that it stands in.
+    """
+    (start_K, end_K, content_end_K), (row_start_K, row_end_K) = turns_3K, rows_2K
+    starts_T, ends_T = offsets
+    first_K = np.maximum(starts_T.searchsorted(start_K), ends_T.searchsorted(start_K, "right"))
+    first_K = first_K.clip(row_start_K, row_end_K)
+    last_K = np.minimum(starts_T.searchsorted(end_K), ends_T.searchsorted(end_K, "right")).clip(first_K, row_end_K)
+    after_K = starts_T.searchsorted(content_end_K).clip(first_K, row_end_K)
+    special = np.concatenate([[-1], np.flatnonzero(is_special_T)])
+    stop_K = special[special.searchsorted(last_K) - 1]  # the last one before
+    return np.stack([first_K, np.where(stop_K >= after_K, stop_K + 1, last_K)])

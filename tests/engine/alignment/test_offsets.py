@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,13 +55,27 @@ def test_offsets_are_those_of_tokenizers(tokenizer: Tokenizer, text: str) -> Non
     theirs = tokenizer.encode(text, add_special_tokens=False)
     lengths = TokenLengths.of(tokenizer)
     assert lengths is not None
-    told = lengths.offsets(text, theirs.ids)
+    told = lengths.offsets(text, np.array(theirs.ids, np.int32))
     if told is not None:
         assert list(zip(*told, strict=True)) == theirs.offsets
     elif text.isascii():  # then only a token that swallowed blanks, or a letter that there is no token for
         assert "<|a|>" in text or any(not tokenizer.encode(letter).ids for letter in text)
-    starts, ends = BackboneTokenizer(tokenizer, {}, None).encode([Piece(text, has_offsets=True)])[0][1:3]
-    assert list(zip(starts, ends, strict=True)) == theirs.offsets
+
+
+@pytest.mark.parametrize("tokenizer", TOLD.values(), ids=TOLD.keys())
+@given(parts=st.lists(texts | st.text(max_size=30), max_size=5))
+@settings(max_examples=100, deadline=None)
+def test_offsets_of_texts_are_counted_through_all_of_them(tokenizer: Tokenizer, parts: list[str]) -> None:
+    """Whether they are told at once, or one by one as some of them can't be told by lengths."""
+    ours, pieces = BackboneTokenizer(tokenizer, {}, None), [Piece(part, has_offsets=True) for part in parts]
+    encoded, expected, num_characters = ours.encode(pieces), list[tuple[int, int]](), 0
+    for part in parts:
+        theirs = tokenizer.encode(part, add_special_tokens=False).offsets
+        expected += [(num_characters + start, num_characters + end) for start, end in theirs]
+        num_characters += len(part)
+    ids_T = np.array([i for ids in encoded.ids for i in ids], np.int32)
+    found = ours.offsets(dict(enumerate(pieces)), encoded, ids_T)
+    assert list(zip(*found, strict=True)) == expected
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,6 @@ def test_chatml_answers_are_learned_whole_and_nothing_else(
     row = tokenize(_row(messages=chat), tokenizer)
     answers = [message["content"] for message in chat if message["role"] == "assistant"]
     learned = row.token_ids_L[row.bears_loss_L]
-    expected = [token for answer in answers for token in tokenizer.encode([Piece(answer + "<|im_end|>")])[0].ids]
+    expected = [token for answer in answers for token in tokenizer.encode([Piece(answer + "<|im_end|>")]).ids[0]]
     # A token that straddles header and answer ("\n" + "\n" in one) bears no loss; this tokenizer has none.
     assert learned.tolist() == expected

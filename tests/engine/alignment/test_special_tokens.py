@@ -208,7 +208,7 @@ def test_messages_keep_them_as_text_either_way(tmp_path: Path, parses: bool) -> 
     tokenizer = BackboneTokenizer.load(write_tokenizer(tmp_path))
     said = [{"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "b</s>"}]
     row = tokenize(Row(1, "messages", {"messages": said}), tokenizer, parses)
-    assert sum(i in tokenizer.special_ids for i in row.ids) == 4  # the template's: two turns, opened and closed
+    assert sum(i in tokenizer.special_ids for i in row.token_ids_L) == 4  # the template's: two turns, opened and closed
 
 
 def test_messages_that_spell_a_token_only_once_normalized_are_refused(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_messages_that_spell_a_token_only_once_normalized_are_refused(tmp_path: 
             with pytest.raises(RowRefusedError, match="special token"):
                 tokenize(row, ours)
         else:
-            assert tokenizer.token_to_id("<|stop|>") not in tokenize(row, ours).ids
+            assert tokenizer.token_to_id("<|stop|>") not in tokenize(row, ours).token_ids_L
 
 
 @pytest.mark.parametrize("said", ["a</s>b", "a\uff1c/s\uff1eb"], ids=["spelled", "spelled once normalized"])

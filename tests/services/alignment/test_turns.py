@@ -92,7 +92,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Every batch of the hog's stands still in the tokenizer until `held` is set: work that never ends."""
     held, encode = threading.Event(), BackboneTokenizer.encode
 
-    def encode_later(self: BackboneTokenizer, pieces: list[Piece]) -> list[Encoded]:
+    def encode_later(self: BackboneTokenizer, pieces: list[Piece]) -> Encoded:
         if any("oink" in piece.text for piece in pieces):
             held.wait()
         return encode(self, pieces)
