@@ -18,6 +18,7 @@ from engine.kernels import device
 from engine.kernels.launch import POINTER, Kernel, Launcher, pack, struct_of, upload
 
 CHUNK = 1 << 14  # elements of one item
+_PART = 1 << 18  # elements that a CPU steps at once: their scratch is no longer
 GROUP = struct_of(
     [(name, POINTER) for name in ("parameters", "gradients", "first_moments", "second_moments", "norm", "is_finite")]
     + [("num_elements", np.int64)]
@@ -73,16 +74,17 @@ def multi_adamw(groups: Sequence[AdamWGroup], norms_U: torch.Tensor, is_finite_U
         launched(device.launcher_of(norms_U.device), groups, norms_U, is_finite_U)
         return
     norms, flags = norms_U.tolist(), is_finite_U.tolist()
-    scratch_P = torch.empty(max((group.parameters_P.numel() for group in groups), default=0))
+    scratch = torch.empty(_PART)
     for group in groups:
         if flags[group.task]:
-            _step(group, norms[group.task], scratch_P[: group.parameters_P.numel()])
+            for part in zip(*(tensor.split(_PART) for tensor in group.tensors), strict=True):
+                _step(group, norms[group.task], part, scratch[: len(part[0])])
 
 
 @torch.no_grad()
-def _step(group: AdamWGroup, norm: float, root_P: torch.Tensor) -> None:
-    """The reference. What `root_P` holds is overwritten."""
-    p, g, m, v = group.tensors
+def _step(group: AdamWGroup, norm: float, part: Sequence[torch.Tensor], root_P: torch.Tensor) -> None:
+    """The reference, of a part of the group's tensors. What `root_P` holds is overwritten."""
+    p, g, m, v = part
     if group.max_norm > 0:
         g.mul_(min(1.0, group.max_norm / (norm + 1e-6)))
     p.mul_(1 - group.learning_rate * group.weight_decay)

@@ -15,6 +15,7 @@ from engine.kernels import device
 from engine.kernels.launch import POINTER, Kernel, Launcher, pack, struct_of, upload
 
 CHUNK = 1 << 16  # elements summed by one item
+_DOUBLES = 1 << 20  # elements that a CPU has in double at once
 TASK = struct_of([("gradient", POINTER), ("num_elements", np.int64), ("first_item", np.int32), ("num_items", np.int32)])
 ITEM = struct_of([("task", np.int32), ("chunk", np.int32)])
 LAUNCH = struct_of(
@@ -36,9 +37,16 @@ def multi_grad_norm(gradients: Sequence[torch.Tensor]) -> tuple[torch.Tensor, to
             raise ValueError(f"gradients on {gradients[0].device} and {gradient_P.device}")
     if gradients and gradients[0].is_cuda:
         return launched(device.launcher_of(gradients[0].device), gradients)
-    norms = [torch.linalg.vector_norm(gradient_P, dtype=torch.float64) for gradient_P in gradients]
+    norms = [_norm(gradient_P) for gradient_P in gradients]
     norms_U = torch.stack(norms).float() if norms else torch.zeros(0)
     return norms_U, torch.isfinite(norms_U).int()
+
+
+def _norm(gradient_P: torch.Tensor) -> torch.Tensor:
+    """In double, part by part: torch copies what it is to sum in another type."""
+    parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in gradient_P.split(_DOUBLES)]
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(parts))
+    return norm
 
 
 def launched(launcher: Launcher, gradients: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

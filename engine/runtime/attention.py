@@ -1,5 +1,5 @@
 """Attention over a packed stream: each segment attends to itself, causally. On CUDA in one call of flash attention
-where that does it (`varlen_attention`), else by SDPA, a segment at a time.
+where that does it (`varlen_attention`), on a CPU in one node (`segment_attention`), else by SDPA, a segment at a time.
 
 Registered with transformers' AttentionInterface, so every architecture that goes through it works unchanged; the
 segments' bounds come as the model keyword argument `cu_seqlens`. What an architecture asks for (grouped heads, sliding
@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from engine.errors import BackboneUnsupportedError
 from engine.peft.mounted import Call
+from engine.runtime.segment_attention import segment_attention
 from engine.runtime.varlen_attention import Masks, Shared, varlen_attention, why_not
 
 NAME = "muxtune_packed"
@@ -73,6 +74,10 @@ def packed_attention(
     if reason is None:
         bounds = shared.on_device(cu_seqlens, query.device)
         return varlen_attention(query, key, value, bounds, scaling, sliding_window), None
+    longest = max(end - start for start, end in itertools.pairwise(cu_seqlens))
+    sees_all = softcap is None and not own and (sliding_window is None or longest <= sliding_window)
+    if sees_all and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+        return segment_attention(query, key, value, cu_seqlens, scaling), None
     pieces = []
     for start, end in itertools.pairwise(cu_seqlens):
         q, k, v = (t[:, :, start:end] for t in (query, key, value))

@@ -13,9 +13,10 @@ import torch
 from engine.alignment.microbatch import Microbatch
 from engine.alignment.step_digest import StepDigest
 from engine.errors import NonFiniteError
-from engine.method import Method, Shapes
+from engine.method import Method
 from engine.peft.table import adapter_class
 from engine.runtime.backbone import Backbone
+from engine.runtime.gradient import Gradient
 from engine.runtime.optimizer import TaskOptimizer, step_all
 from engine.runtime.schedule import learning_rate
 from engine.task import TaskSpec, Training
@@ -56,7 +57,10 @@ class TaskRun:
         self.gathered = Gathered()
         method = assignment.spec.method
         self.shapes = method.shapes(backbone.sites)
-        self.parameters_P = _zeros(self.shapes, backbone.device)
+        size = sum(math.prod(shape) for tensors in self.shapes.values() for shape in tensors.values())
+        self.parameters_P = torch.nn.Parameter(torch.zeros(size, device=backbone.device))
+        self.gradient = Gradient(size, backbone.device)
+        self.parameters_P.grad = self.gradient.values_P
         self.tensors, parts = self._views(method)
         ops = [backbone.mounted[name].op for name in self.shapes]
         tensors = {site: {key: self.tensors[f"{site}.{key}"] for key in keys} for site, keys in self.shapes.items()}
@@ -65,8 +69,7 @@ class TaskRun:
 
     @property
     def gradient_P(self) -> torch.Tensor:
-        assert self.parameters_P.grad is not None
-        return self.parameters_P.grad
+        return self.gradient.values_P
 
     def _views(self, method: Method) -> tuple[dict[str, torch.Tensor], dict[float, slice]]:
         """Leaves by name, views of the flat buffer, as their gradients are of its gradient; and by factor of the
@@ -104,7 +107,7 @@ class TaskRun:
 
     def restart_step(self) -> None:
         """Forgets what the step in flight has gathered: its microbatches will come again."""
-        self.gradient_P.zero_()
+        self.gradient.clear()
         self.gathered = Gathered()
 
     def num_bytes(self) -> int:
@@ -112,14 +115,6 @@ class TaskRun:
         held = [self.parameters_P, self.gradient_P, *self.optimizer.moments.values()]
         held += {id(tensor): tensor for adapter in self.adapters.values() for tensor in adapter.frozen}.values()
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
-
-
-def _zeros(shapes: Shapes, device: torch.device) -> torch.nn.Parameter:
-    """[P] and its gradient, both zero."""
-    size = sum(math.prod(shape) for tensors in shapes.values() for shape in tensors.values())
-    parameters_P = torch.nn.Parameter(torch.zeros(size, device=device))
-    parameters_P.grad = torch.zeros_like(parameters_P)
-    return parameters_P
 
 
 def take_steps(runs: Sequence[TaskRun]) -> list[tuple[float, float] | NonFiniteError]:
@@ -140,5 +135,6 @@ def _stepped(run: TaskRun, rate: float, norm: float) -> tuple[float, float] | No
             "look at the data of this step",
             step=run.step + 1,
         )
+    run.gradient.give_back()  # the optimizer has made it zero
     run.step += 1
     return rate, norm
