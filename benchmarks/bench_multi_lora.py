@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.kernel_timing import timed
 from benchmarks.lorafusion import LoraFusion, NotDoneError
-from engine.kernels.launch import Launcher, Table, upload
+from engine.kernels.launch import Launcher, Table, Tables
 from engine.kernels.multi_lora import LoraUse, LowRank, Operator
 from engine.kernels.multi_lora_device import GroupProducts, rides, with_addresses
 from engine.kernels.multi_lora_plan import Plan
@@ -89,8 +89,9 @@ class Inputs:
         pairs, rows = pairs_of(self.operators), described_factors(pairs_of(self.operators))
         widths = (self.x.shape[1], *(dy.shape[1] for dy in self.dys))
         uses, runs = described_uses(pairs, widths[0], widths[1:])
-        self.plan = Plan(uses, runs, rows, len(self.x), widths, self.x.dtype, self.x.device)
-        self.table = upload(with_addresses(rows, self.factors, []), self.x.device)
+        tables = Tables(self.x.device)
+        self.plan = Plan(uses, runs, rows, len(self.x), widths, self.x.dtype, tables)
+        self.table = tables.upload(with_addresses(rows, self.factors, []))
 
     @property
     def factors(self) -> list[Tensor]:

@@ -156,5 +156,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     "engine, fusion off": {"fuses": False},
     "engine, chunk 256": {"chunk": 256},
     "engine, activation checkpointing": {"checkpoints": True},
+    "engine, CUDA graphs": {"graphs": 16},
 }
 SHARING = (*ENGINES, "peft, longest", "peft, cap", "peft, flattened", "batch and pad")

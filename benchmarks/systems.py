@@ -21,6 +21,7 @@ from engine.alignment.microbatch import Microbatch
 from engine.alignment.packing import Member, one_round
 from engine.results import StepResult
 from engine.runtime.backbone import Backbone, sharing_copy
+from engine.runtime.cuda_graphs import Graphs
 from engine.runtime.executor import Executor
 from engine.runtime.task_run import Assignment
 
@@ -40,13 +41,14 @@ class System(ABC):
 
 class Engine(System):
     """All tasks on one packed stream. `fuses` off: a microbatch holds one task's tokens only. `checkpoints`: activation
-    checkpointing, layers run again in backward."""
+    checkpointing, layers run again in backward. `graphs`: how many CUDA graphs there may be."""
 
     def __init__(
         self, model: Any, workload: Workload, num_rounds: int, *, token_budget: int, chunk: int, fuses: bool = True,
-        checkpoints: bool = False,
+        checkpoints: bool = False, graphs: int = 0,
     ) -> None:  # fmt: skip
-        self.executor = Executor(Backbone(model, activation_checkpointing=checkpoints))
+        backbone = Backbone(model, activation_checkpointing=checkpoints)
+        self.executor = Executor(backbone, graphs=Graphs.of(backbone, graphs))
         members = []
         for work in workload.tasks:
             self.executor.attach(Assignment(work.name, work.spec, num_rounds))

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.kernels.compile import cubin
-from engine.kernels.launch import THREADS, Kernel, Launcher, Memory, Table
+from engine.kernels.launch import THREADS, Kernel, Launcher, Table, Tables
 
 _SHARED_BYTES_WITHOUT_ASKING = 48 << 10
 
@@ -23,13 +23,13 @@ def launcher_of(device: torch.device) -> Launcher:
     return CupyLauncher(device)
 
 
-class CupyLauncher(Memory):
+class CupyLauncher(Tables):
     """Launches on one device. A kernel is loaded at its first launch: before a graph is captured, run once."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
+        super().__init__(device)
         properties = torch.cuda.get_device_properties(device)
-        self.device, self.num_multiprocessors = device, properties.multi_processor_count
+        self.num_multiprocessors = properties.multi_processor_count
         self.architecture = f"sm_{properties.major}{properties.minor}"
         self._modules: dict[str, Any] = {}
         self._functions: dict[Kernel, Any] = {}

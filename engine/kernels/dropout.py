@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.kernels.launch import sent
+
 _LANES = 16
 
 
@@ -49,7 +51,7 @@ class DropoutMask:
 
     def __call__(self) -> torch.Tensor:
         mask = keep_mask(self.seed, self.step, self.site, self.positions_L, self.width, self.probability)
-        return mask.to(self.device)
+        return sent(mask, torch.device(self.device))
 
     @property
     def key(self) -> tuple[int, int]:

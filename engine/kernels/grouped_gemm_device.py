@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.kernels.launch import POINTER, SUFFIXES, THREADS, Kernel, Launcher, Table, pack, struct_of, upload
+from engine.kernels.launch import POINTER, SUFFIXES, THREADS, Kernel, Launcher, Table, pack, struct_of
 
 TILE, PAIR = 64, 16  # of rows and columns: cuda/tile.cuh
 SPLIT_DEPTH = 1024  # terms summed by one item
@@ -63,10 +63,10 @@ def launched(launcher: Launcher, products: Sequence[Product]) -> None:
         (row["rows"], row["columns"]), row["depth"] = product.c_MN.shape, product.a_MD.shape[1]
         row["scale"] = product.scale
     shapes_U3 = np.stack([rows[name] for name in ("rows", "columns", "depth")], axis=1).astype(np.int64)
-    plan = launcher.remembered(("grouped_gemm", shapes_U3.tobytes()), lambda: _Plan.of(shapes_U3, where))
+    plan = launcher.remembered(("grouped_gemm", shapes_U3.tobytes()), lambda: _Plan.of(shapes_U3, launcher))
     if not plan.num_items:
         return
-    uses = launcher.remembered(("grouped_gemm uses", rows.tobytes()), lambda: upload(rows, where))
+    uses = launcher.remembered(("grouped_gemm uses", rows.tobytes()), lambda: launcher.upload(rows))
     partials = torch.empty(plan.num_partials, dtype=torch.float32, device=where)
     struct = pack(
         LAUNCH, uses=uses, items=plan.items, partials=partials, counters=plan.counters, num_items=plan.num_items,
@@ -115,10 +115,10 @@ class _Plan:
     counters: torch.Tensor
 
     @classmethod
-    def of(cls, shapes_U3: NDArray[np.int64], where: torch.device) -> "_Plan":
+    def of(cls, shapes_U3: NDArray[np.int64], launcher: Launcher) -> "_Plan":
         items, num_counters, num_partials = work_items(shapes_U3)
-        counters = torch.zeros(num_counters + 1, dtype=torch.int32, device=where)
-        return cls(upload(items, where), len(items), num_partials, counters)
+        counters = torch.zeros(num_counters + 1, dtype=torch.int32, device=launcher.device)
+        return cls(launcher.upload(items), len(items), num_partials, counters)
 
 
 def _layout(matrix: torch.Tensor) -> tuple[int, bool]:

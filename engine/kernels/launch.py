@@ -5,7 +5,8 @@ Launcher is what runs it: CuPy on a GPU (`engine.kernels.device`), software on a
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -36,7 +37,16 @@ class Table:
     dtype: np.dtype[Any]
 
 
-class Launcher(Protocol):
+class Uploader(Protocol):
+    """Brings tables to one device."""
+
+    device: torch.device
+
+    def upload(self, rows: NDArray[Any]) -> Table:
+        """Structs as bytes on the device, in the order of its current stream: the host does not wait for it."""
+
+
+class Launcher(Uploader, Protocol):
     """Runs kernels on one device."""
 
     @property
@@ -60,33 +70,92 @@ class Launcher(Protocol):
     def remembered(self, key: Hashable, make: Callable[[], V]) -> V:
         """What `make` makes, once for a key: tables that many launches read. The least used of many are forgotten."""
 
+    def part(self, name: str, capacity: int) -> "Memory":
+        """A memory within it, that keeps so many."""
+
 
 class Memory:
-    """`Launcher.remembered`: least recently used first out."""
+    """What is made once for a key; the least recently used goes first. `capacity` None: all stays."""
 
-    def __init__(self, capacity: int = 4096) -> None:
+    def __init__(self, capacity: int | None = 4096) -> None:
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._capacity = capacity
 
     def remembered(self, key: Hashable, make: Callable[[], V]) -> V:
         if key not in self._kept:
             self._kept[key] = make()
-            if len(self._kept) > self._capacity:
+            if self._capacity is not None and len(self._kept) > self._capacity:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         value: V = self._kept[key]
         return value
 
+    def part(self, name: str, capacity: int) -> "Memory":
+        """A memory within it, that keeps so many; all, where it itself keeps all."""
+        return self.remembered(("part", name), lambda: Memory(None if self._capacity is None else capacity))
+
+
+class Tables:
+    """What a launcher remembers, and how tables come to its device.
+
+    A graph that is recorded has a memory of its own, which lives as long as it: what its launches read is in no
+    other's and is never forgotten. While it is captured nothing runs: tables made then are written at its end.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._memory = device, Memory()
+        self._unwritten: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def remembered(self, key: Hashable, make: Callable[[], V]) -> V:
+        return self._memory.remembered(key, make)
+
+    def part(self, name: str, capacity: int) -> Memory:
+        return self._memory.part(name, capacity)
+
+    def upload(self, rows: NDArray[Any]) -> Table:
+        raw_B = torch.from_numpy(np.frombuffer(rows.tobytes() or b"\0", dtype=np.uint8).copy())
+        if self._unwritten is None:
+            return Table(sent(raw_B, self.device), rows.dtype)
+        there_B = torch.empty(len(raw_B), dtype=torch.uint8, device=self.device)
+        self._unwritten.append((there_B, raw_B))
+        return Table(there_B, rows.dtype)
+
+    @contextmanager
+    def remembering(self, memory: Memory) -> Iterator[None]:
+        """`memory` instead of the launcher's own for a while."""
+        own, self._memory = self._memory, memory
+        try:
+            yield
+        finally:
+            self._memory = own
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """Around a capture: at its end, if it went well, its tables are written."""
+        unwritten = self._unwritten = list[tuple[torch.Tensor, torch.Tensor]]()
+        try:
+            yield
+        finally:
+            self._unwritten = None
+        for there_B, raw_B in unwritten:
+            there_B.copy_(raw_B)
+
+
+def sent(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same on the device, in the order of its current stream. From pinned memory: the host does not wait for it.
+
+    Raises RuntimeError while a graph is captured: it would read the host's memory again at each replay.
+    """
+    if device.type != "cuda":
+        return host.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the host sends nothing to a graph that is being captured")
+    return host.pin_memory().to(device, non_blocking=True)
+
 
 def struct_of(fields: Sequence[tuple[str, Any]]) -> np.dtype[Any]:
     """The dtype of a C++ struct: each field aligned to its own size, as the compiler does it."""
     return np.dtype(list(fields), align=True)
-
-
-def upload(rows: NDArray[Any], device: torch.device) -> Table:
-    """Structs as bytes on the device."""
-    raw = np.frombuffer(rows.tobytes() or b"\0", dtype=np.uint8).copy()
-    return Table(torch.from_numpy(raw).to(device), rows.dtype)
 
 
 def pack(dtype: np.dtype[Any], **fields: Any) -> NDArray[Any]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from engine.kernels import device
-from engine.kernels.launch import POINTER, Kernel, Launcher, pack, struct_of, upload
+from engine.kernels.launch import POINTER, Kernel, Launcher, pack, struct_of
 
 CHUNK = 1 << 14  # elements of one item
 _PART = 1 << 18  # elements that a CPU steps at once: their scratch is no longer
@@ -116,9 +116,8 @@ def launched(
     items["chunk"] = np.arange(len(items)) - (np.cumsum(counts) - counts)[items["group"]]
     if not len(items):
         return
-    where = norms_U.device
-    groups_table = upload(rows, where)  # new with each step
-    items_table = launcher.remembered(("adamw", items.tobytes()), lambda: upload(items, where))
+    groups_table = launcher.upload(rows)  # new with each step
+    items_table = launcher.remembered(("adamw", items.tobytes()), lambda: launcher.upload(items))
     struct = pack(LAUNCH, groups=groups_table, items=items_table, num_items=len(items), chunk_elements=CHUNK)
     num_blocks = min(len(items), _BLOCKS_PER_MULTIPROCESSOR * launcher.num_multiprocessors)
     pointed = [norms_U, is_finite_U, *(tensor for group in groups for tensor in group.tensors)]

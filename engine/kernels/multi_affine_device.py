@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.kernels.launch import POINTER, SUFFIXES, THREADS, Kernel, Launcher, Table, pack, struct_of, upload
+from engine.kernels.launch import POINTER, SUFFIXES, THREADS, Kernel, Launcher, Table, pack, struct_of
 
 TOKENS = 128  # of one item
 USE = struct_of(
@@ -98,11 +98,11 @@ def _run(
     spans, where = rows.spans(num_tokens, width), given.device
     has_sums_S = (spans["dgain"] >= 0) | (spans["dshift"] >= 0)
     key = ("affine", spans["num_tokens"].tobytes(), has_sums_S.tobytes(), width, columns)
-    plan = launcher.remembered(key, lambda: _Plan.of(spans["num_tokens"], has_sums_S, width, columns, where))
+    plan = launcher.remembered(key, lambda: _Plan.of(spans["num_tokens"], has_sums_S, width, columns, launcher))
     if not plan.num_items:
         return
     spans["partial"] = plan.partials_S
-    uses = launcher.remembered(("affine uses", spans.tobytes()), lambda: upload(spans, where))
+    uses = launcher.remembered(("affine uses", spans.tobytes()), lambda: launcher.upload(spans))
     partials = torch.empty(plan.num_partials if gradients is not None else 0, dtype=torch.float32, device=where)
     strides = {f"{key}_stride": 0 if t is None else t.stride(0) for key, t in (("own", own), ("out", out))}
     struct = pack(
@@ -129,11 +129,11 @@ class _Plan:
 
     @classmethod
     def of(
-        cls, num_tokens_S: NDArray[Any], has_sums_S: NDArray[np.bool_], width: int, columns: int, where: torch.device
+        cls, num_tokens_S: NDArray[Any], has_sums_S: NDArray[np.bool_], width: int, columns: int, launcher: Launcher
     ) -> "_Plan":
         items, partials_S, num_partials = work_items(num_tokens_S, has_sums_S, width, columns)
-        counters = torch.zeros(int(items["counter"].max(initial=0)) + 1, dtype=torch.int32, device=where)
-        return cls(upload(items, where), len(items), partials_S, num_partials, counters)
+        counters = torch.zeros(int(items["counter"].max(initial=0)) + 1, dtype=torch.int32, device=launcher.device)
+        return cls(launcher.upload(items), len(items), partials_S, num_partials, counters)
 
 
 def work_items(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from engine.kernels import device
-from engine.kernels.launch import POINTER, Kernel, Launcher, pack, struct_of, upload
+from engine.kernels.launch import POINTER, Kernel, Launcher, pack, struct_of
 
 CHUNK = 1 << 16  # elements summed by one item
 _DOUBLES = 1 << 20  # elements that a CPU has in double at once
@@ -61,7 +61,7 @@ def launched(launcher: Launcher, gradients: Sequence[torch.Tensor]) -> tuple[tor
     items["task"] = np.repeat(np.arange(len(gradients)), counts_U)
     items["chunk"] = np.arange(len(items)) - firsts_U[items["task"]]
     tables = [
-        launcher.remembered(("grad_norm", rows.tobytes()), lambda rows=rows: upload(rows, where))  # type: ignore[misc]
+        launcher.remembered(("grad_norm", rows.tobytes()), lambda rows=rows: launcher.upload(rows))  # type: ignore[misc]
         for rows in (tasks, items)
     ]
     sums = torch.empty(len(items), dtype=torch.float64, device=where)

@@ -15,7 +15,7 @@ from torch._utils import _unflatten_dense_tensors
 
 from engine.kernels import device
 from engine.kernels.dropout import DropoutMask
-from engine.kernels.launch import Launcher, Memory, Table, upload
+from engine.kernels.launch import Launcher, Table
 from engine.kernels.multi_lora import LowRank, Operator, check
 from engine.kernels.multi_lora_device import GroupProducts, rides, with_addresses
 from engine.kernels.multi_lora_plan import Plan
@@ -240,15 +240,15 @@ def _products(
     uses_B: Tensor,
     runs_B: Tensor,
 ) -> GroupProducts:
-    launcher, where = device.launcher_of(stream.device), stream.device
+    launcher = device.launcher_of(stream.device)
     rows, uses, runs = _rows(factors_B, FACTORS), _rows(uses_B, USE), _rows(runs_B, RUN)
     plan_key = (len(stream), tuple(widths), stream.dtype, uses.tobytes(), runs.tobytes(), layout_of(rows).tobytes())
-    plans = launcher.remembered("multi_lora's plans", lambda: Memory(_NUM_PLANS))
-    plan = plans.remembered(plan_key, lambda: Plan(uses, runs, rows, len(stream), widths, stream.dtype, where))
+    plans = launcher.part("multi_lora's plans", _NUM_PLANS)
+    plan = plans.remembered(plan_key, lambda: Plan(uses, runs, rows, len(stream), widths, stream.dtype, launcher))
     pointed = [*factors, *steps]
     addresses = tuple(tensor.data_ptr() for tensor in pointed)
     table: Table = launcher.remembered(
-        ("factors", rows.tobytes(), addresses), lambda: upload(with_addresses(rows, factors, steps), where)
+        ("factors", rows.tobytes(), addresses), lambda: launcher.upload(with_addresses(rows, factors, steps))
     )
     return GroupProducts(launcher, plan, table, pointed, stream.dtype)
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.kernels import multi_lora_items as cut
-from engine.kernels.launch import Table, upload
+from engine.kernels.launch import Table, Uploader
 from engine.kernels.multi_lora_structs import PAIR, RANKS, TILE, Ints, Rows
 from engine.kernels.multi_lora_tiles import Tiles, input_tiles, output_tiles
 from engine.kernels.multi_lora_uses import gaps_of, num_gradients, num_shrunk
@@ -44,11 +44,12 @@ class Plan:
         num_tokens: int,
         widths_S: Sequence[int],
         dtype: torch.dtype,
-        device: torch.device,
+        uploader: Uploader,
     ) -> None:
         """Of `factors`, how they lie and which gains are there settles the plan; no address does."""
-        self.num_tokens, self.widths_S, self.itemsize, self.device = num_tokens, tuple(widths_S), dtype.itemsize, device
-        self.uses, self.runs = upload(uses, device), upload(runs, device)
+        self.num_tokens, self.widths_S, self.itemsize = num_tokens, tuple(widths_S), dtype.itemsize
+        self.device, self._upload = uploader.device, uploader.upload
+        self.uses, self.runs = self._upload(uses), self._upload(runs)
         self.num_gradients = num_gradients(uses, self.widths_S[0], self.widths_S[1:])
         self.num_shrunk = num_shrunk(uses)
         self.used_ops = frozenset(uses["op"].tolist())
@@ -137,9 +138,9 @@ class Plan:
         return self._ready(tiles, items, self._tile_bytes(4) + _STAGED_BYTES)
 
     def _ready(self, tiles: Tiles | None, made: cut.Cut, shared_bytes: int) -> Work:
-        rows = None if tiles is None else upload(tiles.rows, self.device)
+        rows = None if tiles is None else self._upload(tiles.rows)
         assert rows is None or rows.dtype == RANKS
-        items = upload(made.items, self.device)
+        items = self._upload(made.items)
         return Work(items, rows, len(made.items), made.num_counters, made.num_partials, shared_bytes + _FLAG_BYTES)
 
     @property

@@ -41,7 +41,6 @@ class Layout:
     num_tokens: int = 0  # of the whole stream
     spans: tuple[TaskSpan, ...] = ()
     training: bool = False
-    tasks: frozenset[str] = field(default=frozenset())
     device: torch.device = field(default=torch.device("cpu"))
     _steps: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
 
@@ -53,9 +52,12 @@ class Layout:
         """Lays out `microbatch`; ranges of tasks that are not resident run through the bare backbone."""
         self._steps = {task: own for task, own in self._steps.items() if task in resident}
         ranges = [r for r in microbatch.ranges if r.task in resident and r.segments]
-        self.spans = tuple(TaskSpan.of(r, self._device_step(r)) for r in ranges)
-        self.training = microbatch.kind is MicrobatchKind.TRAIN
-        self.tasks = resident
+        spans = tuple(TaskSpan.of(r, self._device_step(r)) for r in ranges)
+        self.lay(spans, microbatch.kind is MicrobatchKind.TRAIN)
+
+    def lay(self, spans: tuple[TaskSpan, ...], training: bool) -> None:
+        """The same, of spans as they are."""
+        self.spans, self.training = spans, training
 
     def _device_step(self, range_: Range) -> torch.Tensor:
         """Memory of the task's own for as long as it is resident: a captured graph sees the step change in it.

@@ -16,24 +16,22 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from engine.errors import BackboneUnsupportedError
 from engine.peft.mounted import Call
 from engine.runtime.segment_attention import segment_attention
-from engine.runtime.varlen_attention import Masks, Shared, varlen_attention, why_not
+from engine.runtime.varlen_attention import FLASH, Masks, Shared, varlen_attention, why_not
 
 NAME = "muxtune_packed"
 
 
 def register() -> None:
-    """Makes `attn_implementation="muxtune_packed"` known to transformers. Idempotent."""
+    """Makes `attn_implementation="muxtune_packed"` known to transformers. Idempotent.
+
+    Segments are bounded by cu_seqlens: there is no mask, so none is registered. For one that is, transformers would
+    first look for packed sequences in the position ids, and so wait for the device in every forward pass.
+    """
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Segments are bounded by cu_seqlens: there is no mask to build."""
 
 
 def packed_attention(
@@ -70,7 +68,7 @@ def packed_attention(
         calls.append(Call(module, key.shape[1], key.shape[3], group_size, sliding_window is not None))
     own, shared = (prefixes or {}).get(id(module), {}), shared or Shared()
     reason = why_not(query, softcap, bool(own))
-    shared.paths.add("flash attention" if reason is None else f"by segment: {reason}")
+    shared.paths.add(FLASH if reason is None else f"by segment: {reason}")
     if reason is None:
         bounds = shared.on_device(cu_seqlens, query.device)
         return varlen_attention(query, key, value, bounds, scaling, sliding_window), None

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.alignment.microbatch import Microbatch, Range
 from engine.errors import BackboneUnsupportedError
+from engine.kernels.launch import sent
 from engine.kernels.segment_cross_entropy import Head
 from engine.peft.block import mount_blocks, observed_blocks
 from engine.peft.layout import Layout
@@ -30,7 +31,7 @@ from engine.peft.shared_input import SharedInput, observed_inputs, sharing
 from engine.runtime import attention
 from engine.runtime.activation_checkpointing import ActivationCheckpointing
 from engine.runtime.staging import on_device
-from engine.runtime.varlen_attention import Shared
+from engine.runtime.varlen_attention import FLASH, Shared
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _PACKED = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}
@@ -67,6 +68,7 @@ class Backbone:
         if activation_checkpointing and not self.activation_checkpointing.num_layers:
             raise self._unsupported("it has no layers to checkpoint; turn activation checkpointing off")
         self.activation_checkpointing.is_on = activation_checkpointing
+        self.is_all_varlen = self.attention_paths == {FLASH}  # of all layers, where no task has prefixes
         self.attentions = mount_attentions(self.model, self.layout, calls)
         self.mounted: dict[str, Mounted] = {
             **self.operators,
@@ -151,10 +153,21 @@ class Backbone:
         self, token_ids_1T: torch.Tensor, lengths: list[int], firsts: list[int], calls: list[Call] | None = None
     ) -> torch.Tensor:
         positions = [torch.arange(first, first + n) for first, n in zip(firsts, lengths, strict=True)]
-        position_ids_1T = torch.cat(positions).to(self.device).unsqueeze(0)
+        position_ids_1T = sent(torch.cat(positions), self.device).unsqueeze(0)
+        return self.packed_hidden(token_ids_1T, position_ids_1T, [0, *itertools.accumulate(lengths)], Shared(), calls)
+
+    def packed_hidden(
+        self,
+        token_ids_1T: torch.Tensor,
+        position_ids_1T: torch.Tensor,
+        cu_seqlens: list[int],
+        shared: Shared,
+        calls: list[Call] | None = None,
+    ) -> torch.Tensor:
+        """[T, H], of what the layout says. `cu_seqlens` may be empty where `shared` has the bounds on the device, and
+        the backbone `is_all_varlen`."""
         prefixes = {id(mounted.op.module): mounted.prefixes() for mounted in self.attentions.values()}
-        self.layout.num_tokens = sum(lengths)
-        cu_seqlens, shared = [0, *itertools.accumulate(lengths)], Shared()
+        self.layout.num_tokens = token_ids_1T.shape[1]
         base = self.model.base_model
         with sharing(self.shared_inputs):
             output = base(

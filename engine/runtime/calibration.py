@@ -51,7 +51,7 @@ def calibrate(
 ) -> list[Sample]:
     """Medians of what was timed, a sample a probe. Spends about `budget_seconds`, at least one pass over the probes."""
     started = clock()
-    with Bench(executor, clock) as bench:
+    with executor.eagerly(), Bench(executor, clock) as bench:  # a graph would be captured as often as it is replayed
         probes = _probes(bench, max_tokens, _LARGEST_SHARE * budget_seconds)
         timed: dict[Probe, list[float]] = {probe: [] for probe in probes}
         for number, probe in itertools.product(range(_MAX_PASSES), probes):

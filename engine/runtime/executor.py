@@ -5,7 +5,8 @@ Legend: T tokens of the packed stream, H hidden, M target positions of the micro
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import torch
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range
 from engine.errors import MuxtuneError, NonFiniteError, WillNeverFitError
+from engine.kernels.launch import sent
 from engine.kernels.segment_cross_entropy import segment_cross_entropy
 from engine.results import EvaluationResult, Result, ShadowCheck, StepResult, TaskFailure
 from engine.runtime import export
 from engine.runtime.backbone import Backbone
 from engine.runtime.checkpoint import CheckpointState
+from engine.runtime.cuda_graphs import Graphs
 from engine.runtime.out_of_memory import NoMemory, release_cache, with_second_try, within_memory
 from engine.runtime.staging import Copy, copy_to, on_device, stage
 from engine.runtime.task_run import Assignment, Gathered, TaskRun, take_steps
@@ -29,9 +32,15 @@ class Executor:
     """Holds resident tasks and runs what it is given. Not thread-safe: one caller, between microbatches."""
 
     def __init__(
-        self, backbone: Backbone, *, clock: Callable[[], float] = time.perf_counter, copy: Copy | None = None
+        self,
+        backbone: Backbone,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        copy: Copy | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
-        self.backbone = backbone
+        """`graphs`: who replays what it can of small microbatches; None: all are run eagerly."""
+        self.backbone, self._graphs, self._is_eager = backbone, graphs, False
         self.tasks: dict[str, TaskRun] = {}
         self._clock, self._copy = clock, copy or copy_to(backbone.device)
 
@@ -49,10 +58,16 @@ class Executor:
         trains = microbatch.kind is MicrobatchKind.TRAIN
 
         def gather() -> None:
-            rows_M, loss_M = self._forward_backward(microbatch, resident)
+            graphs = None if self._is_eager else self._graphs
+            replayed = None if graphs is None else graphs.run(microbatch, self.tasks)
+            rows_M, loss_M = replayed or self._forward_backward(microbatch, resident)
             self._gather(microbatch, rows_M, loss_M, self._clock() - started)
 
-        within_memory(gather)
+        try:
+            within_memory(gather)
+        except NoMemory:
+            self._release()
+            raise
         complete = [r for r in microbatch.ranges if r.is_last and r.task in resident]
         return self._finish_steps(complete) if trains else [self._finish_evaluation(r) for r in complete]
 
@@ -60,8 +75,8 @@ class Executor:
         """(rows [M] that bear a loss, losses [M]), on the host: the device is done. Where it trains, gradients go
         to the tasks' own."""
         trains = microbatch.kind is MicrobatchKind.TRAIN
-        rows_M, weights_M = self._target_rows(microbatch, resident)  # all copies first: each waits for the device
-        there_M = rows_M.to(self.backbone.device)
+        rows_M, weights_M = self._target_rows(microbatch, resident)
+        there_M = sent(rows_M, self.backbone.device)
         targets_M = on_device(microbatch, self.backbone.device)[1][there_M]
         with torch.set_grad_enabled(trains):
             hidden_TH = self.backbone.hidden(microbatch, resident)
@@ -91,7 +106,7 @@ class Executor:
                 export.load_adapter(initial_adapter, run, self.backbone)
             return run
 
-        run = with_second_try(make, self.backbone.device.type)
+        run = with_second_try(make, self._release)
         for name, adapter in run.adapters.items():
             self.backbone.mounted[name].adapters[assignment.task] = adapter
         self.tasks[assignment.task] = run
@@ -99,21 +114,38 @@ class Executor:
     def detach(self, task: str) -> None:
         """Unmounts the task; its memory is given back. Tokens of it still in the stream run through the bare model."""
         run = self.tasks.pop(task)
+        if self._graphs is not None:
+            self._graphs.forget(run)
         for name in run.adapters:
             del self.backbone.mounted[name].adapters[task]
 
     def checkpoint(self, task: str) -> CheckpointState:
         """A copy of the task between two steps: parameters, optimizer, step. Raises NoMemory."""
-        return with_second_try(lambda: CheckpointState.of(self.tasks[task]), self.backbone.device.type)
+        return with_second_try(lambda: CheckpointState.of(self.tasks[task]), self._release)
 
     def export(self, task: str, folder: Path) -> export.ExportReport:
         """The adapter as a PEFT folder, loaded again and compared. Raises ExportMismatchError, NoMemory."""
         work = partial(export.export, self.backbone, self.tasks[task], folder)
-        return with_second_try(work, self.backbone.device.type)
+        return with_second_try(work, self._release)
 
     def task_bytes(self) -> dict[str, int]:
         """Bytes held for each resident task: parameters, gradients, optimizer."""
         return {name: run.num_bytes() for name, run in self.tasks.items()}
+
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """Nothing is captured or replayed in this context."""
+        self._is_eager = True
+        try:
+            yield
+        finally:
+            self._is_eager = False
+
+    def _release(self) -> None:
+        """Gives back what is kept for later: graphs, and the allocator's cache."""
+        if self._graphs is not None:
+            self._graphs.clear()
+        release_cache(self.backbone.device.type)
 
     def _target_rows(self, microbatch: Microbatch, resident: frozenset[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions [M] that bear a resident task's loss, on the host, and 1 / (targets of that task's whole step) for
@@ -124,7 +156,7 @@ class Executor:
             if range_.task in resident:
                 weights_T[_slice(range_)] = 1 / max(1, range_.num_step_target_tokens)
         rows_M = torch.nonzero((targets_T != IGNORE) & (weights_T > 0)).squeeze(1)
-        return rows_M, weights_T[rows_M].to(self.backbone.device)
+        return rows_M, sent(weights_T[rows_M], self.backbone.device)
 
     def _gather(self, microbatch: Microbatch, rows_M: torch.Tensor, loss_M: torch.Tensor, seconds: float) -> None:
         loss_T = torch.zeros(microbatch.num_tokens, dtype=torch.float64)
@@ -162,7 +194,7 @@ class Executor:
         try:
             return within_memory(lambda: take_steps(runs))
         except NoMemory:
-            release_cache(self.backbone.device.type)
+            self._release()
         return [self._take_step(run) for run in runs]
 
     def _take_step(self, run: TaskRun) -> Taken:
@@ -176,7 +208,7 @@ class Executor:
         if not run.gathered.alone:
             return None
         try:
-            return with_second_try(lambda: self._run_alone(run), self.backbone.device.type)
+            return with_second_try(lambda: self._run_alone(run), self._release)
         except NoMemory as error:
             raise _no_room(
                 f"step {run.step + 1}, run again to verify it,", run, error, "verify_every_steps: 0 asks for less"

@@ -26,11 +26,11 @@ def within_memory(work: Callable[[], T]) -> T:
     raise NoMemory(asked)
 
 
-def with_second_try(work: Callable[[], T], device_kind: str) -> T:
-    """`within_memory`; where there is none, once more when the allocator has given back what it keeps for later."""
+def with_second_try(work: Callable[[], T], release: Callable[[], None]) -> T:
+    """`within_memory`; where there is none, once more when `release` has given back what is kept for later."""
     with suppress(NoMemory):
         return within_memory(work)
-    release_cache(device_kind)
+    release()
     return within_memory(work)
 
 

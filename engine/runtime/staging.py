@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from engine.alignment.microbatch import Microbatch
+from engine.kernels.launch import sent
 from engine.runtime.out_of_memory import NoMemory, within_memory
 
 Arrival = Callable[[], torch.Tensor]  # makes the current stream wait for the copy, and answers it
@@ -39,7 +40,7 @@ def on_device(microbatch: Microbatch, device: torch.device) -> tuple[torch.Tenso
     if isinstance(microbatch, StagedMicrobatch):
         ids_T, targets_T = microbatch.arrived().unbind()
     else:
-        ids_T, targets_T = _on_host_2T(microbatch).to(device).unbind()
+        ids_T, targets_T = sent(_on_host_2T(microbatch), device).unbind()
     return ids_T, targets_T
 
 

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
+from engine.kernels.launch import sent
+
 Masks = dict[tuple[int, int, int | None], torch.Tensor]  # by length, prefix and window
+FLASH = "flash attention"  # the path of a call
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_HEAD_WIDTH = 256
 
@@ -29,7 +32,7 @@ class Shared:
         """(bounds [S + 1] int32, tokens of the longest segment), once; the device is not waited for."""
         if self.bounds is None:
             longest = max(end - start for start, end in itertools.pairwise(cu_seqlens))
-            self.bounds = torch.tensor(cu_seqlens, dtype=torch.int32).to(device, non_blocking=True), longest
+            self.bounds = sent(torch.tensor(cu_seqlens, dtype=torch.int32), device), longest
         return self.bounds
 
 

@@ -15,7 +15,8 @@ class ExecutionSettings(ServerSettings):
     use (default: all there is). `device`: default cuda if there is one. `num_threads`: torch's, on a CPU (default: all
     cores). At its start it times microbatches of its own for about `calibration_seconds`. A task is checkpointed after
     `checkpoint_steps` steps or `checkpoint_seconds`, whichever comes first. With `activation_checkpointing` the
-    backbone's layers keep their inputs only and run again in backward: less memory, more time, the same adapters. A
+    backbone's layers keep their inputs only and run again in backward: less memory, more time, the same adapters.
+    `cuda_graphs`: how many forms of small microbatches are kept as CUDA graphs and replayed (docs/adr/0015); 0: none. A
     trainer that has work and gives no sign of life for `watchdog_seconds` is killed: no microbatch or export may take
     longer.
     """
@@ -31,6 +32,7 @@ class ExecutionSettings(ServerSettings):
     memory_bytes: int = 0
     num_threads: int = 0
     activation_checkpointing: bool = False
+    cuda_graphs: int = 0
     calibration_seconds: float = 6.0
     checkpoint_steps: int = 50
     checkpoint_seconds: float = 60.0

@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from engine.alignment.microbatch import Microbatch
 from engine.errors import ArtifactCorruptError, InvalidInputError, MuxtuneError, NotFoundError, WillNeverFitError
 from engine.runtime.backbone import Backbone
+from engine.runtime.cuda_graphs import Graphs
 from engine.runtime.executor import Executor
 from engine.runtime.footprint import measure
 from engine.runtime.out_of_memory import NoMemory, release_cache
@@ -64,9 +65,10 @@ class Trainer:
         dtype = getattr(torch, settings.dtype)
         unloaded_bytes = used_bytes(self._device_kind)
         checkpoints = settings.activation_checkpointing
-        self._executor = Executor(
-            Backbone.load(settings.backbone_folder, dtype, self._device_kind, activation_checkpointing=checkpoints)
+        backbone = Backbone.load(
+            settings.backbone_folder, dtype, self._device_kind, activation_checkpointing=checkpoints
         )
+        self._executor = Executor(backbone, graphs=Graphs.of(backbone, settings.cuda_graphs))
         self._footprint = measure(self._executor.backbone)
         weight_bytes = self._executor.backbone.weight_bytes()
         self._process_bytes = max(unloaded_bytes, used_bytes(self._device_kind) - weight_bytes)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.kernels.dropout import DropoutMask, keep_scale
-from engine.kernels.launch import upload
+from engine.kernels.launch import Tables
 from engine.kernels.multi_lora import LoraUse, LowRank
 from engine.kernels.multi_lora_device import GroupProducts, with_addresses
 from engine.kernels.multi_lora_plan import Plan
@@ -103,8 +103,8 @@ class Problem:
         flat = [f.detach().to(where) for pair in self.pairs for f in pair.low_rank if f is not None]
         step = torch.tensor(STEP, device=where) if step is None else step
         steps = [step for pair in self.pairs if pair.use.keep_mask is not None]
-        plan = Plan(uses, runs, rows, len(self.x), (self.width_in, *self.widths_out), self.dtype, where)
-        table = upload(with_addresses(rows, flat, steps), where)
+        plan = Plan(uses, runs, rows, len(self.x), (self.width_in, *self.widths_out), self.dtype, launcher)
+        table = launcher.upload(with_addresses(rows, flat, steps))
         products = GroupProducts(launcher, plan, table, [*flat, step], self.dtype)
         x, dys = self.x.to(where), [dy.to(where) for dy in self.dys]
         ys = [y.to(where, copy=True) if op in self.added else torch.empty_like(y) for op, y in enumerate(self.ys)]
@@ -379,7 +379,7 @@ def test_every_launch_fits_the_shared_memory_that_all_architectures_have(dtype: 
         problem = Problem([Shape(600, (rank,) * 3, 0.1), Shape(600, (rank,) * 3, has_gains=True)], 40, (24,) * 3, dtype)
         uses, runs = described_uses(problem.pairs, 40, (24,) * 3)
         rows = described_factors(problem.pairs)
-        plan = Plan(uses, runs, rows, len(problem.x), (40, 24, 24, 24), dtype, torch.device("cpu"))
+        plan = Plan(uses, runs, rows, len(problem.x), (40, 24, 24, 24), dtype, Tables(torch.device("cpu")))
         works = [plan.shrink_input, plan.shrink_output, plan.outer_input, plan.outer_output, plan.shrink_outer]
         works += [plan.expand_input, plan.expand_output((0, 1, 2), False), plan.shrink_gain, plan.expand_gain]
         assert max(work.shared_bytes for work in works) <= 99 << 10

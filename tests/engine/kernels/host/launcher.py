@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.kernels.launch import THREADS, Kernel, Memory, Table
+from engine.kernels.launch import THREADS, Kernel, Table, Tables
 
 HERE = Path(__file__).parent
 CUDA = HERE.parents[3] / "cuda"
@@ -40,14 +40,13 @@ def compiled(source: str, folder: Path) -> Path:
     return binary
 
 
-class HostLauncher(Memory):
+class HostLauncher(Tables):
     """A Launcher. `seed` 0 runs threads in order, others in a random one."""
 
     num_multiprocessors, stream = 1, 0
-    device = torch.device("cpu")
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
-        super().__init__()
+        super().__init__(torch.device("cpu"))
         self.folder, self.seed = folder, seed
         self.launched: list[str] = []
         self._servers: dict[str, subprocess.Popen[bytes]] = {}

@@ -1,0 +1,256 @@
+"""Small microbatches as CUDA graphs: captured once for a form, replayed for every other of it (docs/adr/0015).
+
+A microbatch of few tokens is bound by the host, which launches some thousand kernels for it one by one; a replay is one
+launch. Forward, losses, backward and the sums into the tasks' gradients are in a graph; optimizers are two launches for
+all tasks and are not. A form is run eagerly when it is first seen, is captured when it comes again, and its graph is
+believed once its first replay has given what an eager pass over the same tokens gave.
+
+Legend: T tokens of the stream, P parameters of a task.
+"""
+
+import gc
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.alignment.microbatch import Microbatch
+from engine.kernels.device import CupyLauncher, launcher_of
+from engine.kernels.launch import Memory
+from engine.kernels.segment_cross_entropy import segment_cross_entropy
+from engine.runtime.backbone import Backbone
+from engine.runtime.forms import Form, Inputs, form_of, packed, unpacked
+from engine.runtime.out_of_memory import NoMemory, within_memory
+from engine.runtime.task_run import TaskRun
+from engine.runtime.varlen_attention import Shared
+
+Work = Callable[[], torch.Tensor]
+_MOST_FORMS = 1024  # that are remembered to have been seen
+_IDLE_RUNS = 16  # for each graph there may be: one that was not replayed for so long makes room for another
+_LOSS_TOLERANCE, _GRADIENT_TOLERANCE = 1e-5, 1e-2  # relative; flash attention's backward adds in no fixed order
+_log = logging.getLogger(__name__)
+
+
+class Recording(Protocol):
+    """What becomes one graph."""
+
+    def run(self, work: Work) -> torch.Tensor:
+        """Runs it as it is going to be captured. What it raises passes."""
+
+    def capture(self, work: Work) -> None:
+        """Records it; nothing of it runs."""
+
+    def replay(self) -> torch.Tensor:
+        """Runs what was recorded, on the same memory. The next replay overwrites its answer."""
+
+
+class _Graph:
+    """A form's recording. `is_proven`: its replay was compared."""
+
+    def __init__(self, form: Form, inputs: Inputs, recording: Recording, work: Work) -> None:
+        self.form, self.inputs, self.recording, self.work = form, inputs, recording, work
+        self.is_proven, self.last_run = False, 0
+
+
+class Graphs:
+    """The graphs of one backbone, at most `capacity`. Not thread-safe, as the executor."""
+
+    def __init__(self, backbone: Backbone, capacity: int, recorder: Callable[[], Recording]) -> None:
+        self._backbone, self._capacity, self._recorder = backbone, capacity, recorder
+        self._seen: OrderedDict[Form, bool] = OrderedDict()  # and whether it may be captured
+        self._graphs: dict[Form, _Graph] = {}
+        self._num_runs = 0
+        self._is_off = not backbone.is_all_varlen
+
+    @classmethod
+    def of(cls, backbone: Backbone, capacity: int) -> "Graphs | None":
+        """None where there are to be none, or no CUDA device is there to have them."""
+        is_there = capacity > 0 and backbone.device.type == "cuda"
+        return cls(backbone, capacity, CudaRecorder(backbone.device)) if is_there else None
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def run(self, microbatch: Microbatch, tasks: Mapping[str, TaskRun]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(rows [M] that bear a loss, losses [M]), on the host; where it trains, gradients go to the tasks' own.
+
+        None where it is to be run as any other, which is then not begun. Raises NoMemory.
+        """
+        form = None if self._is_off else form_of(microbatch, tasks)
+        if form is None:
+            return None
+        self._num_runs += 1
+        graph = self._graphs.get(form)
+        if graph is None and not self._may_capture(form):
+            return None
+        try:
+            loss_T = within_memory(lambda: self._losses(form, graph, packed(form, microbatch)))
+        except NoMemory:
+            self._refuse(form)  # the microbatch as it is may be smaller
+            raise
+        return unpacked(form, microbatch, loss_T)
+
+    def forget(self, run: TaskRun) -> None:
+        """Every form with this task in it."""
+        for form in [form for form in (*self._seen, *self._graphs) if run in form.runs]:
+            self._seen.pop(form, None)
+            self._graphs.pop(form, None)
+
+    def clear(self) -> None:
+        """Gives all graphs' memory back, to the allocator's cache."""
+        self._graphs.clear()
+
+    def _may_capture(self, form: Form) -> bool:
+        """When it is seen again, unless it was refused, and if there is room or a graph is idle, which goes."""
+        if form not in self._seen:
+            self._seen[form] = True
+            if len(self._seen) > _MOST_FORMS:
+                self._seen.popitem(last=False)
+            return False
+        if not self._seen[form] or len(self._graphs) < self._capacity:
+            return self._seen[form]
+        oldest = min(self._graphs.values(), key=lambda graph: graph.last_run)
+        if self._num_runs - oldest.last_run < _IDLE_RUNS * self._capacity:
+            return False
+        del self._graphs[oldest.form]
+        return True
+
+    def _losses(self, form: Form, graph: _Graph | None, values: NDArray[np.int64]) -> torch.Tensor:
+        """[T], on the host."""
+        if graph is None:
+            return self._record(form, values).cpu()
+        graph.last_run = self._num_runs
+        graph.inputs.write(values)
+        return (graph.recording.replay() if graph.is_proven else self._prove(graph)).cpu()
+
+    def _record(self, form: Form, values: NDArray[np.int64]) -> torch.Tensor:
+        """This microbatch runs for real, as it is going to be captured; then it is. A failure of that costs the graph
+        alone: nothing has run."""
+        inputs, recording = Inputs(form, self._backbone.device), self._recorder()
+        inputs.write(values)
+        work = partial(self._forward_backward, form, inputs)
+        loss_T = recording.run(work)
+        try:
+            within_memory(lambda: recording.capture(work))
+        except NoMemory as error:
+            _log.warning("no memory for a graph of %d tokens: %s", form.num_tokens, error)
+            self._refuse(form)
+        except Exception as error:  # whatever a library raises for what may not be captured
+            self._turn_off(f"a capture failed: {error}")
+        else:
+            graph = self._graphs[form] = _Graph(form, inputs, recording, work)
+            graph.last_run = self._num_runs
+        return loss_T
+
+    def _prove(self, graph: _Graph) -> torch.Tensor:
+        """An eager pass, whose results stand, and a replay of the same, which has to give them."""
+        gradients = [run.gradient_P for run in graph.form.runs]
+        before = [gradient_P.clone() for gradient_P in gradients]
+        loss_T = graph.recording.run(graph.work).clone()
+        after = [gradient_P.clone() for gradient_P in gradients]
+        for gradient_P, own_P in zip(gradients, before, strict=True):
+            gradient_P.copy_(own_P)
+        replayed_T = graph.recording.replay()
+        is_same = _are_close(replayed_T, loss_T, loss_T, _LOSS_TOLERANCE) and all(
+            _are_close(gradient_P, after_P, after_P - before_P, _GRADIENT_TOLERANCE)
+            for gradient_P, after_P, before_P in zip(gradients, after, before, strict=True)
+        )
+        for gradient_P, own_P in zip(gradients, after, strict=True):
+            gradient_P.copy_(own_P)
+        graph.is_proven = is_same
+        if not is_same:
+            self._turn_off("a replay gave other results than an eager pass")
+        return loss_T
+
+    def _refuse(self, form: Form) -> None:
+        self._seen[form] = False
+        self._graphs.pop(form, None)
+
+    def _turn_off(self, why: str) -> None:
+        _log.error("CUDA graphs are off from here on: %s", why)
+        self._is_off = True
+        self._graphs.clear()
+
+    def _forward_backward(self, form: Form, inputs: Inputs) -> torch.Tensor:
+        """Losses [T], 0 where there is none; gradients go to the tasks' own. Reads nothing but device memory."""
+        backbone, bears_none_T = self._backbone, inputs.weights_T == 0
+        backbone.layout.lay(form.spans, form.trains)
+        shared = Shared(bounds=(inputs.bounds_S.to(torch.int32), form.num_range_tokens))
+        with torch.set_grad_enabled(form.trains):
+            hidden_TH = backbone.packed_hidden(
+                inputs.token_ids_T.unsqueeze(0), inputs.positions_T.unsqueeze(0), [], shared
+            )
+        weights_T = inputs.weights_T if form.trains else None
+        loss_T, dhidden_TH = segment_cross_entropy(backbone.head, hidden_TH.detach(), inputs.targets_T, weights_T)
+        if dhidden_TH is not None and hidden_TH.requires_grad:
+            torch.autograd.backward(hidden_TH, dhidden_TH.masked_fill_(bears_none_T.unsqueeze(1), 0))
+        return loss_T.double().masked_fill_(bears_none_T, 0)
+
+
+def _are_close(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor, tolerance: float) -> bool:
+    """Whether they differ by at most that part of `scale`, where they are finite: in the same places."""
+    if not torch.equal(found.isfinite(), expected.isfinite()):
+        return False
+    difference, size = (torch.where(expected.isfinite(), t, 0).norm() for t in (found - expected, scale))
+    return bool(difference <= tolerance * size)
+
+
+class CudaRecorder:
+    """Begins recordings that share one stream and one pool of memory: a replay's results are read before the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+        self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        launcher = launcher_of(self.device)
+        assert isinstance(launcher, CupyLauncher)
+        self.launcher = launcher
+        self.captured = weakref.WeakSet[torch.cuda.CUDAGraph]()
+
+    def __call__(self) -> "CudaRecording":
+        return CudaRecording(self)
+
+
+class CudaRecording:
+    """A torch.cuda.CUDAGraph, and the tables that its kernels read."""
+
+    def __init__(self, recorder: CudaRecorder) -> None:
+        self._recorder, self._memory = recorder, Memory(None)
+        self._graph = torch.cuda.CUDAGraph()
+        self._result: torch.Tensor | None = None
+
+    def run(self, work: Work) -> torch.Tensor:
+        """On the stream of the capture: its workspaces, kernels and tables are there then."""
+        stream, current = self._recorder.stream, torch.cuda.current_stream(self._recorder.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream), self._recorder.launcher.remembering(self._memory):
+            result = work()
+        current.wait_stream(stream)
+        result.record_stream(current)
+        return result
+
+    def capture(self, work: Work) -> None:
+        """Other threads may go on copying (`thread_local`). Nodes of autograd that are garbage would bring another
+        stream into it, so there are to be none."""
+        recorder = self._recorder
+        gc.collect()
+        pool = next((graph.pool() for graph in recorder.captured), None)
+        graph = torch.cuda.graph(self._graph, pool, recorder.stream, capture_error_mode="thread_local")
+        with (
+            recorder.launcher.captured(),
+            recorder.launcher.remembering(self._memory),
+            torch.cuda.stream(recorder.stream),  # whose end sets the stream back, which a failed capture does not
+            graph,
+        ):
+            self._result = work()
+        recorder.captured.add(self._graph)
+
+    def replay(self) -> torch.Tensor:
+        assert self._result is not None
+        self._graph.replay()
+        return self._result

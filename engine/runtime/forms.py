@@ -1,0 +1,144 @@
+"""Microbatches brought into few forms: what a graph captured of one serves every other of its form.
+
+A form says who trains and how long the ranges are, all of one length. Each range is filled up by its own sequences over
+again, which bear no loss: they compute what the task's own tokens do, so nothing overflows in them that would not have
+without them, and their gradients are zero. Tokens of tasks that have left are left out. What else differs between
+microbatches of a form is in one array, which becomes one copy to the device.
+
+Legend: U tasks, L tokens of each range, T = U L tokens of the stream, S segments.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range
+from engine.peft.layout import TaskSpan
+from engine.runtime.task_run import TaskRun
+
+_LEAST_TOKENS = 16  # of a range
+_ALWAYS_TOKENS = 512  # of a stream: so few are launches above all, whatever was filled up
+_MOST_TOKENS = 2048  # of a stream: more are bound by arithmetic
+_SEGMENT_TOKENS = 8  # of a stream, for each of which it has room for one segment
+
+
+@dataclass(frozen=True)
+class Form:
+    """`runs`: who trains, by name; the same objects, as their parameters lie where a graph has found them."""
+
+    kind: MicrobatchKind
+    runs: tuple[TaskRun, ...]
+    num_range_tokens: int
+    num_segments: int
+
+    @property
+    def trains(self) -> bool:
+        return self.kind is MicrobatchKind.TRAIN
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.runs) * self.num_range_tokens
+
+    @property
+    def spans(self) -> tuple[TaskSpan, ...]:
+        positions_L = np.arange(self.num_range_tokens)
+        starts = range(0, self.num_tokens, self.num_range_tokens)
+        return tuple(
+            TaskSpan(run.assignment.task, 0, start, start + self.num_range_tokens, positions_L)
+            for run, start in zip(self.runs, starts, strict=True)
+        )
+
+
+def form_of(microbatch: Microbatch, tasks: Mapping[str, TaskRun]) -> Form | None:
+    """None where it has none: it is large, or a task computes what no graph can replay."""
+    trains = microbatch.kind is MicrobatchKind.TRAIN
+    own = [r for r in microbatch.ranges if r.task in tasks and r.num_effective_tokens]
+    ranges = {r.task: r for r in sorted(own, key=lambda range_: range_.task)}
+    runs = tuple(tasks[name] for name in ranges)
+    if not 0 < len(own) == len(runs) or not all(is_replayable(run, trains) for run in runs):
+        return None
+    size = max(_LEAST_TOKENS, _power_of_two(max(r.num_effective_tokens for r in ranges.values())))
+    num_tokens = len(runs) * size
+    if num_tokens > min(_MOST_TOKENS, max(_ALWAYS_TOKENS, 2 * microbatch.num_tokens)):
+        return None
+    num_segments = sum(len(list(_cut(r, size))) for r in ranges.values())
+    return Form(microbatch.kind, runs, size, _power_of_two(max(num_segments, num_tokens // _SEGMENT_TOKENS)))
+
+
+def is_replayable(run: TaskRun, trains: bool) -> bool:
+    """Dropout's masks, prompts and prefixes depend on where segments begin, which is not in a form."""
+    method = run.assignment.spec.method
+    return not (method.num_virtual_tokens or method.num_prefix_tokens or (trains and method.dropout))
+
+
+class Inputs:
+    """What differs between the microbatches of a form, in memory that stays where it is.
+
+    Weights [T] float64: 1 / (targets of the task's whole step), 0 where there is no loss. Bounds [S + 1]: of segments,
+    those that are not needed empty.
+    """
+
+    def __init__(self, form: Form, device: torch.device) -> None:
+        num_tokens = form.num_tokens
+        self._whole = torch.zeros(4 * num_tokens + form.num_segments + 1, dtype=torch.int64, device=device)
+        sizes = [num_tokens] * 4 + [form.num_segments + 1]
+        self.token_ids_T, self.targets_T, self.positions_T, weights_T, self.bounds_S = torch.split(self._whole, sizes)
+        self.weights_T = weights_T.view(torch.float64)
+
+    def write(self, values: NDArray[np.int64]) -> None:
+        """`values` as `packed` gives them. The host does not wait."""
+        host = torch.from_numpy(values)
+        self._whole.copy_(host.pin_memory() if self._whole.device.type == "cuda" else host, non_blocking=True)
+
+
+def packed(form: Form, microbatch: Microbatch) -> NDArray[np.int64]:
+    """The microbatch in its form: token ids, targets, positions, weights' bits and segments' bounds, end to end."""
+    size, ranges = form.num_range_tokens, {r.task: r for r in microbatch.ranges}
+    rows_4UL = np.zeros((4, len(form.runs), size), np.int64)
+    lengths: list[int] = []
+    for (ids_L, targets_L, positions_L, bits_L), run in zip(rows_4UL.swapaxes(0, 1), form.runs, strict=True):
+        range_ = ranges[run.assignment.task]
+        own, count = _own(range_), range_.num_effective_tokens
+        ids_L[:] = np.resize(microbatch.token_ids_T[own], size)
+        positions_L[:] = np.resize(np.concatenate([np.arange(s.num_tokens) for s in range_.segments]), size)
+        bears_loss_L = microbatch.targets_T[own] != IGNORE
+        targets_L[:count] = np.where(bears_loss_L, microbatch.targets_T[own], 0)
+        bits_L.view(np.float64)[:count] = bears_loss_L / max(1, range_.num_step_target_tokens)
+        lengths += _cut(range_, size)
+    bounds_S = np.full(form.num_segments + 1, form.num_tokens)
+    bounds_S[: len(lengths) + 1] = [0, *itertools.accumulate(lengths)]
+    return np.concatenate([rows_4UL.ravel(), bounds_S])
+
+
+def unpacked(form: Form, microbatch: Microbatch, loss_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows [M] of the microbatch that bear a loss of the form's tasks, their losses [M]), of the form's losses [T]."""
+    ranges = {r.task: r for r in microbatch.ranges}
+    rows, places = [], []
+    for run, start in zip(form.runs, range(0, form.num_tokens, form.num_range_tokens), strict=True):
+        own = _own(ranges[run.assignment.task])
+        found = np.flatnonzero(microbatch.targets_T[own] != IGNORE)
+        rows.append(own.start + found)
+        places.append(start + found)
+    return torch.from_numpy(np.concatenate(rows)), loss_T[torch.from_numpy(np.concatenate(places))]
+
+
+def _own(range_: Range) -> slice:
+    """Its tokens without the tail."""
+    return slice(range_.start, range_.start + range_.num_effective_tokens)
+
+
+def _cut(range_: Range, num_tokens: int) -> Iterator[int]:
+    """Lengths of its segments, over again until there are so many tokens."""
+    for segment in itertools.cycle(range_.segments):
+        if num_tokens <= 0:
+            return
+        yield min(segment.num_tokens, num_tokens)
+        num_tokens -= segment.num_tokens
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()

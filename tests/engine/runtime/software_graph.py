@@ -1,0 +1,144 @@
+"""A CUDA graph in software, as strict as one: operators and launches are recorded with the tensors they got, a replay
+runs them again on the same memory. What the host decided or read while it was captured stays as it was.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from engine.kernels import grouped_gemm, multi_affine, multi_lora_ops
+from engine.kernels.launch import Memory
+from engine.runtime import attention
+from engine.runtime.executor import Executor
+from tests.engine.kernels.host.launcher import HostLauncher
+
+READS_BACK = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select", "aten::equal"}
+_OPS = {
+    op._opoverload._schema.name: op._init_fn
+    for op in (
+        multi_lora_ops.multi_lora_op, multi_lora_ops.multi_lora_backward_op, multi_affine.multi_affine_op,
+        multi_affine.multi_affine_backward_op, grouped_gemm.grouped_gemm_op, grouped_gemm.grouped_gemm_backward_op,
+    )
+}  # fmt: skip
+
+
+class Tape(TorchDispatchMode):
+    """What has been recorded. `made`: tensors that were made meanwhile, in memory of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Callable[[], None]] = []
+        self.made: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func._schema.name, kwargs or {}
+        if name in READS_BACK:
+            raise RuntimeError(f"{name} waits for the device, which a capture must not")
+        if name in _OPS:  # what it does is recorded, not that it was called
+            with self:
+                return _OPS[name](*args, **kwargs)
+        result = func(*args, **kwargs)
+        given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        fresh = [t for t in _tensors(result) if t.untyped_storage().data_ptr() not in given]
+        if func._schema.is_mutable:
+            self.steps.append(lambda: func(*args, **kwargs))
+        elif fresh and "empty" in name:
+            self.steps.append(lambda: poison(fresh))
+        elif fresh:
+            self.steps.append(lambda: _rewrite(fresh, func(*args, **kwargs)))
+        self.made += fresh
+        return result
+
+
+class SoftwareRecording:
+    """An engine.runtime.cuda_graphs.Recording."""
+
+    def __init__(self, executor: Executor, launcher: HostLauncher | None) -> None:
+        self._executor, self._launcher = executor, launcher
+        self._memory, self._tape = Memory(None), Tape()
+        self._result: torch.Tensor | None = None
+
+    def run(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with self._launcher.remembering(self._memory) if self._launcher else nullcontext():
+            return work()
+
+    def capture(self, work: Callable[[], torch.Tensor]) -> None:
+        gradients = [run.gradient_P for run in self._executor.tasks.values()]
+        before = [gradient_P.clone() for gradient_P in gradients]
+        with self._recorded_launches():
+            self._result = self.run(lambda: self._within_tape(work))
+        for gradient_P, own_P in zip(gradients, before, strict=True):
+            gradient_P.copy_(own_P)  # on a device nothing would have run
+        poison(self._tape.made)
+
+    def replay(self) -> torch.Tensor:
+        assert self._result is not None
+        with torch.no_grad():
+            for step in self._tape.steps:
+                step()
+        return self._result
+
+    def _within_tape(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with self._tape:
+            return work()
+
+    @contextmanager
+    def _recorded_launches(self) -> Iterator[None]:
+        if self._launcher is None:
+            yield
+            return
+        launcher, launch = self._launcher, self._launcher.launch
+        with pytest.MonkeyPatch.context() as patch, launcher.captured():
+            patch.setattr(launcher, "launch", lambda *a: self._tape.steps.append(lambda: launch(*a)))
+            yield
+
+
+def poison(tensors: list[torch.Tensor]) -> None:
+    """What was in memory that nobody has written yet."""
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            tensor.detach().fill_(torch.nan)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _rewrite(places: list[torch.Tensor], result: Any) -> None:
+    for place, value in zip(places, _tensors(result), strict=True):
+        place.detach().copy_(value)
+
+
+def segments_by_bounds(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: tuple[torch.Tensor, int],
+    scaling: float | None, window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """`varlen_attention`, with bounds read from the tensor alone. Beyond the longest segment nothing is computed."""
+    cu_seqlens_S, longest = bounds
+    places_T = torch.arange(query.shape[2])
+    segments_T = torch.searchsorted(cu_seqlens_S[1:].contiguous(), places_T.int(), right=True)
+    distance_TT = places_T[:, None] - places_T
+    allowed_TT = (segments_T[:, None] == segments_T) & (distance_TT >= 0)
+    if window is not None:
+        allowed_TT = allowed_TT & (distance_TT < window)
+    repeated = (heads.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for heads in (key, value))
+    k, v = (heads[:, :, None].masked_fill(~allowed_TT[:, :, None], 0) for heads in repeated)  # no NaN but one's own
+    scores = (query[:, :, :, None] * k).sum(-1) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    weights = torch.softmax(scores.masked_fill(~allowed_TT, -torch.inf), dim=-1)
+    result = (weights[..., None] * v).sum(-2)
+    is_beyond_T = places_T - cu_seqlens_S[segments_T] >= longest
+    return result.masked_fill(is_beyond_T[:, None], torch.nan).transpose(1, 2)
+
+
+@contextmanager
+def all_varlen() -> Iterator[None]:
+    """Attention goes the way of flash attention, on this CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "why_not", lambda _, *asked: "not here" if any(asked) else None)
+        patch.setattr(attention, "varlen_attention", segments_by_bounds)
+        yield

@@ -1,0 +1,319 @@
+"""Microbatches replayed as graphs give what eager ones give; where a graph cannot be had, all train as without.
+
+The graphs are software's (`software_graph`), as strict as CUDA's; on a GPU, CUDA's own.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.alignment.microbatch import MicrobatchKind
+from engine.method import Method
+from engine.methods import Bottleneck, Ia3, Lora, LoraBias, Miss, Placement, Prefix, Prompt, Selective, Vera
+from engine.results import EvaluationResult, Result, StepResult, TaskFailure
+from engine.runtime.backbone import Backbone
+from engine.runtime.calibration import calibrate
+from engine.runtime.cuda_graphs import Graphs
+from engine.runtime.executor import Executor
+from engine.runtime.forms import Form, form_of
+from engine.runtime.out_of_memory import NoMemory
+from tests.engine.kernels.conftest import MakeHost, host_launcher
+from tests.engine.kernels.host.launcher import HostLauncher
+from tests.engine.runtime.software_graph import SoftwareRecording, all_varlen
+from tests.engine.runtime.test_on_kernels import on_kernels
+from tests.engine.runtime.tiny import CONFIGS, TinyTask, executor_with, model_of, pack_round, task_of
+
+__all__ = ["host_launcher"]
+
+ALL = ("all-linear",)
+METHODS: dict[str, Method] = {
+    "lora": Lora(3, 8.0, ALL, bias=LoraBias.ALL),
+    "dora": Lora(2, 3.0, ("q_proj", "down_proj"), use_dora=True),
+    "vera": Vera(4, ALL),
+    "miss": Miss(2, ALL),
+    "ia3": Ia3(("k_proj", "down_proj"), ("down_proj",)),
+    "serial": Bottleneck(3, ("o_proj",)),
+    "parallel": Bottleneck(5, ("o_proj",), Placement.PARALLEL),
+    "norms": Selective(("all-norms",)),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_varlen_attention() -> Iterator[None]:
+    with all_varlen():
+        yield
+
+
+class Counting(SoftwareRecording):
+    """`replays`: one for each, of all recordings."""
+
+    replays: list[None]
+
+    def replay(self) -> torch.Tensor:
+        self.replays.append(None)
+        return super().replay()
+
+
+class Again(SoftwareRecording):
+    """Not recorded at all: the work itself, once more."""
+
+    def capture(self, work: Callable[[], torch.Tensor]) -> None:
+        self._work = work
+
+    def replay(self) -> torch.Tensor:
+        return self.run(self._work)
+
+
+def executor_of(
+    model: Any, tasks: Sequence[TinyTask], kind: type[SoftwareRecording], launcher: HostLauncher | None = None,
+    capacity: int = 8,
+) -> Executor:  # fmt: skip
+    backbone = Backbone(copy.deepcopy(model))
+    executor = Executor(backbone, graphs=Graphs(backbone, capacity, lambda: kind(executor, launcher)))
+    for task in tasks:
+        executor.attach(task.assignment)
+    return executor
+
+
+def tasks_of(methods: dict[str, Method], lengths: Callable[[int], Sequence[int]], **training: Any) -> list[TinyTask]:
+    return [
+        task_of(name, method=method, seed=i, lengths=lengths(i), num_steps=99, micro_batch_size=2, **training)
+        for i, (name, method) in enumerate(methods.items())
+    ]
+
+
+def drawn(seed: int, most: int = 12) -> list[int]:
+    return np.random.default_rng(seed).integers(2, most + 1, 24).tolist()  # type: ignore[no-any-return]
+
+
+def trained(executor: Executor, tasks: Sequence[TinyTask], steps: range, **kind: Any) -> list[Result]:
+    microbatches = [m for step in steps for m in pack_round(tasks, [step] * len(tasks), **kind)]
+    return [result for microbatch in microbatches for result in executor.run(microbatch)]
+
+
+def assert_same_bits(own: Executor, theirs: Executor) -> None:
+    for name, run in own.tasks.items():
+        assert torch.equal(run.parameters_P, theirs.tasks[name].parameters_P), name
+
+
+def told(results: Sequence[Result]) -> list[tuple[Any, ...]]:
+    assert all(isinstance(result, StepResult) for result in results)
+    return [(r.task, r.step, r.loss, r.grad_norm, r.num_target_tokens) for r in results]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "mistral-window", "gemma3", "gpt2"])
+def test_replays_give_an_eager_passs_bits(architecture: str) -> None:
+    replays, model = [], model_of(CONFIGS[architecture])
+    counting = type("", (Counting,), {"replays": replays})
+    method = Lora(3, 8.0, ALL)
+    tasks = tasks_of({"a": method, "b": Lora(8, 8.0, ALL), "c": method}, drawn)
+    replaying, again, plain = (
+        executor_of(model, tasks, counting), executor_of(model, tasks, Again), executor_with(model, tasks),
+    )  # fmt: skip
+    found = [trained(executor, tasks, range(8)) for executor in (replaying, again, plain)]
+    assert told(found[0]) == told(found[1])
+    assert_same_bits(replaying, again)
+    assert len(replays) >= 8  # of 16 microbatches, of which each form takes two
+    for own, theirs in zip(told(found[0]), told(found[2]), strict=True):
+        assert own[:2] == theirs[:2] and own[2:4] == pytest.approx(theirs[2:4], rel=1e-4) and own[4] == theirs[4]
+    for name in "abc":
+        ours, theirs_P = (executor.tasks[name].parameters_P for executor in (replaying, plain))
+        torch.testing.assert_close(ours, theirs_P, rtol=1e-3, atol=1e-4)
+
+
+def replaying_executor(
+    model: Any, tasks: Sequence[TinyTask], launcher: HostLauncher | None = None, capacity: int = 8
+) -> tuple[Executor, list[None]]:
+    """And what is appended to for each replay."""
+    replays: list[None] = []
+    return executor_of(model, tasks, type("", (Counting,), {"replays": replays}), launcher, capacity), replays
+
+
+def test_tasks_of_every_method_on_the_kernels(host_launcher: MakeHost) -> None:
+    """Tables with addresses of the capture's own memory included: they are written at its end."""
+    model, launcher = model_of(CONFIGS["llama-tied"]), host_launcher(0)
+    tasks = tasks_of(METHODS, lambda i: [9, 12, 10, 13, 11, 9, 14, 12], global_batch_size=2)
+    with on_kernels(launcher):
+        replaying, replays = replaying_executor(model, tasks, launcher)
+        again = executor_of(model, tasks, Again, launcher)
+        results = [trained(executor, tasks, range(4)) for executor in (replaying, again)]
+    assert told(results[0]) == told(results[1])
+    assert_same_bits(replaying, again)
+    assert len(replays) == 2  # of four: seen, captured, proven, believed
+    plain = executor_with(model, tasks)
+    for own, theirs in zip(told(results[0]), told(trained(plain, tasks, range(4))), strict=True):
+        assert own[:2] == theirs[:2] and own[2] == pytest.approx(theirs[2], rel=1e-4)
+
+
+def test_tasks_come_and_go_between_replays() -> None:
+    model, rows = model_of(CONFIGS["llama-tied"]), lambda i: [9, 12, 10, 13, 11, 9, 14, 12]
+    tasks = tasks_of({name: Lora(3, 8.0, ALL) for name in "abc"}, rows, global_batch_size=2)
+    a, b, c = tasks
+    (replaying, replays), again = replaying_executor(model, tasks[:2]), executor_of(model, tasks[:2], Again)
+    results: list[list[tuple[Any, ...]]] = []
+    for executor in (replaying, again):
+        found = trained(executor, [a, b], range(4))
+        executor.detach("b")
+        executor.attach(c.assignment)
+        found += trained(executor, [a, c], range(4))
+        executor.attach(b.assignment)  # anew, under the name of one whose graphs are gone
+        found += trained(executor, [b, a], range(4))
+        found += trained(executor, [a, b, c], range(4))
+        executor.detach("c")
+        found += trained(executor, [a, b, c], range(2))  # tokens of it are still in the stream
+        results.append(told(found))
+    assert results[0] == results[1] and len(replays) >= 4 * 2
+    assert_same_bits(replaying, again)
+    assert {run.assignment.task for form in replaying._graphs._graphs for run in form.runs} == {"a", "b"}  # type: ignore[union-attr]
+
+
+def test_evaluations_are_replayed_too() -> None:
+    model, tasks = model_of(CONFIGS["llama-tied"]), tasks_of({"a": Lora(3, 8.0, ALL, 0.3)}, lambda i: [9, 12, 10, 13])
+    (replaying, replays), plain = replaying_executor(model, tasks), executor_with(model, tasks)
+    found, expected = (
+        trained(executor, tasks, range(4), kind=MicrobatchKind.EVALUATE) for executor in (replaying, plain)
+    )
+    assert len(replays) == 6  # without dropout, which training has
+    for own, theirs in zip(found, expected, strict=True):
+        assert isinstance(own, EvaluationResult) and isinstance(theirs, EvaluationResult)
+        assert own.loss == pytest.approx(theirs.loss, rel=1e-6) and own.num_target_tokens == theirs.num_target_tokens
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Lora(3, 8.0, ALL, 0.3), Prompt(2), Prefix(3), Vera(4, ALL, 0.1)],
+    ids=["dropout", "prompt", "prefix", "vera's dropout"],
+)
+def test_beside_a_task_that_cannot_be_replayed_all_run_eagerly(method: Method) -> None:
+    tasks = tasks_of({"a": Lora(3, 8.0, ALL), "b": method}, lambda i: [9, 12, 10, 13])
+    executor, replays = replaying_executor(model_of(CONFIGS["llama-tied"]), tasks)
+    trained(executor, tasks, range(4))
+    assert not replays
+    trained(executor, tasks[:1], range(4, 8))
+    assert replays
+
+
+def test_attention_that_flash_attention_does_not_do_is_not_replayed() -> None:
+    tasks = tasks_of({"a": Lora(3, 8.0, ALL)}, lambda i: [9, 12, 10, 13])
+    executor, replays = replaying_executor(model_of(CONFIGS["gemma2"]), tasks)  # soft-capping
+    trained(executor, tasks, range(4))
+    assert not replays
+
+
+def test_large_microbatches_and_those_that_would_grow_much_have_no_form() -> None:
+    def form(*lengths: int) -> Form | None:
+        tasks = [task_of(str(i), method=Lora(3, 8.0, ("q_proj",)), lengths=[n]) for i, n in enumerate(lengths)]
+        return form_of(pack_round(tasks, [0] * len(tasks))[0], executor_with(model, tasks).tasks)
+
+    model = model_of(CONFIGS["llama-tied"])
+    assert form(2049) is None and form(2, 200) is not None and form(2, 600) is None
+    found = form(1000, 900)
+    assert found is not None and found.num_tokens == 2048
+
+
+class Refusing(SoftwareRecording):
+    """Captures end as they do on a device."""
+
+    error: Exception
+
+    def capture(self, work: Callable[[], torch.Tensor]) -> None:
+        super().capture(work)
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RuntimeError("capture invalidated")],
+    ids=["memory", "invalid"],
+)
+def test_a_capture_that_fails_costs_nobody_anything(error: Exception) -> None:
+    model, tasks = model_of(CONFIGS["llama-tied"]), tasks_of({"a": Lora(3, 8.0, ALL)}, lambda i: [9, 12, 10, 13])
+    failing, again = (
+        executor_of(model, tasks, type("", (Refusing,), {"error": error})),
+        executor_of(model, tasks, Again),
+    )
+    plain = executor_with(model, tasks)
+    results = [told(trained(executor, tasks, range(4))) for executor in (failing, again, plain)]
+    assert results[0][0] == results[1][0]
+    for own, theirs in zip(results[0], results[2], strict=True):
+        assert own[2] == pytest.approx(theirs[2], rel=1e-5)
+
+
+def test_what_waits_for_the_device_is_not_captured(caplog: pytest.LogCaptureFixture) -> None:
+    """A model whose positions' embedding asks how long the longest sequence is, as some do."""
+    model, tasks = model_of(CONFIGS["llama-tied"]), tasks_of({"a": Lora(3, 8.0, ALL)}, lambda i: [9, 12, 10, 13])
+    executor, replays = replaying_executor(model, tasks)
+    executor.backbone.model.register_forward_hook(lambda *_: None)
+    base = executor.backbone.model.base_model
+    base.norm.register_forward_hook(lambda module, given, y: y * (1.0 if y.abs().max().item() > 0 else 2.0))
+    plain = executor_with(model, tasks)
+    found, expected = (told(trained(executor, tasks, range(3))) for executor in (executor, plain))
+    assert not replays and "waits for the device" in caplog.text
+    assert [own[2] for own in found] == pytest.approx([theirs[2] for theirs in expected], rel=1e-5)
+
+
+class Forgetful(SoftwareRecording):
+    """What differs between microbatches does not reach its replays: as where the host had decided something."""
+
+    def capture(self, work: Callable[[], torch.Tensor]) -> None:
+        super().capture(work)
+        inputs = work.args[1]  # type: ignore[attr-defined]
+        frozen, moving = inputs.token_ids_T.clone(), inputs.token_ids_T
+        self._tape.steps.insert(0, lambda: moving.copy_(frozen))
+
+
+def test_a_graph_that_gives_other_results_is_not_believed(caplog: pytest.LogCaptureFixture) -> None:
+    model, tasks = model_of(CONFIGS["llama-tied"]), tasks_of({"a": Lora(3, 8.0, ALL)}, lambda i: [9, 12, 10, 13])
+    wrong, again = executor_of(model, tasks, Forgetful), executor_of(model, tasks, Again)
+    assert told(trained(wrong, tasks, range(2))) == told(trained(again, tasks, range(2)))
+    assert "other results" in caplog.text
+    assert_same_bits(wrong, again)
+
+
+def test_graphs_are_few_and_idle_ones_make_room() -> None:
+    tasks = tasks_of({name: Lora(3, 8.0, ALL) for name in "ab"}, lambda i: [9, 12, 10, 13], global_batch_size=2)
+    executor, replays = replaying_executor(model_of(CONFIGS["llama-tied"]), tasks, capacity=1)
+    trained(executor, tasks[:1], range(4))
+    assert len(replays) == 2
+    trained(executor, tasks[1:], range(14))
+    assert len(replays) == 2  # the other task's graph was in use a moment ago
+    trained(executor, tasks[1:], range(14, 20))
+    assert len(replays) > 2 and len(executor._graphs) == 1  # type: ignore[arg-type]
+
+
+def test_a_shortage_gives_the_graphs_back() -> None:
+    tasks = tasks_of({"a": Lora(3, 8.0, ALL)}, lambda i: [9, 12, 10, 13])
+    executor, _ = replaying_executor(model_of(CONFIGS["llama-tied"]), tasks)
+    trained(executor, tasks, range(2))
+    assert len(executor._graphs) > 0  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(NoMemory):
+        patch.setattr(executor._graphs, "run", lambda *_: torch.empty(1 << 50))
+        trained(executor, tasks, range(2, 3))
+    assert len(executor._graphs) == 0  # type: ignore[arg-type]
+
+
+def test_a_sick_neighbour_ends_alone() -> None:
+    model, rows = model_of(CONFIGS["llama-tied"]), lambda i: [9, 12, 10, 13, 11, 9, 14, 12]
+    tasks = tasks_of({"a": Lora(3, 8.0, ALL), "b": Lora(3, 8.0, ALL)}, rows, global_batch_size=2)
+    (executor, replays), alone = replaying_executor(model, tasks), executor_of(model, tasks, Again)
+    found = trained(executor, tasks, range(4))
+    with torch.no_grad():
+        executor.tasks["b"].parameters_P.fill_(torch.nan)
+    found += trained(executor, tasks, range(4, 8))
+    failed = [result for result in found if isinstance(result, TaskFailure)]
+    assert [result.task for result in failed] == ["b"] and len(replays) >= 3
+    trained(alone, tasks, range(4))
+    alone.detach("b")
+    trained(alone, tasks[:1], range(4, 8))
+    for ours, theirs in zip(executor.tasks["a"].parameters_P, alone.tasks["a"].parameters_P, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_calibration_captures_nothing() -> None:
+    executor, replays = replaying_executor(model_of(CONFIGS["llama-tied"]), [])
+    assert calibrate(executor, 0.0, 32)
+    assert not replays and len(executor._graphs) == 0  # type: ignore[arg-type]
