@@ -65,14 +65,20 @@ types: $(READY) ## mypy, strict
 protos: $(READY) ## generate the stubs in muxtune/v1
 	python -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. protos/muxtune/v1/*.proto
 
-bench: $(READY) ## beside what a user would pick instead, on this CPU: training, control plane, mesh, alignment
+# Beside the peers' libraries, which nothing else needs.
+BENCH_READY := $(VENV)/.ready-bench
+$(BENCH_READY): $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	touch $(BENCH_READY)
+
+bench: $(BENCH_READY) ## beside what a user would pick instead, on this CPU: training, control plane, mesh, alignment
 	python benchmarks/side_by_side.py
 	python benchmarks/control_plane.py
 	python benchmarks/mesh_costs.py
 	python benchmarks/alignment_throughput.py
 
-bench-gpu: $(CUDA_READY) ## training beside what a user would pick instead, on a GPU
-	python benchmarks/side_by_side.py --device cuda
+bench-gpu: $(CUDA_READY) $(BENCH_READY) ## the same on a GPU; ARGS="--works 1 2 3" or "--seconds 540" for less
+	python benchmarks/side_by_side.py --device cuda $(ARGS)
 
 bench-planner: $(READY) ## the planner's predictions, fusion, pipelines, traces, padding and switches
 	python benchmarks/planner.py

@@ -1,15 +1,16 @@
 """Systems in processes of their own: each task alone with its copy of the model, and the peak memory of any system."""
 
+import gc
 import multiprocessing
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import trl_trainer
 from benchmarks.models import Choice
 from benchmarks.systems import BatchAndPad, Engine, Losses, OneAfterAnother, PeftTrainer, System
 from benchmarks.workload import Workload
@@ -89,11 +90,8 @@ def _train_alone(setting: Setting, index: int, pipe: Connection) -> None:
 
 
 class Peak:
-    """The most memory that this process has held for its work: what it held when made is subtracted.
-
-    On a CPU the resident set as Linux counts it, freed pages that the allocator keeps included; on a GPU what torch
-    allocated.
-    """
+    """The most memory that this process has held for its work: on a CPU the resident set as Linux counts it, the
+    allocator's freed pages included, less what it was when this was made; on a GPU what torch allocated."""
 
     def __init__(self, device: str) -> None:
         self.device, self.before = device, _status_bytes("VmRSS")
@@ -115,15 +113,42 @@ def _status_bytes(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) << 10
 
 
-def peak_bytes(setting: Setting, system: str, rounds: Sequence[int]) -> int:
-    """Of a system of SHARING or of "separate instances", in fresh processes."""
-    if system == "separate instances":
-        instances = SeparateInstances(setting)
-        for round_ in rounds:
-            instances.run(round_)
-        return instances.close()
+@dataclass(frozen=True)
+class Peaks:
+    """Of systems that run `num_rounds` rounds alone: on a CPU each in fresh processes; on a GPU in this one, on
+    `model`, which is thus loaded once."""
+
+    setting: Setting
+    num_rounds: int
+    model: Any
+
+    def bytes_of(self, system: str) -> int:
+        """Of a system of SHARING or of "separate instances", the model's weights included."""
+        setting = replace(self.setting, num_rounds=self.num_rounds)
+        if system == "separate instances":
+            instances = SeparateInstances(setting)
+            for round_ in range(self.num_rounds):
+                instances.run(round_)
+            return instances.close()
+        if setting.choice.device == "cuda":
+            return _peak_here(setting, system, self.model)
+        return _peak_there(setting, system)
+
+
+def _peak_here(setting: Setting, system: str, model: Any) -> int:
+    release()  # what may be left of others is not counted
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    built = build(setting, system, model)
+    for round_ in range(setting.num_rounds):
+        built.run(round_)
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.nbytes for t in tensors.values()) + torch.cuda.max_memory_allocated() - before
+
+
+def _peak_there(setting: Setting, system: str) -> int:
     mine, theirs = _SPAWN.Pipe()
-    process = _SPAWN.Process(target=_measure, args=(setting, system, tuple(rounds), theirs), daemon=True)
+    process = _SPAWN.Process(target=_measure, args=(setting, system, theirs), daemon=True)
     process.start()
     theirs.close()
     peak: int = mine.recv()
@@ -131,15 +156,24 @@ def peak_bytes(setting: Setting, system: str, rounds: Sequence[int]) -> int:
     return peak
 
 
-def _measure(setting: Setting, system: str, rounds: Sequence[int], pipe: Connection) -> None:
+def _measure(setting: Setting, system: str, pipe: Connection) -> None:
     torch.set_num_threads(setting.threads)
+    if system == trl_trainer.NAME:
+        trl_trainer.load()  # as torch and PEFT are: no library counts as memory of a system
     memory = Peak(setting.choice.device)
     model = setting.choice.load()
     memory.forget_what_loading_took()
     built = build(setting, system, model)
-    for round_ in rounds:
+    for round_ in range(setting.num_rounds):
         built.run(round_)
     pipe.send(memory.read_bytes())
+
+
+def release() -> None:
+    """Memory that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def build(setting: Setting, system: str, model: Any) -> System:
@@ -148,14 +182,17 @@ def build(setting: Setting, system: str, model: Any) -> System:
         return setting.engine(sharing_copy(model), **ENGINES[system])
     if system == "batch and pad":
         return setting.batch_and_pad(model)
+    if system == trl_trainer.NAME:
+        return trl_trainer.Trl(model, setting.workload, setting.num_rounds, setting.adapters)
     return setting.one_after_another(model, system.removeprefix("peft, "))
 
 
 ENGINES: dict[str, dict[str, Any]] = {
     "engine": {},
     "engine, fusion off": {"fuses": False},
+    "engine, alignment off (chunk 1)": {"chunk": 1},
     "engine, chunk 256": {"chunk": 256},
     "engine, activation checkpointing": {"checkpoints": True},
     "engine, CUDA graphs": {"graphs": 16},
 }
-SHARING = (*ENGINES, "peft, longest", "peft, cap", "peft, flattened", "batch and pad")
+SHARING = (*ENGINES, "peft, longest", "peft, cap", "peft, flattened", trl_trainer.NAME, "batch and pad")

@@ -6,9 +6,10 @@ Predictions: a small Llama on one thread, timed by CPU seconds; calibrated, corr
 shapes as an executor does, then asked for 60 others. Fusion: random tasks against the best of all partitions (up to
 10), and against the bound below any partition (64 on 4 stages). Pipelines: 8 tasks on 4 stages, 20 rounds. Traces:
 1,000 tasks on 16 devices under three policies, 10,000 on 128 under ours, in bursts of 8. Padding: tasks with lengths as
-of the paper's datasets (`workload.CORPORA`), packed by alignment itself. Switches: 16 such tasks on 4 stages.
-Saturation: two tasks fused on one device, and eight on four stages, over their tokens. All seconds are the process's
-own. Costs of all but the predictions are those of `DEVICE`, which small microbatches leave idle, and which is made up.
+of the paper's datasets (`workload.CORPORA`), packed by alignment itself. Switches: 16 such tasks on 4 stages, under a
+light and a heavy load. Saturation: two tasks fused on one device, and eight on four stages, over their tokens. All
+seconds are the process's own. Costs of all but the predictions are those of `DEVICE`, which small microbatches leave
+idle, and which is made up.
 """
 
 import argparse
@@ -49,6 +50,7 @@ from engine.runtime.executor import Executor
 from engine.task import TaskSpec, Training
 
 MIXES = {name: (name,) * 4 for name in CORPORA} | {"all three": tuple(CORPORA) * 2, "fifteen": tuple(CORPORA) * 5}
+LOADS = {"light": 4, "heavy": 32}  # sequences of a step
 SITES = tuple(Site(f"layers.{i}.{n}_proj", 576, 576) for i in range(30) for n in "qv")
 BACKBONE = BackboneView("b", 135_000_000, 30, 576, 49152, 8192, 540 << 20, "float32", SITES)
 DEVICE = CostProfile(fixed_seconds=0.05, token_seconds=1e-4, knee_tokens=512, square_seconds=1e-9, target_seconds=1e-6,
@@ -195,9 +197,9 @@ def padding(mix: tuple[str, ...], batch: int, chunk: int) -> dict[str, Any]:
             "padding_to_longest": 1 - effective / (12 * batch * cap * len(mix))}  # fmt: skip
 
 
-def switches() -> dict[str, float]:
-    """Seconds in which each of 16 ragged tasks takes a step, on four stages."""
-    views = tuple(view for view, _ in tasks_of(tuple(CORPORA) * 5 + ("rte",), 32))
+def switches(batch: int) -> dict[str, float]:
+    """Seconds in which each of 16 ragged tasks takes a step of so many sequences, on four stages."""
+    views = tuple(view for view, _ in tasks_of(tuple(CORPORA) * 5 + ("rte",), batch))
     executor = ExecutorView("e", BACKBONE, 80 << 30, cost=DEVICE, num_stages=4, hop_seconds=2e-3)
     variants = {
         "all on": Limits(),
@@ -251,11 +253,16 @@ def trace_rows(found: dict[str, Any]) -> list[list[object]]:
 
 
 def section(raw: dict[str, Any]) -> str:
-    a, f, rows, base = raw["accuracy"], raw["fusion"], raw["saturation"]["rows"], raw["switches"]["all on"]
+    a, f, rows, loads = raw["accuracy"], raw["fusion"], raw["saturation"]["rows"], raw["switches"]
     idle = report.table(["tasks", "idle"], [[name, f"{value:.1%}"] for name, value in raw["bubbles"].items()])
     header = ["policy", "tasks", "devices", "effective tokens/s", "mean completion, s", "95 %, s", "slowdown",
               "fairness", "simulated in, s of CPU"]  # fmt: skip
-    switched = [[name, f"{seconds:.3f}", f"{seconds / base:.2f}"] for name, seconds in raw["switches"].items()]
+    header_of_switches = ["planner", *(f"{what}, {load}" for load in LOADS for what in ("period, s", "of all on"))]
+    switched: list[list[object]] = [
+        [name, *(f"{value:{form}}" for own in loads.values() for value, form in
+                 ((own[name], ".3f"), (own[name] / own["all on"], ".2f")))]
+        for name in loads["light"]
+    ]  # fmt: skip
     padded = ["mix", "global batch", "chunk", "padding", "with 64", "to the longest"]
     split = [
         [row["tokens"], f"{row['saved']:.0%}", row["num_htasks"], *(f"{s:.3f}" for s in row["periods"])] for row in rows
@@ -288,9 +295,10 @@ stages, against a bound below any partition: median {f["over_bound_median"]:.2%}
 
 {report.table(padded, padding_rows(raw["padding"]))}
 
-**Switches**, 16 ragged tasks on 4 stages, seconds in which each takes a step:
+**Switches**, 16 ragged tasks on 4 stages, simulated: seconds in which each takes a step of {LOADS["light"]} sequences
+(light load) and of {LOADS["heavy"]} (heavy):
 
-{report.table(["planner", "period, s", "of all on"], switched)}
+{report.table(header_of_switches, switched)}
 
 **Saturation.** Up to the knee of {DEVICE.knee_tokens:.0f} tokens a microbatch's throughput grows with its tokens.
 What fusing two tasks of half the tokens each saves of their time on one device; and eight tasks of so many tokens on
@@ -320,7 +328,7 @@ def main() -> None:
             f"{mix}, {batch}, {chunk or 'chosen'}": padding(MIXES[mix], batch, chunk)
             for mix, batch, chunk in itertools.product(MIXES, (8, 32), (0, 64))
         },
-        "switches": switches,
+        "switches": lambda: {load: switches(batch) for load, batch in LOADS.items()},
         "saturation": saturation,
     }
     for name, measure in parts.items():

@@ -100,12 +100,11 @@ def planner(raw: Mapping[str, Any]) -> dict[str, Figure]:
     if knee := raw["saturation"].get("knee_tokens"):
         rate.axvline(knee, color="#bbb")
         rate.annotate("knee", (knee, 0), (3, 4), textcoords="offset points")
-    periods = {name: seconds for name, seconds in raw["switches"].items()}
-    base = periods["all on"]
-    off = _bars(
-        {"16 ragged tasks on 4 stages (simulated)": {name: s / base for name, s in periods.items()}},
-        "time until each took a step, of all on", "{:.2f}",
-    )  # fmt: skip
+    panels = {
+        f"16 ragged tasks on 4 stages, {load} load (simulated)": {n: s / own["all on"] for n, s in own.items()}
+        for load, own in raw["switches"].items()
+    }
+    off = _bars(panels, "time until each took a step, of all on", "{:.2f}")
     return {"saturation": figure, "switches": off}
 
 

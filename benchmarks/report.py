@@ -2,12 +2,14 @@
 between markers in RESULTS.md.
 """
 
+import importlib.util
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,14 @@ def origin(name: str) -> dict[str, Any]:
         "commit": _commit(),
         "command": " ".join(["PYTHONPATH=. python", *sys.argv]),
         "machine": f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        "versions": _versions(),
         "load_average": os.getloadavg(),
     }
+
+
+def _versions() -> dict[str, str]:
+    found = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    return found | {"trl": metadata.version("trl")} if importlib.util.find_spec("trl") else found
 
 
 def told(report: dict[str, Any]) -> str:

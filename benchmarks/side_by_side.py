@@ -6,31 +6,34 @@
 A round is one optimizer step (forward, backward, clip, AdamW) of every task; `workload.py` says of what, `systems.py`
 and `instances.py` who trains it and with which settings. Systems take each round in turn, in rotating order, so that a
 ratio compares neighbours in time; the first round warms up and is not counted; a round's losses must be equal across
-all systems. Peak memory is measured in processes of their own, over two rounds.
+all systems. Peak memory is measured over two rounds of each system alone: on a CPU in processes of their own, on a GPU
+in one, by torch's counters. A system that finds no memory is left out and said to be; so is work that `--seconds` has
+no time for, and TRL where it is not installed.
 """
 
 import argparse
+import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import plots, report, workload
+from benchmarks import plots, report, trl_trainer, workload
 from benchmarks.goals import GOALS
-from benchmarks.instances import SHARING, SeparateInstances, Setting, build, peak_bytes
+from benchmarks.instances import SHARING, Peaks, SeparateInstances, Setting, build, release
 from benchmarks.models import NAMES, Choice, smollm2
-from benchmarks.systems import Engine, Losses, System
+from benchmarks.systems import Losses, System
 from engine.runtime.backbone import sharing_copy
 
-PEERS = ("peft, longest", "peft, cap", "peft, flattened", "separate instances", "batch and pad")
+PEERS = ("peft, longest", "peft, cap", "peft, flattened", trl_trainer.NAME, "separate instances", "batch and pad")
 IN_ONE_PROCESS = tuple(name for name in PEERS if name in SHARING)  # where N models do not fit: 24 GB here
-ABLATIONS = ("engine, fusion off", "engine, chunk 256")
+ABLATIONS = ("engine, fusion off", "engine, alignment off (chunk 1)", "engine, chunk 256")
 CHECKPOINTED = "engine, activation checkpointing"
 GRAPHED = "engine, CUDA graphs"  # of few tokens; its first three rounds are not yet replayed: `--rounds 15`
 LOSS_TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}  # relative; bf16 rounds at 4e-3 each operator
@@ -53,7 +56,19 @@ CUDA_WORK = (
     ("llama-3.2-1b", "mixed", 8, 8, (*PEERS, *ABLATIONS, CHECKPOINTED)),
     ("llama-3.2-1b", "sst2", 8, 1, (*PEERS, *ABLATIONS, GRAPHED)),
     ("gpt-2.7b", "mixed", 8, 4, (*IN_ONE_PROCESS, CHECKPOINTED)),
+    ("llama-3.2-1b", "rte", 8, 8, (*PEERS, *ABLATIONS)),
 )
+# The paper's ablations are under a light and a heavy load: one short sequence of a task, and eight long ones.
+LOADS = {("sst2", 1): "light load", ("rte", 8): "heavy load"}  # by mix and sequences of a micro batch
+# Counted rounds, where they are not _ROUNDS: all of CPU_WORK in about 35 minutes, the first three of CUDA_WORK in 10.
+ROUNDS = {
+    ("smollm2", "mixed", 8, 4): 3,
+    ("small", "mixed", 32, 4): 3,
+    ("small", "rte", 8, 8): 3,
+    ("llama-2-7b", "mixed", 32, 8): 3,
+}
+_ROUNDS = 5
+_PEAK_ROUNDS = 2  # the second one's step is the first that finds the optimizer's state
 
 
 def main() -> None:
@@ -62,33 +77,62 @@ def main() -> None:
     parser.add_argument("--model", choices=NAMES, help="only the work on this one")
     parser.add_argument("--mix", choices=workload.MIXES, help="only the work of this mix")
     parser.add_argument("--tasks", type=int, help="only the work of so many tasks")
+    parser.add_argument("--works", type=int, nargs="+", help="only these, counted from 1 in CPU_WORK or CUDA_WORK")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no work that would likely end later")
     parser.add_argument("--backbone", type=Path, help="SmolLM2 as a Hugging Face folder or GGUF file")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="counted ones of each work (default: ROUNDS in this file)")
     parser.add_argument("--token-budget", type=int, default=0, help="tokens of a microbatch (256; on a GPU 8192)")
-    parser.add_argument("--chunk", type=int, default=16)
+    parser.add_argument("--chunk", type=int, default=0, help="tokens; default: what the planner would choose")
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device; without one: --device cpu")
-    asked = (arguments.model, arguments.mix, arguments.tasks)
-    work = [
-        w
-        for w in (CPU_WORK if arguments.device == "cpu" else CUDA_WORK)
-        if all(one in (None, own) for one, own in zip(asked, w, strict=False))
-    ]
-    if not work:
+    if not (work := asked_for(arguments)):
         raise SystemExit("no such work: see CPU_WORK and CUDA_WORK in this file")
     origin, measured = report.origin(f"side_by_side_{arguments.device}"), list[dict[str, Any]]()
+    clock, skipped = Clock(arguments.seconds), list[str]()
     with tempfile.TemporaryDirectory(prefix="muxtune-bench-") as scratch:
         folder = smollm2(arguments.backbone, Path(scratch))
         for i, own in enumerate(work):
-            measured.append(one_work(arguments, folder, Path(scratch) / str(i), *own))
-            raw = origin | {"load_average": os.getloadavg(), "work": measured}
+            if clock.has_time:
+                measured.append(one_work(arguments, folder, Path(scratch) / str(i), *own))
+                clock.tick()
+            else:
+                skipped.append(f"{own[0]}: {workload.told(*own[1:4])}")
+            raw = origin | {"load_average": os.getloadavg(), "work": measured, "skipped": skipped}
             if not arguments.no_write:  # after each: what was measured stays, whatever becomes of the rest
                 report.write(raw, section(raw))
                 plots.draw(raw["benchmark"])
     if arguments.no_write:
         print(section(raw))
+
+
+def asked_for(arguments: argparse.Namespace) -> list[tuple[str, str, int, int, tuple[str, ...]]]:
+    asked = (arguments.model, arguments.mix, arguments.tasks)
+    return [
+        own
+        for number, own in enumerate(CPU_WORK if arguments.device == "cpu" else CUDA_WORK, 1)
+        if number in (arguments.works or (number,))
+        and all(one in (None, theirs) for one, theirs in zip(asked, own, strict=False))
+    ]
+
+
+class Clock:
+    """Whether another work would likely end within `seconds`: it is taken to last as long as the longest so far."""
+
+    def __init__(self, seconds: float, now: Callable[[], float] = time.perf_counter) -> None:
+        self._seconds, self._now = seconds, now
+        self._started = self._ticked = now()
+        self._longest = 0.0
+
+    def tick(self) -> None:
+        """A work has ended."""
+        self._longest = max(self._longest, self._now() - self._ticked)
+        self._ticked = self._now()
+
+    @property
+    def has_time(self) -> bool:
+        return self._now() - self._started + self._longest <= self._seconds
 
 
 def one_work(
@@ -98,58 +142,75 @@ def one_work(
     """Speed of all systems in turn, then each one's peak bytes, and those of the engine with one task: the mean of the
     first (of the least rank) and the last (of the largest), each alone."""
     choice = Choice(model, folder, arguments.device)
-    num_rounds = arguments.rounds + 1
+    num_rounds = (arguments.rounds or ROUNDS.get((model, mix, num_tasks, size), _ROUNDS)) + 1
     tasks = workload.make(mix, num_tasks, size, num_rounds, choice.vocabulary, choice.targets)
     budget = arguments.token_budget or TOKEN_BUDGETS[arguments.device]
-    setting = Setting(choice, tasks, num_rounds, scratch, budget, arguments.chunk, torch.get_num_threads())
+    chunk = arguments.chunk or tasks.chunk_tokens(budget)
+    setting = Setting(choice, tasks, num_rounds, scratch, budget, chunk, torch.get_num_threads())
     print(f"{model}: {tasks.told}", flush=True)
-    seconds, read = speeds(setting, beside)
-    ends = [replace(setting, workload=replace(tasks, tasks=(task,))) for task in (tasks.tasks[0], tasks.tasks[-1])]
-
-    def of_one(system: str) -> float:
-        return statistics.mean(peak_bytes(alone, system, (0, 1)) for alone in ends)
-
-    measured = [name for name in ("engine", *beside) if name not in ABLATIONS]
-    peaks: dict[str, float] = {name: peak_bytes(setting, name, (0, 1)) for name in measured}
-    is_of_one = "separate instances" not in peaks
-    if is_of_one:  # so many do not fit
-        peaks["separate instances"] = num_tasks * of_one("separate instances")
+    absent = () if trl_trainer.is_installed() else (trl_trainer.NAME,)
+    left_out = {name: "its library is not installed" for name in beside if name in absent}
+    loaded = choice.load()
+    seconds, read = speeds(setting, [name for name in beside if name not in left_out], loaded)
+    left_out |= {name: "it ran out of memory" for name in beside if name not in seconds and name not in left_out}
+    peaks, of_one, is_of_one = peak_bytes(setting, [n for n in seconds if n not in ABLATIONS], loaded)
     return {
         "model": model, "work": tasks.told, "mix": mix, "num_tasks": num_tasks, "micro_batch_size": size,
-        "token_budget": budget, "chunk_tokens": arguments.chunk, "seconds_by_round": seconds, "tokens_read": read,
+        "token_budget": budget, "chunk_tokens": chunk, "seconds_by_round": seconds, "tokens_read": read,
         "effective_tokens": [tasks.num_tokens(r) for r in range(1, num_rounds)],
         "flops": [choice.flops(tasks.lengths(r)) for r in range(1, num_rounds)], "instances_are_of_one": is_of_one,
-        "peak_bytes": peaks, "peak_bytes_of_one_task": of_one("engine"),
+        "peak_bytes": peaks, "peak_bytes_of_one_task": of_one, "left_out": left_out,
     }  # fmt: skip
 
 
-def speeds(setting: Setting, beside: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
-    """(seconds, tokens read) by system and counted round."""
-    model = setting.choice.load()
+def peak_bytes(setting: Setting, systems: Sequence[str], model: Any) -> tuple[dict[str, float], float, bool]:
+    """(of each system, of the engine with one task, whether "separate instances" are N times one task's)."""
+    tasks = setting.workload.tasks
+    ends = [replace(setting, workload=replace(setting.workload, tasks=(task,))) for task in (tasks[0], tasks[-1])]
+
+    def of_one(system: str) -> float:
+        return statistics.mean(Peaks(alone, _PEAK_ROUNDS, model).bytes_of(system) for alone in ends)
+
+    whole = Peaks(setting, _PEAK_ROUNDS, model)
+    peaks: dict[str, float] = {name: whole.bytes_of(name) for name in systems}
+    if is_of_one := "separate instances" not in peaks:  # so many do not fit
+        peaks["separate instances"] = len(tasks) * of_one("peft, longest")
+    return peaks, of_one("engine"), is_of_one
+
+
+def speeds(setting: Setting, beside: Sequence[str], model: Any) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+    """(seconds, tokens read) by system and counted round; not of those that ran out of memory."""
     engine = setting.engine(sharing_copy(model))
-    assert isinstance(engine, Engine)
     engine.export(setting.adapters)
     systems: dict[str, System] = {"engine": engine}
     systems |= {name: build(setting, name, model) for name in beside if name in SHARING}
     if "separate instances" in beside:
         systems["separate instances"] = instances = SeparateInstances(setting)
+    read = {name: system.num_tokens[1:] for name, system in systems.items()}
     seconds = measure(systems, setting.num_rounds, LOSS_TOLERANCE[setting.choice.device])
     if "separate instances" in beside:
         instances.close()
-    return seconds, {name: system.num_tokens[1:] for name, system in systems.items()}
+    return seconds, {name: read[name] for name in seconds}
 
 
-def measure(systems: Mapping[str, System], num_rounds: int, tolerance: float) -> dict[str, list[float]]:
-    """Seconds by system and round, the first round left out. Exits if a round's losses differ."""
+def measure(systems: dict[str, System], num_rounds: int, tolerance: float) -> dict[str, list[float]]:
+    """Seconds by system and round, the first round left out. A system that runs out of a GPU's memory leaves `systems`.
+    Exits if a round's losses differ."""
     seconds: dict[str, list[float]] = {name: [] for name in systems}
-    names = list(systems)
     for round_ in range(num_rounds):
-        losses = {}
+        losses, names = {}, list(systems)
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
             started = time.perf_counter()
-            losses[name] = systems[name].run(round_)  # tells losses as numbers: it has ended
-            seconds[name].append(time.perf_counter() - started)
+            try:
+                losses[name] = systems[name].run(round_)  # tells losses as numbers: it has ended
+            except torch.OutOfMemoryError as error:
+                print(f"round {round_}: {name} ran out of memory: {error}", flush=True)
+            else:
+                seconds[name].append(time.perf_counter() - started)
+        for name in [name for name in names if name not in losses]:
+            del systems[name], seconds[name]
+            release()
         check_equal(losses, round_, tolerance)
         print(f"round {round_}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()), flush=True)
     return {name: values[1:] for name, values in seconds.items()}
@@ -165,7 +226,8 @@ def check_equal(losses: Mapping[str, Losses], round_: int, tolerance: float) -> 
 
 def summary(work: Mapping[str, Any]) -> list[dict[str, Any]]:
     """By system: effective tokens per second (median and quartiles), how much faster the engine is (median of ratios
-    within a round, least, most), tokens read for an effective one, TFLOP/s by `Choice.flops`, peak bytes."""
+    within a round, least, most), tokens read for an effective one, TFLOP/s by `Choice.flops`, peak bytes, seconds of
+    all counted rounds."""
     rows = []
     own, tokens = work["seconds_by_round"]["engine"], work["effective_tokens"]
     for name, seconds in work["seconds_by_round"].items():
@@ -176,7 +238,7 @@ def summary(work: Mapping[str, Any]) -> list[dict[str, Any]]:
             "system": name, "rate": middle, "low": low, "high": high, "ratio": statistics.median(ratios),
             "least": min(ratios), "most": max(ratios), "read": sum(work["tokens_read"][name]) / sum(tokens),
             "teraflops": statistics.median(f / s / 1e12 for f, s in zip(work["flops"], seconds, strict=True)),
-            "bytes": work["peak_bytes"].get(name),
+            "bytes": work["peak_bytes"].get(name), "seconds": sum(seconds),
         })  # fmt: skip
     return rows
 
@@ -186,31 +248,38 @@ def section(raw: Mapping[str, Any]) -> str:
     parts = [f"## Side by side, {device}", report.told(dict(raw)), _CONVENTIONS]
     parts += [f"![{what} of each system at each work](plots/{what}_{device}.png)" for what in ("speed", "bytes")]
     parts += [part for work in raw["work"] for part in section_of(work)]
+    if raw["skipped"]:
+        parts.append(f"Not measured, the time (`--seconds`) was up: {'; '.join(raw['skipped'])}.")
     parts.append(f"Raw figures: `results/{raw['benchmark']}.json`.")
     return "\n\n".join(parts)
 
 
 def section_of(work: Mapping[str, Any]) -> list[str]:
     """Heading, table, what else was found, goals."""
-    header = ["system", "tokens read per effective", "effective tokens/s", "engine is faster by", "TFLOP/s", "peak MB"]
+    header = ["system", "tokens read per effective", "effective tokens/s", "engine is faster by", "seconds to the end",
+              "TFLOP/s", "peak MB"]  # fmt: skip
     summaries = summary(work)
     rows: list[list[object]] = [
         [
             row["system"], f"{row['read']:.2f}", f"{row['rate']:.0f} ({row['low']:.0f} to {row['high']:.0f})",
             "" if row["system"] == "engine" else f"{row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f})",
-            f"{row['teraflops']:.3g}", "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.0f}",
+            f"{row['seconds']:.1f}", f"{row['teraflops']:.3g}",
+            "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.0f}",
         ]
         for row in summaries
     ]  # fmt: skip
     more = work["peak_bytes"]["engine"] / work["peak_bytes_of_one_task"]
     fewer = work["peak_bytes"]["separate instances"] / work["peak_bytes"]["engine"]
     measured = " (two were measured, so many would not fit)" if work["instances_are_of_one"] else ""
+    load = LOADS.get((work["mix"], work["micro_batch_size"]))
     parts = [
-        f"### {work['model']}: {work['work']}", report.table(header, rows),
+        f"### {work['model']}: {work['work']}" + (f" ({load})" if load else ""), report.table(header, rows),
         f"Microbatches of at most {work['token_budget']} tokens, chunk {work['chunk_tokens']}. The engine with all"
         f" {work['num_tasks']} tasks holds {more:.2f} times the bytes of one alone (mean of the first and the last);"
         f" separate instances hold {fewer:.1f} times the engine's{measured}.",
     ]  # fmt: skip
+    if work["left_out"]:
+        parts.append(f"Left out: {'; '.join(f'{name}: {why}' for name, why in work['left_out'].items())}.")
     goals = GOALS.get((work["model"], work["mix"], work["num_tasks"], work["micro_batch_size"]), ())
     if goals:
         by_system = {row["system"]: row for row in summaries}
@@ -219,8 +288,11 @@ def section_of(work: Mapping[str, Any]) -> list[str]:
 
 
 _CONVENTIONS = """Rates are medians over rounds, with quartiles; ratios are within a round, with least and most. The
-first round warms up. TFLOP/s: 4 for each weight of a linear layer and effective token, plus causal attention; adapters,
-padding and recomputation count as none."""
+first round warms up; seconds to the end are those of all others together. TFLOP/s: 4 for each weight of a linear layer
+and effective token, plus causal attention; adapters, padding and recomputation count as none. The engine's ablations:
+fusion off gives every task microbatches of its own; a chunk of 1 is alignment off, one of 256 too much of it. On one
+device without pipeline stages there is nothing to interleave in time but the hTasks' order: what interleaving gives is
+simulated (the planner's switches, below). Peak bytes of ablations are not measured."""
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ lengths are drawn from log-normal distributions of our own (`CORPORA`), short qu
 datasets. Every position bears loss.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from engine.alignment.dataset import TokenizedDataset
 from engine.methods import Lora
+from engine.planning.chunks import Ragged, allowed_padding_tokens, choose_chunk
 from engine.task import LrSchedule, TaskSpec, Training
 
 Targets = Sequence[Sequence[str]]  # of tasks in turn
@@ -81,9 +83,25 @@ class Workload:
     def lengths(self, round_: int) -> list[int]:
         return [len(row) for work in self.tasks for row in work.batch(round_)]
 
+    def chunk_tokens(self, token_budget: int) -> int:
+        """As the planner chooses it, whose costs are not calibrated yet."""
+        ragged = [Ragged(tuple(map(len, w.rows)), self.micro_batch_size, 1, 0.0) for w in self.tasks]
+        tokens = sum(len(row) for work in self.tasks for row in work.rows) / self.num_rounds
+        num_microbatches = math.ceil(tokens / token_budget)
+        return choose_chunk(ragged, num_microbatches, allowed_padding_tokens(tokens, num_microbatches))
+
+    @property
+    def num_rounds(self) -> int:
+        return len(self.tasks[0].rows) // self.micro_batch_size
+
     @property
     def told(self) -> str:
-        return f"{self.mix}, {len(self.tasks)} tasks of {self.micro_batch_size} sequences"
+        return told(self.mix, len(self.tasks), self.micro_batch_size)
+
+
+def told(mix: str, num_tasks: int, micro_batch_size: int) -> str:
+    sequences = "1 sequence" if micro_batch_size == 1 else f"{micro_batch_size} sequences"
+    return f"{mix}, {num_tasks} tasks of {sequences}"
 
 
 def make(

@@ -1,5 +1,6 @@
 """All systems of the side-by-side train the same: else their times say nothing."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, LlamaConfig
 
-from benchmarks import goals, models, side_by_side, workload
+from benchmarks import goals, models, side_by_side, trl_trainer, workload
 from benchmarks.instances import SHARING, Setting
 from benchmarks.models import Choice
+from benchmarks.systems import Losses, System
 from engine.runtime.backbone import sharing_copy
 
 TINY = {
@@ -36,9 +38,11 @@ def test_all_systems_report_the_same_losses_on_the_same_tokens(
     name: str, mix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting = setting_of(name, mix, 5, tmp_path, monkeypatch)
-    seconds, read = side_by_side.speeds(setting, SHARING[1:])  # exits where losses differ
+    beside = [name for name in SHARING[1:] if name != trl_trainer.NAME or trl_trainer.is_installed()]
+    seconds, read = side_by_side.speeds(setting, beside, setting.choice.load())  # exits where losses differ
     effective = [setting.workload.num_tokens(r) for r in (1, 2)]
-    assert set(seconds) == set(read) == set(SHARING) and read["peft, flattened"] == effective
+    assert set(seconds) == set(read) == {"engine", *beside} and read["peft, flattened"] == effective
+    assert read.get(trl_trainer.NAME, effective) == read["engine, alignment off (chunk 1)"] == effective
     for tokens in read.values():
         assert len(tokens) == 2 and all(n >= least for n, least in zip(tokens, effective, strict=True))
     assert sum(read["peft, cap"]) > sum(read["peft, longest"])
@@ -54,6 +58,65 @@ def test_a_system_that_trains_something_else_is_not_timed(tmp_path: Path, monkey
         trainer.optimizer.param_groups[0]["lr"] *= 10
     with pytest.raises(SystemExit, match="round 1: losses of 'wrong' differ"):
         side_by_side.measure({"engine": engine, "wrong": wrong}, 2, 1e-4)
+
+
+class OutOfMemory(System):
+    def run(self, round_: int) -> Losses:
+        if round_:
+            raise torch.OutOfMemoryError("no room")
+        return {"task": 1.0}
+
+
+class Steady(System):
+    def run(self, round_: int) -> Losses:
+        return {"task": 1.0}
+
+
+def test_a_system_that_runs_out_of_memory_is_left_out_of_what_follows() -> None:
+    systems = {"engine": Steady(), "large": OutOfMemory(), "other": Steady()}
+    seconds = side_by_side.measure(systems, 5, 1e-4)
+    assert set(seconds) == {"engine", "other"} == set(systems) and all(len(s) == 4 for s in seconds.values())
+
+
+def test_no_work_is_started_that_would_likely_end_after_the_time() -> None:
+    now = [100.0]
+    clock = side_by_side.Clock(61.0, lambda: now[0])
+    assert clock.has_time
+    for seconds, has_time in ((20.0, True), (15.0, True), (10.0, False)):  # the longest takes 20 s
+        now[0] += seconds
+        clock.tick()
+        assert clock.has_time is has_time
+    assert side_by_side.Clock(math.inf, lambda: now[0]).has_time
+
+
+def test_what_was_not_measured_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a page: work skipped, a system left out, the load, seconds to the end."""
+    work = {
+        "model": "small", "work": "rte, 2 tasks", "mix": "rte", "num_tasks": 2, "micro_batch_size": 8,
+        "token_budget": 256, "chunk_tokens": 8, "seconds_by_round": {"engine": [1.25, 2.0, 3.0]},
+        "tokens_read": {"engine": [10, 10, 10]}, "effective_tokens": [10, 10, 10], "flops": [1e9, 1e9, 1e9],
+        "instances_are_of_one": False, "peak_bytes": {"engine": 3e6, "separate instances": 9e6},
+        "peak_bytes_of_one_task": 2e6, "left_out": {"batch and pad": "it ran out of memory"},
+    }  # fmt: skip
+    origin = {
+        "benchmark": "side_by_side_cpu", "command": "c", "commit": "x", "when": "w", "machine": "m",
+        "load_average": [0.0], "versions": {"torch": "2"},
+    }  # fmt: skip
+    page = side_by_side.section(origin | {"work": [work], "skipped": ["small: mixed, 32 tasks of 4 sequences"]})
+    assert "(heavy load)" in page and "| 6.2 |" in page
+    assert "Left out: batch and pad: it ran out of memory." in page
+    assert "was up: small: mixed, 32 tasks of 4 sequences." in page
+
+
+def test_a_workload_is_aligned_by_the_planners_chunk() -> None:
+    """Of which the padding is little: it is the chunk that grows where sequences do."""
+    chunks = {}
+    for mix in ("sst2", "rte"):
+        tasks = workload.make(mix, 8, 8, 3, 64, [["q_proj"]])
+        chunks[mix] = tasks.chunk_tokens(256)
+        padded = [-(-tokens // chunks[mix]) * chunks[mix] for w in tasks.tasks if (tokens := w.num_tokens(1))]
+        assert sum(padded) / tasks.num_tokens(1) - 1 < 0.05
+    assert 1 <= chunks["sst2"] <= chunks["rte"]
 
 
 def test_lengths_are_as_their_corpus_states() -> None:
