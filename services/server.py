@@ -1,6 +1,7 @@
 """The gRPC server every service runs in: gate, health, reflection, graceful stop."""
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -79,6 +80,7 @@ async def serve(
         with _set_by_signals(stopping):
             if on_ready is not None:
                 await on_ready(address)
+            _spare_the_collector()
             await _announce(health, names, health_pb2.HealthCheckResponse.SERVING)
             _write_ready_file(settings, address)
             _log.info("%s listens on %s", service_name, address)
@@ -91,6 +93,12 @@ async def serve(
         await asyncio.to_thread(telemetry.shutdown)
         if settings.ready_file is not None:
             settings.ready_file.unlink(missing_ok=True)
+
+
+def _spare_the_collector() -> None:
+    """What a service is made of stays to its end: looked through again and again, it holds all calls up for 0.1 s."""
+    gc.collect()
+    gc.freeze()
 
 
 async def _until(stopping: asyncio.Event, parent: int | None) -> None:

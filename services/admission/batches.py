@@ -18,21 +18,26 @@ _MOST_JOBS = 64  # in one batch
 class Job:
     """One caller's work, and what came of it."""
 
-    def __init__(self, work: Callable[..., Any], loop: asyncio.AbstractEventLoop) -> None:
-        self.work, self.loop = work, loop
+    def __init__(
+        self, work: Callable[..., Any], loop: asyncio.AbstractEventLoop, tell: Callable[[Any], None] | None = None
+    ) -> None:
+        self.work, self.loop, self._tell = work, loop, tell
         self.answer: asyncio.Future[Any] = loop.create_future()
         self._result: Any = None
         self.error: BaseException | None = None
+        self._is_done = False
 
     def run(self, *given: Any) -> None:
         """Keeps what the work returns, or raises."""
         try:
-            self._result = self.work(*given)
+            self._result, self._is_done = self.work(*given), True
         except Exception as error:
             self.error = error
 
     def deliver(self) -> None:
-        """On its event loop. A caller who has left gets nothing."""
+        """On its event loop. A caller who has left gets nothing, and others are told all the same."""
+        if self.error is None and self._is_done and self._tell is not None:
+            self._tell(self._result)
         if self.answer.done():
             return
         if self.error is not None:
@@ -52,13 +57,14 @@ class Batches:
         self._thread: threading.Thread | None = None
         self._is_closed = False
 
-    async def do(self, work: Callable[..., Any]) -> Any:
-        """What the work returns or raises. Work whose caller leaves before its turn is not begun."""
+    async def do(self, work: Callable[..., Any], tell: Callable[[Any], None] | None = None) -> Any:
+        """What the work returns or raises. Work whose caller leaves before its turn is not begun; `tell` hears of what
+        is done, on the caller's event loop, whether or not the caller is there."""
         if self._thread is None:
             self._start()
         if self._is_closed:
             raise UnavailableError("admission is stopping")
-        job = Job(work, asyncio.get_running_loop())
+        job = Job(work, asyncio.get_running_loop(), tell)
         self._waiting.put(job)
         return await job.answer
 

@@ -36,7 +36,8 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self._is_sqlite = url.startswith("sqlite")
-        self._engine = sa.create_engine(url, pool_pre_ping=not self._is_sqlite)
+        # The last connection first: it has the most in its cache.
+        self._engine = sa.create_engine(url, pool_pre_ping=not self._is_sqlite, pool_use_lifo=True)
         self._writing = threading.Lock()
         self._asking: sa.Connection | None = None
         self._questions, self._changes = Batches("questions", self._answer), Batches("changes", self._commit)
@@ -104,10 +105,11 @@ class Database:
         answer: T = await self._questions.do(partial(self._told, question))
         return answer
 
-    async def commit(self, change: Callable[[sa.Connection], T]) -> T:
+    async def commit(self, change: Callable[[sa.Connection], T], tell: Callable[[T], None] | None = None) -> T:
         """What the change returned, once it is on the disk. Changes of one transaction see each other in the order they
-        came; one that raises leaves nothing, and the others stay."""
-        answer: T = await self._changes.do(partial(self._told, change))
+        came; one that raises leaves nothing, and the others stay. `tell` hears of it then, though the caller has left:
+        what was committed for a caller who is gone has its watchers too."""
+        answer: T = await self._changes.do(partial(self._told, change), tell)
         return answer
 
     def _told(self, work: Callable[[sa.Connection], T], connection: sa.Connection) -> T:

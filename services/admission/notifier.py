@@ -1,7 +1,7 @@
 """Wakes those who wait for a change of a task, or of anything. Lives on the event loop; holds no events itself."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -20,15 +20,11 @@ class Notifier:
         self.tell_others: Callable[[Iterable[str]], None] | None = None
 
     async def after(self, commit: Callable[[], T], tell: Callable[[T], None]) -> T:
-        """Runs the commit in a thread, then `tell` of what it answered: see `following`."""
-        return await self.following(asyncio.to_thread(commit), tell)
-
-    async def following(self, commit: Awaitable[T], tell: Callable[[T], None]) -> T:
-        """`tell` of what the commit answered, though the caller be cancelled meanwhile: what was committed for a caller
-        who is gone has its watchers too."""
+        """Runs the commit in a thread, then `tell` of what it answered, though the caller be cancelled meanwhile: what
+        was committed for a caller who is gone has its watchers too."""
 
         async def both() -> T:
-            done = await commit
+            done = await asyncio.to_thread(commit)
             tell(done)
             return done
 

@@ -102,9 +102,7 @@ class TaskRpcs:
             audit.insert(connection, call.entry(task.name, grpc.StatusCode.OK.name))
             return task
 
-        task = await self._notifier.following(
-            self._database.commit(told), lambda task: self._notifier.notify([task.name])
-        )
+        task = await self._database.commit(told, lambda task: self._notifier.notify([task.name]))
         call.told = grpc.StatusCode.OK.name
         return task
 

@@ -17,7 +17,6 @@ import sqlalchemy as sa
 
 from engine.errors import NotFoundError, UnavailableError
 from services.admission.database import Database
-from services.admission.notifier import Notifier
 from services.admission.tables import plans
 from tests.services.admission.admission_mesh import DATABASES, TIMEOUT_SECONDS
 
@@ -188,18 +187,24 @@ async def test_writers_in_threads_get_their_turn_among_many_changes(database: Da
 
 @both
 async def test_who_leaves_before_the_turn_changes_nothing_and_after_it_is_told_of(database: Database) -> None:
-    held, notifier, told = Held(), Notifier(), list[int]()
-    first = asyncio.ensure_future(database.commit(held))
+    held, told = Held(), list[Any]()
+
+    def fails(connection: sa.Connection) -> None:
+        put(connection, 2)
+        raise NotFoundError("mine")
+
+    begun = asyncio.ensure_future(database.commit(lambda c: (held(c), put(c, 3))[1], told.append))
     await held.begun()
-    gone = asyncio.ensure_future(database.commit(putting(1)))
-    watched = asyncio.ensure_future(notifier.following(database.commit(putting(2)), told.append))
+    gone = asyncio.ensure_future(database.commit(putting(1), told.append))
+    failed = asyncio.ensure_future(database.commit(fails, told.append))
     await asyncio.sleep(0)
-    for call in (gone, watched):
+    for call in (begun, gone):
         call.cancel()
-    await asyncio.gather(gone, watched, return_exceptions=True)
+    await asyncio.gather(begun, gone, return_exceptions=True)
     held.let_go()
-    await first
-    assert await database.commit(versions) == [2] == told
+    with pytest.raises(NotFoundError):
+        await failed
+    assert await database.commit(versions) == [3] == told
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
