@@ -6,7 +6,14 @@ from typing import Any
 
 def plain_json(data: bytes) -> Any:
     """Raises ValueError (UnicodeDecodeError and json.JSONDecodeError among them) or RecursionError."""
-    return _DECODER.decode(data.decode())
+    text = data.decode()
+    try:
+        value, end = _DECODER.raw_decode(text)
+        if end == len(text) or not text[end:].strip(" \t\n\r"):
+            return value
+    except json.JSONDecodeError:  # blanks before it, or an error to be told as `decode` tells it
+        pass
+    return _DECODER.decode(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

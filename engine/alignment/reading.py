@@ -7,6 +7,7 @@ No error ever quotes a row: it is the tenant's data. Legend: N rows, S tokens of
 them, K assistant turns of those.
 """
 
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.alignment.rows import Row
+from engine.alignment.rows import Row, is_text
 from engine.alignment.smuggled import smuggled_spans
 from engine.alignment.templates import TemplateRefusedError
 from engine.alignment.tokenized import Refused, TokenizedRow, TokenizedRows
@@ -24,7 +25,7 @@ from engine.alignment.tokens import BackboneTokenizer, Encoded, Piece
 from engine.alignment.turns import Turn, assistant_turns, turn_tokens
 
 # Some milliseconds of the tokenizer's work: no core waits long for the first batch, or for what is made of the last.
-_BATCH_ROWS, _BATCH_CHARACTERS = 512, 1 << 15
+_BATCH_ROWS, _BATCH_CHARACTERS = 512, 1 << 16
 # Under work at once, while other rows are parsed and rendered; of one row alone the characters may be more.
 _BATCHES_AHEAD, _CHARACTERS_AHEAD = 4, 4 << 20
 
@@ -92,15 +93,16 @@ def _messages(fields: Mapping[str, Any], tokenizer: BackboneTokenizer, _: bool) 
     if tokenizer.template is None:
         raise TemplateRefusedError("the backbone has no chat template: use prompt/completion or text")
     messages = fields["messages"]
-    text = tokenizer.template.render(messages)
-    turns = assistant_turns(messages, text, tokenizer)
+    rendered = tokenizer.template.render_marked(messages)
+    turns, text = assistant_turns(messages, rendered, tokenizer), rendered.text
+    if not is_text(text):  # of another field than a content
+        raise TemplateRefusedError("the chat template writes a lone surrogate")
     smuggled = smuggled_spans(messages, text, tokenizer)
     if not smuggled:
         return [Piece(text, has_offsets=True)], turns
     bounds = [0, *chain.from_iterable(smuggled), len(text)]
     return [
-        Piece(text[start:end], is_plain=i % 2 == 1, has_offsets=True)
-        for i, (start, end) in enumerate(pairwise(bounds))
+        Piece(text[start:end], is_plain=i % 2 == 1, has_offsets=True) for i, (start, end) in enumerate(pairwise(bounds))
     ], turns
 
 
@@ -190,7 +192,8 @@ class _Reading:
             self._num_characters += len(piece.text)
 
     def rows(self) -> TokenizedRows:
-        ids_S, offsets = np.array(self._ids, np.int32), np.array(self._ends, np.int64)
+        ids_S = np.frombuffer(struct.pack(f"={len(self._ids)}i", *self._ids), np.int32)  # twice as fast as np.array
+        offsets = np.array(self._ends, np.int64)
         spans = np.array(self._spans, np.int64).reshape(-1, 2).T
         if self._chats:
             spans = np.concatenate([spans, self._chat_spans(ids_S, offsets)], axis=1)

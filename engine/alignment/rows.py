@@ -66,7 +66,7 @@ def _shape(number: int, fields: dict[str, Any]) -> str:
         _check_messages(number, fields["messages"])
     else:
         for key in ("prompt", "completion") if shape == "prompt_completion" else ("text",):
-            if not _is_text(fields[key]):
+            if not is_text(fields[key]):
                 raise _no_text(number, key, fields[key])
     return shape
 
@@ -76,17 +76,20 @@ def _check_messages(number: int, messages: Any) -> None:
         raise _malformed(number, '"messages" must be a list of at least one message')
     if len(messages) > MAX_MESSAGES:  # a turn is found by rendering what comes before it: work grows with the square
         raise _malformed(number, f"has {len(messages)} messages; at most {MAX_MESSAGES}: split the conversation")
+    has_answer = False
     for index, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or role not in _ROLES:
             raise _malformed(number, f'messages[{index}] needs a "role" of {", ".join(sorted(_ROLES))}')
-        if not _is_text(content := message.get("content")):
+        if not is_text(content := message.get("content")):
             raise _no_text(number, f"messages[{index}].content", content)
-    if not any(message["role"] == "assistant" for message in messages):
+        has_answer |= role == "assistant"
+    if not has_answer:
         raise _malformed(number, "has no assistant message: nothing to learn from")
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
+    """Whether it is a string that can be written as UTF-8: one without a lone surrogate."""
     if not isinstance(value, str):
         return False
     try:

@@ -6,8 +6,9 @@ Source: transformers.utils.chat_template_utils: jinja2's immutable sandbox, trim
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from jinja2.exceptions import SecurityError
@@ -15,14 +16,27 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engine.alignment.plain_loops import mark_messages
+
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the first is the one templates read
 _TODAY = datetime(2024, 7, 26)  # of Llama 3's own template: a step's tokens must not depend on the day it is run on
 _REASONING_FIELDS_SET = frozenset(_REASONING_FIELDS)
+_MARK_NAME, _MARK = "_message_begins", "".join(["message", " begins"])  # no other string is this object
 _OF_A_LOOP = frozenset({"first", "last", "index", "index0"})
 
 
 class TemplateRefusedError(Exception):
     """The template does not compile, or cannot render these messages. The text never quotes them."""
+
+
+class Rendered(NamedTuple):
+    """A conversation as text. `starts`: the character at which each message begins, for templates of which one message
+    after another is rendered (see plain_loops), where text[:starts[i]] and `generation_prompt` are the prompt for
+    message i, and text[:starts[i]] is the conversation up to it."""
+
+    text: str
+    starts: list[int] | None
+    generation_prompt: str
 
 
 class ChatTemplate:
@@ -38,21 +52,53 @@ class ChatTemplate:
             namespace=_TemplateNamespace,
         )
         try:
-            self._template = environment.from_string(source)
+            self._template = self._marked = _compiled(environment, source)
+            tree = environment.parse(source)
         except jinja2.TemplateError as error:
             raise TemplateRefusedError(f"the chat template does not compile: {error}") from error
-        self._always = {**self._template.globals, "tools": None, "documents": None, **special_tokens}
-        self._template.globals = {}  # so that each rendering copies one dict, and not both
+        constants = {"tools": None, "documents": None, **special_tokens}
+        self._always = {**environment.globals, **constants, _MARK_NAME: _MARK}
+        self._generation_prompt: str | None = None
+        if mark_messages(tree, _MARK_NAME, constants):
+            self._marked = _compiled(environment, tree)
+            with suppress(TemplateRefusedError):  # each row will be, with the reason
+                self._generation_prompt = self.render([], add_generation_prompt=True).removeprefix(self.render([]))
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
         """The conversation as text. Raises TemplateRefusedError where the template refuses it."""
+        return "".join(self._chunks(self._template, messages, add_generation_prompt))
+
+    def render_marked(self, messages: Sequence[Mapping[str, Any]]) -> Rendered:
+        """The same, told by message where the template allows it."""
+        if self._generation_prompt is None:
+            return Rendered(self.render(messages), None, "")
+        chunks: list[str] = []
+        starts: list[int] = []
+        num_characters = 0
+        for chunk in self._chunks(self._marked, messages, False):
+            if chunk is _MARK:  # the very object: nobody can spell it
+                starts.append(num_characters)
+            else:
+                chunks.append(chunk)
+                num_characters += len(chunk)
+        return Rendered("".join(chunks), starts, self._generation_prompt)
+
+    def _chunks(
+        self, template: jinja2.Template, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+    ) -> list[str]:
         try:
             told = [_with_reasoning(message) for message in messages]
             known = {**self._always, "messages": told, "add_generation_prompt": add_generation_prompt}
             # As Template.render does it, less what only serves to show the template's line in a traceback.
-            return "".join(self._template.root_render_func(self._template.new_context(known, shared=True)))
+            return list(template.root_render_func(template.new_context(known, shared=True)))
         except Exception as error:  # a template may stumble over any value in any way
             raise TemplateRefusedError(f"the chat template refuses it ({type(error).__name__})") from None
+
+
+def _compiled(environment: jinja2.Environment, source: str | jinja2.nodes.Template) -> jinja2.Template:
+    template = environment.from_string(source)
+    template.globals = {}  # each rendering is told them, and need not look here, too
+    return template
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

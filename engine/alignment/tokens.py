@@ -95,8 +95,8 @@ class BackboneTokenizer:
     def encode(self, pieces: Sequence[Piece]) -> Encoded:
         """All at once, on all cores. Text alone is the same whatever stands beside it."""
         by_kind = defaultdict[tuple[bool, bool, bool], list[int]](list)
-        for i, (_, *kind) in enumerate(pieces):
-            by_kind[tuple(kind)].append(i)
+        for i, (_, adds_tokens, is_plain, has_offsets) in enumerate(pieces):
+            by_kind[adds_tokens, is_plain, has_offsets].append(i)
         encoded = Encoded([[]] * len(pieces), set(), {})
         for (adds_tokens, is_plain, has_offsets), own in by_kind.items():
             tokenizer = self._by_kind[adds_tokens, is_plain]

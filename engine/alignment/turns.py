@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.alignment.offsets import Offsets
-from engine.alignment.templates import TemplateRefusedError
+from engine.alignment.templates import ChatTemplate, Rendered, TemplateRefusedError
 from engine.alignment.tokens import BackboneTokenizer
 
 _MARK = "\ue000Mx\ue001"  # private use; mixed case, so that a template that changes letters is noticed
+_OPENS_OTHERWISE = "the chat template opens this turn otherwise than its generation prompt"
 
 
 class Turn(NamedTuple):
@@ -26,23 +27,48 @@ class Turn(NamedTuple):
     content_end: int
 
 
-def assistant_turns(messages: Sequence[Mapping[str, Any]], text: str, tokenizer: BackboneTokenizer) -> list[Turn]:
+def assistant_turns(
+    messages: Sequence[Mapping[str, Any]], rendered: Rendered, tokenizer: BackboneTokenizer
+) -> list[Turn]:
     """Raises TemplateRefusedError where the template's output can't be told apart exactly."""
-    return [_turn(messages, i, text, tokenizer) for i, m in enumerate(messages) if m["role"] == "assistant"]
-
-
-def _turn(messages: Sequence[Mapping[str, Any]], index: int, text: str, tokenizer: BackboneTokenizer) -> Turn:
     assert tokenizer.template is not None
-    before = tokenizer.template.render(messages[:index], add_generation_prompt=True)
+    bounds = _bounds_by_start if rendered.starts is not None else _bounds_by_rendering
+    turns, text = [], rendered.text
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start, end = bounds(messages, index, rendered, tokenizer.template)
+        if end is None:
+            turns.append(_marked_turn(messages, index, text, start, tokenizer))
+        else:
+            content = message["content"].strip()
+            turns.append(Turn(start, end, max(start, text.find(content, start, end) + len(content))))
+    return turns
+
+
+def _bounds_by_start(
+    messages: Sequence[Mapping[str, Any]], index: int, rendered: Rendered, _: ChatTemplate
+) -> tuple[int, int | None]:
+    """Where the prompt for message `index` ends, and the conversation up to and with it."""
+    text, starts, prompt = rendered
+    assert starts is not None
+    if not text.startswith(prompt, starts[index]):
+        raise TemplateRefusedError(_OPENS_OTHERWISE)
+    start, end = starts[index] + len(prompt), starts[index + 1] if index + 1 < len(starts) else len(text)
+    return start, end if start <= end else None
+
+
+def _bounds_by_rendering(
+    messages: Sequence[Mapping[str, Any]], index: int, rendered: Rendered, template: ChatTemplate
+) -> tuple[int, int | None]:
+    """The same; no end where the conversation so far does not stand in the text as it would alone."""
+    text = rendered.text
+    before = template.render(messages[:index], add_generation_prompt=True)
     if not text.startswith(before):
-        raise TemplateRefusedError("the chat template opens this turn otherwise than its generation prompt")
-    is_last = index + 1 == len(messages)
-    through = text if is_last else tokenizer.template.render(messages[: index + 1])
-    if text.startswith(through) and through.startswith(before):
-        content = messages[index]["content"].strip()
-        content_end = max(len(before), through.find(content, len(before)) + len(content))
-        return Turn(len(before), len(through), content_end)
-    return _marked_turn(messages, index, text, len(before), tokenizer)
+        raise TemplateRefusedError(_OPENS_OTHERWISE)
+    through = text if index + 1 == len(messages) else template.render(messages[: index + 1])
+    is_told = text.startswith(through) and through.startswith(before)
+    return len(before), len(through) if is_told else None
 
 
 def _marked_turn(
