@@ -20,7 +20,6 @@ from engine.runtime.backbone import Backbone
 from engine.runtime.calibration import calibrate
 from engine.runtime.cuda_graphs import Graphs
 from engine.runtime.executor import Executor
-from engine.runtime.forms import Form, form_of
 from engine.runtime.out_of_memory import NoMemory
 from tests.engine.kernels.conftest import MakeHost, host_launcher
 from tests.engine.kernels.host.launcher import HostLauncher
@@ -204,17 +203,6 @@ def test_attention_that_flash_attention_does_not_do_is_not_replayed() -> None:
     executor, replays = replaying_executor(model_of(CONFIGS["gemma2"]), tasks)  # soft-capping
     trained(executor, tasks, range(4))
     assert not replays
-
-
-def test_large_microbatches_and_those_that_would_grow_much_have_no_form() -> None:
-    def form(*lengths: int) -> Form | None:
-        tasks = [task_of(str(i), method=Lora(3, 8.0, ("q_proj",)), lengths=[n]) for i, n in enumerate(lengths)]
-        return form_of(pack_round(tasks, [0] * len(tasks))[0], executor_with(model, tasks).tasks)
-
-    model = model_of(CONFIGS["llama-tied"])
-    assert form(2049) is None and form(2, 200) is not None and form(2, 600) is None
-    found = form(1000, 900)
-    assert found is not None and found.num_tokens == 2048
 
 
 class Refusing(SoftwareRecording):
