@@ -26,7 +26,7 @@ from engine.kernels.launch import Memory
 from engine.kernels.segment_cross_entropy import segment_cross_entropy
 from engine.runtime.backbone import Backbone
 from engine.runtime.forms import Form, Inputs, form_of, packed, unpacked
-from engine.runtime.out_of_memory import NoMemory, within_memory
+from engine.runtime.out_of_memory import NoMemory, is_out_of_memory, within_memory
 from engine.runtime.task_run import TaskRun
 from engine.runtime.varlen_attention import Shared
 
@@ -124,19 +124,30 @@ class Graphs:
     def _losses(self, form: Form, graph: _Graph | None, values: NDArray[np.int64]) -> torch.Tensor | None:
         """[T], on the host."""
         if graph is None:
-            return self._record(form, values).cpu()
-        graph.last_run = self._num_runs
-        graph.inputs.write(values)
-        loss_T = graph.recording.replay() if graph.is_proven else self._prove(graph)
+            loss_T = self._record(form, values)
+        else:
+            graph.last_run = self._num_runs
+            graph.inputs.write(values)
+            loss_T = graph.recording.replay() if graph.is_proven else self._prove(graph)
         return None if loss_T is None else loss_T.cpu()
 
-    def _record(self, form: Form, values: NDArray[np.int64]) -> torch.Tensor:
+    def _record(self, form: Form, values: NDArray[np.int64]) -> torch.Tensor | None:
         """This microbatch runs for real, as it is going to be captured; then it is. A failure of that costs the graph
-        alone: nothing has run."""
+        alone: nothing has run.
+
+        None where it does not run in its form: what is refused is refused before a gradient is written to.
+        """
         inputs, recording = Inputs(form, self._backbone.device), self._recorder()
         inputs.write(values)
         work = partial(self._forward_backward, form, inputs)
-        loss_T = recording.run(work)
+        before = [run.gradient_P._version for run in form.runs]
+        try:
+            loss_T = recording.run(work)
+        except RuntimeError as error:
+            if is_out_of_memory(error) or before != [run.gradient_P._version for run in form.runs]:
+                raise
+            self._turn_off(f"a form does not run: {error}")
+            return None
         try:
             within_memory(lambda: recording.capture(work))
         except NoMemory as error:

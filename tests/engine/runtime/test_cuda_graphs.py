@@ -233,6 +233,31 @@ def test_a_capture_that_fails_costs_nobody_anything(error: Exception) -> None:
         assert own[2] == pytest.approx(theirs[2], rel=1e-5)
 
 
+class Unable(SoftwareRecording):
+    """What a form asks for is refused, before or after the backward pass."""
+
+    is_late: bool
+
+    def run(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if self.is_late:
+            super().run(work)
+        raise RuntimeError("this kernel takes no empty segments")
+
+
+def test_a_form_that_does_not_run_is_run_eagerly(caplog: pytest.LogCaptureFixture) -> None:
+    model, tasks = model_of(CONFIGS["llama-tied"]), tasks_of({"a": Lora(3, 8.0, ALL)}, lambda i: [9, 12, 10, 13])
+    unable, plain = executor_of(model, tasks, type("", (Unable,), {"is_late": False})), executor_with(model, tasks)
+    assert told(trained(unable, tasks, range(3))) == told(trained(plain, tasks, range(3)))
+    assert "empty segments" in caplog.text
+
+
+def test_what_has_written_gradients_is_not_run_again() -> None:
+    tasks = tasks_of({"a": Lora(3, 8.0, ALL)}, lambda i: [9, 12, 10, 13])
+    executor = executor_of(model_of(CONFIGS["llama-tied"]), tasks, type("", (Unable,), {"is_late": True}))
+    with pytest.raises(RuntimeError, match="empty segments"):
+        trained(executor, tasks, range(3))
+
+
 def test_what_waits_for_the_device_is_not_captured(caplog: pytest.LogCaptureFixture) -> None:
     """A model whose positions' embedding asks how long the longest sequence is, as some do."""
     model, tasks = model_of(CONFIGS["llama-tied"]), tasks_of({"a": Lora(3, 8.0, ALL)}, lambda i: [9, 12, 10, 13])
@@ -318,6 +343,11 @@ def test_a_sick_neighbour_ends_alone(step: int) -> None:
     trained(alone, tasks[:1], range(step, 8))
     ours, theirs = (own.tasks["a"].parameters_P for own in (executor, alone))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_cpu_has_none_whatever_is_asked_for() -> None:
+    backbone = Backbone(model_of(CONFIGS["llama-tied"]))
+    assert Graphs.of(backbone, 4) is None and Graphs.of(backbone, 0) is None
 
 
 def test_calibration_captures_nothing() -> None:
