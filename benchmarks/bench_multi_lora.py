@@ -88,9 +88,9 @@ class Inputs:
     def __post_init__(self) -> None:
         pairs, rows = pairs_of(self.operators), described_factors(pairs_of(self.operators))
         widths = (self.x.shape[1], *(dy.shape[1] for dy in self.dys))
-        uses, runs = described_uses(pairs, widths[0], widths[1:])
+        uses = described_uses(pairs, widths[0], widths[1:])
         tables = Tables(self.x.device)
-        self.plan = Plan(uses, runs, rows, len(self.x), widths, self.x.dtype, tables)
+        self.plan = Plan(uses, rows, len(self.x), widths, self.x.dtype, tables)
         self.table = tables.upload(with_addresses(rows, self.factors, []))
 
     @property

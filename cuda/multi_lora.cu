@@ -67,7 +67,7 @@ DEVICE void shrink_item(const LoraLaunch& launch, const LoraItem& item) {
         copy(step + STAGES - 1);
         if (step + 1 < num_steps) next.fetch(factor, column + TILE);
         if (drops) {
-            drop_tile(tile, use, key, launch.runs, factor.width, item.token, column, rows);
+            drop_tile(tile, key, launch.positions, factor.width, item.token, column, rows);
             block_barrier();
         }
         multiply_tiles(c, tile, row_stride<T>(TILE), true, factor_tiles + step % 2 * tile_size<T>(),
@@ -139,7 +139,7 @@ DEVICE void outer_item(const LoraLaunch& launch, const LoraItem& item) {
         block_barrier();
         copy(step + STAGES - 1);
         if (drops) {
-            drop_tile(stream_tiles + at, use, key, launch.runs, width, token, item.column,
+            drop_tile(stream_tiles + at, key, launch.positions, width, token, item.column,
                       least(TILE, item.end_token - token));
             block_barrier();
         }

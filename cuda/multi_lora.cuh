@@ -11,9 +11,9 @@ constexpr int MAX_OPERATORS = 8;                 // of a group
 // One task's adapter of one operator, on its own tokens [start, start + num_tokens) of the stream.
 struct LoraUse {
     int start, num_tokens, rank, op;
-    int first_run, num_runs, threshold, unused;  // of its dropout; threshold 0: none
-    i64 shrunk;                                  // elements before this use's [L, padded rank] in the shrunk rows
-    i64 da, db, dd, dg;                          // floats before each gradient; -1: not wanted
+    int threshold, unused;  // of its dropout; 0: none
+    i64 shrunk;             // elements before this use's [L, padded rank] in the shrunk rows
+    i64 da, db, dd, dg;     // floats before each gradient; -1: not wanted
 };
 
 // What it multiplies by. The dropout's step is read where it lies, so that a captured graph sees it change.
@@ -62,7 +62,7 @@ struct LoraStream {
 struct LoraLaunch {
     const LoraUse* uses;
     const LoraFactors* factors;
-    const Run* runs;
+    const i64* positions;  // [T], of each token in its task's own stream; null where nothing is dropped
     const LoraTile* tiles;
     const LoraItem* items;
     void* shrunk;       // S or E: [L, padded rank] of each use
@@ -198,14 +198,12 @@ DEVICE DropoutKey key_of(const LoraUse& use, const LoraFactors& factors) {
 
 // Zeroes what a use's dropout drops of a tile of its tokens from `token` and columns from `column`; does not scale.
 template <typename T>
-DEVICE void drop_tile(T* tile, const LoraUse& use, const DropoutKey& key, const Run* runs, int width, int token,
-                      int column, int rows) {
+DEVICE void drop_tile(T* tile, const DropoutKey& key, const i64* positions, int width, int token, int column,
+                      int rows) {
     constexpr int BLOCKS = TILE / LANES;
     const int row = thread_index() / 2;  // two threads a token
     if (row >= rows) return;
-    const int own = token - use.start + row;
-    const u64 position = static_cast<u64>(position_of(runs + use.first_run, use.num_runs, own));
-    const u64 counter = position * ceil_div(width, LANES) + column / LANES;
+    const u64 counter = static_cast<u64>(positions[token + row]) * ceil_div(width, LANES) + column / LANES;
     for (int block = thread_index() % 2 * (BLOCKS / 2), i = 0; i < BLOCKS / 2; ++i, ++block) {
         if (column + block * LANES >= width) return;
         const u32 bits = keep_bits(key, counter + block);

@@ -32,7 +32,7 @@ DEVICE void add_staged(Rows& sum, const float* staged, const LoraLaunch& launch,
         if (token >= item.end_token || first >= columns) continue;
         u32 bits = ~0u;
         if (drops) {
-            const u64 position = position_of(launch.runs + use.first_run, use.num_runs, token - use.start);
+            const u64 position = static_cast<u64>(launch.positions[token]);
             bits = keep_bits(key, position * num_blocks + (column + first) / LANES);
         }
         const float* from = staged + Rows::row(i) * row_stride<float>(TILE) + first;

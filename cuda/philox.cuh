@@ -39,22 +39,3 @@ DEVICE u32 keep_bits(const DropoutKey& key, u64 counter) {
     }
     return bits;
 }
-
-// Where a run of tokens with consecutive positions in the task's own stream begins.
-struct Run {
-    i64 position;
-    int token, unused;
-};
-
-// Position of `token` by the sorted runs of its use; the first begins at token 0.
-DEVICE i64 position_of(const Run* runs, int num_runs, int token) {
-    int low = 0, high = num_runs;
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        if (runs[middle].token <= token)
-            low = middle;
-        else
-            high = middle;
-    }
-    return runs[low].position + (token - runs[low].token);
-}

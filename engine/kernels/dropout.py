@@ -48,6 +48,7 @@ class DropoutMask:
     probability: float
     device: torch.device | str = "cpu"
     device_step: torch.Tensor | None = None  # the step in the device's memory (int64), where its owner updates it
+    device_positions_T: torch.Tensor | None = None  # int64, of the whole stream: kernels read those of their tokens
 
     def __call__(self) -> torch.Tensor:
         mask = keep_mask(self.seed, self.step, self.site, self.positions_L, self.width, self.probability)

@@ -41,12 +41,19 @@ def rides(width_in: int, has_bias: bool) -> bool:
 
 class GroupProducts:
     """The products of a group's uses on one stream. `table`: their factors, with addresses; `factors` are what it
-    points into."""
+    points into. `positions_T` int64: of the stream's tokens in their tasks' own, where there is dropout."""
 
     def __init__(
-        self, launcher: Launcher, plan: Plan, table: Table, factors: Sequence[torch.Tensor], dtype: torch.dtype
+        self,
+        launcher: Launcher,
+        plan: Plan,
+        table: Table,
+        factors: Sequence[torch.Tensor],
+        dtype: torch.dtype,
+        positions_T: torch.Tensor | None = None,
     ) -> None:
         self.launcher, self.plan, self.table, self.factors, self.dtype = launcher, plan, table, list(factors), dtype
+        self.positions_T = positions_T
 
     def shrink(self, x_TK: torch.Tensor) -> torch.Tensor:
         """S of all uses, which backward needs."""
@@ -116,13 +123,13 @@ class GroupProducts:
         partials = torch.empty(work.num_partials, dtype=torch.float32, device=device) if work.num_partials else None
         counters = self._counters(work.num_counters) if work.num_counters else None
         struct = pack(
-            LAUNCH, uses=self.plan.uses, factors=self.table, runs=self.plan.runs, tiles=work.tiles, items=work.items,
-            shrunk=shrunk, other=other, gradients=gradients, partials=partials, counters=counters,
+            LAUNCH, uses=self.plan.uses, factors=self.table, positions=self.positions_T, tiles=work.tiles,
+            items=work.items, shrunk=shrunk, other=other, gradients=gradients, partials=partials, counters=counters,
             num_items=work.num_items, unused=0, streams=self._streams(streams, biases, adds),
         )  # fmt: skip
         kernel = f"multi_lora_{name}" + ("" if name == "expand_gain" else f"_{SUFFIXES[self.dtype]}")
-        pointed = [*streams, *biases, shrunk, other, gradients, partials, counters, *self.factors]
-        tables = [self.plan.uses, self.table, self.plan.runs, work.items, *([work.tiles] if work.tiles else [])]
+        pointed = [*streams, *biases, shrunk, other, gradients, partials, counters, self.positions_T, *self.factors]
+        tables = [self.plan.uses, self.table, work.items, *([work.tiles] if work.tiles else [])]
         self.launcher.launch(
             Kernel(SOURCE, kernel), min(work.num_items, _BLOCKS_PER_MULTIPROCESSOR * self.launcher.num_multiprocessors),
             work.shared_bytes, struct, tables, [tensor for tensor in pointed if tensor is not None],

@@ -15,11 +15,11 @@ from torch._utils import _unflatten_dense_tensors
 
 from engine.kernels import device
 from engine.kernels.dropout import DropoutMask
-from engine.kernels.launch import Launcher, Table
+from engine.kernels.launch import Launcher, Table, sent
 from engine.kernels.multi_lora import LowRank, Operator, check
 from engine.kernels.multi_lora_device import GroupProducts, rides, with_addresses
 from engine.kernels.multi_lora_plan import Plan
-from engine.kernels.multi_lora_structs import FACTORS, RUN, USE, Rows
+from engine.kernels.multi_lora_structs import FACTORS, USE, Rows
 from engine.kernels.multi_lora_uses import (
     Pair,
     are_laid_out,
@@ -28,6 +28,7 @@ from engine.kernels.multi_lora_uses import (
     factors_key,
     layout_of,
     pairs_of,
+    positions_of,
     uses_key,
 )
 
@@ -47,7 +48,7 @@ def run(x_TK: Tensor, operators: Sequence[Operator]) -> tuple[Tensor, ...]:
     )
     if not is_ready:
         pairs = [pair._replace(low_rank=_ready(pair.low_rank)) for pair in pairs]
-    uses_B, runs_B, _ = launcher.remembered(
+    uses_B = launcher.remembered(
         ("described uses", len(x_TK), widths, uses_key(pairs)), lambda: _describe_uses(x_TK, operators, pairs, widths)
     )
     flat = [factor for pair in pairs for factor in pair.low_rank if factor is not None]
@@ -59,7 +60,7 @@ def run(x_TK: Tensor, operators: Sequence[Operator]) -> tuple[Tensor, ...]:
         _steps(pairs, launcher, x_TK.device),
         factors_B,
         uses_B,
-        runs_B,
+        _positions(pairs, x_TK),
     )
     return tuple(results)
 
@@ -91,14 +92,9 @@ def _describe_factors(x_TK: Tensor, operators: Sequence[Operator], pairs: Sequen
     return _bytes(described_factors(ready)), is_ready
 
 
-def _describe_uses(
-    x_TK: Tensor, operators: Sequence[Operator], pairs: Sequence[Pair], widths: Sequence[int]
-) -> tuple[Tensor, Tensor, Any]:
-    """(uses, runs, what the key names by its address and therefore has to live as long)."""
+def _describe_uses(x_TK: Tensor, operators: Sequence[Operator], pairs: Sequence[Pair], widths: Sequence[int]) -> Tensor:
     check(x_TK, operators)
-    uses, runs = described_uses(pairs, widths[0], widths[1:])
-    held = [use.keep_mask.positions_L for _, use, _ in pairs if isinstance(use.keep_mask, DropoutMask)]
-    return _bytes(uses), _bytes(runs), held
+    return _bytes(described_uses(pairs, widths[0], widths[1:]))
 
 
 def _ready(low_rank: LowRank) -> LowRank:
@@ -122,6 +118,15 @@ def _step_of(mask: DropoutMask, launcher: Launcher, where: torch.device) -> Tens
     return launcher.remembered(("step", mask.step), lambda: torch.tensor(mask.step, device=where))
 
 
+def _positions(pairs: Sequence[Pair], x_TK: Tensor) -> Tensor | None:
+    """[T] where there is dropout: in the memory that its owner updates, else made anew."""
+    masks = [use.keep_mask for _, use, _ in pairs if isinstance(use.keep_mask, DropoutMask)]
+    there = [mask.device_positions_T for mask in masks if mask.device_positions_T is not None]
+    if len(there) == len(masks):
+        return there[0] if there else None
+    return sent(torch.from_numpy(positions_of(pairs, len(x_TK))), x_TK.device)
+
+
 @torch.library.custom_op("muxtune::multi_lora", mutates_args=())
 def multi_lora_op(
     x_TK: Tensor,
@@ -131,11 +136,11 @@ def multi_lora_op(
     steps: Sequence[Tensor],
     factors_B: Tensor,
     uses_B: Tensor,
-    runs_B: Tensor,
+    positions_T: Tensor | None,
 ) -> list[Tensor]:
     """Y of each operator, and S."""
     widths = [x_TK.shape[1], *(weight_KN.shape[1] for weight_KN in weights)]
-    products = _products(x_TK, widths, factors, steps, factors_B, uses_B, runs_B)
+    products = _products(x_TK, widths, factors, steps, factors_B, uses_B, positions_T)
     shrunk, used = products.shrink(x_TK), products.plan.used_ops
     riding = [i in used and rides(widths[0], bias is not None) for i, bias in enumerate(biases)]
     ys = [
@@ -165,10 +170,12 @@ def multi_lora_backward_op(
     steps: Sequence[Tensor],
     factors_B: Tensor,
     uses_B: Tensor,
-    runs_B: Tensor,
+    positions_T: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(dX, empty if no weights are given; all gradients of factors, as the uses say)."""
-    products = _products(dys[0], [width_in, *(dy.shape[1] for dy in dys)], factors, steps, factors_B, uses_B, runs_B)
+    products = _products(
+        dys[0], [width_in, *(dy.shape[1] for dy in dys)], factors, steps, factors_B, uses_B, positions_T
+    )
     dx_TK = dys[0].new_empty(len(dys[0]) if weights else 0, width_in)
     gradients = products.backward(x_TK, dys, shrunk, dx_TK if weights else None)
     for dy_TN, weight_KN in zip(dys, weights, strict=False):
@@ -193,23 +200,23 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Nothing is kept for the frozen weights; x where an A is trained."""
-    x_TK, weights, biases, factors, steps, factors_B, uses_B, runs_B = inputs
+    x_TK, weights, biases, factors, steps, factors_B, uses_B, positions_T = inputs
     ctx.biases_are_one = None in biases  # such a list counts as one argument without a gradient, not as several
     uses = _rows(uses_B, USE)
     ctx.width_in, ctx.wanted = x_TK.shape[1], [factor.requires_grad for factor in factors]
     ctx.lengths = len(weights) if x_TK.requires_grad else 0, len(factors)
     kept_x = x_TK if (uses["da"] >= 0).any() else None
     kept = [*(weights if x_TK.requires_grad else ()), *factors, *steps]
-    ctx.save_for_backward(kept_x, output[-1], factors_B, uses_B, runs_B, *kept)
+    ctx.save_for_backward(kept_x, output[-1], factors_B, uses_B, positions_T, *kept)
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    x_TK, shrunk, factors_B, uses_B, runs_B, *kept = ctx.saved_tensors
+    x_TK, shrunk, factors_B, uses_B, positions_T, *kept = ctx.saved_tensors
     num_weights, num_factors = ctx.lengths
     weights, factors = kept[:num_weights], kept[num_weights : num_weights + num_factors]
     steps, dys = kept[num_weights + num_factors :], [dy_TN.contiguous() for dy_TN in grads[:-1]]
     dx_TK, gradients = multi_lora_backward_op(
-        x_TK, dys, shrunk, weights, ctx.width_in, factors, steps, factors_B, uses_B, runs_B
+        x_TK, dys, shrunk, weights, ctx.width_in, factors, steps, factors_B, uses_B, positions_T
     )
     views = _views(gradients, factors, _rows(uses_B, USE), _rows(factors_B, FACTORS), ctx.wanted)
     none = [None] * len(dys)
@@ -238,19 +245,19 @@ def _products(
     steps: Sequence[Tensor],
     factors_B: Tensor,
     uses_B: Tensor,
-    runs_B: Tensor,
+    positions_T: Tensor | None,
 ) -> GroupProducts:
     launcher = device.launcher_of(stream.device)
-    rows, uses, runs = _rows(factors_B, FACTORS), _rows(uses_B, USE), _rows(runs_B, RUN)
-    plan_key = (len(stream), tuple(widths), stream.dtype, uses.tobytes(), runs.tobytes(), layout_of(rows).tobytes())
+    rows, uses = _rows(factors_B, FACTORS), _rows(uses_B, USE)
+    plan_key = (len(stream), tuple(widths), stream.dtype, uses.tobytes(), layout_of(rows).tobytes())
     plans = launcher.part("multi_lora's plans", _NUM_PLANS)
-    plan = plans.remembered(plan_key, lambda: Plan(uses, runs, rows, len(stream), widths, stream.dtype, launcher))
+    plan = plans.remembered(plan_key, lambda: Plan(uses, rows, len(stream), widths, stream.dtype, launcher))
     pointed = [*factors, *steps]
     addresses = tuple(tensor.data_ptr() for tensor in pointed)
     table: Table = launcher.remembered(
         ("factors", rows.tobytes(), addresses), lambda: launcher.upload(with_addresses(rows, factors, steps))
     )
-    return GroupProducts(launcher, plan, table, pointed, stream.dtype)
+    return GroupProducts(launcher, plan, table, pointed, stream.dtype, positions_T)
 
 
 def _bytes(rows: Rows) -> Tensor:

@@ -39,7 +39,6 @@ class Plan:
     def __init__(
         self,
         uses: Rows,
-        runs: Rows,
         factors: Rows,
         num_tokens: int,
         widths_S: Sequence[int],
@@ -49,7 +48,7 @@ class Plan:
         """Of `factors`, how they lie and which gains are there settles the plan; no address does."""
         self.num_tokens, self.widths_S, self.itemsize = num_tokens, tuple(widths_S), dtype.itemsize
         self.device, self._upload = uploader.device, uploader.upload
-        self.uses, self.runs = self._upload(uses), self._upload(runs)
+        self.uses = self._upload(uses)
         self.num_gradients = num_gradients(uses, self.widths_S[0], self.widths_S[1:])
         self.num_shrunk = num_shrunk(uses)
         self.used_ops = frozenset(uses["op"].tolist())

@@ -24,7 +24,7 @@ def _all(names: str, kind: Any) -> list[tuple[str, Any]]:
 
 USE = struct_of(
     [
-        *_all("start num_tokens rank op first_run num_runs threshold unused", np.int32),
+        *_all("start num_tokens rank op threshold unused", np.int32),
         *_all("shrunk da db dd dg", np.int64),
     ]
 )
@@ -37,7 +37,6 @@ FACTORS = struct_of(
         *_all("is_a_rank_major is_b_rank_major", np.int32),
     ]
 )
-RUN = struct_of([*_all("position", np.int64), *_all("token unused", np.int32)])
 RANKS = struct_of([*_all("use rank", (np.int32, OCTETS)), *_all("num_octets ends_sum", np.int32)])
 SPLIT = struct_of([*_all("index count counter unused", np.int32), *_all("partial", np.int64)])
 ITEM = struct_of(
@@ -46,20 +45,11 @@ ITEM = struct_of(
 STREAM = struct_of([*_all("data bias", POINTER), *_all("stride", np.int64), *_all("width adds", np.int32)])
 LAUNCH = struct_of(
     [
-        *_all("uses factors runs tiles items shrunk other gradients partials counters", POINTER),
+        *_all("uses factors positions tiles items shrunk other gradients partials counters", POINTER),
         *_all("num_items unused", np.int32),
         *_all("streams", (STREAM, MAX_OPERATORS + 1)),
     ]
 )
-
-
-def runs_of(positions_L: Ints) -> Rows:
-    """Where positions are consecutive: sorted runs, the first from token 0."""
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(positions_L) != 1) + 1]).astype(np.int64)
-    runs = np.zeros(len(starts) if len(positions_L) else 0, RUN)
-    if len(positions_L):
-        runs["token"], runs["position"] = starts, positions_L[starts]
-    return runs
 
 
 def padded(ranks_U: Sequence[int] | Ints) -> Ints:

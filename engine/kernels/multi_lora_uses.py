@@ -14,7 +14,7 @@ import torch
 
 from engine.kernels.dropout import DropoutMask
 from engine.kernels.multi_lora import LoraUse, LowRank, Operator
-from engine.kernels.multi_lora_structs import FACTORS, RUN, USE, Ints, Rows, padded, runs_of
+from engine.kernels.multi_lora_structs import FACTORS, USE, Ints, Rows, padded
 
 GRADIENTS = ("da", "db", "dd", "dg")
 Wanted = tuple[bool, bool, bool, bool]  # which gradients of a use: those of A, B, d and g
@@ -36,20 +36,26 @@ def pairs_of(operators: Sequence[Operator]) -> list[Pair]:
     ]
 
 
-def described_uses(pairs: Sequence[Pair], width_in: int, widths_out: Sequence[int]) -> tuple[Rows, Rows]:
-    """(uses, runs of their positions). Gradients are laid out in one buffer for what requires one; dB is there for dg,
-    too."""
-    rows, runs = np.zeros(len(pairs), USE), [np.zeros(0, RUN)]
+def described_uses(pairs: Sequence[Pair], width_in: int, widths_out: Sequence[int]) -> Rows:
+    """Gradients are laid out in one buffer for what requires one; dB is there for dg, too."""
+    rows = np.zeros(len(pairs), USE)
     for row, (op, use, low_rank) in zip(rows, pairs, strict=True):
         row["start"], row["num_tokens"], row["rank"], row["op"] = use.start, use.end - use.start, len(low_rank.a_RK), op
         if isinstance(use.keep_mask, DropoutMask):
-            row["threshold"], row["first_run"] = use.keep_mask.threshold, sum(map(len, runs))
-            runs.append(runs_of(use.keep_mask.positions_L))
-            row["num_runs"] = len(runs[-1])
+            row["threshold"] = use.keep_mask.threshold
     sizes_U = rows["num_tokens"] * padded(rows["rank"])
     rows["shrunk"] = np.cumsum(sizes_U) - sizes_U
     _lay_out(rows, [wanted(pair.low_rank) for pair in pairs], width_in, widths_out)
-    return rows, np.concatenate(runs)
+    return rows
+
+
+def positions_of(pairs: Sequence[Pair], num_tokens: int) -> Ints:
+    """[T], of each token in its task's own stream; 0 where nothing is dropped."""
+    positions_T = np.zeros(num_tokens, np.int64)
+    for _, use, _ in pairs:
+        if isinstance(use.keep_mask, DropoutMask):
+            positions_T[use.start : use.end] = use.keep_mask.positions_L
+    return positions_T
 
 
 def wanted(low_rank: LowRank) -> Wanted:
@@ -118,15 +124,14 @@ def _layout(factor_RW: torch.Tensor) -> tuple[int, bool]:
 
 
 def uses_key(pairs: Sequence[Pair]) -> tuple[Any, ...]:
-    """Equal for equal `described_uses`, as long as the positions in it are held."""
+    """Equal for equal `described_uses`."""
     return tuple(
-        (op, use.start, use.end, len(low_rank.a_RK), wanted(low_rank), _mask_key(use)) for op, use, low_rank in pairs
+        (op, use.start, use.end, len(low_rank.a_RK), wanted(low_rank), _threshold(use)) for op, use, low_rank in pairs
     )
 
 
-def _mask_key(use: LoraUse) -> tuple[int, int] | None:
-    mask = use.keep_mask
-    return (id(mask.positions_L), mask.threshold) if isinstance(mask, DropoutMask) else None
+def _threshold(use: LoraUse) -> int | None:
+    return use.keep_mask.threshold if isinstance(use.keep_mask, DropoutMask) else None
 
 
 def factors_key(pairs: Sequence[Pair]) -> tuple[Any, ...]:

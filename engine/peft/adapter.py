@@ -157,6 +157,6 @@ def lora_use(op: BaseOp, seed: int, span: TaskSpan, training: bool, scale: float
     """Where on the stream, at which scale, under which mask: keyed by (task seed, step, module, position)."""
     if not training or dropout == 0:
         return LoraUse(span.start, span.end, scale)
-    device, step = op.weight_KN.device, span.device_step
-    mask = DropoutMask(seed, span.step, op.index, span.positions_L, op.in_features, dropout, device, step)
+    there = op.weight_KN.device, span.device_step, span.device_positions_T
+    mask = DropoutMask(seed, span.step, op.index, span.positions_L, op.in_features, dropout, *there)
     return LoraUse(span.start, span.end, scale, mask, keep_scale(dropout))

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range
+from engine.kernels.launch import sent
 
 A = TypeVar("A")
 
@@ -25,13 +26,19 @@ class TaskSpan:
     positions_L: NDArray[np.int64]  # place of each token in the task's own stream
     lengths: tuple[int, ...] = ()  # tokens of each segment
     device_step: torch.Tensor | None = None  # the step where kernels read it
+    device_positions_T: torch.Tensor | None = None  # and the places of all the stream's tokens
 
     @classmethod
-    def of(cls, range_: Range, device_step: torch.Tensor) -> "TaskSpan":
-        positions = [np.arange(s.num_tokens, dtype=np.int64) + s.stream_offset_tokens for s in range_.segments]
+    def of(cls, range_: Range, device_step: torch.Tensor, device_positions_T: torch.Tensor) -> "TaskSpan":
         end = range_.start + range_.num_effective_tokens
         lengths = tuple(segment.num_tokens for segment in range_.segments)
-        return cls(range_.task, range_.step, range_.start, end, np.concatenate(positions), lengths, device_step)
+        there = device_step, device_positions_T
+        return cls(range_.task, range_.step, range_.start, end, positions_of(range_), lengths, *there)
+
+
+def positions_of(range_: Range) -> NDArray[np.int64]:
+    """[L]: the place of each of its effective tokens in the task's own stream."""
+    return np.concatenate([np.arange(s.num_tokens) + s.stream_offset_tokens for s in range_.segments])
 
 
 @dataclass
@@ -52,7 +59,11 @@ class Layout:
         """Lays out `microbatch`; ranges of tasks that are not resident run through the bare backbone."""
         self._steps = {task: own for task, own in self._steps.items() if task in resident}
         ranges = [r for r in microbatch.ranges if r.task in resident and r.segments]
-        spans = tuple(TaskSpan.of(r, self._device_step(r)) for r in ranges)
+        positions_T = np.zeros(microbatch.num_tokens, np.int64)
+        for r in ranges:
+            positions_T[r.start : r.start + r.num_effective_tokens] = positions_of(r)
+        there_T = sent(torch.from_numpy(positions_T), self.device)
+        spans = tuple(TaskSpan.of(r, self._device_step(r), there_T) for r in ranges)
         self.lay(spans, microbatch.kind is MicrobatchKind.TRAIN)
 
     def lay(self, spans: tuple[TaskSpan, ...], training: bool) -> None:

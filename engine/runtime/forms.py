@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range
-from engine.peft.layout import TaskSpan
+from engine.peft.layout import TaskSpan, positions_of
 from engine.runtime.task_run import TaskRun
 
 _LEAST_TOKENS = 16  # of a range
@@ -44,13 +44,9 @@ class Form:
         return len(self.runs) * self.num_range_tokens
 
     @property
-    def spans(self) -> tuple[TaskSpan, ...]:
-        positions_L = np.arange(self.num_range_tokens)
-        starts = range(0, self.num_tokens, self.num_range_tokens)
-        return tuple(
-            TaskSpan(run.assignment.task, 0, start, start + self.num_range_tokens, positions_L)
-            for run, start in zip(self.runs, starts, strict=True)
-        )
+    def starts(self) -> range:
+        """Of the ranges."""
+        return range(0, self.num_tokens, self.num_range_tokens)
 
 
 def form_of(microbatch: Microbatch, tasks: Mapping[str, TaskRun]) -> Form | None:
@@ -70,24 +66,31 @@ def form_of(microbatch: Microbatch, tasks: Mapping[str, TaskRun]) -> Form | None
 
 
 def is_replayable(run: TaskRun, trains: bool) -> bool:
-    """Dropout's masks, prompts and prefixes depend on where segments begin, which is not in a form."""
-    method = run.assignment.spec.method
-    return not (method.num_virtual_tokens or method.num_prefix_tokens or (trains and method.dropout))
+    """Prompts and prefixes depend on where segments begin; some of dropout's masks (DoRA's) are made by the host."""
+    method, adapters = run.assignment.spec.method, run.adapters.values()
+    if method.num_virtual_tokens or method.num_prefix_tokens:
+        return False
+    return not (trains and method.dropout and any(adapter.changes_output(trains) for adapter in adapters))
 
 
 class Inputs:
     """What differs between the microbatches of a form, in memory that stays where it is.
 
-    Weights [T] float64: 1 / (targets of the task's whole step), 0 where there is no loss. Bounds [S + 1]: of segments,
-    those that are not needed empty.
+    Weights [T] float64: 1 / (targets of the task's whole step), 0 where there is no loss. Places [T]: in the task's own
+    stream, for dropout. Bounds [S + 1]: of segments, those that are not needed empty. Steps [U].
     """
 
     def __init__(self, form: Form, device: torch.device) -> None:
-        num_tokens = form.num_tokens
-        self._whole = torch.zeros(4 * num_tokens + form.num_segments + 1, dtype=torch.int64, device=device)
-        sizes = [num_tokens] * 4 + [form.num_segments + 1]
-        self.token_ids_T, self.targets_T, self.positions_T, weights_T, self.bounds_S = torch.split(self._whole, sizes)
-        self.weights_T = weights_T.view(torch.float64)
+        sizes = [form.num_tokens] * 5 + [form.num_segments + 1, len(form.runs)]
+        self._whole = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        self.token_ids_T, self.targets_T, self.positions_T, weights_T, places_T, self.bounds_S, steps_U = torch.split(
+            self._whole, sizes
+        )
+        self.weights_T, size, nowhere = weights_T.view(torch.float64), form.num_range_tokens, np.zeros(0, np.int64)
+        self.spans = tuple(
+            TaskSpan(run.assignment.task, 0, start, start + size, nowhere, (), step, places_T)
+            for run, start, step in zip(form.runs, form.starts, steps_U.unbind(), strict=True)
+        )
 
     def write(self, values: NDArray[np.int64]) -> None:
         """`values` as `packed` gives them. The host does not wait."""
@@ -96,29 +99,32 @@ class Inputs:
 
 
 def packed(form: Form, microbatch: Microbatch) -> NDArray[np.int64]:
-    """The microbatch in its form: token ids, targets, positions, weights' bits and segments' bounds, end to end."""
+    """The microbatch in its form: token ids, targets, positions, weights' bits, places, bounds, steps, end to end."""
     size, ranges = form.num_range_tokens, {r.task: r for r in microbatch.ranges}
-    rows_4UL = np.zeros((4, len(form.runs), size), np.int64)
+    rows_5UL, steps_U = np.zeros((5, len(form.runs), size), np.int64), np.zeros(len(form.runs), np.int64)
     lengths: list[int] = []
-    for (ids_L, targets_L, positions_L, bits_L), run in zip(rows_4UL.swapaxes(0, 1), form.runs, strict=True):
+    for i, run in enumerate(form.runs):
+        ids_L, targets_L, positions_L, bits_L, places_L = rows_5UL[:, i]
         range_ = ranges[run.assignment.task]
         own, count = _own(range_), range_.num_effective_tokens
         ids_L[:] = np.resize(microbatch.token_ids_T[own], size)
         positions_L[:] = np.resize(np.concatenate([np.arange(s.num_tokens) for s in range_.segments]), size)
+        places_L[:] = np.resize(positions_of(range_), size)
+        steps_U[i] = range_.step
         bears_loss_L = microbatch.targets_T[own] != IGNORE
         targets_L[:count] = np.where(bears_loss_L, microbatch.targets_T[own], 0)
         bits_L.view(np.float64)[:count] = bears_loss_L / max(1, range_.num_step_target_tokens)
         lengths += _cut(range_, size)
     bounds_S = np.full(form.num_segments + 1, form.num_tokens)
     bounds_S[: len(lengths) + 1] = [0, *itertools.accumulate(lengths)]
-    return np.concatenate([rows_4UL.ravel(), bounds_S])
+    return np.concatenate([rows_5UL.ravel(), bounds_S, steps_U])
 
 
 def unpacked(form: Form, microbatch: Microbatch, loss_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows [M] of the microbatch that bear a loss of the form's tasks, their losses [M]), of the form's losses [T]."""
     ranges = {r.task: r for r in microbatch.ranges}
     rows, places = [], []
-    for run, start in zip(form.runs, range(0, form.num_tokens, form.num_range_tokens), strict=True):
+    for run, start in zip(form.runs, form.starts, strict=True):
         own = _own(ranges[run.assignment.task])
         found = np.flatnonzero(microbatch.targets_T[own] != IGNORE)
         rows.append(own.start + found)

@@ -34,7 +34,6 @@ STRUCTS = {
     "LoraItem": ("multi_lora.cuh", multi_lora_structs.ITEM),
     "LoraStream": ("multi_lora.cuh", multi_lora_structs.STREAM),
     "LoraLaunch": ("multi_lora.cuh", multi_lora_structs.LAUNCH),
-    "Run": ("philox.cuh", multi_lora_structs.RUN),
     "NormTask": ("multi_grad_norm.cu", multi_grad_norm.TASK),
     "NormItem": ("multi_grad_norm.cu", multi_grad_norm.ITEM),
     "NormLaunch": ("multi_grad_norm.cu", multi_grad_norm.LAUNCH),

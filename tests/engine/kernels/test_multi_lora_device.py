@@ -15,7 +15,7 @@ from engine.kernels.launch import Tables
 from engine.kernels.multi_lora import LoraUse, LowRank
 from engine.kernels.multi_lora_device import GroupProducts, with_addresses
 from engine.kernels.multi_lora_plan import Plan
-from engine.kernels.multi_lora_uses import Pair, are_laid_out, described_factors, described_uses
+from engine.kernels.multi_lora_uses import Pair, are_laid_out, described_factors, described_uses, positions_of
 from tests.engine.kernels.conftest import MakeLauncher
 
 AnyLauncher = Any  # of conftest: with `device` and, on the host, `launched`
@@ -99,13 +99,14 @@ class Problem:
     def run(self, launcher: AnyLauncher, step: torch.Tensor | None = None) -> "Results":
         where = launcher.device
         rows = described_factors(self.pairs)
-        uses, runs = described_uses(self.pairs, self.width_in, self.widths_out)
+        uses = described_uses(self.pairs, self.width_in, self.widths_out)
         flat = [f.detach().to(where) for pair in self.pairs for f in pair.low_rank if f is not None]
         step = torch.tensor(STEP, device=where) if step is None else step
         steps = [step for pair in self.pairs if pair.use.keep_mask is not None]
-        plan = Plan(uses, runs, rows, len(self.x), (self.width_in, *self.widths_out), self.dtype, launcher)
+        plan = Plan(uses, rows, len(self.x), (self.width_in, *self.widths_out), self.dtype, launcher)
         table = launcher.upload(with_addresses(rows, flat, steps))
-        products = GroupProducts(launcher, plan, table, [*flat, step], self.dtype)
+        positions_T = torch.from_numpy(positions_of(self.pairs, len(self.x))).to(where)
+        products = GroupProducts(launcher, plan, table, [*flat, step], self.dtype, positions_T)
         x, dys = self.x.to(where), [dy.to(where) for dy in self.dys]
         ys = [y.to(where, copy=True) if op in self.added else torch.empty_like(y) for op, y in enumerate(self.ys)]
         dx = torch.empty_like(x)
@@ -377,9 +378,9 @@ def test_every_launch_fits_the_shared_memory_that_all_architectures_have(dtype: 
     """99 KB a block on sm_86 and sm_89."""
     for rank in (1, 16, 17, 32, 33, 64, 65, 256):
         problem = Problem([Shape(600, (rank,) * 3, 0.1), Shape(600, (rank,) * 3, has_gains=True)], 40, (24,) * 3, dtype)
-        uses, runs = described_uses(problem.pairs, 40, (24,) * 3)
+        uses = described_uses(problem.pairs, 40, (24,) * 3)
         rows = described_factors(problem.pairs)
-        plan = Plan(uses, runs, rows, len(problem.x), (40, 24, 24, 24), dtype, Tables(torch.device("cpu")))
+        plan = Plan(uses, rows, len(problem.x), (40, 24, 24, 24), dtype, Tables(torch.device("cpu")))
         works = [plan.shrink_input, plan.shrink_output, plan.outer_input, plan.outer_output, plan.shrink_outer]
         works += [plan.expand_input, plan.expand_output((0, 1, 2), False), plan.shrink_gain, plan.expand_gain]
         assert max(work.shared_bytes for work in works) <= 99 << 10

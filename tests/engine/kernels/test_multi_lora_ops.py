@@ -166,7 +166,7 @@ def test_a_backward_pass_at_another_step_than_its_forward_pass_is_refused() -> N
 def test_torch_accepts_the_operators() -> None:
     operators = group(dropout=False)
     pairs = pairs_of(operators)
-    rows = [described_factors(pairs), *described_uses(pairs, WIDTH_IN, WIDTHS_OUT)]
+    rows = [described_factors(pairs), described_uses(pairs, WIDTH_IN, WIDTHS_OUT)]
     raw = [torch.from_numpy(np.frombuffer(each.tobytes(), np.uint8).copy()).cpu() for each in rows]
     flat = [f.detach().clone().requires_grad_() for pair in pairs for f in pair.low_rank if f is not None]
     arguments = (
@@ -176,6 +176,7 @@ def test_torch_accepts_the_operators() -> None:
         flat,
         [],
         *raw,
+        None,
     )
     torch.library.opcheck(
         multi_lora_ops.multi_lora_op, arguments, test_utils=("test_faketensor", "test_autograd_registration")

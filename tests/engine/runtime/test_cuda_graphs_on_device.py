@@ -19,9 +19,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 ALL = ("all-linear",)
 METHODS = {
-    "lora": Lora(3, 8.0, ALL), "dora": Lora(2, 3.0, ("q_proj",), use_dora=True), "vera": Vera(4, ALL),
-    "miss": Miss(2, ALL), "ia3": Ia3(("k_proj", "down_proj"), ("down_proj",)), "serial": Bottleneck(3, ("o_proj",)),
-    "norms": Selective(("all-norms",)),
+    "lora": Lora(3, 8.0, ALL), "dropout": Lora(4, 8.0, ALL, 0.3), "dora": Lora(2, 3.0, ("q_proj",), use_dora=True),
+    "vera": Vera(4, ALL), "miss": Miss(2, ALL), "ia3": Ia3(("k_proj", "down_proj"), ("down_proj",)),
+    "serial": Bottleneck(3, ("o_proj",)), "norms": Selective(("all-norms",)),
 }  # fmt: skip
 
 
