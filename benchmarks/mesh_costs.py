@@ -1,6 +1,6 @@
 """What a mesh costs beside its training: starts, re-plans, waits for data, tracing. Real processes, one run.
 
-    PYTHONPATH=. python benchmarks/mesh_costs.py [--repeats 7] [--pairs 80] [--backbone FOLDER] [--threads 1]
+    PYTHONPATH=. python benchmarks/mesh_costs.py [--repeats 7] [--pairs 40] [--backbone FOLDER] [--threads 1]
 
 - **up**: `muxtune up` from its start to its announcement that it serves; the first time (certificates, backbone
   prepared) and again. Calibration is part of it (6 s by default, as users have it).
@@ -10,15 +10,15 @@
   count as idle, so idle is never none; its median elsewhere is taken off. The pause is what is left, summed from the
   arrival's acknowledgement to the newcomer's first step, against the median round before it.
 - **wait for data**: part of the executor's time with work in which nothing ran, as DescribeExecutor says, each repeat.
-- **tracing**: one task on a mesh that sends its spans and metrics to an OTLP receiver (a process of its own), and one
-  on a mesh whose OpenTelemetry is off (OTEL_SDK_DISABLED), by turns of `--steps` steps (`turns.py`). Seconds of a step,
-  and CPU seconds of all processes of the mesh; traced over untraced, with a bootstrap interval of 95 %. Windows of
-  steps are by the clock, which goes on while a mesh is suspended: spans are about twice as many as without turns.
+- **tracing**: one task on a mesh that sends its spans to an OTLP receiver (a process of its own), by turns of `--steps`
+  steps in which spans are recorded and in which none is (`turns.py`, `switched_spans.py`). Seconds of a step, and CPU
+  seconds of all processes of the mesh, with tracing over without; intervals of 95 % by bootstrap of the pairs of turns.
 """
 
 import argparse
 import itertools
 import multiprocessing
+import os
 import signal
 import statistics
 import subprocess
@@ -28,7 +28,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metric
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from benchmarks import report
-from benchmarks.turns import Cost, Side, cost_of, take_turns
+from benchmarks.turns import Cost, cost_of, take_turns, turn, with_descendants
 from muxtune.cli.mesh import Mesh
 from muxtune.client import Client
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, task_pb2
@@ -48,14 +49,15 @@ GOALS = {"pause": 1.0, "wait": 0.01, "tracing": 0.01}
 SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6}
 ROWS = [{"text": " ".join(["a row of words to learn from"] * (1 + i % 5))} for i in range(64)]
 WARM_STEPS = 10
+ROOT = Path(__file__).parents[1]
 NAME = "measured"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="of each measurement")
-    parser.add_argument("--pairs", type=int, default=80, help="of turns, with tracing and without")
-    parser.add_argument("--steps", type=int, default=20, help="of a turn")
+    parser.add_argument("--pairs", type=int, default=40, help="of turns, with tracing and without")
+    parser.add_argument("--steps", type=int, default=30, help="of a turn")
     parser.add_argument("--threads", type=int, default=1, help="of torch: the services want a core as well")
     parser.add_argument("--backbone", type=Path, help="GGUF file or Hugging Face folder; default: random, 6 x 192")
     parser.add_argument("--no-write", action="store_true", help="print only")
@@ -72,27 +74,39 @@ def main() -> None:
 
 
 def measure(scratch: Path, backbone: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    quick = {"MUXTUNE_NUM_THREADS": str(arguments.threads), "MUXTUNE_CHECKPOINT_STEPS": "100000"}
-    on = {"scheduling": {"MUXTUNE_LEASE_SECONDS": "600"}, "execution": quick}  # which outlasts others' turns
-    off = {"*": {"OTEL_SDK_DISABLED": "true", "MUXTUNE_TRACE_FILE": ""}, **on}
+    switch, hook = scratch / "switch", scratch / "hook"
+    switch.write_bytes(b"\1")
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text("import benchmarks.switched_spans\n")
+    path = os.pathsep.join([str(hook), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {
+        "*": {"PYTHONPATH": path, "MUXTUNE_TRACING_SWITCH": str(switch)},
+        "execution": {"MUXTUNE_NUM_THREADS": str(arguments.threads), "MUXTUNE_CHECKPOINT_STEPS": "100000"},
+    }
     found: dict[str, Any] = {"up": [seconds_of_up(scratch / "up", backbone) for _ in range(2)]}
-    with ExitStack() as stack:
-        receiver = stack.enter_context(receiving())
-        traced = stack.enter_context(Mesh(scratch / "traced", {NAME: backbone}, receiver.endpoint, environment=on))
-        untraced = stack.enter_context(Mesh(scratch / "untraced", {NAME: backbone}, environment=off))
-        with traced.client() as one, untraced.client() as other:
-            datasets = {client: client.upload_dataset(ROWS).name for client in (one, other)}
-            found["first_step"] = [seconds_to_first_step(one, datasets[one]) for _ in range(arguments.repeats)]
-            found |= replans(traced, one, datasets[one], arguments.repeats)
-            before = receiver.num_spans()
-            sides = Side(traced, endless(one, datasets[one])), Side(untraced, endless(other, datasets[other]))
-            pairs = take_turns(sides, arguments.pairs, arguments.steps)
-            for client, side in zip((one, other), sides, strict=True):
-                client.cancel_task(side.steps.task)
-                side.steps.join()
-        turns = [[vars(turn) for turn in pair] for pair in pairs]
+    with (
+        receiving() as receiver,
+        Mesh(scratch / "mesh", {NAME: backbone}, receiver.endpoint, environment=environment) as mesh,
+        mesh.client() as client,
+    ):
+        dataset = client.upload_dataset(ROWS).name
+        found["first_step"] = [seconds_to_first_step(client, dataset) for _ in range(arguments.repeats)]
+        found |= replans(mesh, client, dataset, arguments.repeats)
+        steps = Steps(client, client.create_task(spec(dataset, 1_000_000, 1)).name)
+        steps.wait(WARM_STEPS)
+        processes = [process for service in mesh.processes.values() for process in with_descendants(service.pid)]
+        before = receiver.num_spans()
+        pairs = take_turns(partial(write, switch), lambda: turn(steps, processes, arguments.steps), arguments.pairs)
+        turns = [[vars(each) for each in pair] for pair in pairs]
         found["tracing"] = {"pairs": turns, "spans": receiver.num_spans() - before}
+        client.cancel_task(steps.task)
+        steps.join()
     return found
+
+
+def write(switch: Path, is_on: bool) -> None:
+    with switch.open("r+b") as file:  # in place: it is mapped
+        file.write(bytes([is_on]))
 
 
 def seconds_of_up(data: Path, backbone: Path) -> float:
@@ -131,13 +145,6 @@ def seconds_to_first_step(client: Client, dataset: str) -> float:
         if event.WhichOneof("event") == "step_done" and not seconds:
             seconds = time.perf_counter() - acknowledged
     return seconds
-
-
-def endless(client: Client, dataset: str) -> "Steps":
-    """Of a task that trains until it is cancelled."""
-    steps = Steps(client, client.create_task(spec(dataset, 1_000_000, 1)).name)
-    steps.wait(WARM_STEPS)
-    return steps
 
 
 class Steps(threading.Thread):

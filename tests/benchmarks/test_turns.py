@@ -1,101 +1,83 @@
-"""Turns of two meshes: only one runs at a time; what is said of the difference is what the figures bear."""
+"""Turns with something on and off: what a turn counts, and what is said of the difference is what the figures bear."""
 
-import os
-import signal
 import subprocess
 import sys
-import time
-from types import SimpleNamespace
-from typing import Any, cast
+import threading
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
 
-from benchmarks.turns import Cost, Side, cost_of, cpu_seconds_of, take_turns, with_descendants
+from benchmarks import mesh_costs
+from benchmarks.switched_spans import Switched
+from benchmarks.turns import Cost, Turn, cost_of, cpu_seconds_of, take_turns, turn, with_descendants
 
-BUSY = """
-import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if sys.argv[1:] else None
-print(child.pid if child else 0, flush=True)
-while True: pass
+PARENT = """
+import subprocess, sys
+with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+    print(child.pid, flush=True)
+    input()
+    child.kill()
 """
 
 
-@pytest.fixture
-def busy() -> Any:
-    """A process with a child, both of which never rest."""
-    with subprocess.Popen([sys.executable, "-c", BUSY, "parent"], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
+def test_a_mesh_is_its_processes_and_theirs() -> None:
+    command = [sys.executable, "-c", PARENT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdin is not None
         child = int(process.stdout.readline())
-        yield process, child
-        os.kill(child, signal.SIGKILL)
-        process.kill()
+        assert with_descendants(process.pid) == [process.pid, child]
+        assert cpu_seconds_of(process.pid) > 0
+        process.stdin.write("\n")
 
 
 class Steps:
-    """A step whenever the process has used a hundredth of a CPU second."""
+    """A step a call, or what a test says that the others have done meanwhile."""
 
-    task = "task"
-
-    def __init__(self, process: int) -> None:
-        self._process = process
-        self._started = cpu_seconds_of(process)
-
-    @property
-    def times(self) -> list[float]:
-        return [0.0] * int((cpu_seconds_of(self._process) - self._started) * 100)
+    def __init__(self, extra: int) -> None:
+        self.times: list[float] = []
+        self.waits: list[int] = []
+        self._extra = extra
 
     def wait(self, count: int) -> None:
-        while len(self.times) < count:
-            time.sleep(0.001)
-
-    def join(self) -> None: ...
-
-
-def test_a_side_runs_in_its_turn_only(busy: Any) -> None:
-    process, child = busy
-    assert with_descendants(process.pid) == [process.pid, child]
-    side = Side(cast(Any, SimpleNamespace(processes={"execution": process})), Steps(process.pid))
-    other = Side(cast(Any, SimpleNamespace(processes={})), Steps(os.getpid()))
-    other.steps.wait = lambda count: None  # type: ignore[method-assign]
-    side.suspend()
-    while any(state(p) != "T" for p in (process.pid, child)):
-        time.sleep(0.001)
-    before = [cpu_seconds_of(p) for p in (process.pid, child)]
-    turn = side.turn(5)
-    used = [cpu_seconds_of(p) - b for p, b in zip((process.pid, child), before, strict=True)]
-    assert used[0] >= 0.05 and used[1] > 0
-    assert 0 < turn.cpu_seconds <= sum(used) / 5 + 1e-3 and turn.wall_seconds > 0
-    side.resume()
+        self.waits.append(count)
+        sum(range(300_000))
+        self.times += [0.0] * (count - len(self.times) + self._extra)
 
 
-def state(process: int) -> str:
-    with open(f"/proc/{process}/stat") as stat:
-        return stat.read().rpartition(")")[2].split()[0]
+@pytest.mark.parametrize("extra", [0, 3])
+def test_a_turn_counts_all_steps_that_were_taken_in_it(extra: int) -> None:
+    steps = Steps(extra)
+    found = turn(steps, [threading_process()], 5, settle_seconds=0.0)
+    assert steps.waits == [5] and len(steps.times) == 5 + extra
+    assert 0 < found.cpu_seconds <= found.wall_seconds * 1.5
+    settled = Steps(extra)
+    turn(settled, [threading_process()], 5, settle_seconds=0.05)
+    assert len(settled.waits) > 1 and settled.waits[-1] == settled.waits[-2] + extra + 5
 
 
-class Recorded:
-    """A side that notes its turns."""
-
-    def __init__(self, name: str, log: list[str]) -> None:
-        self.name, self.log = name, log
-
-    def suspend(self) -> None:
-        self.log.append(f"{self.name} suspended")
-
-    def resume(self) -> None:
-        self.log.append(f"{self.name} resumed")
-
-    def turn(self, num_steps: int) -> str:
-        self.log.append(self.name)
-        return f"{self.name}{num_steps}"
+def threading_process() -> int:
+    return threading.main_thread().native_id or 0
 
 
-def test_sides_begin_by_turns_and_pairs_keep_their_order() -> None:
-    log: list[str] = []
-    pairs = take_turns(cast(Any, (Recorded("a", log), Recorded("b", log))), 2, 7)
-    assert pairs == [("a7", "b7")] * 2
-    assert log == ["a suspended", "b suspended", *"baabba", "a resumed", "b resumed"]
+def test_it_is_on_and_off_by_turns_and_pairs_keep_their_order() -> None:
+    log: list[bool] = []
+    pairs = take_turns(log.append, lambda: Turn(float(log[-1]), float(len(log))), 2)
+    assert log == [False, True, True, False, False, True]
+    assert pairs == [(Turn(1.0, 3.0), Turn(0.0, 4.0)), (Turn(1.0, 6.0), Turn(0.0, 5.0))]
+
+
+def test_spans_are_recorded_while_the_switch_is_on(tmp_path: Path) -> None:
+    path = tmp_path / "switch"
+    path.write_bytes(b"\1")
+    write = partial(mesh_costs.write, path)
+    tracer = TracerProvider(sampler=Switched(str(path))).get_tracer("test")
+    for is_on in (True, False, True):
+        write(is_on)
+        with tracer.start_as_current_span("span") as span:
+            assert span.is_recording() is is_on
 
 
 @pytest.mark.parametrize("seed", range(5))
