@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, LlamaConfig
 
-from benchmarks import goals, models, side_by_side, trl_trainer, workload
+from benchmarks import goals, instances, models, side_by_side, trl_trainer, workload
 from benchmarks.instances import SHARING, Setting
 from benchmarks.models import Choice
 from benchmarks.systems import Losses, System
@@ -88,6 +88,19 @@ def test_a_peer_that_fails_is_left_out_of_what_follows() -> None:
 def test_the_engine_may_not_fail(name: str) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         side_by_side.measure({"engine": Failing(), name: Failing(torch.OutOfMemoryError("no room"))}, 2, 1e-4, {})
+
+
+def test_a_peak_on_a_gpu_is_the_weights_and_what_grew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's counters stand for a GPU: what others have left is not counted, and weights that are tied once."""
+    setting = setting_of("llama-2-7b", "sst2", 2, tmp_path, monkeypatch)
+    model = setting.choice.load()
+    setting.engine(sharing_copy(model)).export(setting.adapters)
+    counters = {"memory_allocated": 1000, "max_memory_allocated": 1500, "reset_peak_memory_stats": None}
+    for name, value in counters.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    model.lm_head.weight = model.get_input_embeddings().weight
+    weights = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
+    assert instances._peak_here(setting, "engine", model) == 4 * weights + 500
 
 
 def test_no_work_is_started_that_would_likely_end_after_the_time() -> None:
