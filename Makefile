@@ -7,7 +7,7 @@ DATA ?= muxtune-data
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help demo up test test-kernels test-gpu kernels sanitize bench-kernels bench bench-gpu bench-planner lint types protos clean
+.PHONY: help demo up test test-kernels test-gpu kernels sanitize bench-kernels bench bench-gpu bench-profile bench-planner lint types protos clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 15
@@ -79,6 +79,9 @@ bench: $(BENCH_READY) ## beside what a user would pick instead, on this CPU: tra
 
 bench-gpu: $(CUDA_READY) $(BENCH_READY) ## the same on a GPU; ARGS="--works 1 2 3" or "--seconds 540" for less
 	python benchmarks/side_by_side.py --device cuda $(ARGS)
+
+bench-profile: $(READY) ## where a training step's time goes, by torch's profiler; ARGS="--device cuda" on a GPU
+	python benchmarks/profile_step.py $(ARGS)
 
 bench-planner: $(READY) ## the planner's predictions, fusion, pipelines, traces, padding and switches
 	python benchmarks/planner.py

@@ -177,11 +177,13 @@ def release() -> None:
 
 
 def build(setting: Setting, system: str, model: Any) -> System:
-    """A system of SHARING, on copies of `model` that share its weights."""
+    """A system of SHARING, on copies of `model` that share its weights, or "separate instances"."""
     if system in ENGINES:
         return setting.engine(sharing_copy(model), **ENGINES[system])
     if system == "batch and pad":
         return setting.batch_and_pad(model)
+    if system == "separate instances":
+        return SeparateInstances(setting)
     if system == trl_trainer.NAME:
         return trl_trainer.Trl(model, setting.workload, setting.num_rounds, setting.adapters)
     return setting.one_after_another(model, system.removeprefix("peft, "))

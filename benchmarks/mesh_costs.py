@@ -1,6 +1,6 @@
 """What a mesh costs beside its training: starts, re-plans, waits for data, tracing. Real processes, one run.
 
-    PYTHONPATH=. python benchmarks/mesh_costs.py [--repeats 7] [--steps 60] [--backbone FOLDER] [--threads 1]
+    PYTHONPATH=. python benchmarks/mesh_costs.py [--repeats 7] [--pairs 40] [--backbone FOLDER] [--threads 1]
 
 - **up**: `muxtune up` from its start to its announcement that it serves; the first time (certificates, backbone
   prepared) and again. Calibration is part of it (6 s by default, as users have it).
@@ -10,14 +10,15 @@
   count as idle, so idle is never none; its median elsewhere is taken off. The pause is what is left, summed from the
   arrival's acknowledgement to the newcomer's first step, against the median round before it.
 - **wait for data**: part of the executor's time with work in which nothing ran, as DescribeExecutor says, each repeat.
-- **tracing**: the same task by turns on a mesh that sends its spans to an OTLP receiver (a process of its own) and on
-  one whose OpenTelemetry is off (OTEL_SDK_DISABLED); seconds of a step between the tenth and the last. A pair's ratio
-  is traced over untraced, first one first, then the other; how far untraced ones differ from the next is the noise.
+- **tracing**: one task on a mesh that sends its spans to an OTLP receiver (a process of its own), by turns of `--steps`
+  steps in which spans are recorded and in which none is (`turns.py`, `switched_spans.py`). Seconds of a step, and CPU
+  seconds of all processes of the mesh, with tracing over without; intervals of 95 % by bootstrap of the pairs of turns.
 """
 
 import argparse
 import itertools
 import multiprocessing
+import os
 import signal
 import statistics
 import subprocess
@@ -27,7 +28,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metric
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from benchmarks import report
+from benchmarks.turns import Cost, cost_of, take_turns, turn, with_descendants
 from muxtune.cli.mesh import Mesh
 from muxtune.client import Client
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, task_pb2
@@ -46,13 +49,15 @@ GOALS = {"pause": 1.0, "wait": 0.01, "tracing": 0.01}
 SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6}
 ROWS = [{"text": " ".join(["a row of words to learn from"] * (1 + i % 5))} for i in range(64)]
 WARM_STEPS = 10
+ROOT = Path(__file__).parents[1]
 NAME = "measured"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="of each measurement")
-    parser.add_argument("--steps", type=int, default=60, help="of a task whose tracing is measured")
+    parser.add_argument("--pairs", type=int, default=40, help="of turns, with tracing and without")
+    parser.add_argument("--steps", type=int, default=30, help="of a turn")
     parser.add_argument("--threads", type=int, default=1, help="of torch: the services want a core as well")
     parser.add_argument("--backbone", type=Path, help="GGUF file or Hugging Face folder; default: random, 6 x 192")
     parser.add_argument("--no-write", action="store_true", help="print only")
@@ -60,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="muxtune-bench-") as scratch:
         backbone = arguments.backbone or write_backbone(Path(scratch) / "backbone", **SHAPE)
         found = measure(Path(scratch), backbone, arguments)
-    told = {"repeats": arguments.repeats, "steps": arguments.steps, "threads": arguments.threads}
+    told = {name: getattr(arguments, name) for name in ("repeats", "pairs", "steps", "threads")}
     raw = report.origin("mesh_costs") | told | {"backbone": str(arguments.backbone or SHAPE), "found": found}
     if arguments.no_write:
         print(section(raw))
@@ -69,26 +74,39 @@ def main() -> None:
 
 
 def measure(scratch: Path, backbone: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    quick = {"MUXTUNE_NUM_THREADS": str(arguments.threads), "MUXTUNE_CHECKPOINT_STEPS": "100000"}
-    off = {"*": {"OTEL_SDK_DISABLED": "true", "MUXTUNE_TRACE_FILE": ""}, "execution": quick}
+    switch, hook = scratch / "switch", scratch / "hook"
+    switch.write_bytes(b"\1")
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text("import benchmarks.switched_spans\n")
+    path = os.pathsep.join([str(hook), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {
+        "*": {"PYTHONPATH": path, "MUXTUNE_TRACING_SWITCH": str(switch)},
+        "execution": {"MUXTUNE_NUM_THREADS": str(arguments.threads), "MUXTUNE_CHECKPOINT_STEPS": "100000"},
+    }
     found: dict[str, Any] = {"up": [seconds_of_up(scratch / "up", backbone) for _ in range(2)]}
-    with ExitStack() as stack:
-        receiver = stack.enter_context(receiving())
-        traced = stack.enter_context(
-            Mesh(scratch / "traced", {NAME: backbone}, receiver.endpoint, environment={"execution": quick})
-        )
-        untraced = stack.enter_context(Mesh(scratch / "untraced", {NAME: backbone}, environment=off))
-        with traced.client() as one, untraced.client() as other:
-            datasets = {client: client.upload_dataset(ROWS).name for client in (one, other)}
-            found["first_step"] = [seconds_to_first_step(one, datasets[one]) for _ in range(arguments.repeats)]
-            found |= replans(traced, one, datasets[one], arguments.repeats)
-            pairs = []
-            for repeat in range(arguments.repeats + 1):  # the first warms up
-                order = (one, other) if repeat % 2 else (other, one)
-                by_client = {each: seconds_of_step(each, datasets[each], arguments.steps) for each in order}
-                pairs.append([by_client[one], by_client[other]])
-        found["tracing"] = {"pairs": pairs[1:], "spans": receiver.num_spans()}
+    with (
+        receiving() as receiver,
+        Mesh(scratch / "mesh", {NAME: backbone}, receiver.endpoint, environment=environment) as mesh,
+        mesh.client() as client,
+    ):
+        dataset = client.upload_dataset(ROWS).name
+        found["first_step"] = [seconds_to_first_step(client, dataset) for _ in range(arguments.repeats)]
+        found |= replans(mesh, client, dataset, arguments.repeats)
+        steps = Steps(client, client.create_task(spec(dataset, 1_000_000, 1)).name)
+        steps.wait(WARM_STEPS)
+        processes = [process for service in mesh.processes.values() for process in with_descendants(service.pid)]
+        before = receiver.num_spans()
+        pairs = take_turns(partial(write, switch), lambda: turn(steps, processes, arguments.steps), arguments.pairs)
+        turns = [[vars(each) for each in pair] for pair in pairs]
+        found["tracing"] = {"pairs": turns, "spans": receiver.num_spans() - before}
+        client.cancel_task(steps.task)
+        steps.join()
     return found
+
+
+def write(switch: Path, is_on: bool) -> None:
+    with switch.open("r+b") as file:  # in place: it is mapped
+        file.write(bytes([is_on]))
 
 
 def seconds_of_up(data: Path, backbone: Path) -> float:
@@ -127,13 +145,6 @@ def seconds_to_first_step(client: Client, dataset: str) -> float:
         if event.WhichOneof("event") == "step_done" and not seconds:
             seconds = time.perf_counter() - acknowledged
     return seconds
-
-
-def seconds_of_step(client: Client, dataset: str, num_steps: int) -> float:
-    """Alone on its mesh, while the other mesh has nothing to do."""
-    steps = Steps(client, client.create_task(spec(dataset, num_steps + WARM_STEPS, 1)).name)
-    steps.join()
-    return (steps.times[-1] - steps.times[WARM_STEPS - 1]) / num_steps
 
 
 class Steps(threading.Thread):
@@ -258,9 +269,10 @@ def _serve_receiver(pipe: Connection) -> None:
 def section(raw: Mapping[str, Any]) -> str:
     found = raw["found"]
     shares = [pause / round_ for pause, round_ in found["pauses"]]
-    ratios = [traced / untraced - 1 for traced, untraced in found["tracing"]["pairs"]]
-    alone = [untraced for _, untraced in found["tracing"]["pairs"]]
-    noise = [abs(later / earlier - 1) for earlier, later in itertools.pairwise(alone)]
+    wall, cpu = (
+        cost_of([(one[what], other[what]) for one, other in found["tracing"]["pairs"]])
+        for what in ("wall_seconds", "cpu_seconds")
+    )
     rows: list[list[object]] = [
         ["muxtune up, the first time", f"{found['up'][0]:.1f} s", "", ""],
         ["muxtune up, again", f"{found['up'][1]:.1f} s", "", ""],
@@ -269,19 +281,19 @@ def section(raw: Mapping[str, Any]) -> str:
         ["pause at an arrival", *spread([pause for pause, _ in found["pauses"]], "{:.3f} s"), ""],
         ["the same, in rounds", *spread(shares, "{:.2f}"), verdict(shares, GOALS["pause"], "under {:.0f}")],
         ["executor waits for data", *spread(found["waits"], "{:.2%}"), verdict(found["waits"], GOALS["wait"])],
-        ["tracing costs", *spread(ratios, "{:+.2%}"), verdict(ratios, GOALS["tracing"])],
-        ["noise: an untraced run and the next", *spread(noise, "{:.2%}"), ""],
+        ["tracing costs, of a step's seconds", *interval(wall), wall.verdict(GOALS["tracing"])],
+        ["tracing costs, of all processes' CPU seconds", *interval(cpu), cpu.verdict(GOALS["tracing"])],
     ]
     return f"""
 ## Costs of a mesh
 
 {report.told(dict(raw))}
-Backbone {raw["backbone"]}, torch on {raw["threads"]} threads; {raw["repeats"]} repeats, medians; {raw["steps"]} steps
-in a run with tracing or without, {found["tracing"]["spans"]} spans received.
+Backbone {raw["backbone"]}, torch on {raw["threads"]} threads; {raw["repeats"]} repeats, medians; tracing by
+{raw["pairs"]} pairs of turns of {raw["steps"]} steps (their sums, and the interval that holds it with 95 %),
+{found["tracing"]["spans"]} spans received.
 
 {report.table(["what", "median", "lowest to highest", "goal"], rows)}
 
-{said_of_noise(noise)}
 Raw figures: `results/mesh_costs.json`.
 """
 
@@ -294,10 +306,8 @@ def verdict(values: Sequence[float], goal: float, form: str = "under {:.0%}") ->
     return f"{form.format(goal)}: {'held' if statistics.median(values) < goal else 'FAILED'}"
 
 
-def said_of_noise(noise: Sequence[float]) -> str:
-    if (middle := statistics.median(noise)) > GOALS["tracing"]:
-        return f"Noise ({middle:.1%}) is above the goal for tracing: its figure here shows no more than that.\n"
-    return ""
+def interval(cost: Cost) -> list[str]:
+    return [f"{cost.middle:+.2%}", f"{cost.low:+.2%} to {cost.high:+.2%}"]
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ A round is one optimizer step (forward, backward, clip, AdamW) of every task; `w
 and `instances.py` who trains it and with which settings. Systems take each round in turn, in rotating order, so that a
 ratio compares neighbours in time; the first round warms up and is not counted; a round's losses must be equal across
 all systems. Peak memory is measured over two rounds of each system alone: on a CPU in processes of their own, on a GPU
-in one, by torch's counters. A system that finds no memory is left out and said to be; so is work that `--seconds` has
-no time for, and TRL where it is not installed.
+in one, by torch's counters. A peer that finds no memory, fails or is not installed is left out and said to be; so is
+work that `--seconds` has no time for.
 """
 
 import argparse
@@ -17,7 +17,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,11 +149,8 @@ def one_work(
     chunk = arguments.chunk or tasks.chunk_tokens(budget)
     setting = Setting(choice, tasks, num_rounds, scratch, budget, chunk, torch.get_num_threads())
     print(f"{model}: {tasks.told}", flush=True)
-    absent = () if trl_trainer.is_installed() else (trl_trainer.NAME,)
-    left_out = {name: "its library is not installed" for name in beside if name in absent}
     loaded = choice.load()
-    seconds, read = speeds(setting, [name for name in beside if name not in left_out], loaded)
-    left_out |= {name: "it ran out of memory" for name in beside if name not in seconds and name not in left_out}
+    seconds, read, left_out = speeds(setting, beside, loaded)
     peaks, of_one, is_of_one = peak_bytes(setting, [n for n in seconds if n not in ABLATIONS], loaded)
     return {
         "model": model, "work": tasks.told, "mix": mix, "num_tasks": num_tasks, "micro_batch_size": size,
@@ -178,23 +176,29 @@ def peak_bytes(setting: Setting, systems: Sequence[str], model: Any) -> tuple[di
     return peaks, of_one("engine"), is_of_one
 
 
-def speeds(setting: Setting, beside: Sequence[str], model: Any) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
-    """(seconds, tokens read) by system and counted round; not of those that ran out of memory."""
+def speeds(
+    setting: Setting, beside: Sequence[str], model: Any
+) -> tuple[dict[str, list[float]], dict[str, list[int]], dict[str, str]]:
+    """(seconds, tokens read) by system and counted round, and why a peer is in neither."""
     engine = setting.engine(sharing_copy(model))
     engine.export(setting.adapters)
     systems: dict[str, System] = {"engine": engine}
-    systems |= {name: build(setting, name, model) for name in beside if name in SHARING}
-    if "separate instances" in beside:
-        systems["separate instances"] = instances = SeparateInstances(setting)
+    left_out: dict[str, str] = {}
+    for name in beside:
+        with leaving_out(name, left_out):
+            systems[name] = build(setting, name, model)
     read = {name: system.num_tokens[1:] for name, system in systems.items()}
-    seconds = measure(systems, setting.num_rounds, LOSS_TOLERANCE[setting.choice.device])
-    if "separate instances" in beside:
+    instances = systems.get("separate instances")
+    seconds = measure(systems, setting.num_rounds, LOSS_TOLERANCE[setting.choice.device], left_out)
+    if isinstance(instances, SeparateInstances):
         instances.close()
-    return seconds, {name: read[name] for name in seconds}
+    return seconds, {name: read[name] for name in seconds}, left_out
 
 
-def measure(systems: dict[str, System], num_rounds: int, tolerance: float) -> dict[str, list[float]]:
-    """Seconds by system and round, the first round left out. A system that runs out of a GPU's memory leaves `systems`.
+def measure(
+    systems: dict[str, System], num_rounds: int, tolerance: float, left_out: dict[str, str]
+) -> dict[str, list[float]]:
+    """Seconds by system and round, the first round left out. A peer that fails moves from `systems` to `left_out`.
     Exits if a round's losses differ."""
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for round_ in range(num_rounds):
@@ -202,18 +206,28 @@ def measure(systems: dict[str, System], num_rounds: int, tolerance: float) -> di
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
             started = time.perf_counter()
-            try:
+            with leaving_out(name, left_out):
                 losses[name] = systems[name].run(round_)  # tells losses as numbers: it has ended
-            except torch.OutOfMemoryError as error:
-                print(f"round {round_}: {name} ran out of memory: {error}", flush=True)
-            else:
                 seconds[name].append(time.perf_counter() - started)
-        for name in [name for name in names if name not in losses]:
-            del systems[name], seconds[name]
-            release()
+            if name in left_out:
+                del systems[name], seconds[name]
+                release()
         check_equal(losses, round_, tolerance)
         print(f"round {round_}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()), flush=True)
     return {name: values[1:] for name, values in seconds.items()}
+
+
+@contextmanager
+def leaving_out(name: str, left_out: dict[str, str]) -> Iterator[None]:
+    """A peer that fails, or has no library, is told as left out; the engine may not fail."""
+    try:
+        yield
+    except Exception as error:
+        if name.startswith("engine"):
+            raise
+        why = "ran out of memory" if isinstance(error, torch.OutOfMemoryError) else f"failed: {type(error).__name__}"
+        left_out[name] = "its library is not installed" if isinstance(error, ModuleNotFoundError) else f"it {why}"
+        print(f"{name} is left out, {left_out[name]}: {error}", flush=True)
 
 
 def check_equal(losses: Mapping[str, Losses], round_: int, tolerance: float) -> None:
@@ -292,7 +306,8 @@ first round warms up; seconds to the end are those of all others together. TFLOP
 and effective token, plus causal attention; adapters, padding and recomputation count as none. The engine's ablations:
 fusion off gives every task microbatches of its own; a chunk of 1 is alignment off, one of 256 too much of it. On one
 device without pipeline stages there is nothing to interleave in time but the hTasks' order: what interleaving gives is
-simulated (the planner's switches, below). Peak bytes of ablations are not measured."""
+simulated (the planner's switches). Peak bytes of ablations are not measured. Where a step's time goes is profiled by
+`profile_step.py`, in a section of its own."""
 
 
 if __name__ == "__main__":

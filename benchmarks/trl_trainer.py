@@ -5,7 +5,6 @@ on a GPU its autocast to bf16. Its loop makes batches as it goes, which is in it
 tells the step's loss (`on_log`), and waits there, in a thread of its own, until it is asked for the next.
 """
 
-import importlib.util
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,6 @@ from benchmarks.workload import Work, Workload
 from engine.runtime.backbone import sharing_copy
 
 NAME = "trl, padding free"
-
-
-def is_installed() -> bool:
-    return importlib.util.find_spec("trl") is not None
 
 
 def load() -> None:

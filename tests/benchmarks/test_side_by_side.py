@@ -1,5 +1,6 @@
 """All systems of the side-by-side train the same: else their times say nothing."""
 
+import importlib.util
 import math
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, LlamaConfig
 
-from benchmarks import goals, models, side_by_side, trl_trainer, workload
+from benchmarks import goals, instances, models, side_by_side, trl_trainer, workload
 from benchmarks.instances import SHARING, Setting
 from benchmarks.models import Choice
 from benchmarks.systems import Losses, System
 from engine.runtime.backbone import sharing_copy
 
+HAS_TRL = importlib.util.find_spec("trl") is not None
 TINY = {
     "llama-2-7b": LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
@@ -38,10 +40,10 @@ def test_all_systems_report_the_same_losses_on_the_same_tokens(
     name: str, mix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting = setting_of(name, mix, 5, tmp_path, monkeypatch)
-    beside = [name for name in SHARING[1:] if name != trl_trainer.NAME or trl_trainer.is_installed()]
-    seconds, read = side_by_side.speeds(setting, beside, setting.choice.load())  # exits where losses differ
+    seconds, read, left_out = side_by_side.speeds(setting, SHARING[1:], setting.choice.load())  # exits if losses differ
     effective = [setting.workload.num_tokens(r) for r in (1, 2)]
-    assert set(seconds) == set(read) == {"engine", *beside} and read["peft, flattened"] == effective
+    assert left_out == ({} if HAS_TRL else {trl_trainer.NAME: "its library is not installed"})
+    assert set(seconds) == set(read) == set(SHARING) - set(left_out) and read["peft, flattened"] == effective
     assert read.get(trl_trainer.NAME, effective) == read["engine, alignment off (chunk 1)"] == effective
     for tokens in read.values():
         assert len(tokens) == 2 and all(n >= least for n, least in zip(tokens, effective, strict=True))
@@ -57,25 +59,48 @@ def test_a_system_that_trains_something_else_is_not_timed(tmp_path: Path, monkey
     for trainer in wrong.trainers:
         trainer.optimizer.param_groups[0]["lr"] *= 10
     with pytest.raises(SystemExit, match="round 1: losses of 'wrong' differ"):
-        side_by_side.measure({"engine": engine, "wrong": wrong}, 2, 1e-4)
+        side_by_side.measure({"engine": engine, "wrong": wrong}, 2, 1e-4, {})
 
 
-class OutOfMemory(System):
+class Failing(System):
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
     def run(self, round_: int) -> Losses:
-        if round_:
-            raise torch.OutOfMemoryError("no room")
+        if round_ and self.error:
+            raise self.error
         return {"task": 1.0}
 
 
-class Steady(System):
-    def run(self, round_: int) -> Losses:
-        return {"task": 1.0}
-
-
-def test_a_system_that_runs_out_of_memory_is_left_out_of_what_follows() -> None:
-    systems = {"engine": Steady(), "large": OutOfMemory(), "other": Steady()}
-    seconds = side_by_side.measure(systems, 5, 1e-4)
+def test_a_peer_that_fails_is_left_out_of_what_follows() -> None:
+    systems: dict[str, System] = {
+        "engine": Failing(), "large": Failing(torch.OutOfMemoryError("no room")), "odd": Failing(KeyError("x")),
+        "other": Failing(),
+    }  # fmt: skip
+    left_out = {"absent": "its library is not installed"}
+    seconds = side_by_side.measure(systems, 5, 1e-4, left_out)
     assert set(seconds) == {"engine", "other"} == set(systems) and all(len(s) == 4 for s in seconds.values())
+    told = {"large": "it ran out of memory", "odd": "it failed: KeyError", "absent": "its library is not installed"}
+    assert left_out == told
+
+
+@pytest.mark.parametrize("name", ["engine", "engine, fusion off"])
+def test_the_engine_may_not_fail(name: str) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        side_by_side.measure({"engine": Failing(), name: Failing(torch.OutOfMemoryError("no room"))}, 2, 1e-4, {})
+
+
+def test_a_peak_on_a_gpu_is_the_weights_and_what_grew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's counters stand for a GPU: what others have left is not counted, and weights that are tied once."""
+    setting = setting_of("llama-2-7b", "sst2", 2, tmp_path, monkeypatch)
+    model = setting.choice.load()
+    setting.engine(sharing_copy(model)).export(setting.adapters)
+    counters = {"memory_allocated": 1000, "max_memory_allocated": 1500, "reset_peak_memory_stats": None}
+    for name, value in counters.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    model.lm_head.weight = model.get_input_embeddings().weight
+    weights = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
+    assert instances._peak_here(setting, "engine", model) == 4 * weights + 500
 
 
 def test_no_work_is_started_that_would_likely_end_after_the_time() -> None:

@@ -1,0 +1,142 @@
+"""To which part of a training step an operator of a torch profile belongs, by what called it, and each part's time.
+
+Modules and functions are wrapped in ranges while a profile is taken (`in_ranges`). An operator belongs to the innermost
+range around it; one of backward to that of the operator which made its node, by autograd's sequence number. Whatever
+its range, a matrix product by a frozen weight is a frozen GEMM: its second matrix has the shape of one. (A task's rows,
+as many as a weight has, would pass for one in the gradient of A.)
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.profiler import record_function
+
+from benchmarks import systems
+from engine.peft.mounted import MountedLinear
+from engine.runtime import executor
+
+FROZEN, ADAPTERS, ATTENTION = "frozen GEMMs", "adapters", "attention"
+ELEMENTWISE, LOSS, OPTIMIZER = "norms and elementwise", "cross entropy", "clip and optimizer"
+COPIES, OTHER, IDLE = "copies", "other operators", "between operators"
+GROUPS = (FROZEN, ADAPTERS, ATTENTION, ELEMENTWISE, LOSS, OPTIMIZER, COPIES, OTHER, IDLE)
+_PREFIX = "part of a step: "
+_BACKWARD = "autograd::engine::evaluate_function: "
+_PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "linear")}
+_COPIES = {"aten::copy_", "aten::cat"}
+Shape = tuple[int, ...]
+
+
+@contextmanager
+def in_ranges(models: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """The models' modules, and what computes losses and steps, in ranges of their group."""
+    functions = (
+        (executor, "segment_cross_entropy", LOSS), (executor, "take_steps", OPTIMIZER),
+        (systems, "_take_step", OPTIMIZER), (torch.nn.functional, "cross_entropy", LOSS),
+    )  # fmt: skip
+    open_ranges: list[record_function] = []
+
+    def enter(group: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            open_ranges.append(record_function(_PREFIX + group))
+            open_ranges[-1].__enter__()
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        open_ranges.pop().__exit__(None, None, None)
+
+    with ExitStack() as stack:
+        for owner, name, group in functions:
+            stack.enter_context(patch.object(owner, name, _in_range(getattr(owner, name), group)))
+        for module, group in _grouped(models):
+            for handle in (module.register_forward_pre_hook(enter(group)), module.register_forward_hook(leave)):
+                stack.callback(handle.remove)
+        yield
+
+
+def _in_range(function: Callable[..., Any], group: str) -> Callable[..., Any]:
+    @wraps(function)
+    def within(*args: Any, **keywords: Any) -> Any:
+        with record_function(_PREFIX + group):
+            return function(*args, **keywords)
+
+    return within
+
+
+def _grouped(models: Iterable[torch.nn.Module]) -> Iterator[tuple[torch.nn.Module, str]]:
+    """What is in none of the others' modules is norms, activations, residuals: of the model itself."""
+    for model in models:
+        yield model, ELEMENTWISE
+        for module in model.modules():
+            if isinstance(module, MountedLinear | BaseTunerLayer):
+                yield module, ADAPTERS
+            elif type(module).__name__.endswith("Attention"):
+                yield module, ATTENTION
+
+
+def frozen_shapes(model: torch.nn.Module) -> set[Shape]:
+    """Of the weights of its linear operators, either way round. To be asked before anything is mounted."""
+    weights = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    return {shape for weight in weights for shape in (weight, weight[::-1])}
+
+
+def seconds_by_group(
+    events: Collection[Any], whole_seconds: float, frozen: Collection[Shape], is_device: bool
+) -> dict[str, float]:
+    """Of GROUPS, `whole_seconds` together. `events` of a profile with shapes. On a CPU an operator's own seconds; where
+    `is_device`, those of the kernels it launched, and `IDLE` is when the device ran none."""
+    forward = _groups_of_nodes(events)
+    seconds = dict.fromkeys(GROUPS, 0.0)
+    for event in events:
+        if (own := _own_seconds(event, is_device)) > 0:
+            seconds[_group_of(event, forward, frozen)] += own
+    return seconds | {IDLE: whole_seconds - sum(seconds.values())}
+
+
+def _own_seconds(event: Any, is_device: bool) -> float:
+    if event.device_type != torch.autograd.DeviceType.CPU:
+        return 0.0  # a kernel: counted where it was launched
+    if is_device:
+        return float(event.self_device_time_total) / 1e6
+    return float(event.self_cpu_time_total) / 1e6 if event.name.startswith("aten::") else 0.0
+
+
+def _groups_of_nodes(events: Iterable[Any]) -> Mapping[int, str]:
+    """By sequence number: of the last operator that began with it, for those before it made no node."""
+    groups = {}
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        if event.sequence_nr is not None and event.sequence_nr >= 0 and (group := _range_of(event)) is not None:
+            groups[event.sequence_nr] = group
+    return groups
+
+
+def _range_of(event: Any) -> str | None:
+    """The innermost range, or None if there is none within the same node of backward."""
+    while event is not None and not event.name.startswith(_BACKWARD):
+        if event.name.startswith(_PREFIX):
+            return str(event.name.removeprefix(_PREFIX))
+        event = event.cpu_parent
+    return None
+
+
+def _group_of(event: Any, forward: Mapping[int, str], frozen: Collection[Shape]) -> str:
+    if event.name in _PRODUCTS:
+        matrices = [tuple(shape) for shape in event.input_shapes or () if len(shape) == 2]
+        if matrices and matrices[-1] in frozen:
+            return FROZEN
+    if event.name in _COPIES:
+        return COPIES
+    if (group := _range_of(event)) is not None:
+        return group
+    while event is not None and not event.name.startswith(_BACKWARD):
+        event = event.cpu_parent
+    if event is None:
+        return OTHER
+    if event.name.endswith("AccumulateGrad"):  # of factors: nothing else is trained
+        return ADAPTERS
+    return forward.get(event.sequence_nr, OTHER)

@@ -1,0 +1,102 @@
+"""Turns with something switched on and off in one running mesh, and what a step costs more with it.
+
+Turns of a pair are seconds apart, in the same processes: two meshes that do the same can differ by more than what is
+looked for. After a switch some seconds pass before a turn is measured, for work that is put off (spans leave a process
+once a second) is done in the turn that it belongs to.
+"""
+
+import ctypes
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+_SETTLE_SECONDS = 2.0
+_RESAMPLES = 10_000
+_LIBC = ctypes.CDLL(None)
+
+
+class Counted(Protocol):
+    """A thread that follows a task's steps."""
+
+    times: list[float]
+
+    def wait(self, count: int) -> None:
+        """Until there are so many."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Of one step: seconds that passed, and CPU seconds of all processes."""
+
+    wall_seconds: float
+    cpu_seconds: float
+
+
+def turn(steps: Counted, processes: Sequence[int], num_steps: int, settle_seconds: float = _SETTLE_SECONDS) -> Turn:
+    """Of the first `num_steps` that begin after the time to settle."""
+    begun, count = time.perf_counter(), len(steps.times)
+    while time.perf_counter() - begun < settle_seconds:
+        count += 1
+        steps.wait(count)
+    count, cpu_seconds, started = len(steps.times), sum(map(cpu_seconds_of, processes)), time.perf_counter()
+    steps.wait(count + num_steps)
+    done, seconds = len(steps.times) - count, time.perf_counter() - started
+    return Turn(seconds / done, (sum(map(cpu_seconds_of, processes)) - cpu_seconds) / done)
+
+
+def take_turns(switch: Callable[[bool], None], measured: Callable[[], Turn], num_pairs: int) -> list[tuple[Turn, Turn]]:
+    """Pairs (on, off), one before the first not counted; who begins changes from pair to pair."""
+    pairs = []
+    for number in range(num_pairs + 1):
+        turns = {}
+        for is_on in (True, False) if number % 2 else (False, True):
+            switch(is_on)
+            turns[is_on] = measured()
+        pairs.append((turns[True], turns[False]))
+    return pairs[1:]
+
+
+def with_descendants(process: int) -> list[int]:
+    found = [process]
+    for task in Path(f"/proc/{process}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += with_descendants(int(child))
+    return found
+
+
+def cpu_seconds_of(process: int) -> float:
+    """Of all its threads, by the kernel's clock."""
+    clock = ctypes.c_int()
+    if error := _LIBC.clock_getcpuclockid(process, ctypes.byref(clock)):
+        raise OSError(error, os.strerror(error))
+    return time.clock_gettime(clock.value)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is more with it on, as a part of what is without; with the interval that holds it with 95 %."""
+
+    middle: float
+    low: float
+    high: float
+
+    def verdict(self, goal: float) -> str:
+        """Held or failed where all of the interval says so."""
+        if self.high < goal:
+            return f"under {goal:.0%}: held"
+        return f"under {goal:.0%}: {'FAILED' if self.low > goal else 'not told apart'}"
+
+
+def cost_of(pairs: Sequence[tuple[float, float]]) -> Cost:
+    """From pairs (on, off): of their sums, so that what comes rarely counts; the interval by bootstrap of the pairs."""
+    values = np.array(pairs)
+    chosen = np.random.default_rng(0).integers(0, len(values), (_RESAMPLES, len(values)))
+    sums = values[chosen].sum(axis=1)
+    low, high = np.quantile(sums[:, 0] / sums[:, 1] - 1, (0.025, 0.975))
+    on, off = values.sum(axis=0)
+    return Cost(float(on / off - 1), float(low), float(high))
