@@ -35,9 +35,9 @@ def mark_messages(template: nodes.Template, mark: str, constants: Collection[str
         and all(_is_pure(node, fixed, loop.target.name) for node in loop.body)
     ):
         return False
+    assert template.environment is not None  # a parsed one has it
     written = nodes.Output([nodes.Name(mark, "load")])
-    written.set_environment(template.environment).set_lineno(loop.lineno)
-    loop.body.insert(0, written)
+    loop.body.insert(0, written.set_lineno(loop.lineno).set_environment(template.environment))
     return True
 
 

@@ -129,7 +129,7 @@ def _batches(rows: Iterable[_Asked]) -> Iterator[tuple[list[_Asked], int]]:
 
 def _read(batch: Sequence[_Asked], tokenizer: BackboneTokenizer, parse_special_tokens: bool) -> TokenizedRows:
     pieces = [piece for asked in batch for piece in asked.pieces]
-    reading, at = _Reading(tokenizer, pieces, tokenizer.encode(pieces)), 0
+    reading, at = _Reading(tokenizer, tokenizer.encode(pieces)), 0
     for asked in batch:
         own = range(at, at + len(asked.pieces))
         at = own.stop
@@ -140,8 +140,8 @@ def _read(batch: Sequence[_Asked], tokenizer: BackboneTokenizer, parse_special_t
 class _Reading:
     """Rows of a batch one after another, of encoded pieces."""
 
-    def __init__(self, tokenizer: BackboneTokenizer, pieces: Sequence[Piece], encoded: Encoded) -> None:
-        self._tokenizer, self._pieces, self._encoded = tokenizer, pieces, encoded
+    def __init__(self, tokenizer: BackboneTokenizer, encoded: Encoded) -> None:
+        self._tokenizer, self._encoded = tokenizer, encoded
         self._ids, self._ends = list[int](), [0]
         self._lines, self._spells_special, self._refused = list[int](), list[bool](), list[Refused]()
         self._spans = list[tuple[int, int]]()  # of tokens that bear loss, but for those of conversations
@@ -219,7 +219,8 @@ class _Reading:
         told = self._tokenizer.offsets(self._chat_pieces, self._encoded, ids_C)
         rows_2K = np.stack([chat_offsets[row_K], chat_offsets[row_K + 1]])
         spans = turn_tokens(np.stack(turns), rows_2K, told, self._tokenizer.is_special_V[ids_C])
-        return spans + (offsets - chat_offsets)[row_K]
+        spans += (offsets - chat_offsets)[row_K]
+        return spans
 
 
 def _covered_S(spans: NDArray[np.int64], num_tokens: int) -> NDArray[np.bool_]:

@@ -120,7 +120,8 @@ class BackboneTokenizer:
         told = self._lengths and self._lengths.offsets("".join([piece.text for piece in pieces.values()]), ids_T)
         if told:
             return told
-        starts, ends, num_characters = [ids_T[:0]], [ids_T[:0]], 0
+        nothing = np.zeros(0, np.int64)
+        starts, ends, num_characters = [nothing], [nothing], 0
         for i, piece in pieces.items():
             starts_L, ends_L = encoded.kept_offsets.get(i) or self._offsets(piece, encoded.ids[i])
             starts.append(starts_L + num_characters)

@@ -5,7 +5,7 @@ launch. Forward, losses, backward and the sums into the tasks' gradients are in 
 all tasks and are not. A form is run eagerly when it is first seen, is captured when it comes again, and its graph is
 believed once its first replay has given what an eager pass over the same tokens gave.
 
-Legend: T tokens of the stream, P parameters of a task.
+Legend: T tokens of the stream, M rows of them that bear a loss, P parameters of a task.
 """
 
 import gc
@@ -90,11 +90,11 @@ class Graphs:
         if graph is None and not self._may_capture(form):
             return None
         try:
-            loss_T = within_memory(lambda: self._losses(form, graph, packed(form, microbatch)))
+            loss_M = within_memory(lambda: self._losses(form, graph, packed(form, microbatch)))
         except NoMemory:
             self._refuse(form)  # the microbatch as it is may be smaller
             raise
-        return None if loss_T is None else unpacked(form, microbatch, loss_T)
+        return None if loss_M is None else unpacked(form, microbatch, loss_M)
 
     def forget(self, run: TaskRun) -> None:
         """Every form with this task in it."""
@@ -122,14 +122,14 @@ class Graphs:
         return True
 
     def _losses(self, form: Form, graph: _Graph | None, values: NDArray[np.int64]) -> torch.Tensor | None:
-        """[T], on the host."""
+        """[M], of the form's rows, on the host."""
         if graph is None:
-            loss_T = self._record(form, values)
+            loss_M = self._record(form, values)
         else:
             graph.last_run = self._num_runs
             graph.inputs.write(values)
-            loss_T = graph.recording.replay() if graph.is_proven else self._prove(graph)
-        return None if loss_T is None else loss_T.cpu()
+            loss_M = graph.recording.replay() if graph.is_proven else self._prove(graph)
+        return None if loss_M is None else loss_M.cpu()
 
     def _record(self, form: Form, values: NDArray[np.int64]) -> torch.Tensor | None:
         """This microbatch runs for real, as it is going to be captured; then it is. A failure of that costs the graph
@@ -142,7 +142,7 @@ class Graphs:
         work = partial(self._forward_backward, form, inputs)
         before = [run.gradient_P._version for run in form.runs]
         try:
-            loss_T = recording.run(work)
+            loss_M = recording.run(work)
         except RuntimeError as error:
             if is_out_of_memory(error) or before != [run.gradient_P._version for run in form.runs]:
                 raise
@@ -158,7 +158,7 @@ class Graphs:
         else:
             graph = self._graphs[form] = _Graph(form, inputs, recording, work)
             graph.last_run = self._num_runs
-        return loss_T
+        return loss_M
 
     def _prove(self, graph: _Graph) -> torch.Tensor | None:
         """A replay, and an eager pass over the same, whose results stand and which it has to have given.
@@ -171,19 +171,19 @@ class Graphs:
         except NoMemory:
             self._refuse(graph.form)
             return None
-        replayed_T = graph.recording.replay().clone()
+        replayed_M = graph.recording.replay().clone()
         sizes = [torch.dist(gradient_P, own_P) for gradient_P, own_P in zip(gradients, kept, strict=True)]
         for gradient_P, own_P in zip(gradients, kept, strict=True):
             own_P.copy_(_swapped(gradient_P, own_P, spare))
-        loss_T = graph.recording.run(graph.work)
+        loss_M = graph.recording.run(graph.work)
         pairs = zip(sizes, gradients, kept, strict=True)
         differences = [(_GRADIENT_TOLERANCE * size, torch.dist(ours_P, own_P)) for size, ours_P, own_P in pairs]
-        differences.append((_LOSS_TOLERANCE * loss_T.norm(), torch.dist(loss_T, replayed_T)))
-        if bool(torch.stack([loss_T.norm(), *(gradient_P.norm() for gradient_P in gradients)]).isfinite().all()):
+        differences.append((_LOSS_TOLERANCE * loss_M.norm(), torch.dist(loss_M, replayed_M)))
+        if bool(torch.stack([loss_M.norm(), *(gradient_P.norm() for gradient_P in gradients)]).isfinite().all()):
             graph.is_proven = all(bool(difference <= most) for most, difference in differences)
             if not graph.is_proven:
                 self._turn_off("a replay gave other results than an eager pass")
-        return loss_T
+        return loss_M
 
     def _refuse(self, form: Form) -> None:
         self._seen[form] = False
@@ -195,19 +195,24 @@ class Graphs:
         self._graphs.clear()
 
     def _forward_backward(self, form: Form, inputs: Inputs) -> torch.Tensor:
-        """Losses [T], 0 where there is none; gradients go to the tasks' own. Reads nothing but device memory."""
-        backbone, bears_none_T = self._backbone, inputs.weights_T == 0
+        """Losses [M] of the form's rows; gradients go to the tasks' own. Reads nothing but device memory."""
+        backbone, bears_none_M = self._backbone, inputs.weights_M == 0
         backbone.layout.lay(inputs.spans, form.trains)
         shared = Shared(bounds=(inputs.bounds_S.to(torch.int32), form.num_range_tokens))
         with torch.set_grad_enabled(form.trains):
             hidden_TH = backbone.packed_hidden(
                 inputs.token_ids_T.unsqueeze(0), inputs.positions_T.unsqueeze(0), [], shared
             )
-        weights_T = inputs.weights_T if form.trains else None
-        loss_T, dhidden_TH = segment_cross_entropy(backbone.head, hidden_TH.detach(), inputs.targets_T, weights_T)
-        if dhidden_TH is not None and hidden_TH.requires_grad:
-            torch.autograd.backward(hidden_TH, dhidden_TH.masked_fill_(bears_none_T.unsqueeze(1), 0))
-        return loss_T.double().masked_fill_(bears_none_T, 0)
+        loss_M, dhidden_MH = segment_cross_entropy(
+            backbone.head,
+            hidden_TH.detach()[inputs.rows_M],
+            inputs.targets_M,
+            inputs.weights_M if form.trains else None,
+        )
+        if dhidden_MH is not None and hidden_TH.requires_grad:
+            dhidden_MH.masked_fill_(bears_none_M.unsqueeze(1), 0)  # what is no number is not made one by a weight of 0
+            torch.autograd.backward(hidden_TH, torch.zeros_like(hidden_TH).index_copy_(0, inputs.rows_M, dhidden_MH))
+        return loss_M.double().masked_fill_(bears_none_M, 0)
 
 
 def _copies(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:

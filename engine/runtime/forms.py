@@ -5,7 +5,7 @@ again, which bear no loss: they compute what the task's own tokens do, so nothin
 without them, and their gradients are zero. Tokens of tasks that have left are left out. What else differs between
 microbatches of a form is in one array, which becomes one copy to the device.
 
-Legend: U tasks, L tokens of each range, T = U L tokens of the stream, S segments.
+Legend: U tasks, L tokens of each range, T = U L tokens of the stream, S segments, M rows that the head reads.
 """
 
 import itertools
@@ -34,6 +34,7 @@ class Form:
     runs: tuple[TaskRun, ...]
     num_range_tokens: int
     num_segments: int
+    num_rows: int
 
     @property
     def trains(self) -> bool:
@@ -62,7 +63,10 @@ def form_of(microbatch: Microbatch, tasks: Mapping[str, TaskRun]) -> Form | None
     if num_tokens > min(_MOST_TOKENS, max(_ALWAYS_TOKENS, 2 * microbatch.num_tokens)):
         return None
     num_segments = sum(len(list(_cut(r, size))) for r in ranges.values())
-    return Form(microbatch.kind, runs, size, _power_of_two(max(num_segments, num_tokens // _SEGMENT_TOKENS)))
+    num_segments = _power_of_two(max(num_segments, num_tokens // _SEGMENT_TOKENS))
+    num_targets = sum(int((microbatch.targets_T[_own(r)] != IGNORE).sum()) for r in own)
+    num_rows = num_tokens // 2 if num_targets <= num_tokens // 2 else num_tokens
+    return Form(microbatch.kind, runs, size, num_segments, num_rows)
 
 
 def is_replayable(run: TaskRun, trains: bool) -> bool:
@@ -76,17 +80,17 @@ def is_replayable(run: TaskRun, trains: bool) -> bool:
 class Inputs:
     """What differs between the microbatches of a form, in memory that stays where it is.
 
-    Weights [T] float64: 1 / (targets of the task's whole step), 0 where there is no loss. Places [T]: in the task's own
-    stream, for dropout. Bounds [S + 1]: of segments, those that are not needed empty. Steps [U].
+    Places [T]: in the task's own stream, for dropout. Rows [M]: those that bear a loss, then others, each once; weights
+    [M] float64: 1 / (targets of the task's whole step), 0 where there is no loss. Bounds [S + 1]: of segments, those
+    that are not needed empty. Steps [U].
     """
 
     def __init__(self, form: Form, device: torch.device) -> None:
-        sizes = [form.num_tokens] * 5 + [form.num_segments + 1, len(form.runs)]
+        sizes = [form.num_tokens] * 3 + [form.num_rows] * 3 + [form.num_segments + 1, len(form.runs)]
         self._whole = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        self.token_ids_T, self.targets_T, self.positions_T, weights_T, places_T, self.bounds_S, steps_U = torch.split(
-            self._whole, sizes
-        )
-        self.weights_T, size, nowhere = weights_T.view(torch.float64), form.num_range_tokens, np.zeros(0, np.int64)
+        self.token_ids_T, self.positions_T, places_T, *of_rows, self.bounds_S, steps_U = torch.split(self._whole, sizes)
+        self.rows_M, self.targets_M, weights_M = of_rows
+        self.weights_M, size, nowhere = weights_M.view(torch.float64), form.num_range_tokens, np.zeros(0, np.int64)
         self.spans = tuple(
             TaskSpan(run.assignment.task, 0, start, start + size, nowhere, (), step, places_T)
             for run, start, step in zip(form.runs, form.starts, steps_U.unbind(), strict=True)
@@ -99,37 +103,49 @@ class Inputs:
 
 
 def packed(form: Form, microbatch: Microbatch) -> NDArray[np.int64]:
-    """The microbatch in its form: token ids, targets, positions, weights' bits, places, bounds, steps, end to end."""
+    """The microbatch in its form: what `Inputs` holds, in its order, end to end; weights as their bits."""
     size, ranges = form.num_range_tokens, {r.task: r for r in microbatch.ranges}
-    rows_5UL, steps_U = np.zeros((5, len(form.runs), size), np.int64), np.zeros(len(form.runs), np.int64)
-    lengths: list[int] = []
-    for i, run in enumerate(form.runs):
-        ids_L, targets_L, positions_L, bits_L, places_L = rows_5UL[:, i]
-        range_ = ranges[run.assignment.task]
-        own, count = _own(range_), range_.num_effective_tokens
-        ids_L[:] = np.resize(microbatch.token_ids_T[own], size)
-        positions_L[:] = np.resize(np.concatenate([np.arange(s.num_tokens) for s in range_.segments]), size)
-        places_L[:] = np.resize(positions_of(range_), size)
-        steps_U[i] = range_.step
-        bears_loss_L = microbatch.targets_T[own] != IGNORE
-        targets_L[:count] = np.where(bears_loss_L, microbatch.targets_T[own], 0)
-        bits_L.view(np.float64)[:count] = bears_loss_L / max(1, range_.num_step_target_tokens)
+    ids_UL, positions_UL, places_UL = np.zeros((3, len(form.runs), size), np.int64)
+    lengths, steps, weights = list[int](), list[int](), list[NDArray[np.float64]]()
+    for i, range_ in enumerate(ranges[run.assignment.task] for run in form.runs):
+        ids_UL[i] = np.resize(microbatch.token_ids_T[_own(range_)], size)
+        positions_UL[i] = np.resize(np.concatenate([np.arange(s.num_tokens) for s in range_.segments]), size)
+        places_UL[i] = np.resize(positions_of(range_), size)
         lengths += _cut(range_, size)
+        steps.append(range_.step)
+        weights.append(np.full(len(_targets(microbatch, range_)), 1 / max(1, range_.num_step_target_tokens)))
+    theirs_M, rows_M = _rows(form, microbatch)
+    others = np.setdiff1d(np.arange(form.num_tokens), rows_M, assume_unique=True)[: form.num_rows - len(rows_M)]
+    of_rows_3M = np.zeros((3, form.num_rows), np.int64)
+    of_rows_3M[0] = np.concatenate([rows_M, others])
+    of_rows_3M[1, : len(rows_M)] = microbatch.targets_T[theirs_M]
+    of_rows_3M[2].view(np.float64)[: len(rows_M)] = np.concatenate(weights)
     bounds_S = np.full(form.num_segments + 1, form.num_tokens)
     bounds_S[: len(lengths) + 1] = [0, *itertools.accumulate(lengths)]
-    return np.concatenate([rows_5UL.ravel(), bounds_S, steps_U])
+    parts = ids_UL.ravel(), positions_UL.ravel(), places_UL.ravel(), of_rows_3M.ravel(), bounds_S, np.array(steps)
+    return np.concatenate(parts)
 
 
-def unpacked(form: Form, microbatch: Microbatch, loss_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows [M] of the microbatch that bear a loss of the form's tasks, their losses [M]), of the form's losses [T]."""
+def unpacked(form: Form, microbatch: Microbatch, loss_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows of the microbatch that bear a loss of the form's tasks, their losses), of the losses of the form's rows."""
+    rows = torch.from_numpy(_rows(form, microbatch)[0])
+    return rows, loss_M[: len(rows)]
+
+
+def _rows(form: Form, microbatch: Microbatch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Those that bear a loss: where they are in the microbatch, and in the form."""
     ranges = {r.task: r for r in microbatch.ranges}
-    rows, places = [], []
-    for run, start in zip(form.runs, form.starts, strict=True):
-        own = _own(ranges[run.assignment.task])
-        found = np.flatnonzero(microbatch.targets_T[own] != IGNORE)
-        rows.append(own.start + found)
-        places.append(start + found)
-    return torch.from_numpy(np.concatenate(rows)), loss_T[torch.from_numpy(np.concatenate(places))]
+    own = [ranges[run.assignment.task] for run in form.runs]
+    found = [_targets(microbatch, range_) for range_ in own]
+    return (
+        np.concatenate([range_.start + places for range_, places in zip(own, found, strict=True)]),
+        np.concatenate([start + places for start, places in zip(form.starts, found, strict=True)]),
+    )
+
+
+def _targets(microbatch: Microbatch, range_: Range) -> NDArray[np.int64]:
+    """Of a range's tokens, those that bear a loss."""
+    return np.flatnonzero(microbatch.targets_T[_own(range_)] != IGNORE)
 
 
 def _own(range_: Range) -> slice:

@@ -1,6 +1,7 @@
 """A whole dataset, rows of all shapes in batches of any size, against transformers one row at a time."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,36 @@ def test_a_surrogate_that_the_template_writes_refuses_the_row(tmp_path: Path) ->
     (row,) = parse_lines([line])
     with pytest.raises(RowRefusedError, match="chat template writes a lone surrogate"):
         tokenize(row, ours)
+
+
+@pytest.mark.parametrize(
+    ("num_characters", "limit", "most"),
+    [(10, 10_000, 1 + reading._BATCHES_AHEAD), (60, 100, 1 + 1), (300, 100, 1 + 1)],
+    ids=["batches", "characters", "one row larger than all that may be ahead"],
+)
+def test_few_rows_are_held_at_once(
+    both: tuple[BackboneTokenizer, Any], monkeypatch: pytest.MonkeyPatch, num_characters: int, limit: int, most: int
+) -> None:
+    """However many there are: those under work, and the one that waits for them."""
+    monkeypatch.setattr(reading, "_BATCH_ROWS", 1)
+    monkeypatch.setattr(reading, "_CHARACTERS_AHEAD", limit)
+    num_parsed = 0
+
+    def parsed() -> Iterator[Row]:
+        nonlocal num_parsed
+        for line in range(1, 50):
+            num_parsed += 1
+            yield Row(line, "text", {"text": "x" * num_characters})
+
+    for num_done, part in enumerate(tokenize_all(parsed(), both[0])):
+        assert part.lines.tolist() == [num_done + 1]
+        assert num_parsed - num_done <= most
+
+
+def test_what_stops_the_rows_stops_the_reading(both: tuple[BackboneTokenizer, Any]) -> None:
+    def stopped() -> Iterator[Row]:
+        yield Row(1, "text", {"text": "the quick brown fox"})
+        raise InvalidInputError("enough")
+
+    with pytest.raises(InvalidInputError, match="enough"):
+        tokenize_dataset(stopped(), both[0], Training(1e-3, num_epochs=1))

@@ -52,8 +52,8 @@ def test_every_token_stands_in_its_form_and_its_loss_comes_back(ranges: Any, see
     assert form is not None and [run.assignment.task for run in form.runs] == sorted(names)
     inputs = Inputs(form, torch.device("cpu"))
     inputs.write(packed(form, microbatch))
-    loss_T = torch.arange(form.num_tokens, dtype=torch.float64)
-    rows, losses = (t.tolist() for t in unpacked(form, microbatch, loss_T))
+    assert len(set(inputs.rows_M.tolist())) == form.num_rows
+    rows, losses = (t.tolist() for t in unpacked(form, microbatch, inputs.rows_M.double()))
     told = dict(zip(rows, losses, strict=True))
     bounds = inputs.bounds_S.tolist()
     assert bounds[0] == 0 and bounds[-1] == form.num_tokens and sorted(bounds) == bounds
@@ -84,12 +84,14 @@ def check(form: Form, inputs: Inputs, microbatch: Microbatch, range_: Range, tol
     assert span.end - span.start == form.num_range_tokens >= range_.num_effective_tokens
     assert span.device_step is not None and int(span.device_step) == range_.step
     assert span.device_positions_T is not None
-    at, copy, places, ids, positions, weights, targets = span.start, 0, *(
+    at, copy, places, ids, positions, rows, weights, targets = span.start, 0, *(
         t.tolist()
         for t in (
-            span.device_positions_T, inputs.token_ids_T, inputs.positions_T, inputs.weights_T, inputs.targets_T,
+            span.device_positions_T, inputs.token_ids_T, inputs.positions_T, inputs.rows_M, inputs.weights_M,
+            inputs.targets_M,
         )
     )  # fmt: skip
+    weight_of, target_of = dict(zip(rows, weights, strict=True)), dict(zip(rows, targets, strict=True))
     while at < span.end:
         place = range_.start
         for segment in range_.segments:
@@ -102,9 +104,10 @@ def check(form: Form, inputs: Inputs, microbatch: Microbatch, range_: Range, tol
                 assert places[at] == segment.stream_offset_tokens + offset
                 target = int(microbatch.targets_T[place])
                 bears_loss = target != IGNORE and not copy
-                assert weights[at] == (1 / range_.num_step_target_tokens if bears_loss else 0)
-                assert targets[at] == (target if bears_loss else 0)
                 if bears_loss:
+                    assert weight_of[at] == 1 / range_.num_step_target_tokens and target_of[at] == target
                     assert told[place] == at
+                else:
+                    assert weight_of.get(at, 0) == 0 == target_of.get(at, 0)
                 at, place = at + 1, place + 1
         copy += 1
