@@ -1,4 +1,4 @@
-"""Statements of the busiest calls, each made once: SQLAlchemy takes ten times as long to run one as SQLite does.
+"""Statements of the busiest calls, each made once: SQLAlchemy takes four times as long to run one as SQLite does.
 
 On SQLite the driver gets their text; elsewhere, where the way to the server is longer than that, SQLAlchemy runs them.
 """
