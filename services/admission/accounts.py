@@ -81,7 +81,8 @@ def check_task(connection: sa.Connection, tenant: str, default: operator_pb2.Quo
     most = quota.max_unfinished_tasks
     if most and (count := _NUM_UNFINISHED.rows(connection, tenant=tenant)[0].number) >= most:
         raise QuotaExceededError(f"{tenant} has {count} unfinished tasks; at most {most}", subject=tenant)
-    row = _USED.row(connection, tenant=tenant, day=today())
+    has_limits = quota.max_tokens_per_day or quota.max_device_seconds_per_day
+    row = _USED.row(connection, tenant=tenant, day=today()) if has_limits else None
     if row is not None and (why := _exhausted(row, quota)):
         raise QuotaExceededError(f"{tenant} {why}: try again tomorrow (UTC)", subject=tenant)
     _check_held(connection, adapters, tenant, 1, quota.max_adapter_bytes)  # room for the one it will leave

@@ -100,7 +100,7 @@ class Database:
 
     async def ask(self, question: Callable[[sa.Connection], T]) -> T:
         """What the question finds. It changes nothing, and takes a millisecond at most: others wait for it."""
-        if self._is_sqlite:  # whose readers wait for nobody: there and back to a thread takes ten times as long
+        if self._is_sqlite:  # whose readers wait for nobody: there and back to a thread takes seven times as long
             return self._told(question, self._reader())
         answer: T = await self._questions.do(partial(self._told, question))
         return answer
