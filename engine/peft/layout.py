@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range
+from engine.peft.remakes import Remakes
 
 A = TypeVar("A")
 
@@ -43,6 +44,7 @@ class Layout:
     training: bool = False
     tasks: frozenset[str] = field(default=frozenset())
     device: torch.device = field(default=torch.device("cpu"))
+    remakes: Remakes = field(default_factory=Remakes)
     _steps: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
 
     def uses(self, adapters: Mapping[str, A]) -> list[tuple[TaskSpan, A]]:

@@ -15,6 +15,7 @@ from engine.alignment.microbatch import Microbatch, Range
 from engine.errors import BackboneUnsupportedError
 from engine.kernels.segment_cross_entropy import Head
 from engine.peft.block import mount_blocks, observed_blocks
+from engine.peft.gated import mount_gated
 from engine.peft.layout import Layout
 from engine.peft.mounted import (
     Call,
@@ -55,6 +56,8 @@ class Backbone:
         self.layout = Layout(device=model.device)
         self.operators = mount_linears(self.model, self.layout)
         norms = mount_norms(self.model, self.layout)
+        if model.device.type == "cpu":
+            mount_gated(self.model, self.layout.remakes)
         self.attentions: dict[str, MountedAttention] = {}
         self.attention_paths = set[str]()  # that were taken so far, and why
         softcap = getattr(model.config, "final_logit_softcapping", None)
@@ -63,7 +66,9 @@ class Backbone:
         with observed_blocks(self.model, self.operators) as widths, observed_inputs(self.operators) as groups:
             calls = self._refuse_what_is_not_exact()
         self.shared_inputs = group_linears(self.operators, groups)
-        self.activation_checkpointing = ActivationCheckpointing(self.model, lambda: sharing(self.shared_inputs))
+        self.activation_checkpointing = ActivationCheckpointing(
+            self.model, lambda: sharing(self.shared_inputs), self.layout.remakes.forget
+        )
         if activation_checkpointing and not self.activation_checkpointing.num_layers:
             raise self._unsupported("it has no layers to checkpoint; turn activation checkpointing off")
         self.activation_checkpointing.is_on = activation_checkpointing
@@ -154,7 +159,7 @@ class Backbone:
         position_ids_1T = torch.cat(positions).to(self.device).unsqueeze(0)
         prefixes = {id(mounted.op.module): mounted.prefixes() for mounted in self.attentions.values()}
         self.layout.num_tokens = sum(lengths)
-        cu_seqlens, shared = [0, *itertools.accumulate(lengths)], Shared()
+        cu_seqlens, shared = [0, *itertools.accumulate(lengths)], Shared(self.layout.remakes)
         base = self.model.base_model
         with sharing(self.shared_inputs):
             output = base(
@@ -166,6 +171,7 @@ class Backbone:
                 shared=shared,
                 use_cache=False,
             )
+        self.layout.remakes.forget()
         self.attention_paths |= shared.paths
         hidden: torch.Tensor = output.last_hidden_state
         return hidden[0]
