@@ -77,7 +77,7 @@ def multi_adamw(groups: Sequence[AdamWGroup], norms_U: torch.Tensor, is_finite_U
     scratch = torch.empty(_PART)
     for group in groups:
         if flags[group.task]:
-            for part in zip(*(tensor.split(_PART) for tensor in group.tensors), strict=True):
+            for part in zip(*(torch.split(tensor, _PART) for tensor in group.tensors), strict=True):
                 _step(group, norms[group.task], part, scratch[: len(part[0])])
 
 

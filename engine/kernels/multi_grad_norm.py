@@ -44,7 +44,7 @@ def multi_grad_norm(gradients: Sequence[torch.Tensor]) -> tuple[torch.Tensor, to
 
 def _norm(gradient_P: torch.Tensor) -> torch.Tensor:
     """In double, part by part: torch copies what it is to sum in another type."""
-    parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in gradient_P.split(_DOUBLES)]
+    parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in torch.split(gradient_P, _DOUBLES)]
     norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(parts))
     return norm
 

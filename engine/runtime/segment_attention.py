@@ -43,7 +43,7 @@ class _BySegment(torch.autograd.Function):
         return given
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dgiven: torch.Tensor) -> tuple[Any, ...]:
         query, key, value, given, *normalisers = ctx.saved_tensors
         grads = [torch.empty_like(heads) for heads in (query, key, value)]
