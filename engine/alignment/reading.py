@@ -25,9 +25,10 @@ from engine.alignment.tokens import BackboneTokenizer, Encoded, Piece
 from engine.alignment.turns import Turn, assistant_turns, turn_tokens
 
 # Some milliseconds of the tokenizer's work: no core waits long for the first batch, or for what is made of the last.
-_BATCH_ROWS, _BATCH_CHARACTERS = 512, 1 << 16
-# Under work at once, while other rows are parsed and rendered; of one row alone the characters may be more.
-_BATCHES_AHEAD, _CHARACTERS_AHEAD = 4, 4 << 20
+_BATCH_ROWS, _BATCH_CHARACTERS = 1024, 1 << 17
+# Under work at once, while other rows are parsed and rendered; of one row alone the characters may be more. Fewer leave
+# a core idle while their threads wait for Python's lock.
+_BATCHES_AHEAD, _CHARACTERS_AHEAD = 12, 4 << 20
 
 
 class RowRefusedError(Exception):
