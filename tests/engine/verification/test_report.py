@@ -1,9 +1,12 @@
 """`muxtune verify` holds for the engine as it is, and says so when a tenant's training is not its own."""
 
+from itertools import chain
+
 import pytest
 import torch
 
 from engine.kernels import multi_lora
+from engine.kernels.multi_lora import LowRank
 from engine.runtime.executor import Executor
 from engine.verification import cases, report
 from engine.verification.report import Finding, compare, left_out
@@ -18,8 +21,8 @@ def one_option(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "OPTIONS", some)
 
 
-def findings(names: list[str] = NAMES) -> list[Finding]:
-    return list(compare(cases.small_backbone(), names, 3))
+def findings(names: list[str] = NAMES, num_steps: int = 3) -> list[Finding]:
+    return list(compare(cases.small_backbone(), names, num_steps))
 
 
 def test_it_holds_for_every_method() -> None:
@@ -43,16 +46,23 @@ def test_a_loss_averaged_over_the_whole_batch_is_seen(monkeypatch: pytest.Monkey
     assert not any(f.holds for f in found if f.method == "lora")
 
 
-def test_a_gradient_that_is_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = multi_lora._MultiLora.backward
+@pytest.mark.parametrize("factor, num_steps", [("b_NR", 3), ("a_RK", 12)])  # B is zero at first, and A's gradient
+def test_a_gradient_that_is_wrong_is_seen(factor: str, num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, first = multi_lora._MultiLora.backward, multi_lora._FIRST_FACTOR
 
     def wrong(ctx, *grads: torch.Tensor):
-        dx_TK, *rest = right(ctx, *grads)
-        return dx_TK, rest[0], *(-g if i % 4 == 1 and g is not None else g for i, g in enumerate(rest[1:]))
+        found = right(ctx, *grads)
+        factors = [LowRank(*gradients) for gradients in zip(*[iter(found[first:])] * len(LowRank._fields), strict=True)]
+        return *found[:first], *chain.from_iterable(negated(each, factor) for each in factors)
 
     monkeypatch.setattr(multi_lora._MultiLora, "backward", staticmethod(wrong))
-    found = {(f.method, f.against): f.holds for f in findings()}
+    found = {(f.method, f.against): f.holds for f in findings(num_steps=num_steps)}
     assert not found["lora", "peft alone"] and found["prompt", "peft alone"]
+
+
+def negated(gradients: LowRank, factor: str) -> LowRank:
+    own = getattr(gradients, factor)
+    return gradients if own is None else gradients._replace(**{factor: -own})
 
 
 def test_what_a_backbone_cannot_have_is_left_out_and_told() -> None:
