@@ -9,8 +9,8 @@ S = drop(X[u]) A^T:
     dA = (d o E)^T drop(X[u]);   dd = sum(E o S);
     dB = scale * (g o dY_i[u])^T (d o S);   dg = scale * rowsum(B o (dY_i[u]^T (d o S)))
 dX is written once by the adapters, and each operator's product is accumulated into it in place. The backbone's W and b
-get no gradient, and nothing is saved for one. S is kept of each use, and X, or what it is made of, if a use
-trains its A: where A is frozen (VeRA, MiSS) it is not.
+get no gradient, and nothing is saved for one. S is kept of each use, and X if a use trains its A: where A is frozen
+(VeRA, MiSS) it is not.
 
 This is the reference and the CPU path; on CUDA, cuda/multi_lora.cu does it (`multi_lora_ops`).
 Legend: T tokens, K inputs, N outputs, R rank, L tokens of one use.
@@ -57,26 +57,13 @@ class Operator(NamedTuple):
     factors: Sequence[LowRank]
 
 
-class Remake(NamedTuple):
-    """How a tensor is made again, bit for bit, of others: then these are kept for backward instead of it."""
-
-    make: Callable[..., torch.Tensor]
-    sources: tuple[torch.Tensor, ...]
-
-    def then(self, change: Callable[[torch.Tensor], torch.Tensor], shape: Sequence[int]) -> "Remake":
-        """Of what `change` makes of it in this shape."""
-        return Remake(lambda *sources: change(self.make(*sources).reshape(shape)), self.sources)
-
-
 MAX_OPERATORS = 8  # of a group: cuda/multi_lora.cuh
-_FIRST_FACTOR = 3  # arguments of _MultiLora.forward before them
+_FIRST_FACTOR = 2  # arguments of _MultiLora.forward before them
 _NUM_FACTORS = len(LowRank._fields)
 
 
-def multi_lora(
-    x_TK: torch.Tensor, operators: Sequence[Operator], remake: Remake | None = None
-) -> tuple[torch.Tensor, ...]:
-    """Y_i [T, N_i] of each operator, in order. `remake`: of X, in any view of it; the kernels keep X instead.
+def multi_lora(x_TK: torch.Tensor, operators: Sequence[Operator]) -> tuple[torch.Tensor, ...]:
+    """Y_i [T, N_i] of each operator, in order.
 
     Uses of one operator must not overlap; those of two must lie on the same tokens or have none in common.
     Raises ValueError where shapes or ranges do not fit.
@@ -88,7 +75,7 @@ def multi_lora(
     check(x_TK, operators)
     flat = [tensor for operator in operators for low_rank in operator.factors for tensor in low_rank]
     result: tuple[torch.Tensor, ...] = _MultiLora.apply(  # type: ignore[no-untyped-call]
-        x_TK, tuple(operators), remake, *flat
+        x_TK, tuple(operators), *flat
     )
     return result
 
@@ -104,7 +91,7 @@ def _on_device(x_TK: torch.Tensor, operators: Sequence[Operator]) -> bool:
 class _MultiLora(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TK: torch.Tensor, operators: tuple[Operator, ...], remake: Remake | None, *flat: torch.Tensor | None
+        ctx: Any, x_TK: torch.Tensor, operators: tuple[Operator, ...], *flat: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         results, shrunk = [], []
@@ -114,18 +101,13 @@ class _MultiLora(torch.autograd.Function):
             results.append(y_TN)
         ctx.operators = operators
         trains_a = any(ctx.needs_input_grad[_FIRST_FACTOR::_NUM_FACTORS])
-        make, sources = remake or Remake(_itself, (x_TK,))
-        ctx.make, kept = make if trains_a else None, sources if trains_a else ()
-        ctx.num_sources = len(kept)
-        ctx.save_for_backward(*kept, *(o.weight_KN for o in operators), *flat, *shrunk)
+        ctx.save_for_backward(x_TK if trains_a else None, *(o.weight_KN for o in operators), *flat, *shrunk)
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[Any, ...]:
         operators: tuple[Operator, ...] = ctx.operators
-        rest = ctx.saved_tensors
-        sources, rest = rest[: ctx.num_sources], rest[ctx.num_sources :]
-        x_TK = None if ctx.make is None else ctx.make(*sources).reshape(-1, len(operators[0].weight_KN))
+        x_TK, *rest = ctx.saved_tensors
         weights, rest = rest[: len(operators)], rest[len(operators) :]
         num_flat = _NUM_FACTORS * sum(len(operator.uses) for operator in operators)
         factors, shrunk = _by_operator(operators, rest[:num_flat]), iter(rest[num_flat:])
@@ -139,11 +121,7 @@ class _MultiLora(torch.autograd.Function):
         for weight_KN, dy_TN in zip(weights, grad_outputs, strict=True):
             if dx_TK is not None and dy_TN is not None:
                 dx_TK.addmm_(dy_TN, weight_KN.T)
-        return dx_TK, None, None, *grads
-
-
-def _itself(x_TK: torch.Tensor) -> torch.Tensor:
-    return x_TK
+        return dx_TK, None, *grads
 
 
 def _add(x_TK: torch.Tensor, y_TN: torch.Tensor, use: LoraUse, low_rank: LowRank) -> torch.Tensor:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range
 from engine.kernels.launch import sent
-from engine.peft.remakes import Remakes
 
 A = TypeVar("A")
 
@@ -50,7 +49,6 @@ class Layout:
     spans: tuple[TaskSpan, ...] = ()
     training: bool = False
     device: torch.device = field(default=torch.device("cpu"))
-    remakes: Remakes = field(default_factory=Remakes)
     _steps: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
 
     def uses(self, adapters: Mapping[str, A]) -> list[tuple[TaskSpan, A]]:

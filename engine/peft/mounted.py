@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from engine.kernels.multi_lora import Operator, Remake, multi_lora
+from engine.kernels.multi_lora import Operator, multi_lora
 from engine.method import Site, SiteKind
 from engine.peft.adapter import Adapter, BaseOp
 from engine.peft.block import MountedBlock
@@ -57,13 +57,11 @@ class MountedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Dispatch, the operator with every low-rank addition in one kernel, aggregate."""
-        x_TK, uses, remake = x.reshape(-1, x.shape[-1]), self._uses, self.layout.remakes.of(x)
-        y_TN = None if self.group is None else self.group.answer(self, x, remake)
+        x_TK, uses = x.reshape(-1, x.shape[-1]), self._uses
+        y_TN = None if self.group is None else self.group.answer(self, x)
         if y_TN is None:
-            if remake is not None and self.rewrites_input:
-                remake = remake.then(lambda x_TK: rewrite_input(x_TK, uses), x_TK.shape)
             x_TK = rewrite_input(x_TK, uses)
-            y_TN = self._alone(x_TK, remake)
+            y_TN = self._alone(x_TK)
         return rewrite_output(y_TN, x_TK, uses, self.layout.training).view(*x.shape[:-1], -1)
 
     @property
@@ -79,10 +77,10 @@ class MountedLinear(nn.Module):
         found = [pair for pair in pairs if pair is not None]
         return Operator(self.op.weight_KN, self.op.bias_N, [use for use, _ in found], [factors for _, factors in found])
 
-    def _alone(self, x_TK: torch.Tensor, remake: Remake | None) -> torch.Tensor:
+    def _alone(self, x_TK: torch.Tensor) -> torch.Tensor:
         operator = self.operator()
         if operator.uses:
-            return multi_lora(x_TK, [operator], remake)[0]
+            return multi_lora(x_TK, [operator])[0]
         if operator.bias_N is None:
             return x_TK @ operator.weight_KN
         return torch.addmm(operator.bias_N, x_TK, operator.weight_KN)
@@ -102,22 +100,16 @@ class MountedNorm:
         self.adapters: dict[str, Adapter] = {}
         base.register_forward_hook(self._rewrite)
 
-    def _rewrite(self, module: nn.Module, args: tuple[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+    def _rewrite(self, module: nn.Module, args: tuple[torch.Tensor], y: torch.Tensor) -> torch.Tensor | None:
         """`y`: [1, T, N], [1, T, heads, N], [1, heads, T, N] (Gemma 3) or [T, N] (OPT), as the probe finds out."""
         if self.token_dim is None:
             found = [dim for dim, size in enumerate(y.shape[:-1]) if size == self.layout.num_tokens]
             self.token_dim = found[0] if len(found) == 1 else None
         uses = self.layout.uses(self.adapters)
-        result = self._rewritten(args[0], y, uses)
-        if self.op.gain_N is not None:  # it reads one tensor
-            self.layout.remakes.note(result, lambda x: self._rewritten(x, module.forward(x), uses), args[0])
-        return result
-
-    def _rewritten(self, x: torch.Tensor, y: torch.Tensor, uses: Uses) -> torch.Tensor:
         if not uses:
-            return y
+            return None
         assert self.token_dim is not None
-        x_T, y_T = (t.movedim(self.token_dim, 0) for t in (x, y))
+        x_T, y_T = (t.movedim(self.token_dim, 0) for t in (args[0], y))
         return rewrite_output(y_T, x_T, uses, self.layout.training).movedim(0, self.token_dim)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from engine.kernels.multi_lora import MAX_OPERATORS, Operator, Remake, multi_lora
+from engine.kernels.multi_lora import MAX_OPERATORS, Operator, multi_lora
 
 
 class Member(Protocol):
@@ -37,19 +37,19 @@ class SharedInput:
         self._given: tuple[Any, ...] | None = None
         self._answers: dict[Member, torch.Tensor] = {}
 
-    def answer(self, member: Member, x: torch.Tensor, remake: Remake | None = None) -> torch.Tensor | None:
+    def answer(self, member: Member, x: torch.Tensor) -> torch.Tensor | None:
         """Y [T, N] of one member, or None if it has to compute alone."""
         if not self._is_open or x.is_inference():  # such a tensor does not tell whether it has been written to
             return None
         given = (x, x._version, torch.is_grad_enabled())
         if self._given is None or given[0] is not self._given[0] or given[1:] != self._given[1:]:
-            self._compute(member, given, remake)
+            self._compute(member, given)
         y_TN = self._answers.pop(member, None)
         if not self._answers:
             self._given = None
         return y_TN
 
-    def _compute(self, caller: Member, given: tuple[Any, ...], remake: Remake | None) -> None:
+    def _compute(self, caller: Member, given: tuple[Any, ...]) -> None:
         """Of all members whose Y is differentiable: what needs no gradient must not keep anything for one."""
         self._forget()
         x = given[0]
@@ -59,7 +59,7 @@ class SharedInput:
         if not x.requires_grad:
             operators = {member: operator for member, operator in operators.items() if operator.uses}
         if caller in operators and len(operators) > 1:
-            results = multi_lora(x.reshape(-1, x.shape[-1]), list(operators.values()), remake)
+            results = multi_lora(x.reshape(-1, x.shape[-1]), list(operators.values()))
             self._given, self._answers = given, dict(zip(operators, results, strict=True))
 
     def _forget(self) -> None:

@@ -12,14 +12,11 @@ from engine.planning.chunks import MAX_CHUNK_TOKENS
 from engine.planning.cost import UNKNOWN, CostProfile
 from engine.task import TaskSpec
 
-KEPT_ANYWAY = -1  # of an input group: kept where no operator that reads it is adapted, or made again of what is
-
 
 @dataclass(frozen=True)
 class BackboneView:
     """A backbone as its executor described it. Measured at its load, where they are there: bytes that it keeps for
-    backward by a token, which linear operators, by number, read one tensor (KEPT_ANYWAY: one that costs nothing more),
-    what its process has beside the weights.
+    backward by a token, which linear operators, by number, read one tensor, what its process has beside the weights.
     `allocator_slack`: what the allocator takes for a byte that is asked for. `recomputed_token_bytes`: where each layer
     runs again in backward (activation checkpointing), what it keeps then by a token; else 0."""
 
@@ -61,11 +58,10 @@ class Inputs:
 
     def __init__(self, backbone: BackboneView) -> None:
         linear = [site for site in backbone.sites if site.kind is SiteKind.LINEAR]
-        groups = {site: backbone.input_groups.get(site.name) or site.name for site in linear}
-        groups = {site: group for site, group in groups.items() if group != KEPT_ANYWAY}
-        numbers = {group: i for i, group in enumerate(dict.fromkeys(groups.values()))}
-        self._bits = {site.name: 1 << numbers[group] for site, group in groups.items()}
-        self._widths = {self._bits[site.name]: site.in_features * backbone.element_bytes for site in groups}
+        groups = [backbone.input_groups.get(site.name) or site.name for site in linear]
+        numbers = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+        self._bits = {site.name: 1 << numbers[group] for site, group in zip(linear, groups, strict=True)}
+        self._widths = {self._bits[site.name]: site.in_features * backbone.element_bytes for site in linear}
         self._known: dict[int, int] = {}
 
     def mask(self, sites: Iterable[str]) -> int:

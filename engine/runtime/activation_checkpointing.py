@@ -19,13 +19,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 class ActivationCheckpointing:
     """Of the layers that transformers itself would checkpoint; there are none in some models. Off at first.
 
-    `surrounding` makes what a layer needs around it while it runs again, `forget` forgets what was before a layer.
+    `surrounding` makes what a layer needs around it while it runs again.
     """
 
-    def __init__(
-        self, model: nn.Module, surrounding: Callable[[], AbstractContextManager[None]], forget: Callable[[], None]
-    ) -> None:
-        self.is_on, self._surrounding, self._forget = False, surrounding, forget
+    def __init__(self, model: nn.Module, surrounding: Callable[[], AbstractContextManager[None]]) -> None:
+        self.is_on, self._surrounding = False, surrounding
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self.num_layers = len(layers)
         for layer in layers:  # transformers' own switch wants the training mode, in which some layers drop
@@ -44,14 +42,9 @@ class ActivationCheckpointing:
         if not (self.is_on and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
         return checkpoint(
-            partial(self._afresh, forward, **kwargs),
+            partial(forward, **kwargs),
             *args,
             use_reentrant=False,
             preserve_rng_state=False,
             context_fn=lambda: (nullcontext(), self._surrounding()),
         )
-
-    def _afresh(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The same each time: it keeps nothing of the layers before."""
-        self._forget()
-        return forward(*args, **kwargs)

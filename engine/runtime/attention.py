@@ -82,9 +82,7 @@ def packed_attention(
         if start in own:
             k, v = (torch.cat([p.to(t.dtype), t], dim=2) for p, t in zip(own[start], (k, v), strict=True))
         pieces.append(_segment(q, k, v, scaling, sliding_window, softcap, shared.masks).transpose(1, 2))
-    result = torch.cat(pieces, dim=1)  # in the order in which the output's projection reads it
-    shared.remakes.note(result, lambda *pieces: torch.cat(pieces, dim=1), *pieces)
-    return result, None
+    return torch.cat(pieces, dim=1), None  # in the order in which the output's projection reads it
 
 
 def _segment(

@@ -16,7 +16,6 @@ from engine.errors import BackboneUnsupportedError
 from engine.kernels.launch import sent
 from engine.kernels.segment_cross_entropy import Head
 from engine.peft.block import mount_blocks, observed_blocks
-from engine.peft.gated import mount_gated
 from engine.peft.layout import Layout
 from engine.peft.mounted import (
     Call,
@@ -57,8 +56,6 @@ class Backbone:
         self.layout = Layout(device=model.device)
         self.operators = mount_linears(self.model, self.layout)
         norms = mount_norms(self.model, self.layout)
-        if model.device.type == "cpu":
-            mount_gated(self.model, self.layout.remakes)
         self.attentions: dict[str, MountedAttention] = {}
         self.attention_paths = set[str]()  # that were taken so far, and why
         softcap = getattr(model.config, "final_logit_softcapping", None)
@@ -67,9 +64,7 @@ class Backbone:
         with observed_blocks(self.model, self.operators) as widths, observed_inputs(self.operators) as groups:
             calls = self._refuse_what_is_not_exact()
         self.shared_inputs = group_linears(self.operators, groups)
-        self.activation_checkpointing = ActivationCheckpointing(
-            self.model, lambda: sharing(self.shared_inputs), self.layout.remakes.forget
-        )
+        self.activation_checkpointing = ActivationCheckpointing(self.model, lambda: sharing(self.shared_inputs))
         if activation_checkpointing and not self.activation_checkpointing.num_layers:
             raise self._unsupported("it has no layers to checkpoint; turn activation checkpointing off")
         self.activation_checkpointing.is_on = activation_checkpointing
@@ -159,7 +154,7 @@ class Backbone:
     ) -> torch.Tensor:
         positions = [torch.arange(first, first + n) for first, n in zip(firsts, lengths, strict=True)]
         position_ids_1T = sent(torch.cat(positions), self.device).unsqueeze(0)
-        cu_seqlens, shared = [0, *itertools.accumulate(lengths)], Shared(self.layout.remakes)
+        cu_seqlens, shared = [0, *itertools.accumulate(lengths)], Shared()
         return self.packed_hidden(token_ids_1T, position_ids_1T, cu_seqlens, shared, calls)
 
     def packed_hidden(
@@ -185,7 +180,6 @@ class Backbone:
                 shared=shared,
                 use_cache=False,
             )
-        self.layout.remakes.forget()
         self.attention_paths |= shared.paths
         hidden: torch.Tensor = output.last_hidden_state
         return hidden[0]

@@ -13,7 +13,6 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
-from engine.planning.plan import KEPT_ANYWAY
 from engine.runtime.backbone import Backbone
 
 _TOKENS = 64
@@ -22,9 +21,8 @@ _TOKENS = 64
 @dataclass(frozen=True)
 class BackboneFootprint:
     """`kept_token_bytes` where gradients flow through all of it. Operators of one number in `input_groups` (from 1)
-    read the same tensor, which is kept once however many of them are adapted; those of KEPT_ANYWAY read one that is
-    kept without them, or made again of such. `recomputed_token_bytes`: of one layer while it runs again in backward; 0
-    where none does."""
+    read the same tensor, which is kept once however many of them are adapted. `recomputed_token_bytes`: of one layer
+    while it runs again in backward; 0 where none does."""
 
     kept_token_bytes: float
     input_groups: dict[str, int]
@@ -35,18 +33,18 @@ def measure(backbone: Backbone) -> BackboneFootprint:
     """Runs one sequence of a few tokens, with no task resident; and once more where layers run again in backward."""
     checkpointing = backbone.activation_checkpointing
     with checkpointing.switched(False):
-        whole, groups, made_again = _kept(backbone)
+        whole, groups = _kept(backbone)
     if not checkpointing.is_on:
         return BackboneFootprint(whole, groups)
-    return BackboneFootprint(_kept(backbone)[0], groups, whole / checkpointing.num_layers + made_again)
+    return BackboneFootprint(_kept(backbone)[0], groups, whole / checkpointing.num_layers)
 
 
-def _kept(backbone: Backbone) -> tuple[float, dict[str, int], float]:
-    """(bytes by token, numbers of what operators read, bytes by token of the widest input that is made again)."""
+def _kept(backbone: Backbone) -> tuple[float, dict[str, int]]:
+    """(bytes by token, numbers of what operators read)."""
     stream = _stream(min(_TOKENS, backbone.max_sequence_tokens))
     weights = {t.untyped_storage().data_ptr() for t in (*backbone.model.parameters(), *backbone.model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
-    inputs: dict[str, tuple[torch.Tensor, ...]] = {}
+    inputs: dict[str, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -56,13 +54,9 @@ def _kept(backbone: Backbone) -> tuple[float, dict[str, int], float]:
 
     with _hooks(backbone, inputs), torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
         backbone.hidden(stream, frozenset())
-    numbers, groups = dict[int, int](), dict[str, int]()
-    for name, (x, *sources) in inputs.items():
-        is_kept = all(source.untyped_storage().data_ptr() in kept for source in sources or [x])
-        groups[name] = KEPT_ANYWAY if is_kept else numbers.setdefault(x.data_ptr(), len(numbers) + 1)
-    made_again = max((x.nbytes for x, *sources in inputs.values() if sources), default=0)
-    num_bytes = sum(storage.nbytes() for storage in kept.values())
-    return num_bytes / stream.num_tokens, groups, made_again / stream.num_tokens
+    numbers = dict[int, int]()
+    groups = {name: numbers.setdefault(x.data_ptr(), len(numbers) + 1) for name, x in inputs.items()}
+    return sum(storage.nbytes() for storage in kept.values()) / stream.num_tokens, groups
 
 
 def _stream(num_tokens: int) -> Microbatch:
@@ -72,16 +66,11 @@ def _stream(num_tokens: int) -> Microbatch:
 
 
 @contextmanager
-def _hooks(backbone: Backbone, inputs: dict[str, tuple[torch.Tensor, ...]]) -> Iterator[None]:
-    """Gradients from the embedding on; what each operator reads, and what that is made again of if it is, held so that
-    no address is used twice."""
+def _hooks(backbone: Backbone, inputs: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Gradients from the embedding on; what each operator reads, held so that no address is used twice."""
 
     def note(name: str) -> Any:
-        def noted(module: Any, args: tuple[torch.Tensor]) -> None:
-            remake = module.layout.remakes.of(args[0])
-            inputs[name] = args[0], *(remake.sources if remake else ())
-
-        return noted
+        return lambda module, args: inputs.__setitem__(name, args[0])
 
     embedding = backbone.model.get_input_embeddings()
     handles = [embedding.register_forward_hook(lambda module, args, y: y if y.requires_grad else y.requires_grad_())]

@@ -12,7 +12,6 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from engine.kernels.launch import sent
-from engine.peft.remakes import Remakes
 
 Masks = dict[tuple[int, int, int | None], torch.Tensor]  # by length, prefix and window
 FLASH = "flash attention"  # the path of a call
@@ -23,9 +22,8 @@ _MAX_HEAD_WIDTH = 256
 @dataclass
 class Shared:
     """What all layers make once of one stream: masks, and the segments' bounds on the device. `paths`: which way they
-    took, and why. `remakes`: whom to tell how what is given is made again."""
+    took, and why."""
 
-    remakes: Remakes = field(default_factory=Remakes)
     masks: Masks = field(default_factory=dict)
     bounds: tuple[torch.Tensor, int] | None = None
     paths: set[str] = field(default_factory=set)

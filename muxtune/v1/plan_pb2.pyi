@@ -559,9 +559,7 @@ class AdaptableModule(_message.Message):
     group_size: _builtins.int
     """Of an attention: query heads that share one key-value head. 0: 1."""
     input_group: _builtins.int
-    """Linear operators of one number over 0 read the same tensor. 0: not known. -1: one that adapting them keeps no
-    bytes of, as it is kept anyway or made again.
-    """
+    """Linear operators of one number over 0 read the same tensor. 0: not known."""
     def __init__(
         self,
         *,

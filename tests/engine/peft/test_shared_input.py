@@ -5,7 +5,6 @@ import gc
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import pytest
@@ -76,9 +75,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many operators each common node had."""
     sizes: list[int] = []
 
-    def count(x: torch.Tensor, operators: list[Operator], *rest: Any) -> tuple[torch.Tensor, ...]:
+    def count(x: torch.Tensor, operators: list[Operator]) -> tuple[torch.Tensor, ...]:
         sizes.append(len(operators))
-        return multi_lora(x, operators, *rest)
+        return multi_lora(x, operators)
 
     monkeypatch.setattr(shared_input, "multi_lora", count)
     return sizes
