@@ -98,8 +98,10 @@ def task(name: str, method: Method, lengths: Sequence[int] = (9, 16, 7)) -> Tiny
 
 
 def stated_elements(tasks: Sequence[TinyTask], num_tokens: int) -> int:
-    """What the methods state for their own tokens, and once, for the whole stream, each input an A is trained on."""
+    """What the methods state for their own tokens, and once, for the whole stream, each input an A is trained on; but
+    what attention gives it keeps itself, unless it goes a segment at a time, as beside a prefix."""
     sites = executor_with(MODEL, []).backbone.sites
+    by_segment = any(each.spec.method.num_prefix_tokens for each in tasks)
     own, inputs = 0, set[tuple[str, ...]]()
     for each in tasks:
         method, lengths = each.spec.method, [len(ids) for ids, _ in each.batch(0)]
@@ -109,6 +111,8 @@ def stated_elements(tasks: Sequence[TinyTask], num_tokens: int) -> int:
             trains_a = isinstance(method, Lora) and "lora_A" in method.shapes(sites)[site.name]
             if trains_a and not (method.use_dora and method.dropout > 0):
                 layer, _, last = site.name.rpartition(".")
+                if last == "o_proj" and not by_segment:
+                    continue
                 together = next((names for names in SHARED_INPUTS if last in names), (last,))
                 inputs.add((layer, str(site.in_features), *together))
     return own + num_tokens * sum(int(width) for _, width, *_ in inputs)
