@@ -28,6 +28,7 @@ _SAVE, _UNDO, _RELEASE = (
 )
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _SILENCE_SECONDS = 10
+_switching = threading.Lock()  # SQLite says "locked", and waits for nobody, where two connections turn to WAL at once
 _WRITERS_LOCK = 0x6D7578  # PostgreSQL's advisory lock: writers take turns, as they do on SQLite
 
 
@@ -170,7 +171,9 @@ def _lock_of(key: str) -> int:
 def _configure_sqlite(connection: object, record: object) -> None:
     connection.isolation_level = None  # type: ignore[attr-defined]  # we begin transactions ourselves
     cursor = connection.cursor()  # type: ignore[attr-defined]
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
+    with _switching:
+        cursor.execute("PRAGMA journal_mode=WAL")
+    for pragma in ("synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
