@@ -324,7 +324,7 @@ def test_a_task_that_kills_its_executor_fails_alone(
             os.kill(trainer_of(mesh), signal.SIGKILL)
             until_away(mesh)
         time.sleep(_POLL_SECONDS)
-    assert "2 times" in client.get_task(poison).failure.message
+    assert "it was alone" in client.get_task(poison).failure.message  # after two deaths, or more with both there
     check(client, good, expected, tmp_path / "adapter")
 
 
