@@ -115,7 +115,9 @@ class Shaken:
             self.num_allocations = counting.count
             return result
         error = self._chance.choice([torch.OutOfMemoryError("Tried to allocate 2.00 GiB"), MemoryError()])
-        at = self._chance.randrange(max(1, self.num_allocations))
+        # Once it has failed, v is tried alone: at least half of what it and one neighbour asked for.
+        reached = (self.num_allocations + 1) // 2 if self.told else self.num_allocations
+        at = self._chance.randrange(max(1, reached))
         self.told.append(f"allocation {at} of {self.num_allocations}: {type(error).__name__}")
         if not self.num_allocations:  # not torch's: of bytes
             raise error
