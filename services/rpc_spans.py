@@ -36,7 +36,7 @@ class RpcSpan:
         self, method: str, kind: SpanKind, carrier: Mapping[str, str] | None = None, address: str = ""
     ) -> None:
         self._name, self._kind = method.lstrip("/"), kind
-        self._attributes = {"rpc.system.name": "grpc", "rpc.method": self._name, **_server_attributes(address)}
+        self._attributes = _attributes(self._name, address)
         parent = propagate.extract(carrier) if carrier else None
         self._span = tracer().start_span(self._name, context=parent, kind=kind, attributes=self._attributes)
         self._started = time.perf_counter()
@@ -127,9 +127,10 @@ def _duration(meter: metrics.Meter, side: str) -> metrics.Histogram:
     )
 
 
-@lru_cache(64)
-def _server_attributes(address: str) -> Mapping[str, str | int]:
+@lru_cache(1024)
+def _attributes(name: str, address: str) -> Mapping[str, str | int]:
     host, _, port = address.rpartition(":")
-    if not host:
-        return {}
-    return {"server.address": host, "server.port": int(port)} if port.isdigit() else {"server.address": host}
+    server: dict[str, str | int] = {"server.address": host} if host else {}
+    if host and port.isdigit():
+        server["server.port"] = int(port)
+    return {"rpc.system.name": "grpc", "rpc.method": name, **server}

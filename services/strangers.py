@@ -11,6 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import unquote
 
 from engine.errors import MuxtuneError, OverloadedError, UnauthenticatedError
@@ -100,6 +101,7 @@ class Strangers:
                 await self._audit(entry)
 
 
+@lru_cache(4096)
 def address_of(peer: str) -> str:
     """Of what gRPC calls the peer, "ipv4:192.0.2.1:5000", without its port. Of IPv6 the network (/64): whoever has an
     address there has all of them."""

@@ -165,6 +165,7 @@ async def main() -> None:
         unannounced=[LEDGER_SERVICE],
     )
     await replicas.tell_now()
+    await database.finish()
     database.close()
 
 

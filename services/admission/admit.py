@@ -15,13 +15,12 @@ from engine.planning.plan import Limits
 from engine.task import TaskSpec
 from muxtune.v1 import alignment_pb2_grpc, operator_pb2, task_pb2
 from services.admission import accounts, catalog
-from services.admission.appraisal import Appraisals, executor_view
+from services.admission.appraisal import Appraisals
 from services.admission.database import Database
 from services.admission.names import authorize, denied
 from services.admission.receipt import CONFIG_FILE
 from services.admission.statements import Statement
 from services.admission.tables import executors
-from services.admission.validation import validate
 from services.artifacts import ArtifactStore
 from services.auth import Principal
 from services.convert import spec_to_domain
@@ -86,14 +85,13 @@ class Admitter:
     async def examine(self, principal: Principal, found: Found) -> Admissible:
         """Raises PermissionDeniedError, InvalidInputError, WillNeverFitError or QuotaExceededError."""
         domain, key = spec_to_domain(found.spec), found.initial_adapter_key
-        backbone = validate(domain, [executor_view(executor).backbone for executor in found.executors])
-        if key:
-            await asyncio.to_thread(self._check_initial_adapter, domain, key)
-        estimate = await self._appraisals.of(str(principal.tenant), found.spec, domain, backbone, found.executors)
+        estimate = await self._appraisals.of(str(principal.tenant), found.spec, domain, found.executors)
         if domain.training.warmup_steps > estimate.num_steps:
             raise InvalidInputError.of_field(
                 "spec.training.warmup_steps", f"{domain.training.warmup_steps} of {estimate.num_steps} steps in all"
             )
+        if key:
+            await asyncio.to_thread(self._check_initial_adapter, domain, key)
         return Admissible(found.spec, estimate, key)
 
     def look(self, connection: sa.Connection, principal: Principal, spec: task_pb2.TaskSpec) -> Found:
@@ -105,12 +103,12 @@ class Admitter:
         resolved.CopyFrom(spec)
         key = ""
         if spec.dataset:
-            row = catalog.dataset_row(connection, authorize(principal, spec.dataset, "datasets"))
-            if spec.dataset_version not in ("", row.sha256):
+            version = catalog.dataset_version(connection, authorize(principal, spec.dataset, "datasets"))
+            if spec.dataset_version not in ("", version):
                 raise InvalidInputError.of_field(
-                    "spec.dataset_version", f'"{spec.dataset_version}" is not {row.sha256}, what {row.name} holds'
+                    "spec.dataset_version", f'"{spec.dataset_version}" is not {version}, what {spec.dataset} holds'
                 )
-            resolved.dataset_version = row.sha256
+            resolved.dataset_version = version
         if spec.initial_adapter:
             name = authorize(principal, spec.initial_adapter, "adapters")
             key = catalog.adapter_row(connection, name).manifest_key
@@ -120,7 +118,7 @@ class Admitter:
     def check_again(self, connection: sa.Connection, tenant: str, admissible: Admissible) -> None:
         """In the transaction that stores the task: the quota, and that what it starts from is what was examined."""
         accounts.check_task(connection, tenant, self._quota_proto)
-        if catalog.dataset_row(connection, admissible.spec.dataset).sha256 != admissible.spec.dataset_version:
+        if catalog.dataset_version(connection, admissible.spec.dataset) != admissible.spec.dataset_version:
             raise denied(admissible.spec.dataset)
         adapter = admissible.spec.initial_adapter
         if adapter and catalog.adapter_row(connection, adapter).manifest_key != admissible.initial_adapter_key:

@@ -17,6 +17,7 @@ from engine.planning.remedy import refuse_if_never_fits
 from engine.task import TaskSpec
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, dataset_pb2, plan_pb2, task_pb2
 from services.admission.requests import body_hash
+from services.admission.validation import validate
 from services.plan_convert import executor_to_view
 
 INSPECT_SECONDS = 120.0
@@ -38,20 +39,22 @@ class Appraisals:
         self._estimates = _Remembered[task_pb2.TaskEstimate]()
 
     async def of(
-        self, tenant: str, spec: task_pb2.TaskSpec, domain: TaskSpec, backbone: BackboneView, executors: Sequence[bytes]
+        self, tenant: str, spec: task_pb2.TaskSpec, domain: TaskSpec, executors: Sequence[bytes]
     ) -> task_pb2.TaskEstimate:
         """`spec` names its dataset's version and `domain` is the same; `executors`: each a plan.Executor.
 
-        Raises WillNeverFitError and what alignment refuses it with.
+        Raises InvalidInputError, WillNeverFitError and what alignment refuses it with.
         """
         core = _core(spec)
         key = body_hash(tenant.encode(), core.SerializeToString(deterministic=True), *executors)
         found = self._estimates.get(key)
+        views = [executor_view(executor) for executor in executors]
+        backbone = validate(domain, [view.backbone for view in views], is_known=found is not None)
         if found is None:
-            views = [view for view in map(executor_view, executors) if view.backbone.name == backbone.name]
-            refuse_if_never_fits(domain, views, self._limits)
+            hosts = [view for view in views if view.backbone.name == backbone.name]
+            refuse_if_never_fits(domain, hosts, self._limits)
             report = await self._inspect(tenant, core)
-            found = self._estimates.put(key, self._estimate(report, domain, backbone, views))
+            found = self._estimates.put(key, self._estimate(report, domain, backbone, hosts))
         estimate = task_pb2.TaskEstimate()
         estimate.CopyFrom(found)
         return estimate

@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.errors import UnavailableError
 
-_MOST_JOBS = 64  # in one batch
+MOST_JOBS = 64  # in one batch
 
 
 class Job:
@@ -68,8 +68,12 @@ class Batches:
         self._waiting.put(job)
         return await job.answer
 
-    def close(self) -> None:
+    async def finish(self) -> None:
         """Does what waits, and then nothing more."""
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """The same; its callers hear of it when the event loop goes on."""
         self._is_closed = True
         if self._thread is not None:
             self._waiting.put(None)
@@ -95,7 +99,7 @@ class Batches:
     def _batch(self) -> Iterator[Job]:
         """Waits for a first one; none when it is closed."""
         job = self._waiting.get()
-        for left in reversed(range(_MOST_JOBS)):
+        for left in reversed(range(MOST_JOBS)):
             if job is None:
                 self._waiting.put(None)  # for the next turn
                 return

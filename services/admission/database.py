@@ -19,12 +19,14 @@ from alembic.config import Config
 
 from engine.errors import UnavailableError
 from services.admission.batches import Batches, Job
+from services.admission.group_commit import GroupCommit
 from services.admission.statements import Statement
 from services.failpoints import failpoint
 
 T = TypeVar("T")
-_SAVE, _UNDO, _RELEASE = (
-    Statement(sa.text(text)) for text in ("SAVEPOINT alone", "ROLLBACK TO SAVEPOINT alone", "RELEASE SAVEPOINT alone")
+_BEGIN, _SAVE, _UNDO, _RELEASE = (
+    Statement(sa.text(text))
+    for text in ("BEGIN IMMEDIATE", "SAVEPOINT alone", "ROLLBACK TO SAVEPOINT alone", "RELEASE SAVEPOINT alone")
 )
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _SILENCE_SECONDS = 10
@@ -41,7 +43,11 @@ class Database:
         self._engine = sa.create_engine(url, pool_pre_ping=not self._is_sqlite, pool_use_lifo=True)
         self._writing = threading.Lock()
         self._asking: sa.Connection | None = None
-        self._questions, self._changes = Batches("questions", self._answer), Batches("changes", self._commit)
+        self._writer: sa.Connection | None = None
+        self._questions = Batches("questions", self._answer)
+        self._changes: Batches | GroupCommit = Batches("changes", self._commit)
+        if self._is_sqlite:
+            self._changes = GroupCommit(self.write, _run_all)
         sa.event.listen(self._engine, "connect", _configure_sqlite if self._is_sqlite else _configure_postgresql)
 
     def migrate(self, revision: str = "head") -> None:
@@ -61,14 +67,28 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
         """Committed when the block ends, rolled back if it raises."""
-        with self._translated(), self._writing, self._engine.begin() as connection:
-            if self._is_sqlite:
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-            else:
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
+        with self._translated(), self._writing, self._begun() as connection:
             yield connection
             failpoint("commit.before")
         failpoint("commit.after")
+
+    @contextmanager
+    def _begun(self) -> Iterator[sa.Connection]:
+        if not self._is_sqlite:
+            with self._engine.begin() as connection:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
+                yield connection
+            return
+        if self._writer is None:  # kept: to fetch it from the pool takes as long as a task's statements
+            self._writer = self._engine.connect()
+        try:
+            with self._writer.begin():
+                _BEGIN.run(self._writer)
+                yield self._writer
+        except (sa.exc.DBAPIError, sqlite3.Error):
+            self._writer.close()
+            self._writer = None
+            raise
 
     @contextmanager
     def alone_with(self, key: str) -> Iterator[sa.Connection]:
@@ -133,14 +153,11 @@ class Database:
 
     def _commit(self, jobs: Sequence[Job]) -> None:
         with self.write() as connection:
-            for job in jobs:
-                _SAVE.run(connection)
-                job.run(connection)
-                if job.error is not None:
-                    if connection.invalidated:
-                        raise job.error
-                    _UNDO.run(connection)
-                _RELEASE.run(connection)
+            _run_all(jobs, connection)
+
+    async def finish(self) -> None:
+        """What `commit` was given is done, and it takes nothing more."""
+        await self._changes.finish()
 
     def close(self) -> None:
         self._questions.close()
@@ -163,6 +180,18 @@ class Database:
             raise UnavailableError("the database is busy: no connection was free in time") from error
 
 
+def _run_all(jobs: Sequence[Job], connection: sa.Connection) -> None:
+    """One after another, each as if it were alone."""
+    for job in jobs:
+        _SAVE.run(connection)
+        job.run(connection)
+        if job.error is not None:
+            if connection.invalidated:
+                raise job.error
+            _UNDO.run(connection)
+        _RELEASE.run(connection)
+
+
 def _lock_of(key: str) -> int:
     """As PostgreSQL numbers its advisory locks: 64 bits with a sign."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], signed=True)
@@ -173,7 +202,7 @@ def _configure_sqlite(connection: object, record: object) -> None:
     cursor = connection.cursor()  # type: ignore[attr-defined]
     with _switching:
         cursor.execute("PRAGMA journal_mode=WAL")
-    for pragma in ("synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
+    for pragma in ("synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON", "temp_store=MEMORY"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

@@ -15,7 +15,10 @@ _FOUND = Statement(
         requests.c.tenant == sa.bindparam("tenant"), requests.c.request_id == sa.bindparam("request_id")
     )
 )
-_INSERT = Statement(sa.insert(requests))
+_COLUMNS = [column.name for column in requests.c]
+_INSERT = Statement(
+    sa.text(f"INSERT INTO requests ({', '.join(_COLUMNS)}) VALUES (:{', :'.join(_COLUMNS)}) ON CONFLICT DO NOTHING")
+)
 _ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -53,8 +56,9 @@ def is_known(connection: sa.Connection, tenant: str, request_id: str) -> bool:
     return connection.execute(query).first() is not None
 
 
-def remember(connection: sa.Connection, tenant: str, request_id: str, method: str, body: str, resource: str) -> None:
-    """In the transaction that makes the resource."""
-    if request_id:
-        values = {"tenant": tenant, "request_id": request_id, "method": method, "body_sha256": body}
-        _INSERT.run(connection, **values, resource=resource, created=now())
+def remember(connection: sa.Connection, tenant: str, request_id: str, method: str, body: str, resource: str) -> bool:
+    """In the transaction that makes the resource. False, and nothing is changed, where the id was used before."""
+    if not request_id:
+        return True
+    values = {"tenant": tenant, "request_id": request_id, "method": method, "body_sha256": body}
+    return _INSERT.run(connection, **values, resource=resource, created=now()) == 1

@@ -35,7 +35,7 @@ from services.artifacts import ArtifactStore
 
 _RECORDED = ("checkpoint_committed", "finished", "failed")
 _MAX_LEASE_SECONDS = 86_400.0
-_HINT_SECONDS = 0.01  # what changes meanwhile is told in one: a word for each of many creates costs as much as they do
+_HINT_SECONDS = 0.025  # what changes meanwhile is told in one: a word for each of many creates costs as much as they do
 _log = logging.getLogger(__name__)
 
 

@@ -26,24 +26,24 @@ class Statement:
         """As SQLAlchemy gives them: with the columns' names."""
         if connection.dialect.name != _DIALECT.name:
             return connection.execute(self._clause, values).all()
-        return [self._row(row) for row in self._execute(connection, values)]
+        return [self._row(row) for row in self._execute(connection, values).fetchall()]
 
     def row(self, connection: sa.Connection, **values: Any) -> Any | None:
         """The first one."""
-        return next(iter(self.rows(connection, **values)), None)
+        found = self.rows(connection, **values)
+        return found[0] if found else None
 
-    def run(self, connection: sa.Connection, **values: Any) -> None:
-        if connection.dialect.name == _DIALECT.name:
-            self._execute(connection, values)
-        else:
-            connection.execute(self._clause, values)
+    def run(self, connection: sa.Connection, **values: Any) -> int:
+        """How many rows it changed."""
+        done = self._execute(connection, values) if connection.dialect.name == _DIALECT.name else None
+        changed: int = (done or connection.execute(self._clause, values)).rowcount
+        return changed
 
-    def _execute(self, connection: sa.Connection, values: Mapping[str, Any]) -> Sequence[Any]:
+    def _execute(self, connection: sa.Connection, values: Mapping[str, Any]) -> Any:
         if not self._text:
             self._compile(list(values))
         driver: Any = connection.connection.dbapi_connection
-        found: Sequence[Any] = driver.execute(self._text, {**self._fixed, **values}).fetchall()
-        return found
+        return driver.execute(self._text, {**self._fixed, **values})
 
     def _compile(self, names: Sequence[str]) -> None:
         keys = names if isinstance(self._clause, sa.Insert) else None

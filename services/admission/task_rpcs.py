@@ -116,15 +116,12 @@ class TaskRpcs:
         connection: sa.Connection,
     ) -> task_pb2.Task:
         tenant = name.rpartition("/tasks/")[0]
-        # Asked again inside the transaction: the same request may have come twice at once.
-        if done := requests.find(connection, tenant, request_id, "CreateTask", body):
-            return tasks.read(connection, done)
+        if not requests.remember(connection, tenant, request_id, "CreateTask", body, name):  # it came twice at once
+            return tasks.read(connection, requests.find(connection, tenant, request_id, "CreateTask", body) or name)
         self._admitter.check_again(connection, tenant, admissible)
-        task = tasks.insert(
+        return tasks.insert(
             connection, name, admissible.spec, admissible.estimate, admissible.initial_adapter_key, trace_parent
         )
-        requests.remember(connection, tenant, request_id, "CreateTask", body, name)
-        return task
 
     def _page(self, tenant: str, states: list[TaskState], before: tuple[int, str] | None, limit: int) -> Any:
         with self._database.read() as connection:

@@ -4,11 +4,12 @@ import asyncio
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ class Held:
 
     def __call__(self, connection: sa.Connection) -> str:
         connection.execute(sa.select(1))
+        return self.hold()
+
+    def hold(self) -> str:
         self._loop.call_soon_threadsafe(self._begun.set)
         assert self._go.wait(TIMEOUT_SECONDS)
         return "held"
@@ -82,15 +86,23 @@ class Held:
         self._go.set()
 
 
-async def held_with(begin: Callable[[Held], Any], rest: list[Any]) -> list[Any]:
-    """The outcomes of `rest`, all waiting while another is done."""
+@contextmanager
+def held_commit(database: Database) -> Iterator[Held]:
+    """The next transaction is held just before it is committed."""
     held = Held()
-    first = asyncio.ensure_future(begin(held))
-    await held.begun()
-    waiting = [asyncio.ensure_future(one) for one in rest]
-    await asyncio.sleep(0)  # each has handed its work in
+    sa.event.listen(database._engine, "commit", lambda _connection: held.hold(), once=True)
+    yield held
     held.let_go()
-    assert await first == "held"
+
+
+async def held_with(database: Database, rest: list[Any]) -> list[Any]:
+    """The outcomes of `rest`, all waiting while another is committed."""
+    with held_commit(database) as held:
+        first = asyncio.ensure_future(database.commit(lambda connection: connection.execute(sa.select(1)).scalar()))
+        await held.begun()
+        waiting = [asyncio.ensure_future(one) for one in rest]
+        await asyncio.sleep(0)  # each has handed its work in
+    assert await first == 1
     return list(await asyncio.gather(*waiting, return_exceptions=True))
 
 
@@ -121,7 +133,7 @@ async def test_those_that_fail_leave_nothing_and_the_others_see_each_other_in_or
         if failure is None:
             model.append(version)
     with counted_commits(database) as commits:
-        outcomes = await held_with(database.commit, changes)
+        outcomes = await held_with(database, changes)
     assert len(commits) == 2
     for outcome, right in zip(outcomes, expected, strict=True):
         assert isinstance(outcome, right) if isinstance(right, type) else outcome == right
@@ -138,10 +150,7 @@ async def test_answers_are_the_askers_own_and_one_that_fails_spoils_no_other(dat
     asked = [
         database.ask(wrong if n % 3 == 0 else lambda connection, n=n: (n, versions(connection))) for n in range(30)
     ]
-    if database.is_shared:
-        outcomes = await held_with(database.ask, asked)
-    else:
-        outcomes = list(await asyncio.gather(*asked, return_exceptions=True))
+    outcomes = list(await asyncio.gather(*asked, return_exceptions=True))
     for n, outcome in enumerate(outcomes):
         assert isinstance(outcome, UnavailableError | sa.exc.DBAPIError) if n % 3 == 0 else outcome == (n, [1])
 
@@ -187,21 +196,21 @@ async def test_writers_in_threads_get_their_turn_among_many_changes(database: Da
 
 @both
 async def test_who_leaves_before_the_turn_changes_nothing_and_after_it_is_told_of(database: Database) -> None:
-    held, told = Held(), list[Any]()
+    told = list[Any]()
 
     def fails(connection: sa.Connection) -> None:
         put(connection, 2)
         raise NotFoundError("mine")
 
-    begun = asyncio.ensure_future(database.commit(lambda c: (held(c), put(c, 3))[1], told.append))
-    await held.begun()
-    gone = asyncio.ensure_future(database.commit(putting(1), told.append))
-    failed = asyncio.ensure_future(database.commit(fails, told.append))
-    await asyncio.sleep(0)
-    for call in (begun, gone):
-        call.cancel()
-    await asyncio.gather(begun, gone, return_exceptions=True)
-    held.let_go()
+    with held_commit(database) as held:
+        begun = asyncio.ensure_future(database.commit(putting(3), told.append))
+        await held.begun()
+        gone = asyncio.ensure_future(database.commit(putting(1), told.append))
+        failed = asyncio.ensure_future(database.commit(fails, told.append))
+        await asyncio.sleep(0)
+        for call in (begun, gone):
+            call.cancel()
+        await asyncio.gather(begun, gone, return_exceptions=True)
     with pytest.raises(NotFoundError):
         await failed
     assert await database.commit(versions) == [3] == told
@@ -219,7 +228,7 @@ async def test_a_connection_that_breaks_fails_all_of_its_transaction(
         versions(connection)
 
     changes = [database.commit(change) for change in (putting(1), breaks, putting(3))]
-    outcomes = await held_with(database.commit, changes)
+    outcomes = await held_with(database, changes)
     assert [type(outcome) for outcome in outcomes] == [UnavailableError] * 3
     assert stored(database) == []
     assert await database.commit(putting(4)) == 4
@@ -231,7 +240,7 @@ async def test_a_disk_that_is_full_fails_all_and_takes_more_once_there_is_room(d
         for version in range(100, 10_000):
             put(connection, version)
 
-    outcomes = await held_with(database.commit, [database.commit(c) for c in (putting(1), fills, putting(2))])
+    outcomes = await held_with(database, [database.commit(c) for c in (putting(1), fills, putting(2))])
     assert isinstance(outcomes[1], UnavailableError)
     kept = [number for number, outcome in ((1, outcomes[0]), (2, outcomes[2])) if outcome == number]
     assert stored(database) == kept  # who was told so
@@ -239,10 +248,43 @@ async def test_a_disk_that_is_full_fails_all_and_takes_more_once_there_is_room(d
     assert await database.commit(putting(3)) == 3
 
 
+async def test_another_process_that_writes_holds_up_no_event_loop(database: Database, database_url: str) -> None:
+    with closing(sqlite3.connect(database_url.removeprefix("sqlite:///"), isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        waiting = asyncio.ensure_future(database.commit(putting(1)))
+        for _ in range(100):
+            assert await database.ask(versions) == []
+            await asyncio.sleep(0)
+        other.execute("COMMIT")
+    assert await waiting == 1
+
+
+def test_an_event_loop_that_ends_amid_a_change_leaves_the_database_to_others(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/test.db")
+    database.migrate()
+
+    async def leave_as_it_begins() -> None:
+        asyncio.ensure_future(database.commit(putting(1)))  # noqa: RUF006
+        await asyncio.sleep(0)
+
+    async def leave_as_it_is_committed() -> None:
+        with held_commit(database) as held:
+            asyncio.ensure_future(database.commit(putting(2)))  # noqa: RUF006
+            await held.begun()
+
+    with database.write():
+        asyncio.run(leave_as_it_begins())
+    asyncio.run(leave_as_it_is_committed())
+    assert asyncio.run(database.commit(putting(3))) == 3
+    assert stored(database) == [2, 3]
+    database.close()
+
+
 async def test_after_the_end_there_is_no_more(database: Database) -> None:
     waiting = [asyncio.ensure_future(database.commit(putting(version))) for version in range(1, 6)]
     await asyncio.sleep(0)
-    await asyncio.to_thread(database.close)
+    await database.finish()
+    database.close()
     assert await asyncio.gather(*waiting) == [1, 2, 3, 4, 5]
     with pytest.raises(UnavailableError):
         await database.commit(putting(6))
