@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from engine.errors import InvalidInputError
+from engine.errors import InvalidInputError, NotFoundError
 from engine.plain_json import plain_json
 from engine.planning.plan import Limits
 from engine.task import TaskSpec
@@ -91,7 +91,10 @@ class Admitter:
                 "spec.training.warmup_steps", f"{domain.training.warmup_steps} of {estimate.num_steps} steps in all"
             )
         if key:
-            await asyncio.to_thread(self._check_initial_adapter, domain, key)
+            try:
+                await asyncio.to_thread(self._check_initial_adapter, domain, key)
+            except NotFoundError as error:  # deleted meanwhile
+                raise denied(domain.initial_adapter) from error
         return Admissible(found.spec, estimate, key)
 
     def look(self, connection: sa.Connection, principal: Principal, spec: task_pb2.TaskSpec) -> Found:

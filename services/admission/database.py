@@ -86,9 +86,13 @@ class Database:
                 _BEGIN.run(self._writer)
                 yield self._writer
         except (sa.exc.DBAPIError, sqlite3.Error):
+            self._close_writer()
+            raise
+
+    def _close_writer(self) -> None:
+        if self._writer is not None:
             self._writer.close()
             self._writer = None
-            raise
 
     @contextmanager
     def alone_with(self, key: str) -> Iterator[sa.Connection]:
@@ -162,6 +166,7 @@ class Database:
     def close(self) -> None:
         self._questions.close()
         self._changes.close()
+        self._close_writer()
         if self._asking is not None:
             self._asking.close()
         self._engine.dispose()

@@ -27,9 +27,11 @@ def pragma(admission: Admission, text: str) -> Iterator[None]:
 
     engine = admission.database._engine
     sa.event.listen(engine, "connect", configure)
+    admission.database._close_writer()
     engine.dispose()
     yield
     sa.event.remove(engine, "connect", configure)
+    admission.database._close_writer()
     engine.dispose()
 
 
