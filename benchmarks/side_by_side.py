@@ -70,6 +70,7 @@ ROUNDS = {
     ("llama-2-7b", "mixed", 32, 8): 3,
 }
 _ROUNDS = 5
+_MOST_ALONE = 8  # tasks that the engine trains alone for their peak bytes, evenly spread from the first to the last
 _PEAK_ROUNDS = 2  # the second one's step is the first that finds the optimizer's state
 
 
@@ -141,8 +142,7 @@ def one_work(
     arguments: argparse.Namespace, folder: Path, scratch: Path, model: str, mix: str, num_tasks: int, size: int,
     beside: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Speed of all systems in turn, then each one's peak bytes, and those of the engine with one task: the mean of the
-    first (of the least rank) and the last (of the largest), each alone."""
+    """Speed of all systems in turn, then each one's peak bytes, and those of the engine with each task alone."""
     choice = Choice(model, folder, arguments.device)
     num_rounds = (arguments.rounds or ROUNDS.get((model, mix, num_tasks, size), _ROUNDS)) + 1
     tasks = workload.make(mix, num_tasks, size, num_rounds, choice.vocabulary, choice.targets)
@@ -152,29 +152,31 @@ def one_work(
     print(f"{model}: {tasks.told}", flush=True)
     loaded = choice.load()
     seconds, read, left_out = speeds(setting, beside, loaded)
-    peaks, of_one, is_of_one = peak_bytes(setting, [n for n in seconds if n not in ABLATIONS], loaded)
+    peaks, alone, is_of_one = peak_bytes(setting, [n for n in seconds if n not in ABLATIONS], loaded)
     return {
         "model": model, "work": tasks.told, "mix": mix, "num_tasks": num_tasks, "micro_batch_size": size,
         "token_budget": budget, "chunk_tokens": chunk, "seconds_by_round": seconds, "tokens_read": read,
         "effective_tokens": [tasks.num_tokens(r) for r in range(1, num_rounds)],
         "flops": [choice.flops(tasks.lengths(r)) for r in range(1, num_rounds)], "instances_are_of_one": is_of_one,
-        "peak_bytes": peaks, "peak_bytes_of_one_task": of_one, "left_out": left_out,
+        "peak_bytes": peaks, "peak_bytes_alone": alone, "left_out": left_out,
     }  # fmt: skip
 
 
-def peak_bytes(setting: Setting, systems: Sequence[str], model: Any) -> tuple[dict[str, float], float, bool]:
-    """(of each system, of the engine with one task, whether "separate instances" are N times one task's)."""
+def peak_bytes(setting: Setting, systems: Sequence[str], model: Any) -> tuple[dict[str, float], list[float], bool]:
+    """(of each system, of the engine with each task alone, whether "separate instances" are N times the mean of the
+    first and the last)."""
     tasks = setting.workload.tasks
-    ends = [replace(setting, workload=replace(setting.workload, tasks=(task,))) for task in (tasks[0], tasks[-1])]
 
-    def of_one(system: str) -> float:
-        return statistics.mean(Peaks(alone, _PEAK_ROUNDS, model).bytes_of(system) for alone in ends)
+    def alone(system: str, most: int) -> list[float]:
+        numbers = sorted({round(i * (len(tasks) - 1) / (most - 1)) for i in range(most)})
+        own = [replace(setting, workload=replace(setting.workload, tasks=(tasks[number],))) for number in numbers]
+        return [float(Peaks(one, _PEAK_ROUNDS, model).bytes_of(system)) for one in own]
 
     whole = Peaks(setting, _PEAK_ROUNDS, model)
     peaks: dict[str, float] = {name: whole.bytes_of(name) for name in systems}
     if is_of_one := "separate instances" not in peaks:  # so many do not fit
-        peaks["separate instances"] = len(tasks) * of_one("peft, longest")
-    return peaks, of_one("engine"), is_of_one
+        peaks["separate instances"] = len(tasks) * statistics.mean(alone("peft, longest", 2))
+    return peaks, alone("engine", _MOST_ALONE), is_of_one
 
 
 def speeds(
@@ -283,14 +285,17 @@ def section_of(work: Mapping[str, Any]) -> list[str]:
         ]
         for row in summaries
     ]  # fmt: skip
-    more = work["peak_bytes"]["engine"] / work["peak_bytes_of_one_task"]
+    own, alone = work["peak_bytes"]["engine"], work["peak_bytes_alone"]
+    ends = statistics.mean((alone[0], alone[-1]))
     fewer = work["peak_bytes"]["separate instances"] / work["peak_bytes"]["engine"]
     measured = " (two were measured, so many would not fit)" if work["instances_are_of_one"] else ""
     load = LOADS.get((work["mix"], work["micro_batch_size"]))
     parts = [
         f"### {work['model']}: {work['work']}" + (f" ({load})" if load else ""), report.table(header, rows),
         f"Microbatches of at most {work['token_budget']} tokens, chunk {work['chunk_tokens']}. The engine with all"
-        f" {work['num_tasks']} tasks holds {more:.2f} times the bytes of one alone (mean of the first and the last);"
+        f" {work['num_tasks']} tasks holds {own / statistics.mean(alone):.2f} times the bytes of one alone (mean of"
+        f" {len(alone)}, of {min(alone) / 1e6:.0f} to {max(alone) / 1e6:.0f} MB) and {own / ends:.2f} times the mean of"
+        " the first, whose rank and lengths are the least, and the last, whose rank is the largest;"
         f" separate instances hold {fewer:.1f} times the engine's{measured}.",
     ]  # fmt: skip
     if work["left_out"]:

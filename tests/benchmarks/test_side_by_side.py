@@ -121,7 +121,7 @@ def test_what_was_not_measured_is_told(tmp_path: Path, monkeypatch: pytest.Monke
         "token_budget": 256, "chunk_tokens": 8, "seconds_by_round": {"engine": [1.25, 2.0, 3.0]},
         "tokens_read": {"engine": [10, 10, 10]}, "effective_tokens": [10, 10, 10], "flops": [1e9, 1e9, 1e9],
         "instances_are_of_one": False, "peak_bytes": {"engine": 3e6, "separate instances": 9e6},
-        "peak_bytes_of_one_task": 2e6, "left_out": {"batch and pad": "it ran out of memory"},
+        "peak_bytes_alone": [1e6, 2e6, 3e6], "left_out": {"batch and pad": "it ran out of memory"},
     }  # fmt: skip
     origin = {
         "benchmark": "side_by_side_cpu", "command": "c", "commit": "x", "when": "w", "machine": "m",
@@ -166,7 +166,7 @@ def test_flops_are_those_that_torch_counts(name: str, tmp_path: Path, monkeypatc
 
 
 def test_a_missed_goal_is_told() -> None:
-    work = {"peak_bytes": {"engine": 300, "separate instances": 900}, "peak_bytes_of_one_task": 100}
+    work = {"peak_bytes": {"engine": 300, "separate instances": 900}, "peak_bytes_alone": [50, 150]}
     fast = {"engine": {"teraflops": 10.0}, "batch and pad": {"ratio": 2.5}}
     assert goals.faster_than("batch and pad", 2).told(work, fast).endswith("2.50 of 2: held")
     assert goals.faster_than("peft, cap", 2).told(work, fast).endswith("not measured")
