@@ -5,8 +5,9 @@
 A mesh as `muxtune up` starts it (TLS, SQLite that syncs each commit, spans to a file), without a tenant's limits, and
 with its scheduler suspended so that no training takes the CPU. The echo, in a process of its own, answers over TLS too,
 with as many bytes as GetTask does. `--callers` coroutines call one after another through one channel; blocks of all
-calls alternate. Create makes the tasks of a sweep: one dataset, each another learning rate. Watch is a new stream read
-to its first event.
+calls alternate. CPU is that of a call, by the kernel's clocks: of the server's event loop, of its other threads, and of
+the callers' process. Create makes the tasks of a sweep: one dataset, each another learning rate. Watch is a new stream
+read to its first event.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from typing import Any
 import grpc
 
 from benchmarks import report
+from benchmarks.turns import cpu_seconds_of
 from muxtune.cli.mesh import Mesh
 from muxtune.v1 import admission_pb2, admission_pb2_grpc, task_pb2
 from tests.tiny_backbone import write_backbone
@@ -67,7 +69,7 @@ async def measure(mesh: Mesh, seconds: float, callers: int) -> dict[str, list[di
         task = client.create_task(spec)
     trust = grpc.ssl_channel_credentials(mesh.ca.read_bytes())
     found: dict[str, list[dict[str, float]]] = {}
-    with suspended(mesh, "scheduling"), echoing(mesh) as address:
+    with suspended(mesh, "scheduling"), echoing(mesh) as (address, echo_process):
         async with (
             grpc.aio.secure_channel(mesh.addresses["admission"], trust) as admission,
             grpc.aio.secure_channel(address, trust) as echo,
@@ -75,7 +77,8 @@ async def measure(mesh: Mesh, seconds: float, callers: int) -> dict[str, list[di
             calls = calls_of(mesh, admission, echo, task)
             for block in range(BLOCKS + 1):
                 for name, call in calls.items():
-                    told = await run_block(call, seconds, callers)
+                    server = mesh.processes["admission"].pid if name in PEERS else echo_process
+                    told = await run_block(call, seconds, callers, server)
                     if block:
                         found.setdefault(name, []).append(told)
     return found
@@ -104,10 +107,10 @@ def calls_of(mesh: Mesh, admission: Any, echo: Any, task: task_pb2.Task) -> dict
     }
 
 
-async def run_block(call: Call, seconds: float, callers: int) -> dict[str, float]:
-    """Calls a second, and milliseconds of the median and the slowest hundredth."""
+async def run_block(call: Call, seconds: float, callers: int, server: int) -> dict[str, float]:
+    """Calls a second, milliseconds of the median and the slowest hundredth, and microseconds of CPU for a call."""
     taken: list[float] = []
-    started = time.perf_counter()
+    cpu, started = cpu_microseconds(server), time.perf_counter()
 
     async def caller() -> None:
         while (now := time.perf_counter()) - started < seconds:
@@ -116,8 +119,16 @@ async def run_block(call: Call, seconds: float, callers: int) -> dict[str, float
 
     await asyncio.gather(*(caller() for _ in range(callers)))
     whole = time.perf_counter() - started
+    of_call = {part: (after - cpu[part]) / len(taken) for part, after in cpu_microseconds(server).items()}
     hundredths = statistics.quantiles(taken, n=100, method="inclusive")
-    return {"per_second": len(taken) / whole, "p50_ms": 1e3 * hundredths[49], "p99_ms": 1e3 * hundredths[98]}
+    return {"per_second": len(taken) / whole, "p50_ms": 1e3 * hundredths[49], "p99_ms": 1e3 * hundredths[98], **of_call}
+
+
+def cpu_microseconds(server: int) -> dict[str, float]:
+    """Of the server's main thread, which runs its event loop, of its others, and of all threads here."""
+    loop = int(Path(f"/proc/{server}/task/{server}/schedstat").read_text().split()[0]) / 1e3
+    others = 1e6 * cpu_seconds_of(server) - loop
+    return {"event_loop_us": loop, "other_threads_us": others, "callers_us": 1e6 * time.process_time()}
 
 
 @contextmanager
@@ -131,15 +142,15 @@ def suspended(mesh: Mesh, service: str) -> Iterator[None]:
 
 
 @contextmanager
-def echoing(mesh: Mesh) -> Iterator[str]:
-    """The address of an echo that shows admission's certificate."""
+def echoing(mesh: Mesh) -> Iterator[tuple[str, int]]:
+    """The address and the process of an echo that shows admission's certificate."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(target=_serve_echo, args=(mesh.certs / "admission", theirs), daemon=True)
     process.start()
     theirs.close()
     try:
-        yield pipe.recv()
+        yield pipe.recv(), process.pid or 0
     finally:
         process.terminate()
         process.join()
@@ -181,8 +192,10 @@ def section(raw: Mapping[str, Any]) -> str:
     for name, told in middle.items():
         ratio = told["per_second"] / middle[PEERS[name]]["per_second"] if name in PEERS else None
         goal = "" if ratio is None else f"{ratio:.2f} ({'held' if ratio >= GOAL else 'failed'})"
-        rows.append([name, f"{told['per_second']:.0f}", f"{told['p50_ms']:.1f}", f"{told['p99_ms']:.1f}", goal])
-    header = ["call", "per second", "p50 ms", "p99 ms", f"of the echo's rate (goal {GOAL})"]
+        cpu = [f"{told[part]:.0f}" for part in ("event_loop_us", "other_threads_us", "callers_us")]
+        rows.append([name, f"{told['per_second']:.0f}", f"{told['p50_ms']:.1f}", f"{told['p99_ms']:.1f}", goal, *cpu])
+    header = ["call", "per second", "p50 ms", "p99 ms", f"of the echo's rate (goal {GOAL})",
+              "CPU of a call: event loop, microseconds", "server's other threads", "callers"]  # fmt: skip
     return f"""
 ## Control plane: admission beside a bare echo
 

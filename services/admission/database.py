@@ -28,6 +28,7 @@ _BEGIN, _SAVE, _UNDO, _RELEASE = (
     Statement(sa.text(text))
     for text in ("BEGIN IMMEDIATE", "SAVEPOINT alone", "ROLLBACK TO SAVEPOINT alone", "RELEASE SAVEPOINT alone")
 )
+_OF_DATABASES = (sa.exc.DBAPIError, sqlite3.OperationalError, sa.exc.TimeoutError)  # SQLite's own: of a Statement
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _SILENCE_SECONDS = 10
 _switching = threading.Lock()  # SQLite says "locked", and waits for nobody, where two connections turn to WAL at once
@@ -138,8 +139,12 @@ class Database:
         return answer
 
     def _told(self, work: Callable[[sa.Connection], T], connection: sa.Connection) -> T:
-        with self._translated():
+        try:
             return work(connection)
+        except _OF_DATABASES as error:
+            if (told := _told_of(error)) is None:
+                raise
+            raise told from error
 
     def _reader(self) -> sa.Connection:
         """Of the event loop."""
@@ -175,14 +180,20 @@ class Database:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except sa.exc.DBAPIError as error:
-            if not isinstance(error, sa.exc.OperationalError) and not error.connection_invalidated:
+        except _OF_DATABASES as error:
+            if (told := _told_of(error)) is None:
                 raise
-            raise UnavailableError(f"the database is away: {type(error.orig).__name__}") from error
-        except sqlite3.OperationalError as error:  # of a Statement
-            raise UnavailableError(f"the database is away: {type(error).__name__}") from error
-        except sa.exc.TimeoutError as error:
-            raise UnavailableError("the database is busy: no connection was free in time") from error
+            raise told from error
+
+
+def _told_of(error: Exception) -> UnavailableError | None:
+    """What callers hear; None where the database is not to blame."""
+    if isinstance(error, sa.exc.TimeoutError):
+        return UnavailableError("the database is busy: no connection was free in time")
+    if isinstance(error, sa.exc.DBAPIError):
+        is_away = isinstance(error, sa.exc.OperationalError) or error.connection_invalidated
+        return UnavailableError(f"the database is away: {type(error.orig).__name__}") if is_away else None
+    return UnavailableError(f"the database is away: {type(error).__name__}")
 
 
 def _run_all(jobs: Sequence[Job], connection: sa.Connection) -> None:

@@ -51,4 +51,5 @@ class Statement:
         if isinstance(self._clause, sa.Select | sa.CompoundSelect):
             row: Any = namedtuple("Row", self._clause.selected_columns.keys())  # type: ignore[misc]
             self._row = row._make
-        self._fixed, self._text = dict(compiled.params), str(compiled)  # the text last: threads may meet here
+        self._fixed = {name: value for name, value in compiled.params.items() if name not in names}
+        self._text = str(compiled)  # last: threads may meet here
