@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range, Segment
 from engine.errors import FieldViolation, InvalidInputError
+from engine.method import Method
 from engine.results import EvaluationResult, StepResult
 from engine.task import LrSchedule, Optimizer, Overlength, TaskSpec, TaskState, Training
 from muxtune.v1 import alignment_pb2, dataset_pb2, task_pb2
@@ -46,10 +47,13 @@ def state_to_domain(state: int) -> TaskState:
     return names[state]  # type: ignore[index]
 
 
-def spec_to_domain(spec: task_pb2.TaskSpec, path: str = "spec") -> TaskSpec:
-    """The spec with the protos' defaults filled in. Raises InvalidInputError naming every wrong field at once."""
+def spec_to_domain(spec: task_pb2.TaskSpec, path: str = "spec", method: Method | None = None) -> TaskSpec:
+    """The spec with the protos' defaults filled in. `method`: its method, where it was read before.
+
+    Raises InvalidInputError naming every wrong field at once.
+    """
     wrong: list[FieldViolation] = []
-    method = method_to_domain(spec, path, wrong)
+    method = method or method_to_domain(spec, path, wrong)
     training = _training(spec.training, f"{path}.training", wrong)
     deadline = _deadline(spec, f"{path}.deadline", wrong)
     _refuse(wrong)

@@ -38,7 +38,7 @@ def today() -> int:
 def quota_of(connection: sa.Connection, tenant: str, default: operator_pb2.Quota) -> operator_pb2.Quota:
     """The tenant's own limits over the service's."""
     row = _QUOTA.row(connection, tenant=tenant)
-    return _over(default, row.quota if row else None)
+    return over(default, row.quota if row else None)
 
 
 def set_quota(connection: sa.Connection, tenant: str, quota: operator_pb2.Quota, only: Sequence[str] = ()) -> None:
@@ -75,9 +75,8 @@ def charge(connection: sa.Connection, tenant: str, step: task_pb2.StepDone) -> N
         connection.execute(sa.insert(usage).values(**key, **added))
 
 
-def check_task(connection: sa.Connection, tenant: str, default: operator_pb2.Quota) -> None:
-    """Whether the tenant may have another task now. Raises QuotaExceededError."""
-    quota = quota_of(connection, tenant, default)
+def check_task(connection: sa.Connection, tenant: str, quota: operator_pb2.Quota) -> None:
+    """Whether a tenant with this quota may have another task now. Raises QuotaExceededError."""
     most = quota.max_unfinished_tasks
     if most and (count := _NUM_UNFINISHED.rows(connection, tenant=tenant)[0].number) >= most:
         raise QuotaExceededError(f"{tenant} has {count} unfinished tasks; at most {most}", subject=tenant)
@@ -113,10 +112,11 @@ def exhausted_tenants(connection: sa.Connection, default: operator_pb2.Quota) ->
     """Who used up a limit of today."""
     both = usage.join(quotas, quotas.c.tenant == usage.c.tenant, isouter=True)
     query = sa.select(usage, quotas.c.quota).select_from(both).where(usage.c.day == today())
-    return {row.tenant for row in connection.execute(query) if _exhausted(row, _over(default, row.quota))}
+    return {row.tenant for row in connection.execute(query) if _exhausted(row, over(default, row.quota))}
 
 
-def _over(default: operator_pb2.Quota, own: bytes | None) -> operator_pb2.Quota:
+def over(default: operator_pb2.Quota, own: bytes | None) -> operator_pb2.Quota:
+    """The service's limits with a tenant's own, as `quotas` has them, over them."""
     found = operator_pb2.Quota()
     found.CopyFrom(default)
     found.MergeFromString(own or b"")

@@ -20,11 +20,20 @@ from services.admission.database import Database
 from services.admission.names import authorize, denied
 from services.admission.receipt import CONFIG_FILE
 from services.admission.statements import Statement
-from services.admission.tables import executors
+from services.admission.tables import datasets, executors, quotas
 from services.artifacts import ArtifactStore
 from services.auth import Principal
-from services.convert import spec_to_domain
 
+# One statement: by itself each of the two takes as long.
+_STANDING = Statement(
+    sa.select(
+        sa.select(quotas.c.quota).where(quotas.c.tenant == sa.bindparam("tenant")).scalar_subquery().label("quota"),
+        sa.select(datasets.c.sha256)
+        .where(datasets.c.name == sa.bindparam("dataset"))
+        .scalar_subquery()
+        .label("version"),
+    )
+)
 _EXECUTORS = Statement(sa.select(executors.c.executor))  # one that is away for now still says what its backbone takes
 _MAX_SPEC_BYTES = 256 << 10  # it is read again at every scheduling cycle
 
@@ -84,13 +93,12 @@ class Admitter:
 
     async def examine(self, principal: Principal, found: Found) -> Admissible:
         """Raises PermissionDeniedError, InvalidInputError, WillNeverFitError or QuotaExceededError."""
-        domain, key = spec_to_domain(found.spec), found.initial_adapter_key
-        estimate = await self._appraisals.of(str(principal.tenant), found.spec, domain, found.executors)
+        domain, estimate = await self._appraisals.of(str(principal.tenant), found.spec, found.executors)
         if domain.training.warmup_steps > estimate.num_steps:
             raise InvalidInputError.of_field(
                 "spec.training.warmup_steps", f"{domain.training.warmup_steps} of {estimate.num_steps} steps in all"
             )
-        if key:
+        if key := found.initial_adapter_key:
             try:
                 await asyncio.to_thread(self._check_initial_adapter, domain, key)
             except NotFoundError as error:  # deleted meanwhile
@@ -104,9 +112,12 @@ class Admitter:
         accounts.check_budget(spec.budget)
         resolved = task_pb2.TaskSpec()
         resolved.CopyFrom(spec)
-        key = ""
-        if spec.dataset:
-            version = catalog.dataset_version(connection, authorize(principal, spec.dataset, "datasets"))
+        key, tenant = "", str(principal.tenant)
+        dataset = authorize(principal, spec.dataset, "datasets") if spec.dataset else ""
+        version, quota = self._standing(connection, tenant, dataset)
+        if dataset:
+            if not version:
+                raise denied(dataset)
             if spec.dataset_version not in ("", version):
                 raise InvalidInputError.of_field(
                     "spec.dataset_version", f'"{spec.dataset_version}" is not {version}, what {spec.dataset} holds'
@@ -115,17 +126,23 @@ class Admitter:
         if spec.initial_adapter:
             name = authorize(principal, spec.initial_adapter, "adapters")
             key = catalog.adapter_row(connection, name).manifest_key
-        accounts.check_task(connection, str(principal.tenant), self._quota_proto)
+        accounts.check_task(connection, tenant, quota)
         return Found(resolved, key, [row.executor for row in _EXECUTORS.rows(connection)])
 
     def check_again(self, connection: sa.Connection, tenant: str, admissible: Admissible) -> None:
         """In the transaction that stores the task: the quota, and that what it starts from is what was examined."""
-        accounts.check_task(connection, tenant, self._quota_proto)
-        if catalog.dataset_version(connection, admissible.spec.dataset) != admissible.spec.dataset_version:
+        version, quota = self._standing(connection, tenant, admissible.spec.dataset)
+        accounts.check_task(connection, tenant, quota)
+        if version != admissible.spec.dataset_version:
             raise denied(admissible.spec.dataset)
         adapter = admissible.spec.initial_adapter
         if adapter and catalog.adapter_row(connection, adapter).manifest_key != admissible.initial_adapter_key:
             raise denied(adapter)
+
+    def _standing(self, connection: sa.Connection, tenant: str, dataset: str) -> tuple[str, operator_pb2.Quota]:
+        """The dataset's version, empty where there is none, and the tenant's quota."""
+        row = _STANDING.rows(connection, tenant=tenant, dataset=dataset)[0]
+        return row.version or "", accounts.over(self._quota_proto, row.quota)
 
     def check_bytes(self, tenant: str, added_bytes: int) -> None:
         """Before a dataset is taken in. Raises QuotaExceededError."""

@@ -7,9 +7,11 @@ remembered: of a sweep over learning rates only the first task is looked at whol
 import time
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, TypeVar
 
+from engine.method import Method
 from engine.planning.eta import seconds_alone
 from engine.planning.memory import adapter_bytes, separate_instance_bytes
 from engine.planning.plan import BackboneView, ExecutorView, Limits, TaskView
@@ -18,10 +20,12 @@ from engine.task import TaskSpec
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, dataset_pb2, plan_pb2, task_pb2
 from services.admission.requests import body_hash
 from services.admission.validation import validate
+from services.convert import spec_to_domain
 from services.plan_convert import executor_to_view
 
 INSPECT_SECONDS = 120.0
 _REMEMBERED_SECONDS, _MOST_REMEMBERED = 60.0, 1024  # an alignment of another version may read otherwise
+_MOST_BYTES = 4096  # of a task whose method is remembered
 # What steers the optimizer changes neither data nor time nor bytes; nor does what is the tenant's own affair.
 _OWN = ("labels", "priority", "deadline", "budget", "initial_adapter", "dataset")
 _STEERING = ("learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "epsilon",
@@ -30,34 +34,45 @@ _UNUSED = ("samples", "length_histogram", "refused_rows")  # of a report
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What is the same for all tasks that differ in what steers them. `method`: None where it is large."""
+
+    method: Method | None
+    estimate: task_pb2.TaskEstimate
+
+
 class Appraisals:
     """`limits` are the planner's, for its models."""
 
     def __init__(self, alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub", limits: Limits) -> None:
         self._alignment, self._limits = alignment, limits
         self._reports = _Remembered[dataset_pb2.PreflightReport]()
-        self._estimates = _Remembered[task_pb2.TaskEstimate]()
+        self._known = _Remembered[_Known]()
 
     async def of(
-        self, tenant: str, spec: task_pb2.TaskSpec, domain: TaskSpec, executors: Sequence[bytes]
-    ) -> task_pb2.TaskEstimate:
-        """`spec` names its dataset's version and `domain` is the same; `executors`: each a plan.Executor.
+        self, tenant: str, spec: task_pb2.TaskSpec, executors: Sequence[bytes]
+    ) -> tuple[TaskSpec, task_pb2.TaskEstimate]:
+        """The task as the engine reads it, and what it would be. `spec` names its dataset's version; `executors`: each
+        a plan.Executor.
 
         Raises InvalidInputError, WillNeverFitError and what alignment refuses it with.
         """
         core = _core(spec)
         key = body_hash(tenant.encode(), core.SerializeToString(deterministic=True), *executors)
-        found = self._estimates.get(key)
+        known = self._known.get(key)
+        domain = spec_to_domain(spec, method=known.method if known else None)
         views = [executor_view(executor) for executor in executors]
-        backbone = validate(domain, [view.backbone for view in views], is_known=found is not None)
-        if found is None:
+        backbone = validate(domain, [view.backbone for view in views], is_known=known is not None)
+        if known is None:
             hosts = [view for view in views if view.backbone.name == backbone.name]
             refuse_if_never_fits(domain, hosts, self._limits)
             report = await self._inspect(tenant, core)
-            found = self._estimates.put(key, self._estimate(report, domain, backbone, hosts))
+            method = domain.method if core.ByteSize() <= _MOST_BYTES else None
+            known = self._known.put(key, _Known(method, self._estimate(report, domain, backbone, hosts)))
         estimate = task_pb2.TaskEstimate()
-        estimate.CopyFrom(found)
-        return estimate
+        estimate.CopyFrom(known.estimate)
+        return domain, estimate
 
     async def _inspect(self, tenant: str, core: task_pb2.TaskSpec) -> dataset_pb2.PreflightReport:
         training = core.training.SerializeToString(deterministic=True)

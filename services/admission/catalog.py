@@ -17,7 +17,6 @@ from services.admission.tables import tasks as tasks_table
 from services.admission.tasks import UNFINISHED
 
 _DATASET = Statement(sa.select(datasets).where(datasets.c.name == sa.bindparam("name")))
-_DATASET_VERSION = Statement(sa.select(datasets.c.sha256).where(datasets.c.name == sa.bindparam("name")))
 
 
 def dataset_row(connection: sa.Connection, name: str) -> Any:
@@ -26,15 +25,6 @@ def dataset_row(connection: sa.Connection, name: str) -> Any:
     if row is None:
         raise denied(name)
     return row
-
-
-def dataset_version(connection: sa.Connection, name: str) -> str:
-    """The hash of its bytes. Raises PermissionDeniedError where there is none (AIP-211)."""
-    row = _DATASET_VERSION.row(connection, name=name)
-    if row is None:
-        raise denied(name)
-    version: str = row.sha256
-    return version
 
 
 def existing_dataset(connection: sa.Connection, name: str, sha256: str) -> Any | None:

@@ -49,6 +49,7 @@ def insert(
     if _TAKEN.row(connection, name=name, adapter=name.replace("/tasks/", "/adapters/")):
         raise AlreadyExistsError(f"{name} (or the adapter it would leave) exists already: choose another id")
     created, progress = now(), task_pb2.TaskProgress(num_steps=estimate.num_steps)
+    time = timestamp(created)
     values = {
         "name": name,
         "tenant": name.rpartition("/tasks/")[0],
@@ -65,10 +66,10 @@ def insert(
     _INSERT.run(connection, **values)
     state = task_pb2.TASK_STATE_QUEUED
     changed = task_pb2.StateChanged(state=state, message="acknowledged")
-    event = task_pb2.TaskEvent(sequence=1, time=timestamp(created), state_changed=changed)
+    event = task_pb2.TaskEvent(sequence=1, time=time, state_changed=changed)
     _INSERT_EVENT.run(connection, task=name, sequence=1, event=event.SerializeToString())
     return task_pb2.Task(
-        name=name, spec=spec, state=state, progress=progress, estimate=estimate, create_time=timestamp(created),
+        name=name, spec=spec, state=state, progress=progress, estimate=estimate, create_time=time,
         trace_parent=trace_parent,
     )  # fmt: skip
 
