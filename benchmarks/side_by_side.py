@@ -295,7 +295,7 @@ def section_of(work: Mapping[str, Any]) -> list[str]:
         f"Microbatches of at most {work['token_budget']} tokens, chunk {work['chunk_tokens']}. The engine with all"
         f" {work['num_tasks']} tasks holds {own / statistics.mean(alone):.2f} times the bytes of one alone (mean of"
         f" {len(alone)}, of {min(alone) / 1e6:.0f} to {max(alone) / 1e6:.0f} MB) and {own / ends:.2f} times the mean of"
-        " the first, whose rank and lengths are the least, and the last, whose rank is the largest;"
+        " the first and the last;"
         f" separate instances hold {fewer:.1f} times the engine's{measured}.",
     ]  # fmt: skip
     if work["left_out"]:

@@ -150,7 +150,15 @@ async def test_answers_are_the_askers_own_and_one_that_fails_spoils_no_other(dat
     asked = [
         database.ask(wrong if n % 3 == 0 else lambda connection, n=n: (n, versions(connection))) for n in range(30)
     ]
-    outcomes = list(await asyncio.gather(*asked, return_exceptions=True))
+    held = Held()
+    first = asyncio.ensure_future(database.ask(held)) if database.is_shared else None
+    if first is not None:
+        await held.begun()
+    waiting = [asyncio.ensure_future(one) for one in asked]
+    await asyncio.sleep(0)  # each has asked
+    held.let_go()
+    assert first is None or await first == "held"
+    outcomes = list(await asyncio.gather(*waiting, return_exceptions=True))
     for n, outcome in enumerate(outcomes):
         assert isinstance(outcome, UnavailableError | sa.exc.DBAPIError) if n % 3 == 0 else outcome == (n, [1])
 
