@@ -194,6 +194,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "engine, fusion off": {"fuses": False},
     "engine, alignment off (chunk 1)": {"chunk": 1},
     "engine, chunk 256": {"chunk": 256},
+    "engine, plain weights": {"packs": False},
     "engine, activation checkpointing": {"checkpoints": True},
     "engine, CUDA graphs": {"graphs": 16},
 }

@@ -3,7 +3,7 @@
 Modules and functions are wrapped in ranges while a profile is taken (`in_ranges`). An operator belongs to the innermost
 range around it; one of backward to that of the operator which made its node, by autograd's sequence number. Whatever
 its range, a matrix product by a frozen weight is a frozen GEMM: its second matrix has the shape of one. (A task's rows,
-as many as a weight has, would pass for one in the gradient of A.)
+as many as a weight has, would pass for one in the gradient of A.) So is any by a packed weight.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -27,6 +27,7 @@ GROUPS = (FROZEN, ADAPTERS, ATTENTION, ELEMENTWISE, LOSS, OPTIMIZER, COPIES, OTH
 _PREFIX = "part of a step: "
 _BACKWARD = "autograd::engine::evaluate_function: "
 _PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "linear")}
+_BY_PACKED = "mkldnn::_linear_pointwise"
 _COPIES = {"aten::copy_", "aten::cat"}
 Shape = tuple[int, ...]
 
@@ -103,7 +104,7 @@ def _own_seconds(event: Any, is_device: bool) -> float:
         return 0.0  # a kernel: counted where it was launched
     if is_device:
         return float(event.self_device_time_total) / 1e6
-    return float(event.self_cpu_time_total) / 1e6 if event.name.startswith("aten::") else 0.0
+    return float(event.self_cpu_time_total) / 1e6 if event.name.startswith(("aten::", "mkldnn::")) else 0.0
 
 
 def _groups_of_nodes(events: Iterable[Any]) -> Mapping[int, str]:
@@ -125,6 +126,8 @@ def _range_of(event: Any) -> str | None:
 
 
 def _group_of(event: Any, forward: Mapping[int, str], frozen: Collection[Shape]) -> str:
+    if event.name == _BY_PACKED:
+        return FROZEN
     if event.name in _PRODUCTS:
         matrices = [tuple(shape) for shape in event.input_shapes or () if len(shape) == 2]
         if matrices and matrices[-1] in frozen:

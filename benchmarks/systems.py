@@ -41,13 +41,14 @@ class System(ABC):
 
 class Engine(System):
     """All tasks on one packed stream. `fuses` off: a microbatch holds one task's tokens only. `checkpoints`: activation
-    checkpointing, layers run again in backward. `graphs`: how many CUDA graphs there may be."""
+    checkpointing, layers run again in backward. `graphs`: how many CUDA graphs there may be. `packs`: weights, on a
+    CPU."""
 
     def __init__(
         self, model: Any, workload: Workload, num_rounds: int, *, token_budget: int, chunk: int, fuses: bool = True,
-        checkpoints: bool = False, graphs: int = 0,
+        checkpoints: bool = False, graphs: int = 0, packs: bool = True,
     ) -> None:  # fmt: skip
-        backbone = Backbone(model, activation_checkpointing=checkpoints)
+        backbone = Backbone(model, activation_checkpointing=checkpoints, packs_weights=packs)
         self.executor = Executor(backbone, graphs=Graphs.of(backbone, graphs))
         members = []
         for work in workload.tasks:

@@ -8,9 +8,8 @@ S = drop(X[u]) A^T:
     E = scale * ((g o dY_i[u]) B);   dX = sum over i of (sum over u of drop'((d o E) A) + dY_i W_i^T);
     dA = (d o E)^T drop(X[u]);   dd = sum(E o S);
     dB = scale * (g o dY_i[u])^T (d o S);   dg = scale * rowsum(B o (dY_i[u]^T (d o S)))
-dX is written once by the adapters, and each operator's product is accumulated into it in place. The backbone's W and b
-get no gradient, and nothing is saved for one. S is kept of each use, and X if a use trains its A: where A is frozen
-(VeRA, MiSS) it is not.
+Products are accumulated into dX in place. The backbone's W and b get no gradient, and nothing is saved for one. S is
+kept of each use, and X if a use trains its A: where A is frozen (VeRA, MiSS) it is not.
 
 This is the reference and the CPU path; on CUDA, cuda/multi_lora.cu does it (`multi_lora_ops`).
 Legend: T tokens, K inputs, N outputs, R rank, L tokens of one use.
@@ -26,6 +25,7 @@ import torch
 
 from engine.kernels.dropout import DropoutMask
 from engine.kernels.launch import SUFFIXES
+from engine.kernels.packed_weight import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,26 @@ class LowRank(NamedTuple):
 
 
 class Operator(NamedTuple):
-    """One linear operator of a group, and the adapters on it. `factors` holds one LowRank for each use, in order."""
+    """One linear operator of a group, and the adapters on it. `factors` holds one LowRank for each use, in order.
+    `packed`: W again, for a CPU."""
 
     weight_KN: torch.Tensor
     bias_N: torch.Tensor | None
     uses: Sequence[LoraUse]
     factors: Sequence[LowRank]
+    packed: PackedWeight | None = None
+
+    def base(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """X W + b."""
+        if self.packed is not None:
+            return self.packed.times(x_TK, self.bias_N)
+        return x_TK @ self.weight_KN if self.bias_N is None else torch.addmm(self.bias_N, x_TK, self.weight_KN)
+
+    def gradient(self, dy_TN: torch.Tensor, dx_TK: torch.Tensor | None) -> torch.Tensor:
+        """dY W^T, added to dX in place if there is one."""
+        if self.packed is not None:
+            return self.packed.gradient(dy_TN, dx_TK)
+        return dy_TN @ self.weight_KN.T if dx_TK is None else dx_TK.addmm_(dy_TN, self.weight_KN.T)
 
 
 MAX_OPERATORS = 8  # of a group: cuda/multi_lora.cuh
@@ -95,32 +109,28 @@ class _MultiLora(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         results, shrunk = [], []
-        for (weight_KN, bias_N, uses, _), factors in zip(operators, _by_operator(operators, flat), strict=True):
-            y_TN = x_TK @ weight_KN if bias_N is None else torch.addmm(bias_N, x_TK, weight_KN)
-            shrunk += [_add(x_TK, y_TN, use, low_rank) for use, low_rank in zip(uses, factors, strict=True)]
+        for operator, factors in zip(operators, _by_operator(operators, flat), strict=True):
+            y_TN = operator.base(x_TK)
+            shrunk += [_add(x_TK, y_TN, use, low_rank) for use, low_rank in zip(operator.uses, factors, strict=True)]
             results.append(y_TN)
         ctx.operators = operators
         trains_a = any(ctx.needs_input_grad[_FIRST_FACTOR::_NUM_FACTORS])
-        ctx.save_for_backward(x_TK if trains_a else None, *(o.weight_KN for o in operators), *flat, *shrunk)
+        ctx.save_for_backward(x_TK if trains_a else None, *flat, *shrunk)
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[Any, ...]:
         operators: tuple[Operator, ...] = ctx.operators
         x_TK, *rest = ctx.saved_tensors
-        weights, rest = rest[: len(operators)], rest[len(operators) :]
         num_flat = _NUM_FACTORS * sum(len(operator.uses) for operator in operators)
         factors, shrunk = _by_operator(operators, rest[:num_flat]), iter(rest[num_flat:])
         needed = _by_operator(operators, ctx.needs_input_grad[_FIRST_FACTOR:])
-        dx_TK = _zeros(weights, grad_outputs) if ctx.needs_input_grad[0] else None
+        dx_TK = _of_base(operators, grad_outputs) if ctx.needs_input_grad[0] else None
         grads: list[torch.Tensor | None] = []
         for operator, dy_TN, own, needs in zip(operators, grad_outputs, factors, needed, strict=True):
             for use, low_rank, needs_of in zip(operator.uses, own, needs, strict=True):
                 s_LR = next(shrunk)
                 grads += _backward_of(x_TK, dy_TN, dx_TK, s_LR, use, low_rank, needs_of)
-        for weight_KN, dy_TN in zip(weights, grad_outputs, strict=True):
-            if dx_TK is not None and dy_TN is not None:
-                dx_TK.addmm_(dy_TN, weight_KN.T)
         return dx_TK, None, *grads
 
 
@@ -136,10 +146,12 @@ def _add(x_TK: torch.Tensor, y_TN: torch.Tensor, use: LoraUse, low_rank: LowRank
     return s_LR
 
 
-def _zeros(weights: Sequence[torch.Tensor], dys: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """dX [T, K] before anything has been added to it."""
-    dy_TN = next((dy_TN for dy_TN in dys if dy_TN is not None), None)
-    return None if dy_TN is None else dy_TN.new_zeros(len(dy_TN), len(weights[0]))
+def _of_base(operators: Sequence[Operator], dys: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """dX [T, K] of the operators without their adapters."""
+    dx_TK: torch.Tensor | None = None
+    for operator, dy_TN in zip(operators, dys, strict=True):
+        dx_TK = dx_TK if dy_TN is None else operator.gradient(dy_TN, dx_TK)
+    return dx_TK
 
 
 def _backward_of(
@@ -161,7 +173,7 @@ def _backward_of(
         assert x_TK is not None
         own = own._replace(a_RK=ds_LR.T @ _masked(x_TK[part], mask_LK, use))
     if dx_TK is not None:
-        dx_TK[part] += _masked(ds_LR @ low_rank.a_RK.to(dy_TN.dtype), mask_LK, use)
+        _add_masked_(dx_TK[part], ds_LR, low_rank.a_RK.to(dy_TN.dtype), mask_LK, use)
     return [None if g is None or f is None else g.to(f.dtype) for g, f in zip(own, low_rank, strict=True)]
 
 
@@ -200,6 +212,15 @@ def _masked(x_LK: torch.Tensor, mask_LK: torch.Tensor | None, use: LoraUse) -> t
     return x_LK if mask_LK is None else torch.where(mask_LK, x_LK, 0) * use.keep_scale
 
 
+def _add_masked_(
+    dx_LK: torch.Tensor, ds_LR: torch.Tensor, a_RK: torch.Tensor, mask_LK: torch.Tensor | None, use: LoraUse
+) -> None:
+    if mask_LK is None:
+        dx_LK.addmm_(ds_LR, a_RK)
+    else:
+        dx_LK += _masked(ds_LR @ a_RK, mask_LK, use)
+
+
 def check(x_TK: torch.Tensor, operators: Sequence[Operator]) -> None:
     """Raises ValueError where the group's shapes and ranges do not fit."""
     if not 1 <= len(operators) <= MAX_OPERATORS:
@@ -211,7 +232,7 @@ def check(x_TK: torch.Tensor, operators: Sequence[Operator]) -> None:
 
 
 def _check_shapes(x_TK: torch.Tensor, operator: Operator) -> None:
-    weight_KN, bias_N, uses, factors = operator
+    weight_KN, bias_N, uses, factors, _ = operator
     width_in, width_out = weight_KN.shape
     if width_in != x_TK.shape[1]:
         raise ValueError(f"weight_KN has {width_in} rows, x_TK {x_TK.shape[1]} columns")

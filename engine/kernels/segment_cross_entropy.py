@@ -14,6 +14,7 @@ from torch import nn
 
 from engine.kernels import device
 from engine.kernels.launch import POINTER, SUFFIXES, Kernel, Launcher, pack, struct_of
+from engine.kernels.packed_weight import PackedWeight
 
 _CHUNK_LOGITS = 1 << 24  # elements of one chunk of logits: 64 MiB in float32
 LAUNCH = struct_of(
@@ -30,12 +31,21 @@ class Head:
 
     linear: nn.Linear
     softcap: float | None = None
+    packed: PackedWeight | None = None
 
     def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
         """[C, V] in float32 (float64 stays)."""
-        z_CV = nn.functional.linear(hidden_CH, self.linear.weight, self.linear.bias)
+        if self.packed is not None:
+            z_CV = self.packed.times(hidden_CH, self.linear.bias)
+        else:
+            z_CV = nn.functional.linear(hidden_CH, self.linear.weight, self.linear.bias)
         z_CV = z_CV.to(torch.promote_types(z_CV.dtype, torch.float32))
         return z_CV if self.softcap is None else self.softcap * torch.tanh(z_CV / self.softcap)
+
+    def gradient(self, dz_CV: torch.Tensor) -> torch.Tensor:
+        """dZ W [C, H], without the bound's slope."""
+        weight_VH = self.linear.weight
+        return dz_CV.to(weight_VH.dtype) @ weight_VH if self.packed is None else self.packed.gradient(dz_CV)
 
 
 @torch.no_grad()
@@ -109,5 +119,4 @@ def _by_torch(
     dz_CV = z_CV.mul_(weights_C1 / sum_C1).scatter_add_(1, target_C1, -weights_C1)
     if slope_CV is not None:
         dz_CV.mul_(slope_CV)
-    weight_VH = head.linear.weight
-    return loss_C, dz_CV.to(weight_VH.dtype) @ weight_VH
+    return loss_C, head.gradient(dz_CV)

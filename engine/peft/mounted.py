@@ -14,6 +14,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from engine.kernels.multi_lora import Operator, multi_lora
+from engine.kernels.packed_weight import PackedWeight
 from engine.method import Site, SiteKind
 from engine.peft.adapter import Adapter, BaseOp
 from engine.peft.block import MountedBlock
@@ -54,6 +55,7 @@ class MountedLinear(nn.Module):
         self.layout = layout
         self.adapters: dict[str, Adapter] = {}
         self.group: SharedInput | None = None
+        self.packed: PackedWeight | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Dispatch, the operator with every low-rank addition in one kernel, aggregate."""
@@ -75,15 +77,12 @@ class MountedLinear(nn.Module):
     def operator(self) -> Operator:
         pairs = [adapter.low_rank(span, self.layout.training) for span, adapter in self._uses]
         found = [pair for pair in pairs if pair is not None]
-        return Operator(self.op.weight_KN, self.op.bias_N, [use for use, _ in found], [factors for _, factors in found])
+        uses, factors = [use for use, _ in found], [factors for _, factors in found]
+        return Operator(self.op.weight_KN, self.op.bias_N, uses, factors, self.packed)
 
     def _alone(self, x_TK: torch.Tensor) -> torch.Tensor:
         operator = self.operator()
-        if operator.uses:
-            return multi_lora(x_TK, [operator])[0]
-        if operator.bias_N is None:
-            return x_TK @ operator.weight_KN
-        return torch.addmm(operator.bias_N, x_TK, operator.weight_KN)
+        return multi_lora(x_TK, [operator])[0] if operator.uses or operator.packed else operator.base(x_TK)
 
 
 class MountedNorm:

@@ -5,6 +5,7 @@ Legend: T tokens of the packed stream, H hidden, V vocabulary, M target position
 
 import copy
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from engine.alignment.microbatch import Microbatch, Range
 from engine.errors import BackboneUnsupportedError
 from engine.kernels.launch import sent
+from engine.kernels.packed_weight import PackedWeight
 from engine.kernels.segment_cross_entropy import Head
 from engine.peft.block import mount_blocks, observed_blocks
 from engine.peft.layout import Layout
@@ -43,9 +45,10 @@ class Backbone:
     """`model` runs packed streams through mounted operators; `shadow` is the same weights as plain transformers.
 
     The shadow shares every tensor (it costs no memory but its Python objects) and serves to check exports and probes.
+    `packs_weights`: where that helps, linear operators hold their weights twice more, and are faster (`PackedWeight`).
     """
 
-    def __init__(self, model: Any, *, activation_checkpointing: bool = False) -> None:
+    def __init__(self, model: Any, *, activation_checkpointing: bool = False, packs_weights: bool = True) -> None:
         attention.register()
         model.eval().requires_grad_(False)
         self.model = model
@@ -60,6 +63,8 @@ class Backbone:
         self.attention_paths = set[str]()  # that were taken so far, and why
         softcap = getattr(model.config, "final_logit_softcapping", None)
         self.head = Head(self.model.get_output_embeddings(), softcap)
+        if packs_weights:
+            self._pack_weights()
         self.shared_inputs: list[SharedInput] = []
         with observed_blocks(self.model, self.operators) as widths, observed_inputs(self.operators) as groups:
             calls = self._refuse_what_is_not_exact()
@@ -87,6 +92,7 @@ class Backbone:
         device: str = "cpu",
         *,
         activation_checkpointing: bool = False,
+        packs_weights: bool = True,
     ) -> "Backbone":
         """A local Hugging Face folder; never remote code. Raises BackboneUnsupportedError if it can't be exact."""
         try:
@@ -102,7 +108,8 @@ class Backbone:
             raise BackboneUnsupportedError(f"{folder} does not load as a causal language model: {error}") from error
         if missing := sorted(info["missing_keys"]):  # transformers would train on random weights
             raise BackboneUnsupportedError(f"{folder} does not load: its weights lack {', '.join(missing[:3])}")
-        return cls(model.to(device), activation_checkpointing=activation_checkpointing)
+        checkpoints, packs = activation_checkpointing, packs_weights
+        return cls(model.to(device), activation_checkpointing=checkpoints, packs_weights=packs)
 
     @property
     def config(self) -> Any:
@@ -130,9 +137,18 @@ class Backbone:
         )
         return min(longest, int(original or longest))
 
+    def _pack_weights(self) -> None:
+        for operator in self.operators.values():
+            operator.packed = PackedWeight.of(operator.op.weight_KN)
+        weight_VH = self.head.linear.weight
+        self.head = replace(self.head, packed=PackedWeight.of(weight_VH.detach().T))
+
     def weight_bytes(self) -> int:
+        """Of all weights, and of those that are packed again."""
         tensors = {t.data_ptr(): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
+        packed = (self.head.packed, *(operator.packed for operator in self.operators.values()))
+        num_bytes: int = sum(t.nbytes for t in (*tensors.values(), *packed) if t is not None)
+        return num_bytes
 
     def hidden(self, microbatch: Microbatch, resident: frozenset[str]) -> torch.Tensor:
         """[T, H]: the last hidden states of the packed stream, resident tasks' adapters on their own spans."""

@@ -64,10 +64,10 @@ class Trainer:
         self._device_kind = choose_device(settings)
         dtype = getattr(torch, settings.dtype)
         unloaded_bytes = used_bytes(self._device_kind)
-        checkpoints = settings.activation_checkpointing
         backbone = Backbone.load(
-            settings.backbone_folder, dtype, self._device_kind, activation_checkpointing=checkpoints
-        )
+            settings.backbone_folder, dtype, self._device_kind,
+            activation_checkpointing=settings.activation_checkpointing, packs_weights=settings.pack_weights,
+        )  # fmt: skip
         self._executor = Executor(backbone, graphs=Graphs.of(backbone, settings.cuda_graphs))
         self._footprint = measure(self._executor.backbone)
         weight_bytes = self._executor.backbone.weight_bytes()

@@ -175,8 +175,8 @@ def train(executor: Executor, tasks: Sequence[TinyTask], num_rounds: int) -> dic
     return results
 
 
-def executor_with(model: Any, tasks: Sequence[TinyTask]) -> Executor:
-    executor = Executor(Backbone(copy.deepcopy(model)))
+def executor_with(model: Any, tasks: Sequence[TinyTask], packs_weights: bool = True) -> Executor:
+    executor = Executor(Backbone(copy.deepcopy(model), packs_weights=packs_weights))
     for task in tasks:
         executor.attach(task.assignment)
     return executor

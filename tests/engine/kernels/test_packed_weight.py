@@ -1,0 +1,85 @@
+"""Packed weights against float64: any shape, any rows, any layout of what is multiplied."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.kernels.multi_lora import LoraUse, LowRank, Operator, multi_lora
+from engine.kernels.packed_weight import PackedWeight
+
+pytestmark = pytest.mark.skipif(PackedWeight.of(torch.ones(2, 2)) is None, reason="this CPU is not packed for")
+SIZES = st.integers(1, 200)
+
+
+def packed(weight_KN: torch.Tensor) -> PackedWeight:
+    own = PackedWeight.of(weight_KN)
+    assert own is not None
+    return own
+
+
+def near(product: torch.Tensor, exact: torch.Tensor) -> bool:
+    """To what float32 can do in sums of up to 200 products of numbers near 1."""
+    return product.dtype == torch.float32 and torch.allclose(product.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(num_tokens=st.integers(0, 300), num_in=SIZES, num_out=SIZES, seed=st.integers(0, 9), has_bias=st.booleans(),
+       is_transposed=st.booleans(), is_strided=st.booleans())  # fmt: skip
+def test_products_are_those_of_the_plain_weight(
+    num_tokens: int, num_in: int, num_out: int, seed: int, has_bias: bool, is_transposed: bool, is_strided: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(s, generator=generator) for s in ((num_in, num_out), (num_out, num_in), (num_out,))]
+    weight_KN, bias_N = drawn[1].T if is_transposed else drawn[0], drawn[2] if has_bias else None
+    wide = 2 if is_strided else 1
+    x_TK = torch.randn(num_tokens, wide * num_in, generator=generator)[:, ::wide]
+    dy_TN = torch.randn(num_tokens, wide * num_out, generator=generator)[:, ::wide]
+    dx_TK, own = torch.randn(num_tokens, num_in, generator=generator), packed(weight_KN)
+    y_TN = x_TK.double() @ weight_KN.double() + (0 if bias_N is None else bias_N.double())
+    gradient_TK = dy_TN.double() @ weight_KN.double().T
+    assert near(own.times(x_TK, bias_N), y_TN)
+    assert near(own.gradient(dy_TN), gradient_TK)
+    both_TK = dx_TK.double() + gradient_TK
+    assert own.gradient(dy_TN, dx_TK) is dx_TK
+    assert near(dx_TK, both_TK)
+
+
+def test_it_may_be_written_to_afterwards_without_effect() -> None:
+    weight_KN, x_TK = torch.randn(40, 50), torch.randn(6, 40)
+    own, expected = packed(weight_KN), x_TK.double() @ weight_KN.double()
+    weight_KN.zero_()
+    assert near(own.times(x_TK, None), expected)
+
+
+def test_its_bytes_are_at_least_two_weights() -> None:
+    assert 2 * 4 * 256 * 512 <= packed(torch.randn(256, 512)).nbytes < 2 * 4 * 256 * 512 * 1.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_types_are_not_packed(dtype: torch.dtype) -> None:
+    assert PackedWeight.of(torch.ones(4, 4, dtype=dtype)) is None
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_what_has_no_elements_is_not_packed(shape: tuple[int, int]) -> None:
+    assert PackedWeight.of(torch.ones(shape)) is None
+
+
+def test_a_group_of_operators_trains_alike_with_and_without() -> None:
+    """Values and all gradients, an operator without adapters and one that nobody reads among them."""
+    torch.manual_seed(0)
+    weights, bias_N = [torch.randn(48, n) for n in (64, 64, 32)], torch.randn(64)
+    factors = [torch.randn(8, 48, requires_grad=True), torch.randn(64, 8, requires_grad=True)]
+    x_TK, own = torch.randn(70, 48, requires_grad=True), LowRank(*factors)
+    results = []
+    for packs in (False, True):
+        uses = ([LoraUse(5, 30, 0.5), LoraUse(30, 70, 2.0)], [own, own]), ([LoraUse(5, 30, 1.0)], [own]), ([], [])
+        operators = [
+            Operator(w, b, *use, PackedWeight.of(w) if packs else None)
+            for w, b, use in zip(weights, (bias_N, None, None), uses, strict=True)
+        ]
+        first, _, third = multi_lora(x_TK, operators)
+        gradients = torch.autograd.grad(first.square().mean() + third.sin().mean(), [x_TK, *factors])
+        results.append([first, third, *gradients])
+    assert [torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*results, strict=True)] == [True] * 5
