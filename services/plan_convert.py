@@ -61,6 +61,7 @@ def backbone_to_view(backbone: plan_pb2.Backbone) -> BackboneView:
         if backbone.allocator_slack
         else BackboneView.allocator_slack,
         recomputed_token_bytes=max(0.0, backbone.recomputed_token_bytes),
+        packed_weight_bytes=max(0, backbone.packed_weight_bytes),
         input_groups={module.name: module.input_group for module in backbone.adaptable_modules if module.input_group},
     )
 

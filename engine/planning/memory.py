@@ -112,7 +112,8 @@ def resident_bytes(
     """The same, of what the footprints add up to."""
     kept = kept_token_bytes + backbone.inputs.token_bytes(input_mask)
     moving = all_adapter_bytes + activation_bytes(backbone, num_tokens, kept)
-    return backbone.process_bytes + backbone.weight_bytes + math.ceil(backbone.allocator_slack * moving)
+    fixed = backbone.process_bytes + backbone.weight_bytes + backbone.packed_weight_bytes
+    return fixed + math.ceil(backbone.allocator_slack * moving)
 
 
 def _trained_on(spec: TaskSpec, backbone: BackboneView) -> list[str]:
@@ -124,6 +125,6 @@ def _trained_on(spec: TaskSpec, backbone: BackboneView) -> list[str]:
 
 def separate_instance_bytes(spec: TaskSpec, backbone: BackboneView) -> int:
     """The task in a process of its own: its own backbone and a microbatch of its own size. What any process has, with
-    or without a backbone, is left out."""
+    or without a backbone, is left out, and weights that only we pack."""
     num_tokens = spec.training.micro_batch_size * sequence_tokens(spec)
-    return total_bytes([spec], backbone, num_tokens) - backbone.process_bytes
+    return total_bytes([spec], backbone, num_tokens) - backbone.process_bytes - backbone.packed_weight_bytes

@@ -18,7 +18,8 @@ class BackboneView:
     """A backbone as its executor described it. Measured at its load, where they are there: bytes that it keeps for
     backward by a token, which linear operators, by number, read one tensor, what its process has beside the weights.
     `allocator_slack`: what the allocator takes for a byte that is asked for. `recomputed_token_bytes`: where each layer
-    runs again in backward (activation checkpointing), what it keeps then by a token; else 0."""
+    runs again in backward (activation checkpointing), what it keeps then by a token; else 0. `packed_weight_bytes`: of
+    weights that are held once more, packed for a CPU's kernels."""
 
     name: str
     num_parameters: int
@@ -34,6 +35,7 @@ class BackboneView:
     process_bytes: int = 0
     allocator_slack: float = 1.05
     recomputed_token_bytes: float = 0.0
+    packed_weight_bytes: int = 0
 
     @property
     def element_bytes(self) -> int:

@@ -144,11 +144,14 @@ class Backbone:
         self.head = replace(self.head, packed=PackedWeight.of(weight_VH.detach().T))
 
     def weight_bytes(self) -> int:
-        """Of all weights, and of those that are packed again."""
+        """Of all weights as they are loaded."""
         tensors = {t.data_ptr(): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def packed_weight_bytes(self) -> int:
+        """Of those that are held once more."""
         packed = (self.head.packed, *(operator.packed for operator in self.operators.values()))
-        num_bytes: int = sum(t.nbytes for t in (*tensors.values(), *packed) if t is not None)
-        return num_bytes
+        return sum(own.nbytes for own in packed if own is not None)
 
     def hidden(self, microbatch: Microbatch, resident: frozenset[str]) -> torch.Tensor:
         """[T, H]: the last hidden states of the packed stream, resident tasks' adapters on their own spans."""

@@ -491,6 +491,7 @@ class Backbone(_message.Message):
     PROCESS_BYTES_FIELD_NUMBER: _builtins.int
     ALLOCATOR_SLACK_FIELD_NUMBER: _builtins.int
     RECOMPUTED_TOKEN_BYTES_FIELD_NUMBER: _builtins.int
+    PACKED_WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     architecture: _builtins.str
     num_parameters: _builtins.int
@@ -509,6 +510,8 @@ class Backbone(_message.Message):
     """What the allocator takes for a byte that is asked for while training. 0: 1.05."""
     recomputed_token_bytes: _builtins.float
     """Where each layer runs again in backward (activation checkpointing): bytes it keeps then, by a token. Else 0."""
+    packed_weight_bytes: _builtins.int
+    """Of its weights once more, packed for a CPU's kernels. 0: none are."""
     @_builtins.property
     def adaptable_modules(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdaptableModule]: ...
     def __init__(
@@ -528,10 +531,11 @@ class Backbone(_message.Message):
         process_bytes: _builtins.int = ...,
         allocator_slack: _builtins.float = ...,
         recomputed_token_bytes: _builtins.float = ...,
+        packed_weight_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptable_modules", b"adaptable_modules", "allocator_slack", b"allocator_slack", "architecture", b"architecture", "dtype", b"dtype", "hidden_size", b"hidden_size", "kept_token_bytes", b"kept_token_bytes", "max_sequence_tokens", b"max_sequence_tokens", "name", b"name", "num_layers", b"num_layers", "num_parameters", b"num_parameters", "process_bytes", b"process_bytes", "recomputed_token_bytes", b"recomputed_token_bytes", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptable_modules", b"adaptable_modules", "allocator_slack", b"allocator_slack", "architecture", b"architecture", "dtype", b"dtype", "hidden_size", b"hidden_size", "kept_token_bytes", b"kept_token_bytes", "max_sequence_tokens", b"max_sequence_tokens", "name", b"name", "num_layers", b"num_layers", "num_parameters", b"num_parameters", "packed_weight_bytes", b"packed_weight_bytes", "process_bytes", b"process_bytes", "recomputed_token_bytes", b"recomputed_token_bytes", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

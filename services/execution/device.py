@@ -56,6 +56,7 @@ def describe_backbone(
         vocab_size=config.vocab_size,
         max_sequence_tokens=backbone.max_sequence_tokens,
         weight_bytes=backbone.weight_bytes(),
+        packed_weight_bytes=backbone.packed_weight_bytes(),
         dtype=str(backbone.dtype).removeprefix("torch."),
         adaptable_modules=[site_to_module(site, footprint.input_groups.get(site.name, 0)) for site in backbone.sites],
         kept_token_bytes=footprint.kept_token_bytes,

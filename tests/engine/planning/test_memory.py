@@ -73,6 +73,9 @@ def test_what_a_process_has_counts_once_and_in_no_comparison_with_separate_insta
     without = dataclasses.replace(larger, process_bytes=0)
     assert total_bytes([spec, spec], larger, 256) == total_bytes([spec, spec], without, 256) + 10**8
     assert separate_instance_bytes(spec, larger) == separate_instance_bytes(spec, without)
+    packed = dataclasses.replace(without, packed_weight_bytes=10**8)
+    assert total_bytes([spec, spec], packed, 256) == total_bytes([spec, spec], larger, 256)
+    assert separate_instance_bytes(spec, packed) == separate_instance_bytes(spec, without)
     moving = total_bytes([spec], dataclasses.replace(without, allocator_slack=1.0), 256) - larger.weight_bytes
     assert total_bytes([spec], without, 256) - larger.weight_bytes == pytest.approx(1.5 * moving, abs=2)
 

@@ -7,8 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from engine.kernels.packed_weight import PackedWeight
 from muxtune.v1 import execution_pb2
 from services.artifacts import ArtifactStore
 from tests.services.execution.executor_mesh import log_lines, plan_of, planned, running_mesh
@@ -146,3 +148,18 @@ async def test_with_activation_checkpointing_the_planner_is_told_and_a_task_ends
         described = await mesh.stub.DescribeExecutor(execution_pb2.DescribeExecutorRequest())
         backbone = described.executor.backbone
         assert backbone.recomputed_token_bytes > 0 and backbone.kept_token_bytes > 0
+
+
+@pytest.mark.parametrize("packs", [True, False])
+async def test_with_packed_weights_or_without_the_planner_is_told_and_a_task_ends(
+    tmp_path: Path, tiny_backbone: Path, packs: bool
+) -> None:
+    can = PackedWeight.of(torch.ones(2, 2)) is not None
+    async with running_mesh(tmp_path, tiny_backbone, calibration_seconds=0.1, pack_weights=packs) as mesh:
+        stream = await mesh.open_stream()
+        stream.send(plan_of(1, planned("a", num_steps=3)))
+        await stream.until(lambda: stream.of("a", "finished"))
+        described = await mesh.stub.DescribeExecutor(execution_pb2.DescribeExecutorRequest())
+        backbone = described.executor.backbone
+        assert (backbone.packed_weight_bytes > 0) == (packs and can)
+        assert described.backbone_bytes == backbone.weight_bytes + backbone.packed_weight_bytes
