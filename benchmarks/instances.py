@@ -1,5 +1,6 @@
 """Systems in processes of their own: each task alone with its copy of the model, and the peak memory of any system."""
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -170,8 +171,10 @@ def _measure(setting: Setting, system: str, pipe: Connection) -> None:
 
 
 def release() -> None:
-    """Memory that nothing refers to any more."""
+    """Memory that nothing refers to any more, to the system."""
     gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc would keep it for this process
+        libc.malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

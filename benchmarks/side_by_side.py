@@ -12,6 +12,7 @@ work that `--seconds` has no time for.
 """
 
 import argparse
+import json
 import math
 import os
 import statistics
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="counted ones of each work (default: ROUNDS in this file)")
     parser.add_argument("--token-budget", type=int, default=0, help="tokens of a microbatch (256; on a GPU 8192)")
     parser.add_argument("--chunk", type=int, default=0, help="tokens; default: what the planner would choose")
+    parser.add_argument("--keep", action="store_true", help="work on the page that is not measured now stays there")
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -94,7 +96,7 @@ def main() -> None:
     if not (work := asked_for(arguments)):
         raise SystemExit("no such work: see CPU_WORK and CUDA_WORK in this file")
     origin, measured = report.origin(f"side_by_side_{arguments.device}"), list[dict[str, Any]]()
-    clock, skipped = Clock(arguments.seconds), list[str]()
+    clock, skipped, kept = Clock(arguments.seconds), list[str](), on_page(origin) if arguments.keep else []
     with tempfile.TemporaryDirectory(prefix="muxtune-bench-") as scratch:
         folder = smollm2(arguments.backbone, Path(scratch))
         for i, own in enumerate(work):
@@ -103,7 +105,8 @@ def main() -> None:
                 clock.tick()
             else:
                 skipped.append(f"{own[0]}: {workload.told(*own[1:4])}")
-            raw = origin | {"load_average": os.getloadavg(), "work": measured, "skipped": skipped}
+            works = in_order([*measured, *kept])
+            raw = origin | {"load_average": os.getloadavg(), "work": works, "skipped": skipped}
             if not arguments.no_write:  # after each: what was measured stays, whatever becomes of the rest
                 report.write(raw, section(raw))
                 plots.draw(raw["benchmark"])
@@ -119,6 +122,21 @@ def asked_for(arguments: argparse.Namespace) -> list[tuple[str, str, int, int, t
         if number in (arguments.works or (number,))
         and all(one in (None, theirs) for one, theirs in zip(asked, own, strict=False))
     ]
+
+
+def on_page(origin: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Work that was measured before, each with the origin of its figures."""
+    raw = json.loads((report.RESULTS / f"{origin['benchmark']}.json").read_text())
+    return [{"origin": {name: raw[name] for name in origin}} | work for work in raw["work"]]
+
+
+def in_order(works: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As in this file; of those that are twice there the first."""
+    order = [own[:4] for own in (*CPU_WORK, *CUDA_WORK)]
+    by_name: dict[Any, dict[str, Any]] = {}
+    for work in works:
+        by_name.setdefault((work["model"], work["mix"], work["num_tasks"], work["micro_batch_size"]), work)
+    return [by_name[name] for name in sorted(by_name, key=lambda name: order.index(name) if name in order else -1)]
 
 
 class Clock:
@@ -215,7 +233,7 @@ def measure(
                 seconds[name].append(time.perf_counter() - started)
             if name in left_out:
                 del systems[name], seconds[name]
-                release()
+            release()  # what a system has freed is not there for the next one, nor added to what that one takes
         check_equal(losses, round_, tolerance)
         print(f"round {round_}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()), flush=True)
     return {name: values[1:] for name, values in seconds.items()}
@@ -299,6 +317,8 @@ def section_of(work: Mapping[str, Any]) -> list[str]:
         " the first and the last;"
         f" separate instances hold {fewer:.1f} times the engine's{measured}.",
     ]  # fmt: skip
+    if "origin" in work:
+        parts.append(f"Measured before: {report.told(work['origin'])}")
     if work["left_out"]:
         parts.append(f"Left out: {'; '.join(f'{name}: {why}' for name, why in work['left_out'].items())}.")
     goals = GOALS.get((work["model"], work["mix"], work["num_tasks"], work["micro_batch_size"]), ())

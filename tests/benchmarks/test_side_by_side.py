@@ -1,6 +1,7 @@
 """All systems of the side-by-side train the same: else their times say nothing."""
 
 import importlib.util
+import json
 import math
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, LlamaConfig
 
-from benchmarks import goals, instances, models, side_by_side, trl_trainer, workload
+from benchmarks import goals, instances, models, report, side_by_side, trl_trainer, workload
 from benchmarks.instances import SHARING, Setting
 from benchmarks.models import Choice
 from benchmarks.systems import Losses, System
@@ -173,3 +174,18 @@ def test_a_missed_goal_is_told() -> None:
     assert goals.bytes_of_one(1.5).told(work, fast).endswith("3.00 of at most 1.5: FAILED")
     assert goals.fewer_than_instances(5.3).told(work, fast).endswith("3.00 of 5.3: FAILED")
     assert goals.teraflops(500).told(work, fast).endswith("10.00 of 500: FAILED")
+
+
+def test_work_on_the_page_stays_with_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its own place, and goes where the same work is measured again."""
+    works = [{"model": m, "mix": x, "num_tasks": n, "micro_batch_size": s} for m, x, n, s, _ in side_by_side.CPU_WORK]
+    old = {"benchmark": "side_by_side_cpu", "commit": "old", "work": works[:3] + [works[5] | {"origin": "older"}]}
+    (tmp_path / "side_by_side_cpu.json").write_text(json.dumps(old))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    kept = side_by_side.on_page({"benchmark": "side_by_side_cpu", "commit": "new"})
+    page = side_by_side.in_order([works[4] | {"is": "new"}, works[1] | {"is": "new"}, *kept])
+    former = {"origin": {"benchmark": "side_by_side_cpu", "commit": "old"}}
+    assert page == [
+        former | works[0], works[1] | {"is": "new"}, former | works[2], works[4] | {"is": "new"},
+        works[5] | {"origin": "older"},
+    ]  # fmt: skip
