@@ -179,7 +179,7 @@ def test_a_missed_goal_is_told() -> None:
 def test_work_on_the_page_stays_with_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its own place, and goes where the same work is measured again."""
     works = [{"model": m, "mix": x, "num_tasks": n, "micro_batch_size": s} for m, x, n, s, _ in side_by_side.CPU_WORK]
-    old = {"benchmark": "side_by_side_cpu", "commit": "old", "work": works[:3] + [works[5] | {"origin": "older"}]}
+    old = {"benchmark": "side_by_side_cpu", "commit": "old", "work": [*works[:3], works[5] | {"origin": "older"}]}
     (tmp_path / "side_by_side_cpu.json").write_text(json.dumps(old))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     kept = side_by_side.on_page({"benchmark": "side_by_side_cpu", "commit": "new"})
