@@ -334,7 +334,8 @@ first round warms up; seconds to the end are those of all others together. TFLOP
 and effective token, plus causal attention; adapters, padding and recomputation count as none. The engine's ablations:
 fusion off gives every task microbatches of its own; a chunk of 1 is alignment off, one of 256 too much of it. On one
 device without pipeline stages there is nothing to interleave in time but the hTasks' order: what interleaving gives is
-simulated (the planner's switches). Peak bytes of ablations are not measured. Where a step's time goes is profiled by
+simulated (the planner's switches). Peak bytes of ablations are not measured. Plain
+weights: the engine where a CPU's are not packed (docs/adr/0016). Where a step's time goes is profiled by
 `profile_step.py`, in a section of its own."""
 
 
