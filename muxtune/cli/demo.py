@@ -255,13 +255,19 @@ def _report(
         )
     console.print(table)
     console.print("Losses from and to; tokens are effective ones; bytes are of adapter and optimizer, measured.")
-    shared = resident.backbone_bytes + sum(resident.task_bytes.values())
-    separate = resident.backbone_bytes * len(resident.task_bytes) + sum(resident.task_bytes.values())
+    packed = resident.executor.backbone.packed_weight_bytes  # no instance of others has them: told apart
+    weights, of_tasks = resident.backbone_bytes - packed, sum(resident.task_bytes.values())
+    shared, separate = weights + of_tasks, weights * len(resident.task_bytes) + of_tasks
     console.print(
         f"Weights, adapters and optimizers of the {len(resident.task_bytes)} tasks resident at once: "
         f"{shared / _GIB:.2f} GiB measured; as separate instances the same would hold {separate / _GIB:.2f} GiB "
         f"({separate / max(1, shared):.1f} times)."
     )
+    if packed:
+        console.print(
+            f"Beside them {packed / _GIB:.2f} GiB of weights are packed for this CPU: faster rounds for bytes, "
+            "MUXTUNE_PACK_WEIGHTS=false does without."
+        )
     for job, answer in zip(work, answers, strict=False):
         console.print(f"\n{job.tenant}/{job.id}: {job.prompt!r}")
         console.print(f"  before: {answer['before']}")

@@ -213,7 +213,7 @@ class DescribeExecutorResponse(_message.Message):
     BACKBONE_BYTES_FIELD_NUMBER: _builtins.int
     TASK_BYTES_FIELD_NUMBER: _builtins.int
     backbone_bytes: _builtins.int
-    """Bytes measured: the frozen weights, and per task adapter with optimizer."""
+    """Bytes measured: the frozen weights, packed ones included, and per task adapter with optimizer."""
     @_builtins.property
     def executor(self) -> _plan_pb2.Executor: ...
     @_builtins.property
