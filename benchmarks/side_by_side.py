@@ -126,8 +126,10 @@ def asked_for(arguments: argparse.Namespace) -> list[tuple[str, str, int, int, t
 
 
 def on_page(origin: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Work that was measured before, each with the origin of its figures."""
-    raw = json.loads((report.RESULTS / f"{origin['benchmark']}.json").read_text())
+    """Work that was measured before, each with the origin of its figures; none where nothing was."""
+    if not (path := report.RESULTS / f"{origin['benchmark']}.json").exists():
+        return []
+    raw = json.loads(path.read_text())
     return [{"origin": {name: raw[name] for name in origin}} | work for work in raw["work"]]
 
 
@@ -334,9 +336,9 @@ first round warms up; seconds to the end are those of all others together. TFLOP
 and effective token, plus causal attention; adapters, padding and recomputation count as none. The engine's ablations:
 fusion off gives every task microbatches of its own; a chunk of 1 is alignment off, one of 256 too much of it. On one
 device without pipeline stages there is nothing to interleave in time but the hTasks' order: what interleaving gives is
-simulated (the planner's switches). Peak bytes of ablations are not measured. Plain
-weights: the engine where a CPU's are not packed (docs/adr/0016). Where a step's time goes is profiled by
-`profile_step.py`, in a section of its own."""
+simulated (the planner's switches). Peak bytes of ablations are not measured. Plain weights: the engine
+where a CPU's are not packed (docs/adr/0016). Where a step's time goes is profiled by `profile_step.py`, in a section
+of its own."""
 
 
 if __name__ == "__main__":

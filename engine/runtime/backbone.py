@@ -153,6 +153,10 @@ class Backbone:
         packed = (self.head.packed, *(operator.packed for operator in self.operators.values()))
         return sum(own.nbytes for own in packed if own is not None)
 
+    def held_bytes(self) -> int:
+        """Of both."""
+        return self.weight_bytes() + self.packed_weight_bytes()
+
     def hidden(self, microbatch: Microbatch, resident: frozenset[str]) -> torch.Tensor:
         """[T, H]: the last hidden states of the packed stream, resident tasks' adapters on their own spans."""
         self.layout.set(microbatch, resident)

@@ -70,8 +70,7 @@ class Trainer:
         )  # fmt: skip
         self._executor = Executor(backbone, graphs=Graphs.of(backbone, settings.cuda_graphs))
         self._footprint = measure(self._executor.backbone)
-        weight_bytes = backbone.weight_bytes() + backbone.packed_weight_bytes()
-        self._process_bytes = max(unloaded_bytes, used_bytes(self._device_kind) - weight_bytes)
+        self._process_bytes = max(unloaded_bytes, used_bytes(self._device_kind) - backbone.held_bytes())
         self._costs = Costs(self._executor, settings.calibration_seconds)
         vault = Vault(ArtifactStore.open(settings.artifact_url))
         self._inbox: queue.Queue[Frame | _Wake | None] = queue.Queue()
@@ -274,7 +273,7 @@ class Trainer:
                     device=self._device(),
                 ),
                 tasks=self._described,
-                backbone_bytes=backbone.weight_bytes() + backbone.packed_weight_bytes(),
+                backbone_bytes=backbone.held_bytes(),
                 task_bytes=self._executor.task_bytes(),
             ),
         )

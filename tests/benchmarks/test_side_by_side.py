@@ -182,6 +182,7 @@ def test_work_on_the_page_stays_with_its_origin(tmp_path: Path, monkeypatch: pyt
     old = {"benchmark": "side_by_side_cpu", "commit": "old", "work": [*works[:3], works[5] | {"origin": "older"}]}
     (tmp_path / "side_by_side_cpu.json").write_text(json.dumps(old))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert side_by_side.on_page({"benchmark": "side_by_side_cuda"}) == []
     kept = side_by_side.on_page({"benchmark": "side_by_side_cpu", "commit": "new"})
     page = side_by_side.in_order([works[4] | {"is": "new"}, works[1] | {"is": "new"}, *kept])
     former = {"origin": {"benchmark": "side_by_side_cpu", "commit": "old"}}

@@ -84,7 +84,7 @@ def step_bytes(backbone: Backbone, methods: Sequence[Method], num_tokens: int) -
     ids_T = random.integers(0, backbone.config.vocab_size, num_tokens * len(specs)).astype(np.int32)
     with Peak() as peak:
         executor.run(Microbatch(0, MicrobatchKind.TRAIN, ids_T, ids_T, tuple(ranges), False))
-    held = backbone.weight_bytes() + backbone.packed_weight_bytes() + sum(executor.task_bytes().values())
+    held = backbone.held_bytes() + sum(executor.task_bytes().values())
     for name in list(executor.tasks):
         executor.detach(name)
     return held + peak.peak_bytes, specs

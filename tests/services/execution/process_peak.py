@@ -29,7 +29,7 @@ def main(folder: str, ranks: list[int], num_tokens: int) -> None:
     unloaded = used_bytes("cpu")
     backbone = Backbone.load(Path(folder))
     footprint = measure(backbone)
-    process_bytes = max(unloaded, used_bytes("cpu") - (backbone.weight_bytes() + backbone.packed_weight_bytes()))
+    process_bytes = max(unloaded, used_bytes("cpu") - backbone.held_bytes())
     view = backbone_to_view(describe_backbone(settings, backbone, footprint, process_bytes))
     specs = [TaskSpec("b", Lora(rank, 8.0, ("all-linear",)), "", Training(1e-3, num_steps=9)) for rank in ranks]
     train(Executor(backbone), specs, num_tokens)
