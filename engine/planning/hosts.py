@@ -68,10 +68,10 @@ class Host:
 
     def alone_bytes(self, need: Need) -> int:
         """In a process of its own, with a backbone of its own and microbatches of its own size. What any process has,
-        with or without a backbone, is left out, as in `memory.separate_instance_bytes`."""
+        with or without a backbone, is left out, and packed weights, as in `memory.separate_instance_bytes`."""
         held, backbone = need.footprint, self.executor.backbone
         whole = resident_bytes(backbone, held.adapter_bytes, held.kept_bytes, held.input_mask, held.slice_tokens)
-        return whole - backbone.process_bytes
+        return whole - backbone.process_bytes - backbone.packed_weight_bytes
 
     def microbatch_tokens(self, crowd: Crowd) -> int:
         limits = self._limits

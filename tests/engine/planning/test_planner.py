@@ -279,6 +279,19 @@ def test_what_is_not_measured_is_not_told() -> None:
     assert told.alone_bytes > told.predicted_bytes > 0
 
 
+def test_alone_a_task_would_have_no_packed_weights() -> None:
+    """They are this executor's own, and count against its memory only."""
+    plain = room_for(2)
+    backbone = dataclasses.replace(plain.backbone, packed_weight_bytes=100 << 20)
+    packed = dataclasses.replace(plain, backbone=backbone, memory_bytes=plain.memory_bytes + (100 << 20))
+    tasks = (_task(0), _task(1))
+    first, second = (plan(Snapshot(tasks, (executor,)), LIMITS) for executor in (plain, packed))
+    assert [e.alone_bytes for e in first.explanations] == [e.alone_bytes for e in second.explanations]
+    assert first.htasks == second.htasks
+    tight = dataclasses.replace(plain, backbone=backbone)
+    assert not any(plan(Snapshot(tasks, (tight,)), LIMITS).htasks.values())
+
+
 def test_a_deadline_that_will_be_missed_is_told() -> None:
     tasks = (_task(0, seconds_to_deadline=1.0), _task(1, seconds_to_deadline=1e6))
     made = plan(Snapshot(tasks, (room_for(2),)), LIMITS)
