@@ -8,17 +8,23 @@ that start from weights read: speed for bytes (docs/adr/0016).
 Legend: T tokens, K inputs, N outputs.
 """
 
+import os
 import platform
 
 import torch
 
 _MACHINES = ("x86_64", "AMD64")  # what it was measured on, and found faster
+# oneDNN compiles code, and keeps about 0.6 MB, for every number of rows that a layout is multiplied by: 1,024 of them,
+# and PyTorch as many beside. A round asks for few, each of its layers again, and another costs under a millisecond.
+_MAX_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 
 
 class PackedWeight:
     """W [K, N] in float32, on a CPU for which oneDNN packs: made by `of`."""
 
     def __init__(self, weight_KN: torch.Tensor) -> None:
+        for name, capacity in _MAX_KEPT.items():
+            os.environ.setdefault(name, capacity)  # read once, by the first operator that oneDNN runs in a process
         reorder = torch.ops.mkldnn._reorder_linear_weight
         self._forward, self._backward = reorder(weight_KN.T.contiguous()), reorder(weight_KN.contiguous())
 

@@ -1,5 +1,10 @@
 """Packed weights against float64: any shape, any rows, any layout of what is multiplied."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +14,7 @@ from engine.kernels.multi_lora import LoraUse, LowRank, Operator, multi_lora
 from engine.kernels.packed_weight import PackedWeight
 
 pytestmark = pytest.mark.skipif(PackedWeight.of(torch.ones(2, 2)) is None, reason="this CPU is not packed for")
-SIZES = st.integers(1, 200)
+SIZES, ROOT = st.integers(1, 200), Path(__file__).parents[3]
 
 
 def packed(weight_KN: torch.Tensor) -> PackedWeight:
@@ -83,3 +88,30 @@ def test_a_group_of_operators_trains_alike_with_and_without() -> None:
         gradients = torch.autograd.grad(first.square().mean() + third.sin().mean(), [x_TK, *factors])
         results.append([first, third, *gradients])
     assert [torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*results, strict=True)] == [True] * 5
+
+
+MANY_ROWS = """
+import random, torch
+from pathlib import Path
+from engine.kernels.packed_weight import PackedWeight
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) << 12
+
+own, x_TK, rows = PackedWeight.of(torch.ones(64, 64)), torch.ones(1000, 64), list(range(1, 1001))
+random.Random(0).shuffle(rows)
+for num_rows in rows[:100]:
+    own.times(x_TK[:num_rows], None)
+before = resident()
+for num_rows in rows[100:]:
+    own.times(x_TK[:num_rows], None)
+print(resident() - before)
+"""
+
+
+def test_every_number_of_rows_does_not_leave_its_code_behind() -> None:
+    """oneDNN keeps about 0.6 MB of compiled code for each, 1,024 of them unless told otherwise: half a gigabyte."""
+    environment = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+    command = [sys.executable, "-c", MANY_ROWS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+    assert int(done.stdout) < 50e6
