@@ -5,7 +5,7 @@ Nothing is stored here. Source of the order: authorize, then idempotency, then v
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 
@@ -39,15 +39,6 @@ _MAX_SPEC_BYTES = 256 << 10  # it is read again at every scheduling cycle
 
 
 @dataclass(frozen=True)
-class Admissible:
-    """A task that may be stored: its spec with what was resolved, and what is expected of it."""
-
-    spec: task_pb2.TaskSpec
-    estimate: task_pb2.TaskEstimate
-    initial_adapter_key: str
-
-
-@dataclass(frozen=True)
 class Quota:
     """What holds for tenants without limits of their own (0: none). `limits` are the planner's, for its models."""
 
@@ -75,7 +66,15 @@ class Found:
 
     spec: task_pb2.TaskSpec
     initial_adapter_key: str
-    executors: Sequence[bytes]
+    executors: Sequence[bytes] = field(compare=False)  # which tell of themselves faster than a task may be examined
+
+
+@dataclass(frozen=True)
+class Admissible:
+    """A task that may be stored while the store has what was found, and what is expected of it."""
+
+    found: Found
+    estimate: task_pb2.TaskEstimate
 
 
 class Admitter:
@@ -92,21 +91,25 @@ class Admitter:
         self._quota_proto, self._appraisals = quota.to_proto(), Appraisals(alignment, quota.limits)
 
     async def examine(self, principal: Principal, found: Found) -> Admissible:
-        """Raises PermissionDeniedError, InvalidInputError, WillNeverFitError or QuotaExceededError."""
+        """Raises PermissionDeniedError, InvalidInputError or WillNeverFitError."""
         domain, estimate = await self._appraisals.of(str(principal.tenant), found.spec, found.executors)
-        if domain.training.warmup_steps > estimate.num_steps:
-            raise InvalidInputError.of_field(
-                "spec.training.warmup_steps", f"{domain.training.warmup_steps} of {estimate.num_steps} steps in all"
-            )
         if key := found.initial_adapter_key:
             try:
                 await asyncio.to_thread(self._check_initial_adapter, domain, key)
             except NotFoundError as error:  # deleted meanwhile
                 raise denied(domain.initial_adapter) from error
-        return Admissible(found.spec, estimate, key)
+        return _admissible(found, domain, estimate)
+
+    def recall(self, principal: Principal, found: Found) -> Admissible | None:
+        """What `examine` would tell; None where it has to be asked."""
+        if found.initial_adapter_key:
+            return None
+        known = self._appraisals.recall(str(principal.tenant), found.spec, found.executors)
+        return None if known is None else _admissible(found, *known)
 
     def look(self, connection: sa.Connection, principal: Principal, spec: task_pb2.TaskSpec) -> Found:
-        """What `examine` needs. Raises PermissionDeniedError, InvalidInputError or QuotaExceededError."""
+        """What `examine` needs, and whether the quota has a place for the task. Raises PermissionDeniedError,
+        InvalidInputError or QuotaExceededError."""
         if (size := spec.ByteSize()) > _MAX_SPEC_BYTES:
             raise InvalidInputError.of_field("spec", f"has {size} bytes; at most {_MAX_SPEC_BYTES}")
         accounts.check_budget(spec.budget)
@@ -128,16 +131,6 @@ class Admitter:
             key = catalog.adapter_row(connection, name).manifest_key
         accounts.check_task(connection, tenant, quota)
         return Found(resolved, key, [row.executor for row in _EXECUTORS.rows(connection)])
-
-    def check_again(self, connection: sa.Connection, tenant: str, admissible: Admissible) -> None:
-        """In the transaction that stores the task: the quota, and that what it starts from is what was examined."""
-        version, quota = self._standing(connection, tenant, admissible.spec.dataset)
-        accounts.check_task(connection, tenant, quota)
-        if version != admissible.spec.dataset_version:
-            raise denied(admissible.spec.dataset)
-        adapter = admissible.spec.initial_adapter
-        if adapter and catalog.adapter_row(connection, adapter).manifest_key != admissible.initial_adapter_key:
-            raise denied(adapter)
 
     def _standing(self, connection: sa.Connection, tenant: str, dataset: str) -> tuple[str, operator_pb2.Quota]:
         """The dataset's version, empty where there is none, and the tenant's quota."""
@@ -166,3 +159,11 @@ class Admitter:
             why = f"{CONFIG_FILE} has a field of another type than PEFT writes ({type(error).__name__})"
         if why:
             raise InvalidInputError.of_field("spec.initial_adapter", why)
+
+
+def _admissible(found: Found, domain: TaskSpec, estimate: task_pb2.TaskEstimate) -> Admissible:
+    if domain.training.warmup_steps > estimate.num_steps:
+        raise InvalidInputError.of_field(
+            "spec.training.warmup_steps", f"{domain.training.warmup_steps} of {estimate.num_steps} steps in all"
+        )
+    return Admissible(found, estimate)

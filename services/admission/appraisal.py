@@ -50,6 +50,19 @@ class Appraisals:
         self._reports = _Remembered[dataset_pb2.PreflightReport]()
         self._known = _Remembered[_Known]()
 
+    def recall(
+        self, tenant: str, spec: task_pb2.TaskSpec, executors: Sequence[bytes]
+    ) -> tuple[TaskSpec, task_pb2.TaskEstimate] | None:
+        """What `of` would tell, where a task that differs only in what steers it was looked at before."""
+        known = self._known.get(_key(tenant, _core(spec), executors))
+        if known is None:
+            return None
+        domain = spec_to_domain(spec, method=known.method)
+        validate(domain, [executor_view(executor).backbone for executor in executors], is_known=True)
+        estimate = task_pb2.TaskEstimate()
+        estimate.CopyFrom(known.estimate)
+        return domain, estimate
+
     async def of(
         self, tenant: str, spec: task_pb2.TaskSpec, executors: Sequence[bytes]
     ) -> tuple[TaskSpec, task_pb2.TaskEstimate]:
@@ -58,20 +71,18 @@ class Appraisals:
 
         Raises InvalidInputError, WillNeverFitError and what alignment refuses it with.
         """
-        core = _core(spec)
-        key = body_hash(tenant.encode(), core.SerializeToString(deterministic=True), *executors)
-        known = self._known.get(key)
-        domain = spec_to_domain(spec, method=known.method if known else None)
+        if (known := self.recall(tenant, spec, executors)) is not None:
+            return known
+        domain, core = spec_to_domain(spec), _core(spec)
         views = [executor_view(executor) for executor in executors]
-        backbone = validate(domain, [view.backbone for view in views], is_known=known is not None)
-        if known is None:
-            hosts = [view for view in views if view.backbone.name == backbone.name]
-            refuse_if_never_fits(domain, hosts, self._limits)
-            report = await self._inspect(tenant, core)
-            method = domain.method if core.ByteSize() <= _MOST_BYTES else None
-            known = self._known.put(key, _Known(method, self._estimate(report, domain, backbone, hosts)))
-        estimate = task_pb2.TaskEstimate()
-        estimate.CopyFrom(known.estimate)
+        backbone = validate(domain, [view.backbone for view in views])
+        hosts = [view for view in views if view.backbone.name == backbone.name]
+        refuse_if_never_fits(domain, hosts, self._limits)
+        estimate = self._estimate(await self._inspect(tenant, core), domain, backbone, hosts)
+        kept = task_pb2.TaskEstimate()
+        kept.CopyFrom(estimate)
+        method = domain.method if core.ByteSize() <= _MOST_BYTES else None
+        self._known.put(_key(tenant, core, executors), _Known(method, kept))
         return domain, estimate
 
     async def _inspect(self, tenant: str, core: task_pb2.TaskSpec) -> dataset_pb2.PreflightReport:
@@ -125,6 +136,10 @@ def _core(spec: task_pb2.TaskSpec) -> task_pb2.TaskSpec:
     for field in _STEERING:
         core.training.ClearField(field)  # type: ignore[arg-type]
     return core
+
+
+def _key(tenant: str, core: task_pb2.TaskSpec, executors: Sequence[bytes]) -> str:
+    return body_hash(tenant.encode(), core.SerializeToString(deterministic=True), *executors)
 
 
 class _Remembered(Generic[T]):

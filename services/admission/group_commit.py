@@ -60,6 +60,7 @@ class GroupCommit:
 
     async def _take_turns(self) -> None:
         while self._waiting:
+            await self._gather()
             transaction = self._transaction()
             try:
                 connection = await self._begun(transaction)
@@ -68,6 +69,13 @@ class GroupCommit:
             else:
                 jobs = self._due()
                 _deliver(jobs, await self._ended(transaction, self._done(jobs, connection)))
+
+    async def _gather(self) -> None:
+        """Until the event loop has gone round and nobody came: two hops to a thread cost as much as several changes."""
+        num_seen = 0
+        while num_seen < len(self._waiting) < MOST_JOBS:
+            num_seen = len(self._waiting)
+            await asyncio.sleep(0)
 
     def _due(self) -> list[Job]:
         """Those whose callers are still there."""

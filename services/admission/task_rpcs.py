@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import sqlalchemy as sa
@@ -24,6 +24,7 @@ from services.failpoints import failpoint
 from services.telemetry import current_trace_parent
 
 _EVENTS_AT_ONCE = 256
+T = TypeVar("T")
 
 
 class TaskRpcs:
@@ -34,21 +35,27 @@ class TaskRpcs:
     _admitter: Admitter
 
     async def CreateTask(self, request: pb.CreateTaskRequest, context: Any) -> pb.CreateTaskResponse:
-        principal = current_principal()
+        principal, trace_parent = current_principal(), current_trace_parent()
         tenant = parent_of(principal, request.parent)
         body = requests.body_hash(request.task_id.encode(), request.spec.SerializeToString(deterministic=True))
+        examined: Admissible | None = None
 
-        def look(connection: sa.Connection) -> tuple[task_pb2.Task | None, str, Found | None]:
+        def take(connection: sa.Connection) -> task_pb2.Task | Found:
+            """In one transaction: what is stored is what was examined, or the task is examined again."""
             if made := requests.find(connection, tenant, request.request_id, "CreateTask", body):
-                return tasks.read(connection, made), "", None
+                return tasks.read(connection, made)
             name = new_name(tenant, "tasks", request.task_id, "task_id")
-            return None, name, self._admitter.look(connection, principal, request.spec)
+            found = self._admitter.look(connection, principal, request.spec)
+            is_examined = examined is not None and examined.found == found
+            admissible = examined if is_examined else self._admitter.recall(principal, found)
+            if admissible is None:
+                return found
+            requests.remember(connection, tenant, request.request_id, "CreateTask", body, name)
+            key = found.initial_adapter_key
+            return tasks.insert(connection, name, found.spec, admissible.estimate, key, trace_parent)
 
-        done, name, found = await self._database.ask(look)
-        if found is not None:
-            admissible = await self._admitter.examine(principal, found)
-            store = partial(self._store_task, name, request.request_id, body, admissible, current_trace_parent())
-            done = await self._commit(store)
+        while isinstance(done := await self._commit(take), Found):
+            examined = await self._admitter.examine(principal, done)
         return pb.CreateTaskResponse(task=done)
 
     async def EstimateTask(self, request: pb.EstimateTaskRequest, context: Any) -> pb.EstimateTaskResponse:
@@ -93,35 +100,23 @@ class TaskRpcs:
         task = await self._commit(partial(_cancel, name=name))
         return pb.CancelTaskResponse(task=task)
 
-    async def _commit(self, change: Callable[[sa.Connection], task_pb2.Task]) -> task_pb2.Task:
-        """The change of a task and its entry in the audit log, in one transaction; then those who watch hear of it."""
+    async def _commit(self, change: Callable[[sa.Connection], T]) -> T:
+        """The change of a task and its entry in the audit log, in one transaction; then those who watch hear of it.
+        What returns something else than a task has changed none."""
         call = current_call()
 
-        def told(connection: sa.Connection) -> task_pb2.Task:
-            task = change(connection)
-            audit.insert(connection, call.entry(task.name, grpc.StatusCode.OK.name))
-            return task
+        def told(connection: sa.Connection) -> T:
+            done = change(connection)
+            if isinstance(done, task_pb2.Task):
+                audit.insert(connection, call.entry(done.name, grpc.StatusCode.OK.name))
+            return done
 
-        task = await self._database.commit(told, lambda task: self._notifier.notify([task.name]))
-        call.told = grpc.StatusCode.OK.name
-        return task
+        def tell(done: T) -> None:
+            if isinstance(done, task_pb2.Task):
+                self._notifier.notify([done.name])
+                call.told = grpc.StatusCode.OK.name
 
-    def _store_task(
-        self,
-        name: str,
-        request_id: str,
-        body: str,
-        admissible: Admissible,
-        trace_parent: str,
-        connection: sa.Connection,
-    ) -> task_pb2.Task:
-        tenant = name.rpartition("/tasks/")[0]
-        if not requests.remember(connection, tenant, request_id, "CreateTask", body, name):  # it came twice at once
-            return tasks.read(connection, requests.find(connection, tenant, request_id, "CreateTask", body) or name)
-        self._admitter.check_again(connection, tenant, admissible)
-        return tasks.insert(
-            connection, name, admissible.spec, admissible.estimate, admissible.initial_adapter_key, trace_parent
-        )
+        return await self._database.commit(told, tell)
 
     def _page(self, tenant: str, states: list[TaskState], before: tuple[int, str] | None, limit: int) -> Any:
         with self._database.read() as connection:

@@ -1,5 +1,6 @@
 """What admission remembers of tasks it has looked at: never an answer that a fresh look would not give."""
 
+import asyncio
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -107,8 +108,40 @@ async def test_an_executor_that_changes_is_looked_at_anew(admission: Admission) 
         await estimate(admission, spec(dataset))
 
 
+async def test_a_dataset_that_changes_while_a_task_is_examined_is_seen(
+    admission: Admission, alignment: Alignment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other rows under its name, and then none, while alignment reads them."""
+    dataset, loop = (await admission.upload(dataset_id="rows")).name, asyncio.get_running_loop()
+
+    async def delete() -> None:
+        await admission.tenant().DeleteDataset(pb.DeleteDatasetRequest(name=dataset))
+
+    async def replace() -> None:
+        await delete()
+        await admission.upload(lines([{"text": "another row"}] * 3), dataset_id="rows")
+
+    inspect, meanwhile = alignment.servicer._catalog.inspect, [replace(), delete()]
+
+    def inspect_slowly(*arguments: Any) -> Any:
+        report = inspect(*arguments)
+        if meanwhile and report.num_train_rows:
+            asyncio.run_coroutine_threadsafe(meanwhile.pop(0), loop).result(timeout=20)
+        return report
+
+    monkeypatch.setattr(alignment.servicer._catalog, "inspect", inspect_slowly)
+    with refused(grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"):
+        await admission.create(dataset)
+    assert not meanwhile and admission.num_rows()["tasks"] == 0
+    await admission.upload(dataset_id="rows")
+    meanwhile.append(replace())
+    task = await admission.create(dataset, seed=1)
+    assert task.estimate.num_train_rows == 3 and not meanwhile
+
+
 async def test_a_task_and_its_line_in_the_audit_log_are_one_transaction(admission: Admission) -> None:
     dataset, commits = (await admission.upload()).name, []
+    await admission.create(dataset)  # the first is examined between two
 
     def note(connection: Any) -> None:
         commits.append(connection)
