@@ -24,10 +24,12 @@ from services.admission.statements import Statement
 from services.failpoints import failpoint
 
 T = TypeVar("T")
+_PATIENCE_MILLISECONDS = 10_000
 _BEGIN, _SAVE, _UNDO, _RELEASE = (
     Statement(sa.text(text))
     for text in ("BEGIN IMMEDIATE", "SAVEPOINT alone", "ROLLBACK TO SAVEPOINT alone", "RELEASE SAVEPOINT alone")
 )
+_PATIENT, _IMPATIENT = (Statement(sa.text(f"PRAGMA busy_timeout={wait}")) for wait in (_PATIENCE_MILLISECONDS, 0))
 _OF_DATABASES = (sa.exc.DBAPIError, sqlite3.OperationalError, sa.exc.TimeoutError)  # SQLite's own: of a Statement
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _SILENCE_SECONDS = 10
@@ -66,25 +68,40 @@ class Database:
             yield connection
 
     @contextmanager
-    def write(self) -> Iterator[sa.Connection]:
-        """Committed when the block ends, rolled back if it raises."""
-        with self._translated(), self._writing, self._begun() as connection:
+    def write(self, *, waits: bool = True) -> Iterator[sa.Connection]:
+        """Committed when the block ends, rolled back if it raises. BlockingIOError where it would have to wait for
+        SQLite's other writer and may not."""
+        with self._translated(), self._turn(waits), self._begun(waits) as connection:
             yield connection
             failpoint("commit.before")
         failpoint("commit.after")
 
     @contextmanager
-    def _begun(self) -> Iterator[sa.Connection]:
+    def _turn(self, waits: bool) -> Iterator[None]:
+        if not self._writing.acquire(blocking=waits):
+            raise BlockingIOError("another thread writes")
+        try:
+            yield
+        finally:
+            self._writing.release()
+
+    @contextmanager
+    def _begun(self, waits: bool) -> Iterator[sa.Connection]:
         if not self._is_sqlite:
             with self._engine.begin() as connection:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
                 yield connection
             return
         if self._writer is None:  # kept: to fetch it from the pool takes as long as a task's statements
+            if not waits:
+                raise BlockingIOError("the pool may have no connection")
             self._writer = self._engine.connect()
         try:
             with self._writer.begin():
-                _BEGIN.run(self._writer)
+                if waits:
+                    _BEGIN.run(self._writer)
+                else:
+                    _begin_at_once(self._writer)
                 yield self._writer
         except (sa.exc.DBAPIError, sqlite3.Error):
             self._close_writer()
@@ -208,6 +225,19 @@ def _run_all(jobs: Sequence[Job], connection: sa.Connection) -> None:
         _RELEASE.run(connection)
 
 
+def _begin_at_once(connection: sa.Connection) -> None:
+    """BlockingIOError where another process writes."""
+    _IMPATIENT.run(connection)
+    try:
+        _BEGIN.run(connection)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+            raise
+        raise BlockingIOError("another process writes") from error
+    finally:
+        _PATIENT.run(connection)
+
+
 def _lock_of(key: str) -> int:
     """As PostgreSQL numbers its advisory locks: 64 bits with a sign."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], signed=True)
@@ -218,7 +248,12 @@ def _configure_sqlite(connection: object, record: object) -> None:
     cursor = connection.cursor()  # type: ignore[attr-defined]
     with _switching:
         cursor.execute("PRAGMA journal_mode=WAL")
-    for pragma in ("synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON", "temp_store=MEMORY"):
+    for pragma in (
+        "synchronous=FULL",
+        f"busy_timeout={_PATIENCE_MILLISECONDS}",
+        "foreign_keys=ON",
+        "temp_store=MEMORY",
+    ):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

@@ -22,12 +22,13 @@ Transaction = AbstractContextManager[sa.Connection]
 class GroupCommit:
     """Of one event loop at a time. What comes while a transaction begins or is committed is the next one.
 
-    `transaction()` is committed when its block ends; it may block, and may raise at either end. `do_all` runs jobs in
-    it, in order; where it raises, all fail that did not by themselves.
+    `transaction(waits=...)` is committed when its block ends; it may raise at either end, and block: but where it may
+    not wait, its beginning raises BlockingIOError instead. `do_all` runs jobs in it, in order; where it raises, all
+    fail that did not by themselves.
     """
 
     def __init__(
-        self, transaction: Callable[[], Transaction], do_all: Callable[[Sequence[Job], sa.Connection], None]
+        self, transaction: Callable[..., Transaction], do_all: Callable[[Sequence[Job], sa.Connection], None]
     ) -> None:
         self._transaction, self._do_all = transaction, do_all
         self._waiting: deque[Job] = deque()
@@ -61,9 +62,8 @@ class GroupCommit:
     async def _take_turns(self) -> None:
         while self._waiting:
             await self._gather()
-            transaction = self._transaction()
             try:
-                connection = await self._begun(transaction)
+                transaction, connection = await self._begun()
             except Exception as error:
                 _deliver(self._due(), error)
             else:
@@ -82,10 +82,15 @@ class GroupCommit:
         turn = [self._waiting.popleft() for _ in range(min(MOST_JOBS, len(self._waiting)))]
         return [job for job in turn if not job.answer.cancelled()]
 
-    async def _begun(self, transaction: Transaction) -> sa.Connection:
+    async def _begun(self) -> tuple[Transaction, sa.Connection]:
+        """At once where nobody else writes; or else in the thread, which may wait."""
+        transaction = self._transaction(waits=False)
+        with suppress(BlockingIOError):
+            return transaction, transaction.__enter__()
+        transaction = self._transaction(waits=True)
         entering = self._thread.submit(transaction.__enter__)
         try:
-            return await asyncio.wrap_future(entering)
+            return transaction, await asyncio.wrap_future(entering)
         except asyncio.CancelledError:
             self._thread.submit(_leave, entering, transaction)
             raise

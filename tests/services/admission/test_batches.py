@@ -273,7 +273,8 @@ def test_an_event_loop_that_ends_amid_a_change_leaves_the_database_to_others(tmp
 
     async def leave_as_it_begins() -> None:
         asyncio.ensure_future(database.commit(putting(1)))  # noqa: RUF006
-        await asyncio.sleep(0)
+        for _ in range(20):  # by then it waits in its thread
+            await asyncio.sleep(0)
 
     async def leave_as_it_is_committed() -> None:
         with held_commit(database) as held:
