@@ -204,7 +204,7 @@ def section(raw: Mapping[str, Any]) -> str:
 ## Control plane: admission beside a bare echo
 
 {report.told(dict(raw))}
-{raw["callers"]} callers, {BLOCKS} blocks of each call in turn; medians, and of the echo's rate that of each turn's ratio.
+{raw["callers"]} callers, {BLOCKS} blocks of each call in turn; medians. A ratio is of neighbouring blocks.
 
 {report.table(header, rows)}
 
