@@ -28,7 +28,7 @@ import torch
 
 from benchmarks import plots, report, trl_trainer, workload
 from benchmarks.goals import GOALS
-from benchmarks.instances import SHARING, Peaks, SeparateInstances, Setting, build, release
+from benchmarks.instances import SHARING, Peaks, SeparateInstances, Setting, build, make_room
 from benchmarks.models import NAMES, Choice, smollm2
 from benchmarks.systems import Losses, System
 from engine.runtime.backbone import sharing_copy
@@ -236,7 +236,7 @@ def measure(
                 seconds[name].append(time.perf_counter() - started)
             if name in left_out:
                 del systems[name], seconds[name]
-            release()  # what a system has freed is not there for the next one, nor added to what that one takes
+            make_room()
         check_equal(losses, round_, tolerance)
         print(f"round {round_}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()), flush=True)
     return {name: values[1:] for name, values in seconds.items()}
