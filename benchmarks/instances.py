@@ -181,7 +181,7 @@ def release() -> None:
 
 def make_room() -> None:
     """Between turns, where less than half of the memory is free. Else each system finds what it freed in its turn
-    before, as it would alone: to take the pages anew costs those of much memory half of their time."""
+    before, as it would alone."""
     if torch.cuda.is_available():
         free, whole = torch.cuda.mem_get_info()
     else:
