@@ -16,6 +16,7 @@ from benchmarks.models import Choice
 from benchmarks.systems import BatchAndPad, Engine, Losses, OneAfterAnother, PeftTrainer, System
 from benchmarks.workload import Workload
 from engine.runtime.backbone import sharing_copy
+from services.execution.device import memory_bytes, used_bytes
 
 _SPAWN = multiprocessing.get_context("spawn")  # CUDA wants it, and a fork would share the parent's pages
 
@@ -180,14 +181,10 @@ def release() -> None:
 
 
 def make_room() -> None:
-    """Between turns, where less than half of the memory is free. Else each system finds what it freed in its turn
+    """Between turns, where more than half of the memory is taken. Else each system finds what it freed in its turn
     before, as it would alone."""
-    if torch.cuda.is_available():
-        free, whole = torch.cuda.mem_get_info()
-    else:
-        told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free, whole = (int(told[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
-    if 2 * free < whole:
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if 2 * used_bytes(kind) > memory_bytes(kind):
         release()
 
 

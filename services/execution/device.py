@@ -22,16 +22,17 @@ def choose_device(settings: ExecutionSettings) -> str:
 
 def describe_device(settings: ExecutionSettings, kind: str) -> plan_pb2.Device:
     """`memory_bytes`: the setting, or the GPU's, or this container's or machine's."""
-    if kind.startswith("cuda"):
-        model, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
-    else:
-        model, memory = _cpu_model(), _machine_bytes()
     return plan_pb2.Device(
         kind=kind.partition(":")[0],
-        model=model,
-        memory_bytes=settings.memory_bytes or memory,
+        model=torch.cuda.get_device_name() if kind.startswith("cuda") else _cpu_model(),
+        memory_bytes=settings.memory_bytes or memory_bytes(kind),
         used_bytes=used_bytes(kind),
     )
+
+
+def memory_bytes(kind: str) -> int:
+    """Of the GPU, or of this container or machine."""
+    return torch.cuda.mem_get_info()[1] if kind.startswith("cuda") else _machine_bytes()
 
 
 def used_bytes(kind: str) -> int:
