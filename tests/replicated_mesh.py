@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import grpc
 import psycopg
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from muxtune.cli.mesh import Mesh, secure_channel
+from muxtune.cli.mesh import Mesh, free_addresses, secure_channel
 from muxtune.client import Client
 from services.admission.database import Database
 from services.admission.keeping import LEDGER_SERVICE
@@ -33,7 +32,7 @@ class ReplicatedMesh:
         self, folder: Path, backbone: Path, url: str, environment: Mapping[str, Mapping[str, str]] | None = None
     ) -> None:
         self.folder, self.url = folder, url
-        doors = [_free_address() for _ in range(4)]
+        doors = list(free_addresses(f"{name} {door}" for door in ("public", "internal") for name in NAMES).values())
         self.public, self.internal = dict(zip(NAMES, doors[:2], strict=True)), dict(zip(NAMES, doors[2:], strict=True))
         folder.mkdir(parents=True)
         addresses = {"admission": self.public["a"], "admission_internal": self.internal["a"]}
@@ -140,9 +139,3 @@ def _await(holds: Callable[[], bool], what: str) -> None:
     while not holds():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.05)
-
-
-def _free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"

@@ -5,14 +5,13 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from muxtune.cli.authority import issue
-from muxtune.cli.mesh import OPERATORS_DOOR, START_ORDER, STOP_ORDER, Mesh
+from muxtune.cli.mesh import OPERATORS_DOOR, START_ORDER, STOP_ORDER, Mesh, free_addresses
 from muxtune.client import Client
 from muxtune.errors import UnavailableError
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc, task_pb2
@@ -90,7 +89,7 @@ def mesh(backbone: Path, proxies: Proxies, tmp_path_factory: pytest.TempPathFact
     """Its executor and its scheduling hear of each other through the proxies only."""
     data = tmp_path_factory.mktemp("fencing") / "mesh"
     doors = (*START_ORDER, *OPERATORS_DOOR.values())
-    addresses = dict(zip(doors, free_addresses(len(doors)), strict=True))
+    addresses = free_addresses(doors)
     data.mkdir()
     (data / "mesh.json").write_text(json.dumps({"addresses": addresses}))
     through = {
@@ -100,12 +99,6 @@ def mesh(backbone: Path, proxies: Proxies, tmp_path_factory: pytest.TempPathFact
     with Mesh(data, {"tiny": backbone}, environment={**QUICK, "execution": EXECUTION | through}) as running:
         assert running.addresses == addresses
         yield running
-
-
-def free_addresses(count: int) -> list[str]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
 
 
 @pytest.fixture

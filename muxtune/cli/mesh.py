@@ -5,15 +5,17 @@ certificates, the database, the artifacts, the prepared backbones, logs and trac
 """
 
 import fcntl
+import itertools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +38,9 @@ OPERATORS_DOOR = {"admission": "admission_internal"}  # the others have one door
 DEFAULT_TENANT = "tenants/default"
 DEFAULT_BACKBONE = "smollm2"
 _READY_SECONDS, _STOP_SECONDS = 180.0, 60.0
+# Below the ports that Linux (32768 on) and macOS (49152 on) give to outgoing connections: one of those would take a
+# service's port between this choice and the service's start, or while it is down.
+_PORTS = range(10_240, 32_768)
 
 
 class MeshError(Exception):
@@ -166,7 +171,7 @@ class Mesh:
         self.api_key = state.get("api_key", "")
         known = state.get("addresses", {})
         doors = (*START_ORDER, *OPERATORS_DOOR.values())
-        self.addresses = {door: _free_address(known.get(door, "")) for door in doors}
+        self.addresses = free_addresses(doors, known)
         self._write_state()
 
     def _write_state(self) -> None:
@@ -309,20 +314,31 @@ def default_backbone() -> Path:
     return found[0]
 
 
-def _free_address(wanted: str) -> str:
-    """The address of last time if it is free, else a free port of loopback."""
-    for candidate in (wanted, "127.0.0.1:0"):
-        host, _, port = candidate.rpartition(":")
-        if not host:
-            continue
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, int(port)))
-            except OSError:
-                continue
-            return f"{host}:{probe.getsockname()[1]}"
-    raise MeshError("no free port on loopback")
+def free_addresses(doors: Iterable[str], known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """By door: the address of last time if it is free, else a free port of loopback. Raises MeshError."""
+    shuffled = iter(random.SystemRandom().sample(_PORTS, len(_PORTS)))
+    addresses = {}
+    with ExitStack() as held:  # to the end, so that no two doors get one port
+        for door in doors:
+            wanted = (known or {}).get(door)
+            candidates = itertools.chain([wanted] if wanted else [], (f"127.0.0.1:{port}" for port in shuffled))
+            found = next((address for address in candidates if _is_bound(address, held)), None)
+            if found is None:
+                raise MeshError(f"no free port on loopback from {_PORTS[0]} to {_PORTS[-1]}")
+            addresses[door] = found
+    return addresses
+
+
+def _is_bound(address: str, held: ExitStack) -> bool:
+    """Whether the address was free; it is ours until `held` closes."""
+    host, _, port = address.rpartition(":")
+    probe = held.enter_context(socket.socket())
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        probe.bind((host, int(port)))
+    except OSError:
+        return False
+    return True
 
 
 def _stop_process(process: "subprocess.Popen[bytes]") -> int:

@@ -3,7 +3,6 @@ names and volumes replaced by loopback and a temporary folder."""
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from muxtune.cli.mesh import free_addresses
 from muxtune.client import Client
 from muxtune.v1 import task_pb2
 from services.certificates import Certificates, Trust
@@ -27,8 +27,9 @@ class Machine:
         self.folder = folder
         given = {"MUXTUNE_BACKBONE_SOURCE": str(source), "MUXTUNE_BACKBONE_NAME": "tiny"}
         self.services = compose(given)["services"]
-        self.ports = {service: (free_port(), free_port()) for service in SERVICES}
-        self.internal_port = free_port()
+        ports = iter(free_ports(2 * len(SERVICES) + 2))
+        self.ports = {service: (next(ports), next(ports)) for service in SERVICES}
+        self.internal_port, self.closed_port = ports
         self.source = source
 
     def environment(self, service: str) -> dict[str, str]:
@@ -59,7 +60,9 @@ class Machine:
         for service, (port, _) in self.ports.items():
             inside = environment_of_image(service)["MUXTUNE_LISTEN"].rpartition(":")[2]
             text = text.replace(f"{service}:{inside}", f"127.0.0.1:{port}")
-        text = text.replace("http://jaeger:4317", f"http://127.0.0.1:{free_port()}")  # away: nothing may depend on it
+        text = text.replace(
+            "http://jaeger:4317", f"http://127.0.0.1:{self.closed_port}"
+        )  # away: nothing may depend on it
         return text.replace("/var/lib/muxtune", str(self.folder)).replace("/source/", f"{self.source}/")
 
     def start(self, service: str) -> "subprocess.Popen[bytes]":
@@ -70,11 +73,8 @@ class Machine:
         return subprocess.Popen(command, env=self.environment(service), cwd=self.folder, stdout=log, stderr=log)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_ports(count: int) -> list[int]:
+    return [int(address.rpartition(":")[2]) for address in free_addresses(map(str, range(count))).values()]
 
 
 @pytest.fixture(scope="module")
@@ -140,5 +140,5 @@ def test_prometheus_finds_metrics_where_it_looks(machine: Machine) -> None:
 
 
 def test_the_check_fails_where_nobody_serves(capfd: pytest.CaptureFixture[str]) -> None:
-    assert not is_serving(f"127.0.0.1:{free_port()}")
+    assert not is_serving(f"127.0.0.1:{free_ports(1)[0]}")
     assert "UNAVAILABLE" in capfd.readouterr().err

@@ -1,18 +1,22 @@
-"""Several admissions at once: what addresses mean, who is called, whose certificate is taken for whose."""
+"""What addresses mean, who is called, whose certificate is taken for whose; which ports a mesh chooses."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from socket import create_server
 
 import pytest
 
 from muxtune.aio import AsyncClient
 from muxtune.cli.authority import issue
+from muxtune.cli.mesh import free_addresses
 from muxtune.client import Client
 from muxtune.errors import InvalidInputError, UnavailableError
 from muxtune.transport import is_loopback, target
 from services.certificates import Certificates
 from tests.muxtune.admission_fake import KEY, Admission
+
+PORTS_OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 @pytest.mark.parametrize(
@@ -92,3 +96,25 @@ def test_the_certificate_of_each_must_name_the_first(tmp_path: Path) -> None:
                 with pytest.raises(UnavailableError):
                     client.list_backbones()
                 assert not any(admission.metadata for admission in pair)  # no key was sent
+
+
+def test_a_mesh_keeps_its_ports_and_chooses_others_only_where_they_are_taken() -> None:
+    doors = [f"door {number}" for number in range(1000)]
+    first = free_addresses(doors)
+    assert len(set(first.values())) == len(doors)
+    with ExitStack() as taken:
+        for door in doors[:10]:
+            host, port = first[door].split(":")
+            taken.enter_context(create_server((host, int(port))))
+        second = free_addresses(doors, first)
+    assert all(second[door] != first[door] for door in doors[:10])
+    assert all(second[door] == first[door] for door in doors[10:])
+
+
+@pytest.mark.skipif(not PORTS_OF_CONNECTIONS.exists(), reason="Linux says there which ports connections go out from")
+def test_no_outgoing_connection_can_take_the_port_of_a_service() -> None:
+    lowest, highest = map(int, PORTS_OF_CONNECTIONS.read_text().split())
+    if lowest <= 10_240:
+        pytest.skip(f"connections go out from {lowest} on: no port is safe from them")
+    ports = [int(address.rpartition(":")[2]) for address in free_addresses(map(str, range(1000))).values()]
+    assert not [port for port in ports if lowest <= port <= highest]
