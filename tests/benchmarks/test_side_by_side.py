@@ -16,7 +16,7 @@ from benchmarks.models import Choice
 from benchmarks.systems import Losses, System
 from engine.runtime.backbone import sharing_copy
 
-HAS_TRL = importlib.util.find_spec("trl") is not None
+HAS_TRL = all(importlib.util.find_spec(name) for name in ("trl", "greenlet"))
 TINY = {
     "llama-2-7b": LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
