@@ -1,9 +1,8 @@
-"""TRL's SFTTrainer as a system of side_by_side.py, padding-free, each task through its own training loop. Needs trl and
-greenlet.
+"""TRL's SFTTrainer as a system of side_by_side.py, padding-free, each task in its own training loop.
 
 Settings are those of HF PEFT's peers, and else TRL's own: its chunked loss, which holds no logits of a whole batch, and
 on a GPU its autocast to bf16. Its loop makes batches as it goes, which is in its seconds; a loop ends a round where it
-tells the step's loss (`on_log`), and stays there until it is asked for the next.
+tells the step's loss (`on_log`), and stays there until it is asked for the next. Needs trl and greenlet.
 """
 
 from pathlib import Path
