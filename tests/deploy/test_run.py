@@ -60,9 +60,8 @@ class Machine:
         for service, (port, _) in self.ports.items():
             inside = environment_of_image(service)["MUXTUNE_LISTEN"].rpartition(":")[2]
             text = text.replace(f"{service}:{inside}", f"127.0.0.1:{port}")
-        text = text.replace(
-            "http://jaeger:4317", f"http://127.0.0.1:{self.closed_port}"
-        )  # away: nothing may depend on it
+        # Jaeger is away: nothing may depend on it.
+        text = text.replace("http://jaeger:4317", f"http://127.0.0.1:{self.closed_port}")
         return text.replace("/var/lib/muxtune", str(self.folder)).replace("/source/", f"{self.source}/")
 
     def start(self, service: str) -> "subprocess.Popen[bytes]":
