@@ -1,5 +1,6 @@
 """Backbones for benchmarks: SmolLM2-135M with its own weights, others by shape with random weights."""
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,7 +70,23 @@ class Choice:
         tokens, squares = 0, 0
         for length in lengths:
             tokens, squares = tokens + length, squares + length**2
-        return 4.0 * self._num_linear_weights * tokens + 6.0 * self._attention_width * squares
+        return self.linear_flops(tokens) + 6.0 * self._attention_width * squares
+
+    def linear_flops(self, num_tokens: int) -> float:
+        """Of the linear layers alone, forward and backward, on so many tokens."""
+        return 4.0 * self._num_linear_weights * num_tokens
+
+    def most_flops_per_second(self) -> float:
+        """What the device gives at most: a plain product of two square matrices, the fastest of ten."""
+        size = 2048 if self.device == "cpu" else 8192
+        a, b, product = (torch.randn(size, size, device=self.device, dtype=self.dtype) for _ in range(3))
+        seconds = []
+        for _ in range(10):
+            started = time.perf_counter()
+            torch.mm(a, b, out=product)
+            product[0, 0].item()  # waits for a GPU
+            seconds.append(time.perf_counter() - started)
+        return 2.0 * size**3 / min(seconds)
 
     @cached_property
     def _num_linear_weights(self) -> int:

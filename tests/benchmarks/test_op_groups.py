@@ -109,7 +109,9 @@ def test_backward_belongs_to_the_part_that_made_its_node() -> None:
 
 def test_a_profile_is_told_with_its_shares() -> None:
     seconds = dict.fromkeys(GROUPS, 0.0) | {FROZEN: 3.0, IDLE: 1.0}
-    own = {"seconds": seconds, "whole_seconds": 4.0, "plain_seconds": 1.0, "tokens": 100, "plain_tokens": 50}
-    told = profile_step.table({"engine": own})
+    own = {"seconds": seconds, "whole_seconds": 4.0, "plain_seconds": 1.0, "tokens": 100, "plain_tokens": 50,
+           "frozen_flops": 6e12}  # fmt: skip
+    told = profile_step.table({"engine": own}, 8e12)
     assert "| frozen GEMMs | 3.00 s, 75.0% |" in told and "| all of it | 4.00 s |" in told
     assert "| a token takes, of one without the profiler | 2.00 |" in told
+    assert "| frozen GEMMs: TFLOP/s, of the most | 2, 25% |" in told
