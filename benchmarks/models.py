@@ -76,8 +76,8 @@ class Choice:
         """Of the linear layers alone, forward and backward, on so many tokens."""
         return 4.0 * self._num_linear_weights * num_tokens
 
-    def most_flops_per_second(self) -> float:
-        """What the device gives at most: a plain product of two square matrices, the fastest of ten."""
+    def product_flops_per_second(self) -> float:
+        """Of a plain product of two square matrices, the fastest of ten: about what the device gives at most."""
         size = 2048 if self.device == "cpu" else 8192
         a, b, product = (torch.randn(size, size, device=self.device, dtype=self.dtype) for _ in range(3))
         seconds = []

@@ -114,4 +114,4 @@ def test_a_profile_is_told_with_its_shares() -> None:
     told = profile_step.table({"engine": own}, 8e12)
     assert "| frozen GEMMs | 3.00 s, 75.0% |" in told and "| all of it | 4.00 s |" in told
     assert "| a token takes, of one without the profiler | 2.00 |" in told
-    assert "| frozen GEMMs: TFLOP/s, of the most | 2, 25% |" in told
+    assert "| frozen GEMMs: TFLOP/s, of a plain product | 2, 25% |" in told
