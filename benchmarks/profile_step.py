@@ -103,7 +103,7 @@ def _models(system: System) -> list[torch.nn.Module]:
         return [trainer.model for trainer in system.trainers]
     if isinstance(system, BatchAndPad):
         return [system.model]
-    raise SystemExit(f"{type(system).__name__} cannot be profiled: it trains in threads of its own")
+    raise SystemExit(f"{type(system).__name__} cannot be profiled: its models are not within reach")
 
 
 def section(raw: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ CHECKPOINTED = "engine, activation checkpointing"
 PLAIN = "engine, plain weights"  # on a CPU: docs/adr/0016
 GRAPHED = "engine, CUDA graphs"  # of few tokens; its first three rounds are not yet replayed: `--rounds 15`
 LOSS_TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}  # relative; bf16 rounds at 4e-3 each operator
-# On a CPU 512 tokens train SmolLM2 1.06 to 1.13 times as fast as 256 in 1.15 times the bytes; 1,024 no faster.
+# On a CPU 512 tokens train SmolLM2 1.06 to 1.14 times as fast as 256 in 1.15 times the bytes; 1,024 no faster.
 TOKEN_BUDGETS = {"cpu": 512, "cuda": 8192}
 # model, mix, tasks, sequences of a micro batch, systems beside the engine
 CPU_WORK = (
