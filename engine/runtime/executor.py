@@ -84,6 +84,8 @@ class Executor:
             self.backbone.head, hidden_TH.detach()[there_M], targets_M, weights_M if trains else None
         )
         if dhidden_MH is not None and hidden_TH.requires_grad:
+            for name in resident.intersection(range_.task for range_ in microbatch.ranges):
+                self.tasks[name].gradient.take()
             torch.autograd.backward(hidden_TH, torch.zeros_like(hidden_TH).index_copy_(0, there_M, dhidden_MH))
         return rows_M, loss_M.double().cpu()
 
