@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no work that would likely end later")
     parser.add_argument("--backbone", type=Path, help="SmolLM2 as a Hugging Face folder or GGUF file")
     parser.add_argument("--rounds", type=int, help="counted ones of each work (default: ROUNDS in this file)")
-    parser.add_argument("--token-budget", type=int, default=0, help="tokens of a microbatch (256; on a GPU 8192)")
+    parser.add_argument("--token-budget", type=int, default=0, help="tokens of a microbatch (512; on a GPU 8192)")
     parser.add_argument("--chunk", type=int, default=0, help="tokens; default: what the planner would choose")
     parser.add_argument("--keep", action="store_true", help="work on the page that is not measured now stays there")
     parser.add_argument("--no-write", action="store_true", help="print only")
