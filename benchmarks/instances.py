@@ -4,6 +4,7 @@ import ctypes
 import gc
 import multiprocessing
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -48,35 +49,39 @@ class SeparateInstances(System):
     """HF PEFT, all tasks at once, each in a process with its own copy of the model; threads are divided among them."""
 
     def __init__(self, setting: Setting) -> None:
-        self.workers = [_Worker(setting, i) for i in range(len(setting.workload.tasks))]
-        counts = [worker.told() for worker in self.workers]  # a worker tells its tokens once it is ready
+        self.workers = {task.name: _Worker(_train_alone, setting, i) for i, task in enumerate(setting.workload.tasks)}
+        counts = [worker.told() for worker in self.workers.values()]  # a worker tells its tokens once it is ready
         self.num_tokens = [sum(tokens) for tokens in zip(*counts, strict=True)]
 
     def run(self, round_: int) -> Losses:
-        for worker in self.workers:
+        for worker in self.workers.values():
             worker.pipe.send(round_)
-        return {worker.name: worker.told() for worker in self.workers}
+        return {name: worker.told() for name, worker in self.workers.items()}
 
     def close(self) -> int:
         """Ends them. The sum of their peak bytes."""
-        for worker in self.workers:
+        for worker in self.workers.values():
             worker.pipe.send(None)
-        peaks = [int(worker.told()) for worker in self.workers]
-        for worker in self.workers:
-            worker.process.join()
-        return sum(peaks)
+        return sum(worker.last_told() for worker in self.workers.values())
 
 
 class _Worker:
-    def __init__(self, setting: Setting, index: int) -> None:
-        self.name = setting.workload.tasks[index].name
+    """A process of its own that does `work(*arguments, pipe)`; `pipe` here is the other end."""
+
+    def __init__(self, work: Callable[..., None], *arguments: Any) -> None:
         self.pipe, theirs = _SPAWN.Pipe()
-        self.process = _SPAWN.Process(target=_train_alone, args=(setting, index, theirs), daemon=True)
+        self.process = _SPAWN.Process(target=work, args=(*arguments, theirs), daemon=True)
         self.process.start()
         theirs.close()  # so that a dead worker is an EOFError here, not a wait for ever
 
     def told(self) -> Any:
         return self.pipe.recv()
+
+    def last_told(self) -> int:
+        """The peak bytes with which it ends."""
+        peak: int = self.told()
+        self.process.join()
+        return peak
 
 
 def _train_alone(setting: Setting, index: int, pipe: Connection) -> None:
@@ -134,7 +139,7 @@ class Peaks:
             return instances.close()
         if setting.choice.device == "cuda":
             return _peak_here(setting, system, self.model)
-        return _peak_there(setting, system)
+        return _Worker(_measure, setting, system).last_told()
 
 
 def _peak_here(setting: Setting, system: str, model: Any) -> int:
@@ -146,16 +151,6 @@ def _peak_here(setting: Setting, system: str, model: Any) -> int:
         built.run(round_)
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.nbytes for t in tensors.values()) + torch.cuda.max_memory_allocated() - before
-
-
-def _peak_there(setting: Setting, system: str) -> int:
-    mine, theirs = _SPAWN.Pipe()
-    process = _SPAWN.Process(target=_measure, args=(setting, system, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    peak: int = mine.recv()
-    process.join()
-    return peak
 
 
 def _measure(setting: Setting, system: str, pipe: Connection) -> None:

@@ -134,8 +134,8 @@ _CONVENTIONS = f"""By torch's profiler, each system alone; `op_groups.py` tells 
 the module that ran it, and in backward by the node's. Frozen GEMMs are the layers' and the head's, their FLOPs 4 for
 each weight and token read, padding too; beside them stands a plain product of two square matrices of 2,048 (on a GPU
 8,192), the fastest of ten in the same process, which packed weights can pass. Copies are those of all parts. The parts
-sum to the whole: "{IDLE}" is the rest, on a CPU Python and the profiler, on a GPU the time in which no
-kernel ran."""
+sum to the whole: "{IDLE}" is the rest, on a CPU Python, the profiler and the pages of gradients, which come
+before backward; on a GPU the time in which no kernel ran."""
 
 
 if __name__ == "__main__":

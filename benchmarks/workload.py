@@ -84,11 +84,16 @@ class Workload:
         return [len(row) for work in self.tasks for row in work.batch(round_)]
 
     def chunk_tokens(self, token_budget: int) -> int:
-        """As the planner chooses it, whose costs are not calibrated yet."""
-        ragged = [Ragged(tuple(map(len, w.rows)), self.micro_batch_size, 1, 0.0) for w in self.tasks]
-        tokens = sum(len(row) for work in self.tasks for row in work.rows) / self.num_rounds
+        """As the planner chooses it without calibrated costs. A micro batch larger than the budget is cut."""
+        ragged = [self._ragged(work, token_budget) for work in self.tasks]
+        tokens = sum(task.num_tokens for task in ragged)
         num_microbatches = math.ceil(tokens / token_budget)
         return choose_chunk(ragged, num_microbatches, allowed_padding_tokens(tokens, num_microbatches))
+
+    def _ragged(self, work: Work, token_budget: int) -> Ragged:
+        lengths = tuple(map(len, work.rows))
+        tokens = sum(lengths) / self.num_rounds
+        return Ragged(lengths, self.micro_batch_size, math.ceil(tokens / token_budget), tokens)
 
     @property
     def num_rounds(self) -> int:

@@ -14,6 +14,7 @@ from benchmarks import goals, instances, models, report, side_by_side, trl_train
 from benchmarks.instances import SHARING, Setting
 from benchmarks.models import Choice
 from benchmarks.systems import Losses, System
+from engine.alignment.packing import Member, one_round
 from engine.runtime.backbone import sharing_copy
 
 HAS_TRL = all(importlib.util.find_spec(name) for name in ("trl", "greenlet"))
@@ -135,13 +136,14 @@ def test_what_was_not_measured_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_workload_is_aligned_by_the_planners_chunk() -> None:
-    """Of which the padding is little: it is the chunk that grows where sequences do."""
+    """It grows where sequences do, and little is padding: also where a micro batch does not fit into one microbatch."""
     chunks = {}
     for mix in ("sst2", "rte"):
-        tasks = workload.make(mix, 8, 8, 3, 64, [["q_proj"]])
+        tasks = workload.make(mix, 8, 8, 6, 64, [["q_proj"]])
         chunks[mix] = tasks.chunk_tokens(256)
-        padded = [-(-tokens // chunks[mix]) * chunks[mix] for w in tasks.tasks if (tokens := w.num_tokens(1))]
-        assert sum(padded) / tasks.num_tokens(1) - 1 < 0.05
+        members = [Member(w.name, w.dataset, w.spec.training, 6, 0) for w in tasks.tasks]
+        packed = [m for r in range(6) for m in one_round(r, [(member, r) for member in members], 256, chunks[mix])]
+        assert sum(m.num_tokens for m in packed) / sum(map(tasks.num_tokens, range(6))) - 1 < 0.03
     assert 1 <= chunks["sst2"] <= chunks["rte"]
 
 
