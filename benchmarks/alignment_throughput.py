@@ -24,9 +24,9 @@ from tokenizers import Tokenizer
 from benchmarks import report
 from benchmarks.models import smollm2
 from engine.alignment.dataset import TokenizedDataset, tokenize_dataset
+from engine.alignment.jsonl_rows import parse_lines
 from engine.alignment.packing import Member, one_round
-from engine.alignment.rows import parse_lines
-from engine.alignment.tokens import BackboneTokenizer
+from engine.alignment.tokenizer import BackboneTokenizer
 from engine.task import Training
 
 GOAL = 0.7  # of the peer's rate
@@ -47,7 +47,7 @@ def main() -> None:
         folder = smollm2(arguments.backbone, Path(scratch))
         ours, peer = BackboneTokenizer.load(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
         gc.collect()
-        gc.freeze()  # as the service does at its start (services/server.py)
+        gc.freeze()  # as the service does at its start (services/rpc/server.py)
         measured = {shape: measure(rows, ours, peer) for shape, rows in rows_of(arguments.rows).items()}
     raw = report.origin("alignment_throughput") | {"rows": arguments.rows, "shapes": measured}
     if arguments.no_write:

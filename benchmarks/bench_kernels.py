@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(
             "bench-kernels needs a CUDA device, and torch sees none. The kernels' tests run without: make test-kernels"
         )
-    from engine.kernels.device import launcher_of
+    from engine.kernels.cupy_launcher import launcher_of
 
     device = torch.device("cuda", torch.cuda.current_device())
     try:

@@ -19,7 +19,7 @@ from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Rang
 from engine.methods import Lora
 from engine.runtime.backbone import Backbone, sharing_copy
 from engine.runtime.executor import Executor
-from engine.runtime.task_run import Assignment
+from engine.runtime.task_state import Assignment
 from engine.task import TaskSpec, Training
 
 _TOLERANCE = 5e-2  # a layer in bf16

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from benchmarks.kernel_timing import timed
 from benchmarks.lorafusion import LoraFusion, NotDoneError
 from engine.kernels.launch import Launcher, Table, Tables
-from engine.kernels.multi_lora import LoraUse, LowRank, Operator
-from engine.kernels.multi_lora_device import GroupProducts, rides, with_addresses
-from engine.kernels.multi_lora_plan import Plan
-from engine.kernels.multi_lora_uses import described_factors, described_uses, pairs_of
+from engine.kernels.multi_lora.descriptors import described_factors, described_uses, pairs_of
+from engine.kernels.multi_lora.device_products import GroupProducts, rides, with_addresses
+from engine.kernels.multi_lora.launch_plan import Plan
+from engine.kernels.multi_lora.types import LoraUse, LowRank, Operator
 
 Widths = tuple[int, tuple[int, ...]]  # K, and N of each operator of a group
 LAYER: tuple[Widths, ...] = (  # of Llama-3-8B: q, k, v; o; gate, up; down

@@ -29,7 +29,7 @@ import grpc
 
 from benchmarks import report
 from benchmarks.turns import cpu_seconds_of
-from muxtune.cli.mesh import Mesh
+from muxtune.local.mesh import Mesh
 from muxtune.v1 import admission_pb2, admission_pb2_grpc, task_pb2
 from tests.tiny_backbone import write_backbone
 

@@ -17,7 +17,7 @@ from benchmarks.models import Choice
 from benchmarks.systems import BatchAndPad, Engine, Losses, OneAfterAnother, PeftTrainer, System
 from benchmarks.workload import Workload
 from engine.runtime.backbone import sharing_copy
-from services.execution.device import memory_bytes, used_bytes
+from services.execution.trainer.device_info import memory_bytes, used_bytes
 
 _SPAWN = multiprocessing.get_context("spawn")  # CUDA wants it, and a fork would share the parent's pages
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels.multi_lora import LoraUse, LowRank
+from engine.kernels.multi_lora.types import LoraUse, LowRank
 
 _MAX_TASKS, _TOKENS, _WIDTH = 4, 128, 256
 

@@ -40,8 +40,8 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 
 from benchmarks import report
 from benchmarks.turns import Cost, cost_of, take_turns, turn, with_descendants
-from muxtune.cli.mesh import Mesh
 from muxtune.client import Client
+from muxtune.local.mesh import Mesh
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, task_pb2
 from tests.tiny_backbone import write_backbone
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
-from services.execution.prepare import prepare
+from services.execution.prepare_backbone import prepare
 
 # Shapes from the models' published config.json; the paper's GPT-2.7B is GPT-3's (arXiv 2005.14165, table 2.1).
 SHAPES: dict[str, Any] = {

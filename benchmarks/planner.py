@@ -28,22 +28,22 @@ from benchmarks import plots, report
 from benchmarks.workload import CORPORA
 from engine.alignment.dataset import TokenizedDataset
 from engine.alignment.packing import Member, rounds
-from engine.method import Site
 from engine.methods import Lora
-from engine.planning.cost import CostProfile
-from engine.planning.eta import seconds_alone
-from engine.planning.fit import Sample, refit
-from engine.planning.fusion import fuse, fuse_many, lower_bound_seconds, of_partition
-from engine.planning.needs import Appraiser
-from engine.planning.pipeline import Load, Pipeline, interleaved, one_by_one
-from engine.planning.pipeline import simulate as run_pipeline
-from engine.planning.plan import BackboneView, ExecutorView, Limits, Snapshot, TaskView
+from engine.methods.base import Site
+from engine.planning.cost.cost_fit import Sample, refit
+from engine.planning.cost.cost_model import CostProfile
+from engine.planning.cost.round_time import Job, Stage
+from engine.planning.cost.task_demand import Appraiser
+from engine.planning.fusion.fusion import fuse, fuse_many, lower_bound_seconds, of_partition
+from engine.planning.placement.eta import seconds_alone
 from engine.planning.planner import plan
-from engine.planning.policies import BatchEverything, Multiplexed, OneInstanceEach
-from engine.planning.round_time import Job, Stage
-from engine.planning.simulator import Policy, simulate
-from engine.planning.summary import summarise
-from engine.planning.trace import Trace, arrivals
+from engine.planning.simulation.arrival_trace import Trace, arrivals
+from engine.planning.simulation.baselines import BatchEverything, Multiplexed, OneInstanceEach
+from engine.planning.simulation.pipeline_simulator import Load, Pipeline, interleaved, one_by_one
+from engine.planning.simulation.pipeline_simulator import simulate as run_pipeline
+from engine.planning.simulation.simulator import Policy, simulate
+from engine.planning.simulation.summary import summarise
+from engine.planning.types import BackboneView, ExecutorView, Limits, Snapshot, TaskView
 from engine.runtime.backbone import Backbone
 from engine.runtime.calibration import Bench, Probe, calibrate
 from engine.runtime.executor import Executor

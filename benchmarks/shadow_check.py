@@ -26,7 +26,7 @@ from engine.methods import Bottleneck, Ia3, Lora, Method, Miss, Prefix, Prompt, 
 from engine.results import ShadowCheck, StepResult
 from engine.runtime.backbone import Backbone, sharing_copy
 from engine.runtime.executor import Executor
-from engine.runtime.task_run import Assignment
+from engine.runtime.task_state import Assignment
 from engine.task import LrSchedule, TaskSpec, Training
 
 ALL, SEQUENCES, LONGEST = ("all-linear",), 4, 128

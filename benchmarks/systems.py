@@ -23,7 +23,7 @@ from engine.results import StepResult
 from engine.runtime.backbone import Backbone, sharing_copy
 from engine.runtime.cuda_graphs import Graphs
 from engine.runtime.executor import Executor
-from engine.runtime.task_run import Assignment
+from engine.runtime.task_state import Assignment
 
 Losses = dict[str, float]
 Batch = dict[str, torch.Tensor]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engine.alignment.dataset import TokenizedDataset
 from engine.methods import Lora
-from engine.planning.chunks import Ragged, allowed_padding_tokens, choose_chunk
+from engine.planning.cost.chunk_size import Ragged, allowed_padding_tokens, choose_chunk
 from engine.task import LrSchedule, TaskSpec, Training
 
 Targets = Sequence[Sequence[str]]  # of tasks in turn

@@ -1,5 +1,5 @@
 // The low-rank products of many tasks on one packed stream, for operators that read the same X: equations in
-// engine/kernels/multi_lora.py.
+// engine/kernels/multi_lora/dispatch.py.
 //
 //     shrink:        S = drop(X) A^T of all operators from one pass over X;   E = scale * (g o dY) B
 //     expand:        Y = b + delta, or Y += delta, delta = scale * g o ((d o S) B^T);   dX = sum of drop'((d o E) A)
@@ -150,7 +150,7 @@ DEVICE void outer_item(const LoraLaunch& launch, const LoraItem& item) {
         store_outer(c, launch, ranks, item.stream, item.column, item.end_column);
 }
 
-constexpr int ONE_PASS_PAIRS = 2;  // ranks beyond take two passes: engine/kernels/multi_lora_items.py
+constexpr int ONE_PASS_PAIRS = 2;  // ranks beyond take two passes: engine/kernels/multi_lora/work_items.py
 
 // One pass over dY [tokens x columns] of one use. dB of 64 columns is summed in registers along the tokens; E of all
 // the item's tokens in shared memory along the columns, where each thread keeps its own fragments.

@@ -1,4 +1,4 @@
-// What a launch of multi_lora reads, as engine/kernels/multi_lora_structs.py packs it, and the tiles it works on.
+// What a launch of multi_lora reads, as engine/kernels/multi_lora/structs.py packs it, and the tiles it works on.
 //
 // Legend: T tokens, W columns of a stream (K inputs or N outputs), R rank, L tokens of one use.
 #pragma once

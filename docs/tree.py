@@ -18,7 +18,6 @@ FOLDERS = {
     "engine/kernels": "the checked entries to the kernels, with their references in torch",
     "engine/runtime": "the backbone, the fused step, checkpoints, export",
     "engine/verification": "the report of `muxtune verify`: fused against alone",
-    "engine/parallel": "pipeline and tensor parallel executors (none yet)",
     "cuda": "CUDA C++ sources: kernels, and what they share",
     "services": "what all services share",
     "services/admission": "the only address of clients, the only database",

@@ -1,6 +1,6 @@
 """Every way muxtune refuses or fails, as exceptions of the domain.
 
-Services map each class to a gRPC status and a reason in one table (`services/errors.py`); the client rebuilds the
+Services map each class to a gRPC status and a reason in one table (`services/rpc/errors.py`); the client rebuilds the
 same kind of error from the reason (`muxtune/errors.py`). A message names the field, the value and the remedy.
 """
 

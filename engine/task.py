@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from engine.errors import IllegalTransitionError
-from engine.method import Method
+from engine.methods.base import Method
 
 
 class TaskState(enum.Enum):

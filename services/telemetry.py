@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, Span, Status, StatusCode
 
-from services.config import ServerSettings, SettingsError
+from services.settings import ServerSettings, SettingsError
 
 _NAME = "muxtune"
 _EXPORT_SECONDS = 3
@@ -73,7 +73,7 @@ def _span_exporters(settings: ServerSettings) -> Iterator[Any]:
         insecure = not settings.otlp_endpoint.startswith("https")
         yield OTLPSpanExporter(settings.otlp_endpoint, insecure=insecure, timeout=_EXPORT_SECONDS)
     if settings.trace_file:
-        from muxtune.trace_file import FileSpanExporter
+        from muxtune.span_file_exporter import FileSpanExporter
 
         yield FileSpanExporter(settings.trace_file)
 

@@ -4,8 +4,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from muxtune.cli.authority import issue
-from services.certificates import Certificates, Trust
+from muxtune.local.certificate_authority import issue
+from services.rpc.certificates import Certificates, Trust
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="muxtune-test-ca-")
 

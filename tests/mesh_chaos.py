@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from muxtune.cli.mesh import START_ORDER, Mesh
+from muxtune.local.mesh import START_ORDER, Mesh
 from services.failpoints import NAMES, VARIABLE
 
 TRAINER = "trainer"

@@ -15,11 +15,11 @@ import grpc
 import psycopg
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from muxtune.cli.mesh import Mesh, free_addresses, secure_channel
 from muxtune.client import Client
-from services.admission.database import Database
-from services.admission.keeping import LEDGER_SERVICE
-from services.admission.replicas import SESSION
+from muxtune.local.mesh import Mesh, free_addresses, secure_channel
+from services.admission.ledger.replicas import SESSION
+from services.admission.ledger_leader import LEDGER_SERVICE
+from services.admission.store.database import Database
 
 NAMES = ("a", "b")
 _WAIT_SECONDS = 60.0

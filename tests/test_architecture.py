@@ -16,7 +16,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PROTO_LINES = 400, 60, 250
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
 STDLIB_ONLY = (
     "engine/task.py",
-    "engine/method.py",
+    "engine/methods/base.py",
     "engine/errors.py",
     "engine/target_modules.py",
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "engine" / "methods").glob("*.py")),
@@ -53,7 +53,7 @@ def foreign_imports(text: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module or "")
-    own = {"engine.errors", "engine.method", "engine.methods", "engine.target_modules", "engine.task"}
+    own = {"engine.errors", "engine.methods.base", "engine.methods", "engine.target_modules", "engine.task"}
     names = {name for name in names if name not in own and not name.startswith("engine.methods.")}
     return {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
 

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from muxtune.aio import AsyncClient
-from muxtune.cli.mesh import Mesh, MeshError
 from muxtune.client import Client
 from muxtune.errors import (
     InvalidInputError,
@@ -26,6 +25,7 @@ from muxtune.errors import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
+from muxtune.local.mesh import Mesh, MeshError
 from muxtune.transport import metadata
 from muxtune.v1 import admission_pb2, admission_pb2_grpc, artifact_pb2, task_pb2
 from tests.tiny_backbone import write_backbone

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import boto3
 
-from muxtune.cli.mesh import Mesh
+from muxtune.local.mesh import Mesh
 from muxtune.v1 import task_pb2
 from tests.elsewhere import elsewhere
 from tests.tiny_backbone import write_backbone

@@ -20,10 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from muxtune.cli.authority import issue
-from muxtune.cli.mesh import OPERATORS_DOOR, START_ORDER, STOP_ORDER, Mesh, free_addresses
 from muxtune.client import Client
 from muxtune.errors import UnavailableError
+from muxtune.local.certificate_authority import issue
+from muxtune.local.mesh import OPERATORS_DOOR, START_ORDER, STOP_ORDER, Mesh, free_addresses
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc, task_pb2
 from tests.fault_proxy import FaultProxy
 from tests.mesh_chaos import trainer_of

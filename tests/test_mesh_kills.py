@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from muxtune.cli.mesh import Mesh
 from muxtune.client import FINAL_STATES, Client
+from muxtune.local.mesh import Mesh
 from muxtune.v1 import task_pb2
 from services.failpoints import VARIABLE
 from tests.elsewhere import elsewhere

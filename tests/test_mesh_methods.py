@@ -10,9 +10,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from muxtune.adapters import load_adapter
-from muxtune.cli.mesh import Mesh
 from muxtune.client import Client
 from muxtune.errors import InvalidInputError
+from muxtune.local.mesh import Mesh
 from muxtune.v1 import method_pb2, task_pb2
 from tests.tiny_backbone import write_backbone
 

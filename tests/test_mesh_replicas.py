@@ -17,10 +17,10 @@ from typing import Any
 import grpc
 import pytest
 
-from muxtune.cli.mesh import secure_channel
 from muxtune.client import Client
+from muxtune.local.mesh import secure_channel
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, task_pb2
-from services.admission.keeping import LEDGER_SERVICE
+from services.admission.ledger_leader import LEDGER_SERVICE
 from tests.mesh_chaos import long_mode, printed_seed
 from tests.mesh_load import ROWS, Load, Outcome, Patience, outcome, specs
 from tests.replicated_mesh import NAMES, ReplicatedMesh
@@ -217,7 +217,7 @@ def _keeps_by_command(mesh: ReplicatedMesh, name: str) -> bool:
     """What an operator asks to find the keeper; once there is one."""
     mesh.await_keeper(name)
     certs = {"MUXTUNE_CERTS": str(mesh.mesh.certs / "operator")}
-    command = [sys.executable, "-m", "services.health", mesh.internal[name], "admission", LEDGER_SERVICE]
+    command = [sys.executable, "-m", "services.rpc.health", mesh.internal[name], "admission", LEDGER_SERVICE]
     return subprocess.run(command, env={**os.environ, **certs}, check=False).returncode == 0
 
 

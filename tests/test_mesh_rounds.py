@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from muxtune.cli.mesh import Mesh
+from muxtune.local.mesh import Mesh
 from muxtune.v1 import plan_pb2, scheduling_pb2, scheduling_pb2_grpc, task_pb2
 from tests.tiny_backbone import write_backbone
 

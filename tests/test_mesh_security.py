@@ -12,11 +12,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from typer.testing import CliRunner
 
-from muxtune.cli.authority import issue
 from muxtune.cli.main import app
-from muxtune.cli.mesh import START_ORDER, Mesh, secure_channel
 from muxtune.client import Client
 from muxtune.errors import PermissionDeniedError, QuotaExceededError, UnauthenticatedError, UnavailableError
+from muxtune.local.certificate_authority import issue
+from muxtune.local.mesh import START_ORDER, Mesh, secure_channel
 from muxtune.v1 import (
     admission_pb2,
     admission_pb2_grpc,

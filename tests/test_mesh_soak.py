@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from muxtune.cli.mesh import START_ORDER, Mesh
 from muxtune.client import FINAL_STATES, Client
+from muxtune.local.mesh import START_ORDER, Mesh
 from muxtune.v1 import task_pb2
 from tests.mesh_chaos import TRAINER, Chaos, long_mode, printed_seed, trainer_of
 from tests.tiny_backbone import write_backbone

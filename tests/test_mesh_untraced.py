@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from muxtune.cli.mesh import START_ORDER, Mesh
+from muxtune.local.mesh import START_ORDER, Mesh
 from muxtune.v1 import task_pb2
 from tests.services.test_collector_away import accepts_and_is_silent
 from tests.tiny_backbone import write_backbone

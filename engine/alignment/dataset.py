@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.alignment.reading import tokenize_all
-from engine.alignment.rows import Row
-from engine.alignment.tokenized import Refused, TokenizedRows
-from engine.alignment.tokens import BackboneTokenizer
+from engine.alignment.jsonl_rows import Row
+from engine.alignment.row_tokenizer import tokenize_all
+from engine.alignment.tokenized_rows import Refused, TokenizedRows
+from engine.alignment.tokenizer import BackboneTokenizer
 from engine.errors import FieldViolation, InvalidInputError
 from engine.task import Overlength, Training
 

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.alignment.dataset import Order, TokenizedDataset, num_steps, split
-from engine.alignment.tokenized import Refused
-from engine.alignment.tokens import BackboneTokenizer
+from engine.alignment.tokenized_rows import Refused
+from engine.alignment.tokenizer import BackboneTokenizer
 from engine.task import Training
 
 _NUM_QUANTILES = 64

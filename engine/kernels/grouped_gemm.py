@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels import device
+from engine.kernels import cupy_launcher
 from engine.kernels.grouped_gemm_device import Product, launched
 from engine.kernels.launch import SUFFIXES
 
@@ -70,7 +70,7 @@ def grouped_gemm_op(
         Product(a_LK, weight_NK.T, c_LN, scale, bias_N)
         for a_LK, weight_NK, c_LN, scale, bias_N in zip(rows, weights, outputs, scales, own, strict=True)
     ]
-    launched(device.launcher_of(a.device), products)
+    launched(cupy_launcher.launcher_of(a.device), products)
     return c
 
 
@@ -82,7 +82,7 @@ def grouped_gemm_backward_op(
     """(flat dA, or empty; flat float32 gradients of the wanted weights, then of the wanted biases)."""
     inputs = sum(count * weight.shape[1] for count, weight in zip(num_tokens, weights, strict=True))
     da = dc.new_empty(inputs if wants_a else 0)
-    launcher = device.launcher_of(dc.device)
+    launcher = cupy_launcher.launcher_of(dc.device)
     outputs = _ragged(dc, num_tokens, [weight.shape[0] for weight in weights])
     if wants_a:
         rows = _ragged(da, num_tokens, [weight.shape[1] for weight in weights])

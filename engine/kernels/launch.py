@@ -1,7 +1,7 @@
 """How a kernel in `cuda/` is launched: one packed struct, on torch's current stream, with torch's memory by pointer.
 
 A struct is a numpy dtype whose fields are those of the C++ struct, in order; a POINTER field holds an address. A
-Launcher is what runs it: CuPy on a GPU (`engine.kernels.device`), software on a CPU in the tests.
+Launcher is what runs it: CuPy on a GPU (`engine.kernels.cupy_launcher`), software on a CPU in the tests.
 """
 
 from collections import OrderedDict

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.kernels import device
+from engine.kernels import cupy_launcher
 from engine.kernels.launch import POINTER, Kernel, Launcher, pack, struct_of
 
 CHUNK = 1 << 14  # elements of one item
@@ -71,7 +71,7 @@ def multi_adamw(groups: Sequence[AdamWGroup], norms_U: torch.Tensor, is_finite_U
             if tensor.numel() != group.parameters_P.numel():
                 raise ValueError(f"{tensor.numel()} elements beside {group.parameters_P.numel()} parameters")
     if norms_U.is_cuda:
-        launched(device.launcher_of(norms_U.device), groups, norms_U, is_finite_U)
+        launched(cupy_launcher.launcher_of(norms_U.device), groups, norms_U, is_finite_U)
         return
     norms, flags = norms_U.tolist(), is_finite_U.tolist()
     scratch = torch.empty(_PART)

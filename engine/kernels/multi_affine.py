@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels import device
+from engine.kernels import cupy_launcher
 from engine.kernels.launch import SUFFIXES
 from engine.kernels.multi_affine_device import AffineRows, backward, forward
 
@@ -72,7 +72,7 @@ def multi_affine_op(
     """
     y_TN = torch.empty_like(x_TN)
     rows = AffineRows(bounds, kinds, vectors)
-    forward(device.launcher_of(x_TN.device), rows, x_TN, y_TN)
+    forward(cupy_launcher.launcher_of(x_TN.device), rows, x_TN, y_TN)
     kept = [x_TN[start:end] for start, end in _kept(bounds, kinds)] if keeps else []
     return y_TN, torch.cat(kept) if kept else x_TN.new_empty(0, x_TN.shape[1])
 
@@ -86,7 +86,7 @@ def multi_affine_backward_op(
     dx_TN = torch.empty_like(dy_TN) if wants_x else dy_TN.new_empty(0)
     gradients = dy_TN.new_empty(sum(wanted) * dy_TN.shape[1], dtype=torch.float32)
     rows = AffineRows(bounds, kinds, vectors, wanted)
-    backward(device.launcher_of(dy_TN.device), rows, kept, dy_TN, dx_TN if wants_x else None, gradients)
+    backward(cupy_launcher.launcher_of(dy_TN.device), rows, kept, dy_TN, dx_TN if wants_x else None, gradients)
     return dx_TN, gradients
 
 

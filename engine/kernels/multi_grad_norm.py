@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine.kernels import device
+from engine.kernels import cupy_launcher
 from engine.kernels.launch import POINTER, Kernel, Launcher, pack, struct_of
 
 CHUNK = 1 << 16  # elements summed by one item
@@ -36,7 +36,7 @@ def multi_grad_norm(gradients: Sequence[torch.Tensor]) -> tuple[torch.Tensor, to
         if gradient_P.device != gradients[0].device:
             raise ValueError(f"gradients on {gradients[0].device} and {gradient_P.device}")
     if gradients and gradients[0].is_cuda:
-        return launched(device.launcher_of(gradients[0].device), gradients)
+        return launched(cupy_launcher.launcher_of(gradients[0].device), gradients)
     norms = [_norm(gradient_P) for gradient_P in gradients]
     norms_U = torch.stack(norms).float() if norms else torch.zeros(0)
     return norms_U, torch.isfinite(norms_U).int()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.kernels import device
+from engine.kernels import cupy_launcher
 from engine.kernels.launch import POINTER, SUFFIXES, Kernel, Launcher, pack, struct_of
 from engine.kernels.packed_weight import PackedWeight
 
@@ -72,7 +72,7 @@ def _by_kernel(
     """(losses, gradient by the hidden rows): logits in the head's type, which become their own gradient."""
     z_CV = nn.functional.linear(hidden_CH, head.linear.weight, head.linear.bias)
     weights_C = None if weights_M is None else weights_M[rows]
-    losses_C = logits_gradient_(device.launcher_of(z_CV.device), z_CV, targets_C, weights_C, head.softcap)
+    losses_C = logits_gradient_(cupy_launcher.launcher_of(z_CV.device), z_CV, targets_C, weights_C, head.softcap)
     return losses_C, None if weights_C is None else z_CV @ head.linear.weight
 
 

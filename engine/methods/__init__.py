@@ -4,7 +4,7 @@ How a method computes stands in `engine/peft/<name>.py`, whose name is the metho
 in every field path. Legend of shapes: K inputs, N outputs, R rank, S bottleneck.
 """
 
-from engine.method import Method
+from engine.methods.base import Method
 from engine.methods.bottleneck import Activation, Bottleneck, Placement
 from engine.methods.ia3 import Ia3
 from engine.methods.lora import MAX_RANK, Lora, LoraBias, LoraInit

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from engine.method import Method, Shapes, Site, Wrong
+from engine.methods.base import Method, Shapes, Site, Wrong
 from engine.target_modules import ALL_LINEAR, matches
 
 MAX_RANK = 256

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from engine.method import Method, Shapes, Site, Wrong, differences
+from engine.methods.base import Method, Shapes, Site, Wrong, differences
 
 
 @dataclass(frozen=True)

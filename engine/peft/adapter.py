@@ -16,8 +16,8 @@ from peft import PeftConfig
 from torch import nn
 
 from engine.kernels.dropout import DropoutMask, keep_scale
-from engine.kernels.multi_lora import LoraUse, LowRank
-from engine.method import Site
+from engine.kernels.multi_lora.types import LoraUse, LowRank
+from engine.methods.base import Site
 from engine.peft.layout import TaskSpan
 
 Tensors = Mapping[str, torch.Tensor]

@@ -14,8 +14,8 @@ from torch.nn import functional
 from engine.kernels.grouped_gemm import grouped_gemm
 from engine.methods import Activation, Bottleneck, Placement
 from engine.peft.adapter import Adapter, BaseOp
-from engine.peft.drawing import uniform_
 from engine.peft.layout import TaskSpan
+from engine.peft.seeded_init import uniform_
 
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     Activation.RELU: functional.relu,

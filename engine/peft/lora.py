@@ -1,6 +1,6 @@
 """LoRA (arXiv 2106.09685): y += scale * dropout(x) A^T B^T, initialised as PEFT does: A uniform, B zero.
 
-With a magnitude m (DoRA), y is scaled by output: engine.peft.magnitude.
+With a magnitude m (DoRA), y is scaled by output: engine.peft.dora.
 
 Started from the weight's own factors A0, B0 (PiSSA, OLoRA), W - scale * B0 A0 would be the frozen part. As W is shared,
 the task adds scale * x [A; A0]^T [B, -B0]^T instead, and is exported so, as LoRA of rank 2 R.
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from engine.kernels.multi_lora import LoraUse, LowRank
+from engine.kernels.multi_lora.types import LoraUse, LowRank
 from engine.methods import Lora, LoraInit
 from engine.peft.adapter import Adapter, Affine, BaseOp, Tensors, lora_use
-from engine.peft.drawing import uniform_
-from engine.peft.factorisation import orthonormal_factors, principal_factors
+from engine.peft.dora import scaled_beside, weight_norms
 from engine.peft.layout import TaskSpan
-from engine.peft.magnitude import scaled_beside, weight_norms
+from engine.peft.lora_init import orthonormal_factors, principal_factors
+from engine.peft.seeded_init import uniform_
 from engine.peft.selective import VectorCopy, affines
 
 

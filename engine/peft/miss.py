@@ -11,7 +11,7 @@ import torch
 from peft import MissConfig
 
 from engine.errors import InvalidInputError
-from engine.kernels.multi_lora import LoraUse, LowRank
+from engine.kernels.multi_lora.types import LoraUse, LowRank
 from engine.methods import Miss
 from engine.peft.adapter import Adapter, BaseOp, lora_use
 from engine.peft.layout import TaskSpan

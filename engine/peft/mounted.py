@@ -13,14 +13,15 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from engine.kernels.multi_lora import Operator, multi_lora
+from engine.kernels.multi_lora.dispatch import multi_lora
+from engine.kernels.multi_lora.types import Operator
 from engine.kernels.packed_weight import PackedWeight
-from engine.method import Site, SiteKind
+from engine.methods.base import Site, SiteKind
 from engine.peft.adapter import Adapter, BaseOp
-from engine.peft.block import MountedBlock
+from engine.peft.dispatch import Uses, rewrite_input, rewrite_output
 from engine.peft.layout import Layout
 from engine.peft.shared_input import SharedInput
-from engine.peft.spans import Uses, rewrite_input, rewrite_output
+from engine.peft.sublayer import MountedBlock
 
 _LEAST_GAIN = 1e-3  # of a norm: below it a 16-bit output may have lost digits
 

@@ -12,7 +12,7 @@ from peft import PrefixTuningConfig
 
 from engine.methods import Prefix
 from engine.peft.adapter import Adapter, BaseOp, Tensors
-from engine.peft.drawing import normal_
+from engine.peft.seeded_init import normal_
 
 
 class PrefixAdapter(Adapter):

@@ -10,8 +10,8 @@ from peft import PromptTuningConfig
 
 from engine.methods import Prompt
 from engine.peft.adapter import Adapter, BaseOp
-from engine.peft.drawing import generator_of
 from engine.peft.layout import TaskSpan
+from engine.peft.seeded_init import generator_of
 
 
 class PromptAdapter(Adapter):

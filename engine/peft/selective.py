@@ -14,8 +14,8 @@ import torch
 from peft import LNTuningConfig
 from torch.func import functional_call
 
-from engine.method import SiteKind
 from engine.methods import Selective
+from engine.methods.base import SiteKind
 from engine.peft.adapter import Adapter, Affine, BaseOp, Tensors
 from engine.peft.layout import TaskSpan
 

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from engine.kernels.multi_lora import MAX_OPERATORS, Operator, multi_lora
+from engine.kernels.multi_lora.dispatch import multi_lora
+from engine.kernels.multi_lora.types import MAX_OPERATORS, Operator
 
 
 class Member(Protocol):

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from peft import VeraConfig
 
-from engine.kernels.multi_lora import LoraUse, LowRank
+from engine.kernels.multi_lora.types import LoraUse, LowRank
 from engine.methods import Vera
 from engine.peft.adapter import Adapter, BaseOp, Tensors, lora_use
 from engine.peft.layout import TaskSpan

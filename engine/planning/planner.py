@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 
 from engine.errors import InvalidInputError
-from engine.planning.chunks import allowed_padding_tokens, choose_chunk
-from engine.planning.explain import explain_residents
-from engine.planning.fusion import Fusion, Group, fuse, of_partition
-from engine.planning.hosts import Host, Pool
-from engine.planning.needs import Appraiser, Need
-from engine.planning.placement import Placement, place
-from engine.planning.plan import Explanation, HTask, Limits, Plan, Snapshot, TaskView
-from engine.planning.remedy import refuse_if_never_fits
-from engine.planning.round_time import Job
+from engine.planning.cost.chunk_size import allowed_padding_tokens, choose_chunk
+from engine.planning.cost.round_time import Job
+from engine.planning.cost.task_demand import Appraiser, Need
+from engine.planning.fusion.fusion import Fusion, Group, fuse, of_partition
+from engine.planning.placement.executor_state import Host, Pool
+from engine.planning.placement.explain import explain_residents
+from engine.planning.placement.feasibility import refuse_if_never_fits
+from engine.planning.placement.placement import Placement, place
+from engine.planning.types import Explanation, HTask, Limits, Plan, Snapshot, TaskView
 
 KEEP_WITHIN = 1.05  # hTasks that run are kept while their period is within this of the best
 

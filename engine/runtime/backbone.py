@@ -17,7 +17,6 @@ from engine.errors import BackboneUnsupportedError
 from engine.kernels.launch import sent
 from engine.kernels.packed_weight import PackedWeight
 from engine.kernels.segment_cross_entropy import Head
-from engine.peft.block import mount_blocks, observed_blocks
 from engine.peft.layout import Layout
 from engine.peft.mounted import (
     Call,
@@ -30,6 +29,7 @@ from engine.peft.mounted import (
     mount_norms,
 )
 from engine.peft.shared_input import SharedInput, observed_inputs, sharing
+from engine.peft.sublayer import mount_blocks, observed_blocks
 from engine.runtime import attention
 from engine.runtime.activation_checkpointing import ActivationCheckpointing
 from engine.runtime.staging import on_device

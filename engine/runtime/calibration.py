@@ -1,6 +1,6 @@
 """What microbatches cost on this executor, measured in a few seconds: a few sizes, and variations of one of them.
 
-The tasks it times are of its own making and leave no trace. Prices are fitted by `engine.planning.fit`.
+The tasks it times are of its own making and leave no trace. Prices are fitted by `engine.planning.cost.cost_fit`.
 """
 
 import itertools
@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
-from engine.method import SiteKind
 from engine.methods import Lora
-from engine.planning.cost import Part, adapter_load
-from engine.planning.fit import Sample
+from engine.methods.base import SiteKind
+from engine.planning.cost.cost_fit import Sample
+from engine.planning.cost.cost_model import Part, adapter_load
 from engine.runtime.executor import Executor
-from engine.runtime.task_run import Assignment
+from engine.runtime.task_state import Assignment
 from engine.task import TaskSpec, Training
 
 _FIRST_TOKENS = 16

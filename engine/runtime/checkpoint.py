@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from engine.errors import ArtifactCorruptError
 
 if TYPE_CHECKING:
-    from engine.runtime.task_run import TaskRun
+    from engine.runtime.task_state import TaskRun
 
 STATE_FILE = "state.safetensors"
 

@@ -21,13 +21,13 @@ import torch
 from numpy.typing import NDArray
 
 from engine.alignment.microbatch import Microbatch
-from engine.kernels.device import CupyLauncher, launcher_of
+from engine.kernels.cupy_launcher import CupyLauncher, launcher_of
 from engine.kernels.launch import Memory
 from engine.kernels.segment_cross_entropy import segment_cross_entropy
 from engine.runtime.backbone import Backbone
-from engine.runtime.forms import Form, Inputs, form_of, packed, unpacked
+from engine.runtime.graph_buckets import Form, Inputs, form_of, packed, unpacked
 from engine.runtime.out_of_memory import NoMemory, is_out_of_memory, within_memory
-from engine.runtime.task_run import TaskRun
+from engine.runtime.task_state import TaskRun
 from engine.runtime.varlen_attention import Shared
 
 Work = Callable[[], torch.Tensor]

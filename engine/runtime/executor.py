@@ -23,7 +23,7 @@ from engine.runtime.checkpoint import CheckpointState
 from engine.runtime.cuda_graphs import Graphs
 from engine.runtime.out_of_memory import NoMemory, release_cache, with_second_try, within_memory
 from engine.runtime.staging import Copy, copy_to, on_device, stage
-from engine.runtime.task_run import Assignment, Gathered, TaskRun, take_steps
+from engine.runtime.task_state import Assignment, Gathered, TaskRun, take_steps
 
 Taken = tuple[float, float] | MuxtuneError  # (learning rate, gradient norm), or why the task ends
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
 from engine.errors import ExportMismatchError, InvalidInputError
-from engine.peft.table import adapter_class
+from engine.peft.registry import adapter_class
 from engine.runtime.backbone import Backbone, sharing_copy
 from engine.runtime.out_of_memory import is_out_of_memory
 from engine.target_modules import matching_modules, suffixes
@@ -24,7 +24,7 @@ from muxtune import adapters
 from muxtune.adapters import FORMAT_VERSION
 
 if TYPE_CHECKING:
-    from engine.runtime.task_run import TaskRun
+    from engine.runtime.task_state import TaskRun
 
 CONFIG_AND_WEIGHTS = ("adapter_config.json", "adapter_model.safetensors")
 _PREFIX = "base_model.model."

@@ -1,6 +1,6 @@
 """What a backbone keeps for backward, measured on one small forward: bytes by token; which operators read one tensor.
 
-The memory model (`engine.planning.memory`) adds what tasks' methods keep beside it. Legend: T tokens.
+The memory model (`engine.planning.cost.memory_model`) adds what tasks' methods keep beside it. Legend: T tokens.
 """
 
 from collections.abc import Iterator

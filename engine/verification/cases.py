@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from engine.alignment.dataset import TokenizedDataset
 from engine.alignment.packing import Member
-from engine.method import Method
 from engine.methods import Activation, Bottleneck, Ia3, Lora, LoraBias, Miss, Placement, Prefix, Prompt, Selective, Vera
-from engine.runtime.task_run import Assignment
+from engine.methods.base import Method
+from engine.runtime.task_state import Assignment
 from engine.task import LrSchedule, Optimizer, TaskSpec, Training
 
 _ALL = ("all-linear",)

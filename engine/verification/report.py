@@ -17,7 +17,7 @@ from engine.errors import InvalidInputError
 from engine.results import StepResult
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
-from engine.runtime.task_run import Assignment
+from engine.runtime.task_state import Assignment
 from engine.verification.cases import METHODS, OPTIONS, tasks
 from engine.verification.reference import in_peft, train_alone
 

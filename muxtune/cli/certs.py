@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from muxtune.cli.authority import CA, DAYS, LOOPBACK, issue
 from muxtune.cli.context import console, errors_as_lines
+from muxtune.local.certificate_authority import CA, DAYS, LOOPBACK, issue
 
 
 def certs(

@@ -10,7 +10,7 @@ import typer
 from muxtune.cli import adapter, dataset, executor, key, plan, task, tenant
 from muxtune.cli.certs import certs
 from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, console, error_console, errors_as_lines
-from muxtune.cli.mesh import DEFAULT_BACKBONE, Mesh, default_backbone, stopped_by_signals
+from muxtune.local.mesh import DEFAULT_BACKBONE, Mesh, default_backbone, stopped_by_signals
 
 app = typer.Typer(
     help="Many tenants' PEFT tasks at once on one shared, frozen LLM backbone.",
@@ -65,7 +65,7 @@ def demo(
     data: Annotated[Path, typer.Option("--data", help="Where the demo's mesh lives; made anew.")] = Path("demo-data"),
 ) -> None:
     """Run five tasks of three tenants at once on one backbone, and show what came of it."""
-    from muxtune.cli.demo import run_demo
+    from muxtune.local.demo import run_demo
 
     with errors_as_lines(), stopped_by_signals():
         try:

@@ -1,4 +1,4 @@
-"""The planner without a mesh: `services.scheduling.offline`, the mesh's own code, in a process of its own."""
+"""The planner without a mesh: `services.scheduling.offline_planner`, the mesh's own code, in a process of its own."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 from muxtune.errors import InvalidInputError
 from muxtune.v1 import scheduling_pb2
 
-_COMMAND = (sys.executable, "-m", "services.scheduling.offline")
+_COMMAND = (sys.executable, "-m", "services.scheduling.offline_planner")
 
 
 def whatif(profile: Path, tasks: list[scheduling_pb2.HypotheticalTask]) -> scheduling_pb2.SimulatePlanResponse:

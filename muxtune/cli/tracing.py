@@ -10,7 +10,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-from muxtune.trace_file import FileSpanExporter
+from muxtune.span_file_exporter import FileSpanExporter
 
 _EXPORT_SECONDS = 1
 

@@ -10,7 +10,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 
-from engine.planning.plan import Limits
+from engine.planning.types import Limits
 from muxtune.v1 import (
     admission_pb2,
     admission_pb2_grpc,
@@ -22,29 +22,29 @@ from muxtune.v1 import (
     operator_pb2,
     operator_pb2_grpc,
 )
-from services.admission.admit import Admitter, Quota
-from services.admission.audit import audited_in
-from services.admission.database import Database
-from services.admission.identity import authenticator
-from services.admission.keeping import LEDGER_SERVICE, Keeping
-from services.admission.keys import KeyStore
-from services.admission.ledger import Ledger
-from services.admission.limits import LimitsWatch
-from services.admission.notifier import Notifier
-from services.admission.oidc import Provider, TokenVerifier
-from services.admission.operator import OperatorServicer
-from services.admission.replicas import Alone, Replicas
-from services.admission.servicer import AdmissionServicer, KeyServicer, LedgerServicer
-from services.admission.sweep import Sweeper
-from services.admission.sweeping import Sweeping
-from services.artifacts import ArtifactStore
-from services.auth import Authenticate
-from services.certificates import Certificates
-from services.config import ServerSettings, from_environment
-from services.mesh import open_channel
-from services.rate_limit import RateLimit
-from services.server import serve, start_vital
-from services.strangers import Strangers
+from services.admission.api.oidc import Provider, TokenVerifier
+from services.admission.api.operator_rpcs import OperatorServicer
+from services.admission.api.servicer import AdmissionServicer, KeyServicer, LedgerServicer
+from services.admission.api.token_authenticator import authenticator
+from services.admission.cleanup.garbage_collection_loop import Sweeping
+from services.admission.cleanup.garbage_collector import Sweeper
+from services.admission.ledger.ledger import Ledger
+from services.admission.ledger.limits_watcher import LimitsWatch
+from services.admission.ledger.replicas import Alone, Replicas
+from services.admission.ledger_leader import LEDGER_SERVICE, Keeping
+from services.admission.policy.admission_controller import Admitter, Quota
+from services.admission.store.api_keys import KeyStore
+from services.admission.store.audit_log import audited_in
+from services.admission.store.change_notifier import Notifier
+from services.admission.store.database import Database
+from services.rpc.authentication import Authenticate
+from services.rpc.certificates import Certificates
+from services.rpc.client_channel import open_channel
+from services.rpc.rate_limit import RateLimit
+from services.rpc.server import serve, start_vital
+from services.rpc.unauthenticated_limiter import Strangers
+from services.settings import ServerSettings, from_environment
+from services.storage.artifact_store import ArtifactStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class AdmissionSettings(ServerSettings):
     """`database_url` as SQLAlchemy writes it: sqlite:///path or postgresql+psycopg://...
 
     `listen` is the clients', with the certificate in `public_certs` (default: `certs`); who shows one, services and
-    operators, comes to `internal_listen`. `oidc_*`: see services/admission/oidc.py; no issuer, no tokens.
+    operators, comes to `internal_listen`. `oidc_*`: see services/admission/api/oidc.py; no issuer, no tokens.
     `requests_per_second` are a tenant's; `refusals_per_second` those from one address that bring no valid key: 0 where
     a proxy's address is everybody's. `max_upload_bytes` is of one adapter; the other `max_*` hold for tenants without a
     quota of their own; 0: no limit. But a task fails that was alone on its executor when that died, `max_crashes` times

@@ -10,19 +10,19 @@ import grpc
 
 from engine.errors import InvalidInputError
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc
-from services.alignment.catalog import Catalog
+from services.alignment.dataset_store import Catalog
 from services.alignment.servicer import AlignmentServicer
-from services.artifacts import ArtifactStore
-from services.auth import mesh_authenticator
-from services.config import ServerSettings, from_environment
-from services.server import serve
+from services.rpc.authentication import mesh_authenticator
+from services.rpc.server import serve
+from services.settings import ServerSettings, from_environment
+from services.storage.artifact_store import ArtifactStore
 
 _BETWEEN = re.compile(r",(?=[A-Za-z0-9._-]+=)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentSettings(ServerSettings):
-    """`backbones`: NAME=FOLDER, comma separated; folders as services.execution.prepare leaves them.
+    """`backbones`: NAME=FOLDER, comma separated; folders as services.execution.prepare_backbone leaves them.
 
     A comma separates only where NAME= follows: a folder's own name may have commas.
     """

@@ -11,10 +11,10 @@ from engine.errors import InvalidInputError, UnavailableError
 from engine.task import Training
 from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import alignment_pb2_grpc, dataset_pb2
-from services.alignment.catalog import Catalog, Receipt
-from services.alignment.requests import check_layout, check_num_steps, check_steps, check_training
-from services.alignment.threads import Threads
-from services.convert import microbatch_to_proto, preflight_to_proto, training_to_domain
+from services.alignment.dataset_store import Catalog, Receipt
+from services.alignment.request_validation import check_layout, check_num_steps, check_steps, check_training
+from services.alignment.thread_pools import Threads
+from services.conversion.task import microbatch_to_proto, preflight_to_proto, training_to_domain
 
 _DEFAULT_SAMPLES, _MAX_SAMPLES = 3, 100
 

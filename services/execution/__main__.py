@@ -8,13 +8,13 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, scheduling_pb2_grpc
-from services.auth import mesh_authenticator
-from services.config import from_environment
-from services.execution.lease import LeaseKeeper
-from services.execution.servicer import ExecutionServicer
+from services.execution.server.lease import LeaseKeeper
+from services.execution.server.servicer import ExecutionServicer
 from services.execution.settings import ExecutionSettings
-from services.mesh import open_channel
-from services.server import serve, start_vital
+from services.rpc.authentication import mesh_authenticator
+from services.rpc.client_channel import open_channel
+from services.rpc.server import serve, start_vital
+from services.settings import from_environment
 
 _TRAINER_STOP_SECONDS = 10.0
 

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 import grpc
 
-from engine.planning.plan import Limits
+from engine.planning.types import Limits
 from muxtune.errors import InvalidInputError
 from muxtune.transport import target
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc
-from services.auth import mesh_authenticator
-from services.config import ServerSettings, SettingsError, from_environment
-from services.mesh import open_channel
-from services.scheduling.audit import audited_by
-from services.scheduling.cycle import Scheduler
-from services.scheduling.leadership import Leadership
+from services.rpc.authentication import mesh_authenticator
+from services.rpc.client_channel import open_channel
+from services.rpc.server import serve, start_vital
+from services.scheduling.audit_forwarder import audited_by
+from services.scheduling.leader_election import Leadership
+from services.scheduling.scheduler import Scheduler
 from services.scheduling.servicer import SchedulingServicer
-from services.server import serve, start_vital
+from services.settings import ServerSettings, SettingsError, from_environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class SchedulingSettings(ServerSettings):
     """`token_budget`: tokens of one microbatch, more only where one task's own slice is larger. `chunk_tokens`:
     0 chooses it for each hTask; 1 is no alignment. `tenant_weights`: "tenants/a=2,tenants/b=0.5", what a tenant's share
     of device time is divided by; 1 where none is given. `fuses`, `interleaves` and `preempts` are what they are in
-    `engine.planning.plan.Limits`. Of several schedulers one leads, under a lease of `leader_seconds`; the others
+    `engine.planning.types.Limits`. Of several schedulers one leads, under a lease of `leader_seconds`; the others
     stand by. `admission_address` may be several replicas'.
     """
 

@@ -10,9 +10,9 @@ from google.protobuf.duration_pb2 import Duration
 from engine.errors import FieldViolation, InvalidInputError, UnavailableError
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, scheduling_pb2_grpc
 from muxtune.v1 import scheduling_pb2 as pb
-from services.auth import check_executor, current_principal
-from services.scheduling.cycle import Scheduler
-from services.scheduling.questions import explain, newcomers, profile, what_if
+from services.rpc.authentication import check_executor, current_principal
+from services.scheduling.plan_queries import explain, newcomers, profile, what_if
+from services.scheduling.scheduler import Scheduler
 
 _ADDRESS = re.compile(r"([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 

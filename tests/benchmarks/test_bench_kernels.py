@@ -13,7 +13,7 @@ from benchmarks import bench_kernels, bench_multi_lora
 from benchmarks.bench_multi_lora import Inputs
 from benchmarks.lorafusion import LoraFusion, NotDoneError, refusal
 from engine.kernels.compile import sources
-from engine.kernels.multi_lora import LoraUse
+from engine.kernels.multi_lora.types import LoraUse
 from tests.engine.kernels.conftest import MakeHost, host_launcher
 
 __all__ = ["host_launcher"]

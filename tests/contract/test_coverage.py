@@ -16,7 +16,7 @@ from muxtune.v1 import (
     operator_pb2,
     scheduling_pb2,
 )
-from services.errors import TABLE
+from services.rpc.errors import TABLE
 
 MODULES = (admission_pb2, alignment_pb2, execution_pb2, key_pb2, ledger_pb2, operator_pb2, scheduling_pb2)
 RPCS = [

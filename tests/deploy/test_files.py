@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from services.admission.__main__ import AdmissionSettings
 from services.alignment.__main__ import AlignmentSettings
-from services.config import from_environment
 from services.execution.settings import ExecutionSettings
 from services.scheduling.__main__ import SchedulingSettings
+from services.settings import from_environment
 from tests.deploy.compose_file import (
     DEPLOY,
     ROOT,

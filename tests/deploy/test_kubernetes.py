@@ -7,7 +7,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from services.config import from_environment
+from services.settings import from_environment
 from tests.deploy.compose_file import DEPLOY, SERVICES, environment_of_image
 from tests.deploy.test_files import INTERNAL_PORT, SETTINGS
 
@@ -53,7 +53,7 @@ def test_every_setting_is_given_and_every_port_agrees(service: str) -> None:
     assert {entry["port"] for entry in of_kind("Service")[service]["spec"]["ports"]} == ports
     for probe in ("readinessProbe", "livenessProbe", "startupProbe"):
         command = container[probe]["exec"]["command"]
-        assert command == ["python", "-m", "services.health", f"127.0.0.1:{port}", service]
+        assert command == ["python", "-m", "services.rpc.health", f"127.0.0.1:{port}", service]
 
 
 def test_each_address_is_a_services() -> None:

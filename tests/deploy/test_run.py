@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from muxtune.cli.mesh import free_addresses
 from muxtune.client import Client
+from muxtune.local.mesh import free_addresses
 from muxtune.v1 import task_pb2
-from services.certificates import Certificates, Trust
-from services.health import is_serving
+from services.rpc.certificates import Certificates, Trust
+from services.rpc.health import is_serving
 from tests.deploy.compose_file import ROOT, SERVICES, compose, environment_of_image, last_of
 from tests.tiny_backbone import write_backbone
 

@@ -12,7 +12,7 @@ from grpc_status import rpc_status
 from engine.errors import MuxtuneError
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import admission_pb2_grpc, artifact_pb2, dataset_pb2, task_pb2
-from services.errors import to_status
+from services.rpc.errors import to_status
 
 KEY = "mxt_1_right"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

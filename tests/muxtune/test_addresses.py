@@ -8,12 +8,12 @@ from socket import create_server
 import pytest
 
 from muxtune.aio import AsyncClient
-from muxtune.cli.authority import issue
-from muxtune.cli.mesh import free_addresses
 from muxtune.client import Client
 from muxtune.errors import InvalidInputError, UnavailableError
+from muxtune.local.certificate_authority import issue
+from muxtune.local.mesh import free_addresses
 from muxtune.transport import is_loopback, target
-from services.certificates import Certificates
+from services.rpc.certificates import Certificates
 from tests.muxtune.admission_fake import KEY, Admission
 
 PORTS_OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")

@@ -13,8 +13,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 from typer.testing import CliRunner
 
-from muxtune.cli.authority import NAMES, issue, issue_where_due
 from muxtune.cli.main import app
+from muxtune.local.certificate_authority import NAMES, issue, issue_where_due
 
 FOLDERS = {**{name: name for name in NAMES}, "executors/local": "execution"}  # and whose certificate is in it
 

@@ -14,7 +14,7 @@ from muxtune.aio import AsyncClient
 from muxtune.client import Client
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import artifact_pb2, task_pb2
-from services.errors import TABLE
+from services.rpc.errors import TABLE
 from tests.muxtune.admission_fake import CONFIG, KEY, WEIGHTS, Admission, file_parts
 from tests.muxtune.conftest import Either
 

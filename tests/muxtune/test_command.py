@@ -21,8 +21,8 @@ from typer.testing import CliRunner, Result
 from engine.errors import FieldViolation, InvalidInputError, PermissionDeniedError
 from muxtune.cli import main
 from muxtune.cli.main import app
-from muxtune.cli.mesh import MeshError, read_state
 from muxtune.cli.spec import read_spec
+from muxtune.local.mesh import MeshError, read_state
 from muxtune.v1 import task_pb2
 from tests.muxtune.admission_fake import CONFIG, KEY, WEIGHTS, Admission, file_parts
 from tests.tiny_backbone import write_backbone

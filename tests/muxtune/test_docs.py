@@ -7,7 +7,7 @@ import pytest
 
 from engine.methods import METHODS
 from muxtune.cli.spec import read_spec
-from services.method_convert import method_to_domain
+from services.conversion.method import method_to_domain
 
 PAGE = Path(__file__).parents[2] / "docs" / "ADAPTERS.md"
 LINES = [line for block in re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.S) for line in block.splitlines()]

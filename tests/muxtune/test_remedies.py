@@ -11,11 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from muxtune.aio import AsyncClient
-from muxtune.cli.authority import issue
 from muxtune.cli.main import app
 from muxtune.client import Client
 from muxtune.errors import UnavailableError, from_rpc_error
-from services.certificates import Certificates
+from muxtune.local.certificate_authority import issue
+from services.rpc.certificates import Certificates
 
 CA_REMEDY = r"set MUXTUNE_CA .*certs/ca\.crt"
 

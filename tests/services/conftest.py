@@ -12,9 +12,9 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.trace import SpanKind, StatusCode
 
 from muxtune.v1 import admission_pb2, admission_pb2_grpc, execution_pb2_grpc
-from services.auth import mesh_authenticator
-from services.gate import Gate
-from services.mesh import open_channel
+from services.rpc.authentication import mesh_authenticator
+from services.rpc.client_channel import open_channel
+from services.rpc.interceptor import Gate
 
 SECRET = "mesh_of-the-test"
 

@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from muxtune.cli.tracing import traced
 from muxtune.v1 import admission_pb2
-from services.config import ServerSettings
+from services.settings import ServerSettings
 from services.telemetry import configure
 from tests.services.conftest import StartMesh
 
@@ -84,7 +84,7 @@ async def test_every_call_is_answered_while_the_first_batch_waits(
     others = set(threading.enumerate())
     with away() as endpoint:
         exporting = configure("admission", ServerSettings(mesh_secret="s", otlp_endpoint=endpoint))
-        monkeypatch.setattr("services.rpc_spans.tracer", lambda: exporting.tracer_provider.get_tracer("x"))
+        monkeypatch.setattr("services.rpc.tracing.tracer", lambda: exporting.tracer_provider.get_tracer("x"))
 
         async def answer(request: admission_pb2.GetTaskRequest, context: object) -> admission_pb2.GetTaskResponse:
             return admission_pb2.GetTaskResponse(task={"name": request.name})

@@ -25,9 +25,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import Link, SpanKind, StatusCode
 
-from muxtune.trace_file import FileSpanExporter
+from muxtune.span_file_exporter import FileSpanExporter
 from services import telemetry
-from services.config import ServerSettings, SettingsError
+from services.settings import ServerSettings, SettingsError
 from services.telemetry import configure, current_trace_parent, links_to, task_span, tracer
 
 ROOT = Path(__file__).parents[2]
@@ -167,7 +167,7 @@ def test_a_collector_that_is_away_blocks_nobody() -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from services.config import ServerSettings
+from services.settings import ServerSettings
 from services.telemetry import configure
 telemetry = configure(sys.argv[1], ServerSettings(mesh_secret="s", trace_file=Path(sys.argv[2])))
 tracer = telemetry.tracer_provider.get_tracer("x")

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.alignment.tokens import BackboneTokenizer
+from engine.alignment.tokenizer import BackboneTokenizer
 from tests.tiny_tokenizer import write_tokenizer
 
 

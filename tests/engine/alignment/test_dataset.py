@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.alignment.dataset import Order, TokenizedDataset, num_steps, split, tokenize_dataset
-from engine.alignment.reading import tokenize
-from engine.alignment.rows import Row, parse_lines
-from engine.alignment.tokens import BackboneTokenizer
+from engine.alignment.jsonl_rows import Row, parse_lines
+from engine.alignment.row_tokenizer import tokenize
+from engine.alignment.tokenizer import BackboneTokenizer
 from engine.errors import InvalidInputError
 from engine.task import Overlength, Training
 from tests.tiny_tokenizer import write_tokenizer

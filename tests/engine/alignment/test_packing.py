@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from engine.alignment.dataset import Order, TokenizedDataset, num_steps, split
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind
 from engine.alignment.packing import Member, rounds
-from engine.method import Method
 from engine.methods import Lora, Prefix, Prompt
-from engine.planning.memory import microbatch_tokens
+from engine.methods.base import Method
+from engine.planning.cost.memory_model import microbatch_tokens
 from engine.task import TaskSpec, Training, evaluation_is_due
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from engine.alignment.dataset import Order, split, tokenize_dataset
+from engine.alignment.jsonl_rows import parse_lines
 from engine.alignment.preflight import preflight
-from engine.alignment.rows import parse_lines
-from engine.alignment.tokens import BackboneTokenizer
+from engine.alignment.tokenizer import BackboneTokenizer
 from engine.task import Training
 
 ROWS = [

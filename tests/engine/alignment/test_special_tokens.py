@@ -13,10 +13,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer
 
 from engine.alignment.dataset import tokenize_dataset
+from engine.alignment.jsonl_rows import Row, parse_lines
 from engine.alignment.preflight import preflight
-from engine.alignment.reading import RowRefusedError, tokenize
-from engine.alignment.rows import Row, parse_lines
-from engine.alignment.tokens import BackboneTokenizer
+from engine.alignment.row_tokenizer import RowRefusedError, tokenize
+from engine.alignment.tokenizer import BackboneTokenizer
 from engine.task import Training
 from tests.tiny_tokenizer import write_tokenizer
 

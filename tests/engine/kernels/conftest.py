@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from engine.kernels.device import CupyLauncher, launcher_of
+from engine.kernels.cupy_launcher import CupyLauncher, launcher_of
 from tests.engine.kernels.host.launcher import HostLauncher
 
 MakeHost = Callable[[int], HostLauncher]

@@ -14,26 +14,20 @@ import numpy as np
 import pytest
 
 from engine.kernels import compile as kernels
-from engine.kernels import (
-    grouped_gemm_device,
-    multi_adamw,
-    multi_affine_device,
-    multi_grad_norm,
-    multi_lora_structs,
-    segment_cross_entropy,
-)
+from engine.kernels import grouped_gemm_device, multi_adamw, multi_affine_device, multi_grad_norm, segment_cross_entropy
+from engine.kernels.multi_lora import structs
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TABLE = Path(__file__).with_name("registers.json")  # written by `python tests/engine/kernels/test_compile.py`
 MAX_REGISTERS = 168  # three blocks of 128 threads on a multiprocessor
 STRUCTS = {
-    "LoraUse": ("multi_lora.cuh", multi_lora_structs.USE),
-    "LoraFactors": ("multi_lora.cuh", multi_lora_structs.FACTORS),
-    "LoraTile": ("multi_lora.cuh", multi_lora_structs.RANKS),
-    "LoraSplit": ("multi_lora.cuh", multi_lora_structs.SPLIT),
-    "LoraItem": ("multi_lora.cuh", multi_lora_structs.ITEM),
-    "LoraStream": ("multi_lora.cuh", multi_lora_structs.STREAM),
-    "LoraLaunch": ("multi_lora.cuh", multi_lora_structs.LAUNCH),
+    "LoraUse": ("multi_lora.cuh", structs.USE),
+    "LoraFactors": ("multi_lora.cuh", structs.FACTORS),
+    "LoraTile": ("multi_lora.cuh", structs.RANKS),
+    "LoraSplit": ("multi_lora.cuh", structs.SPLIT),
+    "LoraItem": ("multi_lora.cuh", structs.ITEM),
+    "LoraStream": ("multi_lora.cuh", structs.STREAM),
+    "LoraLaunch": ("multi_lora.cuh", structs.LAUNCH),
     "NormTask": ("multi_grad_norm.cu", multi_grad_norm.TASK),
     "NormItem": ("multi_grad_norm.cu", multi_grad_norm.ITEM),
     "NormLaunch": ("multi_grad_norm.cu", multi_grad_norm.LAUNCH),

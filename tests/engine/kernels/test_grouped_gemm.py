@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.kernels import device
+from engine.kernels import cupy_launcher
 from engine.kernels import grouped_gemm as entry
 from engine.kernels.grouped_gemm_device import Product, launched
 from tests.engine.kernels.conftest import MakeLauncher
@@ -96,7 +96,7 @@ def at(make_launcher: MakeLauncher, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def take(seed: int) -> Any:
         launcher = make_launcher(seed)
-        monkeypatch.setattr(device, "launcher_of", lambda _: launcher)
+        monkeypatch.setattr(cupy_launcher, "launcher_of", lambda _: launcher)
         return launcher
 
     return take

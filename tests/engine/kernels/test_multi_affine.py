@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.kernels import device
+from engine.kernels import cupy_launcher
 from engine.kernels import multi_affine as entry
 from engine.kernels.multi_affine import AffineUse, multi_affine
 from tests.engine.kernels.conftest import MakeLauncher
@@ -99,7 +99,7 @@ def at(make_launcher: MakeLauncher, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def take(seed: int) -> Any:
         launcher = make_launcher(seed)
-        monkeypatch.setattr(device, "launcher_of", lambda _: launcher)
+        monkeypatch.setattr(cupy_launcher, "launcher_of", lambda _: launcher)
         return launcher
 
     return take

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kernels.multi_lora import LoraUse, LowRank, Operator, multi_lora
+from engine.kernels.multi_lora.dispatch import multi_lora
+from engine.kernels.multi_lora.types import LoraUse, LowRank, Operator
 from engine.kernels.packed_weight import PackedWeight
 
 pytestmark = pytest.mark.skipif(PackedWeight.of(torch.ones(2, 2)) is None, reason="this CPU is not packed for")

@@ -10,15 +10,15 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from engine.kernels.dropout import drop
-from engine.method import Method, Site, SiteKind
 from engine.methods import Activation, Bottleneck, Ia3, Lora, LoraBias, Miss, Placement, Prefix, Prompt, Selective, Vera
-from engine.peft import lora, magnitude
+from engine.methods.base import Method, Site, SiteKind
+from engine.peft import dora, lora
 from engine.peft.adapter import Adapter
-from engine.peft.block import MountedBlock
 from engine.peft.layout import Layout, TaskSpan
 from engine.peft.lora import LoraAdapter
 from engine.peft.mounted import Mounted, MountedAttention, MountedEmbedding, MountedLinear, MountedNorm
-from engine.peft.table import adapter_class
+from engine.peft.registry import adapter_class
+from engine.peft.sublayer import MountedBlock
 from engine.runtime.attention import packed_attention
 
 ALL = ("all-linear",)
@@ -72,12 +72,12 @@ def attach(mounted: Mounted, methods: Mapping[str, Method]) -> list[torch.Tensor
 @pytest.fixture(autouse=True)
 def dora_norms_as_constants(monkeypatch: pytest.MonkeyPatch) -> None:
     """They bear no gradient by definition (arXiv 2402.09353 section 4.3): for finite differences they stand still."""
-    right, held = magnitude.weight_norms, dict[int, torch.Tensor]()
+    right, held = dora.weight_norms, dict[int, torch.Tensor]()
 
     def standing_still(adapters: Sequence[LoraAdapter]) -> list[torch.Tensor]:
         return [held.setdefault(id(a), norms_N) for a, norms_N in zip(adapters, right(adapters), strict=True)]
 
-    for module in (lora, magnitude):
+    for module in (lora, dora):
         monkeypatch.setattr(module, "weight_norms", standing_still)
 
 

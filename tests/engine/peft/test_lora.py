@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from engine.errors import InvalidInputError
 from engine.runtime.backbone import Backbone
-from engine.runtime.task_run import TaskRun
+from engine.runtime.task_state import TaskRun
 from engine.target_modules import matching_modules
 from tests.engine.runtime.tiny import CONFIGS, model_of, task_of
 

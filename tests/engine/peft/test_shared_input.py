@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from engine.alignment.microbatch import MicrobatchKind
-from engine.kernels.multi_lora import Operator, multi_lora
-from engine.method import Method
+from engine.kernels.multi_lora.dispatch import multi_lora
+from engine.kernels.multi_lora.types import Operator
 from engine.methods import Bottleneck, Ia3, Lora, LoraBias, Selective, Vera
+from engine.methods.base import Method
 from engine.peft import shared_input
 from engine.peft.layout import Layout, TaskSpan
 from engine.peft.mounted import MountedLinear, group_linears
+from engine.peft.registry import adapter_class
 from engine.peft.shared_input import SharedInput, observed_inputs, sharing
-from engine.peft.table import adapter_class
 from engine.runtime.backbone import Backbone
 from tests.engine.runtime.tiny import CONFIGS, executor_with, model_of, pack_round, task_of
 

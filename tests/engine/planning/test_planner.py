@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.methods import Lora
-from engine.planning.cost import UNKNOWN, CostProfile
-from engine.planning.memory import total_bytes
-from engine.planning.plan import BackboneView, ExecutorView, HTask, Limits, Plan, Site, Snapshot, TaskView
+from engine.planning.cost.cost_model import UNKNOWN, CostProfile
+from engine.planning.cost.memory_model import total_bytes
 from engine.planning.planner import plan
+from engine.planning.types import BackboneView, ExecutorView, HTask, Limits, Plan, Site, Snapshot, TaskView
 from engine.task import TaskSpec, Training
 
 LIMITS = Limits(token_budget=256, chunk_tokens=16)

@@ -11,8 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine.kernels import grouped_gemm, multi_affine, multi_lora_ops
+from engine.kernels import grouped_gemm, multi_affine
 from engine.kernels.launch import Memory
+from engine.kernels.multi_lora import torch_ops
 from engine.runtime import attention
 from engine.runtime.executor import Executor
 from tests.engine.kernels.host.launcher import HostLauncher
@@ -21,7 +22,7 @@ READS_BACK = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", 
 _OPS = {
     op._opoverload._schema.name: op._init_fn
     for op in (
-        multi_lora_ops.multi_lora_op, multi_lora_ops.multi_lora_backward_op, multi_affine.multi_affine_op,
+        torch_ops.multi_lora_op, torch_ops.multi_lora_backward_op, multi_affine.multi_affine_op,
         multi_affine.multi_affine_backward_op, grouped_gemm.grouped_gemm_op, grouped_gemm.grouped_gemm_backward_op,
     )
 }  # fmt: skip

@@ -3,8 +3,8 @@
 import pytest
 
 from engine.alignment.microbatch import Microbatch
-from engine.planning.cost import CostProfile
-from engine.planning.fit import fit
+from engine.planning.cost.cost_fit import fit
+from engine.planning.cost.cost_model import CostProfile
 from engine.results import Result
 from engine.runtime.backbone import Backbone
 from engine.runtime.calibration import Bench, Probe, calibrate, parts_of

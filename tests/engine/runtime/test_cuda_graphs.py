@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from engine.alignment.microbatch import MicrobatchKind
-from engine.method import Method
 from engine.methods import Bottleneck, Ia3, Lora, LoraBias, Miss, Placement, Prefix, Prompt, Selective, Vera
+from engine.methods.base import Method
 from engine.results import EvaluationResult, Result, StepResult, TaskFailure
 from engine.runtime import cuda_graphs
 from engine.runtime.backbone import Backbone

@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range, Segment
-from engine.method import Method
 from engine.methods import Bottleneck, Lora, Prefix, Vera
-from engine.planning.memory import resident_bytes, total_bytes
-from engine.planning.plan import BackboneView
+from engine.methods.base import Method
+from engine.planning.cost.memory_model import resident_bytes, total_bytes
+from engine.planning.types import BackboneView
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
 from engine.runtime.footprint import measure
-from engine.runtime.task_run import Assignment
+from engine.runtime.task_state import Assignment
 from engine.task import TaskSpec, Training
 from tests.engine.runtime.tiny import CONFIGS, model_of
 

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from engine.errors import InvalidInputError
-from engine.method import Method, SiteKind
 from engine.methods import (
     Activation,
     Bottleneck,
@@ -23,8 +22,9 @@ from engine.methods import (
     Selective,
     Vera,
 )
-from engine.planning.memory import adapter_bytes
-from engine.planning.plan import BackboneView
+from engine.methods.base import Method, SiteKind
+from engine.planning.cost.memory_model import adapter_bytes
+from engine.planning.types import BackboneView
 from engine.task import LrSchedule, Optimizer
 from tests.engine.runtime.tiny import CONFIGS, VOCAB, TinyTask, executor_with, model_of, task_of, train, train_with_peft
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine.kernels import device
-from engine.method import Method
+from engine.kernels import cupy_launcher
 from engine.methods import Activation, Bottleneck, Ia3, Lora, LoraBias, Miss, Placement, Selective, Vera
+from engine.methods.base import Method
 from engine.results import StepResult
 from engine.runtime.executor import Executor
 from tests.engine.kernels.conftest import MakeHost, host_launcher
@@ -39,7 +39,7 @@ METHODS: dict[str, Method] = {
 def on_kernels(launcher: Any) -> Iterator[None]:
     """Tensors pass for a GPU's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "launcher_of", lambda _: launcher)
+        patch.setattr(cupy_launcher, "launcher_of", lambda _: launcher)
         patch.setattr(torch.Tensor, "is_cuda", True)
         yield
 

@@ -6,7 +6,7 @@ import torch
 from engine.results import StepResult
 from engine.runtime import executor as module
 from engine.runtime.out_of_memory import NoMemory, in_short, is_out_of_memory
-from engine.runtime.task_run import Assignment
+from engine.runtime.task_state import Assignment
 from tests.engine.runtime.tiny import CONFIGS, executor_with, model_of, pack_round, task_of
 
 

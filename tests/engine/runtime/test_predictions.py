@@ -12,16 +12,16 @@ import transformers as hf
 from engine.alignment.dataset import TokenizedDataset
 from engine.alignment.packing import Member, one_round
 from engine.methods import Lora
-from engine.planning.cost import CostProfile
-from engine.planning.fit import Sample, fit, refit
-from engine.planning.plan import BackboneView, ExecutorView, Limits, Snapshot, TaskView
+from engine.planning.cost.cost_fit import Sample, fit, refit
+from engine.planning.cost.cost_model import CostProfile
 from engine.planning.planner import plan
-from engine.planning.policies import Multiplexed
-from engine.planning.simulator import Arrival, simulate
+from engine.planning.simulation.baselines import Multiplexed
+from engine.planning.simulation.simulator import Arrival, simulate
+from engine.planning.types import BackboneView, ExecutorView, Limits, Snapshot, TaskView
 from engine.runtime.backbone import Backbone
 from engine.runtime.calibration import Bench, Probe, calibrate, parts_of
 from engine.runtime.executor import Executor
-from engine.runtime.task_run import Assignment
+from engine.runtime.task_state import Assignment
 from engine.task import LrSchedule, TaskSpec, Training
 from tests.engine.runtime.counted import CountedDevice
 from tests.engine.runtime.tiny import model_of

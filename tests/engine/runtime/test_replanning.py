@@ -17,7 +17,7 @@ from engine.alignment.packing import Member, rounds
 from engine.kernels import dropout
 from engine.results import EvaluationResult, StepResult
 from engine.runtime.checkpoint import CheckpointState
-from engine.runtime.task_run import Assignment
+from engine.runtime.task_state import Assignment
 from engine.task import LrSchedule, Optimizer, TaskSpec, Training
 from tests.engine.runtime.test_methods import IN_PEFT, MORE, OWN
 from tests.engine.runtime.tiny import CONFIGS, VOCAB, executor_with, model_of

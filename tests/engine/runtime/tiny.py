@@ -17,12 +17,12 @@ from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
-from engine.method import Method
 from engine.methods import Lora
+from engine.methods.base import Method
 from engine.results import StepResult
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
-from engine.runtime.task_run import Assignment
+from engine.runtime.task_state import Assignment
 from engine.task import LrSchedule, Optimizer, TaskSpec, Training
 from engine.verification import plain
 from engine.verification.reference import in_peft

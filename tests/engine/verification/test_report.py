@@ -5,8 +5,8 @@ from itertools import chain
 import pytest
 import torch
 
-from engine.kernels import multi_lora
-from engine.kernels.multi_lora import LowRank
+from engine.kernels.multi_lora import reference
+from engine.kernels.multi_lora.types import LowRank
 from engine.runtime.executor import Executor
 from engine.verification import cases, report
 from engine.verification.report import Finding, compare, left_out
@@ -48,14 +48,14 @@ def test_a_loss_averaged_over_the_whole_batch_is_seen(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("factor, num_steps", [("b_NR", 3), ("a_RK", 12)])  # B is zero at first, and A's gradient
 def test_a_gradient_that_is_wrong_is_seen(factor: str, num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    right, first = multi_lora._MultiLora.backward, multi_lora._FIRST_FACTOR
+    right, first = reference.MultiLora.backward, reference._FIRST_FACTOR
 
     def wrong(ctx, *grads: torch.Tensor):
         found = right(ctx, *grads)
         factors = [LowRank(*gradients) for gradients in zip(*[iter(found[first:])] * len(LowRank._fields), strict=True)]
         return *found[:first], *chain.from_iterable(negated(each, factor) for each in factors)
 
-    monkeypatch.setattr(multi_lora._MultiLora, "backward", staticmethod(wrong))
+    monkeypatch.setattr(reference.MultiLora, "backward", staticmethod(wrong))
     found = {(f.method, f.against): f.holds for f in findings(num_steps=num_steps)}
     assert not found["lora", "peft alone"] and found["prompt", "peft alone"]
 

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from engine.planning.plan import Limits
+from engine.planning.types import Limits
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import (
     admission_pb2_grpc,
@@ -33,25 +33,25 @@ from muxtune.v1 import (
     plan_pb2,
     task_pb2,
 )
-from services.admission.admit import Admitter, Quota
-from services.admission.audit import audited_in
-from services.admission.database import Database
-from services.admission.identity import authenticator
-from services.admission.keys import KeyStore
-from services.admission.ledger import Ledger
-from services.admission.limits import LimitsWatch
-from services.admission.notifier import Notifier
-from services.admission.operator import OperatorServicer
-from services.admission.servicer import AdmissionServicer, KeyServicer, LedgerServicer
-from services.admission.tables import metadata
-from services.alignment.catalog import Catalog
+from services.admission.api.operator_rpcs import OperatorServicer
+from services.admission.api.servicer import AdmissionServicer, KeyServicer, LedgerServicer
+from services.admission.api.token_authenticator import authenticator
+from services.admission.ledger.ledger import Ledger
+from services.admission.ledger.limits_watcher import LimitsWatch
+from services.admission.policy.admission_controller import Admitter, Quota
+from services.admission.store.api_keys import KeyStore
+from services.admission.store.audit_log import audited_in
+from services.admission.store.change_notifier import Notifier
+from services.admission.store.database import Database
+from services.admission.store.tables import metadata
+from services.alignment.dataset_store import Catalog
 from services.alignment.servicer import AlignmentServicer
-from services.artifacts import ArtifactStore
-from services.auth import mesh_authenticator
-from services.gate import Gate
-from services.mesh import open_channel
-from services.rate_limit import RateLimit
-from services.strangers import Strangers
+from services.rpc.authentication import mesh_authenticator
+from services.rpc.client_channel import open_channel
+from services.rpc.interceptor import Gate
+from services.rpc.rate_limit import RateLimit
+from services.rpc.unauthenticated_limiter import Strangers
+from services.storage.artifact_store import ArtifactStore
 
 SECRET = "mesh_of-the-tests"
 DATABASES = ["sqlite", "postgresql"]

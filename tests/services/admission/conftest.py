@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from services.artifacts import ArtifactStore
+from services.storage.artifact_store import ArtifactStore
 from tests.services.admission.admission_mesh import Admission, Alignment
 from tests.services.admission.postgres import NoPostgresError, Postgres, running_postgres
 from tests.tiny_tokenizer import write_tokenizer

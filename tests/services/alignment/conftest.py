@@ -12,12 +12,12 @@ import pytest
 
 from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import alignment_pb2_grpc, artifact_pb2, task_pb2
-from services.alignment.catalog import Catalog
+from services.alignment.dataset_store import Catalog
 from services.alignment.servicer import AlignmentServicer
-from services.artifacts import ArtifactStore
-from services.auth import mesh_authenticator
-from services.gate import Gate
-from services.mesh import open_channel
+from services.rpc.authentication import mesh_authenticator
+from services.rpc.client_channel import open_channel
+from services.rpc.interceptor import Gate
+from services.storage.artifact_store import ArtifactStore
 from tests.tiny_tokenizer import write_tokenizer
 
 SECRET, TENANT, TASK = "mesh_secret", "tenants/acme", "tenants/acme/tasks/one"

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.alignment import rows
-from engine.alignment.reading import tokenize
-from engine.alignment.rows import MAX_LINE_BYTES, MAX_MESSAGES, parse_lines
+from engine.alignment import jsonl_rows
+from engine.alignment.jsonl_rows import MAX_LINE_BYTES, MAX_MESSAGES, parse_lines
+from engine.alignment.row_tokenizer import tokenize
 from engine.errors import InvalidInputError, MalformedDatasetError, QuotaExceededError
 from engine.task import Training
-from services.alignment.catalog import Catalog, Receipt
-from services.artifacts import ArtifactStore
+from services.alignment.dataset_store import Catalog, Receipt
+from services.storage.artifact_store import ArtifactStore
 from tests.tiny_tokenizer import write_tokenizer
 
 # The line of a gigabyte is one with MUXTUNE_FUZZ_EXAMPLES set; it is read no further than the limit either way.
@@ -98,7 +98,7 @@ def test_a_hostile_line_is_named_and_not_quoted(catalog: Catalog, tmp_path: Path
 
 
 def test_rows_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "MAX_ROWS", 3)
+    monkeypatch.setattr(jsonl_rows, "MAX_ROWS", 3)
     with pytest.raises(MalformedDatasetError, match="line 4"):
         list(parse_lines([b'{"text":"a"}'] * 4))
 

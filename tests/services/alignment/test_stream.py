@@ -23,9 +23,9 @@ from engine.errors import InvalidInputError, NotFoundError, UnavailableError
 from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import alignment_pb2_grpc
 from services.alignment import servicer as servicer_module
-from services.artifacts import ArtifactStore
-from services.convert import microbatch_to_domain, microbatch_to_proto, training_to_domain
-from services.mesh import open_channel, open_sync_channel, translated_errors
+from services.conversion.task import microbatch_to_domain, microbatch_to_proto, training_to_domain
+from services.rpc.client_channel import open_channel, open_sync_channel, translated_errors
+from services.storage.artifact_store import ArtifactStore
 from tests.services.alignment.conftest import (
     SECRET,
     TASK,
@@ -214,7 +214,7 @@ async def test_a_bad_member_does_not_harm_other_streams(alignment: Alignment) ->
 async def test_one_tokenization_serves_all_who_ask_at_once(
     alignment: Alignment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from services.alignment import catalog as catalog_module
+    from services.alignment import dataset_store as catalog_module
 
     calls, real = itertools.count(), catalog_module.tokenize_dataset
     monkeypatch.setattr(
@@ -227,7 +227,7 @@ async def test_one_tokenization_serves_all_who_ask_at_once(
 
 
 async def test_the_cache_is_bounded_in_bytes(alignment: Alignment, tmp_path: Path) -> None:
-    from services.alignment.catalog import Catalog
+    from services.alignment.dataset_store import Catalog
 
     catalog = Catalog(ArtifactStore.open(str(alignment.folder)), {"tiny": tmp_path / "tiny"}, cache_bytes=10_000)
     values = training_to_domain(training())

@@ -31,12 +31,12 @@ from muxtune.v1 import (
     scheduling_pb2_grpc,
     task_pb2,
 )
-from services.auth import mesh_authenticator
-from services.config import environment_of
-from services.convert import microbatch_to_proto, training_to_domain
+from services.conversion.task import microbatch_to_proto, training_to_domain
 from services.execution.settings import ExecutionSettings
-from services.mesh import open_channel
-from services.server import Gate
+from services.rpc.authentication import mesh_authenticator
+from services.rpc.client_channel import open_channel
+from services.rpc.server import Gate
+from services.settings import environment_of
 
 SECRET = "mesh_secret-of-the-tests"
 TIMEOUT_SECONDS = 40.0
@@ -246,7 +246,7 @@ class Mesh:
         """The child of the executor's process that trains."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-        return next(int(pid) for pid, command in commands.items() if b"services.execution.trainer" in command)
+        return next(int(pid) for pid, command in commands.items() if b"services.execution.trainer.trainer" in command)
 
     async def stop(self) -> int:
         if self.process.returncode is None:

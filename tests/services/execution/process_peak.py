@@ -8,18 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-import services.execution.trainer as trainer
+import services.execution.trainer.trainer as trainer
 from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range, Segment
 from engine.methods import Lora
-from engine.planning.memory import total_bytes
+from engine.planning.cost.memory_model import total_bytes
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
 from engine.runtime.footprint import measure
-from engine.runtime.task_run import Assignment
+from engine.runtime.task_state import Assignment
 from engine.task import TaskSpec, Training
-from services.execution.device import describe_backbone, used_bytes
+from services.conversion.plan import backbone_to_view
 from services.execution.settings import ExecutionSettings
-from services.plan_convert import backbone_to_view
+from services.execution.trainer.device_info import describe_backbone, used_bytes
 
 
 def main(folder: str, ranks: list[int], num_tokens: int) -> None:

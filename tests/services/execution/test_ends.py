@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.kernels.packed_weight import PackedWeight
 from muxtune.v1 import execution_pb2
-from services.artifacts import ArtifactStore
+from services.storage.artifact_store import ArtifactStore
 from tests.services.execution.executor_mesh import log_lines, plan_of, planned, running_mesh
 
 pytestmark = pytest.mark.timeout(120)

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.errors import LeaseLostError, NotFoundError, StaleEpochError
 from muxtune.v1 import errors_pb2, execution_pb2
-from services.artifacts import ArtifactStore
+from services.storage.artifact_store import ArtifactStore
 from tests.services.execution.executor_mesh import BAD_VERSION, Mesh, kind_of, plan_of, planned, running_mesh
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]

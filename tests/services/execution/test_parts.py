@@ -16,14 +16,14 @@ from engine.errors import ArtifactCorruptError
 from engine.runtime.checkpoint import CheckpointState
 from engine.task import Training
 from muxtune.v1 import execution_pb2, plan_pb2, task_pb2
-from services.artifacts import ArtifactStore
-from services.execution.attempts import Attempts
-from services.execution.early_stop import EarlyStop
-from services.execution.outbox import Outbox
-from services.execution.pipe import MAX_FRAME_BYTES, AsyncPipe, BlockingPipe, Tag
-from services.execution.vault import Vault
-from services.execution.watchdog import Watchdog
-from services.execution.window import StepWindow
+from services.execution.server.attempt_tracker import Attempts
+from services.execution.server.outbox import Outbox
+from services.execution.server.trainer_pipe import MAX_FRAME_BYTES, AsyncPipe, BlockingPipe, Tag
+from services.execution.server.watchdog import Watchdog
+from services.execution.trainer.checkpoint_store import Vault
+from services.execution.trainer.early_stop import EarlyStop
+from services.execution.trainer.step_spans import StepWindow
+from services.storage.artifact_store import ArtifactStore
 
 TASK = "tenants/t/tasks/a"
 

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load
 
 from muxtune.v1 import execution_pb2, task_pb2
-from services.execution import residents
-from services.execution.pipe import Tag
+from services.execution.server.trainer_pipe import Tag
+from services.execution.trainer import task_lifecycle
 from tests.services.execution.executor_mesh import planned
 from tests.services.execution.trainer_thread import TrainerThread, full, running_trainer
 
@@ -80,7 +80,7 @@ def test_what_cannot_be_written_holds_up_nobody(trainer: TrainerThread, calm: by
 
 
 def test_a_task_that_waits_too_long_is_handed_back(trainer: TrainerThread, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residents, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(task_lifecycle, "_PATIENCE_SECONDS", 0.0)
     trainer.store.gates.close("get tenants/t/tasks/v", is_away=True)
     recorded = task_pb2.CheckpointCommitted(step=2, manifest_key=f"{full('v')}/checkpoints/00000002-1/manifest.json")
     trainer.plan(planned("v", epoch=2, resume_from=recorded), NEIGHBOURS[1], htasks=TOGETHER)

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from engine.errors import LeaseLostError, MuxtuneError, StaleEpochError
-from engine.planning.plan import Limits
+from engine.planning.types import Limits
 from muxtune.v1 import (
     execution_pb2,
     execution_pb2_grpc,
@@ -19,10 +19,10 @@ from muxtune.v1 import (
     scheduling_pb2_grpc,
     task_pb2,
 )
-from services.auth import mesh_authenticator
-from services.gate import Gate
-from services.mesh import open_channel
-from services.scheduling.cycle import Scheduler
+from services.rpc.authentication import mesh_authenticator
+from services.rpc.client_channel import open_channel
+from services.rpc.interceptor import Gate
+from services.scheduling.scheduler import Scheduler
 from services.scheduling.servicer import SchedulingServicer
 
 SECRET = "mesh_secret-of-the-tests"

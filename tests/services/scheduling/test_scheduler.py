@@ -15,11 +15,11 @@ from engine.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from engine.planning.memory import total_bytes
+from engine.planning.cost.memory_model import total_bytes
 from muxtune.v1 import plan_pb2, scheduling_pb2, scheduling_pb2_grpc
-from services.convert import spec_to_domain
-from services.mesh import open_channel
-from services.plan_convert import backbone_to_view
+from services.conversion.plan import backbone_to_view
+from services.conversion.task import spec_to_domain
+from services.rpc.client_channel import open_channel
 from services.scheduling.__main__ import SchedulingSettings
 from tests.services.scheduling.mesh_fakes import BACKBONE, CANCELLING, QUEUED, SPEC_OF_TASKS, World, step_done
 

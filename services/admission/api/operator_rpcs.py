@@ -1,0 +1,65 @@
+"""OperatorService: quotas, accounts, audit log. What each RPC promises stands in protos/muxtune/v1/operator.proto."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from muxtune.v1 import operator_pb2 as pb
+from muxtune.v1 import operator_pb2_grpc
+from services.admission.api import page_tokens
+from services.admission.policy import quotas
+from services.admission.store import audit_log
+from services.admission.store.change_notifier import Notifier
+from services.admission.store.database import Database
+from services.resource_names import check_tenant
+
+
+class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
+    """`default`: what holds for tenants without a quota of their own."""
+
+    def __init__(self, database: Database, default: pb.Quota, notifier: Notifier) -> None:
+        self._database, self._default, self._notifier = database, default, notifier
+
+    async def SetQuota(self, request: pb.SetQuotaRequest, context: Any) -> pb.SetQuotaResponse:
+        tenant = check_tenant(request.tenant)
+        quota = await asyncio.to_thread(self._set_quota, tenant, request.quota, request.update_mask.paths)
+        self._notifier.notify()  # tasks that waited may go on
+        return pb.SetQuotaResponse(quota=quota)
+
+    async def GetQuota(self, request: pb.GetQuotaRequest, context: Any) -> pb.GetQuotaResponse:
+        return pb.GetQuotaResponse(quota=await asyncio.to_thread(self._quota, check_tenant(request.tenant)))
+
+    async def ListUsage(self, request: pb.ListUsageRequest, context: Any) -> pb.ListUsageResponse:
+        size, query = page_tokens.size(request.page_size), ["usage", request.tenant]
+        start = page_tokens.start(query, request.page_token)
+        rows = await asyncio.to_thread(self._usage, request.tenant, start, size + 1)
+        shown = rows[:size]
+        more = page_tokens.token(query, shown[-1].day, shown[-1].tenant) if len(rows) > size else ""
+        return pb.ListUsageResponse(days=[quotas.to_proto(row) for row in shown], next_page_token=more)
+
+    async def ListAuditEvents(self, request: pb.ListAuditEventsRequest, context: Any) -> pb.ListAuditEventsResponse:
+        size = page_tokens.size(request.page_size)
+        rows = await asyncio.to_thread(self._events, request.tenant, request.after_sequence, size)
+        return pb.ListAuditEventsResponse(events=[audit_log.to_proto(row) for row in rows])
+
+    def _set_quota(self, tenant: str, quota: pb.Quota, only: Sequence[str]) -> pb.Quota:
+        with self._database.write() as connection:
+            quotas.set_quota(connection, tenant, quota, only)
+            return quotas.quota_of(connection, tenant, self._default)
+
+    def _quota(self, tenant: str) -> pb.Quota:
+        with self._database.read() as connection:
+            return quotas.quota_of(connection, tenant, self._default)
+
+    def _usage(self, tenant: str, before: tuple[int, str] | None, limit: int) -> Any:
+        with self._database.read() as connection:
+            return quotas.page(connection, _plain(tenant), before, limit)
+
+    def _events(self, tenant: str, after_sequence: int, limit: int) -> Any:
+        with self._database.read() as connection:
+            return audit_log.page(connection, _plain(tenant), after_sequence, limit)
+
+
+def _plain(tenant: str) -> str:
+    """A filter of lists: empty, or a tenant's name. Raises InvalidInputError for anything else."""
+    return check_tenant(tenant) if tenant else ""

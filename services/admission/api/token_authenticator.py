@@ -1,0 +1,37 @@
+"""Who calls admission with a token: a tenant or operator by API key, a tenant by its identity provider's token."""
+
+import asyncio
+
+from engine.errors import UnauthenticatedError
+from services.admission.api.oidc import TokenVerifier
+from services.admission.store.api_keys import KeyStore
+from services.rpc.authentication import Authenticate, Principal, mesh_authenticator
+from services.rpc.authorization import Role, rule_of
+from services.rpc.rate_limit import RateLimit
+
+
+def authenticator(
+    keys: KeyStore,
+    mesh_secret: str,
+    verifier: TokenVerifier | None = None,
+    limit: RateLimit | None = None,
+) -> Authenticate:
+    """By what the token looks like: an API key, a JWT, else the mesh secret where services have no certificates."""
+    mesh = mesh_authenticator(mesh_secret)
+
+    async def authenticate(method: str, token: str) -> Principal:
+        if token.startswith("mxt_"):
+            principal = await keys.principal_of(token)
+        elif verifier is not None and token.count(".") == 2:
+            principal = await asyncio.to_thread(verifier.principal_of, token)
+        elif Role.TENANT in rule_of(method).roles:
+            raise UnauthenticatedError("the API key is unknown, expired or revoked")  # the mesh is no tenant
+        else:
+            return await mesh(method, token)
+        if limit is not None and principal.tenant is not None:
+            limit.take(
+                principal.tenant, f"{principal.tenant} makes more than {limit.per_second:g} calls a second: wait"
+            )
+        return principal
+
+    return authenticate

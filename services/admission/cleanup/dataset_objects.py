@@ -1,0 +1,75 @@
+"""The bytes of datasets, in the artifact store by (tenant, SHA-256): there as long as a row of the database holds them.
+
+An upload must not find bytes that a deletion or a sweep is about to remove, here or in another process. So who removes
+them is alone with them in the database; who writes a row makes sure, in the same transaction, that nobody is and that
+they are there.
+"""
+
+import asyncio
+import re
+from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakValueDictionary
+
+import sqlalchemy as sa
+
+from engine.errors import UnavailableError
+from muxtune.v1 import alignment_pb2, alignment_pb2_grpc
+from services.admission.store import datasets_and_adapters
+from services.admission.store.database import Database
+from services.storage.artifact_store import ArtifactStore
+
+_KEYS = re.compile(r"(tenants/[^/]+)/datasets/([0-9a-f]{64})\.jsonl")
+_REMOVE_SECONDS = 5.0  # less than the database lets a transaction be silent
+
+
+class DatasetBytes:
+    """Alignment writes and removes them; admission says when."""
+
+    def __init__(
+        self,
+        database: Database,
+        artifacts: ArtifactStore,
+        alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub",
+    ) -> None:
+        self._database, self._artifacts, self._alignment = database, artifacts, alignment
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        # Threads of its own: they wait for alignment, and no other call may wait for them.
+        self._removals = ThreadPoolExecutor(4, "removal")
+
+    def lock(self, tenant: str, sha256: str) -> asyncio.Lock:
+        """Held in this process while bytes are stored and their row is written, or the other way round."""
+        return self._locks.setdefault(f"{tenant} {sha256}", asyncio.Lock())
+
+    def check_kept(self, connection: sa.Connection, tenant: str, sha256: str) -> None:
+        """In the transaction that writes their row. Raises UnavailableError where another process removes them."""
+        if not self._database.is_shared:
+            return  # their lock is enough
+        key = _key(tenant, sha256)
+        if not self._database.holds(connection, key) or not self._artifacts.exists(key):
+            raise UnavailableError("these bytes were removed just now, with the last dataset that had them: send again")
+
+    async def remove_unreferenced(self, tenant: str, sha256: str) -> None:
+        """If no dataset holds them. Call with their lock held. Raises UnavailableError."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._removals, self._remove_unreferenced, tenant, sha256, loop)
+
+    async def sweep(self) -> None:
+        """Removes what no dataset holds: an upload or a deletion was cut short. Raises UnavailableError."""
+        keys = await asyncio.to_thread(self._artifacts.list, "tenants")
+        for found in filter(None, map(_KEYS.fullmatch, keys)):
+            async with self.lock(found[1], found[2]):
+                await self.remove_unreferenced(found[1], found[2])
+
+    def _remove_unreferenced(self, tenant: str, sha256: str, loop: asyncio.AbstractEventLoop) -> None:
+        with self._database.alone_with(_key(tenant, sha256)) as connection:
+            if not datasets_and_adapters.is_referenced(connection, tenant, sha256):
+                asyncio.run_coroutine_threadsafe(self._remove(tenant, sha256), loop).result()
+
+    async def _remove(self, tenant: str, sha256: str) -> None:
+        request = alignment_pb2.RemoveDatasetRequest(tenant=tenant, sha256=sha256)
+        await self._alignment.RemoveDataset(request, timeout=_REMOVE_SECONDS)
+
+
+def _key(tenant: str, sha256: str) -> str:
+    """Where alignment puts them."""
+    return f"{tenant}/datasets/{sha256}.jsonl"

@@ -1,0 +1,157 @@
+"""Committing what executors say of a task: each counts once, or not at all. Synchronous, no gRPC."""
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from engine.task import TaskState
+from muxtune.v1 import ledger_pb2 as pb
+from muxtune.v1 import plan_pb2, task_pb2
+from services.admission.ledger import crash_tracker
+from services.admission.policy import quotas
+from services.admission.store import tasks
+from services.admission.store.clock import now
+from services.admission.store.tables import adapters
+from services.admission.store.tables import tasks as tasks_table
+
+_RATE_WEIGHT = 0.2  # of the newest step in the moving average of tokens per second
+
+
+def commit(
+    connection: sa.Connection, executor: str, result: plan_pb2.TaskResult, max_crashes: int
+) -> pb.ResultVerdict.ValueType:
+    """COMMITTED, DUPLICATE (its step is recorded already) or STALE (the attempt was superseded)."""
+    row = connection.execute(sa.select(tasks_table).where(tasks_table.c.name == result.task)).one_or_none()
+    if row is None or row.attempt_epoch != result.attempt_epoch or row.executor != executor:
+        ended = row is not None and TaskState[row.state].is_final and row.attempt_epoch == result.attempt_epoch
+        return pb.RESULT_VERDICT_DUPLICATE if ended else pb.RESULT_VERDICT_STALE
+    kind, suspects = result.WhichOneof("result"), result.released.num_suspects
+    if suspects and crash_tracker.count(connection, row, result.released.reason, suspects, max_crashes):
+        return pb.RESULT_VERDICT_COMMITTED
+    is_new = {
+        "step_done": _step_done,
+        "evaluated": _evaluated,
+        "checkpoint_committed": _checkpoint_committed,
+        "finished": _finished,
+        "failed": _failed,
+        "released": _released,
+        "resumed": _resumed,
+    }[kind or "released"](connection, row, result)
+    return pb.RESULT_VERDICT_COMMITTED if is_new else pb.RESULT_VERDICT_DUPLICATE
+
+
+def _step_done(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
+    step, progress = result.step_done, task_pb2.TaskProgress.FromString(row.progress)
+    if step.step <= progress.step:
+        return False
+    moment = now()
+    _measure_rate(progress, step, row, moment)
+    if not progress.HasField("first_loss"):
+        progress.first_loss = step.loss
+    progress.step, progress.last_loss = step.step, step.loss
+    progress.effective_tokens += step.effective_tokens
+    progress.padding_tokens += step.padding_tokens
+    progress.device_seconds += step.device_seconds
+    progress.num_neighbours = step.num_neighbours
+    _put_progress(connection, row, progress, progress_time=moment, crashes=0)
+    tasks.append_event(connection, row.name, task_pb2.TaskEvent(step_done=step))
+    quotas.charge(connection, row.tenant, step)
+    why = quotas.spent(task_pb2.TaskSpec.FromString(row.spec).budget, progress)
+    if why and row.state == TaskState.RUNNING.name:
+        tasks.change_state(connection, row, TaskState.CANCELLING, why)
+    return True
+
+
+def _measure_rate(progress: task_pb2.TaskProgress, step: task_pb2.StepDone, row: Any, moment: int) -> None:
+    """By the wall clock, from commit to commit: what a user waits for."""
+    elapsed = (moment - (row.progress_time or row.started or moment)) / 1e6
+    if elapsed <= 0:
+        return
+    # The first step's time holds its task's attaching and first evaluation: it says nothing of the steps to come.
+    weight = 1.0 if progress.step <= 1 else _RATE_WEIGHT
+    newest, old = step.effective_tokens / elapsed, progress.effective_tokens_per_second
+    progress.effective_tokens_per_second = old + weight * (newest - old)
+    if progress.step < 1 or progress.effective_tokens_per_second <= 0:
+        return
+    estimate = task_pb2.TaskEstimate.FromString(row.estimate)
+    left = estimate.num_train_tokens * max(0.0, 1 - step.step / max(1, estimate.num_steps))
+    progress.seconds_left = left / progress.effective_tokens_per_second
+
+
+def _evaluated(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
+    evaluated, progress = result.evaluated, task_pb2.TaskProgress.FromString(row.progress)
+    if evaluated.step <= row.evaluated_step:
+        return False
+    if not progress.HasField("first_heldout_loss"):
+        progress.first_heldout_loss = evaluated.loss
+    progress.last_heldout_loss = evaluated.loss
+    _put_progress(connection, row, progress, evaluated_step=evaluated.step)
+    tasks.append_event(connection, row.name, task_pb2.TaskEvent(evaluated=evaluated))
+    return True
+
+
+def _checkpoint_committed(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
+    checkpoint, progress = result.checkpoint_committed, task_pb2.TaskProgress.FromString(row.progress)
+    if row.checkpoint and task_pb2.CheckpointCommitted.FromString(row.checkpoint).step >= checkpoint.step:
+        return False
+    progress.checkpoint_step = checkpoint.step
+    _put_progress(connection, row, progress, checkpoint=checkpoint.SerializeToString())
+    tasks.append_event(connection, row.name, task_pb2.TaskEvent(checkpoint_committed=checkpoint))
+    return True
+
+
+def _finished(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
+    finished = result.finished
+    adapter = row.name.replace("/tasks/", "/adapters/") if finished.adapter_key else ""
+    if adapter:
+        connection.execute(
+            sa.insert(adapters).values(
+                name=adapter,
+                tenant=row.tenant,
+                manifest_key=finished.adapter_key,
+                size_bytes=finished.adapter_bytes,
+                created=now(),
+            )
+        )
+    state = TaskState.CANCELLED if finished.cancelled else TaskState.SUCCEEDED
+    message = finished.message or (
+        f"{finished.step} steps; exported, loaded again, logits within {finished.max_logit_difference:.1e}"
+        if adapter
+        else "no step was done"
+    )
+    progress = task_pb2.TaskProgress.FromString(row.progress)
+    progress.ClearField("seconds_left")
+    _put_progress(connection, row, progress)
+    tasks.change_state(connection, row, state, message, adapter=adapter)
+    return True
+
+
+def _failed(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
+    tasks.change_state(connection, row, TaskState.FAILED, result.failed.message, failure=result.failed)
+    return True
+
+
+def _released(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
+    reason = result.released.reason or "released by its executor"
+    if row.state == TaskState.RUNNING.name:
+        tasks.change_state(connection, row, TaskState.QUEUED, reason, executor="")
+    else:
+        connection.execute(sa.update(tasks_table).where(tasks_table.c.name == row.name).values(executor=""))
+    return True
+
+
+def _resumed(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
+    """The recorded checkpoint cannot be read: an earlier one takes its place, and the tenant is told."""
+    checkpoint = result.resumed.checkpoint
+    if not row.checkpoint or task_pb2.CheckpointCommitted.FromString(row.checkpoint).step <= checkpoint.step:
+        return False
+    progress = task_pb2.TaskProgress.FromString(row.progress)
+    progress.checkpoint_step = checkpoint.step
+    _put_progress(connection, row, progress, checkpoint=checkpoint.SerializeToString())
+    tasks.tell(connection, row, result.resumed.message)
+    return True
+
+
+def _put_progress(connection: sa.Connection, row: Any, progress: task_pb2.TaskProgress, **columns: Any) -> None:
+    values = {"progress": progress.SerializeToString(), **columns}
+    connection.execute(sa.update(tasks_table).where(tasks_table.c.name == row.name).values(values))

@@ -1,0 +1,136 @@
+"""The planner's words, protobuf <-> dataclass: executors and their costs, tasks of a snapshot, plans and why."""
+
+import dataclasses
+import math
+from typing import Any
+
+from engine.errors import InvalidInputError
+from engine.methods.base import Site, SiteKind
+from engine.planning.cost.cost_model import UNKNOWN, CostProfile
+from engine.planning.types import BackboneView, ExecutorView, Explanation, HTask, Limits, TaskView
+from muxtune.v1 import ledger_pb2, plan_pb2, scheduling_pb2, task_pb2
+from services.conversion.task import spec_to_domain
+
+_MOST_SLACK = 10.0
+
+
+def cost_to_proto(cost: CostProfile) -> plan_pb2.CostProfile:
+    return plan_pb2.CostProfile(**dataclasses.asdict(cost))
+
+
+def cost_to_domain(cost: plan_pb2.CostProfile) -> CostProfile:
+    """What is no price (negative, not finite) counts as nothing: an executor's word is not trusted to be sane."""
+    values = {field.name: float(getattr(cost, field.name)) for field in dataclasses.fields(CostProfile)}
+    sane = {name: value if math.isfinite(value) and value > 0 else 0.0 for name, value in values.items()}
+    return CostProfile(**sane)
+
+
+def site_to_module(site: Site, input_group: int = 0) -> plan_pb2.AdaptableModule:
+    return plan_pb2.AdaptableModule(
+        name=site.name,
+        in_features=site.in_features,
+        out_features=site.out_features,
+        kind=plan_pb2.ModuleKind.Value(f"MODULE_KIND_{site.kind.name}"),
+        has_bias=site.has_bias,
+        group_size=site.group_size,
+        input_group=input_group,
+    )
+
+
+def module_to_site(module: plan_pb2.AdaptableModule) -> Site:
+    kinds = {plan_pb2.ModuleKind.Value(f"MODULE_KIND_{kind.name}"): kind for kind in SiteKind}
+    kind = kinds.get(module.kind, SiteKind.LINEAR)
+    group_size = max(1, module.group_size)
+    return Site(module.name, module.in_features, module.out_features, kind, module.has_bias, group_size)
+
+
+def backbone_to_view(backbone: plan_pb2.Backbone) -> BackboneView:
+    return BackboneView(
+        name=backbone.name,
+        num_parameters=backbone.num_parameters,
+        num_layers=backbone.num_layers,
+        hidden_size=backbone.hidden_size,
+        vocab_size=backbone.vocab_size,
+        max_sequence_tokens=backbone.max_sequence_tokens,
+        weight_bytes=backbone.weight_bytes,
+        dtype=backbone.dtype,
+        sites=tuple(module_to_site(module) for module in backbone.adaptable_modules),
+        kept_token_bytes=max(0.0, backbone.kept_token_bytes),
+        process_bytes=max(0, backbone.process_bytes),
+        allocator_slack=max(1.0, backbone.allocator_slack)
+        if backbone.allocator_slack
+        else BackboneView.allocator_slack,
+        recomputed_token_bytes=max(0.0, backbone.recomputed_token_bytes),
+        packed_weight_bytes=max(0, backbone.packed_weight_bytes),
+        input_groups={module.name: module.input_group for module in backbone.adaptable_modules if module.input_group},
+    )
+
+
+def executor_to_view(executor: plan_pb2.Executor) -> ExecutorView:
+    return ExecutorView(
+        name=executor.name,
+        backbone=backbone_to_view(executor.backbone),
+        memory_bytes=executor.device.memory_bytes,
+        effective_tokens_per_second=executor.device.effective_tokens_per_second,
+        is_draining=executor.draining,
+        cost=cost_to_domain(executor.device.cost) if executor.device.HasField("cost") else UNKNOWN,
+        num_stages=max(1, executor.num_stages),
+        hop_seconds=executor.hop_seconds,
+    )
+
+
+def snapshot_task_to_view(entry: ledger_pb2.SnapshotTask, age: int, now_microseconds: int) -> TaskView:
+    task, progress = entry.task, entry.task.progress
+    spec = spec_to_domain(task.spec)
+    deadline = spec.deadline_microseconds
+    return TaskView(
+        name=task.name,
+        tenant=task.name.rpartition("/tasks/")[0],
+        spec=spec,
+        age=age,
+        num_steps=task.estimate.num_steps,
+        step=progress.step,
+        num_train_tokens=task.estimate.num_train_tokens,
+        length_quantiles=tuple(task.estimate.length_quantiles),
+        executor=entry.executor,
+        is_cancelling=task.state == task_pb2.TASK_STATE_CANCELLING,
+        seconds_to_deadline=(deadline - now_microseconds) / 1e6 if deadline else math.inf,
+        device_seconds=progress.device_seconds,
+        num_effective_tokens=progress.effective_tokens,
+        num_padding_tokens=progress.padding_tokens,
+    )
+
+
+def limits_to_proto(limits: Limits) -> scheduling_pb2.PlannerLimits:
+    return scheduling_pb2.PlannerLimits(
+        token_budget=limits.token_budget,
+        chunk_tokens=limits.chunk_tokens,
+        fusion_off=not limits.fuses,
+        interleaving_off=not limits.interleaves,
+        preemption_off=not limits.preempts,
+    )
+
+
+def limits_to_domain(limits: scheduling_pb2.PlannerLimits) -> Limits:
+    """Raises InvalidInputError."""
+    chunk = limits.chunk_tokens
+    if limits.token_budget < 0:
+        raise InvalidInputError.of_field("limits.token_budget", f"{limits.token_budget} is no number of tokens")
+    if chunk < 0 or chunk & (chunk - 1):
+        raise InvalidInputError.of_field("limits.chunk_tokens", f"{chunk} is neither 0 nor a power of two")
+    budget = limits.token_budget or Limits.token_budget
+    return Limits(budget, chunk, not limits.fusion_off, not limits.interleaving_off, not limits.preemption_off)
+
+
+def htask_to_proto(htask: HTask) -> plan_pb2.HTask:
+    return plan_pb2.HTask(tasks=htask.tasks, token_budget=htask.token_budget, chunk_tokens=htask.chunk_tokens)
+
+
+def htask_to_domain(htask: plan_pb2.HTask) -> HTask:
+    return HTask(tuple(htask.tasks), htask.token_budget, htask.chunk_tokens)
+
+
+def explanation_to_proto(explanation: Explanation) -> plan_pb2.TaskExplanation:
+    """Field by field; what is None stays unset."""
+    fields: dict[str, Any] = {f.name: getattr(explanation, f.name) for f in dataclasses.fields(explanation)}
+    return plan_pb2.TaskExplanation(**{name: value for name, value in fields.items() if value is not None})

@@ -1,0 +1,40 @@
+"""What microbatches cost on this executor: calibrated when its trainer starts, and fitted again as it runs."""
+
+import logging
+from collections import deque
+
+from engine.alignment.microbatch import Microbatch, MicrobatchKind
+from engine.planning.cost.cost_fit import Sample, refit
+from engine.planning.cost.cost_model import CostProfile, Part
+from engine.runtime.calibration import calibrate, parts_of
+from engine.runtime.executor import Executor
+
+_MAX_TOKENS = 4096  # of a microbatch in calibration
+_NUM_RECENT, _REFIT_EVERY = 96, 16
+_log = logging.getLogger(__name__)
+
+
+class Costs:
+    """`profile` is what is known now. Its fits take milliseconds, between microbatches."""
+
+    def __init__(self, executor: Executor, budget_seconds: float) -> None:
+        self._executor = executor
+        self._start = calibrate(executor, budget_seconds, _MAX_TOKENS)
+        self._recent: deque[Sample] = deque(maxlen=_NUM_RECENT)
+        self._num_new = 0
+        self.profile: CostProfile = refit(self._start, ())
+        _log.info("calibrated: %s", self.profile)
+
+    def parts(self, microbatch: Microbatch) -> tuple[Part, ...]:
+        """To be asked for before it runs: a task that ends leaves."""
+        return parts_of(microbatch, self._executor)
+
+    def add(self, microbatch: Microbatch, parts: tuple[Part, ...], seconds: float) -> None:
+        """A microbatch that ran. Evaluations have no backward: they say nothing of training."""
+        if microbatch.kind is not MicrobatchKind.TRAIN or seconds <= 0:
+            return
+        self._recent.append(Sample(parts, seconds))
+        self._num_new += 1
+        if self._num_new == _REFIT_EVERY:
+            self._num_new = 0
+            self.profile = refit(self._start, self._recent)

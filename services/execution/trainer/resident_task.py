@@ -1,0 +1,89 @@
+"""One task in an executor's hands: where it stands between its arrival and its end."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.errors import MuxtuneError
+from engine.runtime.checkpoint import CheckpointState
+from engine.runtime.out_of_memory import NoMemory
+from engine.task import TaskSpec
+from muxtune.v1 import plan_pb2, task_pb2
+from services.execution.trainer.background_io import Errand
+from services.execution.trainer.early_stop import EarlyStop
+
+_FIRST_RETRY_SECONDS, _LAST_RETRY_SECONDS = 1.0, 8.0
+Files = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Luggage:
+    """What a task brings along: the checkpoint that it goes on from, or the files of its initial adapter."""
+
+    state: CheckpointState | None = None
+    used: task_pb2.CheckpointCommitted | None = None
+    initial_adapter: Files | None = None
+
+
+@dataclass
+class Ending:
+    """How it leaves: `finished`, with its adapter, or handed back for `reason`. Packed, it is off the device."""
+
+    finished: plan_pb2.TaskFinished | None = None
+    reason: str = ""
+    is_packed: bool = False
+    state: CheckpointState | None = None  # not committed yet
+    adapter: Files | None = None
+
+
+@dataclass
+class Resident:
+    """A task in one attempt. It trains while it is attached to the engine; before and after, it waits for the store or
+    for room, and is in nobody's way."""
+
+    planned: plan_pb2.PlannedTask
+    spec: TaskSpec
+    early_stop: EarlyStop = field(default_factory=EarlyStop)
+    checkpoint_step: int = 0
+    checkpoint_time: float = field(default_factory=time.monotonic)
+    luggage: Luggage | None = None  # fetched, but not attached yet
+    ending: Ending | None = None
+    errand: Errand[Any] | None = None
+    waits_since: float | None = None
+    retry_time: float = 0.0
+    _retry_seconds: float = _FIRST_RETRY_SECONDS
+
+    @property
+    def name(self) -> str:
+        return self.planned.task
+
+    @property
+    def epoch(self) -> int:
+        return self.planned.attempt_epoch
+
+    @property
+    def is_free(self) -> bool:
+        """Nothing is under way for it, and it has waited long enough since something failed."""
+        return self.errand is None and time.monotonic() >= self.retry_time
+
+    @property
+    def has_luggage(self) -> bool:
+        """Whether it has to fetch something before it can begin."""
+        return self.planned.HasField("resume_from") or bool(self.planned.initial_adapter_key)
+
+    def has_waited(self, seconds: float) -> bool:
+        return self.waits_since is not None and time.monotonic() - self.waits_since > seconds
+
+    def put_off(self) -> None:
+        """Tried again later, and each time later."""
+        now = time.monotonic()
+        self.waits_since = now if self.waits_since is None else self.waits_since
+        self.retry_time = now + self._retry_seconds
+        self._retry_seconds = min(2 * self._retry_seconds, _LAST_RETRY_SECONDS)
+
+    def went_well(self) -> None:
+        self.waits_since, self._retry_seconds = None, _FIRST_RETRY_SECONDS
+
+
+def why(error: MuxtuneError | NoMemory) -> str:
+    return f"no memory: {error}" if isinstance(error, NoMemory) else error.message

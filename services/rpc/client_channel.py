@@ -1,0 +1,335 @@
+"""Clients of the mesh: channels that retry, keep alive, prove who calls, carry the trace, raise domain errors.
+
+UNAVAILABLE is retried by itself (AIP-194), and a server's CANCELLED, by gRPC's own service config. Every unary call has
+a deadline. Calls do not wait for a service that is away beyond those retries (about two seconds); who can wait passes
+`wait_for_ready=True`.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import grpc
+from opentelemetry.trace import SpanKind
+
+from muxtune.transport import target
+from muxtune.v1 import admission_pb2, alignment_pb2, execution_pb2, ledger_pb2
+from services.rpc.authentication import bearer_metadata
+from services.rpc.certificates import Dialled, Trust
+from services.rpc.errors import from_rpc_error
+from services.rpc.server import MAX_MESSAGE_BYTES
+from services.rpc.tracing import RpcSpan
+
+DEADLINE_SECONDS = 30.0
+UPLOAD_DEADLINE_SECONDS = 3600.0
+_RETRY_POLICY = {
+    "maxAttempts": 5,
+    "initialBackoff": "0.1s",  # gRPC jitters it by a fifth
+    "maxBackoff": "2s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],  # gRPC's own, to who comes just as a server closes
+}
+
+
+def service_config(health_of: str = "") -> str:
+    """Everything is retried but streams: who has one opens it again. gRPC cannot send a client's again, and a server's
+    that it tries again hangs now and then, for good, when its server is killed (grpcio 1.85; tests/test_mesh_kills.py).
+
+    Replicas are called in turn; with `health_of`, those that say they serve that service.
+    """
+    modules = (admission_pb2, alignment_pb2, execution_pb2, ledger_pb2)
+    services = (s for m in modules for s in m.DESCRIPTOR.services_by_name.values())
+    streamed = [
+        {"service": service.full_name, "method": method.name}
+        for service in services
+        for method in service.methods
+        if method.client_streaming or method.server_streaming
+    ]
+    config: dict[str, Any] = {
+        "methodConfig": [{"name": [{}], "retryPolicy": _RETRY_POLICY}, {"name": streamed}],
+        "loadBalancingConfig": [{"round_robin": {}}],
+    }
+    return json.dumps(config | ({"healthCheckConfig": {"serviceName": health_of}} if health_of else {}))
+
+
+def channel_options(health_of: str = "") -> list[tuple[str, Any]]:
+    return [
+        ("grpc.service_config", service_config(health_of)),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", 10_000 if health_of else 30_000),  # one that is paused says nothing of its health
+        ("grpc.keepalive_timeout_ms", 5_000 if health_of else 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),  # else pings stop after two on an idle stream
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.dns_min_time_between_resolutions_ms", 2_000),  # replicas come and go
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
+def open_channel(address: str, secret: str, trust: Trust | None = None, health_of: str = "") -> grpc.aio.Channel:
+    """An asyncio channel. Calls on it raise `engine.errors`, never grpc.RpcError; close it when done.
+
+    `address`: "host:port", or several replicas' (`muxtune.transport.target`); calls go to those that say they serve
+    `health_of`. With `trust` it is mutual TLS, dialled anew when the certificates are replaced; else the secret goes in
+    plain text.
+    """
+
+    def dial() -> grpc.aio.Channel:
+        options = channel_options(health_of)
+        if trust is None:
+            return grpc.aio.insecure_channel(target(address), options)
+        return grpc.aio.secure_channel(target(address), trust.credentials(), [*options, *trust.options()])
+
+    return MeshChannel(Dialled(dial, trust), address, secret)
+
+
+def open_sync_channel(address: str, secret: str, trust: Trust | None = None) -> grpc.Channel:
+    """The same for threads: unary calls and server streams. Stubs made after a replacement use the new certificates."""
+
+    def dial() -> grpc.Channel:
+        if trust is None:
+            return grpc.insecure_channel(address, options=channel_options())
+        return grpc.secure_channel(address, trust.credentials(), options=[*channel_options(), *trust.options()])
+
+    channel = _SyncChannel(Dialled(dial, trust))
+    return grpc.intercept_channel(channel, _SyncInterceptor(address, secret))
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """grpc.RpcError inside comes out as the domain error the peer raised."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from error
+
+
+class MeshChannel(grpc.aio.Channel):
+    """Wraps a channel rather than intercepting it: gRPC's asyncio interceptors lose track of streams that are cancelled
+    or abandoned. Stubs take it like any other channel."""
+
+    def __init__(self, dialled: Dialled[grpc.aio.Channel], address: str, secret: str) -> None:
+        self._dialled, self._address, self._secret = dialled, address, secret
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def unary_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return partial(self._unary, self._starter("unary_unary", method, *args, **kwargs), method, DEADLINE_SECONDS)
+
+    def stream_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        start = self._starter("stream_unary", method, *args, **kwargs)
+        return partial(self._unary, start, method, UPLOAD_DEADLINE_SECONDS)
+
+    def unary_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return partial(self._stream, self._starter("unary_stream", method, *args, **kwargs), method)
+
+    def stream_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return partial(self._stream, self._starter("stream_stream", method, *args, **kwargs), method)
+
+    def _starter(self, kind: str, method: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """Starts a call on the newest channel."""
+        made: dict[int, Any] = {}
+
+        def start(request: Any, **options: Any) -> Any:
+            channel = self._newest()
+            if id(channel) not in made:
+                made.clear()
+                made[id(channel)] = getattr(channel, kind)(method, *args, **kwargs)
+            return made[id(channel)](request, **options)
+
+        return start
+
+    def _newest(self) -> grpc.aio.Channel:
+        if (outdated := self._dialled.renew()) is not None:
+            task = asyncio.ensure_future(outdated.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        return self._dialled.channel
+
+    def _unary(
+        self, start: Callable[..., Any], method: str, seconds: float, request: Any = None, **options: Any
+    ) -> "UnaryCall":
+        span = RpcSpan(method, SpanKind.CLIENT, address=self._address)
+        options["timeout"] = seconds if options.get("timeout") is None else options["timeout"]
+        options["metadata"] = _metadata(options.get("metadata"), self._secret, span)
+        return UnaryCall(start(request, **options), span)
+
+    def _stream(self, start: Callable[..., Any], method: str, request: Any = None, **options: Any) -> "StreamCall":
+        span = RpcSpan(method, SpanKind.CLIENT, address=self._address)
+        options["metadata"] = _metadata(options.get("metadata"), self._secret, span)
+        span.establish_soon()
+        return StreamCall(start(request, **options), span)
+
+    async def __aenter__(self) -> "MeshChannel":
+        return self
+
+    async def __aexit__(self, *exception: Any) -> None:
+        await self.close()
+
+    async def close(self, grace: float | None = None) -> None:
+        for channel in (self._dialled.channel, self._dialled.previous):
+            if channel is not None:
+                await channel.close(grace)
+
+    def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
+        return self._newest().get_state(try_to_connect)
+
+    async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
+        await self._newest().wait_for_state_change(last_observed_state)
+
+    async def channel_ready(self) -> None:
+        await self._newest().channel_ready()
+
+
+class _SyncChannel(grpc.Channel):
+    """A channel for threads whose stubs begin on the newest one."""
+
+    def __init__(self, dialled: Dialled[grpc.Channel]) -> None:
+        self._dialled = dialled
+
+    def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
+        return self._newest().unary_unary(*args, **kwargs)
+
+    def unary_stream(self, *args: Any, **kwargs: Any) -> Any:
+        return self._newest().unary_stream(*args, **kwargs)
+
+    def stream_unary(self, *args: Any, **kwargs: Any) -> Any:
+        return self._newest().stream_unary(*args, **kwargs)
+
+    def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
+        return self._newest().stream_stream(*args, **kwargs)
+
+    def subscribe(self, callback: Any, try_to_connect: bool | None = False) -> None:
+        self._newest().subscribe(callback, bool(try_to_connect))
+
+    def unsubscribe(self, callback: Any) -> None:
+        self._dialled.channel.unsubscribe(callback)
+
+    def close(self) -> None:
+        for channel in (self._dialled.channel, self._dialled.previous):
+            if channel is not None:
+                channel.close()
+
+    def __enter__(self) -> "_SyncChannel":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def _newest(self) -> grpc.Channel:
+        if (outdated := self._dialled.renew()) is not None:
+            outdated.close()
+        return self._dialled.channel
+
+
+class _Call:
+    """A call in progress with its span; what is not here is the wrapped call's own. Dropped, it is cancelled."""
+
+    def __init__(self, call: Any, span: RpcSpan) -> None:
+        self._call, self._span = call, span
+
+    def cancel(self) -> bool:
+        self._span.end(grpc.StatusCode.CANCELLED)
+        return bool(self._call.cancel())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+    def __del__(self) -> None:
+        self._span.end(grpc.StatusCode.CANCELLED)
+        if not self._call.done():
+            self._call.cancel()
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            self._span.end(error.code())
+            raise from_rpc_error(error) from error
+        except asyncio.CancelledError:
+            self._span.end(grpc.StatusCode.CANCELLED)
+            raise
+
+
+class UnaryCall(_Call):
+    """Awaited, it is the response."""
+
+    def __await__(self) -> Any:
+        return self._response().__await__()
+
+    async def _response(self) -> Any:
+        with self._watching():
+            response = await self._call
+        self._span.end(grpc.StatusCode.OK)
+        return response
+
+
+class StreamCall(_Call):
+    """An iterator over the responses."""
+
+    def __init__(self, call: Any, span: RpcSpan) -> None:
+        super().__init__(call, span)
+        self._responses = call.__aiter__()
+
+    def __aiter__(self) -> "StreamCall":
+        return self
+
+    async def __anext__(self) -> Any:
+        with self._watching():
+            try:
+                response = await anext(self._responses)
+            except StopAsyncIteration:
+                self._span.end(grpc.StatusCode.OK)
+                raise
+        self._span.establish()
+        return response
+
+
+class SyncStreamCall(_Call):
+    """The same for threads. `cancel` may be called from any."""
+
+    def __iter__(self) -> "SyncStreamCall":
+        return self
+
+    def __next__(self) -> Any:
+        with self._watching():
+            try:
+                response = next(self._call)
+            except StopIteration:
+                self._span.end(grpc.StatusCode.OK)
+                raise
+        self._span.establish()
+        return response
+
+
+class _SyncInterceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+    def __init__(self, address: str, secret: str) -> None:
+        self._address, self._secret = address, secret
+
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        span, details = self._start(client_call_details)
+        timeout = DEADLINE_SECONDS if details.timeout is None else details.timeout
+        call = continuation(details._replace(timeout=timeout), request)
+        code = call.code()
+        span.end(code)
+        if code is not grpc.StatusCode.OK:
+            raise from_rpc_error(call)
+        return call
+
+    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        span, details = self._start(client_call_details)
+        return SyncStreamCall(continuation(details, request), span)
+
+    def _start(self, details: Any) -> tuple[RpcSpan, Any]:
+        method = details.method.decode() if isinstance(details.method, bytes) else details.method
+        span = RpcSpan(method, SpanKind.CLIENT, address=self._address)
+        return span, details._replace(metadata=_metadata(details.metadata, self._secret, span))
+
+
+def _metadata(given: Any, secret: str, span: RpcSpan) -> list[tuple[str, Any]]:
+    proof = [bearer_metadata(secret)] if secret else []  # else the certificate is proof
+    return [*(given or ()), *proof, *span.carrier.items()]

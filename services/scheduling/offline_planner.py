@@ -1,0 +1,137 @@
+"""The planner without a mesh, on a profile that was recorded: `python -m services.scheduling.offline_planner < REQUEST.json`.
+
+The request is one JSON object, answers are JSON too, one a line; what is wrong with it is one line, exit status 1.
+
+    {"profile": PlannerProfile, "tasks": [HypotheticalTask, ...]}     answers as SimulatePlan does
+    {"profile": PlannerProfile, "trace": TRACE, "num_devices": 128}   a summary for each policy, on so many executors
+
+TRACE is {"lines": [...]}, as `engine.planning.simulation.arrival_trace.read` has them, or the fields of `engine.planning.simulation.arrival_trace.Trace`.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf import json_format
+
+from engine.errors import InvalidInputError
+from engine.planning.cost.task_demand import Appraiser
+from engine.planning.placement.eta import seconds_alone
+from engine.planning.simulation.arrival_trace import Trace, arrivals, read
+from engine.planning.simulation.baselines import BatchEverything, Multiplexed, OneInstanceEach
+from engine.planning.simulation.simulator import Arrival, Policy, simulate
+from engine.planning.simulation.summary import summarise
+from engine.planning.types import ExecutorView, Limits, Snapshot, TaskView
+from muxtune.v1 import scheduling_pb2 as pb
+from services.conversion.plan import executor_to_view, limits_to_domain
+from services.conversion.task import spec_to_domain
+from services.scheduling.plan_queries import newcomers, what_if
+
+MAX_DEVICES = 4096
+_TARGETS = ("all-linear",)  # of tasks in a trace: any backbone has them
+_NUM_PLANS = 2000  # in the time of a whole trace: changes that come closer together share one
+
+
+@dataclass(frozen=True)
+class Profile:
+    snapshot: Snapshot
+    limits: Limits
+
+
+def main() -> int:
+    try:
+        for answer in answers(json.load(sys.stdin)):
+            print(json.dumps(answer), flush=True)
+    except (InvalidInputError, json.JSONDecodeError, json_format.ParseError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Raises InvalidInputError or ParseError."""
+    profile = read_profile(request.get("profile", {}))
+    if "trace" in request:
+        yield from simulated(profile, request["trace"], int(request.get("num_devices", 0)))
+        return
+    asked = json_format.ParseDict({"tasks": request.get("tasks", [])}, pb.SimulatePlanRequest())
+    told = what_if(profile.snapshot, profile.limits, newcomers(asked, profile.snapshot))
+    yield json_format.MessageToDict(told, preserving_proto_field_name=True)
+
+
+def read_profile(fields: dict[str, Any]) -> Profile:
+    """Raises InvalidInputError or ParseError."""
+    recorded = json_format.ParseDict(fields, pb.PlannerProfile())
+    executors = tuple(executor_to_view(executor) for executor in recorded.executors)
+    if not executors:
+        raise InvalidInputError.of_field(
+            "profile.executors", "none was recorded: run `muxtune plan profile` once one is up"
+        )
+    tasks = tuple(_resident(task, age) for age, task in enumerate(recorded.tasks))
+    snapshot = Snapshot(tasks, executors, tenant_weights=dict(recorded.tenant_weights))
+    return Profile(snapshot, limits_to_domain(recorded.limits))
+
+
+def simulated(profile: Profile, trace: dict[str, Any], num_devices: int) -> Iterator[dict[str, Any]]:
+    """A summary for each policy. Raises InvalidInputError."""
+    executors = _replicated(profile.snapshot.executors, num_devices or len(profile.snapshot.executors))
+    come, limits = _arrivals(trace, executors[0].backbone.name), profile.limits
+    if not come:
+        raise InvalidInputError.of_field("trace", "has no arrival")
+    appraiser = Appraiser(limits)
+    policies: dict[str, Policy] = {
+        "muxtune": Multiplexed(limits, profile.snapshot.tenant_weights),
+        "one instance a task": OneInstanceEach(limits),
+        "batch everything": BatchEverything(limits),
+    }
+    for name, policy in policies.items():
+        started = time.perf_counter()
+        run = simulate(come, executors, policy, replan_seconds=_replan_seconds(come, executors, limits))
+        try:
+            summary = summarise(run, lambda task: seconds_alone(task, executors[0], limits, appraiser))
+        except ValueError as error:
+            raise InvalidInputError.of_field("trace", str(error)) from error
+        yield {"policy": name, **dataclasses.asdict(summary), "simulated_in_seconds": time.perf_counter() - started}
+
+
+def _resident(task: pb.HypotheticalTask, age: int) -> TaskView:
+    spec = spec_to_domain(task.spec)
+    return TaskView(
+        task.task, task.task.rpartition("/tasks/")[0], spec, age, task.num_steps, task.step, task.num_train_tokens,
+        tuple(task.length_quantiles), task.executor,
+    )  # fmt: skip
+
+
+def _replicated(executors: tuple[ExecutorView, ...], count: int) -> list[ExecutorView]:
+    """So many, of those kinds in turn: all that host the first's backbone."""
+    if not 1 <= count <= MAX_DEVICES:
+        raise InvalidInputError.of_field("num_devices", f"{count}: from 1 to {MAX_DEVICES}")
+    kinds = [e for e in executors if e.backbone.name == executors[0].backbone.name]
+    if not all(kind.can_predict for kind in kinds):
+        raise InvalidInputError.of_field("profile.executors", "the costs of one are not known yet: record it later")
+    return [dataclasses.replace(kinds[i % len(kinds)], name=f"executors/{i}", is_draining=False) for i in range(count)]
+
+
+def _arrivals(trace: dict[str, Any], backbone: str) -> list[Arrival]:
+    if "lines" in trace:
+        return read(trace["lines"], backbone, _TARGETS)
+    try:
+        return arrivals(Trace(**trace, backbone=backbone, target_modules=_TARGETS))
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError.of_field("trace", str(error)) from error
+
+
+def _replan_seconds(come: list[Arrival], executors: list[ExecutorView], limits: Limits) -> float:
+    """A part of the time that all would take one after another, shared by the executors, or of the arrivals' own."""
+    appraiser = Appraiser(limits)
+    alone = sum(seconds_alone(arrival.task, executors[0], limits, appraiser) for arrival in come)
+    work = alone / len(executors)
+    return max(work, come[-1].seconds - come[0].seconds) / _NUM_PLANS
+
+
+if __name__ == "__main__":
+    sys.exit(main())

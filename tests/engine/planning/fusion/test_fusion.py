@@ -1,0 +1,289 @@
+"""Fusion against brute force over all partitions, against its bound, and against cases worked out by hand."""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.planning.cost.cost_model import CostProfile
+from engine.planning.cost.round_time import Job, Stage
+from engine.planning.fusion import fusion
+from engine.planning.fusion.fusion import Fusion, fuse, fuse_many, lower_bound_seconds, of_partition
+from engine.planning.fusion.task_groups import Intervals
+
+FLAT = CostProfile(fixed_seconds=0.0, token_seconds=1.0)  # a second a token
+JOBS = st.builds(
+    Job,
+    name=st.just(""),
+    num_tokens=st.integers(16, 4000),
+    extra_seconds=st.floats(0, 300),
+    longest_tokens=st.sampled_from([16, 256, 512]),
+    token_bytes=st.sampled_from([0.0, 1.0, 2.0]),
+)
+STAGES = st.builds(
+    Stage,
+    profile=st.builds(
+        CostProfile,
+        fixed_seconds=st.sampled_from([0.0, 10.0, 200.0]),
+        token_seconds=st.just(1.0),
+        knee_tokens=st.sampled_from([0.0, 100.0, 700.0]),
+    ),
+    max_tokens=st.just(1024),
+    max_bytes=st.sampled_from([math.inf, 1024.0]),
+    num_stages=st.sampled_from([1, 2, 4, 8]),
+    hop_seconds=st.sampled_from([0.0, 20.0]),
+)
+
+
+def named(jobs: Sequence[Job]) -> list[Job]:
+    return [replace(job, name=str(i)) for i, job in enumerate(jobs)]
+
+
+def partitions(jobs: Sequence[Job]) -> Iterator[list[list[Job]]]:
+    """Every way to split the jobs into groups: Bell's number of them."""
+    if not jobs:
+        yield []
+        return
+    for rest in partitions(jobs[1:]):
+        yield [[jobs[0]], *rest]
+        for i, group in enumerate(rest):
+            yield [*rest[:i], [jobs[0], *group], *rest[i + 1 :]]
+
+
+def choices_of(group: Sequence[Job], stage: Stage) -> list[tuple[float, float]]:
+    """(work, latency) of every number of microbatches; none if a sequence is longer than any may be."""
+    tokens = sum(job.num_tokens for job in group)
+    heavy = [job.token_bytes for job in group if job.token_bytes and math.isfinite(stage.max_bytes)]
+    held = min([stage.max_tokens, *(stage.max_bytes // token_bytes for token_bytes in heavy)])
+    if max(job.longest_tokens for job in group) > held:
+        return []
+    fewest, choices = max(1, math.ceil(tokens / held)), []
+    for number in range(fewest, fewest + 2 * stage.num_stages - 1):
+        busy = max(tokens, number * stage.profile.knee_tokens) * stage.profile.token_seconds
+        work = number * stage.profile.fixed_seconds + busy + sum(job.extra_seconds for job in group)
+        work /= stage.num_stages
+        choices.append((work, work + (stage.num_stages - 1) * (work / number + 2 * stage.hop_seconds)))
+    return choices
+
+
+def period_of(options: Sequence[Sequence[tuple[float, float]]]) -> float:
+    """The least, over the latencies that could be the largest, of that and of the sum of the least work under it."""
+    bounds = sorted({latency for choices in options for _, latency in choices})
+    return min(
+        max(sum(min((w for w, x in choices if x <= bound), default=math.inf) for choices in options), bound)
+        for bound in bounds
+    )
+
+
+def period(partition: Sequence[Sequence[Job]], stage: Stage) -> float:
+    """The docstring's formula with nothing clever."""
+    return period_of([choices_of(group, stage) for group in partition])
+
+
+def pick(jobs: Sequence[Job], mask: int) -> list[Job]:
+    return [job for i, job in enumerate(jobs) if mask >> i & 1]
+
+
+def least(jobs: Sequence[Job], stage: Stage) -> float:
+    return min(period(partition, stage) for partition in partitions(jobs))
+
+
+@given(st.lists(JOBS, min_size=1, max_size=6), STAGES)
+@settings(max_examples=150, deadline=None)
+def test_few_tasks_are_fused_as_brute_force_does(jobs: list[Job], stage: Stage) -> None:
+    found = fuse(named(jobs), stage)
+    assert found.period_seconds == pytest.approx(least(named(jobs), stage), rel=0.01)
+    check_partition(found, jobs, stage)
+
+
+class Brute:
+    """Every partition of so many jobs, each looked at: rows of bit masks, one a group, padded with the empty group."""
+
+    def __init__(self, num_jobs: int) -> None:
+        grown = [[]]
+        for i in range(num_jobs):
+            bit = 1 << i
+            grown = [
+                [*groups[:k], groups[k] | bit, *groups[k + 1 :]] if k < len(groups) else [*groups, bit]
+                for groups in grown
+                for k in range(len(groups) + 1)
+            ]
+        self.groups_PK = np.zeros((len(grown), num_jobs), np.int64)
+        for row, groups in zip(self.groups_PK, grown, strict=True):
+            row[: len(groups)] = groups
+
+    def has_one_under(self, seconds: float, jobs: Sequence[Job], stage: Stage) -> bool:
+        """Whether any partition has a shorter period. Left out are those whose least work or least latencies are not
+        under it, whatever the numbers of microbatches."""
+        choices = [[(0.0, 0.0)], *(choices_of(pick(jobs, mask), stage) for mask in range(1, 1 << len(jobs)))]
+        work_G = np.array([min((w for w, _ in options), default=math.inf) for options in choices])
+        latency_G = np.array([min((x for _, x in options), default=math.inf) for options in choices])
+        floor_P = np.maximum(work_G[self.groups_PK].sum(axis=1), latency_G[self.groups_PK].max(axis=1))
+        rows = self.groups_PK[floor_P < seconds]
+        return any(period_of([choices[mask] for mask in row]) < seconds for row in rows)
+
+
+BRUTES = {count: functools.cache(functools.partial(Brute, count)) for count in (8, 9, 10)}
+
+
+@pytest.mark.parametrize("count", BRUTES)
+@given(data=st.data())
+@settings(max_examples=8, deadline=None)
+def test_up_to_ten_tasks_are_fused_as_brute_force_does(count: int, data: st.DataObject) -> None:
+    """All partitions: of ten tasks 115,975."""
+    brute = BRUTES[count]()
+    assert len(brute.groups_PK) == {8: 4140, 9: 21147, 10: 115975}[count]
+    jobs, stage = named(data.draw(st.lists(JOBS, min_size=count, max_size=count))), data.draw(STAGES)
+    found, many = fuse(jobs, stage), fuse_many(jobs, stage)
+    assert period([group.jobs for group in found.groups], stage) == pytest.approx(found.period_seconds, rel=2e-3)
+    assert brute.has_one_under(1.01 * found.period_seconds, jobs, stage)
+    assert not brute.has_one_under(0.99 * found.period_seconds, jobs, stage)
+    assert many.period_seconds <= 1.03 * found.period_seconds  # as more tasks are fused
+
+
+def tasks_of(random: np.random.Generator, shape: str, count: int) -> list[Job]:
+    """Even, heavy-tailed, or of few sizes that fill no microbatch alone."""
+    tokens = {
+        "even": lambda: random.integers(16, 4000),
+        "heavy": lambda: np.clip(np.exp(random.normal(6, 1.5)), 16, 20000),
+        "lumpy": lambda: random.choice([500, 600, 1000, 1100, 2000]),
+    }[shape]
+    return [
+        Job(str(i), float(tokens()), float(random.uniform(0, 300)), int(random.choice([16, 256, 512])),
+            float(random.choice([0.0, 1.0, 2.0])))
+        for i in range(count)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", ["even", "heavy", "lumpy"])
+@pytest.mark.parametrize("seed", range(6))
+def test_many_tasks_are_fused_as_well_as_long_random_search_does(shape: str, seed: int) -> None:
+    """The reference: the least of 30 random regroupings that only moves of one task make better, one by one."""
+    random = np.random.default_rng(seed)
+    jobs = tasks_of(random, shape, 14)
+    profile = CostProfile(float(random.choice([0, 10, 200])), 1.0, float(random.choice([0, 100, 700])))
+    stage = Stage(profile, 1024, random.choice([math.inf, 1024.0]), int(random.choice([1, 2, 4, 8])), 20.0)
+    found = fuse(jobs, stage)
+    check_partition(found, jobs, stage)
+    assert found.period_seconds <= climbed(jobs, stage, random) * 1.01
+
+
+def climbed(jobs: list[Job], stage: Stage, random: np.random.Generator) -> float:
+    best, lower = math.inf, lower_bound_seconds(jobs, stage)
+    for _ in range(30):
+        of = random.integers(0, int(random.integers(1, len(jobs))), len(jobs))
+        seconds = of_numbers(jobs, of, stage)
+        for i, k in itertools.product(random.permutation(len(jobs)), range(len(jobs))):
+            moved = of.copy()
+            moved[i] = k
+            if (after := of_numbers(jobs, moved, stage)) < seconds:
+                of, seconds = moved, after
+        best = min(best, seconds)
+        if best <= lower * 1.001:
+            break
+    return best
+
+
+def of_numbers(jobs: list[Job], of: np.ndarray, stage: Stage) -> float:
+    return period([[job for job, number in zip(jobs, of, strict=True) if number == k] for k in np.unique(of)], stage)
+
+
+@given(st.lists(JOBS, min_size=7, max_size=fusion.EXACT_TASKS), STAGES)
+@settings(max_examples=50, deadline=None)
+def test_all_subsets_are_no_worse_than_intervals(jobs: list[Job], stage: Stage) -> None:
+    assert fuse(named(jobs), stage).period_seconds <= fuse_many(named(jobs), stage).period_seconds * 1.001
+
+
+def fuse_intervals(jobs: Sequence[Job], stage: Stage) -> Fusion:
+    """Runs of the tasks sorted by tokens."""
+    ordered = sorted(jobs, key=lambda job: job.num_tokens)
+    return fusion._best_of_groups(Intervals(ordered, stage), stage)
+
+
+@given(st.lists(JOBS, min_size=1, max_size=5), STAGES)
+@settings(max_examples=100, deadline=None)
+def test_intervals_of_an_order_are_all_tried(jobs: list[Job], stage: Stage) -> None:
+    """The way of many tasks, on few: the best of all partitions into runs of the sorted tasks."""
+    ordered = sorted(named(jobs), key=lambda job: job.num_tokens)
+    cuts = itertools.chain.from_iterable(
+        itertools.combinations(range(1, len(ordered)), count) for count in range(len(ordered))
+    )
+    runs = ([ordered[a:b] for a, b in itertools.pairwise([0, *cut, len(ordered)])] for cut in cuts)
+    best = min(period(run, stage) for run in runs)
+    assert fuse_intervals(ordered, stage).period_seconds == pytest.approx(best, rel=0.01)
+
+
+@given(st.lists(JOBS, min_size=1, max_size=40), STAGES)
+@settings(max_examples=100, deadline=None)
+def test_no_partition_is_under_the_bound(jobs: list[Job], stage: Stage) -> None:
+    found = fuse(named(jobs), stage)
+    assert found.period_seconds >= lower_bound_seconds(named(jobs), stage) * (1 - 1e-9)
+    check_partition(found, jobs, stage)
+
+
+def check_partition(found: Fusion, jobs: Sequence[Job], stage: Stage) -> None:
+    """Each job once, and no microbatch holds more than it may."""
+    assert sorted(job.name for group in found.groups for job in group.jobs) == sorted(map(str, range(len(jobs))))
+    for group in found.groups:
+        tokens = sum(job.num_tokens for job in group.jobs) / group.num_microbatches
+        assert tokens <= stage.max_tokens * (1 + 1e-9)
+        assert tokens * max(job.token_bytes for job in group.jobs) <= stage.max_bytes * (1 + 1e-9)
+
+
+def test_on_one_stage_all_share_while_there_is_something_to_share() -> None:
+    """A fixed cost and idle tokens under the knee are paid once; nothing fills with one stage."""
+    profile = CostProfile(fixed_seconds=10.0, token_seconds=1.0, knee_tokens=100.0)
+    jobs = [Job(str(i), 30) for i in range(4)]
+    found = fuse(jobs, Stage(profile, 1000))
+    assert len(found.groups) == 1
+    assert found.period_seconds == 10 + 120
+    assert of_partition([[job] for job in jobs], Stage(profile, 1000)).period_seconds == 4 * (10 + 100)
+
+
+def test_on_four_stages_all_in_one_would_wait_for_itself() -> None:
+    """Two tasks of 3 microbatches each fill 4 stages in turn: 600 s of work over 4 stages, and no bubble. As one hTask
+    of 6 microbatches the round would take 150 * (1 + 3 / 6) = 225 s; a finer cut of it, 12, would take 187.5 s."""
+    jobs = [Job("a", 300), Job("b", 300)]
+    stage = Stage(FLAT, 100, num_stages=4)
+    assert of_partition([jobs], stage).period_seconds == pytest.approx(150 * (1 + 3 / 12))
+    found = fuse(jobs, stage)
+    assert [len(group.jobs) for group in found.groups] == [1, 1]
+    assert found.period_seconds == pytest.approx(150, rel=1e-3)
+
+
+def test_without_interleaving_rounds_run_one_after_another() -> None:
+    """Two tasks of 3 microbatches on 4 stages: each round takes 75 s of work, and 3 / 12 of it to fill and drain once
+    it is cut into 9. Fused they fill and drain once."""
+    jobs = [Job("a", 300), Job("b", 300)]
+    stage = Stage(FLAT, 100, num_stages=4, interleaves=False)
+    apart = of_partition([[job] for job in jobs], stage)
+    assert apart.period_seconds == pytest.approx(2 * 75 * (1 + 3 / 9))
+    assert fuse(jobs, stage).period_seconds == pytest.approx(150 * (1 + 3 / 12))
+
+
+def test_a_saturated_device_gains_nothing_from_fusion() -> None:
+    """Past the knee and without fixed costs the period is that of separate hTasks; of equals, the fewest are taken."""
+    jobs = [Job(str(i), 500) for i in range(6)]
+    stage = Stage(replace(FLAT, knee_tokens=100.0), 500)
+    assert fuse(jobs, stage).period_seconds == of_partition([[job] for job in jobs], stage).period_seconds == 3000
+    assert len(fuse(jobs, stage).groups) == 1
+
+
+def test_a_task_that_keeps_much_does_not_make_small_microbatches_for_all() -> None:
+    """One task keeps 10 bytes a token, so that only 100 of its tokens fit; fused, all would run by 100 tokens."""
+    jobs = [Job("heavy", 100, token_bytes=10.0), *(Job(str(i), 500, token_bytes=1.0) for i in range(4))]
+    stage = Stage(CostProfile(fixed_seconds=50.0, token_seconds=1.0), 1000, max_bytes=1000.0)
+    found = fuse(jobs, stage)
+    assert sorted(len(group.jobs) for group in found.groups) == [1, 4]
+    assert found.period_seconds == (50 + 100) + (2 * 50 + 2000)
+
+
+def test_a_sequence_that_no_microbatch_holds_is_refused() -> None:
+    with pytest.raises(ValueError, match="longer than any microbatch"):
+        fuse([Job("a", 500, longest_tokens=200, token_bytes=1.0)], Stage(FLAT, 1000, max_bytes=100.0))

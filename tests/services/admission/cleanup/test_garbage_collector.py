@@ -1,0 +1,132 @@
+"""Files go when nobody will read them again, and not before."""
+
+import random
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from engine.errors import UnavailableError
+from engine.task import TaskState
+from muxtune.v1 import task_pb2
+from services.admission.cleanup.garbage_collector import Sweeper
+from services.admission.store.database import Database
+from services.admission.store.tables import adapters, tasks
+from services.storage.artifact_store import ArtifactStore
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Database:
+    made = Database(f"sqlite:///{tmp_path / 'a.db'}")
+    made.migrate()
+    return made
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore.open(str(tmp_path / "store"))
+
+
+def put_task(database: Database, name: str, state: TaskState, epoch: int, recorded: tuple[int, int] | None) -> None:
+    """`recorded`: step and epoch of its checkpoint."""
+    checkpoint = None
+    if recorded:
+        key = f"{name}/checkpoints/{recorded[0]:08d}-{recorded[1]}/manifest.json"
+        checkpoint = task_pb2.CheckpointCommitted(step=recorded[0], manifest_key=key).SerializeToString()
+    row = {"name": name, "tenant": "tenants/a", "created": 0, "state": state.name, "dataset": "d"}
+    row |= {"checkpoint": checkpoint, "attempt_epoch": epoch, "spec": b"", "estimate": b"", "progress": b""}
+    with database.write() as connection:
+        connection.execute(sa.insert(tasks).values(**row))
+
+
+def put_checkpoint(artifacts: ArtifactStore, name: str, step: int, epoch: int) -> None:
+    artifacts.commit_folder(f"{name}/checkpoints/{step:08d}-{epoch}", {"state": b"x"}, {"step": step})
+
+
+def checkpoints(artifacts: ArtifactStore, name: str) -> set[tuple[int, int]]:
+    """(step, epoch) of those that read."""
+    keys = [key for key in artifacts.list(f"{name}/checkpoints") if key.endswith("/manifest.json")]
+    for key in keys:
+        artifacts.read_folder(key)
+    return {tuple(map(int, key.split("/")[-2].split("-"))) for key in keys}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_a_resumed_task_may_read_stays_and_all_else_goes(
+    database: Database, artifacts: ArtifactStore, seed: int
+) -> None:
+    """Attempts write at rising steps, some of it is recorded; those before the current one may have written since."""
+    draw, written, recorded = random.Random(seed), set[tuple[int, int]](), None
+    name, step, last_epoch = "tenants/a/tasks/t", 0, draw.randint(1, 4)
+    for epoch in range(1, last_epoch + 1):
+        step = recorded[0] if recorded else 0
+        for _ in range(draw.randint(0, 4)):
+            step += draw.randint(1, 5)
+            written.add((step, epoch))
+            if draw.random() < 0.5:
+                recorded = (step, epoch)
+    for checkpoint in written:
+        put_checkpoint(artifacts, name, *checkpoint)
+    put_task(database, name, TaskState.RUNNING, last_epoch, recorded)
+    Sweeper(database, artifacts).sweep_all()
+    left = checkpoints(artifacts, name)
+    before = [checkpoint for checkpoint in written if recorded and checkpoint[0] < recorded[0]]
+    since = {checkpoint for checkpoint in written if checkpoint[1] == last_epoch and checkpoint not in before}
+    needed = since | ({recorded} if recorded else set()) | ({max(before)} if before else set())
+    assert left == needed
+
+
+def test_of_ended_tasks_only_the_adapter_that_is_recorded_stays(database: Database, artifacts: ArtifactStore) -> None:
+    for state in TaskState:
+        name = f"tenants/a/tasks/{state.value}"
+        put_task(database, name, state, 3, (2, 3))
+        put_checkpoint(artifacts, name, 2, 3)
+        for folder in ("2", "3", "3-step-00000002", "uploaded-ab"):
+            artifacts.commit_folder(f"tenants/a/adapters/{state.value}/{folder}", {"x": b"x"}, {})
+    with database.write() as connection:
+        key = "tenants/a/adapters/succeeded/3/manifest.json"
+        row = {"name": "tenants/a/adapters/succeeded", "tenant": "tenants/a", "manifest_key": key}
+        connection.execute(sa.insert(adapters).values(**row, size_bytes=1, created=0))
+    sweeper = Sweeper(database, artifacts)
+    sweeper.sweep([f"tenants/a/tasks/{state.value}" for state in TaskState])
+    going_on = {"queued", "running", "cancelling"}
+    assert {key.split("/")[3] for key in artifacts.list("tenants/a/tasks")} == going_on
+    manifests = {key for key in artifacts.list("tenants/a/adapters") if key.endswith("/manifest.json")}
+    left = {(parts[3], parts[4]) for parts in (key.split("/") for key in manifests)}
+    others = {(state.value, kept) for state in TaskState for kept in ("3-step-00000002", "uploaded-ab")}
+    assert left == others | {(task, "3") for task in (*going_on, "succeeded")}
+    assert sweeper.sweep_all() == 0
+
+
+def test_what_a_lost_attempt_writes_after_all_has_ended_goes_with_the_next_sweep(
+    database: Database, artifacts: ArtifactStore
+) -> None:
+    name = "tenants/a/tasks/t"
+    put_task(database, name, TaskState.SUCCEEDED, 2, None)
+    sweeper = Sweeper(database, artifacts)
+    assert sweeper.sweep_all() == 0
+    put_checkpoint(artifacts, name, 7, 1)
+    artifacts.put(f"{name}/checkpoints/00000009-1/ab12/state.safetensors", b"its writer was killed before the manifest")
+    artifacts.put("tenants/a/datasets/of-another-kind", b"stays")
+    assert sweeper.sweep_all() == 2
+    assert artifacts.list("tenants") == ["tenants/a/datasets/of-another-kind"]
+
+
+def test_a_sweep_cut_short_is_done_by_the_next(
+    database: Database, artifacts: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "tenants/a/tasks/t"
+    put_task(database, name, TaskState.FAILED, 1, (1, 1))
+    put_checkpoint(artifacts, name, 1, 1)
+
+    def away(prefix: str) -> None:
+        artifacts.delete(f"{prefix}/manifest.json")
+        raise UnavailableError("the store is away")
+
+    sweeper = Sweeper(database, artifacts)
+    with monkeypatch.context() as patched:
+        patched.setattr(artifacts, "delete_folder", away)
+        with pytest.raises(UnavailableError):
+            sweeper.sweep_all()
+    assert sweeper.sweep_all() == 1
+    assert artifacts.list(f"{name}/checkpoints") == []

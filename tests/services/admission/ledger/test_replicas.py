@@ -1,0 +1,290 @@
+"""Several admissions on one PostgreSQL: word of changes reaches all, one keeps the ledger, who was superseded commits
+nothing. Polling is switched off: what is heard here is heard by NOTIFY, or by a session that is opened anew."""
+
+import asyncio
+import random
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+
+import grpc
+import pytest
+import sqlalchemy as sa
+
+from engine.errors import UnavailableError
+from muxtune.v1 import admission_pb2 as pb
+from services.admission.ledger import replicas as replicas_module
+from services.admission.ledger.fencing import FencedDatabase
+from services.admission.ledger.replicas import SESSION, Replicas
+from services.admission.store import database as database_module
+from services.admission.store.change_notifier import ANYTHING, Notifier
+from services.admission.store.database import Database
+from tests.services.admission.admission_mesh import (
+    TEN_ROWS,
+    Admission,
+    Alignment,
+    dataset_parts,
+    finished,
+    step,
+)
+from tests.services.admission.postgres import Postgres
+
+pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+SECONDS = 20.0
+TASK = "tenants/acme/tasks/t"
+
+
+@pytest.fixture(autouse=True)
+def no_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas_module, "_POLL_SECONDS", 1e9)
+    monkeypatch.setattr(replicas_module, "_TURN_SECONDS", 0.05)
+
+
+class Replica:
+    """One process's part, without its servers. `epochs`: in which it kept the ledger."""
+
+    def __init__(self, url: str) -> None:
+        self.database, self.notifier = Database(url), Notifier()
+        self.replicas = Replicas(self.database, self.notifier)
+        self.epochs: list[int] = []
+        self.is_keeping = asyncio.Event()
+        self.fence: FencedDatabase | None = None
+        self._may_go_on = asyncio.Event()
+
+    async def keep(self) -> None:
+        fence = await asyncio.to_thread(FencedDatabase, self.database)
+        self.epochs.append(fence.epoch)
+        self.fence = fence
+        self.is_keeping.set()
+        try:
+            while await asyncio.to_thread(fence.is_current):  # noqa: ASYNC110  # nobody else tells
+                await asyncio.sleep(0.05)
+        finally:
+            self.is_keeping.clear()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Replica"]:
+        works = [asyncio.create_task(self.replicas.run(self.keep)), asyncio.create_task(self.replicas.tell())]
+        try:
+            yield self
+        finally:
+            for work in works:
+                work.cancel()
+            await asyncio.gather(*works, return_exceptions=True)
+            self.database.close()
+
+
+@pytest.fixture
+async def pair(database_url: str) -> AsyncIterator[list[Replica]]:
+    """Two, the first of which keeps the ledger; both listen."""
+    database = Database(database_url)
+    database.migrate()
+    database.close()
+    async with AsyncExitStack() as stack:
+        made = []
+        for _ in range(2):
+            made.append(await stack.enter_async_context(Replica(database_url).running()))
+            async with asyncio.timeout(SECONDS):
+                await made[0].is_keeping.wait()
+        await _until(lambda: _num_listening(database_url) == 2)
+        yield made
+
+
+async def _until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not await asyncio.to_thread(holds):  # noqa: ASYNC110  # the server tells nobody
+            await asyncio.sleep(0.02)
+
+
+def _sessions(url: str) -> list[int]:
+    """Process ids of the sessions that listen, as the server knows them."""
+    database = Database(url)
+    try:
+        with database.read() as connection:
+            query = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name = :name"
+            return list(connection.execute(sa.text(query), {"name": SESSION}).scalars())
+    finally:
+        database.close()
+
+
+def _num_listening(url: str) -> int:
+    return len(_sessions(url))
+
+
+def _cut(url: str, pids: list[int]) -> None:
+    database = Database(url)
+    with database.read() as connection:
+        for pid in pids:
+            connection.execute(sa.text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+    database.close()
+
+
+async def test_word_of_a_change_reaches_the_other_and_no_one_elses_waiters(pair: list[Replica]) -> None:
+    here, there = pair
+    with (
+        there.notifier.waiting(TASK) as changed,
+        there.notifier.waiting(TASK + "2") as other,
+        there.notifier.waiting(ANYTHING) as anything,
+    ):
+        here.notifier.notify_tasks([TASK])
+        await asyncio.wait_for(changed.wait(), SECONDS)
+        assert not other.is_set() and not anything.is_set()
+        here.notifier.notify([TASK + "2"])
+        await asyncio.wait_for(anything.wait(), SECONDS)
+        await asyncio.wait_for(other.wait(), SECONDS)
+
+
+@pytest.mark.parametrize("num_names", [900, 5000])
+async def test_however_many_change_at_once_all_are_told(pair: list[Replica], num_names: int) -> None:
+    here, there = pair
+    names = [f"tenants/{'a' * 60}/tasks/t-{i}" for i in range(num_names)]
+    with (
+        there.notifier.waiting(names[0]) as first,
+        there.notifier.waiting(names[num_names // 2]) as middle,
+        there.notifier.waiting(names[-1]) as last,
+    ):
+        here.notifier.notify_tasks(names)
+        for changed in (first, middle, last):
+            await asyncio.wait_for(changed.wait(), SECONDS)
+
+
+async def test_names_that_are_none_stop_nobody_from_telling(pair: list[Replica]) -> None:
+    here, there = pair
+    for hostile in ("\0", "a\nb", "t" * 100_000, "\ud800", "é" * 200, "'; DROP TABLE tasks; --"):
+        here.notifier.notify_tasks([hostile])
+    with there.notifier.waiting(TASK) as changed:
+        here.notifier.notify_tasks([TASK])
+        await asyncio.wait_for(changed.wait(), SECONDS)
+
+
+async def test_who_could_not_listen_for_a_while_looks_at_everything_again(
+    pair: list[Replica], database_url: str
+) -> None:
+    here, there = pair
+    with here.notifier.waiting(TASK) as one, there.notifier.waiting(ANYTHING) as another:
+        _cut(database_url, _sessions(database_url))
+        for changed in (one, another):
+            await asyncio.wait_for(changed.wait(), SECONDS)
+
+
+async def test_one_keeps_the_ledger_and_another_takes_it_when_its_session_is_cut(
+    pair: list[Replica], database_url: str
+) -> None:
+    """Twenty times over: soon there is one again whose writes count; no two ever kept it in one epoch."""
+    draw = random.Random(5)
+    for _ in range(20):
+        _cut(database_url, draw.sample(found := _sessions(database_url), k=min(len(found), draw.randint(1, 2))))
+        await _until(lambda: any(replica.is_keeping.is_set() and _is_current(replica) for replica in pair))
+    epochs = [epoch for replica in pair for epoch in replica.epochs]
+    assert len(set(epochs)) == len(epochs) > 5 and all(replica.epochs == sorted(replica.epochs) for replica in pair)
+
+
+def _is_current(replica: Replica) -> bool:
+    with suppress(UnavailableError):
+        return replica.fence is not None and replica.fence.is_current()
+    return False
+
+
+async def test_a_keeper_whose_epoch_was_taken_by_one_that_was_slow_begins_again(
+    pair: list[Replica], database_url: str
+) -> None:
+    late = await asyncio.to_thread(FencedDatabase, Database(database_url))
+    await _until(lambda: any(replica.epochs and replica.epochs[-1] > late.epoch for replica in pair))
+    assert not late.is_current()
+
+
+async def test_who_stops_hands_the_ledger_on(database_url: str, pair: list[Replica]) -> None:
+    async with Replica(database_url).running() as third:
+        assert not third.is_keeping.is_set()
+    assert pair[0].is_keeping.is_set() and not pair[1].epochs
+
+
+async def test_a_task_created_at_one_is_watched_to_its_end_at_another(
+    admission: Admission, alignment: Alignment, postgres: Postgres, tmp_path: Path
+) -> None:
+    """With sessions cut all the while: what was not heard is read when the session is there again."""
+    other = Admission(admission.database_url, tmp_path / "artifacts", alignment.address)
+    async with AsyncExitStack() as stack:
+        await other.start()
+        stack.push_async_callback(other.close)
+        for one in (admission, other):
+            replicas, idle = Replicas(one.database, one.notifier), asyncio.Event()
+            for work in (replicas.run(lambda idle=idle: idle.wait()), replicas.tell()):  # type: ignore[misc]
+                stack.callback(asyncio.create_task(work).cancel)
+        task = (await admission.create((await admission.upload()).name)).name
+        watch, events = other.with_token(admission._keys["acme"]), []
+
+        async def read() -> None:
+            async for answer in watch.WatchTask(pb.WatchTaskRequest(name=task)):
+                events.append(answer.event.sequence)
+
+        reading = asyncio.create_task(read())
+        await _until(lambda: len(events) == 1)
+        for _ in range(5):
+            await asyncio.to_thread(_cut, admission.database_url, _sessions(admission.database_url))
+        await other.run(task)  # the other made its ledger last
+        for number in range(1, 20):
+            await other.commit(step(task, 1, number))
+            if number % 4 == 0:
+                await asyncio.to_thread(_cut, admission.database_url, _sessions(admission.database_url))
+        await other.commit(finished(task, 1))
+        await asyncio.wait_for(reading, SECONDS)
+        assert events == list(range(1, 23))
+
+
+async def test_bytes_that_another_process_is_removing_are_not_taken_for_a_datasets(
+    admission: Admission, alignment: Alignment, tmp_path: Path
+) -> None:
+    """Deleted at one while it is uploaded at the other, again and again: what was acknowledged has its bytes."""
+    other = Admission(admission.database_url, tmp_path / "artifacts", alignment.address)
+    await other.start()
+    try:
+        admission.tenant()
+        calls = [one.with_token(admission._keys["acme"]) for one in (admission, other)]
+        num_refused = 0
+        for turn in range(40):
+            here, there = random.Random(turn).sample(calls, 2)
+            first = (await here.UploadDataset(dataset_parts(TEN_ROWS, f"a-{turn}"))).dataset
+            uploading = asyncio.ensure_future(there.UploadDataset(dataset_parts(TEN_ROWS, f"b-{turn}")))
+            deleting = asyncio.ensure_future(here.DeleteDataset(pb.DeleteDatasetRequest(name=first.name)))
+            done, _ = await asyncio.gather(uploading, deleting, return_exceptions=True)
+            if isinstance(done, grpc.RpcError):
+                assert done.code() is grpc.StatusCode.UNAVAILABLE, done
+                num_refused += 1
+                continue
+            assert admission.artifacts.exists(f"tenants/acme/datasets/{first.sha256}.jsonl")
+            await here.DeleteDataset(pb.DeleteDatasetRequest(name=done.dataset.name))
+        print(f"{num_refused} of 40 were to be sent again")
+    finally:
+        await other.close()
+
+
+def test_who_falls_silent_amid_a_transaction_holds_nobody_up(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_module, "_SILENCE_SECONDS", 1)
+    paused, other = Database(database_url), Database(database_url)
+    paused.migrate()
+    may_go_on, began, ended = threading.Event(), threading.Event(), []
+
+    def write() -> None:
+        try:
+            with paused.write() as connection:
+                connection.execute(sa.text("UPDATE leaderships SET epoch = 7"))
+                began.set()
+                may_go_on.wait(SECONDS)
+        except UnavailableError as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    assert began.wait(SECONDS)
+    assert FencedDatabase(other).epoch == 1  # waits until the server has ended the other's session
+    may_go_on.set()
+    thread.join(SECONDS)
+    assert len(ended) == 1
+    for database in (paused, other):
+        with database.read() as connection:
+            assert connection.execute(sa.text("SELECT max(epoch) FROM leaderships")).scalar_one() == 1
+        database.close()

@@ -1,0 +1,288 @@
+"""Whatever happens, in whatever order, a task's state is what the contract's model says: hypothesis looks for a course
+of events after which it is not. Under the service, on its store: time is virtual, wall clocks jump."""
+
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, assume, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+
+from engine.errors import IllegalTransitionError, LeaseLostError, StaleEpochError
+from muxtune.v1 import errors_pb2, ledger_pb2, plan_pb2, task_pb2
+from services.admission.ledger.ledger import Ledger
+from services.admission.store import tasks
+from services.admission.store.database import Database
+from tests.services.admission.admission_mesh import checkpoint, executor, finished, spec, step
+
+FINAL = {"SUCCEEDED", "FAILED", "CANCELLED"}
+EXECUTORS = ("executors/one", "executors/two")
+LEASE_SECONDS, MAX_CRASHES, HOUR = 10.0, 3, 3600
+KINDS = ["step", "same step", "checkpoint", "finished", "failed", "released", "died alone", "died with others"]
+
+
+@dataclass
+class Task:
+    """What it should be."""
+
+    state: str = "QUEUED"
+    epoch: int = 0
+    executor: str = ""
+    step: int = 0
+    checkpoint: int = 0
+    crashes: int = 0
+    num_events: int = 1
+
+    def become(self, state: str) -> None:
+        self.state, self.num_events = state, self.num_events + 1
+        if state in FINAL:
+            self.executor = ""
+
+    def die(self, num_suspects: int) -> bool:
+        """Whether it fails for it."""
+        self.crashes += 1
+        if num_suspects == 1 and self.crashes >= MAX_CRASHES:
+            self.become("FAILED")
+            return True
+        return False
+
+
+@dataclass
+class Executor:
+    lease_epoch: int = 0
+    deadline: float = 0.0
+    num_starts: int = 0
+    has_left: bool = True
+
+
+@dataclass(frozen=True)
+class Attempt:
+    task: str
+    epoch: int
+    executor: str
+    lease_epoch: int
+
+
+class Store(RuleBasedStateMachine):
+    """Rules do to the store and to the model the same; invariants compare them."""
+
+    names, attempts = Bundle("names"), Bundle("attempts")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(prefix="states-"))
+        self.now, self.wall_offset = 1000.0, 0
+        self.tasks: dict[str, Task] = {}
+        self.executors = {name: Executor() for name in EXECUTORS}
+        real = time.time_ns
+        self.wall = mock.patch("time.time_ns", lambda: real() + self.wall_offset * 10**9)
+        self.wall.start()
+        self.database = Database(f"sqlite:///{self.folder / 'a.db'}")
+        self.database.migrate()
+        self.ledger = Ledger(self.database, lambda: self.now, max_crashes=MAX_CRASHES)
+
+    def teardown(self) -> None:
+        self.wall.stop()
+        self.database.close()
+        shutil.rmtree(self.folder)
+
+    @initialize()
+    def start(self) -> None:
+        for name in EXECUTORS:
+            self.start_executor(name)
+
+    def is_live(self, name: str, lease_epoch: int) -> bool:
+        found = self.executors[name]
+        return not found.has_left and found.lease_epoch == lease_epoch and found.deadline > self.now
+
+    def lose(self, name: str, *, is_crash: bool) -> None:
+        """The executor's attempts are taken back."""
+        held = [task for task in self.tasks.values() if task.executor == name]
+        for task in held:
+            if is_crash and task.die(len(held)):
+                continue
+            task.executor, task.epoch = "", task.epoch + 1
+            if task.state == "RUNNING":
+                task.become("QUEUED")
+            elif not task.checkpoint:
+                task.become("CANCELLED")
+
+    @rule(target=names)
+    def create(self) -> str:
+        name = f"tenants/acme/tasks/t{len(self.tasks)}"
+        with self.database.write() as connection:
+            tasks.insert(connection, name, spec("tenants/acme/datasets/d"), task_pb2.TaskEstimate(num_steps=4), "", "")
+        self.tasks[name] = Task()
+        return name
+
+    @rule(name=names)
+    def cancel(self, name: str) -> None:
+        task = self.tasks[name]
+        may = task.state not in ("SUCCEEDED", "FAILED")
+        try:
+            with self.database.write() as connection:
+                tasks.cancel(connection, name)
+        except IllegalTransitionError:
+            assert not may
+            return
+        assert may
+        if task.state == "QUEUED" and not task.checkpoint:
+            task.become("CANCELLED")
+        elif task.state in ("QUEUED", "RUNNING"):
+            task.become("CANCELLING")
+
+    @rule(target=attempts, name=names, where=st.sampled_from(EXECUTORS), is_late=st.booleans())
+    def plan(self, name: str, where: str, is_late: bool):  # type: ignore[no-untyped-def]
+        """One that was made from an older snapshot starts nothing."""
+        task, host = self.tasks[name], self.executors[where]
+        version = self.ledger.snapshot().plan_version + 1
+        start = ledger_pb2.AttemptStart(task=name, expected_epoch=task.epoch - is_late)
+        request = ledger_pb2.CommitPlanRequest(
+            executor=where, lease_epoch=host.lease_epoch, version=version, starts=[start]
+        )
+        try:
+            (epoch,) = self.ledger.commit_plan(request)
+        except LeaseLostError:
+            assert not self.is_live(where, host.lease_epoch)
+            return multiple()
+        except StaleEpochError:
+            assert is_late or task.state in FINAL
+            return multiple()
+        assert self.is_live(where, host.lease_epoch) and not is_late and task.state not in FINAL
+        task.epoch, task.executor = task.epoch + 1, where
+        if task.state == "QUEUED":
+            task.become("RUNNING")
+        assert epoch == task.epoch
+        return Attempt(name, epoch, where, host.lease_epoch)
+
+    @rule(attempt=attempts, kind=st.sampled_from(KINDS))
+    def report(self, attempt: Attempt, kind: str) -> None:
+        """Of any attempt there ever was, long superseded ones too."""
+        task = self.tasks[attempt.task]
+        assume(kind != "checkpoint" or task.step > 0)  # nothing trained, nothing to write
+        result = self.result(attempt, kind)
+        try:
+            ((verdict,), _) = self.ledger.commit_results(attempt.executor, attempt.lease_epoch, [result])
+        except LeaseLostError:
+            assert not self.is_live(attempt.executor, attempt.lease_epoch)
+            return
+        assert self.is_live(attempt.executor, attempt.lease_epoch)
+        told = ledger_pb2.ResultVerdict.Name(verdict).removeprefix("RESULT_VERDICT_")
+        if task.state in FINAL and task.epoch == attempt.epoch:
+            assert told == "DUPLICATE"
+        elif (task.epoch, task.executor) != (attempt.epoch, attempt.executor):
+            assert told == "STALE"
+        else:
+            assert told == ("COMMITTED" if self.apply(task, kind) else "DUPLICATE")
+
+    def result(self, attempt: Attempt, kind: str) -> plan_pb2.TaskResult:
+        name, epoch, task = attempt.task, attempt.epoch, self.tasks[attempt.task]
+        if kind in ("step", "same step"):
+            return step(name, epoch, task.step + (kind == "step"))
+        if kind == "checkpoint":
+            return checkpoint(name, epoch, task.step)
+        if kind == "finished":
+            return finished(name, epoch, "k" if task.step else "", cancelled=task.state == "CANCELLING")
+        if kind == "failed":
+            return plan_pb2.TaskResult(task=name, attempt_epoch=epoch, failed=errors_pb2.TaskFailure(message="NaN"))
+        count = {"released": 0, "died alone": 1, "died with others": 2}[kind]
+        released = plan_pb2.TaskReleased(reason=kind, num_suspects=count)
+        return plan_pb2.TaskResult(task=name, attempt_epoch=epoch, released=released)
+
+    def apply(self, task: Task, kind: str) -> bool:
+        """To the model; whether it is news."""
+        if kind == "step":
+            task.step, task.crashes, task.num_events = task.step + 1, 0, task.num_events + 1
+        elif kind == "same step" or (kind == "checkpoint" and task.checkpoint and task.checkpoint >= task.step):
+            return False
+        elif kind == "checkpoint":
+            task.checkpoint, task.num_events = task.step, task.num_events + 1
+        elif kind in ("finished", "failed"):
+            ends = {"failed": "FAILED", "finished": "CANCELLED" if task.state == "CANCELLING" else "SUCCEEDED"}
+            task.become(ends[kind])
+        elif kind == "released" or not task.die(1 if kind == "died alone" else 2):
+            task.executor = ""
+            if task.state == "RUNNING":
+                task.become("QUEUED")
+        return True
+
+    @rule(name=st.sampled_from(EXECUTORS))
+    def start_executor(self, name: str) -> None:
+        """Anew: what the start before it held is taken back."""
+        host = self.executors[name]
+        host.num_starts += 1
+        epoch, _ = self.ledger.put_lease(executor(name, f"i{host.num_starts}"), LEASE_SECONDS)
+        if host.num_starts > 1:
+            self.lose(name, is_crash=not host.has_left)
+        host.lease_epoch, host.has_left, host.deadline = host.lease_epoch + 1, False, self.now + LEASE_SECONDS
+        assert epoch == host.lease_epoch
+
+    @rule(name=st.sampled_from(EXECUTORS))
+    def renew(self, name: str) -> None:
+        host = self.executors[name]
+        holder = executor(name, f"i{host.num_starts}", lease_epoch=host.lease_epoch)
+        try:
+            self.ledger.put_lease(holder, LEASE_SECONDS)
+        except LeaseLostError:
+            assert not self.is_live(name, host.lease_epoch)
+            return
+        assert self.is_live(name, host.lease_epoch)
+        host.deadline = self.now + LEASE_SECONDS
+
+    @rule(name=st.sampled_from(EXECUTORS))
+    def leave(self, name: str) -> None:
+        host = self.executors[name]
+        self.ledger.end_lease(name, f"i{host.num_starts}")
+        if not host.has_left:
+            self.lose(name, is_crash=False)
+            host.has_left = True
+
+    @rule(seconds=st.sampled_from([1.0, 4.0, 11.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.ledger.end_expired()
+        for name, host in self.executors.items():
+            if not host.has_left and host.deadline <= self.now:
+                self.lose(name, is_crash=True)
+                host.has_left = True
+
+    @rule(jump=st.sampled_from([-HOUR, HOUR]))
+    def jump(self, jump: int) -> None:
+        """Of the wall clock: no lease and no order depends on it."""
+        self.wall_offset += jump
+
+    @rule()
+    def restart_admission(self) -> None:
+        """Its leases get their whole time again."""
+        self.database.close()
+        self.database = Database(f"sqlite:///{self.folder / 'a.db'}")
+        self.ledger = Ledger(self.database, lambda: self.now, max_crashes=MAX_CRASHES)
+        for host in self.executors.values():
+            host.deadline = self.now + LEASE_SECONDS
+
+    @invariant()
+    def every_task_is_what_it_should_be(self) -> None:
+        with self.database.read() as connection:
+            for row in connection.execute(sa.select(tasks.tasks)):
+                found = tasks.to_proto(row)
+                kept = task_pb2.CheckpointCommitted.FromString(row.checkpoint or b"").step
+                seen = Task(row.state, row.attempt_epoch, row.executor, found.progress.step, kept, row.crashes)
+                seen.num_events = row.last_sequence
+                assert seen == self.tasks[row.name], row.name
+                events = tasks.events_after(connection, row.name, 0, 1000)
+                assert [event.sequence for event in events] == list(range(1, row.last_sequence + 1))
+                states = [event.state_changed.state for event in events if event.HasField("state_changed")]
+                names = [task_pb2.TaskState.Name(state).removeprefix("TASK_STATE_") for state in states]
+                assert names[-1] == row.state and not FINAL & set(names[:-1])
+
+
+Store.TestCase.settings = settings(
+    max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestStore = pytest.mark.timeout(300)(Store.TestCase)

@@ -1,0 +1,97 @@
+"""Statements that go to SQLite's driver as text: what they store and give is SQLAlchemy's, on both databases."""
+
+import random
+import sqlite3
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+
+from engine.errors import UnavailableError
+from services.admission.store.database import Database
+from services.admission.store.prepared_statements import Statement
+from services.admission.store.tables import audit_events, requests, task_events, usage
+from tests.services.admission.admission_mesh import DATABASES
+
+both = pytest.mark.parametrize("database_url", DATABASES, indirect=True)
+TEXTS = [
+    "",
+    "plain",
+    "O'Brien; DROP TABLE requests; --",
+    ":tenant",
+    "?",
+    "%(tenant)s",
+    "%s",
+    "ключ",
+    "🙂" * 50,
+    "\n\t\\",
+]
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    opened = Database(database_url)
+    opened.migrate()
+    yield opened
+    opened.close()
+
+
+@both
+def test_what_is_stored_is_what_sqlalchemy_reads_and_the_other_way_round(database: Database) -> None:
+    insert = Statement(sa.insert(task_events))
+    select = Statement(
+        sa.select(task_events).where(task_events.c.task == sa.bindparam("task")).order_by(task_events.c.sequence)
+    )
+    draw, kept = random.Random(0), []
+    with database.write() as connection:
+        for number, text in enumerate(TEXTS):
+            values = {"task": text, "sequence": (1 << 62) + number, "event": draw.randbytes(draw.choice([0, 1, 5000]))}
+            if number % 2:
+                insert.run(connection, **values)
+            else:
+                connection.execute(sa.insert(task_events).values(values))
+            kept.append(values)
+    with database.read() as connection:
+        for values in kept:
+            (row,) = select.rows(connection, task=values["task"])
+            query = sa.select(task_events).where(task_events.c.task == values["task"])
+            assert row._asdict() == values == connection.execute(query).one()._asdict()
+        assert select.row(connection, task="nobody's") is None
+
+
+@both
+def test_numbers_of_accounts_come_back_as_they_went(database: Database) -> None:
+    insert, select = Statement(sa.insert(usage)), Statement(sa.select(usage))
+    values = {"tenant": "tenants/a", "day": 1, "effective_tokens": 1 << 60, "padding_tokens": 0, "num_steps": 3}
+    with database.write() as connection:
+        insert.run(connection, **values, device_seconds=2.0)
+        row = select.row(connection)
+    assert row is not None and row._asdict() == {**values, "device_seconds": 2.0}
+    assert type(row.device_seconds) is float and type(row.effective_tokens) is int
+
+
+@both
+def test_what_a_column_counts_by_itself_is_counted(database: Database) -> None:
+    insert = Statement(sa.insert(audit_events))
+    told = {"time": 1, "subject": "s", "tenant": "t", "method": "m", "resource": "r", "status_code": "OK"}
+    with database.write() as connection:
+        for _ in range(3):
+            insert.run(connection, **told)
+        assert connection.execute(sa.select(audit_events.c.sequence)).scalars().all() == [1, 2, 3]
+
+
+@both
+def test_a_transaction_that_raises_leaves_nothing_of_them(database: Database) -> None:
+    insert, select = Statement(sa.insert(requests)), Statement(sa.select(requests))
+    row = {"tenant": "t", "request_id": "r", "method": "m", "body_sha256": "b", "resource": "x", "created": 1}
+    with pytest.raises((sqlite3.IntegrityError, sa.exc.IntegrityError)), database.write() as connection:
+        insert.run(connection, **row)
+        insert.run(connection, **row)
+    with database.read() as connection:
+        assert select.rows(connection) == []
+
+
+def test_a_database_that_is_away_is_unavailable(database: Database) -> None:
+    with pytest.raises(UnavailableError), database.write() as connection:
+        connection.execute(sa.text("DROP TABLE requests"))
+        Statement(sa.select(requests)).rows(connection)

@@ -1,0 +1,151 @@
+"""Who computes, and when: whatever one tenant brings, others go on."""
+
+import asyncio
+import itertools
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.alignment.tokenizer import BackboneTokenizer, Encoded, Piece
+from muxtune.v1 import alignment_pb2 as pb
+from muxtune.v1 import dataset_pb2
+from services.alignment.tenant_fairness import Turns
+from tests.services.alignment.conftest import TASK, TEN_ROWS, TENANT, Alignment, lines, training
+
+HOG = "tenants/hog"
+
+
+@given(
+    jobs=st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 5)), min_size=1, max_size=8),
+    num_at_once=st.integers(1, 3),
+)
+@settings(max_examples=50, deadline=None)
+def test_few_at_once_and_no_two_of_one_tenant(jobs: list[tuple[str, int]], num_at_once: int) -> None:
+    turns, having, most = Turns(num_at_once, slice_seconds=0), Counter[str](), [0]
+    lock, done = threading.Lock(), list[str]()
+
+    def work(tenant: str, num_slices: int) -> None:
+        with turns.of(tenant) as turn:
+            for _ in range(num_slices):
+                with lock:
+                    having[tenant] += 1
+                    most[0] = max(most[0], having.total())
+                    assert having[tenant] == 1
+                threading.Event().wait(0.0001)
+                with lock:
+                    having[tenant] -= 1
+                turn.offer()
+        done.append(tenant)
+
+    with ThreadPoolExecutor(len(jobs)) as threads:
+        for future in [threads.submit(work, *job) for job in jobs]:
+            future.result()
+    assert most[0] <= num_at_once and len(done) == len(jobs)
+    assert not turns.is_awaited and not turns._having
+
+
+def test_a_tenant_with_many_jobs_gets_every_other_turn() -> None:
+    turns, order, ready = Turns(num_at_once=1, slice_seconds=0), list[str](), threading.Barrier(6)
+
+    def work(tenant: str) -> None:
+        ready.wait()
+        with turns.of(tenant) as turn:
+            for _ in range(20):
+                order.append(tenant)
+                turn.offer()
+
+    turns.take("first")  # until all of them wait
+    with ThreadPoolExecutor(6) as threads:
+        futures = [threads.submit(work, tenant) for tenant in (*["many"] * 4, "one", "other")]
+        while sum(map(len, turns._waiting.values())) < 6:
+            threading.Event().wait(0.001)
+        turns.give("first")
+        for future in futures:
+            future.result()
+    together = order[: max(i for i, tenant in enumerate(order) if tenant == "one")]
+    gaps = [len(list(group)) for tenant, group in itertools.groupby(together, lambda t: t == "one") if not tenant]
+    assert max(gaps) == 2, "between two of its turns each other tenant has one"
+    assert Counter(order) == {"many": 80, "one": 20, "other": 20}
+
+
+def test_a_turn_lasts_while_nobody_waits_and_time_spent_waiting_is_not_counted() -> None:
+    now = iter(range(0, 1000, 10))
+    turns = Turns(num_at_once=1, slice_seconds=15, monotonic=lambda: float(next(now)))
+    with turns.of("a") as turn:  # at 0
+        assert [turn.offer() for _ in range(3)] == [10, 20, 30]
+        other = threading.Thread(target=lambda: (turns.take("b"), turns.give("b")))
+        other.start()
+        while not turns.is_awaited:
+            threading.Event().wait(0.001)
+        assert turn.offer() == 40  # handed on, and back at 50
+        other.join()
+        assert turn.offer() == 40 + 10
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Every batch of the hog's stands still in the tokenizer until `held` is set: work that never ends."""
+    held, encode = threading.Event(), BackboneTokenizer.encode
+
+    def encode_later(self: BackboneTokenizer, pieces: list[Piece]) -> Encoded:
+        if any("oink" in piece.text for piece in pieces):
+            held.wait()
+        return encode(self, pieces)
+
+    monkeypatch.setattr(BackboneTokenizer, "encode", encode_later)
+    yield held
+    held.set()
+
+
+@pytest.fixture
+def arrived(alignment: Alignment, monkeypatch: pytest.MonkeyPatch) -> asyncio.Queue[str]:
+    """The tenant of every call that has come to the line for long work."""
+    arrived, in_line = asyncio.Queue[str](), alignment.servicer._threads.in_line
+
+    async def noted(tenant: str, *arguments: Any) -> Any:
+        arrived.put_nowait(tenant)
+        return await in_line(tenant, *arguments)
+
+    monkeypatch.setattr(alignment.servicer._threads, "in_line", noted)
+    return arrived
+
+
+async def test_who_inspects_without_end_keeps_nobody_from_datasets_and_streams(
+    alignment: Alignment, held: threading.Event, arrived: asyncio.Queue[str]
+) -> None:
+    """A hundred datasets of one tenant are under work at once, as are calls that it has left; another's are read."""
+    sha256 = (await alignment.store(lines({"text": "oink oink"}), tenant=HOG)).sha256
+
+    def hog(limit: int) -> Any:
+        options = dataset_pb2.PreflightOptions(backbone="tiny", training=training(max_sequence_tokens=limit))
+        return alignment.stub.InspectDataset(pb.InspectDatasetRequest(tenant=HOG, sha256=sha256, options=options))
+
+    left = [hog(1000 + i) for i in range(80)]
+    async with asyncio.timeout(60):
+        assert [await arrived.get() for _ in range(1 + 80)] == [HOG] * 81
+        for call in left:
+            call.cancel()
+        under_work = [hog(2000 + i) for i in range(20)]
+        assert [await arrived.get() for _ in range(20)] == [HOG] * 20
+        stored = await alignment.store(TEN_ROWS)
+        options = dataset_pb2.PreflightOptions(backbone="tiny", training=training())
+        request = pb.InspectDatasetRequest(tenant=TENANT, sha256=stored.sha256, options=options)
+        assert (await alignment.stub.InspectDataset(request)).report.num_rows == 10
+        member = pb.Member(task=TASK, dataset_version=stored.sha256, training=training(), num_steps=3)
+        streams = (
+            alignment.stub.StreamMicrobatches(
+                pb.StreamMicrobatchesRequest(backbone="tiny", members=[member], token_budget=128, chunk_tokens=8)
+            )
+            for _ in range(20)
+        )
+        read = [[response.microbatch async for response in stream] for stream in streams]
+        assert all(len(microbatches) >= 3 for microbatches in read)
+    assert not any(call.done() for call in under_work)
+    held.set()
+    async with asyncio.timeout(60):
+        assert all(answer.report.num_rows == 1 for answer in await asyncio.gather(*under_work))

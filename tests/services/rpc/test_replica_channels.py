@@ -1,0 +1,105 @@
+"""A channel to several replicas of which one serves: calls find it, wherever it moves."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+
+from engine.errors import UnavailableError
+from muxtune.v1 import ledger_pb2, ledger_pb2_grpc
+from services.rpc.authentication import mesh_authenticator
+from services.rpc.client_channel import open_channel
+from services.rpc.interceptor import Gate
+
+SECRET, LEDGER = "mesh_of-the-replicas", ledger_pb2.DESCRIPTOR.services_by_name["LedgerService"].full_name
+REQUEST = ledger_pb2.EndLeaseRequest()
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Replica(ledger_pb2_grpc.LedgerServiceServicer):
+    """Refuses what it does not keep, as admission does."""
+
+    def __init__(self) -> None:
+        self.is_keeping, self.num_calls, self.num_refused = False, 0, 0
+        self._health = health_aio.HealthServicer()
+        self._server = grpc.aio.server(interceptors=[Gate(mesh_authenticator(SECRET))])
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        ledger_pb2_grpc.add_LedgerServiceServicer_to_server(self, self._server)
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+
+    async def start(self) -> None:
+        await self.keep(False)
+        await self._server.start()
+
+    async def stop(self) -> None:
+        await self._server.stop(None)
+
+    async def keep(self, is_keeping: bool, is_told: bool = True) -> None:
+        self.is_keeping = is_keeping
+        if is_told:
+            await self._health.set(LEDGER, SERVING if is_keeping else NOT_SERVING)
+
+    async def EndLease(self, request: Any, context: Any) -> ledger_pb2.EndLeaseResponse:
+        if not self.is_keeping:
+            self.num_refused += 1
+            raise UnavailableError("another keeps the ledger")
+        self.num_calls += 1
+        return ledger_pb2.EndLeaseResponse()
+
+
+@pytest.fixture
+async def replicas() -> AsyncIterator[list[Replica]]:
+    made = [Replica() for _ in range(3)]
+    for replica in made:
+        await replica.start()
+    yield made
+    for replica in made:
+        await replica.stop()
+
+
+def channel_to(replicas: list[Replica]) -> grpc.aio.Channel:
+    return open_channel(",".join(replica.address for replica in replicas), SECRET, health_of=LEDGER)
+
+
+async def test_calls_go_to_the_one_that_serves_and_no_other_is_asked(replicas: list[Replica]) -> None:
+    await replicas[1].keep(True)
+    async with channel_to(replicas) as channel:
+        stub: Any = ledger_pb2_grpc.LedgerServiceStub(channel)
+        for _ in range(50):
+            await stub.EndLease(REQUEST)
+    assert [replica.num_calls for replica in replicas] == [0, 50, 0]
+    assert not any(replica.num_refused for replica in replicas)
+
+
+async def test_no_call_fails_while_the_ledger_moves(replicas: list[Replica]) -> None:
+    draw, keeper = random.Random(11), replicas[0]
+    await keeper.keep(True)
+    async with channel_to(replicas) as channel:
+        stub: Any = ledger_pb2_grpc.LedgerServiceStub(channel)
+        for _ in range(15):
+            await keeper.keep(False)
+            keeper = draw.choice(replicas)
+            moving = asyncio.create_task(keeper.keep(True))
+            for _ in range(draw.randint(1, 10)):
+                await stub.EndLease(REQUEST)
+            await moving
+
+
+async def test_where_nobody_serves_a_call_is_unavailable_and_soon_answered_when_somebody_does(
+    replicas: list[Replica],
+) -> None:
+    async with channel_to(replicas) as channel:
+        stub: Any = ledger_pb2_grpc.LedgerServiceStub(channel)
+        with pytest.raises(UnavailableError):
+            await stub.EndLease(REQUEST)
+        calling = asyncio.ensure_future(stub.EndLease(REQUEST, wait_for_ready=True, timeout=20))
+        await replicas[2].keep(True)
+        await calling
+        await replicas[2].stop()
+        await replicas[0].keep(True)
+        await stub.EndLease(REQUEST)

@@ -1,0 +1,207 @@
+"""Who proves nothing is held up by its address and counted; who proves something, behind the same address, is not."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import grpc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.errors import MuxtuneError, OverloadedError, UnauthenticatedError, UnavailableError
+from muxtune.v1 import admission_pb2 as pb
+from muxtune.v1 import admission_pb2_grpc
+from services.rpc import rate_limit, unauthenticated_limiter
+from services.rpc.audit import AuditEntry
+from services.rpc.authentication import Principal
+from services.rpc.authorization import Role
+from services.rpc.interceptor import Gate
+from services.rpc.rate_limit import RateLimit
+from services.rpc.unauthenticated_limiter import Strangers, address_of
+
+METHOD = "/muxtune.v1.AdmissionService/GetTask"
+HERE, THERE = "ipv4:192.0.2.1:5000", "ipv4:198.51.100.7:5000"
+
+
+@dataclass
+class Door:
+    """Strangers before a list of good keys, at two refusals a second (four in a burst)."""
+
+    per_second: float = 2.0
+    now: float = 100.0
+    good: set[str] = field(default_factory=lambda: {"good"})
+    looked_up: list[str] = field(default_factory=list)
+    entries: list[AuditEntry] = field(default_factory=list)
+    failure: MuxtuneError | None = None
+
+    def __post_init__(self) -> None:
+        self.strangers = Strangers(RateLimit(self.per_second, lambda: self.now), self.audit)
+
+    async def audit(self, entry: AuditEntry) -> None:
+        self.entries.append(entry)
+
+    async def authenticate(self, method: str, token: str) -> Principal:
+        self.looked_up.append(token)
+        await asyncio.sleep(0)
+        if self.failure is not None:
+            raise self.failure
+        if token not in self.good:
+            raise UnauthenticatedError("unknown")
+        return Principal("tenants/a", Role.TENANT, token)
+
+    async def knock(self, token: str | None, peer: str = HERE) -> type[MuxtuneError] | None:
+        """What it was refused with."""
+        metadata = [] if token is None else [("authorization", f"Bearer {token}")]
+        try:
+            await self.strangers.prove(peer, METHOD, metadata, self.authenticate)
+        except MuxtuneError as error:
+            return type(error)
+        return None
+
+
+async def test_guesses_from_one_address_are_looked_up_no_more_than_so_often() -> None:
+    door = Door()
+    answers = [await door.knock(f"guess-{number}") for number in range(50)]
+    assert answers == [UnauthenticatedError] * 4 + [OverloadedError] * 46
+    assert len(door.looked_up) == 4
+    assert await door.knock("guess", THERE) is UnauthenticatedError  # another address
+    door.now += 1.0  # what RetryInfo promises
+    assert [await door.knock("guess") for _ in range(3)] == [UnauthenticatedError] * 2 + [OverloadedError]
+
+
+async def test_guesses_at_once_are_limited_as_guesses_in_turn() -> None:
+    door = Door()
+    answers = await asyncio.gather(*(door.knock(f"guess-{number}") for number in range(50)))
+    assert answers.count(UnauthenticatedError) == len(door.looked_up) == 4
+
+
+async def test_who_was_good_before_is_not_held_up_by_neighbours() -> None:
+    door = Door(good={"good", "new"})
+    assert await door.knock("good") is None
+    for number in range(50):
+        await door.knock(f"guess-{number}")
+        assert await door.knock("good") is None
+    assert await door.knock("new") is OverloadedError  # for a second
+    door.now += 1.0
+    assert await door.knock("new") is None
+    assert await door.knock("new") is None
+
+
+async def test_good_calls_use_nothing_up() -> None:
+    door = Door(good={f"good-{number}" for number in range(100)})
+    assert not any([await door.knock(f"good-{number}") for number in range(100)])
+
+
+async def test_a_revoked_key_is_a_strangers() -> None:
+    door = Door()
+    assert await door.knock("good") is None
+    door.good.clear()
+    assert [await door.knock("good") for _ in range(6)] == [UnauthenticatedError] * 5 + [OverloadedError]
+
+
+@pytest.mark.parametrize("failure", [UnavailableError("away"), OverloadedError("a tenant's own limit")], ids=repr)
+async def test_what_is_not_the_callers_failing_uses_nothing_up_and_leaves_no_line(failure: MuxtuneError) -> None:
+    door = Door(failure=failure)
+    assert [await door.knock("good") for _ in range(20)] == [type(failure)] * 20
+    door.failure = None
+    assert await door.knock("other") is UnauthenticatedError
+    await door.strangers.tell()
+    assert [entry.principal.subject for entry in door.entries] == ["nobody, 1 calls from 192.0.2.1"]
+
+
+async def test_calls_that_prove_nothing_are_lines_by_address_however_many() -> None:
+    door, draw, expected = Door(), random.Random(3), dict[str, int]()
+    for _ in range(500):
+        host = f"192.0.2.{draw.randrange(3)}"
+        await door.knock(draw.choice([None, "guess", ""]), f"ipv4:{host}:{draw.randrange(1 << 16)}")
+        expected[host] = expected.get(host, 0) + 1
+    await door.strangers.tell()
+    assert {entry.principal.subject for entry in door.entries} == {
+        f"nobody, {count} calls from {host}" for host, count in expected.items()
+    }
+    assert {(entry.method, entry.resource, entry.status_code) for entry in door.entries} == {
+        (METHOD, "", "UNAUTHENTICATED")
+    }
+    await door.strangers.tell()
+    assert len(door.entries) == 3  # nothing new, no line
+
+
+async def test_a_flood_from_everywhere_has_an_end_in_lines_and_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rate_limit, "_MAX_BUCKETS", 50)
+    monkeypatch.setattr(unauthenticated_limiter, "_MAX_TOKENS", 50)
+    door = Door(good={f"good-{number}" for number in range(200)})
+    for number in range(200):
+        await door.knock(f"good-{number}")
+    for number in range(3000):
+        await door.knock("guess", f"ipv4:10.0.{number % 256}.{number // 256}:1")
+    assert len(door.strangers._limit._buckets) == 50 == len(door.strangers._good)
+    await door.strangers.tell()
+    assert len(door.entries) == 101
+    counts = [int(entry.principal.subject.split()[1]) for entry in door.entries]
+    assert sum(counts) == 3000
+    assert door.entries[-1].principal.subject.endswith("calls from elsewhere")
+
+
+async def test_what_was_counted_is_written_at_the_end_too() -> None:
+    door = Door()
+    running = asyncio.create_task(door.strangers.run())
+    await door.knock(None)
+    await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert len(door.entries) == 1
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [
+        ("ipv4:192.0.2.1:5000", "192.0.2.1"),
+        ("ipv6:[2001:db8:1:2:3:4:5:6]:5000", "2001:db8:1:2::/64"),
+        ("ipv6:[2001:db8:1:2:ffff::9]:1", "2001:db8:1:2::/64"),
+        ("ipv6:[::ffff:192.0.2.1]:5000", "192.0.2.1"),
+        ("ipv6:[fe80::1%eth0]:5000", "fe80::/64"),
+        ("ipv6:%5B::1%5D:5000", "::/64"),
+        ("unix:/run/x", "unix"),
+        ("unix:", "unix"),
+        ("", ""),
+    ],
+)
+def test_addresses_without_ports(peer: str, address: str) -> None:
+    assert address_of(peer) == address
+
+
+@given(st.text())
+def test_no_peer_is_too_odd(peer: str) -> None:
+    for text in (peer, f"ipv4:{peer}", f"ipv6:{peer}", f"ipv6:[{peer}]:1"):
+        assert isinstance(address_of(text), str)
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[tuple[Door, str]]:
+    class Servicer(admission_pb2_grpc.AdmissionServiceServicer):
+        async def GetTask(self, request: object, context: object) -> pb.GetTaskResponse:
+            return pb.GetTaskResponse()
+
+    door = Door()
+    server = grpc.aio.server(interceptors=[Gate(door.authenticate, strangers=door.strangers)])
+    admission_pb2_grpc.add_AdmissionServiceServicer_to_server(Servicer(), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    yield door, address
+    await server.stop(None)
+
+
+async def test_over_the_wire_ports_and_forwarding_headers_make_no_new_address(served: tuple[Door, str]) -> None:
+    door, address = served
+    codes = []
+    for number in range(8):
+        forged = [("x-forwarded-for", f"203.0.113.{number}"), ("authorization", f"Bearer guess-{number}")]
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(address, options) as channel:  # a connection of its own
+            call = admission_pb2_grpc.AdmissionServiceStub(channel).GetTask(pb.GetTaskRequest(), metadata=forged)
+            codes.append(await call.code())
+    assert codes == [grpc.StatusCode.UNAUTHENTICATED] * 4 + [grpc.StatusCode.RESOURCE_EXHAUSTED] * 4
+    await door.strangers.tell()
+    assert [entry.principal.subject for entry in door.entries] == ["nobody, 8 calls from 127.0.0.1"]

@@ -1,0 +1,99 @@
+"""The planner without a mesh: it answers as the service does, and says what is wrong with a profile or a trace."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf.json_format import MessageToDict
+
+from engine.errors import InvalidInputError
+from engine.planning.types import Limits
+from muxtune.v1 import plan_pb2, scheduling_pb2
+from services.conversion.plan import limits_to_domain, limits_to_proto
+from services.scheduling.offline_planner import answers
+from tests.services.scheduling.mesh_fakes import BACKBONE, SPEC_OF_TASKS, World
+
+COST = plan_pb2.CostProfile(fixed_seconds=0.1, token_seconds=0.01)
+GENERATED = {"num_tasks": 30, "rate": 0.5, "median_steps": 20.0, "seed": 1}
+LINE = {"seconds": 0, "tenant": "a", "steps": 10, "batch": 4, "max_sequence_tokens": 64, "rank": 4, "mean_tokens": 25}
+
+
+def profile(**fields: Any) -> dict[str, Any]:
+    device = plan_pb2.Device(memory_bytes=1 << 30, cost=COST)
+    executor = plan_pb2.Executor(name="executors/x", backbone=BACKBONE, device=device)
+    recorded = scheduling_pb2.PlannerProfile(executors=[executor], limits=limits_to_proto(Limits(256)))
+    return {**MessageToDict(recorded, preserving_proto_field_name=True), **fields}
+
+
+def hypothetical(name: str = "tenants/b/tasks/new", **fields: Any) -> scheduling_pb2.HypotheticalTask:
+    return scheduling_pb2.HypotheticalTask(task=name, spec=SPEC_OF_TASKS, num_train_tokens=100, **fields)
+
+
+async def test_a_recorded_profile_answers_as_the_mesh_does(world: World) -> None:
+    executor = await world.add_executor(cost=COST)
+    async with world.scheduler() as (scheduler, scheduling):
+        task = await world.ledger.put_task(1)
+        await world.changes.until(lambda: executor.plans and len(scheduler.plan.explanations) == 1)
+        recorded = (await scheduling.GetProfile(scheduling_pb2.GetProfileRequest())).profile
+        assert [known.task for known in recorded.tasks] == [task]
+        assert recorded.executors[0].device.cost == COST
+        online = await scheduling.SimulatePlan(scheduling_pb2.SimulatePlanRequest(tasks=[hypothetical()]))
+    request = {
+        "profile": MessageToDict(recorded, preserving_proto_field_name=True),
+        "tasks": [MessageToDict(hypothetical(), preserving_proto_field_name=True)],
+    }
+    (offline,) = answers(json.loads(json.dumps(request)))
+    seconds = {f["task"]: f["seconds_left_with"] for f in offline["forecasts"]}
+    assert seconds == pytest.approx({f.task: f.seconds_left_with for f in online.forecasts})
+    assert {e["task"] for e in offline["explanations"]} == {e.task for e in online.explanations}
+
+
+def test_a_trace_is_simulated_under_three_policies() -> None:
+    """One task of 10 steps of 4 sequences of 25 tokens: 10 rounds of a fixed cost and 100 tokens each."""
+    (ours, instance, _) = answers({"profile": profile(), "trace": {"lines": [json.dumps(LINE)]}})
+    assert (ours["policy"], instance["policy"]) == ("muxtune", "one instance a task")
+    assert ours["mean_completion_seconds"] == pytest.approx(10 * (0.1 + 0.01 * 100), rel=0.05)
+    assert ours["fairness"] == 1.0 and ours["num_tasks"] == 1
+    on_two = [next(answers({"profile": profile(), "trace": GENERATED, "num_devices": n})) for n in (1, 4)]
+    assert on_two[0]["num_tasks"] == on_two[1]["num_tasks"] == 30
+    assert on_two[1]["mean_completion_seconds"] < on_two[0]["mean_completion_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({}, "profile.executors"),
+        ({"profile": profile(executors=[])}, "profile.executors"),
+        ({"profile": profile(limits={"chunk_tokens": 24})}, "24 is neither 0 nor a power of two"),
+        ({"profile": profile(), "trace": {"num_tasks": 3, "speed": 2}}, "trace"),
+        ({"profile": profile(), "trace": {"lines": ["", "  "]}}, "has no arrival"),
+        ({"profile": profile(), "trace": {"lines": ["{}"]}}, "line 1 of the trace: lacks 'seconds'"),
+        ({"profile": profile(), "trace": {"lines": ["[1]"]}}, "line 1 of the trace"),
+        ({"profile": profile(), "trace": {"lines": [json.dumps(LINE), json.dumps(LINE | {"batch": 0})]}}, "line 2"),
+        ({"profile": profile(), "trace": {"lines": [json.dumps(LINE | {"seconds": 1e400})]}}, "line 1"),
+        ({"profile": profile(), "trace": GENERATED, "num_devices": 10**6}, "num_devices"),
+        ({"profile": profile(), "tasks": [MessageToDict(scheduling_pb2.HypotheticalTask(task="x"))]}, "tasks[0]"),
+    ],
+)
+def test_what_is_wrong_is_named(request_: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        list(answers(request_))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "error: "), ('{"profile": {"executors": 3}}', "error: ")])
+def test_as_a_process_it_says_what_is_wrong_in_a_line(text: str, words: str) -> None:
+    command = [sys.executable, "-m", "services.scheduling.offline_planner"]
+    root = Path(__file__).parents[3]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, cwd=root)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith(words) and len(done.stderr.splitlines()) == 1
+
+
+def test_settings_of_the_planner_survive_the_way_there_and_back() -> None:
+    for limits in (Limits(), Limits(512, 16, fuses=False), Limits(64, interleaves=False, preempts=False)):
+        assert limits_to_domain(limits_to_proto(limits)) == limits
+    assert limits_to_domain(scheduling_pb2.PlannerLimits()) == Limits()
