@@ -25,7 +25,7 @@ from benchmarks import report
 from benchmarks.models import smollm2
 from engine.alignment.dataset import TokenizedDataset, tokenize_dataset
 from engine.alignment.jsonl_rows import parse_lines
-from engine.alignment.packing import Member, one_round
+from engine.alignment.packing import PackedTask, one_round
 from engine.alignment.tokenizer import BackboneTokenizer
 from engine.task import Training
 
@@ -112,7 +112,7 @@ def finished(row: Mapping[str, Any], ours: BackboneTokenizer) -> str:
 def pack(dataset: TokenizedDataset, training: Training) -> int:
     """All microbatches of one epoch: their number."""
     num_steps = -(-dataset.num_rows // training.global_batch_size)
-    member = Member("task", dataset, training, num_steps, 0)
+    member = PackedTask("task", dataset, training, num_steps, 0)
     return sum(len(one_round(step, [(member, step)], 8192, 64)) for step in range(num_steps))
 
 

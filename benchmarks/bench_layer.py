@@ -19,7 +19,7 @@ from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Rang
 from engine.methods import Lora
 from engine.runtime.backbone import Backbone, sharing_copy
 from engine.runtime.executor import Executor
-from engine.runtime.task_state import Assignment
+from engine.runtime.task_state import TaskAssignment
 from engine.task import TaskSpec, Training
 
 _TOLERANCE = 5e-2  # a layer in bf16
@@ -82,7 +82,7 @@ class Layer:
         self.names = [str(i) for i in range(point.num_tasks)]
         for seed, (name, rank) in enumerate(zip(self.names, point.task_ranks, strict=True)):
             spec = TaskSpec("", Lora(rank, float(rank), ("all-linear",)), "", Training(0.0, num_steps=1, seed=seed))
-            self.executor.attach(Assignment(name, spec, num_steps=1))
+            self.executor.attach(TaskAssignment(name, spec, num_steps=1))
             run = self.executor.tasks[name]
             with torch.no_grad():  # B is zero at the start: nothing to compare
                 run.parameters_P.normal_(generator=torch.Generator(device).manual_seed(seed)).mul_(0.02)

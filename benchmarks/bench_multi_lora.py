@@ -2,9 +2,9 @@
 
 Forward and backward, for groups of operators that read the same X. All get equal inputs and are checked against float64
 before they are timed. `first` writes the low-rank products of Y before the base product, which accumulates onto them;
-`after` adds them to its result; `ours` is what `rides` chooses. `cublas` does all tasks' low-rank products in dense
-products of the whole stream, S masked to its own task's ranks; `peft` runs a LoRA linear of HF PEFT on each task's
-tokens; `frozen` is the base operators alone: (ms / frozen - 1) is what adapters add.
+`after` adds them to its result; `ours` is what `accumulates_into_base_gemm` chooses. `cublas` does all tasks' low-rank
+products in dense products of the whole stream, S masked to its own task's ranks; `peft` runs a LoRA linear of HF PEFT
+on each task's tokens; `frozen` is the base operators alone: (ms / frozen - 1) is what adapters add.
 """
 
 import itertools
@@ -19,9 +19,9 @@ from benchmarks.kernel_timing import timed
 from benchmarks.lorafusion import LoraFusion, NotDoneError
 from engine.kernels.launch import Launcher, Table, Tables
 from engine.kernels.multi_lora.descriptors import described_factors, described_uses, pairs_of
-from engine.kernels.multi_lora.device_products import GroupProducts, rides, with_addresses
-from engine.kernels.multi_lora.launch_plan import Plan
-from engine.kernels.multi_lora.types import LoraUse, LowRank, Operator
+from engine.kernels.multi_lora.device_products import GroupProducts, accumulates_into_base_gemm, with_addresses
+from engine.kernels.multi_lora.launch_plan import LaunchPlan
+from engine.kernels.multi_lora.types import AdapterSlice, LowRank, Operator
 
 Widths = tuple[int, tuple[int, ...]]  # K, and N of each operator of a group
 LAYER: tuple[Widths, ...] = (  # of Llama-3-8B: q, k, v; o; gate, up; down
@@ -82,7 +82,7 @@ class Inputs:
     x: Tensor
     operators: list[Operator]
     dys: list[Tensor]
-    plan: Plan = field(init=False)
+    plan: LaunchPlan = field(init=False)
     table: Table = field(init=False)
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ class Inputs:
         widths = (self.x.shape[1], *(dy.shape[1] for dy in self.dys))
         uses = described_uses(pairs, widths[0], widths[1:])
         tables = Tables(self.x.device)
-        self.plan = Plan(uses, rows, len(self.x), widths, self.x.dtype, tables)
+        self.plan = LaunchPlan(uses, rows, len(self.x), widths, self.x.dtype, tables)
         self.table = tables.upload(with_addresses(rows, self.factors, []))
 
     @property
@@ -106,7 +106,7 @@ class Inputs:
             return draw(*size, dtype=torch.float32).requires_grad_()
 
         bounds = [point.num_tokens * i // point.num_tasks for i in range(point.num_tasks + 1)]
-        uses = [LoraUse(start, end, SCALE) for start, end in itertools.pairwise(bounds)]
+        uses = [AdapterSlice(start, end, SCALE) for start, end in itertools.pairwise(bounds)]
         k, widths = group
         operators = [
             Operator(draw(k, n), None, uses, [LowRank(factor(r, k), factor(n, r)) for r in point.task_ranks])
@@ -127,11 +127,12 @@ def frozen(given: Inputs) -> tuple[list[Tensor], Tensor]:
 
 
 def ours(given: Inputs, launcher: Launcher, first: bool | None = None) -> Result:
-    """`first`: whether Y's low-rank products are written before the base product; None: as `rides` chooses."""
+    """`first`: whether Y's low-rank products are written before the base product; None: as `accumulates_into_base_gemm`
+    chooses."""
     products = GroupProducts(launcher, given.plan, given.table, given.factors, given.x.dtype)
     weights = [operator.weight_KN for operator in given.operators]
     shrunk = products.shrink(given.x)
-    if rides(given.x.shape[1], False) if first is None else first:
+    if accumulates_into_base_gemm(given.x.shape[1], False) if first is None else first:
         ys = [dy.new_empty(dy.shape) for dy in given.dys]
         products.write(ys, [None] * len(ys), shrunk)
         for y, weight in zip(ys, weights, strict=True):
@@ -313,7 +314,7 @@ def measured(
         "errors": wrong,
         "extra_bytes": point.extra_bytes(),
         "extra_flop": point.extra_flop(),
-        "chosen": sorted({"first" if rides(k, False) else "after" for k, _ in point.groups}),
+        "chosen": sorted({"first" if accumulates_into_base_gemm(k, False) else "after" for k, _ in point.groups}),
         "faster": min(("first", "after"), key=lambda name: times[name]["ms"]),
         "left_out": left_out,
         "times": times,

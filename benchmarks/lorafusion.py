@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels.multi_lora.types import LoraUse, LowRank
+from engine.kernels.multi_lora.types import AdapterSlice, LowRank
 
 _MAX_TASKS, _TOKENS, _WIDTH = 4, 128, 256
 
@@ -53,7 +53,9 @@ class LoraFusion:
         if card not in config.HARDWARE_CONFIGS and torch.cuda.get_device_capability() == (9, 0):
             config.HARDWARE_CONFIGS[card] = config.H100_CONFIG
 
-    def operator(self, x_TK: Tensor, weight_KN: Tensor, uses: Sequence[LoraUse], factors: Sequence[LowRank]) -> Run:
+    def operator(
+        self, x_TK: Tensor, weight_KN: Tensor, uses: Sequence[AdapterSlice], factors: Sequence[LowRank]
+    ) -> Run:
         """One linear operator, forward and backward, for streams like `x_TK`. Raises NotDoneError."""
         if why := refusal(x_TK, weight_KN, uses):
             raise NotDoneError(why)
@@ -83,7 +85,7 @@ class LoraFusion:
         return run
 
 
-def refusal(x_TK: Tensor, weight_KN: Tensor, uses: Sequence[LoraUse]) -> str | None:
+def refusal(x_TK: Tensor, weight_KN: Tensor, uses: Sequence[AdapterSlice]) -> str | None:
     """What its kernels cannot do, if anything."""
     lengths = [use.end - use.start for use in uses]
     if len(uses) > _MAX_TASKS:

@@ -27,13 +27,13 @@ import transformers
 from benchmarks import plots, report
 from benchmarks.workload import CORPORA
 from engine.alignment.dataset import TokenizedDataset
-from engine.alignment.packing import Member, rounds
+from engine.alignment.packing import PackedTask, rounds
 from engine.methods import Lora
 from engine.methods.base import Site
 from engine.planning.cost.cost_fit import Sample, refit
 from engine.planning.cost.cost_model import CostProfile
-from engine.planning.cost.round_time import Job, Stage
-from engine.planning.cost.task_demand import Appraiser
+from engine.planning.cost.round_time import StageModel, StepCost
+from engine.planning.cost.task_demand import DemandEstimator
 from engine.planning.fusion.fusion import fuse, fuse_many, lower_bound_seconds, of_partition
 from engine.planning.placement.eta import seconds_alone
 from engine.planning.planner import plan
@@ -43,7 +43,7 @@ from engine.planning.simulation.pipeline_simulator import Load, Pipeline, interl
 from engine.planning.simulation.pipeline_simulator import simulate as run_pipeline
 from engine.planning.simulation.simulator import Policy, simulate
 from engine.planning.simulation.summary import summarise
-from engine.planning.types import BackboneView, ExecutorView, Limits, Snapshot, TaskView
+from engine.planning.types import BackboneView, ExecutorView, PlannerConfig, Snapshot, TaskView
 from engine.runtime.backbone import Backbone
 from engine.runtime.calibration import Bench, Probe, calibrate
 from engine.runtime.executor import Executor
@@ -86,9 +86,9 @@ def accuracy(quick: bool) -> dict[str, Any]:
     }
 
 
-def random_jobs(random: np.random.Generator, count: int) -> list[Job]:
+def random_jobs(random: np.random.Generator, count: int) -> list[StepCost]:
     return [
-        Job(str(i), float(np.clip(np.exp(random.normal(6.5, 1.2)), 16, 20000)), float(random.uniform(0, 300)), 256)
+        StepCost(str(i), float(np.clip(np.exp(random.normal(6.5, 1.2)), 16, 20000)), float(random.uniform(0, 300)), 256)
         for i in range(count)
     ]
 
@@ -97,17 +97,21 @@ def fusion_quality(quick: bool) -> dict[str, Any]:
     """Of the way of many tasks against the exact one, and against the bound; seconds at 512 tasks on 8 executors."""
     random, over_exact, over_bound = np.random.default_rng(0), list[float](), list[float]()
     for _ in range(60 if quick else 400):
-        stage = Stage(CostProfile(float(random.choice([0, 10, 200])), 1.0, float(random.choice([0, 100, 700]))), 1024,
-                      num_stages=int(random.choice([1, 2, 4, 8])), hop_seconds=20.0)  # fmt: skip
+        stage = StageModel(
+            CostProfile(float(random.choice([0, 10, 200])), 1.0, float(random.choice([0, 100, 700]))),
+            1024,
+            num_stages=int(random.choice([1, 2, 4, 8])),
+            hop_seconds=20.0,
+        )
         jobs = random_jobs(random, int(random.integers(5, 11)))
         over_exact.append(fuse_many(jobs, stage).period_seconds / fuse(jobs, stage).period_seconds - 1)
     executors = tuple(
         ExecutorView(f"e{i}", BACKBONE, 80 << 30, cost=DEVICE, num_stages=4, hop_seconds=1e-3) for i in range(8)
     )
     for _ in range(4 if quick else 16):
-        jobs, stage = random_jobs(random, 64), Stage(DEVICE, 2048, num_stages=4, hop_seconds=1e-3)
+        jobs, stage = random_jobs(random, 64), StageModel(DEVICE, 2048, num_stages=4, hop_seconds=1e-3)
         over_bound.append(fuse(jobs, stage).period_seconds / lower_bound_seconds(jobs, stage) - 1)
-    tasks, limits = tuple(a.task for a in arrivals(Trace(512, 1.0, "b", seed=1))), Limits()
+    tasks, limits = tuple(a.task for a in arrivals(Trace(512, 1.0, "b", seed=1))), PlannerConfig()
     seconds = [least_seconds(lambda n=n: plan(Snapshot(tasks, executors[:n]), limits)) for n in (8,)]
     fuse_seconds = least_seconds(lambda: [fuse(random_jobs(np.random.default_rng(i), 64), stage) for i in range(8)])
     return {
@@ -145,7 +149,7 @@ def bubbles() -> dict[str, float]:
 def traces(quick: bool) -> dict[str, Any]:
     """Three policies on one trace, and ours on a large one."""
     small, large = ((300, 6), (2000, 32)) if quick else ((1000, 16), (10_000, 128))
-    limits = Limits()
+    limits = PlannerConfig()
     policies: dict[str, Policy] = {
         "muxtune": Multiplexed(limits),
         "one instance a task": OneInstanceEach(limits),
@@ -159,7 +163,7 @@ def simulated(num_tasks: int, num_devices: int, policy: Policy) -> dict[str, Any
     """As many arrivals as keep our devices busy nine tenths of the time."""
     executors = [ExecutorView(f"e{i:03}", BACKBONE, 24 << 30, cost=DEVICE) for i in range(num_devices)]
     come = arrivals(Trace(num_tasks, num_devices / 260, "b", burst=8.0, seed=2))
-    limits, appraiser, started = Limits(), Appraiser(Limits()), time.process_time()
+    limits, appraiser, started = PlannerConfig(), DemandEstimator(PlannerConfig()), time.process_time()
     run = simulate(come, executors, policy, replan_seconds=come[-1].seconds / 600)
     cpu_seconds = time.process_time() - started
     summary = summarise(run, lambda task: seconds_alone(task, executors[0], limits, appraiser))
@@ -188,8 +192,8 @@ def padding(mix: tuple[str, ...], batch: int, chunk: int) -> dict[str, Any]:
     made, whole, effective = tasks_of(mix, batch), 0, 0
     views, data = tuple(view for view, _ in made), {view.name: data for view, data in made}
     executor = ExecutorView("e", BACKBONE, 80 << 30, cost=DEVICE)
-    (htask,) = plan(Snapshot(views, (executor,)), Limits(chunk_tokens=chunk)).htasks["e"]
-    members = [Member(v.name, data[v.name], v.spec.training, v.num_steps, 0) for v in views]
+    (htask,) = plan(Snapshot(views, (executor,)), PlannerConfig(chunk_tokens=chunk)).htasks["e"]
+    members = [PackedTask(v.name, data[v.name], v.spec.training, v.num_steps, 0) for v in views]
     for microbatch in rounds(members, htask.token_budget, htask.chunk_tokens):
         whole += sum(range_.num_tokens for range_ in microbatch.ranges)
         effective += sum(range_.num_effective_tokens for range_ in microbatch.ranges)
@@ -203,15 +207,15 @@ def switches(batch: int) -> dict[str, float]:
     views = tuple(view for view, _ in tasks_of(tuple(CORPORA) * 5 + ("rte",), batch))
     executor = ExecutorView("e", BACKBONE, 80 << 30, cost=DEVICE, num_stages=4, hop_seconds=2e-3)
     variants = {
-        "all on": Limits(),
-        "fusion off": Limits(fuses=False),
-        "interleaving off": Limits(interleaves=False),
-        "fusion and interleaving off": Limits(fuses=False, interleaves=False),
-        "chunks of 64 for all": Limits(chunk_tokens=64),
-        "alignment off (chunk 1)": Limits(chunk_tokens=1),
+        "all on": PlannerConfig(),
+        "fusion off": PlannerConfig(fuses=False),
+        "interleaving off": PlannerConfig(interleaves=False),
+        "fusion and interleaving off": PlannerConfig(fuses=False, interleaves=False),
+        "chunks of 64 for all": PlannerConfig(chunk_tokens=64),
+        "alignment off (chunk 1)": PlannerConfig(chunk_tokens=1),
     }
     found = {n: Multiplexed(limits).assign(views, [executor])["e"].round_seconds for n, limits in variants.items()}
-    whole = BatchEverything(Limits()).assign(views, [executor])["e"].round_seconds
+    whole = BatchEverything(PlannerConfig()).assign(views, [executor])["e"].round_seconds
     return found | {"one batch, padded to the longest": whole}
 
 
@@ -219,11 +223,11 @@ def saturation() -> dict[str, Any]:
     """By tokens fused: effective tokens a second of one microbatch, and what fusing two such halves saves."""
     rows = []
     for tokens in (32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 8192):
-        halves = [Job("a", tokens / 2, 1e-6 * tokens / 2), Job("b", tokens / 2, 1e-6 * tokens / 2)]
-        stage = Stage(DEVICE, 8192)
+        halves = [StepCost("a", tokens / 2, 1e-6 * tokens / 2), StepCost("b", tokens / 2, 1e-6 * tokens / 2)]
+        stage = StageModel(DEVICE, 8192)
         fused = of_partition([halves], stage).period_seconds
         apart = of_partition([[half] for half in halves], stage).period_seconds
-        pipeline, eight = replace(stage, max_tokens=2048, num_stages=4), [Job(str(i), tokens) for i in range(8)]
+        pipeline, eight = replace(stage, max_tokens=2048, num_stages=4), [StepCost(str(i), tokens) for i in range(8)]
         best, *others = (
             fuse(eight, pipeline),
             of_partition([eight], pipeline),

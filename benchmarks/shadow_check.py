@@ -21,12 +21,12 @@ import transformers
 from benchmarks import report
 from benchmarks.models import smollm2
 from engine.alignment.dataset import TokenizedDataset
-from engine.alignment.packing import Member, one_round
+from engine.alignment.packing import PackedTask, one_round
 from engine.methods import Bottleneck, Ia3, Lora, Method, Miss, Prefix, Prompt, Selective, Vera
 from engine.results import ShadowCheck, StepResult
 from engine.runtime.backbone import Backbone, sharing_copy
 from engine.runtime.executor import Executor
-from engine.runtime.task_state import Assignment
+from engine.runtime.task_state import TaskAssignment
 from engine.task import LrSchedule, TaskSpec, Training
 
 ALL, SEQUENCES, LONGEST = ("all-linear",), 4, 128
@@ -55,10 +55,10 @@ class Run:
                 1e-3, num_steps=num_rounds, lr_schedule=LrSchedule.CONSTANT, micro_batch_size=SEQUENCES,
                 global_batch_size=SEQUENCES, max_sequence_tokens=LONGEST, seed=seed, verify_every_steps=every,
             )  # fmt: skip
-            self.executor.attach(Assignment(name, TaskSpec("smollm2", method, "random", training), num_rounds))
+            self.executor.attach(TaskAssignment(name, TaskSpec("smollm2", method, "random", training), num_rounds))
             extra = method.num_virtual_tokens, method.num_prefix_tokens
             dataset = random_rows(seed, num_rounds, model.config.vocab_size)
-            self.members.append(Member(name, dataset, training, num_rounds, 0, *extra))
+            self.members.append(PackedTask(name, dataset, training, num_rounds, 0, *extra))
 
     def round(self, number: int) -> None:
         microbatches = one_round(number, [(member, number) for member in self.members], 512, 16)

@@ -18,12 +18,12 @@ from transformers import DataCollatorWithFlattening
 
 from benchmarks.workload import Rows, Work, Workload
 from engine.alignment.microbatch import Microbatch
-from engine.alignment.packing import Member, one_round
+from engine.alignment.packing import PackedTask, one_round
 from engine.results import StepResult
 from engine.runtime.backbone import Backbone, sharing_copy
-from engine.runtime.cuda_graphs import Graphs
+from engine.runtime.cuda_graphs import CudaGraphs
 from engine.runtime.executor import Executor
-from engine.runtime.task_state import Assignment
+from engine.runtime.task_state import TaskAssignment
 
 Losses = dict[str, float]
 Batch = dict[str, torch.Tensor]
@@ -49,11 +49,11 @@ class Engine(System):
         checkpoints: bool = False, graphs: int = 0, packs: bool = True,
     ) -> None:  # fmt: skip
         backbone = Backbone(model, activation_checkpointing=checkpoints, packs_weights=packs)
-        self.executor = Executor(backbone, graphs=Graphs.of(backbone, graphs))
+        self.executor = Executor(backbone, graphs=CudaGraphs.of(backbone, graphs))
         members = []
         for work in workload.tasks:
-            self.executor.attach(Assignment(work.name, work.spec, num_rounds))
-            members.append(Member(work.name, work.dataset, work.spec.training, num_rounds, 0))
+            self.executor.attach(TaskAssignment(work.name, work.spec, num_rounds))
+            members.append(PackedTask(work.name, work.dataset, work.spec.training, num_rounds, 0))
         groups = [members] if fuses else [[member] for member in members]
         self.rounds: list[list[Microbatch]] = [
             [m for group in groups for m in one_round(r, [(member, r) for member in group], token_budget, chunk)]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engine.alignment.dataset import TokenizedDataset
 from engine.methods import Lora
-from engine.planning.cost.chunk_size import Ragged, allowed_padding_tokens, choose_chunk
+from engine.planning.cost.chunk_size import SequenceLengths, allowed_padding_tokens, choose_chunk
 from engine.task import LrSchedule, TaskSpec, Training
 
 Targets = Sequence[Sequence[str]]  # of tasks in turn
@@ -90,10 +90,10 @@ class Workload:
         num_microbatches = math.ceil(tokens / token_budget)
         return choose_chunk(ragged, num_microbatches, allowed_padding_tokens(tokens, num_microbatches))
 
-    def _ragged(self, work: Work, token_budget: int) -> Ragged:
+    def _ragged(self, work: Work, token_budget: int) -> SequenceLengths:
         lengths = tuple(map(len, work.rows))
         tokens = sum(lengths) / self.num_rounds
-        return Ragged(lengths, self.micro_batch_size, math.ceil(tokens / token_budget), tokens)
+        return SequenceLengths(lengths, self.micro_batch_size, math.ceil(tokens / token_budget), tokens)
 
     @property
     def num_rounds(self) -> int:

@@ -85,11 +85,11 @@ class OverloadedError(MuxtuneError):
     """Too much at once; the same call will be taken later."""
 
 
-class StaleEpochError(MuxtuneError):
+class SupersededError(MuxtuneError):
     """The writer's attempt epoch, lease or plan version has been superseded: what it sent does not count."""
 
 
-class LeaseLostError(StaleEpochError):
+class LeaseLostError(SupersededError):
     """The executor's lease ended or belongs to another incarnation."""
 
 

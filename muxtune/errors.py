@@ -94,11 +94,11 @@ class OverloadedError(MuxtuneError):
     reason = "OVERLOADED"
 
 
-class StaleEpochError(MuxtuneError):
-    reason = "STALE_EPOCH"
+class SupersededError(MuxtuneError):
+    reason = "SUPERSEDED"
 
 
-class LeaseLostError(StaleEpochError):
+class LeaseLostError(SupersededError):
     reason = "LEASE_LOST"
 
 

@@ -237,7 +237,7 @@ def test_of_two_schedulers_one_leads_and_the_other_takes_over(
         leader = mesh.processes["scheduling"]
         os.kill(leader.pid, signal.SIGSTOP)  # past its lease of 1.5 s
         until_step(client, name, 20)
-        assert "leads in epoch" in log.read_text()
+        assert "leads in term" in log.read_text()
         os.kill(leader.pid, signal.SIGCONT)  # it thinks that it leads: nothing that it says counts
         events = check(client, name, expected, tmp_path / "adapter")
     assert "attempt 2" not in messages(events)  # the executor went on with what it had

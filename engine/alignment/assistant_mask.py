@@ -19,7 +19,7 @@ _MARK = "\ue000Mx\ue001"  # private use; mixed case, so that a template that cha
 _OPENS_OTHERWISE = "the chat template opens this turn otherwise than its generation prompt"
 
 
-class Turn(NamedTuple):
+class AssistantTurn(NamedTuple):
     """Characters [start, end) of the text; the message's content ends at `content_end`, template text follows."""
 
     start: int
@@ -29,7 +29,7 @@ class Turn(NamedTuple):
 
 def assistant_turns(
     messages: Sequence[Mapping[str, Any]], rendered: Rendered, tokenizer: BackboneTokenizer
-) -> list[Turn]:
+) -> list[AssistantTurn]:
     """Raises TemplateRefusedError where the template's output can't be told apart exactly."""
     assert tokenizer.template is not None
     bounds = _bounds_by_start if rendered.starts is not None else _bounds_by_rendering
@@ -42,7 +42,7 @@ def assistant_turns(
             turns.append(_marked_turn(messages, index, text, start, tokenizer))
         else:
             content = message["content"].strip()
-            turns.append(Turn(start, end, max(start, text.find(content, start, end) + len(content))))
+            turns.append(AssistantTurn(start, end, max(start, text.find(content, start, end) + len(content))))
     return turns
 
 
@@ -73,7 +73,7 @@ def _bounds_by_rendering(
 
 def _marked_turn(
     messages: Sequence[Mapping[str, Any]], index: int, text: str, start: int, tokenizer: BackboneTokenizer
-) -> Turn:
+) -> AssistantTurn:
     """For templates that render a turn otherwise once more messages follow (Qwen3 drops what was thought before).
 
     A mark put behind the content must come out in the whole text, and change nothing else: there the content ends.
@@ -89,7 +89,7 @@ def _marked_turn(
         raise TemplateRefusedError("the chat template rewrites earlier turns, so what bears loss can't be told exactly")
     rest = text[content_end:].lstrip()
     stop = max((token for token in tokenizer.special_tokens if rest.startswith(token)), key=len, default="")
-    return Turn(start, len(text) - len(rest) + len(stop) if stop else content_end, content_end)
+    return AssistantTurn(start, len(text) - len(rest) + len(stop) if stop else content_end, content_end)
 
 
 def turn_tokens(

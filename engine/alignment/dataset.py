@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engine.alignment.jsonl_rows import Row
 from engine.alignment.row_tokenizer import tokenize_all
-from engine.alignment.tokenized_rows import Refused, TokenizedRows
+from engine.alignment.tokenized_rows import RefusedRow, TokenizedRows
 from engine.alignment.tokenizer import BackboneTokenizer
 from engine.errors import FieldViolation, InvalidInputError
 from engine.task import Overlength, Training
@@ -28,7 +28,7 @@ class TokenizedDataset:
     offsets: NDArray[np.int64]  # N + 1
     lines: NDArray[np.int64]  # N: the line each row stood on
     original_lengths: NDArray[np.int64]  # of every row that tokenized, before truncation
-    refused: tuple[Refused, ...]
+    refused: tuple[RefusedRow, ...]
     num_truncated: int
     num_special_text_rows: int = 0  # rows kept that spell out special tokens, which are read as text
 

@@ -20,7 +20,7 @@ from engine.task import Training, evaluation_is_due
 
 
 @dataclass(frozen=True)
-class Member:
+class PackedTask:
     """A task of the hTask, its data, and where it stands: `step` steps done of `num_steps`.
 
     `num_virtual_tokens` stand before each of its sequences (token 0): the executor puts its own there, and predicts the
@@ -62,7 +62,7 @@ class PlacedRow:
 class Slice:
     """At most `micro_batch_size` consecutive sequences of one task's batch."""
 
-    member: Member
+    member: PackedTask
     step: int
     sequences: tuple[PlacedRow, ...]
     num_step_target_tokens: int
@@ -77,7 +77,7 @@ class Slice:
         return len(self.sequences) * self.member.num_prefix_tokens
 
 
-def rounds(members: Sequence[Member], token_budget: int, chunk_tokens: int) -> Iterator[Microbatch]:
+def rounds(members: Sequence[PackedTask], token_budget: int, chunk_tokens: int) -> Iterator[Microbatch]:
     """Microbatches from the members' cursors on, until every member has done its last step and evaluation."""
     number = 0
     while True:
@@ -89,7 +89,7 @@ def rounds(members: Sequence[Member], token_budget: int, chunk_tokens: int) -> I
 
 
 def one_round(
-    number: int, members: Sequence[tuple[Member, int]], token_budget: int, chunk_tokens: int
+    number: int, members: Sequence[tuple[PackedTask, int]], token_budget: int, chunk_tokens: int
 ) -> list[Microbatch]:
     """The evaluations due at the members' steps, then one training step of each that has one left."""
     evaluate = [
@@ -152,7 +152,7 @@ class _Bin:
         self.indices.append(index)
 
 
-def _slices(member: Member, step: int, rows: NDArray[np.int64], token_budget: int) -> list[Slice]:
+def _slices(member: PackedTask, step: int, rows: NDArray[np.int64], token_budget: int) -> list[Slice]:
     """Consecutive sequences, at most `micro_batch_size` and, unless one alone is longer, within the budget."""
     offsets, num_virtual, num_prefix = member.dataset.offsets, member.num_virtual_tokens, member.num_prefix_tokens
     lengths = [int(offsets[r + 1] - offsets[r]) + num_virtual for r in rows]
@@ -195,7 +195,7 @@ def _build(
 
 
 def _fill(
-    member: Member, sequences: Sequence[PlacedRow], num_tokens: int
+    member: PackedTask, sequences: Sequence[PlacedRow], num_tokens: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Tokens and shifted targets of one range; its tail is token 0 with no target."""
     ids_T, targets_T = np.zeros(num_tokens, np.int32), np.full(num_tokens, IGNORE, np.int32)

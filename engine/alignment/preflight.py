@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.alignment.dataset import Order, TokenizedDataset, num_steps, split
-from engine.alignment.tokenized_rows import Refused
+from engine.alignment.tokenized_rows import RefusedRow
 from engine.alignment.tokenizer import BackboneTokenizer
 from engine.task import Training
 
@@ -16,7 +16,7 @@ _NUM_QUANTILES = 64
 
 
 @dataclass(frozen=True)
-class Piece:
+class LossSpan:
     """Consecutive tokens that all bear loss, or none."""
 
     text: str
@@ -28,7 +28,7 @@ class Piece:
 class RenderedRow:
     line: int
     num_tokens: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[LossSpan, ...]
     is_heldout: bool
 
 
@@ -47,7 +47,7 @@ class Preflight:
     samples: tuple[RenderedRow, ...]
     length_histogram: Mapping[tuple[int, int], int]
     num_truncated_rows: int
-    refused: tuple[Refused, ...]
+    refused: tuple[RefusedRow, ...]
     length_quantiles: tuple[int, ...]
     num_special_text_rows: int
 
@@ -111,7 +111,7 @@ def _render(dataset: TokenizedDataset, tokenizer: BackboneTokenizer, index: int,
     # Cut the one whole text: tokens decoded apart would lose spaces and characters that span two tokens.
     cuts = [*(min(len(text), len(tokenizer.decode(ids_L[:at]))) for at in bounds[:-1]), len(text)]
     pieces = tuple(
-        Piece(text[cut:next_cut], bool(bears_loss_L[a]), b - a)
+        LossSpan(text[cut:next_cut], bool(bears_loss_L[a]), b - a)
         for (a, b), (cut, next_cut) in zip(itertools.pairwise(bounds), itertools.pairwise(cuts), strict=True)
     )
     return RenderedRow(int(dataset.lines[index]), len(ids_L), pieces, is_heldout)

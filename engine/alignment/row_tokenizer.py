@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.alignment.assistant_mask import Turn, assistant_turns, turn_tokens
+from engine.alignment.assistant_mask import AssistantTurn, assistant_turns, turn_tokens
 from engine.alignment.chat_template import TemplateRefusedError
 from engine.alignment.jsonl_rows import Row, is_text
 from engine.alignment.special_token_injection import smuggled_spans
-from engine.alignment.tokenized_rows import Refused, TokenizedRow, TokenizedRows
-from engine.alignment.tokenizer import BackboneTokenizer, Encoded, Piece
+from engine.alignment.tokenized_rows import RefusedRow, TokenizedRow, TokenizedRows
+from engine.alignment.tokenizer import BackboneTokenizer, Encoded, TextPiece
 
 # Some milliseconds of the tokenizer's work: no core waits long for the first batch, or for what is made of the last.
 _BATCH_ROWS, _BATCH_CHARACTERS = 1024, 1 << 17
@@ -64,8 +64,8 @@ class _Asked(NamedTuple):
     """A row on its way: what is to be encoded of it, or why nothing is; of a conversation, what an assistant says."""
 
     row: Row
-    pieces: list[Piece]
-    turns: list[Turn]
+    pieces: list[TextPiece]
+    turns: list[AssistantTurn]
     refusal: str = ""
 
 
@@ -76,17 +76,21 @@ def _ask(row: Row, tokenizer: BackboneTokenizer, parse_special_tokens: bool) -> 
         return _Asked(row, [], [], str(error))
 
 
-def _text(fields: Mapping[str, Any], _: BackboneTokenizer, is_plain: bool) -> tuple[list[Piece], list[Turn]]:
-    return [Piece(fields["text"], True, is_plain)], []
+def _text(
+    fields: Mapping[str, Any], _: BackboneTokenizer, is_plain: bool
+) -> tuple[list[TextPiece], list[AssistantTurn]]:
+    return [TextPiece(fields["text"], True, is_plain)], []
 
 
 def _prompt_completion(
     fields: Mapping[str, Any], _: BackboneTokenizer, is_plain: bool
-) -> tuple[list[Piece], list[Turn]]:
-    return [Piece(fields["prompt"], True, is_plain), Piece(fields["completion"], False, is_plain)], []
+) -> tuple[list[TextPiece], list[AssistantTurn]]:
+    return [TextPiece(fields["prompt"], True, is_plain), TextPiece(fields["completion"], False, is_plain)], []
 
 
-def _messages(fields: Mapping[str, Any], tokenizer: BackboneTokenizer, _: bool) -> tuple[list[Piece], list[Turn]]:
+def _messages(
+    fields: Mapping[str, Any], tokenizer: BackboneTokenizer, _: bool
+) -> tuple[list[TextPiece], list[AssistantTurn]]:
     """One tokenization of the whole conversation, as a server would see it.
 
     What a message itself spells out of the template's special tokens is encoded apart, as text.
@@ -100,14 +104,17 @@ def _messages(fields: Mapping[str, Any], tokenizer: BackboneTokenizer, _: bool) 
         raise TemplateRefusedError("the chat template writes a lone surrogate")
     smuggled = smuggled_spans(messages, text, tokenizer)
     if not smuggled:
-        return [Piece(text, has_offsets=True)], turns
+        return [TextPiece(text, has_offsets=True)], turns
     bounds = [0, *chain.from_iterable(smuggled), len(text)]
     return [
-        Piece(text[start:end], is_plain=i % 2 == 1, has_offsets=True) for i, (start, end) in enumerate(pairwise(bounds))
+        TextPiece(text[start:end], is_plain=i % 2 == 1, has_offsets=True)
+        for i, (start, end) in enumerate(pairwise(bounds))
     ], turns
 
 
-_SHAPES: dict[str, Callable[[Mapping[str, Any], BackboneTokenizer, bool], tuple[list[Piece], list[Turn]]]] = {
+_SHAPES: dict[
+    str, Callable[[Mapping[str, Any], BackboneTokenizer, bool], tuple[list[TextPiece], list[AssistantTurn]]]
+] = {
     "messages": _messages,
     "prompt_completion": _prompt_completion,
     "text": _text,
@@ -144,9 +151,9 @@ class _Reading:
     def __init__(self, tokenizer: BackboneTokenizer, encoded: Encoded) -> None:
         self._tokenizer, self._encoded = tokenizer, encoded
         self._ids, self._ends = list[int](), [0]
-        self._lines, self._spells_special, self._refused = list[int](), list[bool](), list[Refused]()
+        self._lines, self._spells_special, self._refused = list[int](), list[bool](), list[RefusedRow]()
         self._spans = list[tuple[int, int]]()  # of tokens that bear loss, but for those of conversations
-        self._chats, self._chat_pieces = list[int](), dict[int, Piece]()
+        self._chats, self._chat_pieces = list[int](), dict[int, TextPiece]()
         self._turns, self._num_characters = list[tuple[int, int, int, int]](), 0  # of all conversations, joined
 
     def add(self, asked: _Asked, own: range, is_trusted: bool) -> None:
@@ -156,7 +163,7 @@ class _Reading:
         if forged and not forged.isdisjoint(own) and (is_chat or not is_trusted):
             refusal = "the backbone's tokenizer makes a special token of what it spells out as text"
         if refusal:
-            self._refused.append(Refused(asked.row.line, refusal))
+            self._refused.append(RefusedRow(asked.row.line, refusal))
             return
         if is_chat:
             self._add_chat(asked, own)

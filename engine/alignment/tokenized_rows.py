@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedRow:
     """A row left out, and why (never quoting it)."""
 
     line: int
@@ -36,7 +36,7 @@ class TokenizedRows:
     offsets: NDArray[np.int64]  # N + 1
     lines: NDArray[np.int64]  # N
     spells_special_N: NDArray[np.bool_]
-    refused: Sequence[Refused]
+    refused: Sequence[RefusedRow]
 
     @property
     def lengths_N(self) -> NDArray[np.int64]:
@@ -60,7 +60,7 @@ class TokenizedRows:
         is_kept_S = is_kept_N.repeat(self.lengths_N) & (place_S < limit)
         offsets = np.zeros(1 + is_kept_N.sum(), np.int64)
         np.minimum(self.lengths_N[is_kept_N], limit).cumsum(out=offsets[1:])
-        refused = map(Refused, self.lines[~is_kept_N].tolist(), reasons)
+        refused = map(RefusedRow, self.lines[~is_kept_N].tolist(), reasons)
         return TokenizedRows(
             self.token_ids_S[is_kept_S],
             self.bears_loss_S[is_kept_S],

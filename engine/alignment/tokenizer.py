@@ -19,7 +19,7 @@ from engine.alignment.token_offsets import Offsets, TokenLengths
 from engine.errors import InvalidInputError
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """A text to encode. `adds_tokens`: with what the tokenizer puts around a text; `is_plain`: special tokens that it
     spells out stay text (transformers' split_special_tokens), else they are read as such, as a chat template needs;
     `has_offsets`: see BackboneTokenizer.offsets."""
@@ -92,7 +92,7 @@ class BackboneTokenizer:
         except TemplateRefusedError as error:
             raise InvalidInputError.of_field("backbone", f"{folder}: {error}") from error
 
-    def encode(self, pieces: Sequence[Piece]) -> Encoded:
+    def encode(self, pieces: Sequence[TextPiece]) -> Encoded:
         """All at once, on all cores. Text alone is the same whatever stands beside it."""
         by_kind = defaultdict[tuple[bool, bool, bool], list[int]](list)
         for i, (_, adds_tokens, is_plain, has_offsets) in enumerate(pieces):
@@ -112,7 +112,7 @@ class BackboneTokenizer:
             encoded.forged.update(i for i, num in enumerate(asked) if self._num_special(encoded.ids[i]) > num)
         return encoded
 
-    def offsets(self, pieces: Mapping[int, Piece], encoded: Encoded, ids_T: NDArray[np.int32]) -> Offsets:
+    def offsets(self, pieces: Mapping[int, TextPiece], encoded: Encoded, ids_T: NDArray[np.int32]) -> Offsets:
         """The characters that each token stands for, counted through the texts of these pieces, one after another.
 
         `pieces`: some of those that were encoded, by their indices, all with `has_offsets`; `ids_T`: all their tokens.
@@ -129,7 +129,7 @@ class BackboneTokenizer:
             num_characters += len(piece.text)
         return np.concatenate(starts), np.concatenate(ends)
 
-    def _offsets(self, piece: Piece, ids: list[int]) -> Offsets:
+    def _offsets(self, piece: TextPiece, ids: list[int]) -> Offsets:
         told = self._lengths and self._lengths.offsets(piece.text, np.array(ids, np.int32))
         if told:
             return told
@@ -139,7 +139,7 @@ class BackboneTokenizer:
     def _num_special(self, ids: list[int]) -> int:
         return sum(token in self._forgeable for token in ids)
 
-    def _num_asked_for(self, piece: Piece) -> int:
+    def _num_asked_for(self, piece: TextPiece) -> int:
         spelled = 0 if piece.is_plain else len(self.special_pattern.findall(piece.text))
         return spelled + (self._num_added if piece.adds_tokens else 0)
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.kernels.launch import sent
+from engine.kernels.launch import to_device
 
 _LANES = 16
 
@@ -52,7 +52,7 @@ class DropoutMask:
 
     def __call__(self) -> torch.Tensor:
         mask = keep_mask(self.seed, self.step, self.site, self.positions_L, self.width, self.probability)
-        return sent(mask, torch.device(self.device))
+        return to_device(mask, torch.device(self.device))
 
     @property
     def key(self) -> tuple[int, int]:

@@ -63,10 +63,12 @@ def launched(launcher: Launcher, products: Sequence[Product]) -> None:
         (row["rows"], row["columns"]), row["depth"] = product.c_MN.shape, product.a_MD.shape[1]
         row["scale"] = product.scale
     shapes_U3 = np.stack([rows[name] for name in ("rows", "columns", "depth")], axis=1).astype(np.int64)
-    plan = launcher.remembered(("grouped_gemm", shapes_U3.tobytes()), lambda: _Plan.of(shapes_U3, launcher))
+    plan = launcher.get_or_create(
+        ("grouped_gemm", shapes_U3.tobytes()), lambda: _GroupedGemmPlan.of(shapes_U3, launcher)
+    )
     if not plan.num_items:
         return
-    uses = launcher.remembered(("grouped_gemm uses", rows.tobytes()), lambda: launcher.upload(rows))
+    uses = launcher.get_or_create(("grouped_gemm uses", rows.tobytes()), lambda: launcher.upload(rows))
     partials = torch.empty(plan.num_partials, dtype=torch.float32, device=where)
     struct = pack(
         LAUNCH, uses=uses, items=plan.items, partials=partials, counters=plan.counters, num_items=plan.num_items,
@@ -106,7 +108,7 @@ def work_items(shapes_U3: NDArray[np.int64]) -> tuple[NDArray[np.void], int, int
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _GroupedGemmPlan:
     """Work items on the device, with the counters of split tiles, which are zero between launches."""
 
     items: Table
@@ -115,7 +117,7 @@ class _Plan:
     counters: torch.Tensor
 
     @classmethod
-    def of(cls, shapes_U3: NDArray[np.int64], launcher: Launcher) -> "_Plan":
+    def of(cls, shapes_U3: NDArray[np.int64], launcher: Launcher) -> "_GroupedGemmPlan":
         items, num_counters, num_partials = work_items(shapes_U3)
         counters = torch.zeros(num_counters + 1, dtype=torch.int32, device=launcher.device)
         return cls(launcher.upload(items), len(items), num_partials, counters)

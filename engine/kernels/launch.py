@@ -67,7 +67,7 @@ class Launcher(Uploader, Protocol):
     ) -> None:
         """`tables` and `tensors`: all that `struct` and the tables point into, so that it outlives the call."""
 
-    def remembered(self, key: Hashable, make: Callable[[], V]) -> V:
+    def get_or_create(self, key: Hashable, make: Callable[[], V]) -> V:
         """What `make` makes, once for a key: tables that many launches read. The least used of many are forgotten."""
 
     def part(self, name: str, capacity: int) -> "Memory":
@@ -81,7 +81,7 @@ class Memory:
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._capacity = capacity
 
-    def remembered(self, key: Hashable, make: Callable[[], V]) -> V:
+    def get_or_create(self, key: Hashable, make: Callable[[], V]) -> V:
         if key not in self._kept:
             self._kept[key] = make()
             if self._capacity is not None and len(self._kept) > self._capacity:
@@ -92,7 +92,7 @@ class Memory:
 
     def part(self, name: str, capacity: int) -> "Memory":
         """A memory within it, that keeps so many; all, where it itself keeps all."""
-        return self.remembered(("part", name), lambda: Memory(None if self._capacity is None else capacity))
+        return self.get_or_create(("part", name), lambda: Memory(None if self._capacity is None else capacity))
 
 
 class Tables:
@@ -106,8 +106,8 @@ class Tables:
         self.device, self._memory = device, Memory()
         self._unwritten: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
-    def remembered(self, key: Hashable, make: Callable[[], V]) -> V:
-        return self._memory.remembered(key, make)
+    def get_or_create(self, key: Hashable, make: Callable[[], V]) -> V:
+        return self._memory.get_or_create(key, make)
 
     def part(self, name: str, capacity: int) -> Memory:
         return self._memory.part(name, capacity)
@@ -115,7 +115,7 @@ class Tables:
     def upload(self, rows: NDArray[Any]) -> Table:
         raw_B = torch.from_numpy(np.frombuffer(rows.tobytes() or b"\0", dtype=np.uint8).copy())
         if self._unwritten is None:
-            return Table(sent(raw_B, self.device), rows.dtype)
+            return Table(to_device(raw_B, self.device), rows.dtype)
         there_B = torch.empty(len(raw_B), dtype=torch.uint8, device=self.device)
         self._unwritten.append((there_B, raw_B))
         return Table(there_B, rows.dtype)
@@ -141,7 +141,7 @@ class Tables:
             there_B.copy_(raw_B)
 
 
-def sent(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The same on the device, in the order of its current stream. From pinned memory: the host does not wait for it.
 
     Raises RuntimeError while a graph is captured: it would read the host's memory again at each replay.

@@ -117,7 +117,7 @@ def launched(
     if not len(items):
         return
     groups_table = launcher.upload(rows)  # new with each step
-    items_table = launcher.remembered(("adamw", items.tobytes()), lambda: launcher.upload(items))
+    items_table = launcher.get_or_create(("adamw", items.tobytes()), lambda: launcher.upload(items))
     struct = pack(LAUNCH, groups=groups_table, items=items_table, num_items=len(items), chunk_elements=CHUNK)
     num_blocks = min(len(items), _BLOCKS_PER_MULTIPROCESSOR * launcher.num_multiprocessors)
     pointed = [norms_U, is_finite_U, *(tensor for group in groups for tensor in group.tensors)]

@@ -98,11 +98,13 @@ def _run(
     spans, where = rows.spans(num_tokens, width), given.device
     has_sums_S = (spans["dgain"] >= 0) | (spans["dshift"] >= 0)
     key = ("affine", spans["num_tokens"].tobytes(), has_sums_S.tobytes(), width, columns)
-    plan = launcher.remembered(key, lambda: _Plan.of(spans["num_tokens"], has_sums_S, width, columns, launcher))
+    plan = launcher.get_or_create(
+        key, lambda: _AffinePlan.of(spans["num_tokens"], has_sums_S, width, columns, launcher)
+    )
     if not plan.num_items:
         return
     spans["partial"] = plan.partials_S
-    uses = launcher.remembered(("affine uses", spans.tobytes()), lambda: launcher.upload(spans))
+    uses = launcher.get_or_create(("affine uses", spans.tobytes()), lambda: launcher.upload(spans))
     partials = torch.empty(plan.num_partials if gradients is not None else 0, dtype=torch.float32, device=where)
     strides = {f"{key}_stride": 0 if t is None else t.stride(0) for key, t in (("own", own), ("out", out))}
     struct = pack(
@@ -117,7 +119,7 @@ def _run(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _AffinePlan:
     """Work items on the device, with the counters of split sums, which are zero between launches; shared by all modules
     of one width in a microbatch. `partials_S`: floats before each span's partial sums."""
 
@@ -130,7 +132,7 @@ class _Plan:
     @classmethod
     def of(
         cls, num_tokens_S: NDArray[Any], has_sums_S: NDArray[np.bool_], width: int, columns: int, launcher: Launcher
-    ) -> "_Plan":
+    ) -> "_AffinePlan":
         items, partials_S, num_partials = work_items(num_tokens_S, has_sums_S, width, columns)
         counters = torch.zeros(int(items["counter"].max(initial=0)) + 1, dtype=torch.int32, device=launcher.device)
         return cls(launcher.upload(items), len(items), partials_S, num_partials, counters)

@@ -61,7 +61,7 @@ def launched(launcher: Launcher, gradients: Sequence[torch.Tensor]) -> tuple[tor
     items["task"] = np.repeat(np.arange(len(gradients)), counts_U)
     items["chunk"] = np.arange(len(items)) - firsts_U[items["task"]]
     tables = [
-        launcher.remembered(("grad_norm", rows.tobytes()), lambda rows=rows: launcher.upload(rows))  # type: ignore[misc]
+        launcher.get_or_create(("grad_norm", rows.tobytes()), lambda rows=rows: launcher.upload(rows))  # type: ignore[misc]
         for rows in (tasks, items)
     ]
     sums = torch.empty(len(items), dtype=torch.float64, device=where)

@@ -5,7 +5,7 @@ in every field path. Legend of shapes: K inputs, N outputs, R rank, S bottleneck
 """
 
 from engine.methods.base import Method
-from engine.methods.bottleneck import Activation, Bottleneck, Placement
+from engine.methods.bottleneck import Activation, Bottleneck, BottleneckPlacement
 from engine.methods.ia3 import Ia3
 from engine.methods.lora import MAX_RANK, Lora, LoraBias, LoraInit
 from engine.methods.miss import Miss
@@ -17,6 +17,19 @@ from engine.methods.vera import Vera
 METHODS: dict[str, type[Method]] = {m.name: m for m in (Lora, Vera, Ia3, Bottleneck, Selective, Prompt, Prefix, Miss)}
 
 __all__ = [
-    "MAX_RANK", "METHODS", "Activation", "Bottleneck", "Ia3", "Lora", "LoraBias", "LoraInit", "Method", "Miss",
-    "Placement", "Prefix", "Prompt", "Selective", "Vera",
-]  # fmt: skip
+    "MAX_RANK",
+    "METHODS",
+    "Activation",
+    "Bottleneck",
+    "BottleneckPlacement",
+    "Ia3",
+    "Lora",
+    "LoraBias",
+    "LoraInit",
+    "Method",
+    "Miss",
+    "Prefix",
+    "Prompt",
+    "Selective",
+    "Vera",
+]

@@ -36,7 +36,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Wrong:
+class FieldError:
     """A field of the method that will not do; `remedy` says what will."""
 
     field: str
@@ -59,22 +59,22 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def wrongs(self) -> Iterator[Wrong]:
+    def validate(self) -> Iterator[FieldError]:
         """What no backbone would make right."""
 
     @abstractmethod
-    def misfit(self, config: Mapping[str, Any]) -> str:
+    def incompatibility(self, config: Mapping[str, Any]) -> str:
         """Why an adapter of this adapter_config.json computes something else than the task; empty: it does not."""
 
     @abstractmethod
-    def kept_elements(self, site: Site, num_tokens: int) -> int:
+    def saved_activation_elements(self, site: Site, num_tokens: int) -> int:
         """Elements kept for backward at one of its sites, for `num_tokens` of the task's own.
 
         Beyond what the bare backbone keeps, and beyond the site's input, which is kept whole, once for all its tasks,
         where one of them trains a matrix that it is multiplied by. `num_tokens` count a prefix where there is one.
         """
 
-    def rate_factor(self, tensor: str) -> float:
+    def lr_multiplier(self, tensor: str) -> float:
         """What the task's learning rate is multiplied by for a tensor of this name."""
         return 1.0
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from engine.methods.base import Method, Shapes, Site, SiteKind, Wrong, differences
+from engine.methods.base import FieldError, Method, Shapes, Site, SiteKind, differences
 
 
-class Placement(enum.Enum):
+class BottleneckPlacement(enum.Enum):
     SERIAL = "serial"  # reads the operator's output
     PARALLEL = "parallel"  # reads the operator's input
 
@@ -36,7 +36,7 @@ class Bottleneck(Method):
 
     size: int = 64
     target_modules: tuple[str, ...] = ()
-    placement: Placement = Placement.SERIAL
+    placement: BottleneckPlacement = BottleneckPlacement.SERIAL
     activation: Activation = Activation.RELU
     scale: float = 1.0
 
@@ -44,24 +44,24 @@ class Bottleneck(Method):
         taken = self._targets(self.target_modules, sites, kinds=(SiteKind.LINEAR, SiteKind.BLOCK))
         return {site.name: self._shapes_at(site) for site in sites if site.name in taken}
 
-    def kept_elements(self, site: Site, num_tokens: int) -> int:
+    def saved_activation_elements(self, site: Site, num_tokens: int) -> int:
         """What it reads, and the S inside, once more where the activation's slope is not told by what it gives."""
         inside = self.size * (2 if self.activation in (Activation.GELU, Activation.SILU) else 1)
         return num_tokens * (self._width(site) + inside)
 
     def _width(self, site: Site) -> int:
-        return site.out_features if self.placement is Placement.SERIAL else site.in_features
+        return site.out_features if self.placement is BottleneckPlacement.SERIAL else site.in_features
 
     def _shapes_at(self, site: Site) -> dict[str, tuple[int, ...]]:
         down = {"down_weight": (self.size, self._width(site)), "down_bias": (self.size,)}
         return down | {"up_weight": (site.out_features, self.size), "up_bias": (site.out_features,)}
 
-    def wrongs(self) -> Iterator[Wrong]:
+    def validate(self) -> Iterator[FieldError]:
         if not 1 <= self.size <= 8192:
-            yield Wrong("size", self.size, "must be 1 to 8192")
+            yield FieldError("size", self.size, "must be 1 to 8192")
         if not 0 < self.scale < math.inf:
-            yield Wrong("scale", self.scale, "must be positive and finite")
+            yield FieldError("scale", self.scale, "must be positive and finite")
 
-    def misfit(self, config: Mapping[str, Any]) -> str:
+    def incompatibility(self, config: Mapping[str, Any]) -> str:
         wanted = {"size": self.size, "placement": self.placement.value, "activation": self.activation.value}
         return differences(config, {"peft_type": self.peft_type, **wanted, "scale": self.scale})

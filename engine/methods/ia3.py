@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from engine.methods.base import Method, Shapes, Site, Wrong, differences
+from engine.methods.base import FieldError, Method, Shapes, Site, differences
 from engine.target_modules import ALL_LINEAR, matches
 
 
@@ -30,14 +30,14 @@ class Ia3(Method):
             if site.name in taken
         }
 
-    def kept_elements(self, site: Site, num_tokens: int) -> int:
+    def saved_activation_elements(self, site: Site, num_tokens: int) -> int:
         return num_tokens * (site.in_features if self.scales_input(site.name) else site.out_features)
 
     def scales_input(self, name: str) -> bool:
         return ALL_LINEAR in self.feedforward_modules or any(matches(m, name) for m in self.feedforward_modules)
 
-    def wrongs(self) -> Iterator[Wrong]:
+    def validate(self) -> Iterator[FieldError]:
         yield from ()
 
-    def misfit(self, config: Mapping[str, Any]) -> str:
+    def incompatibility(self, config: Mapping[str, Any]) -> str:
         return differences(config, {"peft_type": self.peft_type})

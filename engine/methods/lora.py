@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from engine.methods.base import Method, Shapes, Site, Wrong
+from engine.methods.base import FieldError, Method, Shapes, Site
 from engine.target_modules import ALL_LINEAR, matches
 
 MAX_RANK = 256
@@ -86,7 +86,7 @@ class Lora(Method):
                 result[site.name] = tensors
         return result
 
-    def kept_elements(self, site: Site, num_tokens: int) -> int:
+    def saved_activation_elements(self, site: Site, num_tokens: int) -> int:
         """The R shrunk; of DoRA the N that its magnitude scales, and with dropout the K that were not dropped."""
         if not any(matches(target, site.name) or target == ALL_LINEAR for target in self.target_modules):
             return 0  # its bias alone
@@ -112,40 +112,40 @@ class Lora(Method):
         rank = self.rank_of(name)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def rate_factor(self, tensor: str) -> float:
+    def lr_multiplier(self, tensor: str) -> float:
         return self.b_rate_factor if tensor == "lora_B" else 1.0
 
-    def wrongs(self) -> Iterator[Wrong]:
+    def validate(self) -> Iterator[FieldError]:
         if not 1 <= self.rank <= MAX_RANK:
-            yield Wrong("rank", self.rank, f"must be 1 to {MAX_RANK}")
+            yield FieldError("rank", self.rank, f"must be 1 to {MAX_RANK}")
         if not 0 < self.alpha < math.inf:
-            yield Wrong("alpha", self.alpha, "must be positive (0: same as rank)")
+            yield FieldError("alpha", self.alpha, "must be positive (0: same as rank)")
         if not 0 <= self.dropout < 1:
-            yield Wrong("dropout", self.dropout, "must be at least 0 and under 1")
+            yield FieldError("dropout", self.dropout, "must be at least 0 and under 1")
         if not 0 < self.b_rate_factor < math.inf:
-            yield Wrong("b_rate_factor", self.b_rate_factor, "must be positive and finite")
+            yield FieldError("b_rate_factor", self.b_rate_factor, "must be positive and finite")
         for field_, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for key in pattern:
                 if not _MODULE_NAME.fullmatch(key):
-                    yield Wrong(field_, key, "must be a module's name or the dotted end of one, not an expression")
+                    yield FieldError(field_, key, "must be a module's name or the dotted end of one, not an expression")
         for key, rank in self.rank_pattern.items():
             if not 1 <= rank <= MAX_RANK:
-                yield Wrong("rank_pattern", f"{key}: {rank}", f"must be 1 to {MAX_RANK}")
+                yield FieldError("rank_pattern", f"{key}: {rank}", f"must be 1 to {MAX_RANK}")
         if self.starts_from_weights:
             yield from self._wrong_beside_init()
         for key, alpha in self.alpha_pattern.items():
             if not 0 < alpha < math.inf:
-                yield Wrong("alpha_pattern", f"{key}: {alpha}", "must be positive and finite")
+                yield FieldError("alpha_pattern", f"{key}: {alpha}", "must be positive and finite")
 
-    def _wrong_beside_init(self) -> Iterator[Wrong]:
+    def _wrong_beside_init(self) -> Iterator[FieldError]:
         if self.dropout > 0 or self.use_dora:
-            yield Wrong("init", self.init.name, "goes without dropout and without use_dora")
+            yield FieldError("init", self.init.name, "goes without dropout and without use_dora")
         if max([self.rank, *self.rank_pattern.values()]) > MAX_RANK // 2:
-            yield Wrong(
+            yield FieldError(
                 "init", self.init.name, f"goes with ranks of at most {MAX_RANK // 2}: it is exported at twice the rank"
             )
 
-    def misfit(self, config: Mapping[str, Any]) -> str:
+    def incompatibility(self, config: Mapping[str, Any]) -> str:
         if self.starts_from_weights:
             return f"cannot go on with init {self.init.name}, which starts from the weights' own factors: leave it out"
         if config.get("peft_type") != self.peft_type:

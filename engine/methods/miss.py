@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from engine.methods.base import Method, Shapes, Site, Wrong, differences
+from engine.methods.base import FieldError, Method, Shapes, Site, differences
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,20 @@ class Miss(Method):
             raise self._refusal("rank", f"{self.rank} is over the {narrow[0].in_features} inputs of {narrow[0].name}")
         return {site.name: {"miss_block": (self.rank, site.out_features)} for site in taken}
 
-    def kept_elements(self, site: Site, num_tokens: int) -> int:
+    def saved_activation_elements(self, site: Site, num_tokens: int) -> int:
         return num_tokens * self.rank
 
     def num_frozen(self, sites: Sequence[Site]) -> int:
         taken = self._targets(self.target_modules, sites)
         return self.rank * sum(site.in_features for site in sites if site.name in taken)
 
-    def wrongs(self) -> Iterator[Wrong]:
+    def validate(self) -> Iterator[FieldError]:
         if not 1 <= self.rank <= 4096:
-            yield Wrong("rank", self.rank, "must be 1 to 4096")
+            yield FieldError("rank", self.rank, "must be 1 to 4096")
         if not 0 <= self.dropout < 1:
-            yield Wrong("dropout", self.dropout, "must be at least 0 and under 1")
+            yield FieldError("dropout", self.dropout, "must be at least 0 and under 1")
 
-    def misfit(self, config: Mapping[str, Any]) -> str:
+    def incompatibility(self, config: Mapping[str, Any]) -> str:
         if config.get("init_weights", True) not in (True, False):
             return f"is of the variant {config['init_weights']!r}, which no task here trains"
         return differences(config, {"peft_type": self.peft_type, "r": self.rank})

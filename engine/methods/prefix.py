@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from engine.methods.base import Method, Shapes, Site, SiteKind, Wrong, differences
+from engine.methods.base import FieldError, Method, Shapes, Site, SiteKind, differences
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Prefix(Method):
             raise self._refusal("length", "the backbone has layers whose attention is bounded: use another method")
         return {site.name: {"prefix": (self.length, 2, site.in_features, site.out_features)} for site in found}
 
-    def kept_elements(self, site: Site, num_tokens: int) -> int:
+    def saved_activation_elements(self, site: Site, num_tokens: int) -> int:
         """Each segment's keys and values, prefix included, for every query head; on a CPU, of key heads only."""
         return num_tokens * 2 * site.in_features * site.group_size * site.out_features
 
-    def wrongs(self) -> Iterator[Wrong]:
+    def validate(self) -> Iterator[FieldError]:
         if not 1 <= self.length <= 1024:
-            yield Wrong("length", self.length, "must be 1 to 1024")
+            yield FieldError("length", self.length, "must be 1 to 1024")
 
-    def misfit(self, config: Mapping[str, Any]) -> str:
+    def incompatibility(self, config: Mapping[str, Any]) -> str:
         if config.get("prefix_projection"):
             return "sets prefix_projection, which no task here trains"
         return differences(config, {"peft_type": self.peft_type, "num_virtual_tokens": self.length})

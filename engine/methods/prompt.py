@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from engine.methods.base import Method, Shapes, Site, SiteKind, Wrong, differences
+from engine.methods.base import FieldError, Method, Shapes, Site, SiteKind, differences
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Prompt(Method):
             raise self._refusal("length", "the backbone's layers are not as wide as its embeddings: use another method")
         return {site.name: {"prompt": (self.length, site.out_features)} for site in found}
 
-    def kept_elements(self, site: Site, num_tokens: int) -> int:
+    def saved_activation_elements(self, site: Site, num_tokens: int) -> int:
         return 0
 
-    def wrongs(self) -> Iterator[Wrong]:
+    def validate(self) -> Iterator[FieldError]:
         if not 1 <= self.length <= 1024:
-            yield Wrong("length", self.length, "must be 1 to 1024")
+            yield FieldError("length", self.length, "must be 1 to 1024")
 
-    def misfit(self, config: Mapping[str, Any]) -> str:
+    def incompatibility(self, config: Mapping[str, Any]) -> str:
         return differences(config, {"peft_type": self.peft_type, "num_virtual_tokens": self.length})

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from engine.methods.base import Method, Shapes, Site, SiteKind, Wrong, differences
+from engine.methods.base import FieldError, Method, Shapes, Site, SiteKind, differences
 from engine.target_modules import matches
 
 
@@ -44,14 +44,14 @@ class Selective(Method):
                 result.setdefault(site.name, {})[name.rpartition(".")[2]] = (site.out_features,)
         return result
 
-    def kept_elements(self, site: Site, num_tokens: int) -> int:
+    def saved_activation_elements(self, site: Site, num_tokens: int) -> int:
         """Of a norm what it gives; of a linear operator's bias nothing."""
         return num_tokens * site.out_features if site.kind is SiteKind.NORM else 0
 
-    def wrongs(self) -> Iterator[Wrong]:
+    def validate(self) -> Iterator[FieldError]:
         yield from ()
 
-    def misfit(self, config: Mapping[str, Any]) -> str:
+    def incompatibility(self, config: Mapping[str, Any]) -> str:
         return "" if config.get("peft_type") == "LN_TUNING" else differences(config, {"peft_type": self.peft_type})
 
 

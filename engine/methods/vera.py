@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from engine.methods.base import Method, Shapes, Site, Wrong, differences
+from engine.methods.base import FieldError, Method, Shapes, Site, differences
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Vera(Method):
             if site.name in taken
         }
 
-    def kept_elements(self, site: Site, num_tokens: int) -> int:
+    def saved_activation_elements(self, site: Site, num_tokens: int) -> int:
         return num_tokens * self.rank
 
     def num_frozen(self, sites: Sequence[Site]) -> int:
@@ -40,14 +40,14 @@ class Vera(Method):
         widths = [(site.in_features, site.out_features) for site in sites if site.name in taken]
         return self.rank * (max(k for k, _ in widths) + max(n for _, n in widths))
 
-    def wrongs(self) -> Iterator[Wrong]:
+    def validate(self) -> Iterator[FieldError]:
         if not 1 <= self.rank <= 4096:
-            yield Wrong("rank", self.rank, "must be 1 to 4096")
+            yield FieldError("rank", self.rank, "must be 1 to 4096")
         if not 0 <= self.dropout < 1:
-            yield Wrong("dropout", self.dropout, "must be at least 0 and under 1")
+            yield FieldError("dropout", self.dropout, "must be at least 0 and under 1")
         if not math.isfinite(self.d_initial):
-            yield Wrong("d_initial", self.d_initial, "must be finite")
+            yield FieldError("d_initial", self.d_initial, "must be finite")
 
-    def misfit(self, config: Mapping[str, Any]) -> str:
+    def incompatibility(self, config: Mapping[str, Any]) -> str:
         wanted = {"peft_type": self.peft_type, "r": self.rank, "projection_prng_key": self.projection_prng_key}
         return differences(config, wanted)

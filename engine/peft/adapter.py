@@ -16,7 +16,7 @@ from peft import PeftConfig
 from torch import nn
 
 from engine.kernels.dropout import DropoutMask, keep_scale
-from engine.kernels.multi_lora.types import LoraUse, LowRank
+from engine.kernels.multi_lora.types import AdapterSlice, LowRank
 from engine.methods.base import Site
 from engine.peft.layout import TaskSpan
 
@@ -82,7 +82,7 @@ class Adapter(ABC):
         """What becomes of x before the operator reads it, or nothing."""
         return None
 
-    def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, LowRank] | None:
+    def low_rank(self, span: TaskSpan, training: bool) -> tuple[AdapterSlice, LowRank] | None:
         """Where and how, and what, the fused kernel adds; or nothing."""
         return None
 
@@ -153,10 +153,10 @@ class Adapter(ABC):
         return
 
 
-def lora_use(op: BaseOp, seed: int, span: TaskSpan, training: bool, scale: float, dropout: float) -> LoraUse:
+def lora_use(op: BaseOp, seed: int, span: TaskSpan, training: bool, scale: float, dropout: float) -> AdapterSlice:
     """Where on the stream, at which scale, under which mask: keyed by (task seed, step, module, position)."""
     if not training or dropout == 0:
-        return LoraUse(span.start, span.end, scale)
+        return AdapterSlice(span.start, span.end, scale)
     there = op.weight_KN.device, span.device_step, span.device_positions_T
     mask = DropoutMask(seed, span.step, op.index, span.positions_L, op.in_features, dropout, *there)
-    return LoraUse(span.start, span.end, scale, mask, keep_scale(dropout))
+    return AdapterSlice(span.start, span.end, scale, mask, keep_scale(dropout))

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from engine.kernels.grouped_gemm import grouped_gemm
-from engine.methods import Activation, Bottleneck, Placement
+from engine.methods import Activation, Bottleneck, BottleneckPlacement
 from engine.peft.adapter import Adapter, BaseOp
 from engine.peft.layout import TaskSpan
 from engine.peft.seeded_init import uniform_
@@ -76,7 +76,7 @@ def _changed(
     x_TK: torch.Tensor,
     ys: Sequence[torch.Tensor],
     activation: Activation,
-    placement: Placement,
+    placement: BottleneckPlacement,
 ) -> tuple[torch.Tensor, ...]:
     """The outputs [L, N] of adapters of one activation and placement."""
     adapters, num_tokens, ones = [adapter for _, adapter in uses], [len(y_LN) for y_LN in ys], [1.0] * len(uses)
@@ -84,7 +84,7 @@ def _changed(
         [adapter.tensors[name] for adapter in adapters] for name in ("down_weight", "down_bias", "up_weight", "up_bias")
     )
     y = torch.cat([y_LN.flatten() for y_LN in ys])  # copies: what is kept of them must not hold the whole stream
-    is_serial = placement is Placement.SERIAL
+    is_serial = placement is BottleneckPlacement.SERIAL
     h = y if is_serial else torch.cat([x_TK[span.start : span.end].flatten() for span, _ in uses])
     s = _ACTIVATIONS[activation](grouped_gemm(h, num_tokens, down, down_bias, ones))
     y = y + grouped_gemm(s, num_tokens, up, up_bias, [adapter.method.scale for adapter in adapters])

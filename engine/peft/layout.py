@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range
-from engine.kernels.launch import sent
+from engine.kernels.launch import to_device
 
 A = TypeVar("A")
 
@@ -62,7 +62,7 @@ class Layout:
         positions_T = np.zeros(microbatch.num_tokens, np.int64)
         for r in ranges:
             positions_T[r.start : r.start + r.num_effective_tokens] = positions_of(r)
-        there_T = sent(torch.from_numpy(positions_T), self.device)
+        there_T = to_device(torch.from_numpy(positions_T), self.device)
         spans = tuple(TaskSpan.of(r, self._device_step(r), there_T) for r in ranges)
         self.lay(spans, microbatch.kind is MicrobatchKind.TRAIN)
 

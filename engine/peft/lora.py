@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from engine.kernels.multi_lora.types import LoraUse, LowRank
+from engine.kernels.multi_lora.types import AdapterSlice, LowRank
 from engine.methods import Lora, LoraInit
 from engine.peft.adapter import Adapter, Affine, BaseOp, Tensors, lora_use
 from engine.peft.dora import scaled_beside, weight_norms
@@ -52,7 +52,7 @@ class LoraAdapter(Adapter):
         if self.bias is not None:
             self.bias.initialise()
 
-    def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, LowRank] | None:
+    def low_rank(self, span: TaskSpan, training: bool) -> tuple[AdapterSlice, LowRank] | None:
         drops = training and self.method.dropout > 0
         if "lora_A" not in self.tensors or (drops and self.magnitude_N is not None):
             return None

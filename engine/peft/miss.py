@@ -11,7 +11,7 @@ import torch
 from peft import MissConfig
 
 from engine.errors import InvalidInputError
-from engine.kernels.multi_lora.types import LoraUse, LowRank
+from engine.kernels.multi_lora.types import AdapterSlice, LowRank
 from engine.methods import Miss
 from engine.peft.adapter import Adapter, BaseOp, lora_use
 from engine.peft.layout import TaskSpan
@@ -37,7 +37,7 @@ class MissAdapter(Adapter):
     def frozen(self) -> Sequence[torch.Tensor]:
         return (self.a_RK,)
 
-    def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, LowRank]:
+    def low_rank(self, span: TaskSpan, training: bool) -> tuple[AdapterSlice, LowRank]:
         use = lora_use(self.op, self.seed, span, training, 1.0, self.method.dropout)
         return use, LowRank(self.a_RK, self.tensors["miss_block"].T)
 

@@ -18,7 +18,7 @@ from engine.kernels.multi_lora.dispatch import multi_lora
 from engine.kernels.multi_lora.types import MAX_OPERATORS, Operator
 
 
-class Member(Protocol):
+class SharedInputOperator(Protocol):
     """A mounted linear operator."""
 
     @property
@@ -32,13 +32,13 @@ class Member(Protocol):
 class SharedInput:
     """A group, and what is computed and not yet taken of it."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[SharedInputOperator]) -> None:
         self._members = tuple(members)
         self._is_open = False
         self._given: tuple[Any, ...] | None = None
-        self._answers: dict[Member, torch.Tensor] = {}
+        self._answers: dict[SharedInputOperator, torch.Tensor] = {}
 
-    def answer(self, member: Member, x: torch.Tensor) -> torch.Tensor | None:
+    def answer(self, member: SharedInputOperator, x: torch.Tensor) -> torch.Tensor | None:
         """Y [T, N] of one member, or None if it has to compute alone."""
         if not self._is_open or x.is_inference():  # such a tensor does not tell whether it has been written to
             return None
@@ -50,7 +50,7 @@ class SharedInput:
             self._given = None
         return y_TN
 
-    def _compute(self, caller: Member, given: tuple[Any, ...]) -> None:
+    def _compute(self, caller: SharedInputOperator, given: tuple[Any, ...]) -> None:
         """Of all members whose Y is differentiable: what needs no gradient must not keep anything for one."""
         self._forget()
         x = given[0]

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from peft import VeraConfig
 
-from engine.kernels.multi_lora.types import LoraUse, LowRank
+from engine.kernels.multi_lora.types import AdapterSlice, LowRank
 from engine.methods import Vera
 from engine.peft.adapter import Adapter, BaseOp, Tensors, lora_use
 from engine.peft.layout import TaskSpan
@@ -44,7 +44,7 @@ class VeraAdapter(Adapter):
     def frozen(self) -> Sequence[torch.Tensor]:
         return self.a_RK, self.b_NR
 
-    def low_rank(self, span: TaskSpan, training: bool) -> tuple[LoraUse, LowRank]:
+    def low_rank(self, span: TaskSpan, training: bool) -> tuple[AdapterSlice, LowRank]:
         a_RK, b_NR = self.a_RK[:, : self.op.in_features], self.b_NR[: self.op.out_features]
         use = lora_use(self.op, self.seed, span, training, 1.0, self.method.dropout)
         return use, LowRank(a_RK, b_NR, self.tensors["vera_lambda_d"], self.tensors["vera_lambda_b"])

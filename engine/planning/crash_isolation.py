@@ -6,16 +6,16 @@ Pure: the planner's plans of parts of the snapshot, put together.
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
-from engine.planning.cost.task_demand import Appraiser
+from engine.planning.cost.task_demand import DemandEstimator
 from engine.planning.planner import plan as make_plan
-from engine.planning.types import ExecutorView, Explanation, Limits, Plan, Snapshot, TaskView
+from engine.planning.types import ExecutorView, Explanation, Plan, PlannerConfig, Snapshot, TaskView
 
 _ALONE = "alone, after an executor died while it ran there: to see whether it is why"
 _WAITS = "waits to run alone, after an executor died while it ran there"
 _DISPLACED = "waits: each executor of its backbone runs a task alone, after one died"
 
 
-def plan(snapshot: Snapshot, suspects: Collection[str], limits: Limits, appraiser: Appraiser) -> Plan:
+def plan(snapshot: Snapshot, suspects: Collection[str], limits: PlannerConfig, appraiser: DemandEstimator) -> Plan:
     """The planner's plan, but no suspect shares an executor with anyone."""
     if not suspects:
         return make_plan(snapshot, limits, appraiser)
@@ -32,7 +32,7 @@ def plan(snapshot: Snapshot, suspects: Collection[str], limits: Limits, appraise
     return Plan(htasks, (*explained, *waiting))
 
 
-def _placed(snapshot: Snapshot, suspects: Collection[str], limits: Limits) -> Iterator[tuple[str, Plan]]:
+def _placed(snapshot: Snapshot, suspects: Collection[str], limits: PlannerConfig) -> Iterator[tuple[str, Plan]]:
     """(executor, plan of one suspect alone there): whom it runs already, or the oldest that waits. Of several executors
     of a backbone the last one is left to those who are no suspects."""
     waiting = [task for task in snapshot.tasks if task.name in suspects]

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 from engine.errors import InvalidInputError
 from engine.planning.cost.chunk_size import allowed_padding_tokens, choose_chunk
-from engine.planning.cost.round_time import Job
-from engine.planning.cost.task_demand import Appraiser, Need
+from engine.planning.cost.round_time import StepCost
+from engine.planning.cost.task_demand import DemandEstimator, TaskDemand
 from engine.planning.fusion.fusion import Fusion, Group, fuse, of_partition
-from engine.planning.placement.executor_state import Host, Pool
+from engine.planning.placement.executor_state import ClusterState, ExecutorState
 from engine.planning.placement.explain import explain_residents
 from engine.planning.placement.feasibility import refuse_if_never_fits
 from engine.planning.placement.placement import Placement, place
-from engine.planning.types import Explanation, HTask, Limits, Plan, Snapshot, TaskView
+from engine.planning.types import Explanation, HTask, Plan, PlannerConfig, Snapshot, TaskView
 
 KEEP_WITHIN = 1.05  # hTasks that run are kept while their period is within this of the best
 
@@ -20,15 +20,15 @@ KEEP_WITHIN = 1.05  # hTasks that run are kept while their period is within this
 class Decision:
     """What a plan is made of, before it is explained."""
 
-    pool: Pool
+    pool: ClusterState
     placement: Placement
     htasks: dict[str, tuple[HTask, ...]]
     refused: dict[str, str]  # can run nowhere, and why
 
 
-def plan(snapshot: Snapshot, limits: Limits, appraiser: Appraiser | None = None) -> Plan:
+def plan(snapshot: Snapshot, limits: PlannerConfig, appraiser: DemandEstimator | None = None) -> Plan:
     """One scheduling decision, explained. `appraiser` may live from plan to plan: it only remembers."""
-    decision = decide(snapshot, limits, appraiser or Appraiser(limits))
+    decision = decide(snapshot, limits, appraiser or DemandEstimator(limits))
     placement, hosts = decision.placement, decision.pool.hosts.values()
     waiting = {name: why for name, (_, why) in placement.waiting.items()} | decision.refused
     explanations = [
@@ -38,11 +38,13 @@ def plan(snapshot: Snapshot, limits: Limits, appraiser: Appraiser | None = None)
     return Plan(decision.htasks, tuple(explanations))
 
 
-def decide(snapshot: Snapshot, limits: Limits, appraiser: Appraiser) -> Decision:
+def decide(snapshot: Snapshot, limits: PlannerConfig, appraiser: DemandEstimator) -> Decision:
     """The decision, on one screen."""
-    pool = Pool((Host(e, limits) for e in snapshot.executors if not e.is_draining), snapshot.tenant_weights)
+    pool = ClusterState(
+        (ExecutorState(e, limits) for e in snapshot.executors if not e.is_draining), snapshot.tenant_weights
+    )
     # 1. Who runs stays where it is. Who can run nowhere says why.
-    newcomers, refused = list[Need](), dict[str, str]()
+    newcomers, refused = list[TaskDemand](), dict[str, str]()
     for task in sorted(snapshot.tasks, key=lambda task: (task.age, task.name)):
         need = _need(task, pool, limits, appraiser)
         if isinstance(need, str):
@@ -58,7 +60,7 @@ def decide(snapshot: Snapshot, limits: Limits, appraiser: Appraiser) -> Decision
     return Decision(pool, placement, htasks, refused)
 
 
-def _need(task: TaskView, pool: Pool, limits: Limits, appraiser: Appraiser) -> Need | str:
+def _need(task: TaskView, pool: ClusterState, limits: PlannerConfig, appraiser: DemandEstimator) -> TaskDemand | str:
     """The need, or why no executor can meet it."""
     hosts = pool.of_backbone(task.spec.backbone)
     if not hosts:
@@ -73,7 +75,7 @@ def _need(task: TaskView, pool: Pool, limits: Limits, appraiser: Appraiser) -> N
     return need
 
 
-def _stays(need: Need, pool: Pool) -> bool:
+def _stays(need: TaskDemand, pool: ClusterState) -> bool:
     """Puts a resident back where it is, oldest first, if it still fits there."""
     host = pool.hosts.get(need.task.executor)
     stays = host is not None and host.executor.backbone.name == need.task.spec.backbone and host.fits(need)
@@ -82,7 +84,7 @@ def _stays(need: Need, pool: Pool) -> bool:
     return stays
 
 
-def _htasks(host: Host, running: tuple[HTask, ...], limits: Limits) -> tuple[HTask, ...]:
+def _htasks(host: ExecutorState, running: tuple[HTask, ...], limits: PlannerConfig) -> tuple[HTask, ...]:
     """The best hTasks, or those that run where they serve the same tasks nearly as well (hysteresis)."""
     if not host.residents:
         return ()
@@ -98,18 +100,18 @@ def _htasks(host: Host, running: tuple[HTask, ...], limits: Limits) -> tuple[HTa
     return _in_order(best, host, limits)
 
 
-def _in_order(fusion: Fusion, host: Host, limits: Limits) -> tuple[HTask, ...]:
+def _in_order(fusion: Fusion, host: ExecutorState, limits: PlannerConfig) -> tuple[HTask, ...]:
     """As the pipeline's template has them: sizes rising and falling; members oldest first."""
     rising = sorted(fusion.groups, key=lambda group: (group.microbatch_seconds, group.jobs[0].name))
     return tuple(_htask(group, host, limits) for group in rising[::2] + rising[1::2][::-1])
 
 
-def _htask(group: Group, host: Host, limits: Limits) -> HTask:
+def _htask(group: Group, host: ExecutorState, limits: PlannerConfig) -> HTask:
     chunk = limits.chunk_tokens or _chunk(group, host)
     return HTask(_by_age(group.jobs, host), _token_budget(group, host, chunk), chunk)
 
 
-def _chunk(group: Group, host: Host) -> int:
+def _chunk(group: Group, host: ExecutorState) -> int:
     """The largest whose padding costs little of the hTask's round."""
     tasks = [host.residents[job.name].ragged for job in group.jobs]
     tokens, seconds = sum(task.num_tokens for task in tasks), group.work_seconds * host.executor.num_stages
@@ -117,11 +119,11 @@ def _chunk(group: Group, host: Host) -> int:
     return choose_chunk(tasks, group.num_microbatches, allowed)
 
 
-def _by_age(jobs: tuple[Job, ...], host: Host) -> tuple[str, ...]:
+def _by_age(jobs: tuple[StepCost, ...], host: ExecutorState) -> tuple[str, ...]:
     return tuple(sorted((job.name for job in jobs), key=lambda name: (host.residents[name].task.age, name)))
 
 
-def _token_budget(group: Group, host: Host, chunk: int) -> int:
+def _token_budget(group: Group, host: ExecutorState, chunk: int) -> int:
     """So much that the round has about so many microbatches; on one stage all there is room for."""
     largest = host.stage().max_tokens
     if host.executor.num_stages == 1:

@@ -51,11 +51,11 @@ class BackboneView:
         return self.element_bytes * (outputs + 3 * self.num_layers * self.hidden_size)
 
     @cached_property
-    def inputs(self) -> "Inputs":
-        return Inputs(self)
+    def inputs(self) -> "OperatorInputs":
+        return OperatorInputs(self)
 
 
-class Inputs:
+class OperatorInputs:
     """What a backbone's linear operators read: sets of tensors as bit masks, and the bytes of a token in them."""
 
     def __init__(self, backbone: BackboneView) -> None:
@@ -148,7 +148,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Limits:
+class PlannerConfig:
     """The operator's settings: tokens of one microbatch, and the alignment quantum, chosen for each hTask if it is 0.
 
     Switches for ablation: without `fuses` every task is an hTask of its own; without `interleaves` hTasks' rounds run

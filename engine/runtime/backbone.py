@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.alignment.microbatch import Microbatch, Range
 from engine.errors import BackboneUnsupportedError
-from engine.kernels.launch import sent
+from engine.kernels.launch import to_device
 from engine.kernels.packed_weight import PackedWeight
 from engine.kernels.segment_cross_entropy import Head
 from engine.peft.layout import Layout
@@ -176,7 +176,7 @@ class Backbone:
         self, token_ids_1T: torch.Tensor, lengths: list[int], firsts: list[int], calls: list[Call] | None = None
     ) -> torch.Tensor:
         positions = [torch.arange(first, first + n) for first, n in zip(firsts, lengths, strict=True)]
-        position_ids_1T = sent(torch.cat(positions), self.device).unsqueeze(0)
+        position_ids_1T = to_device(torch.cat(positions), self.device).unsqueeze(0)
         cu_seqlens, shared = [0, *itertools.accumulate(lengths)], Shared()
         return self.packed_hidden(token_ids_1T, position_ids_1T, cu_seqlens, shared, calls)
 

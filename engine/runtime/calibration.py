@@ -18,7 +18,7 @@ from engine.methods.base import SiteKind
 from engine.planning.cost.cost_fit import Sample
 from engine.planning.cost.cost_model import Part, adapter_load
 from engine.runtime.executor import Executor
-from engine.runtime.task_state import Assignment
+from engine.runtime.task_state import TaskAssignment
 from engine.task import TaskSpec, Training
 
 _FIRST_TOKENS = 16
@@ -135,7 +135,7 @@ class Bench:
         for name in names:
             if name not in self._executor.tasks:
                 spec = TaskSpec("", method, "", Training(0.0, num_steps=1))
-                self._executor.attach(Assignment(name, spec, num_steps=1))
+                self._executor.attach(TaskAssignment(name, spec, num_steps=1))
                 self._names.append(name)
         return names
 

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from engine.errors import ArtifactCorruptError
 
 if TYPE_CHECKING:
-    from engine.runtime.task_state import TaskRun
+    from engine.runtime.task_state import TaskTrainingState
 
 STATE_FILE = "state.safetensors"
 
@@ -33,7 +33,7 @@ class CheckpointState:
         return int(self.metadata["step"])
 
     @classmethod
-    def of(cls, run: "TaskRun") -> "CheckpointState":
+    def of(cls, run: "TaskTrainingState") -> "CheckpointState":
         tensors = {f"parameters.{name}": tensor.detach() for name, tensor in run.tensors.items()}
         tensors |= {f"started_from.{name}": tensor for name, tensor in run.started_from.items()}
         tensors |= {f"optimizer.{name}": value for name, value in run.optimizer.state().items()}
@@ -54,7 +54,7 @@ class CheckpointState:
             raise ArtifactCorruptError(f"checkpoint cannot be read: {error}") from error
 
     @torch.no_grad()
-    def restore(self, run: "TaskRun") -> None:
+    def restore(self, run: "TaskTrainingState") -> None:
         """Writes the state into a fresh run. Raises ArtifactCorruptError if its tensors are not the run's."""
         expected = {f"parameters.{name}": tuple(tensor.shape) for name, tensor in run.tensors.items()}
         expected |= {f"started_from.{name}": tuple(tensor.shape) for name, tensor in run.started_from.items()}

@@ -25,9 +25,9 @@ from engine.kernels.cupy_launcher import CupyLauncher, launcher_of
 from engine.kernels.launch import Memory
 from engine.kernels.segment_cross_entropy import segment_cross_entropy
 from engine.runtime.backbone import Backbone
-from engine.runtime.graph_buckets import Form, Inputs, form_of, packed, unpacked
-from engine.runtime.out_of_memory import NoMemory, is_out_of_memory, within_memory
-from engine.runtime.task_state import TaskRun
+from engine.runtime.graph_buckets import GraphBucket, GraphInputs, form_of, packed, unpacked
+from engine.runtime.out_of_memory import OutOfMemoryError, is_out_of_memory, within_memory
+from engine.runtime.task_state import TaskTrainingState
 from engine.runtime.varlen_attention import Shared
 
 Work = Callable[[], torch.Tensor]
@@ -53,23 +53,23 @@ class Recording(Protocol):
 class _Graph:
     """A form's recording. `is_proven`: its replay was compared."""
 
-    def __init__(self, form: Form, inputs: Inputs, recording: Recording, work: Work) -> None:
+    def __init__(self, form: GraphBucket, inputs: GraphInputs, recording: Recording, work: Work) -> None:
         self.form, self.inputs, self.recording, self.work = form, inputs, recording, work
         self.is_proven, self.last_run = False, 0
 
 
-class Graphs:
+class CudaGraphs:
     """The graphs of one backbone, at most `capacity`. Not thread-safe, as the executor."""
 
     def __init__(self, backbone: Backbone, capacity: int, recorder: Callable[[], Recording]) -> None:
         self._backbone, self._capacity, self._recorder = backbone, capacity, recorder
-        self._seen: OrderedDict[Form, bool] = OrderedDict()  # and whether it may be captured
-        self._graphs: dict[Form, _Graph] = {}
+        self._seen: OrderedDict[GraphBucket, bool] = OrderedDict()  # and whether it may be captured
+        self._graphs: dict[GraphBucket, _Graph] = {}
         self._num_runs = 0
         self._is_off = not backbone.is_all_varlen
 
     @classmethod
-    def of(cls, backbone: Backbone, capacity: int) -> "Graphs | None":
+    def of(cls, backbone: Backbone, capacity: int) -> "CudaGraphs | None":
         """None where there are to be none, or no CUDA device is there to have them."""
         is_there = capacity > 0 and backbone.device.type == "cuda"
         return cls(backbone, capacity, CudaRecorder(backbone.device)) if is_there else None
@@ -77,7 +77,9 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(self, microbatch: Microbatch, tasks: Mapping[str, TaskRun]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def run(
+        self, microbatch: Microbatch, tasks: Mapping[str, TaskTrainingState]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(rows [M] that bear a loss, losses [M]), on the host; where it trains, gradients go to the tasks' own.
 
         None where it is to be run as any other, which is then not begun. Raises NoMemory.
@@ -91,12 +93,12 @@ class Graphs:
             return None
         try:
             loss_M = within_memory(lambda: self._losses(form, graph, packed(form, microbatch)))
-        except NoMemory:
+        except OutOfMemoryError:
             self._refuse(form)  # the microbatch as it is may be smaller
             raise
         return None if loss_M is None else unpacked(form, microbatch, loss_M)
 
-    def forget(self, run: TaskRun) -> None:
+    def forget(self, run: TaskTrainingState) -> None:
         """Every form with this task in it."""
         for form in [form for form in (*self._seen, *self._graphs) if run in form.runs]:
             self._seen.pop(form, None)
@@ -106,7 +108,7 @@ class Graphs:
         """Gives all graphs' memory back, to the allocator's cache."""
         self._graphs.clear()
 
-    def _may_capture(self, form: Form) -> bool:
+    def _may_capture(self, form: GraphBucket) -> bool:
         """When it is seen again, unless it was refused, and if there is room or a graph is idle, which goes."""
         if form not in self._seen:
             self._seen[form] = True
@@ -121,7 +123,7 @@ class Graphs:
         del self._graphs[oldest.form]
         return True
 
-    def _losses(self, form: Form, graph: _Graph | None, values: NDArray[np.int64]) -> torch.Tensor | None:
+    def _losses(self, form: GraphBucket, graph: _Graph | None, values: NDArray[np.int64]) -> torch.Tensor | None:
         """[M], of the form's rows, on the host."""
         if graph is None:
             loss_M = self._record(form, values)
@@ -131,13 +133,13 @@ class Graphs:
             loss_M = graph.recording.replay() if graph.is_proven else self._prove(graph)
         return None if loss_M is None else loss_M.cpu()
 
-    def _record(self, form: Form, values: NDArray[np.int64]) -> torch.Tensor | None:
+    def _record(self, form: GraphBucket, values: NDArray[np.int64]) -> torch.Tensor | None:
         """This microbatch runs for real, as it is going to be captured; then it is. A failure of that costs the graph
         alone: nothing has run.
 
         None where it does not run in its form: what is refused is refused before a gradient is written to.
         """
-        inputs, recording = Inputs(form, self._backbone.device), self._recorder()
+        inputs, recording = GraphInputs(form, self._backbone.device), self._recorder()
         inputs.write(values)
         work = partial(self._forward_backward, form, inputs)
         before = [run.gradient_P._version for run in form.runs]
@@ -150,7 +152,7 @@ class Graphs:
             return None
         try:
             within_memory(lambda: recording.capture(work))
-        except NoMemory as error:
+        except OutOfMemoryError as error:
             _log.warning("no memory for a graph of %d tokens: %s", form.num_tokens, error)
             self._refuse(form)
         except Exception as error:  # whatever a library raises for what may not be captured
@@ -168,7 +170,7 @@ class Graphs:
         gradients = [run.gradient_P for run in graph.form.runs] if graph.form.trains else []
         try:
             kept, spare = within_memory(lambda: _copies(gradients))
-        except NoMemory:
+        except OutOfMemoryError:
             self._refuse(graph.form)
             return None
         replayed_M = graph.recording.replay().clone()
@@ -185,7 +187,7 @@ class Graphs:
                 self._turn_off("a replay gave other results than an eager pass")
         return loss_M
 
-    def _refuse(self, form: Form) -> None:
+    def _refuse(self, form: GraphBucket) -> None:
         self._seen[form] = False
         self._graphs.pop(form, None)
 
@@ -194,7 +196,7 @@ class Graphs:
         self._is_off = True
         self._graphs.clear()
 
-    def _forward_backward(self, form: Form, inputs: Inputs) -> torch.Tensor:
+    def _forward_backward(self, form: GraphBucket, inputs: GraphInputs) -> torch.Tensor:
         """Losses [M] of the form's rows; gradients go to the tasks' own. Reads nothing but device memory."""
         backbone, bears_none_M = self._backbone, inputs.weights_M == 0
         backbone.layout.lay(inputs.spans, form.trains)

@@ -14,16 +14,16 @@ import torch
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range
 from engine.errors import MuxtuneError, NonFiniteError, WillNeverFitError
-from engine.kernels.launch import sent
+from engine.kernels.launch import to_device
 from engine.kernels.segment_cross_entropy import segment_cross_entropy
 from engine.results import EvaluationResult, Result, ShadowCheck, StepResult, TaskFailure
 from engine.runtime import export
 from engine.runtime.backbone import Backbone
 from engine.runtime.checkpoint import CheckpointState
-from engine.runtime.cuda_graphs import Graphs
-from engine.runtime.out_of_memory import NoMemory, release_cache, with_second_try, within_memory
+from engine.runtime.cuda_graphs import CudaGraphs
+from engine.runtime.out_of_memory import OutOfMemoryError, release_cache, with_second_try, within_memory
 from engine.runtime.staging import Copy, copy_to, on_device, stage
-from engine.runtime.task_state import Assignment, Gathered, TaskRun, take_steps
+from engine.runtime.task_state import StepAccumulator, TaskAssignment, TaskTrainingState, take_steps
 
 Taken = tuple[float, float] | MuxtuneError  # (learning rate, gradient norm), or why the task ends
 
@@ -37,11 +37,11 @@ class Executor:
         *,
         clock: Callable[[], float] = time.perf_counter,
         copy: Copy | None = None,
-        graphs: Graphs | None = None,
+        graphs: CudaGraphs | None = None,
     ) -> None:
         """`graphs`: who replays what it can of small microbatches; None: all are run eagerly."""
         self.backbone, self._graphs, self._is_eager = backbone, graphs, False
-        self.tasks: dict[str, TaskRun] = {}
+        self.tasks: dict[str, TaskTrainingState] = {}
         self._clock, self._copy = clock, copy or copy_to(backbone.device)
 
     def stage(self, microbatch: Microbatch) -> Microbatch:
@@ -65,7 +65,7 @@ class Executor:
 
         try:
             within_memory(gather)
-        except NoMemory:
+        except OutOfMemoryError:
             self._release()
             raise
         complete = [r for r in microbatch.ranges if r.is_last and r.task in resident]
@@ -76,7 +76,7 @@ class Executor:
         to the tasks' own."""
         trains = microbatch.kind is MicrobatchKind.TRAIN
         rows_M, weights_M = self._target_rows(microbatch, resident)
-        there_M = sent(rows_M, self.backbone.device)
+        there_M = to_device(rows_M, self.backbone.device)
         targets_M = on_device(microbatch, self.backbone.device)[1][there_M]
         with torch.set_grad_enabled(trains):
             hidden_TH = self.backbone.hidden(microbatch, resident)
@@ -90,7 +90,7 @@ class Executor:
         return rows_M, loss_M.double().cpu()
 
     def attach(
-        self, assignment: Assignment, state: CheckpointState | None = None, initial_adapter: Path | None = None
+        self, assignment: TaskAssignment, state: CheckpointState | None = None, initial_adapter: Path | None = None
     ) -> None:
         """Mounts the task's adapters, fresh, from an initial adapter, or exactly as a checkpoint left them.
 
@@ -100,8 +100,8 @@ class Executor:
         if assignment.task in self.tasks:
             raise ValueError(f"{assignment.task} is attached already")
 
-        def make() -> TaskRun:
-            run = TaskRun(assignment, self.backbone)
+        def make() -> TaskTrainingState:
+            run = TaskTrainingState(assignment, self.backbone)
             if state is not None:
                 state.restore(run)
             elif initial_adapter is not None:
@@ -158,7 +158,7 @@ class Executor:
             if range_.task in resident:
                 weights_T[_slice(range_)] = 1 / max(1, range_.num_step_target_tokens)
         rows_M = torch.nonzero((targets_T != IGNORE) & (weights_T > 0)).squeeze(1)
-        return rows_M, sent(weights_T[rows_M], self.backbone.device)
+        return rows_M, to_device(weights_T[rows_M], self.backbone.device)
 
     def _gather(self, microbatch: Microbatch, rows_M: torch.Tensor, loss_M: torch.Tensor, seconds: float) -> None:
         loss_T = torch.zeros(microbatch.num_tokens, dtype=torch.float64)
@@ -191,27 +191,27 @@ class Executor:
         taken = self._take_steps([self.tasks[range_.task] for range_, _ in checked])
         return results + [self._finish_step(*each, step) for each, step in zip(checked, taken, strict=True)]
 
-    def _take_steps(self, runs: Sequence[TaskRun]) -> Sequence[Taken]:
+    def _take_steps(self, runs: Sequence[TaskTrainingState]) -> Sequence[Taken]:
         """Where all at once find no memory, one after the other."""
         try:
             return within_memory(lambda: take_steps(runs))
-        except NoMemory:
+        except OutOfMemoryError:
             self._release()
         return [self._take_step(run) for run in runs]
 
-    def _take_step(self, run: TaskRun) -> Taken:
+    def _take_step(self, run: TaskTrainingState) -> Taken:
         try:
             return within_memory(lambda: take_steps([run]))[0]
-        except NoMemory as error:
+        except OutOfMemoryError as error:
             return _no_room(f"optimizer's step {run.step + 1}", run, error, "adapt less")
 
-    def _verified(self, run: TaskRun) -> ShadowCheck | None:
+    def _verified(self, run: TaskTrainingState) -> ShadowCheck | None:
         """The check of the step in flight, where one is due. Raises WillNeverFitError."""
         if not run.gathered.alone:
             return None
         try:
             return with_second_try(lambda: self._run_alone(run), self._release)
-        except NoMemory as error:
+        except OutOfMemoryError as error:
             raise _no_room(
                 f"step {run.step + 1}, run again to verify it,", run, error, "verify_every_steps: 0 asks for less"
             ) from None
@@ -224,7 +224,7 @@ class Executor:
         run = self.tasks[range_.task]
         if isinstance(taken, MuxtuneError):
             return self._fail(range_, taken)
-        done, run.gathered = run.gathered, Gathered()
+        done, run.gathered = run.gathered, StepAccumulator()
         return StepResult(
             task=range_.task,
             step=run.step,
@@ -240,7 +240,7 @@ class Executor:
             shadow_check=shadow_check,
         )
 
-    def _run_alone(self, run: TaskRun) -> ShadowCheck:
+    def _run_alone(self, run: TaskTrainingState) -> ShadowCheck:
         """The step again with no neighbour in the batch. The gradient stays the one of the fused step."""
         started, gradient_P = self._clock(), run.gradient_P
         fused_P, loss = gradient_P.clone(), 0.0
@@ -258,14 +258,14 @@ class Executor:
 
     def _finish_evaluation(self, range_: Range) -> EvaluationResult | TaskFailure:
         run = self.tasks[range_.task]
-        done, run.gathered = run.gathered, Gathered()
+        done, run.gathered = run.gathered, StepAccumulator()
         if not math.isfinite(done.loss):
             error = NonFiniteError(f"held-out loss after step {range_.step} is {done.loss}", step=range_.step)
             return self._fail(range_, error)
         return EvaluationResult(range_.task, range_.step, done.loss, done.num_target_tokens)
 
 
-def _no_room(what: str, run: TaskRun, error: NoMemory, remedy: str) -> WillNeverFitError:
+def _no_room(what: str, run: TaskTrainingState, error: OutOfMemoryError, remedy: str) -> WillNeverFitError:
     held = run.num_bytes()
     return WillNeverFitError(
         f"its {what} finds no memory beside the {held} bytes that it holds: {error}; {remedy}", bytes=held

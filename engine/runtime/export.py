@@ -24,7 +24,7 @@ from muxtune import adapters
 from muxtune.adapters import FORMAT_VERSION
 
 if TYPE_CHECKING:
-    from engine.runtime.task_state import TaskRun
+    from engine.runtime.task_state import TaskTrainingState
 
 CONFIG_AND_WEIGHTS = ("adapter_config.json", "adapter_model.safetensors")
 _PREFIX = "base_model.model."
@@ -41,7 +41,7 @@ class ExportReport:
     max_logit_difference: float
 
 
-def export(backbone: Backbone, run: "TaskRun", folder: Path) -> ExportReport:
+def export(backbone: Backbone, run: "TaskTrainingState", folder: Path) -> ExportReport:
     """Writes adapter_config.json and adapter_model.safetensors. Raises ExportMismatchError if peft disagrees."""
     folder.mkdir(parents=True, exist_ok=True)
     config = _config(backbone, run)
@@ -62,12 +62,12 @@ def export(backbone: Backbone, run: "TaskRun", folder: Path) -> ExportReport:
 
 
 @torch.no_grad()
-def load_adapter(folder: Path, run: "TaskRun", backbone: Backbone) -> None:
+def load_adapter(folder: Path, run: "TaskTrainingState", backbone: Backbone) -> None:
     """Fills a fresh run with a folder's weights. Raises InvalidInputError, naming what does not fit."""
     try:
         found = load_file(folder / CONFIG_AND_WEIGHTS[1])
         config = json.loads((folder / CONFIG_AND_WEIGHTS[0]).read_text())
-        why = run.assignment.spec.method.misfit(config)
+        why = run.assignment.spec.method.incompatibility(config)
     except Exception as error:  # whatever a folder that is no adapter makes of itself
         if is_out_of_memory(error):
             raise
@@ -85,7 +85,7 @@ def load_adapter(folder: Path, run: "TaskRun", backbone: Backbone) -> None:
     adapter_class(run.assignment.spec.method).adopt(list(run.adapters.values()), found)
 
 
-def _file_tensors(run: "TaskRun", config: PeftConfig | dict[str, Any]) -> dict[str, torch.Tensor]:
+def _file_tensors(run: "TaskTrainingState", config: PeftConfig | dict[str, Any]) -> dict[str, torch.Tensor]:
     """What the file holds, by name there: views of the run's own tensors, but for what a method shares or stacks."""
     in_peft = isinstance(config, PeftConfig)
     prefix = _PREFIX if in_peft else ""
@@ -98,7 +98,7 @@ def _file_tensors(run: "TaskRun", config: PeftConfig | dict[str, Any]) -> dict[s
     return own | {name: tensor.detach() for name, tensor in shared.items()}
 
 
-def _config(backbone: Backbone, run: "TaskRun") -> PeftConfig | dict[str, Any]:
+def _config(backbone: Backbone, run: "TaskTrainingState") -> PeftConfig | dict[str, Any]:
     ops = [adapter.op for adapter in run.adapters.values() if adapter.is_target]
     names = [op.name for op in ops]
     short = suffixes(names)
@@ -119,7 +119,7 @@ def _config(backbone: Backbone, run: "TaskRun") -> PeftConfig | dict[str, Any]:
 
 
 @torch.no_grad()
-def _compare(backbone: Backbone, run: "TaskRun", folder: Path) -> tuple[float, float]:
+def _compare(backbone: Backbone, run: "TaskTrainingState", folder: Path) -> tuple[float, float]:
     """(largest difference of a logit, largest logit) on a fixed probe.
 
     peft loads into a copy of the shadow that shares its tensors: no memory, and the shadow stays as it is.

@@ -12,7 +12,7 @@ _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14 and later, which Pytho
 _HUGE_PAGE_BYTES = 2 << 20
 
 
-class Gradient:
+class GradientBuffer:
     """`values_P`: [P], zero at first, float32. Raises MemoryError, or what torch raises, where there is no room."""
 
     def __init__(self, size: int, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range
 from engine.peft.layout import TaskSpan, positions_of
-from engine.runtime.task_state import TaskRun
+from engine.runtime.task_state import TaskTrainingState
 
 _LEAST_TOKENS = 16  # of a range
 _ALWAYS_TOKENS = 512  # of a stream: so few are launches above all, whatever was filled up
@@ -27,11 +27,11 @@ _SEGMENT_TOKENS = 8  # of a stream, for each of which it has room for one segmen
 
 
 @dataclass(frozen=True)
-class Form:
+class GraphBucket:
     """`runs`: who trains, by name; the same objects, as their parameters lie where a graph has found them."""
 
     kind: MicrobatchKind
-    runs: tuple[TaskRun, ...]
+    runs: tuple[TaskTrainingState, ...]
     num_range_tokens: int
     num_segments: int
     num_rows: int
@@ -50,7 +50,7 @@ class Form:
         return range(0, self.num_tokens, self.num_range_tokens)
 
 
-def form_of(microbatch: Microbatch, tasks: Mapping[str, TaskRun]) -> Form | None:
+def form_of(microbatch: Microbatch, tasks: Mapping[str, TaskTrainingState]) -> GraphBucket | None:
     """None where it has none: it is large, or a task computes what no graph can replay."""
     trains = microbatch.kind is MicrobatchKind.TRAIN
     own = [r for r in microbatch.ranges if r.task in tasks and r.num_effective_tokens]
@@ -66,10 +66,10 @@ def form_of(microbatch: Microbatch, tasks: Mapping[str, TaskRun]) -> Form | None
     num_segments = _power_of_two(max(num_segments, num_tokens // _SEGMENT_TOKENS))
     num_targets = sum(int((microbatch.targets_T[_own(r)] != IGNORE).sum()) for r in own)
     num_rows = num_tokens // 2 if num_targets <= num_tokens // 2 else num_tokens
-    return Form(microbatch.kind, runs, size, num_segments, num_rows)
+    return GraphBucket(microbatch.kind, runs, size, num_segments, num_rows)
 
 
-def is_replayable(run: TaskRun, trains: bool) -> bool:
+def is_replayable(run: TaskTrainingState, trains: bool) -> bool:
     """Prompts and prefixes depend on where segments begin; some of dropout's masks (DoRA's) are made by the host."""
     method, adapters = run.assignment.spec.method, run.adapters.values()
     if method.num_virtual_tokens or method.num_prefix_tokens:
@@ -77,7 +77,7 @@ def is_replayable(run: TaskRun, trains: bool) -> bool:
     return not (trains and method.dropout and any(adapter.changes_output(trains) for adapter in adapters))
 
 
-class Inputs:
+class GraphInputs:
     """What differs between the microbatches of a form, in memory that stays where it is.
 
     Places [T]: in the task's own stream, for dropout. Rows [M]: those that bear a loss, then others, each once; weights
@@ -85,7 +85,7 @@ class Inputs:
     that are not needed empty. Steps [U].
     """
 
-    def __init__(self, form: Form, device: torch.device) -> None:
+    def __init__(self, form: GraphBucket, device: torch.device) -> None:
         sizes = [form.num_tokens] * 3 + [form.num_rows] * 3 + [form.num_segments + 1, len(form.runs)]
         self._whole = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         self.token_ids_T, self.positions_T, places_T, *of_rows, self.bounds_S, steps_U = torch.split(self._whole, sizes)
@@ -102,8 +102,8 @@ class Inputs:
         self._whole.copy_(host.pin_memory() if self._whole.device.type == "cuda" else host, non_blocking=True)
 
 
-def packed(form: Form, microbatch: Microbatch) -> NDArray[np.int64]:
-    """The microbatch in its form: what `Inputs` holds, in its order, end to end; weights as their bits."""
+def packed(form: GraphBucket, microbatch: Microbatch) -> NDArray[np.int64]:
+    """The microbatch in its form: what `GraphInputs` holds, in its order, end to end; weights as their bits."""
     size, ranges = form.num_range_tokens, {r.task: r for r in microbatch.ranges}
     ids_UL, positions_UL, places_UL = np.zeros((3, len(form.runs), size), np.int64)
     lengths, steps, weights = list[int](), list[int](), list[NDArray[np.float64]]()
@@ -126,13 +126,13 @@ def packed(form: Form, microbatch: Microbatch) -> NDArray[np.int64]:
     return np.concatenate(parts)
 
 
-def unpacked(form: Form, microbatch: Microbatch, loss_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def unpacked(form: GraphBucket, microbatch: Microbatch, loss_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows of the microbatch that bear a loss of the form's tasks, their losses), of the losses of the form's rows."""
     rows = torch.from_numpy(_rows(form, microbatch)[0])
     return rows, loss_M[: len(rows)]
 
 
-def _rows(form: Form, microbatch: Microbatch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _rows(form: GraphBucket, microbatch: Microbatch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Those that bear a loss: where they are in the microbatch, and in the form."""
     ranges = {r.task: r for r in microbatch.ranges}
     own = [ranges[run.assignment.task] for run in form.runs]

@@ -11,7 +11,7 @@ T = TypeVar("T")
 _WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
-class NoMemory(Exception):
+class OutOfMemoryError(Exception):
     """A device has no room for what was tried. Its text is what was asked for."""
 
 
@@ -23,12 +23,12 @@ def within_memory(work: Callable[[], T]) -> T:
         if not is_out_of_memory(error):
             raise
         asked = in_short(error)
-    raise NoMemory(asked)
+    raise OutOfMemoryError(asked)
 
 
 def with_second_try(work: Callable[[], T], release: Callable[[], None]) -> T:
     """`within_memory`; where there is none, once more when `release` has given back what is kept for later."""
-    with suppress(NoMemory):
+    with suppress(OutOfMemoryError):
         return within_memory(work)
     release()
     return within_memory(work)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from engine.alignment.microbatch import Microbatch
-from engine.kernels.launch import sent
-from engine.runtime.out_of_memory import NoMemory, within_memory
+from engine.kernels.launch import to_device
+from engine.runtime.out_of_memory import OutOfMemoryError, within_memory
 
 Arrival = Callable[[], torch.Tensor]  # makes the current stream wait for the copy, and answers it
 Copy = Callable[[torch.Tensor], Arrival]
@@ -31,7 +31,7 @@ def stage(microbatch: Microbatch, copy: Copy) -> Microbatch:
     fields = {field.name: getattr(microbatch, field.name) for field in dataclasses.fields(Microbatch)}
     try:
         return StagedMicrobatch(**fields, arrived=within_memory(lambda: copy(_on_host_2T(microbatch))))
-    except NoMemory:
+    except OutOfMemoryError:
         return microbatch
 
 
@@ -40,7 +40,7 @@ def on_device(microbatch: Microbatch, device: torch.device) -> tuple[torch.Tenso
     if isinstance(microbatch, StagedMicrobatch):
         ids_T, targets_T = microbatch.arrived().unbind()
     else:
-        ids_T, targets_T = sent(_on_host_2T(microbatch), device).unbind()
+        ids_T, targets_T = to_device(_on_host_2T(microbatch), device).unbind()
     return ids_T, targets_T
 
 

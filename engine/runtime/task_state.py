@@ -16,25 +16,25 @@ from engine.errors import NonFiniteError
 from engine.methods.base import Method
 from engine.peft.registry import adapter_class
 from engine.runtime.backbone import Backbone
-from engine.runtime.gradient_buffer import Gradient
+from engine.runtime.gradient_buffer import GradientBuffer
 from engine.runtime.lr_schedule import learning_rate
 from engine.runtime.optimizer import TaskOptimizer, step_all
 from engine.task import TaskSpec, Training
 
 
 @dataclass(frozen=True)
-class Assignment:
+class TaskAssignment:
     """A task as an executor is to hold it: `num_steps` in all, `step` done, and the attempt that may commit it."""
 
     task: str
     spec: TaskSpec
     num_steps: int
-    attempt_epoch: int = 0
+    attempt: int = 0
     step: int = 0
 
 
 @dataclass
-class Gathered:
+class StepAccumulator:
     """What the microbatches of the step in flight have added up to."""
 
     loss: float = 0.0
@@ -47,19 +47,19 @@ class Gathered:
     alone: list[Microbatch] = field(default_factory=list)  # the task's own ranges, where the step is to be verified
 
 
-class TaskRun:
+class TaskTrainingState:
     """Raises InvalidInputError if what the task's method names does not exist on the backbone."""
 
-    def __init__(self, assignment: Assignment, backbone: Backbone) -> None:
+    def __init__(self, assignment: TaskAssignment, backbone: Backbone) -> None:
         self.assignment = assignment
         self.training: Training = assignment.spec.training
         self.step = assignment.step
-        self.gathered = Gathered()
+        self.gathered = StepAccumulator()
         method = assignment.spec.method
         self.shapes = method.shapes(backbone.sites)
         size = sum(math.prod(shape) for tensors in self.shapes.values() for shape in tensors.values())
         self.parameters_P = torch.nn.Parameter(torch.zeros(size, device=backbone.device))
-        self.gradient = Gradient(size, backbone.device)
+        self.gradient = GradientBuffer(size, backbone.device)
         self.parameters_P.grad = self.gradient.values_P
         self.tensors, parts = self._views(method)
         ops = [backbone.mounted[name].op for name in self.shapes]
@@ -76,7 +76,7 @@ class TaskRun:
         learning rate, the parameters that share it.
         """
         sizes = {f"{site}.{key}": shape for site, keys in self.shapes.items() for key, shape in keys.items()}
-        factors = {name: method.rate_factor(name.rpartition(".")[2]) for name in sizes}
+        factors = {name: method.lr_multiplier(name.rpartition(".")[2]) for name in sizes}
         views, parts, start = {}, {}, 0
         for factor in dict.fromkeys(factors.values()):
             first = start
@@ -108,7 +108,7 @@ class TaskRun:
     def restart_step(self) -> None:
         """Forgets what the step in flight has gathered: its microbatches will come again."""
         self.gradient.clear()
-        self.gathered = Gathered()
+        self.gathered = StepAccumulator()
 
     def num_bytes(self) -> int:
         """Parameters, gradients, optimizer state and what the method holds frozen, as allocated."""
@@ -117,7 +117,7 @@ class TaskRun:
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
-def take_steps(runs: Sequence[TaskRun]) -> list[tuple[float, float] | NonFiniteError]:
+def take_steps(runs: Sequence[TaskTrainingState]) -> list[tuple[float, float] | NonFiniteError]:
     """Clip, optimizer and schedule of all tasks at once: (learning rate, gradient norm before clipping) of each.
 
     Or, where the loss or the gradient is NaN or Inf, the error that ends this task; nothing of it is written then.
@@ -128,7 +128,7 @@ def take_steps(runs: Sequence[TaskRun]) -> list[tuple[float, float] | NonFiniteE
     return [_stepped(run, rate, norm) for run, rate, norm in zip(runs, rates, norms, strict=True)]
 
 
-def _stepped(run: TaskRun, rate: float, norm: float) -> tuple[float, float] | NonFiniteError:
+def _stepped(run: TaskTrainingState, rate: float, norm: float) -> tuple[float, float] | NonFiniteError:
     if not (math.isfinite(norm) and math.isfinite(run.gathered.loss)):
         return NonFiniteError(
             f"step {run.step + 1}: loss {run.gathered.loss}, gradient norm {norm}; lower the learning rate or "

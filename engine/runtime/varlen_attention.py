@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from engine.kernels.launch import sent
+from engine.kernels.launch import to_device
 
 Masks = dict[tuple[int, int, int | None], torch.Tensor]  # by length, prefix and window
 FLASH = "flash attention"  # the path of a call
@@ -32,7 +32,7 @@ class Shared:
         """(bounds [S + 1] int32, tokens of the longest segment), once; the device is not waited for."""
         if self.bounds is None:
             longest = max(end - start for start, end in itertools.pairwise(cu_seqlens))
-            self.bounds = sent(torch.tensor(cu_seqlens, dtype=torch.int32), device), longest
+            self.bounds = to_device(torch.tensor(cu_seqlens, dtype=torch.int32), device), longest
         return self.bounds
 
 

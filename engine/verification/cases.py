@@ -8,10 +8,22 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from engine.alignment.dataset import TokenizedDataset
-from engine.alignment.packing import Member
-from engine.methods import Activation, Bottleneck, Ia3, Lora, LoraBias, Miss, Placement, Prefix, Prompt, Selective, Vera
+from engine.alignment.packing import PackedTask
+from engine.methods import (
+    Activation,
+    Bottleneck,
+    BottleneckPlacement,
+    Ia3,
+    Lora,
+    LoraBias,
+    Miss,
+    Prefix,
+    Prompt,
+    Selective,
+    Vera,
+)
 from engine.methods.base import Method
-from engine.runtime.task_state import Assignment
+from engine.runtime.task_state import TaskAssignment
 from engine.task import LrSchedule, Optimizer, TaskSpec, Training
 
 _ALL = ("all-linear",)
@@ -28,7 +40,7 @@ METHODS: dict[str, Method] = {
     "prompt": Prompt(5),
     "prefix": Prefix(6),
     "houlsby": Bottleneck(8, ("self_attn", "mlp")),
-    "parallel": Bottleneck(3, ("mlp",), Placement.PARALLEL, Activation.GELU, scale=0.5),
+    "parallel": Bottleneck(3, ("mlp",), BottleneckPlacement.PARALLEL, Activation.GELU, scale=0.5),
     "bitfit": Selective(("all-biases",)),
 }
 # Low enough that training does not multiply rounding: at ten times these, HF PEFT in float32 is 1e-4 and more from
@@ -68,14 +80,14 @@ def small_backbone() -> Any:
     return model.eval()
 
 
-def tasks(names: list[str], num_steps: int, vocab: int, **options: Any) -> Iterator[tuple[Assignment, Member]]:
+def tasks(names: list[str], num_steps: int, vocab: int, **options: Any) -> Iterator[tuple[TaskAssignment, PackedTask]]:
     """One task of each method, with data of its own: what the executor holds, what alignment packs."""
     for seed, name in enumerate(names):
         training = Training(num_steps=num_steps, global_batch_size=4, seed=seed, max_grad_norm=1.0, **options)
         spec = TaskSpec("verified", METHODS[name], "made up", training)
         dataset = _dataset(_LENGTHS[seed % len(_LENGTHS)], seed, vocab)
-        member = Member(name, dataset, training, num_steps, 0, spec.method.num_virtual_tokens)
-        yield Assignment(name, spec, num_steps), member
+        member = PackedTask(name, dataset, training, num_steps, 0, spec.method.num_virtual_tokens)
+        yield TaskAssignment(name, spec, num_steps), member
 
 
 def _dataset(lengths: tuple[int, ...], seed: int, vocab: int) -> TokenizedDataset:

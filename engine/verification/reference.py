@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import get_scheduler
 
 from engine.alignment.microbatch import IGNORE
-from engine.alignment.packing import Member
+from engine.alignment.packing import PackedTask
 from engine.task import LrSchedule, Optimizer
 from engine.verification import plain
 
@@ -27,7 +27,7 @@ def in_peft(folder: Path) -> bool:
     return not config["peft_type"].startswith("MUXTUNE_")
 
 
-def train_alone(model: Any, folder: Path, member: Member) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train_alone(model: Any, folder: Path, member: PackedTask) -> tuple[list[float], dict[str, torch.Tensor]]:
     """(loss of each step, the adapter's tensors as its file names them), from the adapter in `folder`."""
     model = copy.deepcopy(model)
     if in_peft(folder):
@@ -39,7 +39,7 @@ def train_alone(model: Any, folder: Path, member: Member) -> tuple[list[float], 
     return losses, {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def _losses(model: Any, member: Member) -> list[float]:
+def _losses(model: Any, member: PackedTask) -> list[float]:
     """Of each step, trained as anyone would: micro batches, clip, optimizer, schedule."""
     training, parameters = member.training, [p for p in model.parameters() if p.requires_grad]
     optimizer = _optimizer(parameters, member)
@@ -74,14 +74,14 @@ def _trainable(model: Any, folder: Path) -> Any:
     return peft_model
 
 
-def _optimizer(parameters: list[torch.nn.Parameter], member: Member) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[torch.nn.Parameter], member: PackedTask) -> torch.optim.Optimizer:
     t = member.training
     if t.optimizer is Optimizer.SGD:
         return torch.optim.SGD(parameters, t.learning_rate, momentum=t.momentum, weight_decay=t.weight_decay)
     return torch.optim.AdamW(parameters, t.learning_rate, (t.beta1, t.beta2), t.epsilon, t.weight_decay)
 
 
-def _loss_sum(model: Any, member: Member, rows: list[int]) -> torch.Tensor:
+def _loss_sum(model: Any, member: PackedTask, rows: list[int]) -> torch.Tensor:
     """Over the targets of the rows; the first token of a row is one only if virtual tokens stand before it."""
     pairs = [member.dataset.row(row) for row in rows]
     longest = max(len(ids) for ids, _ in pairs)

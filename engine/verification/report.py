@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from engine.alignment.packing import Member, rounds
+from engine.alignment.packing import PackedTask, rounds
 from engine.errors import InvalidInputError
 from engine.results import StepResult
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
-from engine.runtime.task_state import Assignment
+from engine.runtime.task_state import TaskAssignment
 from engine.verification.cases import METHODS, OPTIONS, tasks
 from engine.verification.reference import in_peft, train_alone
 
@@ -90,7 +90,7 @@ def compare(model: Any, names: list[str], num_steps: int) -> Iterator[Finding]:
                 yield _finding(name, "muxtune alone", options, losses[name], exported, own, weights)
 
 
-def _train(model: Any, pairs: list[tuple[Assignment, Member]], before: Path, after: Path) -> Losses:
+def _train(model: Any, pairs: list[tuple[TaskAssignment, PackedTask]], before: Path, after: Path) -> Losses:
     """Losses of each step by task; the adapters are exported before and after."""
     executor = Executor(Backbone(copy.deepcopy(model)))
     losses: Losses = {}

@@ -152,7 +152,7 @@ def simulate(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class _PlanRpc:
     """The service's methods, with the mesh secret and a deadline."""
 
     stub: scheduling_pb2_grpc.SchedulingServiceStub
@@ -163,9 +163,9 @@ class _Call:
 
 
 @contextmanager
-def _scheduling(data: Path) -> Iterator[_Call]:
+def _scheduling(data: Path) -> Iterator[_PlanRpc]:
     with operator_channel(data, "scheduling") as (channel, metadata), raising():
-        yield _Call(scheduling_pb2_grpc.SchedulingServiceStub(channel), metadata)
+        yield _PlanRpc(scheduling_pb2_grpc.SchedulingServiceStub(channel), metadata)
 
 
 def _profile(data: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ _LINES_SECONDS = 5.0
 
 
 @dataclass
-class Job:
+class DemoTask:
     """One task of the demo. `after_step` of the first job starts a late one; `cancel_at` cancels it there."""
 
     tenant: str
@@ -48,7 +48,7 @@ class Job:
     task: task_pb2.Task = field(default_factory=task_pb2.Task)
 
 
-def jobs() -> list[Job]:
+def jobs() -> list[DemoTask]:
     """Ranks 4 to 32, different targets, rates, batches and lengths."""
     ticket = "Ticket: the parcel with a bike lamp is late.\nQueue:"
     question = "Hello, the courier left a rain cape in the rain. What now?"
@@ -71,12 +71,12 @@ def jobs() -> list[Job]:
         return task_pb2.Lora(rank=rank, alpha=2 * rank, target_modules=targets)
 
     return [
-        Job("harbour", "labels", "ticket_labels", lora(4, "q_proj", "v_proj"), training(3e-3, 24, 4, 32), ticket),
-        Job("harbour", "replies", "support_replies", lora(16, "q_proj", "k_proj", "v_proj", "o_proj"),
+        DemoTask("harbour", "labels", "ticket_labels", lora(4, "q_proj", "v_proj"), training(3e-3, 24, 4, 32), ticket),
+        DemoTask("harbour", "replies", "support_replies", lora(16, "q_proj", "k_proj", "v_proj", "o_proj"),
             training(2e-3, 16, 4, 128), question, is_chat=True),
-        Job("meadow", "notes", "release_notes", lora(32, "all-linear"), training(1e-3, 10, 2, 192), note),
-        Job("meadow", "stopped", "release_notes", lora(8, "down_proj"), training(1e-3, 200, 2, 128), note, cancel_at=6),
-        Job("quarry", "late", "support_replies", lora(8, "gate_proj", "up_proj", "down_proj"),
+        DemoTask("meadow", "notes", "release_notes", lora(32, "all-linear"), training(1e-3, 10, 2, 192), note),
+        DemoTask("meadow", "stopped", "release_notes", lora(8, "down_proj"), training(1e-3, 200, 2, 128), note,
+        cancel_at=6), DemoTask("quarry", "late", "support_replies", lora(8, "gate_proj", "up_proj", "down_proj"),
             training(2e-3, 12, 2, 96), question, is_chat=True, after_step=4),
     ]  # fmt: skip
 
@@ -117,7 +117,7 @@ def _forget_last_time(data: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _train(mesh: Mesh, clients: dict[str, Client], work: list[Job]) -> execution_pb2.DescribeExecutorResponse:
+def _train(mesh: Mesh, clients: dict[str, Client], work: list[DemoTask]) -> execution_pb2.DescribeExecutorResponse:
     """Creates, follows and cancels tasks; what the executor measured while most were resident."""
     uploaded: dict[tuple[str, str], str] = {}
     waiting = list(work)
@@ -139,7 +139,7 @@ def _train(mesh: Mesh, clients: dict[str, Client], work: list[Job]) -> execution
             threading.Event().wait(0.5)
 
 
-def _create(client: Client, job: Job, uploaded: dict[tuple[str, str], str]) -> None:
+def _create(client: Client, job: DemoTask, uploaded: dict[tuple[str, str], str]) -> None:
     key = (job.tenant, job.dataset)
     if key not in uploaded:
         uploaded[key] = client.upload_dataset(EXAMPLES / f"{job.dataset}.jsonl", job.dataset.replace("_", "-")).name
@@ -149,7 +149,7 @@ def _create(client: Client, job: Job, uploaded: dict[tuple[str, str], str]) -> N
     job.task = client.create_task(spec, job.id)
 
 
-def _follow(client: Client, job: Job) -> None:
+def _follow(client: Client, job: DemoTask) -> None:
     if not _is_over(job):
         job.task = client.get_task(job.task.name)
     is_running = job.task.state == task_pb2.TASK_STATE_RUNNING
@@ -164,7 +164,7 @@ def _describe(mesh: Mesh) -> execution_pb2.DescribeExecutorResponse:
         return stub.DescribeExecutor(request, timeout=30)
 
 
-def _is_over(job: Job) -> bool:
+def _is_over(job: DemoTask) -> bool:
     return job.task.state in (
         task_pb2.TASK_STATE_SUCCEEDED,
         task_pb2.TASK_STATE_FAILED,
@@ -172,7 +172,7 @@ def _is_over(job: Job) -> bool:
     )
 
 
-def _answers(mesh: Mesh, data: Path, work: list[Job]) -> list[dict[str, object]]:
+def _answers(mesh: Mesh, data: Path, work: list[DemoTask]) -> list[dict[str, object]]:
     request = {
         "backbone": str(mesh.backbone_folder(DEFAULT_BACKBONE)),
         "jobs": [
@@ -189,7 +189,7 @@ def _answers(mesh: Mesh, data: Path, work: list[Job]) -> list[dict[str, object]]
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[list[Job]], None]]:
+def _progress() -> Iterator[Callable[[list[DemoTask]], None]]:
     """A table that lives on a terminal; elsewhere a line for each task that moved, every few seconds."""
     if console.is_terminal:
         with Live(console=console, refresh_per_second=2) as live:
@@ -198,7 +198,7 @@ def _progress() -> Iterator[Callable[[list[Job]], None]]:
     told: dict[str, str] = {}
     last = [0.0]
 
-    def print_lines(work: list[Job]) -> None:
+    def print_lines(work: list[DemoTask]) -> None:
         if time.monotonic() - last[0] < _LINES_SECONDS and not all(map(_is_over, work)):
             return
         last[0] = time.monotonic()
@@ -211,7 +211,7 @@ def _progress() -> Iterator[Callable[[list[Job]], None]]:
     yield print_lines
 
 
-def _progress_cells(job: Job) -> tuple[str, ...]:
+def _progress_cells(job: DemoTask) -> tuple[str, ...]:
     progress = job.task.progress
     return (
         f"{job.tenant}/{job.id}",
@@ -223,7 +223,7 @@ def _progress_cells(job: Job) -> tuple[str, ...]:
     )
 
 
-def _progress_table(work: list[Job]) -> Table:
+def _progress_table(work: list[DemoTask]) -> Table:
     table = Table(title="five tasks, one backbone", title_justify="left")
     for column in ("task", "state", "step", "loss", "effective", "left"):
         table.add_column(column, no_wrap=True)
@@ -233,7 +233,7 @@ def _progress_table(work: list[Job]) -> Table:
 
 
 def _report(
-    work: list[Job],
+    work: list[DemoTask],
     answers: list[dict[str, object]],
     resident: execution_pb2.DescribeExecutorResponse,
     data: Path,
@@ -280,7 +280,7 @@ def _from_to(first: float, last: float) -> str:
     return f"{first:.2f} -> {last:.2f}" if last != first else f"{first:.2f}"
 
 
-def _problems(work: list[Job], answers: list[dict[str, object]]) -> list[str]:
+def _problems(work: list[DemoTask], answers: list[dict[str, object]]) -> list[str]:
     found = []
     for job in work:
         wanted = task_pb2.TASK_STATE_CANCELLED if job.cancel_at else task_pb2.TASK_STATE_SUCCEEDED

@@ -53,7 +53,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 13
     """RESOURCE_EXHAUSTED: too much at once; RetryInfo says when to come back."""
     ERROR_REASON_STALE_EPOCH: _ErrorReason.ValueType  # 14
-    """ABORTED: the writer's attempt epoch or plan version was superseded; what it sent does not count."""
+    """ABORTED: the writer's attempt, lease, leader term or plan version was superseded; what it sent does not count."""
     ERROR_REASON_LEASE_LOST: _ErrorReason.ValueType  # 15
     """ABORTED: the executor's lease ended or belongs to another incarnation."""
     ERROR_REASON_UNAVAILABLE: _ErrorReason.ValueType  # 16
@@ -106,7 +106,7 @@ ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 12
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 13
 """RESOURCE_EXHAUSTED: too much at once; RetryInfo says when to come back."""
 ERROR_REASON_STALE_EPOCH: ErrorReason.ValueType  # 14
-"""ABORTED: the writer's attempt epoch or plan version was superseded; what it sent does not count."""
+"""ABORTED: the writer's attempt, lease, leader term or plan version was superseded; what it sent does not count."""
 ERROR_REASON_LEASE_LOST: ErrorReason.ValueType  # 15
 """ABORTED: the executor's lease ended or belongs to another incarnation."""
 ERROR_REASON_UNAVAILABLE: ErrorReason.ValueType  # 16

@@ -23,17 +23,17 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class RunPlanRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    LEASE_EPOCH_FIELD_NUMBER: _builtins.int
+    LEASE_TERM_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGED_SEQUENCE_FIELD_NUMBER: _builtins.int
     STALE_TASKS_FIELD_NUMBER: _builtins.int
-    LEADER_EPOCH_FIELD_NUMBER: _builtins.int
-    lease_epoch: _builtins.int
+    LEADER_TERM_FIELD_NUMBER: _builtins.int
+    lease_term: _builtins.int
     """First message: the lease as scheduling knows it."""
     acknowledged_sequence: _builtins.int
     """All messages up to this sequence are in the ledger."""
-    leader_epoch: _builtins.int
-    """First message: the epoch in which the caller leads. ABORTED / STALE_EPOCH below one that was heard before."""
+    leader_term: _builtins.int
+    """First message: the term in which the caller leads. ABORTED / SUPERSEDED below one that was heard before."""
     @_builtins.property
     def plan(self) -> _plan_pb2.ExecutorPlan:
         """Unset: only an acknowledgement."""
@@ -45,15 +45,15 @@ class RunPlanRequest(_message.Message):
     def __init__(
         self,
         *,
-        lease_epoch: _builtins.int = ...,
+        lease_term: _builtins.int = ...,
         plan: _plan_pb2.ExecutorPlan | None = ...,
         acknowledged_sequence: _builtins.int = ...,
         stale_tasks: _abc.Iterable[_builtins.str] | None = ...,
-        leader_epoch: _builtins.int = ...,
+        leader_term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "leader_epoch", b"leader_epoch", "lease_epoch", b"lease_epoch", "plan", b"plan", "stale_tasks", b"stale_tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "leader_term", b"leader_term", "lease_term", b"lease_term", "plan", b"plan", "stale_tasks", b"stale_tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

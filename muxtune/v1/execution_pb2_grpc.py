@@ -68,9 +68,9 @@ class ExecutionServiceServicer:
     def RunPlan(self, request_iterator, context):
         """Lifecycle: scheduling opens the stream, sends a plan, then a new one at every change, and acknowledges results once
         the ledger has them. The executor adopts a plan at a round boundary with no backbone reload, and streams results.
-        One stream at a time: a new one replaces the old, which ends with ABORTED / STALE_EPOCH. When the stream breaks the
-        executor finishes its round and pauses, holding its tasks until a new stream's plan names them with the same epoch or
-        its lease ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_epoch` is
+        One stream at a time: a new one replaces the old, which ends with ABORTED / SUPERSEDED. When the stream breaks the
+        executor finishes its round and pauses, holding its tasks until a new stream's plan names them with the same attempt or
+        its lease ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_term` is
         not the executor's. When the executor drains it sends the last results and, once they are acknowledged, ends with OK.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -39,9 +39,9 @@ class ExecutionServiceStub:
     RunPlan: _grpc.StreamStreamMultiCallable[_execution_pb2.RunPlanRequest, _execution_pb2.RunPlanResponse]
     """Lifecycle: scheduling opens the stream, sends a plan, then a new one at every change, and acknowledges results once
     the ledger has them. The executor adopts a plan at a round boundary with no backbone reload, and streams results.
-    One stream at a time: a new one replaces the old, which ends with ABORTED / STALE_EPOCH. When the stream breaks the
-    executor finishes its round and pauses, holding its tasks until a new stream's plan names them with the same epoch or
-    its lease ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_epoch` is
+    One stream at a time: a new one replaces the old, which ends with ABORTED / SUPERSEDED. When the stream breaks the
+    executor finishes its round and pauses, holding its tasks until a new stream's plan names them with the same attempt or
+    its lease ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_term` is
     not the executor's. When the executor drains it sends the last results and, once they are acknowledged, ends with OK.
     """
     ExportAdapter: _grpc.UnaryUnaryMultiCallable[_execution_pb2.ExportAdapterRequest, _execution_pb2.ExportAdapterResponse]
@@ -63,9 +63,9 @@ class ExecutionServiceAsyncStub(ExecutionServiceStub):
     RunPlan: _aio.StreamStreamMultiCallable[_execution_pb2.RunPlanRequest, _execution_pb2.RunPlanResponse]  # type: ignore[assignment]
     """Lifecycle: scheduling opens the stream, sends a plan, then a new one at every change, and acknowledges results once
     the ledger has them. The executor adopts a plan at a round boundary with no backbone reload, and streams results.
-    One stream at a time: a new one replaces the old, which ends with ABORTED / STALE_EPOCH. When the stream breaks the
-    executor finishes its round and pauses, holding its tasks until a new stream's plan names them with the same epoch or
-    its lease ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_epoch` is
+    One stream at a time: a new one replaces the old, which ends with ABORTED / SUPERSEDED. When the stream breaks the
+    executor finishes its round and pauses, holding its tasks until a new stream's plan names them with the same attempt or
+    its lease ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_term` is
     not the executor's. When the executor drains it sends the last results and, once they are acknowledged, ends with OK.
     """
     ExportAdapter: _aio.UnaryUnaryMultiCallable[_execution_pb2.ExportAdapterRequest, _execution_pb2.ExportAdapterResponse]  # type: ignore[assignment]
@@ -90,9 +90,9 @@ class ExecutionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_execution_pb2.RunPlanResponse], _abc.AsyncIterator[_execution_pb2.RunPlanResponse]]:
         """Lifecycle: scheduling opens the stream, sends a plan, then a new one at every change, and acknowledges results once
         the ledger has them. The executor adopts a plan at a round boundary with no backbone reload, and streams results.
-        One stream at a time: a new one replaces the old, which ends with ABORTED / STALE_EPOCH. When the stream breaks the
-        executor finishes its round and pauses, holding its tasks until a new stream's plan names them with the same epoch or
-        its lease ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_epoch` is
+        One stream at a time: a new one replaces the old, which ends with ABORTED / SUPERSEDED. When the stream breaks the
+        executor finishes its round and pauses, holding its tasks until a new stream's plan names them with the same attempt or
+        its lease ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_term` is
         not the executor's. When the executor drains it sends the last results and, once they are acknowledged, ends with OK.
         """
 

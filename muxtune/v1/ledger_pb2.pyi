@@ -175,31 +175,31 @@ class CommitPlanRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EXECUTOR_FIELD_NUMBER: _builtins.int
-    LEASE_EPOCH_FIELD_NUMBER: _builtins.int
+    LEASE_TERM_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     STARTS_FIELD_NUMBER: _builtins.int
-    LEADER_EPOCH_FIELD_NUMBER: _builtins.int
+    LEADER_TERM_FIELD_NUMBER: _builtins.int
     executor: _builtins.str
-    lease_epoch: _builtins.int
+    lease_term: _builtins.int
     version: _builtins.int
-    leader_epoch: _builtins.int
+    leader_term: _builtins.int
     """As LeadScheduling answered; 0: nobody has ever led."""
     @_builtins.property
     def starts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttemptStart]:
-        """New on this executor; tasks that stay keep their epoch."""
+        """New on this executor; tasks that stay keep their attempt."""
 
     def __init__(
         self,
         *,
         executor: _builtins.str = ...,
-        lease_epoch: _builtins.int = ...,
+        lease_term: _builtins.int = ...,
         version: _builtins.int = ...,
         starts: _abc.Iterable[Global___AttemptStart] | None = ...,
-        leader_epoch: _builtins.int = ...,
+        leader_term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor", b"executor", "leader_epoch", b"leader_epoch", "lease_epoch", b"lease_epoch", "starts", b"starts", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor", b"executor", "leader_term", b"leader_term", "lease_term", b"lease_term", "starts", b"starts", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -210,19 +210,19 @@ class AttemptStart(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TASK_FIELD_NUMBER: _builtins.int
-    EXPECTED_EPOCH_FIELD_NUMBER: _builtins.int
+    EXPECTED_ATTEMPT_FIELD_NUMBER: _builtins.int
     task: _builtins.str
-    expected_epoch: _builtins.int
-    """The epoch seen in the snapshot."""
+    expected_attempt: _builtins.int
+    """The attempt seen in the snapshot."""
     def __init__(
         self,
         *,
         task: _builtins.str = ...,
-        expected_epoch: _builtins.int = ...,
+        expected_attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_epoch", b"expected_epoch", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_attempt", b"expected_attempt", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -232,19 +232,19 @@ Global___AttemptStart: _TypeAlias = AttemptStart  # noqa: Y015
 class CommitPlanResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    ATTEMPT_EPOCHS_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def attempt_epochs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+    def attempts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """In the order of the request's starts."""
 
     def __init__(
         self,
         *,
-        attempt_epochs: _abc.Iterable[_builtins.int] | None = ...,
+        attempts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_epochs", b"attempt_epochs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -255,22 +255,22 @@ class CommitResultsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EXECUTOR_FIELD_NUMBER: _builtins.int
-    LEASE_EPOCH_FIELD_NUMBER: _builtins.int
+    LEASE_TERM_FIELD_NUMBER: _builtins.int
     RESULTS_FIELD_NUMBER: _builtins.int
     executor: _builtins.str
-    lease_epoch: _builtins.int
+    lease_term: _builtins.int
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[_plan_pb2.TaskResult]: ...
     def __init__(
         self,
         *,
         executor: _builtins.str = ...,
-        lease_epoch: _builtins.int = ...,
+        lease_term: _builtins.int = ...,
         results: _abc.Iterable[_plan_pb2.TaskResult] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor", b"executor", "lease_epoch", b"lease_epoch", "results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor", b"executor", "lease_term", b"lease_term", "results", b"results"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -334,21 +334,21 @@ class LeadSchedulingResponse(_message.Message):
 
     LEADER_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
-    EPOCH_FIELD_NUMBER: _builtins.int
+    LEADER_TERM_FIELD_NUMBER: _builtins.int
     leader: _builtins.str
     """Empty: nobody, the caller has resigned."""
     incarnation: _builtins.str
-    epoch: _builtins.int
+    leader_term: _builtins.int
     def __init__(
         self,
         *,
         leader: _builtins.str = ...,
         incarnation: _builtins.str = ...,
-        epoch: _builtins.int = ...,
+        leader_term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "incarnation", b"incarnation", "leader", b"leader"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "leader", b"leader", "leader_term", b"leader_term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -429,16 +429,16 @@ Global___PutLeaseRequest: _TypeAlias = PutLeaseRequest  # noqa: Y015
 class PutLeaseResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    LEASE_EPOCH_FIELD_NUMBER: _builtins.int
-    lease_epoch: _builtins.int
+    LEASE_TERM_FIELD_NUMBER: _builtins.int
+    lease_term: _builtins.int
     def __init__(
         self,
         *,
-        lease_epoch: _builtins.int = ...,
+        lease_term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_epoch", b"lease_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_term", b"lease_term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

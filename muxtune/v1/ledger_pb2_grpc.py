@@ -110,8 +110,8 @@ class LedgerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CommitPlan(self, request, context):
-        """Records the plan of one executor and starts new attempts in one transaction: each task named gets epoch + 1, becomes
-        RUNNING (a CANCELLING one stays so). ABORTED / STALE_EPOCH: a plan of this or a later version exists, a task's epoch
+        """Records the plan of one executor and starts new attempts in one transaction: each task named gets attempt + 1, becomes
+        RUNNING (a CANCELLING one stays so). ABORTED / SUPERSEDED: a plan of this or a later version exists, a task's attempt
         is not the one expected, or it is final, or another scheduler leads; ABORTED / LEASE_LOST: the executor's lease is
         not the one named. Nothing is stored then: take a new snapshot.
         """
@@ -120,7 +120,7 @@ class LedgerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CommitResults(self, request, context):
-        """Commits results in order, in one transaction. Each counts only if its attempt epoch is current (and its step new);
+        """Commits results in order, in one transaction. Each counts only if its attempt is current (and its step new);
         the answer says which did not. Sending again is safe: what is recorded is skipped.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -129,7 +129,7 @@ class LedgerServiceServicer:
 
     def LeadScheduling(self, request, context):
         """One scheduler leads. Who asks while nobody does, or the leader's lease has run out, leads from then on under a new
-        epoch; the leader asks again every third of the duration to go on, and with a duration of 0 to resign. The answer
+        term; the leader asks again every third of the duration to go on, and with a duration of 0 to resign. The answer
         tells who leads: another stands by and asks again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -137,7 +137,7 @@ class LedgerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RevokeAttempts(self, request, context):
-        """Takes attempts from their executor (lost, or its stream broke): RUNNING becomes QUEUED. The epoch grows, so that
+        """Takes attempts from their executor (lost, or its stream broke): RUNNING becomes QUEUED. The attempt grows, so that
         nothing the old executor still sends can count.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -145,7 +145,7 @@ class LedgerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PutLease(self, request, context):
-        """First call of an incarnation gets a new lease epoch (and revokes the attempts of the one before); later calls renew.
+        """First call of an incarnation gets a new lease term (and revokes the attempts of the one before); later calls renew.
         ABORTED / LEASE_LOST: another incarnation holds the name, or this one was superseded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -45,26 +45,26 @@ class LedgerServiceStub:
     GetSnapshot: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.GetSnapshotRequest, _ledger_pb2.GetSnapshotResponse]
     """Everything a scheduling cycle needs, read in one transaction."""
     CommitPlan: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.CommitPlanRequest, _ledger_pb2.CommitPlanResponse]
-    """Records the plan of one executor and starts new attempts in one transaction: each task named gets epoch + 1, becomes
-    RUNNING (a CANCELLING one stays so). ABORTED / STALE_EPOCH: a plan of this or a later version exists, a task's epoch
+    """Records the plan of one executor and starts new attempts in one transaction: each task named gets attempt + 1, becomes
+    RUNNING (a CANCELLING one stays so). ABORTED / SUPERSEDED: a plan of this or a later version exists, a task's attempt
     is not the one expected, or it is final, or another scheduler leads; ABORTED / LEASE_LOST: the executor's lease is
     not the one named. Nothing is stored then: take a new snapshot.
     """
     CommitResults: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.CommitResultsRequest, _ledger_pb2.CommitResultsResponse]
-    """Commits results in order, in one transaction. Each counts only if its attempt epoch is current (and its step new);
+    """Commits results in order, in one transaction. Each counts only if its attempt is current (and its step new);
     the answer says which did not. Sending again is safe: what is recorded is skipped.
     """
     LeadScheduling: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.LeadSchedulingRequest, _ledger_pb2.LeadSchedulingResponse]
     """One scheduler leads. Who asks while nobody does, or the leader's lease has run out, leads from then on under a new
-    epoch; the leader asks again every third of the duration to go on, and with a duration of 0 to resign. The answer
+    term; the leader asks again every third of the duration to go on, and with a duration of 0 to resign. The answer
     tells who leads: another stands by and asks again.
     """
     RevokeAttempts: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.RevokeAttemptsRequest, _ledger_pb2.RevokeAttemptsResponse]
-    """Takes attempts from their executor (lost, or its stream broke): RUNNING becomes QUEUED. The epoch grows, so that
+    """Takes attempts from their executor (lost, or its stream broke): RUNNING becomes QUEUED. The attempt grows, so that
     nothing the old executor still sends can count.
     """
     PutLease: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.PutLeaseRequest, _ledger_pb2.PutLeaseResponse]
-    """First call of an incarnation gets a new lease epoch (and revokes the attempts of the one before); later calls renew.
+    """First call of an incarnation gets a new lease term (and revokes the attempts of the one before); later calls renew.
     ABORTED / LEASE_LOST: another incarnation holds the name, or this one was superseded.
     """
     EndLease: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.EndLeaseRequest, _ledger_pb2.EndLeaseResponse]
@@ -91,26 +91,26 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     GetSnapshot: _aio.UnaryUnaryMultiCallable[_ledger_pb2.GetSnapshotRequest, _ledger_pb2.GetSnapshotResponse]  # type: ignore[assignment]
     """Everything a scheduling cycle needs, read in one transaction."""
     CommitPlan: _aio.UnaryUnaryMultiCallable[_ledger_pb2.CommitPlanRequest, _ledger_pb2.CommitPlanResponse]  # type: ignore[assignment]
-    """Records the plan of one executor and starts new attempts in one transaction: each task named gets epoch + 1, becomes
-    RUNNING (a CANCELLING one stays so). ABORTED / STALE_EPOCH: a plan of this or a later version exists, a task's epoch
+    """Records the plan of one executor and starts new attempts in one transaction: each task named gets attempt + 1, becomes
+    RUNNING (a CANCELLING one stays so). ABORTED / SUPERSEDED: a plan of this or a later version exists, a task's attempt
     is not the one expected, or it is final, or another scheduler leads; ABORTED / LEASE_LOST: the executor's lease is
     not the one named. Nothing is stored then: take a new snapshot.
     """
     CommitResults: _aio.UnaryUnaryMultiCallable[_ledger_pb2.CommitResultsRequest, _ledger_pb2.CommitResultsResponse]  # type: ignore[assignment]
-    """Commits results in order, in one transaction. Each counts only if its attempt epoch is current (and its step new);
+    """Commits results in order, in one transaction. Each counts only if its attempt is current (and its step new);
     the answer says which did not. Sending again is safe: what is recorded is skipped.
     """
     LeadScheduling: _aio.UnaryUnaryMultiCallable[_ledger_pb2.LeadSchedulingRequest, _ledger_pb2.LeadSchedulingResponse]  # type: ignore[assignment]
     """One scheduler leads. Who asks while nobody does, or the leader's lease has run out, leads from then on under a new
-    epoch; the leader asks again every third of the duration to go on, and with a duration of 0 to resign. The answer
+    term; the leader asks again every third of the duration to go on, and with a duration of 0 to resign. The answer
     tells who leads: another stands by and asks again.
     """
     RevokeAttempts: _aio.UnaryUnaryMultiCallable[_ledger_pb2.RevokeAttemptsRequest, _ledger_pb2.RevokeAttemptsResponse]  # type: ignore[assignment]
-    """Takes attempts from their executor (lost, or its stream broke): RUNNING becomes QUEUED. The epoch grows, so that
+    """Takes attempts from their executor (lost, or its stream broke): RUNNING becomes QUEUED. The attempt grows, so that
     nothing the old executor still sends can count.
     """
     PutLease: _aio.UnaryUnaryMultiCallable[_ledger_pb2.PutLeaseRequest, _ledger_pb2.PutLeaseResponse]  # type: ignore[assignment]
-    """First call of an incarnation gets a new lease epoch (and revokes the attempts of the one before); later calls renew.
+    """First call of an incarnation gets a new lease term (and revokes the attempts of the one before); later calls renew.
     ABORTED / LEASE_LOST: another incarnation holds the name, or this one was superseded.
     """
     EndLease: _aio.UnaryUnaryMultiCallable[_ledger_pb2.EndLeaseRequest, _ledger_pb2.EndLeaseResponse]  # type: ignore[assignment]
@@ -152,8 +152,8 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _ledger_pb2.CommitPlanRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.CommitPlanResponse, _abc.Awaitable[_ledger_pb2.CommitPlanResponse]]:
-        """Records the plan of one executor and starts new attempts in one transaction: each task named gets epoch + 1, becomes
-        RUNNING (a CANCELLING one stays so). ABORTED / STALE_EPOCH: a plan of this or a later version exists, a task's epoch
+        """Records the plan of one executor and starts new attempts in one transaction: each task named gets attempt + 1, becomes
+        RUNNING (a CANCELLING one stays so). ABORTED / SUPERSEDED: a plan of this or a later version exists, a task's attempt
         is not the one expected, or it is final, or another scheduler leads; ABORTED / LEASE_LOST: the executor's lease is
         not the one named. Nothing is stored then: take a new snapshot.
         """
@@ -164,7 +164,7 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _ledger_pb2.CommitResultsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.CommitResultsResponse, _abc.Awaitable[_ledger_pb2.CommitResultsResponse]]:
-        """Commits results in order, in one transaction. Each counts only if its attempt epoch is current (and its step new);
+        """Commits results in order, in one transaction. Each counts only if its attempt is current (and its step new);
         the answer says which did not. Sending again is safe: what is recorded is skipped.
         """
 
@@ -175,7 +175,7 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.LeadSchedulingResponse, _abc.Awaitable[_ledger_pb2.LeadSchedulingResponse]]:
         """One scheduler leads. Who asks while nobody does, or the leader's lease has run out, leads from then on under a new
-        epoch; the leader asks again every third of the duration to go on, and with a duration of 0 to resign. The answer
+        term; the leader asks again every third of the duration to go on, and with a duration of 0 to resign. The answer
         tells who leads: another stands by and asks again.
         """
 
@@ -185,7 +185,7 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _ledger_pb2.RevokeAttemptsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.RevokeAttemptsResponse, _abc.Awaitable[_ledger_pb2.RevokeAttemptsResponse]]:
-        """Takes attempts from their executor (lost, or its stream broke): RUNNING becomes QUEUED. The epoch grows, so that
+        """Takes attempts from their executor (lost, or its stream broke): RUNNING becomes QUEUED. The attempt grows, so that
         nothing the old executor still sends can count.
         """
 
@@ -195,7 +195,7 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _ledger_pb2.PutLeaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.PutLeaseResponse, _abc.Awaitable[_ledger_pb2.PutLeaseResponse]]:
-        """First call of an incarnation gets a new lease epoch (and revokes the attempts of the one before); later calls renew.
+        """First call of an incarnation gets a new lease term (and revokes the attempts of the one before); later calls renew.
         ABORTED / LEASE_LOST: another incarnation holds the name, or this one was superseded.
         """
 

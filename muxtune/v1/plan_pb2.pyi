@@ -101,7 +101,7 @@ class PlannedTask(_message.Message):
 
     TASK_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
-    ATTEMPT_EPOCH_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     NUM_STEPS_FIELD_NUMBER: _builtins.int
     RESUME_FROM_FIELD_NUMBER: _builtins.int
     INITIAL_ADAPTER_KEY_FIELD_NUMBER: _builtins.int
@@ -109,8 +109,8 @@ class PlannedTask(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     task: _builtins.str
     """tenants/{tenant}/tasks/{task}"""
-    attempt_epoch: _builtins.int
-    """The attempt this plan grants. An executor that holds the task with a lower epoch drops what it has and resumes."""
+    attempt: _builtins.int
+    """The attempt this plan grants. An executor that holds the task with a lower attempt drops what it has and resumes."""
     num_steps: _builtins.int
     """Optimizer steps in all."""
     initial_adapter_key: _builtins.str
@@ -130,7 +130,7 @@ class PlannedTask(_message.Message):
         *,
         task: _builtins.str = ...,
         spec: _task_pb2.TaskSpec | None = ...,
-        attempt_epoch: _builtins.int = ...,
+        attempt: _builtins.int = ...,
         num_steps: _builtins.int = ...,
         resume_from: _task_pb2.CheckpointCommitted | None = ...,
         initial_adapter_key: _builtins.str = ...,
@@ -139,7 +139,7 @@ class PlannedTask(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume_from", b"resume_from", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_epoch", b"attempt_epoch", "cancel", b"cancel", "initial_adapter_key", b"initial_adapter_key", "num_steps", b"num_steps", "resume_from", b"resume_from", "spec", b"spec", "task", b"task", "trace_parent", b"trace_parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancel", b"cancel", "initial_adapter_key", b"initial_adapter_key", "num_steps", b"num_steps", "resume_from", b"resume_from", "spec", b"spec", "task", b"task", "trace_parent", b"trace_parent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -275,14 +275,14 @@ Global___TaskExplanation: _TypeAlias = TaskExplanation  # noqa: Y015
 
 @_typing.final
 class TaskResult(_message.Message):
-    """What an executor says of one task. Counts only if `attempt_epoch` is the task's current one in admission's store
+    """What an executor says of one task. Counts only if `attempt` is the task's current one in admission's store
     and, for steps, evaluations and checkpoints, its step is not recorded yet.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TASK_FIELD_NUMBER: _builtins.int
-    ATTEMPT_EPOCH_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     STEP_DONE_FIELD_NUMBER: _builtins.int
     EVALUATED_FIELD_NUMBER: _builtins.int
     CHECKPOINT_COMMITTED_FIELD_NUMBER: _builtins.int
@@ -291,7 +291,7 @@ class TaskResult(_message.Message):
     RELEASED_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
     task: _builtins.str
-    attempt_epoch: _builtins.int
+    attempt: _builtins.int
     @_builtins.property
     def step_done(self) -> _task_pb2.StepDone: ...
     @_builtins.property
@@ -310,7 +310,7 @@ class TaskResult(_message.Message):
         self,
         *,
         task: _builtins.str = ...,
-        attempt_epoch: _builtins.int = ...,
+        attempt: _builtins.int = ...,
         step_done: _task_pb2.StepDone | None = ...,
         evaluated: _task_pb2.Evaluated | None = ...,
         checkpoint_committed: _task_pb2.CheckpointCommitted | None = ...,
@@ -321,7 +321,7 @@ class TaskResult(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint_committed", b"checkpoint_committed", "evaluated", b"evaluated", "failed", b"failed", "finished", b"finished", "released", b"released", "result", b"result", "resumed", b"resumed", "step_done", b"step_done"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_epoch", b"attempt_epoch", "checkpoint_committed", b"checkpoint_committed", "evaluated", b"evaluated", "failed", b"failed", "finished", b"finished", "released", b"released", "result", b"result", "resumed", b"resumed", "step_done", b"step_done", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint_committed", b"checkpoint_committed", "evaluated", b"evaluated", "failed", b"failed", "finished", b"finished", "released", b"released", "result", b"result", "resumed", b"resumed", "step_done", b"step_done", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["step_done", "evaluated", "checkpoint_committed", "finished", "failed", "released", "resumed"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
@@ -430,7 +430,7 @@ class Executor(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     BACKBONE_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
-    LEASE_EPOCH_FIELD_NUMBER: _builtins.int
+    LEASE_TERM_FIELD_NUMBER: _builtins.int
     LEASE_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     NUM_STAGES_FIELD_NUMBER: _builtins.int
@@ -440,7 +440,7 @@ class Executor(_message.Message):
     address: _builtins.str
     incarnation: _builtins.str
     """Made anew at each process start: a lease belongs to one incarnation."""
-    lease_epoch: _builtins.int
+    lease_term: _builtins.int
     draining: _builtins.bool
     num_stages: _builtins.int
     """Stages of its pipeline; 0: 1. Seconds from one stage to the next."""
@@ -459,7 +459,7 @@ class Executor(_message.Message):
         incarnation: _builtins.str = ...,
         backbone: Global___Backbone | None = ...,
         device: Global___Device | None = ...,
-        lease_epoch: _builtins.int = ...,
+        lease_term: _builtins.int = ...,
         lease_expire_time: _timestamp_pb2.Timestamp | None = ...,
         draining: _builtins.bool = ...,
         num_stages: _builtins.int = ...,
@@ -467,7 +467,7 @@ class Executor(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "device", b"device", "lease_expire_time", b"lease_expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "backbone", b"backbone", "device", b"device", "draining", b"draining", "hop_seconds", b"hop_seconds", "incarnation", b"incarnation", "lease_epoch", b"lease_epoch", "lease_expire_time", b"lease_expire_time", "name", b"name", "num_stages", b"num_stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "backbone", b"backbone", "device", b"device", "draining", b"draining", "hop_seconds", b"hop_seconds", "incarnation", b"incarnation", "lease_expire_time", b"lease_expire_time", "lease_term", b"lease_term", "name", b"name", "num_stages", b"num_stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -632,7 +632,7 @@ Global___Device: _TypeAlias = Device  # noqa: Y015
 class CostProfile(_message.Message):
     """seconds = fixed + token * max(T, knee) + square * sum of squared sequence lengths + target * target positions
       + module * adapted modules of all ranges + multiplication * the adapters' multiplications
-      + parameter * parameters stepped + segment * sequences, for a microbatch of T tokens. engine/planning/cost.py has it.
+      + parameter * parameters stepped + segment * sequences, for a microbatch of T tokens. engine/planning/cost/cost_model.py has it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -45,20 +45,20 @@ Global___RegisterExecutorRequest: _TypeAlias = RegisterExecutorRequest  # noqa: 
 class RegisterExecutorResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    LEASE_EPOCH_FIELD_NUMBER: _builtins.int
+    LEASE_TERM_FIELD_NUMBER: _builtins.int
     LEASE_DURATION_FIELD_NUMBER: _builtins.int
-    lease_epoch: _builtins.int
+    lease_term: _builtins.int
     @_builtins.property
     def lease_duration(self) -> _duration_pb2.Duration: ...
     def __init__(
         self,
         *,
-        lease_epoch: _builtins.int = ...,
+        lease_term: _builtins.int = ...,
         lease_duration: _duration_pb2.Duration | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease_duration", b"lease_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_duration", b"lease_duration", "lease_epoch", b"lease_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_duration", b"lease_duration", "lease_term", b"lease_term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -70,12 +70,12 @@ class KeepLeaseRequest(_message.Message):
 
     EXECUTOR_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
-    LEASE_EPOCH_FIELD_NUMBER: _builtins.int
+    LEASE_TERM_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     executor: _builtins.str
     incarnation: _builtins.str
-    lease_epoch: _builtins.int
+    lease_term: _builtins.int
     draining: _builtins.bool
     @_builtins.property
     def device(self) -> _plan_pb2.Device:
@@ -86,13 +86,13 @@ class KeepLeaseRequest(_message.Message):
         *,
         executor: _builtins.str = ...,
         incarnation: _builtins.str = ...,
-        lease_epoch: _builtins.int = ...,
+        lease_term: _builtins.int = ...,
         device: _plan_pb2.Device | None = ...,
         draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "draining", b"draining", "executor", b"executor", "incarnation", b"incarnation", "lease_epoch", b"lease_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "draining", b"draining", "executor", b"executor", "incarnation", b"incarnation", "lease_term", b"lease_term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -135,7 +135,7 @@ class Task(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     TRACE_PARENT_FIELD_NUMBER: _builtins.int
-    ATTEMPT_EPOCH_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """tenants/{tenant}/tasks/{task}"""
     state: Global___TaskState.ValueType
@@ -145,7 +145,7 @@ class Task(_message.Message):
     """
     trace_parent: _builtins.str
     """W3C traceparent of the CreateTask that made it: all later work joins that trace."""
-    attempt_epoch: _builtins.int
+    attempt: _builtins.int
     """How often it was started on an executor; each start supersedes the one before."""
     @_builtins.property
     def spec(self) -> Global___TaskSpec: ...
@@ -177,11 +177,11 @@ class Task(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         trace_parent: _builtins.str = ...,
-        attempt_epoch: _builtins.int = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "estimate", b"estimate", "failure", b"failure", "progress", b"progress", "spec", b"spec", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt_epoch", b"attempt_epoch", "create_time", b"create_time", "end_time", b"end_time", "estimate", b"estimate", "failure", b"failure", "name", b"name", "progress", b"progress", "spec", b"spec", "start_time", b"start_time", "state", b"state", "trace_parent", b"trace_parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "create_time", b"create_time", "end_time", b"end_time", "estimate", b"estimate", "failure", b"failure", "name", b"name", "progress", b"progress", "spec", b"spec", "start_time", b"start_time", "state", b"state", "trace_parent", b"trace_parent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -725,12 +725,12 @@ class StateChanged(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
-    ATTEMPT_EPOCH_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     state: Global___TaskState.ValueType
     message: _builtins.str
     """Why, in a sentence. The state may be the one before, where there is something to tell: a checkpoint was corrupt."""
     adapter: _builtins.str
-    attempt_epoch: _builtins.int
+    attempt: _builtins.int
     @_builtins.property
     def failure(self) -> _errors_pb2.TaskFailure: ...
     def __init__(
@@ -740,11 +740,11 @@ class StateChanged(_message.Message):
         message: _builtins.str = ...,
         failure: _errors_pb2.TaskFailure | None = ...,
         adapter: _builtins.str = ...,
-        attempt_epoch: _builtins.int = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt_epoch", b"attempt_epoch", "failure", b"failure", "message", b"message", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "failure", b"failure", "message", b"message", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

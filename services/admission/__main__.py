@@ -10,7 +10,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 
-from engine.planning.types import Limits
+from engine.planning.types import PlannerConfig
 from muxtune.v1 import (
     admission_pb2,
     admission_pb2_grpc,
@@ -26,23 +26,23 @@ from services.admission.api.oidc import Provider, TokenVerifier
 from services.admission.api.operator_rpcs import OperatorServicer
 from services.admission.api.servicer import AdmissionServicer, KeyServicer, LedgerServicer
 from services.admission.api.token_authenticator import authenticator
-from services.admission.cleanup.garbage_collection_loop import Sweeping
-from services.admission.cleanup.garbage_collector import Sweeper
+from services.admission.cleanup.garbage_collection_loop import GarbageCollectionLoop
+from services.admission.cleanup.garbage_collector import GarbageCollector
 from services.admission.ledger.ledger import Ledger
-from services.admission.ledger.limits_watcher import LimitsWatch
-from services.admission.ledger.replicas import Alone, Replicas
-from services.admission.ledger_leader import LEDGER_SERVICE, Keeping
-from services.admission.policy.admission_controller import Admitter, Quota
+from services.admission.ledger.limits_watcher import LimitsWatcher
+from services.admission.ledger.replicas import Replicas, SingleReplica
+from services.admission.ledger_leader import LEDGER_SERVICE, LedgerLeader
+from services.admission.policy.admission_controller import AdmissionController, Quota
 from services.admission.store.api_keys import KeyStore
 from services.admission.store.audit_log import audited_in
-from services.admission.store.change_notifier import Notifier
+from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
 from services.rpc.authentication import Authenticate
 from services.rpc.certificates import Certificates
 from services.rpc.client_channel import open_channel
 from services.rpc.rate_limit import RateLimit
 from services.rpc.server import serve, start_vital
-from services.rpc.unauthenticated_limiter import Strangers
+from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter
 from services.settings import ServerSettings, from_environment
 from services.storage.artifact_store import ArtifactStore
 
@@ -91,7 +91,7 @@ class AdmissionSettings(ServerSettings):
     def quota(self) -> Quota:
         return Quota(
             self.max_unfinished_tasks,
-            Limits(self.token_budget, self.chunk_tokens),
+            PlannerConfig(self.token_budget, self.chunk_tokens),
             self.max_dataset_bytes,
             self.max_tokens_per_day,
             self.max_device_seconds_per_day,
@@ -117,20 +117,20 @@ async def main() -> None:
     artifacts = ArtifactStore.open(settings.artifact_url)
     to_alignment = open_channel(settings.alignment_address, settings.mesh_secret, settings.trust("alignment"))
     alignment = alignment_pb2_grpc.AlignmentServiceStub(to_alignment)
-    quota, notifier, keys = settings.quota(), Notifier(), KeyStore(database)
+    quota, notifier, keys = settings.quota(), ChangeNotifier(), KeyStore(database)
     default = quota.to_proto()
-    admitter = Admitter(database, artifacts, alignment, quota)
+    admitter = AdmissionController(database, artifacts, alignment, quota)
     servicer = AdmissionServicer(database, artifacts, alignment, admitter, notifier, settings.max_upload_bytes)
-    sweeping = Sweeping(Sweeper(database, artifacts), servicer.dataset_bytes.sweep)
-    ledger, limits = LedgerServicer(notifier, sweeping.add), LimitsWatch(database, default, notifier)
+    sweeping = GarbageCollectionLoop(GarbageCollector(database, artifacts), servicer.dataset_bytes.sweep)
+    ledger, limits = LedgerServicer(notifier, sweeping.add), LimitsWatcher(database, default, notifier)
     take = partial(Ledger, database, quota=default, max_crashes=settings.max_crashes)
     health = health_aio.HealthServicer()
-    keeping = Keeping(take, ledger, (ledger.announce_expiries, sweeping.run, limits.run), health)
-    replicas = Replicas(database, notifier) if database.is_shared else Alone()
+    keeping = LedgerLeader(take, ledger, (ledger.announce_expiries, sweeping.run, limits.run), health)
+    replicas = Replicas(database, notifier) if database.is_shared else SingleReplica()
     running: list[asyncio.Task[None]] = []
 
     audit = audited_in(database)
-    strangers = Strangers(RateLimit(settings.refusals_per_second), audit)
+    strangers = UnauthenticatedCallLimiter(RateLimit(settings.refusals_per_second), audit)
 
     def register(server: grpc.aio.Server) -> list[str]:
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, server)

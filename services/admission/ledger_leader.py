@@ -18,7 +18,7 @@ _LOOK_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
-class Keeping:
+class LedgerLeader:
     """`works`: what runs meanwhile. The health of LedgerService tells clients where the ledger is kept."""
 
     def __init__(
@@ -33,7 +33,7 @@ class Keeping:
     async def keep(self) -> None:
         """Until cancelled, or until another has taken the ledger. Raises what a work raises."""
         ledger = await asyncio.to_thread(self._take)
-        _log.info("keeps the ledger in epoch %d", ledger.fence.epoch)
+        _log.info("keeps the ledger in term %d", ledger.fence.term)
         with self._servicer.keeping(ledger):
             await self._health.set(LEDGER_SERVICE, health_pb2.HealthCheckResponse.SERVING)
             works = [*(work() for work in self._works), _until_superseded(ledger)]

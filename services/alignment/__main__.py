@@ -10,7 +10,7 @@ import grpc
 
 from engine.errors import InvalidInputError
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc
-from services.alignment.dataset_store import Catalog
+from services.alignment.dataset_store import DatasetStore
 from services.alignment.servicer import AlignmentServicer
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.server import serve
@@ -43,7 +43,7 @@ async def main() -> None:
     store = ArtifactStore.open(settings.artifact_url)
     try:
         folders = settings.backbone_folders()
-        catalog = Catalog(store, folders, settings.tokenized_cache_bytes, settings.tokenize_seconds)
+        catalog = DatasetStore(store, folders, settings.tokenized_cache_bytes, settings.tokenize_seconds)
     except InvalidInputError as error:
         raise SystemExit(f"MUXTUNE_BACKBONES: {error}") from error
     servicer = AlignmentServicer(catalog, settings.max_dataset_bytes)

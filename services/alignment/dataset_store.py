@@ -28,7 +28,7 @@ from engine.errors import (
     UnavailableError,
 )
 from engine.task import Overlength, Training
-from services.alignment.tenant_fairness import Turn, Turns
+from services.alignment.tenant_fairness import FairQueue, FairQueueJob
 from services.storage.artifact_store import ArtifactStore
 
 _TENANT, _SHA256 = re.compile(r"tenants/[^/]+"), re.compile(r"[0-9a-f]{64}")
@@ -106,7 +106,7 @@ def _disk() -> Iterator[None]:
         raise UnavailableError(f"alignment cannot write to its temporary folder: {error.strerror}") from error
 
 
-class Catalog:
+class DatasetStore:
     """Thread-safe; the tokenized cache holds at most `cache_bytes` (or the one dataset asked for last). No dataset is
     tokenized for longer than `tokenize_seconds`. Tenants compute in turns: see Turns.
 
@@ -121,7 +121,7 @@ class Catalog:
         tokenize_seconds: float = math.inf,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._tokenize_seconds, self._turns = tokenize_seconds, Turns(monotonic=monotonic)
+        self._tokenize_seconds, self._turns = tokenize_seconds, FairQueue(monotonic=monotonic)
         self._store = store
         self._tokenizers = {name: BackboneTokenizer.load(folder) for name, folder in backbones.items()}
         self._cache: OrderedDict[TokenizedKey, TokenizedDataset] = OrderedDict()
@@ -198,7 +198,7 @@ class Catalog:
         if (dataset := self._cache.pop(key, None)) is not None:
             self._cached_bytes -= _held_bytes(dataset)
 
-    def _paced(self, rows: Iterator[Row], turn: Turn, max_seconds: float) -> Iterator[Row]:
+    def _paced(self, rows: Iterator[Row], turn: FairQueueJob, max_seconds: float) -> Iterator[Row]:
         """Raises QuotaExceededError: rows made to be slow must not hold a thread for days."""
         for row in rows:
             if self._closing.is_set():

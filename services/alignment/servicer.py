@@ -6,14 +6,14 @@ from typing import Any
 
 from engine.alignment.dataset import TokenizedDataset, num_steps, split
 from engine.alignment.microbatch import Microbatch
-from engine.alignment.packing import Member, rounds
+from engine.alignment.packing import PackedTask, rounds
 from engine.errors import InvalidInputError, UnavailableError
 from engine.task import Training
 from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import alignment_pb2_grpc, dataset_pb2
-from services.alignment.dataset_store import Catalog, Receipt
+from services.alignment.dataset_store import DatasetStore, Receipt
 from services.alignment.request_validation import check_layout, check_num_steps, check_steps, check_training
-from services.alignment.thread_pools import Threads
+from services.alignment.thread_pools import ThreadPools
 from services.conversion.task import microbatch_to_proto, preflight_to_proto, training_to_domain
 
 _DEFAULT_SAMPLES, _MAX_SAMPLES = 3, 100
@@ -22,11 +22,11 @@ _DEFAULT_SAMPLES, _MAX_SAMPLES = 3, 100
 class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
     """All work runs in threads, so that the event loop stays alive."""
 
-    def __init__(self, catalog: Catalog, max_dataset_bytes: int) -> None:
+    def __init__(self, catalog: DatasetStore, max_dataset_bytes: int) -> None:
         self._catalog = catalog
         self._max_dataset_bytes = max_dataset_bytes
         self._is_closing = False
-        self._threads = Threads()
+        self._threads = ThreadPools()
 
     def close(self) -> None:
         """Ends streams at their next microbatch, and other work soon, with UNAVAILABLE."""
@@ -94,7 +94,7 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
         finally:
             ahead.cancel()
 
-    async def _member(self, backbone: str, member: pb.Member) -> Member:
+    async def _member(self, backbone: str, member: pb.Member) -> PackedTask:
         path = f"members[{member.task}].training"
         training = training_to_domain(member.training, path)
         check_training(training, path)
@@ -106,10 +106,10 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
         return await self._threads.quickly(_counted, member, dataset, training)
 
 
-def _counted(member: pb.Member, dataset: TokenizedDataset, training: Training) -> Member:
+def _counted(member: pb.Member, dataset: TokenizedDataset, training: Training) -> PackedTask:
     steps = num_steps(training, len(split(dataset.num_rows, training).train))
     check_steps(member, steps)
-    return Member(
+    return PackedTask(
         member.task,
         dataset,
         training,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-class Turns:
+class FairQueue:
     """Thread-safe. At most `num_at_once` jobs have the turn, no two of one tenant: what takes long for one leaves room
     for another. A job that has had it for `slice_seconds` hands it on if any waits, and waits in its tenant's line."""
 
@@ -20,11 +20,11 @@ class Turns:
         self._waiting: OrderedDict[str, deque[threading.Event]] = OrderedDict()  # the tenant served longest ago first
 
     @contextmanager
-    def of(self, tenant: str) -> Iterator["Turn"]:
+    def of(self, tenant: str) -> Iterator["FairQueueJob"]:
         """Waits for the tenant's turn; it ends with the block."""
         self.take(tenant)
         try:
-            yield Turn(self, tenant)
+            yield FairQueueJob(self, tenant)
         finally:
             self.give(tenant)
 
@@ -57,10 +57,10 @@ class Turns:
                     self._waiting[tenant] = line  # behind all others
 
 
-class Turn:
+class FairQueueJob:
     """What one job has of its turns. Not thread-safe: the job's own."""
 
-    def __init__(self, turns: Turns, tenant: str) -> None:
+    def __init__(self, turns: FairQueue, tenant: str) -> None:
         self._turns, self._tenant = turns, tenant
         self._since, self._seconds_before = turns.monotonic(), 0.0
 

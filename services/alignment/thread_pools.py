@@ -14,7 +14,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
-class Threads:
+class ThreadPools:
     """For one event loop."""
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from engine.errors import InvalidInputError
 from engine.methods.base import Site, SiteKind
 from engine.planning.cost.cost_model import UNKNOWN, CostProfile
-from engine.planning.types import BackboneView, ExecutorView, Explanation, HTask, Limits, TaskView
+from engine.planning.types import BackboneView, ExecutorView, Explanation, HTask, PlannerConfig, TaskView
 from muxtune.v1 import ledger_pb2, plan_pb2, scheduling_pb2, task_pb2
 from services.conversion.task import spec_to_domain
 
@@ -101,7 +101,7 @@ def snapshot_task_to_view(entry: ledger_pb2.SnapshotTask, age: int, now_microsec
     )
 
 
-def limits_to_proto(limits: Limits) -> scheduling_pb2.PlannerLimits:
+def limits_to_proto(limits: PlannerConfig) -> scheduling_pb2.PlannerLimits:
     return scheduling_pb2.PlannerLimits(
         token_budget=limits.token_budget,
         chunk_tokens=limits.chunk_tokens,
@@ -111,15 +111,15 @@ def limits_to_proto(limits: Limits) -> scheduling_pb2.PlannerLimits:
     )
 
 
-def limits_to_domain(limits: scheduling_pb2.PlannerLimits) -> Limits:
+def limits_to_domain(limits: scheduling_pb2.PlannerLimits) -> PlannerConfig:
     """Raises InvalidInputError."""
     chunk = limits.chunk_tokens
     if limits.token_budget < 0:
         raise InvalidInputError.of_field("limits.token_budget", f"{limits.token_budget} is no number of tokens")
     if chunk < 0 or chunk & (chunk - 1):
         raise InvalidInputError.of_field("limits.chunk_tokens", f"{chunk} is neither 0 nor a power of two")
-    budget = limits.token_budget or Limits.token_budget
-    return Limits(budget, chunk, not limits.fusion_off, not limits.interleaving_off, not limits.preemption_off)
+    budget = limits.token_budget or PlannerConfig.token_budget
+    return PlannerConfig(budget, chunk, not limits.fusion_off, not limits.interleaving_off, not limits.preemption_off)
 
 
 def htask_to_proto(htask: HTask) -> plan_pb2.HTask:

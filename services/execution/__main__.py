@@ -53,7 +53,7 @@ async def main() -> None:
         await servicer.drain()
         for task in running[1:]:
             task.cancel()
-        if servicer.lease_epoch:
+        if servicer.lease_term:
             await keepers[0].end()
         await servicer.trainer.stop(_TRAINER_STOP_SECONDS)
 

@@ -8,7 +8,8 @@ from services.settings import ServerSettings, SettingsError
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionSettings(ServerSettings):
-    """`backbone`: NAME=FOLDER, a folder as services.execution.prepare_backbone leaves it. A zero or "" stands for a default.
+    """`backbone`: NAME=FOLDER, a folder as services.execution.prepare_backbone leaves it. A zero or "" stands for a
+    default.
 
     `executor_name`: the one in its certificate (`muxtune certs FOLDER --executor NAME`).
     `advertise_address`: where scheduling reaches this executor (default: where it listens). `memory_bytes`: what it may

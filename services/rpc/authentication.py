@@ -1,7 +1,7 @@
 """Who calls: a service or the operator by its certificate, a tenant by a token in `authorization: Bearer ...`.
 
-What a caller may call stands in services/rpc/authorization.py. What a tenant may see is checked by the servicers, name by name,
-before anything else (AIP-211).
+What a caller may call stands in services/rpc/authorization.py. What a tenant may see is checked by the servicers, name
+by name, before anything else (AIP-211).
 """
 
 import hmac

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Mapped:
+class MappedError:
     """The gRPC status and the ErrorInfo reason of a domain error."""
 
     code: grpc.StatusCode
@@ -34,28 +34,28 @@ class Mapped:
 
 
 _CODE = grpc.StatusCode
-TABLE: Mapping[type[MuxtuneError], Mapped] = {
-    errors.MuxtuneError: Mapped(_CODE.INTERNAL, "INTERNAL"),
-    errors.InvalidInputError: Mapped(_CODE.INVALID_ARGUMENT, "INVALID_INPUT"),
-    errors.MalformedDatasetError: Mapped(_CODE.INVALID_ARGUMENT, "MALFORMED_DATASET"),
-    errors.ChecksumMismatchError: Mapped(_CODE.INVALID_ARGUMENT, "CHECKSUM_MISMATCH"),
-    errors.RequestIdReusedError: Mapped(_CODE.INVALID_ARGUMENT, "REQUEST_ID_REUSED"),
-    errors.WillNeverFitError: Mapped(_CODE.INVALID_ARGUMENT, "WILL_NEVER_FIT"),
-    errors.UnauthenticatedError: Mapped(_CODE.UNAUTHENTICATED, "UNAUTHENTICATED"),
-    errors.PermissionDeniedError: Mapped(_CODE.PERMISSION_DENIED, "PERMISSION_DENIED"),
-    errors.NotFoundError: Mapped(_CODE.NOT_FOUND, "NOT_FOUND"),
-    errors.AlreadyExistsError: Mapped(_CODE.ALREADY_EXISTS, "ALREADY_EXISTS"),
-    errors.IllegalTransitionError: Mapped(_CODE.FAILED_PRECONDITION, "ILLEGAL_TRANSITION"),
-    errors.ResourceInUseError: Mapped(_CODE.FAILED_PRECONDITION, "RESOURCE_IN_USE"),
-    errors.QuotaExceededError: Mapped(_CODE.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
-    errors.OverloadedError: Mapped(_CODE.RESOURCE_EXHAUSTED, "OVERLOADED"),
-    errors.StaleEpochError: Mapped(_CODE.ABORTED, "STALE_EPOCH"),
-    errors.LeaseLostError: Mapped(_CODE.ABORTED, "LEASE_LOST"),
-    errors.UnavailableError: Mapped(_CODE.UNAVAILABLE, "UNAVAILABLE"),
-    errors.BackboneUnsupportedError: Mapped(_CODE.FAILED_PRECONDITION, "BACKBONE_UNSUPPORTED"),
-    errors.ArtifactCorruptError: Mapped(_CODE.DATA_LOSS, "ARTIFACT_CORRUPT"),
-    errors.ExportMismatchError: Mapped(_CODE.FAILED_PRECONDITION, "EXPORT_MISMATCH"),
-    errors.NonFiniteError: Mapped(_CODE.FAILED_PRECONDITION, "NON_FINITE"),
+TABLE: Mapping[type[MuxtuneError], MappedError] = {
+    errors.MuxtuneError: MappedError(_CODE.INTERNAL, "INTERNAL"),
+    errors.InvalidInputError: MappedError(_CODE.INVALID_ARGUMENT, "INVALID_INPUT"),
+    errors.MalformedDatasetError: MappedError(_CODE.INVALID_ARGUMENT, "MALFORMED_DATASET"),
+    errors.ChecksumMismatchError: MappedError(_CODE.INVALID_ARGUMENT, "CHECKSUM_MISMATCH"),
+    errors.RequestIdReusedError: MappedError(_CODE.INVALID_ARGUMENT, "REQUEST_ID_REUSED"),
+    errors.WillNeverFitError: MappedError(_CODE.INVALID_ARGUMENT, "WILL_NEVER_FIT"),
+    errors.UnauthenticatedError: MappedError(_CODE.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    errors.PermissionDeniedError: MappedError(_CODE.PERMISSION_DENIED, "PERMISSION_DENIED"),
+    errors.NotFoundError: MappedError(_CODE.NOT_FOUND, "NOT_FOUND"),
+    errors.AlreadyExistsError: MappedError(_CODE.ALREADY_EXISTS, "ALREADY_EXISTS"),
+    errors.IllegalTransitionError: MappedError(_CODE.FAILED_PRECONDITION, "ILLEGAL_TRANSITION"),
+    errors.ResourceInUseError: MappedError(_CODE.FAILED_PRECONDITION, "RESOURCE_IN_USE"),
+    errors.QuotaExceededError: MappedError(_CODE.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
+    errors.OverloadedError: MappedError(_CODE.RESOURCE_EXHAUSTED, "OVERLOADED"),
+    errors.SupersededError: MappedError(_CODE.ABORTED, "SUPERSEDED"),
+    errors.LeaseLostError: MappedError(_CODE.ABORTED, "LEASE_LOST"),
+    errors.UnavailableError: MappedError(_CODE.UNAVAILABLE, "UNAVAILABLE"),
+    errors.BackboneUnsupportedError: MappedError(_CODE.FAILED_PRECONDITION, "BACKBONE_UNSUPPORTED"),
+    errors.ArtifactCorruptError: MappedError(_CODE.DATA_LOSS, "ARTIFACT_CORRUPT"),
+    errors.ExportMismatchError: MappedError(_CODE.FAILED_PRECONDITION, "EXPORT_MISMATCH"),
+    errors.NonFiniteError: MappedError(_CODE.FAILED_PRECONDITION, "NON_FINITE"),
 }
 _BY_REASON = {mapped.reason: cls for cls, mapped in TABLE.items()}
 _BY_CODE = {
@@ -67,7 +67,7 @@ _BY_CODE = {
 }
 
 
-def mapped(error: MuxtuneError) -> Mapped:
+def mapped(error: MuxtuneError) -> MappedError:
     """The table's row for the error's class, or the nearest of its bases."""
     return next(TABLE[cls] for cls in type(error).__mro__ if cls in TABLE)
 

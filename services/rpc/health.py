@@ -1,5 +1,5 @@
-"""Whether a service is healthy: `python -m services.rpc.health HOST:PORT SERVICE`, exit status 0 or 1, for containers. One
-more argument asks for one of its gRPC services: muxtune.v1.LedgerService says which admission keeps the ledger.
+"""Whether a service is healthy: `python -m services.rpc.health HOST:PORT SERVICE`, exit status 0 or 1, for containers.
+One more argument asks for one of its gRPC services: muxtune.v1.LedgerService says which admission keeps the ledger.
 
 With the certificate in MUXTUNE_CERTS; in plain text where that is not set.
 """

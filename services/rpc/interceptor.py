@@ -22,7 +22,7 @@ from services.rpc.authentication import Authenticate, Principal, certified, set_
 from services.rpc.authorization import Role, check_access, rule_of
 from services.rpc.errors import status_of
 from services.rpc.tracing import RpcSpan
-from services.rpc.unauthenticated_limiter import Strangers
+from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter
 from services.telemetry import carrier_of
 
 _DRAIN_SECONDS, _PROOF_SECONDS = 1.0, 30.0
@@ -37,7 +37,7 @@ _HANDLERS = {
 }
 
 
-class Gate(grpc.aio.ServerInterceptor):
+class AccessInterceptor(grpc.aio.ServerInterceptor):
     """`address`: what the spans name as the server's. `audit` hears of calls that change something and of refused ones,
     before their caller has the answer; `strangers` of those that prove nothing. More calls or streams at once are
     refused, and may come again."""
@@ -49,10 +49,10 @@ class Gate(grpc.aio.ServerInterceptor):
         audit: Audit | None = None,
         max_calls: int = 256,
         max_streams: int = 1024,
-        strangers: Strangers | None = None,
+        strangers: UnauthenticatedCallLimiter | None = None,
     ) -> None:
         self._authenticate, self._address, self._audit = authenticate, address, audit
-        self._strangers = strangers or Strangers()
+        self._strangers = strangers or UnauthenticatedCallLimiter()
         self._calls, self._streams = _Places("calls", max_calls), _Places("streams", max_streams)
         self._telling: set[asyncio.Future[None]] = set()
         self._guarded: dict[str, Any] = {}  # handlers by method

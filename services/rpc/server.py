@@ -17,8 +17,8 @@ from grpc_reflection.v1alpha import reflection
 
 from services.rpc.audit import Audit
 from services.rpc.authentication import Authenticate
-from services.rpc.interceptor import Gate
-from services.rpc.unauthenticated_limiter import Strangers
+from services.rpc.interceptor import AccessInterceptor
+from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter
 from services.settings import ServerSettings
 from services.telemetry import configure
 
@@ -27,8 +27,9 @@ _OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on this port must fail, not share it silently
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Clients ping every 30 s, on idle connections too (services/rpc/client_channel.py): allow it, or they end in GOAWAY. The server
-    # pings too: a client that vanished without a word must not hold its stream for gRPC's default of two hours.
+    # Clients ping every 30 s, on idle connections too (services/rpc/client_channel.py): allow it, or they end in
+    # GOAWAY. The server pings too: a client that vanished without a word must not hold its stream for gRPC's default of
+    # two hours.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -49,7 +50,7 @@ async def serve(
     *,
     authenticate: Authenticate,
     audit: Audit | None = None,
-    strangers: Strangers | None = None,
+    strangers: UnauthenticatedCallLimiter | None = None,
     on_ready: Callable[[str], Awaitable[None]] | None = None,
     on_stop: Callable[[], Awaitable[None]] | None = None,
     stopping: asyncio.Event | None = None,
@@ -64,7 +65,7 @@ async def serve(
     """
     parent = os.getppid()
     telemetry = configure(service_name, settings)
-    gate = Gate(authenticate, settings.listen, audit, settings.max_calls, settings.max_streams, strangers)
+    gate = AccessInterceptor(authenticate, settings.listen, audit, settings.max_calls, settings.max_streams, strangers)
     server = grpc.aio.server(interceptors=[gate], options=_OPTIONS)
     health = health or health_aio.HealthServicer()
     names = [*register(server), health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]

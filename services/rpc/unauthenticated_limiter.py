@@ -32,7 +32,7 @@ class _Refused:
     num_calls: int = 0
 
 
-class Strangers:
+class UnauthenticatedCallLimiter:
     """One for each server. Without arguments it limits nothing."""
 
     def __init__(self, limit: RateLimit | None = None, audit: Audit | None = None) -> None:

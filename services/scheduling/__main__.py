@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from engine.planning.types import Limits
+from engine.planning.types import PlannerConfig
 from muxtune.errors import InvalidInputError
 from muxtune.transport import target
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc
@@ -16,7 +16,7 @@ from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel
 from services.rpc.server import serve, start_vital
 from services.scheduling.audit_forwarder import audited_by
-from services.scheduling.leader_election import Leadership
+from services.scheduling.leader_election import LeaderElection
 from services.scheduling.scheduler import Scheduler
 from services.scheduling.servicer import SchedulingServicer
 from services.settings import ServerSettings, SettingsError, from_environment
@@ -48,13 +48,13 @@ class SchedulingSettings(ServerSettings):
         except InvalidInputError as error:
             raise SettingsError(f"MUXTUNE_ADMISSION_ADDRESS: {error}") from error
 
-    def limits(self) -> Limits:
+    def limits(self) -> PlannerConfig:
         """Exits if one makes no sense."""
         if self.token_budget < 1:
             raise SettingsError(f"MUXTUNE_TOKEN_BUDGET: {self.token_budget} is no positive number of tokens")
         if self.chunk_tokens < 0 or self.chunk_tokens & (self.chunk_tokens - 1):
             raise SettingsError(f"MUXTUNE_CHUNK_TOKENS: {self.chunk_tokens} is neither 0 nor a power of two")
-        return Limits(self.token_budget, self.chunk_tokens, self.fuses, self.interleaves, self.preempts)
+        return PlannerConfig(self.token_budget, self.chunk_tokens, self.fuses, self.interleaves, self.preempts)
 
     def weights(self) -> dict[str, float]:
         """By tenant. Exits if one does not read."""
@@ -80,7 +80,7 @@ async def main() -> None:
         ledger, settings.mesh_secret, settings.limits(), settings.weights(), settings.trust("execution")
     )
     running: list[asyncio.Task[None]] = []
-    leaderships: list[Leadership] = []
+    leaderships: list[LeaderElection] = []
 
     def register(server: grpc.aio.Server) -> list[str]:
         servicer = SchedulingServicer(scheduler, ledger, settings.lease_seconds)
@@ -88,7 +88,7 @@ async def main() -> None:
         return [scheduling_pb2.DESCRIPTOR.services_by_name["SchedulingService"].full_name]
 
     async def start(address: str) -> None:
-        leaderships.append(Leadership(ledger, f"{socket.gethostname()} {address}", settings.leader_seconds))
+        leaderships.append(LeaderElection(ledger, f"{socket.gethostname()} {address}", settings.leader_seconds))
         running.append(start_vital(leaderships[0].run(scheduler.run), "scheduler"))
 
     async def stop() -> None:

@@ -21,8 +21,8 @@ _log = logging.getLogger(__name__)
 class Mailbox:
     """What the executor should know next. Newer replaces older, so it holds one message at most."""
 
-    def __init__(self, lease_epoch: int, leader_epoch: int) -> None:
-        self._lease_epoch, self._leader_epoch = lease_epoch, leader_epoch
+    def __init__(self, lease_term: int, leader_term: int) -> None:
+        self._lease_term, self._leader_term = lease_term, leader_term
         self._plan: plan_pb2.ExecutorPlan | None = None
         self._acknowledged = 0
         self._stale: set[str] = set()
@@ -54,8 +54,8 @@ class Mailbox:
             fresh = self._plan if self._plan is not sent else None
             sent, stale, self._stale = self._plan, self._stale, set()
             yield execution_pb2.RunPlanRequest(
-                lease_epoch=self._lease_epoch,
-                leader_epoch=self._leader_epoch,
+                lease_term=self._lease_term,
+                leader_term=self._leader_term,
                 plan=fresh,
                 acknowledged_sequence=self._acknowledged,
                 stale_tasks=sorted(stale),
@@ -73,13 +73,13 @@ class ExecutorStream:
     def __init__(
         self,
         executor: plan_pb2.Executor,
-        leader_epoch: int,
+        leader_term: int,
         secret: str,
         ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub",
         trust: Trust | None = None,
     ) -> None:
         self.executor = executor
-        self.mailbox = Mailbox(executor.lease_epoch, leader_epoch)
+        self.mailbox = Mailbox(executor.lease_term, leader_term)
         self._secret, self._ledger, self._trust = secret, ledger, trust
         self._task = start_vital(self._run(), f"stream to {executor.name}")
 
@@ -118,7 +118,7 @@ class ExecutorStream:
             failpoint("results.before")
             answer = await self._ledger.CommitResults(
                 ledger_pb2.CommitResultsRequest(
-                    executor=self.executor.name, lease_epoch=self.executor.lease_epoch, results=response.results
+                    executor=self.executor.name, lease_term=self.executor.lease_term, results=response.results
                 )
             )
             failpoint("results.after")

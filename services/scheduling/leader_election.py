@@ -16,7 +16,7 @@ _RETRY_SECONDS = 0.2
 _log = logging.getLogger(__name__)
 
 
-class Leadership:
+class LeaderElection:
     """Asks the ledger who leads, every third of the lease. `place`: where this scheduler runs, as no other does at the
     same time. While the ledger is away the leader stays who it is: without the ledger nobody can take over, and nothing
     that anybody does counts."""
@@ -26,11 +26,11 @@ class Leadership:
         self._incarnation = uuid.uuid4().hex
 
     async def run(self, work: Callable[[int], Coroutine[Any, Any, None]]) -> None:
-        """Until cancelled: stands by, then runs `work(epoch)` as long as it leads. Raises what that raises."""
+        """Until cancelled: stands by, then runs `work(term)` as long as it leads. Raises what that raises."""
         while True:
-            epoch = await self._until_led()
-            working = asyncio.create_task(work(epoch), name="leader")
-            following = asyncio.create_task(self._until_superseded(epoch), name="leadership")
+            term = await self._until_led()
+            working = asyncio.create_task(work(term), name="leader")
+            following = asyncio.create_task(self._until_superseded(term), name="leadership")
             try:
                 done, _ = await asyncio.wait({working, following}, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
@@ -52,19 +52,19 @@ class Leadership:
         while True:
             answer = await self._asked()
             if answer.incarnation == self._incarnation:
-                _log.info("leads in epoch %d", answer.epoch)
-                return answer.epoch
+                _log.info("leads in term %d", answer.leader_term)
+                return answer.leader_term
             if not stood_by:
-                _log.info("stands by: %s leads in epoch %d", answer.leader, answer.epoch)
+                _log.info("stands by: %s leads in term %d", answer.leader, answer.leader_term)
                 stood_by = True
             await asyncio.sleep(self._seconds / 3)
 
-    async def _until_superseded(self, epoch: int) -> None:
+    async def _until_superseded(self, term: int) -> None:
         while True:
             await asyncio.sleep(self._seconds / 3)
             answer = await self._asked()
-            if (answer.incarnation, answer.epoch) != (self._incarnation, epoch):
-                _log.warning("does not lead any more: %s does, in epoch %d", answer.leader, answer.epoch)
+            if (answer.incarnation, answer.leader_term) != (self._incarnation, term):
+                _log.warning("does not lead any more: %s does, in term %d", answer.leader, answer.leader_term)
                 return
 
     async def _asked(self) -> ledger_pb2.LeadSchedulingResponse:

@@ -1,11 +1,13 @@
-"""The planner without a mesh, on a profile that was recorded: `python -m services.scheduling.offline_planner < REQUEST.json`.
+"""The planner without a mesh, on a profile that was recorded: `python -m services.scheduling.offline_planner <
+REQUEST.json`.
 
 The request is one JSON object, answers are JSON too, one a line; what is wrong with it is one line, exit status 1.
 
     {"profile": PlannerProfile, "tasks": [HypotheticalTask, ...]}     answers as SimulatePlan does
     {"profile": PlannerProfile, "trace": TRACE, "num_devices": 128}   a summary for each policy, on so many executors
 
-TRACE is {"lines": [...]}, as `engine.planning.simulation.arrival_trace.read` has them, or the fields of `engine.planning.simulation.arrival_trace.Trace`.
+TRACE is {"lines": [...]}, as `engine.planning.simulation.arrival_trace.read` has them, or the fields of
+`engine.planning.simulation.arrival_trace.Trace`.
 """
 
 import dataclasses
@@ -19,13 +21,13 @@ from typing import Any
 from google.protobuf import json_format
 
 from engine.errors import InvalidInputError
-from engine.planning.cost.task_demand import Appraiser
+from engine.planning.cost.task_demand import DemandEstimator
 from engine.planning.placement.eta import seconds_alone
 from engine.planning.simulation.arrival_trace import Trace, arrivals, read
 from engine.planning.simulation.baselines import BatchEverything, Multiplexed, OneInstanceEach
 from engine.planning.simulation.simulator import Arrival, Policy, simulate
 from engine.planning.simulation.summary import summarise
-from engine.planning.types import ExecutorView, Limits, Snapshot, TaskView
+from engine.planning.types import ExecutorView, PlannerConfig, Snapshot, TaskView
 from muxtune.v1 import scheduling_pb2 as pb
 from services.conversion.plan import executor_to_view, limits_to_domain
 from services.conversion.task import spec_to_domain
@@ -39,7 +41,7 @@ _NUM_PLANS = 2000  # in the time of a whole trace: changes that come closer toge
 @dataclass(frozen=True)
 class Profile:
     snapshot: Snapshot
-    limits: Limits
+    limits: PlannerConfig
 
 
 def main() -> int:
@@ -82,7 +84,7 @@ def simulated(profile: Profile, trace: dict[str, Any], num_devices: int) -> Iter
     come, limits = _arrivals(trace, executors[0].backbone.name), profile.limits
     if not come:
         raise InvalidInputError.of_field("trace", "has no arrival")
-    appraiser = Appraiser(limits)
+    appraiser = DemandEstimator(limits)
     policies: dict[str, Policy] = {
         "muxtune": Multiplexed(limits, profile.snapshot.tenant_weights),
         "one instance a task": OneInstanceEach(limits),
@@ -125,9 +127,9 @@ def _arrivals(trace: dict[str, Any], backbone: str) -> list[Arrival]:
         raise InvalidInputError.of_field("trace", str(error)) from error
 
 
-def _replan_seconds(come: list[Arrival], executors: list[ExecutorView], limits: Limits) -> float:
+def _replan_seconds(come: list[Arrival], executors: list[ExecutorView], limits: PlannerConfig) -> float:
     """A part of the time that all would take one after another, shared by the executors, or of the arrivals' own."""
-    appraiser = Appraiser(limits)
+    appraiser = DemandEstimator(limits)
     alone = sum(seconds_alone(arrival.task, executors[0], limits, appraiser) for arrival in come)
     work = alone / len(executors)
     return max(work, come[-1].seconds - come[0].seconds) / _NUM_PLANS

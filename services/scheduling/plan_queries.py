@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from engine.errors import InvalidInputError, NotFoundError
 from engine.planning.planner import plan as make_plan
 from engine.planning.simulation.whatif import forecast, picture
-from engine.planning.types import Limits, Plan, Snapshot, TaskView
+from engine.planning.types import Plan, PlannerConfig, Snapshot, TaskView
 from muxtune.v1 import ledger_pb2
 from muxtune.v1 import scheduling_pb2 as pb
 from services.conversion.plan import cost_to_proto, explanation_to_proto, htask_to_proto, limits_to_proto
@@ -15,7 +15,9 @@ from services.conversion.task import spec_to_domain
 MAX_NEWCOMERS = 256
 
 
-def profile(read: ledger_pb2.GetSnapshotResponse, limits: Limits, weights: Mapping[str, float]) -> pb.PlannerProfile:
+def profile(
+    read: ledger_pb2.GetSnapshotResponse, limits: PlannerConfig, weights: Mapping[str, float]
+) -> pb.PlannerProfile:
     """What plans are made from, for `services.scheduling.offline_planner`."""
     tasks = [
         pb.HypotheticalTask(
@@ -34,7 +36,7 @@ def profile(read: ledger_pb2.GetSnapshotResponse, limits: Limits, weights: Mappi
     )
 
 
-def explain(snapshot: Snapshot, plan: Plan, limits: Limits, task: str) -> pb.ExplainPlanResponse:
+def explain(snapshot: Snapshot, plan: Plan, limits: PlannerConfig, task: str) -> pb.ExplainPlanResponse:
     """Raises NotFoundError if the plan has no such task."""
     told = next((explanation for explanation in plan.explanations if explanation.task == task), None)
     if told is None:
@@ -60,7 +62,7 @@ def newcomers(request: pb.SimulatePlanRequest, snapshot: Snapshot) -> list[TaskV
     for index, asked in enumerate(request.tasks):
         path = f"tasks[{index}]"
         spec = spec_to_domain(asked.spec, f"{path}.spec")
-        for wrong in spec.method.wrongs():
+        for wrong in spec.method.validate():
             field = f"{path}.spec.{spec.method.name}.{wrong.field}"
             raise InvalidInputError.of_field(field, f"{wrong.value}: {wrong.remedy}")
         steps = asked.num_steps or spec.training.num_steps or 0
@@ -78,7 +80,7 @@ def newcomers(request: pb.SimulatePlanRequest, snapshot: Snapshot) -> list[TaskV
     return found
 
 
-def what_if(snapshot: Snapshot, limits: Limits, extra: list[TaskView]) -> pb.SimulatePlanResponse:
+def what_if(snapshot: Snapshot, limits: PlannerConfig, extra: list[TaskView]) -> pb.SimulatePlanResponse:
     """The plan with the newcomers, and forecasts without and with them."""
     larger = dataclasses.replace(snapshot, tasks=(*snapshot.tasks, *extra))
     before, after = forecast(snapshot, limits), forecast(larger, limits)

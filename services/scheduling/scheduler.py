@@ -12,9 +12,9 @@ from dataclasses import replace
 from opentelemetry import trace
 
 from engine.errors import MuxtuneError, NotFoundError
-from engine.planning.cost.task_demand import Appraiser
+from engine.planning.cost.task_demand import DemandEstimator
 from engine.planning.crash_isolation import plan as make_plan
-from engine.planning.types import Limits, Plan, Snapshot
+from engine.planning.types import Plan, PlannerConfig, Snapshot
 from muxtune.v1 import (
     execution_pb2,
     execution_pb2_grpc,
@@ -49,23 +49,23 @@ class Scheduler:
         self,
         ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub",
         secret: str,
-        limits: Limits,
+        limits: PlannerConfig,
         tenant_weights: Mapping[str, float] | None = None,
         trust: Trust | None = None,
     ) -> None:
         self._ledger, self._secret, self._trust, self.limits = ledger, secret, trust, limits
-        self.tenant_weights, self._appraiser = tenant_weights or {}, Appraiser(limits)
+        self.tenant_weights, self._appraiser = tenant_weights or {}, DemandEstimator(limits)
         self.snapshot, self.plan = Snapshot((), ()), Plan({})  # the newest, for those who ask
         self.read = ledger_pb2.GetSnapshotResponse()  # what the snapshot was made of
         self._streams: dict[str, ExecutorStream] = {}
         self._running: dict[str, plan_pb2.ExecutorPlan] = {}
         self._hinted = asyncio.Event()
-        self._leader_epoch = 0
+        self._leader_term = 0
         self.is_running = False
 
-    async def run(self, leader_epoch: int = 0) -> None:
+    async def run(self, leader_term: int = 0) -> None:
         """Cycles until cancelled. Hints coalesce: any number of changes during a cycle make one more."""
-        self._leader_epoch, self.is_running = leader_epoch, True
+        self._leader_term, self.is_running = leader_term, True
         watching = start_vital(self._watch_changes(), "hints of the ledger")
         backoff = _FIRST_BACKOFF_SECONDS
         try:
@@ -86,14 +86,14 @@ class Scheduler:
             self._streams, self._running, self.is_running = {}, {}, False
 
     async def schedule(self) -> None:
-        """One cycle. Raises StaleEpochError when another scheduler, or a tenant, was faster: begin again."""
+        """One cycle. Raises SupersededError when another scheduler, or a tenant, was faster: begin again."""
         # 1. Read everything in one transaction.
         snapshot = await self._ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest())
         await self._follow(snapshot.executors)
         # 2. Decide, with pure code: same snapshot, same plan.
         view = self._view(snapshot)
         plan = self._decide(snapshot, view)
-        # 3. Commit, executor by executor, what differs from what it runs: new attempts get their epochs.
+        # 3. Commit, executor by executor, what differs from what it runs: new attempts get their numbers.
         version = snapshot.plan_version
         entries = {entry.task.name: entry for entry in snapshot.tasks}
         for executor in snapshot.executors:
@@ -164,17 +164,15 @@ class Scheduler:
             span.set_attribute("muxtune.num_tasks", len(draft.tasks))
             request = ledger_pb2.CommitPlanRequest(
                 executor=executor.name,
-                lease_epoch=executor.lease_epoch,
+                lease_term=executor.lease_term,
                 version=version,
-                leader_epoch=self._leader_epoch,
-                starts=[
-                    ledger_pb2.AttemptStart(task=task.task, expected_epoch=task.attempt_epoch) for task in starting
-                ],
+                leader_term=self._leader_term,
+                starts=[ledger_pb2.AttemptStart(task=task.task, expected_attempt=task.attempt) for task in starting],
             )
             answer = await self._ledger.CommitPlan(request)
             failpoint("plan.committed")
-            for task, epoch in zip(starting, answer.attempt_epochs, strict=True):
-                task.attempt_epoch = epoch
+            for task, attempt in zip(starting, answer.attempts, strict=True):
+                task.attempt = attempt
                 self._note_placement(task, version, executor.name, span)
             draft.version, draft.trace_parent = version, current_trace_parent()
         self._running[executor.name] = draft
@@ -188,23 +186,23 @@ class Scheduler:
     def _is_running(self, draft: plan_pb2.ExecutorPlan) -> bool:
         """Whether the executor was sent just that (hysteresis: an equal plan is not sent again).
 
-        A task handed back and planned there again looks the same, epoch and all: it needs a new attempt first.
+        A task handed back and planned there again looks the same, attempt and all: it needs a new attempt first.
         """
         running = self._running.get(draft.executor)
         return running is not None and _signature(running) == _signature(draft)
 
     async def _follow(self, executors: Sequence[plan_pb2.Executor]) -> None:
         """A stream to every live executor's incarnation; none to others."""
-        leases = {executor.name: executor.lease_epoch for executor in executors}
+        leases = {executor.name: executor.lease_term for executor in executors}
         for name, stream in list(self._streams.items()):
-            if leases.get(name) != stream.executor.lease_epoch:
+            if leases.get(name) != stream.executor.lease_term:
                 del self._streams[name]
                 self._running.pop(name, None)
                 await stream.close()
         for executor in executors:
             if executor.name not in self._streams:
                 self._streams[executor.name] = ExecutorStream(
-                    executor, self._leader_epoch, self._secret, self._ledger, self._trust
+                    executor, self._leader_term, self._secret, self._ledger, self._trust
                 )
 
     async def _watch_changes(self) -> None:
@@ -233,7 +231,8 @@ def _draft(
     entries: Mapping[str, ledger_pb2.SnapshotTask],
     missing: Iterable[str],
 ) -> plan_pb2.ExecutorPlan:
-    """The plan as the executor will read it, but for those `missing` yet; epochs as in the snapshot until committed."""
+    """The plan as the executor will read it, but for those `missing` yet; attempts as in the snapshot until
+    committed."""
     htasks = [htask_to_proto(htask) for htask in plan.htasks.get(executor.name, ())]
     for htask in htasks:
         htask.tasks[:] = [name for name in htask.tasks if name not in missing]
@@ -248,7 +247,7 @@ def _planned(entry: ledger_pb2.SnapshotTask) -> plan_pb2.PlannedTask:
     return plan_pb2.PlannedTask(
         task=entry.task.name,
         spec=entry.task.spec,
-        attempt_epoch=entry.task.attempt_epoch,
+        attempt=entry.task.attempt,
         num_steps=entry.task.estimate.num_steps,
         resume_from=entry.checkpoint if entry.HasField("checkpoint") else None,
         initial_adapter_key=entry.initial_adapter_key,
@@ -259,5 +258,5 @@ def _planned(entry: ledger_pb2.SnapshotTask) -> plan_pb2.PlannedTask:
 
 def _signature(plan: plan_pb2.ExecutorPlan) -> tuple[object, ...]:
     """What makes two plans the same to an executor: who, in which attempt, fused how."""
-    tasks = tuple((task.task, task.attempt_epoch, task.cancel) for task in plan.tasks)
+    tasks = tuple((task.task, task.attempt, task.cancel) for task in plan.tasks)
     return tasks, tuple(htask.SerializeToString(deterministic=True) for htask in plan.htasks)

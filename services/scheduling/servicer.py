@@ -37,18 +37,18 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
             wrong.append(FieldViolation("executor.address", f'"{executor.address}" is not HOST:PORT'))
         if wrong:
             raise InvalidInputError("; ".join(f"{v.field}: {v.description}" for v in wrong), wrong)
-        executor.lease_epoch = 0
+        executor.lease_term = 0
         answer = await self._ledger.PutLease(ledger_pb2.PutLeaseRequest(executor=executor, duration=self._lease))
-        return pb.RegisterExecutorResponse(lease_epoch=answer.lease_epoch, lease_duration=self._lease)
+        return pb.RegisterExecutorResponse(lease_term=answer.lease_term, lease_duration=self._lease)
 
     async def KeepLease(self, request: pb.KeepLeaseRequest, context: Any) -> pb.KeepLeaseResponse:
         check_executor(current_principal(), request.executor)
-        if request.lease_epoch < 1:
-            raise InvalidInputError.of_field("lease_epoch", f"{request.lease_epoch}: register first")
+        if request.lease_term < 1:
+            raise InvalidInputError.of_field("lease_term", f"{request.lease_term}: register first")
         executor = plan_pb2.Executor(
             name=request.executor,
             incarnation=request.incarnation,
-            lease_epoch=request.lease_epoch,
+            lease_term=request.lease_term,
             device=request.device,
             draining=request.draining,
         )

@@ -13,7 +13,7 @@ from benchmarks import bench_kernels, bench_multi_lora
 from benchmarks.bench_multi_lora import Inputs
 from benchmarks.lorafusion import LoraFusion, NotDoneError, refusal
 from engine.kernels.compile import sources
-from engine.kernels.multi_lora.types import LoraUse
+from engine.kernels.multi_lora.types import AdapterSlice
 from tests.engine.kernels.conftest import MakeHost, host_launcher
 
 __all__ = ["host_launcher"]
@@ -109,7 +109,7 @@ def test_lorafusion_is_refused_what_it_cannot_do(
     lengths: list[int], widths: tuple[int, int], dtype: torch.dtype, words: str | None
 ) -> None:
     bounds = [0, *itertools.accumulate(lengths)]
-    uses = [LoraUse(start, end, 1.0) for start, end in itertools.pairwise(bounds)]
+    uses = [AdapterSlice(start, end, 1.0) for start, end in itertools.pairwise(bounds)]
     why = refusal(torch.empty(sum(lengths), widths[0], dtype=dtype), torch.empty(widths), uses)
     assert why is None if words is None else words in (why or "")
 

@@ -14,7 +14,7 @@ from benchmarks import goals, instances, models, report, side_by_side, trl_train
 from benchmarks.instances import SHARING, Setting
 from benchmarks.models import Choice
 from benchmarks.systems import Losses, System
-from engine.alignment.packing import Member, one_round
+from engine.alignment.packing import PackedTask, one_round
 from engine.runtime.backbone import sharing_copy
 
 HAS_TRL = all(importlib.util.find_spec(name) for name in ("trl", "greenlet"))
@@ -141,7 +141,7 @@ def test_a_workload_is_aligned_by_the_planners_chunk() -> None:
     for mix in ("sst2", "rte"):
         tasks = workload.make(mix, 8, 8, 6, 64, [["q_proj"]])
         chunks[mix] = tasks.chunk_tokens(256)
-        members = [Member(w.name, w.dataset, w.spec.training, 6, 0) for w in tasks.tasks]
+        members = [PackedTask(w.name, w.dataset, w.spec.training, 6, 0) for w in tasks.tasks]
         packed = [m for r in range(6) for m in one_round(r, [(member, r) for member in members], 256, chunks[mix])]
         assert sum(m.num_tokens for m in packed) / sum(map(tasks.num_tokens, range(6))) - 1 < 0.03
     assert 1 <= chunks["sst2"] <= chunks["rte"]

@@ -22,5 +22,5 @@ def test_a_line_asks_for_what_it_says(line: str, tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text(f"backbone: smollm2\n{line}\n")
     wrong: list = []
     method = method_to_domain(read_spec(tmp_path / "task.yaml", {}), "spec", wrong)
-    assert method is not None and not wrong and not list(method.wrongs())
+    assert method is not None and not wrong and not list(method.validate())
     assert method.name == line.partition(":")[0]

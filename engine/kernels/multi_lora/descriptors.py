@@ -14,7 +14,7 @@ import torch
 
 from engine.kernels.dropout import DropoutMask
 from engine.kernels.multi_lora.structs import FACTORS, USE, Ints, Rows, padded
-from engine.kernels.multi_lora.types import LoraUse, LowRank, Operator
+from engine.kernels.multi_lora.types import AdapterSlice, LowRank, Operator
 
 GRADIENTS = ("da", "db", "dd", "dg")
 Wanted = tuple[bool, bool, bool, bool]  # which gradients of a use: those of A, B, d and g
@@ -24,7 +24,7 @@ class Pair(NamedTuple):
     """One use, of which operator of the group it is, and its factors."""
 
     op: int
-    use: LoraUse
+    use: AdapterSlice
     low_rank: LowRank
 
 
@@ -130,7 +130,7 @@ def uses_key(pairs: Sequence[Pair]) -> tuple[Any, ...]:
     )
 
 
-def _threshold(use: LoraUse) -> int | None:
+def _threshold(use: AdapterSlice) -> int | None:
     return use.keep_mask.threshold if isinstance(use.keep_mask, DropoutMask) else None
 
 

@@ -2,8 +2,8 @@
 
 Bytes beside the base operators', at rank R: X is read once for S of all members and once more for dA, as far as their
 ranks lie in one tile (`multi_lora_tiles`); each dY once for E and dB up to rank 32, twice beyond, once where no B is
-trained. Y_i is written once where the base product accumulates onto it (`rides`), else read and written; dX is written
-once for all members. S and E are R / K of X. Partial sums: `multi_lora_items`.
+trained. Y_i is written once where the base product accumulates onto it (`accumulates_into_base_gemm`), else read and
+written; dX is written once for all members. S and E are R / K of X. Partial sums: `multi_lora_items`.
 Legend: T tokens, K inputs, N outputs, R rank, S streams.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from engine.kernels.launch import SUFFIXES, Kernel, Launcher, Table, pack
-from engine.kernels.multi_lora.launch_plan import Plan, Work
+from engine.kernels.multi_lora.launch_plan import KernelWork, LaunchPlan
 from engine.kernels.multi_lora.structs import LAUNCH, STREAM, Rows
 from engine.kernels.multi_lora.types import MAX_OPERATORS
 
@@ -22,7 +22,7 @@ _BLOCKS_PER_MULTIPROCESSOR = 3
 _MIN_RIDING_WIDTH = 1024
 
 
-def rides(width_in: int, has_bias: bool) -> bool:
+def accumulates_into_base_gemm(width_in: int, has_bias: bool) -> bool:
     """Whether the low-rank products are written first and the base product accumulates onto them (beta = 1).
 
     Else they are added to its result.
@@ -46,7 +46,7 @@ class GroupProducts:
     def __init__(
         self,
         launcher: Launcher,
-        plan: Plan,
+        plan: LaunchPlan,
         table: Table,
         factors: Sequence[torch.Tensor],
         dtype: torch.dtype,
@@ -108,7 +108,7 @@ class GroupProducts:
     def _run(
         self,
         name: str,
-        work: Work,
+        work: KernelWork,
         streams: Sequence[torch.Tensor | None],
         *,
         biases: Sequence[torch.Tensor | None] = (),
@@ -152,7 +152,7 @@ class GroupProducts:
     def _counters(self, count: int) -> torch.Tensor:
         """Zero between launches, and of one stream's launches alone: two streams may run the same plan at a time."""
         key = ("counters", self.launcher.stream, -(-count // 1024))
-        return self.launcher.remembered(
+        return self.launcher.get_or_create(
             key, lambda: torch.zeros(1024 * key[2], dtype=torch.int32, device=self.plan.device)
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from engine.kernels.multi_lora.types import LoraUse, LowRank, Operator
+from engine.kernels.multi_lora.types import AdapterSlice, LowRank, Operator
 
 _FIRST_FACTOR = 2  # arguments of MultiLora.forward before them
 _NUM_FACTORS = len(LowRank._fields)
@@ -46,7 +46,7 @@ class MultiLora(torch.autograd.Function):
         return dx_TK, None, *grads
 
 
-def _add(x_TK: torch.Tensor, y_TN: torch.Tensor, use: LoraUse, low_rank: LowRank) -> torch.Tensor:
+def _add(x_TK: torch.Tensor, y_TN: torch.Tensor, use: AdapterSlice, low_rank: LowRank) -> torch.Tensor:
     """Y[u] += the low-rank product. Returns S."""
     a_RK, b_NR, d_R, g_N = _cast(low_rank, x_TK.dtype)
     s_LR: torch.Tensor = _masked(x_TK[use.start : use.end], _mask(use), use) @ a_RK.T
@@ -71,7 +71,7 @@ def _backward_of(
     dy_TN: torch.Tensor | None,
     dx_TK: torch.Tensor | None,
     s_LR: torch.Tensor,
-    use: LoraUse,
+    use: AdapterSlice,
     low_rank: LowRank,
     needs: Any,
 ) -> list[Any]:
@@ -90,7 +90,7 @@ def _backward_of(
 
 
 def _gradients(
-    dy_LN: torch.Tensor, s_LR: torch.Tensor, low_rank: LowRank, use: LoraUse, needs: Any
+    dy_LN: torch.Tensor, s_LR: torch.Tensor, low_rank: LowRank, use: AdapterSlice, needs: Any
 ) -> tuple[torch.Tensor, Any]:
     """(gradient of S, those of B, d and g, each if needed, with A's left out)."""
     _, b_NR, d_R, g_N = _cast(low_rank, dy_LN.dtype)
@@ -116,16 +116,16 @@ def _gained(rows: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
     return rows if gain is None else rows * gain
 
 
-def _mask(use: LoraUse) -> torch.Tensor | None:
+def _mask(use: AdapterSlice) -> torch.Tensor | None:
     return None if use.keep_mask is None else use.keep_mask()
 
 
-def _masked(x_LK: torch.Tensor, mask_LK: torch.Tensor | None, use: LoraUse) -> torch.Tensor:
+def _masked(x_LK: torch.Tensor, mask_LK: torch.Tensor | None, use: AdapterSlice) -> torch.Tensor:
     return x_LK if mask_LK is None else torch.where(mask_LK, x_LK, 0) * use.keep_scale
 
 
 def _add_masked_(
-    dx_LK: torch.Tensor, ds_LR: torch.Tensor, a_RK: torch.Tensor, mask_LK: torch.Tensor | None, use: LoraUse
+    dx_LK: torch.Tensor, ds_LR: torch.Tensor, a_RK: torch.Tensor, mask_LK: torch.Tensor | None, use: AdapterSlice
 ) -> None:
     if mask_LK is None:
         dx_LK.addmm_(ds_LR, a_RK)

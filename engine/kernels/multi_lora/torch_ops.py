@@ -15,7 +15,7 @@ from torch._utils import _unflatten_dense_tensors
 
 from engine.kernels import cupy_launcher
 from engine.kernels.dropout import DropoutMask
-from engine.kernels.launch import Launcher, Table, sent
+from engine.kernels.launch import Launcher, Table, to_device
 from engine.kernels.multi_lora.descriptors import (
     Pair,
     are_laid_out,
@@ -27,8 +27,8 @@ from engine.kernels.multi_lora.descriptors import (
     positions_of,
     uses_key,
 )
-from engine.kernels.multi_lora.device_products import GroupProducts, rides, with_addresses
-from engine.kernels.multi_lora.launch_plan import Plan
+from engine.kernels.multi_lora.device_products import GroupProducts, accumulates_into_base_gemm, with_addresses
+from engine.kernels.multi_lora.launch_plan import LaunchPlan
 from engine.kernels.multi_lora.structs import FACTORS, USE, Rows
 from engine.kernels.multi_lora.types import LowRank, Operator, check
 
@@ -43,12 +43,12 @@ def run(x_TK: Tensor, operators: Sequence[Operator]) -> tuple[Tensor, ...]:
     _check_frozen(x_TK, operators)
     launcher, pairs = cupy_launcher.launcher_of(x_TK.device), pairs_of(operators)
     widths = (x_TK.shape[1], *(operator.weight_KN.shape[1] for operator in operators))
-    factors_B, is_ready = launcher.remembered(
+    factors_B, is_ready = launcher.get_or_create(
         ("described factors", widths, factors_key(pairs)), lambda: _describe_factors(x_TK, operators, pairs)
     )
     if not is_ready:
         pairs = [pair._replace(low_rank=_ready(pair.low_rank)) for pair in pairs]
-    uses_B = launcher.remembered(
+    uses_B = launcher.get_or_create(
         ("described uses", len(x_TK), widths, uses_key(pairs)), lambda: _describe_uses(x_TK, operators, pairs, widths)
     )
     flat = [factor for pair in pairs for factor in pair.low_rank if factor is not None]
@@ -115,7 +115,7 @@ def _steps(pairs: Sequence[Pair], launcher: Launcher, where: torch.device) -> li
 
 
 def _step_of(mask: DropoutMask, launcher: Launcher, where: torch.device) -> Tensor:
-    return launcher.remembered(("step", mask.step), lambda: torch.tensor(mask.step, device=where))
+    return launcher.get_or_create(("step", mask.step), lambda: torch.tensor(mask.step, device=where))
 
 
 def _positions(pairs: Sequence[Pair], x_TK: Tensor) -> Tensor | None:
@@ -124,7 +124,7 @@ def _positions(pairs: Sequence[Pair], x_TK: Tensor) -> Tensor | None:
     there = [mask.device_positions_T for mask in masks if mask.device_positions_T is not None]
     if len(there) == len(masks):
         return there[0] if there else None
-    return sent(torch.from_numpy(positions_of(pairs, len(x_TK))), x_TK.device)
+    return to_device(torch.from_numpy(positions_of(pairs, len(x_TK))), x_TK.device)
 
 
 @torch.library.custom_op("muxtune::multi_lora", mutates_args=())
@@ -142,7 +142,7 @@ def multi_lora_op(
     widths = [x_TK.shape[1], *(weight_KN.shape[1] for weight_KN in weights)]
     products = _products(x_TK, widths, factors, steps, factors_B, uses_B, positions_T)
     shrunk, used = products.shrink(x_TK), products.plan.used_ops
-    riding = [i in used and rides(widths[0], bias is not None) for i, bias in enumerate(biases)]
+    riding = [i in used and accumulates_into_base_gemm(widths[0], bias is not None) for i, bias in enumerate(biases)]
     ys = [
         x_TK.new_empty(len(x_TK), weight_KN.shape[1]) if first else _base(x_TK, weight_KN, bias)
         for first, weight_KN, bias in zip(riding, weights, biases, strict=True)
@@ -251,10 +251,10 @@ def _products(
     rows, uses = _rows(factors_B, FACTORS), _rows(uses_B, USE)
     plan_key = (len(stream), tuple(widths), stream.dtype, uses.tobytes(), layout_of(rows).tobytes())
     plans = launcher.part("multi_lora's plans", _NUM_PLANS)
-    plan = plans.remembered(plan_key, lambda: Plan(uses, rows, len(stream), widths, stream.dtype, launcher))
+    plan = plans.get_or_create(plan_key, lambda: LaunchPlan(uses, rows, len(stream), widths, stream.dtype, launcher))
     pointed = [*factors, *steps]
     addresses = tuple(tensor.data_ptr() for tensor in pointed)
-    table: Table = launcher.remembered(
+    table: Table = launcher.get_or_create(
         ("factors", rows.tobytes(), addresses), lambda: launcher.upload(with_addresses(rows, factors, steps))
     )
     return GroupProducts(launcher, plan, table, pointed, stream.dtype, positions_T)

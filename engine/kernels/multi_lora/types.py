@@ -15,7 +15,7 @@ MAX_OPERATORS = 8  # of a group: cuda/multi_lora.cuh
 
 
 @dataclass(frozen=True)
-class LoraUse:
+class AdapterSlice:
     """One task's adapter on tokens [start, end) of the stream. `mask` makes its dropout mask [L, K], or None."""
 
     start: int
@@ -40,7 +40,7 @@ class Operator(NamedTuple):
 
     weight_KN: torch.Tensor
     bias_N: torch.Tensor | None
-    uses: Sequence[LoraUse]
+    uses: Sequence[AdapterSlice]
     factors: Sequence[LowRank]
     packed: PackedWeight | None = None
 

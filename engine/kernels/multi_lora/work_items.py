@@ -36,7 +36,7 @@ def one_pass_tokens(itemsize: int) -> int:
 
 
 @dataclass(frozen=True)
-class Cut:
+class WorkItems:
     """Items, and how many counters and floats of partial sums they share."""
 
     items: Rows
@@ -44,7 +44,7 @@ class Cut:
     num_partials: int = 0
 
 
-def shrink_items(tiles: Tiles) -> Cut:
+def shrink_items(tiles: Tiles) -> WorkItems:
     """Sums along columns, split every SHRINK_COLUMNS."""
     items, tile, i, split = _cut(tiles.num_tokens_P, TILE, tiles.width_P, SHRINK_COLUMNS)
     _place(items, tiles, tile, (i, TILE), (split, SHRINK_COLUMNS))
@@ -52,7 +52,7 @@ def shrink_items(tiles: Tiles) -> Cut:
     return _ordered(_split(items, "sum", split, count, (tile, i), np.ones_like(i), tiles))
 
 
-def outer_items(tiles: Tiles) -> Cut:
+def outer_items(tiles: Tiles) -> WorkItems:
     """Sums along tokens, split every OUTER_TOKENS. A use without tokens has zeros written by one item a tile."""
     at_least_one_P = np.maximum(tiles.num_tokens_P, 1)
     items, tile, split, j = _cut(at_least_one_P, OUTER_TOKENS, tiles.width_P, TILE)
@@ -61,7 +61,7 @@ def outer_items(tiles: Tiles) -> Cut:
     return _ordered(_split(items, "sum", split, count, (tile, j), np.ones_like(j), tiles))
 
 
-def shrink_outer_items(tiles: Tiles, itemsize: int) -> Cut:
+def shrink_outer_items(tiles: Tiles, itemsize: int) -> WorkItems:
     """E sums along columns, split every ONE_PASS_COLUMNS; dB along tokens, split every `one_pass_tokens`."""
     num_tokens = one_pass_tokens(itemsize)
     items, tile, i, j = _cut(tiles.num_tokens_P, num_tokens, tiles.width_P, ONE_PASS_COLUMNS)
@@ -73,7 +73,7 @@ def shrink_outer_items(tiles: Tiles, itemsize: int) -> Cut:
     return _split(items, "outer", i, -(-tiles.num_tokens_P // num_tokens)[tile], (tile, j), columns, tiles, first)
 
 
-def expand_items(tiles: Tiles, gaps: NDArray[Any], stream_gaps: Ints, widths: Ints) -> Cut:
+def expand_items(tiles: Tiles, gaps: NDArray[Any], stream_gaps: Ints, widths: Ints) -> WorkItems:
     """Sums along the ranks of a use or, on the input side, of all uses on the same tokens, all in one item.
 
     `gaps` [n, 2]: start and end of tokens that no use covers, of the streams `stream_gaps`, which are written, too.
@@ -92,15 +92,15 @@ def expand_items(tiles: Tiles, gaps: NDArray[Any], stream_gaps: Ints, widths: In
     items["stream"] = stream_G[group]
     _bounds(items, ("token", "end_token"), i, TILE, start_G[group], num_tokens_G[group])
     _bounds(items, ("column", "end_column"), j, EXPAND_COLUMNS, 0, widths[stream_G][group])
-    return _ordered(Cut(items))
+    return _ordered(WorkItems(items))
 
 
-def gain_items(chosen_U: Ints, widths_U: Ints, step: int) -> Cut:
+def gain_items(chosen_U: Ints, widths_U: Ints, step: int) -> WorkItems:
     """`step` ranks or outputs of one use an item."""
     items, use, i, _ = _cut(widths_U[chosen_U], step, np.ones_like(chosen_U), 1)
     items["tile"] = chosen_U[use]
     _bounds(items, ("column", "end_column"), i, step, 0, widths_U[chosen_U][use])
-    return Cut(items)
+    return WorkItems(items)
 
 
 def _cut(a_P: Ints, a: int, b_P: Ints, b: int) -> tuple[Rows, Ints, Ints, Ints]:
@@ -132,10 +132,10 @@ def _split(
     group: tuple[Ints, Ints],
     num_sums: Ints,
     tiles: Tiles,
-    before: Cut | None = None,
-) -> Cut:
+    before: WorkItems | None = None,
+) -> WorkItems:
     """Lays out the partial sums of `num_sums` tiles in each `group` of items, `count` items a group."""
-    before = before or Cut(items)
+    before = before or WorkItems(items)
     _, number = np.unique(group[0] * (1 << 32) + group[1], return_inverse=True)
     is_first = (index == 0) & (count > 1)
     floats = num_sums * count * tiles.num_pairs_P[items["tile"]] * (2 * THREADS * 4)
@@ -147,11 +147,11 @@ def _split(
         base[number[is_first]] = start + np.cumsum(sizes[is_first]) - sizes[is_first]
         split[field] = base[number]
         totals.append(start + int(sizes[is_first].sum()))
-    return Cut(items, *totals)
+    return WorkItems(items, *totals)
 
 
-def _ordered(cut: Cut) -> Cut:
+def _ordered(cut: WorkItems) -> WorkItems:
     """Items that read the same tokens and columns stand together: what one has read the next finds in the cache."""
     items = cut.items
     order = np.lexsort((items["tile"], items["column"], items["token"], items["stream"]))
-    return Cut(items[order], cut.num_counters, cut.num_partials)
+    return WorkItems(items[order], cut.num_counters, cut.num_partials)

@@ -22,7 +22,7 @@ _MAX_COST_SHARE = 0.01  # of a round's seconds
 
 
 @dataclass(frozen=True)
-class Ragged:
+class SequenceLengths:
     """A task's sequences of one step: any of `lengths` as likely as another (none: not known), cut into slices."""
 
     lengths: tuple[int, ...]
@@ -42,7 +42,7 @@ class Ragged:
         return ranges * _tail_tokens(self.lengths, self.num_sequences / ranges, chunk_tokens)
 
 
-def choose_chunk(tasks: Sequence[Ragged], num_microbatches: int, allowed_tokens: float) -> int:
+def choose_chunk(tasks: Sequence[SequenceLengths], num_microbatches: int, allowed_tokens: float) -> int:
     """The largest of which the tails are within the tokens allowed in a round."""
     fitting = (
         chunk for chunk in CHUNKS if sum(t.padding_tokens(num_microbatches, chunk) for t in tasks) <= allowed_tokens

@@ -46,7 +46,7 @@ def activation_bytes(backbone: BackboneView, num_tokens: int, adapters_token_byt
 def kept_bytes(spec: TaskSpec, backbone: BackboneView, num_tokens: int) -> int:
     """What the method keeps for backward beside that, were all T tokens this task's."""
     taken = spec.method.shapes(backbone.sites)
-    kept = sum(spec.method.kept_elements(site, num_tokens) for site in backbone.sites if site.name in taken)
+    kept = sum(spec.method.saved_activation_elements(site, num_tokens) for site in backbone.sites if site.name in taken)
     return kept * backbone.element_bytes
 
 

@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Job:
+class StepCost:
     """One optimizer step of a task: its tokens, the seconds it costs whoever it is fused with, and what its
     microbatches must hold: its longest sequence, and bytes kept for backward by a token."""
 
@@ -33,7 +33,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageModel:
     """Where hTasks run: the model's profile split evenly over `num_stages`, `hop_seconds` between two of them, and what
     one microbatch may hold: tokens, and bytes kept for backward. Where hTasks' rounds do not interleave, a round keeps
     all stages from the others for as long as it takes itself."""
@@ -61,7 +61,7 @@ class Rounds:
     latency_XJ: Floats
 
 
-def round_times(tokens_X: Floats, extra_X: Floats, held_X: Floats, longest_X: Floats, stage: Stage) -> Rounds:
+def round_times(tokens_X: Floats, extra_X: Floats, held_X: Floats, longest_X: Floats, stage: StageModel) -> Rounds:
     """Of hTasks of so many tokens and extra seconds in all, `held` of which fit a microbatch."""
     fewest_X = np.maximum(1, np.ceil(tokens_X / np.maximum(held_X, 1) - 1e-9))
     number_XJ: Floats = fewest_X[..., None] + np.arange(2.0 * stage.num_stages - 1)

@@ -5,42 +5,42 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from engine.planning.cost.chunk_size import Ragged, allowed_padding_tokens, choose_chunk
+from engine.planning.cost.chunk_size import SequenceLengths, allowed_padding_tokens, choose_chunk
 from engine.planning.cost.cost_model import AdapterLoad, CostProfile, Part, adapter_load
 from engine.planning.cost.memory_model import Footprint, footprint
-from engine.planning.cost.round_time import Job
-from engine.planning.types import BackboneView, Limits, TaskView
+from engine.planning.cost.round_time import StepCost
+from engine.planning.types import BackboneView, PlannerConfig, TaskView
 from engine.task import TaskSpec
 
 
 @dataclass(frozen=True)
-class Need:
+class TaskDemand:
     """`step`: one optimizer step of the task, padding included; `ragged`: its sequences."""
 
     task: TaskView
     footprint: Footprint
     step: Part
-    ragged: Ragged
+    ragged: SequenceLengths
 
     def seconds(self, profile: CostProfile) -> float:
         """What a step costs an executor that is busy anyway: the task's claim on it."""
         return profile.token_seconds * self.step.num_tokens + profile.extra_seconds(self.step)
 
-    def job(self, profile: CostProfile) -> Job:
-        return Job(self.task.name, self.step.num_tokens, profile.extra_seconds(self.step),
+    def job(self, profile: CostProfile) -> StepCost:
+        return StepCost(self.task.name, self.step.num_tokens, profile.extra_seconds(self.step),
                    self.footprint.sequence_tokens, self.footprint.kept_bytes)  # fmt: skip
 
 
-class Appraiser:
+class DemandEstimator:
     """Works out needs, and remembers them for as long as it lives: most of a need depends on the spec alone."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: PlannerConfig) -> None:
         self._limits = limits
-        self._needs: dict[tuple[str, str], Need] = {}
+        self._needs: dict[tuple[str, str], TaskDemand] = {}
         self._methods: dict[tuple[str, str], AdapterLoad] = {}
         self._footprints: dict[tuple[object, ...], Footprint] = {}
 
-    def need(self, task: TaskView, backbone: BackboneView) -> Need:
+    def need(self, task: TaskView, backbone: BackboneView) -> TaskDemand:
         """Raises InvalidInputError if the task's method names what the backbone has not."""
         key = task.name, backbone.name
         known = self._needs.get(key)
@@ -50,7 +50,7 @@ class Appraiser:
                 self._methods[method] = adapter_load(task.spec.method, backbone.sites)
             ragged = _ragged(task)
             step = _step(task, ragged, self._methods[method], self._limits)
-            known = Need(task, self._footprint(task.spec, backbone), step, ragged)
+            known = TaskDemand(task, self._footprint(task.spec, backbone), step, ragged)
         elif known.task is not task:
             known = replace(known, task=task)
         self._needs[key] = known
@@ -68,16 +68,16 @@ class Appraiser:
         self._needs = {key: need for key, need in self._needs.items() if key[0] in tasks}
 
 
-def _ragged(task: TaskView) -> Ragged:
+def _ragged(task: TaskView) -> SequenceLengths:
     """One step's sequences, virtual tokens included."""
     training, virtual = task.spec.training, task.spec.method.num_virtual_tokens
     sequences = max(1, training.global_batch_size)
     lengths = tuple(length + virtual for length in task.length_quantiles)
     slices = math.ceil(sequences / max(1, training.micro_batch_size))
-    return Ragged(lengths, sequences, slices, task.tokens_per_step + sequences * virtual)
+    return SequenceLengths(lengths, sequences, slices, task.tokens_per_step + sequences * virtual)
 
 
-def _step(task: TaskView, ragged: Ragged, load: AdapterLoad, limits: Limits) -> Part:
+def _step(task: TaskView, ragged: SequenceLengths, load: AdapterLoad, limits: PlannerConfig) -> Part:
     """An average step, were the task alone. Every position is taken to bear loss; sequences whose lengths are not known
     are taken to be of one."""
     tokens, sequences = ragged.num_tokens, ragged.num_sequences

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.planning.cost.round_time import Job, Stage, round_times
+from engine.planning.cost.round_time import StageModel, StepCost, round_times
 from engine.planning.fusion.local_search import arranged, regrouped
 from engine.planning.fusion.task_groups import Given, Groups, Intervals, Subsets
 
@@ -35,7 +35,7 @@ _AIMS = (0.0, 0.75)  # from the lower bound to the best so far
 class Group:
     """Jobs fused into one hTask: `num_microbatches` a round, each stage busy for `work_seconds` a round."""
 
-    jobs: tuple[Job, ...]
+    jobs: tuple[StepCost, ...]
     num_microbatches: int
     work_seconds: float
     latency_seconds: float
@@ -53,11 +53,11 @@ class Fusion:
     period_seconds: float
 
     @property
-    def partition(self) -> list[tuple[Job, ...]]:
+    def partition(self) -> list[tuple[StepCost, ...]]:
         return [group.jobs for group in self.groups]
 
 
-def fuse(jobs: Sequence[Job], stage: Stage) -> Fusion:
+def fuse(jobs: Sequence[StepCost], stage: StageModel) -> Fusion:
     """The partition of least period. Raises ValueError if a sequence is longer than a microbatch may be."""
     if not jobs:
         return Fusion((), 0.0)
@@ -66,7 +66,7 @@ def fuse(jobs: Sequence[Job], stage: Stage) -> Fusion:
     return fuse_many(jobs, stage)
 
 
-def fuse_many(jobs: Sequence[Job], stage: Stage) -> Fusion:
+def fuse_many(jobs: Sequence[StepCost], stage: StageModel) -> Fusion:
     """The same where all subsets are too many: near the least, in polynomial time. Raises as `fuse`."""
     by_tokens = sorted(jobs, key=lambda job: (job.num_tokens, job.name))
     by_bytes = sorted(jobs, key=lambda job: (stage.held_tokens(job.token_bytes), job.num_tokens, job.name))
@@ -74,12 +74,12 @@ def fuse_many(jobs: Sequence[Job], stage: Stage) -> Fusion:
     return _polished([_best_of_groups(Intervals(order, stage), stage) for order in orders], jobs, stage)
 
 
-def of_partition(partition: Sequence[Sequence[Job]], stage: Stage) -> Fusion:
+def of_partition(partition: Sequence[Sequence[StepCost]], stage: StageModel) -> Fusion:
     """A given partition, with the numbers of microbatches that serve it best. Raises as `fuse`."""
     return _best_of_groups(Given(partition, stage), stage)
 
 
-def lower_bound_seconds(jobs: Sequence[Job], stage: Stage) -> float:
+def lower_bound_seconds(jobs: Sequence[StepCost], stage: StageModel) -> float:
     """No partition has a shorter period: all tokens in the fewest microbatches there can be, on every stage; and no
     hTask's round is shorter than that of any one of its tasks alone."""
     if not jobs:
@@ -92,12 +92,12 @@ def lower_bound_seconds(jobs: Sequence[Job], stage: Stage) -> float:
     return max(work / stage.num_stages, float(rounds.latency_XJ.min(axis=1).max()))
 
 
-def _balanced(jobs: Sequence[Job]) -> list[Job]:
+def _balanced(jobs: Sequence[StepCost]) -> list[StepCost]:
     """Large and small in turn, so that intervals of few jobs can hold like sums."""
     return [job for pair in zip(reversed(jobs), jobs, strict=True) for job in pair][: len(jobs)]
 
 
-def _polished(starts: Sequence[Fusion], jobs: Sequence[Job], stage: Stage) -> Fusion:
+def _polished(starts: Sequence[Fusion], jobs: Sequence[StepCost], stage: StageModel) -> Fusion:
     """Local search from each start; then from the best intervals of the best partition's groups, rearranged."""
     best = min(starts, key=_period)
     lowest, random = lower_bound_seconds(jobs, stage), np.random.default_rng(0)
@@ -111,7 +111,7 @@ def _polished(starts: Sequence[Fusion], jobs: Sequence[Job], stage: Stage) -> Fu
     return best
 
 
-def _rearranged(fusion: Fusion, stage: Stage, random: np.random.Generator) -> Fusion:
+def _rearranged(fusion: Fusion, stage: StageModel, random: np.random.Generator) -> Fusion:
     """No worse than it was: its groups are intervals of the new order."""
     return _best_of_groups(Intervals(arranged(fusion.partition, random), stage), stage)
 
@@ -120,7 +120,7 @@ def _period(fusion: Fusion) -> float:
     return fusion.period_seconds
 
 
-def _best_of_groups(groups: Groups, stage: Stage) -> Fusion:
+def _best_of_groups(groups: Groups, stage: StageModel) -> Fusion:
     """Bisects the bound on latency where the least work under it meets the bound."""
     rounds = round_times(groups.tokens_G, groups.extra_G, groups.held_G, groups.longest_G, stage)
     number_GJ, work_GJ, latency_GJ = rounds.number_XJ, rounds.work_XJ, rounds.latency_XJ

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.planning.cost.round_time import Floats, Job, Stage, round_times
+from engine.planning.cost.round_time import Floats, StageModel, StepCost, round_times
 
 _FINE = 4.0  # seconds of work for a second past the bound
 _NEVER = 1e18  # the cost of a group that no microbatch can hold
@@ -46,7 +46,7 @@ class _Sums:
         return _Sums(self.tokens_X[None], self.extra_X[None], self.held_X[None], self.longest_X[None])
 
 
-def regrouped(partition: Sequence[Sequence[Job]], stage: Stage, bound: float) -> list[list[Job]]:
+def regrouped(partition: Sequence[Sequence[StepCost]], stage: StageModel, bound: float) -> list[list[StepCost]]:
     """A partition that no single step makes better, for rounds of at most `bound` seconds; or after many steps."""
     jobs = [job for part in partition for job in part]
     group_N = np.array([number for number, part in enumerate(partition) for _ in part], np.intp)
@@ -65,12 +65,12 @@ def regrouped(partition: Sequence[Sequence[Job]], stage: Stage, bound: float) ->
     return [[jobs[i] for i in np.flatnonzero(group_N == number)] for number in np.unique(group_N)]
 
 
-def arranged(partition: Sequence[Sequence[Job]], random: np.random.Generator) -> list[Job]:
+def arranged(partition: Sequence[Sequence[StepCost]], random: np.random.Generator) -> list[StepCost]:
     """An order of the jobs in which each group stands together: groups shuffled, and the jobs of each."""
     return [partition[k][i] for k in random.permutation(len(partition)) for i in random.permutation(len(partition[k]))]
 
 
-def _best_step(singles: _Sums, group_N: _Numbers, stage: Stage, bound: float) -> _Numbers | None:
+def _best_step(singles: _Sums, group_N: _Numbers, stage: StageModel, bound: float) -> _Numbers | None:
     """The groups after the step that gains most; None if none gains."""
     groups, without = _sums_of(singles, group_N), _sums_without(singles, group_N)
     cost_K, left_N = _cost(groups, stage, bound), _cost(without, stage, bound)
@@ -120,7 +120,7 @@ def _sums_without(singles: _Sums, group_N: _Numbers) -> _Sums:
     )
 
 
-def _cost(groups: _Sums, stage: Stage, bound: float) -> Floats:
+def _cost(groups: _Sums, stage: StageModel, bound: float) -> Floats:
     """[X]; that of an empty group is 0."""
     held_X = np.minimum(groups.held_X, stage.max_tokens)
     rounds = round_times(groups.tokens_X, groups.extra_X, held_X, groups.longest_X, stage)

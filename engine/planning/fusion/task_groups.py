@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.planning.cost.round_time import Floats, Job, Stage
+from engine.planning.cost.round_time import Floats, StageModel, StepCost
 
 Path = tuple[float, list[int]]  # work, and the groups taken
 _Table = list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]
@@ -27,14 +27,14 @@ class Groups:
         """Disjoint groups that hold all jobs, of the least work in all."""
         raise NotImplementedError
 
-    def jobs(self, group: int) -> tuple[Job, ...]:
+    def jobs(self, group: int) -> tuple[StepCost, ...]:
         raise NotImplementedError
 
 
 class Subsets(Groups):
     """All 2^N subsets of few jobs; group g holds the jobs of its bits."""
 
-    def __init__(self, jobs: Sequence[Job], stage: Stage) -> None:
+    def __init__(self, jobs: Sequence[StepCost], stage: StageModel) -> None:
         self._jobs = jobs
         self.tokens_G = _fold([job.num_tokens for job in jobs], np.add)
         self.extra_G = _fold([job.extra_seconds for job in jobs], np.add)
@@ -56,7 +56,7 @@ class Subsets(Groups):
             left ^= groups[-1]
         return float(best_G[-1]), groups
 
-    def jobs(self, group: int) -> tuple[Job, ...]:
+    def jobs(self, group: int) -> tuple[StepCost, ...]:
         return tuple(job for i, job in enumerate(self._jobs) if group >> i & 1)
 
 
@@ -83,7 +83,7 @@ def _subset_table(num_jobs: int) -> _Table:
 class Intervals(Groups):
     """Contiguous runs of jobs in a given order; group i * (N + 1) + j holds jobs i to j - 1."""
 
-    def __init__(self, jobs: Sequence[Job], stage: Stage) -> None:
+    def __init__(self, jobs: Sequence[StepCost], stage: StageModel) -> None:
         self._jobs, self._side = jobs, len(jobs) + 1
         self.tokens_G = self._sums([job.num_tokens for job in jobs])
         self.extra_G = self._sums([job.extra_seconds for job in jobs])
@@ -104,7 +104,7 @@ class Intervals(Groups):
             j = taken[j]
         return float(best_J[-1]), groups[::-1]
 
-    def jobs(self, group: int) -> tuple[Job, ...]:
+    def jobs(self, group: int) -> tuple[StepCost, ...]:
         first, last = divmod(group, self._side)
         return tuple(self._jobs[first:last])
 
@@ -123,7 +123,7 @@ class Intervals(Groups):
 class Given(Groups):
     """One group for each part of a partition: the only cover is all of them."""
 
-    def __init__(self, partition: Sequence[Sequence[Job]], stage: Stage) -> None:
+    def __init__(self, partition: Sequence[Sequence[StepCost]], stage: StageModel) -> None:
         self._partition = partition
         self.tokens_G = np.array([sum(job.num_tokens for job in part) for part in partition], float)
         self.extra_G = np.array([sum(job.extra_seconds for job in part) for part in partition], float)
@@ -133,5 +133,5 @@ class Given(Groups):
     def cover(self, work_G: Floats) -> Path:
         return float(work_G.sum()), list(range(len(work_G)))
 
-    def jobs(self, group: int) -> tuple[Job, ...]:
+    def jobs(self, group: int) -> tuple[StepCost, ...]:
         return tuple(self._partition[group])

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from engine.planning.cost.task_demand import Need
+from engine.planning.cost.task_demand import TaskDemand
 from engine.planning.placement.eta import seconds_left
-from engine.planning.placement.executor_state import Host
+from engine.planning.placement.executor_state import ExecutorState
 from engine.planning.types import Explanation, HTask
 
 
-def explain_residents(host: Host, htasks: Sequence[HTask], reasons: Mapping[str, str]) -> list[Explanation]:
+def explain_residents(host: ExecutorState, htasks: Sequence[HTask], reasons: Mapping[str, str]) -> list[Explanation]:
     """One explanation a resident."""
     fused = {name: htask for htask in htasks for name in htask.tasks}
     left = seconds_left(host, list(host.residents.values()))
@@ -18,7 +18,7 @@ def explain_residents(host: Host, htasks: Sequence[HTask], reasons: Mapping[str,
     ]
 
 
-def _explain(host: Host, need: Need, htask: HTask, reason: str, left: float) -> Explanation:
+def _explain(host: ExecutorState, need: TaskDemand, htask: HTask, reason: str, left: float) -> Explanation:
     task, can_predict = need.task, host.executor.can_predict
     reached = task.num_effective_tokens + task.num_padding_tokens
     return Explanation(
@@ -39,13 +39,13 @@ def _explain(host: Host, need: Need, htask: HTask, reason: str, left: float) -> 
     )
 
 
-def _padding(host: Host, need: Need, htask: HTask) -> float:
+def _padding(host: ExecutorState, need: TaskDemand, htask: HTask) -> float:
     tokens = sum(host.residents[name].ragged.num_tokens for name in htask.tasks)
     padding = need.ragged.padding_tokens(max(1, math.ceil(tokens / htask.token_budget)), htask.chunk_tokens)
     return padding / (padding + need.ragged.num_tokens) if padding else 0.0
 
 
-def _share_of_round(host: Host, need: Need) -> float:
+def _share_of_round(host: ExecutorState, need: TaskDemand) -> float:
     """By tokens, as the executor attributes what it measured."""
     whole = sum(other.step.num_tokens for other in host.residents.values())
     return host.load_seconds() * need.step.num_tokens / whole if whole else 0.0

@@ -7,11 +7,11 @@ from functools import partial
 from engine.errors import InvalidInputError, WillNeverFitError
 from engine.methods import Lora, Miss, Vera
 from engine.planning.cost.memory_model import microbatch_tokens, total_bytes
-from engine.planning.types import ExecutorView, Limits
+from engine.planning.types import ExecutorView, PlannerConfig
 from engine.task import TaskSpec
 
 
-def refuse_if_never_fits(spec: TaskSpec, executors: Iterable[ExecutorView], limits: Limits) -> None:
+def refuse_if_never_fits(spec: TaskSpec, executors: Iterable[ExecutorView], limits: PlannerConfig) -> None:
     """Raises WillNeverFitError, with the bytes and a remedy, if no executor could hold the task even alone."""
     known = [executor for executor in executors if executor.backbone.name == spec.backbone]
     if not known or _fits(spec, known, limits):
@@ -30,7 +30,7 @@ def told(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def _remedy(spec: TaskSpec, executors: Sequence[ExecutorView], limits: Limits) -> tuple[str, str]:
+def _remedy(spec: TaskSpec, executors: Sequence[ExecutorView], limits: PlannerConfig) -> tuple[str, str]:
     """The field to change, and to what: the first that helps, alone or with a micro batch of 1, at the largest value
     that fits."""
     one_each = replace(spec, training=replace(spec.training, micro_batch_size=1))
@@ -67,7 +67,7 @@ def _changes(spec: TaskSpec) -> Iterator[_Change]:
                       lambda value: replace(spec, method=replace(method, rank=value)))  # fmt: skip
 
 
-def _fits_changed(change: _Change, executors: Sequence[ExecutorView], limits: Limits, value: int) -> bool:
+def _fits_changed(change: _Change, executors: Sequence[ExecutorView], limits: PlannerConfig, value: int) -> bool:
     return _fits(change.to(value), executors, limits)
 
 
@@ -80,17 +80,17 @@ def _largest(value: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _fits(spec: TaskSpec, executors: Sequence[ExecutorView], limits: Limits) -> bool:
+def _fits(spec: TaskSpec, executors: Sequence[ExecutorView], limits: PlannerConfig) -> bool:
     try:
         return any(_bytes(spec, executor, limits) <= executor.memory_bytes for executor in executors)
     except InvalidInputError:  # a value that its method does not take
         return False
 
 
-def _needed(spec: TaskSpec, executors: Sequence[ExecutorView], limits: Limits) -> int:
+def _needed(spec: TaskSpec, executors: Sequence[ExecutorView], limits: PlannerConfig) -> int:
     return min(_bytes(spec, executor, limits) for executor in executors)
 
 
-def _bytes(spec: TaskSpec, executor: ExecutorView, limits: Limits) -> int:
+def _bytes(spec: TaskSpec, executor: ExecutorView, limits: PlannerConfig) -> int:
     tokens = microbatch_tokens([spec], limits.token_budget, limits.largest_chunk_tokens)
     return total_bytes([spec], executor.backbone, tokens)

@@ -16,8 +16,8 @@ from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from engine.planning.cost.task_demand import Need
-from engine.planning.placement.executor_state import Host, Pool
+from engine.planning.cost.task_demand import TaskDemand
+from engine.planning.placement.executor_state import ClusterState, ExecutorState
 
 MOVE_GAIN = 0.25
 _MAX_VICTIMS = 4
@@ -30,13 +30,13 @@ _Key = tuple[str, str]  # tenant, backbone
 class Placement:
     """Who is where, why those came that are new there, why those left that had to, and why others wait."""
 
-    pool: Pool
+    pool: ClusterState
     reasons: dict[str, str] = field(default_factory=dict)
     evicted: dict[str, str] = field(default_factory=dict)
-    waiting: dict[str, tuple[Need, str]] = field(default_factory=dict)
+    waiting: dict[str, tuple[TaskDemand, str]] = field(default_factory=dict)
 
 
-def place(pool: Pool, newcomers: Iterable[Need], preempts: bool = True) -> Placement:
+def place(pool: ClusterState, newcomers: Iterable[TaskDemand], preempts: bool = True) -> Placement:
     """Fills the pool, then evens it out, until neither finds anything to do."""
     made, queued = Placement(pool), list(newcomers)
     while True:
@@ -46,7 +46,7 @@ def place(pool: Pool, newcomers: Iterable[Need], preempts: bool = True) -> Place
         queued = [need for need, _ in made.waiting.values()]
 
 
-def _fill(made: Placement, newcomers: Iterable[Need], preempts: bool) -> None:
+def _fill(made: Placement, newcomers: Iterable[TaskDemand], preempts: bool) -> None:
     """Every newcomer ends on a host, or waiting."""
     pool, queues = made.pool, _Queues(newcomers)
     while (need := queues.next(pool)) is not None:
@@ -72,49 +72,49 @@ def _fill(made: Placement, newcomers: Iterable[Need], preempts: bool) -> None:
 class _Queues:
     """Who waits, by tenant and backbone, each in its tenant's order. Of a blocked queue none is next."""
 
-    def __init__(self, needs: Iterable[Need]) -> None:
-        self._queues: dict[_Key, list[Need]] = {}
+    def __init__(self, needs: Iterable[TaskDemand]) -> None:
+        self._queues: dict[_Key, list[TaskDemand]] = {}
         self._blocked: set[_Key] = set()
         for need in needs:
             self.add(need)
 
-    def add(self, need: Need) -> None:
+    def add(self, need: TaskDemand) -> None:
         insort(self._queues.setdefault(_key(need), []), need, key=_order)
 
-    def remove(self, need: Need) -> None:
+    def remove(self, need: TaskDemand) -> None:
         self._queues[_key(need)].remove(need)
 
-    def next(self, pool: Pool) -> Need | None:
+    def next(self, pool: ClusterState) -> TaskDemand | None:
         heads = [queue[0] for key, queue in self._queues.items() if queue and key not in self._blocked]
         return min(heads, key=lambda need: (pool.share(need.task.tenant), *_order(need)[1:]), default=None)
 
-    def block(self, need: Need) -> None:
+    def block(self, need: TaskDemand) -> None:
         self._blocked.add(_key(need))
 
     def unblock(self) -> None:
         self._blocked.clear()
 
-    def waiting(self) -> dict[str, tuple[Need, str]]:
+    def waiting(self) -> dict[str, tuple[TaskDemand, str]]:
         queues = [queue for queue in self._queues.values() if queue]
         behind = {need.task.name: f"waits behind {queue[0].task.name}" for queue in queues for need in queue[1:]}
         return {need.task.name: (need, behind.get(need.task.name, _FULL)) for queue in queues for need in queue}
 
 
-def _key(need: Need) -> _Key:
+def _key(need: TaskDemand) -> _Key:
     return need.task.tenant, need.task.spec.backbone
 
 
-def _order(need: Need) -> tuple[float, float, float, str]:
+def _order(need: TaskDemand) -> tuple[float, float, float, str]:
     task = need.task
     return -task.spec.priority, task.seconds_to_deadline, task.age, task.name
 
 
-def _best_host(pool: Pool, need: Need) -> Host | None:
+def _best_host(pool: ClusterState, need: TaskDemand) -> ExecutorState | None:
     fitting = [host for host in pool.of_backbone(need.task.spec.backbone) if host.fits(need)]
     return min(fitting, key=lambda host: (host.load_seconds(need), len(host.residents), host.name), default=None)
 
 
-def _make_room(made: Placement, need: Need) -> tuple[Host | None, list[str]]:
+def _make_room(made: Placement, need: TaskDemand) -> tuple[ExecutorState | None, list[str]]:
     """The host where the fewest have to leave for it, and who, if they may be asked to."""
     found: list[tuple[int, str, list[str]]] = []
     for host in made.pool.of_backbone(need.task.spec.backbone):
@@ -131,7 +131,7 @@ def _make_room(made: Placement, need: Need) -> tuple[Host | None, list[str]]:
     return made.pool.hosts[name], victims
 
 
-def _who_may_leave(made: Placement, host: Host, need: Need) -> list[str]:
+def _who_may_leave(made: Placement, host: ExecutorState, need: TaskDemand) -> list[str]:
     """The tenant's own of lower priority, lowest first, then those of tenants with more, most first; newest first."""
     pool, tenant = made.pool, need.task.tenant
     share, candidates = pool.share(tenant), []
@@ -144,7 +144,7 @@ def _who_may_leave(made: Placement, host: Host, need: Need) -> list[str]:
     return [name for *_, name in sorted(candidates)]
 
 
-def _is_fair(pool: Pool, host: Host, need: Need, victims: list[str]) -> bool:
+def _is_fair(pool: ClusterState, host: ExecutorState, need: TaskDemand, victims: list[str]) -> bool:
     """Whether no other tenant that gives way is left with less than the one it gives way to."""
     losers = {host.residents[name].task.tenant for name in victims} - {need.task.tenant}
     gained = pool.share_if(need.task.tenant, host, need, victims)
@@ -163,7 +163,7 @@ def _even_out(made: Placement) -> bool:
     return has_moved
 
 
-def _best_move(pool: Pool, backbone: str) -> tuple[str, Host, Host] | None:
+def _best_move(pool: ClusterState, backbone: str) -> tuple[str, ExecutorState, ExecutorState] | None:
     """From the host of the longest round to that of the shortest, the task that shortens the longer most."""
     hosts = sorted(pool.of_backbone(backbone), key=lambda host: (host.load_seconds(), host.name))
     if len(hosts) < 2 or not hosts[-1].residents:

@@ -38,7 +38,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Assignment:
+class SimulatedAssignment:
     """Who is on an executor, and the seconds in which each of them takes one step."""
 
     tasks: tuple[str, ...]
@@ -48,13 +48,13 @@ class Assignment:
 class Policy(Protocol):
     """Decides who is where. Tasks come with the executor they are on."""
 
-    def assign(self, tasks: Sequence[TaskView], executors: Sequence[ExecutorView]) -> Mapping[str, Assignment]:
+    def assign(self, tasks: Sequence[TaskView], executors: Sequence[ExecutorView]) -> Mapping[str, SimulatedAssignment]:
         """By executor; who is on none waits."""
         ...
 
 
 @dataclass(frozen=True)
-class Run:
+class SimulationResult:
     """All outcomes, in order of finishing, and tasks that no plan ever placed."""
 
     outcomes: tuple[Outcome, ...]
@@ -65,7 +65,7 @@ class Run:
 def simulate(
     arrivals: Iterable[Arrival], executors: Sequence[ExecutorView], policy: Policy, *,
     replan_seconds: float = 0.0, switch_seconds: float = 0.0,
-) -> Run:  # fmt: skip
+) -> SimulationResult:  # fmt: skip
     """Until every task that can run is done. A task that starts, or is moved, loses `switch_seconds` first."""
     world = _World(executors, policy, switch_seconds)
     events: list[tuple[float, int, Arrival | str]] = []  # an arrival, the name of an executor, or "" for a plan
@@ -90,7 +90,7 @@ def simulate(
         for name in changed:
             if (due := world.machines[name].due_seconds) is not None:
                 heapq.heappush(events, (due, next(order), name))
-    return Run(tuple(world.outcomes), world.num_plans, tuple(world.active))
+    return SimulationResult(tuple(world.outcomes), world.num_plans, tuple(world.active))
 
 
 @dataclass
@@ -161,7 +161,7 @@ class _World:
         assignments = self._policy.assign([life.task for life in self.active.values()], self._executors)
         changed = []
         for name, machine in self.machines.items():
-            assigned = assignments.get(name, Assignment((), 0.0))
+            assigned = assignments.get(name, SimulatedAssignment((), 0.0))
             if assigned.tasks == tuple(machine.residents) and assigned.round_seconds == machine.round_seconds:
                 continue
             machine.advance(now)
@@ -169,7 +169,7 @@ class _World:
         for name in changed:
             self._leave(name, set(assignments[name].tasks) if name in assignments else set())
         for name in changed:
-            self._settle_in(name, assignments.get(name, Assignment((), 0.0)), now)
+            self._settle_in(name, assignments.get(name, SimulatedAssignment((), 0.0)), now)
         return changed
 
     def _leave(self, executor: str, staying: set[str]) -> None:
@@ -179,7 +179,7 @@ class _World:
             life.task = replace(life.task, executor="")
             life.num_evictions += 1
 
-    def _settle_in(self, executor: str, assigned: Assignment, now: float) -> None:
+    def _settle_in(self, executor: str, assigned: SimulatedAssignment, now: float) -> None:
         machine = self.machines[executor]
         for name in assigned.tasks:
             life = self.active[name]

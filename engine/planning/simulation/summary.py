@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.planning.simulation.simulator import Run
+from engine.planning.simulation.simulator import SimulationResult
 from engine.planning.types import TaskView
 
 
@@ -29,7 +29,7 @@ class Summary:
     fairness: float
 
 
-def summarise(run: Run, alone_seconds: Callable[[TaskView], float]) -> Summary:
+def summarise(run: SimulationResult, alone_seconds: Callable[[TaskView], float]) -> Summary:
     """Raises ValueError if nothing was done."""
     if not run.outcomes:
         raise ValueError("no task ever ran: each needs more memory than any executor has")

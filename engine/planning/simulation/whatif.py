@@ -2,21 +2,21 @@
 
 from collections.abc import Sequence
 
-from engine.planning.cost.task_demand import Appraiser
+from engine.planning.cost.task_demand import DemandEstimator
 from engine.planning.fusion.fusion import of_partition
-from engine.planning.placement.executor_state import Host
+from engine.planning.placement.executor_state import ExecutorState
 from engine.planning.simulation.baselines import Multiplexed
 from engine.planning.simulation.pipeline_simulator import Load, Pipeline, interleaved, one_by_one, simulate
 from engine.planning.simulation.simulator import Arrival
 from engine.planning.simulation.simulator import simulate as simulate_arrivals
 from engine.planning.simulation.timeline import svg
-from engine.planning.types import HTask, Limits, Snapshot
+from engine.planning.types import HTask, PlannerConfig, Snapshot
 
 _NUM_PLANS = 64  # in the time that all work takes: changes that come closer together share one
 _ROUNDS = 3  # in a picture
 
 
-def forecast(snapshot: Snapshot, limits: Limits) -> dict[str, float]:
+def forecast(snapshot: Snapshot, limits: PlannerConfig) -> dict[str, float]:
     """Seconds from now until each task is done, but for those that can run nowhere; none while costs are unknown."""
     executors = [executor for executor in snapshot.executors if not executor.is_draining]
     if not executors or not all(executor.can_predict for executor in executors):
@@ -27,10 +27,10 @@ def forecast(snapshot: Snapshot, limits: Limits) -> dict[str, float]:
     return {outcome.task.name: outcome.finished_seconds for outcome in run.outcomes}
 
 
-def picture(snapshot: Snapshot, htasks: Sequence[HTask], executor: str, limits: Limits) -> str:
+def picture(snapshot: Snapshot, htasks: Sequence[HTask], executor: str, limits: PlannerConfig) -> str:
     """SVG: the executor's hTasks interleaved over its stages, a few rounds, and one by one for comparison."""
     view = next(e for e in snapshot.executors if e.name == executor)
-    host, appraiser = Host(view, limits), Appraiser(limits)
+    host, appraiser = ExecutorState(view, limits), DemandEstimator(limits)
     names = {name for htask in htasks for name in htask.tasks}
     for task in snapshot.tasks:
         if task.name in names:

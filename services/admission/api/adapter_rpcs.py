@@ -17,8 +17,8 @@ from engine.errors import (
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import artifact_pb2
 from services.admission.api import page_tokens
-from services.admission.policy.adapter_upload import FolderReceipt
-from services.admission.policy.admission_controller import Admitter
+from services.admission.policy.adapter_upload import AdapterUpload
+from services.admission.policy.admission_controller import AdmissionController
 from services.admission.store import datasets_and_adapters, idempotency, tasks
 from services.admission.store.database import Database
 from services.admission.store.tables import adapters
@@ -35,11 +35,11 @@ class AdapterRpcs:
 
     _database: Database
     _artifacts: ArtifactStore
-    _admitter: Admitter
+    _admitter: AdmissionController
     _max_upload_bytes: int
 
     async def UploadAdapter(self, request_iterator: Any, context: Any) -> pb.UploadAdapterResponse:
-        receipt, header = FolderReceipt(self._max_upload_bytes), None
+        receipt, header = AdapterUpload(self._max_upload_bytes), None
         async for request in request_iterator:
             part = request.WhichOneof("part")
             if part == "header" and header is None:

@@ -10,9 +10,9 @@ from engine.target_modules import suffixes
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, artifact_pb2, dataset_pb2, plan_pb2
 from services.admission.api import page_tokens
-from services.admission.cleanup.dataset_objects import DatasetBytes
+from services.admission.cleanup.dataset_objects import DatasetObjects
 from services.admission.ledger.ledger import live_executors
-from services.admission.policy.admission_controller import Admitter
+from services.admission.policy.admission_controller import AdmissionController
 from services.admission.policy.task_estimator import INSPECT_SECONDS
 from services.admission.store import datasets_and_adapters, idempotency
 from services.admission.store.database import Database
@@ -25,14 +25,14 @@ from services.storage.artifact_store import ArtifactStore
 _log = logging.getLogger(__name__)
 
 
-class DataRpcs:
+class DatasetRpcs:
     """Part of AdmissionServicer."""
 
     _database: Database
     _artifacts: ArtifactStore
     _alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub"
-    _admitter: Admitter
-    dataset_bytes: DatasetBytes
+    _admitter: AdmissionController
+    dataset_bytes: DatasetObjects
 
     async def UploadDataset(self, request_iterator: Any, context: Any) -> pb.UploadDatasetResponse:
         header, file, chunks = await _opening(request_iterator)

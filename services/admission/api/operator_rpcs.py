@@ -9,7 +9,7 @@ from muxtune.v1 import operator_pb2_grpc
 from services.admission.api import page_tokens
 from services.admission.policy import quotas
 from services.admission.store import audit_log
-from services.admission.store.change_notifier import Notifier
+from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
 from services.resource_names import check_tenant
 
@@ -17,7 +17,7 @@ from services.resource_names import check_tenant
 class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
     """`default`: what holds for tenants without a quota of their own."""
 
-    def __init__(self, database: Database, default: pb.Quota, notifier: Notifier) -> None:
+    def __init__(self, database: Database, default: pb.Quota, notifier: ChangeNotifier) -> None:
         self._database, self._default, self._notifier = database, default, notifier
 
     async def SetQuota(self, request: pb.SetQuotaRequest, context: Any) -> pb.SetQuotaResponse:

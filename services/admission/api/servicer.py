@@ -21,13 +21,13 @@ from muxtune.v1 import (
     plan_pb2,
 )
 from services.admission.api.adapter_rpcs import AdapterRpcs
-from services.admission.api.dataset_rpcs import DataRpcs
+from services.admission.api.dataset_rpcs import DatasetRpcs
 from services.admission.api.task_rpcs import TaskRpcs
-from services.admission.cleanup.dataset_objects import DatasetBytes
+from services.admission.cleanup.dataset_objects import DatasetObjects
 from services.admission.ledger.ledger import Ledger
-from services.admission.policy.admission_controller import Admitter
+from services.admission.policy.admission_controller import AdmissionController
 from services.admission.store.api_keys import KeyStore
-from services.admission.store.change_notifier import ANYTHING, Notifier
+from services.admission.store.change_notifier import ANYTHING, ChangeNotifier
 from services.admission.store.clock import microseconds, timestamp
 from services.admission.store.database import Database
 from services.rpc.authorization import Role
@@ -39,7 +39,7 @@ _HINT_SECONDS = 0.025  # what changes meanwhile is told in one: a word for each 
 _log = logging.getLogger(__name__)
 
 
-class AdmissionServicer(TaskRpcs, DataRpcs, AdapterRpcs, admission_pb2_grpc.AdmissionServiceServicer):
+class AdmissionServicer(TaskRpcs, DatasetRpcs, AdapterRpcs, admission_pb2_grpc.AdmissionServiceServicer):
     """AdmissionService: the only address a client needs."""
 
     def __init__(
@@ -47,13 +47,13 @@ class AdmissionServicer(TaskRpcs, DataRpcs, AdapterRpcs, admission_pb2_grpc.Admi
         database: Database,
         artifacts: ArtifactStore,
         alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub",
-        admitter: Admitter,
-        notifier: Notifier,
+        admitter: AdmissionController,
+        notifier: ChangeNotifier,
         max_upload_bytes: int,
     ) -> None:
         self._database, self._artifacts, self._alignment = database, artifacts, alignment
         self._admitter, self._notifier, self._max_upload_bytes = admitter, notifier, max_upload_bytes
-        self.dataset_bytes = DatasetBytes(database, artifacts, alignment)
+        self.dataset_bytes = DatasetObjects(database, artifacts, alignment)
 
 
 class KeyServicer(key_pb2_grpc.KeyServiceServicer):
@@ -79,7 +79,7 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
 class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
     """LedgerService: the durable side of scheduling."""
 
-    def __init__(self, notifier: Notifier, on_recorded: Callable[[Iterable[str]], None]) -> None:
+    def __init__(self, notifier: ChangeNotifier, on_recorded: Callable[[Iterable[str]], None]) -> None:
         self._notifier, self._on_recorded = notifier, on_recorded
         self._kept: Ledger | None = None
 
@@ -119,14 +119,14 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
     async def CommitPlan(self, request: ledger_pb2.CommitPlanRequest, context: Any) -> ledger_pb2.CommitPlanResponse:
         started = [start.task for start in request.starts]
         commit = partial(self._ledger.commit_plan, request)
-        epochs = await self._notifier.after(commit, lambda _: self._notifier.notify_tasks(started))
-        return ledger_pb2.CommitPlanResponse(attempt_epochs=epochs)
+        attempts = await self._notifier.after(commit, lambda _: self._notifier.notify_tasks(started))
+        return ledger_pb2.CommitPlanResponse(attempts=attempts)
 
     async def CommitResults(
         self, request: ledger_pb2.CommitResultsRequest, context: Any
     ) -> ledger_pb2.CommitResultsResponse:
         results = list(request.results)
-        commit = partial(self._ledger.commit_results, request.executor, request.lease_epoch, results)
+        commit = partial(self._ledger.commit_results, request.executor, request.lease_term, results)
         verdicts, _ = await self._notifier.after(commit, lambda answer: self._tell_of(results, answer[1]))
         return ledger_pb2.CommitResultsResponse(verdicts=verdicts)
 
@@ -145,18 +145,18 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
             raise InvalidInputError.of_field(field, "is missing: it says who asks")
         seconds = _lease_seconds(request.duration)
         lead = partial(self._ledger.leadership.lead, request.scheduler, request.incarnation, seconds)
-        leader, incarnation, epoch = await asyncio.to_thread(lead)
-        return ledger_pb2.LeadSchedulingResponse(leader=leader, incarnation=incarnation, epoch=epoch)
+        leader, incarnation, term = await asyncio.to_thread(lead)
+        return ledger_pb2.LeadSchedulingResponse(leader=leader, incarnation=incarnation, leader_term=term)
 
     async def PutLease(self, request: ledger_pb2.PutLeaseRequest, context: Any) -> ledger_pb2.PutLeaseResponse:
         seconds = _lease_seconds(request.duration)
 
         def tell(put: tuple[int, list[str]]) -> None:
-            if request.executor.lease_epoch != put[0] or request.executor.draining:
+            if request.executor.lease_term != put[0] or request.executor.draining:
                 self._notifier.notify(put[1])
 
-        epoch, _ = await self._notifier.after(partial(self._ledger.put_lease, request.executor, seconds), tell)
-        return ledger_pb2.PutLeaseResponse(lease_epoch=epoch)
+        term, _ = await self._notifier.after(partial(self._ledger.put_lease, request.executor, seconds), tell)
+        return ledger_pb2.PutLeaseResponse(lease_term=term)
 
     async def EndLease(self, request: ledger_pb2.EndLeaseRequest, context: Any) -> ledger_pb2.EndLeaseResponse:
         end = partial(self._ledger.end_lease, request.executor, request.incarnation)

@@ -13,9 +13,9 @@ from engine.task import TaskState
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import task_pb2
 from services.admission.api import page_tokens
-from services.admission.policy.admission_controller import Admissible, Admitter, Found
+from services.admission.policy.admission_controller import Admissible, AdmissionController, Found
 from services.admission.store import audit_log, idempotency, tasks
-from services.admission.store.change_notifier import Notifier
+from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
 from services.conversion.task import state_to_domain
 from services.failpoints import failpoint
@@ -32,8 +32,8 @@ class TaskRpcs:
     """Part of AdmissionServicer."""
 
     _database: Database
-    _notifier: Notifier
-    _admitter: Admitter
+    _notifier: ChangeNotifier
+    _admitter: AdmissionController
 
     async def CreateTask(self, request: pb.CreateTaskRequest, context: Any) -> pb.CreateTaskResponse:
         principal, trace_parent = current_principal(), current_trace_parent()

@@ -22,7 +22,7 @@ _KEYS = re.compile(r"(tenants/[^/]+)/datasets/([0-9a-f]{64})\.jsonl")
 _REMOVE_SECONDS = 5.0  # less than the database lets a transaction be silent
 
 
-class DatasetBytes:
+class DatasetObjects:
     """Alignment writes and removes them; admission says when."""
 
     def __init__(

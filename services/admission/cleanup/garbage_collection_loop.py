@@ -7,16 +7,16 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 
 from engine.errors import MuxtuneError
-from services.admission.cleanup.garbage_collector import Sweeper
+from services.admission.cleanup.garbage_collector import GarbageCollector
 
 _EVERY_SECONDS, _RETRY_SECONDS = 3600.0, 5.0
 _log = logging.getLogger(__name__)
 
 
-class Sweeping:
+class GarbageCollectionLoop:
     """`sweep_datasets` removes bytes that no dataset holds. What cannot be deleted now is tried again."""
 
-    def __init__(self, sweeper: Sweeper, sweep_datasets: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, sweeper: GarbageCollector, sweep_datasets: Callable[[], Awaitable[None]]) -> None:
         self._sweeper, self._sweep_datasets = sweeper, sweep_datasets
         self._names: set[str] = set()
         self._added = asyncio.Event()

@@ -20,12 +20,12 @@ from services.admission.store.tables import adapters, tasks
 from services.storage.artifact_store import ArtifactStore
 
 _CHECKPOINT = re.compile(r"(tenants/[^/]+)/tasks/([^/]+)/checkpoints/(\d+)-(\d+)(?=/|$)")
-_ADAPTER = re.compile(r"(tenants/[^/]+)/adapters/([^/]+)/(\d+)(?=/|$)")  # one that a task left, by its epoch
+_ADAPTER = re.compile(r"(tenants/[^/]+)/adapters/([^/]+)/(\d+)(?=/|$)")  # one that a task left, by its attempt
 _UPLOAD = re.compile(r"tenants/[^/]+/adapters/[^/]+/uploaded-[0-9a-f]{16}(?:-(\d+)-[0-9a-f]{8})?(?=/|$)")
 _UPLOAD_MICROSECONDS = 86_400_000_000  # what has no row after a day gets none any more, though clocks jump
 
 
-class Sweeper:
+class GarbageCollector:
     """Killed midway, the next sweep goes on. Raises UnavailableError."""
 
     def __init__(self, database: Database, artifacts: ArtifactStore) -> None:
@@ -79,20 +79,20 @@ def _idle_checkpoints(row: Any, folders: set[str]) -> set[str]:
     kept = {recorded.manifest_key.rpartition("/")[0]}
     earlier = sorted(folder for folder in folders if row.checkpoint and _step(folder) < recorded.step)
     kept |= set(earlier[-1:])  # where the recorded one cannot be read
-    return {folder for folder in folders - kept if folder in earlier or _epoch(folder) < row.attempt_epoch}
+    return {folder for folder in folders - kept if folder in earlier or _attempt(folder) < row.attempt}
 
 
 def _idle_adapters(row: Any, folders: set[str], manifest_key: str) -> set[str]:
     is_final = TaskState[row.state].is_final
     others = folders - {manifest_key.rpartition("/")[0]}
-    return {folder for folder in others if is_final or _epoch(folder) < row.attempt_epoch}
+    return {folder for folder in others if is_final or _attempt(folder) < row.attempt}
 
 
 def _step(folder: str) -> int:
     return int(folder.rpartition("/")[2].partition("-")[0])
 
 
-def _epoch(folder: str) -> int:
+def _attempt(folder: str) -> int:
     return int(folder.rpartition("/")[2].rpartition("-")[2])
 
 

@@ -1,6 +1,6 @@
 """Who keeps the ledger: of several processes on one database the one that took it last. Synchronous, no gRPC.
 
-The fence is an epoch in the database that every transaction of a keeper is compared with: whoever was superseded, while
+The fence is a term in the database that every transaction of a keeper is compared with: whoever was superseded, while
 it was paused or cut off, commits nothing any more.
 """
 
@@ -22,10 +22,10 @@ class FencedDatabase:
     def __init__(self, database: Database) -> None:
         self._database = database
         with database.write() as connection:
-            self.epoch = _epoch(connection) + 1
-            if self.epoch == 1:
+            self.term = _term(connection) + 1
+            if self.term == 1:
                 connection.execute(sa.insert(leaderships).values(role=_ROLE))
-            ours = sa.update(leaderships).where(leaderships.c.role == _ROLE).values(epoch=self.epoch)
+            ours = sa.update(leaderships).where(leaderships.c.role == _ROLE).values(term=self.term)
             connection.execute(ours)
 
     def read(self) -> AbstractContextManager[sa.Connection]:
@@ -33,17 +33,17 @@ class FencedDatabase:
 
     def is_current(self) -> bool:
         with self.read() as connection:
-            return _epoch(connection) == self.epoch
+            return _term(connection) == self.term
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
         """Raises UnavailableError where another has taken the ledger: since writers take turns, none can meanwhile."""
         with self._database.write() as connection:
-            if (newest := _epoch(connection)) != self.epoch:
-                raise UnavailableError(f"another admission keeps the ledger, in epoch {newest}; {self.epoch} is over")
+            if (newest := _term(connection)) != self.term:
+                raise UnavailableError(f"another admission keeps the ledger, in term {newest}; {self.term} is over")
             yield connection
 
 
-def _epoch(connection: sa.Connection) -> int:
+def _term(connection: sa.Connection) -> int:
     """Of the newest keeper; 0: there was none."""
-    return connection.execute(sa.select(leaderships.c.epoch).where(leaderships.c.role == _ROLE)).scalar() or 0
+    return connection.execute(sa.select(leaderships.c.term).where(leaderships.c.role == _ROLE)).scalar() or 0

@@ -1,5 +1,5 @@
 """The durable side of scheduling: leases, attempts, results. Everything is compared where it is committed:
-(executor's lease epoch), (task, attempt epoch, step), (plan version). Synchronous, no gRPC.
+(executor's lease term), (task, attempt, step), (plan version). Synchronous, no gRPC.
 
 Lease deadlines run on this process's monotonic clock, so a jump of the wall clock changes none. After a restart, or
 with another keeper, every lease gets its whole duration again.
@@ -13,13 +13,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from engine.errors import InvalidInputError, LeaseLostError, StaleEpochError
+from engine.errors import InvalidInputError, LeaseLostError, SupersededError
 from engine.task import TaskState
 from muxtune.v1 import ledger_pb2 as pb
 from muxtune.v1 import operator_pb2, plan_pb2, task_pb2
 from services.admission.ledger import crash_tracker, result_commit
 from services.admission.ledger.fencing import FencedDatabase
-from services.admission.ledger.scheduler_lease import Leadership, check_leader
+from services.admission.ledger.scheduler_lease import SchedulerLease, check_leader
 from services.admission.policy import quotas
 from services.admission.store import audit_log, tasks
 from services.admission.store.clock import now
@@ -47,7 +47,7 @@ class Ledger:
         max_crashes: int = 3,
     ) -> None:
         self.fence = self._database = FencedDatabase(database)
-        self.leadership = Leadership(self.fence, monotonic)
+        self.leadership = SchedulerLease(self.fence, monotonic)
         self._quota, self._max_crashes = quota or operator_pb2.Quota(), max_crashes
         self._monotonic = monotonic
         self._deadlines: dict[str, float] = {}
@@ -98,24 +98,24 @@ class Ledger:
         return taken
 
     def put_lease(self, executor: plan_pb2.Executor, seconds: float) -> tuple[int, list[str]]:
-        """Lease epoch 0 registers an incarnation, another renews: the epoch, and tasks whose attempts were taken back
+        """Lease term 0 registers an incarnation, another renews: the term, and tasks whose attempts were taken back
         from the incarnation before. Raises LeaseLostError; see PutLease."""
         with self._database.write() as connection:
-            row, epoch = self._row(connection, executor.name), executor.lease_epoch
+            row, term = self._row(connection, executor.name), executor.lease_term
             taken: list[str] = []
-            if epoch == 0:
-                epoch, taken = self._register(connection, row, executor)
+            if term == 0:
+                term, taken = self._register(connection, row, executor)
             else:
-                self._check_lease(row, executor.name, executor.lease_epoch, executor.incarnation)
+                self._check_lease(row, executor.name, executor.lease_term, executor.incarnation)
                 known = plan_pb2.Executor.FromString(row.executor)
                 known.device.CopyFrom(executor.device)
                 known.draining = executor.draining
                 executor = known
-            values = {"executor": executor.SerializeToString(), "lease_epoch": epoch, "lease_seconds": seconds}
+            values = {"executor": executor.SerializeToString(), "lease_term": term, "lease_seconds": seconds}
             connection.execute(sa.update(executors).where(executors.c.name == executor.name).values(values))
             with self._guard:
                 self._deadlines[executor.name] = self._monotonic() + seconds
-        return epoch, taken
+        return term, taken
 
     def end_lease(self, name: str, incarnation: str) -> list[str]:
         """The tasks whose attempts were taken back."""
@@ -129,25 +129,25 @@ class Ledger:
         return taken
 
     def commit_plan(self, request: pb.CommitPlanRequest) -> list[int]:
-        """Attempt epochs of the tasks started. Raises StaleEpochError or LeaseLostError with nothing stored."""
+        """Attempts of the tasks started. Raises SupersededError or LeaseLostError with nothing stored."""
         with self._database.write() as connection:
-            self._check_lease(self._row(connection, request.executor), request.executor, request.lease_epoch)
-            check_leader(connection, request.leader_epoch)
+            self._check_lease(self._row(connection, request.executor), request.executor, request.lease_term)
+            check_leader(connection, request.leader_term)
             newest = connection.execute(sa.select(sa.func.max(plans.c.version))).scalar() or 0
             if request.version <= newest:
-                raise StaleEpochError(f"plan {request.version} comes after plan {newest}: take a new snapshot")
+                raise SupersededError(f"plan {request.version} comes after plan {newest}: take a new snapshot")
             connection.execute(
                 sa.insert(plans).values(version=request.version, executor=request.executor, created=now())
             )
             return [self._start(connection, request.executor, start) for start in request.starts]
 
     def commit_results(
-        self, executor: str, lease_epoch: int, batch: Sequence[plan_pb2.TaskResult]
+        self, executor: str, lease_term: int, batch: Sequence[plan_pb2.TaskResult]
     ) -> tuple[list[pb.ResultVerdict.ValueType], bool]:
         """A verdict for each, in order, all in one transaction; and whether the plan may change by it. Raises
         LeaseLostError with nothing stored."""
         with self._database.write() as connection:
-            self._check_lease(self._row(connection, executor), executor, lease_epoch)
+            self._check_lease(self._row(connection, executor), executor, lease_term)
             suspects = crash_tracker.suspects(connection, executor)
             verdicts = [result_commit.commit(connection, executor, result, self._max_crashes) for result in batch]
             is_cleared = suspects != crash_tracker.suspects(connection, executor)
@@ -175,14 +175,14 @@ class Ledger:
         if not seen:
             connection.execute(sa.insert(incarnations).values(key))
         if row is None:
-            fresh = {"name": executor.name, "incarnation": executor.incarnation, "lease_epoch": 1, "is_ended": False}
+            fresh = {"name": executor.name, "incarnation": executor.incarnation, "lease_term": 1, "is_ended": False}
             connection.execute(sa.insert(executors).values(**fresh, lease_seconds=0.0, executor=b""))
             return 1, []
         is_crash = not row.is_ended  # it did not say good-bye
         taken = self._revoke(connection, executor.name, (), "its executor started anew", is_crash=is_crash)
         changed = {"incarnation": executor.incarnation, "is_ended": False}
         connection.execute(sa.update(executors).where(executors.c.name == executor.name).values(changed))
-        return int(row.lease_epoch) + 1, taken
+        return int(row.lease_term) + 1, taken
 
     def _revoke(
         self, connection: sa.Connection, executor: str, names: Sequence[str], reason: str, *, is_crash: bool = False
@@ -191,7 +191,7 @@ class Ledger:
         query = sa.select(tasks_table).where(tasks_table.c.executor == executor)
         rows = connection.execute(query.where(tasks_table.c.name.in_(names)) if names else query).all()
         for row in rows:
-            columns: dict[str, Any] = {"executor": "", "attempt_epoch": row.attempt_epoch + 1}
+            columns: dict[str, Any] = {"executor": "", "attempt": row.attempt + 1}
             if is_crash and crash_tracker.count(connection, row, reason, len(rows), self._max_crashes):
                 continue
             if row.state == TaskState.RUNNING.name:
@@ -204,22 +204,22 @@ class Ledger:
 
     def _start(self, connection: sa.Connection, executor: str, start: pb.AttemptStart) -> int:
         row = tasks.row_of(connection, start.task)
-        if row.attempt_epoch != start.expected_epoch or TaskState[row.state].is_final:
-            raise StaleEpochError(
-                f"{start.task} is {row.state} at epoch {row.attempt_epoch}, not {start.expected_epoch}", task=start.task
+        if row.attempt != start.expected_attempt or TaskState[row.state].is_final:
+            raise SupersededError(
+                f"{start.task} is {row.state} at attempt {row.attempt}, not {start.expected_attempt}", task=start.task
             )
-        epoch = int(row.attempt_epoch) + 1
-        columns: dict[str, Any] = {"attempt_epoch": epoch, "executor": executor, "started": row.started or now()}
+        attempt = int(row.attempt) + 1
+        columns: dict[str, Any] = {"attempt": attempt, "executor": executor, "started": row.started or now()}
         if row.state == TaskState.QUEUED.name:
-            tasks.change_state(connection, row, TaskState.RUNNING, f"attempt {epoch} on {executor}", **columns)
+            tasks.change_state(connection, row, TaskState.RUNNING, f"attempt {attempt} on {executor}", **columns)
         else:
             connection.execute(sa.update(tasks_table).where(tasks_table.c.name == row.name).values(columns))
-        return epoch
+        return attempt
 
-    def _check_lease(self, row: Any, name: str, epoch: int, incarnation: str | None = None) -> None:
+    def _check_lease(self, row: Any, name: str, term: int, incarnation: str | None = None) -> None:
         is_other = incarnation is not None and row is not None and row.incarnation != incarnation
-        if row is None or row.is_ended or row.lease_epoch != epoch or is_other or self._is_expired(name):
-            raise LeaseLostError(f"{name} does not hold lease {epoch}: register again", executor=name)
+        if row is None or row.is_ended or row.lease_term != term or is_other or self._is_expired(name):
+            raise LeaseLostError(f"{name} does not hold lease {term}: register again", executor=name)
 
     def _is_expired(self, name: str) -> bool:
         with self._guard:
@@ -239,7 +239,7 @@ class Ledger:
 
     def _executor(self, row: Any) -> plan_pb2.Executor:
         executor = plan_pb2.Executor.FromString(row.executor)
-        executor.lease_epoch = row.lease_epoch
+        executor.lease_term = row.lease_term
         with self._guard:
             left = self._deadlines.get(row.name, 0.0) - self._monotonic()
         executor.lease_expire_time.FromMicroseconds(now() + int(left * 1e6))

@@ -9,7 +9,7 @@ from engine.errors import MuxtuneError
 from engine.task import TaskState
 from muxtune.v1 import operator_pb2
 from services.admission.policy import quotas
-from services.admission.store.change_notifier import Notifier
+from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
 from services.admission.store.tables import tasks
 
@@ -17,10 +17,10 @@ _EVERY_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
-class LimitsWatch:
+class LimitsWatcher:
     """A hint each time another set of tenants has to wait, or of tasks to be stopped."""
 
-    def __init__(self, database: Database, default: operator_pb2.Quota, notifier: Notifier) -> None:
+    def __init__(self, database: Database, default: operator_pb2.Quota, notifier: ChangeNotifier) -> None:
         self._database, self._default, self._notifier = database, default, notifier
         self._seen = (frozenset[str](), frozenset[str]())
 

@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 
 from engine.errors import MuxtuneError
-from services.admission.store.change_notifier import Notifier
+from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
 
 SESSION = "muxtune replica"  # as pg_stat_activity names it
@@ -34,14 +34,14 @@ Keep = Callable[[], Coroutine[Any, Any, None]]
 class Replicas:
     """This process among the others. `run` and `tell` run until cancelled."""
 
-    def __init__(self, database: Database, notifier: Notifier) -> None:
+    def __init__(self, database: Database, notifier: ChangeNotifier) -> None:
         self._database, self._notifier, self._own = database, notifier, uuid.uuid4().hex
         self._untold: set[str] = set()
         self._has_untold = asyncio.Event()
         notifier.tell_others = self._note
 
     async def run(self, keep: Keep) -> None:
-        """Listens, and runs `keep` as long as the lock is this process's; it ends by itself where its epoch is over."""
+        """Listens, and runs `keep` as long as the lock is this process's; it ends by itself where its term is over."""
         while True:
             try:
                 async with self._open_session() as session:
@@ -113,7 +113,7 @@ class Replicas:
             self._notifier.wake(names)
 
 
-class Alone:
+class SingleReplica:
     """The only process on its database: SQLite. It keeps the ledger from its start to its end, or until another is
     started on that file by mistake."""
 

@@ -22,8 +22,8 @@ def commit(
 ) -> pb.ResultVerdict.ValueType:
     """COMMITTED, DUPLICATE (its step is recorded already) or STALE (the attempt was superseded)."""
     row = connection.execute(sa.select(tasks_table).where(tasks_table.c.name == result.task)).one_or_none()
-    if row is None or row.attempt_epoch != result.attempt_epoch or row.executor != executor:
-        ended = row is not None and TaskState[row.state].is_final and row.attempt_epoch == result.attempt_epoch
+    if row is None or row.attempt != result.attempt or row.executor != executor:
+        ended = row is not None and TaskState[row.state].is_final and row.attempt == result.attempt
         return pb.RESULT_VERDICT_DUPLICATE if ended else pb.RESULT_VERDICT_STALE
     kind, suspects = result.WhichOneof("result"), result.released.num_suspects
     if suspects and crash_tracker.count(connection, row, result.released.reason, suspects, max_crashes):

@@ -1,4 +1,4 @@
-"""Which scheduler leads: one at a time, under an epoch that only grows. Synchronous, no gRPC.
+"""Which scheduler leads: one at a time, under a term that only grows. Synchronous, no gRPC.
 
 As leases of executors, this one runs on the monotonic clock, and lasts its whole duration again after a restart.
 """
@@ -8,15 +8,15 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from engine.errors import StaleEpochError
+from engine.errors import SupersededError
 from services.admission.ledger.fencing import FencedDatabase
 from services.admission.store.tables import leaderships
 
 _ROLE = "scheduling"
 
 
-class Leadership:
-    """Its epoch stands in every plan that is committed, so that a leader who was superseded commits none."""
+class SchedulerLease:
+    """Its term stands in every plan that is committed, so that a leader who was superseded commits none."""
 
     def __init__(self, database: FencedDatabase, monotonic: Callable[[], float]) -> None:
         self._database, self._monotonic = database, monotonic
@@ -25,10 +25,10 @@ class Leadership:
         self._deadline = monotonic() + row.seconds if row is not None and row.holder else -1.0
 
     def lead(self, holder: str, incarnation: str, seconds: float) -> tuple[str, str, int]:
-        """Who leads now, which start of it, and in which epoch. 0 seconds: it resigns, if it leads."""
+        """Who leads now, which start of it, and in which term. 0 seconds: it resigns, if it leads."""
         with self._database.write() as connection:
             row = _row(connection)
-            leader = ("", "", 0) if row is None else (row.holder, row.incarnation, row.epoch)
+            leader = ("", "", 0) if row is None else (row.holder, row.incarnation, row.term)
             is_same = leader[:2] == (holder, incarnation)
             may_lead = is_same or holder == leader[0] or not leader[0] or self._deadline <= self._monotonic()
             if not may_lead or (seconds <= 0 and not is_same):
@@ -36,7 +36,7 @@ class Leadership:
             leader = ("", "", leader[2]) if seconds <= 0 else (holder, incarnation, leader[2] + (not is_same))
             if row is None:
                 connection.execute(sa.insert(leaderships).values(role=_ROLE))
-            values = dict(zip(("holder", "incarnation", "epoch"), leader, strict=True))
+            values = dict(zip(("holder", "incarnation", "term"), leader, strict=True))
             connection.execute(
                 sa.update(leaderships).where(leaderships.c.role == _ROLE).values(**values, seconds=seconds)
             )
@@ -44,12 +44,12 @@ class Leadership:
         return leader
 
 
-def check_leader(connection: sa.Connection, epoch: int) -> None:
-    """Raises StaleEpochError unless it is the newest leader's."""
+def check_leader(connection: sa.Connection, term: int) -> None:
+    """Raises SupersededError unless it is the newest leader's."""
     row = _row(connection)
-    newest = 0 if row is None else row.epoch
-    if epoch != newest:
-        raise StaleEpochError(f"leader epoch {epoch} was superseded by {newest}: another scheduler leads")
+    newest = 0 if row is None else row.term
+    if term != newest:
+        raise SupersededError(f"leader term {term} was superseded by {newest}: another scheduler leads")
 
 
 def _row(connection: sa.Connection) -> Any:

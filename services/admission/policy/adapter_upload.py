@@ -16,7 +16,7 @@ _PEFT_TYPES = (*dict.fromkeys(method.peft_type for method in METHODS.values()), 
 _MAX_CONFIG_BYTES = 256 << 10
 
 
-class FolderReceipt:
+class AdapterUpload:
     """Collects a PEFT folder's files in memory, at most `max_bytes` of them."""
 
     def __init__(self, max_bytes: int) -> None:

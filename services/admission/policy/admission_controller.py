@@ -10,23 +10,23 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 
 from engine.errors import InvalidInputError, NotFoundError
-from engine.planning.types import Limits
+from engine.planning.types import PlannerConfig
 from engine.strict_json import plain_json
 from engine.task import TaskSpec
 from muxtune.v1 import alignment_pb2_grpc, operator_pb2, task_pb2
 from services.admission.policy import quotas
 from services.admission.policy.adapter_upload import CONFIG_FILE
-from services.admission.policy.task_estimator import Appraisals
+from services.admission.policy.task_estimator import TaskEstimator
 from services.admission.store import datasets_and_adapters, tables
 from services.admission.store.database import Database
-from services.admission.store.prepared_statements import Statement
+from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import datasets, executors
 from services.resource_names import authorize, denied
 from services.rpc.authentication import Principal
 from services.storage.artifact_store import ArtifactStore
 
 # One statement: by itself each of the two takes as long.
-_STANDING = Statement(
+_STANDING = PreparedStatement(
     sa.select(
         sa.select(tables.quotas.c.quota)
         .where(tables.quotas.c.tenant == sa.bindparam("tenant"))
@@ -38,7 +38,9 @@ _STANDING = Statement(
         .label("version"),
     )
 )
-_EXECUTORS = Statement(sa.select(executors.c.executor))  # one that is away for now still says what its backbone takes
+_EXECUTORS = PreparedStatement(
+    sa.select(executors.c.executor)
+)  # one that is away for now still says what its backbone takes
 _MAX_SPEC_BYTES = 256 << 10  # it is read again at every scheduling cycle
 
 
@@ -47,7 +49,7 @@ class Quota:
     """What holds for tenants without limits of their own (0: none). `limits` are the planner's, for its models."""
 
     max_unfinished_tasks: int
-    limits: Limits
+    limits: PlannerConfig
     max_dataset_bytes: int = 0
     max_tokens_per_day: int = 0
     max_device_seconds_per_day: float = 0.0
@@ -81,7 +83,7 @@ class Admissible:
     estimate: task_pb2.TaskEstimate
 
 
-class Admitter:
+class AdmissionController:
     """Reads the store, asks alignment; decides."""
 
     def __init__(
@@ -92,7 +94,7 @@ class Admitter:
         quota: Quota,
     ) -> None:
         self._database, self._artifacts, self._quota = database, artifacts, quota
-        self._quota_proto, self._appraisals = quota.to_proto(), Appraisals(alignment, quota.limits)
+        self._quota_proto, self._appraisals = quota.to_proto(), TaskEstimator(alignment, quota.limits)
 
     async def examine(self, principal: Principal, found: Found) -> Admissible:
         """Raises PermissionDeniedError, InvalidInputError or WillNeverFitError."""
@@ -158,7 +160,7 @@ class Admitter:
         manifest = self._artifacts.read_manifest(key)
         config = plain_json(self._artifacts.read_file(manifest, CONFIG_FILE))
         try:
-            why = spec.method.misfit(config)
+            why = spec.method.incompatibility(config)
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             why = f"{CONFIG_FILE} has a field of another type than PEFT writes ({type(error).__name__})"
         if why:

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from engine.errors import InvalidInputError, QuotaExceededError
 from muxtune.v1 import budget_pb2, operator_pb2, task_pb2
 from services.admission.store.clock import now
-from services.admission.store.prepared_statements import Statement
+from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import adapters, datasets, quotas, usage
 from services.admission.store.tables import tasks as tasks_table
 from services.admission.store.tasks import UNFINISHED
@@ -21,13 +21,15 @@ from services.admission.store.tasks import UNFINISHED
 _DAY_MICROSECONDS = 86_400_000_000
 _LIMITS = [field.name for field in operator_pb2.Quota.DESCRIPTOR.fields]
 
-_QUOTA = Statement(sa.select(quotas.c.quota).where(quotas.c.tenant == sa.bindparam("tenant")))
-_NUM_UNFINISHED = Statement(
+_QUOTA = PreparedStatement(sa.select(quotas.c.quota).where(quotas.c.tenant == sa.bindparam("tenant")))
+_NUM_UNFINISHED = PreparedStatement(
     sa.select(sa.func.count().label("number")).where(
         tasks_table.c.tenant == sa.bindparam("tenant"), tasks_table.c.state.in_(map(sa.literal, UNFINISHED))
     )
 )
-_USED = Statement(sa.select(usage).where(usage.c.tenant == sa.bindparam("tenant"), usage.c.day == sa.bindparam("day")))
+_USED = PreparedStatement(
+    sa.select(usage).where(usage.c.tenant == sa.bindparam("tenant"), usage.c.day == sa.bindparam("day"))
+)
 
 
 def today() -> int:

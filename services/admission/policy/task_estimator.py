@@ -15,7 +15,7 @@ from engine.methods.base import Method
 from engine.planning.cost.memory_model import adapter_bytes, separate_instance_bytes
 from engine.planning.placement.eta import seconds_alone
 from engine.planning.placement.feasibility import refuse_if_never_fits
-from engine.planning.types import BackboneView, ExecutorView, Limits, TaskView
+from engine.planning.types import BackboneView, ExecutorView, PlannerConfig, TaskView
 from engine.task import TaskSpec
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, dataset_pb2, plan_pb2, task_pb2
 from services.admission.policy.validation import validate
@@ -42,10 +42,10 @@ class _Known:
     estimate: task_pb2.TaskEstimate
 
 
-class Appraisals:
+class TaskEstimator:
     """`limits` are the planner's, for its models."""
 
-    def __init__(self, alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub", limits: Limits) -> None:
+    def __init__(self, alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub", limits: PlannerConfig) -> None:
         self._alignment, self._limits = alignment, limits
         self._reports = _Remembered[dataset_pb2.PreflightReport]()
         self._known = _Remembered[_Known]()

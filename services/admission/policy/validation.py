@@ -47,7 +47,7 @@ def _wrong_targets(spec: TaskSpec, backbone: BackboneView) -> Sequence[FieldViol
 
 def _wrongs_of_method(spec: TaskSpec) -> Iterator[tuple[str, object, str]]:
     """(field, what was sent, what would do)."""
-    for wrong in spec.method.wrongs():
+    for wrong in spec.method.validate():
         yield f"{spec.method.name}.{wrong.field}", wrong.value, wrong.remedy
 
 

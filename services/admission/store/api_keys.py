@@ -14,14 +14,14 @@ import sqlalchemy as sa
 from engine.errors import InvalidInputError, NotFoundError, UnauthenticatedError
 from services.admission.store.clock import now
 from services.admission.store.database import Database
-from services.admission.store.prepared_statements import Statement
+from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import api_keys
 from services.resource_names import check_tenant
 from services.rpc.authentication import Principal
 from services.rpc.authorization import Role
 
 _SEEN_SECONDS, _MOST_SEEN = 1.0, 10_000
-_ROW = Statement(sa.select(api_keys).where(api_keys.c.id == sa.bindparam("id")))
+_ROW = PreparedStatement(sa.select(api_keys).where(api_keys.c.id == sa.bindparam("id")))
 
 
 class KeyStore:

@@ -10,11 +10,11 @@ import sqlalchemy as sa
 from muxtune.v1 import operator_pb2
 from services.admission.store.clock import now, timestamp
 from services.admission.store.database import Database
-from services.admission.store.prepared_statements import Statement
+from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import audit_events
 from services.rpc.audit import Audit, AuditEntry
 
-_INSERT = Statement(sa.insert(audit_events))
+_INSERT = PreparedStatement(sa.insert(audit_events))
 _log = logging.getLogger(__name__)
 
 

@@ -9,7 +9,7 @@ ANYTHING = ""
 T = TypeVar("T")
 
 
-class Notifier:
+class ChangeNotifier:
     """Waiters re-read the store after waking: a wake-up is a hint, so none can be lost or pile up. `tell_others` takes
     the names on to other processes on the same database (services/admission/ledger/replicas.py)."""
 

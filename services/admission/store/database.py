@@ -19,17 +19,19 @@ from alembic.config import Config
 
 from engine.errors import UnavailableError
 from services.admission.store.group_commit import GroupCommit
-from services.admission.store.prepared_statements import Statement
-from services.admission.store.request_batcher import Batches, Job
+from services.admission.store.prepared_statements import PreparedStatement
+from services.admission.store.request_batcher import BatchedCall, RequestBatcher
 from services.failpoints import failpoint
 
 T = TypeVar("T")
 _PATIENCE_MILLISECONDS = 10_000
 _BEGIN, _SAVE, _UNDO, _RELEASE = (
-    Statement(sa.text(text))
+    PreparedStatement(sa.text(text))
     for text in ("BEGIN IMMEDIATE", "SAVEPOINT alone", "ROLLBACK TO SAVEPOINT alone", "RELEASE SAVEPOINT alone")
 )
-_PATIENT, _IMPATIENT = (Statement(sa.text(f"PRAGMA busy_timeout={wait}")) for wait in (_PATIENCE_MILLISECONDS, 0))
+_PATIENT, _IMPATIENT = (
+    PreparedStatement(sa.text(f"PRAGMA busy_timeout={wait}")) for wait in (_PATIENCE_MILLISECONDS, 0)
+)
 _OF_DATABASES = (sa.exc.DBAPIError, sqlite3.OperationalError, sa.exc.TimeoutError)  # SQLite's own: of a Statement
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _SILENCE_SECONDS = 10
@@ -47,8 +49,8 @@ class Database:
         self._writing = threading.Lock()
         self._asking: sa.Connection | None = None
         self._writer: sa.Connection | None = None
-        self._questions = Batches("questions", self._answer)
-        self._changes: Batches | GroupCommit = Batches("changes", self._commit)
+        self._questions = RequestBatcher("questions", self._answer)
+        self._changes: RequestBatcher | GroupCommit = RequestBatcher("changes", self._commit)
         if self._is_sqlite:
             self._changes = GroupCommit(self.write, _run_all)
         sa.event.listen(self._engine, "connect", _configure_sqlite if self._is_sqlite else _configure_postgresql)
@@ -170,14 +172,14 @@ class Database:
                 self._asking = self._engine.connect()
         return self._asking
 
-    def _answer(self, jobs: Sequence[Job]) -> None:
+    def _answer(self, jobs: Sequence[BatchedCall]) -> None:
         with self.read() as connection:
             for job in jobs:
                 job.run(connection)
                 if job.error is not None:
                     connection.rollback()  # PostgreSQL answers nothing more before that
 
-    def _commit(self, jobs: Sequence[Job]) -> None:
+    def _commit(self, jobs: Sequence[BatchedCall]) -> None:
         with self.write() as connection:
             _run_all(jobs, connection)
 
@@ -213,7 +215,7 @@ def _told_of(error: Exception) -> UnavailableError | None:
     return UnavailableError(f"the database is away: {type(error).__name__}")
 
 
-def _run_all(jobs: Sequence[Job], connection: sa.Connection) -> None:
+def _run_all(jobs: Sequence[BatchedCall], connection: sa.Connection) -> None:
     """One after another, each as if it were alone."""
     for job in jobs:
         _SAVE.run(connection)

@@ -10,13 +10,13 @@ import sqlalchemy as sa
 from engine.errors import AlreadyExistsError, ResourceInUseError
 from muxtune.v1 import artifact_pb2, dataset_pb2
 from services.admission.store.clock import now, timestamp
-from services.admission.store.prepared_statements import Statement
+from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import adapters, datasets
 from services.admission.store.tables import tasks as tasks_table
 from services.admission.store.tasks import UNFINISHED
 from services.resource_names import denied
 
-_DATASET = Statement(sa.select(datasets).where(datasets.c.name == sa.bindparam("name")))
+_DATASET = PreparedStatement(sa.select(datasets).where(datasets.c.name == sa.bindparam("name")))
 
 
 def dataset_row(connection: sa.Connection, name: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from engine.errors import UnavailableError
-from services.admission.store.request_batcher import MOST_JOBS, Job
+from services.admission.store.request_batcher import MOST_JOBS, BatchedCall
 
 Transaction = AbstractContextManager[sa.Connection]
 
@@ -28,10 +28,10 @@ class GroupCommit:
     """
 
     def __init__(
-        self, transaction: Callable[..., Transaction], do_all: Callable[[Sequence[Job], sa.Connection], None]
+        self, transaction: Callable[..., Transaction], do_all: Callable[[Sequence[BatchedCall], sa.Connection], None]
     ) -> None:
         self._transaction, self._do_all = transaction, do_all
-        self._waiting: deque[Job] = deque()
+        self._waiting: deque[BatchedCall] = deque()
         self._turns: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, "changes")
         self._is_closed = False
@@ -41,7 +41,7 @@ class GroupCommit:
         if self._is_closed:
             raise UnavailableError("admission is stopping")
         loop = asyncio.get_running_loop()
-        job = Job(work, loop, tell)
+        job = BatchedCall(work, loop, tell)
         self._waiting.append(job)
         if self._turns is None or self._turns.done():
             self._turns = loop.create_task(self._take_turns())
@@ -77,7 +77,7 @@ class GroupCommit:
             num_seen = len(self._waiting)
             await asyncio.sleep(0)
 
-    def _due(self) -> list[Job]:
+    def _due(self) -> list[BatchedCall]:
         """Those whose callers are still there."""
         turn = [self._waiting.popleft() for _ in range(min(MOST_JOBS, len(self._waiting)))]
         return [job for job in turn if not job.answer.cancelled()]
@@ -95,7 +95,7 @@ class GroupCommit:
             self._thread.submit(_leave, entering, transaction)
             raise
 
-    def _done(self, jobs: Sequence[Job], connection: sa.Connection) -> Exception | None:
+    def _done(self, jobs: Sequence[BatchedCall], connection: sa.Connection) -> Exception | None:
         """Or what went wrong with all of them."""
         try:
             self._do_all(jobs, connection)
@@ -120,7 +120,7 @@ def _leave(entering: "Future[Any]", transaction: Transaction) -> None:
             transaction.__exit__(asyncio.CancelledError, asyncio.CancelledError(), None)
 
 
-def _deliver(jobs: Iterable[Job], error: Exception | None) -> None:
+def _deliver(jobs: Iterable[BatchedCall], error: Exception | None) -> None:
     for job in jobs:
         job.error = job.error or error
         job.deliver()

@@ -7,16 +7,16 @@ import sqlalchemy as sa
 
 from engine.errors import InvalidInputError, RequestIdReusedError
 from services.admission.store.clock import now
-from services.admission.store.prepared_statements import Statement
+from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import requests
 
-_FOUND = Statement(
+_FOUND = PreparedStatement(
     sa.select(requests).where(
         requests.c.tenant == sa.bindparam("tenant"), requests.c.request_id == sa.bindparam("request_id")
     )
 )
 _COLUMNS = [column.name for column in requests.c]
-_INSERT = Statement(
+_INSERT = PreparedStatement(
     sa.text(f"INSERT INTO requests ({', '.join(_COLUMNS)}) VALUES (:{', :'.join(_COLUMNS)}) ON CONFLICT DO NOTHING")
 )
 _ID = re.compile(r"[!-~]{1,128}")

@@ -13,7 +13,7 @@ from sqlalchemy.dialects import sqlite
 _DIALECT = sqlite.dialect(paramstyle="named")
 
 
-class Statement:
+class PreparedStatement:
     """`values` are by the names of its parameters or, of an insert, of its columns, the same ones each time. Columns
     are of types that SQLite's driver takes and gives as they are: integers, numbers, text, bytes."""
 

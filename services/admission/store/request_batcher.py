@@ -15,7 +15,7 @@ from engine.errors import UnavailableError
 MOST_JOBS = 64  # in one batch
 
 
-class Job:
+class BatchedCall:
     """One caller's work, and what came of it."""
 
     def __init__(
@@ -46,13 +46,13 @@ class Job:
             self.answer.set_result(self._result)
 
 
-class Batches:
+class RequestBatcher:
     """`do_all` runs the jobs it is given, in order; where it raises, all fail that did not by themselves. The callers
     get their answers when it is done with all of them."""
 
-    def __init__(self, name: str, do_all: Callable[[Sequence[Job]], None]) -> None:
+    def __init__(self, name: str, do_all: Callable[[Sequence[BatchedCall]], None]) -> None:
         self._name, self._do_all = name, do_all
-        self._waiting: SimpleQueue[Job | None] = SimpleQueue()
+        self._waiting: SimpleQueue[BatchedCall | None] = SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -64,7 +64,7 @@ class Batches:
             self._start()
         if self._is_closed:
             raise UnavailableError("admission is stopping")
-        job = Job(work, asyncio.get_running_loop(), tell)
+        job = BatchedCall(work, asyncio.get_running_loop(), tell)
         self._waiting.put(job)
         return await job.answer
 
@@ -96,7 +96,7 @@ class Batches:
                     job.error = job.error or error
             _deliver(jobs)
 
-    def _batch(self) -> Iterator[Job]:
+    def _batch(self) -> Iterator[BatchedCall]:
         """Waits for a first one; none when it is closed."""
         job = self._waiting.get()
         for left in reversed(range(MOST_JOBS)):
@@ -111,9 +111,9 @@ class Batches:
                 return
 
 
-def _deliver(jobs: Iterable[Job]) -> None:
+def _deliver(jobs: Iterable[BatchedCall]) -> None:
     """With one call into each event loop."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[Job]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[BatchedCall]] = {}
     for job in jobs:
         by_loop.setdefault(job.loop, []).append(job)
     for loop, own in by_loop.items():
@@ -121,6 +121,6 @@ def _deliver(jobs: Iterable[Job]) -> None:
             loop.call_soon_threadsafe(_deliver_here, own)
 
 
-def _deliver_here(jobs: Sequence[Job]) -> None:
+def _deliver_here(jobs: Sequence[BatchedCall]) -> None:
     for job in jobs:
         job.deliver()

@@ -57,7 +57,7 @@ tasks = Table(
     Column("initial_adapter_key", String, nullable=False, server_default=""),
     Column("checkpoint", LargeBinary),  # CheckpointCommitted
     Column("evaluated_step", Integer, nullable=False, server_default="-1"),
-    Column("attempt_epoch", BigInteger, nullable=False, server_default="0"),
+    Column("attempt", BigInteger, nullable=False, server_default="0"),
     Column("executor", String, nullable=False, server_default=""),
     Column("last_sequence", BigInteger, nullable=False, server_default="0"),
     Column("trace_parent", String, nullable=False, server_default=""),
@@ -89,7 +89,7 @@ executors = Table(
     metadata,
     Column("name", String, primary_key=True),
     Column("incarnation", String, nullable=False),
-    Column("lease_epoch", BigInteger, nullable=False),
+    Column("lease_term", BigInteger, nullable=False),
     Column("lease_seconds", Float, nullable=False),
     Column("is_ended", Boolean, nullable=False),
     Column("executor", LargeBinary, nullable=False),  # plan.Executor
@@ -108,7 +108,7 @@ leaderships = Table(
     Column("role", String, primary_key=True),
     Column("holder", String, nullable=False, server_default=""),  # empty: it resigned
     Column("incarnation", String, nullable=False, server_default=""),
-    Column("epoch", BigInteger, nullable=False, server_default="0"),
+    Column("term", BigInteger, nullable=False, server_default="0"),
     Column("seconds", Float, nullable=False, server_default="0"),
 )
 

@@ -10,26 +10,26 @@ from engine.errors import AlreadyExistsError
 from engine.task import TaskState, check_transition
 from muxtune.v1 import errors_pb2, task_pb2
 from services.admission.store.clock import now, timestamp
-from services.admission.store.prepared_statements import Statement
+from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import adapters, task_events, tasks
 from services.conversion.task import state_to_proto
 from services.resource_names import denied
 
 UNFINISHED = [state.name for state in TaskState if not state.is_final]
-_ROW = Statement(sa.select(tasks).where(tasks.c.name == sa.bindparam("name")))
-_TAKEN = Statement(
+_ROW = PreparedStatement(sa.select(tasks).where(tasks.c.name == sa.bindparam("name")))
+_TAKEN = PreparedStatement(
     sa.select(tasks.c.name)
     .where(tasks.c.name == sa.bindparam("name"))
     .union_all(sa.select(adapters.c.name).where(adapters.c.name == sa.bindparam("adapter")))
 )
-_INSERT, _INSERT_EVENT = Statement(sa.insert(tasks)), Statement(sa.insert(task_events))
+_INSERT, _INSERT_EVENT = PreparedStatement(sa.insert(tasks)), PreparedStatement(sa.insert(task_events))
 _NEXT_SEQUENCE = (
     sa.update(tasks)
     .where(tasks.c.name == sa.bindparam("task"))
     .values(last_sequence=tasks.c.last_sequence + 1)
     .returning(tasks.c.last_sequence)
 )
-_EVENTS_AFTER = Statement(
+_EVENTS_AFTER = PreparedStatement(
     sa.select(task_events.c.event)
     .where(task_events.c.task == sa.bindparam("name"), task_events.c.sequence > sa.bindparam("after"))
     .order_by(task_events.c.sequence)
@@ -117,7 +117,7 @@ def change_state(
         message=message,
         failure=failure,
         adapter=columns.get("adapter", ""),
-        attempt_epoch=columns.get("attempt_epoch", row.attempt_epoch),
+        attempt=columns.get("attempt", row.attempt),
     )
     append_event(connection, row.name, task_pb2.TaskEvent(state_changed=changed))
 
@@ -125,7 +125,7 @@ def change_state(
 def tell(connection: sa.Connection, row: Any, message: str) -> None:
     """An event that changes nothing: what the tenant should know."""
     state = state_to_proto(TaskState[row.state])
-    told = task_pb2.StateChanged(state=state, message=message, attempt_epoch=row.attempt_epoch)
+    told = task_pb2.StateChanged(state=state, message=message, attempt=row.attempt)
     append_event(connection, row.name, task_pb2.TaskEvent(state_changed=told))
 
 
@@ -170,5 +170,5 @@ def to_proto(row: Any) -> task_pb2.Task:
         start_time=timestamp(row.started),
         end_time=timestamp(row.ended),
         trace_parent=row.trace_parent,
-        attempt_epoch=row.attempt_epoch,
+        attempt=row.attempt,
     )

@@ -10,11 +10,11 @@ from muxtune.v1 import plan_pb2
 _ENDS = ("finished", "failed", "released")
 
 
-class Attempts:
+class AttemptTracker:
     """Follows plans down and results up."""
 
     def __init__(self) -> None:
-        self._running: dict[str, int] = {}  # epoch by task
+        self._running: dict[str, int] = {}  # attempt by task
         self._ended: dict[str, int] = {}
         self._resident: set[str] = set()  # on the device
         self._off: set[str] = set()  # that were, and now only wait for the store to have what they leave
@@ -22,10 +22,10 @@ class Attempts:
     def start(self, plan: plan_pb2.ExecutorPlan) -> plan_pb2.ExecutorPlan:
         """The plan without attempts that ended here: it may have been made before scheduling knew."""
         named = {task.task for task in plan.tasks}  # who is not will not be again in an attempt that ended
-        self._ended = {task: epoch for task, epoch in self._ended.items() if task in named}
-        going = [task for task in plan.tasks if self._ended.get(task.task, 0) < task.attempt_epoch]
-        self._off -= {task.task for task in going if self._running.get(task.task) != task.attempt_epoch}
-        self._running |= {task.task: task.attempt_epoch for task in going}
+        self._ended = {task: attempt for task, attempt in self._ended.items() if task in named}
+        going = [task for task in plan.tasks if self._ended.get(task.task, 0) < task.attempt]
+        self._off -= {task.task for task in going if self._running.get(task.task) != task.attempt}
+        self._running |= {task.task: task.attempt for task in going}
         left = plan_pb2.ExecutorPlan()
         left.CopyFrom(plan)
         del left.tasks[:]
@@ -42,12 +42,12 @@ class Attempts:
         """What the trainer says of its tasks; answers what of it counts: it may not have heard of a drop yet."""
         counting = []
         for result in results:
-            if self._running.get(result.task) != result.attempt_epoch:
+            if self._running.get(result.task) != result.attempt:
                 continue
             counting.append(result)
             kind = result.WhichOneof("result")
             if kind in _ENDS:
-                self._end(result.task, result.attempt_epoch)
+                self._end(result.task, result.attempt)
         return counting
 
     def drop_all(self) -> None:
@@ -59,11 +59,11 @@ class Attempts:
 
         A result of an earlier attempt, sent again over a new stream, is stale as well, and says nothing of this one.
         """
-        epochs: dict[str, int] = {}
+        attempts: dict[str, int] = {}
         for result in judged:
-            epochs[result.task] = max(result.attempt_epoch, epochs.get(result.task, 0))
+            attempts[result.task] = max(result.attempt, attempts.get(result.task, 0))
         running = ((task, self._running.get(task, 0)) for task in tasks)
-        stale = [task for task, epoch in running if epochs.get(task, epoch) >= epoch]
+        stale = [task for task, attempt in running if attempts.get(task, attempt) >= attempt]
         for task in stale:
             self._running.pop(task, None)
         return stale
@@ -73,14 +73,14 @@ class Attempts:
         that were off its device already."""
         held, results = list(self._running.items()), []
         num_suspects = sum(task not in self._off for task, _ in held)
-        for task, epoch in held:
+        for task, attempt in held:
             released = plan_pb2.TaskReleased(reason=reason, num_suspects=0 if task in self._off else num_suspects)
-            results.append(plan_pb2.TaskResult(task=task, attempt_epoch=epoch, released=released))
-            self._end(task, epoch)
+            results.append(plan_pb2.TaskResult(task=task, attempt=attempt, released=released))
+            self._end(task, attempt)
         self._resident, self._off = set(), set()
         return results
 
-    def _end(self, task: str, epoch: int) -> None:
-        self._ended[task] = max(epoch, self._ended.get(task, 0))
-        if self._running.get(task) == epoch:
+    def _end(self, task: str, attempt: int) -> None:
+        self._ended[task] = max(attempt, self._ended.get(task, 0))
+        if self._running.get(task) == attempt:
             del self._running[task]

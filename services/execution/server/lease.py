@@ -40,7 +40,7 @@ class LeaseKeeper:
                 await self._keep()
             except MuxtuneError as error:
                 _log.warning("lease: %s", error)
-            if self._servicer.lease_epoch:
+            if self._servicer.lease_term:
                 await self._servicer.lose_lease()
             await asyncio.sleep(_RETRY_SECONDS)
 
@@ -64,8 +64,8 @@ class LeaseKeeper:
         )
         answer = await self._scheduling.RegisterExecutor(scheduling_pb2.RegisterExecutorRequest(executor=executor))
         self._seconds = answer.lease_duration.ToTimedelta().total_seconds()
-        self._servicer.take_lease(answer.lease_epoch)
-        _log.info("lease %d for %g s", answer.lease_epoch, self._seconds)
+        self._servicer.take_lease(answer.lease_term)
+        _log.info("lease %d for %g s", answer.lease_term, self._seconds)
 
     async def _keep(self) -> None:
         """Renews every third of the lease. Returns when it ran out unrenewed, before admission can think so; raises
@@ -89,7 +89,7 @@ class LeaseKeeper:
         return scheduling_pb2.KeepLeaseRequest(
             executor=self._settings.resource_name,
             incarnation=self._incarnation,
-            lease_epoch=self._servicer.lease_epoch,
+            lease_term=self._servicer.lease_term,
             device=self._servicer.described.executor.device,
             draining=self._servicer.is_draining,
         )

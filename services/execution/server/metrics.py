@@ -8,7 +8,7 @@ from services.telemetry import meter
 _ENDS = ("finished", "failed", "released")
 
 
-class Usage:
+class ExecutorMetrics:
     """By backbone, never by tenant or task: those are thousands. Theirs stand in each task's progress."""
 
     def __init__(self, backbone: str) -> None:

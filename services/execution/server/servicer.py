@@ -5,11 +5,11 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
-from engine.errors import LeaseLostError, MuxtuneError, NotFoundError, StaleEpochError, UnavailableError
+from engine.errors import LeaseLostError, MuxtuneError, NotFoundError, SupersededError, UnavailableError
 from muxtune.v1 import errors_pb2, execution_pb2_grpc, plan_pb2
 from muxtune.v1 import execution_pb2 as pb
-from services.execution.server.attempt_tracker import Attempts
-from services.execution.server.metrics import Usage
+from services.execution.server.attempt_tracker import AttemptTracker
+from services.execution.server.metrics import ExecutorMetrics
 from services.execution.server.outbox import Outbox
 from services.execution.server.trainer_pipe import Frame, Tag
 from services.execution.server.trainer_process import TrainerProcess
@@ -28,15 +28,15 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         self._settings, self._tell_health = settings, tell_health
         self.trainer = TrainerProcess(settings, self._on_frame, self._on_death)
         self.outbox = Outbox(settings.max_unacknowledged)
-        self._usage = Usage(settings.backbone_name)
+        self._usage = ExecutorMetrics(settings.backbone_name)
         self.described = pb.DescribeExecutorResponse()
-        self.lease_epoch = 0
+        self.lease_term = 0
         self.ready = asyncio.Event()
         self.is_draining = False
         self._drained = asyncio.Event()
         self._leased = asyncio.Event()
-        self._attempts = Attempts()
-        self._plan_version = self._leader_epoch = 0
+        self._attempts = AttemptTracker()
+        self._plan_version = self._leader_term = 0
         self._late_plan: plan_pb2.ExecutorPlan | None = None  # came while the trainer was away
         self._stream: asyncio.Task[None] | None = None  # reads the newest stream's requests
         self._stream_ended = asyncio.Event()
@@ -49,10 +49,10 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         first = await anext(requests, None)
         if first is None:
             return
-        await self._check_lease(first.lease_epoch)
-        if first.leader_epoch < self._leader_epoch:
-            raise StaleEpochError(f"leader epoch {first.leader_epoch} was superseded by {self._leader_epoch}")
-        self._leader_epoch = first.leader_epoch
+        await self._check_lease(first.lease_term)
+        if first.leader_term < self._leader_term:
+            raise SupersededError(f"leader term {first.leader_term} was superseded by {self._leader_term}")
+        self._leader_term = first.leader_term
         if self._stream is not None:
             self._stream.cancel()  # the newest stream wins
         reading = self._stream = asyncio.create_task(self._read_requests(first, requests))
@@ -64,9 +64,9 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
             while True:
                 await asyncio.wait({reading, following}, return_when=asyncio.FIRST_COMPLETED)
                 if self._stream is not reading:
-                    raise StaleEpochError("a newer stream replaced this one")
-                if self.lease_epoch != first.lease_epoch:
-                    raise LeaseLostError(f"lease {first.lease_epoch} ended: take a new snapshot")
+                    raise SupersededError("a newer stream replaced this one")
+                if self.lease_term != first.lease_term:
+                    raise LeaseLostError(f"lease {first.lease_term} ended: take a new snapshot")
                 if following.done():
                     if (response := following.result()) is None:
                         return
@@ -114,14 +114,14 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         except TimeoutError:
             _log.warning("drain gave up after %g s", self._settings.drain_seconds)
 
-    def take_lease(self, epoch: int) -> None:
+    def take_lease(self, term: int) -> None:
         """From now on, streams of this lease are taken."""
-        self.lease_epoch = epoch
+        self.lease_term = term
         self._leased.set()
 
     async def lose_lease(self) -> None:
         """Drops every task and result: another executor may hold them by now. Ends the stream."""
-        self.lease_epoch, self._plan_version, self._late_plan = 0, 0, None
+        self.lease_term, self._plan_version, self._late_plan = 0, 0, None
         self._leased.clear()
         self._attempts.drop_all()
         await self.trainer.send(Tag.LEASE_LOST)
@@ -129,15 +129,15 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         if self._stream is not None:
             self._stream.cancel()
 
-    async def _check_lease(self, epoch: int) -> None:
+    async def _check_lease(self, term: int) -> None:
         """Scheduling may know of a lease a moment before this executor hears its answer. Raises LeaseLostError."""
         try:
             async with asyncio.timeout(_LEASE_WAIT_SECONDS):
                 await self._leased.wait()
         except TimeoutError:
             _log.warning("a stream came, but no lease")
-        if epoch != self.lease_epoch or epoch == 0:
-            raise LeaseLostError(f"this executor's lease is {self.lease_epoch}, not {epoch}: take a new snapshot")
+        if term != self.lease_term or term == 0:
+            raise LeaseLostError(f"this executor's lease is {self.lease_term}, not {term}: take a new snapshot")
 
     async def _read_requests(self, first: pb.RunPlanRequest, requests: AsyncIterator[pb.RunPlanRequest]) -> None:
         await self._take(first)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from engine.errors import UnavailableError
-from engine.runtime.out_of_memory import NoMemory, within_memory
+from engine.runtime.out_of_memory import OutOfMemoryError, within_memory
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Errand(Generic[T]):
+class BackgroundCall(Generic[T]):
     """Under way, or done: then `then` is to be told, on the trainer's own thread."""
 
     future: "Future[T]"
@@ -32,7 +32,7 @@ class Errand(Generic[T]):
         self.then(self.future.result())
 
 
-class Errands:
+class BackgroundIo:
     """`wake` is called, on any thread, when one is done. A task sends one at a time, so there are few."""
 
     def __init__(self, wake: Callable[[], Any]) -> None:
@@ -49,7 +49,7 @@ class Errands:
 def _run(work: Callable[[], T], future: "Future[T]") -> None:
     try:
         result = within_memory(work)
-    except NoMemory as error:  # the host's, for bytes on their way: that passes
+    except OutOfMemoryError as error:  # the host's, for bytes on their way: that passes
         future.set_exception(UnavailableError(f"no memory for what goes to the store or comes from it: {error}"))
     except BaseException as error:  # told on the trainer's thread, where it belongs
         future.set_exception(error)

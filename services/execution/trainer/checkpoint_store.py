@@ -1,6 +1,6 @@
 """Checkpoints and adapters of tasks in the artifact store, committed by their manifest.
 
-Keys: {task}/checkpoints/{step}-{epoch}/manifest.json and tenants/{tenant}/adapters/{id}/{epoch}/manifest.json.
+Keys: {task}/checkpoints/{step}-{attempt}/manifest.json and tenants/{tenant}/adapters/{id}/{attempt}/manifest.json.
 """
 
 import logging
@@ -20,18 +20,18 @@ from services.storage.artifact_store import MANIFEST, ArtifactStore, Manifest
 _log = logging.getLogger(__name__)
 
 
-class Vault:
+class CheckpointStore:
     """Synchronous; used by the trainer only, on any of its threads."""
 
     def __init__(self, store: ArtifactStore) -> None:
         self._store = store
 
     def put_checkpoint(
-        self, task: str, epoch: int, state: CheckpointState, extra: dict[str, Any]
+        self, task: str, attempt: int, state: CheckpointState, extra: dict[str, Any]
     ) -> task_pb2.CheckpointCommitted:
         """Commits it. Those before it stay until admission, which knows what is recorded, deletes them."""
-        prefix = f"{task}/checkpoints/{state.step:08d}-{epoch}"
-        manifest = self._store.commit_folder(prefix, state.files(), {**state.metadata, **extra, "epoch": epoch})
+        prefix = f"{task}/checkpoints/{state.step:08d}-{attempt}"
+        manifest = self._store.commit_folder(prefix, state.files(), {**state.metadata, **extra, "attempt": attempt})
         return task_pb2.CheckpointCommitted(step=state.step, manifest_key=manifest.key, size_bytes=manifest.size_bytes)
 
     def get_checkpoint(
@@ -53,9 +53,9 @@ class Vault:
                 _log.error("checkpoint %s of %s cannot be used: %s", key, task, error)
         raise ArtifactCorruptError(f"no checkpoint of {task} can be read", task=task)
 
-    def put_adapter(self, task: str, epoch: int, step: int, files: dict[str, bytes], is_final: bool) -> Manifest:
+    def put_adapter(self, task: str, attempt: int, step: int, files: dict[str, bytes], is_final: bool) -> Manifest:
         """The PEFT folder, under the adapter's name; one that the task goes on from lies apart."""
-        prefix = f"{task.replace('/tasks/', '/adapters/')}/{epoch}" + ("" if is_final else f"-step-{step:08d}")
+        prefix = f"{task.replace('/tasks/', '/adapters/')}/{attempt}" + ("" if is_final else f"-step-{step:08d}")
         return self._store.commit_folder(prefix, files, {"task": task, "step": step})
 
     def get_adapter(self, manifest_key: str) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ _NUM_RECENT, _REFIT_EVERY = 96, 16
 _log = logging.getLogger(__name__)
 
 
-class Costs:
+class CostCalibration:
     """`profile` is what is known now. Its fits take milliseconds, between microbatches."""
 
     def __init__(self, executor: Executor, budget_seconds: float) -> None:

@@ -6,7 +6,7 @@ from engine.alignment.microbatch import Microbatch
 from muxtune.v1 import plan_pb2
 
 
-class Shortage:
+class OutOfMemoryPolicy:
     """Remembers, by task, how large its microbatches may be: a new plan does not know."""
 
     def __init__(self) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 from engine.errors import MuxtuneError
 from engine.runtime.checkpoint import CheckpointState
-from engine.runtime.out_of_memory import NoMemory
+from engine.runtime.out_of_memory import OutOfMemoryError
 from engine.task import TaskSpec
 from muxtune.v1 import plan_pb2, task_pb2
-from services.execution.trainer.background_io import Errand
+from services.execution.trainer.background_io import BackgroundCall
 from services.execution.trainer.early_stop import EarlyStop
 
 _FIRST_RETRY_SECONDS, _LAST_RETRY_SECONDS = 1.0, 8.0
@@ -17,7 +17,7 @@ Files = dict[str, bytes]
 
 
 @dataclass(frozen=True)
-class Luggage:
+class RestoreState:
     """What a task brings along: the checkpoint that it goes on from, or the files of its initial adapter."""
 
     state: CheckpointState | None = None
@@ -26,7 +26,7 @@ class Luggage:
 
 
 @dataclass
-class Ending:
+class Completion:
     """How it leaves: `finished`, with its adapter, or handed back for `reason`. Packed, it is off the device."""
 
     finished: plan_pb2.TaskFinished | None = None
@@ -37,7 +37,7 @@ class Ending:
 
 
 @dataclass
-class Resident:
+class ResidentTask:
     """A task in one attempt. It trains while it is attached to the engine; before and after, it waits for the store or
     for room, and is in nobody's way."""
 
@@ -46,9 +46,9 @@ class Resident:
     early_stop: EarlyStop = field(default_factory=EarlyStop)
     checkpoint_step: int = 0
     checkpoint_time: float = field(default_factory=time.monotonic)
-    luggage: Luggage | None = None  # fetched, but not attached yet
-    ending: Ending | None = None
-    errand: Errand[Any] | None = None
+    luggage: RestoreState | None = None  # fetched, but not attached yet
+    ending: Completion | None = None
+    errand: BackgroundCall[Any] | None = None
     waits_since: float | None = None
     retry_time: float = 0.0
     _retry_seconds: float = _FIRST_RETRY_SECONDS
@@ -58,8 +58,8 @@ class Resident:
         return self.planned.task
 
     @property
-    def epoch(self) -> int:
-        return self.planned.attempt_epoch
+    def attempt(self) -> int:
+        return self.planned.attempt
 
     @property
     def is_free(self) -> bool:
@@ -74,7 +74,7 @@ class Resident:
     def has_waited(self, seconds: float) -> bool:
         return self.waits_since is not None and time.monotonic() - self.waits_since > seconds
 
-    def put_off(self) -> None:
+    def schedule_retry(self) -> None:
         """Tried again later, and each time later."""
         now = time.monotonic()
         self.waits_since = now if self.waits_since is None else self.waits_since
@@ -85,5 +85,5 @@ class Resident:
         self.waits_since, self._retry_seconds = None, _FIRST_RETRY_SECONDS
 
 
-def why(error: MuxtuneError | NoMemory) -> str:
-    return f"no memory: {error}" if isinstance(error, NoMemory) else error.message
+def why(error: MuxtuneError | OutOfMemoryError) -> str:
+    return f"no memory: {error}" if isinstance(error, OutOfMemoryError) else error.message

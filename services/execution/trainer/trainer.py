@@ -23,21 +23,21 @@ from transformers.utils.logging import disable_progress_bar
 from engine.alignment.microbatch import Microbatch
 from engine.errors import ArtifactCorruptError, InvalidInputError, MuxtuneError, NotFoundError, WillNeverFitError
 from engine.runtime.backbone import Backbone
-from engine.runtime.cuda_graphs import Graphs
+from engine.runtime.cuda_graphs import CudaGraphs
 from engine.runtime.executor import Executor
 from engine.runtime.footprint import measure
-from engine.runtime.out_of_memory import NoMemory, release_cache
+from engine.runtime.out_of_memory import OutOfMemoryError, release_cache
 from muxtune.v1 import alignment_pb2, execution_pb2, plan_pb2
 from services.conversion.plan import cost_to_proto
 from services.execution.server.trainer_pipe import BlockingPipe, Frame, Tag
 from services.execution.settings import ExecutionSettings
-from services.execution.trainer.checkpoint_store import Vault
-from services.execution.trainer.cost_calibration import Costs
+from services.execution.trainer.checkpoint_store import CheckpointStore
+from services.execution.trainer.cost_calibration import CostCalibration
 from services.execution.trainer.device_info import choose_device, describe_backbone, describe_device, used_bytes
 from services.execution.trainer.microbatch_stream import MicrobatchStream
-from services.execution.trainer.oom_policy import Shortage
+from services.execution.trainer.oom_policy import OutOfMemoryPolicy
 from services.execution.trainer.step_spans import StepWindow
-from services.execution.trainer.task_lifecycle import Residents, exported_response
+from services.execution.trainer.task_lifecycle import TaskLifecycle, exported_response
 from services.failpoints import failpoint, tokens_allowed
 from services.rpc.client_channel import open_sync_channel
 from services.rpc.errors import to_failure
@@ -68,14 +68,14 @@ class Trainer:
             settings.backbone_folder, dtype, self._device_kind,
             activation_checkpointing=settings.activation_checkpointing, packs_weights=settings.pack_weights,
         )  # fmt: skip
-        self._executor = Executor(backbone, graphs=Graphs.of(backbone, settings.cuda_graphs))
+        self._executor = Executor(backbone, graphs=CudaGraphs.of(backbone, settings.cuda_graphs))
         self._footprint = measure(self._executor.backbone)
         self._process_bytes = max(unloaded_bytes, used_bytes(self._device_kind) - backbone.held_bytes())
-        self._costs = Costs(self._executor, settings.calibration_seconds)
-        vault = Vault(ArtifactStore.open(settings.artifact_url))
+        self._costs = CostCalibration(self._executor, settings.calibration_seconds)
+        vault = CheckpointStore(ArtifactStore.open(settings.artifact_url))
         self._inbox: queue.Queue[Frame | _Wake | None] = queue.Queue()
         every = settings.checkpoint_steps, settings.checkpoint_seconds
-        self._residents = Residents(self._executor, vault, *every, wake=partial(self._inbox.put, _Wake()))
+        self._residents = TaskLifecycle(self._executor, vault, *every, wake=partial(self._inbox.put, _Wake()))
         self._exports: deque[Future[plan_pb2.TaskFinished]] = deque()  # on their way to the store
         self._channel = open_sync_channel(settings.alignment_address, settings.mesh_secret, settings.trust("alignment"))
         self._plan: plan_pb2.ExecutorPlan = plan_pb2.ExecutorPlan()
@@ -87,7 +87,7 @@ class Trainer:
         self._interrupted: set[str] = set()  # tasks whose stream is opened again, not at once
         self._round_members: list[str] = []
         self._described: list[str] | None = None
-        self._window, self._shortage = StepWindow(), Shortage()
+        self._window, self._shortage = StepWindow(), OutOfMemoryPolicy()
         self._is_held = self._is_draining = False
         self._last_sign = 0.0
 
@@ -129,7 +129,7 @@ class Trainer:
 
     def _run_microbatch(self, index: int) -> None:
         """One microbatch of one hTask, from alignment through the backbone to its tasks' optimizers."""
-        self._give_sign(is_idle=False)
+        self._send_heartbeat(is_idle=False)
         try:
             microbatch = self._next_microbatch(index)
         except queue.Empty:
@@ -145,9 +145,9 @@ class Trainer:
         parts, started = self._costs.parts(microbatch), time.perf_counter()
         try:
             if microbatch.num_tokens > tokens_allowed():
-                raise NoMemory("said by a test")
+                raise OutOfMemoryError("said by a test")
             results = self._executor.run(microbatch)
-        except NoMemory as error:
+        except OutOfMemoryError as error:
             return self._found_no_memory(index, microbatch, str(error))
         seconds = time.perf_counter() - started
         self._costs.add(microbatch, parts, seconds)
@@ -294,7 +294,7 @@ class Trainer:
             is_idle = not (has_work or self._unfinished or is_drained)
             if is_idle:
                 self._window.close()
-            self._give_sign(is_idle)
+            self._send_heartbeat(is_idle)
             try:
                 frame = self._inbox.get(is_idle, self._residents.seconds_to_retry())
             except queue.Empty:
@@ -312,7 +312,7 @@ class Trainer:
         self._answer_exports()
         self._report()
 
-    def _give_sign(self, is_idle: bool) -> None:
+    def _send_heartbeat(self, is_idle: bool) -> None:
         """Of life, for the server's watchdog."""
         if is_idle or time.monotonic() - self._last_sign >= _SIGN_SECONDS:
             self._last_sign = time.monotonic()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.alignment.jsonl_rows import MAX_LINE_BYTES, parse_lines
 from engine.alignment.row_tokenizer import RowRefusedError, TokenizedRow, tokenize
-from engine.alignment.tokenizer import BackboneTokenizer, Piece
+from engine.alignment.tokenizer import BackboneTokenizer, TextPiece
 from engine.errors import MalformedDatasetError
 from tests.tiny_tokenizer import CHATML, write_tokenizer
 
@@ -253,6 +253,6 @@ def test_chatml_answers_are_learned_whole_and_nothing_else(
     row = tokenize(_row(messages=chat), tokenizer)
     answers = [message["content"] for message in chat if message["role"] == "assistant"]
     learned = row.token_ids_L[row.bears_loss_L]
-    expected = [token for answer in answers for token in tokenizer.encode([Piece(answer + "<|im_end|>")]).ids[0]]
+    expected = [token for answer in answers for token in tokenizer.encode([TextPiece(answer + "<|im_end|>")]).ids[0]]
     # A token that straddles header and answer ("\n" + "\n" in one) bears no loss; this tokenizer has none.
     assert learned.tolist() == expected

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.alignment.dataset import Order, TokenizedDataset, num_steps, split
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind
-from engine.alignment.packing import Member, rounds
+from engine.alignment.packing import PackedTask, rounds
 from engine.methods import Lora, Prefix, Prompt
 from engine.methods.base import Method
 from engine.planning.cost.memory_model import microbatch_tokens
@@ -33,7 +33,7 @@ def _dataset(lengths: list[int], first_token: int) -> TokenizedDataset:
 
 
 @st.composite
-def members(draw: st.DrawFn) -> list[Member]:
+def members(draw: st.DrawFn) -> list[PackedTask]:
     result = []
     for index in range(draw(st.integers(1, 4))):
         lengths = draw(st.lists(st.integers(2, 40), min_size=2, max_size=14))
@@ -50,7 +50,9 @@ def members(draw: st.DrawFn) -> list[Member]:
         steps = num_steps(training, len(split(len(lengths), training).train))
         cursor = draw(st.integers(0, steps))
         extra = draw(st.sampled_from([(0, 0), (0, 0), (5, 0), (0, 7)]))  # of prompt tuning, of prefix tuning
-        result.append(Member(f"task-{index}", _dataset(lengths, 1 + 100_000 * index), training, steps, cursor, *extra))
+        result.append(
+            PackedTask(f"task-{index}", _dataset(lengths, 1 + 100_000 * index), training, steps, cursor, *extra)
+        )
     return result
 
 
@@ -79,7 +81,7 @@ def _sequences(microbatches: list[Microbatch], task: str | None = None) -> Seque
     return {key: sorted(sequences) for key, sequences in found.items()}
 
 
-def _expected(member: Member) -> Sequences:
+def _expected(member: PackedTask) -> Sequences:
     """From the definition: rows of each batch in order, each at the sum of the lengths before it, its virtual tokens
     first, of which the last predicts its first token."""
     found: Sequences = {}
@@ -107,7 +109,9 @@ def _expected(member: Member) -> Sequences:
 
 @given(members=members(), layout=layouts)
 @settings(max_examples=150, deadline=None)
-def test_every_sequence_once_at_its_place_whoever_is_beside_it(members: list[Member], layout: tuple[int, int]) -> None:
+def test_every_sequence_once_at_its_place_whoever_is_beside_it(
+    members: list[PackedTask], layout: tuple[int, int]
+) -> None:
     microbatches = list(rounds(members, *layout))
     expected = {key: value for member in members for key, value in _expected(member).items()}
     assert _sequences(microbatches) == expected
@@ -117,7 +121,7 @@ def test_every_sequence_once_at_its_place_whoever_is_beside_it(members: list[Mem
 
 @given(members=members(), layout=layouts)
 @settings(max_examples=150, deadline=None)
-def test_microbatches_are_well_formed(members: list[Member], layout: tuple[int, int]) -> None:
+def test_microbatches_are_well_formed(members: list[PackedTask], layout: tuple[int, int]) -> None:
     token_budget, chunk_tokens = layout
     by_name = {member.task: member for member in members}
     for microbatch in rounds(members, token_budget, chunk_tokens):
@@ -141,7 +145,7 @@ def test_microbatches_are_well_formed(members: list[Member], layout: tuple[int, 
 
 @given(members=members(), layout=layouts)
 @settings(max_examples=100, deadline=None)
-def test_rounds_close_and_denominators_are_the_whole_batch(members: list[Member], layout: tuple[int, int]) -> None:
+def test_rounds_close_and_denominators_are_the_whole_batch(members: list[PackedTask], layout: tuple[int, int]) -> None:
     microbatches = list(rounds(members, *layout))
     targets: collections.Counter[tuple[str, int, MicrobatchKind]] = collections.Counter()
     said, open_ = {}, set()
@@ -166,7 +170,7 @@ def test_rounds_close_and_denominators_are_the_whole_batch(members: list[Member]
 
 @given(members=members(), layout=layouts, skipped=st.integers(0, 3))
 @settings(max_examples=50, deadline=None)
-def test_resuming_at_a_cursor_gives_the_rest(members: list[Member], layout: tuple[int, int], skipped: int) -> None:
+def test_resuming_at_a_cursor_gives_the_rest(members: list[PackedTask], layout: tuple[int, int], skipped: int) -> None:
     later = [dataclasses.replace(m, step=min(m.step + skipped, m.num_steps)) for m in members]
     whole, rest = _sequences(list(rounds(members, *layout))), _sequences(list(rounds(later, *layout)))
     first = {m.task: m.step for m in later}
@@ -175,7 +179,7 @@ def test_resuming_at_a_cursor_gives_the_rest(members: list[Member], layout: tupl
 
 def test_small_batches_share_one_microbatch_and_padding_is_only_their_tails() -> None:
     training = Training(1e-3, num_steps=1, global_batch_size=4, micro_batch_size=2)
-    fused = [Member(f"t{i}", _dataset([10, 10, 10, 10], 1000 * i), training, 1, 0) for i in range(3)]
+    fused = [PackedTask(f"t{i}", _dataset([10, 10, 10, 10], 1000 * i), training, 1, 0) for i in range(3)]
     (microbatch,) = rounds(fused, token_budget=144, chunk_tokens=16)
     assert microbatch.num_tokens == 3 * 48
     assert [len(range_.segments) for range_ in microbatch.ranges] == [4, 4, 4]
@@ -183,25 +187,27 @@ def test_small_batches_share_one_microbatch_and_padding_is_only_their_tails() ->
 
 def test_a_sequence_longer_than_the_budget_stands_alone() -> None:
     training = Training(1e-3, num_steps=1, global_batch_size=3, micro_batch_size=3, shuffle=False)
-    microbatches = list(rounds([Member("t", _dataset([5, 50, 5], 1), training, 1, 0)], token_budget=16, chunk_tokens=8))
+    microbatches = list(
+        rounds([PackedTask("t", _dataset([5, 50, 5], 1), training, 1, 0)], token_budget=16, chunk_tokens=8)
+    )
     assert sorted(m.num_tokens for m in microbatches) == [16, 56]
 
 
 def test_members_at_their_end_have_nothing_left() -> None:
     training = Training(1e-3, num_steps=2, global_batch_size=1)
-    assert list(rounds([Member("t", _dataset([5, 5], 1), training, 2, 2)], 64, 8)) == []
+    assert list(rounds([PackedTask("t", _dataset([5, 5], 1), training, 2, 2)], 64, 8)) == []
 
 
 @pytest.mark.parametrize("num_rows", [4000])
 def test_a_long_evaluation_is_packed_in_good_time(num_rows: int) -> None:
     training = Training(1e-3, num_steps=1, micro_batch_size=4, heldout_fraction=0.9)
-    member = Member("t", _dataset([9] * num_rows, 1), training, 1, 1)
+    member = PackedTask("t", _dataset([9] * num_rows, 1), training, 1, 1)
     assert sum(len(m.ranges[0].segments) for m in rounds([member], 128, 16)) == round(0.9 * num_rows)
 
 
 @given(members=members(), layout=layouts)
 @settings(max_examples=100, deadline=None)
-def test_no_microbatch_passes_what_the_memory_model_counts(members: list[Member], layout: tuple[int, int]) -> None:
+def test_no_microbatch_passes_what_the_memory_model_counts(members: list[PackedTask], layout: tuple[int, int]) -> None:
     prefixes = {member.task: member.num_prefix_tokens for member in members}
     specs = []
     for member in members:
@@ -218,6 +224,6 @@ def test_no_microbatch_passes_what_the_memory_model_counts(members: list[Member]
 def test_prefixes_of_many_tasks_do_not_pass_the_budget_together() -> None:
     """Each task's tail hides some of its prefix, if both are padded as one: found by chance with two such tasks."""
     training = Training(1e-3, num_steps=1, global_batch_size=1, micro_batch_size=1)
-    many = [Member(f"t{i}", _dataset([2, 2], 1000 * i), training, 1, 0, 0, 7) for i in range(12)]
+    many = [PackedTask(f"t{i}", _dataset([2, 2], 1000 * i), training, 1, 0, 0, 7) for i in range(12)]
     for microbatch in rounds(many, token_budget=64, chunk_tokens=16):
         assert microbatch.num_tokens + 7 * len(microbatch.ranges) <= 64

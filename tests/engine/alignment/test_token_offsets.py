@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from engine.alignment.token_offsets import TokenLengths
-from engine.alignment.tokenizer import BackboneTokenizer, Piece
+from engine.alignment.tokenizer import BackboneTokenizer, TextPiece
 from tests.engine.alignment.test_special_tokens import byte_fallback, texts, unigram, word_piece
 from tests.tiny_tokenizer import write_tokenizer
 
@@ -67,7 +67,7 @@ def test_offsets_are_those_of_tokenizers(tokenizer: Tokenizer, text: str) -> Non
 @settings(max_examples=100, deadline=None)
 def test_offsets_of_texts_are_counted_through_all_of_them(tokenizer: Tokenizer, parts: list[str]) -> None:
     """Whether they are told at once, or one by one as some of them can't be told by lengths."""
-    ours, pieces = BackboneTokenizer(tokenizer, {}, None), [Piece(part, has_offsets=True) for part in parts]
+    ours, pieces = BackboneTokenizer(tokenizer, {}, None), [TextPiece(part, has_offsets=True) for part in parts]
     encoded, expected, num_characters = ours.encode(pieces), list[tuple[int, int]](), 0
     for part in parts:
         theirs = tokenizer.encode(part, add_special_tokens=False).offsets

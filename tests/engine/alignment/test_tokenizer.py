@@ -9,7 +9,7 @@ import pytest
 
 from engine.alignment.jsonl_rows import parse_lines
 from engine.alignment.row_tokenizer import tokenize
-from engine.alignment.tokenizer import BackboneTokenizer, Piece
+from engine.alignment.tokenizer import BackboneTokenizer, TextPiece
 from engine.errors import InvalidInputError
 from tests.tiny_tokenizer import CHATML, write_tokenizer
 
@@ -51,7 +51,7 @@ def _assert_as_transformers(folder: Path) -> None:
     for text in TEXTS:
         for special in (True, False):
             expected = theirs(text, add_special_tokens=special)["input_ids"]
-            assert ours.encode([Piece(text, adds_tokens=special)]).ids[0] == expected
+            assert ours.encode([TextPiece(text, adds_tokens=special)]).ids[0] == expected
     for chat in CHATS:
         for prompt in (True, False):
             expected = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
@@ -59,9 +59,9 @@ def _assert_as_transformers(folder: Path) -> None:
             rendered = ours.template.render(chat, add_generation_prompt=prompt)
             assert rendered == expected
             ids = theirs.apply_chat_template(chat, add_generation_prompt=prompt)["input_ids"]
-            assert ours.encode([Piece(rendered)]).ids[0] == list(ids)
+            assert ours.encode([TextPiece(rendered)]).ids[0] == list(ids)
     assert ours.eos_token_id == theirs.eos_token_id
-    decoded = np.array(ours.encode([Piece(TEXTS[4])]).ids[0])
+    decoded = np.array(ours.encode([TextPiece(TEXTS[4])]).ids[0])
     assert ours.decode(decoded) == theirs.decode(decoded)
 
 
@@ -87,7 +87,7 @@ def test_prepared_folder_as_transformers_reads_it(tmp_path: Path, options: dict[
     raw = write_tokenizer(tmp_path / "raw", **options)
     transformers.AutoTokenizer.from_pretrained(raw).save_pretrained(tmp_path / "prepared")  # as prepare does
     _assert_as_transformers(tmp_path / "prepared")
-    first = BackboneTokenizer.load(tmp_path / "prepared").encode([Piece("hello", adds_tokens=True)]).ids[0][0]
+    first = BackboneTokenizer.load(tmp_path / "prepared").encode([TextPiece("hello", adds_tokens=True)]).ids[0][0]
     assert (first == 0) == ("adds_bos" in options)
 
 
@@ -106,7 +106,7 @@ def test_add_bos_token_as_transformers_reads_it(tmp_path: Path) -> None:
 def test_offsets_cover_the_text_even_where_the_post_processor_trims(tmp_path: Path) -> None:
     tokenizer = BackboneTokenizer.load(write_tokenizer(tmp_path, trims=True))
     text = "hello  there \n\n you"
-    piece = Piece(text, has_offsets=True)
+    piece = TextPiece(text, has_offsets=True)
     encoded = tokenizer.encode([piece])
     starts, ends = tokenizer.offsets({0: piece}, encoded, np.array(encoded.ids[0], np.int32))
     assert starts[0] == 0 and ends[-1] == len(text)

@@ -11,21 +11,21 @@ ROWS = np.arange(5, dtype=np.int32)
 
 def test_the_least_recently_used_is_forgotten() -> None:
     memory = Memory(2)
-    assert [memory.remembered(key, lambda key=key: key * 10) for key in (1, 2, 1, 3)] == [10, 20, 10, 30]  # type: ignore[misc]
-    assert memory.remembered(1, lambda: 0) == 10 and memory.remembered(2, lambda: 0) == 0
+    assert [memory.get_or_create(key, lambda key=key: key * 10) for key in (1, 2, 1, 3)] == [10, 20, 10, 30]  # type: ignore[misc]
+    assert memory.get_or_create(1, lambda: 0) == 10 and memory.get_or_create(2, lambda: 0) == 0
 
 
 def test_a_recordings_memory_is_its_own_and_forgets_nothing() -> None:
     """Its graph reads those tables for as long as it lives: its parts keep all, whatever they keep elsewhere."""
     tables, own = Tables(torch.device("cpu")), Memory(None)
-    outside = tables.remembered("table", lambda: tables.upload(ROWS))
+    outside = tables.get_or_create("table", lambda: tables.upload(ROWS))
     with tables.remembering(own):
-        inside = tables.remembered("table", lambda: tables.upload(ROWS))
-        kept = [tables.part("plans", 1).remembered(i, lambda i=i: i) for i in range(5)]  # type: ignore[misc]
-        assert kept == [tables.part("plans", 1).remembered(i, lambda: -1) for i in range(5)]
-    assert inside is not outside and tables.remembered("table", lambda: None) is outside  # type: ignore[arg-type, return-value]
-    assert [tables.part("plans", 1).remembered(i, lambda i=i: i) for i in (0, 1)] == [0, 1]  # type: ignore[misc]
-    assert tables.part("plans", 1).remembered(0, lambda: -1) == -1
+        inside = tables.get_or_create("table", lambda: tables.upload(ROWS))
+        kept = [tables.part("plans", 1).get_or_create(i, lambda i=i: i) for i in range(5)]  # type: ignore[misc]
+        assert kept == [tables.part("plans", 1).get_or_create(i, lambda: -1) for i in range(5)]
+    assert inside is not outside and tables.get_or_create("table", lambda: None) is outside  # type: ignore[arg-type, return-value]
+    assert [tables.part("plans", 1).get_or_create(i, lambda i=i: i) for i in (0, 1)] == [0, 1]  # type: ignore[misc]
+    assert tables.part("plans", 1).get_or_create(0, lambda: -1) == -1
 
 
 def test_tables_of_a_capture_are_written_when_it_has_ended() -> None:

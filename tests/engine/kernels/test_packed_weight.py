@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.kernels.multi_lora.dispatch import multi_lora
-from engine.kernels.multi_lora.types import LoraUse, LowRank, Operator
+from engine.kernels.multi_lora.types import AdapterSlice, LowRank, Operator
 from engine.kernels.packed_weight import PackedWeight
 
 pytestmark = pytest.mark.skipif(PackedWeight.of(torch.ones(2, 2)) is None, reason="this CPU is not packed for")
@@ -80,7 +80,11 @@ def test_a_group_of_operators_trains_alike_with_and_without() -> None:
     x_TK, own = torch.randn(70, 48, requires_grad=True), LowRank(*factors)
     results = []
     for packs in (False, True):
-        uses = ([LoraUse(5, 30, 0.5), LoraUse(30, 70, 2.0)], [own, own]), ([LoraUse(5, 30, 1.0)], [own]), ([], [])
+        uses = (
+            ([AdapterSlice(5, 30, 0.5), AdapterSlice(30, 70, 2.0)], [own, own]),
+            ([AdapterSlice(5, 30, 1.0)], [own]),
+            ([], []),
+        )
         operators = [
             Operator(w, b, *use, PackedWeight.of(w) if packs else None)
             for w, b, use in zip(weights, (bias_N, None, None), uses, strict=True)

@@ -10,7 +10,19 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from engine.kernels.dropout import drop
-from engine.methods import Activation, Bottleneck, Ia3, Lora, LoraBias, Miss, Placement, Prefix, Prompt, Selective, Vera
+from engine.methods import (
+    Activation,
+    Bottleneck,
+    BottleneckPlacement,
+    Ia3,
+    Lora,
+    LoraBias,
+    Miss,
+    Prefix,
+    Prompt,
+    Selective,
+    Vera,
+)
 from engine.methods.base import Method, Site, SiteKind
 from engine.peft import dora, lora
 from engine.peft.adapter import Adapter
@@ -32,7 +44,7 @@ AT_LINEAR: dict[str, Method] = {
     "outputs": Ia3(ALL),
     "inputs": Ia3(ALL, ALL),
     "serial": Bottleneck(3, ALL, activation=Activation.GELU),
-    "parallel": Bottleneck(2, ALL, Placement.PARALLEL, Activation.TANH, 0.7),
+    "parallel": Bottleneck(2, ALL, BottleneckPlacement.PARALLEL, Activation.TANH, 0.7),
     "bias": Selective(("all-biases",)),
 }
 
@@ -96,7 +108,10 @@ def test_a_linear_operator_with_every_method_on_one_stream(is_conv1d: bool) -> N
 
 def test_a_sublayer() -> None:
     torch.manual_seed(0)
-    methods = {"serial": Bottleneck(3, ("b",)), "parallel": Bottleneck(2, ("b",), Placement.PARALLEL, Activation.SILU)}
+    methods = {
+        "serial": Bottleneck(3, ("b",)),
+        "parallel": Bottleneck(2, ("b",), BottleneckPlacement.PARALLEL, Activation.SILU),
+    }
     block = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)).double().requires_grad_(False)
     layout = layout_of(methods)
     parameters = attach(MountedBlock(block, "b", 0, (4, 4), layout), methods)

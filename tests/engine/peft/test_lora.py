@@ -9,15 +9,15 @@ from peft import LoraConfig, get_peft_model
 
 from engine.errors import InvalidInputError
 from engine.runtime.backbone import Backbone
-from engine.runtime.task_state import TaskRun
+from engine.runtime.task_state import TaskTrainingState
 from engine.target_modules import matching_modules
 from tests.engine.runtime.tiny import CONFIGS, model_of, task_of
 
 MODELS = ["llama", "gpt2", "phi3", "gpt-neox", "opt-projected"]
 
 
-def run_of(architecture: str = "llama", name: str = "a", seed: int = 0, **changes: object) -> TaskRun:
-    return TaskRun(task_of(name, seed=seed, **changes).assignment, Backbone(model_of(CONFIGS[architecture])))  # type: ignore[arg-type]
+def run_of(architecture: str = "llama", name: str = "a", seed: int = 0, **changes: object) -> TaskTrainingState:
+    return TaskTrainingState(task_of(name, seed=seed, **changes).assignment, Backbone(model_of(CONFIGS[architecture])))  # type: ignore[arg-type]
 
 
 def test_initialised_as_peft_does() -> None:

@@ -126,7 +126,7 @@ def test_it_goes_on_exactly_where_the_factors_would_come_out_otherwise(
     ],
 )
 def test_what_cannot_be_is_said(method: Lora, field: str) -> None:
-    assert [wrong.field for wrong in method.wrongs()] == [field]
+    assert [wrong.field for wrong in method.validate()] == [field]
 
 
 def test_a_rank_over_the_width_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""What each method keeps for backward, counted byte by byte, is what it says it keeps: `Method.kept_elements`."""
+"""What each method keeps for backward, counted byte by byte, is what it says it keeps:
+`Method.saved_activation_elements`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -11,12 +12,12 @@ from hypothesis import strategies as st
 from engine.methods import (
     Activation,
     Bottleneck,
+    BottleneckPlacement,
     Ia3,
     Lora,
     LoraBias,
     LoraInit,
     Miss,
-    Placement,
     Prefix,
     Prompt,
     Selective,
@@ -42,7 +43,7 @@ METHODS: dict[str, Method] = {
     "ia3": Ia3(("k_proj", "v_proj", "down_proj"), ("down_proj",)),
     "bottleneck": Bottleneck(8, ("o_proj", "down_proj")),
     "bottleneck-silu": Bottleneck(8, ("self_attn", "mlp"), activation=Activation.SILU),
-    "bottleneck-parallel": Bottleneck(5, ("mlp", "gate_proj"), Placement.PARALLEL, Activation.TANH),
+    "bottleneck-parallel": Bottleneck(5, ("mlp", "gate_proj"), BottleneckPlacement.PARALLEL, Activation.TANH),
     "norms": Selective(("all-norms",)),
     "bitfit": Selective(("all-biases",)),
     "prompt": Prompt(6),
@@ -107,7 +108,9 @@ def stated_elements(tasks: Sequence[TinyTask], num_tokens: int) -> int:
         method, lengths = each.spec.method, [len(ids) for ids, _ in each.batch(0)]
         count = sum(lengths) + len(lengths) * (method.num_virtual_tokens + method.num_prefix_tokens)
         for site in (site for site in sites if site.name in method.shapes(sites)):
-            own += method.kept_elements(site, count) // site.group_size  # a CPU's attention runs by key heads
+            own += (
+                method.saved_activation_elements(site, count) // site.group_size
+            )  # a CPU's attention runs by key heads
             trains_a = isinstance(method, Lora) and "lora_A" in method.shapes(sites)[site.name]
             if trains_a and not (method.use_dora and method.dropout > 0):
                 layer, _, last = site.name.rpartition(".")

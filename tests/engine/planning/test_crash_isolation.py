@@ -4,15 +4,15 @@ import random
 
 import pytest
 
-from engine.planning.cost.task_demand import Appraiser
+from engine.planning.cost.task_demand import DemandEstimator
 from engine.planning.crash_isolation import plan
 from engine.planning.planner import plan as make_plan
-from engine.planning.types import ExecutorView, Limits, Plan, Snapshot, TaskView
+from engine.planning.types import ExecutorView, Plan, PlannerConfig, Snapshot, TaskView
 from services.conversion.plan import backbone_to_view
 from services.conversion.task import spec_to_domain
 from tests.services.scheduling.mesh_fakes import BACKBONE, SPEC_OF_TASKS
 
-SPEC, VIEW, LIMITS = spec_to_domain(SPEC_OF_TASKS), backbone_to_view(BACKBONE), Limits(256, 16)
+SPEC, VIEW, LIMITS = spec_to_domain(SPEC_OF_TASKS), backbone_to_view(BACKBONE), PlannerConfig(256, 16)
 
 
 def executors(count: int, num_draining: int = 0) -> tuple[ExecutorView, ...]:
@@ -35,7 +35,7 @@ def test_no_suspect_has_company_and_nobody_waits_while_an_executor_is_free(seed:
     homes = ["", *(host.name for host in hosts)]
     tasks = tuple(task(f"tenants/a/tasks/t{i}", i, draw.choice(homes)) for i in range(draw.randint(1, 6)))
     suspects = {t.name for t in tasks if draw.random() < 0.5}
-    found = plan(Snapshot(tasks, hosts), suspects, LIMITS, Appraiser(LIMITS))
+    found = plan(Snapshot(tasks, hosts), suspects, LIMITS, DemandEstimator(LIMITS))
     placed = residents(found)
     assert all(len(there) == 1 for there in placed.values() if there & suspects)
     running = {name for there in placed.values() for name in there}
@@ -56,20 +56,20 @@ def test_a_suspect_that_runs_stays_where_it_is_and_its_plan_is_stable() -> None:
     hosts = executors(3)
     tasks = tuple(task(f"tenants/a/tasks/t{i}", i) for i in range(4))
     suspects = {tasks[1].name, tasks[3].name}
-    first = plan(Snapshot(tasks, hosts), suspects, LIMITS, Appraiser(LIMITS))
+    first = plan(Snapshot(tasks, hosts), suspects, LIMITS, DemandEstimator(LIMITS))
     homes = {name: executor for executor, there in residents(first).items() for name in there}
     settled = tuple(task(t.name, t.age, homes[t.name]) for t in tasks)
-    again = plan(Snapshot(settled, hosts, first.htasks), suspects, LIMITS, Appraiser(LIMITS))
+    again = plan(Snapshot(settled, hosts, first.htasks), suspects, LIMITS, DemandEstimator(LIMITS))
     assert residents(again) == residents(first)
 
 
 def test_without_suspects_it_is_the_planners_plan() -> None:
     snapshot = Snapshot(tuple(task(f"tenants/a/tasks/t{i}", i) for i in range(3)), executors(2))
-    assert plan(snapshot, (), LIMITS, Appraiser(LIMITS)) == make_plan(snapshot, LIMITS)
+    assert plan(snapshot, (), LIMITS, DemandEstimator(LIMITS)) == make_plan(snapshot, LIMITS)
 
 
 def test_neighbours_are_told_why_they_wait_and_not_for_whom() -> None:
     tasks = (task("tenants/a/tasks/mine", 0), task("tenants/b/tasks/suspect", 1))
-    found = plan(Snapshot(tasks, executors(1)), {tasks[1].name}, LIMITS, Appraiser(LIMITS))
+    found = plan(Snapshot(tasks, executors(1)), {tasks[1].name}, LIMITS, DemandEstimator(LIMITS))
     (mine,) = (e for e in found.explanations if e.task == tasks[0].name)
     assert "alone" in mine.reason and "suspect" not in mine.reason

@@ -12,10 +12,10 @@ from engine.methods import Lora
 from engine.planning.cost.cost_model import UNKNOWN, CostProfile
 from engine.planning.cost.memory_model import total_bytes
 from engine.planning.planner import plan
-from engine.planning.types import BackboneView, ExecutorView, HTask, Limits, Plan, Site, Snapshot, TaskView
+from engine.planning.types import BackboneView, ExecutorView, HTask, Plan, PlannerConfig, Site, Snapshot, TaskView
 from engine.task import TaskSpec, Training
 
-LIMITS = Limits(token_budget=256, chunk_tokens=16)
+LIMITS = PlannerConfig(token_budget=256, chunk_tokens=16)
 SITES = tuple(Site(f"layers.{i}.{n}", 512, 512) for i in range(4) for n in ("q_proj", "v_proj"))
 BACKBONES = {name: BackboneView(name, 10**7, 4, 512, 1000, 512, 40 << 20, "float32", SITES) for name in ("a", "b")}
 

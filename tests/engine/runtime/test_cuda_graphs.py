@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from engine.alignment.microbatch import MicrobatchKind
-from engine.methods import Bottleneck, Ia3, Lora, LoraBias, Miss, Placement, Prefix, Prompt, Selective, Vera
+from engine.methods import Bottleneck, BottleneckPlacement, Ia3, Lora, LoraBias, Miss, Prefix, Prompt, Selective, Vera
 from engine.methods.base import Method
 from engine.results import EvaluationResult, Result, StepResult, TaskFailure
 from engine.runtime import cuda_graphs
 from engine.runtime.backbone import Backbone
 from engine.runtime.calibration import calibrate
-from engine.runtime.cuda_graphs import Graphs
+from engine.runtime.cuda_graphs import CudaGraphs
 from engine.runtime.executor import Executor
-from engine.runtime.out_of_memory import NoMemory
+from engine.runtime.out_of_memory import OutOfMemoryError
 from tests.engine.kernels.conftest import MakeHost, host_launcher
 from tests.engine.kernels.host.launcher import HostLauncher
 from tests.engine.runtime.software_graph import SoftwareRecording, all_varlen
@@ -38,7 +38,7 @@ METHODS: dict[str, Method] = {
     "miss": Miss(2, ALL),
     "ia3": Ia3(("k_proj", "down_proj"), ("down_proj",)),
     "serial": Bottleneck(3, ("o_proj",)),
-    "parallel": Bottleneck(5, ("o_proj",), Placement.PARALLEL),
+    "parallel": Bottleneck(5, ("o_proj",), BottleneckPlacement.PARALLEL),
     "norms": Selective(("all-norms",)),
 }
 
@@ -74,7 +74,7 @@ def executor_of(
     capacity: int = 8,
 ) -> Executor:  # fmt: skip
     backbone = Backbone(copy.deepcopy(model), packs_weights=False)  # as on a GPU
-    executor = Executor(backbone, graphs=Graphs(backbone, capacity, lambda: kind(executor, launcher)))
+    executor = Executor(backbone, graphs=CudaGraphs(backbone, capacity, lambda: kind(executor, launcher)))
     for task in tasks:
         executor.attach(task.assignment)
     return executor
@@ -322,7 +322,7 @@ def test_a_shortage_gives_the_graphs_back() -> None:
     executor, _ = replaying_executor(model_of(CONFIGS["llama-tied"]), tasks)
     trained(executor, tasks, range(2))
     assert len(executor._graphs) > 0  # type: ignore[arg-type]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(NoMemory):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OutOfMemoryError):
         patch.setattr(executor._graphs, "run", lambda *_: torch.empty(1 << 50))
         trained(executor, tasks, range(2, 3))
     assert len(executor._graphs) == 0  # type: ignore[arg-type]
@@ -348,7 +348,7 @@ def test_a_sick_neighbour_ends_alone(step: int) -> None:
 
 def test_a_cpu_has_none_whatever_is_asked_for() -> None:
     backbone = Backbone(model_of(CONFIGS["llama-tied"]))
-    assert Graphs.of(backbone, 4) is None and Graphs.of(backbone, 0) is None
+    assert CudaGraphs.of(backbone, 4) is None and CudaGraphs.of(backbone, 0) is None
 
 
 def test_calibration_captures_nothing() -> None:

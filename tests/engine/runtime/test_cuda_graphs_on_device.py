@@ -11,7 +11,7 @@ import torch
 from engine.methods import Bottleneck, Ia3, Lora, Miss, Selective, Vera
 from engine.results import StepResult
 from engine.runtime.backbone import Backbone
-from engine.runtime.cuda_graphs import CudaRecorder, CudaRecording, Graphs
+from engine.runtime.cuda_graphs import CudaGraphs, CudaRecorder, CudaRecording
 from engine.runtime.executor import Executor
 from tests.engine.runtime.tiny import CONFIGS, TinyTask, model_of, pack_round, task_of
 
@@ -53,7 +53,7 @@ def model() -> Any:
 def executor_of(model: Any, tasks: list[TinyTask], kind: type[CudaRecording] | None) -> Executor:
     backbone = Backbone(copy.deepcopy(model))
     recorder = CudaRecorder(backbone.device)
-    executor = Executor(backbone, graphs=Graphs(backbone, 8, lambda: kind(recorder)) if kind else None)
+    executor = Executor(backbone, graphs=CudaGraphs(backbone, 8, lambda: kind(recorder)) if kind else None)
     for task in tasks:
         executor.attach(task.assignment)
     return executor

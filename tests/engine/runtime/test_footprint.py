@@ -19,7 +19,7 @@ from engine.planning.types import BackboneView
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
 from engine.runtime.footprint import measure
-from engine.runtime.task_state import Assignment
+from engine.runtime.task_state import TaskAssignment
 from engine.task import TaskSpec, Training
 from tests.engine.runtime.tiny import CONFIGS, model_of
 
@@ -79,7 +79,7 @@ def step_bytes(backbone: Backbone, methods: Sequence[Method], num_tokens: int) -
     specs = [TaskSpec("b", method, "", Training(1e-3, num_steps=9)) for method in methods]
     ranges = []
     for i, spec in enumerate(specs):
-        executor.attach(Assignment(str(i), spec, 9))
+        executor.attach(TaskAssignment(str(i), spec, 9))
         ranges.append(Range(str(i), 0, i * num_tokens, num_tokens, (Segment(num_tokens, 0),), num_tokens, False))
     ids_T = random.integers(0, backbone.config.vocab_size, num_tokens * len(specs)).astype(np.int32)
     with Peak() as peak:

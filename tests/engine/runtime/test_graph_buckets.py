@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
 from engine.methods import Lora
-from engine.runtime.graph_buckets import Form, Inputs, form_of, packed, unpacked
+from engine.runtime.graph_buckets import GraphBucket, GraphInputs, form_of, packed, unpacked
 
 RANGES = st.lists(
     st.tuples(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 15)), min_size=1, max_size=5
@@ -50,7 +50,7 @@ def test_every_token_stands_in_its_form_and_its_loss_comes_back(ranges: Any, see
     form = form_of(microbatch, runs_of(names))
     assume(form is not None)  # else it would have grown too much
     assert form is not None and [run.assignment.task for run in form.runs] == sorted(names)
-    inputs = Inputs(form, torch.device("cpu"))
+    inputs = GraphInputs(form, torch.device("cpu"))
     inputs.write(packed(form, microbatch))
     assert len(set(inputs.rows_M.tolist())) == form.num_rows
     rows, losses = (t.tolist() for t in unpacked(form, microbatch, inputs.rows_M.double()))
@@ -69,7 +69,7 @@ def test_every_token_stands_in_its_form_and_its_loss_comes_back(ranges: Any, see
 
 
 def test_large_microbatches_and_those_that_would_grow_much_have_no_form() -> None:
-    def form(*lengths: int) -> Form | None:
+    def form(*lengths: int) -> GraphBucket | None:
         microbatch = microbatch_of([([n], 0) for n in lengths], 0)
         return form_of(microbatch, runs_of([r.task for r in microbatch.ranges]))
 
@@ -78,7 +78,9 @@ def test_large_microbatches_and_those_that_would_grow_much_have_no_form() -> Non
     assert found is not None and found.num_tokens == 2048
 
 
-def check(form: Form, inputs: Inputs, microbatch: Microbatch, range_: Range, told: Any, bounds: list[int]) -> None:
+def check(
+    form: GraphBucket, inputs: GraphInputs, microbatch: Microbatch, range_: Range, told: Any, bounds: list[int]
+) -> None:
     """Its tokens, then the same over again, each sequence bounded, none of the copies with a weight."""
     span = next(span for span in inputs.spans if span.task == range_.task)
     assert span.end - span.start == form.num_range_tokens >= range_.num_effective_tokens

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.kernels import cupy_launcher
-from engine.methods import Activation, Bottleneck, Ia3, Lora, LoraBias, Miss, Placement, Selective, Vera
+from engine.methods import Activation, Bottleneck, BottleneckPlacement, Ia3, Lora, LoraBias, Miss, Selective, Vera
 from engine.methods.base import Method
 from engine.results import StepResult
 from engine.runtime.executor import Executor
@@ -28,7 +28,7 @@ METHODS: dict[str, Method] = {
     "outputs": Ia3(("k_proj", "down_proj"), ("down_proj",)),
     "inputs": Ia3(ALL, ALL),
     "serial": Bottleneck(3, ("o_proj",), activation=Activation.GELU),
-    "parallel": Bottleneck(5, ("o_proj",), Placement.PARALLEL),
+    "parallel": Bottleneck(5, ("o_proj",), BottleneckPlacement.PARALLEL),
     "wide": Bottleneck(9, ("o_proj",)),
     "norms": Selective(("all-norms",)),
     "biases": Selective(("all-biases",)),

@@ -5,8 +5,8 @@ import torch
 
 from engine.results import StepResult
 from engine.runtime import executor as module
-from engine.runtime.out_of_memory import NoMemory, in_short, is_out_of_memory
-from engine.runtime.task_state import Assignment
+from engine.runtime.out_of_memory import OutOfMemoryError, in_short, is_out_of_memory
+from engine.runtime.task_state import TaskAssignment
 from tests.engine.runtime.tiny import CONFIGS, executor_with, model_of, pack_round, task_of
 
 
@@ -43,8 +43,8 @@ def test_a_task_that_finds_no_memory_is_not_attached_and_harms_nobody(monkeypatc
     executor = executor_with(model_of(CONFIGS["llama-tied"]), tasks)
     with monkeypatch.context() as patched:
         patched.setattr(module, "TaskRun", lambda *arguments: torch.empty(1 << 50))
-        with pytest.raises(NoMemory, match=f"tried to allocate {4 << 50} bytes"):
-            executor.attach(Assignment("large", tasks[0].spec, 3))
+        with pytest.raises(OutOfMemoryError, match=f"tried to allocate {4 << 50} bytes"):
+            executor.attach(TaskAssignment("large", tasks[0].spec, 3))
     assert set(executor.tasks) == {"a", "b"}
     results = [r for m in pack_round(tasks, [0] * 2) for r in executor.run(m)]
     assert all(isinstance(r, StepResult) for r in results)
@@ -57,7 +57,7 @@ def test_a_microbatch_that_finds_no_memory_leaves_every_task_before_its_step(mon
     microbatches = pack_round(tasks, [0] * 2)
     with monkeypatch.context() as patched:
         patched.setattr(module, "segment_cross_entropy", lambda *arguments: torch.empty(1 << 50))
-        with pytest.raises(NoMemory) as caught:
+        with pytest.raises(OutOfMemoryError) as caught:
             shaken.run(microbatches[0])
     assert caught.value.__context__ is None and caught.value.__cause__ is None  # no frame holds on to its tensors
     for run in shaken.tasks.values():

@@ -10,23 +10,23 @@ import pytest
 import transformers as hf
 
 from engine.alignment.dataset import TokenizedDataset
-from engine.alignment.packing import Member, one_round
+from engine.alignment.packing import PackedTask, one_round
 from engine.methods import Lora
 from engine.planning.cost.cost_fit import Sample, fit, refit
 from engine.planning.cost.cost_model import CostProfile
 from engine.planning.planner import plan
 from engine.planning.simulation.baselines import Multiplexed
 from engine.planning.simulation.simulator import Arrival, simulate
-from engine.planning.types import BackboneView, ExecutorView, Limits, Snapshot, TaskView
+from engine.planning.types import BackboneView, ExecutorView, PlannerConfig, Snapshot, TaskView
 from engine.runtime.backbone import Backbone
 from engine.runtime.calibration import Bench, Probe, calibrate, parts_of
 from engine.runtime.executor import Executor
-from engine.runtime.task_state import Assignment
+from engine.runtime.task_state import TaskAssignment
 from engine.task import LrSchedule, TaskSpec, Training
 from tests.engine.runtime.counted import CountedDevice
 from tests.engine.runtime.tiny import model_of
 
-LIMITS = Limits(token_budget=512)
+LIMITS = PlannerConfig(token_budget=512)
 NUM_CORRECTING = 3  # rounds
 
 
@@ -110,14 +110,14 @@ def run_as_the_trainer_does(
 ) -> Ran:
     """Plans are made anew when a task ends."""
     for task, _ in tasks:
-        executor.attach(Assignment(task.name, task.spec, task.num_steps))
+        executor.attach(TaskAssignment(task.name, task.spec, task.num_steps))
     data, ran = {task.name: data for task, data in tasks}, Ran([], [])
     left = [task for task, _ in tasks]
     while left:
         (htask,) = plan(Snapshot(tuple(left), (view,)), LIMITS).htasks["e"]
         while len(ran.rounds) < min(task.num_steps for task in left):
             step = len(ran.rounds)
-            members = [(Member(t.name, data[t.name], t.spec.training, t.num_steps, 0), step) for t in left]
+            members = [(PackedTask(t.name, data[t.name], t.spec.training, t.num_steps, 0), step) for t in left]
             samples = []
             for microbatch in one_round(step, members, htask.token_budget, htask.chunk_tokens):
                 parts, started = parts_of(microbatch, executor), device.seconds

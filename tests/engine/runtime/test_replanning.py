@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from engine.alignment.dataset import TokenizedDataset
 from engine.alignment.microbatch import Microbatch
-from engine.alignment.packing import Member, rounds
+from engine.alignment.packing import PackedTask, rounds
 from engine.kernels import dropout
 from engine.results import EvaluationResult, StepResult
 from engine.runtime.checkpoint import CheckpointState
-from engine.runtime.task_state import Assignment
+from engine.runtime.task_state import TaskAssignment
 from engine.task import LrSchedule, Optimizer, TaskSpec, Training
 from tests.engine.runtime.test_methods import IN_PEFT, MORE, OWN
 from tests.engine.runtime.tiny import CONFIGS, VOCAB, executor_with, model_of
@@ -32,17 +32,17 @@ EPSILON = 1e-4
 
 @dataclass(frozen=True)
 class Job:
-    assignment: Assignment
+    assignment: TaskAssignment
     dataset: TokenizedDataset
 
     @property
     def name(self) -> str:
         return self.assignment.task
 
-    def member(self, step: int) -> Member:
+    def member(self, step: int) -> PackedTask:
         method, training = self.assignment.spec.method, self.assignment.spec.training
         extra = method.num_virtual_tokens, method.num_prefix_tokens
-        return Member(self.name, self.dataset, training, self.assignment.num_steps, step, *extra)
+        return PackedTask(self.name, self.dataset, training, self.assignment.num_steps, step, *extra)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def job(name: str, seed: int, method: str, lengths: Sequence[int], optimizer: Op
         evaluate_every_steps=2,
         seed=seed,
     )
-    return Job(Assignment(name, TaskSpec("tiny", METHODS[method], "data", training), STEPS), dataset)
+    return Job(TaskAssignment(name, TaskSpec("tiny", METHODS[method], "data", training), STEPS), dataset)
 
 
 def live(jobs: dict[str, Job], watched: str, plans: Sequence[Plan], monkeypatch: pytest.MonkeyPatch) -> Seen:
@@ -136,7 +136,7 @@ def live(jobs: dict[str, Job], watched: str, plans: Sequence[Plan], monkeypatch:
     return seen
 
 
-def _microbatches(members: list[Member], plan: Plan) -> Iterator[Microbatch]:
+def _microbatches(members: list[PackedTask], plan: Plan) -> Iterator[Microbatch]:
     for microbatch in rounds(members, plan.token_budget, plan.chunk_tokens):
         if microbatch.round >= plan.num_rounds:
             return

@@ -22,7 +22,7 @@ from engine.methods.base import Method
 from engine.results import StepResult
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
-from engine.runtime.task_state import Assignment
+from engine.runtime.task_state import TaskAssignment
 from engine.task import LrSchedule, Optimizer, TaskSpec, Training
 from engine.verification import plain
 from engine.verification.reference import in_peft
@@ -84,8 +84,8 @@ class TinyTask:
     rows: tuple[tuple[tuple[int, ...], int], ...]
 
     @property
-    def assignment(self) -> Assignment:
-        return Assignment(self.name, self.spec, self.num_steps)
+    def assignment(self) -> TaskAssignment:
+        return TaskAssignment(self.name, self.spec, self.num_steps)
 
     def batch(self, step: int) -> list[tuple[tuple[int, ...], int]]:
         """The rows of a step, in order; the last of an epoch may be smaller."""

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from engine.planning.types import Limits
+from engine.planning.types import PlannerConfig
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import (
     admission_pb2_grpc,
@@ -37,20 +37,20 @@ from services.admission.api.operator_rpcs import OperatorServicer
 from services.admission.api.servicer import AdmissionServicer, KeyServicer, LedgerServicer
 from services.admission.api.token_authenticator import authenticator
 from services.admission.ledger.ledger import Ledger
-from services.admission.ledger.limits_watcher import LimitsWatch
-from services.admission.policy.admission_controller import Admitter, Quota
+from services.admission.ledger.limits_watcher import LimitsWatcher
+from services.admission.policy.admission_controller import AdmissionController, Quota
 from services.admission.store.api_keys import KeyStore
 from services.admission.store.audit_log import audited_in
-from services.admission.store.change_notifier import Notifier
+from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
 from services.admission.store.tables import metadata
-from services.alignment.dataset_store import Catalog
+from services.alignment.dataset_store import DatasetStore
 from services.alignment.servicer import AlignmentServicer
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel
-from services.rpc.interceptor import Gate
+from services.rpc.interceptor import AccessInterceptor
 from services.rpc.rate_limit import RateLimit
-from services.rpc.unauthenticated_limiter import Strangers
+from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter
 from services.storage.artifact_store import ArtifactStore
 
 SECRET = "mesh_of-the-tests"
@@ -134,8 +134,10 @@ class Alignment:
 
     @classmethod
     async def start(cls, artifacts: ArtifactStore, tokenizer: Path) -> "Alignment":
-        servicer = AlignmentServicer(Catalog(artifacts, {"tiny": tokenizer}, cache_bytes=1 << 20), MAX_DATASET_BYTES)
-        server = grpc.aio.server(interceptors=[Gate(mesh_authenticator(SECRET))])
+        servicer = AlignmentServicer(
+            DatasetStore(artifacts, {"tiny": tokenizer}, cache_bytes=1 << 20), MAX_DATASET_BYTES
+        )
+        server = grpc.aio.server(interceptors=[AccessInterceptor(mesh_authenticator(SECRET))])
         alignment_pb2_grpc.add_AlignmentServiceServicer_to_server(servicer, server)
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
@@ -155,21 +157,23 @@ class Admission:
     async def start(self) -> None:
         self.database = Database(self.database_url)
         self.database.migrate()
-        self.artifacts, self.notifier = ArtifactStore.open(str(self.folder)), Notifier()
+        self.artifacts, self.notifier = ArtifactStore.open(str(self.folder)), ChangeNotifier()
         self._to_alignment = open_channel(self._alignment_address, SECRET)
         alignment = alignment_pb2_grpc.AlignmentServiceStub(self._to_alignment)
-        quota = Quota(self.quota, Limits(256, 1))
+        quota = Quota(self.quota, PlannerConfig(256, 1))
         self.key_store, ledger = KeyStore(self.database), LedgerServicer(self.notifier, lambda names: None)
         self._keeping = ExitStack()
         self._keeping.enter_context(ledger.keeping(Ledger(self.database, self.clock, quota=quota.to_proto())))
-        self.admitter = Admitter(self.database, self.artifacts, alignment, quota)
-        self.limits = LimitsWatch(self.database, quota.to_proto(), self.notifier)
+        self.admitter = AdmissionController(self.database, self.artifacts, alignment, quota)
+        self.limits = LimitsWatcher(self.database, quota.to_proto(), self.notifier)
         servicer = self.servicer = AdmissionServicer(
             self.database, self.artifacts, alignment, self.admitter, self.notifier, MAX_UPLOAD_BYTES
         )
         limit, audit = RateLimit(self.requests_per_second), audited_in(self.database)
-        self.strangers = Strangers(RateLimit(self.refusals_per_second), audit)
-        gate = Gate(authenticator(self.key_store, SECRET, None, limit), audit=audit, strangers=self.strangers)
+        self.strangers = UnauthenticatedCallLimiter(RateLimit(self.refusals_per_second), audit)
+        gate = AccessInterceptor(
+            authenticator(self.key_store, SECRET, None, limit), audit=audit, strangers=self.strangers
+        )
         self._server = grpc.aio.server(interceptors=[gate], options=[("grpc.so_reuseport", 0)])
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, self._server)
         key_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(self.key_store), self._server)
@@ -248,23 +252,23 @@ class Admission:
         return (await self.tenant().CreateTask(request)).task
 
     async def register(self, name: str = "executors/one", incarnation: str = "i1", seconds: int = 30) -> int:
-        """Its lease epoch."""
-        epoch: int = (await self.ledger().PutLease(lease(executor(name, incarnation), seconds))).lease_epoch
-        return epoch
+        """Its lease term."""
+        term: int = (await self.ledger().PutLease(lease(executor(name, incarnation), seconds))).lease_term
+        return term
 
-    async def run(self, *tasks: str, lease_epoch: int = 1, executor: str = "executors/one") -> list[int]:
-        """Plans the tasks on the executor, all else as the snapshot says; their attempt epochs."""
+    async def run(self, *tasks: str, lease_term: int = 1, executor: str = "executors/one") -> list[int]:
+        """Plans the tasks on the executor, all else as the snapshot says; the attempts."""
         snapshot = await self.ledger().GetSnapshot(ledger_pb2.GetSnapshotRequest())
-        seen = {found.task.name: found.task.attempt_epoch for found in snapshot.tasks}
-        starts = [ledger_pb2.AttemptStart(task=task, expected_epoch=seen[task]) for task in tasks]
+        seen = {found.task.name: found.task.attempt for found in snapshot.tasks}
+        starts = [ledger_pb2.AttemptStart(task=task, expected_attempt=seen[task]) for task in tasks]
         request = ledger_pb2.CommitPlanRequest(
-            executor=executor, lease_epoch=lease_epoch, version=snapshot.plan_version + 1, starts=starts
+            executor=executor, lease_term=lease_term, version=snapshot.plan_version + 1, starts=starts
         )
-        return list((await self.ledger().CommitPlan(request)).attempt_epochs)
+        return list((await self.ledger().CommitPlan(request)).attempts)
 
-    async def commit(self, *results: Any, lease_epoch: int = 1, executor: str = "executors/one") -> list[str]:
+    async def commit(self, *results: Any, lease_term: int = 1, executor: str = "executors/one") -> list[str]:
         """The verdicts, without their prefix."""
-        request = ledger_pb2.CommitResultsRequest(executor=executor, lease_epoch=lease_epoch, results=results)
+        request = ledger_pb2.CommitResultsRequest(executor=executor, lease_term=lease_term, results=results)
         verdicts = (await self.ledger().CommitResults(request)).verdicts
         return [ledger_pb2.ResultVerdict.Name(v).removeprefix("RESULT_VERDICT_") for v in verdicts]
 
@@ -334,7 +338,7 @@ def spec(dataset: str, **changes: Any) -> task_pb2.TaskSpec:
 
 
 def executor(
-    name: str = "executors/one", incarnation: str = "i1", memory_bytes: int = 1 << 30, lease_epoch: int = 0
+    name: str = "executors/one", incarnation: str = "i1", memory_bytes: int = 1 << 30, lease_term: int = 0
 ) -> plan_pb2.Executor:
     """One that hosts "tiny", two layers of two operators."""
     modules = [
@@ -349,7 +353,7 @@ def executor(
     device = plan_pb2.Device(kind="cpu", memory_bytes=memory_bytes, effective_tokens_per_second=100)
     return plan_pb2.Executor(
         name=name, incarnation=incarnation, address="127.0.0.1:1", backbone=backbone, device=device,
-        lease_epoch=lease_epoch,
+        lease_term=lease_term,
     )  # fmt: skip
 
 
@@ -359,20 +363,20 @@ def lease(holder: plan_pb2.Executor, seconds: int = 30) -> ledger_pb2.PutLeaseRe
     return request
 
 
-def step(task: str, epoch: int, number: int, loss: float = 1.0) -> plan_pb2.TaskResult:
+def step(task: str, attempt: int, number: int, loss: float = 1.0) -> plan_pb2.TaskResult:
     done = task_pb2.StepDone(step=number, loss=loss, effective_tokens=10, padding_tokens=2, device_seconds=0.5)
-    return plan_pb2.TaskResult(task=task, attempt_epoch=epoch, step_done=done)
+    return plan_pb2.TaskResult(task=task, attempt=attempt, step_done=done)
 
 
-def evaluated(task: str, epoch: int, number: int, loss: float = 2.0) -> plan_pb2.TaskResult:
-    return plan_pb2.TaskResult(task=task, attempt_epoch=epoch, evaluated=task_pb2.Evaluated(step=number, loss=loss))
+def evaluated(task: str, attempt: int, number: int, loss: float = 2.0) -> plan_pb2.TaskResult:
+    return plan_pb2.TaskResult(task=task, attempt=attempt, evaluated=task_pb2.Evaluated(step=number, loss=loss))
 
 
-def checkpoint(task: str, epoch: int, number: int) -> plan_pb2.TaskResult:
-    committed = task_pb2.CheckpointCommitted(step=number, manifest_key=f"{task}/checkpoints/{number:08d}-{epoch}")
-    return plan_pb2.TaskResult(task=task, attempt_epoch=epoch, checkpoint_committed=committed)
+def checkpoint(task: str, attempt: int, number: int) -> plan_pb2.TaskResult:
+    committed = task_pb2.CheckpointCommitted(step=number, manifest_key=f"{task}/checkpoints/{number:08d}-{attempt}")
+    return plan_pb2.TaskResult(task=task, attempt=attempt, checkpoint_committed=committed)
 
 
-def finished(task: str, epoch: int, adapter_key: str = "", *, cancelled: bool = False) -> plan_pb2.TaskResult:
+def finished(task: str, attempt: int, adapter_key: str = "", *, cancelled: bool = False) -> plan_pb2.TaskResult:
     done = plan_pb2.TaskFinished(step=4, adapter_key=adapter_key, adapter_bytes=10, cancelled=cancelled)
-    return plan_pb2.TaskResult(task=task, attempt_epoch=epoch, finished=done)
+    return plan_pb2.TaskResult(task=task, attempt=attempt, finished=done)

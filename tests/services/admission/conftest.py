@@ -43,7 +43,7 @@ async def alignment(tmp_path: Path, tokenizer: Path) -> AsyncIterator[Alignment]
 
 @pytest.fixture
 async def admission(database_url: str, tmp_path: Path, alignment: Alignment) -> AsyncIterator[Admission]:
-    """With one executor of the backbone "tiny" registered: executors/one, lease epoch 1."""
+    """With one executor of the backbone "tiny" registered: executors/one, lease term 1."""
     running = Admission(database_url, tmp_path / "artifacts", alignment.address)
     await running.start()
     await running.register()

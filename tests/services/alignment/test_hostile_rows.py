@@ -14,7 +14,7 @@ from engine.alignment.jsonl_rows import MAX_LINE_BYTES, MAX_MESSAGES, parse_line
 from engine.alignment.row_tokenizer import tokenize
 from engine.errors import InvalidInputError, MalformedDatasetError, QuotaExceededError
 from engine.task import Training
-from services.alignment.dataset_store import Catalog, Receipt
+from services.alignment.dataset_store import DatasetStore, Receipt
 from services.storage.artifact_store import ArtifactStore
 from tests.tiny_tokenizer import write_tokenizer
 
@@ -24,9 +24,9 @@ WORD = "xylophonic"
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Catalog:
+def catalog(tmp_path: Path) -> DatasetStore:
     store = ArtifactStore.open(str(tmp_path / "store"))
-    return Catalog(store, {"tiny": write_tokenizer(tmp_path / "tiny")}, cache_bytes=1 << 20)
+    return DatasetStore(store, {"tiny": write_tokenizer(tmp_path / "tiny")}, cache_bytes=1 << 20)
 
 
 def received(*chunks: bytes) -> Receipt:
@@ -40,7 +40,7 @@ def received(*chunks: bytes) -> Receipt:
     return receipt
 
 
-def test_a_line_without_end_is_read_no_further_than_it_may_be_long(catalog: Catalog) -> None:
+def test_a_line_without_end_is_read_no_further_than_it_may_be_long(catalog: DatasetStore) -> None:
     megabyte = b"x" * (1 << 20)
     receipt = received(b'{"text": "', *[megabyte] * (LINE_BYTES >> 20), b'"}')
     tracemalloc.start()
@@ -51,7 +51,7 @@ def test_a_line_without_end_is_read_no_further_than_it_may_be_long(catalog: Cata
     receipt.discard()
 
 
-def test_a_million_empty_rows_are_none(catalog: Catalog) -> None:
+def test_a_million_empty_rows_are_none(catalog: DatasetStore) -> None:
     for empty in (b"\n", b" \n", b"\r\n", b"\t\n"):
         receipt = received(empty * 1_000_000)
         with pytest.raises(MalformedDatasetError, match="empty"):
@@ -87,7 +87,7 @@ HOSTILE: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("line", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_line_is_named_and_not_quoted(catalog: Catalog, tmp_path: Path, line: bytes) -> None:
+def test_a_hostile_line_is_named_and_not_quoted(catalog: DatasetStore, tmp_path: Path, line: bytes) -> None:
     receipt = received(b'{"text":"fine"}\n', line + b"\n")
     with pytest.raises(MalformedDatasetError) as refused:
         catalog.store("tenants/a", receipt)
@@ -109,7 +109,7 @@ def test_rows_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
      "<|im_end|>" * 20_000, "\n" * 100_000, "\u202e" * 1000],
     ids=["one word", "joiners", "families", "accents", "blanks", "special tokens", "line feeds", "right to left"],
 )  # fmt: skip
-def test_a_token_bomb_is_cut_where_the_task_says(catalog: Catalog, text: str) -> None:
+def test_a_token_bomb_is_cut_where_the_task_says(catalog: DatasetStore, text: str) -> None:
     data = json.dumps({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]}).encode()
     short = b'{"text":"fine"}'
     receipt = received(data + b"\n" + short)
@@ -124,7 +124,7 @@ def test_a_dataset_that_is_slow_on_purpose_is_given_up(tmp_path: Path) -> None:
     seconds = iter(range(1000))
     store = ArtifactStore.open(str(tmp_path / "store"))
     tokenizer = {"tiny": write_tokenizer(tmp_path / "tiny")}
-    catalog = Catalog(store, tokenizer, 1 << 20, tokenize_seconds=5, monotonic=lambda: float(next(seconds)))
+    catalog = DatasetStore(store, tokenizer, 1 << 20, tokenize_seconds=5, monotonic=lambda: float(next(seconds)))
     receipt = received(b'{"text":"fine"}\n' * 20)
     sha256 = catalog.store("tenants/a", receipt).sha256
     receipt.discard()
@@ -132,7 +132,7 @@ def test_a_dataset_that_is_slow_on_purpose_is_given_up(tmp_path: Path) -> None:
         catalog.tokenized("tenants/a", sha256, "tiny", Training(learning_rate=1e-3, num_epochs=1))
 
 
-def test_the_longest_conversation_is_rendered_and_masked(catalog: Catalog) -> None:
+def test_the_longest_conversation_is_rendered_and_masked(catalog: DatasetStore) -> None:
     pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     line = json.dumps({"messages": pair * (MAX_MESSAGES // 2)}).encode()
     (row,) = parse_lines([line])
@@ -168,7 +168,7 @@ def test_a_key_stays_in_the_store(tmp_path: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tenants/../x", "tenants/", "tenants/a/b", "x", "", "tenants/..", "tenants/a\0"])
-def test_a_tenant_is_no_way_out_of_its_folder(catalog: Catalog, tmp_path: Path, name: str) -> None:
+def test_a_tenant_is_no_way_out_of_its_folder(catalog: DatasetStore, tmp_path: Path, name: str) -> None:
     receipt = received(b'{"text":"fine"}')
     with pytest.raises(InvalidInputError):
         catalog.store(name, receipt)

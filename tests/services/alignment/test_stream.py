@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from engine.alignment import packing
 from engine.alignment.dataset import num_steps, split
 from engine.alignment.microbatch import Microbatch
-from engine.alignment.packing import Member
+from engine.alignment.packing import PackedTask
 from engine.errors import InvalidInputError, NotFoundError, UnavailableError
 from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import alignment_pb2_grpc
@@ -70,7 +70,7 @@ async def test_streams_what_the_engine_packs(alignment: Alignment) -> None:
             member.task.rpartition("/tasks/")[0], member.dataset_version, "tiny", values
         )
         steps = num_steps(values, len(split(dataset.num_rows, values).train))
-        expected.append(Member(member.task, dataset, values, steps, member.cursor_step))
+        expected.append(PackedTask(member.task, dataset, values, steps, member.cursor_step))
     assert received == [microbatch_to_proto(m) for m in packing.rounds(expected, 128, 8)]
     assert {r.task for m in received for r in m.ranges} == {TASK, "tenants/b/tasks/two"}
     assert {r.step for m in received for r in m.ranges if r.task == TASK} == {1, 2}
@@ -227,9 +227,9 @@ async def test_one_tokenization_serves_all_who_ask_at_once(
 
 
 async def test_the_cache_is_bounded_in_bytes(alignment: Alignment, tmp_path: Path) -> None:
-    from services.alignment.dataset_store import Catalog
+    from services.alignment.dataset_store import DatasetStore
 
-    catalog = Catalog(ArtifactStore.open(str(alignment.folder)), {"tiny": tmp_path / "tiny"}, cache_bytes=10_000)
+    catalog = DatasetStore(ArtifactStore.open(str(alignment.folder)), {"tiny": tmp_path / "tiny"}, cache_bytes=10_000)
     values = training_to_domain(training())
     shas = [(await alignment.store(lines({"text": f"{i} " + "fox " * 400}))).sha256 for i in range(8)]
     sizes = [catalog.tokenized(TENANT, sha256, "tiny", values).num_bytes for sha256 in shas]

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.alignment.tokenizer import BackboneTokenizer, Encoded, Piece
+from engine.alignment.tokenizer import BackboneTokenizer, Encoded, TextPiece
 from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import dataset_pb2
-from services.alignment.tenant_fairness import Turns
+from services.alignment.tenant_fairness import FairQueue
 from tests.services.alignment.conftest import TASK, TEN_ROWS, TENANT, Alignment, lines, training
 
 HOG = "tenants/hog"
@@ -26,7 +26,7 @@ HOG = "tenants/hog"
 )
 @settings(max_examples=50, deadline=None)
 def test_few_at_once_and_no_two_of_one_tenant(jobs: list[tuple[str, int]], num_at_once: int) -> None:
-    turns, having, most = Turns(num_at_once, slice_seconds=0), Counter[str](), [0]
+    turns, having, most = FairQueue(num_at_once, slice_seconds=0), Counter[str](), [0]
     lock, done = threading.Lock(), list[str]()
 
     def work(tenant: str, num_slices: int) -> None:
@@ -50,7 +50,7 @@ def test_few_at_once_and_no_two_of_one_tenant(jobs: list[tuple[str, int]], num_a
 
 
 def test_a_tenant_with_many_jobs_gets_every_other_turn() -> None:
-    turns, order, ready = Turns(num_at_once=1, slice_seconds=0), list[str](), threading.Barrier(6)
+    turns, order, ready = FairQueue(num_at_once=1, slice_seconds=0), list[str](), threading.Barrier(6)
 
     def work(tenant: str) -> None:
         ready.wait()
@@ -75,7 +75,7 @@ def test_a_tenant_with_many_jobs_gets_every_other_turn() -> None:
 
 def test_a_turn_lasts_while_nobody_waits_and_time_spent_waiting_is_not_counted() -> None:
     now = iter(range(0, 1000, 10))
-    turns = Turns(num_at_once=1, slice_seconds=15, monotonic=lambda: float(next(now)))
+    turns = FairQueue(num_at_once=1, slice_seconds=15, monotonic=lambda: float(next(now)))
     with turns.of("a") as turn:  # at 0
         assert [turn.offer() for _ in range(3)] == [10, 20, 30]
         other = threading.Thread(target=lambda: (turns.take("b"), turns.give("b")))
@@ -92,7 +92,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Every batch of the hog's stands still in the tokenizer until `held` is set: work that never ends."""
     held, encode = threading.Event(), BackboneTokenizer.encode
 
-    def encode_later(self: BackboneTokenizer, pieces: list[Piece]) -> Encoded:
+    def encode_later(self: BackboneTokenizer, pieces: list[TextPiece]) -> Encoded:
         if any("oink" in piece.text for piece in pieces):
             held.wait()
         return encode(self, pieces)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from engine.alignment.dataset import TokenizedDataset
-from engine.alignment.packing import Member, rounds
+from engine.alignment.packing import PackedTask, rounds
 from engine.errors import InvalidInputError, LeaseLostError, UnavailableError
 from muxtune.v1 import (
     alignment_pb2,
@@ -35,7 +35,7 @@ from services.conversion.task import microbatch_to_proto, training_to_domain
 from services.execution.settings import ExecutionSettings
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel
-from services.rpc.server import Gate
+from services.rpc.interceptor import AccessInterceptor
 from services.settings import environment_of
 
 SECRET = "mesh_secret-of-the-tests"
@@ -76,7 +76,9 @@ class FakeAlignment(alignment_pb2_grpc.AlignmentServiceServicer):
             if member.dataset_version == BAD_VERSION:
                 raise InvalidInputError.of_field("members.dataset_version", "of one member is no good")
         members = [
-            Member(m.task, dataset_of(m.dataset_version), training_to_domain(m.training), m.num_steps, m.cursor_step)
+            PackedTask(
+                m.task, dataset_of(m.dataset_version), training_to_domain(m.training), m.num_steps, m.cursor_step
+            )
             for m in request.members
         ]
         for microbatch in rounds(members, request.token_budget, request.chunk_tokens):
@@ -92,7 +94,7 @@ class FakeScheduling(scheduling_pb2_grpc.SchedulingServiceServicer):
     """Grants leases; `lose` makes the next renewal fail."""
 
     def __init__(self) -> None:
-        self.epoch = 0
+        self.term = 0
         self.is_lost = False
         self.registered: asyncio.Queue[plan_pb2.Executor] = asyncio.Queue()
         self.ended: list[str] = []
@@ -100,15 +102,15 @@ class FakeScheduling(scheduling_pb2_grpc.SchedulingServiceServicer):
         self.lease_seconds = 3
 
     async def RegisterExecutor(self, request: Any, context: Any) -> scheduling_pb2.RegisterExecutorResponse:
-        self.epoch, self.is_lost = self.epoch + 1, False
-        answer = scheduling_pb2.RegisterExecutorResponse(lease_epoch=self.epoch)
+        self.term, self.is_lost = self.term + 1, False
+        answer = scheduling_pb2.RegisterExecutorResponse(lease_term=self.term)
         answer.lease_duration.FromSeconds(self.lease_seconds)
-        request.executor.lease_epoch = self.epoch
+        request.executor.lease_term = self.term
         self.registered.put_nowait(request.executor)
         return answer
 
     async def KeepLease(self, request: Any, context: Any) -> scheduling_pb2.KeepLeaseResponse:
-        if self.is_lost or request.lease_epoch != self.epoch:
+        if self.is_lost or request.lease_term != self.term:
             raise LeaseLostError("the lease ended")
         self.num_renewals += 1
         self.renewed.set()
@@ -120,7 +122,9 @@ class FakeScheduling(scheduling_pb2_grpc.SchedulingServiceServicer):
         return scheduling_pb2.SchedulingServiceEndLeaseResponse()
 
 
-def planned(task: str, *, epoch: int = 1, num_steps: int = 4, version: str = "", **fields: Any) -> plan_pb2.PlannedTask:
+def planned(
+    task: str, *, attempt: int = 1, num_steps: int = 4, version: str = "", **fields: Any
+) -> plan_pb2.PlannedTask:
     """A small LoRA task of tenant t; `training` overrides its hyperparameters."""
     training = {"learning_rate": 0.01, "num_steps": num_steps, "global_batch_size": 4, "micro_batch_size": 2, "seed": 7}
     training |= fields.pop("training", {})
@@ -132,7 +136,7 @@ def planned(task: str, *, epoch: int = 1, num_steps: int = 4, version: str = "",
         training=task_pb2.Training(**training),
     )
     name = f"tenants/t/tasks/{task}"
-    return plan_pb2.PlannedTask(task=name, spec=spec, attempt_epoch=epoch, num_steps=num_steps, **fields)
+    return plan_pb2.PlannedTask(task=name, spec=spec, attempt=attempt, num_steps=num_steps, **fields)
 
 
 def plan_of(version: int, *tasks: plan_pb2.PlannedTask, htasks: list[list[str]] | None = None) -> Any:
@@ -152,8 +156,8 @@ def kind_of(result: plan_pb2.TaskResult) -> str:
 class Stream:
     """RunPlan as scheduling opens it: plans go in, results are gathered and (unless told not to) acknowledged."""
 
-    def __init__(self, channel: grpc.aio.Channel, lease_epoch: int, *, acknowledges: bool = True) -> None:
-        self._lease_epoch, self._acknowledges = lease_epoch, acknowledges
+    def __init__(self, channel: grpc.aio.Channel, lease_term: int, *, acknowledges: bool = True) -> None:
+        self._lease_term, self._acknowledges = lease_term, acknowledges
         self._outgoing: asyncio.Queue[execution_pb2.RunPlanRequest | None] = asyncio.Queue()
         self.responses: list[execution_pb2.RunPlanResponse] = []
         self._news = asyncio.Condition()
@@ -174,7 +178,7 @@ class Stream:
     ) -> None:
         self._outgoing.put_nowait(
             execution_pb2.RunPlanRequest(
-                lease_epoch=self._lease_epoch, plan=plan, acknowledged_sequence=acknowledged, stale_tasks=stale
+                lease_term=self._lease_term, plan=plan, acknowledged_sequence=acknowledged, stale_tasks=stale
             )
         )
 
@@ -229,8 +233,8 @@ class Mesh:
     channel: Any = None
     streams: list[Stream] = field(default_factory=list)
 
-    async def open_stream(self, lease_epoch: int = 0, *, acknowledges: bool = True) -> Stream:
-        stream = Stream(self.channel, lease_epoch or self.scheduling.epoch, acknowledges=acknowledges)
+    async def open_stream(self, lease_term: int = 0, *, acknowledges: bool = True) -> Stream:
+        stream = Stream(self.channel, lease_term or self.scheduling.term, acknowledges=acknowledges)
         self.streams.append(stream)
         return stream
 
@@ -270,7 +274,7 @@ async def _registered(process: asyncio.subprocess.Process, scheduling: FakeSched
 async def running_mesh(folder: Path, backbone: Path, **overrides: Any) -> AsyncIterator[Mesh]:
     """Starts it all, waits for the executor to register, and ends it all."""
     alignment, scheduling = FakeAlignment(), FakeScheduling()
-    server = grpc.aio.server(interceptors=[Gate(mesh_authenticator(SECRET))])
+    server = grpc.aio.server(interceptors=[AccessInterceptor(mesh_authenticator(SECRET))])
     alignment_pb2_grpc.add_AlignmentServiceServicer_to_server(alignment, server)
     scheduling_pb2_grpc.add_SchedulingServiceServicer_to_server(scheduling, server)
     fakes = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"

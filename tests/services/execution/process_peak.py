@@ -15,7 +15,7 @@ from engine.planning.cost.memory_model import total_bytes
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
 from engine.runtime.footprint import measure
-from engine.runtime.task_state import Assignment
+from engine.runtime.task_state import TaskAssignment
 from engine.task import TaskSpec, Training
 from services.conversion.plan import backbone_to_view
 from services.execution.settings import ExecutionSettings
@@ -39,7 +39,7 @@ def main(folder: str, ranks: list[int], num_tokens: int) -> None:
 def train(executor: Executor, specs: list[TaskSpec], num_tokens: int) -> None:
     """Three steps of all tasks, each of one sequence of so many tokens."""
     for i, spec in enumerate(specs):
-        executor.attach(Assignment(str(i), spec, 9))
+        executor.attach(TaskAssignment(str(i), spec, 9))
     for step in range(3):
         ids_T = np.random.default_rng(step).integers(0, 90, num_tokens * len(specs)).astype(np.int32)
         ranges = tuple(

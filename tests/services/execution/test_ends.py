@@ -97,11 +97,11 @@ async def test_a_killed_trainer_is_restarted_and_its_tasks_are_handed_back(tmp_p
         assert "-9" in stream.of("k", "released")[0].reason
         assert not stream.of("done", "released")
         recorded = stream.of("k", "checkpoint_committed")[-1]
-        again = planned("k", epoch=2, num_steps=40, resume_from=recorded)
+        again = planned("k", attempt=2, num_steps=40, resume_from=recorded)
         stream.send(plan_of(2, again, planned("done", num_steps=1)))  # made before it was known that one is done
         await stream.until_finished("k")
         assert len(stream.of("done", "finished")) == 1
-        second = [r.step_done.step for r in stream.results if r.attempt_epoch == 2 and r.HasField("step_done")]
+        second = [r.step_done.step for r in stream.results if r.attempt == 2 and r.HasField("step_done")]
         assert second == list(range(recorded.step + 1, 41))
 
 
@@ -114,11 +114,11 @@ async def test_a_lost_lease_drops_the_tasks_and_registers_again(tmp_path: Path, 
         mesh.scheduling.is_lost = True
         async with asyncio.timeout(20):
             again = await mesh.scheduling.registered.get()
-        assert again.lease_epoch == 2
+        assert again.lease_term == 2
         fresh = await mesh.open_stream()
-        fresh.send(plan_of(2, planned("l", epoch=2, num_steps=3, version="other")))
+        fresh.send(plan_of(2, planned("l", attempt=2, num_steps=3, version="other")))
         await fresh.until_finished("l")
-        assert {result.attempt_epoch for result in fresh.results} == {2}
+        assert {result.attempt for result in fresh.results} == {2}
         assert not stream.of("l", "released")
         mesh.alignment.pause_seconds = 0.0
         silent = await mesh.open_stream(acknowledges=False)

@@ -34,7 +34,7 @@ async def test_plans_that_are_none_under_the_right_lease_leave_the_trainer_alive
         async with grpc.aio.insecure_channel(mesh.address) as channel:
             stub = execution_pb2_grpc.ExecutionServiceStub(channel)
             for sent in drawn(messages(kind, ["tenants/a/tasks/t", "tiny"]), FUZZING.max_examples):
-                sent.lease_epoch = mesh.scheduling.epoch
+                sent.lease_term = mesh.scheduling.term
                 call = stub.RunPlan(iter([sent]), metadata=[("authorization", f"Bearer {SECRET}")], timeout=20)
                 try:
                     await call.read()

@@ -22,7 +22,7 @@ async def test_a_stopped_trainer_is_killed_and_its_tasks_go_on(tmp_path: Path, t
         (released,) = stream.of("h", "released")
         assert "watchdog" in released.reason and released.num_suspects == 2
         recorded = stream.of("h", "checkpoint_committed")[-1]
-        stream.send(plan_of(2, planned("h", epoch=2, num_steps=30, resume_from=recorded)))
+        stream.send(plan_of(2, planned("h", attempt=2, num_steps=30, resume_from=recorded)))
         await stream.until_finished("h")
         assert any("watchdog" in line["message"] for line in log_lines(mesh) if line["level"] == "ERROR")
 

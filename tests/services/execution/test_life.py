@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from engine.errors import LeaseLostError, NotFoundError, StaleEpochError
+from engine.errors import LeaseLostError, NotFoundError, SupersededError
 from muxtune.v1 import errors_pb2, execution_pb2
 from services.storage.artifact_store import ArtifactStore
 from tests.services.execution.executor_mesh import BAD_VERSION, Mesh, kind_of, plan_of, planned, running_mesh
@@ -97,7 +97,9 @@ async def test_a_task_resumed_from_its_checkpoint_ends_with_the_same_weights(mes
     mesh.alignment.pause_seconds = 0.0
     recorded = stream.of("parts", "checkpoint_committed")[-1]
     assert 2 <= recorded.step < 6
-    stream.send(plan_of(versions.next(), planned("parts", epoch=2, num_steps=6, version="same", resume_from=recorded)))
+    stream.send(
+        plan_of(versions.next(), planned("parts", attempt=2, num_steps=6, version="same", resume_from=recorded))
+    )
     await stream.until_finished("parts")
     assert [done.step for done in stream.of("parts", "step_done")] == [1, 2, 3, 4, 5, 6]
     (parts,) = stream.of("parts", "finished")
@@ -119,7 +121,7 @@ async def test_a_corrupt_checkpoint_falls_back_to_the_one_before_and_says_so(mes
     before, last = stream.of("rotten", "checkpoint_committed")[-2:]
     (file,) = (mesh.artifacts / last.manifest_key).parent.rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
-    stream.send(plan_of(versions.next(), planned("rotten", epoch=2, num_steps=8, version="same", resume_from=last)))
+    stream.send(plan_of(versions.next(), planned("rotten", attempt=2, num_steps=8, version="same", resume_from=last)))
     await stream.until_finished("rotten")
     (resumed,) = stream.of("rotten", "resumed")
     assert resumed.checkpoint == before and f"step {last.step} cannot be read" in resumed.message
@@ -172,7 +174,7 @@ async def test_what_is_wrong_with_one_task_fails_it_alone(mesh: Mesh, versions: 
             versions.next(),
             planned("good", num_steps=3),
             planned("nodata", version=BAD_VERSION),
-            planned("corrupt", epoch=2, resume_from=resume),
+            planned("corrupt", attempt=2, resume_from=resume),
             planned("notarget", targets=["no_such_proj"]),
             planned("noadapter", initial_adapter_key="tenants/t/adapters/none/1/manifest.json"),
             *(planned(name, initial_adapter_key=key) for name, key in adapters.items()),
@@ -322,11 +324,11 @@ async def test_health_is_open_and_everything_else_wants_the_secret(mesh: Mesh) -
 
 async def test_the_newest_stream_wins_and_a_wrong_lease_is_refused(mesh: Mesh) -> None:
     old = await mesh.open_stream()
-    wrong = await mesh.open_stream(lease_epoch=mesh.scheduling.epoch + 7)
+    wrong = await mesh.open_stream(lease_term=mesh.scheduling.term + 7)
     with pytest.raises(LeaseLostError):
         await wrong.reading
     new = await mesh.open_stream()
-    with pytest.raises(StaleEpochError):
+    with pytest.raises(SupersededError):
         async with asyncio.timeout(10):
             await old.reading
     assert not new.reading.done()

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.alignment.packing import Member, rounds
+from engine.alignment.packing import PackedTask, rounds
 from engine.task import Training
 from muxtune.v1 import errors_pb2, plan_pb2
-from services.execution.trainer.oom_policy import Shortage
+from services.execution.trainer.oom_policy import OutOfMemoryPolicy
 from services.failpoints import TOKENS, VARIABLE
 from services.storage.artifact_store import ArtifactStore
 from tests.services.execution.executor_mesh import Mesh, dataset_of, plan_of, planned, running_mesh
@@ -60,9 +60,9 @@ def assert_equal_weights(mesh: Mesh, one: str, other: str) -> None:
         np.testing.assert_allclose(second[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-def run_with(plan: plan_pb2.ExecutorPlan, members: dict[str, Member], allowed: int) -> tuple[set[str], int]:
+def run_with(plan: plan_pb2.ExecutorPlan, members: dict[str, PackedTask], allowed: int) -> tuple[set[str], int]:
     """A round of every hTask on a device that holds so many tokens: who fails, and how many tries found no memory."""
-    shortage, failed, num_shortages, index = Shortage(), set[str](), 0, 0
+    shortage, failed, num_shortages, index = OutOfMemoryPolicy(), set[str](), 0, 0
     while index < len(plan.htasks):
         htask = plan.htasks[index]
         going = [members[name] for name in htask.tasks if name not in failed]
@@ -86,7 +86,7 @@ def test_it_always_comes_to_an_end_and_just_those_fail_that_cannot_fit(seed: int
     draw = np.random.default_rng(seed)
     names = [f"{seed}-{i}" for i in range(draw.integers(1, 6))]
     training = Training(learning_rate=1, num_steps=1, global_batch_size=12, micro_batch_size=int(draw.integers(1, 9)))
-    members = {name: Member(name, dataset_of(name), training, 1, 0) for name in names}
+    members = {name: PackedTask(name, dataset_of(name), training, 1, 0) for name in names}
     allowed = CHUNK * int(draw.integers(1, 4))
     plan = plan_pb2.ExecutorPlan(htasks=[plan_pb2.HTask(tasks=names, token_budget=256, chunk_tokens=CHUNK)])
     failed, num_shortages = run_with(plan, members, allowed)

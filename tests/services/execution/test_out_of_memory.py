@@ -22,10 +22,10 @@ from engine.errors import NonFiniteError
 from engine.runtime import executor as engine
 from engine.runtime import export
 from engine.runtime.checkpoint import CheckpointState
-from engine.runtime.task_state import TaskRun
+from engine.runtime.task_state import TaskTrainingState
 from muxtune.v1 import errors_pb2
-from services.execution.trainer.checkpoint_store import Vault
-from services.execution.trainer.resident_task import Resident
+from services.execution.trainer.checkpoint_store import CheckpointStore
+from services.execution.trainer.resident_task import ResidentTask
 from tests.mesh_chaos import printed_seed
 from tests.services.execution.executor_mesh import planned
 from tests.services.execution.trainer_thread import TrainerThread, running_trainer
@@ -45,7 +45,7 @@ class Point:
     without: bool = False  # v never trained then
 
 
-def is_v(run: TaskRun) -> bool:
+def is_v(run: TaskTrainingState) -> bool:
     return run.assignment.task.endswith("/v") or "/v-" in run.assignment.task
 
 
@@ -57,13 +57,13 @@ POINTS = {
     "optimizer": Point(engine, "take_steps", lambda runs: any(is_v(r) and r.step == LEAVES_AT - 1 for r in runs)),
     "shadow check": Point(engine.Executor, "_run_alone", lambda self, run: is_v(run)),
     "evaluation": Point(engine.Executor, "_forward_backward", evaluates_v, without=True),
-    "attach": Point(engine, "TaskRun", lambda assignment, backbone: "/v-" in assignment.task, without=True),
+    "attach": Point(engine, "TaskTrainingState", lambda assignment, backbone: "/v-" in assignment.task, without=True),
     "restore": Point(CheckpointState, "restore", lambda self, run: is_v(run), without=True),
     "initial adapter": Point(export, "load_adapter", lambda folder, run, backbone: is_v(run), without=True),
     "checkpoint": Point(CheckpointState, "of", is_v, always="released"),
     "export": Point(export, "export", lambda backbone, run, folder: is_v(run)),
     "bytes to the store": Point(CheckpointState, "files", lambda self: "/v-" in self.metadata["task"]),
-    "bytes from the store": Point(Vault, "get_checkpoint", lambda self, task, recorded: "/v-" in task),
+    "bytes from the store": Point(CheckpointStore, "get_checkpoint", lambda self, task, recorded: "/v-" in task),
 }
 ALWAYS = [name for name in POINTS if "bytes" not in name]  # those wait for ever, as for a store that is away
 
@@ -186,7 +186,7 @@ class Runs:
         if name == "evaluation":
             return {"training": {"heldout_fraction": 0.2, "evaluate_every_steps": 2}}
         if name in ("restore", "bytes from the store"):
-            return {"resume_from": self._checkpointed(), "epoch": 2}
+            return {"resume_from": self._checkpointed(), "attempt": 2}
         if name == "initial adapter":
             return {"initial_adapter_key": self._finished().adapter_key}
         return {}
@@ -239,7 +239,7 @@ def test_a_shortage_that_stays_ends_one_task_and_its_neighbours_never_notice(
     name: str, runs: Runs, chance: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It waits for room as long as they are there, and its patience ends when they are done."""
-    monkeypatch.setattr(Resident, "has_waited", lambda self, seconds: runs.are_neighbours_done())
+    monkeypatch.setattr(ResidentTask, "has_waited", lambda self, seconds: runs.are_neighbours_done())
     calm, num_allocations = runs.calm(name)
     shaken = Shaken(POINTS[name], chance, math.inf, num_allocations)
     with in_place(POINTS[name], shaken):
@@ -263,10 +263,10 @@ def test_a_shortage_that_stays_ends_one_task_and_its_neighbours_never_notice(
 class Leaving:
     """In place of `take_steps`: v leaves at its third step, for a reason of its own."""
 
-    def __init__(self, take_steps: Callable[[Sequence[TaskRun]], Any]) -> None:
+    def __init__(self, take_steps: Callable[[Sequence[TaskTrainingState]], Any]) -> None:
         self._take_steps = take_steps
 
-    def __call__(self, runs: Sequence[TaskRun]) -> list[Any]:
+    def __call__(self, runs: Sequence[TaskTrainingState]) -> list[Any]:
         leaves = [is_v(run) and run.step == LEAVES_AT - 1 for run in runs]
         taken = iter(self._take_steps([run for run, leaving in zip(runs, leaves, strict=True) if not leaving]))
         return [NonFiniteError("it leaves") if leaving else next(taken) for leaving in leaves]

@@ -16,11 +16,11 @@ from engine.errors import ArtifactCorruptError
 from engine.runtime.checkpoint import CheckpointState
 from engine.task import Training
 from muxtune.v1 import execution_pb2, plan_pb2, task_pb2
-from services.execution.server.attempt_tracker import Attempts
+from services.execution.server.attempt_tracker import AttemptTracker
 from services.execution.server.outbox import Outbox
 from services.execution.server.trainer_pipe import MAX_FRAME_BYTES, AsyncPipe, BlockingPipe, Tag
 from services.execution.server.watchdog import Watchdog
-from services.execution.trainer.checkpoint_store import Vault
+from services.execution.trainer.checkpoint_store import CheckpointStore
 from services.execution.trainer.early_stop import EarlyStop
 from services.execution.trainer.step_spans import StepWindow
 from services.storage.artifact_store import ArtifactStore
@@ -84,24 +84,24 @@ async def test_the_outbox_sends_again_what_was_not_acknowledged() -> None:
     await outbox.wait_empty()
 
 
-def plan(**epochs: int) -> plan_pb2.ExecutorPlan:
+def plan(**attempts: int) -> plan_pb2.ExecutorPlan:
     return plan_pb2.ExecutorPlan(
-        version=1, tasks=[plan_pb2.PlannedTask(task=name, attempt_epoch=epoch) for name, epoch in epochs.items()]
+        version=1, tasks=[plan_pb2.PlannedTask(task=name, attempt=attempt) for name, attempt in attempts.items()]
     )
 
 
-def result(task: str, epoch: int, kind: str) -> plan_pb2.TaskResult:
-    message = plan_pb2.TaskResult(task=task, attempt_epoch=epoch)
+def result(task: str, attempt: int, kind: str) -> plan_pb2.TaskResult:
+    message = plan_pb2.TaskResult(task=task, attempt=attempt)
     getattr(message, kind).SetInParent()
     return message
 
 
 def test_a_dead_trainer_hands_back_what_it_held_and_nothing_else() -> None:
-    attempts = Attempts()
+    attempts = AttemptTracker()
     attempts.start(plan(a=1, b=1, c=2, d=1))
     attempts.note([result("a", 1, "finished"), result("b", 1, "step_done")])
     assert attempts.drop_stale(["d"], []) == ["d"]
-    assert {(r.task, r.attempt_epoch, r.WhichOneof("result")) for r in attempts.hand_back("died")} == {
+    assert {(r.task, r.attempt, r.WhichOneof("result")) for r in attempts.hand_back("died")} == {
         ("b", 1, "released"),
         ("c", 2, "released"),
     }
@@ -110,7 +110,7 @@ def test_a_dead_trainer_hands_back_what_it_held_and_nothing_else() -> None:
 
 
 def test_results_of_attempts_that_were_dropped_do_not_count() -> None:
-    attempts = Attempts()
+    attempts = AttemptTracker()
     attempts.start(plan(a=1, b=1))
     attempts.drop_all()
     attempts.start(plan(a=2))
@@ -119,7 +119,7 @@ def test_results_of_attempts_that_were_dropped_do_not_count() -> None:
 
 
 def test_a_stale_result_of_an_earlier_attempt_does_not_end_this_one() -> None:
-    attempts = Attempts()
+    attempts = AttemptTracker()
     attempts.start(plan(a=2, b=2))
     judged = [result("a", 1, "released"), result("b", 2, "step_done")]
     assert attempts.drop_stale(["a", "b", "unknown"], judged) == ["b", "unknown"]
@@ -127,7 +127,7 @@ def test_a_stale_result_of_an_earlier_attempt_does_not_end_this_one() -> None:
 
 
 def test_who_was_off_the_device_already_is_no_suspect() -> None:
-    attempts = Attempts()
+    attempts = AttemptTracker()
     attempts.start(plan(a=1, b=1, c=1))
     attempts.note_resident(["a", "b"])  # c has not arrived
     attempts.note_resident(["b"])  # a has only to leave its checkpoint
@@ -139,7 +139,7 @@ def test_who_was_off_the_device_already_is_no_suspect() -> None:
 
 
 def test_what_is_handed_back_says_how_many_may_be_why() -> None:
-    attempts = Attempts()
+    attempts = AttemptTracker()
     attempts.start(plan(a=1, b=1, done=1))
     attempts.note([result("done", 1, "finished")])
     assert [(r.released.num_suspects, r.released.reason) for r in attempts.hand_back("died")] == [(2, "died")] * 2
@@ -230,7 +230,7 @@ def folders(store: ArtifactStore) -> list[str]:
 def test_no_checkpoint_is_deleted_by_whom_cannot_know_which_is_recorded(tmp_path: Path) -> None:
     """The last of them recorded may be any: an executor far ahead of its results once deleted it."""
     store = ArtifactStore.open(str(tmp_path))
-    vault = Vault(store)
+    vault = CheckpointStore(store)
     recorded, *_ = [vault.put_checkpoint(TASK, 1, state(step), {}) for step in (10, 20, 30)]
     vault.put_checkpoint(TASK, 2, state(15), {})
     assert folders(store) == ["00000010-1", "00000015-2", "00000020-1", "00000030-1"]
@@ -239,7 +239,7 @@ def test_no_checkpoint_is_deleted_by_whom_cannot_know_which_is_recorded(tmp_path
 
 def test_a_corrupt_checkpoint_falls_back_to_one_before_it_never_after(tmp_path: Path) -> None:
     store = ArtifactStore.open(str(tmp_path))
-    vault = Vault(store)
+    vault = CheckpointStore(store)
     vault.put_checkpoint(TASK, 1, state(10), {"early_stop": {"best": 1.0}})
     recorded = vault.put_checkpoint(TASK, 1, state(20), {})
     (file,) = (tmp_path / f"{TASK}/checkpoints/00000020-1").rglob("*.safetensors")

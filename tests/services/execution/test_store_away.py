@@ -57,7 +57,7 @@ def test_a_task_whose_checkpoint_cannot_be_read_waits_for_it(
     recorded = trainer.of("v", "checkpoint_committed")[0]
     trainer.results.clear()
     trainer.store.gates.close("get tenants/t/tasks/v", is_away=is_away)
-    trainer.plan(planned("v", epoch=2, num_steps=6, resume_from=recorded), *NEIGHBOURS, htasks=TOGETHER)
+    trainer.plan(planned("v", attempt=2, num_steps=6, resume_from=recorded), *NEIGHBOURS, htasks=TOGETHER)
     trainer.until_ended("a", "b")
     assert trainer.store.gates.reached.is_set() and not trainer.steps("v")
     trainer.store.gates.open()
@@ -83,7 +83,7 @@ def test_a_task_that_waits_too_long_is_handed_back(trainer: TrainerThread, monke
     monkeypatch.setattr(task_lifecycle, "_PATIENCE_SECONDS", 0.0)
     trainer.store.gates.close("get tenants/t/tasks/v", is_away=True)
     recorded = task_pb2.CheckpointCommitted(step=2, manifest_key=f"{full('v')}/checkpoints/00000002-1/manifest.json")
-    trainer.plan(planned("v", epoch=2, resume_from=recorded), NEIGHBOURS[1], htasks=TOGETHER)
+    trainer.plan(planned("v", attempt=2, resume_from=recorded), NEIGHBOURS[1], htasks=TOGETHER)
     trainer.until_ended("v", "b")
     (released,) = trainer.of("v", "released")
     assert released.reason.startswith("not taken in: away") and not released.num_suspects

@@ -15,7 +15,7 @@ import grpc
 import pytest
 from obstore.store import LocalStore
 
-from engine.alignment.packing import Member, rounds
+from engine.alignment.packing import PackedTask, rounds
 from engine.errors import UnavailableError
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, execution_pb2, plan_pb2
 from services.conversion.task import microbatch_to_proto, training_to_domain
@@ -78,7 +78,9 @@ class GatedAlignment(alignment_pb2_grpc.AlignmentServiceServicer):
         named = " ".join(member.task for member in request.members)
         self.members.append({member.task.rpartition("/")[2] for member in request.members})
         members = [
-            Member(m.task, dataset_of(m.dataset_version), training_to_domain(m.training), m.num_steps, m.cursor_step)
+            PackedTask(
+                m.task, dataset_of(m.dataset_version), training_to_domain(m.training), m.num_steps, m.cursor_step
+            )
             for m in request.members
         ]
         for microbatch in rounds(members, request.token_budget, request.chunk_tokens):

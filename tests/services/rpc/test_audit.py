@@ -15,7 +15,7 @@ from muxtune.v1 import admission_pb2_grpc, artifact_pb2, task_pb2
 from services.rpc.audit import AuditEntry, resource_of
 from services.rpc.authentication import Principal
 from services.rpc.authorization import Role
-from services.rpc.interceptor import Gate
+from services.rpc.interceptor import AccessInterceptor
 
 TENANT = Principal("tenants/a", Role.TENANT, "key 1")
 NAME = "tenants/a/tasks/t"
@@ -71,7 +71,7 @@ async def served() -> AsyncIterator[Served]:
         return Principal("tenants/a", Role.VIEWER, "key 2") if token == "viewer" else TENANT
 
     log, servicer = Log(), Servicer()
-    server = grpc.aio.server(interceptors=[Gate(authenticate, audit=log)])
+    server = grpc.aio.server(interceptors=[AccessInterceptor(authenticate, audit=log)])
     admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()

@@ -90,7 +90,7 @@ async def test_a_stream_ends_when_its_key_does(monkeypatch) -> None:
             await sent.wait()
             yield admission_pb2.WatchTaskResponse(event={"sequence": 3})
 
-    server = grpc.aio.server(interceptors=[interceptor.Gate(authenticate)])
+    server = grpc.aio.server(interceptors=[interceptor.AccessInterceptor(authenticate)])
     admission_pb2_grpc.add_AdmissionServiceServicer_to_server(Servicer(), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()

@@ -16,7 +16,7 @@ from services.rpc.authentication import Principal, current_principal, mesh_authe
 from services.rpc.certificates import Certificates, Trust
 from services.rpc.client_channel import open_channel, open_sync_channel
 from services.rpc.health import is_serving
-from services.rpc.interceptor import Gate
+from services.rpc.interceptor import AccessInterceptor
 from services.settings import ServerSettings, SettingsError
 from tests.certificates import certificates, trust
 
@@ -28,7 +28,7 @@ class Server:
 
     def __init__(self, certs: Certificates, is_mutual: bool = True) -> None:
         self.seen: list[Principal] = []
-        self.server = grpc.aio.server(interceptors=[Gate(mesh_authenticator(""))])
+        self.server = grpc.aio.server(interceptors=[AccessInterceptor(mesh_authenticator(""))])
 
         async def answer(servicer: object, request: object, context: object) -> alignment_pb2.RemoveDatasetResponse:
             self.seen.append(current_principal())

@@ -17,9 +17,9 @@ from services.rpc import rate_limit, unauthenticated_limiter
 from services.rpc.audit import AuditEntry
 from services.rpc.authentication import Principal
 from services.rpc.authorization import Role
-from services.rpc.interceptor import Gate
+from services.rpc.interceptor import AccessInterceptor
 from services.rpc.rate_limit import RateLimit
-from services.rpc.unauthenticated_limiter import Strangers, address_of
+from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter, address_of
 
 METHOD = "/muxtune.v1.AdmissionService/GetTask"
 HERE, THERE = "ipv4:192.0.2.1:5000", "ipv4:198.51.100.7:5000"
@@ -37,7 +37,7 @@ class Door:
     failure: MuxtuneError | None = None
 
     def __post_init__(self) -> None:
-        self.strangers = Strangers(RateLimit(self.per_second, lambda: self.now), self.audit)
+        self.strangers = UnauthenticatedCallLimiter(RateLimit(self.per_second, lambda: self.now), self.audit)
 
     async def audit(self, entry: AuditEntry) -> None:
         self.entries.append(entry)
@@ -185,7 +185,7 @@ async def served() -> AsyncIterator[tuple[Door, str]]:
             return pb.GetTaskResponse()
 
     door = Door()
-    server = grpc.aio.server(interceptors=[Gate(door.authenticate, strangers=door.strangers)])
+    server = grpc.aio.server(interceptors=[AccessInterceptor(door.authenticate, strangers=door.strangers)])
     admission_pb2_grpc.add_AdmissionServiceServicer_to_server(Servicer(), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()

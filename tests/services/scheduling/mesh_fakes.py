@@ -7,8 +7,8 @@ from typing import Any
 
 import grpc
 
-from engine.errors import LeaseLostError, MuxtuneError, StaleEpochError
-from engine.planning.types import Limits
+from engine.errors import LeaseLostError, MuxtuneError, SupersededError
+from engine.planning.types import PlannerConfig
 from muxtune.v1 import (
     execution_pb2,
     execution_pb2_grpc,
@@ -21,7 +21,7 @@ from muxtune.v1 import (
 )
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel
-from services.rpc.interceptor import Gate
+from services.rpc.interceptor import AccessInterceptor
 from services.scheduling.scheduler import Scheduler
 from services.scheduling.servicer import SchedulingServicer
 
@@ -84,7 +84,7 @@ class FakeLedger(ledger_pb2_grpc.LedgerServiceServicer):
         await self.changes.tell()
 
     async def hand_back(self, name: str) -> None:
-        """As RELEASED does: the epoch stays."""
+        """As RELEASED does: the attempt stays."""
         self.tasks[name].executor = ""
         self.tasks[name].task.state = QUEUED
         await self.hint()
@@ -111,33 +111,33 @@ class FakeLedger(ledger_pb2_grpc.LedgerServiceServicer):
 
     async def CommitPlan(self, request: ledger_pb2.CommitPlanRequest, context: Any) -> ledger_pb2.CommitPlanResponse:
         self._refuse("CommitPlan")
-        self._check_lease(request.executor, request.lease_epoch)
+        self._check_lease(request.executor, request.lease_term)
         if request.version <= self.plan_version:
-            raise StaleEpochError(f"plan {request.version} after {self.plan_version}")
+            raise SupersededError(f"plan {request.version} after {self.plan_version}")
         for start in request.starts:
-            if self.tasks[start.task].task.attempt_epoch != start.expected_epoch:
-                raise StaleEpochError(f"{start.task} moved on")
-        epochs = []
+            if self.tasks[start.task].task.attempt != start.expected_attempt:
+                raise SupersededError(f"{start.task} moved on")
+        attempts = []
         for start in request.starts:
             entry = self.tasks[start.task]
             assert entry.executor != request.executor, "already there"
             entry.executor = request.executor
-            entry.task.attempt_epoch += 1
+            entry.task.attempt += 1
             if entry.task.state == QUEUED:
                 entry.task.state = RUNNING
-            epochs.append(entry.task.attempt_epoch)
+            attempts.append(entry.task.attempt)
         self.plan_version = request.version
         self.plans.append(request)
         await self.changes.tell()
-        return ledger_pb2.CommitPlanResponse(attempt_epochs=epochs)
+        return ledger_pb2.CommitPlanResponse(attempts=attempts)
 
     async def CommitResults(self, request: Any, context: Any) -> ledger_pb2.CommitResultsResponse:
         self._refuse("CommitResults")
-        self._check_lease(request.executor, request.lease_epoch)
+        self._check_lease(request.executor, request.lease_term)
         verdicts = []
         for result in request.results:
             entry = self.tasks.get(result.task)
-            if entry is None or entry.task.attempt_epoch != result.attempt_epoch:
+            if entry is None or entry.task.attempt != result.attempt:
                 verdicts.append(ledger_pb2.RESULT_VERDICT_STALE)
             elif result in self.committed:
                 verdicts.append(ledger_pb2.RESULT_VERDICT_DUPLICATE)
@@ -149,15 +149,15 @@ class FakeLedger(ledger_pb2_grpc.LedgerServiceServicer):
 
     async def PutLease(self, request: ledger_pb2.PutLeaseRequest, context: Any) -> ledger_pb2.PutLeaseResponse:
         executor, known = request.executor, self.executors.get(request.executor.name)
-        if executor.lease_epoch:
-            self._check_lease(executor.name, executor.lease_epoch)
+        if executor.lease_term:
+            self._check_lease(executor.name, executor.lease_term)
             assert known is not None
             known.draining = executor.draining
         else:
-            executor.lease_epoch = known.lease_epoch + 1 if known else 1
+            executor.lease_term = known.lease_term + 1 if known else 1
             self.executors[executor.name] = executor
         await self.hint()
-        return ledger_pb2.PutLeaseResponse(lease_epoch=self.executors[executor.name].lease_epoch)
+        return ledger_pb2.PutLeaseResponse(lease_term=self.executors[executor.name].lease_term)
 
     async def EndLease(self, request: ledger_pb2.EndLeaseRequest, context: Any) -> ledger_pb2.EndLeaseResponse:
         self.executors.pop(request.executor, None)
@@ -173,9 +173,9 @@ class FakeLedger(ledger_pb2_grpc.LedgerServiceServicer):
         if waiting := self.refusals.get(method):
             raise waiting.pop(0)
 
-    def _check_lease(self, name: str, epoch: int) -> None:
-        if name not in self.executors or self.executors[name].lease_epoch != epoch:
-            raise LeaseLostError(f"{name} does not hold lease {epoch}")
+    def _check_lease(self, name: str, term: int) -> None:
+        if name not in self.executors or self.executors[name].lease_term != term:
+            raise LeaseLostError(f"{name} does not hold lease {term}")
 
 
 class FakeExecutor(execution_pb2_grpc.ExecutionServiceServicer):
@@ -199,9 +199,9 @@ class FakeExecutor(execution_pb2_grpc.ExecutionServiceServicer):
     def acknowledged(self) -> int:
         return max((request.acknowledged_sequence for request in self.requests), default=0)
 
-    def epochs(self) -> dict[str, int]:
+    def attempts(self) -> dict[str, int]:
         """Of the newest plan."""
-        return {task.task: task.attempt_epoch for task in self.plans[-1].tasks} if self.plans else {}
+        return {task.task: task.attempt for task in self.plans[-1].tasks} if self.plans else {}
 
     def send(self, *results: plan_pb2.TaskResult) -> int:
         self._sequence += 1
@@ -263,7 +263,7 @@ class World:
         self.executors: dict[str, FakeExecutor] = {}
 
     async def serve(self, add: Callable[[Any, grpc.aio.Server], None], servicer: Any) -> str:
-        server = grpc.aio.server(interceptors=[Gate(mesh_authenticator(SECRET))])
+        server = grpc.aio.server(interceptors=[AccessInterceptor(mesh_authenticator(SECRET))])
         add(servicer, server)
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
@@ -281,7 +281,7 @@ class World:
         add = execution_pb2_grpc.add_ExecutionServiceServicer_to_server
         self.executors[name] = executor
         self.ledger.executors[name] = plan_pb2.Executor(
-            name=name, address=await self.serve(add, executor), incarnation="i1", lease_epoch=1, backbone=BACKBONE,
+            name=name, address=await self.serve(add, executor), incarnation="i1", lease_term=1, backbone=BACKBONE,
             device=plan_pb2.Device(memory_bytes=memory_bytes, cost=cost), num_stages=num_stages,
         )  # fmt: skip
         await self.ledger.hint()
@@ -295,7 +295,7 @@ class World:
             self.ledger_address = await self.serve(add, self.ledger)
         async with open_channel(self.ledger_address, SECRET) as channel:
             ledger: Any = ledger_pb2_grpc.LedgerServiceStub(channel)
-            scheduler = Scheduler(ledger, SECRET, Limits(256, 16))
+            scheduler = Scheduler(ledger, SECRET, PlannerConfig(256, 16))
             running = asyncio.create_task(scheduler.run())
             add_service = scheduling_pb2_grpc.add_SchedulingServiceServicer_to_server
             self.address = await self.serve(add_service, SchedulingServicer(scheduler, ledger, 15.0))
@@ -307,5 +307,5 @@ class World:
                 await asyncio.gather(running, return_exceptions=True)
 
 
-def step_done(task: str, epoch: int, step: int) -> plan_pb2.TaskResult:
-    return plan_pb2.TaskResult(task=task, attempt_epoch=epoch, step_done=task_pb2.StepDone(step=step, loss=1.0))
+def step_done(task: str, attempt: int, step: int) -> plan_pb2.TaskResult:
+    return plan_pb2.TaskResult(task=task, attempt=attempt, step_done=task_pb2.StepDone(step=step, loss=1.0))

@@ -14,14 +14,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from engine.errors import InvalidInputError, NotFoundError, PermissionDeniedError, StaleEpochError, UnavailableError
-from engine.planning.types import Limits
+from engine.errors import InvalidInputError, NotFoundError, PermissionDeniedError, SupersededError, UnavailableError
+from engine.planning.types import PlannerConfig
 from muxtune.local import certificate_authority
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, plan_pb2, scheduling_pb2, scheduling_pb2_grpc
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.certificates import Certificates, Trust
 from services.rpc.client_channel import open_channel
-from services.rpc.interceptor import Gate
+from services.rpc.interceptor import AccessInterceptor
 from services.scheduling.audit_forwarder import audited_by
 from services.scheduling.executor_streams import ExecutorStream
 from services.scheduling.scheduler import Scheduler
@@ -49,7 +49,7 @@ class Mesh:
 
     async def serve(self, name: str, add: Any, servicer: Any) -> str:
         audit = audited_by(Forwarding(self.ledger))  # type: ignore[arg-type]
-        server = grpc.aio.server(interceptors=[Gate(mesh_authenticator(""), audit=audit)])
+        server = grpc.aio.server(interceptors=[AccessInterceptor(mesh_authenticator(""), audit=audit)])
         add(servicer, server)
         credentials = Certificates(self.certs / name).for_server(is_mutual=True)
         address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
@@ -80,7 +80,7 @@ async def mesh(certs: Path) -> AsyncIterator[Mesh]:
         made = Mesh(certs, stack)
         ledger: Any = Forwarding(made.ledger)
         trust = Trust(Certificates(certs / "scheduling"), "execution")
-        servicer = SchedulingServicer(Scheduler(ledger, "", Limits(256, 16), trust=trust), ledger, 15.0)
+        servicer = SchedulingServicer(Scheduler(ledger, "", PlannerConfig(256, 16), trust=trust), ledger, 15.0)
         add = scheduling_pb2_grpc.add_SchedulingServiceServicer_to_server
         made.address = await made.serve("scheduling", add, servicer)
         yield made
@@ -93,8 +93,8 @@ def register(name: str) -> scheduling_pb2.RegisterExecutorRequest:
 
 async def test_an_executor_registers_under_its_own_name_alone(mesh: Mesh) -> None:
     a, b = await mesh.scheduling(A), await mesh.scheduling(B)
-    assert (await a.RegisterExecutor(register(A))).lease_epoch == 1
-    keep = scheduling_pb2.KeepLeaseRequest(executor=A, incarnation="i1", lease_epoch=1)
+    assert (await a.RegisterExecutor(register(A))).lease_term == 1
+    keep = scheduling_pb2.KeepLeaseRequest(executor=A, incarnation="i1", lease_term=1)
     end = scheduling_pb2.SchedulingServiceEndLeaseRequest(executor=A, incarnation="i1")
     for call, request in ((b.RegisterExecutor, register(A)), (b.KeepLease, keep), (b.EndLease, end)):
         with pytest.raises(PermissionDeniedError, match=f"of {B}, not of .*{A}.*muxtune certs"):
@@ -103,7 +103,7 @@ async def test_an_executor_registers_under_its_own_name_alone(mesh: Mesh) -> Non
     await a.KeepLease(keep)
     await a.EndLease(end)
     assert not mesh.ledger.executors
-    assert (await b.RegisterExecutor(register(B))).lease_epoch == 1
+    assert (await b.RegisterExecutor(register(B))).lease_term == 1
 
 
 @pytest.mark.parametrize("name", ["", "gpu-a", "executors/GPU-A", "executors/gpu-a/", "executors/gpu-a.execution"])
@@ -154,7 +154,7 @@ async def test_scheduling_sends_no_plan_to_who_has_not_the_name(mesh: Mesh) -> N
     trust, ledger = Trust(Certificates(mesh.certs / "scheduling"), "execution"), Forwarding(mesh.ledger)
     log.addHandler(warned := Warnings())
     try:
-        executor = plan_pb2.Executor(name=A, address=address, incarnation="i1", lease_epoch=1)
+        executor = plan_pb2.Executor(name=A, address=address, incarnation="i1", lease_term=1)
         stream = ExecutorStream(executor, 1, "", ledger, trust)  # type: ignore[arg-type]
         stream.mailbox.put_plan(plan_pb2.ExecutorPlan(executor=A, version=1))
         assert "Hostname" in await asyncio.wait_for(warned.messages.get(), 20)
@@ -173,7 +173,7 @@ async def drained(mesh: Mesh) -> tuple[FakeExecutor, Any]:
     """B, with a lease; and a way to ask for its draining with a certificate."""
     player = FakeExecutor(mesh.changes, B)
     address = await mesh.serve(B, execution_pb2_grpc.add_ExecutionServiceServicer_to_server, player)
-    mesh.ledger.executors[B] = plan_pb2.Executor(name=B, address=address, incarnation="i1", lease_epoch=1)
+    mesh.ledger.executors[B] = plan_pb2.Executor(name=B, address=address, incarnation="i1", lease_term=1)
 
     async def drain(who: str, executor: str = B) -> None:
         request = scheduling_pb2.DrainExecutorRequest(executor=executor)
@@ -192,8 +192,8 @@ async def test_an_operator_has_an_executor_drained_and_the_audit_log_knows(mesh:
     await drain("operator")
     with pytest.raises(NotFoundError, match="executors/none"):
         await drain("operator", "executors/none")
-    player.refusals = [StaleEpochError("as whatever goes wrong there")]
-    with pytest.raises(StaleEpochError):
+    player.refusals = [SupersededError("as whatever goes wrong there")]
+    with pytest.raises(SupersededError):
         await drain("operator")
     assert player.num_drains == 2
     assert told(mesh) == [

@@ -11,7 +11,7 @@ from engine.errors import (
     InvalidInputError,
     LeaseLostError,
     NotFoundError,
-    StaleEpochError,
+    SupersededError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -28,16 +28,16 @@ async def test_what_is_admitted_runs_and_arrivals_and_departures_make_new_plans(
     executor = await world.add_executor()
     async with world.scheduler() as (_, scheduling):
         first = await world.ledger.put_task(1)
-        await world.changes.until(lambda: executor.epochs() == {first: 1})
+        await world.changes.until(lambda: executor.attempts() == {first: 1})
         second = await world.ledger.put_task(2)
-        await world.changes.until(lambda: executor.epochs() == {first: 1, second: 1})
+        await world.changes.until(lambda: executor.attempts() == {first: 1, second: 1})
         shown = await scheduling.GetPlan(scheduling_pb2.GetPlanRequest())
         assert {explanation.task for explanation in shown.explanations} == {first, second}
         assert shown.executors[0] == executor.plans[-1]
         assert all(explanation.reason for explanation in shown.explanations)
         del world.ledger.tasks[first]
         await world.ledger.hint()
-        await world.changes.until(lambda: executor.epochs() == {second: 1})
+        await world.changes.until(lambda: executor.attempts() == {second: 1})
     versions = [plan.version for plan in executor.plans]
     assert versions == sorted(set(versions))
     assert executor.plans[-1].htasks[0].tasks == [second]
@@ -58,12 +58,12 @@ async def test_nothing_new_sends_nothing(world: World) -> None:
 
 
 async def test_a_task_handed_back_gets_a_new_attempt_on_the_same_executor(world: World) -> None:
-    """The plan looks the same, epoch and all: it was once taken for running, and the task waited for ever."""
+    """The plan looks the same, attempt and all: it was once taken for running, and the task waited for ever."""
     executor = await world.add_executor()
     async with world.scheduler():
         task = await world.ledger.put_task(1)
-        for epoch in (1, 2, 3):
-            await world.changes.until(lambda epoch=epoch: executor.epochs() == {task: epoch})
+        for attempt in (1, 2, 3):
+            await world.changes.until(lambda attempt=attempt: executor.attempts() == {task: attempt})
             await world.ledger.hand_back(task)
 
 
@@ -75,7 +75,7 @@ async def test_a_cancellation_reaches_the_executor(world: World) -> None:
         world.ledger.tasks[task].task.state = CANCELLING
         await world.ledger.hint()
         await world.changes.until(lambda: executor.plans[-1].tasks[0].cancel)
-        assert executor.epochs() == {task: 1}
+        assert executor.attempts() == {task: 1}
 
 
 async def test_results_are_committed_before_they_are_acknowledged_and_in_order(world: World) -> None:
@@ -115,8 +115,8 @@ async def test_a_broken_stream_gets_the_newest_plan_again(world: World) -> None:
         executor.requests.clear()
         executor.cut()
         await world.changes.until(lambda: executor.plans)
-        assert executor.epochs() == {task: 1}
-        assert executor.requests[0].lease_epoch == 1
+        assert executor.attempts() == {task: 1}
+        assert executor.requests[0].lease_term == 1
         assert executor.requests[0].acknowledged_sequence == sequence
 
 
@@ -125,7 +125,7 @@ async def test_an_executor_that_has_not_heard_of_its_lease_is_asked_again(world:
     executor.refusals = [LeaseLostError("mine is 0, not 1")] * 2
     async with world.scheduler():
         task = await world.ledger.put_task(1)
-        await world.changes.until(lambda: executor.epochs() == {task: 1})
+        await world.changes.until(lambda: executor.attempts() == {task: 1})
     assert executor.num_streams == 3
 
 
@@ -139,11 +139,11 @@ async def test_a_lost_executors_stream_ends_and_a_new_lease_begins_anew(world: W
         await world.ledger.hand_back(task)
         await world.changes.until(lambda: executor.num_open == 0)
         executor.requests.clear()
-        known.lease_epoch, known.incarnation = 2, "i2"
+        known.lease_term, known.incarnation = 2, "i2"
         world.ledger.executors[executor.name] = known
         await world.ledger.hint()
-        await world.changes.until(lambda: executor.epochs() == {task: 2})
-        assert executor.requests[0].lease_epoch == 2
+        await world.changes.until(lambda: executor.attempts() == {task: 2})
+        assert executor.requests[0].lease_term == 2
         assert executor.requests[0].acknowledged_sequence == 0
 
 
@@ -152,8 +152,8 @@ async def test_a_draining_executor_gets_nothing_new(world: World) -> None:
     world.ledger.executors["executors/x"].draining = True
     async with world.scheduler():
         task = await world.ledger.put_task(1)
-        await world.changes.until(lambda: other.epochs() == {task: 1})
-    assert draining.epochs() == {}
+        await world.changes.until(lambda: other.attempts() == {task: 1})
+    assert draining.attempts() == {}
 
 
 async def test_a_ledger_that_is_away_is_waited_for(world: World) -> None:
@@ -163,7 +163,7 @@ async def test_a_ledger_that_is_away_is_waited_for(world: World) -> None:
         world.ledger.refusals[method] = [UnavailableError("away")] * times
     async with world.scheduler():
         task = await world.ledger.put_task(1)
-        await world.changes.until(lambda: executor.epochs() == {task: 1})
+        await world.changes.until(lambda: executor.attempts() == {task: 1})
 
 
 async def test_one_started_again_goes_on_from_the_ledger(world: World) -> None:
@@ -174,7 +174,7 @@ async def test_one_started_again_goes_on_from_the_ledger(world: World) -> None:
     executor.requests.clear()
     async with world.scheduler():
         await world.changes.until(lambda: executor.plans)
-        assert executor.epochs() == {task: 1}  # the same attempt: nothing is started twice
+        assert executor.attempts() == {task: 1}  # the same attempt: nothing is started twice
     assert [len(plan.starts) for plan in world.ledger.plans] == [1, 0]
 
 
@@ -190,10 +190,10 @@ async def test_two_at_once_start_nothing_twice(world: World) -> None:
 
 async def test_a_stale_cycle_begins_again(world: World) -> None:
     executor = await world.add_executor()
-    world.ledger.refusals["CommitPlan"] = [StaleEpochError("another was faster")] * 2
+    world.ledger.refusals["CommitPlan"] = [SupersededError("another was faster")] * 2
     async with world.scheduler():
         task = await world.ledger.put_task(1)
-        await world.changes.until(lambda: executor.epochs() == {task: 1})
+        await world.changes.until(lambda: executor.attempts() == {task: 1})
 
 
 async def test_what_fits_nowhere_waits_and_says_why(world: World) -> None:
@@ -232,16 +232,16 @@ async def test_any_sequence_of_events_keeps_the_rules(world: World) -> None:
             entries = world.ledger.tasks
             wanted = {name: {} for name in world.executors}
             for name, entry in entries.items():
-                wanted.get(entry.executor, {})[name] = entry.task.attempt_epoch
+                wanted.get(entry.executor, {})[name] = entry.task.attempt
             return all(entry.executor for entry in entries.values()) and all(
-                executor.epochs() == wanted[executor.name] for executor in executors
+                executor.attempts() == wanted[executor.name] for executor in executors
             )
 
         await world.changes.until(settled)
     for executor in executors:
         versions = [plan.version for plan in executor.plans]
         assert versions == sorted(versions), f"seed {seed}"
-    attempts = [(start.task, start.expected_epoch) for plan in world.ledger.plans for start in plan.starts]
+    attempts = [(start.task, start.expected_attempt) for plan in world.ledger.plans for start in plan.starts]
     assert len(attempts) == len(set(attempts)), f"seed {seed}"
 
 
@@ -250,15 +250,15 @@ async def test_leases_through_the_stubs(world: World) -> None:
         executor = plan_pb2.Executor(name="executors/x", address="127.0.0.1:1", incarnation="i1", backbone=BACKBONE)
         register = scheduling_pb2.RegisterExecutorRequest(executor=executor)
         answer = await scheduling.RegisterExecutor(register)
-        assert answer.lease_epoch == 1
+        assert answer.lease_term == 1
         assert answer.lease_duration.seconds == 15
-        keep = scheduling_pb2.KeepLeaseRequest(executor="executors/x", incarnation="i1", lease_epoch=1, draining=True)
+        keep = scheduling_pb2.KeepLeaseRequest(executor="executors/x", incarnation="i1", lease_term=1, draining=True)
         assert (await scheduling.KeepLease(keep)).lease_duration.seconds == 15
         assert world.ledger.executors["executors/x"].draining
-        keep.lease_epoch = 9
+        keep.lease_term = 9
         with pytest.raises(LeaseLostError):
             await scheduling.KeepLease(keep)
-        keep.lease_epoch = 0
+        keep.lease_term = 0
         with pytest.raises(InvalidInputError):
             await scheduling.KeepLease(keep)
         end = scheduling_pb2.SchedulingServiceEndLeaseRequest(executor="executors/x", incarnation="i1")
@@ -306,26 +306,26 @@ async def test_a_task_that_is_moved_starts_only_when_it_was_handed_back(world: W
     crowded = await world.add_executor("executors/a", cost=COST)
     async with world.scheduler():
         tasks = [await world.ledger.put_task(i) for i in range(4)]
-        await world.changes.until(lambda: len(crowded.epochs()) == 4)
+        await world.changes.until(lambda: len(crowded.attempts()) == 4)
         idle = await world.add_executor("executors/b", cost=COST)
-        await world.changes.until(lambda: len(crowded.epochs()) == 2)
-        moved = set(tasks) - set(crowded.epochs())
+        await world.changes.until(lambda: len(crowded.attempts()) == 2)
+        moved = set(tasks) - set(crowded.attempts())
         assert moved == set(tasks[2:])
         assert all(not plan.tasks for plan in idle.plans)
-        epochs = {task: world.ledger.tasks[task].task.attempt_epoch for task in moved}
-        assert set(epochs.values()) == {1}
+        attempts = {task: world.ledger.tasks[task].task.attempt for task in moved}
+        assert set(attempts.values()) == {1}
         for task in moved:
             await world.ledger.hand_back(task)
-        await world.changes.until(lambda: idle.epochs() == dict.fromkeys(moved, 2))
+        await world.changes.until(lambda: idle.attempts() == dict.fromkeys(moved, 2))
 
 
 async def test_a_tenant_that_comes_late_gets_a_place_of_one_that_has_many(world: World) -> None:
     executor = await world.add_executor(memory_bytes=ROOM_FOR_THREE, cost=COST)
     async with world.scheduler():
         flood = [await world.ledger.put_task(i) for i in range(4)]
-        await world.changes.until(lambda: set(executor.epochs()) == set(flood[:3]))
+        await world.changes.until(lambda: set(executor.attempts()) == set(flood[:3]))
         late = await world.ledger.put_task(9, tenant="b")
-        await world.changes.until(lambda: set(executor.epochs()) == {*flood[:2], late})
+        await world.changes.until(lambda: set(executor.attempts()) == {*flood[:2], late})
 
 
 async def test_a_plan_is_explained_task_by_task(world: World) -> None:

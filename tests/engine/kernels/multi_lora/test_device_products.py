@@ -14,8 +14,8 @@ from engine.kernels.dropout import DropoutMask, keep_scale
 from engine.kernels.launch import Tables
 from engine.kernels.multi_lora.descriptors import Pair, are_laid_out, described_factors, described_uses, positions_of
 from engine.kernels.multi_lora.device_products import GroupProducts, with_addresses
-from engine.kernels.multi_lora.launch_plan import Plan
-from engine.kernels.multi_lora.types import LoraUse, LowRank
+from engine.kernels.multi_lora.launch_plan import LaunchPlan
+from engine.kernels.multi_lora.types import AdapterSlice, LowRank
 from tests.engine.kernels.conftest import MakeLauncher
 
 AnyLauncher = Any  # of conftest: with `device` and, on the host, `launched`
@@ -93,7 +93,7 @@ class Problem:
             positions = np.arange(shape.num_tokens) + 5 * (np.arange(shape.num_tokens) > 20)  # two segments
             mask = DropoutMask(shape.seed, STEP, SITE + op, positions, k, shape.dropout)
         scale = keep_scale(shape.dropout) if shape.dropout else 1.0
-        use = LoraUse(start, start + shape.num_tokens, 0.25 + (shape.seed + op) % 3, mask, scale)
+        use = AdapterSlice(start, start + shape.num_tokens, 0.25 + (shape.seed + op) % 3, mask, scale)
         return Pair(op, use, LowRank(a, b, d, g))
 
     def run(self, launcher: AnyLauncher, step: torch.Tensor | None = None) -> "Results":
@@ -103,7 +103,7 @@ class Problem:
         flat = [f.detach().to(where) for pair in self.pairs for f in pair.low_rank if f is not None]
         step = torch.tensor(STEP, device=where) if step is None else step
         steps = [step for pair in self.pairs if pair.use.keep_mask is not None]
-        plan = Plan(uses, rows, len(self.x), (self.width_in, *self.widths_out), self.dtype, launcher)
+        plan = LaunchPlan(uses, rows, len(self.x), (self.width_in, *self.widths_out), self.dtype, launcher)
         table = launcher.upload(with_addresses(rows, flat, steps))
         positions_T = torch.from_numpy(positions_of(self.pairs, len(self.x))).to(where)
         products = GroupProducts(launcher, plan, table, [*flat, step], self.dtype, positions_T)
@@ -380,7 +380,7 @@ def test_every_launch_fits_the_shared_memory_that_all_architectures_have(dtype: 
         problem = Problem([Shape(600, (rank,) * 3, 0.1), Shape(600, (rank,) * 3, has_gains=True)], 40, (24,) * 3, dtype)
         uses = described_uses(problem.pairs, 40, (24,) * 3)
         rows = described_factors(problem.pairs)
-        plan = Plan(uses, rows, len(problem.x), (40, 24, 24, 24), dtype, Tables(torch.device("cpu")))
+        plan = LaunchPlan(uses, rows, len(problem.x), (40, 24, 24, 24), dtype, Tables(torch.device("cpu")))
         works = [plan.shrink_input, plan.shrink_output, plan.outer_input, plan.outer_output, plan.shrink_outer]
         works += [plan.expand_input, plan.expand_output((0, 1, 2), False), plan.shrink_gain, plan.expand_gain]
         assert max(work.shared_bytes for work in works) <= 99 << 10

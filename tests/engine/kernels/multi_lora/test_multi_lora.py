@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.kernels.multi_lora.dispatch import multi_lora
-from engine.kernels.multi_lora.types import MAX_OPERATORS, LoraUse, LowRank, Operator
+from engine.kernels.multi_lora.types import MAX_OPERATORS, AdapterSlice, LowRank, Operator
 
 
 def make(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[LowRank]]:
@@ -24,7 +24,7 @@ def make(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor
 
 
 def alone(
-    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, uses: list[LoraUse], pairs: list[LowRank]
+    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, uses: list[AdapterSlice], pairs: list[LowRank]
 ) -> torch.Tensor:
     [y] = multi_lora(x, [Operator(w, b, uses, pairs)])
     return y
@@ -40,14 +40,14 @@ def paired(flat: Sequence[torch.Tensor]) -> list[LowRank]:
 
 MASK = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) > 0.3
 USES = {
-    "plain": [LoraUse(1, 4, 0.5), LoraUse(6, 10, 2.0)],
-    "dropout": [LoraUse(1, 4, 0.5), LoraUse(6, 10, 2.0, lambda: MASK, 1.25)],
-    "empty": [LoraUse(3, 3, 0.5), LoraUse(7, 11, 2.0)],
-    "out of order": [LoraUse(6, 10, 2.0), LoraUse(0, 6, 0.5)],
+    "plain": [AdapterSlice(1, 4, 0.5), AdapterSlice(6, 10, 2.0)],
+    "dropout": [AdapterSlice(1, 4, 0.5), AdapterSlice(6, 10, 2.0, lambda: MASK, 1.25)],
+    "empty": [AdapterSlice(3, 3, 0.5), AdapterSlice(7, 11, 2.0)],
+    "out of order": [AdapterSlice(6, 10, 2.0), AdapterSlice(0, 6, 0.5)],
 }
 
 
-def reference(x: Any, w: Any, b: Any, uses: list[LoraUse], pairs: list[LowRank]) -> torch.Tensor:
+def reference(x: Any, w: Any, b: Any, uses: list[AdapterSlice], pairs: list[LowRank]) -> torch.Tensor:
     y = x @ w + (0 if b is None else b)
     for use, (a, b_factor, d, g) in zip(uses, pairs, strict=True):
         part = x[use.start : use.end]
@@ -61,7 +61,7 @@ def reference(x: Any, w: Any, b: Any, uses: list[LoraUse], pairs: list[LowRank])
 
 @pytest.mark.parametrize("uses", USES.values(), ids=USES)
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_equals_autograd(uses: list[LoraUse], with_bias: bool) -> None:
+def test_equals_autograd(uses: list[AdapterSlice], with_bias: bool) -> None:
     x, w, bias, pairs = make()
     b = bias if with_bias else None
     x.requires_grad_()
@@ -74,7 +74,7 @@ def test_equals_autograd(uses: list[LoraUse], with_bias: bool) -> None:
 
 
 @pytest.mark.parametrize("uses", USES.values(), ids=USES)
-def test_gradients_by_finite_differences(uses: list[LoraUse]) -> None:
+def test_gradients_by_finite_differences(uses: list[AdapterSlice]) -> None:
     x, w, b, pairs = make()
     inputs = (x.requires_grad_(), *trained(pairs))
     assert torch.autograd.gradcheck(lambda x, *flat: alone(x, w, b, uses, paired(flat)), inputs)
@@ -116,10 +116,14 @@ def test_backward_keeps_only_what_adapters_need(trains_a: bool) -> None:
 
 @pytest.mark.parametrize(
     "uses",
-    [[LoraUse(0, 4, 1.0), LoraUse(3, 5, 1.0)], [LoraUse(0, 4, 1.0), LoraUse(9, 12, 1.0)], [LoraUse(0, 4, 1.0)]],
+    [
+        [AdapterSlice(0, 4, 1.0), AdapterSlice(3, 5, 1.0)],
+        [AdapterSlice(0, 4, 1.0), AdapterSlice(9, 12, 1.0)],
+        [AdapterSlice(0, 4, 1.0)],
+    ],
     ids=["overlap", "beyond", "too few"],
 )
-def test_ranges_that_do_not_fit_are_refused(uses: list[LoraUse]) -> None:
+def test_ranges_that_do_not_fit_are_refused(uses: list[AdapterSlice]) -> None:
     x, w, b, pairs = make()
     with pytest.raises(ValueError, match=r"overlaps|leaves|factors"):
         alone(x, w, b, uses, pairs)
@@ -172,7 +176,7 @@ def test_gradients_of_a_group_by_finite_differences() -> None:
 def test_groups_that_do_not_fit_are_refused() -> None:
     x, [first, second, third] = group()
     with pytest.raises(ValueError, match="without being equal"):
-        multi_lora(x, [first, second._replace(uses=[LoraUse(5, 9, 1.0)])])
+        multi_lora(x, [first, second._replace(uses=[AdapterSlice(5, 9, 1.0)])])
     with pytest.raises(ValueError, match=f"1 to {MAX_OPERATORS} operators, got 9"):
         multi_lora(x, [third] * 9)
     with pytest.raises(ValueError, match="got 0"):

@@ -10,7 +10,7 @@ from engine.kernels import cupy_launcher
 from engine.kernels.dropout import DropoutMask, keep_scale
 from engine.kernels.multi_lora import dispatch, torch_ops
 from engine.kernels.multi_lora.descriptors import described_factors, described_uses, pairs_of
-from engine.kernels.multi_lora.types import LoraUse, LowRank, Operator
+from engine.kernels.multi_lora.types import AdapterSlice, LowRank, Operator
 from tests.engine.kernels.conftest import MakeLauncher
 
 WIDTH_IN, WIDTHS_OUT, TOKENS = 40, (24, 16, 8), 90
@@ -37,9 +37,9 @@ def mask(length: int) -> DropoutMask:
     return DropoutMask(4, 1, 2, np.arange(length), WIDTH_IN, 0.25, here())
 
 
-def uses(dropout: bool = True) -> list[LoraUse]:
-    second = LoraUse(40, 72, 2.0, mask(32), keep_scale(0.25)) if dropout else LoraUse(40, 72, 2.0)
-    return [LoraUse(2, 33, 0.5), second, LoraUse(72, 90, 1.0)]
+def uses(dropout: bool = True) -> list[AdapterSlice]:
+    second = AdapterSlice(40, 72, 2.0, mask(32), keep_scale(0.25)) if dropout else AdapterSlice(40, 72, 2.0)
+    return [AdapterSlice(2, 33, 0.5), second, AdapterSlice(72, 90, 1.0)]
 
 
 def factors(width_out: int) -> list[LowRank]:
@@ -87,7 +87,7 @@ def reference(x: torch.Tensor, operators: Sequence[Operator]) -> tuple[torch.Ten
 def test_autograd_equals_the_references(
     with_bias: bool, needs_dx: bool, writes_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_ops, "rides", lambda *_: writes_first)
+    monkeypatch.setattr(torch_ops, "accumulates_into_base_gemm", lambda *_: writes_first)
     found, expected = [], []
     for entry, results in ((torch_ops.run, found), (reference, expected)):
         x, operators = draw(TOKENS, WIDTH_IN).requires_grad_(needs_dx), group(with_bias)
@@ -119,7 +119,7 @@ def test_a_group_without_uses_is_the_frozen_operators() -> None:
 def test_factors_in_another_type_are_cast_and_their_gradients_cast_back() -> None:
     x, weight = draw(TOKENS, WIDTH_IN).bfloat16(), draw(WIDTH_IN, 24).bfloat16()
     own = LowRank(draw(4, WIDTH_IN).bfloat16().requires_grad_(), draw(24, 4).double().requires_grad_())
-    [y] = torch_ops.run(x, [Operator(weight, None, [LoraUse(0, 50, 1.0)], [own])])
+    [y] = torch_ops.run(x, [Operator(weight, None, [AdapterSlice(0, 50, 1.0)], [own])])
     y.sum().backward()
     assert own.a_RK.grad is not None and own.a_RK.grad.dtype == torch.bfloat16
     assert own.b_NR.grad is not None and own.b_NR.grad.dtype == torch.float64
@@ -131,7 +131,7 @@ def test_x_is_kept_only_where_an_a_is_trained() -> None:
         own = LowRank(draw(4, WIDTH_IN).requires_grad_(trains_a), draw(24, 4).requires_grad_())
         kept: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.data_ptr()) or t, lambda t: t):
-            torch_ops.run(x, [Operator(weight, None, [LoraUse(0, 50, 1.0)], [own])])
+            torch_ops.run(x, [Operator(weight, None, [AdapterSlice(0, 50, 1.0)], [own])])
         assert (x.data_ptr() in kept) == trains_a
 
 
@@ -142,7 +142,7 @@ def test_a_step_that_is_updated_in_place_uploads_nothing(monkeypatch: pytest.Mon
 
     def at(step: int) -> list[Operator]:
         own = DropoutMask(4, step, 2, positions, WIDTH_IN, 0.25, here(), cell)
-        changed = [LoraUse(40, 72, 2.0, own, keep_scale(0.25)) if u.start == 40 else u for u in operators[0].uses]
+        changed = [AdapterSlice(40, 72, 2.0, own, keep_scale(0.25)) if u.start == 40 else u for u in operators[0].uses]
         return [operators[0]._replace(uses=changed)]
 
     x = draw(TOKENS, WIDTH_IN)
@@ -157,7 +157,7 @@ def test_a_step_that_is_updated_in_place_uploads_nothing(monkeypatch: pytest.Mon
 def test_a_backward_pass_at_another_step_than_its_forward_pass_is_refused() -> None:
     cell, [first, *_] = torch.tensor(1, device=here()), group()
     own = DropoutMask(4, 1, 2, np.arange(32), WIDTH_IN, 0.25, here(), cell)
-    uses = [LoraUse(40, 72, 2.0, own, keep_scale(0.25)) if use.start == 40 else use for use in first.uses]
+    uses = [AdapterSlice(40, 72, 2.0, own, keep_scale(0.25)) if use.start == 40 else use for use in first.uses]
     [y] = torch_ops.run(draw(TOKENS, WIDTH_IN), [first._replace(uses=uses)])
     cell.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -194,4 +194,4 @@ def test_what_does_not_fit_together_is_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         torch_ops.run(x, [first._replace(factors=factors(WIDTHS_OUT[1]))])
     with pytest.raises(ValueError, match="overlaps"):
-        torch_ops.run(x, [first, first._replace(uses=[LoraUse(3, 20, 1.0)], factors=first.factors[:1])])
+        torch_ops.run(x, [first, first._replace(uses=[AdapterSlice(3, 20, 1.0)], factors=first.factors[:1])])

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.alignment.dataset import TokenizedDataset
-from engine.alignment.packing import Member, rounds
+from engine.alignment.packing import PackedTask, rounds
 from engine.methods import Lora
-from engine.planning.cost.chunk_size import CHUNKS, Ragged, allowed_padding_tokens, choose_chunk
+from engine.planning.cost.chunk_size import CHUNKS, SequenceLengths, allowed_padding_tokens, choose_chunk
 from engine.planning.cost.cost_model import CostProfile
 from engine.planning.planner import plan
-from engine.planning.types import BackboneView, ExecutorView, HTask, Limits, Site, Snapshot, TaskView
+from engine.planning.types import BackboneView, ExecutorView, HTask, PlannerConfig, Site, Snapshot, TaskView
 from engine.task import TaskSpec, Training
 
 SITES = tuple(Site(f"layers.{i}.q_proj", 64, 64) for i in range(4))
@@ -38,17 +38,17 @@ def test_expected_tails_are_the_mean_over_all_draws(lengths: list[int], count: i
     else:
         draws, tolerance = np.random.default_rng(0).choice(lengths, (20_000, count)), 0.04
     expected = float((-draws.sum(axis=1) % chunk).mean())
-    task = Ragged(tuple(lengths), count, 1, float(np.mean(lengths)) * count)
+    task = SequenceLengths(tuple(lengths), count, 1, float(np.mean(lengths)) * count)
     assert task.padding_tokens(1, chunk) == pytest.approx(expected, abs=tolerance * chunk + 1e-9)
 
 
 def test_sequences_that_fill_their_chunks_get_the_largest() -> None:
-    full, half = Ragged((64,), 8, 2, 512.0), Ragged((96,), 7, 2, 672.0)
+    full, half = SequenceLengths((64,), 8, 2, 512.0), SequenceLengths((96,), 7, 2, 672.0)
     assert choose_chunk([full], 1, allowed_padding_tokens(512, 1)) == 64
     assert full.padding_tokens(1, 64) == 0
     assert half.padding_tokens(1, 64) == 32  # 672 is ten and a half chunks
     assert choose_chunk([half], 1, allowed_padding_tokens(672, 1)) == 32
-    assert choose_chunk([Ragged((), 8, 2, 300.0)], 1, 0.0) == 1
+    assert choose_chunk([SequenceLengths((), 8, 2, 300.0)], 1, 0.0) == 1
 
 
 def test_padding_under_the_knee_is_free_and_past_it_costs_its_price() -> None:
@@ -67,14 +67,16 @@ def dataset(shape: str, random: np.random.Generator) -> TokenizedDataset:
     return TokenizedDataset(ids, np.ones(len(ids), np.bool_), offsets, np.arange(400), lengths, (), 0)
 
 
-def planned(mix: tuple[str, ...], global_batch: int, limits: Limits) -> tuple[list[Member], tuple[HTask, ...], float]:
+def planned(
+    mix: tuple[str, ...], global_batch: int, limits: PlannerConfig
+) -> tuple[list[PackedTask], tuple[HTask, ...], float]:
     """The tasks' data, their plan on one executor, and the padding it predicts."""
     random, members, tasks = np.random.default_rng(len(mix)), [], []
     for i, shape in enumerate(mix):
         data = dataset(shape, random)
         training = Training(1e-3, num_steps=12, micro_batch_size=8, global_batch_size=global_batch,
                             max_sequence_tokens=SHAPES[shape][2], seed=i)  # fmt: skip
-        members.append(Member(f"t/tasks/{i}", data, training, 12, 0))
+        members.append(PackedTask(f"t/tasks/{i}", data, training, 12, 0))
         quantiles = np.quantile(np.diff(data.offsets), (np.arange(64) + 0.5) / 64, method="inverted_cdf")
         spec = TaskSpec("b", Lora(8, 8.0, ("q_proj",)), "", training)
         tokens = int(12 * global_batch * np.diff(data.offsets).mean())
@@ -87,7 +89,7 @@ def planned(mix: tuple[str, ...], global_batch: int, limits: Limits) -> tuple[li
     return members, made.htasks["e"], padding / (padding + sum(tokens for _, tokens in parts))
 
 
-def padding(members: list[Member], htasks: tuple[HTask, ...]) -> float:
+def padding(members: list[PackedTask], htasks: tuple[HTask, ...]) -> float:
     """Of all tokens that alignment packs."""
     by_name, whole, effective = {member.task: member for member in members}, 0, 0
     for htask in htasks:
@@ -100,7 +102,7 @@ def padding(members: list[Member], htasks: tuple[HTask, ...]) -> float:
 @pytest.mark.parametrize("global_batch", [8, 32])
 @pytest.mark.parametrize("mix", MIXES)
 def test_mixes_as_the_papers_are_padded_by_under_three_percent(mix: str, global_batch: int) -> None:
-    members, htasks, predicted = planned(MIXES[mix], global_batch, Limits(2048))
+    members, htasks, predicted = planned(MIXES[mix], global_batch, PlannerConfig(2048))
     assert {htask.chunk_tokens for htask in htasks} <= set(CHUNKS)
     found = padding(members, htasks)
     assert 0 < found < 0.03
@@ -108,13 +110,13 @@ def test_mixes_as_the_papers_are_padded_by_under_three_percent(mix: str, global_
 
 
 def test_a_chunk_given_is_taken_and_one_is_no_alignment() -> None:
-    members, htasks, _ = planned(MIXES["all three"], 8, Limits(2048, chunk_tokens=64))
+    members, htasks, _ = planned(MIXES["all three"], 8, PlannerConfig(2048, chunk_tokens=64))
     assert {htask.chunk_tokens for htask in htasks} == {64}
     assert padding(members, htasks) > 0.05
-    members, htasks, predicted = planned(MIXES["all three"], 8, Limits(2048, chunk_tokens=1))
+    members, htasks, predicted = planned(MIXES["all three"], 8, PlannerConfig(2048, chunk_tokens=1))
     assert padding(members, htasks) == predicted == 0
 
 
 def test_larger_batches_take_larger_chunks() -> None:
-    chunks = [planned(MIXES["rte"], batch, Limits(8192))[1][0].chunk_tokens for batch in (2, 8, 32)]
+    chunks = [planned(MIXES["rte"], batch, PlannerConfig(8192))[1][0].chunk_tokens for batch in (2, 8, 32)]
     assert chunks == sorted(chunks) and chunks[0] < chunks[-1]

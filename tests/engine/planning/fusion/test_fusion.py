@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.planning.cost.cost_model import CostProfile
-from engine.planning.cost.round_time import Job, Stage
+from engine.planning.cost.round_time import StageModel, StepCost
 from engine.planning.fusion import fusion
 from engine.planning.fusion.fusion import Fusion, fuse, fuse_many, lower_bound_seconds, of_partition
 from engine.planning.fusion.task_groups import Intervals
 
 FLAT = CostProfile(fixed_seconds=0.0, token_seconds=1.0)  # a second a token
 JOBS = st.builds(
-    Job,
+    StepCost,
     name=st.just(""),
     num_tokens=st.integers(16, 4000),
     extra_seconds=st.floats(0, 300),
@@ -27,7 +27,7 @@ JOBS = st.builds(
     token_bytes=st.sampled_from([0.0, 1.0, 2.0]),
 )
 STAGES = st.builds(
-    Stage,
+    StageModel,
     profile=st.builds(
         CostProfile,
         fixed_seconds=st.sampled_from([0.0, 10.0, 200.0]),
@@ -41,11 +41,11 @@ STAGES = st.builds(
 )
 
 
-def named(jobs: Sequence[Job]) -> list[Job]:
+def named(jobs: Sequence[StepCost]) -> list[StepCost]:
     return [replace(job, name=str(i)) for i, job in enumerate(jobs)]
 
 
-def partitions(jobs: Sequence[Job]) -> Iterator[list[list[Job]]]:
+def partitions(jobs: Sequence[StepCost]) -> Iterator[list[list[StepCost]]]:
     """Every way to split the jobs into groups: Bell's number of them."""
     if not jobs:
         yield []
@@ -56,7 +56,7 @@ def partitions(jobs: Sequence[Job]) -> Iterator[list[list[Job]]]:
             yield [*rest[:i], [jobs[0], *group], *rest[i + 1 :]]
 
 
-def choices_of(group: Sequence[Job], stage: Stage) -> list[tuple[float, float]]:
+def choices_of(group: Sequence[StepCost], stage: StageModel) -> list[tuple[float, float]]:
     """(work, latency) of every number of microbatches; none if a sequence is longer than any may be."""
     tokens = sum(job.num_tokens for job in group)
     heavy = [job.token_bytes for job in group if job.token_bytes and math.isfinite(stage.max_bytes)]
@@ -81,22 +81,22 @@ def period_of(options: Sequence[Sequence[tuple[float, float]]]) -> float:
     )
 
 
-def period(partition: Sequence[Sequence[Job]], stage: Stage) -> float:
+def period(partition: Sequence[Sequence[StepCost]], stage: StageModel) -> float:
     """The docstring's formula with nothing clever."""
     return period_of([choices_of(group, stage) for group in partition])
 
 
-def pick(jobs: Sequence[Job], mask: int) -> list[Job]:
+def pick(jobs: Sequence[StepCost], mask: int) -> list[StepCost]:
     return [job for i, job in enumerate(jobs) if mask >> i & 1]
 
 
-def least(jobs: Sequence[Job], stage: Stage) -> float:
+def least(jobs: Sequence[StepCost], stage: StageModel) -> float:
     return min(period(partition, stage) for partition in partitions(jobs))
 
 
 @given(st.lists(JOBS, min_size=1, max_size=6), STAGES)
 @settings(max_examples=150, deadline=None)
-def test_few_tasks_are_fused_as_brute_force_does(jobs: list[Job], stage: Stage) -> None:
+def test_few_tasks_are_fused_as_brute_force_does(jobs: list[StepCost], stage: StageModel) -> None:
     found = fuse(named(jobs), stage)
     assert found.period_seconds == pytest.approx(least(named(jobs), stage), rel=0.01)
     check_partition(found, jobs, stage)
@@ -118,7 +118,7 @@ class Brute:
         for row, groups in zip(self.groups_PK, grown, strict=True):
             row[: len(groups)] = groups
 
-    def has_one_under(self, seconds: float, jobs: Sequence[Job], stage: Stage) -> bool:
+    def has_one_under(self, seconds: float, jobs: Sequence[StepCost], stage: StageModel) -> bool:
         """Whether any partition has a shorter period. Left out are those whose least work or least latencies are not
         under it, whatever the numbers of microbatches."""
         choices = [[(0.0, 0.0)], *(choices_of(pick(jobs, mask), stage) for mask in range(1, 1 << len(jobs)))]
@@ -147,7 +147,7 @@ def test_up_to_ten_tasks_are_fused_as_brute_force_does(count: int, data: st.Data
     assert many.period_seconds <= 1.03 * found.period_seconds  # as more tasks are fused
 
 
-def tasks_of(random: np.random.Generator, shape: str, count: int) -> list[Job]:
+def tasks_of(random: np.random.Generator, shape: str, count: int) -> list[StepCost]:
     """Even, heavy-tailed, or of few sizes that fill no microbatch alone."""
     tokens = {
         "even": lambda: random.integers(16, 4000),
@@ -155,7 +155,7 @@ def tasks_of(random: np.random.Generator, shape: str, count: int) -> list[Job]:
         "lumpy": lambda: random.choice([500, 600, 1000, 1100, 2000]),
     }[shape]
     return [
-        Job(str(i), float(tokens()), float(random.uniform(0, 300)), int(random.choice([16, 256, 512])),
+        StepCost(str(i), float(tokens()), float(random.uniform(0, 300)), int(random.choice([16, 256, 512])),
             float(random.choice([0.0, 1.0, 2.0])))
         for i in range(count)
     ]  # fmt: skip
@@ -168,13 +168,13 @@ def test_many_tasks_are_fused_as_well_as_long_random_search_does(shape: str, see
     random = np.random.default_rng(seed)
     jobs = tasks_of(random, shape, 14)
     profile = CostProfile(float(random.choice([0, 10, 200])), 1.0, float(random.choice([0, 100, 700])))
-    stage = Stage(profile, 1024, random.choice([math.inf, 1024.0]), int(random.choice([1, 2, 4, 8])), 20.0)
+    stage = StageModel(profile, 1024, random.choice([math.inf, 1024.0]), int(random.choice([1, 2, 4, 8])), 20.0)
     found = fuse(jobs, stage)
     check_partition(found, jobs, stage)
     assert found.period_seconds <= climbed(jobs, stage, random) * 1.01
 
 
-def climbed(jobs: list[Job], stage: Stage, random: np.random.Generator) -> float:
+def climbed(jobs: list[StepCost], stage: StageModel, random: np.random.Generator) -> float:
     best, lower = math.inf, lower_bound_seconds(jobs, stage)
     for _ in range(30):
         of = random.integers(0, int(random.integers(1, len(jobs))), len(jobs))
@@ -190,17 +190,17 @@ def climbed(jobs: list[Job], stage: Stage, random: np.random.Generator) -> float
     return best
 
 
-def of_numbers(jobs: list[Job], of: np.ndarray, stage: Stage) -> float:
+def of_numbers(jobs: list[StepCost], of: np.ndarray, stage: StageModel) -> float:
     return period([[job for job, number in zip(jobs, of, strict=True) if number == k] for k in np.unique(of)], stage)
 
 
 @given(st.lists(JOBS, min_size=7, max_size=fusion.EXACT_TASKS), STAGES)
 @settings(max_examples=50, deadline=None)
-def test_all_subsets_are_no_worse_than_intervals(jobs: list[Job], stage: Stage) -> None:
+def test_all_subsets_are_no_worse_than_intervals(jobs: list[StepCost], stage: StageModel) -> None:
     assert fuse(named(jobs), stage).period_seconds <= fuse_many(named(jobs), stage).period_seconds * 1.001
 
 
-def fuse_intervals(jobs: Sequence[Job], stage: Stage) -> Fusion:
+def fuse_intervals(jobs: Sequence[StepCost], stage: StageModel) -> Fusion:
     """Runs of the tasks sorted by tokens."""
     ordered = sorted(jobs, key=lambda job: job.num_tokens)
     return fusion._best_of_groups(Intervals(ordered, stage), stage)
@@ -208,7 +208,7 @@ def fuse_intervals(jobs: Sequence[Job], stage: Stage) -> Fusion:
 
 @given(st.lists(JOBS, min_size=1, max_size=5), STAGES)
 @settings(max_examples=100, deadline=None)
-def test_intervals_of_an_order_are_all_tried(jobs: list[Job], stage: Stage) -> None:
+def test_intervals_of_an_order_are_all_tried(jobs: list[StepCost], stage: StageModel) -> None:
     """The way of many tasks, on few: the best of all partitions into runs of the sorted tasks."""
     ordered = sorted(named(jobs), key=lambda job: job.num_tokens)
     cuts = itertools.chain.from_iterable(
@@ -221,13 +221,13 @@ def test_intervals_of_an_order_are_all_tried(jobs: list[Job], stage: Stage) -> N
 
 @given(st.lists(JOBS, min_size=1, max_size=40), STAGES)
 @settings(max_examples=100, deadline=None)
-def test_no_partition_is_under_the_bound(jobs: list[Job], stage: Stage) -> None:
+def test_no_partition_is_under_the_bound(jobs: list[StepCost], stage: StageModel) -> None:
     found = fuse(named(jobs), stage)
     assert found.period_seconds >= lower_bound_seconds(named(jobs), stage) * (1 - 1e-9)
     check_partition(found, jobs, stage)
 
 
-def check_partition(found: Fusion, jobs: Sequence[Job], stage: Stage) -> None:
+def check_partition(found: Fusion, jobs: Sequence[StepCost], stage: StageModel) -> None:
     """Each job once, and no microbatch holds more than it may."""
     assert sorted(job.name for group in found.groups for job in group.jobs) == sorted(map(str, range(len(jobs))))
     for group in found.groups:
@@ -239,18 +239,18 @@ def check_partition(found: Fusion, jobs: Sequence[Job], stage: Stage) -> None:
 def test_on_one_stage_all_share_while_there_is_something_to_share() -> None:
     """A fixed cost and idle tokens under the knee are paid once; nothing fills with one stage."""
     profile = CostProfile(fixed_seconds=10.0, token_seconds=1.0, knee_tokens=100.0)
-    jobs = [Job(str(i), 30) for i in range(4)]
-    found = fuse(jobs, Stage(profile, 1000))
+    jobs = [StepCost(str(i), 30) for i in range(4)]
+    found = fuse(jobs, StageModel(profile, 1000))
     assert len(found.groups) == 1
     assert found.period_seconds == 10 + 120
-    assert of_partition([[job] for job in jobs], Stage(profile, 1000)).period_seconds == 4 * (10 + 100)
+    assert of_partition([[job] for job in jobs], StageModel(profile, 1000)).period_seconds == 4 * (10 + 100)
 
 
 def test_on_four_stages_all_in_one_would_wait_for_itself() -> None:
     """Two tasks of 3 microbatches each fill 4 stages in turn: 600 s of work over 4 stages, and no bubble. As one hTask
     of 6 microbatches the round would take 150 * (1 + 3 / 6) = 225 s; a finer cut of it, 12, would take 187.5 s."""
-    jobs = [Job("a", 300), Job("b", 300)]
-    stage = Stage(FLAT, 100, num_stages=4)
+    jobs = [StepCost("a", 300), StepCost("b", 300)]
+    stage = StageModel(FLAT, 100, num_stages=4)
     assert of_partition([jobs], stage).period_seconds == pytest.approx(150 * (1 + 3 / 12))
     found = fuse(jobs, stage)
     assert [len(group.jobs) for group in found.groups] == [1, 1]
@@ -260,8 +260,8 @@ def test_on_four_stages_all_in_one_would_wait_for_itself() -> None:
 def test_without_interleaving_rounds_run_one_after_another() -> None:
     """Two tasks of 3 microbatches on 4 stages: each round takes 75 s of work, and 3 / 12 of it to fill and drain once
     it is cut into 9. Fused they fill and drain once."""
-    jobs = [Job("a", 300), Job("b", 300)]
-    stage = Stage(FLAT, 100, num_stages=4, interleaves=False)
+    jobs = [StepCost("a", 300), StepCost("b", 300)]
+    stage = StageModel(FLAT, 100, num_stages=4, interleaves=False)
     apart = of_partition([[job] for job in jobs], stage)
     assert apart.period_seconds == pytest.approx(2 * 75 * (1 + 3 / 9))
     assert fuse(jobs, stage).period_seconds == pytest.approx(150 * (1 + 3 / 12))
@@ -269,16 +269,16 @@ def test_without_interleaving_rounds_run_one_after_another() -> None:
 
 def test_a_saturated_device_gains_nothing_from_fusion() -> None:
     """Past the knee and without fixed costs the period is that of separate hTasks; of equals, the fewest are taken."""
-    jobs = [Job(str(i), 500) for i in range(6)]
-    stage = Stage(replace(FLAT, knee_tokens=100.0), 500)
+    jobs = [StepCost(str(i), 500) for i in range(6)]
+    stage = StageModel(replace(FLAT, knee_tokens=100.0), 500)
     assert fuse(jobs, stage).period_seconds == of_partition([[job] for job in jobs], stage).period_seconds == 3000
     assert len(fuse(jobs, stage).groups) == 1
 
 
 def test_a_task_that_keeps_much_does_not_make_small_microbatches_for_all() -> None:
     """One task keeps 10 bytes a token, so that only 100 of its tokens fit; fused, all would run by 100 tokens."""
-    jobs = [Job("heavy", 100, token_bytes=10.0), *(Job(str(i), 500, token_bytes=1.0) for i in range(4))]
-    stage = Stage(CostProfile(fixed_seconds=50.0, token_seconds=1.0), 1000, max_bytes=1000.0)
+    jobs = [StepCost("heavy", 100, token_bytes=10.0), *(StepCost(str(i), 500, token_bytes=1.0) for i in range(4))]
+    stage = StageModel(CostProfile(fixed_seconds=50.0, token_seconds=1.0), 1000, max_bytes=1000.0)
     found = fuse(jobs, stage)
     assert sorted(len(group.jobs) for group in found.groups) == [1, 4]
     assert found.period_seconds == (50 + 100) + (2 * 50 + 2000)
@@ -286,4 +286,4 @@ def test_a_task_that_keeps_much_does_not_make_small_microbatches_for_all() -> No
 
 def test_a_sequence_that_no_microbatch_holds_is_refused() -> None:
     with pytest.raises(ValueError, match="longer than any microbatch"):
-        fuse([Job("a", 500, longest_tokens=200, token_bytes=1.0)], Stage(FLAT, 1000, max_bytes=100.0))
+        fuse([StepCost("a", 500, longest_tokens=200, token_bytes=1.0)], StageModel(FLAT, 1000, max_bytes=100.0))

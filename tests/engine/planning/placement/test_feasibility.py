@@ -12,12 +12,12 @@ from engine.methods import Ia3, Lora
 from engine.methods.base import Site
 from engine.planning.cost.memory_model import microbatch_tokens, total_bytes
 from engine.planning.placement.feasibility import refuse_if_never_fits
-from engine.planning.types import BackboneView, ExecutorView, Limits
+from engine.planning.types import BackboneView, ExecutorView, PlannerConfig
 from engine.task import TaskSpec, Training
 
 SITES = tuple(Site(f"layers.{i}.{n}", 2048, 2048) for i in range(16) for n in ("q_proj", "v_proj"))
 BACKBONE = BackboneView("b", 10**9, 16, 2048, 32000, 8192, 4 * 10**9, "float32", SITES)
-LIMITS = Limits(token_budget=512)
+LIMITS = PlannerConfig(token_budget=512)
 
 
 def spec(micro: int = 16, tokens: int = 256, rank: int = 8) -> TaskSpec:

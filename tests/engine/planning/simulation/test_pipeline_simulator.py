@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.planning.cost.cost_model import CostProfile
-from engine.planning.cost.round_time import Job, Stage
+from engine.planning.cost.round_time import StageModel, StepCost
 from engine.planning.fusion.fusion import of_partition
 from engine.planning.simulation.pipeline_simulator import (
     Load,
@@ -114,8 +114,8 @@ def gap(order: list[str], name: str, count: int) -> int:
 def test_the_period_fusion_predicts_is_what_a_pipeline_takes(num_stages: int, sizes: tuple[int, ...]) -> None:
     """Over many rounds, each task an hTask of its own. The prediction is a bound that is met within a tenth, but where
     one hTask's own round is longer than all others' work: theirs then gets in its way, by up to a third."""
-    stage = Stage(CostProfile(fixed_seconds=5.0, token_seconds=1.0), 100, num_stages=num_stages)
-    found = of_partition([[Job(str(i), size)] for i, size in enumerate(sizes)], stage)
+    stage = StageModel(CostProfile(fixed_seconds=5.0, token_seconds=1.0), 100, num_stages=num_stages)
+    found = of_partition([[StepCost(str(i), size)] for i, size in enumerate(sizes)], stage)
     loads = [
         Load(str(i), g.num_microbatches, g.microbatch_seconds / 2, g.microbatch_seconds / 2)
         for i, g in enumerate(found.groups)

@@ -14,15 +14,15 @@ from engine.planning.cost.cost_model import CostProfile
 from engine.planning.planner import plan
 from engine.planning.simulation.arrival_trace import Trace, arrivals
 from engine.planning.simulation.baselines import BatchEverything, Multiplexed, OneInstanceEach
-from engine.planning.simulation.simulator import Arrival, Assignment, Run, simulate
+from engine.planning.simulation.simulator import Arrival, SimulatedAssignment, SimulationResult, simulate
 from engine.planning.simulation.whatif import forecast, picture
-from engine.planning.types import BackboneView, ExecutorView, Limits, Snapshot, TaskView
+from engine.planning.types import BackboneView, ExecutorView, PlannerConfig, Snapshot, TaskView
 from engine.task import TaskSpec, Training
 
 SITES = tuple(Site(f"layers.{i}.{n}", 512, 512) for i in range(4) for n in ("q_proj", "v_proj"))
 BACKBONE = BackboneView("a", 10**7, 4, 512, 1000, 512, 40 << 20, "float32", SITES)
 COST = CostProfile(fixed_seconds=0.5, token_seconds=0.01)
-LIMITS = Limits(256, 16)
+LIMITS = PlannerConfig(256, 16)
 
 
 def task(number: int, steps: int, tokens: int = 100, tenant: str = "t", batch: int = 8) -> TaskView:
@@ -39,12 +39,12 @@ def executors(count: int, memory_mib: int = 4096) -> list[ExecutorView]:
 class Sharing:
     """A policy that is easily worked out: all on one executor, a second a round for each."""
 
-    def assign(self, tasks: Sequence[TaskView], executors: Sequence[ExecutorView]) -> Mapping[str, Assignment]:
+    def assign(self, tasks: Sequence[TaskView], executors: Sequence[ExecutorView]) -> Mapping[str, SimulatedAssignment]:
         names = tuple(sorted(task.name for task in tasks))
-        return {executors[0].name: Assignment(names, float(len(names)))}
+        return {executors[0].name: SimulatedAssignment(names, float(len(names)))}
 
 
-def ends(run: Run) -> dict[str, float]:
+def ends(run: SimulationResult) -> dict[str, float]:
     return {outcome.task.name.rpartition("/")[2]: outcome.finished_seconds for outcome in run.outcomes}
 
 
@@ -102,7 +102,7 @@ def test_the_planner_beats_both_baselines_on_small_ragged_tasks() -> None:
     cost = CostProfile(fixed_seconds=0.5, token_seconds=1e-3, knee_tokens=500)
     view = [ExecutorView(e.name, BACKBONE, 600 << 20, cost=cost) for e in executors(2)]
     done = {
-        policy.__name__: simulate(come, view, policy(Limits(2048, 16)), replan_seconds=5.0)  # type: ignore[abstract]
+        policy.__name__: simulate(come, view, policy(PlannerConfig(2048, 16)), replan_seconds=5.0)  # type: ignore[abstract]
         for policy in POLICIES
     }
     mean = {name: np.mean([o.completion_seconds for o in run.outcomes]) for name, run in done.items()}

@@ -11,7 +11,7 @@ from engine.errors import UnavailableError
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import artifact_pb2, operator_pb2, task_pb2
 from services.admission.cleanup import garbage_collector
-from services.admission.cleanup.garbage_collector import Sweeper
+from services.admission.cleanup.garbage_collector import GarbageCollector
 from services.admission.store import datasets_and_adapters
 from services.storage.artifact_store import ArtifactStore
 from tests.services.admission.admission_mesh import (
@@ -44,10 +44,10 @@ async def train(admission: Admission, task_id: str, fill: int = 1) -> str:
     """A task from its creation to its adapter; the adapter's name."""
     dataset = (await admission.upload(dataset_id="d")).name
     task = await admission.create(dataset, task_id)
-    (epoch,) = await admission.run(task.name)
+    (attempt,) = await admission.run(task.name)
     name = f"tenants/acme/adapters/{task_id}"
-    files = admission.artifacts.commit_folder(f"{name}/{epoch}", adapter_files(fill=fill), {})
-    await admission.commit(step(task.name, epoch, 1), finished(task.name, epoch, files.key))
+    files = admission.artifacts.commit_folder(f"{name}/{attempt}", adapter_files(fill=fill), {})
+    await admission.commit(step(task.name, attempt, 1), finished(task.name, attempt, files.key))
     return name
 
 
@@ -134,11 +134,11 @@ async def test_one_that_an_unfinished_task_starts_from_stays(admission: Admissio
         with refused(*IN_USE) as refusal:
             await delete(admission, name)
         assert refusal.has(error_details_pb2.PreconditionFailure) and task.name in refusal.message
-        (epoch,) = await admission.run(task.name)
+        (attempt,) = await admission.run(task.name)
         with refused(*IN_USE):
             await delete(admission, name)
         assert await download(admission, name)
-        await admission.commit(finished(task.name, epoch))
+        await admission.commit(finished(task.name, attempt))
         await delete(admission, name)
 
 
@@ -231,9 +231,9 @@ async def test_a_task_that_runs_leaves_its_adapter_over_the_limit_too(admission:
     task = await admission.create(dataset.name, "t")
     quota = operator_pb2.Quota(max_adapter_bytes=1)
     await admission.operator().SetQuota(operator_pb2.SetQuotaRequest(tenant="tenants/acme", quota=quota))
-    (epoch,) = await admission.run(task.name)
+    (attempt,) = await admission.run(task.name)
     files = admission.artifacts.commit_folder("tenants/acme/adapters/t/1", adapter_files(), {})
-    assert await admission.commit(finished(task.name, epoch, files.key)) == ["COMMITTED"]
+    assert await admission.commit(finished(task.name, attempt, files.key)) == ["COMMITTED"]
     assert await download(admission, task.name) == adapter_files()
 
 
@@ -279,7 +279,7 @@ async def test_files_that_could_not_go_then_go_with_a_sweep(
     admission.artifacts.commit_folder(cut_short, adapter_files(), {})
     admission.artifacts.commit_folder(f"tenants/acme/adapters/before/uploaded-{'0' * 16}", adapter_files(), {})
     assert sorted(await listed(admission)) == sorted(kept)
-    sweeper = Sweeper(admission.database, admission.artifacts)
+    sweeper = GarbageCollector(admission.database, admission.artifacts)
     sweeper.sweep_all()
     left = set(adapters_files(admission)) - set(kept_files)
     # Those of the upload may still get their row, for a day; the task's adapter, and what older versions left, cannot.
@@ -303,5 +303,5 @@ async def test_a_sweep_takes_nothing_for_an_upload_that_is_none(admission: Admis
     for folder, name in itertools.product(("adapters/a", "tasks/a"), names):
         admission.artifacts.put_new(f"tenants/acme/{folder}/{name}/file", b"x")
     before = admission.files()
-    assert Sweeper(admission.database, ArtifactStore.open(str(admission.folder))).sweep_all() == 0
+    assert GarbageCollector(admission.database, ArtifactStore.open(str(admission.folder))).sweep_all() == 0
     assert admission.files() == before

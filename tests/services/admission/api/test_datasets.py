@@ -232,7 +232,7 @@ async def test_backbones_are_what_live_executors_describe(admission: Admission) 
 
 
 async def test_a_drained_executor_is_told_to_scheduling(admission: Admission) -> None:
-    draining = executor(lease_epoch=1)
+    draining = executor(lease_term=1)
     draining.draining = True
     draining.device.effective_tokens_per_second = 7
     draining.backbone.CopyFrom(plan_pb2.Backbone())  # a renewal says only what changes

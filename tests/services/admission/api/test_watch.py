@@ -155,7 +155,7 @@ async def test_a_commit_whose_caller_is_gone_meanwhile_reaches_the_watchers(
         return commit(*arguments)
 
     monkeypatch.setattr(Ledger, "commit_results", slowly)
-    request = ledger_pb2.CommitResultsRequest(executor=ONE, lease_epoch=1, results=[finished(task, 1)])
+    request = ledger_pb2.CommitResultsRequest(executor=ONE, lease_term=1, results=[finished(task, 1)])
     call = admission.ledger().CommitResults(request)
     committing = asyncio.ensure_future(call)
     assert await asyncio.to_thread(began.wait, TIMEOUT_SECONDS)
@@ -224,9 +224,9 @@ async def let_lease_expire(admission: Admission) -> None:
 async def let_lease_expire_and_renew_another(admission: Admission) -> None:
     await admission.register("executors/two")
     admission.clock.seconds += 20
-    await admission.ledger().PutLease(lease(executor("executors/two", lease_epoch=1)))
+    await admission.ledger().PutLease(lease(executor("executors/two", lease_term=1)))
     admission.clock.seconds += 20
-    await admission.ledger().PutLease(lease(executor("executors/two", lease_epoch=1)))
+    await admission.ledger().PutLease(lease(executor("executors/two", lease_term=1)))
     await admission.ledger().GetSnapshot(ledger_pb2.GetSnapshotRequest())
 
 
@@ -287,7 +287,7 @@ async def test_scheduling_hears_of_arrivals_and_ends_but_not_of_steps(admission:
     unheard = asyncio.ensure_future(changes.read())
     await admission.commit(step(task, 1, 2))
     assert not unheard.done()
-    released = plan_pb2.TaskResult(task=task, attempt_epoch=1, released=plan_pb2.TaskReleased(reason="drain"))
+    released = plan_pb2.TaskResult(task=task, attempt=1, released=plan_pb2.TaskReleased(reason="drain"))
     await admission.commit(released)
     await asyncio.wait_for(unheard, TIMEOUT_SECONDS)
     await admission.tenant().CancelTask(pb.CancelTaskRequest(name=task))

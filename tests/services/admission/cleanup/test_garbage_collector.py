@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from engine.errors import UnavailableError
 from engine.task import TaskState
 from muxtune.v1 import task_pb2
-from services.admission.cleanup.garbage_collector import Sweeper
+from services.admission.cleanup.garbage_collector import GarbageCollector
 from services.admission.store.database import Database
 from services.admission.store.tables import adapters, tasks
 from services.storage.artifact_store import ArtifactStore
@@ -27,24 +27,24 @@ def artifacts(tmp_path: Path) -> ArtifactStore:
     return ArtifactStore.open(str(tmp_path / "store"))
 
 
-def put_task(database: Database, name: str, state: TaskState, epoch: int, recorded: tuple[int, int] | None) -> None:
-    """`recorded`: step and epoch of its checkpoint."""
+def put_task(database: Database, name: str, state: TaskState, attempt: int, recorded: tuple[int, int] | None) -> None:
+    """`recorded`: step and attempt of its checkpoint."""
     checkpoint = None
     if recorded:
         key = f"{name}/checkpoints/{recorded[0]:08d}-{recorded[1]}/manifest.json"
         checkpoint = task_pb2.CheckpointCommitted(step=recorded[0], manifest_key=key).SerializeToString()
     row = {"name": name, "tenant": "tenants/a", "created": 0, "state": state.name, "dataset": "d"}
-    row |= {"checkpoint": checkpoint, "attempt_epoch": epoch, "spec": b"", "estimate": b"", "progress": b""}
+    row |= {"checkpoint": checkpoint, "attempt": attempt, "spec": b"", "estimate": b"", "progress": b""}
     with database.write() as connection:
         connection.execute(sa.insert(tasks).values(**row))
 
 
-def put_checkpoint(artifacts: ArtifactStore, name: str, step: int, epoch: int) -> None:
-    artifacts.commit_folder(f"{name}/checkpoints/{step:08d}-{epoch}", {"state": b"x"}, {"step": step})
+def put_checkpoint(artifacts: ArtifactStore, name: str, step: int, attempt: int) -> None:
+    artifacts.commit_folder(f"{name}/checkpoints/{step:08d}-{attempt}", {"state": b"x"}, {"step": step})
 
 
 def checkpoints(artifacts: ArtifactStore, name: str) -> set[tuple[int, int]]:
-    """(step, epoch) of those that read."""
+    """(step, attempt) of those that read."""
     keys = [key for key in artifacts.list(f"{name}/checkpoints") if key.endswith("/manifest.json")]
     for key in keys:
         artifacts.read_folder(key)
@@ -57,21 +57,21 @@ def test_what_a_resumed_task_may_read_stays_and_all_else_goes(
 ) -> None:
     """Attempts write at rising steps, some of it is recorded; those before the current one may have written since."""
     draw, written, recorded = random.Random(seed), set[tuple[int, int]](), None
-    name, step, last_epoch = "tenants/a/tasks/t", 0, draw.randint(1, 4)
-    for epoch in range(1, last_epoch + 1):
+    name, step, last_attempt = "tenants/a/tasks/t", 0, draw.randint(1, 4)
+    for attempt in range(1, last_attempt + 1):
         step = recorded[0] if recorded else 0
         for _ in range(draw.randint(0, 4)):
             step += draw.randint(1, 5)
-            written.add((step, epoch))
+            written.add((step, attempt))
             if draw.random() < 0.5:
-                recorded = (step, epoch)
+                recorded = (step, attempt)
     for checkpoint in written:
         put_checkpoint(artifacts, name, *checkpoint)
-    put_task(database, name, TaskState.RUNNING, last_epoch, recorded)
-    Sweeper(database, artifacts).sweep_all()
+    put_task(database, name, TaskState.RUNNING, last_attempt, recorded)
+    GarbageCollector(database, artifacts).sweep_all()
     left = checkpoints(artifacts, name)
     before = [checkpoint for checkpoint in written if recorded and checkpoint[0] < recorded[0]]
-    since = {checkpoint for checkpoint in written if checkpoint[1] == last_epoch and checkpoint not in before}
+    since = {checkpoint for checkpoint in written if checkpoint[1] == last_attempt and checkpoint not in before}
     needed = since | ({recorded} if recorded else set()) | ({max(before)} if before else set())
     assert left == needed
 
@@ -87,7 +87,7 @@ def test_of_ended_tasks_only_the_adapter_that_is_recorded_stays(database: Databa
         key = "tenants/a/adapters/succeeded/3/manifest.json"
         row = {"name": "tenants/a/adapters/succeeded", "tenant": "tenants/a", "manifest_key": key}
         connection.execute(sa.insert(adapters).values(**row, size_bytes=1, created=0))
-    sweeper = Sweeper(database, artifacts)
+    sweeper = GarbageCollector(database, artifacts)
     sweeper.sweep([f"tenants/a/tasks/{state.value}" for state in TaskState])
     going_on = {"queued", "running", "cancelling"}
     assert {key.split("/")[3] for key in artifacts.list("tenants/a/tasks")} == going_on
@@ -103,7 +103,7 @@ def test_what_a_lost_attempt_writes_after_all_has_ended_goes_with_the_next_sweep
 ) -> None:
     name = "tenants/a/tasks/t"
     put_task(database, name, TaskState.SUCCEEDED, 2, None)
-    sweeper = Sweeper(database, artifacts)
+    sweeper = GarbageCollector(database, artifacts)
     assert sweeper.sweep_all() == 0
     put_checkpoint(artifacts, name, 7, 1)
     artifacts.put(f"{name}/checkpoints/00000009-1/ab12/state.safetensors", b"its writer was killed before the manifest")
@@ -123,7 +123,7 @@ def test_a_sweep_cut_short_is_done_by_the_next(
         artifacts.delete(f"{prefix}/manifest.json")
         raise UnavailableError("the store is away")
 
-    sweeper = Sweeper(database, artifacts)
+    sweeper = GarbageCollector(database, artifacts)
     with monkeypatch.context() as patched:
         patched.setattr(artifacts, "delete_folder", away)
         with pytest.raises(UnavailableError):

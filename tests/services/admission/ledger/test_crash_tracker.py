@@ -17,10 +17,10 @@ async def create(admission: Admission, *ids: str) -> list[str]:
     return [(await admission.create(dataset, name)).name for name in ids]
 
 
-def died(epochs: dict[str, int]) -> list[plan_pb2.TaskResult]:
+def died(attempts: dict[str, int]) -> list[plan_pb2.TaskResult]:
     """What an executor reports whose trainer died with these tasks."""
-    released = plan_pb2.TaskReleased(reason="its trainer ended with status -9", num_suspects=len(epochs))
-    return [plan_pb2.TaskResult(task=t, attempt_epoch=e, released=released) for t, e in epochs.items()]
+    released = plan_pb2.TaskReleased(reason="its trainer ended with status -9", num_suspects=len(attempts))
+    return [plan_pb2.TaskResult(task=t, attempt=e, released=released) for t, e in attempts.items()]
 
 
 async def crashes(admission: Admission) -> dict[str, int]:
@@ -30,9 +30,9 @@ async def crashes(admission: Admission) -> dict[str, int]:
 
 async def test_the_task_that_kills_its_trainer_fails_and_those_beside_it_do_not(admission: Admission) -> None:
     poison, good = await create(admission, "poison", "good")
-    for epoch in (1, 2, 3, 4):
+    for attempt in (1, 2, 3, 4):
         await admission.run(poison, good)
-        await admission.commit(*died({poison: epoch, good: epoch}))
+        await admission.commit(*died({poison: attempt, good: attempt}))
     assert await crashes(admission) == {"poison": 4, "good": 4}  # never alone: nobody fails
     await admission.run(good)
     await admission.commit(step(good, 5, 1))
@@ -51,10 +51,10 @@ async def test_steps_done_before_clear_nobody(admission: Admission) -> None:
     (task,) = await create(admission, "t")
     await admission.run(task)
     await admission.commit(step(task, 1, 1), step(task, 1, 2))
-    for epoch in (1, 2):
-        await admission.commit(*died({task: epoch}))
+    for attempt in (1, 2):
+        await admission.commit(*died({task: attempt}))
         await admission.run(task)
-        assert await admission.commit(step(task, epoch + 1, 1), step(task, epoch + 1, 2)) == ["DUPLICATE"] * 2
+        assert await admission.commit(step(task, attempt + 1, 1), step(task, attempt + 1, 2)) == ["DUPLICATE"] * 2
     assert await crashes(admission) == {"t": 2}
     await admission.commit(*died({task: 3}))
     assert await admission.state(task) == "FAILED"
@@ -66,15 +66,15 @@ async def test_whole_executors_that_die_count_as_well(admission: Admission) -> N
     await admission.run(task)
     assert await admission.register(incarnation="i2") == 2
     assert await crashes(admission) == {"t": 1}
-    await admission.run(task, lease_epoch=2)
+    await admission.run(task, lease_term=2)
     admission.clock.seconds += 31
     assert await crashes(admission) == {"t": 2}
     assert await admission.register(incarnation="i3") == 3
-    await admission.run(task, lease_epoch=3)
+    await admission.run(task, lease_term=3)
     await admission.ledger().EndLease(ledger_pb2.EndLeaseRequest(executor="executors/one", incarnation="i3"))
     assert await crashes(admission) == {"t": 2}
     assert await admission.register(incarnation="i4") == 4
-    await admission.run(task, lease_epoch=4)
+    await admission.run(task, lease_term=4)
     await admission.register(incarnation="i5")
     assert await admission.state(task) == "FAILED"
 
@@ -84,17 +84,19 @@ async def test_a_cancelled_task_fails_rather_than_kill_executors_for_ever(admiss
     await admission.run(task)
     await admission.commit(step(task, 1, 1), checkpoint(task, 1))
     await admission.tenant().CancelTask(pb.CancelTaskRequest(name=task))
-    for epoch in range(1, MAX_CRASHES + 1):
+    for attempt in range(1, MAX_CRASHES + 1):
         assert await admission.state(task) == "CANCELLING"
-        await admission.commit(*died({task: epoch}))
-        if epoch < MAX_CRASHES:
+        await admission.commit(*died({task: attempt}))
+        if attempt < MAX_CRASHES:
             await admission.run(task)
     assert await admission.state(task) == "FAILED"
 
 
-def checkpoint(task: str, epoch: int) -> plan_pb2.TaskResult:
-    committed = task_pb2.CheckpointCommitted(step=1, manifest_key=f"{task}/checkpoints/00000001-{epoch}/manifest.json")
-    return plan_pb2.TaskResult(task=task, attempt_epoch=epoch, checkpoint_committed=committed)
+def checkpoint(task: str, attempt: int) -> plan_pb2.TaskResult:
+    committed = task_pb2.CheckpointCommitted(
+        step=1, manifest_key=f"{task}/checkpoints/00000001-{attempt}/manifest.json"
+    )
+    return plan_pb2.TaskResult(task=task, attempt=attempt, checkpoint_committed=committed)
 
 
 async def test_scheduling_hears_when_a_suspect_is_cleared(admission: Admission) -> None:
@@ -105,7 +107,7 @@ async def test_scheduling_hears_when_a_suspect_is_cleared(admission: Admission) 
     call: Any = admission.ledger().WatchChanges(ledger_pb2.WatchChangesRequest())
     changes = aiter(call)
     first = (await anext(changes)).revision
-    await admission.ledger().PutLease(lease(executor("executors/one", "i1", lease_epoch=1)))  # no news for a plan
+    await admission.ledger().PutLease(lease(executor("executors/one", "i1", lease_term=1)))  # no news for a plan
     await admission.commit(step(task, 2, 1))
     assert (await anext(changes)).revision == first + 1
     call.cancel()

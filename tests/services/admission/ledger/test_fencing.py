@@ -18,15 +18,15 @@ TASK = "tenants/acme/tasks/t"
 
 def _writes(ledger: Ledger) -> Iterator[Callable[[], object]]:
     """Everything a keeper may commit."""
-    started = ledger_pb2.AttemptStart(task=TASK, expected_epoch=0)
+    started = ledger_pb2.AttemptStart(task=TASK, expected_attempt=0)
     yield ledger.snapshot
     yield lambda: ledger.put_lease(executor("executors/one", "i1"), 30)
     yield lambda: ledger.put_lease(executor("executors/two", "i1"), 30)
     yield lambda: ledger.end_lease("executors/one", "i1")
     yield lambda: ledger.commit_plan(
-        ledger_pb2.CommitPlanRequest(executor="executors/one", lease_epoch=1, version=9, starts=[started])
+        ledger_pb2.CommitPlanRequest(executor="executors/one", lease_term=1, version=9, starts=[started])
     )
-    yield lambda: ledger.commit_results("executors/one", 1, [plan_pb2.TaskResult(task=TASK, attempt_epoch=1)])
+    yield lambda: ledger.commit_results("executors/one", 1, [plan_pb2.TaskResult(task=TASK, attempt=1)])
     yield lambda: ledger.revoke("executors/one", [TASK], "why not")
     yield lambda: ledger.leadership.lead("a", "a1", 6.0)
 

@@ -23,7 +23,7 @@ from tests.services.admission.admission_mesh import (
 )
 
 pytestmark = pytest.mark.parametrize("database_url", DATABASES, indirect=True)
-STALE_EPOCH, LEASE_LOST = (grpc.StatusCode.ABORTED, "STALE_EPOCH"), (grpc.StatusCode.ABORTED, "LEASE_LOST")
+SUPERSEDED, LEASE_LOST = (grpc.StatusCode.ABORTED, "SUPERSEDED"), (grpc.StatusCode.ABORTED, "LEASE_LOST")
 ONE, TWO = "executors/one", "executors/two"
 
 
@@ -43,18 +43,18 @@ async def snapshot(admission: Admission) -> ledger_pb2.GetSnapshotResponse:
     return answer
 
 
-def plan(version: int, *starts: tuple[str, int], name: str = ONE, lease_epoch: int = 1) -> ledger_pb2.CommitPlanRequest:
-    started = [ledger_pb2.AttemptStart(task=task, expected_epoch=epoch) for task, epoch in starts]
-    return ledger_pb2.CommitPlanRequest(executor=name, lease_epoch=lease_epoch, version=version, starts=started)
+def plan(version: int, *starts: tuple[str, int], name: str = ONE, lease_term: int = 1) -> ledger_pb2.CommitPlanRequest:
+    started = [ledger_pb2.AttemptStart(task=task, expected_attempt=attempt) for task, attempt in starts]
+    return ledger_pb2.CommitPlanRequest(executor=name, lease_term=lease_term, version=version, starts=started)
 
 
-def failed(task: str, epoch: int) -> plan_pb2.TaskResult:
+def failed(task: str, attempt: int) -> plan_pb2.TaskResult:
     failure = errors_pb2.TaskFailure(reason=errors_pb2.ERROR_REASON_NON_FINITE, message="NaN", metadata={"step": "3"})
-    return plan_pb2.TaskResult(task=task, attempt_epoch=epoch, failed=failure)
+    return plan_pb2.TaskResult(task=task, attempt=attempt, failed=failure)
 
 
-def released(task: str, epoch: int) -> plan_pb2.TaskResult:
-    return plan_pb2.TaskResult(task=task, attempt_epoch=epoch, released=plan_pb2.TaskReleased(reason="drain"))
+def released(task: str, attempt: int) -> plan_pb2.TaskResult:
+    return plan_pb2.TaskResult(task=task, attempt=attempt, released=plan_pb2.TaskReleased(reason="drain"))
 
 
 async def states(admission: Admission, task: str) -> list[str]:
@@ -73,13 +73,13 @@ async def test_the_snapshot_holds_all_that_a_cycle_needs(admission: Admission) -
     assert [(t.task.name, t.executor) for t in seen.tasks] == [(first, ONE), (second, "")]
     assert (seen.tasks[0].checkpoint.step, seen.tasks[0].task.progress.step) == (1, 1)
     assert not seen.tasks[1].HasField("checkpoint")
-    assert [(e.name, e.lease_epoch, e.incarnation) for e in seen.executors] == [(ONE, 1, "i1"), (TWO, 1, "j1")]
+    assert [(e.name, e.lease_term, e.incarnation) for e in seen.executors] == [(ONE, 1, "i1"), (TWO, 1, "j1")]
     assert seen.executors[0].backbone == executor().backbone
     assert seen.plan_version == 1
 
 
 async def test_of_two_schedulers_plans_one_counts(admission: Admission) -> None:
-    """Both saw the same snapshot: same version, same epochs."""
+    """Both saw the same snapshot: same version, same attempts."""
     first, second = await create(admission, 2)
     await admission.register(TWO, "j1")
     plans = [plan(1, (first, 0), (second, 0)), plan(1, (second, 0), name=TWO), plan(1, (first, 0), name=TWO)]
@@ -88,10 +88,10 @@ async def test_of_two_schedulers_plans_one_counts(admission: Admission) -> None:
     assert len(won) == 1
     for answer in answers:
         if isinstance(answer, BaseException):
-            with refused(*STALE_EPOCH):
+            with refused(*SUPERSEDED):
                 raise answer
     seen = await snapshot(admission)
-    assert {t.task.name: (t.executor, t.task.attempt_epoch) for t in seen.tasks if t.executor} == {
+    assert {t.task.name: (t.executor, t.task.attempt) for t in seen.tasks if t.executor} == {
         start.task: (plans[won[0]].executor, 1) for start in plans[won[0]].starts
     }
 
@@ -103,13 +103,13 @@ async def test_a_plan_that_is_refused_stores_nothing(admission: Admission) -> No
     await admission.run(second)
     before, rows = await snapshot(admission), admission.num_rows()
     for bad, reason in (
-        (plan(2, (first, 0), (second, 0)), STALE_EPOCH),  # its epoch is 1
-        (plan(2, (first, 0), (first, 0)), STALE_EPOCH),
-        (plan(2, (first, 0), (cancelled.name, 0)), STALE_EPOCH),
-        (plan(1, (first, 0)), STALE_EPOCH),
-        (plan(0, (first, 0)), STALE_EPOCH),
-        (plan(2, (first, 0), lease_epoch=2), LEASE_LOST),
-        (plan(2, (first, 0), lease_epoch=0), LEASE_LOST),
+        (plan(2, (first, 0), (second, 0)), SUPERSEDED),  # its attempt is 1
+        (plan(2, (first, 0), (first, 0)), SUPERSEDED),
+        (plan(2, (first, 0), (cancelled.name, 0)), SUPERSEDED),
+        (plan(1, (first, 0)), SUPERSEDED),
+        (plan(0, (first, 0)), SUPERSEDED),
+        (plan(2, (first, 0), lease_term=2), LEASE_LOST),
+        (plan(2, (first, 0), lease_term=0), LEASE_LOST),
         (plan(2, (first, 0), name=TWO), LEASE_LOST),
     ):
         with refused(*reason):
@@ -153,7 +153,7 @@ async def test_results_of_a_superseded_attempt_are_stale(admission: Admission) -
     old = [*(kind(task, 1, 1) for kind in kinds), finished(task, 1, "k"), failed(task, 1), released(task, 1)]
     rows = admission.num_rows()
     assert await admission.commit(*old) == ["STALE"] * 6
-    assert await admission.commit(step(task, 2, 1)) == ["STALE"]  # the epoch is right, the executor is not
+    assert await admission.commit(step(task, 2, 1)) == ["STALE"]  # the attempt is right, the executor is not
     assert await admission.commit(step(task, 3, 1), executor=TWO) == ["STALE"]
     assert await admission.commit(step("tenants/acme/tasks/none", 1, 1)) == ["STALE"]
     assert admission.num_rows() == rows and await admission.state(task) == "RUNNING"
@@ -187,7 +187,7 @@ async def test_a_batch_counts_whole_or_not_at_all(admission: Admission) -> None:
     first, second = await create(admission, 2)
     await admission.run(first, second)
     with refused(*LEASE_LOST):
-        await admission.commit(step(first, 1, 1), step(second, 1, 1), lease_epoch=2)
+        await admission.commit(step(first, 1, 1), step(second, 1, 1), lease_term=2)
     rows = admission.num_rows()
     # A RUNNING task cannot have been cancelled: whatever such a result is answered, its neighbours are not torn apart.
     try:
@@ -200,37 +200,37 @@ async def test_a_batch_counts_whole_or_not_at_all(admission: Admission) -> None:
 
 async def test_a_lease_belongs_to_one_incarnation(admission: Admission) -> None:
     task = await running(admission)
-    renewed = await admission.ledger().PutLease(lease(executor(lease_epoch=1)))
-    assert renewed.lease_epoch == 1 and await admission.state(task) == "RUNNING"
+    renewed = await admission.ledger().PutLease(lease(executor(lease_term=1)))
+    assert renewed.lease_term == 1 and await admission.state(task) == "RUNNING"
     assert await admission.register(incarnation="i2") == 2  # takes the name over, and its attempts back
     assert await admission.state(task) == "QUEUED"
     for late in (
-        executor(lease_epoch=1),
+        executor(lease_term=1),
         executor(),
-        executor(lease_epoch=2),
-        executor(incarnation="i2", lease_epoch=1),
+        executor(lease_term=2),
+        executor(incarnation="i2", lease_term=1),
     ):
         with refused(*LEASE_LOST):
             await admission.ledger().PutLease(lease(late))
     with refused(*LEASE_LOST):
-        await admission.commit(step(task, 1, 1), lease_epoch=1)
-    assert await admission.commit(step(task, 1, 1), lease_epoch=2) == ["STALE"]
+        await admission.commit(step(task, 1, 1), lease_term=1)
+    assert await admission.commit(step(task, 1, 1), lease_term=2) == ["STALE"]
     await admission.ledger().EndLease(ledger_pb2.EndLeaseRequest(executor=ONE, incarnation="i1"))  # ended long ago
-    assert [e.lease_epoch for e in (await snapshot(admission)).executors] == [2]
-    assert await admission.run(task, lease_epoch=2) == [3]
+    assert [e.lease_term for e in (await snapshot(admission)).executors] == [2]
+    assert await admission.run(task, lease_term=2) == [3]
 
 
 async def test_a_lease_that_ran_out_is_lost_and_its_tasks_go_back(admission: Admission) -> None:
     task = await running(admission)
     admission.clock.seconds += 29
-    await admission.ledger().PutLease(lease(executor(lease_epoch=1)))
+    await admission.ledger().PutLease(lease(executor(lease_term=1)))
     admission.clock.seconds += 29
     assert await admission.commit(step(task, 1, 1)) == ["COMMITTED"]
     admission.clock.seconds += 2
     for call in (
         admission.commit(step(task, 1, 2)),
         admission.ledger().CommitPlan(plan(2)),
-        admission.ledger().PutLease(lease(executor(lease_epoch=1))),
+        admission.ledger().PutLease(lease(executor(lease_term=1))),
     ):
         with refused(*LEASE_LOST):
             await call
@@ -238,7 +238,7 @@ async def test_a_lease_that_ran_out_is_lost_and_its_tasks_go_back(admission: Adm
     assert not seen.executors
     assert [(t.executor, t.task.state) for t in seen.tasks] == [("", task_pb2.TASK_STATE_QUEUED)]
     assert await admission.register() == 2  # the same incarnation may come back
-    assert await admission.run(task, lease_epoch=2) == [3]
+    assert await admission.run(task, lease_term=2) == [3]
 
 
 async def test_a_restart_keeps_everything_and_gives_leases_their_time_again(admission: Admission) -> None:
@@ -255,7 +255,7 @@ async def test_a_restart_keeps_everything_and_gives_leases_their_time_again(admi
     assert after == before
     admission.clock.seconds += 20
     assert await admission.commit(step(first, 1, 2)) == ["COMMITTED"]
-    with refused(*STALE_EPOCH):
+    with refused(*SUPERSEDED):
         await admission.ledger().CommitPlan(plan(1, (second, 0)))
     admission.clock.seconds += 20
     assert not (await snapshot(admission)).executors
@@ -276,7 +276,7 @@ async def test_attempts_are_revoked_by_name_or_all(admission: Admission) -> None
     assert await revoke() == 2
     assert await revoke() == 0
     assert [await admission.state(task) for task in tasks] == ["QUEUED"] * 3
-    assert [t.task.attempt_epoch for t in (await snapshot(admission)).tasks] == [2, 2, 2]
+    assert [t.task.attempt for t in (await snapshot(admission)).tasks] == [2, 2, 2]
 
 
 async def test_a_cancelled_task_that_loses_its_executor_is_exported_by_another(admission: Admission) -> None:
@@ -322,7 +322,7 @@ async def test_a_task_that_fell_back_to_an_earlier_checkpoint_goes_on_from_that_
     await admission.commit(*(checkpoint(task, 1, number) for number in (2, 4)))
     fell_back = task_pb2.CheckpointCommitted(step=2, manifest_key=f"{task}/checkpoints/00000002-1")
     resumed = plan_pb2.TaskResumed(checkpoint=fell_back, message="the checkpoint of step 4 cannot be read")
-    result = plan_pb2.TaskResult(task=task, attempt_epoch=1, resumed=resumed)
+    result = plan_pb2.TaskResult(task=task, attempt=1, resumed=resumed)
     assert await admission.commit(result, result) == ["COMMITTED", "DUPLICATE"]
     (seen,) = (await snapshot(admission)).tasks
     assert seen.checkpoint == fell_back and seen.task.progress.checkpoint_step == 2

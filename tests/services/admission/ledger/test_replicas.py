@@ -18,7 +18,7 @@ from services.admission.ledger import replicas as replicas_module
 from services.admission.ledger.fencing import FencedDatabase
 from services.admission.ledger.replicas import SESSION, Replicas
 from services.admission.store import database as database_module
-from services.admission.store.change_notifier import ANYTHING, Notifier
+from services.admission.store.change_notifier import ANYTHING, ChangeNotifier
 from services.admission.store.database import Database
 from tests.services.admission.admission_mesh import (
     TEN_ROWS,
@@ -42,19 +42,19 @@ def no_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Replica:
-    """One process's part, without its servers. `epochs`: in which it kept the ledger."""
+    """One process's part, without its servers. `terms`: in which it kept the ledger."""
 
     def __init__(self, url: str) -> None:
-        self.database, self.notifier = Database(url), Notifier()
+        self.database, self.notifier = Database(url), ChangeNotifier()
         self.replicas = Replicas(self.database, self.notifier)
-        self.epochs: list[int] = []
+        self.terms: list[int] = []
         self.is_keeping = asyncio.Event()
         self.fence: FencedDatabase | None = None
         self._may_go_on = asyncio.Event()
 
     async def keep(self) -> None:
         fence = await asyncio.to_thread(FencedDatabase, self.database)
-        self.epochs.append(fence.epoch)
+        self.terms.append(fence.term)
         self.fence = fence
         self.is_keeping.set()
         try:
@@ -171,13 +171,13 @@ async def test_who_could_not_listen_for_a_while_looks_at_everything_again(
 async def test_one_keeps_the_ledger_and_another_takes_it_when_its_session_is_cut(
     pair: list[Replica], database_url: str
 ) -> None:
-    """Twenty times over: soon there is one again whose writes count; no two ever kept it in one epoch."""
+    """Twenty times over: soon there is one again whose writes count; no two ever kept it in one term."""
     draw = random.Random(5)
     for _ in range(20):
         _cut(database_url, draw.sample(found := _sessions(database_url), k=min(len(found), draw.randint(1, 2))))
         await _until(lambda: any(replica.is_keeping.is_set() and _is_current(replica) for replica in pair))
-    epochs = [epoch for replica in pair for epoch in replica.epochs]
-    assert len(set(epochs)) == len(epochs) > 5 and all(replica.epochs == sorted(replica.epochs) for replica in pair)
+    terms = [term for replica in pair for term in replica.terms]
+    assert len(set(terms)) == len(terms) > 5 and all(replica.terms == sorted(replica.terms) for replica in pair)
 
 
 def _is_current(replica: Replica) -> bool:
@@ -186,18 +186,18 @@ def _is_current(replica: Replica) -> bool:
     return False
 
 
-async def test_a_keeper_whose_epoch_was_taken_by_one_that_was_slow_begins_again(
+async def test_a_keeper_whose_term_was_taken_by_one_that_was_slow_begins_again(
     pair: list[Replica], database_url: str
 ) -> None:
     late = await asyncio.to_thread(FencedDatabase, Database(database_url))
-    await _until(lambda: any(replica.epochs and replica.epochs[-1] > late.epoch for replica in pair))
+    await _until(lambda: any(replica.terms and replica.terms[-1] > late.term for replica in pair))
     assert not late.is_current()
 
 
 async def test_who_stops_hands_the_ledger_on(database_url: str, pair: list[Replica]) -> None:
     async with Replica(database_url).running() as third:
         assert not third.is_keeping.is_set()
-    assert pair[0].is_keeping.is_set() and not pair[1].epochs
+    assert pair[0].is_keeping.is_set() and not pair[1].terms
 
 
 async def test_a_task_created_at_one_is_watched_to_its_end_at_another(
@@ -271,7 +271,7 @@ def test_who_falls_silent_amid_a_transaction_holds_nobody_up(
     def write() -> None:
         try:
             with paused.write() as connection:
-                connection.execute(sa.text("UPDATE leaderships SET epoch = 7"))
+                connection.execute(sa.text("UPDATE leaderships SET term = 7"))
                 began.set()
                 may_go_on.wait(SECONDS)
         except UnavailableError as error:
@@ -280,11 +280,11 @@ def test_who_falls_silent_amid_a_transaction_holds_nobody_up(
     thread = threading.Thread(target=write)
     thread.start()
     assert began.wait(SECONDS)
-    assert FencedDatabase(other).epoch == 1  # waits until the server has ended the other's session
+    assert FencedDatabase(other).term == 1  # waits until the server has ended the other's session
     may_go_on.set()
     thread.join(SECONDS)
     assert len(ended) == 1
     for database in (paused, other):
         with database.read() as connection:
-            assert connection.execute(sa.text("SELECT max(epoch) FROM leaderships")).scalar_one() == 1
+            assert connection.execute(sa.text("SELECT max(term) FROM leaderships")).scalar_one() == 1
         database.close()

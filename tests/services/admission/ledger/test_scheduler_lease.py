@@ -9,16 +9,16 @@ from muxtune.v1 import ledger_pb2
 from tests.services.admission.admission_mesh import DATABASES, Admission, refused
 
 pytestmark = pytest.mark.parametrize("database_url", DATABASES, indirect=True)
-STALE = (grpc.StatusCode.ABORTED, "STALE_EPOCH")
+STALE = (grpc.StatusCode.ABORTED, "SUPERSEDED")
 
 
 async def lead(admission: Admission, scheduler: str, seconds: int = 6, start: int = 1) -> tuple[str, int]:
-    """Who leads (scheduler and number of its start), and in which epoch."""
+    """Who leads (scheduler and number of its start), and in which term."""
     request = ledger_pb2.LeadSchedulingRequest(scheduler=scheduler, incarnation=f"{scheduler}{start}")
     request.duration.FromSeconds(seconds)
     answer: Any = await admission.ledger().LeadScheduling(request)
     assert answer.incarnation.startswith(answer.leader)
-    return answer.incarnation, answer.epoch
+    return answer.incarnation, answer.leader_term
 
 
 async def test_who_asks_first_leads_and_the_other_takes_over_when_the_lease_has_run_out(admission: Admission) -> None:
@@ -41,7 +41,7 @@ async def test_who_resigns_makes_room_at_once_and_nobody_else_can_resign_for_it(
     assert await lead(admission, "b") == ("b1", 2)
 
 
-async def test_a_leader_started_anew_in_its_place_goes_on_under_a_new_epoch(admission: Admission) -> None:
+async def test_a_leader_started_anew_in_its_place_goes_on_under_a_new_term(admission: Admission) -> None:
     assert await lead(admission, "a") == ("a1", 1)
     assert await lead(admission, "a", start=2) == ("a2", 2)
 
@@ -58,22 +58,22 @@ async def test_the_leader_outlives_a_restart_of_admission_and_gets_its_time_agai
 
 async def test_a_superseded_leader_commits_no_plan(admission: Admission) -> None:
     task = (await admission.create((await admission.upload()).name)).name
-    start = ledger_pb2.AttemptStart(task=task, expected_epoch=0)
+    start = ledger_pb2.AttemptStart(task=task, expected_attempt=0)
     await lead(admission, "a")
     await lead(admission, "a", 0)
     await lead(admission, "b")
     before = admission.num_rows()
-    for epoch in (0, 1, 3):
+    for term in (0, 1, 3):
         with refused(*STALE):
-            await admission.ledger().CommitPlan(plan(start, epoch))
+            await admission.ledger().CommitPlan(plan(start, term))
     assert admission.num_rows() == before and await admission.state(task) == "QUEUED"
     await admission.ledger().CommitPlan(plan(start, 2))
     assert await admission.state(task) == "RUNNING"
 
 
-def plan(start: ledger_pb2.AttemptStart, leader_epoch: int) -> ledger_pb2.CommitPlanRequest:
+def plan(start: ledger_pb2.AttemptStart, leader_term: int) -> ledger_pb2.CommitPlanRequest:
     return ledger_pb2.CommitPlanRequest(
-        executor="executors/one", lease_epoch=1, version=1, starts=[start], leader_epoch=leader_epoch
+        executor="executors/one", lease_term=1, version=1, starts=[start], leader_term=leader_term
     )
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
-from engine.errors import IllegalTransitionError, LeaseLostError, StaleEpochError
+from engine.errors import IllegalTransitionError, LeaseLostError, SupersededError
 from muxtune.v1 import errors_pb2, ledger_pb2, plan_pb2, task_pb2
 from services.admission.ledger.ledger import Ledger
 from services.admission.store import tasks
@@ -32,7 +32,7 @@ class Task:
     """What it should be."""
 
     state: str = "QUEUED"
-    epoch: int = 0
+    attempt: int = 0
     executor: str = ""
     step: int = 0
     checkpoint: int = 0
@@ -55,7 +55,7 @@ class Task:
 
 @dataclass
 class Executor:
-    lease_epoch: int = 0
+    lease_term: int = 0
     deadline: float = 0.0
     num_starts: int = 0
     has_left: bool = True
@@ -64,9 +64,9 @@ class Executor:
 @dataclass(frozen=True)
 class Attempt:
     task: str
-    epoch: int
+    number: int
     executor: str
-    lease_epoch: int
+    lease_term: int
 
 
 class Store(RuleBasedStateMachine):
@@ -97,9 +97,9 @@ class Store(RuleBasedStateMachine):
         for name in EXECUTORS:
             self.start_executor(name)
 
-    def is_live(self, name: str, lease_epoch: int) -> bool:
+    def is_live(self, name: str, lease_term: int) -> bool:
         found = self.executors[name]
-        return not found.has_left and found.lease_epoch == lease_epoch and found.deadline > self.now
+        return not found.has_left and found.lease_term == lease_term and found.deadline > self.now
 
     def lose(self, name: str, *, is_crash: bool) -> None:
         """The executor's attempts are taken back."""
@@ -107,7 +107,7 @@ class Store(RuleBasedStateMachine):
         for task in held:
             if is_crash and task.die(len(held)):
                 continue
-            task.executor, task.epoch = "", task.epoch + 1
+            task.executor, task.attempt = "", task.attempt + 1
             if task.state == "RUNNING":
                 task.become("QUEUED")
             elif not task.checkpoint:
@@ -142,24 +142,24 @@ class Store(RuleBasedStateMachine):
         """One that was made from an older snapshot starts nothing."""
         task, host = self.tasks[name], self.executors[where]
         version = self.ledger.snapshot().plan_version + 1
-        start = ledger_pb2.AttemptStart(task=name, expected_epoch=task.epoch - is_late)
+        start = ledger_pb2.AttemptStart(task=name, expected_attempt=task.attempt - is_late)
         request = ledger_pb2.CommitPlanRequest(
-            executor=where, lease_epoch=host.lease_epoch, version=version, starts=[start]
+            executor=where, lease_term=host.lease_term, version=version, starts=[start]
         )
         try:
-            (epoch,) = self.ledger.commit_plan(request)
+            (number,) = self.ledger.commit_plan(request)
         except LeaseLostError:
-            assert not self.is_live(where, host.lease_epoch)
+            assert not self.is_live(where, host.lease_term)
             return multiple()
-        except StaleEpochError:
+        except SupersededError:
             assert is_late or task.state in FINAL
             return multiple()
-        assert self.is_live(where, host.lease_epoch) and not is_late and task.state not in FINAL
-        task.epoch, task.executor = task.epoch + 1, where
+        assert self.is_live(where, host.lease_term) and not is_late and task.state not in FINAL
+        task.attempt, task.executor = task.attempt + 1, where
         if task.state == "QUEUED":
             task.become("RUNNING")
-        assert epoch == task.epoch
-        return Attempt(name, epoch, where, host.lease_epoch)
+        assert number == task.attempt
+        return Attempt(name, number, where, host.lease_term)
 
     @rule(attempt=attempts, kind=st.sampled_from(KINDS))
     def report(self, attempt: Attempt, kind: str) -> None:
@@ -168,32 +168,32 @@ class Store(RuleBasedStateMachine):
         assume(kind != "checkpoint" or task.step > 0)  # nothing trained, nothing to write
         result = self.result(attempt, kind)
         try:
-            ((verdict,), _) = self.ledger.commit_results(attempt.executor, attempt.lease_epoch, [result])
+            ((verdict,), _) = self.ledger.commit_results(attempt.executor, attempt.lease_term, [result])
         except LeaseLostError:
-            assert not self.is_live(attempt.executor, attempt.lease_epoch)
+            assert not self.is_live(attempt.executor, attempt.lease_term)
             return
-        assert self.is_live(attempt.executor, attempt.lease_epoch)
+        assert self.is_live(attempt.executor, attempt.lease_term)
         told = ledger_pb2.ResultVerdict.Name(verdict).removeprefix("RESULT_VERDICT_")
-        if task.state in FINAL and task.epoch == attempt.epoch:
+        if task.state in FINAL and task.attempt == attempt.number:
             assert told == "DUPLICATE"
-        elif (task.epoch, task.executor) != (attempt.epoch, attempt.executor):
+        elif (task.attempt, task.executor) != (attempt.number, attempt.executor):
             assert told == "STALE"
         else:
             assert told == ("COMMITTED" if self.apply(task, kind) else "DUPLICATE")
 
     def result(self, attempt: Attempt, kind: str) -> plan_pb2.TaskResult:
-        name, epoch, task = attempt.task, attempt.epoch, self.tasks[attempt.task]
+        name, number, task = attempt.task, attempt.number, self.tasks[attempt.task]
         if kind in ("step", "same step"):
-            return step(name, epoch, task.step + (kind == "step"))
+            return step(name, number, task.step + (kind == "step"))
         if kind == "checkpoint":
-            return checkpoint(name, epoch, task.step)
+            return checkpoint(name, number, task.step)
         if kind == "finished":
-            return finished(name, epoch, "k" if task.step else "", cancelled=task.state == "CANCELLING")
+            return finished(name, number, "k" if task.step else "", cancelled=task.state == "CANCELLING")
         if kind == "failed":
-            return plan_pb2.TaskResult(task=name, attempt_epoch=epoch, failed=errors_pb2.TaskFailure(message="NaN"))
+            return plan_pb2.TaskResult(task=name, attempt=number, failed=errors_pb2.TaskFailure(message="NaN"))
         count = {"released": 0, "died alone": 1, "died with others": 2}[kind]
         released = plan_pb2.TaskReleased(reason=kind, num_suspects=count)
-        return plan_pb2.TaskResult(task=name, attempt_epoch=epoch, released=released)
+        return plan_pb2.TaskResult(task=name, attempt=number, released=released)
 
     def apply(self, task: Task, kind: str) -> bool:
         """To the model; whether it is news."""
@@ -217,22 +217,22 @@ class Store(RuleBasedStateMachine):
         """Anew: what the start before it held is taken back."""
         host = self.executors[name]
         host.num_starts += 1
-        epoch, _ = self.ledger.put_lease(executor(name, f"i{host.num_starts}"), LEASE_SECONDS)
+        attempt, _ = self.ledger.put_lease(executor(name, f"i{host.num_starts}"), LEASE_SECONDS)
         if host.num_starts > 1:
             self.lose(name, is_crash=not host.has_left)
-        host.lease_epoch, host.has_left, host.deadline = host.lease_epoch + 1, False, self.now + LEASE_SECONDS
-        assert epoch == host.lease_epoch
+        host.lease_term, host.has_left, host.deadline = host.lease_term + 1, False, self.now + LEASE_SECONDS
+        assert attempt == host.lease_term
 
     @rule(name=st.sampled_from(EXECUTORS))
     def renew(self, name: str) -> None:
         host = self.executors[name]
-        holder = executor(name, f"i{host.num_starts}", lease_epoch=host.lease_epoch)
+        holder = executor(name, f"i{host.num_starts}", lease_term=host.lease_term)
         try:
             self.ledger.put_lease(holder, LEASE_SECONDS)
         except LeaseLostError:
-            assert not self.is_live(name, host.lease_epoch)
+            assert not self.is_live(name, host.lease_term)
             return
-        assert self.is_live(name, host.lease_epoch)
+        assert self.is_live(name, host.lease_term)
         host.deadline = self.now + LEASE_SECONDS
 
     @rule(name=st.sampled_from(EXECUTORS))
@@ -272,7 +272,7 @@ class Store(RuleBasedStateMachine):
             for row in connection.execute(sa.select(tasks.tasks)):
                 found = tasks.to_proto(row)
                 kept = task_pb2.CheckpointCommitted.FromString(row.checkpoint or b"").step
-                seen = Task(row.state, row.attempt_epoch, row.executor, found.progress.step, kept, row.crashes)
+                seen = Task(row.state, row.attempt, row.executor, found.progress.step, kept, row.crashes)
                 seen.num_events = row.last_sequence
                 assert seen == self.tasks[row.name], row.name
                 events = tasks.events_after(connection, row.name, 0, 1000)

@@ -44,7 +44,7 @@ class Model:
     """What a task should be, by the contract."""
 
     state: str = "QUEUED"
-    epoch: int = 0
+    attempt: int = 0
     executor: str = ""
     step: int = 0
     checkpoint: int = 0
@@ -57,7 +57,7 @@ class Model:
             self.executor = ""
 
     def lose_executor(self) -> None:
-        self.executor, self.epoch = "", self.epoch + 1
+        self.executor, self.attempt = "", self.attempt + 1
         if self.state == "RUNNING":
             self.become("QUEUED")
         elif not self.checkpoint:
@@ -97,27 +97,27 @@ class Life:
         holder = self.draw.choice(EXECUTORS)
         seen = await self.admission.ledger().GetSnapshot(ledger_pb2.GetSnapshotRequest())
         request = ledger_pb2.CommitPlanRequest(
-            executor=holder, lease_epoch=self.leases[holder], version=seen.plan_version + 1,
-            starts=[ledger_pb2.AttemptStart(task=name, expected_epoch=model.epoch)],
+            executor=holder, lease_term=self.leases[holder], version=seen.plan_version + 1,
+            starts=[ledger_pb2.AttemptStart(task=name, expected_attempt=model.attempt)],
         )  # fmt: skip
         if model.state in FINAL:
-            with refused(grpc.StatusCode.ABORTED, "STALE_EPOCH"):
+            with refused(grpc.StatusCode.ABORTED, "SUPERSEDED"):
                 await self.admission.ledger().CommitPlan(request)
             return
-        assert list((await self.admission.ledger().CommitPlan(request)).attempt_epochs) == [model.epoch + 1]
-        model.epoch, model.executor = model.epoch + 1, holder
+        assert list((await self.admission.ledger().CommitPlan(request)).attempts) == [model.attempt + 1]
+        model.attempt, model.executor = model.attempt + 1, holder
         if model.state == "QUEUED":
             model.become("RUNNING")
 
     async def say(self, model: Model, result: plan_pb2.TaskResult) -> str:
         holder = model.executor or EXECUTORS[0]
-        (verdict,) = await self.admission.commit(result, lease_epoch=self.leases[holder], executor=holder)
+        (verdict,) = await self.admission.commit(result, lease_term=self.leases[holder], executor=holder)
         return verdict
 
     async def work(self, name: str, model: Model) -> None:
         number = model.step + self.draw.choice((0, 1, 1))
         is_checkpoint = self.draw.random() < 0.3
-        verdict = await self.say(model, (checkpoint if is_checkpoint else step)(name, model.epoch, number))
+        verdict = await self.say(model, (checkpoint if is_checkpoint else step)(name, model.attempt, number))
         if not model.executor:
             assert verdict == ("DUPLICATE" if model.state in FINAL else "STALE")
             return
@@ -129,7 +129,7 @@ class Life:
             model.step = number
 
     async def stale(self, name: str, model: Model) -> None:
-        results = (step(name, model.epoch - 1, model.step + 1), finished(name, model.epoch - 1, "old"))
+        results = (step(name, model.attempt - 1, model.step + 1), finished(name, model.attempt - 1, "old"))
         assert await self.say(model, self.draw.choice(results)) == "STALE"
 
     async def end(self, name: str, model: Model) -> None:
@@ -137,12 +137,12 @@ class Life:
             return
         fails = self.draw.random() < 0.4
         failure = errors_pb2.TaskFailure(reason=errors_pb2.ERROR_REASON_NON_FINITE)
-        done = finished(name, model.epoch, "k" if model.step else "", cancelled=model.state == "CANCELLING")
-        result = plan_pb2.TaskResult(task=name, attempt_epoch=model.epoch, failed=failure) if fails else done
+        done = finished(name, model.attempt, "k" if model.step else "", cancelled=model.state == "CANCELLING")
+        result = plan_pb2.TaskResult(task=name, attempt=model.attempt, failed=failure) if fails else done
         holder = model.executor
         assert await self.say(model, result) == "COMMITTED"
         model.become("FAILED" if fails else "CANCELLED" if model.state == "CANCELLING" else "SUCCEEDED")
-        again = await self.admission.commit(result, lease_epoch=self.leases[holder], executor=holder)
+        again = await self.admission.commit(result, lease_term=self.leases[holder], executor=holder)
         assert again == ["DUPLICATE"]
 
     async def cancel(self, name: str, model: Model) -> None:
@@ -158,7 +158,7 @@ class Life:
     async def release(self, name: str, model: Model) -> None:
         if not model.executor:
             return
-        result = plan_pb2.TaskResult(task=name, attempt_epoch=model.epoch, released=plan_pb2.TaskReleased())
+        result = plan_pb2.TaskResult(task=name, attempt=model.attempt, released=plan_pb2.TaskReleased())
         assert await self.say(model, result) == "COMMITTED"
         model.executor = ""
         if model.state == "RUNNING":
@@ -185,7 +185,7 @@ class Life:
             self.leases[holder] += 1
             incarnation = f"i{self.leases[holder]}"
             answer = await self.admission.ledger().PutLease(lease(executor(holder, incarnation)))
-            assert answer.lease_epoch == self.leases[holder]
+            assert answer.lease_term == self.leases[holder]
         for held in self.models.values():
             if held.executor in lost:
                 held.lose_executor()
@@ -193,7 +193,7 @@ class Life:
     async def compare(self, name: str) -> None:
         model, found = self.models[name], (await self.admission.tenant().GetTask(pb.GetTaskRequest(name=name))).task
         assert task_pb2.TaskState.Name(found.state) == f"TASK_STATE_{model.state}"
-        assert (found.attempt_epoch, found.progress.step) == (model.epoch, model.step)
+        assert (found.attempt, found.progress.step) == (model.attempt, model.step)
         assert found.HasField("end_time") == (model.state in FINAL)
 
     async def finish(self) -> None:
@@ -226,16 +226,16 @@ async def test_random_lives_are_the_models(admission: Admission, seed: int) -> N
 
 
 async def call_something(admission: Admission, draw: random.Random, task: str) -> None:
-    epoch, number = draw.randint(1, 5), draw.randint(1, 9)
+    attempt, number = draw.randint(1, 5), draw.randint(1, 9)
     match draw.choices(("run", "step", "checkpoint", "finish", "cancel", "revoke"), (4, 4, 4, 1, 0.5, 3))[0]:
         case "run":
             await admission.run(task)
         case "step":
-            await admission.commit(step(task, epoch, number))
+            await admission.commit(step(task, attempt, number))
         case "checkpoint":
-            await admission.commit(checkpoint(task, epoch, number))
+            await admission.commit(checkpoint(task, attempt, number))
         case "finish":
-            await admission.commit(finished(task, epoch, "k"))
+            await admission.commit(finished(task, attempt, "k"))
         case "cancel":
             await admission.tenant().CancelTask(pb.CancelTaskRequest(name=task))
         case "revoke":
@@ -262,9 +262,9 @@ async def test_random_lives_at_once_stay_legal(admission: Admission) -> None:
     for task in tasks:
         seen = (await admission.tenant().GetTask(pb.GetTaskRequest(name=task))).task
         if task_pb2.TaskState.Name(seen.state).removeprefix("TASK_STATE_") not in FINAL:
-            (epoch,) = await admission.run(task)
+            (attempt,) = await admission.run(task)
             is_cancelling = seen.state == task_pb2.TASK_STATE_CANCELLING
-            assert await admission.commit(finished(task, epoch, "k", cancelled=is_cancelling)) == ["COMMITTED"]
+            assert await admission.commit(finished(task, attempt, "k", cancelled=is_cancelling)) == ["COMMITTED"]
         events = await admission.events(task)
         assert [event.sequence for event in events] == list(range(1, len(events) + 1))
         names = [

@@ -98,7 +98,7 @@ async def test_what_is_remembered_lets_nothing_wrong_in(admission: Admission) ->
 
 async def test_an_executor_that_changes_is_looked_at_anew(admission: Admission) -> None:
     dataset = (await admission.upload()).name
-    seconds, changed = (await estimate(admission, spec(dataset))).seconds, executor(lease_epoch=1)
+    seconds, changed = (await estimate(admission, spec(dataset))).seconds, executor(lease_term=1)
     changed.device.effective_tokens_per_second /= 2
     await admission.ledger().PutLease(lease(changed))
     assert (await estimate(admission, spec(dataset))).seconds == pytest.approx(2 * seconds)

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from engine.errors import UnavailableError
 from services.admission.store.database import Database
-from services.admission.store.prepared_statements import Statement
+from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import audit_events, requests, task_events, usage
 from tests.services.admission.admission_mesh import DATABASES
 
@@ -38,8 +38,8 @@ def database(database_url: str) -> Iterator[Database]:
 
 @both
 def test_what_is_stored_is_what_sqlalchemy_reads_and_the_other_way_round(database: Database) -> None:
-    insert = Statement(sa.insert(task_events))
-    select = Statement(
+    insert = PreparedStatement(sa.insert(task_events))
+    select = PreparedStatement(
         sa.select(task_events).where(task_events.c.task == sa.bindparam("task")).order_by(task_events.c.sequence)
     )
     draw, kept = random.Random(0), []
@@ -61,7 +61,7 @@ def test_what_is_stored_is_what_sqlalchemy_reads_and_the_other_way_round(databas
 
 @both
 def test_numbers_of_accounts_come_back_as_they_went(database: Database) -> None:
-    insert, select = Statement(sa.insert(usage)), Statement(sa.select(usage))
+    insert, select = PreparedStatement(sa.insert(usage)), PreparedStatement(sa.select(usage))
     values = {"tenant": "tenants/a", "day": 1, "effective_tokens": 1 << 60, "padding_tokens": 0, "num_steps": 3}
     with database.write() as connection:
         insert.run(connection, **values, device_seconds=2.0)
@@ -72,7 +72,7 @@ def test_numbers_of_accounts_come_back_as_they_went(database: Database) -> None:
 
 @both
 def test_what_a_column_counts_by_itself_is_counted(database: Database) -> None:
-    insert = Statement(sa.insert(audit_events))
+    insert = PreparedStatement(sa.insert(audit_events))
     told = {"time": 1, "subject": "s", "tenant": "t", "method": "m", "resource": "r", "status_code": "OK"}
     with database.write() as connection:
         for _ in range(3):
@@ -82,7 +82,7 @@ def test_what_a_column_counts_by_itself_is_counted(database: Database) -> None:
 
 @both
 def test_a_transaction_that_raises_leaves_nothing_of_them(database: Database) -> None:
-    insert, select = Statement(sa.insert(requests)), Statement(sa.select(requests))
+    insert, select = PreparedStatement(sa.insert(requests)), PreparedStatement(sa.select(requests))
     row = {"tenant": "t", "request_id": "r", "method": "m", "body_sha256": "b", "resource": "x", "created": 1}
     with pytest.raises((sqlite3.IntegrityError, sa.exc.IntegrityError)), database.write() as connection:
         insert.run(connection, **row)
@@ -94,4 +94,4 @@ def test_a_transaction_that_raises_leaves_nothing_of_them(database: Database) ->
 def test_a_database_that_is_away_is_unavailable(database: Database) -> None:
     with pytest.raises(UnavailableError), database.write() as connection:
         connection.execute(sa.text("DROP TABLE requests"))
-        Statement(sa.select(requests)).rows(connection)
+        PreparedStatement(sa.select(requests)).rows(connection)
