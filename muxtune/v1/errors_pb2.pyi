@@ -52,7 +52,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED: a limit of the tenant or the service; QuotaFailure names it."""
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 13
     """RESOURCE_EXHAUSTED: too much at once; RetryInfo says when to come back."""
-    ERROR_REASON_STALE_EPOCH: _ErrorReason.ValueType  # 14
+    ERROR_REASON_SUPERSEDED: _ErrorReason.ValueType  # 14
     """ABORTED: the writer's attempt, lease, leader term or plan version was superseded; what it sent does not count."""
     ERROR_REASON_LEASE_LOST: _ErrorReason.ValueType  # 15
     """ABORTED: the executor's lease ended or belongs to another incarnation."""
@@ -105,7 +105,7 @@ ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 12
 """RESOURCE_EXHAUSTED: a limit of the tenant or the service; QuotaFailure names it."""
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 13
 """RESOURCE_EXHAUSTED: too much at once; RetryInfo says when to come back."""
-ERROR_REASON_STALE_EPOCH: ErrorReason.ValueType  # 14
+ERROR_REASON_SUPERSEDED: ErrorReason.ValueType  # 14
 """ABORTED: the writer's attempt, lease, leader term or plan version was superseded; what it sent does not count."""
 ERROR_REASON_LEASE_LOST: ErrorReason.ValueType  # 15
 """ABORTED: the executor's lease ended or belongs to another incarnation."""

@@ -33,7 +33,7 @@ _PATIENT, _IMPATIENT = (
     PreparedStatement(sa.text(f"PRAGMA busy_timeout={wait}")) for wait in (_PATIENCE_MILLISECONDS, 0)
 )
 _OF_DATABASES = (sa.exc.DBAPIError, sqlite3.OperationalError, sa.exc.TimeoutError)  # SQLite's own: of a Statement
-_MIGRATIONS = Path(__file__).parent / "migrations"
+_MIGRATIONS = Path(__file__).parents[1] / "migrations"
 _SILENCE_SECONDS = 10
 _switching = threading.Lock()  # SQLite says "locked", and waits for nobody, where two connections turn to WAL at once
 _WRITERS_LOCK = 0x6D7578  # PostgreSQL's advisory lock: writers take turns, as they do on SQLite

@@ -19,7 +19,7 @@ from services.rpc.authentication import bearer_metadata
 from services.rpc.errors import TABLE, mapped, to_failure, to_status
 from services.telemetry import _JsonFormatter
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 GET = admission_pb2.GetTaskRequest(name="tenants/a/tasks/b")
 
 

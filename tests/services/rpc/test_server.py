@@ -23,7 +23,7 @@ from services.rpc.client_channel import open_channel
 from services.settings import ServerSettings, SettingsError, environment_of
 from services.telemetry import configure
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NAME = "muxtune.v1.AdmissionService"
 PROGRAM = """
 import asyncio, os, sys

@@ -21,7 +21,7 @@ from services.admission.store.database import Database
 from services.admission.store.tables import plans
 from tests.services.admission.admission_mesh import DATABASES, TIMEOUT_SECONDS
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 both = pytest.mark.parametrize("database_url", DATABASES, indirect=True)
 
 
