@@ -7,7 +7,7 @@ DATA ?= muxtune-data
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help demo up test test-kernels test-gpu kernels sanitize bench-kernels bench bench-gpu bench-profile bench-planner lint types protos clean
+.PHONY: help demo up test test-all test-rest test-kernels test-gpu kernels sanitize bench-kernels bench bench-gpu bench-profile bench-planner lint types protos clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 15
@@ -26,8 +26,18 @@ demo: $(READY) ## five tasks of three tenants on one backbone, in under five min
 up: $(READY) ## the four services on loopback, until interrupted
 	muxtune up --data $(DATA)
 
-test: $(READY) ## all tests that need no GPU
-	python -m pytest -m "not gpu"
+# Two workers: most of the seconds of the mesh's tests are waits.
+PYTEST := python -m pytest -n 2 --dist loadgroup
+THOROUGH := --hypothesis-profile=thorough
+
+test: $(READY) ## the tests that need no GPU, in ten minutes
+	$(PYTEST) -m "not gpu and not thorough"
+
+test-all: $(READY) ## everything that needs no GPU: all architectures, both databases, long runs, many seeds and examples
+	$(PYTEST) -m "not gpu" $(THOROUGH)
+
+test-rest: $(READY) ## what test-all runs and test does not
+	$(PYTEST) -m "not gpu and (thorough or hypothesis)" $(THOROUGH)
 
 test-kernels: $(READY) ## the CUDA kernels' tests that need no GPU: their own source, run on this CPU; part of test
 	python -m pytest -m "not gpu" tests/engine/kernels tests/benchmarks

@@ -12,8 +12,10 @@ from google.protobuf.message_factory import GetMessageClass
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from tests.thoroughness import examples
+
 # Of each RPC; 2500 make the 100,000 of the long mode.
-NUM_EXAMPLES = int(os.environ.get("MUXTUNE_FUZZ_EXAMPLES", "15"))
+NUM_EXAMPLES = int(os.environ.get("MUXTUNE_FUZZ_EXAMPLES") or examples(15))
 FUZZING = settings(
     max_examples=NUM_EXAMPLES,
     deadline=None,

@@ -15,6 +15,7 @@ from engine.alignment.row_tokenizer import tokenize
 from engine.alignment.tokenizer import BackboneTokenizer
 from engine.errors import InvalidInputError
 from engine.task import Overlength, Training
+from tests.thoroughness import examples
 from tests.tiny_tokenizer import write_tokenizer
 
 trainings = st.builds(
@@ -143,7 +144,7 @@ BARE = (
     chats=st.lists(st.lists(st.sampled_from(["", "", "a", "the fox"]), min_size=1, max_size=6), min_size=1, max_size=4),
     limit=st.integers(3, 12),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_what_bears_loss_is_kept_row_by_row(bare: BackboneTokenizer, chats: list[list[str]], limit: int) -> None:
     rows = [
         Row(i, "messages", {"messages": [{"role": "user", "content": "q"}]

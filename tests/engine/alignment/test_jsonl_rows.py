@@ -13,6 +13,7 @@ from engine.alignment.jsonl_rows import MAX_LINE_BYTES, parse_lines
 from engine.alignment.row_tokenizer import RowRefusedError, TokenizedRow, tokenize
 from engine.alignment.tokenizer import BackboneTokenizer, TextPiece
 from engine.errors import MalformedDatasetError
+from tests.thoroughness import examples
 from tests.tiny_tokenizer import CHATML, write_tokenizer
 
 SECRET = "s3cr3t-of-a-tenant"
@@ -230,7 +231,7 @@ def test_blank_lines_count_as_lines_but_not_as_rows() -> None:
         st.sampled_from(["messages", "prompt", "completion", "text", "role", "content", "x"]), inner, max_size=3),
     max_leaves=8,
 ).map(lambda value: json.dumps(value).encode()))  # fmt: skip
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_any_bytes_are_a_row_or_malformed(line: bytes) -> None:
     try:
         rows = list(parse_lines([line]))
@@ -245,7 +246,7 @@ turns = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), texts), min_s
 
 
 @given(pairs=turns)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_chatml_answers_are_learned_whole_and_nothing_else(
     tokenizer: BackboneTokenizer, pairs: list[tuple[str, str]]
 ) -> None:

@@ -16,6 +16,7 @@ from engine.methods import Lora, Prefix, Prompt
 from engine.methods.base import Method
 from engine.planning.cost.memory_model import microbatch_tokens
 from engine.task import TaskSpec, Training, evaluation_is_due
+from tests.thoroughness import examples
 
 
 def _dataset(lengths: list[int], first_token: int) -> TokenizedDataset:
@@ -108,7 +109,7 @@ def _expected(member: PackedTask) -> Sequences:
 
 
 @given(members=members(), layout=layouts)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_every_sequence_once_at_its_place_whoever_is_beside_it(
     members: list[PackedTask], layout: tuple[int, int]
 ) -> None:
@@ -120,7 +121,7 @@ def test_every_sequence_once_at_its_place_whoever_is_beside_it(
 
 
 @given(members=members(), layout=layouts)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_microbatches_are_well_formed(members: list[PackedTask], layout: tuple[int, int]) -> None:
     token_budget, chunk_tokens = layout
     by_name = {member.task: member for member in members}
@@ -144,7 +145,7 @@ def test_microbatches_are_well_formed(members: list[PackedTask], layout: tuple[i
 
 
 @given(members=members(), layout=layouts)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_rounds_close_and_denominators_are_the_whole_batch(members: list[PackedTask], layout: tuple[int, int]) -> None:
     microbatches = list(rounds(members, *layout))
     targets: collections.Counter[tuple[str, int, MicrobatchKind]] = collections.Counter()
@@ -169,7 +170,7 @@ def test_rounds_close_and_denominators_are_the_whole_batch(members: list[PackedT
 
 
 @given(members=members(), layout=layouts, skipped=st.integers(0, 3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_resuming_at_a_cursor_gives_the_rest(members: list[PackedTask], layout: tuple[int, int], skipped: int) -> None:
     later = [dataclasses.replace(m, step=min(m.step + skipped, m.num_steps)) for m in members]
     whole, rest = _sequences(list(rounds(members, *layout))), _sequences(list(rounds(later, *layout)))
@@ -206,7 +207,7 @@ def test_a_long_evaluation_is_packed_in_good_time(num_rows: int) -> None:
 
 
 @given(members=members(), layout=layouts)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_no_microbatch_passes_what_the_memory_model_counts(members: list[PackedTask], layout: tuple[int, int]) -> None:
     prefixes = {member.task: member.num_prefix_tokens for member in members}
     specs = []

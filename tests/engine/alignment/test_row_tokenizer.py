@@ -19,6 +19,7 @@ from engine.alignment.tokenizer import BackboneTokenizer
 from engine.errors import InvalidInputError
 from engine.task import Overlength, Training
 from tests.engine.alignment.test_special_tokens import KINDS
+from tests.thoroughness import examples
 from tests.tiny_tokenizer import CHATML, write_tokenizer
 
 ANSWER = "{{ message['content'] + '<|im_end|>\n' }}"
@@ -82,7 +83,7 @@ def expected(row: dict[str, Any], theirs: Any, parses: bool) -> tuple[list[int],
     parses=st.booleans(),
     batch=st.sampled_from([(512, 1 << 16), (1, 1), (3, 1 << 16), (512, 40)]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_a_dataset_is_read_as_transformers_reads_each_row(
     both: tuple[BackboneTokenizer, Any],
     data: Any,
@@ -134,7 +135,7 @@ def any_kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_neighbours_change_nothing(any_kind: BackboneTokenizer, data: st.DataObject) -> None:
     """Whatever tokens come of conversations that spell special ones, or of what a model makes special ones of."""
     ours = any_kind

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from engine.alignment.jsonl_rows import Row
 from engine.alignment.row_tokenizer import RowRefusedError, tokenize
 from engine.alignment.tokenizer import BackboneTokenizer, TextPiece
+from tests.thoroughness import examples
 from tests.tiny_tokenizer import CHATML, write_tokenizer
 
 CONTENT = "message['content']"
@@ -41,7 +42,7 @@ contents = st.lists(pieces, max_size=5).map("".join)
 
 
 @given(question=contents, answer=contents)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_the_form_is_the_templates_alone(tokenizer: BackboneTokenizer, question: str, answer: str) -> None:
     """As many special tokens as in a conversation of the same form without any in it, and the text as it was."""
     row = tokenize(chat(("user", question), ("assistant", answer)), tokenizer)
@@ -64,7 +65,7 @@ def test_a_forged_turn_bears_no_structure(tokenizer: BackboneTokenizer) -> None:
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), min_size=2, max_size=2))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_an_honest_conversation_is_tokenized_as_transformers_does(folder: Path, texts: list[str]) -> None:
     question, answer = texts
     if any(token in text for token in SPECIAL for text in texts):

@@ -18,6 +18,7 @@ from engine.alignment.preflight import preflight
 from engine.alignment.row_tokenizer import RowRefusedError, tokenize
 from engine.alignment.tokenizer import BackboneTokenizer
 from engine.task import Training
+from tests.thoroughness import examples
 from tests.tiny_tokenizer import write_tokenizer
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "hello, how are you? 1 2 3", "im start end user assistant unk"]
@@ -138,7 +139,7 @@ def closed(ids: list[int], eos: int) -> list[int]:
 
 
 @given(prompt=texts, completion=texts, parses=st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_rows_are_read_as_transformers_reads_them(
     both: tuple[BackboneTokenizer, Any], prompt: str, completion: str, parses: bool
 ) -> None:
@@ -169,7 +170,7 @@ def test_rows_are_read_as_transformers_reads_them(
 
 
 @given(text=texts)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_no_special_token_comes_of_a_text_unless_asked_for(both: tuple[BackboneTokenizer, Any], text: str) -> None:
     """Those that stand around any text are the tokenizer's own; <unk> is what it has no piece for."""
     ours, theirs = both
@@ -185,7 +186,7 @@ def test_no_special_token_comes_of_a_text_unless_asked_for(both: tuple[BackboneT
 
 
 @given(rows=st.lists(texts, min_size=1, max_size=6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_preflight_counts_the_rows_that_spell_one(both: tuple[BackboneTokenizer, Any], rows: list[str]) -> None:
     ours, theirs = both
     data = [Row(i, "text", {"text": f"{text} fox"}) for i, text in enumerate(rows)]

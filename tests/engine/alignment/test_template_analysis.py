@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.alignment.chat_template import ChatTemplate, TemplateRefusedError
+from tests.thoroughness import examples
 from tests.tiny_tokenizer import CHATML
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -62,7 +63,7 @@ message = st.fixed_dictionaries(
     after=st.sampled_from(AFTER),
     messages=st.lists(message, max_size=5),
 )
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 def test_prefixes_are_those_that_are_rendered_alone(
     before: str, loop: str, inside: list[str], after: str, messages: list[dict[str, str]]
 ) -> None:

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from engine.alignment.token_offsets import TokenLengths
 from engine.alignment.tokenizer import BackboneTokenizer, TextPiece
 from tests.engine.alignment.test_special_tokens import byte_fallback, texts, unigram, word_piece
+from tests.thoroughness import examples
 from tests.tiny_tokenizer import write_tokenizer
 
 
@@ -50,7 +51,7 @@ TOLD = {
 
 @pytest.mark.parametrize("tokenizer", TOLD.values(), ids=TOLD.keys())
 @given(text=texts | st.text(max_size=30))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_offsets_are_those_of_tokenizers(tokenizer: Tokenizer, text: str) -> None:
     theirs = tokenizer.encode(text, add_special_tokens=False)
     lengths = TokenLengths.of(tokenizer)
@@ -64,7 +65,7 @@ def test_offsets_are_those_of_tokenizers(tokenizer: Tokenizer, text: str) -> Non
 
 @pytest.mark.parametrize("tokenizer", TOLD.values(), ids=TOLD.keys())
 @given(parts=st.lists(texts | st.text(max_size=30), max_size=5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_offsets_of_texts_are_counted_through_all_of_them(tokenizer: Tokenizer, parts: list[str]) -> None:
     """Whether they are told at once, or one by one as some of them can't be told by lengths."""
     ours, pieces = BackboneTokenizer(tokenizer, {}, None), [TextPiece(part, has_offsets=True) for part in parts]

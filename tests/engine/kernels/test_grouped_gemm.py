@@ -13,6 +13,7 @@ from engine.kernels import grouped_gemm as entry
 from engine.kernels.grouped_gemm_device import Product, launched
 from tests.engine.kernels.conftest import MakeLauncher
 from tests.engine.kernels.poison import poisoned_memory
+from tests.thoroughness import examples
 
 __all__ = ["poisoned_memory"]
 
@@ -124,13 +125,13 @@ SHAPES = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shapes=st.lists(SHAPES, min_size=1, max_size=4), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1))
 def test_equals_float64(at: Any, shapes: list[Shape], dtype: torch.dtype, seed: int) -> None:
     check(Problem(shapes, dtype), at(seed))
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(10), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shapes=st.lists(SHAPES, min_size=1, max_size=4))
 def test_the_reference_equals_float64(at: Any, shapes: list[Shape]) -> None:
     check(Problem(shapes, torch.float32), at(0), with_kernel=False)

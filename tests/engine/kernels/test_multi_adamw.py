@@ -11,6 +11,7 @@ from engine.kernels import multi_adamw as adamw
 from engine.kernels import multi_grad_norm as grad_norm
 from engine.kernels.multi_adamw import AdamWGroup
 from tests.engine.kernels.conftest import MakeLauncher
+from tests.thoroughness import examples
 
 TENSORS = ("parameters_P", "gradients_P", "first_moments_P", "second_moments_P")
 SIZES = st.lists(st.one_of(st.integers(0, 300), st.sampled_from([1, 128, 1000, 5000])), min_size=1, max_size=6)
@@ -74,7 +75,7 @@ def run(kind: str, make_launcher: MakeLauncher, groups: list[AdamWGroup]) -> tup
 
 
 @pytest.mark.parametrize("kind", ["reference", "kernel"])
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(10), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=SIZES, step=st.sampled_from([1, 2, 1000]))
 def test_equals_torch(make_launcher: MakeLauncher, kind: str, sizes: list[int], step: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -13,6 +13,7 @@ from engine.kernels import multi_affine as entry
 from engine.kernels.multi_affine import AffineUse, multi_affine
 from tests.engine.kernels.conftest import MakeLauncher
 from tests.engine.kernels.poison import poisoned_memory
+from tests.thoroughness import examples
 
 __all__ = ["poisoned_memory"]
 
@@ -131,7 +132,7 @@ SHAPES = st.builds(
 WIDTHS = st.one_of(st.integers(1, 140), st.sampled_from([8, 64, 1032, 2051]))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shapes=st.lists(SHAPES, min_size=1, max_size=4),
     width=WIDTHS,
@@ -143,7 +144,7 @@ def test_equals_float64(at: Any, shapes: list[Shape], width: int, dtype: torch.d
     check(Problem(shapes, width, dtype, gap), at(seed))
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(10), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shapes=st.lists(SHAPES, min_size=1, max_size=4), dtype=st.sampled_from(DTYPES))
 def test_the_reference_equals_float64(at: Any, shapes: list[Shape], dtype: torch.dtype) -> None:
     check(Problem(shapes, 24, dtype), at(0), with_kernel=False)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from engine.kernels import multi_grad_norm as entry
 from tests.engine.kernels.conftest import MakeLauncher
 from tests.engine.kernels.poison import poisoned_memory
+from tests.thoroughness import examples
 
 __all__ = ["poisoned_memory"]
 
@@ -31,7 +32,7 @@ SIZES = st.lists(st.one_of(st.integers(0, 300), st.sampled_from([1, 128, 1000, 7
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(10), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=SIZES, scale=st.sampled_from([1e-18, 1.0, 1e18]), seed=st.integers(0, 1))
 def test_equals_float64(make_launcher: MakeLauncher, kind: str, sizes: list[int], scale: float, seed: int) -> None:
     """Also where the squares are beyond what a float holds, either way."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from engine.kernels.multi_lora.dispatch import multi_lora
 from engine.kernels.multi_lora.types import AdapterSlice, LowRank, Operator
 from engine.kernels.packed_weight import PackedWeight
+from tests.thoroughness import examples
 
 pytestmark = pytest.mark.skipif(PackedWeight.of(torch.ones(2, 2)) is None, reason="this CPU is not packed for")
 SIZES, ROOT = st.integers(1, 200), Path(__file__).parents[3]
@@ -29,7 +30,7 @@ def near(product: torch.Tensor, exact: torch.Tensor) -> bool:
     return product.dtype == torch.float32 and torch.allclose(product.double(), exact, rtol=1e-5, atol=1e-4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(num_tokens=st.integers(0, 300), num_in=SIZES, num_out=SIZES, seed=st.integers(0, 9), has_bias=st.booleans(),
        is_transposed=st.booleans(), is_strided=st.booleans())  # fmt: skip
 def test_products_are_those_of_the_plain_weight(
@@ -99,6 +100,8 @@ MANY_ROWS = """
 import random, torch
 from pathlib import Path
 from engine.kernels.packed_weight import PackedWeight
+from tests.thoroughness import examples
+from tests.thoroughness import examples
 
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) << 12

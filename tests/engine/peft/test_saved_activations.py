@@ -26,6 +26,7 @@ from engine.methods import (
 from engine.methods.base import Method
 from engine.runtime.executor import Executor
 from tests.engine.runtime.tiny import CONFIGS, TinyTask, executor_with, model_of, pack_round, task_of
+from tests.thoroughness import examples
 
 MODEL = model_of(CONFIGS["llama-tied"])  # grouped heads, biases
 ALL, CHUNK = ("all-linear",), 8
@@ -156,7 +157,7 @@ def test_a_method_keeps_what_it_states(name: str) -> None:
     assert found == 4 * (stated_elements([own], in_stream(stream)) + constant_elements([own]))
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=examples(15), deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(sorted(METHODS)), min_size=2, max_size=6), st.data())
 def test_a_mixture_keeps_what_its_methods_state(names: list[str], data: st.DataObject) -> None:
     lengths = st.lists(st.integers(2, 24), min_size=1, max_size=4)

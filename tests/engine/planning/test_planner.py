@@ -14,6 +14,7 @@ from engine.planning.cost.memory_model import total_bytes
 from engine.planning.planner import plan
 from engine.planning.types import BackboneView, ExecutorView, HTask, Plan, PlannerConfig, Site, Snapshot, TaskView
 from engine.task import TaskSpec, Training
+from tests.thoroughness import examples
 
 LIMITS = PlannerConfig(token_budget=256, chunk_tokens=16)
 SITES = tuple(Site(f"layers.{i}.{n}", 512, 512) for i in range(4) for n in ("q_proj", "v_proj"))
@@ -71,7 +72,7 @@ def _placed(made: Plan) -> dict[str, str]:
 
 
 @given(snapshots())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_any_plan_is_within_memory_complete_and_explained(snapshot: Snapshot) -> None:
     made = plan(snapshot, LIMITS)
     by_name = {task.name: task for task in snapshot.tasks}
@@ -107,7 +108,7 @@ def carried_out(snapshot: Snapshot) -> Snapshot:
 
 
 @given(snapshots(), st.randoms())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_same_snapshot_same_plan(snapshot: Snapshot, random: object) -> None:
     assert plan(snapshot, LIMITS) == plan(snapshot, LIMITS)
     executors = list(snapshot.executors)
@@ -117,7 +118,7 @@ def test_same_snapshot_same_plan(snapshot: Snapshot, random: object) -> None:
 
 
 @given(snapshots())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_a_plan_carried_out_is_planned_again(snapshot: Snapshot) -> None:
     """Sticky: when nothing changes, nobody moves."""
     placed = _placed(plan(snapshot, LIMITS))

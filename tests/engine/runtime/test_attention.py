@@ -15,6 +15,7 @@ from engine.runtime.attention import packed_attention
 from engine.runtime.backbone import Backbone
 from engine.runtime.varlen_attention import Shared, why_not
 from tests.engine.runtime.tiny import CONFIGS, model_of
+from tests.thoroughness import examples
 
 MODULE = nn.Linear(1, 1)
 
@@ -69,7 +70,7 @@ def heads(num_heads: int, num_tokens: int, width: int, dtype: torch.dtype, seed:
     return torch.randn(1, num_heads, num_tokens, width, generator=generator).to(dtype)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     group=st.integers(1, 3),

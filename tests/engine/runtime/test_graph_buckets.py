@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
 from engine.methods import Lora
 from engine.runtime.graph_buckets import GraphBucket, GraphInputs, form_of, packed, unpacked
+from tests.thoroughness import examples
 
 RANGES = st.lists(
     st.tuples(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 15)), min_size=1, max_size=5
@@ -42,7 +43,7 @@ def microbatch_of(ranges: Any, seed: int) -> Microbatch:
     return Microbatch(0, MicrobatchKind.TRAIN, ids_T, targets_T, tuple(made), True)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(ranges=RANGES, seed=st.integers(0, 2**31), has_left=st.booleans())
 def test_every_token_stands_in_its_form_and_its_loss_comes_back(ranges: Any, seed: int, has_left: bool) -> None:
     microbatch = microbatch_of(ranges, seed)

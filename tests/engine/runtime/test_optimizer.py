@@ -12,6 +12,7 @@ from engine.runtime import optimizer as optimizers
 from engine.runtime.optimizer import TaskOptimizer, step_all
 from engine.task import Optimizer, Training
 from tests.engine.runtime.tiny import CONFIGS, executor_with, model_of, pack_round, task_of
+from tests.thoroughness import examples
 
 
 @dataclass
@@ -68,7 +69,7 @@ TRAININGS = st.builds(
 SIZES = st.dictionaries(st.sampled_from([1.0, 16.0, 0.5]), st.integers(1, 40), min_size=1, max_size=2)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(tasks=st.lists(st.tuples(TRAININGS, SIZES), min_size=1, max_size=5), gradient=st.sampled_from([1e-6, 1.0, 1e4]))
 def test_equals_torchs_optimizers_step_by_step(tasks: list[tuple[Training, dict[float, int]]], gradient: float) -> None:
     pairs = [Pair(training, sizes, seed) for seed, (training, sizes) in enumerate(tasks)]

@@ -21,6 +21,7 @@ from engine.runtime.task_state import TaskAssignment
 from engine.task import LrSchedule, Optimizer, TaskSpec, Training
 from tests.engine.runtime.test_methods import IN_PEFT, MORE, OWN
 from tests.engine.runtime.tiny import CONFIGS, VOCAB, executor_with, model_of
+from tests.thoroughness import examples
 
 MODEL = model_of(CONFIGS["llama-tied"])  # with biases
 METHODS = IN_PEFT | OWN | MORE
@@ -168,7 +169,7 @@ def plans_of(draw: st.DrawFn, neighbours: list[str]) -> list[Plan]:
     return plans
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(80), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(names, st.sampled_from(list(Optimizer)), st.data())
 def test_whatever_is_planned_around_it(chosen: list[str], optimizer: Optimizer, data: st.DataObject) -> None:
     jobs = {f"{i}-{name}": job(f"{i}-{name}", i, name, data.draw(rows), optimizer) for i, name in enumerate(chosen)}

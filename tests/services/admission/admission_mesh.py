@@ -54,7 +54,8 @@ from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter
 from services.storage.artifact_store import ArtifactStore
 
 SECRET = "mesh_of-the-tests"
-DATABASES = ["sqlite", "postgresql"]
+BOTH_DATABASES = ["sqlite", "postgresql"]  # of tests of what differs between them
+DATABASES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.thorough)]
 TIMEOUT_SECONDS = 20.0
 MAX_DATASET_BYTES, MAX_UPLOAD_BYTES = 1 << 20, 1 << 20
 ROWS = [{"text": "the quick brown fox " * (1 + i % 3)} for i in range(10)]

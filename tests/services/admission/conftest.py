@@ -1,10 +1,12 @@
 """Admission on SQLite, and on PostgreSQL where a module asks for both."""
 
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
+from services.admission.store.database import Database
 from services.storage.artifact_store import ArtifactStore
 from tests.services.admission.admission_mesh import Admission, Alignment
 from tests.services.admission.postgres import NoPostgresError, Postgres, running_postgres
@@ -20,12 +22,36 @@ def postgres() -> Iterator[Postgres]:
         pytest.skip(f"no PostgreSQL can start here: {error}")
 
 
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database's file with all tables and no row."""
+    path = tmp_path_factory.mktemp("migrated") / "muxtune.db"
+    migrate(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def migrated_postgresql(postgres: Postgres) -> str:
+    """The URL of a database with all tables and no row."""
+    url = postgres.new_database()
+    migrate(url)
+    return url
+
+
+def migrate(url: str) -> None:
+    database = Database(url)
+    database.migrate()
+    database.close()
+
+
 @pytest.fixture
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """SQLite in a file; `parametrize("database_url", DATABASES, indirect=True)` takes PostgreSQL as well."""
+    """A copy of a migrated database: SQLite's in a file; `parametrize("database_url", DATABASES, indirect=True)` takes
+    PostgreSQL as well."""
     if getattr(request, "param", "sqlite") == "postgresql":
-        url: str = request.getfixturevalue("postgres").new_database()
+        url: str = request.getfixturevalue("postgres").new_database(request.getfixturevalue("migrated_postgresql"))
         return url
+    shutil.copyfile(request.getfixturevalue("migrated_sqlite"), tmp_path / "muxtune.db")
     return f"sqlite:///{tmp_path / 'muxtune.db'}"
 
 

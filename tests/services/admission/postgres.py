@@ -32,22 +32,28 @@ class Postgres:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def new_database(self) -> str:
-        """Its URL as SQLAlchemy writes it."""
+    def new_database(self, template: str = "") -> str:
+        """The URL, as SQLAlchemy writes it, of an empty database, or of a copy of the one at the URL `template`, which
+        nobody may be connected to."""
         name = f"db_{uuid.uuid4().hex[:12]}"
+        copied = f" TEMPLATE {name_of(template)} STRATEGY FILE_COPY" if template else ""
         with self.connect() as connection:
-            connection.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload]
+            connection.execute(f"CREATE DATABASE {name}{copied}")  # type: ignore[call-overload]
         return f"postgresql+psycopg://postgres@/{name}?host={self._folder}"
 
     def break_connections(self, url: str) -> int:
         """Ends every connection to a database, as a restart or a failover would; how many there were."""
-        name = url.partition("@/")[2].partition("?")[0]
         query = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
         with self.connect() as connection:
-            return len(connection.execute(query, (name,)).fetchall())
+            return len(connection.execute(query, (name_of(url),)).fetchall())
 
     def connect(self) -> "psycopg.Connection[Any]":
         return psycopg.connect(host=str(self._folder), user="postgres", dbname="postgres", autocommit=True)
+
+
+def name_of(url: str) -> str:
+    """The database that a URL of `new_database` names."""
+    return url.partition("@/")[2].partition("?")[0]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import dataset_pb2
 from services.alignment.tenant_fairness import FairQueue
 from tests.services.alignment.conftest import TASK, TEN_ROWS, TENANT, Alignment, lines, training
+from tests.thoroughness import examples
 
 HOG = "tenants/hog"
 
@@ -24,7 +25,7 @@ HOG = "tenants/hog"
     jobs=st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 5)), min_size=1, max_size=8),
     num_at_once=st.integers(1, 3),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_few_at_once_and_no_two_of_one_tenant(jobs: list[tuple[str, int]], num_at_once: int) -> None:
     turns, having, most = FairQueue(num_at_once, slice_seconds=0), Counter[str](), [0]
     lock, done = threading.Lock(), list[str]()

@@ -14,6 +14,7 @@ from engine.task import LrSchedule, Optimizer, Overlength, TaskSpec, TaskState, 
 from muxtune.v1 import alignment_pb2, plan_pb2, task_pb2
 from services.conversion import plan as plan_conversion
 from services.conversion import task as task_conversion
+from tests.thoroughness import examples
 
 positive = st.integers(1, 2**31 - 1)
 natural = st.integers(0, 2**31 - 1)
@@ -64,7 +65,7 @@ specs = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(specs)
 def test_a_spec_survives_the_wire(spec: TaskSpec) -> None:
     sent = task_conversion.spec_to_proto(spec).SerializeToString()

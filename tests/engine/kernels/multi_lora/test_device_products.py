@@ -17,6 +17,7 @@ from engine.kernels.multi_lora.device_products import GroupProducts, with_addres
 from engine.kernels.multi_lora.launch_plan import LaunchPlan
 from engine.kernels.multi_lora.types import AdapterSlice, LowRank
 from tests.engine.kernels.conftest import MakeLauncher
+from tests.thoroughness import examples
 
 AnyLauncher = Any  # of conftest: with `device` and, on the host, `launched`
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}  # of the sum of absolute terms
@@ -239,7 +240,7 @@ def problems(draw: st.DrawFn) -> Problem:
     )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(30), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problem=problems(), seed=st.integers(0, 1))
 def test_equals_float64(make_launcher: MakeLauncher, problem: Problem, seed: int) -> None:
     check(problem, make_launcher(seed))

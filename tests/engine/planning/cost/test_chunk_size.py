@@ -13,6 +13,7 @@ from engine.planning.cost.cost_model import CostProfile
 from engine.planning.planner import plan
 from engine.planning.types import BackboneView, ExecutorView, HTask, PlannerConfig, Site, Snapshot, TaskView
 from engine.task import TaskSpec, Training
+from tests.thoroughness import examples
 
 SITES = tuple(Site(f"layers.{i}.q_proj", 64, 64) for i in range(4))
 BACKBONE = BackboneView("b", 10**6, 4, 64, 1000, 512, 4 << 20, "float32", SITES)
@@ -29,7 +30,7 @@ MIXES = {
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=20), st.integers(1, 4), st.sampled_from(CHUNKS))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_expected_tails_are_the_mean_over_all_draws(lengths: list[int], count: int, chunk: int) -> None:
     """Every draw of so many sequences, one by one, where there are few enough; else 20,000 of them."""
     if len(lengths) ** count <= 20_000:

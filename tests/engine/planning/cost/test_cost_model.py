@@ -12,6 +12,7 @@ from engine.methods import Ia3, Lora, Prompt, Vera
 from engine.methods.base import Site, SiteKind
 from engine.planning.cost.cost_fit import Sample, error_of, fit, nonnegative_least_squares, refit
 from engine.planning.cost.cost_model import AdapterLoad, CostProfile, Part, adapter_load, total
+from tests.thoroughness import examples
 
 PROFILE = CostProfile(
     fixed_seconds=0.1, token_seconds=2e-3, knee_tokens=50, square_seconds=1e-6, target_seconds=1e-3,
@@ -118,7 +119,7 @@ def test_no_profile_from_nothing(samples: list[Sample]) -> None:
     hnp.arrays(np.float64, (7, 4), elements=st.floats(-10, 10).map(lambda x: round(x, 2))),
     hnp.arrays(np.float64, 7, elements=st.floats(-10, 10).map(lambda x: round(x, 2))),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_nonnegative_least_squares_as_trying_every_support(a: np.ndarray, b: np.ndarray) -> None:
     """The minimum over x >= 0 is the least of the unbounded minima over all supports that are themselves >= 0."""
     found = nonnegative_least_squares(a, b)

@@ -16,6 +16,7 @@ from engine.planning.cost.round_time import StageModel, StepCost
 from engine.planning.fusion import fusion
 from engine.planning.fusion.fusion import Fusion, fuse, fuse_many, lower_bound_seconds, of_partition
 from engine.planning.fusion.task_groups import Intervals
+from tests.thoroughness import examples
 
 FLAT = CostProfile(fixed_seconds=0.0, token_seconds=1.0)  # a second a token
 JOBS = st.builds(
@@ -95,7 +96,7 @@ def least(jobs: Sequence[StepCost], stage: StageModel) -> float:
 
 
 @given(st.lists(JOBS, min_size=1, max_size=6), STAGES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_few_tasks_are_fused_as_brute_force_does(jobs: list[StepCost], stage: StageModel) -> None:
     found = fuse(named(jobs), stage)
     assert found.period_seconds == pytest.approx(least(named(jobs), stage), rel=0.01)
@@ -134,7 +135,7 @@ BRUTES = {count: functools.cache(functools.partial(Brute, count)) for count in (
 
 @pytest.mark.parametrize("count", BRUTES)
 @given(data=st.data())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=examples(8), deadline=None)
 def test_up_to_ten_tasks_are_fused_as_brute_force_does(count: int, data: st.DataObject) -> None:
     """All partitions: of ten tasks 115,975."""
     brute = BRUTES[count]()
@@ -195,7 +196,7 @@ def of_numbers(jobs: list[StepCost], of: np.ndarray, stage: StageModel) -> float
 
 
 @given(st.lists(JOBS, min_size=7, max_size=fusion.EXACT_TASKS), STAGES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_all_subsets_are_no_worse_than_intervals(jobs: list[StepCost], stage: StageModel) -> None:
     assert fuse(named(jobs), stage).period_seconds <= fuse_many(named(jobs), stage).period_seconds * 1.001
 
@@ -207,7 +208,7 @@ def fuse_intervals(jobs: Sequence[StepCost], stage: StageModel) -> Fusion:
 
 
 @given(st.lists(JOBS, min_size=1, max_size=5), STAGES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_intervals_of_an_order_are_all_tried(jobs: list[StepCost], stage: StageModel) -> None:
     """The way of many tasks, on few: the best of all partitions into runs of the sorted tasks."""
     ordered = sorted(named(jobs), key=lambda job: job.num_tokens)
@@ -220,7 +221,7 @@ def test_intervals_of_an_order_are_all_tried(jobs: list[StepCost], stage: StageM
 
 
 @given(st.lists(JOBS, min_size=1, max_size=40), STAGES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_no_partition_is_under_the_bound(jobs: list[StepCost], stage: StageModel) -> None:
     found = fuse(named(jobs), stage)
     assert found.period_seconds >= lower_bound_seconds(named(jobs), stage) * (1 - 1e-9)

@@ -14,6 +14,7 @@ from engine.planning.cost.memory_model import microbatch_tokens, total_bytes
 from engine.planning.placement.feasibility import refuse_if_never_fits
 from engine.planning.types import BackboneView, ExecutorView, PlannerConfig
 from engine.task import TaskSpec, Training
+from tests.thoroughness import examples
 
 SITES = tuple(Site(f"layers.{i}.{n}", 2048, 2048) for i in range(16) for n in ("q_proj", "v_proj"))
 BACKBONE = BackboneView("b", 10**9, 16, 2048, 32000, 8192, 4 * 10**9, "float32", SITES)
@@ -78,7 +79,7 @@ def test_nothing_is_said_where_one_executor_holds_it_or_nobody_hosts_the_backbon
 
 
 @given(st.integers(1, 64), st.integers(16, 4096), st.integers(1, 256), st.floats(0.3, 1.0))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_a_remedy_works_and_one_more_would_not(micro: int, tokens: int, rank: int, share: float) -> None:
     task = spec(micro, tokens, rank)
     room = BACKBONE.weight_bytes + int(share * (bytes_of(task) - BACKBONE.weight_bytes)) - 1

@@ -21,6 +21,7 @@ from engine.planning.simulation.pipeline_simulator import (
     simulate,
 )
 from engine.planning.simulation.timeline import svg
+from tests.thoroughness import examples
 
 LOADS = st.lists(
     st.tuples(st.integers(1, 5), st.floats(0.1, 3), st.floats(0.1, 3)), min_size=1, max_size=5
@@ -31,7 +32,7 @@ PIPELINES = st.builds(
 
 
 @given(LOADS, PIPELINES, st.integers(1, 3), st.sampled_from([interleaved, one_by_one]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_a_timeline_keeps_every_rule(loads: list[Load], pipeline: Pipeline, num_rounds: int, template) -> None:  # type: ignore[no-untyped-def]
     order = template(loads, num_rounds)
     timeline = simulate(order, pipeline)

@@ -18,6 +18,7 @@ from engine.planning.simulation.simulator import Arrival, SimulatedAssignment, S
 from engine.planning.simulation.whatif import forecast, picture
 from engine.planning.types import BackboneView, ExecutorView, PlannerConfig, Snapshot, TaskView
 from engine.task import TaskSpec, Training
+from tests.thoroughness import examples
 
 SITES = tuple(Site(f"layers.{i}.{n}", 512, 512) for i in range(4) for n in ("q_proj", "v_proj"))
 BACKBONE = BackboneView("a", 10**7, 4, 512, 1000, 512, 40 << 20, "float32", SITES)
@@ -80,7 +81,7 @@ POLICIES = [Multiplexed, OneInstanceEach, BatchEverything]
     memory_mib=st.sampled_from([60, 130, 4096]),
     replan=st.sampled_from([0.0, 7.0]),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_whatever_comes_is_done_once_and_no_time_is_invented(  # type: ignore[no-untyped-def]
     policy, rows, count: int, memory_mib: int, replan: float
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import errors_pb2, ledger_pb2, plan_pb2, task_pb2
 from tests.services.admission.admission_mesh import (
-    DATABASES,
+    BOTH_DATABASES,
     Admission,
     checkpoint,
     evaluated,
@@ -22,7 +22,7 @@ from tests.services.admission.admission_mesh import (
     step,
 )
 
-pytestmark = pytest.mark.parametrize("database_url", DATABASES, indirect=True)
+pytestmark = pytest.mark.parametrize("database_url", BOTH_DATABASES, indirect=True)
 SUPERSEDED, LEASE_LOST = (grpc.StatusCode.ABORTED, "SUPERSEDED"), (grpc.StatusCode.ABORTED, "LEASE_LOST")
 ONE, TWO = "executors/one", "executors/two"
 

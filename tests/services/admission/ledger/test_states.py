@@ -20,6 +20,7 @@ from services.admission.ledger.ledger import Ledger
 from services.admission.store import tasks
 from services.admission.store.database import Database
 from tests.services.admission.admission_mesh import checkpoint, executor, finished, spec, step
+from tests.thoroughness import examples
 
 FINAL = {"SUCCEEDED", "FAILED", "CANCELLED"}
 EXECUTORS = ("executors/one", "executors/two")
@@ -283,6 +284,6 @@ class Store(RuleBasedStateMachine):
 
 
 Store.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=examples(25), stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestStore = pytest.mark.timeout(300)(Store.TestCase)

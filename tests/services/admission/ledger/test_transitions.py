@@ -12,7 +12,7 @@ from engine.task import LEGAL_TRANSITIONS, TaskState
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import errors_pb2, ledger_pb2, plan_pb2, task_pb2
 from tests.services.admission.admission_mesh import (
-    DATABASES,
+    BOTH_DATABASES,
     Admission,
     checkpoint,
     executor,
@@ -215,7 +215,7 @@ class Life:
             assert steps == sorted(set(steps))
 
 
-@pytest.mark.parametrize("database_url", DATABASES, indirect=True)
+@pytest.mark.parametrize("database_url", BOTH_DATABASES, indirect=True)
 @pytest.mark.parametrize("seed", range(3))
 async def test_random_lives_are_the_models(admission: Admission, seed: int) -> None:
     life = Life(admission, seed)

@@ -16,9 +16,18 @@ from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import task_pb2
 from services.admission.store.database import _MIGRATIONS, Database
 from services.admission.store.tables import metadata, plans, tasks
-from tests.services.admission.admission_mesh import DATABASES, Admission, step
+from tests.services.admission.admission_mesh import BOTH_DATABASES, Admission, step
 
-both = pytest.mark.parametrize("database_url", DATABASES, indirect=True)
+both = pytest.mark.parametrize("database_url", BOTH_DATABASES, indirect=True)
+
+
+@pytest.fixture
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database: migrations are under test here."""
+    if request.param == "postgresql":
+        url: str = request.getfixturevalue("postgres").new_database()
+        return url
+    return f"sqlite:///{tmp_path / 'muxtune.db'}"
 
 
 def plan_versions(database: Database) -> list[int]:

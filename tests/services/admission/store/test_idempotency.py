@@ -9,7 +9,7 @@ import pytest
 
 from muxtune.v1 import admission_pb2 as pb
 from tests.services.admission.admission_mesh import (
-    DATABASES,
+    BOTH_DATABASES,
     ROWS,
     TEN_ROWS,
     Admission,
@@ -21,7 +21,7 @@ from tests.services.admission.admission_mesh import (
     spec,
 )
 
-pytestmark = pytest.mark.parametrize("database_url", DATABASES, indirect=True)
+pytestmark = pytest.mark.parametrize("database_url", BOTH_DATABASES, indirect=True)
 REUSED = (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_ID_REUSED")
 OTHER_ROWS = lines(ROWS[:3])
 

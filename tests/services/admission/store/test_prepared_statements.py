@@ -11,9 +11,9 @@ from engine.errors import UnavailableError
 from services.admission.store.database import Database
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import audit_events, requests, task_events, usage
-from tests.services.admission.admission_mesh import DATABASES
+from tests.services.admission.admission_mesh import BOTH_DATABASES
 
-both = pytest.mark.parametrize("database_url", DATABASES, indirect=True)
+both = pytest.mark.parametrize("database_url", BOTH_DATABASES, indirect=True)
 TEXTS = [
     "",
     "plain",

@@ -19,10 +19,10 @@ import sqlalchemy as sa
 from engine.errors import NotFoundError, UnavailableError
 from services.admission.store.database import Database
 from services.admission.store.tables import plans
-from tests.services.admission.admission_mesh import DATABASES, TIMEOUT_SECONDS
+from tests.services.admission.admission_mesh import BOTH_DATABASES, TIMEOUT_SECONDS
 
 ROOT = Path(__file__).parents[4]
-both = pytest.mark.parametrize("database_url", DATABASES, indirect=True)
+both = pytest.mark.parametrize("database_url", BOTH_DATABASES, indirect=True)
 
 
 @pytest.fixture
