@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from google.protobuf.message import Message
 
-from services.rpc.authentication import Principal
+from services.rpc.authorization import Principal
 
 _NAMING = ("name", "id", "tenant", "parent", "task", "executor")
 _MAX_NAME_CHARACTERS = 200

@@ -7,26 +7,13 @@ by name, before anything else (AIP-211).
 import hmac
 from collections.abc import Awaitable, Callable, Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import PermissionDeniedError, UnauthenticatedError
-from services.rpc.authorization import Role
+from services.resource_names import executor_of_host
+from services.rpc.authorization import Principal, Role
 
 _METADATA_KEY = "authorization"
-_EXECUTOR_SUFFIX = ".execution"  # services/rpc/certificates.py: executor_host
-
-
-@dataclass(frozen=True)
-class Principal:
-    """`tenant`: "tenants/{tenant}", or None for who acts for no tenant. `subject`: who it is, for the audit log.
-    `executor`: "executors/{executor}" where it is one."""
-
-    tenant: str | None
-    role: Role = Role.MESH
-    subject: str = "mesh secret"
-    executor: str = ""
-
 
 Authenticate = Callable[[str, str], Awaitable[Principal]]  # (full method, token) -> principal
 
@@ -64,12 +51,12 @@ def certified(context: Any) -> Principal | None:
 
 def _executor_of(dns_names: Iterable[bytes]) -> str:
     hosts = [name.decode(errors="replace") for name in dns_names]
-    named = [host.removesuffix(_EXECUTOR_SUFFIX) for host in hosts if host.endswith(_EXECUTOR_SUFFIX)]
-    if len(named) != 1:
+    executors = [executor for host in hosts if (executor := executor_of_host(host)) is not None]
+    if len(executors) != 1:
         raise PermissionDeniedError(
             "the certificate does not say which executor it is of: make one by `muxtune certs FOLDER --executor NAME`"
         )
-    return f"executors/{named[0]}"
+    return executors[0]
 
 
 def check_executor(principal: Principal, executor: str) -> None:

@@ -1,6 +1,6 @@
 """Who may call what: one table for every RPC of every service. What is not in it is refused.
 
-A tenant's own names are checked after this, one by one, by the servicers (AIP-211).
+A tenant's own names are checked after this, one by one, by the servicers with `authorize` (AIP-211).
 """
 
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from engine.errors import PermissionDeniedError
+from services.resource_names import Collection, ResourceName
 
 
 class Role(StrEnum):
@@ -23,6 +24,17 @@ class Role(StrEnum):
     ALIGNMENT = "alignment"
     EXECUTION = "execution"
     MESH = "mesh"
+
+
+@dataclass(frozen=True)
+class Principal:
+    """`tenant`: "tenants/{tenant}", or None for who acts for no tenant. `subject`: who it is, for the audit log.
+    `executor`: "executors/{executor}" where it is one."""
+
+    tenant: str | None
+    role: Role = Role.MESH
+    subject: str = "mesh secret"
+    executor: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,3 +139,25 @@ def check_access(method: str, role: Role) -> None:
     rule = rule_of(method)
     if role not in rule.roles and not (role is Role.MESH and rule.roles):
         raise PermissionDeniedError(f"a caller who is {role.value} may not call {method}", method=method)
+
+
+def authorize(principal: Principal, name: str, collection: Collection) -> str:
+    """Return `name`. Raises PermissionDeniedError unless it is in the collection of the caller's own tenant.
+
+    The error is the same for another tenant's name, one that does not exist and one that is malformed (AIP-211).
+    """
+    parsed = ResourceName.parse(name)
+    if parsed is None or (parsed.tenant, parsed.collection) != (principal.tenant, collection):
+        raise denied(name)
+    return name
+
+
+def authorize_parent(principal: Principal, parent: str) -> str:
+    """Return the tenant to act for: `parent`, or the caller's own if empty. Raises PermissionDeniedError."""
+    if principal.tenant is None or (parent and parent != principal.tenant):
+        raise denied(parent)
+    return principal.tenant
+
+
+def denied(name: str) -> PermissionDeniedError:
+    return PermissionDeniedError(f'"{name}" does not exist, or this key may not see it', subject=name)

@@ -75,11 +75,6 @@ class Trust:
         return grpc.ssl_channel_credentials(roots, key, chain)
 
 
-def executor_host(name: str) -> str:
-    """What the certificate of "executors/NAME" calls it."""
-    return f"{name.removeprefix('executors/')}.execution"
-
-
 class Dialled(Generic[Channel]):  # Python 3.11 has no other way
     """The newest channel: another one once the certificates were replaced. Calls under way stay on theirs; the channel
     before is closed when the next follows."""

@@ -18,8 +18,8 @@ from opentelemetry.trace import SpanKind
 
 from engine.errors import InvalidInputError, MuxtuneError, OverloadedError
 from services.rpc.audit import Audit, AuditedCall, resource_of, set_call
-from services.rpc.authentication import Authenticate, Principal, certified, set_principal
-from services.rpc.authorization import Role, check_access, rule_of
+from services.rpc.authentication import Authenticate, certified, set_principal
+from services.rpc.authorization import Principal, Role, check_access, rule_of
 from services.rpc.errors import status_of
 from services.rpc.tracing import RpcSpan
 from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter

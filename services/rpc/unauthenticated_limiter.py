@@ -16,8 +16,8 @@ from urllib.parse import unquote
 
 from engine.errors import MuxtuneError, OverloadedError, UnauthenticatedError
 from services.rpc.audit import Audit, AuditEntry
-from services.rpc.authentication import Authenticate, Principal, bearer
-from services.rpc.authorization import Role
+from services.rpc.authentication import Authenticate, bearer
+from services.rpc.authorization import Principal, Role
 from services.rpc.rate_limit import RateLimit
 
 _MAX_TOKENS = 10_000

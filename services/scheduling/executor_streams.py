@@ -10,7 +10,8 @@ import grpc
 from engine.errors import MuxtuneError
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, ledger_pb2, ledger_pb2_grpc, plan_pb2
 from services.failpoints import failpoint
-from services.rpc.certificates import Trust, executor_host
+from services.resource_names import executor_host
+from services.rpc.certificates import Trust
 from services.rpc.client_channel import open_channel
 from services.rpc.server import start_vital
 

@@ -22,8 +22,9 @@ from services.admission.policy.admission_controller import AdmissionController
 from services.admission.store import datasets_and_adapters, idempotency, tasks
 from services.admission.store.database import Database
 from services.admission.store.tables import adapters
-from services.resource_names import authorize, new_name, parent_of
+from services.resource_names import new_name
 from services.rpc.authentication import current_principal
+from services.rpc.authorization import authorize, authorize_parent
 from services.storage.artifact_store import ArtifactStore, Manifest
 
 _CHUNK_BYTES = 1 << 20
@@ -44,7 +45,7 @@ class AdapterRpcs:
             part = request.WhichOneof("part")
             if part == "header" and header is None:
                 header = request.header
-                tenant = parent_of(current_principal(), header.parent)
+                tenant = authorize_parent(current_principal(), header.parent)
                 await asyncio.to_thread(self._check_room, tenant, header)
             elif part == "file" and header is not None:
                 receipt.open(request.file)
@@ -76,7 +77,7 @@ class AdapterRpcs:
                 yield pb.DownloadAdapterResponse(chunk=chunk)
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Any) -> pb.ListAdaptersResponse:
-        tenant = parent_of(current_principal(), request.parent)
+        tenant = authorize_parent(current_principal(), request.parent)
         size, query = page_tokens.size(request.page_size), ["adapters", tenant]
         rows = await asyncio.to_thread(
             self._adapter_page, tenant, page_tokens.start(query, request.page_token), size + 1

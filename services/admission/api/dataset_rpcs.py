@@ -18,8 +18,9 @@ from services.admission.store import datasets_and_adapters, idempotency
 from services.admission.store.database import Database
 from services.admission.store.tables import datasets
 from services.failpoints import failpoint
-from services.resource_names import authorize, new_name, parent_of
+from services.resource_names import new_name
 from services.rpc.authentication import current_principal
+from services.rpc.authorization import authorize, authorize_parent
 from services.storage.artifact_store import ArtifactStore
 
 _log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class DatasetRpcs:
 
     async def UploadDataset(self, request_iterator: Any, context: Any) -> pb.UploadDatasetResponse:
         header, file, chunks = await _opening(request_iterator)
-        tenant = parent_of(current_principal(), header.parent)
+        tenant = authorize_parent(current_principal(), header.parent)
         body = idempotency.body_hash(header.id.encode(), file.sha256.encode())
         name = await asyncio.to_thread(self._dataset_name, tenant, header, body)
         known = await asyncio.to_thread(self._existing_dataset, name, header.request_id, body, file.sha256.lower())
@@ -57,7 +58,7 @@ class DatasetRpcs:
         return pb.GetDatasetResponse(dataset=await asyncio.to_thread(self._read_dataset, name))
 
     async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Any) -> pb.ListDatasetsResponse:
-        tenant = parent_of(current_principal(), request.parent)
+        tenant = authorize_parent(current_principal(), request.parent)
         size, query = page_tokens.size(request.page_size), ["datasets", tenant]
         rows = await asyncio.to_thread(
             self._dataset_page, tenant, page_tokens.start(query, request.page_token), size + 1
@@ -151,7 +152,7 @@ async def _opening(request_iterator: Any) -> tuple[artifact_pb2.UploadHeader, ar
     header = await anext(parts, None)
     if header is None or header.WhichOneof("part") != "header":
         raise InvalidInputError.of_field("header", "must come first")
-    parent_of(current_principal(), header.header.parent)
+    authorize_parent(current_principal(), header.header.parent)
     file = await anext(parts, None)
     if file is None or file.WhichOneof("part") != "file":
         raise InvalidInputError.of_field("file", "must follow the header: size and SHA-256 of what comes")

@@ -15,8 +15,7 @@ import jwt
 from engine.errors import InvalidInputError, OverloadedError, UnauthenticatedError, UnavailableError
 from muxtune.transport import is_loopback
 from services.resource_names import check_tenant
-from services.rpc.authentication import Principal
-from services.rpc.authorization import Role
+from services.rpc.authorization import Principal, Role
 from services.rpc.rate_limit import RateLimit
 from services.settings import SettingsError
 

@@ -19,9 +19,10 @@ from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
 from services.conversion.task import state_to_domain
 from services.failpoints import failpoint
-from services.resource_names import authorize, new_name, parent_of
+from services.resource_names import new_name
 from services.rpc.audit import current_call
 from services.rpc.authentication import current_principal
+from services.rpc.authorization import authorize, authorize_parent
 from services.telemetry import current_trace_parent
 
 _EVENTS_AT_ONCE = 256
@@ -37,7 +38,7 @@ class TaskRpcs:
 
     async def CreateTask(self, request: pb.CreateTaskRequest, context: Any) -> pb.CreateTaskResponse:
         principal, trace_parent = current_principal(), current_trace_parent()
-        tenant = parent_of(principal, request.parent)
+        tenant = authorize_parent(principal, request.parent)
         body = idempotency.body_hash(request.task_id.encode(), request.spec.SerializeToString(deterministic=True))
         examined: Admissible | None = None
 
@@ -61,7 +62,7 @@ class TaskRpcs:
 
     async def EstimateTask(self, request: pb.EstimateTaskRequest, context: Any) -> pb.EstimateTaskResponse:
         principal = current_principal()
-        parent_of(principal, request.parent)
+        authorize_parent(principal, request.parent)
         found = await self._database.ask(partial(self._admitter.look, principal=principal, spec=request.spec))
         return pb.EstimateTaskResponse(estimate=(await self._admitter.examine(principal, found)).estimate)
 
@@ -70,7 +71,7 @@ class TaskRpcs:
         return pb.GetTaskResponse(task=await self._database.ask(partial(tasks.read, name=name)))
 
     async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
-        tenant = parent_of(current_principal(), request.parent)
+        tenant = authorize_parent(current_principal(), request.parent)
         states = [state_to_domain(state) for state in request.states]
         size, query = page_tokens.size(request.page_size), ["tasks", tenant, *sorted(state.name for state in states)]
         rows = await asyncio.to_thread(

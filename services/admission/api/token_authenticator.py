@@ -5,8 +5,8 @@ import asyncio
 from engine.errors import UnauthenticatedError
 from services.admission.api.oidc import TokenVerifier
 from services.admission.store.api_keys import KeyStore
-from services.rpc.authentication import Authenticate, Principal, mesh_authenticator
-from services.rpc.authorization import Role, rule_of
+from services.rpc.authentication import Authenticate, mesh_authenticator
+from services.rpc.authorization import Principal, Role, rule_of
 from services.rpc.rate_limit import RateLimit
 
 

@@ -27,8 +27,7 @@ from services.admission.store.database import Database
 from services.admission.store.tables import executors, incarnations, plans
 from services.admission.store.tables import tasks as tasks_table
 from services.rpc.audit import AuditEntry
-from services.rpc.authentication import Principal
-from services.rpc.authorization import Role
+from services.rpc.authorization import Principal, Role
 
 _ENDS = ("finished", "failed", "released")
 

@@ -21,8 +21,7 @@ from services.admission.store import datasets_and_adapters, tables
 from services.admission.store.database import Database
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import datasets, executors
-from services.resource_names import authorize, denied
-from services.rpc.authentication import Principal
+from services.rpc.authorization import Principal, authorize, denied
 from services.storage.artifact_store import ArtifactStore
 
 # One statement: by itself each of the two takes as long.

@@ -17,8 +17,7 @@ from services.admission.store.database import Database
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import api_keys
 from services.resource_names import check_tenant
-from services.rpc.authentication import Principal
-from services.rpc.authorization import Role
+from services.rpc.authorization import Principal, Role
 
 _SEEN_SECONDS, _MOST_SEEN = 1.0, 10_000
 _ROW = PreparedStatement(sa.select(api_keys).where(api_keys.c.id == sa.bindparam("id")))

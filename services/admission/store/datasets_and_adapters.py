@@ -14,7 +14,7 @@ from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import adapters, datasets
 from services.admission.store.tables import tasks as tasks_table
 from services.admission.store.tasks import UNFINISHED
-from services.resource_names import denied
+from services.rpc.authorization import denied
 
 _DATASET = PreparedStatement(sa.select(datasets).where(datasets.c.name == sa.bindparam("name")))
 

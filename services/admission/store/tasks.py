@@ -13,7 +13,7 @@ from services.admission.store.clock import now, timestamp
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import adapters, task_events, tasks
 from services.conversion.task import state_to_proto
-from services.resource_names import denied
+from services.rpc.authorization import denied
 
 UNFINISHED = [state.name for state in TaskState if not state.is_final]
 _ROW = PreparedStatement(sa.select(tasks).where(tasks.c.name == sa.bindparam("name")))

@@ -13,8 +13,7 @@ from engine.errors import InvalidInputError
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import admission_pb2_grpc, artifact_pb2, task_pb2
 from services.rpc.audit import AuditEntry, resource_of
-from services.rpc.authentication import Principal
-from services.rpc.authorization import Role
+from services.rpc.authorization import Principal, Role
 from services.rpc.interceptor import AccessInterceptor
 
 TENANT = Principal("tenants/a", Role.TENANT, "key 1")

@@ -9,8 +9,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from engine.errors import UnauthenticatedError
 from muxtune.v1 import admission_pb2, admission_pb2_grpc
 from services.rpc import interceptor
-from services.rpc.authentication import Principal, bearer, current_principal, mesh_authenticator, set_principal
-from services.rpc.authorization import Role
+from services.rpc.authentication import bearer, current_principal, mesh_authenticator, set_principal
+from services.rpc.authorization import Principal, Role
 
 
 async def answer(request, context):

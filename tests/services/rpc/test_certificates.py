@@ -12,7 +12,8 @@ from grpc_health.v1.health import aio as health_aio
 from engine.errors import MuxtuneError, PermissionDeniedError, UnavailableError
 from muxtune.local.certificate_authority import NAMES, issue
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, ledger_pb2, ledger_pb2_grpc
-from services.rpc.authentication import Principal, current_principal, mesh_authenticator
+from services.rpc.authentication import current_principal, mesh_authenticator
+from services.rpc.authorization import Principal
 from services.rpc.certificates import Certificates, Trust
 from services.rpc.client_channel import open_channel, open_sync_channel
 from services.rpc.health import is_serving

@@ -15,8 +15,7 @@ from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import admission_pb2_grpc
 from services.rpc import rate_limit, unauthenticated_limiter
 from services.rpc.audit import AuditEntry
-from services.rpc.authentication import Principal
-from services.rpc.authorization import Role
+from services.rpc.authorization import Principal, Role
 from services.rpc.interceptor import AccessInterceptor
 from services.rpc.rate_limit import RateLimit
 from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter, address_of

@@ -14,8 +14,7 @@ from services.admission.policy import quotas
 from services.admission.store.audit_log import audited_in
 from services.admission.store.change_notifier import ANYTHING
 from services.rpc.audit import AuditEntry
-from services.rpc.authentication import Principal
-from services.rpc.authorization import Role
+from services.rpc.authorization import Principal, Role
 from tests.services.admission.admission_mesh import (
     DATABASES,
     TEN_ROWS,
