@@ -4,11 +4,13 @@ Only the standard library, so that every service and test can share these words.
 """
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from engine.errors import IllegalTransitionError
-from engine.methods.base import Method
+from engine.methods.base import FieldError, Method
 
 
 class TaskState(enum.Enum):
@@ -67,38 +69,107 @@ class Overlength(enum.Enum):
     REFUSE = "refuse"  # the task is not admitted
 
 
+class Affects(enum.Flag):
+    """What a field of Training changes. Cache keys and estimates are made of the fields that affect them."""
+
+    TOKENS = enum.auto()  # the tokens of a dataset's rows
+    DATA = enum.auto()  # the order, split and cut of rows, and how many steps there are
+    MEMORY = enum.auto()  # bytes on an executor
+    COST = enum.auto()  # seconds of a step
+    RANDOMNESS = enum.auto()  # initial factors and dropout masks
+    OPTIMIZER = enum.auto()  # how parameters are updated, or when training ends early: nothing that is planned
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The values that a field may have, and the sentence that says so."""
+
+    holds: Callable[[Any], bool]
+    remedy: str
+
+
+MAX_STEPS = 10_000_000
+_POSITIVE = Bound(lambda value: 0 < value < math.inf, "must be positive and finite")
+_NOT_NEGATIVE = Bound(lambda value: 0 <= value < math.inf, "must be finite and not negative")
+_BELOW_ONE = Bound(lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
+_AT_LEAST_TWO = Bound(lambda value: value >= 2, "must be at least 2")
+_ANY = Bound(lambda value: True, "")
+
+
+def _between(low: float, high: float) -> Bound:
+    return Bound(lambda value: low <= value <= high, f"must be {low} to {high}")
+
+
+def _about(affects: Affects, bound: Bound = _ANY) -> Mapping[str, Any]:
+    return {"affects": affects, "bound": bound}
+
+
 @dataclass(frozen=True)
 class Training:
     """Hyperparameters. A step is one optimizer step: the mean loss over the target tokens of one global batch.
 
     Exactly one of `num_epochs` and `num_steps` is set. The last batch of an epoch may be smaller.
     `max_grad_norm` 0 means no clipping; `heldout_fraction` 0 means no held-out split.
+
+    A field is declared here once: its default, its bound and what it affects. The proto has the same names; conversion,
+    validation, cache keys and the step digest are derived.
     """
 
-    learning_rate: float
-    num_steps: int | None = None
-    num_epochs: int | None = None
-    lr_schedule: LrSchedule = LrSchedule.LINEAR
-    warmup_steps: int = 0
-    micro_batch_size: int = 4  # sequences that enter a microbatch as one piece; never changes the result
-    global_batch_size: int = 8  # sequences of one optimizer step
-    max_sequence_tokens: int = 512
-    overlength: Overlength = Overlength.TRUNCATE
-    optimizer: Optimizer = Optimizer.ADAMW
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    momentum: float = 0.0  # SGD only
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    shuffle: bool = True
-    heldout_fraction: float = 0.0
-    evaluate_every_steps: int = 0  # 0: only before the first and after the last step
-    early_stop_patience: int = 0  # evaluations without improvement before the task ends; 0: never
-    early_stop_min_delta: float = 0.0
-    parse_special_tokens: bool = False  # that text, prompt and completion spell out; else they stay text
-    verify_every_steps: int = 0  # run such a step again for the task alone, and report the difference; 0: never
+    learning_rate: float = field(metadata=_about(Affects.OPTIMIZER, _POSITIVE))
+    num_steps: int | None = field(default=None, metadata=_about(Affects.DATA, _between(1, MAX_STEPS)))
+    num_epochs: int | None = field(default=None, metadata=_about(Affects.DATA, _between(1, MAX_STEPS)))
+    lr_schedule: LrSchedule = field(default=LrSchedule.LINEAR, metadata=_about(Affects.OPTIMIZER))
+    warmup_steps: int = field(default=0, metadata=_about(Affects.OPTIMIZER, _NOT_NEGATIVE))
+    # Sequences that enter a microbatch as one piece; never changes the result.
+    micro_batch_size: int = field(
+        default=4, metadata=_about(Affects.DATA | Affects.MEMORY | Affects.COST, _between(1, 4096))
+    )
+    # Sequences of one optimizer step.
+    global_batch_size: int = field(default=8, metadata=_about(Affects.DATA | Affects.COST, _between(1, 65536)))
+    max_sequence_tokens: int = field(
+        default=512, metadata=_about(Affects.TOKENS | Affects.DATA | Affects.MEMORY | Affects.COST, _AT_LEAST_TWO)
+    )
+    overlength: Overlength = field(default=Overlength.TRUNCATE, metadata=_about(Affects.TOKENS | Affects.DATA))
+    optimizer: Optimizer = field(default=Optimizer.ADAMW, metadata=_about(Affects.MEMORY | Affects.COST))
+    weight_decay: float = field(default=0.0, metadata=_about(Affects.OPTIMIZER, _NOT_NEGATIVE))
+    beta1: float = field(default=0.9, metadata=_about(Affects.OPTIMIZER, _BELOW_ONE))
+    beta2: float = field(default=0.999, metadata=_about(Affects.OPTIMIZER, _BELOW_ONE))
+    epsilon: float = field(default=1e-8, metadata=_about(Affects.OPTIMIZER, _POSITIVE))
+    momentum: float = field(default=0.0, metadata=_about(Affects.MEMORY, _BELOW_ONE))  # SGD only
+    max_grad_norm: float = field(default=1.0, metadata=_about(Affects.OPTIMIZER, _NOT_NEGATIVE))
+    seed: int = field(default=0, metadata=_about(Affects.DATA | Affects.RANDOMNESS))
+    shuffle: bool = field(default=True, metadata=_about(Affects.DATA))
+    heldout_fraction: float = field(default=0.0, metadata=_about(Affects.DATA, _between(0, 0.9)))
+    # 0: only before the first step and after the last.
+    evaluate_every_steps: int = field(default=0, metadata=_about(Affects.DATA, _NOT_NEGATIVE))
+    # Evaluations without improvement before the task ends; 0: never.
+    early_stop_patience: int = field(default=0, metadata=_about(Affects.OPTIMIZER, _NOT_NEGATIVE))
+    early_stop_min_delta: float = field(default=0.0, metadata=_about(Affects.OPTIMIZER, _NOT_NEGATIVE))
+    # Special tokens that text, prompt and completion spell out are read as such; else they stay text.
+    parse_special_tokens: bool = field(default=False, metadata=_about(Affects.TOKENS | Affects.DATA))
+    # Every so many steps, run the step again for the task alone and report the difference; 0: never.
+    verify_every_steps: int = field(default=0, metadata=_about(Affects.COST, _NOT_NEGATIVE))
+
+
+_EVERYTHING = ~Affects(0)
+
+
+def fields_affecting(affects: Affects) -> tuple[str, ...]:
+    """Names of Training's fields that change any of `affects`, in the order of declaration."""
+    return tuple(field.name for field in fields(Training) if field.metadata["affects"] & affects)
+
+
+def values_affecting(training: Training, affects: Affects) -> tuple[Any, ...]:
+    """Their values in this training: a cache key of what depends on them."""
+    return tuple(getattr(training, name) for name in fields_affecting(affects))
+
+
+def out_of_bounds(training: Training, affects: Affects = _EVERYTHING) -> Iterator[FieldError]:
+    """Fields whose value is not allowed, whatever the backbone, among those that change any of `affects`."""
+    for name in fields_affecting(affects):
+        value, bound = getattr(training, name), Training.__dataclass_fields__[name].metadata["bound"]
+        if value is not None and not bound.holds(value):
+            yield FieldError(name, value, bound.remedy)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import struct
 from hashlib import sha256
 
 from engine.alignment.microbatch import Microbatch, Range
+from engine.task import Affects, Training, values_affecting
 
 
 class StepDigest:
@@ -34,7 +35,8 @@ class StepDigest:
             self._sequences[segment.stream_offset_tokens] = sequence.digest()
             start += segment.num_tokens
 
-    def of(self, seed: int, step: int, dropout: float) -> bytes:
-        """The digest, 32 bytes, of the whole step: `step` steps were done before it."""
-        keys = struct.pack("<QQd", seed % 2**64, step, dropout)
+    def of(self, training: Training, step: int, dropout: float) -> bytes:
+        """Return the digest, 32 bytes, of the whole step: `step` steps were done before it."""
+        seeds = (seed % 2**64 for seed in values_affecting(training, Affects.RANDOMNESS))
+        keys = b"".join(struct.pack("<Q", seed) for seed in seeds) + struct.pack("<Qd", step, dropout)
         return sha256(keys + b"".join(digest for _, digest in sorted(self._sequences.items()))).digest()

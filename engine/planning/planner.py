@@ -67,7 +67,7 @@ def _need(task: TaskView, pool: ClusterState, limits: PlannerConfig, appraiser: 
         return f"no executor of backbone {task.spec.backbone} is ready"
     try:
         need = appraiser.need(task, hosts[0].executor.backbone)
-        if need.task.executor not in pool.hosts and not any(host.could_hold(need) for host in hosts):
+        if not any(host.could_hold(need) for host in hosts):
             executors = [host.executor for host in hosts]
             refuse_if_never_fits(task.spec, executors, limits)
     except InvalidInputError as error:  # it fitted an executor that has left, or other operators

@@ -236,7 +236,7 @@ class Executor:
             num_padding_tokens=done.num_padding_tokens,
             seconds=done.seconds,
             num_neighbours=len(done.neighbours),
-            input_digest=done.digest.of(run.training.seed, range_.step, run.assignment.spec.method.dropout),
+            input_digest=done.digest.of(run.training, range_.step, run.assignment.spec.method.dropout),
             shadow_check=shadow_check,
         )
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from engine.alignment.dataset import TokenizedDataset, tokenize_dataset
 from engine.alignment.jsonl_rows import MAX_LINE_BYTES, Row, parse_lines
@@ -27,7 +27,7 @@ from engine.errors import (
     QuotaExceededError,
     UnavailableError,
 )
-from engine.task import Overlength, Training
+from engine.task import Affects, Training, values_affecting
 from services.alignment.tenant_fairness import FairQueue, FairQueueJob
 from services.storage.artifact_store import ArtifactStore
 
@@ -42,9 +42,7 @@ class TokenizedKey:
     tenant: str
     sha256: str
     backbone: str
-    max_sequence_tokens: int
-    overlength: Overlength
-    parse_special_tokens: bool
+    training: tuple[Any, ...]  # values of the fields that affect tokens
 
 
 @dataclass(frozen=True)
@@ -241,8 +239,7 @@ def _held_bytes(dataset: TokenizedDataset) -> int:
 
 
 def _tokenized_key(tenant: str, sha256: str, backbone: str, training: Training) -> TokenizedKey:
-    how = (training.max_sequence_tokens, training.overlength, training.parse_special_tokens)
-    return TokenizedKey(tenant, sha256, backbone, *how)
+    return TokenizedKey(tenant, sha256, backbone, values_affecting(training, Affects.TOKENS))
 
 
 def _key(tenant: str, sha256: str) -> str:

@@ -1,27 +1,17 @@
 """What alignment can't compute with, said before it tries. Pure; admission's own rules for tasks are stricter."""
 
 from engine.errors import FieldViolation, InvalidInputError
-from engine.task import Training
+from engine.task import MAX_STEPS, Affects, Training, out_of_bounds
 from muxtune.v1 import alignment_pb2 as pb
 
-MAX_STEPS = 10_000_000
 MAX_VIRTUAL_TOKENS = 1024
 
 
 def check_training(training: Training, path: str) -> None:
-    """The fields that order, split and pack the data. Raises InvalidInputError naming every wrong one at once."""
-    duration = "num_steps" if training.num_steps is not None else "num_epochs"
+    """Raises InvalidInputError naming every field out of bounds that tokens, order, split or packing depend on."""
     wrong = [
-        FieldViolation(f"{path}.{field}", f'"{getattr(training, field)}" {remedy}')
-        for field, holds, remedy in (
-            (duration, (training.num_steps or training.num_epochs or 0) >= 1, "must be at least 1"),
-            ("micro_batch_size", training.micro_batch_size >= 1, "must be at least 1"),
-            ("global_batch_size", training.global_batch_size >= 1, "must be at least 1"),
-            ("max_sequence_tokens", training.max_sequence_tokens >= 2, "must be at least 2"),
-            ("heldout_fraction", 0 <= training.heldout_fraction <= 0.9, "must be 0 to 0.9"),
-            ("evaluate_every_steps", training.evaluate_every_steps >= 0, "must not be negative"),
-        )
-        if not holds
+        FieldViolation(f"{path}.{error.field}", f'"{error.value}" {error.remedy}')
+        for error in out_of_bounds(training, Affects.TOKENS | Affects.DATA)
     ]
     if wrong:
         raise InvalidInputError("; ".join(f"{v.field}: {v.description}" for v in wrong), wrong)

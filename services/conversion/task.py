@@ -5,10 +5,10 @@ Legend: T tokens of a microbatch.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.timestamp_pb2 import Timestamp
 from numpy.typing import NDArray
 
@@ -16,18 +16,13 @@ from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range, Segme
 from engine.errors import FieldViolation, InvalidInputError
 from engine.methods.base import Method
 from engine.results import EvaluationResult, StepResult
-from engine.task import LrSchedule, Optimizer, Overlength, TaskSpec, TaskState, Training
+from engine.task import TaskSpec, TaskState, Training
 from muxtune.v1 import alignment_pb2, dataset_pb2, task_pb2
 from services.conversion.method import method_to_domain, method_to_proto
 
 if TYPE_CHECKING:
     from engine.alignment.preflight import Preflight
 
-E = TypeVar("E", LrSchedule, Optimizer, Overlength)
-
-_SCHEDULES = dict(enumerate((LrSchedule.LINEAR, LrSchedule.CONSTANT, LrSchedule.LINEAR, LrSchedule.COSINE)))
-_OPTIMIZERS = dict(enumerate((Optimizer.ADAMW, Optimizer.ADAMW, Optimizer.SGD)))
-_OVERLENGTHS = dict(enumerate((Overlength.TRUNCATE, Overlength.TRUNCATE, Overlength.DROP, Overlength.REFUSE)))
 _KINDS = {
     MicrobatchKind.TRAIN: alignment_pb2.MICROBATCH_KIND_TRAIN,
     MicrobatchKind.EVALUATE: alignment_pb2.MICROBATCH_KIND_EVALUATE,
@@ -93,43 +88,35 @@ def _refuse(wrong: list[FieldViolation]) -> None:
         raise InvalidInputError("; ".join(f"{v.field}: {v.description}" for v in wrong), wrong)
 
 
-def _training(t: task_pb2.Training, path: str, wrong: list[FieldViolation]) -> Training:
-    duration = t.WhichOneof("duration")
-    if duration is None:
+def _training(message: task_pb2.Training, path: str, wrong: list[FieldViolation]) -> Training:
+    """Each field of the dataclass is the proto's field of that name. A field that is unset, or 0 where the proto cannot
+    tell 0 from unset, has the dataclass's default."""
+    if message.WhichOneof("duration") is None:
         wrong.append(FieldViolation(f"{path}.duration", "is missing: set num_steps or num_epochs"))
-    return Training(
-        learning_rate=t.learning_rate,
-        num_steps=t.num_steps if duration == "num_steps" else None,
-        num_epochs=t.num_epochs if duration == "num_epochs" else None,
-        lr_schedule=_choice(_SCHEDULES, t.lr_schedule, f"{path}.lr_schedule", wrong),
-        warmup_steps=t.warmup_steps,
-        micro_batch_size=t.micro_batch_size or 4,
-        global_batch_size=t.global_batch_size or 8,
-        max_sequence_tokens=t.max_sequence_tokens or 512,
-        overlength=_choice(_OVERLENGTHS, t.overlength, f"{path}.overlength", wrong),
-        optimizer=_choice(_OPTIMIZERS, t.optimizer, f"{path}.optimizer", wrong),
-        weight_decay=t.weight_decay,
-        beta1=t.beta1 if t.HasField("beta1") else 0.9,
-        beta2=t.beta2 if t.HasField("beta2") else 0.999,
-        epsilon=t.epsilon if t.HasField("epsilon") else 1e-8,
-        momentum=t.momentum,
-        max_grad_norm=t.max_grad_norm if t.HasField("max_grad_norm") else 1.0,
-        seed=t.seed,
-        shuffle=t.shuffle if t.HasField("shuffle") else True,
-        heldout_fraction=t.heldout_fraction,
-        evaluate_every_steps=t.evaluate_every_steps,
-        early_stop_patience=t.early_stop_patience,
-        early_stop_min_delta=t.early_stop_min_delta,
-        verify_every_steps=t.verify_every_steps,
-        parse_special_tokens=t.parse_special_tokens,
-    )
+    present = {descriptor.name for descriptor, _ in message.ListFields()}  # not those that are 0 without presence
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Training):
+        value, descriptor = getattr(message, field.name), message.DESCRIPTOR.fields_by_name[field.name]
+        is_set = field.name in present
+        if is_set and descriptor.enum_type is not None:
+            value = _choice(type(field.default), descriptor.enum_type, value, f"{path}.{field.name}", wrong)
+        values[field.name] = value if is_set or field.default is dataclasses.MISSING else field.default
+    return Training(**values)
 
 
-def _choice(table: Mapping[int, E], value: int, path: str, wrong: list[FieldViolation]) -> E:
-    if value not in table:
-        known = ", ".join(f"{number} ({choice.name})" for number, choice in table.items() if number)
+def _choice(kind: Any, described: EnumDescriptor, value: int, path: str, wrong: list[FieldViolation]) -> Any:
+    """The member of `kind` that has the name of the proto's value; its first one where there is none."""
+    numbers = {number: kind[name] for name, number in _numbers(described).items()}
+    if value not in numbers:
+        known = ", ".join(f"{number} ({choice.name})" for number, choice in numbers.items())
         wrong.append(FieldViolation(path, f"{value} is no known value: use one of {known}"))
-    return table.get(value, table[0])
+    return numbers.get(value, next(iter(kind)))
+
+
+def _numbers(described: EnumDescriptor) -> dict[str, int]:
+    """Numbers by name, without the prefix that proto style asks for and without the unspecified value."""
+    prefix = described.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    return {value.name.removeprefix(prefix): value.number for value in described.values if value.number}
 
 
 def spec_to_proto(spec: TaskSpec) -> task_pb2.TaskSpec:
@@ -151,17 +138,12 @@ def spec_to_proto(spec: TaskSpec) -> task_pb2.TaskSpec:
 
 def training_to_proto(training: Training) -> task_pb2.Training:
     """Every field set, none left to its default. `training_to_domain` of it is `training` again."""
-    fields = {f.name: getattr(training, f.name) for f in dataclasses.fields(training)}
-    enums = {
-        "lr_schedule": _number_of(_SCHEDULES, training.lr_schedule),
-        "optimizer": _number_of(_OPTIMIZERS, training.optimizer),
-        "overlength": _number_of(_OVERLENGTHS, training.overlength),
-    }
-    return task_pb2.Training(**{name: value for name, value in {**fields, **enums}.items() if value is not None})
-
-
-def _number_of(table: Mapping[int, E], choice: E) -> int:
-    return next(number for number, known in table.items() if number and known is choice)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(training):
+        value, described = getattr(training, field.name), task_pb2.Training.DESCRIPTOR.fields_by_name[field.name]
+        if value is not None:
+            values[field.name] = value if described.enum_type is None else _numbers(described.enum_type)[value.name]
+    return task_pb2.Training(**values)
 
 
 def microbatch_to_proto(microbatch: Microbatch) -> alignment_pb2.Microbatch:

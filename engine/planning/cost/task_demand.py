@@ -10,7 +10,7 @@ from engine.planning.cost.cost_model import AdapterLoad, CostProfile, Part, adap
 from engine.planning.cost.memory_model import Footprint, footprint
 from engine.planning.cost.round_time import StepCost
 from engine.planning.types import BackboneView, PlannerConfig, TaskView
-from engine.task import TaskSpec
+from engine.task import Affects, TaskSpec, values_affecting
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ class DemandEstimator:
         return known
 
     def _footprint(self, spec: TaskSpec, backbone: BackboneView) -> Footprint:
-        training = spec.training
-        key = (repr(spec.method), backbone.name, training.optimizer, training.momentum > 0,
-               training.max_sequence_tokens, training.micro_batch_size)  # fmt: skip
+        key = (repr(spec.method), backbone.name, values_affecting(spec.training, Affects.MEMORY))
         if key not in self._footprints:
             self._footprints[key] = footprint(spec, backbone)
         return self._footprints[key]

@@ -7,7 +7,7 @@ remembered: of a sweep over learning rates only the first task is looked at whol
 import time
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Generic, TypeVar
 
@@ -16,7 +16,7 @@ from engine.planning.cost.memory_model import adapter_bytes, separate_instance_b
 from engine.planning.placement.eta import seconds_alone
 from engine.planning.placement.feasibility import refuse_if_never_fits
 from engine.planning.types import BackboneView, ExecutorView, PlannerConfig, TaskView
-from engine.task import TaskSpec
+from engine.task import Affects, TaskSpec, Training, fields_affecting
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, dataset_pb2, plan_pb2, task_pb2
 from services.admission.policy.validation import validate
 from services.admission.store.idempotency import body_hash
@@ -28,8 +28,9 @@ _REMEMBERED_SECONDS, _MOST_REMEMBERED = 60.0, 1024  # an alignment of another ve
 _MOST_BYTES = 4096  # of a task whose method is remembered
 # What steers the optimizer changes neither data nor time nor bytes; nor does what is the tenant's own affair.
 _OWN = ("labels", "priority", "deadline", "budget", "initial_adapter", "dataset")
-_STEERING = ("learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "epsilon",
-             "max_grad_norm")  # fmt: skip
+_STEERING = tuple(
+    field.name for field in fields(Training) if field.name not in fields_affecting(~Affects.OPTIMIZER)
+)  # fields that affect the optimizer alone
 _UNUSED = ("samples", "length_histogram", "refused_rows")  # of a report
 T = TypeVar("T")
 

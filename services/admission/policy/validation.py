@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 
 from engine.errors import FieldViolation, InvalidInputError
 from engine.planning.types import BackboneView
-from engine.task import Optimizer, TaskSpec, Training
+from engine.task import Optimizer, TaskSpec, Training, out_of_bounds
 
 _MAX_LABELS, _MAX_LABEL_CHARACTERS = 64, 63
-_MAX_STEPS = 10_000_000
 _MAX_PRIORITY = 100
 
 
@@ -67,38 +66,14 @@ def _wrongs(spec: TaskSpec) -> Iterator[tuple[str, object, str]]:
 def _wrongs_of_training(t: Training, longest: float, num_added: int) -> Iterator[tuple[str, str]]:
     """(field, what would do). `longest`: tokens that the backbone takes, without the `num_added` positions that the
     method adds to every sequence."""
-    if not 0 < t.learning_rate < math.inf:
-        yield "learning_rate", "must be positive and finite"
-    steps_field = "num_steps" if t.num_steps is not None else "num_epochs"
-    if not 1 <= (t.num_steps if t.num_steps is not None else t.num_epochs or 0) <= _MAX_STEPS:
-        yield steps_field, f"must be 1 to {_MAX_STEPS}"
-    if t.warmup_steps < 0:
-        yield "warmup_steps", "must not be negative"
+    for wrong in out_of_bounds(t):
+        yield wrong.field, wrong.remedy
     if t.num_steps is not None and t.warmup_steps > t.num_steps:
         yield "warmup_steps", f"must be at most num_steps ({t.num_steps})"
-    if not 1 <= t.micro_batch_size <= 4096:
-        yield "micro_batch_size", "must be 1 to 4096"
-    if not 1 <= t.global_batch_size <= 65536:
-        yield "global_batch_size", "must be 1 to 65536"
-    if t.max_sequence_tokens < 2:
-        yield "max_sequence_tokens", "must be at least 2"
     if t.max_sequence_tokens > longest:
         left_out = f", {num_added} for the method left out" if num_added else ""
         yield "max_sequence_tokens", f"must be at most the backbone's {longest}{left_out}"
-    for field in ("weight_decay", "max_grad_norm", "early_stop_min_delta"):
-        if not 0 <= getattr(t, field) < math.inf:
-            yield field, "must be finite and not negative"
-    for field in ("beta1", "beta2", "momentum"):
-        if not 0 <= getattr(t, field) < 1:
-            yield field, "must be at least 0 and under 1"
-    if not 0 < t.epsilon < math.inf:
-        yield "epsilon", "must be positive"
     if t.momentum != 0 and t.optimizer is not Optimizer.SGD:
         yield "momentum", "is for SGD only: leave it unset"
-    if not 0 <= t.heldout_fraction <= 0.9:
-        yield "heldout_fraction", "must be 0 to 0.9"
-    for field in ("evaluate_every_steps", "verify_every_steps", "early_stop_patience"):
-        if getattr(t, field) < 0:
-            yield field, "must not be negative"
-    if t.early_stop_patience != 0 and not t.heldout_fraction > 0:
+    if t.early_stop_patience > 0 and not t.heldout_fraction > 0:
         yield "early_stop_patience", "needs a held-out split: set heldout_fraction"

@@ -127,6 +127,14 @@ def test_a_plan_carried_out_is_planned_again(snapshot: Snapshot) -> None:
     assert plan(after, LIMITS).htasks == plan(snapshot, LIMITS).htasks
 
 
+def test_a_resident_that_fits_nowhere_holds_back_no_other_task() -> None:
+    """It was queued for one more plan, ahead of its tenant's other tasks, and none of them was placed."""
+    too_large = _task(1, rank=256, target="all-linear", seconds_to_deadline=10.0, executor="executors/0")
+    made = plan(Snapshot((_task(0, rank=4), too_large), (_executor("executors/0", 60),)), LIMITS)
+    assert _placed(made) == {_task(0).name: "executors/0"}
+    assert {e.task: e.reason for e in made.explanations}[too_large.name].startswith("spec.lora")
+
+
 def test_oldest_first_and_the_rest_waits_with_the_reason() -> None:
     tasks = tuple(_task(i, rank=256, age=9 - i) for i in range(9))
     made = plan(Snapshot(tasks, (room_for(4),)), LIMITS)
