@@ -25,7 +25,7 @@ NAMES = (
 )
 
 
-def tokens_allowed() -> float:
+def max_microbatch_tokens() -> float:
     """Of a microbatch, before it finds no memory: without a test that says so, any number."""
     if folder := os.environ.get(VARIABLE):
         try:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from opentelemetry import metrics, propagate, trace
@@ -22,13 +23,27 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, Span, Status, StatusCode
 
-from services.settings import ServerSettings, SettingsError
+from services.settings import SettingsError
 
 _NAME = "muxtune"
 _EXPORT_SECONDS = 3
 _SHUTDOWN_SECONDS = 4.0
 _BATCH_MILLIS = 1000
 _MAX_CONTEXT_BYTES = 512  # what W3C asks everyone to carry
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelemetrySettings:
+    """Settings of a process's telemetry. `listen` is its service's "host:port": Prometheus is served on that host.
+
+    `otlp_endpoint` receives traces and metrics; `trace_file` receives traces as lines of JSON.
+    """
+
+    listen: str = "127.0.0.1:0"
+    otlp_endpoint: str | None = None
+    trace_file: Path | None = None
+    prometheus_port: int | None = None
+    log_level: str = "INFO"
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,7 @@ class Telemetry:
             thread.join(max(0.0, end - time.monotonic()))
 
 
-def configure(service_name: str, settings: ServerSettings) -> Telemetry:
+def configure(service_name: str, settings: TelemetrySettings) -> Telemetry:
     """Sets the process's tracer and meter providers and its JSON logs. Exporting is done by threads behind bounded
     queues: it never blocks a call, and what does not fit is dropped."""
     _configure_logs(service_name, settings.log_level)
@@ -66,7 +81,7 @@ def configure(service_name: str, settings: ServerSettings) -> Telemetry:
     return telemetry
 
 
-def _span_exporters(settings: ServerSettings) -> Iterator[Any]:
+def _span_exporters(settings: TelemetrySettings) -> Iterator[Any]:
     if settings.otlp_endpoint:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
@@ -78,7 +93,7 @@ def _span_exporters(settings: ServerSettings) -> Iterator[Any]:
         yield FileSpanExporter(settings.trace_file)
 
 
-def _metric_readers(settings: ServerSettings) -> tuple[list[Any], list[Callable[[], Any]]]:
+def _metric_readers(settings: TelemetrySettings) -> tuple[list[Any], list[Callable[[], Any]]]:
     readers: list[Any] = []
     closers: list[Callable[[], Any]] = []
     if settings.otlp_endpoint:

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from muxtune.local.certificate_authority import issue
-from services.rpc.certificates import Certificates, Trust
+from services.rpc.certificates import Certificates, ClientTls
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="muxtune-test-ca-")
 
@@ -22,6 +22,6 @@ def certificates(name: str) -> Certificates:
     return Certificates(ca_folder() / ("executors/local" if name == "execution" else name))
 
 
-def trust(name: str, peer: str) -> Trust:
+def trust(name: str, peer: str) -> ClientTls:
     """How `name` comes to `peer`."""
-    return Trust(certificates(name), peer)
+    return ClientTls(certificates(name), peer)

@@ -41,9 +41,10 @@ from services.rpc.authentication import Authenticate
 from services.rpc.certificates import Certificates
 from services.rpc.client_channel import open_channel
 from services.rpc.rate_limit import RateLimit
-from services.rpc.server import serve, start_vital
+from services.rpc.server import serve, start_critical_task
+from services.rpc.server_settings import ServerSettings
 from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter
-from services.settings import ServerSettings, from_environment
+from services.settings import from_environment
 from services.storage.artifact_store import ArtifactStore
 
 
@@ -115,7 +116,7 @@ async def main() -> None:
     database = Database(settings.database_url)
     database.migrate()
     artifacts = ArtifactStore.open(settings.artifact_url)
-    to_alignment = open_channel(settings.alignment_address, settings.mesh_secret, settings.trust("alignment"))
+    to_alignment = open_channel(settings.alignment_address, settings.mesh_secret, settings.client_tls("alignment"))
     alignment = alignment_pb2_grpc.AlignmentServiceStub(to_alignment)
     quota, notifier, keys = settings.quota(), ChangeNotifier(), KeyStore(database)
     default = quota.to_proto()
@@ -142,9 +143,9 @@ async def main() -> None:
 
     async def start(address: str) -> None:
         await health.set(LEDGER_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
-        running.append(start_vital(replicas.run(keeping.keep), "replicas"))
-        running.append(start_vital(replicas.tell(), "word to other replicas"))
-        running.append(start_vital(strangers.run(), "strangers"))
+        running.append(start_critical_task(replicas.run(keeping.keep), "replicas"))
+        running.append(start_critical_task(replicas.tell(), "word to other replicas"))
+        running.append(start_critical_task(strangers.run(), "strangers"))
 
     async def stop() -> None:
         notifier.close()

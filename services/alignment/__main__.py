@@ -14,7 +14,8 @@ from services.alignment.dataset_store import DatasetStore
 from services.alignment.servicer import AlignmentServicer
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.server import serve
-from services.settings import ServerSettings, from_environment
+from services.rpc.server_settings import ServerSettings
+from services.settings import from_environment
 from services.storage.artifact_store import ArtifactStore
 
 _BETWEEN = re.compile(r",(?=[A-Za-z0-9._-]+=)")

@@ -28,7 +28,7 @@ from engine.errors import (
     UnavailableError,
 )
 from engine.task import Affects, Training, values_affecting
-from services.alignment.tenant_fairness import FairQueue, FairQueueJob
+from services.alignment.tenant_fairness import ComputeSlot, FairQueue
 from services.storage.artifact_store import ArtifactStore
 
 _TENANT, _SHA256 = re.compile(r"tenants/[^/]+"), re.compile(r"[0-9a-f]{64}")
@@ -53,7 +53,7 @@ class StoredDataset:
     num_rows_by_shape: Mapping[str, int]
 
 
-class Receipt:
+class DatasetUpload:
     """A dataset on its way in: bytes to a temporary file, checked against what was announced."""
 
     def __init__(self, size_bytes: int, sha256: str, max_bytes: int) -> None:
@@ -132,7 +132,7 @@ class DatasetStore:
         """Makes work in progress end soon, with UnavailableError."""
         self._closing.set()
 
-    def store(self, tenant: str, receipt: Receipt) -> StoredDataset:
+    def store(self, tenant: str, receipt: DatasetUpload) -> StoredDataset:
         """Parses every line, then puts the bytes. Raises MalformedDatasetError with nothing stored."""
         sha256 = receipt.close()
         key = _key(tenant, sha256)
@@ -196,7 +196,7 @@ class DatasetStore:
         if (dataset := self._cache.pop(key, None)) is not None:
             self._cached_bytes -= _held_bytes(dataset)
 
-    def _paced(self, rows: Iterator[Row], turn: FairQueueJob, max_seconds: float) -> Iterator[Row]:
+    def _paced(self, rows: Iterator[Row], turn: ComputeSlot, max_seconds: float) -> Iterator[Row]:
         """Raises QuotaExceededError: rows made to be slow must not hold a thread for days."""
         for row in rows:
             if self._closing.is_set():

@@ -11,7 +11,7 @@ from engine.errors import InvalidInputError, UnavailableError
 from engine.task import Training
 from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import alignment_pb2_grpc, dataset_pb2
-from services.alignment.dataset_store import DatasetStore, Receipt
+from services.alignment.dataset_store import DatasetStore, DatasetUpload
 from services.alignment.request_validation import check_layout, check_num_steps, check_steps, check_training
 from services.alignment.thread_pools import ThreadPools
 from services.conversion.task import microbatch_to_proto, preflight_to_proto, training_to_domain
@@ -41,7 +41,7 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
                 if part == "tenant" and not tenant:
                     tenant = request.tenant
                 elif part == "file" and tenant and receipt is None:
-                    receipt = Receipt(request.file.size_bytes, request.file.sha256, self._max_dataset_bytes)
+                    receipt = DatasetUpload(request.file.size_bytes, request.file.sha256, self._max_dataset_bytes)
                 elif part == "chunk" and receipt is not None:
                     await self._threads.quickly(receipt.add, request.chunk.offset, request.chunk.data)
                 else:

@@ -20,11 +20,11 @@ class FairQueue:
         self._waiting: OrderedDict[str, deque[threading.Event]] = OrderedDict()  # the tenant served longest ago first
 
     @contextmanager
-    def of(self, tenant: str) -> Iterator["FairQueueJob"]:
+    def of(self, tenant: str) -> Iterator["ComputeSlot"]:
         """Waits for the tenant's turn; it ends with the block."""
         self.take(tenant)
         try:
-            yield FairQueueJob(self, tenant)
+            yield ComputeSlot(self, tenant)
         finally:
             self.give(tenant)
 
@@ -57,7 +57,7 @@ class FairQueue:
                     self._waiting[tenant] = line  # behind all others
 
 
-class FairQueueJob:
+class ComputeSlot:
     """What one job has of its turns. Not thread-safe: the job's own."""
 
     def __init__(self, turns: FairQueue, tenant: str) -> None:

@@ -13,7 +13,7 @@ from services.execution.server.servicer import ExecutionServicer
 from services.execution.settings import ExecutionSettings
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel
-from services.rpc.server import serve, start_vital
+from services.rpc.server import serve, start_critical_task
 from services.settings import from_environment
 
 _TRAINER_STOP_SECONDS = 10.0
@@ -21,7 +21,7 @@ _TRAINER_STOP_SECONDS = 10.0
 
 async def main() -> None:
     settings = from_environment(ExecutionSettings, os.environ)
-    channel = open_channel(settings.scheduling_address, settings.mesh_secret, settings.trust("scheduling"))
+    channel = open_channel(settings.scheduling_address, settings.mesh_secret, settings.client_tls("scheduling"))
     scheduling: scheduling_pb2_grpc.SchedulingServiceAsyncStub = scheduling_pb2_grpc.SchedulingServiceStub(channel)
     health = health_aio.HealthServicer()
     name = execution_pb2.DESCRIPTOR.services_by_name["ExecutionService"].full_name
@@ -34,7 +34,7 @@ async def main() -> None:
 
     servicer = ExecutionServicer(settings, tell_health)
     keepers: list[LeaseKeeper] = []
-    running: list[asyncio.Task[None]] = [start_vital(servicer.trainer.run(), "trainer")]
+    running: list[asyncio.Task[None]] = [start_critical_task(servicer.trainer.run(), "trainer")]
 
     def register(server: grpc.aio.Server) -> list[str]:
         execution_pb2_grpc.add_ExecutionServiceServicer_to_server(servicer, server)
@@ -47,7 +47,7 @@ async def main() -> None:
         if running[0].done():
             raise SystemExit(f"the trainer could not start on {settings.backbone}: its log above says why")
         keepers.append(LeaseKeeper(settings, address, scheduling, servicer))
-        running.append(start_vital(keepers[0].run(), "lease"))
+        running.append(start_critical_task(keepers[0].run(), "lease"))
 
     async def stop() -> None:
         await servicer.drain()

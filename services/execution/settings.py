@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.settings import ServerSettings, SettingsError
+from services.rpc.server_settings import ServerSettings
+from services.settings import SettingsError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,11 +45,11 @@ def current_call() -> AuditedCall:
 
 
 def set_call(call: AuditedCall) -> None:
-    """For the gate of the server."""
+    """For the interceptor."""
     _call.set(call)
 
 
-def resource_of(*messages: Message) -> str:
+def resource_name_in(*messages: Message) -> str:
     """The first name that one of them gives, itself or a message directly in it; never any other text of theirs."""
     for message in messages:
         inner = (value for field, value in message.ListFields() if isinstance(value, Message))

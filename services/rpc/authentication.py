@@ -26,11 +26,11 @@ def current_principal() -> Principal:
 
 
 def set_principal(principal: Principal) -> None:
-    """For the gate of the server, and for tests."""
+    """For the interceptor, and for tests."""
     _principal.set(principal)
 
 
-def certified(context: Any) -> Principal | None:
+def certificate_principal(context: Any) -> Principal | None:
     """The peer of a call whose certificate the handshake has verified; None where it showed none.
 
     Nothing that such a peer says of itself in metadata counts. Raises PermissionDeniedError for a name that is no role,
@@ -72,7 +72,7 @@ def check_executor(principal: Principal, executor: str) -> None:
 _CERTIFIED = {Role.OPERATOR, Role.ADMISSION, Role.SCHEDULING, Role.ALIGNMENT, Role.EXECUTION}
 
 
-def bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str:
+def bearer_token(metadata: Iterable[tuple[str, str | bytes]]) -> str:
     """The token of a call's metadata. Raises UnauthenticatedError, saying what to send, if there is none."""
     for key, value in metadata or ():
         if key == _METADATA_KEY and isinstance(value, str) and value.lower().startswith("bearer "):

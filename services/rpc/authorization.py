@@ -129,14 +129,14 @@ TABLE: Mapping[str, Rule] = {
 _NOBODY = _changes()
 
 
-def rule_of(method: str) -> Rule:
+def rule_for(method: str) -> Rule:
     """Of "/package.Service/Method"; nobody may call what is not in the table."""
     return TABLE.get(method, _NOBODY)
 
 
 def check_access(method: str, role: Role) -> None:
     """Raises PermissionDeniedError unless the table lets the role call the method."""
-    rule = rule_of(method)
+    rule = rule_for(method)
     if role not in rule.roles and not (role is Role.MESH and rule.roles):
         raise PermissionDeniedError(f"a caller who is {role.value} may not call {method}", method=method)
 

@@ -61,7 +61,7 @@ class Certificates:
 
 
 @dataclass(frozen=True)
-class Trust:
+class ClientTls:
     """What a channel shows, and whom it expects: the peer's certificate must name the service, wherever it answers."""
 
     certificates: Certificates
@@ -75,11 +75,11 @@ class Trust:
         return grpc.ssl_channel_credentials(roots, key, chain)
 
 
-class Dialled(Generic[Channel]):  # Python 3.11 has no other way
+class RotatingChannel(Generic[Channel]):  # Python 3.11 has no other way
     """The newest channel: another one once the certificates were replaced. Calls under way stay on theirs; the channel
     before is closed when the next follows."""
 
-    def __init__(self, dial: Callable[[], Channel], trust: Trust | None) -> None:
+    def __init__(self, dial: Callable[[], Channel], trust: ClientTls | None) -> None:
         self._dial, self._trust = dial, trust
         self._version = trust.certificates.version() if trust else ()
         self.channel = dial()

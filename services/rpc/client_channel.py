@@ -6,7 +6,6 @@ a deadline. Calls do not wait for a service that is away beyond those retries (a
 """
 
 import asyncio
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,61 +15,17 @@ import grpc
 from opentelemetry.trace import SpanKind
 
 from muxtune.transport import target
-from muxtune.v1 import admission_pb2, alignment_pb2, execution_pb2, ledger_pb2
 from services.rpc.authentication import bearer_metadata
-from services.rpc.certificates import Dialled, Trust
+from services.rpc.certificates import ClientTls, RotatingChannel
 from services.rpc.errors import from_rpc_error
-from services.rpc.server import MAX_MESSAGE_BYTES
 from services.rpc.tracing import RpcSpan
+from services.rpc.transport_options import channel_options
 
 DEADLINE_SECONDS = 30.0
 UPLOAD_DEADLINE_SECONDS = 3600.0
-_RETRY_POLICY = {
-    "maxAttempts": 5,
-    "initialBackoff": "0.1s",  # gRPC jitters it by a fifth
-    "maxBackoff": "2s",
-    "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],  # gRPC's own, to who comes just as a server closes
-}
 
 
-def service_config(health_of: str = "") -> str:
-    """Everything is retried but streams: who has one opens it again. gRPC cannot send a client's again, and a server's
-    that it tries again hangs now and then, for good, when its server is killed (grpcio 1.85; tests/test_mesh_kills.py).
-
-    Replicas are called in turn; with `health_of`, those that say they serve that service.
-    """
-    modules = (admission_pb2, alignment_pb2, execution_pb2, ledger_pb2)
-    services = (s for m in modules for s in m.DESCRIPTOR.services_by_name.values())
-    streamed = [
-        {"service": service.full_name, "method": method.name}
-        for service in services
-        for method in service.methods
-        if method.client_streaming or method.server_streaming
-    ]
-    config: dict[str, Any] = {
-        "methodConfig": [{"name": [{}], "retryPolicy": _RETRY_POLICY}, {"name": streamed}],
-        "loadBalancingConfig": [{"round_robin": {}}],
-    }
-    return json.dumps(config | ({"healthCheckConfig": {"serviceName": health_of}} if health_of else {}))
-
-
-def channel_options(health_of: str = "") -> list[tuple[str, Any]]:
-    return [
-        ("grpc.service_config", service_config(health_of)),
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.keepalive_time_ms", 10_000 if health_of else 30_000),  # one that is paused says nothing of its health
-        ("grpc.keepalive_timeout_ms", 5_000 if health_of else 10_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),  # else pings stop after two on an idle stream
-        ("grpc.max_reconnect_backoff_ms", 2_000),
-        ("grpc.dns_min_time_between_resolutions_ms", 2_000),  # replicas come and go
-        ("grpc.use_local_subchannel_pool", 1),
-    ]
-
-
-def open_channel(address: str, secret: str, trust: Trust | None = None, health_of: str = "") -> grpc.aio.Channel:
+def open_channel(address: str, secret: str, trust: ClientTls | None = None, health_of: str = "") -> grpc.aio.Channel:
     """An asyncio channel. Calls on it raise `engine.errors`, never grpc.RpcError; close it when done.
 
     `address`: "host:port", or several replicas' (`muxtune.transport.target`); calls go to those that say they serve
@@ -84,10 +39,10 @@ def open_channel(address: str, secret: str, trust: Trust | None = None, health_o
             return grpc.aio.insecure_channel(target(address), options)
         return grpc.aio.secure_channel(target(address), trust.credentials(), [*options, *trust.options()])
 
-    return MeshChannel(Dialled(dial, trust), address, secret)
+    return MeshChannel(RotatingChannel(dial, trust), address, secret)
 
 
-def open_sync_channel(address: str, secret: str, trust: Trust | None = None) -> grpc.Channel:
+def open_sync_channel(address: str, secret: str, trust: ClientTls | None = None) -> grpc.Channel:
     """The same for threads: unary calls and server streams. Stubs made after a replacement use the new certificates."""
 
     def dial() -> grpc.Channel:
@@ -95,12 +50,12 @@ def open_sync_channel(address: str, secret: str, trust: Trust | None = None) -> 
             return grpc.insecure_channel(address, options=channel_options())
         return grpc.secure_channel(address, trust.credentials(), options=[*channel_options(), *trust.options()])
 
-    channel = _SyncChannel(Dialled(dial, trust))
+    channel = _SyncChannel(RotatingChannel(dial, trust))
     return grpc.intercept_channel(channel, _SyncInterceptor(address, secret))
 
 
 @contextmanager
-def translated_errors() -> Iterator[None]:
+def translate_rpc_errors() -> Iterator[None]:
     """grpc.RpcError inside comes out as the domain error the peer raised."""
     try:
         yield
@@ -112,7 +67,7 @@ class MeshChannel(grpc.aio.Channel):
     """Wraps a channel rather than intercepting it: gRPC's asyncio interceptors lose track of streams that are cancelled
     or abandoned. Stubs take it like any other channel."""
 
-    def __init__(self, dialled: Dialled[grpc.aio.Channel], address: str, secret: str) -> None:
+    def __init__(self, dialled: RotatingChannel[grpc.aio.Channel], address: str, secret: str) -> None:
         self._dialled, self._address, self._secret = dialled, address, secret
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -187,7 +142,7 @@ class MeshChannel(grpc.aio.Channel):
 class _SyncChannel(grpc.Channel):
     """A channel for threads whose stubs begin on the newest one."""
 
-    def __init__(self, dialled: Dialled[grpc.Channel]) -> None:
+    def __init__(self, dialled: RotatingChannel[grpc.Channel]) -> None:
         self._dialled = dialled
 
     def unary_unary(self, *args: Any, **kwargs: Any) -> Any:

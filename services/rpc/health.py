@@ -11,12 +11,12 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.rpc.certificates import Certificates, Trust
+from services.rpc.certificates import Certificates, ClientTls
 
 _SECONDS = 2.0
 
 
-def is_serving(address: str, trust: Trust | None = None, of: str = "") -> bool:
+def is_serving(address: str, trust: ClientTls | None = None, of: str = "") -> bool:
     """`of`: of one gRPC service there; else of all. By grpc.health.v1, which wants no key."""
     secure = trust and grpc.secure_channel(address, trust.credentials(), trust.options())
     with secure or grpc.insecure_channel(address) as channel:
@@ -31,5 +31,5 @@ def is_serving(address: str, trust: Trust | None = None, of: str = "") -> bool:
 
 if __name__ == "__main__":
     certs = os.environ.get("MUXTUNE_CERTS")
-    proof = Trust(Certificates(Path(certs)), sys.argv[2]) if certs else None
+    proof = ClientTls(Certificates(Path(certs)), sys.argv[2]) if certs else None
     sys.exit(not is_serving(sys.argv[1], proof, *sys.argv[3:4]))

@@ -17,9 +17,9 @@ from grpc_status import rpc_status
 from opentelemetry.trace import SpanKind
 
 from engine.errors import InvalidInputError, MuxtuneError, OverloadedError
-from services.rpc.audit import Audit, AuditedCall, resource_of, set_call
-from services.rpc.authentication import Authenticate, certified, set_principal
-from services.rpc.authorization import Principal, Role, check_access, rule_of
+from services.rpc.audit import Audit, AuditedCall, resource_name_in, set_call
+from services.rpc.authentication import Authenticate, certificate_principal, set_principal
+from services.rpc.authorization import Principal, Role, check_access, rule_for
 from services.rpc.errors import status_of
 from services.rpc.tracing import RpcSpan
 from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter
@@ -37,7 +37,7 @@ _HANDLERS = {
 }
 
 
-class AccessInterceptor(grpc.aio.ServerInterceptor):
+class RpcInterceptor(grpc.aio.ServerInterceptor):
     """`address`: what the spans name as the server's. `audit` hears of calls that change something and of refused ones,
     before their caller has the answer; `strangers` of those that prove nothing. More calls or streams at once are
     refused, and may come again."""
@@ -67,7 +67,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         return handler
 
     def _guard(self, handler: Any, method: str) -> Any:
-        if Role.ANYONE in rule_of(method).roles:
+        if Role.ANYONE in rule_for(method).roles:
             return handler
         behaviour = self._streaming(handler, method) if handler.response_streaming else self._unary(handler, method)
         make: Any = _HANDLERS[handler.request_streaming, handler.response_streaming]
@@ -134,7 +134,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         span = RpcSpan(method, SpanKind.SERVER, carrier_of(metadata), self._address)
         code, call, refuse, done = grpc.StatusCode.UNKNOWN, None, None, None
         try:
-            with places, span.in_force():
+            with places, span.activate():
                 principal = await self._prove(method, context)
                 set_principal(principal)
                 set_call(call := AuditedCall(principal, method))
@@ -155,7 +155,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             code = grpc.StatusCode.UNIMPLEMENTED
             refuse = partial(context.abort, code, f"{method} is not implemented")
         except Exception as error:
-            with span.in_force():
+            with span.activate():
                 status = status_of(error)
             code = _CODES[status.code]
             refuse = partial(context.abort_with_status, rpc_status.to_status(status))
@@ -168,7 +168,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
     async def _prove(self, method: str, context: Any) -> Principal:
         """Who calls, by certificate or else by token. Raises UnauthenticatedError, or OverloadedError to strangers."""
-        return certified(context) or await self._strangers.prove(
+        return certificate_principal(context) or await self._strangers.prove(
             context.peer(), method, context.invocation_metadata(), self._authenticate
         )
 
@@ -177,8 +177,8 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         committed has two: that it was done, and that they had left."""
         if self._audit is None or call is None or call.told == code.name:
             return
-        if rule_of(call.method).is_audited or code is grpc.StatusCode.PERMISSION_DENIED:
-            entry = call.entry(resource_of(*named), code.name)
+        if rule_for(call.method).is_audited or code is grpc.StatusCode.PERMISSION_DENIED:
+            entry = call.entry(resource_name_in(*named), code.name)
             telling = asyncio.ensure_future(self._audit(entry))
             self._telling.add(telling)
             telling.add_done_callback(self._telling.discard)

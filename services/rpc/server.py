@@ -17,26 +17,12 @@ from grpc_reflection.v1alpha import reflection
 
 from services.rpc.audit import Audit
 from services.rpc.authentication import Authenticate
-from services.rpc.interceptor import AccessInterceptor
+from services.rpc.interceptor import RpcInterceptor
+from services.rpc.server_settings import ServerSettings
+from services.rpc.transport_options import SERVER_OPTIONS
 from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter
-from services.settings import ServerSettings
 from services.telemetry import configure
 
-MAX_MESSAGE_BYTES = 16 << 20
-_OPTIONS = [
-    ("grpc.so_reuseport", 0),  # a second server on this port must fail, not share it silently
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Clients ping every 30 s, on idle connections too (services/rpc/client_channel.py): allow it, or they end in
-    # GOAWAY. The server pings too: a client that vanished without a word must not hold its stream for gRPC's default of
-    # two hours.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.http2.max_ping_strikes", 0),
-]
 _PARENT_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
@@ -65,8 +51,8 @@ async def serve(
     """
     parent = os.getppid()
     telemetry = configure(service_name, settings)
-    gate = AccessInterceptor(authenticate, settings.listen, audit, settings.max_calls, settings.max_streams, strangers)
-    server = grpc.aio.server(interceptors=[gate], options=_OPTIONS)
+    gate = RpcInterceptor(authenticate, settings.listen, audit, settings.max_calls, settings.max_streams, strangers)
+    server = grpc.aio.server(interceptors=[gate], options=SERVER_OPTIONS)
     health = health or health_aio.HealthServicer()
     names = [*register(server), health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -109,7 +95,7 @@ async def _until(stopping: asyncio.Event, parent: int | None) -> None:
             await asyncio.wait_for(stopping.wait(), None if parent is None else _PARENT_SECONDS)
 
 
-def start_vital(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+def start_critical_task(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
     """A task the service cannot do without: where it raises, the service stops, and whoever runs it starts it again."""
 
     def judge(task: asyncio.Task[None]) -> None:

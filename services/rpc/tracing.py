@@ -55,9 +55,9 @@ class RpcSpan:
         propagate.inject(entries, trace.set_span_in_context(self._span))
         return entries
 
-    def in_force(self) -> "_InForce":
+    def activate(self) -> "_ActiveSpan":
         """Makes it the parent of what is started inside."""
-        return _InForce(trace.set_span_in_context(self._span))
+        return _ActiveSpan(trace.set_span_in_context(self._span))
 
     def set_tenant(self, tenant: str) -> None:
         self._span.set_attribute("muxtune.tenant", tenant)
@@ -107,7 +107,7 @@ class RpcSpan:
         duration.record(time.perf_counter() - self._started, {**self._attributes, **outcome})
 
 
-class _InForce:
+class _ActiveSpan:
     """A context that holds inside. A generator as context manager takes twice as long."""
 
     def __init__(self, inside: context.Context) -> None:

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 from engine.errors import MuxtuneError, OverloadedError, UnauthenticatedError
 from services.rpc.audit import Audit, AuditEntry
-from services.rpc.authentication import Authenticate, bearer
+from services.rpc.authentication import Authenticate, bearer_token
 from services.rpc.authorization import Principal, Role
 from services.rpc.rate_limit import RateLimit
 
@@ -45,9 +45,9 @@ class UnauthenticatedCallLimiter:
     ) -> Principal:
         """Who calls. Raises UnauthenticatedError, and OverloadedError where too many calls from there prove nothing:
         a token is looked up then only if it was good before."""
-        address = address_of(peer)
+        address = client_address(peer)
         try:
-            token = bearer(metadata)
+            token = bearer_token(metadata)
             digest = hashlib.sha256(token.encode()).digest()
             is_new = digest not in self._good
             if is_new:
@@ -102,7 +102,7 @@ class UnauthenticatedCallLimiter:
 
 
 @lru_cache(4096)
-def address_of(peer: str) -> str:
+def client_address(peer: str) -> str:
     """Of what gRPC calls the peer, "ipv4:192.0.2.1:5000", without its port. Of IPv6 the network (/64): whoever has an
     address there has all of them."""
     kind, _, rest = unquote(peer).partition(":")  # gRPC writes ipv6:%5B::1%5D:5000

@@ -14,12 +14,13 @@ from muxtune.transport import target
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel
-from services.rpc.server import serve, start_vital
-from services.scheduling.audit_forwarder import audited_by
+from services.rpc.server import serve, start_critical_task
+from services.rpc.server_settings import ServerSettings
+from services.scheduling.audit_forwarder import audit_through_ledger
 from services.scheduling.leader_election import LeaderElection
 from services.scheduling.scheduler import Scheduler
 from services.scheduling.servicer import SchedulingServicer
-from services.settings import ServerSettings, SettingsError, from_environment
+from services.settings import SettingsError, from_environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +74,11 @@ class SchedulingSettings(ServerSettings):
 async def main() -> None:
     settings = from_environment(SchedulingSettings, os.environ)
     keeper = ledger_pb2.DESCRIPTOR.services_by_name["LedgerService"].full_name  # one of several admissions serves it
-    trust = settings.trust("admission")
+    trust = settings.client_tls("admission")
     channel = open_channel(settings.admission_address, settings.mesh_secret, trust, keeper)
     ledger: ledger_pb2_grpc.LedgerServiceAsyncStub = ledger_pb2_grpc.LedgerServiceStub(channel)
     scheduler = Scheduler(
-        ledger, settings.mesh_secret, settings.limits(), settings.weights(), settings.trust("execution")
+        ledger, settings.mesh_secret, settings.limits(), settings.weights(), settings.client_tls("execution")
     )
     running: list[asyncio.Task[None]] = []
     leaderships: list[LeaderElection] = []
@@ -89,7 +90,7 @@ async def main() -> None:
 
     async def start(address: str) -> None:
         leaderships.append(LeaderElection(ledger, f"{socket.gethostname()} {address}", settings.leader_seconds))
-        running.append(start_vital(leaderships[0].run(scheduler.run), "scheduler"))
+        running.append(start_critical_task(leaderships[0].run(scheduler.run), "scheduler"))
 
     async def stop() -> None:
         for task in running:
@@ -103,7 +104,7 @@ async def main() -> None:
         settings,
         register,
         authenticate=mesh_authenticator(settings.mesh_secret),
-        audit=audited_by(ledger),
+        audit=audit_through_ledger(ledger),
         on_ready=start,
         on_stop=stop,
     )

@@ -11,7 +11,7 @@ _REFUSALS_PER_SECOND = 0.1  # of one caller's: an executor that is refused comes
 _log = logging.getLogger(__name__)
 
 
-def audited_by(ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub", limit: RateLimit | None = None) -> Audit:
+def audit_through_ledger(ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub", limit: RateLimit | None = None) -> Audit:
     """What the gate calls. What cannot be recorded is in the service's log, and no error of the caller's."""
     refusals = limit or RateLimit(_REFUSALS_PER_SECOND)
 

@@ -9,17 +9,17 @@ import grpc
 
 from engine.errors import MuxtuneError
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, ledger_pb2, ledger_pb2_grpc, plan_pb2
+from services.backoff import Backoff
 from services.failpoints import failpoint
 from services.resource_names import executor_host
-from services.rpc.certificates import Trust
+from services.rpc.certificates import ClientTls
 from services.rpc.client_channel import open_channel
-from services.rpc.server import start_vital
+from services.rpc.server import start_critical_task
 
-_FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 2.0
 _log = logging.getLogger(__name__)
 
 
-class Mailbox:
+class RunPlanRequests:
     """What the executor should know next. Newer replaces older, so it holds one message at most."""
 
     def __init__(self, lease_term: int, leader_term: int) -> None:
@@ -63,7 +63,7 @@ class Mailbox:
             )
 
 
-def executor_channel(executor: plan_pb2.Executor, secret: str, trust: Trust | None) -> grpc.aio.Channel:
+def executor_channel(executor: plan_pb2.Executor, secret: str, trust: ClientTls | None) -> grpc.aio.Channel:
     """To where it said it is, if who answers there has its name."""
     return open_channel(executor.address, secret, trust and replace(trust, peer=executor_host(executor.name)))
 
@@ -77,12 +77,12 @@ class ExecutorStream:
         leader_term: int,
         secret: str,
         ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub",
-        trust: Trust | None = None,
+        trust: ClientTls | None = None,
     ) -> None:
         self.executor = executor
-        self.mailbox = Mailbox(executor.lease_term, leader_term)
+        self.mailbox = RunPlanRequests(executor.lease_term, leader_term)
         self._secret, self._ledger, self._trust = secret, ledger, trust
-        self._task = start_vital(self._run(), f"stream to {executor.name}")
+        self._task = start_critical_task(self._run(), f"stream to {executor.name}")
 
     async def close(self) -> None:
         """Finishes committing what was received, then ends the stream."""
@@ -95,14 +95,14 @@ class ExecutorStream:
     async def _run(self) -> None:
         channel = executor_channel(self.executor, self._secret, self._trust)
         stub: execution_pb2_grpc.ExecutionServiceAsyncStub = execution_pb2_grpc.ExecutionServiceStub(channel)
-        backoff = _FIRST_BACKOFF_SECONDS
+        backoff = Backoff(first_seconds=0.1, max_seconds=2.0)
         async with channel:
             while True:
                 call = stub.RunPlan(self.mailbox.requests())
                 try:
                     async for response in call:
                         await self._commit(response)
-                        backoff = _FIRST_BACKOFF_SECONDS
+                        backoff.reset()
                     return  # the executor has drained, or we closed
                 # LEASE_LOST too: the executor may not have heard of its lease yet. If it is lost, the next cycle's
                 # snapshot says so and closes this stream.
@@ -110,8 +110,7 @@ class ExecutorStream:
                     _log.warning("stream to %s broke: %s", self.executor.name, error)
                 finally:
                     call.cancel()
-                await asyncio.sleep(backoff)
-                backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
+                await backoff.wait()
 
     async def _commit(self, response: execution_pb2.RunPlanResponse) -> None:
         stale: set[str] = set()

@@ -12,7 +12,7 @@ from muxtune.v1 import scheduling_pb2 as pb
 from services.conversion.plan import cost_to_proto, explanation_to_proto, htask_to_proto, limits_to_proto
 from services.conversion.task import spec_to_domain
 
-MAX_NEWCOMERS = 256
+MAX_HYPOTHETICAL_TASKS = 256
 
 
 def profile(
@@ -56,8 +56,8 @@ def newcomers(request: pb.SimulatePlanRequest, snapshot: Snapshot) -> list[TaskV
     """The hypothetical tasks, younger than all there are. Raises InvalidInputError."""
     names = {task.name for task in snapshot.tasks}
     age = max((task.age for task in snapshot.tasks), default=0)
-    if len(request.tasks) > MAX_NEWCOMERS:
-        raise InvalidInputError.of_field("tasks", f"{len(request.tasks)}: at most {MAX_NEWCOMERS}")
+    if len(request.tasks) > MAX_HYPOTHETICAL_TASKS:
+        raise InvalidInputError.of_field("tasks", f"{len(request.tasks)}: at most {MAX_HYPOTHETICAL_TASKS}")
     found = []
     for index, asked in enumerate(request.tasks):
         path = f"tasks[{index}]"

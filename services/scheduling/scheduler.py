@@ -24,6 +24,7 @@ from muxtune.v1 import (
     scheduling_pb2,
     task_pb2,
 )
+from services.backoff import Backoff
 from services.conversion.plan import (
     executor_to_view,
     explanation_to_proto,
@@ -32,12 +33,12 @@ from services.conversion.plan import (
     snapshot_task_to_view,
 )
 from services.failpoints import failpoint
-from services.rpc.certificates import Trust
-from services.rpc.server import start_vital
+from services.rpc.certificates import ClientTls
+from services.rpc.server import start_critical_task
 from services.scheduling.executor_streams import ExecutorStream, executor_channel
 from services.telemetry import current_trace_parent, links_to, task_span, tracer
 
-_FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 5.0
+_FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 5.0
 _DRAIN_SECONDS = 120.0  # it gives up by itself long before
 _log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Scheduler:
         secret: str,
         limits: PlannerConfig,
         tenant_weights: Mapping[str, float] | None = None,
-        trust: Trust | None = None,
+        trust: ClientTls | None = None,
     ) -> None:
         self._ledger, self._secret, self._trust, self.limits = ledger, secret, trust, limits
         self.tenant_weights, self._appraiser = tenant_weights or {}, DemandEstimator(limits)
@@ -66,20 +67,19 @@ class Scheduler:
     async def run(self, leader_term: int = 0) -> None:
         """Cycles until cancelled. Hints coalesce: any number of changes during a cycle make one more."""
         self._leader_term, self.is_running = leader_term, True
-        watching = start_vital(self._watch_changes(), "hints of the ledger")
-        backoff = _FIRST_BACKOFF_SECONDS
+        watching = start_critical_task(self._watch_changes(), "hints of the ledger")
+        backoff = Backoff(_FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS)
         try:
             while True:
                 await self._hinted.wait()
                 self._hinted.clear()
                 try:
                     await self.schedule()
-                    backoff = _FIRST_BACKOFF_SECONDS
+                    backoff.reset()
                 except MuxtuneError as error:
                     _log.warning("cycle given up, a new one follows: %s", error)
                     self._hinted.set()
-                    await asyncio.sleep(backoff)
-                    backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
+                    await backoff.wait()
         finally:
             watching.cancel()
             await asyncio.gather(*(stream.close() for stream in self._streams.values()))
@@ -206,16 +206,15 @@ class Scheduler:
                 )
 
     async def _watch_changes(self) -> None:
-        backoff = _FIRST_BACKOFF_SECONDS
+        backoff = Backoff(_FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS)
         while True:
             try:
                 async for _ in self._ledger.WatchChanges(ledger_pb2.WatchChangesRequest()):
                     self._hinted.set()
-                    backoff = _FIRST_BACKOFF_SECONDS
+                    backoff.reset()
             except MuxtuneError as error:
                 _log.warning("the ledger's hints broke off: %s", error)
-            await asyncio.sleep(backoff)
-            backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
+            await backoff.wait()
 
 
 def _held_elsewhere(executor: plan_pb2.Executor, snapshot: ledger_pb2.GetSnapshotResponse) -> set[str]:

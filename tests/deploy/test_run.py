@@ -14,7 +14,7 @@ import pytest
 from muxtune.client import Client
 from muxtune.local.mesh import free_addresses
 from muxtune.v1 import task_pb2
-from services.rpc.certificates import Certificates, Trust
+from services.rpc.certificates import Certificates, ClientTls
 from services.rpc.health import is_serving
 from tests.deploy.compose_file import ROOT, SERVICES, compose, environment_of_image, last_of
 from tests.tiny_backbone import write_backbone
@@ -100,7 +100,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 def wait_until_healthy(machine: Machine, service: str, process: "subprocess.Popen[bytes]") -> None:
     """As Docker asks: the image's own check, again and again."""
     address = f"127.0.0.1:{machine.ports[service][0]}"
-    while not is_serving(address, Trust(Certificates(machine.certs(service)), service)):
+    while not is_serving(address, ClientTls(Certificates(machine.certs(service)), service)):
         assert process.poll() is None, (machine.folder / f"{service}.log").read_text()[-2000:]
 
 

@@ -14,7 +14,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from muxtune.v1 import admission_pb2, admission_pb2_grpc, execution_pb2_grpc
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel
-from services.rpc.interceptor import AccessInterceptor
+from services.rpc.interceptor import RpcInterceptor
 
 SECRET = "mesh_of-the-test"
 
@@ -143,7 +143,7 @@ async def start_mesh() -> AsyncIterator[StartMesh]:
     async with AsyncExitStack() as stack:
 
         async def start(options: tuple[tuple[str, int], ...] = (), **methods: object) -> Mesh:
-            server = grpc.aio.server(interceptors=[AccessInterceptor(mesh_authenticator(SECRET))], options=options)
+            server = grpc.aio.server(interceptors=[RpcInterceptor(mesh_authenticator(SECRET))], options=options)
             admission = type("Admission", (admission_pb2_grpc.AdmissionServiceServicer,), _bound(methods))()
             execution = type("Execution", (execution_pb2_grpc.ExecutionServiceServicer,), _bound(methods))()
             admission_pb2_grpc.add_AdmissionServiceServicer_to_server(admission, server)

@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from muxtune.cli.tracing import traced
 from muxtune.v1 import admission_pb2
-from services.settings import ServerSettings
+from services.rpc.server_settings import ServerSettings
 from services.telemetry import configure
 from tests.services.conftest import StartMesh
 

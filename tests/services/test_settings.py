@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from services.settings import ServerSettings, SettingsError, environment_of, from_environment
+from services.rpc.server_settings import ServerSettings
+from services.settings import SettingsError, environment_of, from_environment
 
 
 @dataclass(frozen=True, kw_only=True)

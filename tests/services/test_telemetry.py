@@ -27,7 +27,8 @@ from opentelemetry.trace import Link, SpanKind, StatusCode
 
 from muxtune.span_file_exporter import FileSpanExporter
 from services import telemetry
-from services.settings import ServerSettings, SettingsError
+from services.rpc.server_settings import ServerSettings
+from services.settings import SettingsError
 from services.telemetry import configure, current_trace_parent, links_to, task_span, tracer
 
 ROOT = Path(__file__).parents[2]
@@ -167,7 +168,7 @@ def test_a_collector_that_is_away_blocks_nobody() -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from services.settings import ServerSettings
+from services.rpc.server_settings import ServerSettings
 from services.telemetry import configure
 telemetry = configure(sys.argv[1], ServerSettings(mesh_secret="s", trace_file=Path(sys.argv[2])))
 tracer = telemetry.tracer_provider.get_tracer("x")

@@ -6,7 +6,7 @@ from engine.errors import UnauthenticatedError
 from services.admission.api.oidc import TokenVerifier
 from services.admission.store.api_keys import KeyStore
 from services.rpc.authentication import Authenticate, mesh_authenticator
-from services.rpc.authorization import Principal, Role, rule_of
+from services.rpc.authorization import Principal, Role, rule_for
 from services.rpc.rate_limit import RateLimit
 
 
@@ -24,7 +24,7 @@ def authenticator(
             principal = await keys.principal_of(token)
         elif verifier is not None and token.count(".") == 2:
             principal = await asyncio.to_thread(verifier.principal_of, token)
-        elif Role.TENANT in rule_of(method).roles:
+        elif Role.TENANT in rule_for(method).roles:
             raise UnauthenticatedError("the API key is unknown, expired or revoked")  # the mesh is no tenant
         else:
             return await mesh(method, token)

@@ -14,13 +14,13 @@ from collections.abc import Awaitable, Callable
 
 from google.protobuf.message import Message
 
+from services.backoff import Backoff
 from services.execution.server.trainer_pipe import AsyncPipe, Frame, Tag
 from services.execution.server.watchdog import Watchdog
 from services.execution.settings import ExecutionSettings
 from services.settings import environment_of
 
 _STACKS_SECONDS = 0.5  # for a trainer that hangs to write its stacks, before it is killed
-_FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.5, 30.0
 _log = logging.getLogger(__name__)
 
 
@@ -46,7 +46,7 @@ class TrainerProcess:
 
     async def run(self) -> None:
         """Keeps a trainer alive until `stop`. Returns if the first one ends before it was ready."""
-        backoff = _FIRST_BACKOFF_SECONDS
+        backoff = Backoff(first_seconds=0.5, max_seconds=30.0)
         while not self._is_stopping:
             await self._start()
             watching = asyncio.create_task(self._watch(), name="watchdog")
@@ -61,8 +61,9 @@ class TrainerProcess:
                 return  # a backbone that does not load will not load again: its log says why
             self._was_ever_ready = True
             await self._on_death(self._cause or f"its trainer ended with status {code}")
-            backoff = _FIRST_BACKOFF_SECONDS if was_ready else min(2 * backoff, _LAST_BACKOFF_SECONDS)
-            await asyncio.sleep(backoff)
+            if was_ready:
+                backoff.reset()
+            await backoff.wait()
 
     async def send(self, tag: Tag, message: Message | None = None) -> None:
         """Lost when the trainer is dying: whoever restarts it tells it again what it needs."""

@@ -9,10 +9,10 @@ from engine.runtime.checkpoint import CheckpointState
 from engine.runtime.out_of_memory import OutOfMemoryError
 from engine.task import TaskSpec
 from muxtune.v1 import plan_pb2, task_pb2
+from services.backoff import Backoff
 from services.execution.trainer.background_io import BackgroundCall
 from services.execution.trainer.early_stop import EarlyStop
 
-_FIRST_RETRY_SECONDS, _LAST_RETRY_SECONDS = 1.0, 8.0
 Files = dict[str, bytes]
 
 
@@ -51,7 +51,7 @@ class ResidentTask:
     errand: BackgroundCall[Any] | None = None
     waits_since: float | None = None
     retry_time: float = 0.0
-    _retry_seconds: float = _FIRST_RETRY_SECONDS
+    _backoff: Backoff = field(default_factory=lambda: Backoff(first_seconds=1.0, max_seconds=8.0))
 
     @property
     def name(self) -> str:
@@ -78,11 +78,11 @@ class ResidentTask:
         """Tried again later, and each time later."""
         now = time.monotonic()
         self.waits_since = now if self.waits_since is None else self.waits_since
-        self.retry_time = now + self._retry_seconds
-        self._retry_seconds = min(2 * self._retry_seconds, _LAST_RETRY_SECONDS)
+        self.retry_time = now + self._backoff.next_seconds()
 
     def went_well(self) -> None:
-        self.waits_since, self._retry_seconds = None, _FIRST_RETRY_SECONDS
+        self.waits_since = None
+        self._backoff.reset()
 
 
 def why(error: MuxtuneError | OutOfMemoryError) -> str:

@@ -38,7 +38,7 @@ from services.execution.trainer.microbatch_stream import MicrobatchStream
 from services.execution.trainer.oom_policy import OutOfMemoryPolicy
 from services.execution.trainer.step_spans import StepWindow
 from services.execution.trainer.task_lifecycle import TaskLifecycle, exported_response
-from services.failpoints import failpoint, tokens_allowed
+from services.failpoints import failpoint, max_microbatch_tokens
 from services.rpc.client_channel import open_sync_channel
 from services.rpc.errors import to_failure
 from services.settings import from_environment
@@ -77,7 +77,9 @@ class Trainer:
         every = settings.checkpoint_steps, settings.checkpoint_seconds
         self._residents = TaskLifecycle(self._executor, vault, *every, wake=partial(self._inbox.put, _Wake()))
         self._exports: deque[Future[plan_pb2.TaskFinished]] = deque()  # on their way to the store
-        self._channel = open_sync_channel(settings.alignment_address, settings.mesh_secret, settings.trust("alignment"))
+        self._channel = open_sync_channel(
+            settings.alignment_address, settings.mesh_secret, settings.client_tls("alignment")
+        )
         self._plan: plan_pb2.ExecutorPlan = plan_pb2.ExecutorPlan()
         self._next_plan: plan_pb2.ExecutorPlan | None = None
         self._streams: dict[int, MicrobatchStream] = {}  # by index of the hTask in the plan
@@ -144,7 +146,7 @@ class Trainer:
             return
         parts, started = self._costs.parts(microbatch), time.perf_counter()
         try:
-            if microbatch.num_tokens > tokens_allowed():
+            if microbatch.num_tokens > max_microbatch_tokens():
                 raise OutOfMemoryError("said by a test")
             results = self._executor.run(microbatch)
         except OutOfMemoryError as error:

@@ -48,7 +48,7 @@ from services.alignment.dataset_store import DatasetStore
 from services.alignment.servicer import AlignmentServicer
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel
-from services.rpc.interceptor import AccessInterceptor
+from services.rpc.interceptor import RpcInterceptor
 from services.rpc.rate_limit import RateLimit
 from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter
 from services.storage.artifact_store import ArtifactStore
@@ -138,7 +138,7 @@ class Alignment:
         servicer = AlignmentServicer(
             DatasetStore(artifacts, {"tiny": tokenizer}, cache_bytes=1 << 20), MAX_DATASET_BYTES
         )
-        server = grpc.aio.server(interceptors=[AccessInterceptor(mesh_authenticator(SECRET))])
+        server = grpc.aio.server(interceptors=[RpcInterceptor(mesh_authenticator(SECRET))])
         alignment_pb2_grpc.add_AlignmentServiceServicer_to_server(servicer, server)
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
@@ -172,9 +172,7 @@ class Admission:
         )
         limit, audit = RateLimit(self.requests_per_second), audited_in(self.database)
         self.strangers = UnauthenticatedCallLimiter(RateLimit(self.refusals_per_second), audit)
-        gate = AccessInterceptor(
-            authenticator(self.key_store, SECRET, None, limit), audit=audit, strangers=self.strangers
-        )
+        gate = RpcInterceptor(authenticator(self.key_store, SECRET, None, limit), audit=audit, strangers=self.strangers)
         self._server = grpc.aio.server(interceptors=[gate], options=[("grpc.so_reuseport", 0)])
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, self._server)
         key_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(self.key_store), self._server)

@@ -16,7 +16,7 @@ from services.alignment.dataset_store import DatasetStore
 from services.alignment.servicer import AlignmentServicer
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel
-from services.rpc.interceptor import AccessInterceptor
+from services.rpc.interceptor import RpcInterceptor
 from services.storage.artifact_store import ArtifactStore
 from tests.tiny_tokenizer import write_tokenizer
 
@@ -73,7 +73,7 @@ async def alignment(tmp_path: Path) -> AsyncIterator[Alignment]:
     store = ArtifactStore.open(str(tmp_path / "store"))
     catalog = DatasetStore(store, {"tiny": write_tokenizer(tmp_path / "tiny")}, cache_bytes=1 << 20)
     servicer = AlignmentServicer(catalog, MAX_DATASET_BYTES)
-    server = grpc.aio.server(interceptors=[AccessInterceptor(mesh_authenticator(SECRET))])
+    server = grpc.aio.server(interceptors=[RpcInterceptor(mesh_authenticator(SECRET))])
     alignment_pb2_grpc.add_AlignmentServiceServicer_to_server(servicer, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()

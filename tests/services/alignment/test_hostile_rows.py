@@ -14,7 +14,7 @@ from engine.alignment.jsonl_rows import MAX_LINE_BYTES, MAX_MESSAGES, parse_line
 from engine.alignment.row_tokenizer import tokenize
 from engine.errors import InvalidInputError, MalformedDatasetError, QuotaExceededError
 from engine.task import Training
-from services.alignment.dataset_store import DatasetStore, Receipt
+from services.alignment.dataset_store import DatasetStore, DatasetUpload
 from services.storage.artifact_store import ArtifactStore
 from tests.tiny_tokenizer import write_tokenizer
 
@@ -29,11 +29,11 @@ def catalog(tmp_path: Path) -> DatasetStore:
     return DatasetStore(store, {"tiny": write_tokenizer(tmp_path / "tiny")}, cache_bytes=1 << 20)
 
 
-def received(*chunks: bytes) -> Receipt:
+def received(*chunks: bytes) -> DatasetUpload:
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
-    receipt, offset = Receipt(sum(map(len, chunks)), digest.hexdigest(), 2 << 30), 0
+    receipt, offset = DatasetUpload(sum(map(len, chunks)), digest.hexdigest(), 2 << 30), 0
     for chunk in chunks:
         receipt.add(offset, chunk)
         offset += len(chunk)

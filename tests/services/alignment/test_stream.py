@@ -24,7 +24,7 @@ from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import alignment_pb2_grpc
 from services.alignment import servicer as servicer_module
 from services.conversion.task import microbatch_to_domain, microbatch_to_proto, training_to_domain
-from services.rpc.client_channel import open_channel, open_sync_channel, translated_errors
+from services.rpc.client_channel import open_channel, open_sync_channel, translate_rpc_errors
 from services.storage.artifact_store import ArtifactStore
 from tests.services.alignment.conftest import (
     SECRET,
@@ -92,7 +92,7 @@ async def test_a_trainer_without_asyncio_reads_the_same(alignment: Alignment) ->
     sha256 = (await alignment.store(TEN_ROWS)).sha256
 
     def read() -> list[pb.Microbatch]:
-        with open_sync_channel(alignment.address, SECRET) as channel, translated_errors():
+        with open_sync_channel(alignment.address, SECRET) as channel, translate_rpc_errors():
             stub = alignment_pb2_grpc.AlignmentServiceStub(channel)
             return [response.microbatch for response in stub.StreamMicrobatches(_request(_member(sha256)))]
 

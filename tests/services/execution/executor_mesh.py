@@ -35,7 +35,7 @@ from services.conversion.task import microbatch_to_proto, training_to_domain
 from services.execution.settings import ExecutionSettings
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel
-from services.rpc.interceptor import AccessInterceptor
+from services.rpc.interceptor import RpcInterceptor
 from services.settings import environment_of
 
 SECRET = "mesh_secret-of-the-tests"
@@ -274,7 +274,7 @@ async def _registered(process: asyncio.subprocess.Process, scheduling: FakeSched
 async def running_mesh(folder: Path, backbone: Path, **overrides: Any) -> AsyncIterator[Mesh]:
     """Starts it all, waits for the executor to register, and ends it all."""
     alignment, scheduling = FakeAlignment(), FakeScheduling()
-    server = grpc.aio.server(interceptors=[AccessInterceptor(mesh_authenticator(SECRET))])
+    server = grpc.aio.server(interceptors=[RpcInterceptor(mesh_authenticator(SECRET))])
     alignment_pb2_grpc.add_AlignmentServiceServicer_to_server(alignment, server)
     scheduling_pb2_grpc.add_SchedulingServiceServicer_to_server(scheduling, server)
     fakes = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"

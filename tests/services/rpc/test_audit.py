@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from engine.errors import InvalidInputError
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import admission_pb2_grpc, artifact_pb2, task_pb2
-from services.rpc.audit import AuditEntry, resource_of
+from services.rpc.audit import AuditEntry, resource_name_in
 from services.rpc.authorization import Principal, Role
-from services.rpc.interceptor import AccessInterceptor
+from services.rpc.interceptor import RpcInterceptor
 
 TENANT = Principal("tenants/a", Role.TENANT, "key 1")
 NAME = "tenants/a/tasks/t"
@@ -70,7 +70,7 @@ async def served() -> AsyncIterator[Served]:
         return Principal("tenants/a", Role.VIEWER, "key 2") if token == "viewer" else TENANT
 
     log, servicer = Log(), Servicer()
-    server = grpc.aio.server(interceptors=[AccessInterceptor(authenticate, audit=log)])
+    server = grpc.aio.server(interceptors=[RpcInterceptor(authenticate, audit=log)])
     admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
@@ -123,7 +123,7 @@ async def test_reads_leave_no_line_and_uploads_say_what_they_made(served: Served
 @given(st.text(max_size=300), st.text(max_size=20), st.binary(max_size=50))
 def test_a_resource_is_a_name_and_never_what_else_was_said(name: str, label: str, data: bytes) -> None:
     spec = task_pb2.TaskSpec(labels={"secret": label}, backbone="secret")
-    assert resource_of(pb.CreateTaskRequest(parent=name, spec=spec)) == name[:200]
+    assert resource_name_in(pb.CreateTaskRequest(parent=name, spec=spec)) == name[:200]
     chunk = artifact_pb2.FileChunk(data=data)
-    assert resource_of(pb.UploadDatasetRequest(chunk=chunk)) == ""
-    assert resource_of(pb.GetTaskResponse(task={"name": "n"}), pb.GetTaskRequest(name=name)) == "n"
+    assert resource_name_in(pb.UploadDatasetRequest(chunk=chunk)) == ""
+    assert resource_name_in(pb.GetTaskResponse(task={"name": "n"}), pb.GetTaskRequest(name=name)) == "n"

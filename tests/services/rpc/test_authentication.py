@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from engine.errors import UnauthenticatedError
 from muxtune.v1 import admission_pb2, admission_pb2_grpc
 from services.rpc import interceptor
-from services.rpc.authentication import bearer, current_principal, mesh_authenticator, set_principal
+from services.rpc.authentication import bearer_token, current_principal, mesh_authenticator, set_principal
 from services.rpc.authorization import Principal, Role
 
 
@@ -90,7 +90,7 @@ async def test_a_stream_ends_when_its_key_does(monkeypatch) -> None:
             await sent.wait()
             yield admission_pb2.WatchTaskResponse(event={"sequence": 3})
 
-    server = grpc.aio.server(interceptors=[interceptor.AccessInterceptor(authenticate)])
+    server = grpc.aio.server(interceptors=[interceptor.RpcInterceptor(authenticate)])
     admission_pb2_grpc.add_AdmissionServiceServicer_to_server(Servicer(), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
@@ -141,4 +141,4 @@ async def test_no_secret_is_no_way_in() -> None:
 
 def test_the_message_says_what_to_send() -> None:
     with pytest.raises(UnauthenticatedError, match="authorization: Bearer"):
-        bearer([("other", "x"), ("authorization", b"binary")])
+        bearer_token([("other", "x"), ("authorization", b"binary")])

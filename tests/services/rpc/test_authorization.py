@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 import muxtune.v1
 from engine.errors import PermissionDeniedError
-from services.rpc.authorization import TABLE, Role, check_access, rule_of
+from services.rpc.authorization import TABLE, Role, check_access, rule_for
 
 CLIENTS = {Role.TENANT, Role.VIEWER}
 READING = ("Get", "List", "Watch", "Estimate", "Preflight", "Download")
@@ -39,14 +39,14 @@ def test_every_rpc_is_in_the_table_and_nothing_else() -> None:
 @pytest.mark.parametrize("method", NAMES)
 def test_the_kinds_of_callers_do_not_mix(method: str) -> None:
     """Clients call AdmissionService alone, and nobody else does; only health and reflection are anyone's."""
-    roles, service = rule_of(method).roles, method.split("/")[1]
+    roles, service = rule_for(method).roles, method.split("/")[1]
     assert roles
     assert bool(roles & CLIENTS) == (service == "muxtune.v1.AdmissionService")
     assert (Role.ANYONE in roles) == service.startswith("grpc.")
     if service == "muxtune.v1.AdmissionService":
         assert roles <= CLIENTS
         assert (Role.VIEWER in roles) == method.split("/")[2].startswith(READING)
-        assert rule_of(method).is_audited != (Role.VIEWER in roles)
+        assert rule_for(method).is_audited != (Role.VIEWER in roles)
 
 
 @pytest.mark.parametrize("role", list(Role))
@@ -59,7 +59,7 @@ def test_what_is_not_in_the_table_is_refused(role: Role) -> None:
 def test_a_role_gets_what_the_table_says_and_no_more() -> None:
     for method in NAMES:
         for role in set(Role) - {Role.MESH, Role.ANYONE}:
-            if role in rule_of(method).roles:
+            if role in rule_for(method).roles:
                 check_access(method, role)
             else:
                 with pytest.raises(PermissionDeniedError, match=role.value):

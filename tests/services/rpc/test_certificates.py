@@ -14,11 +14,12 @@ from muxtune.local.certificate_authority import NAMES, issue
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, ledger_pb2, ledger_pb2_grpc
 from services.rpc.authentication import current_principal, mesh_authenticator
 from services.rpc.authorization import Principal
-from services.rpc.certificates import Certificates, Trust
+from services.rpc.certificates import Certificates, ClientTls
 from services.rpc.client_channel import open_channel, open_sync_channel
 from services.rpc.health import is_serving
-from services.rpc.interceptor import AccessInterceptor
-from services.settings import ServerSettings, SettingsError
+from services.rpc.interceptor import RpcInterceptor
+from services.rpc.server_settings import ServerSettings
+from services.settings import SettingsError
 from tests.certificates import certificates, trust
 
 REMOVE = alignment_pb2.RemoveDatasetRequest(tenant="tenants/a", sha256="0" * 64)
@@ -29,7 +30,7 @@ class Server:
 
     def __init__(self, certs: Certificates, is_mutual: bool = True) -> None:
         self.seen: list[Principal] = []
-        self.server = grpc.aio.server(interceptors=[AccessInterceptor(mesh_authenticator(""))])
+        self.server = grpc.aio.server(interceptors=[RpcInterceptor(mesh_authenticator(""))])
 
         async def answer(servicer: object, request: object, context: object) -> alignment_pb2.RemoveDatasetResponse:
             self.seen.append(current_principal())
@@ -62,7 +63,7 @@ async def alignment() -> AsyncIterator[Server]:
         yield running
 
 
-async def remove(address: str, trusted: Trust, **options: object) -> None:
+async def remove(address: str, trusted: ClientTls, **options: object) -> None:
     async with open_channel(address, "", trusted) as channel:
         await alignment_pb2_grpc.AlignmentServiceStub(channel).RemoveDataset(REMOVE, **options)
 
@@ -96,7 +97,7 @@ async def test_what_a_peer_says_of_itself_in_metadata_is_ignored(alignment: Serv
 
 async def test_without_a_certificate_of_this_ca_there_is_no_connection(alignment: Server, tmp_path: Path) -> None:
     issue(tmp_path)  # a CA of somebody else, with all the right names
-    stranger = Trust(Certificates(tmp_path / "admission"), "alignment")
+    stranger = ClientTls(Certificates(tmp_path / "admission"), "alignment")
     with pytest.raises(UnavailableError):
         await remove(alignment.address, stranger)
     # Their certificate, our roots: the server does not take it.
@@ -106,7 +107,7 @@ async def test_without_a_certificate_of_this_ca_there_is_no_connection(alignment
         (mixed / name).write_bytes((tmp_path / "admission" / name).read_bytes())
     (mixed / "ca.crt").write_bytes((certificates("admission").folder / "ca.crt").read_bytes())
     with pytest.raises(UnavailableError):
-        await remove(alignment.address, Trust(Certificates(mixed), "alignment"))
+        await remove(alignment.address, ClientTls(Certificates(mixed), "alignment"))
     roots = grpc.ssl_channel_credentials((mixed / "ca.crt").read_bytes())
     options = [("grpc.ssl_target_name_override", "alignment")]
     for channel in (
@@ -131,7 +132,7 @@ async def test_a_certificate_signed_by_a_service_is_worth_nothing(alignment: Ser
     (folder / "admission" / "tls.crt").write_bytes(chain)
     (folder / "admission" / "ca.crt").write_bytes((stolen / "ca.crt").read_bytes())
     with pytest.raises(UnavailableError):
-        await remove(alignment.address, Trust(Certificates(folder / "admission"), "alignment"))
+        await remove(alignment.address, ClientTls(Certificates(folder / "admission"), "alignment"))
     assert not alignment.seen
 
 
@@ -154,14 +155,14 @@ async def test_an_expired_certificate_opens_nothing(alignment: Server, tmp_path:
         (tmp_path / name).write_bytes((certificates("admission").folder.parent / name).read_bytes())
     issue(tmp_path, days=0)
     with pytest.raises(UnavailableError):
-        await remove(alignment.address, Trust(Certificates(tmp_path / "admission"), "alignment"))
+        await remove(alignment.address, ClientTls(Certificates(tmp_path / "admission"), "alignment"))
 
 
 async def test_certificates_are_replaced_without_a_restart(tmp_path: Path) -> None:
     """A new CA on both sides: the running server and the open channel take it up; a stream under way goes on."""
     issue(tmp_path)
-    here = Trust(Certificates(tmp_path / "admission"), "alignment")
-    scheduling = Trust(Certificates(tmp_path / "scheduling"), "alignment")
+    here = ClientTls(Certificates(tmp_path / "admission"), "alignment")
+    scheduling = ClientTls(Certificates(tmp_path / "scheduling"), "alignment")
     async with (
         Server(Certificates(tmp_path / "alignment")) as server,
         open_channel(server.address, "", here) as channel,
@@ -189,7 +190,7 @@ async def test_certificates_are_replaced_without_a_restart(tmp_path: Path) -> No
 
 async def test_half_replaced_files_change_nothing(tmp_path: Path) -> None:
     issue(tmp_path)
-    trusted = Trust(Certificates(tmp_path / "admission"), "alignment")
+    trusted = ClientTls(Certificates(tmp_path / "admission"), "alignment")
     async with Server(Certificates(tmp_path / "alignment")) as server:
         (tmp_path / "alignment" / "tls.key").write_bytes((tmp_path / "scheduling" / "tls.key").read_bytes())
         await remove(server.address, trusted)
@@ -204,7 +205,7 @@ async def test_a_channel_outlives_a_folder_that_is_half_replaced(alignment: Serv
     here.mkdir()
     for name in ("tls.crt", "tls.key", "ca.crt"):
         (here / name).write_bytes((certificates("admission").folder / name).read_bytes())
-    async with open_channel(alignment.address, "", Trust(Certificates(here), "alignment")) as channel:
+    async with open_channel(alignment.address, "", ClientTls(Certificates(here), "alignment")) as channel:
         stub = alignment_pb2_grpc.AlignmentServiceStub(channel)
         await stub.RemoveDataset(REMOVE)
         (here / "tls.key").write_bytes((certificates("execution").folder / "tls.key").read_bytes())
@@ -216,7 +217,7 @@ async def test_a_channel_outlives_a_folder_that_is_half_replaced(alignment: Serv
         with pytest.raises(SettingsError, match="MUXTUNE_CERTS"):
             ServerSettings(certs=folder).ports()
         with pytest.raises(SettingsError, match="MUXTUNE_CERTS"):
-            ServerSettings(certs=folder).trust("alignment")
+            ServerSettings(certs=folder).client_tls("alignment")
 
 
 async def test_health_wants_a_certificate_and_no_role(alignment: Server) -> None:
@@ -230,10 +231,10 @@ def test_settings_that_would_let_anyone_in_are_refused() -> None:
     for wrong, said in (
         ({}, "MUXTUNE_CERTS"),
         ({"certs": folder, "mesh_secret": "s"}, "MUXTUNE_CERTS"),
-        ({"mesh_secret": "s", "listen": "0.0.0.0:0"}, "no loopback"),
-        ({"mesh_secret": "s", "listen": "[::]:0"}, "no loopback"),
-        ({"mesh_secret": "s", "listen": ":0"}, "no loopback"),
-        ({"mesh_secret": "s", "listen": "127.example.com:0"}, "no loopback"),
+        ({"mesh_secret": "s", "listen": "0.0.0.0:0"}, "not a loopback"),
+        ({"mesh_secret": "s", "listen": "[::]:0"}, "not a loopback"),
+        ({"mesh_secret": "s", "listen": ":0"}, "not a loopback"),
+        ({"mesh_secret": "s", "listen": "127.example.com:0"}, "not a loopback"),
     ):
         with pytest.raises(SettingsError, match=said):
             ServerSettings(**wrong).ports()

@@ -18,14 +18,13 @@ from muxtune.v1 import (
     scheduling_pb2,
 )
 from services.rpc import client_channel as mesh_module
-from services.rpc import server as server_module
 from services.rpc.client_channel import (
     DEADLINE_SECONDS,
     UPLOAD_DEADLINE_SECONDS,
     open_channel,
-    service_config,
-    translated_errors,
+    translate_rpc_errors,
 )
+from services.rpc.transport_options import MAX_MESSAGE_BYTES, SERVER_OPTIONS, service_config
 
 GET = admission_pb2.GetTaskRequest()
 
@@ -149,7 +148,7 @@ async def test_who_can_wait_gets_the_answer_of_a_service_that_comes_later(start_
         call = asyncio.ensure_future(admission_pb2_grpc.AdmissionServiceStub(channel).GetTask(GET, wait_for_ready=True))
         while channel.get_state() is not grpc.ChannelConnectivity.TRANSIENT_FAILURE:
             await channel.wait_for_state_change(channel.get_state())
-        server = grpc.aio.server(options=server_module._OPTIONS)
+        server = grpc.aio.server(options=SERVER_OPTIONS)
         servicer = type("Admission", (admission_pb2_grpc.AdmissionServiceServicer,), {"GetTask": staticmethod(get)})
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer(), server)
         server.add_insecure_port(address)
@@ -182,7 +181,7 @@ async def test_an_idle_stream_outlives_many_pings(start_mesh, monkeypatch) -> No
         await may_end.wait()
         yield execution_pb2.RunPlanResponse(sequence=2)
 
-    mesh = await start_mesh(options=tuple(server_module._OPTIONS), RunPlan=run_plan)
+    mesh = await start_mesh(options=tuple(SERVER_OPTIONS), RunPlan=run_plan)
     call = (await mesh.execution()).RunPlan(iter([execution_pb2.RunPlanRequest()]))
     await anext(call)
     asyncio.get_running_loop().call_later(4.5, may_end.set)
@@ -191,7 +190,7 @@ async def test_an_idle_stream_outlives_many_pings(start_mesh, monkeypatch) -> No
 
 async def test_a_message_over_the_limit_is_no_overload(start_mesh) -> None:
     async def get(request, context):
-        return admission_pb2.GetTaskResponse(task={"name": "x" * (server_module.MAX_MESSAGE_BYTES + 1)})
+        return admission_pb2.GetTaskResponse(task={"name": "x" * (MAX_MESSAGE_BYTES + 1)})
 
     mesh = await start_mesh(options=(("grpc.max_send_message_length", -1),), GetTask=get)
     with pytest.raises(MuxtuneError) as caught:
@@ -200,7 +199,7 @@ async def test_a_message_over_the_limit_is_no_overload(start_mesh) -> None:
 
 
 def test_translated_errors_leave_others_alone() -> None:
-    with pytest.raises(KeyError), translated_errors():
+    with pytest.raises(KeyError), translate_rpc_errors():
         raise KeyError("x")
-    with pytest.raises(MuxtuneError), translated_errors():
+    with pytest.raises(MuxtuneError), translate_rpc_errors():
         raise grpc.RpcError

@@ -14,7 +14,7 @@ from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import admission_pb2_grpc, artifact_pb2
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel
-from services.rpc.interceptor import AccessInterceptor
+from services.rpc.interceptor import RpcInterceptor
 
 SECRET, CHUNK = "mesh_s", b"x" * (1 << 20)
 
@@ -51,7 +51,7 @@ async def slow() -> Slow:
 @pytest.fixture
 async def address(slow: Slow) -> AsyncIterator[str]:
     """Of a server that takes three calls and one stream at once."""
-    server = grpc.aio.server(interceptors=[AccessInterceptor(mesh_authenticator(SECRET), max_calls=3, max_streams=1)])
+    server = grpc.aio.server(interceptors=[RpcInterceptor(mesh_authenticator(SECRET), max_calls=3, max_streams=1)])
     admission_pb2_grpc.add_AdmissionServiceServicer_to_server(slow, server)
     bound = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()

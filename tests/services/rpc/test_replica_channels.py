@@ -14,7 +14,7 @@ from engine.errors import UnavailableError
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel
-from services.rpc.interceptor import AccessInterceptor
+from services.rpc.interceptor import RpcInterceptor
 
 SECRET, LEDGER = "mesh_of-the-replicas", ledger_pb2.DESCRIPTOR.services_by_name["LedgerService"].full_name
 REQUEST = ledger_pb2.EndLeaseRequest()
@@ -27,7 +27,7 @@ class Replica(ledger_pb2_grpc.LedgerServiceServicer):
     def __init__(self) -> None:
         self.is_keeping, self.num_calls, self.num_refused = False, 0, 0
         self._health = health_aio.HealthServicer()
-        self._server = grpc.aio.server(interceptors=[AccessInterceptor(mesh_authenticator(SECRET))])
+        self._server = grpc.aio.server(interceptors=[RpcInterceptor(mesh_authenticator(SECRET))])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         ledger_pb2_grpc.add_LedgerServiceServicer_to_server(self, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"

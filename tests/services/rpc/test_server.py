@@ -20,7 +20,8 @@ from muxtune.v1 import admission_pb2, admission_pb2_grpc
 from services.rpc import server as server_module
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel
-from services.settings import ServerSettings, SettingsError, environment_of
+from services.rpc.server_settings import ServerSettings
+from services.settings import SettingsError, environment_of
 from services.telemetry import configure
 
 ROOT = Path(__file__).parents[3]
@@ -29,7 +30,8 @@ PROGRAM = """
 import asyncio, os, sys
 from muxtune.v1 import admission_pb2, admission_pb2_grpc
 from services.rpc.authentication import mesh_authenticator
-from services.settings import ServerSettings, from_environment
+from services.rpc.server_settings import ServerSettings
+from services.settings import from_environment
 from services.rpc.server import serve
 
 class Admission(admission_pb2_grpc.AdmissionServiceServicer):

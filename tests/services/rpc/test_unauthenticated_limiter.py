@@ -16,9 +16,9 @@ from muxtune.v1 import admission_pb2_grpc
 from services.rpc import rate_limit, unauthenticated_limiter
 from services.rpc.audit import AuditEntry
 from services.rpc.authorization import Principal, Role
-from services.rpc.interceptor import AccessInterceptor
+from services.rpc.interceptor import RpcInterceptor
 from services.rpc.rate_limit import RateLimit
-from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter, address_of
+from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter, client_address
 
 METHOD = "/muxtune.v1.AdmissionService/GetTask"
 HERE, THERE = "ipv4:192.0.2.1:5000", "ipv4:198.51.100.7:5000"
@@ -168,13 +168,13 @@ async def test_what_was_counted_is_written_at_the_end_too() -> None:
     ],
 )
 def test_addresses_without_ports(peer: str, address: str) -> None:
-    assert address_of(peer) == address
+    assert client_address(peer) == address
 
 
 @given(st.text())
 def test_no_peer_is_too_odd(peer: str) -> None:
     for text in (peer, f"ipv4:{peer}", f"ipv6:{peer}", f"ipv6:[{peer}]:1"):
-        assert isinstance(address_of(text), str)
+        assert isinstance(client_address(text), str)
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ async def served() -> AsyncIterator[tuple[Door, str]]:
             return pb.GetTaskResponse()
 
     door = Door()
-    server = grpc.aio.server(interceptors=[AccessInterceptor(door.authenticate, strangers=door.strangers)])
+    server = grpc.aio.server(interceptors=[RpcInterceptor(door.authenticate, strangers=door.strangers)])
     admission_pb2_grpc.add_AdmissionServiceServicer_to_server(Servicer(), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()

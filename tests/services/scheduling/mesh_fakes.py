@@ -21,7 +21,7 @@ from muxtune.v1 import (
 )
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel
-from services.rpc.interceptor import AccessInterceptor
+from services.rpc.interceptor import RpcInterceptor
 from services.scheduling.scheduler import Scheduler
 from services.scheduling.servicer import SchedulingServicer
 
@@ -263,7 +263,7 @@ class World:
         self.executors: dict[str, FakeExecutor] = {}
 
     async def serve(self, add: Callable[[Any, grpc.aio.Server], None], servicer: Any) -> str:
-        server = grpc.aio.server(interceptors=[AccessInterceptor(mesh_authenticator(SECRET))])
+        server = grpc.aio.server(interceptors=[RpcInterceptor(mesh_authenticator(SECRET))])
         add(servicer, server)
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()

@@ -19,10 +19,10 @@ from engine.planning.types import PlannerConfig
 from muxtune.local import certificate_authority
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, plan_pb2, scheduling_pb2, scheduling_pb2_grpc
 from services.rpc.authentication import mesh_authenticator
-from services.rpc.certificates import Certificates, Trust
+from services.rpc.certificates import Certificates, ClientTls
 from services.rpc.client_channel import open_channel
-from services.rpc.interceptor import AccessInterceptor
-from services.scheduling.audit_forwarder import audited_by
+from services.rpc.interceptor import RpcInterceptor
+from services.scheduling.audit_forwarder import audit_through_ledger
 from services.scheduling.executor_streams import ExecutorStream
 from services.scheduling.scheduler import Scheduler
 from services.scheduling.servicer import SchedulingServicer
@@ -48,8 +48,8 @@ class Mesh:
         self.address = ""
 
     async def serve(self, name: str, add: Any, servicer: Any) -> str:
-        audit = audited_by(Forwarding(self.ledger))  # type: ignore[arg-type]
-        server = grpc.aio.server(interceptors=[AccessInterceptor(mesh_authenticator(""), audit=audit)])
+        audit = audit_through_ledger(Forwarding(self.ledger))  # type: ignore[arg-type]
+        server = grpc.aio.server(interceptors=[RpcInterceptor(mesh_authenticator(""), audit=audit)])
         add(servicer, server)
         credentials = Certificates(self.certs / name).for_server(is_mutual=True)
         address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
@@ -59,7 +59,7 @@ class Mesh:
 
     async def scheduling(self, name: str) -> Any:
         """As whoever holds the certificate in that folder sees it."""
-        trust = Trust(Certificates(self.certs / name), "scheduling")
+        trust = ClientTls(Certificates(self.certs / name), "scheduling")
         channel = await self._stack.enter_async_context(open_channel(self.address, "", trust))
         return scheduling_pb2_grpc.SchedulingServiceStub(channel)
 
@@ -79,7 +79,7 @@ async def mesh(certs: Path) -> AsyncIterator[Mesh]:
     async with AsyncExitStack() as stack:
         made = Mesh(certs, stack)
         ledger: Any = Forwarding(made.ledger)
-        trust = Trust(Certificates(certs / "scheduling"), "execution")
+        trust = ClientTls(Certificates(certs / "scheduling"), "execution")
         servicer = SchedulingServicer(Scheduler(ledger, "", PlannerConfig(256, 16), trust=trust), ledger, 15.0)
         add = scheduling_pb2_grpc.add_SchedulingServiceServicer_to_server
         made.address = await made.serve("scheduling", add, servicer)
@@ -151,7 +151,7 @@ async def test_scheduling_sends_no_plan_to_who_has_not_the_name(mesh: Mesh) -> N
     """B answers at the address that A registered: its certificate ends the handshake before anything is said."""
     player, log = FakeExecutor(mesh.changes, B), logging.getLogger("services.scheduling.executor_streams")
     address = await mesh.serve(B, execution_pb2_grpc.add_ExecutionServiceServicer_to_server, player)
-    trust, ledger = Trust(Certificates(mesh.certs / "scheduling"), "execution"), Forwarding(mesh.ledger)
+    trust, ledger = ClientTls(Certificates(mesh.certs / "scheduling"), "execution"), Forwarding(mesh.ledger)
     log.addHandler(warned := Warnings())
     try:
         executor = plan_pb2.Executor(name=A, address=address, incarnation="i1", lease_term=1)
@@ -213,7 +213,7 @@ async def test_nobody_else_drains_and_no_operator_at_the_executor_itself(mesh: M
     assert {line[1:] for line in told(mesh)} == {("DrainExecutor", B, "PERMISSION_DENIED")}
     address = mesh.ledger.executors[B].address
     for who in ("operator", A, B):
-        trust = Trust(Certificates(mesh.certs / who), "execution")
+        trust = ClientTls(Certificates(mesh.certs / who), "execution")
         async with open_channel(address, "", trust) as channel:
             with pytest.raises(PermissionDeniedError):
                 await execution_pb2_grpc.ExecutionServiceStub(channel).Drain(execution_pb2.DrainRequest())

@@ -1,0 +1,69 @@
+"""Settings that every service shares: its address, its certificate, its limits and its telemetry."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from engine.errors import UnavailableError
+from muxtune.transport import is_loopback
+from services.rpc.certificates import Certificates, ClientTls
+from services.settings import SettingsError
+from services.telemetry import TelemetrySettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(TelemetrySettings):
+    """Settings of any service. `listen` "host:0" selects a free port; the service writes it to `ready_file`.
+
+    `certs`: folder with this service's tls.crt, tls.key and ca.crt; callers then authenticate by their certificates.
+    Without it, and on loopback only, callers authenticate by `mesh_secret`.
+    `max_calls`, `max_streams`: calls and streams served at once; more are refused with RESOURCE_EXHAUSTED.
+    `stop_with_parent`: stop, as on SIGTERM, when the parent process has ended, so that `muxtune up` leaves no orphans.
+    `reflection`: serve descriptions of the RPCs to any caller.
+    """
+
+    certs: Path | None = None
+    mesh_secret: str = dataclasses.field(default="", repr=False)
+    reflection: bool = False
+    ready_file: Path | None = None
+    stop_with_parent: bool = False
+    max_calls: int = 256
+    max_streams: int = 1024
+
+    def client_tls(self, peer: str) -> ClientTls | None:
+        """Return the TLS identity for calls to the service `peer`; None where the mesh secret authenticates.
+
+        Raises SettingsError if the certificate cannot be read.
+        """
+        return ClientTls(self._certificates(self.certs), peer) if self.certs else None
+
+    def ports(self) -> list[tuple[str, grpc.ServerCredentials | None]]:
+        """Return the (address, credentials) pairs to listen on; the first is the service's own address.
+
+        Raises SettingsError for settings that would accept unauthenticated callers from other machines.
+        """
+        if bool(self.certs) == bool(self.mesh_secret):
+            raise SettingsError(
+                "Set either MUXTUNE_CERTS (a folder made by `muxtune certs`) or, on loopback, MUXTUNE_MESH_SECRET."
+            )
+        if self.certs is None:
+            if not is_loopback(self.listen):
+                raise SettingsError(
+                    f"MUXTUNE_LISTEN: {self.listen} is not a loopback address. Set MUXTUNE_CERTS to listen there."
+                )
+            return [(self.listen, None)]
+        return self.secure_ports(self._certificates(self.certs))
+
+    @staticmethod
+    def _certificates(folder: Path) -> Certificates:
+        try:
+            Certificates(folder).read()
+        except UnavailableError as error:
+            raise SettingsError(f"MUXTUNE_CERTS: {error}") from error
+        return Certificates(folder)
+
+    def secure_ports(self, certificates: Certificates) -> list[tuple[str, grpc.ServerCredentials | None]]:
+        """Return the ports of a service with certificates: one, which requires a client certificate."""
+        return [(self.listen, certificates.for_server(is_mutual=True))]
