@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.kernels.launch import to_device
+from engine.kernels.transfer import to_device
 
 _LANES = 16
 

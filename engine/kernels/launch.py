@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.kernels.transfer import to_device
+
 THREADS = 128  # of every block: cuda/common.cuh
 POINTER = np.dtype(np.uint64, metadata={"is_pointer": True})
 SUFFIXES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -139,18 +141,6 @@ class Tables:
             self._unwritten = None
         for there_B, raw_B in unwritten:
             there_B.copy_(raw_B)
-
-
-def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The same on the device, in the order of its current stream. From pinned memory: the host does not wait for it.
-
-    Raises RuntimeError while a graph is captured: it would read the host's memory again at each replay.
-    """
-    if device.type != "cuda":
-        return host.to(device)
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("the host sends nothing to a graph that is being captured")
-    return host.pin_memory().to(device, non_blocking=True)
 
 
 def struct_of(fields: Sequence[tuple[str, Any]]) -> np.dtype[Any]:

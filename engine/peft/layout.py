@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range
-from engine.kernels.launch import to_device
+from engine.kernels.transfer import to_device
 
 A = TypeVar("A")
 

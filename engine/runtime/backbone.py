@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from engine.alignment.microbatch import Microbatch, Range
 from engine.errors import BackboneUnsupportedError
-from engine.kernels.launch import to_device
 from engine.kernels.packed_weight import PackedWeight
 from engine.kernels.segment_cross_entropy import Head
+from engine.kernels.transfer import to_device
 from engine.peft.layout import Layout
 from engine.peft.mounted import (
     Call,

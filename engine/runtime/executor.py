@@ -14,8 +14,8 @@ import torch
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range
 from engine.errors import MuxtuneError, NonFiniteError, WillNeverFitError
-from engine.kernels.launch import to_device
 from engine.kernels.segment_cross_entropy import segment_cross_entropy
+from engine.kernels.transfer import to_device
 from engine.results import EvaluationResult, Result, ShadowCheck, StepResult, TaskFailure
 from engine.runtime import export
 from engine.runtime.backbone import Backbone
@@ -38,9 +38,13 @@ class Executor:
         clock: Callable[[], float] = time.perf_counter,
         copy: Copy | None = None,
         graphs: CudaGraphs | None = None,
+        tenant_loader: export.TenantLoader | None = None,
     ) -> None:
-        """`graphs`: who replays what it can of small microbatches; None: all are run eagerly."""
+        """`graphs`: replays small microbatches where it can; None: every microbatch runs eagerly.
+        `tenant_loader`: loads exports in formats that PEFT does not have, to check them; None: such an export raises.
+        """
         self.backbone, self._graphs, self._is_eager = backbone, graphs, False
+        self._tenant_loader = tenant_loader
         self.tasks: dict[str, TaskTrainingState] = {}
         self._clock, self._copy = clock, copy or copy_to(backbone.device)
 
@@ -105,7 +109,7 @@ class Executor:
             if state is not None:
                 state.restore(run)
             elif initial_adapter is not None:
-                export.load_adapter(initial_adapter, run, self.backbone)
+                export.load_initial_adapter(initial_adapter, run, self.backbone)
             return run
 
         run = with_second_try(make, self._release)
@@ -127,7 +131,7 @@ class Executor:
 
     def export(self, task: str, folder: Path) -> export.ExportReport:
         """The adapter as a PEFT folder, loaded again and compared. Raises ExportMismatchError, NoMemory."""
-        work = partial(export.export, self.backbone, self.tasks[task], folder)
+        work = partial(export.export, self.backbone, self.tasks[task], folder, self._tenant_loader)
         return with_second_try(work, self._release)
 
     def task_bytes(self) -> dict[str, int]:

@@ -5,6 +5,7 @@ Legend: T probe tokens, V vocabulary.
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,13 @@ from engine.peft.registry import adapter_class
 from engine.runtime.backbone import Backbone, sharing_copy
 from engine.runtime.out_of_memory import is_out_of_memory
 from engine.target_modules import matching_modules, suffixes
-from muxtune import adapters
-from muxtune.adapters import FORMAT_VERSION
 
 if TYPE_CHECKING:
     from engine.runtime.task_state import TaskTrainingState
 
 CONFIG_AND_WEIGHTS = ("adapter_config.json", "adapter_model.safetensors")
+FORMAT_VERSION = 1  # of the formats that PEFT does not have: docs/ADAPTERS.md
+TenantLoader = Callable[[Any, Path], object]  # applies the adapter in a folder to a plain model, as its tenant will
 _PREFIX = "base_model.model."
 _PROBE_TOKENS = 16
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -41,8 +42,13 @@ class ExportReport:
     max_logit_difference: float
 
 
-def export(backbone: Backbone, run: "TaskTrainingState", folder: Path) -> ExportReport:
-    """Writes adapter_config.json and adapter_model.safetensors. Raises ExportMismatchError if peft disagrees."""
+def export(
+    backbone: Backbone, run: "TaskTrainingState", folder: Path, tenant_loader: TenantLoader | None
+) -> ExportReport:
+    """Writes adapter_config.json and adapter_model.safetensors, loads them as the tenant will, and compares the logits.
+
+    PEFT loads its own formats, `tenant_loader` loads the others. Raises ExportMismatchError if the logits differ.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = _config(backbone, run)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in _file_tensors(run, config).items()}
@@ -51,7 +57,7 @@ def export(backbone: Backbone, run: "TaskTrainingState", folder: Path) -> Export
         config.save_pretrained(folder)
     else:
         (folder / CONFIG_AND_WEIGHTS[0]).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    difference, scale = _compare(backbone, run, folder)
+    difference, scale = _compare(backbone, run, folder, tenant_loader)
     if not difference <= _TOLERANCE[backbone.dtype] * max(1.0, scale):
         raise ExportMismatchError(
             f"the exported adapter's logits differ by {difference:.3g} from the training model's",
@@ -62,7 +68,7 @@ def export(backbone: Backbone, run: "TaskTrainingState", folder: Path) -> Export
 
 
 @torch.no_grad()
-def load_adapter(folder: Path, run: "TaskTrainingState", backbone: Backbone) -> None:
+def load_initial_adapter(folder: Path, run: "TaskTrainingState", backbone: Backbone) -> None:
     """Fills a fresh run with a folder's weights. Raises InvalidInputError, naming what does not fit."""
     try:
         found = load_file(folder / CONFIG_AND_WEIGHTS[1])
@@ -119,7 +125,9 @@ def _config(backbone: Backbone, run: "TaskTrainingState") -> PeftConfig | dict[s
 
 
 @torch.no_grad()
-def _compare(backbone: Backbone, run: "TaskTrainingState", folder: Path) -> tuple[float, float]:
+def _compare(
+    backbone: Backbone, run: "TaskTrainingState", folder: Path, tenant_loader: TenantLoader | None
+) -> tuple[float, float]:
     """(largest difference of a logit, largest logit) on a fixed probe.
 
     peft loads into a copy of the shadow that shares its tensors: no memory, and the shadow stays as it is.
@@ -133,16 +141,19 @@ def _compare(backbone: Backbone, run: "TaskTrainingState", folder: Path) -> tupl
     targets_T = np.full(num_tokens, IGNORE, np.int32)
     probe = Microbatch(0, MicrobatchKind.EVALUATE, token_ids_T, targets_T, (whole,), True)
     ours_TV = backbone.head.logits(backbone.hidden(probe, frozenset({task}))[num_virtual:])
-    loaded = _loaded(sharing_copy(backbone.shadow), folder, isinstance(_config(backbone, run), PeftConfig))
+    in_peft = isinstance(_config(backbone, run), PeftConfig)
+    loaded = _load_as_tenant(sharing_copy(backbone.shadow), folder, in_peft, tenant_loader)
     input_ids_1T = torch.from_numpy(probe_T).long().to(backbone.device).unsqueeze(0)
     theirs_TV = loaded(input_ids=input_ids_1T, use_cache=False).logits[0, -_PROBE_TOKENS:]
     return (ours_TV - theirs_TV).abs().max().item(), theirs_TV.abs().max().item()
 
 
-def _loaded(model: Any, folder: Path, in_peft: bool) -> Any:
-    """As the tenant will load it."""
+def _load_as_tenant(model: Any, folder: Path, in_peft: bool, tenant_loader: TenantLoader | None) -> Any:
+    """Return the model with the folder's adapter on it."""
     if not in_peft:
-        adapters.load_adapter(model, folder)
+        if tenant_loader is None:
+            raise ValueError("PEFT does not have this format: the executor needs a `tenant_loader` to check its export")
+        tenant_loader(model, folder)
         return model
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # a warning while loading is a wrong export

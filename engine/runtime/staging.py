@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from engine.alignment.microbatch import Microbatch
-from engine.kernels.launch import to_device
+from engine.kernels.transfer import to_device
 from engine.runtime.out_of_memory import OutOfMemoryError, within_memory
 
 Arrival = Callable[[], torch.Tensor]  # makes the current stream wait for the copy, and answers it

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from engine.kernels.launch import to_device
+from engine.kernels.transfer import to_device
 
 Masks = dict[tuple[int, int, int | None], torch.Tensor]  # by length, prefix and window
 FLASH = "flash attention"  # the path of a call

@@ -18,6 +18,7 @@ from engine.results import StepResult
 from engine.runtime.backbone import Backbone
 from engine.runtime.executor import Executor
 from engine.runtime.task_state import TaskAssignment
+from engine.verification import plain
 from engine.verification.cases import METHODS, OPTIONS, tasks
 from engine.verification.reference import in_peft, train_alone
 
@@ -91,8 +92,8 @@ def compare(model: Any, names: list[str], num_steps: int) -> Iterator[Finding]:
 
 
 def _train(model: Any, pairs: list[tuple[TaskAssignment, PackedTask]], before: Path, after: Path) -> Losses:
-    """Losses of each step by task; the adapters are exported before and after."""
-    executor = Executor(Backbone(copy.deepcopy(model)))
+    """Trains the tasks and exports their adapters before and after. Return the losses of each step by task."""
+    executor = Executor(Backbone(copy.deepcopy(model)), tenant_loader=plain.adapted)
     losses: Losses = {}
     for assignment, _ in pairs:
         executor.attach(assignment)

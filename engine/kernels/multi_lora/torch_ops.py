@@ -15,7 +15,7 @@ from torch._utils import _unflatten_dense_tensors
 
 from engine.kernels import cupy_launcher
 from engine.kernels.dropout import DropoutMask
-from engine.kernels.launch import Launcher, Table, to_device
+from engine.kernels.launch import Launcher, Table
 from engine.kernels.multi_lora.descriptors import (
     Pair,
     are_laid_out,
@@ -31,6 +31,7 @@ from engine.kernels.multi_lora.device_products import GroupProducts, accumulates
 from engine.kernels.multi_lora.launch_plan import LaunchPlan
 from engine.kernels.multi_lora.structs import FACTORS, USE, Rows
 from engine.kernels.multi_lora.types import LowRank, Operator, check
+from engine.kernels.transfer import to_device
 
 _NUM_PLANS = 64  # that a device keeps: of a microbatch of 16384 tokens in a Llama-3-8B four, 1 MB each
 

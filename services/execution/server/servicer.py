@@ -11,9 +11,9 @@ from muxtune.v1 import execution_pb2 as pb
 from services.execution.server.attempt_tracker import AttemptTracker
 from services.execution.server.metrics import ExecutorMetrics
 from services.execution.server.outbox import Outbox
-from services.execution.server.trainer_pipe import Frame, Tag
 from services.execution.server.trainer_process import TrainerProcess
 from services.execution.settings import ExecutionSettings
+from services.execution.trainer_pipe import Frame, Tag
 from services.rpc.errors import TABLE
 
 _LEASE_WAIT_SECONDS = 5.0

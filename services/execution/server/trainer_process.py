@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Callable
 from google.protobuf.message import Message
 
 from services.backoff import Backoff
-from services.execution.server.trainer_pipe import AsyncPipe, Frame, Tag
 from services.execution.server.watchdog import Watchdog
 from services.execution.settings import ExecutionSettings
+from services.execution.trainer_pipe import AsyncPipe, Frame, Tag
 from services.settings import environment_of
 
 _STACKS_SECONDS = 0.5  # for a trainer that hangs to write its stacks, before it is killed
@@ -94,7 +94,7 @@ class TrainerProcess:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "services.execution.trainer.trainer",
+            "services.execution.trainer",
             str(theirs.fileno()),
             pass_fds=[theirs.fileno()],
             env=environment,

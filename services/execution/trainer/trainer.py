@@ -1,14 +1,8 @@
-"""The training process: `python -m services.execution.trainer.trainer FD`, started by the executor's server.
+"""The trainer's loop: adopts the newest plan between rounds, runs one microbatch of each hTask in turn, reports the
+round."""
 
-One loop: adopt the newest plan at a round's boundary, run a microbatch of each hTask in turn, report the round.
-"""
-
-import faulthandler
 import logging
-import os
 import queue
-import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -18,7 +12,6 @@ from functools import partial
 
 import torch
 from opentelemetry import propagate
-from transformers.utils.logging import disable_progress_bar
 
 from engine.alignment.microbatch import Microbatch
 from engine.errors import ArtifactCorruptError, InvalidInputError, MuxtuneError, NotFoundError, WillNeverFitError
@@ -27,9 +20,9 @@ from engine.runtime.cuda_graphs import CudaGraphs
 from engine.runtime.executor import Executor
 from engine.runtime.footprint import measure
 from engine.runtime.out_of_memory import OutOfMemoryError, release_cache
+from muxtune.adapters import load_adapter
 from muxtune.v1 import alignment_pb2, execution_pb2, plan_pb2
 from services.conversion.plan import cost_to_proto
-from services.execution.server.trainer_pipe import BlockingPipe, Frame, Tag
 from services.execution.settings import ExecutionSettings
 from services.execution.trainer.checkpoint_store import CheckpointStore
 from services.execution.trainer.cost_calibration import CostCalibration
@@ -38,12 +31,12 @@ from services.execution.trainer.microbatch_stream import MicrobatchStream
 from services.execution.trainer.oom_policy import OutOfMemoryPolicy
 from services.execution.trainer.step_spans import StepWindow
 from services.execution.trainer.task_lifecycle import TaskLifecycle, exported_response
+from services.execution.trainer_pipe import BlockingPipe, Frame, Tag
 from services.failpoints import failpoint, max_microbatch_tokens
 from services.rpc.client_channel import open_sync_channel
 from services.rpc.errors import to_failure
-from services.settings import from_environment
 from services.storage.artifact_store import ArtifactStore
-from services.telemetry import configure, links_to, tracer
+from services.telemetry import links_to, tracer
 
 _RETRY_SECONDS = 1.0
 _SIGN_SECONDS = 0.5
@@ -68,7 +61,9 @@ class Trainer:
             settings.backbone_folder, dtype, self._device_kind,
             activation_checkpointing=settings.activation_checkpointing, packs_weights=settings.pack_weights,
         )  # fmt: skip
-        self._executor = Executor(backbone, graphs=CudaGraphs.of(backbone, settings.cuda_graphs))
+        self._executor = Executor(
+            backbone, graphs=CudaGraphs.of(backbone, settings.cuda_graphs), tenant_loader=load_adapter
+        )
         self._footprint = measure(self._executor.backbone)
         self._process_bytes = max(unloaded_bytes, used_bytes(self._device_kind) - backbone.held_bytes())
         self._costs = CostCalibration(self._executor, settings.calibration_seconds)
@@ -376,24 +371,3 @@ class Trainer:
         while (frame := self._pipe.read()) is not None:
             self._inbox.put(frame)
         self._inbox.put(None)
-
-
-def main() -> None:
-    settings = from_environment(ExecutionSettings, os.environ)
-    logging.captureWarnings(True)
-    faulthandler.register(signal.SIGUSR1)  # the watchdog asks for its stacks
-    disable_progress_bar()
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
-    provider = configure("trainer", settings)
-    pipe = BlockingPipe(int(sys.argv[1]))
-    try:
-        Trainer(settings, pipe).run()
-    except (BrokenPipeError, ConnectionResetError):
-        _log.warning("the server went away: stopping")
-    finally:
-        provider.shutdown()
-
-
-if __name__ == "__main__":
-    main()

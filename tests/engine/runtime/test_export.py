@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from engine.errors import ExportMismatchError, InvalidInputError
+from engine.methods import Bottleneck
 from engine.runtime.executor import Executor
 from tests.engine.runtime.tiny import CONFIGS, executor_with, model_of, task_of, train
 
@@ -64,6 +65,18 @@ def test_an_export_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch
         executor.tasks["a"].parameters_P.fill_(float("nan"))
     with pytest.raises(ExportMismatchError):
         executor.export("a", tmp_path / "nan")
+
+
+def test_an_export_is_compared_with_what_the_tenants_loader_computes(tmp_path: Path) -> None:
+    task = task_of("a", method=Bottleneck(4, ("mlp",)))
+    backbone = executor_with(model_of(CONFIGS["llama"]), []).backbone
+    for loader, error in ((lambda model, folder: None, ExportMismatchError), (None, ValueError)):
+        executor = Executor(backbone, tenant_loader=loader)
+        executor.attach(task.assignment)
+        train(executor, [task], 2)
+        with pytest.raises(error):
+            executor.export("a", tmp_path)
+        executor.detach("a")
 
 
 @pytest.fixture

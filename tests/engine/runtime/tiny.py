@@ -26,6 +26,7 @@ from engine.runtime.task_state import TaskAssignment
 from engine.task import LrSchedule, Optimizer, TaskSpec, Training
 from engine.verification import plain
 from engine.verification.reference import in_peft
+from muxtune.adapters import load_adapter
 
 VOCAB = 97
 _COMMON = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -176,7 +177,7 @@ def train(executor: Executor, tasks: Sequence[TinyTask], num_rounds: int) -> dic
 
 
 def executor_with(model: Any, tasks: Sequence[TinyTask], packs_weights: bool = True) -> Executor:
-    executor = Executor(Backbone(copy.deepcopy(model), packs_weights=packs_weights))
+    executor = Executor(Backbone(copy.deepcopy(model), packs_weights=packs_weights), tenant_loader=load_adapter)
     for task in tasks:
         executor.attach(task.assignment)
     return executor

@@ -250,7 +250,7 @@ class Mesh:
         """The child of the executor's process that trains."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-        return next(int(pid) for pid, command in commands.items() if b"services.execution.trainer.trainer" in command)
+        return next(int(pid) for pid, command in commands.items() if b"services.execution.trainer\0" in command)
 
     async def stop(self) -> int:
         if self.process.returncode is None:

@@ -18,11 +18,11 @@ from engine.task import Training
 from muxtune.v1 import execution_pb2, plan_pb2, task_pb2
 from services.execution.server.attempt_tracker import AttemptTracker
 from services.execution.server.outbox import Outbox
-from services.execution.server.trainer_pipe import MAX_FRAME_BYTES, AsyncPipe, BlockingPipe, Tag
 from services.execution.server.watchdog import Watchdog
 from services.execution.trainer.checkpoint_store import CheckpointStore
 from services.execution.trainer.early_stop import EarlyStop
 from services.execution.trainer.step_spans import StepWindow
+from services.execution.trainer_pipe import MAX_FRAME_BYTES, AsyncPipe, BlockingPipe, Tag
 from services.storage.artifact_store import ArtifactStore
 
 TASK = "tenants/t/tasks/a"

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load
 
 from muxtune.v1 import execution_pb2, task_pb2
-from services.execution.server.trainer_pipe import Tag
 from services.execution.trainer import task_lifecycle
+from services.execution.trainer_pipe import Tag
 from tests.services.execution.executor_mesh import planned
 from tests.services.execution.trainer_thread import TrainerThread, full, running_trainer
 
