@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from docs.tree import FOLDERS, with_tree
+from tools import code_map
 
 ROOT = Path(__file__).parents[1]
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PROTO_LINES = 400, 60, 250
@@ -177,13 +177,12 @@ def test_only_conversion_knows_both_sides() -> None:
     assert offenders == []
 
 
-def test_the_readme_shows_the_tree_as_it_is() -> None:
-    page = (ROOT / "README.md").read_text()
-    assert page == with_tree(page), "run `python docs/tree.py`"
-    assert set(tree_of_packages()) <= set(FOLDERS)
+def test_the_code_map_shows_the_files_as_they_are() -> None:
+    assert code_map.PAGE.read_text() == code_map.page(), "run `python tools/code_map.py`"
+    assert set(folders_of_code()) <= set(code_map.FOLDERS)
 
 
-def tree_of_packages() -> Iterator[str]:
+def folders_of_code() -> Iterator[str]:
     for path in OURS:
         folder = path.parent.relative_to(ROOT).as_posix()
         if not folder.startswith(("tests", "services/admission/migrations")):

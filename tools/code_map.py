@@ -1,4 +1,7 @@
-"""The tree in README.md, a line a file, out of the files' own first sentences: `python docs/tree.py` writes it."""
+"""Write docs/code_map.md: one line for each file, from the first sentence of its docstring.
+
+Run `python tools/code_map.py` after adding, moving or rewording a file; a test compares the page with the files.
+"""
 
 import ast
 import re
@@ -6,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+_SUFFIXES = (".py", ".proto", ".cu", ".cuh")
 FOLDERS = {
     "protos/muxtune/v1": "the contracts; `image.binpb` above is what `buf breaking` compares with",
     "muxtune": "the Python client; `v1/` holds the generated stubs",
@@ -44,26 +48,32 @@ FOLDERS = {
     "examples": "our own datasets, a task's YAML, two clients",
     "benchmarks": "against peers; RESULTS.md, raw figures in `results/`, plots in `plots/`",
     "tests": "mirrors the tree; `contract/` for the protos, `test_mesh.py` for four processes",
-    "docs": "ARCHITECTURE.md on a page, decisions in `adr/`",
+    "docs": "pages for readers; decisions in `adr/`",
+    "tools": "scripts for developers of muxtune",
 }
-_OPEN, _CLOSE = "<!-- tree -->\n", "<!-- /tree -->\n"
+PAGE = ROOT / "docs" / "code_map.md"
 _WIDTH = 28
+_HEAD = """# Code map
+
+Each folder and file with the first sentence of its docstring. `python tools/code_map.py` writes this page.
+
+"""
 
 
-def tree() -> str:
-    """The block between the markers."""
+def page() -> str:
+    """Return the whole page."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    lines = []
-    for folder, what in FOLDERS.items():
-        lines.append(f"{folder + '/':<{_WIDTH}} {what}")
+    blocks = []
+    for folder, purpose in FOLDERS.items():
+        lines = [f"## {folder}", "", f"{purpose[0].upper()}{purpose[1:]}.", ""]
         paths = [ROOT / name for name in sorted(listed) if name.rpartition("/")[0] == folder]
-        shown = [
-            path for path in paths if path.suffix in (".py", ".proto", ".cu", ".cuh") and path.name != "__init__.py"
-        ]
-        if folder != "tests":
-            lines += [f"{'  ' + path.name:<{_WIDTH}} {first_sentence(path)}" for path in shown if path.is_file()]
-    return "```\n" + "\n".join(lines) + "\n```\n"
+        shown = [path for path in paths if path.suffix in _SUFFIXES and path.name != "__init__.py" and path.is_file()]
+        if shown and folder != "tests":
+            files = [f"{path.name:<{_WIDTH}} {first_sentence(path)}" for path in shown]
+            lines += ["```", *files, "```", ""]
+        blocks.append("\n".join(lines))
+    return _HEAD + "\n".join(blocks)
 
 
 def first_sentence(path: Path) -> str:
@@ -76,11 +86,5 @@ def first_sentence(path: Path) -> str:
     return re.split(r"\. |\.$", whole)[0]
 
 
-def with_tree(page: str) -> str:
-    before, _, rest = page.partition(_OPEN)
-    return before + _OPEN + tree() + _CLOSE + rest.partition(_CLOSE)[2]
-
-
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_tree(readme.read_text()))
+    PAGE.write_text(page())
