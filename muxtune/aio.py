@@ -38,6 +38,7 @@ from muxtune.transport import (
     target,
     watch_backoff,
 )
+from muxtune.upload_status import upload_response
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import admission_pb2_grpc, artifact_pb2, dataset_pb2, task_pb2
 
@@ -69,10 +70,9 @@ class AsyncClient:
         for backoff in STREAM_BACKOFFS_SECONDS:
             try:
                 with call_span("UploadDataset"), raising():
-                    answer = await self._stub.UploadDataset(
-                        dataset_requests(header, data), **self._call(TRANSFER_SECONDS)
-                    )
-                    return answer.dataset
+                    requests = dataset_requests(header, data)
+                    call = self._stub.UploadDataset(requests, **self._call(TRANSFER_SECONDS))
+                    return (await upload_response(call)).dataset
             except UnavailableError:
                 if backoff is None:
                     raise
@@ -175,7 +175,8 @@ class AsyncClient:
         for backoff in STREAM_BACKOFFS_SECONDS:
             try:
                 with call_span("UploadAdapter"), raising():
-                    return (await self._stub.UploadAdapter(iter(parts), **self._call(TRANSFER_SECONDS))).adapter
+                    call = self._stub.UploadAdapter(iter(parts), **self._call(TRANSFER_SECONDS))
+                    return (await upload_response(call)).adapter
             except UnavailableError:
                 if backoff is None:
                     raise

@@ -12,6 +12,7 @@ from google.protobuf.message_factory import GetMessageClass
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from muxtune.upload_status import upload_response
 from tests.thoroughness import examples
 
 # Of each RPC; 2500 make the 100,000 of the long mode.
@@ -136,7 +137,7 @@ async def answer_of(channel: grpc.aio.Channel, method: MethodDescriptor, sent: A
                     call.cancel()
                     return grpc.StatusCode.OK, "", answers
         else:
-            answers.append(await call)
+            answers.append(await (upload_response(call) if method.client_streaming else call))
     except grpc.aio.AioRpcError as error:
         return error.code(), error.details() or "", answers
     return grpc.StatusCode.OK, "", answers

