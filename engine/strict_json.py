@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 
-def plain_json(data: bytes) -> Any:
+def parse_strict_json(data: bytes) -> Any:
     """Raises ValueError (UnicodeDecodeError and json.JSONDecodeError among them) or RecursionError."""
     text = data.decode()
     try:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from engine.methods import METHODS
 from tools import code_map
 
 ROOT = Path(__file__).parents[1]
@@ -189,6 +190,28 @@ def folders_of_code() -> Iterator[str]:
             yield folder
 
 
+def method_checks(text: str) -> list[str]:
+    """Return the checks of a PEFT method's class: isinstance, issubclass, a comparison with type(), a match case."""
+    names = {method.__name__ for method in METHODS.values()}
+    nodes: list[ast.AST] = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            nodes += node.args[1:]
+        elif isinstance(node, ast.Compare) and "type(" in ast.unparse(node):
+            nodes.append(node)
+        elif isinstance(node, ast.MatchClass):
+            nodes.append(node.cls)
+    mentioned = [re.findall(r"\w+", ast.unparse(node)) for node in nodes]
+    return [name for words in mentioned for name in words if name in names]
+
+
+def test_methods_are_asked_by_hooks() -> None:
+    """A new method needs no change outside engine/methods and engine/peft: nothing else asks for its class."""
+    folders = (ROOT / "engine" / "methods", ROOT / "engine" / "peft")
+    paths = [path for path in sources("engine", "services", "muxtune") if path.parent not in folders]
+    assert offenders(paths, lambda path: method_checks(path.read_text())) == {}
+
+
 def tracked_texts() -> Iterator[tuple[str, str]]:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
         "\n"
@@ -223,6 +246,12 @@ def test_the_checks_can_fail(tmp_path: Path) -> None:
     long = tmp_path / "utils.cu"
     long.write_text(f"void f(int x) {{\n{statements}\n}}\n" + "//" * 100 + "\n" * MAX_FILE_LINES)
     assert len(cuda_over_budget(long)) == 4
+    assert method_checks("isinstance(m, Lora | Vera)\nmatch m:\n    case methods.Miss(): pass") == [
+        "Lora",
+        "Vera",
+        "Miss",
+    ]
+    assert method_checks("type(m) is Ia3 or issubclass(type(m), (int, Prompt))") == ["Ia3", "Prompt"]
     assert mutable_globals("cache = {}\nLIMITS = {}\n") == ["cache"]
     assert mutable_globals("def f():\n    global state\n") == ["state"]
     assert unwelcome("see https://py" + "pi.org/simple and " + "/ro" + "ot/x.txt")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from engine.errors import MalformedDatasetError
-from engine.strict_json import plain_json
+from engine.strict_json import parse_strict_json
 
 MAX_LINE_BYTES, MAX_ROWS, MAX_MESSAGES = 4 << 20, 10_000_000, 512
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
@@ -45,7 +45,7 @@ def _parse(number: int, line: bytes) -> Row:
     if len(line) > MAX_LINE_BYTES:
         raise _malformed(number, f"is {len(line)} bytes long; at most {MAX_LINE_BYTES}")
     try:
-        fields = plain_json(line)
+        fields = parse_strict_json(line)
     except UnicodeDecodeError as error:
         raise _malformed(number, f"is not UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:

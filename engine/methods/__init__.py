@@ -1,7 +1,7 @@
-"""The PEFT methods a task may ask for: one file each, what it is, where its parameters lie and how large they are.
+"""The PEFT methods that a task can use: one file each, with its hyperparameters and the shapes of its parameters.
 
-How a method computes stands in `engine/peft/<name>.py`, whose name is the method's name here, in the proto's oneof and
-in every field path. Legend of shapes: K inputs, N outputs, R rank, S bottleneck.
+`engine/peft/<name>.py` computes a method. `<name>` is also the method's name here, in the proto's oneof and in errors'
+paths. Legend of shapes: K inputs, N outputs, R rank, S bottleneck.
 """
 
 from engine.methods.base import Method

@@ -1,6 +1,7 @@
-"""What every PEFT method says of itself, and the modules of a backbone it may be mounted on.
+"""The interface of a PEFT method, and the modules of a backbone that it may be mounted on.
 
-Only the standard library: admission validates with it, the planner counts bytes with it, the engine allocates by it.
+Only the standard library: admission validates with it, the planner counts bytes and multiplications with it, and the
+engine allocates by it. Code outside engine/methods and engine/peft calls these hooks and never asks for a class.
 """
 
 import enum
@@ -37,7 +38,7 @@ class Site:
 
 @dataclass(frozen=True)
 class FieldError:
-    """A field of the method that will not do; `remedy` says what will."""
+    """A field of the method with an invalid value. `remedy` states the valid values."""
 
     field: str
     value: object
@@ -45,37 +46,54 @@ class FieldError:
 
 
 class Method(ABC):
-    """What a tenant asks for. `name` is the file, the oneof's field and the path of errors in one."""
+    """A tenant's choice of a PEFT method and its hyperparameters.
+
+    `name` is also the name of the method's files, of its field in the proto's oneof, and a part of paths in errors.
+    """
 
     name: ClassVar[str]
-    peft_type: ClassVar[str]  # of the adapters it reads and writes
-    dropout: float = 0.0  # the part of its inputs that is dropped in training: a field where a method has it
+    peft_type: ClassVar[str]  # in adapter_config.json of the adapters that it writes
+    other_peft_types: ClassVar[tuple[str, ...]] = ()  # of further adapters that it can continue from
+    size_field: ClassVar[str] = ""  # the field to reduce where the task fits on no executor; empty: none
+    dropout: float = 0.0  # the fraction of its inputs that training drops: a field in methods that have dropout
 
     @abstractmethod
     def shapes(self, sites: Sequence[Site]) -> Shapes:
-        """Shapes of its parameters by site and tensor, in the backbone's order.
+        """Return the shapes of its parameters by site and tensor, in the backbone's order.
 
-        Raises InvalidInputError if what it names is not there, or can't be trained.
+        Raises InvalidInputError if it names modules that the backbone does not have, or that can't be trained.
         """
 
     @abstractmethod
     def validate(self) -> Iterator[FieldError]:
-        """What no backbone would make right."""
+        """Yield the fields that are invalid on every backbone."""
 
     @abstractmethod
     def incompatibility(self, config: Mapping[str, Any]) -> str:
-        """Why an adapter of this adapter_config.json computes something else than the task; empty: it does not."""
+        """Return why the task can't continue from an adapter with this adapter_config.json; empty if it can."""
+
+    @classmethod
+    def config_error(cls, config: Mapping[str, Any]) -> str:
+        """Return what is invalid in an adapter_config.json of this method for every task; empty if nothing is."""
+        return ""
 
     @abstractmethod
     def saved_activation_elements(self, site: Site, num_tokens: int) -> int:
-        """Elements kept for backward at one of its sites, for `num_tokens` of the task's own.
+        """Return the elements that one of its sites saves for backward, for `num_tokens` of the task's tokens.
 
-        Beyond what the bare backbone keeps, and beyond the site's input, which is kept whole, once for all its tasks,
-        where one of them trains a matrix that it is multiplied by. `num_tokens` count a prefix where there is one.
+        Elements that the bare backbone saves are not counted, nor are inputs of `sites_that_save_inputs`. `num_tokens`
+        includes the positions of a prefix.
         """
 
+    def sites_that_save_inputs(self, sites: Sequence[Site]) -> list[str]:
+        """Return the names of sites whose whole input is saved for backward, once for all tasks that need it.
+
+        These are the sites where the method trains a matrix that multiplies the site's input directly.
+        """
+        return []
+
     def lr_multiplier(self, tensor: str) -> float:
-        """What the task's learning rate is multiplied by for a tensor of this name."""
+        """Return the factor of the task's learning rate for tensors of this name."""
         return 1.0
 
     @property
@@ -85,28 +103,33 @@ class Method(ABC):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Positions before each sequence that it attends to and that are no tokens of the stream."""
+        """Positions before each sequence that it attends to and that are not tokens of the stream."""
         return 0
 
-    def num_frozen(self, sites: Sequence[Site]) -> int:
-        """Elements it holds beside its parameters, without gradients or moments."""
+    def num_frozen_elements(self, sites: Sequence[Site]) -> int:
+        """Return the elements that it holds beside its parameters, without gradients or moments."""
         return 0
 
-    def _targets(
+    def num_frozen_multiplications(self, sites: Sequence[Site]) -> int:
+        """Return the multiplications per token by matrices that its modules share and do not train."""
+        return 0
+
+    def _target_names(
         self,
         targets: Sequence[str],
         sites: Sequence[Site],
         field: str = "target_modules",
         kinds: Sequence[SiteKind] = (SiteKind.LINEAR,),
     ) -> set[str]:
-        taken = (SiteKind.LINEAR,) if ALL_LINEAR in targets else kinds
-        adaptable = [site.name for site in sites if site.kind in taken]
+        allowed_kinds = (SiteKind.LINEAR,) if ALL_LINEAR in targets else kinds
+        adaptable = [site.name for site in sites if site.kind in allowed_kinds]
         return set(matching_modules(targets, adaptable, f"spec.{self.name}.{field}"))
 
-    def _refusal(self, field: str, what: str) -> InvalidInputError:
-        return InvalidInputError.of_field(f"spec.{self.name}.{field}", what)
+    def _error(self, field: str, description: str) -> InvalidInputError:
+        return InvalidInputError.of_field(f"spec.{self.name}.{field}", description)
 
 
-def differences(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    odd = [key for key, value in wanted.items() if config.get(key) != value]
-    return ", ".join(f"has {key} = {config.get(key)!r}, the task {wanted[key]!r}" for key in odd)
+def describe_differences(config: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Return the keys whose values differ from the task's, with both values; empty if none differs."""
+    keys = [key for key, value in expected.items() if config.get(key) != value]
+    return ", ".join(f"has {key} = {config.get(key)!r}, the task needs {expected[key]!r}" for key in keys)

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: what is asked for, and what it takes."""
+"""Bottleneck adapters: hyperparameters, shapes and memory."""
 
 import enum
 import math
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from engine.methods.base import FieldError, Method, Shapes, Site, SiteKind, differences
+from engine.methods.base import FieldError, Method, Shapes, Site, SiteKind, describe_differences
 
 
 class BottleneckPlacement(enum.Enum):
@@ -27,8 +27,8 @@ class Bottleneck(Method):
 
     At linear operators, or at whole sublayers: serial at both of a layer ("self_attn", "mlp" in Llama) is the placement
     of Houlsby et al. (arXiv 1902.00751), serial at "mlp" alone that of Pfeiffer et al. (arXiv 2005.00247), parallel at
-    "mlp" that of He et al. (arXiv 2110.04366); all before the residual is added. "all-linear" takes no sublayer. U
-    starts at zero: the task starts as the backbone.
+    "mlp" that of He et al. (arXiv 2110.04366); all before the residual is added. "all-linear" does not include
+    sublayers. U starts at zero, so that the task starts as the backbone.
     """
 
     name: ClassVar[str] = "bottleneck"
@@ -41,13 +41,13 @@ class Bottleneck(Method):
     scale: float = 1.0
 
     def shapes(self, sites: Sequence[Site]) -> Shapes:
-        taken = self._targets(self.target_modules, sites, kinds=(SiteKind.LINEAR, SiteKind.BLOCK))
-        return {site.name: self._shapes_at(site) for site in sites if site.name in taken}
+        targets = self._target_names(self.target_modules, sites, kinds=(SiteKind.LINEAR, SiteKind.BLOCK))
+        return {site.name: self._shapes_at(site) for site in sites if site.name in targets}
 
     def saved_activation_elements(self, site: Site, num_tokens: int) -> int:
-        """What it reads, and the S inside, once more where the activation's slope is not told by what it gives."""
-        inside = self.size * (2 if self.activation in (Activation.GELU, Activation.SILU) else 1)
-        return num_tokens * (self._width(site) + inside)
+        """Count what it reads and S, or 2 S where the activation's slope does not follow from its output alone."""
+        num_inner = self.size * (2 if self.activation in (Activation.GELU, Activation.SILU) else 1)
+        return num_tokens * (self._width(site) + num_inner)
 
     def _width(self, site: Site) -> int:
         return site.out_features if self.placement is BottleneckPlacement.SERIAL else site.in_features
@@ -63,5 +63,5 @@ class Bottleneck(Method):
             yield FieldError("scale", self.scale, "must be positive and finite")
 
     def incompatibility(self, config: Mapping[str, Any]) -> str:
-        wanted = {"size": self.size, "placement": self.placement.value, "activation": self.activation.value}
-        return differences(config, {"peft_type": self.peft_type, **wanted, "scale": self.scale})
+        expected = {"size": self.size, "placement": self.placement.value, "activation": self.activation.value}
+        return describe_differences(config, {"peft_type": self.peft_type, **expected, "scale": self.scale})

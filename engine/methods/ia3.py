@@ -1,10 +1,10 @@
-"""(IA)^3: what is asked for, and what it takes."""
+"""(IA)^3: hyperparameters, shapes and memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from engine.methods.base import FieldError, Method, Shapes, Site, differences
+from engine.methods.base import FieldError, Method, Shapes, Site, describe_differences
 from engine.target_modules import ALL_LINEAR, matches
 
 
@@ -19,15 +19,16 @@ class Ia3(Method):
     feedforward_modules: tuple[str, ...] = ()
 
     def shapes(self, sites: Sequence[Site]) -> Shapes:
-        taken = self._targets(self.target_modules, sites)
+        targets = self._target_names(self.target_modules, sites)
         if self.feedforward_modules:
-            inputs = self._targets(self.feedforward_modules, sites, "feedforward_modules")
-            if odd := sorted(inputs - taken):
-                raise self._refusal("feedforward_modules", f'"{odd[0]}" is not among the target modules')
+            inputs = self._target_names(self.feedforward_modules, sites, "feedforward_modules")
+            if not inputs <= targets:
+                name = min(inputs - targets)
+                raise self._error("feedforward_modules", f'"{name}" is not in target_modules: add it there')
         return {
             site.name: {"ia3_l": (1, site.in_features) if self.scales_input(site.name) else (site.out_features, 1)}
             for site in sites
-            if site.name in taken
+            if site.name in targets
         }
 
     def saved_activation_elements(self, site: Site, num_tokens: int) -> int:
@@ -40,4 +41,4 @@ class Ia3(Method):
         yield from ()
 
     def incompatibility(self, config: Mapping[str, Any]) -> str:
-        return differences(config, {"peft_type": self.peft_type})
+        return describe_differences(config, {"peft_type": self.peft_type})

@@ -1,10 +1,10 @@
-"""Prompt tuning: what is asked for, and what it takes."""
+"""Prompt tuning: hyperparameters, shapes and memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from engine.methods.base import FieldError, Method, Shapes, Site, SiteKind, differences
+from engine.methods.base import FieldError, Method, Shapes, Site, SiteKind, describe_differences
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Prompt(Method):
         return self.length
 
     def shapes(self, sites: Sequence[Site]) -> Shapes:
-        found = [site for site in sites if site.kind is SiteKind.EMBEDDING]
-        if not found:
-            raise self._refusal("length", "the backbone's layers are not as wide as its embeddings: use another method")
-        return {site.name: {"prompt": (self.length, site.out_features)} for site in found}
+        embeddings = [site for site in sites if site.kind is SiteKind.EMBEDDING]
+        if not embeddings:
+            raise self._error("length", "the backbone's embeddings and layers differ in width: use another method")
+        return {site.name: {"prompt": (self.length, site.out_features)} for site in embeddings}
 
     def saved_activation_elements(self, site: Site, num_tokens: int) -> int:
         return 0
@@ -37,4 +37,4 @@ class Prompt(Method):
             yield FieldError("length", self.length, "must be 1 to 1024")
 
     def incompatibility(self, config: Mapping[str, Any]) -> str:
-        return differences(config, {"peft_type": self.peft_type, "num_virtual_tokens": self.length})
+        return describe_differences(config, {"peft_type": self.peft_type, "num_virtual_tokens": self.length})

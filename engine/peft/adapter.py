@@ -1,8 +1,8 @@
-"""The unified representation of PEFT methods: BaseOp, Adapter, Dispatch, Aggregate (after MuxTune).
+"""The common interface of PEFT methods: BaseOp, Adapter, Dispatch, Aggregate (after MuxTune).
 
-A mounted module dispatches each task's tokens to that task's Adapter and aggregates what it computes into the output. A
-method is one file with one Adapter class, which overrides the hooks it needs: `input_affine` (what the operator reads),
-`low_rank` (what the fused kernel adds), `after` and then `output_affines` (what becomes of the output).
+A mounted module dispatches each task's tokens to that task's Adapter and aggregates the results into its output. A
+method is one file with one Adapter class, which overrides the hooks it needs: `input_affine` changes what the operator
+reads, `low_rank` is added by the fused kernel, `change_output` and then `output_affines` change the output.
 Legend: L tokens of one span, K inputs, N outputs.
 """
 
@@ -25,7 +25,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class BaseOp:
-    """A frozen module of the backbone. A linear operator is y = x W + b; others have their `module` alone."""
+    """A frozen module of the backbone. A linear operator is y = x W + b; other kinds have only their `module`."""
 
     site: Site
     index: int  # among the mounted modules of its kind: part of the dropout key
@@ -33,7 +33,7 @@ class BaseOp:
     weight_KN: torch.Tensor
     bias_N: torch.Tensor | None = None
     is_conv1d: bool = False  # GPT-2's transposed linear
-    gain_N: torch.Tensor | None = None  # of a norm, all it multiplies by, where its output may be divided by that
+    gain_N: torch.Tensor | None = None  # factor of a norm's output, where the output may be divided by it
 
     @property
     def name(self) -> str:
@@ -49,7 +49,7 @@ class BaseOp:
 
 
 class Affine(NamedTuple):
-    """x becomes gain o x + shift: float32 vectors, or None where there is nothing to multiply by or to add."""
+    """A change from x to gain o x + shift: float32 vectors, or None for no factor and for no addition."""
 
     gain_N: torch.Tensor | None
     shift_N: torch.Tensor | None
@@ -58,7 +58,7 @@ class Affine(NamedTuple):
 class Adapter(ABC):
     """One task's parameters at one module. `tensors` are views of the task's flat parameter buffer.
 
-    Hooks get one span's tokens and must not write to what they get.
+    Hooks receive one span's tokens and must not write to them.
     """
 
     def __init__(self, method: Any, op: BaseOp, seed: int, tensors: Tensors) -> None:
@@ -67,7 +67,7 @@ class Adapter(ABC):
 
     @classmethod
     def build(cls, method: Any, ops: Sequence[BaseOp], seed: int, tensors: Mapping[str, Tensors]) -> dict[str, Self]:
-        """The adapters of a task by module, initialised."""
+        """Return a task's initialised adapters by module name."""
         adapters = {op.name: cls(method, op, seed, tensors[op.name]) for op in ops}
         with torch.no_grad():
             for adapter in adapters.values():
@@ -76,87 +76,90 @@ class Adapter(ABC):
 
     @abstractmethod
     def initialise(self) -> None:
-        """Fills `tensors`, keyed by (task seed, module) alone."""
+        """Fill `tensors` with values that depend on the task's seed and the module alone."""
 
     def input_affine(self) -> Affine | None:
-        """What becomes of x before the operator reads it, or nothing."""
+        """Return the change of x before the operator reads it, or None."""
         return None
 
     def low_rank(self, span: TaskSpan, training: bool) -> tuple[AdapterSlice, LowRank] | None:
-        """Where and how, and what, the fused kernel adds; or nothing."""
+        """Return the factors that the fused kernel adds and the tokens that it adds them to, or None."""
         return None
 
-    def after(self, x_LK: torch.Tensor, y_LN: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:
-        """What the operator answers instead of y; asked only where it `changes_output`."""
+    def change_output(self, x_LK: torch.Tensor, y_LN: torch.Tensor, span: TaskSpan, training: bool) -> torch.Tensor:
+        """Return the output that replaces y; called only where the adapter `changes_output`."""
         return y_LN
 
     def changes_output(self, training: bool) -> bool:
-        return type(self).after is not Adapter.after
+        return type(self).change_output is not Adapter.change_output
 
     @classmethod
-    def after_all(
+    def change_outputs(
         cls, uses: Sequence[tuple[TaskSpan, Any]], x_TK: torch.Tensor, ys: Sequence[torch.Tensor], training: bool
     ) -> Sequence[torch.Tensor]:
-        """`after` of all tasks of this method at one module: overridden where their products go in one launch.
+        """Apply `change_output` to all tasks of this method at one module; overridden to compute them in one launch.
 
-        `ys` are parts of the stream: what is kept of one for backward must be a copy, or it holds the whole stream.
+        `ys` are parts of the stream: save a copy for backward, because a view keeps the whole stream alive.
         """
         return [
-            adapter.after(x_TK[span.start : span.end], y_LN.clone(), span, training)
+            adapter.change_output(x_TK[span.start : span.end], y_LN.clone(), span, training)
             for (span, adapter), y_LN in zip(uses, ys, strict=True)
         ]
 
     @classmethod
     def output_affines(cls, adapters: Sequence[Any], training: bool) -> Sequence[Affine | None]:
-        """What becomes of the output last, by all tasks of this method at one module, or nothing."""
+        """Return the last change of the output, or None, for each task of this method at one module."""
         return [None] * len(adapters)
 
     def prefix(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, [1, G, P, D] each, that an attention's segments also see. G heads, P tokens, D width."""
+        """Return keys and values, [1, G, P, D] each, that an attention's segments also see.
+
+        G heads, P tokens, D width.
+        """
         raise NotImplementedError
 
     @classmethod
     @abstractmethod
     def config(cls, method: Any, ops: Sequence[BaseOp], common: Mapping[str, Any]) -> PeftConfig | dict[str, Any]:
-        """The adapter_config.json of a task on `ops`: PEFT's own, or a dict in muxtune's format (see docs/ADAPTERS.md).
+        """Return the adapter_config.json of a task on `ops`: PEFT's, or a dict in muxtune's format (docs/ADAPTERS.md).
 
         `common`: `target_modules`, `fan_in_fan_out`, `inference_mode`, `base_model_name_or_path`, `task_type`.
         """
 
     @property
-    def frozen(self) -> Sequence[torch.Tensor]:
-        """What it holds and computes with beside its parameters; the same tensor for all adapters that share it."""
+    def frozen_tensors(self) -> Sequence[torch.Tensor]:
+        """Tensors that it computes with beside its parameters; adapters that share one return the same object."""
         return ()
 
     @property
     def started_from(self) -> Tensors:
-        """Of that, what could not be made anew elsewhere bit for bit: it goes into checkpoints."""
+        """Frozen tensors that another machine could not compute again bit for bit: checkpoints hold them."""
         return {}
 
-    def exported(self, in_peft: bool) -> dict[str, torch.Tensor]:
-        """Tensors by name in the file, the module's own name left out; `in_peft`: the format is PEFT's."""
+    def export_tensors(self, in_peft: bool) -> dict[str, torch.Tensor]:
+        """Return tensors by name in the file, without the module's own name; `in_peft`: the format is PEFT's."""
         return dict(self.tensors)
 
     @property
     def is_target(self) -> bool:
-        """Whether its module stands among the config's `target_modules`."""
+        """Whether the config's `target_modules` contain its module."""
         return True
 
     @classmethod
-    def shared(cls, adapters: Sequence["Adapter"]) -> dict[str, torch.Tensor]:
-        """Frozen tensors that the file holds beside those of single modules, by their whole name."""
+    def export_shared_tensors(cls, adapters: Sequence["Adapter"]) -> dict[str, torch.Tensor]:
+        """Return the tensors that belong to several modules together, by their whole name in the file."""
         return {}
 
     @classmethod
-    def adopt(cls, adapters: Sequence["Adapter"], found: Tensors) -> None:
-        """Takes from a file's tensors what `shared` made of several modules'."""
+    def load_shared_tensors(cls, adapters: Sequence["Adapter"], tensors: Tensors) -> None:
+        """Fill the adapters from a file's `tensors` where `export_shared_tensors` does not return views of them."""
         return
 
 
-def lora_use(op: BaseOp, seed: int, span: TaskSpan, training: bool, scale: float, dropout: float) -> AdapterSlice:
-    """Where on the stream, at which scale, under which mask: keyed by (task seed, step, module, position)."""
+def adapter_slice(op: BaseOp, seed: int, span: TaskSpan, training: bool, scale: float, dropout: float) -> AdapterSlice:
+    """Return a span's tokens, scale and dropout mask; the mask's key is (task seed, step, module, position)."""
     if not training or dropout == 0:
         return AdapterSlice(span.start, span.end, scale)
-    there = op.weight_KN.device, span.device_step, span.device_positions_T
-    mask = DropoutMask(seed, span.step, op.index, span.positions_L, op.in_features, dropout, *there)
+    device_arguments = op.weight_KN.device, span.device_step, span.device_positions_T
+    mask = DropoutMask(seed, span.step, op.index, span.positions_L, op.in_features, dropout, *device_arguments)
     return AdapterSlice(span.start, span.end, scale, mask, keep_scale(dropout))

@@ -1,7 +1,7 @@
 """Bottleneck adapters (arXiv 1902.00751, 2005.00247, 2110.04366): y += scale * (act(h D^T + d) U^T + u).
 
-h is the operator's output y (serial) or its input x (parallel). PEFT has no such method: docs/ADAPTERS.md tells the
-format. Legend: T tokens of the stream, L of one span, K inputs, N outputs, S bottleneck.
+h is the operator's output y (serial) or its input x (parallel). PEFT has no such method: docs/ADAPTERS.md defines the
+file format. Legend: T tokens of the stream, L of one span, K inputs, N outputs, S bottleneck.
 """
 
 import math
@@ -26,12 +26,12 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class BottleneckAdapter(Adapter):
-    """D [S, K or N], d [S], U [N, S], u [N] of one task at one operator or sublayer."""
+    """The weights D [S, K or N], U [N, S] and biases d [S], u [N] of one task at one operator or sublayer."""
 
     method: Bottleneck
 
     def initialise(self) -> None:
-        """D and d as nn.Linear's default; U and u zero, so that the task starts as the backbone."""
+        """Initialise D and d as nn.Linear does, U and u to zero, so that the task starts as the backbone."""
         bound = 1 / math.sqrt(self.tensors["down_weight"].shape[1])
         for name in ("down_weight", "down_bias"):
             uniform_(self.tensors[name], bound, self.seed, f"{self.op.name}/{name}")
@@ -42,21 +42,21 @@ class BottleneckAdapter(Adapter):
         return True
 
     @classmethod
-    def after_all(
+    def change_outputs(
         cls,
         uses: Sequence[tuple[TaskSpan, "BottleneckAdapter"]],
         x_TK: torch.Tensor,
         ys: Sequence[torch.Tensor],
         training: bool,
     ) -> Sequence[torch.Tensor]:
-        """Two products of all tasks, for each activation and placement there is."""
+        """Compute two grouped products for each pair of activation and placement among the tasks."""
         kinds = [(adapter.method.activation, adapter.method.placement) for _, adapter in uses]
         changed = list(ys)
         for kind in dict.fromkeys(kinds):
-            places = [i for i, own in enumerate(kinds) if own == kind]
-            pieces = _changed([uses[i] for i in places], x_TK, [ys[i] for i in places], *kind)
-            for i, piece in zip(places, pieces, strict=True):
-                changed[i] = piece
+            at = [i for i, kind_of_use in enumerate(kinds) if kind_of_use == kind]
+            outputs = _outputs([uses[i] for i in at], x_TK, [ys[i] for i in at], *kind)
+            for i, output_LN in zip(at, outputs, strict=True):
+                changed[i] = output_LN
         return changed
 
     @classmethod
@@ -71,19 +71,19 @@ class BottleneckAdapter(Adapter):
         }
 
 
-def _changed(
+def _outputs(
     uses: Sequence[tuple[TaskSpan, BottleneckAdapter]],
     x_TK: torch.Tensor,
     ys: Sequence[torch.Tensor],
     activation: Activation,
     placement: BottleneckPlacement,
 ) -> tuple[torch.Tensor, ...]:
-    """The outputs [L, N] of adapters of one activation and placement."""
+    """Return the outputs [L, N] of adapters that have the same activation and placement."""
     adapters, num_tokens, ones = [adapter for _, adapter in uses], [len(y_LN) for y_LN in ys], [1.0] * len(uses)
     down, down_bias, up, up_bias = (
         [adapter.tensors[name] for adapter in adapters] for name in ("down_weight", "down_bias", "up_weight", "up_bias")
     )
-    y = torch.cat([y_LN.flatten() for y_LN in ys])  # copies: what is kept of them must not hold the whole stream
+    y = torch.cat([y_LN.flatten() for y_LN in ys])  # copies: a saved view would keep the whole stream alive
     is_serial = placement is BottleneckPlacement.SERIAL
     h = y if is_serial else torch.cat([x_TK[span.start : span.end].flatten() for span, _ in uses])
     s = _ACTIVATIONS[activation](grouped_gemm(h, num_tokens, down, down_bias, ones))

@@ -1,58 +1,65 @@
-"""The magnitude of DoRA (arXiv 2402.09353), as PEFT computes it, for all tasks at one operator.
+"""DoRA (arXiv 2402.09353), as PEFT computes it, for the adapters of several tasks at one operator.
 
     y = x W + b + (m / n - 1) * drop(x) W + (m / n) * scale * drop(x) A^T B^T,  n = ||W + scale * B A|| by output
-where n bears no gradient. n is never computed from the dense sum:
+n gets no gradient. It is computed without the dense sum:
     n^2 = ||W||^2 + 2 scale * (B A W^T) + scale^2 * (B A A^T B^T), by output: O(N K R) and no [N, K] buffer.
-Without dropout that is a factor of the output: LoraAdapter.output_affines.
+Without dropout, m / n is a factor of the operator's output: LoraAdapter.output_affines applies it there.
 
 Legend: T tokens of these tasks, L of one, K inputs, N outputs, R rank.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 
 from engine.kernels.dropout import drop
 from engine.kernels.grouped_gemm import grouped_gemm
-from engine.peft.adapter import lora_use
-from engine.peft.layout import TaskSpan
-
-if TYPE_CHECKING:
-    from engine.peft.lora import LoraAdapter
+from engine.kernels.multi_lora.types import AdapterSlice
 
 
-def scaled_beside(
-    uses: Sequence[tuple[TaskSpan, "LoraAdapter"]], x_TK: torch.Tensor, ys: Sequence[torch.Tensor]
+@dataclass(frozen=True, eq=False)
+class DoraParameters:
+    """The parameters of one task at one operator: low-rank factors, magnitude m, and the scale of B A."""
+
+    a_RK: torch.Tensor
+    b_NR: torch.Tensor
+    magnitude_N: torch.Tensor
+    scale: float
+
+
+def outputs_with_dropout(
+    weight_KN: torch.Tensor,
+    tasks: Sequence[DoraParameters],
+    slices: Sequence[AdapterSlice],
+    x_TK: torch.Tensor,
+    ys: Sequence[torch.Tensor],
 ) -> list[torch.Tensor]:
-    """y + (m / n) (drop(x) W + scale * drop(x) A^T B^T) - drop(x) W, where y is x W + b."""
-    if not uses:
+    """Return y + (m / n) (drop(x) W + scale * drop(x) A^T B^T) - drop(x) W of each task, where y is x W + b."""
+    if not tasks:
         return []
-    adapters, dropped = [adapter for _, adapter in uses], []
-    for span, adapter in uses:
-        use = lora_use(adapter.op, adapter.seed, span, True, adapter.scale, adapter.method.dropout)
-        assert use.keep_mask is not None
-        dropped.append(drop(x_TK[span.start : span.end], use.keep_mask, use.keep_scale))
-    num_tokens, ones = [len(y) for y in ys], [1.0] * len(uses)
+    dropped = []
+    for slice_ in slices:
+        assert slice_.keep_mask is not None
+        dropped.append(drop(x_TK[slice_.start : slice_.end], slice_.keep_mask, slice_.keep_scale))
+    num_tokens, ones = [len(y_LN) for y_LN in ys], [1.0] * len(tasks)
     dropped_TK = torch.cat(dropped)
-    factors = ([adapter.tensors[name] for adapter in adapters] for name in ("lora_A", "lora_B"))
-    shrunk = grouped_gemm(dropped_TK.flatten(), num_tokens, next(factors), (), ones)
-    added = grouped_gemm(shrunk, num_tokens, next(factors), (), [adapter.scale for adapter in adapters])
-    base_TN = dropped_TK @ adapters[0].op.weight_KN
+    shrunk = grouped_gemm(dropped_TK.flatten(), num_tokens, [task.a_RK for task in tasks], (), ones)
+    added = grouped_gemm(shrunk, num_tokens, [task.b_NR for task in tasks], (), [task.scale for task in tasks])
+    base_TN = dropped_TK @ weight_KN
     whole = torch.split(base_TN + added.view_as(base_TN), num_tokens)
-    norms = weight_norms(adapters)
-    ratios = [adapter.tensors["lora_magnitude_vector"] / n_N for adapter, n_N in zip(adapters, norms, strict=True)]
+    ratios = [task.magnitude_N / n_N for task, n_N in zip(tasks, weight_norms(weight_KN, tasks), strict=True)]
     parts = zip(ys, ratios, whole, torch.split(base_TN, num_tokens), strict=True)
     return [y_LN + ratio_N * whole_LN - base_LN for y_LN, ratio_N, whole_LN, base_LN in parts]
 
 
 @torch.no_grad()
-def weight_norms(adapters: Sequence["LoraAdapter"]) -> list[torch.Tensor]:
-    """n [N] of each of these adapters at one operator."""
-    if not adapters:
+def weight_norms(weight_KN: torch.Tensor, tasks: Sequence[DoraParameters]) -> list[torch.Tensor]:
+    """Return n [N] of each task."""
+    if not tasks:
         return []
-    a, b = ([adapter.tensors[name] for adapter in adapters] for name in ("lora_A", "lora_B"))
-    weight_KN, ranks, ones = adapters[0].op.weight_KN.to(a[0].dtype), [len(a_RK) for a_RK in a], [1.0] * len(a)
+    a, b = [task.a_RK for task in tasks], [task.b_NR for task in tasks]
+    weight_KN, ranks, ones = weight_KN.to(a[0].dtype), [len(a_RK) for a_RK in a], [1.0] * len(a)
     squares_N, crosses = weight_KN.square().sum(dim=0), torch.split(torch.cat(a) @ weight_KN, ranks)
     grams = grouped_gemm(torch.cat([a_RK.flatten() for a_RK in a]), ranks, a, (), ones)  # A A^T
     gram_of = [
@@ -61,7 +68,8 @@ def weight_norms(adapters: Sequence["LoraAdapter"]) -> list[torch.Tensor]:
     rows = grouped_gemm(torch.cat([b_NR.flatten() for b_NR in b]), [len(b_NR) for b_NR in b], gram_of, (), ones)
     rows_of = torch.split(rows, [b_NR.numel() for b_NR in b])
     norms = []
-    for adapter, b_NR, cross_RN, row in zip(adapters, b, crosses, rows_of, strict=True):
+    for task, cross_RN, row in zip(tasks, crosses, rows_of, strict=True):
+        b_NR = task.b_NR
         cross_N, square_N = (cross_RN.T * b_NR).sum(dim=1), (row.view_as(b_NR) * b_NR).sum(dim=1)
-        norms.append((squares_N + 2 * adapter.scale * cross_N + adapter.scale**2 * square_N).sqrt())
+        norms.append((squares_N + 2 * task.scale * cross_N + task.scale**2 * square_N).sqrt())
     return norms

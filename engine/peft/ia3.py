@@ -1,4 +1,4 @@
-"""(IA)^3 (arXiv 2205.05638): a learned factor for each output of an operator, or for each input of a feed-forward one.
+"""(IA)^3 (arXiv 2205.05638): learned factors of an operator's outputs, or of a feed-forward operator's inputs.
 
     y = l * (x W + b)    or    y = (l * x) W + b
 
@@ -15,7 +15,7 @@ from engine.peft.adapter import Adapter, Affine, BaseOp
 
 
 class Ia3Adapter(Adapter):
-    """The factors of one task at one operator: [1, K] of a feed-forward one, else [N, 1], as PEFT shapes them."""
+    """The factors of one task at one operator: [1, K] at a feed-forward operator, else [N, 1], as in PEFT."""
 
     method: Ia3
 

@@ -17,27 +17,27 @@ A = TypeVar("A")
 
 @dataclass(frozen=True)
 class TaskSpan:
-    """One task's effective tokens [start, end) of the stream (its padding tail left out)."""
+    """One task's effective tokens [start, end) of the stream, without its padding tail."""
 
     task: str
     step: int
     start: int
     end: int
-    positions_L: NDArray[np.int64]  # place of each token in the task's own stream
+    positions_L: NDArray[np.int64]  # of each token in the task's own stream
     lengths: tuple[int, ...] = ()  # tokens of each segment
-    device_step: torch.Tensor | None = None  # the step where kernels read it
-    device_positions_T: torch.Tensor | None = None  # and the places of all the stream's tokens
+    device_step: torch.Tensor | None = None  # the step in device memory, where kernels read it
+    device_positions_T: torch.Tensor | None = None  # the positions of all tokens of the stream, in device memory
 
     @classmethod
     def of(cls, range_: Range, device_step: torch.Tensor, device_positions_T: torch.Tensor) -> "TaskSpan":
         end = range_.start + range_.num_effective_tokens
         lengths = tuple(segment.num_tokens for segment in range_.segments)
-        there = device_step, device_positions_T
-        return cls(range_.task, range_.step, range_.start, end, positions_of(range_), lengths, *there)
+        positions_L = positions_of(range_)
+        return cls(range_.task, range_.step, range_.start, end, positions_L, lengths, device_step, device_positions_T)
 
 
 def positions_of(range_: Range) -> NDArray[np.int64]:
-    """[L]: the place of each of its effective tokens in the task's own stream."""
+    """Return the positions [L] of the range's effective tokens in the task's own stream."""
     return np.concatenate([np.arange(s.num_tokens) + s.stream_offset_tokens for s in range_.segments])
 
 
@@ -52,28 +52,28 @@ class Layout:
     _steps: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
 
     def uses(self, adapters: Mapping[str, A]) -> list[tuple[TaskSpan, A]]:
-        """The spans of the tasks that have an adapter in `adapters`, in the stream's order."""
+        """Return the spans of tasks that have an adapter in `adapters`, each with it, in the stream's order."""
         return [(span, adapters[span.task]) for span in self.spans if span.task in adapters]
 
     def set(self, microbatch: Microbatch, resident: frozenset[str]) -> None:
-        """Lays out `microbatch`; ranges of tasks that are not resident run through the bare backbone."""
-        self._steps = {task: own for task, own in self._steps.items() if task in resident}
+        """Lay out `microbatch`; ranges of tasks that are not resident run through the bare backbone."""
+        self._steps = {task: cell for task, cell in self._steps.items() if task in resident}
         ranges = [r for r in microbatch.ranges if r.task in resident and r.segments]
         positions_T = np.zeros(microbatch.num_tokens, np.int64)
         for r in ranges:
             positions_T[r.start : r.start + r.num_effective_tokens] = positions_of(r)
-        there_T = to_device(torch.from_numpy(positions_T), self.device)
-        spans = tuple(TaskSpan.of(r, self._device_step(r), there_T) for r in ranges)
+        device_positions_T = to_device(torch.from_numpy(positions_T), self.device)
+        spans = tuple(TaskSpan.of(r, self._device_step(r), device_positions_T) for r in ranges)
         self.lay(spans, microbatch.kind is MicrobatchKind.TRAIN)
 
     def lay(self, spans: tuple[TaskSpan, ...], training: bool) -> None:
-        """The same, of spans as they are."""
+        """Lay out these spans."""
         self.spans, self.training = spans, training
 
     def _device_step(self, range_: Range) -> torch.Tensor:
-        """Memory of the task's own for as long as it is resident: a captured graph sees the step change in it.
+        """Return the device memory of the task's step, the same while the task is resident: captured graphs read it.
 
-        Written only where it changes: autograd refuses a backward pass whose forward pass read another step.
+        It is written only when the step changes: autograd refuses a backward pass after a write to a saved tensor.
         """
         cell, step = self._steps.get(range_.task, (None, None))
         if cell is None:

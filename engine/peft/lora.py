@@ -1,9 +1,9 @@
 """LoRA (arXiv 2106.09685): y += scale * dropout(x) A^T B^T, initialised as PEFT does: A uniform, B zero.
 
-With a magnitude m (DoRA), y is scaled by output: engine.peft.dora.
+With a magnitude m (DoRA), each output of y is rescaled: engine.peft.dora.
 
-Started from the weight's own factors A0, B0 (PiSSA, OLoRA), W - scale * B0 A0 would be the frozen part. As W is shared,
-the task adds scale * x [A; A0]^T [B, -B0]^T instead, and is exported so, as LoRA of rank 2 R.
+PiSSA and OLoRA start from factors A0, B0 of the weight, and W - scale * B0 A0 would be the frozen part. As tasks share
+W, the task adds scale * x [A; A0]^T [B, -B0]^T instead, and is exported so, as LoRA of rank 2 R.
 
 Legend: T tokens of the stream, L of one span, K inputs, N outputs, R rank.
 """
@@ -17,8 +17,8 @@ from peft import LoraConfig
 
 from engine.kernels.multi_lora.types import AdapterSlice, LowRank
 from engine.methods import Lora, LoraInit
-from engine.peft.adapter import Adapter, Affine, BaseOp, Tensors, lora_use
-from engine.peft.dora import scaled_beside, weight_norms
+from engine.peft.adapter import Adapter, Affine, BaseOp, Tensors, adapter_slice
+from engine.peft.dora import DoraParameters, outputs_with_dropout, weight_norms
 from engine.peft.layout import TaskSpan
 from engine.peft.lora_init import orthonormal_factors, principal_factors
 from engine.peft.seeded_init import uniform_
@@ -34,30 +34,32 @@ class LoraAdapter(Adapter):
         super().__init__(method, op, seed, tensors)
         self.scale = method.scale_of(op.name)
         self.bias = VectorCopy(op, self.tensors) if "bias" in self.tensors else None
-        self.magnitude_N = self.tensors.get("lora_magnitude_vector")
-        self.initial: dict[str, torch.Tensor] = {}  # A and B it started from, where they were the weight's own
+        self.dora: DoraParameters | None = None
+        if "lora_magnitude_vector" in self.tensors:
+            a_RK, b_NR, magnitude_N = (self.tensors[name] for name in ("lora_A", "lora_B", "lora_magnitude_vector"))
+            self.dora = DoraParameters(a_RK, b_NR, magnitude_N, self.scale)
+        self.initial: dict[str, torch.Tensor] = {}  # A0 and B0, for PiSSA and OLoRA
 
     def initialise(self) -> None:
-        """A uniform in +-1/sqrt(K) (kaiming_uniform with a = sqrt(5), as PEFT); B zero; the magnitude W's own norms.
+        """Initialise A uniform in +-1/sqrt(K) (kaiming_uniform with a = sqrt(5), as PEFT), B zero, m the norms of W.
 
-        Or the weight's own factors, such that scale * B A is its part.
+        PiSSA and OLoRA: A and B are factors of the weight, such that scale * B A is a part of it.
         """
         if "lora_A" in self.tensors and self.method.starts_from_weights:
             self._start_from_weight()
         elif "lora_A" in self.tensors:
             uniform_(self.tensors["lora_A"], 1 / math.sqrt(self.op.in_features), self.seed, f"{self.op.name}/lora_A")
             self.tensors["lora_B"].zero_()
-        if self.magnitude_N is not None:
-            self.magnitude_N.copy_(self.op.weight_KN.float().norm(dim=0))
+        if self.dora is not None:
+            self.dora.magnitude_N.copy_(self.op.weight_KN.float().norm(dim=0))
         if self.bias is not None:
             self.bias.initialise()
 
     def low_rank(self, span: TaskSpan, training: bool) -> tuple[AdapterSlice, LowRank] | None:
-        drops = training and self.method.dropout > 0
-        if "lora_A" not in self.tensors or (drops and self.magnitude_N is not None):
+        if "lora_A" not in self.tensors or self._is_dora_with_dropout(training):
             return None
-        use = lora_use(self.op, self.seed, span, training, self.scale, self.method.dropout)
-        return use, LowRank(*self._factors())
+        slice_ = adapter_slice(self.op, self.seed, span, training, self.scale, self.method.dropout)
+        return slice_, LowRank(*self._factors())
 
     def _start_from_weight(self) -> None:
         rank, weight_KN = len(self.tensors["lora_A"]), self.op.weight_KN
@@ -71,7 +73,7 @@ class LoraAdapter(Adapter):
         self.initial = {"initial_A": a_RK, "initial_B": b_NR}
 
     @property
-    def frozen(self) -> Sequence[torch.Tensor]:
+    def frozen_tensors(self) -> Sequence[torch.Tensor]:
         return tuple(self.initial.values())
 
     @property
@@ -79,33 +81,38 @@ class LoraAdapter(Adapter):
         return self.initial
 
     def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B; for PiSSA and OLoRA [A; A0] and [B, -B0]."""
         a_RK, b_NR = self.tensors["lora_A"], self.tensors["lora_B"]
         if not self.initial:
             return a_RK, b_NR
         return torch.cat([a_RK, self.initial["initial_A"]]), torch.cat([b_NR, -self.initial["initial_B"]], dim=1)
 
     def changes_output(self, training: bool) -> bool:
-        return self._drops_beside(training) or not (self.bias is None or self.bias.is_affine)
+        return self._is_dora_with_dropout(training) or not (self.bias is None or self.bias.is_affine)
 
-    def _drops_beside(self, training: bool) -> bool:
-        """Whether what the magnitude scales has dropout, which the operator's own x W has not."""
-        return self.magnitude_N is not None and training and self.method.dropout > 0
+    def _is_dora_with_dropout(self, training: bool) -> bool:
+        """Return whether the magnitude scales drop(x) W, which the operator's own x W does not contain."""
+        return self.dora is not None and training and self.method.dropout > 0
 
     @classmethod
-    def after_all(
+    def change_outputs(
         cls,
         uses: Sequence[tuple[TaskSpan, "LoraAdapter"]],
         x_TK: torch.Tensor,
         ys: Sequence[torch.Tensor],
         training: bool,
     ) -> Sequence[torch.Tensor]:
-        """Magnitudes with dropout, in products of all tasks; a norm's bias where it must be run again."""
-        changed = list(ys)
-        scaled = [i for i, (_, adapter) in enumerate(uses) if adapter._drops_beside(training)]
-        for i, piece in zip(
-            scaled, scaled_beside([uses[i] for i in scaled], x_TK, [ys[i] for i in scaled]), strict=True
-        ):
-            changed[i] = piece
+        """Apply DoRA with dropout to all its tasks in a few products, and run a norm again for a bias that needs it."""
+        changed, at, tasks, slices = list(ys), list[int](), list[DoraParameters](), list[AdapterSlice]()
+        for i, (span, adapter) in enumerate(uses):
+            if adapter.dora is not None and adapter._is_dora_with_dropout(training):
+                at.append(i)
+                tasks.append(adapter.dora)
+                dropout = adapter.method.dropout
+                slices.append(adapter_slice(adapter.op, adapter.seed, span, training, adapter.scale, dropout))
+        outputs = outputs_with_dropout(uses[0][1].op.weight_KN, tasks, slices, x_TK, [ys[i] for i in at])
+        for i, output_LN in zip(at, outputs, strict=True):
+            changed[i] = output_LN
         for i, (span, adapter) in enumerate(uses):
             if adapter.bias is not None and not adapter.bias.is_affine:
                 changed[i] = adapter.bias.apply(x_TK[span.start : span.end], ys[i])
@@ -113,23 +120,23 @@ class LoraAdapter(Adapter):
 
     @classmethod
     def output_affines(cls, adapters: Sequence["LoraAdapter"], training: bool) -> list[Affine | None]:
-        """The magnitude's ratio, where y is x W + b + scale * x A^T B^T by now, and the task's own bias."""
-        scaled = [a for a in adapters if a.magnitude_N is not None and not a._drops_beside(training)]
-        norms = {id(adapter): norms_N for adapter, norms_N in zip(scaled, weight_norms(scaled), strict=True)}
+        """Return m / n where y is x W + b + scale * x A^T B^T already, and the task's own bias."""
+        scaled = [a.dora for a in adapters if a.dora is not None and not a._is_dora_with_dropout(training)]
+        norms = weight_norms(adapters[0].op.weight_KN, scaled)
+        ratio_of = {id(dora): dora.magnitude_N / norms_N for dora, norms_N in zip(scaled, norms, strict=True)}
         biased = [adapter for adapter in adapters if adapter.bias is not None]
         biases = affines([adapter.bias for adapter in biased if adapter.bias is not None])
-        own = {id(adapter): affine for adapter, affine in zip(biased, biases, strict=True)}
-        return [adapter._affine(norms.get(id(adapter)), own.get(id(adapter))) for adapter in adapters]
+        bias_of = {id(adapter): affine for adapter, affine in zip(biased, biases, strict=True)}
+        return [adapter._affine(ratio_of.get(id(adapter.dora)), bias_of.get(id(adapter))) for adapter in adapters]
 
-    def _affine(self, norms_N: torch.Tensor | None, own: Affine | None) -> Affine | None:
-        if norms_N is None:
-            return own
-        assert self.magnitude_N is not None
-        gain_N, bias_N = self.magnitude_N / norms_N, self.op.bias_N
-        shift_N = None if bias_N is None else bias_N - gain_N * bias_N
-        if own is not None and own.shift_N is not None:
-            shift_N = own.shift_N if shift_N is None else shift_N + own.shift_N
-        return Affine(gain_N, shift_N)
+    def _affine(self, ratio_N: torch.Tensor | None, bias: Affine | None) -> Affine | None:
+        if ratio_N is None:
+            return bias
+        op_bias_N = self.op.bias_N
+        shift_N = None if op_bias_N is None else op_bias_N - ratio_N * op_bias_N
+        if bias is not None and bias.shift_N is not None:
+            shift_N = bias.shift_N if shift_N is None else shift_N + bias.shift_N
+        return Affine(ratio_N, shift_N)
 
     @classmethod
     def config(cls, method: Lora, ops: Sequence[BaseOp], common: Mapping[str, Any]) -> LoraConfig:
@@ -146,7 +153,7 @@ class LoraAdapter(Adapter):
             **common,
         )
 
-    def exported(self, in_peft: bool) -> dict[str, torch.Tensor]:
+    def export_tensors(self, in_peft: bool) -> dict[str, torch.Tensor]:
         names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": "lora_magnitude_vector"}
         names["bias"] = "base_layer.bias" if "lora_A" in self.tensors else "bias"
         tensors = dict(self.tensors)

@@ -1,4 +1,4 @@
-"""Low-rank factors of a frozen weight, for LoRA that starts from them: W ~ B A. Legend: K inputs, N outputs, R rank."""
+"""Low-rank factors of a frozen weight, W ~ B A, from which LoRA may start. Legend: K inputs, N outputs, R rank."""
 
 import torch
 
@@ -8,10 +8,11 @@ _NUM_ITERATIONS = 8
 
 
 def principal_factors(weight_KN: torch.Tensor, rank: int, key: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [R, K] and B [N, R], each with the root of the R largest singular values: PiSSA (arXiv 2404.02948, equation 2).
+    """Return PiSSA's A [R, K] and B [N, R], each scaled by the roots of the R largest singular values.
 
-    By subspace iteration from a random start keyed by `key` (Halko et al., arXiv 0909.4061, algorithm 4.4): a full
-    decomposition would hold up every other task for minutes on a large backbone.
+    Source: arXiv 2404.02948, equation 2. Computed by subspace iteration (Halko et al., arXiv 0909.4061, algorithm 4.4)
+    from a random start that depends on `key`: a full decomposition of a large backbone would block all other tasks for
+    minutes.
     """
     weight_NK = weight_KN.T.float()
     num_columns = min(rank + max(16, rank), *weight_NK.shape)
@@ -26,7 +27,7 @@ def principal_factors(weight_KN: torch.Tensor, rank: int, key: str) -> tuple[tor
 
 
 def orthonormal_factors(weight_KN: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [R, K] and B [N, R]: the first R rows and columns of W = QR, B orthonormal: OLoRA (arXiv 2406.01775)."""
+    """Return OLoRA's A [R, K] and orthonormal B [N, R]: the first R rows and columns of W = QR (arXiv 2406.01775)."""
     weight_NK = weight_KN.T.float()
     b_NR, _ = torch.linalg.qr(weight_NK[:, :rank])  # Q's first columns depend on W's first alone
     return b_NR.T @ weight_NK, b_NR

@@ -1,5 +1,6 @@
-"""Modules of the backbone that adapters can be mounted on, wrapped once at load: tasks attach and detach between
-microbatches.
+"""Modules of the backbone that adapters can be mounted on. They are wrapped once, at load.
+
+Tasks attach and detach between microbatches.
 
 Legend: T tokens of the packed stream, L tokens of one span, K inputs, N outputs.
 """
@@ -23,17 +24,17 @@ from engine.peft.layout import Layout
 from engine.peft.shared_input import SharedInput
 from engine.peft.sublayer import MountedBlock
 
-_LEAST_GAIN = 1e-3  # of a norm: below it a 16-bit output may have lost digits
+_MIN_GAIN = 1e-3  # of a norm: below it a 16-bit output may have lost digits
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of the attention, as a probe of the backbone saw it: a layer's module, its key-value heads."""
+class AttentionCall:
+    """One call of the attention that the backbone's probe recorded: the layer's module and its key-value heads."""
 
     module: nn.Module
     num_heads: int
     head_width: int
-    group_size: int  # query heads of each
+    group_size: int  # query heads that share one key-value head
     is_windowed: bool
 
 
@@ -59,9 +60,9 @@ class MountedLinear(nn.Module):
         self.packed: PackedWeight | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Dispatch, the operator with every low-rank addition in one kernel, aggregate."""
+        """Dispatch to adapters, run the operator with all low-rank additions in one kernel, and aggregate."""
         x_TK, uses = x.reshape(-1, x.shape[-1]), self._uses
-        y_TN = None if self.group is None else self.group.answer(self, x)
+        y_TN = None if self.group is None else self.group.output_of(self, x)
         if y_TN is None:
             x_TK = rewrite_input(x_TK, uses)
             y_TN = self._alone(x_TK)
@@ -77,9 +78,9 @@ class MountedLinear(nn.Module):
 
     def operator(self) -> Operator:
         pairs = [adapter.low_rank(span, self.layout.training) for span, adapter in self._uses]
-        found = [pair for pair in pairs if pair is not None]
-        uses, factors = [use for use, _ in found], [factors for _, factors in found]
-        return Operator(self.op.weight_KN, self.op.bias_N, uses, factors, self.packed)
+        slices = [pair[0] for pair in pairs if pair is not None]
+        factors = [pair[1] for pair in pairs if pair is not None]
+        return Operator(self.op.weight_KN, self.op.bias_N, slices, factors, self.packed)
 
     def _alone(self, x_TK: torch.Tensor) -> torch.Tensor:
         operator = self.operator()
@@ -87,13 +88,13 @@ class MountedLinear(nn.Module):
 
 
 class MountedNorm:
-    """A frozen norm whose output is rewritten on the spans of tasks that train their own copy of its vectors."""
+    """Rewrites a frozen norm's output on the spans of tasks that train a copy of its vectors."""
 
     def __init__(self, base: nn.Module, name: str, index: int, layout: Layout) -> None:
         weight: Any = base.weight
         bias = getattr(base, "bias", None)
         site = Site(name, len(weight), len(weight), SiteKind.NORM, bias is not None)
-        self.token_dim: int | None = None  # of its input: known once the backbone has been probed
+        self.token_dim: int | None = None  # of its input: set when the backbone is probed
         bias_N = None if bias is None else bias.detach()
         self.op = BaseOp(site, index, base, weight.detach(), bias_N, gain_N=gain_of(base))
         self.layout = layout
@@ -101,10 +102,10 @@ class MountedNorm:
         base.register_forward_hook(self._rewrite)
 
     def _rewrite(self, module: nn.Module, args: tuple[torch.Tensor], y: torch.Tensor) -> torch.Tensor | None:
-        """`y`: [1, T, N], [1, T, heads, N], [1, heads, T, N] (Gemma 3) or [T, N] (OPT), as the probe finds out."""
+        """Rewrite y: [1, T, N], [1, T, heads, N], [1, heads, T, N] (Gemma 3) or [T, N] (OPT), as the probe found."""
         if self.token_dim is None:
-            found = [dim for dim, size in enumerate(y.shape[:-1]) if size == self.layout.num_tokens]
-            self.token_dim = found[0] if len(found) == 1 else None
+            dims = [dim for dim, size in enumerate(y.shape[:-1]) if size == self.layout.num_tokens]
+            self.token_dim = dims[0] if len(dims) == 1 else None
         uses = self.layout.uses(self.adapters)
         if not uses:
             return None
@@ -115,33 +116,34 @@ class MountedNorm:
 
 @torch.no_grad()
 def gain_of(norm: Any) -> torch.Tensor | None:
-    """What `norm` multiplies by: its weight, or one more (Gemma), told by trying it, in at least float32; else None.
+    """Return the factor of a norm's output, its weight or 1 + its weight (Gemma), in at least float32, or None.
 
-    And None where what it gives can't be divided by it: a gain near zero, or a bias in a type of few digits.
+    The factor is found by running the norm with two weights. None: the output has another factor or can't be divided by
+    it, because the gain is near zero or the norm has a bias in a type of few digits.
     """
     bias_N = getattr(norm, "bias", None)
     if bias_N is not None and norm.weight.itemsize < torch.float32.itemsize:
         return None
     weight_N = norm.weight.to(torch.promote_types(norm.weight.dtype, torch.float32))
     x = torch.linspace(-1.0, 2.0, 3 * len(weight_N), device=weight_N.device).view(3, -1).sin().to(weight_N.dtype)
-    tried = {"weight": weight_N.new_tensor(range(len(weight_N))) / len(weight_N) - 0.3}
-    zero = {} if bias_N is None else {"bias": torch.zeros_like(weight_N)}
+    trial_N = weight_N.new_tensor(range(len(weight_N))) / len(weight_N) - 0.3
+    zero_bias = {} if bias_N is None else {"bias": torch.zeros_like(weight_N)}
     for offset in (0.0, 1.0):
         try:
-            plain, given = (
-                functional_call(norm, {**zero, "weight": w}, (x,))
-                for w in (torch.full_like(weight_N, 1 - offset), tried["weight"])
+            plain, scaled = (
+                functional_call(norm, {**zero_bias, "weight": w_N}, (x,))
+                for w_N in (torch.full_like(weight_N, 1 - offset), trial_N)
             )
         except (TypeError, RuntimeError, AttributeError):  # it reads more than one tensor
             return None
         gain_N = weight_N + offset if offset else weight_N
-        if torch.allclose(given, (tried["weight"] + offset) * plain, rtol=1e-4, atol=1e-6):
-            return gain_N if bool(gain_N.abs().min() >= _LEAST_GAIN) else None
+        if torch.allclose(scaled, (trial_N + offset) * plain, rtol=1e-4, atol=1e-6):
+            return gain_N if bool(gain_N.abs().min() >= _MIN_GAIN) else None
     return None
 
 
 class MountedEmbedding:
-    """The frozen token embedding, whose output is rewritten on the spans of tasks that train tokens of their own."""
+    """Rewrites the frozen token embedding's output on the spans of tasks that train virtual tokens."""
 
     def __init__(self, base: nn.Module, name: str, layout: Layout) -> None:
         weight: Any = base.weight
@@ -159,7 +161,7 @@ class MountedEmbedding:
 
 
 class MountedAttention:
-    """A layer's attention, in which the segments of some tasks also see keys and values of their own."""
+    """A layer's attention, in which segments of some tasks also see keys and values that the task trains."""
 
     def __init__(self, base: nn.Module, site: Site, index: int, layout: Layout) -> None:
         weight: Any = next(base.parameters())
@@ -168,25 +170,25 @@ class MountedAttention:
         self.adapters: dict[str, Adapter] = {}
 
     def prefixes(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values, [1, G, P, D] each, by the first token of each segment that sees them."""
-        found = {}
+        """Return keys and values, [1, G, P, D] each, by the first token of each segment that sees them."""
+        prefixes = {}
         for span, adapter in self.layout.uses(self.adapters):
             key_value, start = adapter.prefix(), span.start
             for length in span.lengths:
-                found[start] = key_value
+                prefixes[start] = key_value
                 start += length
-        return found
+        return prefixes
 
 
 Mounted = MountedLinear | MountedNorm | MountedEmbedding | MountedAttention | MountedBlock
 
 
 def mount_linears(model: Any, layout: Layout) -> dict[str, MountedLinear]:
-    """Wraps every linear operator of `model` but its output head; returns them by full name, in order."""
+    """Wrap every linear operator of `model` but its output head, and return them by full name, in order."""
     head = model.get_output_embeddings()
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     mounted: dict[str, MountedLinear] = {}
-    for index, (name, module) in enumerate(found):
+    for index, (name, module) in enumerate(linears):
         parent, _, last = name.rpartition(".")
         mounted[name] = MountedLinear(module, name, index, layout)
         setattr(model.get_submodule(parent), last, mounted[name])
@@ -194,7 +196,7 @@ def mount_linears(model: Any, layout: Layout) -> dict[str, MountedLinear]:
 
 
 def group_linears(mounted: Mapping[str, MountedLinear], groups: Sequence[Sequence[str]]) -> list[SharedInput]:
-    """Makes groups of operators that share their input, by name."""
+    """Make groups of the operators that share their input."""
     shared = []
     for names in groups:
         group = SharedInput([mounted[name] for name in names])
@@ -205,18 +207,18 @@ def group_linears(mounted: Mapping[str, MountedLinear], groups: Sequence[Sequenc
 
 
 def mount_norms(model: Any, layout: Layout) -> dict[str, MountedNorm]:
-    """Hooks every norm of `model`: a module so called, whose weight is a vector."""
-    found = [
+    """Hook every norm of `model`: nn.LayerNorm, and classes named ...Norm with a vector as weight."""
+    norms = [
         (name, module)
         for name, module in model.named_modules()
         if (isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("Norm"))
         and getattr(getattr(module, "weight", None), "ndim", 0) == 1
     ]
-    return {name: MountedNorm(module, name, index, layout) for index, (name, module) in enumerate(found)}
+    return {name: MountedNorm(module, name, index, layout) for index, (name, module) in enumerate(norms)}
 
 
 def mount_embedding(model: Any, layout: Layout) -> dict[str, MountedEmbedding]:
-    """Hooks the token embedding, if the layers read it as wide as it is."""
+    """Hook the token embedding, if it is as wide as the hidden states that the layers read."""
     embedding = model.get_input_embeddings()
     if embedding.weight.shape[1] != model.config.get_text_config().hidden_size:
         return {}
@@ -224,10 +226,10 @@ def mount_embedding(model: Any, layout: Layout) -> dict[str, MountedEmbedding]:
     return {name: MountedEmbedding(embedding, name, layout)}
 
 
-def mount_attentions(model: Any, layout: Layout, calls: Sequence[Call]) -> dict[str, MountedAttention]:
-    """The attention of every layer, by the `calls` of a forward pass; none if one of them is bounded by a window.
+def mount_attentions(model: Any, layout: Layout, calls: Sequence[AttentionCall]) -> dict[str, MountedAttention]:
+    """Mount the attention of every layer that `calls` recorded; of no layer if one has a sliding window.
 
-    Its name is the module's and ".kv", for the module itself may be mounted too, as a block.
+    Its name is the module's name + ".kv", because the module itself may also be mounted, as a sublayer.
     """
     if any(call.is_windowed for call in calls):
         return {}

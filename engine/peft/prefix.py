@@ -1,6 +1,6 @@
 """Prefix tuning (arXiv 2101.00190): each attention of the task's sequences also sees P trained keys and values.
 
-As in PEFT without reparameterisation, they enter unrotated, and the sequence's positions start at P.
+As in PEFT without reparameterisation, the keys are not rotated, and the sequence's positions start at P.
 Legend: P prefix tokens, G key-value heads, D head width, A attentions.
 """
 
@@ -16,12 +16,12 @@ from engine.peft.seeded_init import normal_
 
 
 class PrefixAdapter(Adapter):
-    """Keys and values [P, 2, G, D] of one task in one layer."""
+    """The keys and values [P, 2, G, D] of one task in one layer."""
 
     method: Prefix
 
     def initialise(self) -> None:
-        """Normal, as PEFT's embedding of them."""
+        """Fill keys and values from a normal distribution, as PEFT's embedding of them."""
         normal_(self.tensors["prefix"], self.seed, f"{self.op.name}/prefix")
 
     def prefix(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,21 +40,21 @@ class PrefixAdapter(Adapter):
             **{name: value for name, value in common.items() if name not in ("target_modules", "fan_in_fan_out")},
         )
 
-    def exported(self, in_peft: bool) -> dict[str, torch.Tensor]:
+    def export_tensors(self, in_peft: bool) -> dict[str, torch.Tensor]:
         return {}
 
     @classmethod
-    def shared(cls, adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
-        """[P, A * 2 * G * D]"""
+    def export_shared_tensors(cls, adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
+        """Return the keys and values of all layers as PEFT stores them, [P, A * 2 * G * D]."""
         stacked_PA = torch.stack([adapter.tensors["prefix"] for adapter in adapters], dim=1)
         return {"prompt_embeddings": stacked_PA.flatten(1)}
 
     @classmethod
-    def adopt(cls, adapters: Sequence[Adapter], found: Tensors) -> None:
-        tensors = [adapter.tensors["prefix"] for adapter in adapters]
-        stacked_PA = found["prompt_embeddings"].view(len(tensors[0]), len(tensors), *tensors[0].shape[1:])
-        for i, tensor in enumerate(tensors):
-            tensor.copy_(stacked_PA[:, i])
+    def load_shared_tensors(cls, adapters: Sequence[Adapter], tensors: Tensors) -> None:
+        prefixes = [adapter.tensors["prefix"] for adapter in adapters]
+        stacked_PA = tensors["prompt_embeddings"].view(len(prefixes[0]), len(prefixes), *prefixes[0].shape[1:])
+        for i, prefix in enumerate(prefixes):
+            prefix.copy_(stacked_PA[:, i])
 
 
 ADAPTER = PrefixAdapter

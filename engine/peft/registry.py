@@ -1,4 +1,4 @@
-"""The Adapter class of a method: `ADAPTER` of the file that bears the method's name."""
+"""The Adapter class of each method: `ADAPTER` in the file with the method's name."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""Random numbers from (task seed, key) alone: the same on any device, whatever was drawn before."""
+"""Random numbers that depend on (task seed, key) alone: equal on any device and in any order of calls."""
 
 import hashlib
 
@@ -6,12 +6,12 @@ import torch
 
 
 def normal_(tensor: torch.Tensor, seed: int, key: str) -> None:
-    """Fills in place, of mean 0 and deviation 1, from (seed, key) alone."""
+    """Fill `tensor` in place from a normal distribution of mean 0 and deviation 1."""
     tensor.copy_(torch.empty(tensor.shape).normal_(generator=generator_of(seed, key)))
 
 
 def uniform_(tensor: torch.Tensor, bound: float, seed: int, key: str) -> None:
-    """Fills in place, uniform in [-bound, bound], from (seed, key) alone: the same on any device."""
+    """Fill `tensor` in place with values uniform in [-bound, bound]."""
     tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator_of(seed, key)))
 
 

@@ -1,8 +1,8 @@
 """Linear operators that read the very same tensor (q, k and v; gate and up), computed together.
 
-Which ones do is seen by the probe at load; at run time it is a guess. The first of a group to be called computes all of
-them in one node of autograd, and the others take their Y if they are called with the same tensor, unchanged; else they
-compute alone. Nothing is kept beyond the forward pass.
+The probe at load finds the groups; at run time a group is only a guess. The first member that is called computes all
+members in one node of autograd. Each other member returns its Y from there if it is called with the same tensor,
+unchanged; else it computes alone. Nothing is kept after the forward pass.
 Legend: T tokens of the packed stream, K inputs, N outputs.
 """
 
@@ -23,37 +23,37 @@ class SharedInputOperator(Protocol):
 
     @property
     def rewrites_input(self) -> bool:
-        """Whether a task of this microbatch has it read something else than x."""
+        """Whether an adapter of this microbatch changes what it reads."""
 
     def operator(self) -> Operator:
-        """What it computes of this microbatch."""
+        """Return the arguments of multi_lora for this microbatch."""
 
 
 class SharedInput:
-    """A group, and what is computed and not yet taken of it."""
+    """A group of operators, with the outputs that are computed and not yet returned."""
 
     def __init__(self, members: Sequence[SharedInputOperator]) -> None:
         self._members = tuple(members)
         self._is_open = False
-        self._given: tuple[Any, ...] | None = None
-        self._answers: dict[SharedInputOperator, torch.Tensor] = {}
+        self._input_key: tuple[Any, ...] | None = None
+        self._outputs: dict[SharedInputOperator, torch.Tensor] = {}
 
-    def answer(self, member: SharedInputOperator, x: torch.Tensor) -> torch.Tensor | None:
-        """Y [T, N] of one member, or None if it has to compute alone."""
-        if not self._is_open or x.is_inference():  # such a tensor does not tell whether it has been written to
+    def output_of(self, member: SharedInputOperator, x: torch.Tensor) -> torch.Tensor | None:
+        """Return Y [T, N] of one member, or None if it has to compute alone."""
+        if not self._is_open or x.is_inference():  # an inference tensor has no version that shows a write
             return None
-        given = (x, x._version, torch.is_grad_enabled())
-        if self._given is None or given[0] is not self._given[0] or given[1:] != self._given[1:]:
-            self._compute(member, given)
-        y_TN = self._answers.pop(member, None)
-        if not self._answers:
-            self._given = None
+        key = (x, x._version, torch.is_grad_enabled())
+        if self._input_key is None or key[0] is not self._input_key[0] or key[1:] != self._input_key[1:]:
+            self._compute(member, key)
+        y_TN = self._outputs.pop(member, None)
+        if not self._outputs:
+            self._input_key = None
         return y_TN
 
-    def _compute(self, caller: SharedInputOperator, given: tuple[Any, ...]) -> None:
-        """Of all members whose Y is differentiable: what needs no gradient must not keep anything for one."""
+    def _compute(self, caller: SharedInputOperator, key: tuple[Any, ...]) -> None:
+        """Compute all members; without those that need no gradient, which would save tensors for one."""
         self._forget()
-        x = given[0]
+        x = key[0]
         if any(member.rewrites_input for member in self._members):
             return
         operators = {member: member.operator() for member in self._members}
@@ -61,10 +61,10 @@ class SharedInput:
             operators = {member: operator for member, operator in operators.items() if operator.uses}
         if caller in operators and len(operators) > 1:
             results = multi_lora(x.reshape(-1, x.shape[-1]), list(operators.values()))
-            self._given, self._answers = given, dict(zip(operators, results, strict=True))
+            self._input_key, self._outputs = key, dict(zip(operators, results, strict=True))
 
     def _forget(self) -> None:
-        self._given, self._answers = None, {}
+        self._input_key, self._outputs = None, {}
 
     def open(self) -> None:
         self._is_open = True
@@ -76,7 +76,7 @@ class SharedInput:
 
 @contextmanager
 def sharing(groups: Iterable[SharedInput]) -> Iterator[None]:
-    """One forward pass of the backbone: outside of it every operator computes alone."""
+    """Let groups compute together in this context, one forward pass; outside of it every operator computes alone."""
     for group in groups:
         group.open()
     try:
@@ -88,10 +88,11 @@ def sharing(groups: Iterable[SharedInput]) -> Iterator[None]:
 
 @contextmanager
 def observed_inputs(operators: Mapping[str, nn.Module]) -> Iterator[list[list[str]]]:
-    """Names of the operators that are called one after another with the very same tensor, in a forward pass run in this
-    context, in the order of their calls. Filled when the context ends. One that is called twice is in no group.
+    """Record groups of operators that a forward pass in this context calls one after another with the same tensor.
+
+    Yields their names in the order of calls, filled when the context ends. An operator called twice is in no group.
     """
-    calls: list[tuple[str, torch.Tensor, int]] = []  # the tensors are held: an address is not used twice
+    calls: list[tuple[str, torch.Tensor, int]] = []  # holding the tensors keeps ids unique
     hooks = [
         module.register_forward_pre_hook(lambda _, args, name=name: calls.append((name, args[0], args[0]._version)))
         for name, module in operators.items()
@@ -104,6 +105,6 @@ def observed_inputs(operators: Mapping[str, nn.Module]) -> Iterator[list[list[st
             hook.remove()
     names = [name for name, *_ in calls]
     for _, same in itertools.groupby(calls, key=lambda call: (id(call[1]), call[2])):
-        found = [name for name, *_ in same if names.count(name) == 1]
-        groups += [found[i : i + MAX_OPERATORS] for i in range(0, len(found), MAX_OPERATORS)]
+        group = [name for name, *_ in same if names.count(name) == 1]
+        groups += [group[i : i + MAX_OPERATORS] for i in range(0, len(group), MAX_OPERATORS)]
     groups[:] = [group for group in groups if len(group) > 1]

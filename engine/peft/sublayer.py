@@ -1,6 +1,6 @@
-"""Sublayers of the backbone, an attention or a feed-forward network, that an adapter can be mounted on whole.
+"""Whole sublayers of the backbone, attention or feed-forward network, that adapters can be mounted on.
 
-Legend: T tokens of the packed stream, K width of the hidden states read, N of those given.
+Legend: T tokens of the packed stream, K width of the hidden states that a sublayer reads, N of those it returns.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +17,7 @@ from engine.peft.layout import Layout
 
 
 class MountedBlock:
-    """A sublayer whose output is rewritten on the spans of tasks that have an adapter around it."""
+    """Rewrites a sublayer's output on the spans of tasks that have an adapter around it."""
 
     def __init__(self, base: nn.Module, name: str, index: int, widths: tuple[int, int], layout: Layout) -> None:
         weight: Any = next(base.parameters())
@@ -30,40 +30,41 @@ class MountedBlock:
         uses = self.layout.uses(self.adapters)
         if not uses:
             return None
-        x_TK, y_TN = _read(args, kwargs)[0], _given(output)[0]
+        x_TK, y_TN = _input_of(args, kwargs)[0], _hidden_of(output)[0]
         y_1TN = rewrite_output(y_TN, x_TK, uses, self.layout.training).unsqueeze(0)
         return (y_1TN, *output[1:]) if isinstance(output, tuple) else y_1TN
 
 
 @contextmanager
 def observed_blocks(model: nn.Module, operators: Iterable[str]) -> Iterator[dict[str, tuple[int, int]]]:
-    """(K, N) by name of each innermost module that holds operators and, in a forward pass run in this context, takes
-    hidden states [1, T, K] and gives [1, T, N]. Filled when the context ends.
+    """Record (K, N) of the sublayers that run in this context, by name.
+
+    A sublayer is an innermost module that holds operators, reads hidden states [1, T, K] and returns [1, T, N].
     """
     holders = {name.rpartition(".")[0] for name in operators} - {""}
     inner = [name for name in holders if not any(other.startswith(f"{name}.") for other in holders)]
-    found: dict[str, tuple[int, int]] = {}
+    widths: dict[str, tuple[int, int]] = {}
     hooks = []
     for name in (name for name, _ in model.named_modules() if name in inner):
 
-        def note(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any, name: str = name) -> None:
-            x, y = _read(args, kwargs), _given(output)
+        def record(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any, name: str = name) -> None:
+            x, y = _input_of(args, kwargs), _hidden_of(output)
             if _is_stream(x) and _is_stream(y) and x.shape[:2] == y.shape[:2]:
-                found[name] = (x.shape[2], y.shape[2])
+                widths[name] = (x.shape[2], y.shape[2])
 
-        hooks.append(model.get_submodule(name).register_forward_hook(note, with_kwargs=True))
+        hooks.append(model.get_submodule(name).register_forward_hook(record, with_kwargs=True))
     try:
-        yield found
+        yield widths
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else kwargs.get("hidden_states")
 
 
-def _given(output: Any) -> Any:
+def _hidden_of(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -72,7 +73,7 @@ def _is_stream(value: Any) -> bool:
 
 
 def mount_blocks(model: nn.Module, layout: Layout, widths: Mapping[str, tuple[int, int]]) -> dict[str, MountedBlock]:
-    """The blocks that were observed, in the backbone's order."""
+    """Mount the sublayers that were observed, in the backbone's order."""
     names = [name for name, _ in model.named_modules() if name in widths]
     return {
         name: MountedBlock(model.get_submodule(name), name, index, widths[name], layout)

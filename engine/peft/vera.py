@@ -1,7 +1,7 @@
 """VeRA (arXiv 2310.11454): y += b * (d * dropout(x) A^T) B^T; A and B random and frozen, shared by a task's modules.
 
-The fused kernel adds it as a low-rank pair with gains d and b: x is not kept, for A and B bear no gradient.
-A and B are drawn as PEFT draws them from `projection_prng_key`, so a task has what PEFT would have given it.
+The fused kernel adds it as a low-rank pair with gains d and b. x is not saved, because A and B need no gradient.
+A and B are drawn from `projection_prng_key` as PEFT draws them, so that they are equal to PEFT's.
 Legend: K inputs, N outputs, R rank.
 """
 
@@ -14,12 +14,12 @@ from peft import VeraConfig
 
 from engine.kernels.multi_lora.types import AdapterSlice, LowRank
 from engine.methods import Vera
-from engine.peft.adapter import Adapter, BaseOp, Tensors, lora_use
+from engine.peft.adapter import Adapter, BaseOp, Tensors, adapter_slice
 from engine.peft.layout import TaskSpan
 
 
 class VeraAdapter(Adapter):
-    """b and d of one task at one operator; `a_RK` and `b_NR` are the shared projections, as wide as the widest."""
+    """The gains b and d of one task at one operator. `a_RK` and `b_NR` are shared and fit the widest operator."""
 
     method: Vera
     a_RK: torch.Tensor
@@ -41,13 +41,13 @@ class VeraAdapter(Adapter):
         self.tensors["vera_lambda_b"].zero_()
 
     @property
-    def frozen(self) -> Sequence[torch.Tensor]:
+    def frozen_tensors(self) -> Sequence[torch.Tensor]:
         return self.a_RK, self.b_NR
 
     def low_rank(self, span: TaskSpan, training: bool) -> tuple[AdapterSlice, LowRank]:
         a_RK, b_NR = self.a_RK[:, : self.op.in_features], self.b_NR[: self.op.out_features]
-        use = lora_use(self.op, self.seed, span, training, 1.0, self.method.dropout)
-        return use, LowRank(a_RK, b_NR, self.tensors["vera_lambda_d"], self.tensors["vera_lambda_b"])
+        slice_ = adapter_slice(self.op, self.seed, span, training, 1.0, self.method.dropout)
+        return slice_, LowRank(a_RK, b_NR, self.tensors["vera_lambda_d"], self.tensors["vera_lambda_b"])
 
     @classmethod
     def config(cls, method: Vera, ops: Sequence[BaseOp], common: Mapping[str, Any]) -> VeraConfig:
@@ -61,14 +61,14 @@ class VeraAdapter(Adapter):
         )
 
     @classmethod
-    def shared(cls, adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
+    def export_shared_tensors(cls, adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
         first = adapters[0]
         assert isinstance(first, VeraAdapter)
         return {"base_model.vera_A": first.a_RK, "base_model.vera_B": first.b_NR}
 
 
 def _kaiming(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    """Uniform in +-sqrt(6 / fan in): peft.tuners.vera.model._kaiming_init."""
+    """Return values uniform in +-sqrt(6 / fan in), as peft.tuners.vera.model._kaiming_init."""
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 

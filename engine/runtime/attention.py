@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from engine.errors import BackboneUnsupportedError
-from engine.peft.mounted import Call
+from engine.peft.mounted import AttentionCall
 from engine.runtime.segment_attention import segment_attention
 from engine.runtime.varlen_attention import FLASH, Masks, Shared, varlen_attention, why_not
 
@@ -47,7 +47,7 @@ def packed_attention(
     s_aux: torch.Tensor | None = None,
     cu_seqlens: list[int] | None = None,
     prefixes: Mapping[int, Mapping[int, tuple[torch.Tensor, torch.Tensor]]] | None = None,
-    calls: list[Call] | None = None,
+    calls: list[AttentionCall] | None = None,
     shared: Shared | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
@@ -65,7 +65,7 @@ def packed_attention(
         )
     if calls is not None:
         group_size = query.shape[1] // key.shape[1]
-        calls.append(Call(module, key.shape[1], key.shape[3], group_size, sliding_window is not None))
+        calls.append(AttentionCall(module, key.shape[1], key.shape[3], group_size, sliding_window is not None))
     own, shared = (prefixes or {}).get(id(module), {}), shared or Shared()
     reason = why_not(query, softcap, bool(own))
     shared.paths.add(FLASH if reason is None else f"by segment: {reason}")

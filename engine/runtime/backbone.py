@@ -19,7 +19,7 @@ from engine.kernels.segment_cross_entropy import Head
 from engine.kernels.transfer import to_device
 from engine.peft.layout import Layout
 from engine.peft.mounted import (
-    Call,
+    AttentionCall,
     Mounted,
     MountedAttention,
     group_linears,
@@ -173,7 +173,11 @@ class Backbone:
         return [first] * len(_segment_lengths(range_.num_tokens, range_))
 
     def _packed_hidden(
-        self, token_ids_1T: torch.Tensor, lengths: list[int], firsts: list[int], calls: list[Call] | None = None
+        self,
+        token_ids_1T: torch.Tensor,
+        lengths: list[int],
+        firsts: list[int],
+        calls: list[AttentionCall] | None = None,
     ) -> torch.Tensor:
         positions = [torch.arange(first, first + n) for first, n in zip(firsts, lengths, strict=True)]
         position_ids_1T = to_device(torch.cat(positions), self.device).unsqueeze(0)
@@ -186,7 +190,7 @@ class Backbone:
         position_ids_1T: torch.Tensor,
         cu_seqlens: list[int],
         shared: Shared,
-        calls: list[Call] | None = None,
+        calls: list[AttentionCall] | None = None,
     ) -> torch.Tensor:
         """[T, H], of what the layout says. `cu_seqlens` may be empty where `shared` has the bounds on the device, and
         the backbone `is_all_varlen`."""
@@ -220,7 +224,7 @@ class Backbone:
                     raise self._unsupported(f"{name}.{key} holds quantised weights ({tensor.dtype})")
 
     @torch.no_grad()
-    def _refuse_what_is_not_exact(self) -> list[Call]:
+    def _refuse_what_is_not_exact(self) -> list[AttentionCall]:
         """A packed stream of random sequences must give the logits of the sequences run one by one.
 
         The calls of the attention that were seen, one a layer.
@@ -231,7 +235,7 @@ class Backbone:
         vocab = self.config.get_text_config().vocab_size
         sequences = [torch.randint(0, vocab, (n,), generator=generator).to(self.device) for n in self._probe_lengths()]
         try:
-            lengths, calls = [len(s) for s in sequences], list[Call]()
+            lengths, calls = [len(s) for s in sequences], list[AttentionCall]()
             hidden_TH = self._packed_hidden(torch.cat(sequences).unsqueeze(0), lengths, [0] * len(lengths), calls)
         except TypeError as error:
             raise self._unsupported(f"its forward refuses the packed stream ({error})") from error

@@ -88,7 +88,7 @@ def load_initial_adapter(folder: Path, run: "TaskTrainingState", backbone: Backb
         raise InvalidInputError.of_field("initial_adapter", f"{odd[0]} holds NaN or Inf")
     for name, tensor in expected.items():
         tensor.copy_(found[name])
-    adapter_class(run.assignment.spec.method).adopt(list(run.adapters.values()), found)
+    adapter_class(run.assignment.spec.method).load_shared_tensors(list(run.adapters.values()), found)
 
 
 def _file_tensors(run: "TaskTrainingState", config: PeftConfig | dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -98,9 +98,9 @@ def _file_tensors(run: "TaskTrainingState", config: PeftConfig | dict[str, Any])
     own = {
         f"{prefix}{site}.{name}": tensor.detach()
         for site, adapter in run.adapters.items()
-        for name, tensor in adapter.exported(in_peft).items()
+        for name, tensor in adapter.export_tensors(in_peft).items()
     }
-    shared = adapter_class(run.assignment.spec.method).shared(list(run.adapters.values()))
+    shared = adapter_class(run.assignment.spec.method).export_shared_tensors(list(run.adapters.values()))
     return own | {name: tensor.detach() for name, tensor in shared.items()}
 
 

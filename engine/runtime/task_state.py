@@ -113,7 +113,7 @@ class TaskTrainingState:
     def num_bytes(self) -> int:
         """Parameters, gradients, optimizer state and what the method holds frozen, as allocated."""
         held = [self.parameters_P, self.gradient_P, *self.optimizer.moments.values()]
-        held += {id(tensor): tensor for adapter in self.adapters.values() for tensor in adapter.frozen}.values()
+        held += {id(tensor): tensor for adapter in self.adapters.values() for tensor in adapter.frozen_tensors}.values()
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 

@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from engine.methods import Vera
 from engine.methods.base import Method, Site, SiteKind
 
 
@@ -105,10 +104,8 @@ def total(parts: Iterable[Part]) -> Part:
 def adapter_load(method: Method, sites: Sequence[Site]) -> AdapterLoad:
     """Raises InvalidInputError if what the method names is not among the sites."""
     shapes = method.shapes(sites)
-    linear = {site.name: site for site in sites if site.kind in (SiteKind.LINEAR, SiteKind.BLOCK)}
+    linear = {site.name for site in sites if site.kind in (SiteKind.LINEAR, SiteKind.BLOCK)}
     sizes = {name: sum(math.prod(shape) for shape in tensors.values()) for name, tensors in shapes.items()}
     multiplications = sum(size for name, size in sizes.items() if name in linear)
-    if isinstance(method, Vera):  # each module multiplies by the frozen factors that all share
-        mounted = [linear[name] for name in shapes if name in linear]
-        multiplications += sum(method.rank * (site.in_features + site.out_features) for site in mounted)
+    multiplications += method.num_frozen_multiplications(sites)
     return AdapterLoad(len(shapes), multiplications, sum(sizes.values()))

@@ -9,7 +9,6 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from engine.methods import Lora
 from engine.planning.types import BackboneView
 from engine.task import Optimizer, TaskSpec
 
@@ -22,7 +21,7 @@ def adapter_bytes(spec: TaskSpec, backbone: BackboneView) -> int:
     shapes = spec.method.shapes(backbone.sites)
     count = sum(math.prod(shape) for tensors in shapes.values() for shape in tensors.values())
     moments = 2 if spec.training.optimizer is Optimizer.ADAMW else int(spec.training.momentum > 0)
-    return count * 4 * (2 + moments) + 4 * spec.method.num_frozen(backbone.sites)
+    return count * 4 * (2 + moments) + 4 * spec.method.num_frozen_elements(backbone.sites)
 
 
 def activation_bytes(backbone: BackboneView, num_tokens: int, adapters_token_bytes: float = 0.0) -> int:
@@ -68,7 +67,7 @@ def footprint(spec: TaskSpec, backbone: BackboneView) -> Footprint:
     return Footprint(
         adapter_bytes=adapter_bytes(spec, backbone),
         kept_bytes=kept_bytes(spec, backbone, _MANY) / _MANY,
-        input_mask=backbone.inputs.mask(_trained_on(spec, backbone)),
+        input_mask=backbone.inputs.mask(spec.method.sites_that_save_inputs(backbone.sites)),
         sequence_tokens=longest,
         slice_tokens=longest * spec.training.micro_batch_size,
     )
@@ -114,13 +113,6 @@ def resident_bytes(
     moving = all_adapter_bytes + activation_bytes(backbone, num_tokens, kept)
     fixed = backbone.process_bytes + backbone.weight_bytes + backbone.packed_weight_bytes
     return fixed + math.ceil(backbone.allocator_slack * moving)
-
-
-def _trained_on(spec: TaskSpec, backbone: BackboneView) -> list[str]:
-    """Operators whose input LoRA's A is trained on. The other methods keep what they read themselves, or nothing."""
-    if not isinstance(spec.method, Lora):
-        return []
-    return [name for name, tensors in spec.method.shapes(backbone.sites).items() if "lora_A" in tensors]
 
 
 def separate_instance_bytes(spec: TaskSpec, backbone: BackboneView) -> int:

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, cast
 
 from engine.errors import InvalidInputError, WillNeverFitError
-from engine.methods import Lora, Miss, Vera
 from engine.planning.cost.memory_model import microbatch_tokens, total_bytes
 from engine.planning.types import ExecutorView, PlannerConfig
 from engine.task import TaskSpec
@@ -62,9 +62,9 @@ def _changes(spec: TaskSpec) -> Iterator[_Change]:
                   lambda value: replace(spec, training=replace(training, micro_batch_size=value)))  # fmt: skip
     yield _Change("spec.training.max_sequence_tokens", "max_sequence_tokens", training.max_sequence_tokens,
                   lambda value: replace(spec, training=replace(training, max_sequence_tokens=value)))  # fmt: skip
-    if isinstance(method, Lora | Vera | Miss):
-        yield _Change(f"spec.{method.name}.rank", "rank", method.rank,
-                      lambda value: replace(spec, method=replace(method, rank=value)))  # fmt: skip
+    if size := method.size_field:
+        yield _Change(f"spec.{method.name}.{size}", size, getattr(method, size),
+                      lambda value: replace(spec, method=replace(cast(Any, method), **{size: value})))  # fmt: skip
 
 
 def _fits_changed(change: _Change, executors: Sequence[ExecutorView], limits: PlannerConfig, value: int) -> bool:

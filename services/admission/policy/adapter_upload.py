@@ -1,18 +1,16 @@
 """Files on their way in from a client, checked against what was announced, and a PEFT folder among them. Pure."""
 
 import hashlib
-import math
 
 from engine.errors import ChecksumMismatchError, InvalidInputError, QuotaExceededError
 from engine.methods import METHODS
-from engine.methods.lora import MAX_RANK
-from engine.strict_json import plain_json
+from engine.strict_json import parse_strict_json
 from muxtune.v1 import artifact_pb2
 from services.admission.policy.safetensors_check import check_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_FILES = (CONFIG_FILE, WEIGHTS_FILE)
-_PEFT_TYPES = (*dict.fromkeys(method.peft_type for method in METHODS.values()), "LN_TUNING")
+_METHOD_OF = {kind: method for method in METHODS.values() for kind in (method.peft_type, *method.other_peft_types)}
 _MAX_CONFIG_BYTES = 256 << 10
 
 
@@ -60,19 +58,16 @@ class AdapterUpload:
 
 
 def _check_config(data: bytes) -> None:
-    """Plain JSON of a method we know, that names no code to be imported. Source: peft.PeftConfig."""
+    """Refuse a configuration that is not of a known method or that names code to import. Source: peft.PeftConfig."""
     if len(data) > _MAX_CONFIG_BYTES:
         raise InvalidInputError.of_field(CONFIG_FILE, f"has {len(data)} bytes; at most {_MAX_CONFIG_BYTES}")
     try:
-        fields = plain_json(data)
-        is_known = fields["peft_type"] in _PEFT_TYPES
-        if fields["peft_type"] == "LORA":
-            is_known = 0 < int(fields["r"]) <= MAX_RANK and math.isfinite(fields["lora_alpha"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        is_known = False
-    if not is_known:
-        raise InvalidInputError.of_field(
-            CONFIG_FILE, f"is no adapter's configuration: one of {', '.join(_PEFT_TYPES)}; LoRA's r 1 to {MAX_RANK}"
-        )
-    if fields.get("auto_map"):
-        raise InvalidInputError.of_field(f"{CONFIG_FILE}.auto_map", "names code to be imported: leave it null")
+        config = parse_strict_json(data)
+        method = _METHOD_OF[config["peft_type"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        description = f"must be JSON with a peft_type of {', '.join(_METHOD_OF)}"
+        raise InvalidInputError.of_field(CONFIG_FILE, description) from None
+    if error := method.config_error(config):
+        raise InvalidInputError.of_field(CONFIG_FILE, error)
+    if config.get("auto_map"):
+        raise InvalidInputError.of_field(f"{CONFIG_FILE}.auto_map", "names code to import: remove it or set it to null")

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from engine.errors import InvalidInputError, NotFoundError
 from engine.planning.types import PlannerConfig
-from engine.strict_json import plain_json
+from engine.strict_json import parse_strict_json
 from engine.task import TaskSpec
 from muxtune.v1 import alignment_pb2_grpc, operator_pb2, task_pb2
 from services.admission.policy import quotas
@@ -157,7 +157,7 @@ class AdmissionController:
 
     def _check_initial_adapter(self, spec: TaskSpec, key: str) -> None:
         manifest = self._artifacts.read_manifest(key)
-        config = plain_json(self._artifacts.read_file(manifest, CONFIG_FILE))
+        config = parse_strict_json(self._artifacts.read_file(manifest, CONFIG_FILE))
         try:
             why = spec.method.incompatibility(config)
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:

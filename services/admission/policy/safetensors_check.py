@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import InvalidInputError
-from engine.strict_json import plain_json
+from engine.strict_json import parse_strict_json
 
 _MAX_HEADER_BYTES, _MAX_TENSORS, _MAX_DIMENSIONS = 16 << 20, 100_000, 8
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # an adapter's weights are floats
@@ -23,7 +23,7 @@ def check_safetensors(data: bytes, field: str) -> None:
         size = int.from_bytes(data[:8], "little")
         if size > min(_MAX_HEADER_BYTES, len(data) - 8):
             raise ValueError("its header leaves the file")
-        header = plain_json(data[8 : 8 + size])
+        header = parse_strict_json(data[8 : 8 + size])
         _check_metadata(header.pop("__metadata__", {}))
         if not 0 < len(header) <= _MAX_TENSORS:
             raise ValueError(f"it has {len(header)} tensors; 1 to {_MAX_TENSORS} are taken")

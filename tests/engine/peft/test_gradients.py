@@ -26,8 +26,8 @@ from engine.methods import (
 from engine.methods.base import Method, Site, SiteKind
 from engine.peft import dora, lora
 from engine.peft.adapter import Adapter
+from engine.peft.dora import DoraParameters
 from engine.peft.layout import Layout, TaskSpan
-from engine.peft.lora import LoraAdapter
 from engine.peft.mounted import Mounted, MountedAttention, MountedEmbedding, MountedLinear, MountedNorm
 from engine.peft.registry import adapter_class
 from engine.peft.sublayer import MountedBlock
@@ -84,13 +84,14 @@ def attach(mounted: Mounted, methods: Mapping[str, Method]) -> list[torch.Tensor
 @pytest.fixture(autouse=True)
 def dora_norms_as_constants(monkeypatch: pytest.MonkeyPatch) -> None:
     """They bear no gradient by definition (arXiv 2402.09353 section 4.3): for finite differences they stand still."""
-    right, held = dora.weight_norms, dict[int, torch.Tensor]()
+    compute, first_norms = dora.weight_norms, dict[int, torch.Tensor]()
 
-    def standing_still(adapters: Sequence[LoraAdapter]) -> list[torch.Tensor]:
-        return [held.setdefault(id(a), norms_N) for a, norms_N in zip(adapters, right(adapters), strict=True)]
+    def constant_norms(weight_KN: torch.Tensor, tasks: Sequence[DoraParameters]) -> list[torch.Tensor]:
+        norms = compute(weight_KN, tasks)
+        return [first_norms.setdefault(id(task), norms_N) for task, norms_N in zip(tasks, norms, strict=True)]
 
     for module in (lora, dora):
-        monkeypatch.setattr(module, "weight_norms", standing_still)
+        monkeypatch.setattr(module, "weight_norms", constant_norms)
 
 
 @pytest.mark.parametrize("is_conv1d", [False, True])

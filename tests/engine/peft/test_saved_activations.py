@@ -134,7 +134,7 @@ def constant_elements(tasks: Sequence[TinyTask]) -> int:
     for each in tasks:
         method = each.spec.method
         started = isinstance(method, Lora) and method.starts_from_weights  # joined with as much that is trained
-        total += method.num_frozen(sites) * (2 if started else 1)
+        total += method.num_frozen_elements(sites) * (2 if started else 1)
         if isinstance(method, Lora) and method.use_dora:
             shapes = method.shapes(sites)
             total += 2 * sum(site.out_features for site in sites if site.name in shapes)

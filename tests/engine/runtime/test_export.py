@@ -105,7 +105,7 @@ def test_an_adapter_of_peft_is_taken_as_it_is(folder: Path) -> None:
     ("changes", "says"),
     [
         (dict(rank=8, alpha=16), "has rank 4"),
-        (dict(alpha=4), "scales by"),
+        (dict(alpha=4), "has alpha 8 at rank 4, the task has alpha 4"),
         (dict(targets=["q_proj"]), "rank or target modules"),
         (dict(targets=["q_proj", "v_proj", "o_proj"]), "rank or target modules"),
     ],
