@@ -43,6 +43,10 @@ class ResourceName:
         return cls(match[1], cast(Collection, match[2]), match[3])
 
 
+def is_tenant(name: str) -> bool:
+    return _TENANT.fullmatch(name) is not None
+
+
 def is_task(name: str) -> bool:
     parsed = ResourceName.parse(name)
     return parsed is not None and parsed.collection == "tasks"
@@ -74,7 +78,7 @@ def tenant_name(tenant: str) -> str:
 
 def check_tenant(tenant: str) -> str:
     """Return `tenant`. Raises InvalidInputError unless it is "tenants/{id}"."""
-    if not _TENANT.fullmatch(tenant):
+    if not is_tenant(tenant):
         raise InvalidInputError.of_field("tenant", f'"{tenant}" is no tenant: write "tenants/{{id}}"')
     return tenant
 

@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, Span, Status, StatusCode
 
+from services.resource_names import tenant_of
 from services.settings import SettingsError
 
 _NAME = "muxtune"
@@ -150,7 +151,7 @@ def current_trace_parent() -> str:
 def task_span(name: str, task: str, trace_parent: str, **attributes: str | int | float) -> Iterator[Span]:
     """A span in the task's own trace. An exception marks it failed, by its class only, and goes on."""
     context = propagate.extract({"traceparent": trace_parent}) if trace_parent else None
-    whose = {"muxtune.task": task, "muxtune.tenant": task.rpartition("/tasks/")[0]}
+    whose = {"muxtune.task": task, "muxtune.tenant": tenant_of(task)}
     with tracer().start_as_current_span(
         name,
         context=context,

@@ -5,7 +5,6 @@ Bytes are addressed by their SHA-256 under the tenant, so storing them twice is 
 
 import hashlib
 import math
-import re
 import tempfile
 import threading
 import time
@@ -29,9 +28,9 @@ from engine.errors import (
 )
 from engine.task import Affects, Training, values_affecting
 from services.alignment.tenant_fairness import ComputeSlot, FairQueue
+from services.storage.artifact_layout import DatasetObject
 from services.storage.artifact_store import ArtifactStore
 
-_TENANT, _SHA256 = re.compile(r"tenants/[^/]+"), re.compile(r"[0-9a-f]{64}")
 _OBJECTS_BYTES, _REFUSED_BYTES = 4096, 256
 
 
@@ -135,7 +134,7 @@ class DatasetStore:
     def store(self, tenant: str, receipt: DatasetUpload) -> StoredDataset:
         """Parses every line, then puts the bytes. Raises MalformedDatasetError with nothing stored."""
         sha256 = receipt.close()
-        key = _key(tenant, sha256)
+        key = DatasetObject(tenant, sha256).key
         # No line is read further than it may be long.
         lines = iter(lambda: receipt.file.readline(MAX_LINE_BYTES + 1), b"")
         with self._turns.of(tenant) as turn:
@@ -145,7 +144,7 @@ class DatasetStore:
 
     def remove(self, tenant: str, sha256: str) -> None:
         """Its bytes and all that was made of them."""
-        self._store.delete(_key(tenant, sha256))
+        self._store.delete(DatasetObject(tenant, sha256).key)
         with self._lock:
             for key in [k for k in self._cache if (k.tenant, k.sha256) == (tenant, sha256)]:
                 self._forget(key)
@@ -216,7 +215,7 @@ class DatasetStore:
         with _disk():
             file = tempfile.TemporaryFile(prefix="dataset-")  # noqa: SIM115  # closed below, its errors told apart
         with file:
-            for chunk in self._store.stream(_key(tenant, sha256), 1 << 20):
+            for chunk in self._store.stream(DatasetObject(tenant, sha256).key, 1 << 20):
                 digest.update(chunk)
                 with _disk():
                     file.write(chunk)
@@ -240,9 +239,3 @@ def _held_bytes(dataset: TokenizedDataset) -> int:
 
 def _tokenized_key(tenant: str, sha256: str, backbone: str, training: Training) -> TokenizedKey:
     return TokenizedKey(tenant, sha256, backbone, values_affecting(training, Affects.TOKENS))
-
-
-def _key(tenant: str, sha256: str) -> str:
-    if not _TENANT.fullmatch(tenant) or not _SHA256.fullmatch(sha256):
-        raise InvalidInputError.of_field("sha256", f'"{sha256}" of "{tenant}" names no dataset')
-    return f"{tenant}/datasets/{sha256}.jsonl"

@@ -15,6 +15,7 @@ from services.alignment.dataset_store import DatasetStore, DatasetUpload
 from services.alignment.request_validation import check_layout, check_num_steps, check_steps, check_training
 from services.alignment.thread_pools import ThreadPools
 from services.conversion.task import microbatch_to_proto, preflight_to_proto, training_to_domain
+from services.resource_names import tenant_of
 
 _DEFAULT_SAMPLES, _MAX_SAMPLES = 3, 100
 
@@ -98,7 +99,7 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
         path = f"members[{member.task}].training"
         training = training_to_domain(member.training, path)
         check_training(training, path)
-        tenant = member.task.rpartition("/tasks/")[0]
+        tenant = tenant_of(member.task)
         asked = (tenant, member.dataset_version, backbone, training)
         dataset = self._catalog.cached(*asked)
         if dataset is None:

@@ -10,6 +10,7 @@ from engine.planning.cost.cost_model import UNKNOWN, CostProfile
 from engine.planning.types import BackboneView, ExecutorView, Explanation, HTask, PlannerConfig, TaskView
 from muxtune.v1 import ledger_pb2, plan_pb2, scheduling_pb2, task_pb2
 from services.conversion.task import spec_to_domain
+from services.resource_names import tenant_of
 
 _MOST_SLACK = 10.0
 
@@ -85,7 +86,7 @@ def snapshot_task_to_view(entry: ledger_pb2.SnapshotTask, age: int, now_microsec
     deadline = spec.deadline_microseconds
     return TaskView(
         name=task.name,
-        tenant=task.name.rpartition("/tasks/")[0],
+        tenant=tenant_of(task.name),
         spec=spec,
         age=age,
         num_steps=task.estimate.num_steps,

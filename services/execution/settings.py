@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.resource_names import executor_name
 from services.rpc.server_settings import ServerSettings
 from services.settings import SettingsError
 
@@ -58,4 +59,4 @@ class ExecutionSettings(ServerSettings):
 
     @property
     def resource_name(self) -> str:
-        return f"executors/{self.executor_name}"
+        return executor_name(self.executor_name)

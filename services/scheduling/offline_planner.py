@@ -31,6 +31,7 @@ from engine.planning.types import ExecutorView, PlannerConfig, Snapshot, TaskVie
 from muxtune.v1 import scheduling_pb2 as pb
 from services.conversion.plan import executor_to_view, limits_to_domain
 from services.conversion.task import spec_to_domain
+from services.resource_names import executor_name, tenant_of
 from services.scheduling.plan_queries import newcomers, what_if
 
 MAX_DEVICES = 4096
@@ -103,7 +104,7 @@ def simulated(profile: Profile, trace: dict[str, Any], num_devices: int) -> Iter
 def _resident(task: pb.HypotheticalTask, age: int) -> TaskView:
     spec = spec_to_domain(task.spec)
     return TaskView(
-        task.task, task.task.rpartition("/tasks/")[0], spec, age, task.num_steps, task.step, task.num_train_tokens,
+        task.task, tenant_of(task.task), spec, age, task.num_steps, task.step, task.num_train_tokens,
         tuple(task.length_quantiles), task.executor,
     )  # fmt: skip
 
@@ -115,7 +116,9 @@ def _replicated(executors: tuple[ExecutorView, ...], count: int) -> list[Executo
     kinds = [e for e in executors if e.backbone.name == executors[0].backbone.name]
     if not all(kind.can_predict for kind in kinds):
         raise InvalidInputError.of_field("profile.executors", "the costs of one are not known yet: record it later")
-    return [dataclasses.replace(kinds[i % len(kinds)], name=f"executors/{i}", is_draining=False) for i in range(count)]
+    return [
+        dataclasses.replace(kinds[i % len(kinds)], name=executor_name(str(i)), is_draining=False) for i in range(count)
+    ]
 
 
 def _arrivals(trace: dict[str, Any], backbone: str) -> list[Arrival]:

@@ -11,6 +11,7 @@ from muxtune.v1 import ledger_pb2
 from muxtune.v1 import scheduling_pb2 as pb
 from services.conversion.plan import cost_to_proto, explanation_to_proto, htask_to_proto, limits_to_proto
 from services.conversion.task import spec_to_domain
+from services.resource_names import tenant_of
 
 MAX_HYPOTHETICAL_TASKS = 256
 
@@ -66,7 +67,7 @@ def newcomers(request: pb.SimulatePlanRequest, snapshot: Snapshot) -> list[TaskV
             field = f"{path}.spec.{spec.method.name}.{wrong.field}"
             raise InvalidInputError.of_field(field, f"{wrong.value}: {wrong.remedy}")
         steps = asked.num_steps or spec.training.num_steps or 0
-        tenant = asked.task.rpartition("/tasks/")[0]
+        tenant = tenant_of(asked.task)
         if not tenant or asked.task in names:
             raise InvalidInputError.of_field(f"{path}.task", f'"{asked.task}" must name a task that does not exist')
         if steps < 1 or asked.num_train_tokens < 1:

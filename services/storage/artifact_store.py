@@ -7,7 +7,6 @@ the commit. Synchronous; asyncio callers use `asyncio.to_thread`. Source: obstor
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -21,9 +20,7 @@ from obstore.store import LocalStore, ObjectStore, from_url
 from engine.errors import ArtifactCorruptError, InvalidInputError, UnavailableError
 from engine.errors import NotFoundError as MissingError
 from services.failpoints import failpoint
-
-MANIFEST = "manifest.json"
-_KEY = re.compile(r"[A-Za-z0-9_.=-]+(/[A-Za-z0-9_.=-]+)*")
+from services.storage.artifact_layout import check_key, file_key, folder_of_manifest, manifest_key
 
 
 @dataclass(frozen=True)
@@ -110,12 +107,12 @@ class ArtifactStore:
 
         Files lie under their hash, so that two writers of one folder never touch each other's bytes.
         """
-        key = f"{prefix}/{MANIFEST}"
+        key = manifest_key(prefix)
         if self.exists(key):
             return self.read_manifest(key)
         entries = {name: _entry(data) for name, data in files.items()}
         for name, data in files.items():
-            self.put(_file_key(key, name, entries[name]), data)
+            self.put(file_key(prefix, name, entries[name].sha256), data)
         content = {"files": {name: asdict(entry) for name, entry in entries.items()}, "metadata": dict(metadata)}
         failpoint("manifest.before")
         self.put_new(key, json.dumps(content, sort_keys=True).encode())
@@ -134,7 +131,7 @@ class ArtifactStore:
     def read_file(self, manifest: Manifest, name: str) -> bytes:
         """Raises ArtifactCorruptError unless the bytes are the ones committed."""
         entry = manifest.files[name]
-        key = _file_key(manifest.key, name, entry)
+        key = file_key(folder_of_manifest(manifest.key), name, entry.sha256)
         try:
             data = self.get(key)
         except MissingError as error:
@@ -149,13 +146,13 @@ class ArtifactStore:
 
     def delete_folder(self, prefix: str) -> None:
         """The manifest first: from then on the folder is not committed."""
-        self.delete(f"{prefix}/{MANIFEST}")
+        self.delete(manifest_key(prefix))
         for key in self.list(prefix):
             self.delete(key)
 
     def _checked(self, key: str) -> str:
         """The key, if what it names lies in the store: not behind a link that leads out of a folder."""
-        _check_key(key)
+        check_key(key)
         if self._folder is not None and not (self._folder / key).resolve().is_relative_to(self._folder.resolve()):
             raise InvalidInputError.of_field("key", f'"{key}" leads out of the artifact store')
         return key
@@ -195,12 +192,3 @@ def _entry(data: bytes | Path) -> FileEntry:
         return FileEntry(hashlib.sha256(data).hexdigest(), len(data))
     with data.open("rb") as file:
         return FileEntry(hashlib.file_digest(file, "sha256").hexdigest(), data.stat().st_size)
-
-
-def _file_key(manifest_key: str, name: str, entry: FileEntry) -> str:
-    return f"{manifest_key.removesuffix(MANIFEST)}{entry.sha256[:16]}/{name}"
-
-
-def _check_key(key: str) -> None:
-    if not _KEY.fullmatch(key) or ".." in key.split("/") or "." in key.split("/"):
-        raise InvalidInputError.of_field("key", f'"{key}" is no key of the artifact store')

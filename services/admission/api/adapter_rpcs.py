@@ -22,7 +22,7 @@ from services.admission.policy.admission_controller import AdmissionController
 from services.admission.store import datasets_and_adapters, idempotency, tasks
 from services.admission.store.database import Database
 from services.admission.store.tables import adapters
-from services.resource_names import new_name
+from services.resource_names import ResourceName, is_task, new_name
 from services.rpc.authentication import current_principal
 from services.rpc.authorization import authorize, authorize_parent
 from services.storage.artifact_store import ArtifactStore, Manifest
@@ -100,7 +100,7 @@ class AdapterRpcs:
     def _check_room(self, tenant: str, header: artifact_pb2.UploadHeader) -> None:
         """Before anything is taken in; what may be there already is looked at when it is all here. Raises
         QuotaExceededError."""
-        name = f"{tenant}/adapters/{header.id}"
+        name = str(ResourceName(tenant, "adapters", header.id))
         with self._database.read() as connection:
             is_known = idempotency.is_known(connection, tenant, header.request_id)
             if not is_known and not datasets_and_adapters.has_adapter(connection, name):
@@ -151,7 +151,7 @@ class AdapterRpcs:
     def _adapter_manifest(self, name: str) -> Manifest:
         principal = current_principal()
         with self._database.read() as connection:
-            if "/tasks/" in name:
+            if is_task(name):
                 row = tasks.row_of(connection, authorize(principal, name, "tasks"))
                 if not row.adapter:
                     raise IllegalTransitionError(

@@ -18,7 +18,7 @@ from services.admission.store import datasets_and_adapters, idempotency
 from services.admission.store.database import Database
 from services.admission.store.tables import datasets
 from services.failpoints import failpoint
-from services.resource_names import new_name
+from services.resource_names import new_name, tenant_of
 from services.rpc.authentication import current_principal
 from services.rpc.authorization import authorize, authorize_parent
 from services.storage.artifact_store import ArtifactStore
@@ -105,7 +105,7 @@ class DatasetRpcs:
         with self._database.read() as connection:
             if datasets_and_adapters.existing_dataset(connection, name, sha256) is None:
                 return None
-        tenant = name.rpartition("/datasets/")[0]
+        tenant = tenant_of(name)
         with self._database.write() as connection:
             if idempotency.find(connection, tenant, request_id, "UploadDataset", body) is None:
                 idempotency.remember(connection, tenant, request_id, "UploadDataset", body, name)

@@ -14,7 +14,7 @@ import jwt
 
 from engine.errors import InvalidInputError, OverloadedError, UnauthenticatedError, UnavailableError
 from muxtune.transport import is_loopback
-from services.resource_names import check_tenant
+from services.resource_names import check_tenant, tenant_name
 from services.rpc.authorization import Principal, Role
 from services.rpc.rate_limit import RateLimit
 from services.settings import SettingsError
@@ -71,7 +71,7 @@ class TokenVerifier:
                 options={"require": ["exp", "iss", "aud", "sub", provider.tenant_claim]},
             )
             tenant = str(claims[provider.tenant_claim])
-            tenant = check_tenant(tenant if tenant.startswith("tenants/") else f"tenants/{tenant}")
+            tenant = check_tenant(tenant_name(tenant))
             role = _ROLES[str(claims.get(provider.role_claim, "tenant"))]
         except (jwt.PyJWTError, InvalidInputError, KeyError, ValueError, RecursionError) as error:
             self._tell(type(error).__name__)

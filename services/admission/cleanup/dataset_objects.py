@@ -6,7 +6,6 @@ they are there.
 """
 
 import asyncio
-import re
 from concurrent.futures import ThreadPoolExecutor
 from weakref import WeakValueDictionary
 
@@ -16,9 +15,9 @@ from engine.errors import UnavailableError
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc
 from services.admission.store import datasets_and_adapters
 from services.admission.store.database import Database
+from services.storage.artifact_layout import ROOT, DatasetObject
 from services.storage.artifact_store import ArtifactStore
 
-_KEYS = re.compile(r"(tenants/[^/]+)/datasets/([0-9a-f]{64})\.jsonl")
 _REMOVE_SECONDS = 5.0  # less than the database lets a transaction be silent
 
 
@@ -44,7 +43,7 @@ class DatasetObjects:
         """In the transaction that writes their row. Raises UnavailableError where another process removes them."""
         if not self._database.is_shared:
             return  # their lock is enough
-        key = _key(tenant, sha256)
+        key = DatasetObject(tenant, sha256).key
         if not self._database.holds(connection, key) or not self._artifacts.exists(key):
             raise UnavailableError("these bytes were removed just now, with the last dataset that had them: send again")
 
@@ -55,21 +54,16 @@ class DatasetObjects:
 
     async def sweep(self) -> None:
         """Removes what no dataset holds: an upload or a deletion was cut short. Raises UnavailableError."""
-        keys = await asyncio.to_thread(self._artifacts.list, "tenants")
-        for found in filter(None, map(_KEYS.fullmatch, keys)):
-            async with self.lock(found[1], found[2]):
-                await self.remove_unreferenced(found[1], found[2])
+        keys = await asyncio.to_thread(self._artifacts.list, ROOT)
+        for dataset in filter(None, map(DatasetObject.parse, keys)):
+            async with self.lock(dataset.tenant, dataset.sha256):
+                await self.remove_unreferenced(dataset.tenant, dataset.sha256)
 
     def _remove_unreferenced(self, tenant: str, sha256: str, loop: asyncio.AbstractEventLoop) -> None:
-        with self._database.alone_with(_key(tenant, sha256)) as connection:
+        with self._database.alone_with(DatasetObject(tenant, sha256).key) as connection:
             if not datasets_and_adapters.is_referenced(connection, tenant, sha256):
                 asyncio.run_coroutine_threadsafe(self._remove(tenant, sha256), loop).result()
 
     async def _remove(self, tenant: str, sha256: str) -> None:
         request = alignment_pb2.RemoveDatasetRequest(tenant=tenant, sha256=sha256)
         await self._alignment.RemoveDataset(request, timeout=_REMOVE_SECONDS)
-
-
-def _key(tenant: str, sha256: str) -> str:
-    """Where alignment puts them."""
-    return f"{tenant}/datasets/{sha256}.jsonl"

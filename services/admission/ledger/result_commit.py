@@ -13,6 +13,7 @@ from services.admission.store import tasks
 from services.admission.store.clock import now
 from services.admission.store.tables import adapters
 from services.admission.store.tables import tasks as tasks_table
+from services.resource_names import adapter_of_task
 
 _RATE_WEIGHT = 0.2  # of the newest step in the moving average of tokens per second
 
@@ -102,7 +103,7 @@ def _checkpoint_committed(connection: sa.Connection, row: Any, result: plan_pb2.
 
 def _finished(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
     finished = result.finished
-    adapter = row.name.replace("/tasks/", "/adapters/") if finished.adapter_key else ""
+    adapter = adapter_of_task(row.name) if finished.adapter_key else ""
     if adapter:
         connection.execute(
             sa.insert(adapters).values(

@@ -14,7 +14,9 @@ from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import adapters, datasets
 from services.admission.store.tables import tasks as tasks_table
 from services.admission.store.tasks import UNFINISHED
+from services.resource_names import task_of_adapter, tenant_of
 from services.rpc.authorization import denied
+from services.storage.artifact_layout import UploadedAdapterFolder, folder_of_manifest
 
 _DATASET = PreparedStatement(sa.select(datasets).where(datasets.c.name == sa.bindparam("name")))
 
@@ -41,7 +43,7 @@ def insert_dataset(
     connection.execute(
         sa.insert(datasets).values(
             name=name,
-            tenant=name.rpartition("/datasets/")[0],
+            tenant=tenant_of(name),
             sha256=sha256,
             size_bytes=size_bytes,
             num_rows=num_rows,
@@ -103,9 +105,9 @@ def existing_adapter(connection: sa.Connection, name: str, digest: str) -> Any |
     """The adapter of that name if it was uploaded with these contents, None if the name is free. Raises
     AlreadyExistsError if another adapter, or a task that will leave one, has it."""
     row = connection.execute(sa.select(adapters).where(adapters.c.name == name)).one_or_none()
-    task = name.replace("/adapters/", "/tasks/")
+    task = task_of_adapter(name)
     is_task = connection.execute(sa.select(tasks_table.c.name).where(tasks_table.c.name == task)).first()
-    if is_task or (row is not None and not row.manifest_key.startswith(_uploads_of(name, digest))):
+    if is_task or (row is not None and not _is_upload_of(row, digest)):
         raise AlreadyExistsError(f"{name} is taken: choose another id", subject=name)
     return row
 
@@ -113,11 +115,12 @@ def existing_adapter(connection: sa.Connection, name: str, digest: str) -> Any |
 def new_upload(name: str, digest: str) -> str:
     """A folder for this upload alone, so that its files go with its row and with no other. It says when it was made: a
     sweep leaves alone what may not have its row yet."""
-    return f"{_uploads_of(name, digest)}-{now()}-{secrets.token_hex(4)}"
+    return UploadedAdapterFolder(name, digest[:16], now(), secrets.token_hex(4)).key
 
 
-def _uploads_of(name: str, digest: str) -> str:
-    return f"{name}/uploaded-{digest[:16]}"
+def _is_upload_of(row: Any, digest: str) -> bool:
+    upload = UploadedAdapterFolder.parse(row.manifest_key)
+    return upload is not None and upload.digest == digest[:16]
 
 
 def delete_adapter(connection: sa.Connection, name: str) -> str:
@@ -130,18 +133,17 @@ def delete_adapter(connection: sa.Connection, name: str) -> str:
     )
     if user := connection.execute(users).scalars().first():
         raise ResourceInUseError(f"{user} starts from {name}: cancel it or wait for its end", subject=name)
-    task = name.replace("/adapters/", "/tasks/")
-    connection.execute(sa.update(tasks_table).where(tasks_table.c.name == task).values(adapter=""))
+    left_by = tasks_table.c.name == task_of_adapter(name)
+    connection.execute(sa.update(tasks_table).where(left_by).values(adapter=""))
     connection.execute(sa.delete(adapters).where(adapters.c.name == name))
-    folder: str = row.manifest_key.rpartition("/")[0]
-    return folder
+    return folder_of_manifest(row.manifest_key)
 
 
 def insert_adapter(connection: sa.Connection, name: str, manifest_key: str, size_bytes: int) -> None:
     connection.execute(
         sa.insert(adapters).values(
             name=name,
-            tenant=name.rpartition("/adapters/")[0],
+            tenant=tenant_of(name),
             manifest_key=manifest_key,
             size_bytes=size_bytes,
             created=now(),

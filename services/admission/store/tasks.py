@@ -13,6 +13,7 @@ from services.admission.store.clock import now, timestamp
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import adapters, task_events, tasks
 from services.conversion.task import state_to_proto
+from services.resource_names import adapter_of_task, tenant_of
 from services.rpc.authorization import denied
 
 UNFINISHED = [state.name for state in TaskState if not state.is_final]
@@ -46,13 +47,13 @@ def insert(
     trace_parent: str,
 ) -> task_pb2.Task:
     """A new task in QUEUED with its first event. Raises AlreadyExistsError if the id is taken."""
-    if _TAKEN.row(connection, name=name, adapter=name.replace("/tasks/", "/adapters/")):
+    if _TAKEN.row(connection, name=name, adapter=adapter_of_task(name)):
         raise AlreadyExistsError(f"{name} (or the adapter it would leave) exists already: choose another id")
     created, progress = now(), task_pb2.TaskProgress(num_steps=estimate.num_steps)
     time = timestamp(created)
     values = {
         "name": name,
-        "tenant": name.rpartition("/tasks/")[0],
+        "tenant": tenant_of(name),
         "created": created,
         "state": TaskState.QUEUED.name,
         "dataset": spec.dataset,

@@ -1,6 +1,6 @@
 """Checkpoints and adapters of tasks in the artifact store, committed by their manifest.
 
-Keys: {task}/checkpoints/{step}-{attempt}/manifest.json and tenants/{tenant}/adapters/{id}/{attempt}/manifest.json.
+services/storage/artifact_layout.py has their keys.
 """
 
 import logging
@@ -15,7 +15,14 @@ from safetensors import SafetensorError
 from engine.errors import ArtifactCorruptError, NotFoundError, UnavailableError
 from engine.runtime.checkpoint import CheckpointState
 from muxtune.v1 import task_pb2
-from services.storage.artifact_store import MANIFEST, ArtifactStore, Manifest
+from services.storage.artifact_layout import (
+    CheckpointFolder,
+    TrainedAdapterFolder,
+    checkpoints_of,
+    is_manifest,
+    manifest_key,
+)
+from services.storage.artifact_store import ArtifactStore, Manifest
 
 _log = logging.getLogger(__name__)
 
@@ -30,8 +37,9 @@ class CheckpointStore:
         self, task: str, attempt: int, state: CheckpointState, extra: dict[str, Any]
     ) -> task_pb2.CheckpointCommitted:
         """Commits it. Those before it stay until admission, which knows what is recorded, deletes them."""
-        prefix = f"{task}/checkpoints/{state.step:08d}-{attempt}"
-        manifest = self._store.commit_folder(prefix, state.files(), {**state.metadata, **extra, "attempt": attempt})
+        folder = CheckpointFolder(task, state.step, attempt)
+        metadata = {**state.metadata, **extra, "attempt": attempt}
+        manifest = self._store.commit_folder(folder.key, state.files(), metadata)
         return task_pb2.CheckpointCommitted(step=state.step, manifest_key=manifest.key, size_bytes=manifest.size_bytes)
 
     def get_checkpoint(
@@ -42,8 +50,8 @@ class CheckpointStore:
 
         Never one after it, whose steps were not recorded. Raises ArtifactCorruptError, UnavailableError.
         """
-        before = [key for key in reversed(self._committed(task)) if _step(key) < recorded.step]
-        for key in [recorded.manifest_key, *before]:
+        before = [folder for folder in reversed(self._committed(task)) if folder.step < recorded.step]
+        for key in [recorded.manifest_key, *(manifest_key(folder.key) for folder in before)]:
             try:
                 manifest, files = self._store.read_folder(key)
                 state = CheckpointState.from_files(files, dict(manifest.metadata))
@@ -55,16 +63,16 @@ class CheckpointStore:
 
     def put_adapter(self, task: str, attempt: int, step: int, files: dict[str, bytes], is_final: bool) -> Manifest:
         """The PEFT folder, under the adapter's name; one that the task goes on from lies apart."""
-        prefix = f"{task.replace('/tasks/', '/adapters/')}/{attempt}" + ("" if is_final else f"-step-{step:08d}")
-        return self._store.commit_folder(prefix, files, {"task": task, "step": step})
+        folder = TrainedAdapterFolder(task, attempt, None if is_final else step)
+        return self._store.commit_folder(folder.key, files, {"task": task, "step": step})
 
     def get_adapter(self, manifest_key: str) -> dict[str, bytes]:
         return self._store.read_folder(manifest_key)[1]
 
-    def _committed(self, task: str) -> list[str]:
-        """Manifest keys of the task's checkpoints, oldest step first."""
-        keys = self._store.list(f"{task}/checkpoints")
-        return sorted(key for key in keys if key.endswith(f"/{MANIFEST}"))
+    def _committed(self, task: str) -> list[CheckpointFolder]:
+        """Return the task's committed checkpoints, oldest step first."""
+        keys = filter(is_manifest, self._store.list(checkpoints_of(task)))
+        return sorted(filter(None, map(CheckpointFolder.parse, keys)))
 
 
 @contextmanager
@@ -78,7 +86,3 @@ def folder_of(files: Mapping[str, bytes]) -> Iterator[Path]:
             yield Path(folder)
     except (OSError, SafetensorError) as error:
         raise UnavailableError(f"no temporary files can be written: {error}") from error
-
-
-def _step(manifest_key: str) -> int:
-    return int(manifest_key.split("/")[-2].partition("-")[0])

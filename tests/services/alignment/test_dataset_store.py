@@ -71,7 +71,7 @@ HOSTILE: list[tuple[str, Any, type[Exception], str]] = [
     ("over the limit", upload(b"x", size_bytes=MAX_DATASET_BYTES + 1), QuotaExceededError, str(MAX_DATASET_BYTES)),
     ("no tenant", upload(TEN_ROWS, tenant=""), InvalidInputError, "out of order"),
     ("a tenant that climbs", upload(TEN_ROWS, tenant="tenants/../../etc"), InvalidInputError, "names no dataset"),
-    ("a tenant that is a dot", upload(TEN_ROWS, tenant="tenants/.."), InvalidInputError, "no key"),
+    ("a tenant that is a dot", upload(TEN_ROWS, tenant="tenants/.."), InvalidInputError, "names no dataset"),
     ("nothing", [], InvalidInputError, "missing"),
     ("a chunk first", [chunk(0, b"x")], InvalidInputError, "out of order"),
     ("an empty message", [pb.StoreDatasetRequest()], InvalidInputError, "out of order"),

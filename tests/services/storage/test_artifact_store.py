@@ -13,7 +13,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from engine.errors import ArtifactCorruptError, InvalidInputError, NotFoundError, UnavailableError
-from services.storage.artifact_store import MANIFEST, ArtifactStore
+from services.storage.artifact_layout import MANIFEST
+from services.storage.artifact_store import ArtifactStore
 
 PREFIX = "tenants/a/tasks/b/checkpoints/00000010-1"
 FILES = {"adapter.safetensors": bytes(range(256)) * 40, "state.json": b"{}", "empty": b""}
