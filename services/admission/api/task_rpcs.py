@@ -63,12 +63,12 @@ class TaskRpcs:
     async def EstimateTask(self, request: pb.EstimateTaskRequest, context: Any) -> pb.EstimateTaskResponse:
         principal = current_principal()
         authorize_parent(principal, request.parent)
-        found = await self._database.ask(partial(self._admitter.look, principal=principal, spec=request.spec))
+        found = await self._database.query(partial(self._admitter.look, principal=principal, spec=request.spec))
         return pb.EstimateTaskResponse(estimate=(await self._admitter.examine(principal, found)).estimate)
 
     async def GetTask(self, request: pb.GetTaskRequest, context: Any) -> pb.GetTaskResponse:
         name = authorize(current_principal(), request.name, "tasks")
-        return pb.GetTaskResponse(task=await self._database.ask(partial(tasks.read, name=name)))
+        return pb.GetTaskResponse(task=await self._database.query(partial(tasks.read, name=name)))
 
     async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
         tenant = authorize_parent(current_principal(), request.parent)
@@ -87,7 +87,7 @@ class TaskRpcs:
         with self._notifier.waiting(name) as changed:
             while True:
                 changed.clear()
-                events, is_final = await self._database.ask(partial(_events, name=name, after=sequence))
+                events, is_final = await self._database.query(partial(_events, name=name, after=sequence))
                 for event in events:
                     yield pb.WatchTaskResponse(event=event)
                     sequence = event.sequence

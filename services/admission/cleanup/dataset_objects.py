@@ -44,7 +44,7 @@ class DatasetObjects:
         if not self._database.is_shared:
             return  # their lock is enough
         key = DatasetObject(tenant, sha256).key
-        if not self._database.holds(connection, key) or not self._artifacts.exists(key):
+        if not self._database.try_lock_shared(connection, key) or not self._artifacts.exists(key):
             raise UnavailableError("these bytes were removed just now, with the last dataset that had them: send again")
 
     async def remove_unreferenced(self, tenant: str, sha256: str) -> None:
@@ -60,7 +60,7 @@ class DatasetObjects:
                 await self.remove_unreferenced(dataset.tenant, dataset.sha256)
 
     def _remove_unreferenced(self, tenant: str, sha256: str, loop: asyncio.AbstractEventLoop) -> None:
-        with self._database.alone_with(DatasetObject(tenant, sha256).key) as connection:
+        with self._database.lock_exclusively(DatasetObject(tenant, sha256).key) as connection:
             if not datasets_and_adapters.is_referenced(connection, tenant, sha256):
                 asyncio.run_coroutine_threadsafe(self._remove(tenant, sha256), loop).result()
 

@@ -135,11 +135,11 @@ class AdmissionController:
             name = authorize(principal, spec.initial_adapter, "adapters")
             key = datasets_and_adapters.adapter_row(connection, name).manifest_key
         quotas.check_task(connection, tenant, quota)
-        return Found(resolved, key, [row.executor for row in _EXECUTORS.rows(connection)])
+        return Found(resolved, key, [row.executor for row in _EXECUTORS.fetch_all(connection)])
 
     def _standing(self, connection: sa.Connection, tenant: str, dataset: str) -> tuple[str, operator_pb2.Quota]:
         """The dataset's version, empty where there is none, and the tenant's quota."""
-        row = _STANDING.rows(connection, tenant=tenant, dataset=dataset)[0]
+        row = _STANDING.fetch_all(connection, tenant=tenant, dataset=dataset)[0]
         return row.version or "", quotas.over(self._quota_proto, row.quota)
 
     def check_bytes(self, tenant: str, added_bytes: int) -> None:

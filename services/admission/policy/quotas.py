@@ -39,7 +39,7 @@ def today() -> int:
 
 def quota_of(connection: sa.Connection, tenant: str, default: operator_pb2.Quota) -> operator_pb2.Quota:
     """The tenant's own limits over the service's."""
-    row = _QUOTA.row(connection, tenant=tenant)
+    row = _QUOTA.fetch_first(connection, tenant=tenant)
     return over(default, row.quota if row else None)
 
 
@@ -80,10 +80,10 @@ def charge(connection: sa.Connection, tenant: str, step: task_pb2.StepDone) -> N
 def check_task(connection: sa.Connection, tenant: str, quota: operator_pb2.Quota) -> None:
     """Whether a tenant with this quota may have another task now. Raises QuotaExceededError."""
     most = quota.max_unfinished_tasks
-    if most and (count := _NUM_UNFINISHED.rows(connection, tenant=tenant)[0].number) >= most:
+    if most and (count := _NUM_UNFINISHED.fetch_all(connection, tenant=tenant)[0].number) >= most:
         raise QuotaExceededError(f"{tenant} has {count} unfinished tasks; at most {most}", subject=tenant)
     has_limits = quota.max_tokens_per_day or quota.max_device_seconds_per_day
-    row = _USED.row(connection, tenant=tenant, day=today()) if has_limits else None
+    row = _USED.fetch_first(connection, tenant=tenant, day=today()) if has_limits else None
     if row is not None and (why := _exhausted(row, quota)):
         raise QuotaExceededError(f"{tenant} {why}: try again tomorrow (UTC)", subject=tenant)
     _check_held(connection, adapters, tenant, 1, quota.max_adapter_bytes)  # room for the one it will leave

@@ -71,14 +71,14 @@ class KeyStore:
         seen, digest = self._seen, _hash(token)
         if (found := seen.get(digest)) is not None and self._monotonic() < found[1]:
             return found[0]
-        principal, seconds = await self._database.ask(partial(_proved, token=token))
+        principal, seconds = await self._database.query(partial(_proved, token=token))
         if len(seen) >= _MOST_SEEN:
             seen.clear()
         seen[digest] = (principal, self._monotonic() + min(seconds, _SEEN_SECONDS))
         return principal
 
     def _row(self, connection: sa.Connection, key_id: str) -> Any:
-        row = _ROW.row(connection, id=key_id)
+        row = _ROW.fetch_first(connection, id=key_id)
         if row is None:
             raise NotFoundError(f'there is no API key "{key_id}"')
         return row
@@ -87,7 +87,7 @@ class KeyStore:
 def _proved(connection: sa.Connection, token: str) -> tuple[Principal, float]:
     """Whose key it is, and for how many seconds at most."""
     prefix, key_id, secret = (*token.split("_", 2), "", "")[:3]
-    row = _ROW.row(connection, id=key_id)
+    row = _ROW.fetch_first(connection, id=key_id)
     is_right = hmac.compare_digest(_hash(secret), row.secret_sha256 if row else _hash(""))
     left = math.inf if row is None or row.expires is None else (row.expires - now()) / 1e6
     if prefix != "mxt" or row is None or not is_right or row.revoked is not None or left <= 0:

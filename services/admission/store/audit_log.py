@@ -32,7 +32,7 @@ def audited_in(database: Database) -> Audit:
 
 
 def insert(connection: sa.Connection, entry: AuditEntry) -> None:
-    _INSERT.run(
+    _INSERT.execute(
         connection,
         time=now(),
         subject=entry.principal.subject,

@@ -23,7 +23,7 @@ _DATASET = PreparedStatement(sa.select(datasets).where(datasets.c.name == sa.bin
 
 def dataset_row(connection: sa.Connection, name: str) -> Any:
     """Raises PermissionDeniedError where there is none (AIP-211)."""
-    row = _DATASET.row(connection, name=name)
+    row = _DATASET.fetch_first(connection, name=name)
     if row is None:
         raise denied(name)
     return row
@@ -31,7 +31,7 @@ def dataset_row(connection: sa.Connection, name: str) -> Any:
 
 def existing_dataset(connection: sa.Connection, name: str, sha256: str) -> Any | None:
     """The dataset of that name if it holds these bytes, None if the name is free. Raises AlreadyExistsError."""
-    row = _DATASET.row(connection, name=name)
+    row = _DATASET.fetch_first(connection, name=name)
     if row is not None and row.sha256 != sha256:
         raise AlreadyExistsError(f"{name} holds other bytes: choose another id, or delete it first", subject=name)
     return row

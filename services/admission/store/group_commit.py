@@ -1,7 +1,7 @@
-"""Changes of many callers in one transaction that runs on the event loop, with one wait for the disk in a thread.
+"""Group commit on the event loop: one transaction runs the changes of many callers; a thread waits for the disk.
 
-For SQLite, where a statement takes microseconds: in a thread beside a busy event loop each would wait twice for the
-interpreter's lock, which takes longer than the statement.
+Meant for SQLite, where a statement takes microseconds: in a thread beside a busy event loop each statement would wait
+twice for the interpreter's lock, which takes longer than the statement.
 """
 
 import asyncio
@@ -14,97 +14,87 @@ from typing import Any
 import sqlalchemy as sa
 
 from engine.errors import UnavailableError
-from services.admission.store.request_batcher import MOST_JOBS, BatchedCall
+from services.admission.store.request_batcher import MAX_BATCH_CALLS, BatchedCall, run_in_savepoints
 
 Transaction = AbstractContextManager[sa.Connection]
 
 
 class GroupCommit:
-    """Of one event loop at a time. What comes while a transaction begins or is committed is the next one.
+    """Serves one event loop at a time. Calls that come while a transaction begins or commits go into the next one.
 
-    `transaction(waits=...)` is committed when its block ends; it may raise at either end, and block: but where it may
-    not wait, its beginning raises BlockingIOError instead. `do_all` runs jobs in it, in order; where it raises, all
-    fail that did not by themselves.
+    `begin(blocking=...)` returns a transaction that commits when its block ends. Both ends may raise and may block;
+    with `blocking=False` the transaction raises BlockingIOError on entry instead of waiting.
     """
 
-    def __init__(
-        self, transaction: Callable[..., Transaction], do_all: Callable[[Sequence[BatchedCall], sa.Connection], None]
-    ) -> None:
-        self._transaction, self._do_all = transaction, do_all
-        self._waiting: deque[BatchedCall] = deque()
-        self._turns: asyncio.Task[None] | None = None
+    def __init__(self, begin: Callable[..., Transaction]) -> None:
+        self._begin_transaction = begin
+        self._queue: deque[BatchedCall] = deque()
+        self._worker: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, "changes")
         self._is_closed = False
 
-    async def do(self, work: Callable[..., Any], tell: Callable[[Any], None] | None = None) -> Any:
-        """As `Batches.do`."""
+    async def submit(self, function: Callable[..., Any], on_success: Callable[[Any], None] | None = None) -> Any:
+        """Behave as `RequestBatcher.submit`."""
         if self._is_closed:
-            raise UnavailableError("admission is stopping")
+            raise UnavailableError("admission is stopping: send the call again")
         loop = asyncio.get_running_loop()
-        job = BatchedCall(work, loop, tell)
-        self._waiting.append(job)
-        if self._turns is None or self._turns.done():
-            self._turns = loop.create_task(self._take_turns())
-        return await job.answer
+        call = BatchedCall(function, loop, on_success)
+        self._queue.append(call)
+        if self._worker is None or self._worker.done():
+            self._worker = loop.create_task(self._run_batches())
+        return await call.future
 
     async def finish(self) -> None:
-        """Nothing more is taken, and what waits is done."""
+        """Run the calls that wait; refuse later ones."""
         self._is_closed = True
-        if self._turns is not None:
-            await asyncio.wait([self._turns])
+        if self._worker is not None:
+            await asyncio.wait([self._worker])
 
     def close(self) -> None:
-        """After `finish`; without it, what waits is not begun."""
+        """Stop at once. Without `finish` before it, calls that wait never run."""
         self._is_closed = True
-        self._waiting.clear()
+        self._queue.clear()
         self._thread.shutdown()
 
-    async def _take_turns(self) -> None:
-        while self._waiting:
-            await self._gather()
+    async def _run_batches(self) -> None:
+        while self._queue:
+            await self._collect()
             try:
-                transaction, connection = await self._begun()
+                transaction, connection = await self._begin()
             except Exception as error:
-                _deliver(self._due(), error)
+                _deliver(self._next_batch(), error)
             else:
-                jobs = self._due()
-                _deliver(jobs, await self._ended(transaction, self._done(jobs, connection)))
+                calls = self._next_batch()
+                error_of_all = _run_all(calls, connection)
+                _deliver(calls, await self._end(transaction, error_of_all))
 
-    async def _gather(self) -> None:
-        """Until the event loop has gone round and nobody came: two hops to a thread cost as much as several changes."""
+    async def _collect(self) -> None:
+        """Let the event loop run until no further call comes: two thread switches cost as much as several changes."""
         num_seen = 0
-        while num_seen < len(self._waiting) < MOST_JOBS:
-            num_seen = len(self._waiting)
+        while num_seen < len(self._queue) < MAX_BATCH_CALLS:
+            num_seen = len(self._queue)
             await asyncio.sleep(0)
 
-    def _due(self) -> list[BatchedCall]:
-        """Those whose callers are still there."""
-        turn = [self._waiting.popleft() for _ in range(min(MOST_JOBS, len(self._waiting)))]
-        return [job for job in turn if not job.answer.cancelled()]
+    def _next_batch(self) -> list[BatchedCall]:
+        """Take the calls of one batch from the queue, without those whose callers have left."""
+        batch = [self._queue.popleft() for _ in range(min(MAX_BATCH_CALLS, len(self._queue)))]
+        return [call for call in batch if not call.future.cancelled()]
 
-    async def _begun(self) -> tuple[Transaction, sa.Connection]:
-        """At once where nobody else writes; or else in the thread, which may wait."""
-        transaction = self._transaction(waits=False)
+    async def _begin(self) -> tuple[Transaction, sa.Connection]:
+        """Begin at once where no other writer is active; wait for it in the thread otherwise."""
+        transaction = self._begin_transaction(blocking=False)
         with suppress(BlockingIOError):
             return transaction, transaction.__enter__()
-        transaction = self._transaction(waits=True)
+        transaction = self._begin_transaction(blocking=True)
         entering = self._thread.submit(transaction.__enter__)
         try:
             return transaction, await asyncio.wrap_future(entering)
         except asyncio.CancelledError:
-            self._thread.submit(_leave, entering, transaction)
+            self._thread.submit(_roll_back_late, entering, transaction)
             raise
 
-    def _done(self, jobs: Sequence[BatchedCall], connection: sa.Connection) -> Exception | None:
-        """Or what went wrong with all of them."""
-        try:
-            self._do_all(jobs, connection)
-        except Exception as error:
-            return error
-        return None
-
-    async def _ended(self, transaction: Transaction, error: Exception | None) -> Exception | None:
-        """Committed, or rolled back for that error."""
+    async def _end(self, transaction: Transaction, error: Exception | None) -> Exception | None:
+        """Commit, or roll back because of the error. Return the error that all calls of the batch fail with."""
         leaving = self._thread.submit(transaction.__exit__, type(error) if error else None, error, None)
         try:
             await asyncio.wrap_future(leaving)
@@ -113,14 +103,23 @@ class GroupCommit:
         return error
 
 
-def _leave(entering: "Future[Any]", transaction: Transaction) -> None:
-    """What was begun for an event loop that has ended meanwhile."""
+def _run_all(calls: Sequence[BatchedCall], connection: sa.Connection) -> Exception | None:
+    """Run the calls. Return the error that spoils the transaction of all of them, if any."""
+    try:
+        run_in_savepoints(calls, connection)
+    except Exception as error:
+        return error
+    return None
+
+
+def _roll_back_late(entering: "Future[Any]", transaction: Transaction) -> None:
+    """Roll back a transaction that began for an event loop that has ended meanwhile."""
     if not entering.cancelled() and entering.exception() is None:
         with suppress(BaseException):
             transaction.__exit__(asyncio.CancelledError, asyncio.CancelledError(), None)
 
 
-def _deliver(jobs: Iterable[BatchedCall], error: Exception | None) -> None:
-    for job in jobs:
-        job.error = job.error or error
-        job.deliver()
+def _deliver(calls: Iterable[BatchedCall], error: Exception | None) -> None:
+    for call in calls:
+        call.error = call.error or error
+        call.deliver()

@@ -39,7 +39,7 @@ def find(connection: sa.Connection, tenant: str, request_id: str, method: str, b
         return None
     if not _ID.fullmatch(request_id):
         raise InvalidInputError.of_field("request_id", "must be at most 128 visible ASCII characters: make it a UUID")
-    row = _FOUND.row(connection, tenant=tenant, request_id=request_id)
+    row = _FOUND.fetch_first(connection, tenant=tenant, request_id=request_id)
     if row is None:
         return None
     if (row.method, row.body_sha256) != (method, body):
@@ -61,4 +61,4 @@ def remember(connection: sa.Connection, tenant: str, request_id: str, method: st
     if not request_id:
         return True
     values = {"tenant": tenant, "request_id": request_id, "method": method, "body_sha256": body}
-    return _INSERT.run(connection, **values, resource=resource, created=now()) == 1
+    return _INSERT.execute(connection, **values, resource=resource, created=now()) == 1

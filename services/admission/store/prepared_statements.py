@@ -1,6 +1,7 @@
-"""Statements of the busiest calls, each made once: SQLAlchemy takes four times as long to run one as SQLite does.
+"""Prepared statements of the busiest calls, compiled once: SQLAlchemy takes four times as long to run one as SQLite.
 
-On SQLite the driver gets their text; elsewhere, where the way to the server is longer than that, SQLAlchemy runs them.
+On SQLite the driver gets the compiled text. On PostgreSQL, where the way to the server takes longer than that,
+SQLAlchemy runs the statement.
 """
 
 from collections import namedtuple
@@ -14,42 +15,42 @@ _DIALECT = sqlite.dialect(paramstyle="named")
 
 
 class PreparedStatement:
-    """`values` are by the names of its parameters or, of an insert, of its columns, the same ones each time. Columns
-    are of types that SQLite's driver takes and gives as they are: integers, numbers, text, bytes."""
+    """`values` are named after the statement's parameters or, of an insert, after its columns; the same names each
+    time. Columns have types that SQLite's driver passes unchanged: integers, floats, text, bytes."""
 
     def __init__(self, clause: sa.Select[Any] | sa.CompoundSelect[Any] | sa.Insert | sa.TextClause) -> None:
         self._clause = clause.inline() if isinstance(clause, sa.Insert) else clause
-        self._text, self._fixed = "", dict[str, Any]()
-        self._row: Callable[[Iterable[Any]], Any] = tuple
+        self._text, self._constants = "", dict[str, Any]()
+        self._to_row: Callable[[Iterable[Any]], Any] = tuple
 
-    def rows(self, connection: sa.Connection, **values: Any) -> Sequence[Any]:
-        """As SQLAlchemy gives them: with the columns' names."""
+    def fetch_all(self, connection: sa.Connection, **values: Any) -> Sequence[Any]:
+        """Return the rows, with the columns' names as attributes."""
         if connection.dialect.name != _DIALECT.name:
             return connection.execute(self._clause, values).all()
-        return [self._row(row) for row in self._execute(connection, values).fetchall()]
+        return [self._to_row(row) for row in self._run_on_driver(connection, values).fetchall()]
 
-    def row(self, connection: sa.Connection, **values: Any) -> Any | None:
-        """The first one."""
-        found = self.rows(connection, **values)
-        return found[0] if found else None
+    def fetch_first(self, connection: sa.Connection, **values: Any) -> Any | None:
+        """Return the first row, or None."""
+        rows = self.fetch_all(connection, **values)
+        return rows[0] if rows else None
 
-    def run(self, connection: sa.Connection, **values: Any) -> int:
-        """How many rows it changed."""
-        done = self._execute(connection, values) if connection.dialect.name == _DIALECT.name else None
-        changed: int = (done or connection.execute(self._clause, values)).rowcount
-        return changed
+    def execute(self, connection: sa.Connection, **values: Any) -> int:
+        """Run the statement; return the number of changed rows."""
+        if connection.dialect.name != _DIALECT.name:
+            return connection.execute(self._clause, values).rowcount
+        return int(self._run_on_driver(connection, values).rowcount)
 
-    def _execute(self, connection: sa.Connection, values: Mapping[str, Any]) -> Any:
+    def _run_on_driver(self, connection: sa.Connection, values: Mapping[str, Any]) -> Any:
         if not self._text:
             self._compile(list(values))
         driver: Any = connection.connection.dbapi_connection
-        return driver.execute(self._text, {**self._fixed, **values})
+        return driver.execute(self._text, {**self._constants, **values})
 
     def _compile(self, names: Sequence[str]) -> None:
         keys = names if isinstance(self._clause, sa.Insert) else None
         compiled = self._clause.compile(dialect=_DIALECT, column_keys=keys)
         if isinstance(self._clause, sa.Select | sa.CompoundSelect):
             row: Any = namedtuple("Row", self._clause.selected_columns.keys())  # type: ignore[misc]
-            self._row = row._make
-        self._fixed = {name: value for name, value in compiled.params.items() if name not in names}
-        self._text = str(compiled)  # last: threads may meet here
+            self._to_row = row._make
+        self._constants = {name: value for name, value in compiled.params.items() if name not in names}
+        self._text = str(compiled)  # last, because several threads may compile at once

@@ -1,6 +1,6 @@
-"""Work of many callers done by one thread in one go: what waits while one batch is done is the next batch.
+"""Batches calls of many callers on one thread: the calls that wait while one batch runs are the next batch.
 
-So that callers on the event loop share a hop to a thread, and writers one wait for the disk.
+Callers on the event loop share one switch to a thread this way, and writers share one wait for the disk.
 """
 
 import asyncio
@@ -10,73 +10,94 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from engine.errors import UnavailableError
+import sqlalchemy as sa
 
-MOST_JOBS = 64  # in one batch
+from engine.errors import UnavailableError
+from services.admission.store.prepared_statements import PreparedStatement
+
+MAX_BATCH_CALLS = 64
+_SAVEPOINT = PreparedStatement(sa.text("SAVEPOINT one_call"))
+_ROLLBACK = PreparedStatement(sa.text("ROLLBACK TO SAVEPOINT one_call"))
+_RELEASE = PreparedStatement(sa.text("RELEASE SAVEPOINT one_call"))
 
 
 class BatchedCall:
-    """One caller's work, and what came of it."""
+    """A caller's function, its outcome, and the future that the caller awaits."""
 
     def __init__(
-        self, work: Callable[..., Any], loop: asyncio.AbstractEventLoop, tell: Callable[[Any], None] | None = None
+        self,
+        function: Callable[..., Any],
+        loop: asyncio.AbstractEventLoop,
+        on_success: Callable[[Any], None] | None = None,
     ) -> None:
-        self.work, self.loop, self._tell = work, loop, tell
-        self.answer: asyncio.Future[Any] = loop.create_future()
-        self._result: Any = None
+        self.loop, self._function, self._on_success = loop, function, on_success
+        self.future: asyncio.Future[Any] = loop.create_future()
         self.error: BaseException | None = None
-        self._is_done = False
+        self._result: Any = None
+        self._has_result = False
 
-    def run(self, *given: Any) -> None:
-        """Keeps what the work returns, or raises."""
+    def run(self, *arguments: Any) -> None:
+        """Run the function; keep its result or its exception."""
         try:
-            self._result, self._is_done = self.work(*given), True
+            self._result, self._has_result = self._function(*arguments), True
         except Exception as error:
             self.error = error
 
     def deliver(self) -> None:
-        """On its event loop. A caller who has left gets nothing, and others are told all the same."""
-        if self.error is None and self._is_done and self._tell is not None:
-            self._tell(self._result)
-        if self.answer.done():
+        """Set the future on the caller's event loop. `on_success` runs even where the caller has left."""
+        if self.error is None and self._has_result and self._on_success is not None:
+            self._on_success(self._result)
+        if self.future.done():
             return
         if self.error is not None:
-            self.answer.set_exception(self.error)
+            self.future.set_exception(self.error)
         else:
-            self.answer.set_result(self._result)
+            self.future.set_result(self._result)
+
+
+def run_in_savepoints(calls: Sequence[BatchedCall], connection: sa.Connection) -> None:
+    """Run the calls in order in one transaction; a call that raises changes nothing."""
+    for call in calls:
+        _SAVEPOINT.execute(connection)
+        call.run(connection)
+        if call.error is not None:
+            if connection.invalidated:
+                raise call.error
+            _ROLLBACK.execute(connection)
+        _RELEASE.execute(connection)
 
 
 class RequestBatcher:
-    """`do_all` runs the jobs it is given, in order; where it raises, all fail that did not by themselves. The callers
-    get their answers when it is done with all of them."""
+    """`run_batch` runs the calls of a batch in order; where it raises, all calls fail that have not failed by
+    themselves. Callers receive their results when the whole batch is done."""
 
-    def __init__(self, name: str, do_all: Callable[[Sequence[BatchedCall]], None]) -> None:
-        self._name, self._do_all = name, do_all
-        self._waiting: SimpleQueue[BatchedCall | None] = SimpleQueue()
+    def __init__(self, name: str, run_batch: Callable[[Sequence[BatchedCall]], None]) -> None:
+        self._name, self._run_batch = name, run_batch
+        self._queue: SimpleQueue[BatchedCall | None] = SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._is_closed = False
 
-    async def do(self, work: Callable[..., Any], tell: Callable[[Any], None] | None = None) -> Any:
-        """What the work returns or raises. Work whose caller leaves before its turn is not begun; `tell` hears of what
-        is done, on the caller's event loop, whether or not the caller is there."""
+    async def submit(self, function: Callable[..., Any], on_success: Callable[[Any], None] | None = None) -> Any:
+        """Return or raise what the function does. The function is skipped if its caller leaves before its batch.
+        `on_success` receives its result on the caller's event loop, whether or not the caller still waits."""
         if self._thread is None:
             self._start()
         if self._is_closed:
-            raise UnavailableError("admission is stopping")
-        job = BatchedCall(work, asyncio.get_running_loop(), tell)
-        self._waiting.put(job)
-        return await job.answer
+            raise UnavailableError("admission is stopping: send the call again")
+        call = BatchedCall(function, asyncio.get_running_loop(), on_success)
+        self._queue.put(call)
+        return await call.future
 
     async def finish(self) -> None:
-        """Does what waits, and then nothing more."""
+        """Run the calls that wait; refuse later ones."""
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """The same; its callers hear of it when the event loop goes on."""
+        """Run the calls that wait; their callers receive the results when the event loop continues."""
         self._is_closed = True
         if self._thread is not None:
-            self._waiting.put(None)
+            self._queue.put(None)
             self._thread.join()
 
     def _start(self) -> None:
@@ -86,41 +107,41 @@ class RequestBatcher:
                 self._thread.start()
 
     def _run(self) -> None:
-        while jobs := list(self._batch()):
-            due = [job for job in jobs if not job.answer.cancelled()]
+        while calls := list(self._next_batch()):
+            active = [call for call in calls if not call.future.cancelled()]
             try:
-                if due:
-                    self._do_all(due)
+                if active:
+                    self._run_batch(active)
             except BaseException as error:
-                for job in due:
-                    job.error = job.error or error
-            _deliver(jobs)
+                for call in active:
+                    call.error = call.error or error
+            _deliver(calls)
 
-    def _batch(self) -> Iterator[BatchedCall]:
-        """Waits for a first one; none when it is closed."""
-        job = self._waiting.get()
-        for left in reversed(range(MOST_JOBS)):
-            if job is None:
-                self._waiting.put(None)  # for the next turn
+    def _next_batch(self) -> Iterator[BatchedCall]:
+        """Wait for a first call and yield it with those behind it; yield nothing once closed."""
+        call = self._queue.get()
+        for num_left in reversed(range(MAX_BATCH_CALLS)):
+            if call is None:
+                self._queue.put(None)  # ends the next batch, too
                 return
-            yield job
+            yield call
             try:
-                if left:
-                    job = self._waiting.get_nowait()
+                if num_left:
+                    call = self._queue.get_nowait()
             except Empty:
                 return
 
 
-def _deliver(jobs: Iterable[BatchedCall]) -> None:
-    """With one call into each event loop."""
+def _deliver(calls: Iterable[BatchedCall]) -> None:
+    """Deliver the outcomes with one callback for each event loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[BatchedCall]] = {}
-    for job in jobs:
-        by_loop.setdefault(job.loop, []).append(job)
-    for loop, own in by_loop.items():
-        with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
-            loop.call_soon_threadsafe(_deliver_here, own)
+    for call in calls:
+        by_loop.setdefault(call.loop, []).append(call)
+    for loop, calls_of_loop in by_loop.items():
+        with suppress(RuntimeError):  # the loop has ended, and its callers with it
+            loop.call_soon_threadsafe(_deliver_all, calls_of_loop)
 
 
-def _deliver_here(jobs: Sequence[BatchedCall]) -> None:
-    for job in jobs:
-        job.deliver()
+def _deliver_all(calls: Sequence[BatchedCall]) -> None:
+    for call in calls:
+        call.deliver()

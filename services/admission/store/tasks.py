@@ -47,7 +47,7 @@ def insert(
     trace_parent: str,
 ) -> task_pb2.Task:
     """A new task in QUEUED with its first event. Raises AlreadyExistsError if the id is taken."""
-    if _TAKEN.row(connection, name=name, adapter=adapter_of_task(name)):
+    if _TAKEN.fetch_first(connection, name=name, adapter=adapter_of_task(name)):
         raise AlreadyExistsError(f"{name} (or the adapter it would leave) exists already: choose another id")
     created, progress = now(), task_pb2.TaskProgress(num_steps=estimate.num_steps)
     time = timestamp(created)
@@ -64,11 +64,11 @@ def insert(
         "last_sequence": 1,
         "trace_parent": trace_parent,
     }
-    _INSERT.run(connection, **values)
+    _INSERT.execute(connection, **values)
     state = task_pb2.TASK_STATE_QUEUED
     changed = task_pb2.StateChanged(state=state, message="acknowledged")
     event = task_pb2.TaskEvent(sequence=1, time=time, state_changed=changed)
-    _INSERT_EVENT.run(connection, task=name, sequence=1, event=event.SerializeToString())
+    _INSERT_EVENT.execute(connection, task=name, sequence=1, event=event.SerializeToString())
     return task_pb2.Task(
         name=name, spec=spec, state=state, progress=progress, estimate=estimate, create_time=time,
         trace_parent=trace_parent,
@@ -77,7 +77,7 @@ def insert(
 
 def row_of(connection: sa.Connection, name: str) -> Any:
     """Raises PermissionDeniedError where there is none (AIP-211)."""
-    row = _ROW.row(connection, name=name)
+    row = _ROW.fetch_first(connection, name=name)
     if row is None:
         raise denied(name)
     return row
@@ -93,7 +93,7 @@ def append_event(connection: sa.Connection, name: str, event: task_pb2.TaskEvent
     sequence = connection.execute(_NEXT_SEQUENCE, {"task": name}).scalar_one()
     event.sequence = sequence
     event.time.FromMicroseconds(now())
-    _INSERT_EVENT.run(connection, task=name, sequence=sequence, event=event.SerializeToString())
+    _INSERT_EVENT.execute(connection, task=name, sequence=sequence, event=event.SerializeToString())
 
 
 def change_state(
@@ -141,7 +141,7 @@ def cancel(connection: sa.Connection, name: str) -> None:
 
 
 def events_after(connection: sa.Connection, name: str, sequence: int, limit: int) -> list[task_pb2.TaskEvent]:
-    rows = _EVENTS_AFTER.rows(connection, name=name, after=sequence, most=limit)
+    rows = _EVENTS_AFTER.fetch_all(connection, name=name, after=sequence, most=limit)
     return [task_pb2.TaskEvent.FromString(row.event) for row in rows]
 
 

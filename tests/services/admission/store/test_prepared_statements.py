@@ -47,16 +47,16 @@ def test_what_is_stored_is_what_sqlalchemy_reads_and_the_other_way_round(databas
         for number, text in enumerate(TEXTS):
             values = {"task": text, "sequence": (1 << 62) + number, "event": draw.randbytes(draw.choice([0, 1, 5000]))}
             if number % 2:
-                insert.run(connection, **values)
+                insert.execute(connection, **values)
             else:
                 connection.execute(sa.insert(task_events).values(values))
             kept.append(values)
     with database.read() as connection:
         for values in kept:
-            (row,) = select.rows(connection, task=values["task"])
+            (row,) = select.fetch_all(connection, task=values["task"])
             query = sa.select(task_events).where(task_events.c.task == values["task"])
             assert row._asdict() == values == connection.execute(query).one()._asdict()
-        assert select.row(connection, task="nobody's") is None
+        assert select.fetch_first(connection, task="nobody's") is None
 
 
 @both
@@ -64,8 +64,8 @@ def test_numbers_of_accounts_come_back_as_they_went(database: Database) -> None:
     insert, select = PreparedStatement(sa.insert(usage)), PreparedStatement(sa.select(usage))
     values = {"tenant": "tenants/a", "day": 1, "effective_tokens": 1 << 60, "padding_tokens": 0, "num_steps": 3}
     with database.write() as connection:
-        insert.run(connection, **values, device_seconds=2.0)
-        row = select.row(connection)
+        insert.execute(connection, **values, device_seconds=2.0)
+        row = select.fetch_first(connection)
     assert row is not None and row._asdict() == {**values, "device_seconds": 2.0}
     assert type(row.device_seconds) is float and type(row.effective_tokens) is int
 
@@ -76,7 +76,7 @@ def test_what_a_column_counts_by_itself_is_counted(database: Database) -> None:
     told = {"time": 1, "subject": "s", "tenant": "t", "method": "m", "resource": "r", "status_code": "OK"}
     with database.write() as connection:
         for _ in range(3):
-            insert.run(connection, **told)
+            insert.execute(connection, **told)
         assert connection.execute(sa.select(audit_events.c.sequence)).scalars().all() == [1, 2, 3]
 
 
@@ -85,13 +85,13 @@ def test_a_transaction_that_raises_leaves_nothing_of_them(database: Database) ->
     insert, select = PreparedStatement(sa.insert(requests)), PreparedStatement(sa.select(requests))
     row = {"tenant": "t", "request_id": "r", "method": "m", "body_sha256": "b", "resource": "x", "created": 1}
     with pytest.raises((sqlite3.IntegrityError, sa.exc.IntegrityError)), database.write() as connection:
-        insert.run(connection, **row)
-        insert.run(connection, **row)
+        insert.execute(connection, **row)
+        insert.execute(connection, **row)
     with database.read() as connection:
-        assert select.rows(connection) == []
+        assert select.fetch_all(connection) == []
 
 
 def test_a_database_that_is_away_is_unavailable(database: Database) -> None:
     with pytest.raises(UnavailableError), database.write() as connection:
         connection.execute(sa.text("DROP TABLE requests"))
-        PreparedStatement(sa.select(requests)).rows(connection)
+        PreparedStatement(sa.select(requests)).fetch_all(connection)

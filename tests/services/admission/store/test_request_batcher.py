@@ -148,10 +148,10 @@ async def test_answers_are_the_askers_own_and_one_that_fails_spoils_no_other(dat
         connection.execute(sa.text("SELECT nothing FROM nowhere"))
 
     asked = [
-        database.ask(wrong if n % 3 == 0 else lambda connection, n=n: (n, versions(connection))) for n in range(30)
+        database.query(wrong if n % 3 == 0 else lambda connection, n=n: (n, versions(connection))) for n in range(30)
     ]
     held = Held()
-    first = asyncio.ensure_future(database.ask(held)) if database.is_shared else None
+    first = asyncio.ensure_future(database.query(held)) if database.is_shared else None
     if first is not None:
         await held.begun()
     waiting = [asyncio.ensure_future(one) for one in asked]
@@ -167,7 +167,7 @@ async def test_answers_are_the_askers_own_and_one_that_fails_spoils_no_other(dat
 async def test_who_hangs_reading_holds_up_no_change_and_no_event_loop(database: Database) -> None:
     await database.commit(putting(1))
     held = Held()
-    hung = asyncio.ensure_future(database.ask(held))
+    hung = asyncio.ensure_future(database.query(held))
     await held.begun()
     with database.read() as connection:  # nor does an open cursor
         cursor = connection.execute(sa.select(plans.c.version))
@@ -261,7 +261,7 @@ async def test_another_process_that_writes_holds_up_no_event_loop(database: Data
         other.execute("BEGIN IMMEDIATE")
         waiting = asyncio.ensure_future(database.commit(putting(1)))
         for _ in range(100):
-            assert await database.ask(versions) == []
+            assert await database.query(versions) == []
             await asyncio.sleep(0)
         other.execute("COMMIT")
     assert await waiting == 1

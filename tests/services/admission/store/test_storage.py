@@ -25,14 +25,12 @@ def pragma(admission: Admission, text: str) -> Iterator[None]:
     def configure(connection: Any, record: Any) -> None:
         connection.execute(f"PRAGMA {text}")
 
-    engine = admission.database._engine
-    sa.event.listen(engine, "connect", configure)
-    admission.database._close_writer()
-    engine.dispose()
+    dialect = admission.database._dialect
+    sa.event.listen(dialect.engine, "connect", configure)
+    dialect.close()
     yield
-    sa.event.remove(engine, "connect", configure)
-    admission.database._close_writer()
-    engine.dispose()
+    sa.event.remove(dialect.engine, "connect", configure)
+    dialect.close()
 
 
 @pytest.mark.parametrize("trouble", [FULL, READ_ONLY])
