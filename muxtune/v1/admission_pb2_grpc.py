@@ -30,10 +30,11 @@ class AdmissionServiceStub:
     tenant, and every name is checked against it before anything else: a name of another tenant and one that does not
     exist both answer PERMISSION_DENIED.
 
-    Statuses of every RPC, beside those named at each: UNAUTHENTICATED (no valid key), UNAVAILABLE (a store or service is
-    away; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with RetryInfo (overload), INTERNAL.
-    Creating calls take a `request_id` (a UUID): the same id with the same body gives the same answer and does nothing
-    twice; with another body, INVALID_ARGUMENT / REQUEST_ID_REUSED. A client that saw no answer sends the call again.
+    Every RPC can end with these statuses, beside those that its comment names: UNAUTHENTICATED (no valid key), UNAVAILABLE
+    (a store or service is not reachable; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with
+    RetryInfo (overload), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
+    id and the same body gets the same answer and changes nothing; with another body it gets INVALID_ARGUMENT /
+    REQUEST_ID_REUSED. A client that saw no answer sends the call again.
     """
 
     def __init__(self, channel):
@@ -129,51 +130,53 @@ class AdmissionServiceServicer:
     tenant, and every name is checked against it before anything else: a name of another tenant and one that does not
     exist both answer PERMISSION_DENIED.
 
-    Statuses of every RPC, beside those named at each: UNAUTHENTICATED (no valid key), UNAVAILABLE (a store or service is
-    away; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with RetryInfo (overload), INTERNAL.
-    Creating calls take a `request_id` (a UUID): the same id with the same body gives the same answer and does nothing
-    twice; with another body, INVALID_ARGUMENT / REQUEST_ID_REUSED. A client that saw no answer sends the call again.
+    Every RPC can end with these statuses, beside those that its comment names: UNAUTHENTICATED (no valid key), UNAVAILABLE
+    (a store or service is not reachable; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with
+    RetryInfo (overload), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
+    id and the same body gets the same answer and changes nothing; with another body it gets INVALID_ARGUMENT /
+    REQUEST_ID_REUSED. A client that saw no answer sends the call again.
     """
 
     def CreateTask(self, request, context):
-        """Validates, checks quota and memory, stores and acknowledges a task in TASK_STATE_QUEUED. What is acknowledged is
-        durable. INVALID_ARGUMENT: INVALID_INPUT (BadRequest names each field), WILL_NEVER_FIT; PERMISSION_DENIED: the
-        dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED (see Quota).
+        """Validates a task, checks quota and memory, stores the task in TASK_STATE_QUEUED and acknowledges it. An acknowledged
+        task is durable. INVALID_ARGUMENT: INVALID_INPUT (BadRequest names each field), WILL_NEVER_FIT; PERMISSION_DENIED:
+        the dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED (see Quota).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EstimateTask(self, request, context):
-        """What CreateTask would answer and estimate, storing nothing. Same statuses.
+        """Returns what CreateTask would estimate, and stores nothing. The statuses are CreateTask's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetTask(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns one task.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTasks(self, request, context):
-        """Newest first. INVALID_ARGUMENT: a page token that is not ours or belongs to another filter.
+        """Lists the tenant's tasks, newest first. INVALID_ARGUMENT: the page token is invalid, or belongs to another filter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchTask(self, request, context):
-        """All events after `after_sequence`, then new ones as they are committed; ends with OK after the event of a final
-        state. A client whose stream breaks calls again with the last sequence it saw: no loss, no repetition.
+        """Streams all events after `after_sequence`, then new ones as they are committed. Ends with OK after the event of a
+        final state. A client whose stream breaks calls again with the last sequence it saw: it misses and repeats no event.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelTask(self, request, context):
-        """Asks a task to stop. QUEUED becomes CANCELLED at once; RUNNING becomes CANCELLING, and CANCELLED when the adapter
+        """Cancels a task. QUEUED becomes CANCELLED at once; RUNNING becomes CANCELLING, and CANCELLED when the adapter
         trained so far is exported. Cancelling a CANCELLING or CANCELLED task changes nothing and answers OK.
         FAILED_PRECONDITION / ILLEGAL_TRANSITION: it has SUCCEEDED or FAILED.
         """
@@ -182,77 +185,79 @@ class AdmissionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UploadDataset(self, request_iterator, context):
-        """First message: header; then chunks of about 1 MiB, in order, each with its offset. Nothing is stored unless all
-        arrives, matches size and SHA-256, and every line parses. INVALID_ARGUMENT: MALFORMED_DATASET (metadata "line"),
-        CHECKSUM_MISMATCH; ALREADY_EXISTS: the id holds other bytes (the same bytes answer OK with the existing dataset);
-        RESOURCE_EXHAUSTED / QUOTA_EXCEEDED: over the limit of bytes. Never retried by the service config (a client stream):
-        send it again whole.
+        """Stores a dataset. The first message is the header, then the file, then its chunks of about 1 MiB in order, each with
+        its offset. Nothing is stored unless all bytes arrive, match size and SHA-256, and every line parses.
+        INVALID_ARGUMENT: MALFORMED_DATASET (metadata "line"), CHECKSUM_MISMATCH; ALREADY_EXISTS: the id holds other bytes
+        (the same bytes answer OK with the existing dataset); RESOURCE_EXHAUSTED / QUOTA_EXCEEDED: over the limit of bytes.
+        The service config never retries a client stream: the client sends the whole upload again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetDataset(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns one dataset, without its rows.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListDatasets(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Lists the tenant's datasets, newest first.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PreflightDataset(self, request, context):
-        """How a task would read the dataset: rendered rows, tokens bearing loss, lengths, rows refused and why.
+        """Reports how a task would read the dataset: rendered rows, tokens that bear loss, lengths, refused rows and reasons.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteDataset(self, request, context):
-        """FAILED_PRECONDITION / RESOURCE_IN_USE: an unfinished task reads it.
+        """Deletes a dataset. FAILED_PRECONDITION / RESOURCE_IN_USE: an unfinished task reads it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UploadAdapter(self, request_iterator, context):
-        """A PEFT folder (adapter_config.json, adapter_model.safetensors) to continue from, as UploadDataset: header, chunks.
-        RESOURCE_EXHAUSTED / QUOTA_EXCEEDED: it is too large, or the tenant's adapters are, in all.
+        """Stores an adapter to continue from: the files adapter_config.json and adapter_model.safetensors, sent as in
+        UploadDataset. RESOURCE_EXHAUSTED / QUOTA_EXCEEDED: the adapter, or the sum of the tenant's adapters, is too large.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DownloadAdapter(self, request, context):
-        """Each file: a header with size and SHA-256, then its chunks in order. FAILED_PRECONDITION: the task has none (yet,
-        or any more).
+        """Streams the adapter's files, each as a header with size and SHA-256 followed by its chunks in order.
+        FAILED_PRECONDITION: the task has no adapter yet, or no longer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAdapters(self, request, context):
-        """Uploaded ones and those that tasks left, newest first. INVALID_ARGUMENT: a page token that is not ours.
+        """Lists uploaded adapters and those that tasks exported, newest first. INVALID_ARGUMENT: the page token is invalid.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """Lifecycle: an adapter is there from its upload, or its task's end, until it is deleted here; its task stays, and names
-        none from then on. Its files go at once, or with a later sweep. FAILED_PRECONDITION / RESOURCE_IN_USE: an unfinished
-        task starts from it. PERMISSION_DENIED: not the caller's, or not there, as after it was deleted: who sends the call
-        again because no answer came (the service config does, on UNAVAILABLE) takes that for done.
+        """Deletes an adapter. It exists from its upload, or its task's end, until then; its task stays and names no adapter
+        from then on. The files are removed at once, or by a later garbage collection. FAILED_PRECONDITION / RESOURCE_IN_USE:
+        an unfinished task starts from it. PERMISSION_DENIED: it is not the caller's, or does not exist, as after a deletion:
+        a client that repeats the call because no answer came (the service config does, on UNAVAILABLE) takes this as done.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListBackbones(self, request, context):
-        """The backbones that tasks can name, as their executors described them.
+        """Lists the backbones that tasks can name, as their executors described them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -354,10 +359,11 @@ class AdmissionService:
     tenant, and every name is checked against it before anything else: a name of another tenant and one that does not
     exist both answer PERMISSION_DENIED.
 
-    Statuses of every RPC, beside those named at each: UNAUTHENTICATED (no valid key), UNAVAILABLE (a store or service is
-    away; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with RetryInfo (overload), INTERNAL.
-    Creating calls take a `request_id` (a UUID): the same id with the same body gives the same answer and does nothing
-    twice; with another body, INVALID_ARGUMENT / REQUEST_ID_REUSED. A client that saw no answer sends the call again.
+    Every RPC can end with these statuses, beside those that its comment names: UNAUTHENTICATED (no valid key), UNAVAILABLE
+    (a store or service is not reachable; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with
+    RetryInfo (overload), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
+    id and the same body gets the same answer and changes nothing; with another body it gets INVALID_ARGUMENT /
+    REQUEST_ID_REUSED. A client that saw no answer sends the call again.
     """
 
     @staticmethod

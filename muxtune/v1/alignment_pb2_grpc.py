@@ -26,10 +26,10 @@ if _version_not_supported:
 
 
 class AlignmentServiceStub:
-    """Turns rows into microbatches: tokenizes, applies the chat template and the loss mask, packs and aligns. What it yields
-    is a pure function of (dataset version, spec, seed, cursor, layout); it keeps caches, no state.
+    """Turns rows into microbatches: tokenizes, applies the chat template and the loss mask, packs and aligns. The
+    output is a pure function of (dataset version, spec, seed, cursor, layout); alignment keeps caches, but no state.
 
-    Callers show a certificate: admission's and, for microbatches, execution's. Statuses of every RPC: UNAUTHENTICATED,
+    Callers present a certificate: admission's or, for microbatches, execution's. Every RPC can end with UNAUTHENTICATED,
     PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
@@ -62,24 +62,24 @@ class AlignmentServiceStub:
 
 
 class AlignmentServiceServicer:
-    """Turns rows into microbatches: tokenizes, applies the chat template and the loss mask, packs and aligns. What it yields
-    is a pure function of (dataset version, spec, seed, cursor, layout); it keeps caches, no state.
+    """Turns rows into microbatches: tokenizes, applies the chat template and the loss mask, packs and aligns. The
+    output is a pure function of (dataset version, spec, seed, cursor, layout); alignment keeps caches, but no state.
 
-    Callers show a certificate: admission's and, for microbatches, execution's. Statuses of every RPC: UNAUTHENTICATED,
+    Callers present a certificate: admission's or, for microbatches, execution's. Every RPC can end with UNAUTHENTICATED,
     PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def StoreDataset(self, request_iterator, context):
-        """First the tenant, then the file, then its chunks. Nothing is stored unless every line parses and size and SHA-256
-        match. INVALID_ARGUMENT: MALFORMED_DATASET (metadata "line"), CHECKSUM_MISMATCH; RESOURCE_EXHAUSTED / QUOTA_EXCEEDED.
-        Storing the same bytes again answers OK.
+        """Stores a dataset. The stream is the tenant, then the file, then its chunks. Nothing is stored unless every line
+        parses and size and SHA-256 match. INVALID_ARGUMENT: MALFORMED_DATASET (metadata "line"), CHECKSUM_MISMATCH;
+        RESOURCE_EXHAUSTED / QUOTA_EXCEEDED. Storing the same bytes again answers OK.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def InspectDataset(self, request, context):
-        """How a task would read it. INVALID_ARGUMENT / INVALID_INPUT: unknown backbone, every row refused;
+        """Reports how a task would read a dataset. INVALID_ARGUMENT / INVALID_INPUT: unknown backbone, every row refused;
         NOT_FOUND: no such version; DATA_LOSS / ARTIFACT_CORRUPT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -87,15 +87,15 @@ class AlignmentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RemoveDataset(self, request, context):
-        """Removing what is not there answers OK.
+        """Removes a dataset. Removing a dataset that does not exist answers OK.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamMicrobatches(self, request, context):
-        """Rounds from the members' cursors on, until every member has reached its last step (then OK) or the reader leaves.
-        Flow control is gRPC's: at most a few microbatches are prepared ahead. Statuses as InspectDataset.
+        """Streams rounds from the members' cursors on, until every member has reached its last step (then OK) or the caller
+        cancels. gRPC's flow control applies: at most a few microbatches are prepared ahead. Statuses are InspectDataset's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,10 +133,10 @@ def add_AlignmentServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AlignmentService:
-    """Turns rows into microbatches: tokenizes, applies the chat template and the loss mask, packs and aligns. What it yields
-    is a pure function of (dataset version, spec, seed, cursor, layout); it keeps caches, no state.
+    """Turns rows into microbatches: tokenizes, applies the chat template and the loss mask, packs and aligns. The
+    output is a pure function of (dataset version, spec, seed, cursor, layout); alignment keeps caches, but no state.
 
-    Callers show a certificate: admission's and, for microbatches, execution's. Statuses of every RPC: UNAUTHENTICATED,
+    Callers present a certificate: admission's or, for microbatches, execution's. Every RPC can end with UNAUTHENTICATED,
     PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class ExecutionServiceStub:
-    """Runs plans on one backbone. Callers show a certificate: scheduling's, or the operator's to read. What an operator
-    wants done goes through scheduling (DrainExecutor), and so into the audit log. Statuses of every RPC: UNAUTHENTICATED,
+    """Runs plans on one backbone. Callers present a certificate: scheduling's, or the operator's to read. Operators change an
+    executor through scheduling (DrainExecutor), which records it in the audit log. Every RPC can end with UNAUTHENTICATED,
     PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
@@ -60,17 +60,17 @@ class ExecutionServiceStub:
 
 
 class ExecutionServiceServicer:
-    """Runs plans on one backbone. Callers show a certificate: scheduling's, or the operator's to read. What an operator
-    wants done goes through scheduling (DrainExecutor), and so into the audit log. Statuses of every RPC: UNAUTHENTICATED,
+    """Runs plans on one backbone. Callers present a certificate: scheduling's, or the operator's to read. Operators change an
+    executor through scheduling (DrainExecutor), which records it in the audit log. Every RPC can end with UNAUTHENTICATED,
     PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def RunPlan(self, request_iterator, context):
         """Lifecycle: scheduling opens the stream, sends a plan, then a new one at every change, and acknowledges results once
-        the ledger has them. The executor adopts a plan at a round boundary with no backbone reload, and streams results.
-        One stream at a time: a new one replaces the old, which ends with ABORTED / SUPERSEDED. When the stream breaks the
-        executor finishes its round and pauses, holding its tasks until a new stream's plan names them with the same attempt or
-        its lease ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_term` is
+        the ledger has them. The executor adopts a plan at a round boundary with no backbone reload, and streams results. One
+        stream at a time: a new one replaces the old, which ends with ABORTED / SUPERSEDED. When the stream breaks the
+        executor finishes its round and pauses, holding its tasks until a new stream's plan names them with the same attempt
+        or its lease ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_term` is
         not the executor's. When the executor drains it sends the last results and, once they are acknowledged, ends with OK.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -78,22 +78,23 @@ class ExecutionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ExportAdapter(self, request, context):
-        """Writes the adapter as it stands at the next round boundary to the artifact store; the task goes on.
-        NOT_FOUND: the task is not resident here.
+        """Writes the adapter, as it is at the next round boundary, to the artifact store; the task continues.
+        NOT_FOUND: this executor does not hold the task.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Finishes the round, checkpoints and releases every task, takes no new plan. Draining twice answers OK.
+        """Finishes the round, checkpoints and releases every task, and accepts no new plan. Draining twice answers OK.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DescribeExecutor(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns what the executor is and which tasks it holds.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -130,8 +131,8 @@ def add_ExecutionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ExecutionService:
-    """Runs plans on one backbone. Callers show a certificate: scheduling's, or the operator's to read. What an operator
-    wants done goes through scheduling (DrainExecutor), and so into the audit log. Statuses of every RPC: UNAUTHENTICATED,
+    """Runs plans on one backbone. Callers present a certificate: scheduling's, or the operator's to read. Operators change an
+    executor through scheduling (DrainExecutor), which records it in the audit log. Every RPC can end with UNAUTHENTICATED,
     PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class KeyServiceStub:
-    """API keys, for operators: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone else gets
-    PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
+    """Manages API keys. Callers present the operator's certificate or a key of KEY_ROLE_OPERATOR; others get
+    PERMISSION_DENIED, and calls without valid credentials UNAUTHENTICATED.
     """
 
     def __init__(self, channel):
@@ -54,25 +54,26 @@ class KeyServiceStub:
 
 
 class KeyServiceServicer:
-    """API keys, for operators: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone else gets
-    PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
+    """Manages API keys. Callers present the operator's certificate or a key of KEY_ROLE_OPERATOR; others get
+    PERMISSION_DENIED, and calls without valid credentials UNAUTHENTICATED.
     """
 
     def CreateApiKey(self, request, context):
-        """Makes the tenant with its first key. The secret is in this answer only; the store keeps a hash.
+        """Creates a key, and the tenant with its first key. Only this answer contains the secret; the store keeps a hash.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListApiKeys(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Lists keys, without their secrets.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RevokeApiKey(self, request, context):
-        """Revoking a revoked key answers OK. NOT_FOUND: no such key.
+        """Revokes a key. Revoking a revoked key answers OK. NOT_FOUND: no key has this id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,8 +106,8 @@ def add_KeyServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KeyService:
-    """API keys, for operators: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone else gets
-    PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
+    """Manages API keys. Callers present the operator's certificate or a key of KEY_ROLE_OPERATOR; others get
+    PERMISSION_DENIED, and calls without valid credentials UNAUTHENTICATED.
     """
 
     @staticmethod

@@ -26,10 +26,10 @@ if _version_not_supported:
 
 
 class LedgerServiceStub:
-    """The durable side of scheduling, served by admission, which owns the only database. Scheduling keeps nothing: it reads
-    a snapshot here, and everything it decides or hears from executors becomes true only when committed here.
+    """The durable state of scheduling, served by admission, which owns the only database. Scheduling keeps nothing: it reads
+    a snapshot here, and its decisions and the executors' results take effect only when they are committed here.
 
-    Callers show a certificate: scheduling's. Statuses of every RPC: UNAUTHENTICATED,
+    Callers present scheduling's certificate. Every RPC can end with UNAUTHENTICATED,
     PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
@@ -87,33 +87,33 @@ class LedgerServiceStub:
 
 
 class LedgerServiceServicer:
-    """The durable side of scheduling, served by admission, which owns the only database. Scheduling keeps nothing: it reads
-    a snapshot here, and everything it decides or hears from executors becomes true only when committed here.
+    """The durable state of scheduling, served by admission, which owns the only database. Scheduling keeps nothing: it reads
+    a snapshot here, and its decisions and the executors' results take effect only when they are committed here.
 
-    Callers show a certificate: scheduling's. Statuses of every RPC: UNAUTHENTICATED,
+    Callers present scheduling's certificate. Every RPC can end with UNAUTHENTICATED,
     PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 
     def WatchChanges(self, request, context):
-        """One message at once, then one after each change of tasks or executors worth a new scheduling cycle (coalesced: a
-        hint, never data). A broken stream is opened again.
+        """Streams one message at once, then one after changes of tasks or executors that call for a scheduling cycle. Messages
+        are coalesced hints and carry no data. The caller opens a broken stream again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetSnapshot(self, request, context):
-        """Everything a scheduling cycle needs, read in one transaction.
+        """Returns everything that a scheduling cycle needs, read in one transaction.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CommitPlan(self, request, context):
-        """Records the plan of one executor and starts new attempts in one transaction: each task named gets attempt + 1, becomes
-        RUNNING (a CANCELLING one stays so). ABORTED / SUPERSEDED: a plan of this or a later version exists, a task's attempt
-        is not the one expected, or it is final, or another scheduler leads; ABORTED / LEASE_LOST: the executor's lease is
-        not the one named. Nothing is stored then: take a new snapshot.
+        """Records the plan of one executor and starts new attempts in one transaction: each task named gets attempt + 1,
+        becomes RUNNING (a CANCELLING one stays so). ABORTED / SUPERSEDED: a plan of this or a later version exists, a task's
+        attempt is not the one expected, or it is final, or another scheduler leads; ABORTED / LEASE_LOST: the executor's
+        lease is not the one named. In all these cases nothing is stored, and the caller takes a new snapshot.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,31 +121,32 @@ class LedgerServiceServicer:
 
     def CommitResults(self, request, context):
         """Commits results in order, in one transaction. Each counts only if its attempt is current (and its step new);
-        the answer says which did not. Sending again is safe: what is recorded is skipped.
+        the answer says which did not. Sending results again is safe: recorded ones are skipped.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LeadScheduling(self, request, context):
-        """One scheduler leads. Who asks while nobody does, or the leader's lease has run out, leads from then on under a new
-        term; the leader asks again every third of the duration to go on, and with a duration of 0 to resign. The answer
-        tells who leads: another stands by and asks again.
+        """Elects the one scheduler that leads. A caller that asks while no scheduler leads, or after the leader's lease has
+        expired, leads from then on under a new term. The leader asks again every third of the duration to continue, and with
+        a duration of 0 to resign. The answer names the leader; other schedulers stand by and ask again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RevokeAttempts(self, request, context):
-        """Takes attempts from their executor (lost, or its stream broke): RUNNING becomes QUEUED. The attempt grows, so that
-        nothing the old executor still sends can count.
+        """Revokes attempts of an executor that is lost or whose stream broke: RUNNING becomes QUEUED. The attempt number grows,
+        so that later results of the old executor do not count.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PutLease(self, request, context):
-        """First call of an incarnation gets a new lease term (and revokes the attempts of the one before); later calls renew.
+        """Registers an executor or renews its lease. The first call of an incarnation gets a new lease term and revokes the
+        attempts of the incarnation before.
         ABORTED / LEASE_LOST: another incarnation holds the name, or this one was superseded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -153,15 +154,15 @@ class LedgerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def EndLease(self, request, context):
-        """Ends a lease at once (clean shutdown). Ending one that has ended answers OK.
+        """Ends a lease at once, for a clean shutdown. Ending a lease that has ended answers OK.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RecordAuditEvent(self, request, context):
-        """A line of the audit log from scheduling, which keeps none: what an operator did there, before it hears the answer.
-        Sequence and time are the ledger's. Sent again it is another line. INVALID_ARGUMENT: no subject or method.
+        """Records an operator's call at scheduling in the audit log, before the operator gets its answer. The ledger assigns
+        sequence and time; an event sent twice is recorded twice. INVALID_ARGUMENT: subject or method is missing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -224,10 +225,10 @@ def add_LedgerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class LedgerService:
-    """The durable side of scheduling, served by admission, which owns the only database. Scheduling keeps nothing: it reads
-    a snapshot here, and everything it decides or hears from executors becomes true only when committed here.
+    """The durable state of scheduling, served by admission, which owns the only database. Scheduling keeps nothing: it reads
+    a snapshot here, and its decisions and the executors' results take effect only when they are committed here.
 
-    Callers show a certificate: scheduling's. Statuses of every RPC: UNAUTHENTICATED,
+    Callers present scheduling's certificate. Every RPC can end with UNAUTHENTICATED,
     PERMISSION_DENIED (another caller), UNAVAILABLE (retry), INTERNAL.
     """
 

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class OperatorServiceStub:
-    """What operators read and set of tenants: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone
-    else gets PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
+    """Reads and sets limits and usage of tenants. Callers present the operator's certificate or a key of KEY_ROLE_OPERATOR;
+    others get PERMISSION_DENIED, and calls without valid credentials UNAUTHENTICATED.
     """
 
     def __init__(self, channel):
@@ -59,34 +59,34 @@ class OperatorServiceStub:
 
 
 class OperatorServiceServicer:
-    """What operators read and set of tenants: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone
-    else gets PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
+    """Reads and sets limits and usage of tenants. Callers present the operator's certificate or a key of KEY_ROLE_OPERATOR;
+    others get PERMISSION_DENIED, and calls without valid credentials UNAUTHENTICATED.
     """
 
     def SetQuota(self, request, context):
-        """Sets the limits in `update_mask`; without one, replaces the tenant's quota as a whole. A limit that is unset is from then
-        on as the service says. INVALID_ARGUMENT: no tenant's name, a negative limit, a path in the mask that is none.
+        """Sets the limits in `update_mask`; without a mask, replaces the whole quota of the tenant. For a limit that is unset,
+        the service's default applies from then on. INVALID_ARGUMENT: an invalid tenant name, limit or path in the mask.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetQuota(self, request, context):
-        """What holds for the tenant: its own quota, and the service's where that says nothing.
+        """Returns the limits of the tenant: its own quota, and the service's defaults for limits that are unset.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListUsage(self, request, context):
-        """What tenants used, a line a tenant and day (UTC), newest first.
+        """Lists usage, one entry for each tenant and day (UTC), newest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAuditEvents(self, request, context):
-        """Who did what, when, and what came of it: every call that changes something and every refused one, oldest first.
+        """Lists audit events, oldest first: every call that changes something, and every refused call, with its status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,8 +124,8 @@ def add_OperatorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class OperatorService:
-    """What operators read and set of tenants: who calls has the operator's certificate or a key of KEY_ROLE_OPERATOR; anyone
-    else gets PERMISSION_DENIED, and nobody in particular UNAUTHENTICATED.
+    """Reads and sets limits and usage of tenants. Callers present the operator's certificate or a key of KEY_ROLE_OPERATOR;
+    others get PERMISSION_DENIED, and calls without valid credentials UNAUTHENTICATED.
     """
 
     @staticmethod

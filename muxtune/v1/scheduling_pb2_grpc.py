@@ -26,13 +26,13 @@ if _version_not_supported:
 
 
 class SchedulingServiceStub:
-    """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
-    it starts from the ledger's snapshot.
+    """Decides which tasks run on which executor, and which of them share microbatches. Scheduling keeps nothing durable and
+    can be killed at any time: it starts from the ledger's snapshot.
 
-    Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
+    One of several schedulers leads. The others accept leases too, but answer UNAVAILABLE to questions about plans.
 
-    Callers show a certificate: an executor's own, of the name it says, and, for the rest, the operator's. Statuses of every
-    RPC: UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
+    Executors present a certificate of their own name, other callers the operator's. Every RPC can end with
+    UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
     """
 
     def __init__(self, channel):
@@ -84,56 +84,57 @@ class SchedulingServiceStub:
 
 
 class SchedulingServiceServicer:
-    """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
-    it starts from the ledger's snapshot.
+    """Decides which tasks run on which executor, and which of them share microbatches. Scheduling keeps nothing durable and
+    can be killed at any time: it starts from the ledger's snapshot.
 
-    Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
+    One of several schedulers leads. The others accept leases too, but answer UNAVAILABLE to questions about plans.
 
-    Callers show a certificate: an executor's own, of the name it says, and, for the rest, the operator's. Statuses of every
-    RPC: UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
+    Executors present a certificate of their own name, other callers the operator's. Every RPC can end with
+    UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
     """
 
     def RegisterExecutor(self, request, context):
-        """An executor announces itself when its backbone is loaded, and again after any LEASE_LOST. Lifecycle: register ->
-        keep the lease every third of its duration -> end (on shutdown). Scheduling then opens RunPlan to `address`.
-        INVALID_ARGUMENT: no name, address or backbone. ABORTED / LEASE_LOST: another live incarnation has this name.
+        """Registers an executor, when its backbone is loaded and again after any LEASE_LOST. Lifecycle: register -> renew the
+        lease every third of its duration -> end it (on shutdown). Scheduling then opens RunPlan to `address`.
+        INVALID_ARGUMENT: name, address or backbone is missing. ABORTED / LEASE_LOST: another live incarnation has this name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def KeepLease(self, request, context):
-        """ABORTED / LEASE_LOST: the lease ended; the executor drops its tasks without committing anything and registers again.
+        """Renews the lease. ABORTED / LEASE_LOST: the lease ended; the executor drops its tasks without committing anything and
+        registers again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EndLease(self, request, context):
-        """Ends the lease at once. Ending one that has ended answers OK.
+        """Ends the lease at once. Ending a lease that has ended answers OK.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DrainExecutor(self, request, context):
-        """The operator's: the executor finishes its round, checkpoints and hands back every task, and takes no more until it is
-        started anew. Answers when that is done (tens of seconds: set a deadline of a minute). Draining twice answers OK.
-        NOT_FOUND: no executor of that name has a lease; UNAVAILABLE: it does not answer.
+        """Drains an executor, for operators: it finishes its round, checkpoints and releases every task, and accepts no task
+        until it is restarted. Answers when that is done (tens of seconds: set a deadline of a minute). Draining twice
+        answers OK. NOT_FOUND: no executor of that name has a lease; UNAVAILABLE: it does not answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetPlan(self, request, context):
-        """The plan as it runs, with the explanation of every unfinished task.
+        """Returns the current plan, with an explanation for every unfinished task.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExplainPlan(self, request, context):
-        """Why one task runs where it runs, or waits; and the executor's hTasks over its stages as a picture.
+        """Explains why one task runs on its executor, or waits, with a picture of the executor's hTasks over its stages.
         NOT_FOUND: no unfinished task of that name in the last plan.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -141,16 +142,16 @@ class SchedulingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SimulatePlan(self, request, context):
-        """What would be planned, and when all would be done, had these tasks been created too; nothing is changed or stored.
-        Forecasts are left out until the executors' costs are known.
-        INVALID_ARGUMENT: a spec that does not read, no number of steps, or the name of a task there is.
+        """Returns the plan and the finish times that would follow if these tasks were created too. Nothing is changed or
+        stored. Forecasts are omitted until the executors' costs are known. INVALID_ARGUMENT: a spec is invalid, the number
+        of steps is missing, or a task of that name exists.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetProfile(self, request, context):
-        """What plans are made from: with it `muxtune plan whatif --profile` and `muxtune plan simulate` answer without a mesh.
+        """Returns the planner's inputs. `muxtune plan whatif --profile` and `muxtune plan simulate` use them without a mesh.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -208,13 +209,13 @@ def add_SchedulingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class SchedulingService:
-    """Decides which tasks are resident on which executor, fused how. Keeps nothing durable and can be killed at any time:
-    it starts from the ledger's snapshot.
+    """Decides which tasks run on which executor, and which of them share microbatches. Scheduling keeps nothing durable and
+    can be killed at any time: it starts from the ledger's snapshot.
 
-    Of several schedulers one leads. The others take leases as well, but of plans they answer UNAVAILABLE.
+    One of several schedulers leads. The others accept leases too, but answer UNAVAILABLE to questions about plans.
 
-    Callers show a certificate: an executor's own, of the name it says, and, for the rest, the operator's. Statuses of every
-    RPC: UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
+    Executors present a certificate of their own name, other callers the operator's. Every RPC can end with
+    UNAUTHENTICATED, PERMISSION_DENIED (another caller, another executor's name), UNAVAILABLE (retry), INTERNAL.
     """
 
     @staticmethod
