@@ -131,7 +131,7 @@ async def main() -> None:
     running: list[asyncio.Task[None]] = []
 
     audit = audited_in(database)
-    strangers = UnauthenticatedCallLimiter(RateLimit(settings.refusals_per_second), audit)
+    unauthenticated_limiter = UnauthenticatedCallLimiter(RateLimit(settings.refusals_per_second), audit)
 
     def register(server: grpc.aio.Server) -> list[str]:
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, server)
@@ -145,7 +145,7 @@ async def main() -> None:
         await health.set(LEDGER_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
         running.append(start_critical_task(replicas.run(keeping.keep), "replicas"))
         running.append(start_critical_task(replicas.tell(), "word to other replicas"))
-        running.append(start_critical_task(strangers.run(), "strangers"))
+        running.append(start_critical_task(unauthenticated_limiter.run(), "unauthenticated calls"))
 
     async def stop() -> None:
         notifier.close()
@@ -159,11 +159,11 @@ async def main() -> None:
         register,
         authenticate=settings.authenticate(keys),
         audit=audit,
-        strangers=strangers,
+        unauthenticated_limiter=unauthenticated_limiter,
         on_ready=start,
         on_stop=stop,
         health=health,
-        unannounced=[LEDGER_SERVICE],
+        services_with_own_health=[LEDGER_SERVICE],
     )
     await replicas.tell_now()
     await database.finish()

@@ -1,4 +1,4 @@
-"""What the gate tells an audit log: who called what, on which resource, and what came of it."""
+"""Audit entries: which caller called which method on which resource, and the status it got."""
 
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
@@ -8,13 +8,13 @@ from google.protobuf.message import Message
 
 from services.rpc.authorization import Principal
 
-_NAMING = ("name", "id", "tenant", "parent", "task", "executor")
+_NAME_FIELDS = ("name", "id", "tenant", "parent", "task", "executor")
 _MAX_NAME_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
 class AuditEntry:
-    """`status_code` as gRPC spells it; `resource` is "" where the call names none."""
+    """One line of the audit log. `status_code` is gRPC's name; `resource` is "" if the call names none."""
 
     principal: Principal
     method: str
@@ -27,11 +27,14 @@ Audit = Callable[[AuditEntry], Awaitable[None]]
 
 @dataclass
 class AuditedCall:
-    """The RPC being served. `told`: the status code that the log has of it already, with what it did."""
+    """The audit entry of the RPC being served.
+
+    `recorded_code`: the status code that the servicer recorded already, in one transaction with its change; else "".
+    """
 
     principal: Principal
     method: str
-    told: str = ""
+    recorded_code: str = ""
 
     def entry(self, resource: str, status_code: str) -> AuditEntry:
         return AuditEntry(self.principal, self.method, resource, status_code)
@@ -41,20 +44,21 @@ _call: ContextVar[AuditedCall] = ContextVar("audited_call")
 
 
 def current_call() -> AuditedCall:
+    """Return the audit entry of the RPC being served."""
     return _call.get()
 
 
 def set_call(call: AuditedCall) -> None:
-    """For the interceptor."""
+    """Set the audit entry of the RPC being served; called by the interceptor."""
     _call.set(call)
 
 
 def resource_name_in(*messages: Message) -> str:
-    """The first name that one of them gives, itself or a message directly in it; never any other text of theirs."""
+    """Return the first resource name in the messages or in messages directly inside them; never any other text."""
     for message in messages:
         inner = (value for field, value in message.ListFields() if isinstance(value, Message))
         for part in (message, *inner):
-            for field in _NAMING:
+            for field in _NAME_FIELDS:
                 value = getattr(part, field, "")
                 if isinstance(value, str) and value:
                     return value[:_MAX_NAME_CHARACTERS]

@@ -1,7 +1,7 @@
-"""Who calls: a service or the operator by its certificate, a tenant by a token in `authorization: Bearer ...`.
+"""Authentication: services and the operator by certificate, tenants by a token in `authorization: Bearer ...`.
 
-What a caller may call stands in services/rpc/authorization.py. What a tenant may see is checked by the servicers, name
-by name, before anything else (AIP-211).
+services/rpc/authorization.py decides what a caller may call. The servicers check which names a tenant may see, before
+anything else (AIP-211).
 """
 
 import hmac
@@ -21,31 +21,33 @@ _principal: ContextVar[Principal] = ContextVar("principal")
 
 
 def current_principal() -> Principal:
-    """The caller of the RPC being served."""
+    """Return the caller of the RPC being served."""
     return _principal.get()
 
 
 def set_principal(principal: Principal) -> None:
-    """For the interceptor, and for tests."""
+    """Set the caller of the RPC being served; called by the interceptor and by tests."""
     _principal.set(principal)
 
 
 def certificate_principal(context: Any) -> Principal | None:
-    """The peer of a call whose certificate the handshake has verified; None where it showed none.
+    """Return the principal of the client certificate that the TLS handshake verified; None for a call without one.
 
-    Nothing that such a peer says of itself in metadata counts. Raises PermissionDeniedError for a name that is no role,
-    and for an executor's that does not say which.
+    Its metadata is ignored. Raises PermissionDeniedError if the common name is not a role, or if an executor's
+    certificate does not name the executor.
     """
-    shown = context.auth_context()
-    names = shown.get("x509_common_name")
+    properties = context.auth_context()
+    names = properties.get("x509_common_name")
     if not names:
         return None
     name = names[0].decode(errors="replace")
-    if name not in _CERTIFIED:
-        raise PermissionDeniedError(f'the certificate of "{name}" is of no service of this mesh')
+    if name not in _CERTIFICATE_ROLES:
+        raise PermissionDeniedError(
+            f'The certificate\'s common name "{name}" is not a service of this mesh. Make one with `muxtune certs`.'
+        )
     if name != Role.EXECUTION:
         return Principal(None, Role(name), f"certificate {name}")
-    executor = _executor_of(shown.get("peer_dns", ()))
+    executor = _executor_of(properties.get("peer_dns", ()))
     return Principal(None, Role.EXECUTION, f"certificate of {executor}", executor)
 
 
@@ -54,30 +56,30 @@ def _executor_of(dns_names: Iterable[bytes]) -> str:
     executors = [executor for host in hosts if (executor := executor_of_host(host)) is not None]
     if len(executors) != 1:
         raise PermissionDeniedError(
-            "the certificate does not say which executor it is of: make one by `muxtune certs FOLDER --executor NAME`"
+            "The certificate must name exactly one executor. Make one with `muxtune certs FOLDER --executor NAME`."
         )
     return executors[0]
 
 
 def check_executor(principal: Principal, executor: str) -> None:
-    """Raises PermissionDeniedError where the caller's certificate names another executor."""
+    """Raise PermissionDeniedError if the caller's certificate names another executor."""
     if principal.role is Role.EXECUTION and principal.executor != executor:
         raise PermissionDeniedError(
-            f'the certificate is of {principal.executor}, not of "{executor}": give each executor its own, '
-            f"`muxtune certs FOLDER --executor NAME` makes it",
+            f'The certificate is for {principal.executor}, not for "{executor}". Make one for each executor with '
+            f"`muxtune certs FOLDER --executor NAME`.",
             subject=executor,
         )
 
 
-_CERTIFIED = {Role.OPERATOR, Role.ADMISSION, Role.SCHEDULING, Role.ALIGNMENT, Role.EXECUTION}
+_CERTIFICATE_ROLES = {Role.OPERATOR, Role.ADMISSION, Role.SCHEDULING, Role.ALIGNMENT, Role.EXECUTION}
 
 
 def bearer_token(metadata: Iterable[tuple[str, str | bytes]]) -> str:
-    """The token of a call's metadata. Raises UnauthenticatedError, saying what to send, if there is none."""
+    """Return the token in a call's metadata. Raises UnauthenticatedError if there is none."""
     for key, value in metadata or ():
         if key == _METADATA_KEY and isinstance(value, str) and value.lower().startswith("bearer "):
             return value[len("bearer ") :].strip()
-    raise UnauthenticatedError('no key: send metadata "authorization: Bearer <API key>"')
+    raise UnauthenticatedError('The call has no API key. Send the metadata "authorization: Bearer <API key>".')
 
 
 def bearer_metadata(token: str) -> tuple[str, str]:
@@ -85,14 +87,14 @@ def bearer_metadata(token: str) -> tuple[str, str]:
 
 
 def mesh_authenticator(secret: str) -> Authenticate:
-    """Takes the mesh secret only; with none (services have certificates then), nothing.
+    """Return a function that accepts only the mesh secret, and nothing if the secret is empty (mesh with certificates).
 
-    Raises UnauthenticatedError for anything else.
+    It raises UnauthenticatedError for any other token.
     """
 
     async def authenticate(method: str, token: str) -> Principal:
         if not secret or not hmac.compare_digest(token.encode(), secret.encode()):
-            raise UnauthenticatedError("the mesh secret is wrong")
+            raise UnauthenticatedError("The mesh secret is wrong. Set the same MUXTUNE_MESH_SECRET for all services.")
         return Principal(None)
 
     return authenticate

@@ -1,6 +1,6 @@
-"""Who may call what: one table for every RPC of every service. What is not in it is refused.
+"""Authorization: one table of the roles that may call each RPC of each service. A method that is not in it is refused.
 
-A tenant's own names are checked after this, one by one, by the servicers with `authorize` (AIP-211).
+After this the servicers check each name that a tenant sends with `authorize` (AIP-211).
 """
 
 from collections.abc import Mapping
@@ -12,12 +12,15 @@ from services.resource_names import Collection, ResourceName
 
 
 class Role(StrEnum):
-    """What a caller proved to be: services and the operator by the common name of their certificate, tenants by an API
-    key or an identity provider's token. MESH is the shared secret of services that run without certificates."""
+    """Role of an authenticated caller.
+
+    Services and the operator have the common name of their certificate; tenants have the role of their API key or of
+    their identity provider's token. MESH is the shared secret of services that run without certificates.
+    """
 
     ANYONE = "anyone"
-    VIEWER = "viewer"  # of a tenant: reads
-    TENANT = "tenant"  # of a tenant: everything
+    VIEWER = "viewer"  # reads a tenant's resources
+    TENANT = "tenant"  # reads and changes a tenant's resources
     OPERATOR = "operator"
     ADMISSION = "admission"
     SCHEDULING = "scheduling"
@@ -28,8 +31,10 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Principal:
-    """`tenant`: "tenants/{tenant}", or None for who acts for no tenant. `subject`: who it is, for the audit log.
-    `executor`: "executors/{executor}" where it is one."""
+    """The authenticated caller of an RPC. `tenant`: "tenants/{tenant}", or None for services and operators.
+
+    `subject` names the caller in the audit log. `executor`: "executors/{executor}" for an executor, else "".
+    """
 
     tenant: str | None
     role: Role = Role.MESH
@@ -39,22 +44,22 @@ class Principal:
 
 @dataclass(frozen=True)
 class Rule:
-    """`is_audited`: a call leaves a line in the audit log, whatever came of it; refusals always do."""
+    """Roles that may call a method. `is_audited`: every call is recorded, not only calls that are denied."""
 
     roles: frozenset[Role]
     is_audited: bool = False
 
 
-def _may(*roles: Role) -> Rule:
+def _allow(*roles: Role) -> Rule:
     return Rule(frozenset(roles))
 
 
-def _changes(*roles: Role) -> Rule:
+def _allow_audited(*roles: Role) -> Rule:
     return Rule(frozenset(roles), is_audited=True)
 
 
-_READS, _WRITES = _may(Role.TENANT, Role.VIEWER), _changes(Role.TENANT)
-_OPEN, _LEDGER = _may(Role.ANYONE), _may(Role.SCHEDULING)
+_READS, _WRITES = _allow(Role.TENANT, Role.VIEWER), _allow_audited(Role.TENANT)
+_PUBLIC, _LEDGER = _allow(Role.ANYONE), _allow(Role.SCHEDULING)
 _RULES: Mapping[str, Mapping[str, Rule]] = {
     "muxtune.v1.AdmissionService": {
         "CreateTask": _WRITES,
@@ -75,15 +80,15 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
         "ListBackbones": _READS,
     },
     "muxtune.v1.KeyService": {
-        "CreateApiKey": _changes(Role.OPERATOR),
-        "ListApiKeys": _may(Role.OPERATOR),
-        "RevokeApiKey": _changes(Role.OPERATOR),
+        "CreateApiKey": _allow_audited(Role.OPERATOR),
+        "ListApiKeys": _allow(Role.OPERATOR),
+        "RevokeApiKey": _allow_audited(Role.OPERATOR),
     },
     "muxtune.v1.OperatorService": {
-        "SetQuota": _changes(Role.OPERATOR),
-        "GetQuota": _may(Role.OPERATOR),
-        "ListUsage": _may(Role.OPERATOR),
-        "ListAuditEvents": _may(Role.OPERATOR),
+        "SetQuota": _allow_audited(Role.OPERATOR),
+        "GetQuota": _allow(Role.OPERATOR),
+        "ListUsage": _allow(Role.OPERATOR),
+        "ListAuditEvents": _allow(Role.OPERATOR),
     },
     "muxtune.v1.LedgerService": {
         "WatchChanges": _LEDGER,
@@ -97,48 +102,48 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
         "RecordAuditEvent": _LEDGER,
     },
     "muxtune.v1.AlignmentService": {
-        "StoreDataset": _may(Role.ADMISSION),
-        "InspectDataset": _may(Role.ADMISSION),
-        "RemoveDataset": _may(Role.ADMISSION),
-        "StreamMicrobatches": _may(Role.EXECUTION),
+        "StoreDataset": _allow(Role.ADMISSION),
+        "InspectDataset": _allow(Role.ADMISSION),
+        "RemoveDataset": _allow(Role.ADMISSION),
+        "StreamMicrobatches": _allow(Role.EXECUTION),
     },
     "muxtune.v1.SchedulingService": {
-        "RegisterExecutor": _may(Role.EXECUTION),
-        "KeepLease": _may(Role.EXECUTION),
-        "EndLease": _may(Role.EXECUTION),
-        "DrainExecutor": _changes(Role.OPERATOR),
-        "GetPlan": _may(Role.OPERATOR),  # names of all tenants' tasks: never for one of them
-        "ExplainPlan": _may(Role.OPERATOR),
-        "SimulatePlan": _may(Role.OPERATOR),
-        "GetProfile": _may(Role.OPERATOR),
+        "RegisterExecutor": _allow(Role.EXECUTION),
+        "KeepLease": _allow(Role.EXECUTION),
+        "EndLease": _allow(Role.EXECUTION),
+        "DrainExecutor": _allow_audited(Role.OPERATOR),
+        "GetPlan": _allow(Role.OPERATOR),  # shows task names of all tenants: never allow a tenant
+        "ExplainPlan": _allow(Role.OPERATOR),
+        "SimulatePlan": _allow(Role.OPERATOR),
+        "GetProfile": _allow(Role.OPERATOR),
     },
     "muxtune.v1.ExecutionService": {
-        "RunPlan": _may(Role.SCHEDULING),
-        # Nothing here is the operator's but to read: its audit log is admission's, which executors do not reach.
-        "ExportAdapter": _may(Role.SCHEDULING),
-        "Drain": _may(Role.SCHEDULING),
-        "DescribeExecutor": _may(Role.SCHEDULING, Role.OPERATOR),
+        "RunPlan": _allow(Role.SCHEDULING),
+        # The operator may only read here: executors cannot reach admission's audit log to record a change.
+        "ExportAdapter": _allow(Role.SCHEDULING),
+        "Drain": _allow(Role.SCHEDULING),
+        "DescribeExecutor": _allow(Role.SCHEDULING, Role.OPERATOR),
     },
-    "grpc.health.v1.Health": {"Check": _OPEN, "Watch": _OPEN, "List": _OPEN},
-    # Served only where MUXTUNE_REFLECTION says so.
-    "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": _OPEN},
+    "grpc.health.v1.Health": {"Check": _PUBLIC, "Watch": _PUBLIC, "List": _PUBLIC},
+    # Served only if MUXTUNE_REFLECTION is set.
+    "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": _PUBLIC},
 }
 TABLE: Mapping[str, Rule] = {
     f"/{service}/{method}": rule for service, methods in _RULES.items() for method, rule in methods.items()
 }
-_NOBODY = _changes()
+_NO_ROLE = _allow_audited()
 
 
 def rule_for(method: str) -> Rule:
-    """Of "/package.Service/Method"; nobody may call what is not in the table."""
-    return TABLE.get(method, _NOBODY)
+    """Return the rule of "/package.Service/Method"; for a method that is not in the table, one that allows no role."""
+    return TABLE.get(method, _NO_ROLE)
 
 
 def check_access(method: str, role: Role) -> None:
-    """Raises PermissionDeniedError unless the table lets the role call the method."""
+    """Raise PermissionDeniedError unless the table allows the role to call the method."""
     rule = rule_for(method)
     if role not in rule.roles and not (role is Role.MESH and rule.roles):
-        raise PermissionDeniedError(f"a caller who is {role.value} may not call {method}", method=method)
+        raise PermissionDeniedError(f"The role {role.value} may not call {method}.", method=method)
 
 
 def authorize(principal: Principal, name: str, collection: Collection) -> str:
@@ -160,4 +165,4 @@ def authorize_parent(principal: Principal, parent: str) -> str:
 
 
 def denied(name: str) -> PermissionDeniedError:
-    return PermissionDeniedError(f'"{name}" does not exist, or this key may not see it', subject=name)
+    return PermissionDeniedError(f'"{name}" does not exist, or this key may not see it.', subject=name)

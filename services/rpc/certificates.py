@@ -1,5 +1,7 @@
-"""A certificate of the mesh's private CA as gRPC's credentials. Files may be replaced while the service runs: a server
-reads them at each handshake, a channel dials anew (services/rpc/client_channel.py). `muxtune certs` makes them."""
+"""TLS certificates of the mesh's private CA as gRPC credentials; `muxtune certs` makes the files.
+
+The files may be replaced while a service runs: a server reads them at each handshake, a channel connects again.
+"""
 
 import ssl
 from collections.abc import Callable
@@ -12,7 +14,7 @@ import grpc
 from engine.errors import UnavailableError
 
 Channel = TypeVar("Channel")
-CERTIFICATE, KEY, CA = "tls.crt", "tls.key", "ca.crt"  # as a Kubernetes TLS secret names them
+CERTIFICATE, KEY, CA = "tls.crt", "tls.key", "ca.crt"  # the names in a Kubernetes TLS secret
 
 
 @dataclass(frozen=True)
@@ -22,31 +24,34 @@ class Certificates:
     folder: Path
 
     def version(self) -> tuple[int, ...]:
-        """Another one when a file was replaced. Raises UnavailableError where one is missing."""
+        """Return a value that changes when a file is replaced. Raises UnavailableError if a file is missing."""
         try:
             stats = [(self.folder / name).stat() for name in (CERTIFICATE, KEY, CA)]
         except OSError as error:
-            raise UnavailableError(f"{error.filename}: no certificate there: run `muxtune certs`") from error
+            raise UnavailableError(
+                f"The certificate file {error.filename} is missing. Make it with `muxtune certs`."
+            ) from error
         return tuple(number for stat in stats for number in (stat.st_mtime_ns, stat.st_ino, stat.st_size))
 
     def read(self) -> tuple[bytes, bytes, bytes]:
-        """(key, chain, roots) in PEM. Raises UnavailableError where they are no pair: one is just being replaced."""
+        """Return (key, chain, roots) in PEM. Raises UnavailableError if key and certificate do not match, as during a
+        replacement."""
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.folder / CERTIFICATE, self.folder / KEY)
             key, chain, roots = ((self.folder / name).read_bytes() for name in (KEY, CERTIFICATE, CA))
         except (OSError, ssl.SSLError) as error:
-            raise UnavailableError(f"{self.folder}: no certificate with its key: {error}") from error
+            raise UnavailableError(f"{self.folder} has no certificate with a matching key: {error}") from error
         return key, chain, roots
 
     def for_server(self, *, is_mutual: bool) -> grpc.ServerCredentials:
-        """`is_mutual`: only peers with a certificate of the same CA get in; others are not asked for one."""
+        """Return server credentials. `is_mutual`: clients must show a certificate of the same CA."""
         served: list[tuple[int, ...]] = []
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:
             try:
                 version = self.version()
                 if version in served:
-                    return None  # as it is
+                    return None  # unchanged
                 key, chain, roots = self.read()
             except UnavailableError:
                 if served:
@@ -56,18 +61,18 @@ class Certificates:
             return grpc.ssl_server_certificate_configuration([(key, chain)], roots if is_mutual else None)
 
         first: Any = fetch()
-        unchanged_is_none: Any = fetch  # which grpc's stubs do not know
-        return grpc.dynamic_ssl_server_credentials(first, unchanged_is_none, is_mutual)
+        may_return_none: Any = fetch  # None keeps the certificate; grpc's type stubs do not know that
+        return grpc.dynamic_ssl_server_credentials(first, may_return_none, is_mutual)
 
 
 @dataclass(frozen=True)
 class ClientTls:
-    """What a channel shows, and whom it expects: the peer's certificate must name the service, wherever it answers."""
+    """TLS of a client channel: its own certificate, and the service that the peer's certificate must name."""
 
     certificates: Certificates
     peer: str
 
-    def options(self) -> list[tuple[str, str]]:
+    def channel_options(self) -> list[tuple[str, str]]:
         return [("grpc.ssl_target_name_override", self.peer)]
 
     def credentials(self) -> grpc.ChannelCredentials:
@@ -76,24 +81,24 @@ class ClientTls:
 
 
 class RotatingChannel(Generic[Channel]):  # Python 3.11 has no other way
-    """The newest channel: another one once the certificates were replaced. Calls under way stay on theirs; the channel
-    before is closed when the next follows."""
+    """A channel that is replaced when the certificates are. Running calls stay on the channel they began on; a replaced
+    channel is closed at the next replacement."""
 
-    def __init__(self, dial: Callable[[], Channel], trust: ClientTls | None) -> None:
-        self._dial, self._trust = dial, trust
-        self._version = trust.certificates.version() if trust else ()
-        self.channel = dial()
+    def __init__(self, connect: Callable[[], Channel], tls: ClientTls | None) -> None:
+        self._connect, self._tls = connect, tls
+        self._version = tls.certificates.version() if tls else ()
+        self.channel = connect()
         self.previous: Channel | None = None
 
     def renew(self) -> Channel | None:
-        """Dials where the certificates changed: the channel to be closed then, if there is one.
+        """Connect again if the certificates changed, and return the channel to close, if any.
 
-        Where the files are no certificate just now, the channel there is stays.
+        The present channel stays while the files are no valid certificate.
         """
         try:
-            if self._trust is None or (version := self._trust.certificates.version()) == self._version:
+            if self._tls is None or (version := self._tls.certificates.version()) == self._version:
                 return None
-            fresh = self._dial()
+            fresh = self._connect()
         except UnavailableError:
             return None
         outdated, self.previous, self.channel, self._version = self.previous, self.channel, fresh, version

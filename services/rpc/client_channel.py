@@ -1,8 +1,7 @@
-"""Clients of the mesh: channels that retry, keep alive, prove who calls, carry the trace, raise domain errors.
+"""Channels between services: they authenticate, retry, carry the trace, set deadlines and raise domain errors.
 
-UNAVAILABLE is retried by itself (AIP-194), and a server's CANCELLED, by gRPC's own service config. Every unary call has
-a deadline. Calls do not wait for a service that is away beyond those retries (about two seconds); who can wait passes
-`wait_for_ready=True`.
+gRPC's service config retries UNAVAILABLE (AIP-194) and a closing server's CANCELLED for about two seconds. A caller
+that can wait longer for a service passes `wait_for_ready=True`.
 """
 
 import asyncio
@@ -26,38 +25,41 @@ DEADLINE_SECONDS = 30.0
 UPLOAD_DEADLINE_SECONDS = 3600.0
 
 
-def open_channel(address: str, secret: str, trust: ClientTls | None = None, health_of: str = "") -> grpc.aio.Channel:
-    """An asyncio channel. Calls on it raise `engine.errors`, never grpc.RpcError; close it when done.
+def open_channel(address: str, secret: str, tls: ClientTls | None = None, health_service: str = "") -> grpc.aio.Channel:
+    """Open an asyncio channel. Its calls raise `engine.errors`, never grpc.RpcError. The caller closes it.
 
-    `address`: "host:port", or several replicas' (`muxtune.transport.target`); calls go to those that say they serve
-    `health_of`. With `trust` it is mutual TLS, dialled anew when the certificates are replaced; else the secret goes in
-    plain text.
+    `address`: "host:port", or those of several replicas (`muxtune.transport.target`). With `health_service`, calls go
+    only to replicas that report this gRPC service as SERVING. With `tls` the channel uses mutual TLS and connects again
+    when the certificates are replaced; without it the secret is sent in plain text.
     """
 
-    def dial() -> grpc.aio.Channel:
-        options = channel_options(health_of)
-        if trust is None:
+    def connect() -> grpc.aio.Channel:
+        options = channel_options(health_service)
+        if tls is None:
             return grpc.aio.insecure_channel(target(address), options)
-        return grpc.aio.secure_channel(target(address), trust.credentials(), [*options, *trust.options()])
+        return grpc.aio.secure_channel(target(address), tls.credentials(), [*options, *tls.channel_options()])
 
-    return MeshChannel(RotatingChannel(dial, trust), address, secret)
+    return MeshChannel(RotatingChannel(connect, tls), address, secret)
 
 
-def open_sync_channel(address: str, secret: str, trust: ClientTls | None = None) -> grpc.Channel:
-    """The same for threads: unary calls and server streams. Stubs made after a replacement use the new certificates."""
+def open_sync_channel(address: str, secret: str, tls: ClientTls | None = None) -> grpc.Channel:
+    """Open a blocking channel for threads: unary calls and server streams.
 
-    def dial() -> grpc.Channel:
-        if trust is None:
+    Stubs made after the certificates were replaced use the new ones.
+    """
+
+    def connect() -> grpc.Channel:
+        if tls is None:
             return grpc.insecure_channel(address, options=channel_options())
-        return grpc.secure_channel(address, trust.credentials(), options=[*channel_options(), *trust.options()])
+        return grpc.secure_channel(address, tls.credentials(), options=[*channel_options(), *tls.channel_options()])
 
-    channel = _SyncChannel(RotatingChannel(dial, trust))
+    channel = _SyncChannel(RotatingChannel(connect, tls))
     return grpc.intercept_channel(channel, _SyncInterceptor(address, secret))
 
 
 @contextmanager
 def translate_rpc_errors() -> Iterator[None]:
-    """grpc.RpcError inside comes out as the domain error the peer raised."""
+    """Raise the domain error that the peer raised in place of a grpc.RpcError."""
     try:
         yield
     except grpc.RpcError as error:
@@ -65,11 +67,13 @@ def translate_rpc_errors() -> Iterator[None]:
 
 
 class MeshChannel(grpc.aio.Channel):
-    """Wraps a channel rather than intercepting it: gRPC's asyncio interceptors lose track of streams that are cancelled
-    or abandoned. Stubs take it like any other channel."""
+    """An asyncio channel for stubs that wraps gRPC's own.
 
-    def __init__(self, dialled: RotatingChannel[grpc.aio.Channel], address: str, secret: str) -> None:
-        self._dialled, self._address, self._secret = dialled, address, secret
+    It does not use gRPC's asyncio interceptors, because they lose streams that are cancelled or abandoned.
+    """
+
+    def __init__(self, rotating: RotatingChannel[grpc.aio.Channel], address: str, secret: str) -> None:
+        self._rotating, self._address, self._secret = rotating, address, secret
         self._closing: set[asyncio.Task[None]] = set()
 
     def unary_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -87,24 +91,24 @@ class MeshChannel(grpc.aio.Channel):
         return partial(self._stream, self._starter("stream_stream", method, *args, **kwargs), method)
 
     def _starter(self, kind: str, method: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        """Starts a call on the newest channel."""
-        made: dict[int, Any] = {}
+        """Return a function that starts a call on the newest channel."""
+        callables: dict[int, Any] = {}  # one at most, by the channel's id
 
         def start(request: Any, **options: Any) -> Any:
             channel = self._newest()
-            if id(channel) not in made:
-                made.clear()
-                made[id(channel)] = getattr(channel, kind)(method, *args, **kwargs)
-            return made[id(channel)](request, **options)
+            if id(channel) not in callables:
+                callables.clear()
+                callables[id(channel)] = getattr(channel, kind)(method, *args, **kwargs)
+            return callables[id(channel)](request, **options)
 
         return start
 
     def _newest(self) -> grpc.aio.Channel:
-        if (outdated := self._dialled.renew()) is not None:
+        if (outdated := self._rotating.renew()) is not None:
             task = asyncio.ensure_future(outdated.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
-        return self._dialled.channel
+        return self._rotating.channel
 
     def _unary(
         self,
@@ -133,7 +137,7 @@ class MeshChannel(grpc.aio.Channel):
         await self.close()
 
     async def close(self, grace: float | None = None) -> None:
-        for channel in (self._dialled.channel, self._dialled.previous):
+        for channel in (self._rotating.channel, self._rotating.previous):
             if channel is not None:
                 await channel.close(grace)
 
@@ -148,10 +152,10 @@ class MeshChannel(grpc.aio.Channel):
 
 
 class _SyncChannel(grpc.Channel):
-    """A channel for threads whose stubs begin on the newest one."""
+    """A blocking channel whose stubs use the newest of the rotating channels."""
 
-    def __init__(self, dialled: RotatingChannel[grpc.Channel]) -> None:
-        self._dialled = dialled
+    def __init__(self, rotating: RotatingChannel[grpc.Channel]) -> None:
+        self._rotating = rotating
 
     def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
         return self._newest().unary_unary(*args, **kwargs)
@@ -169,10 +173,10 @@ class _SyncChannel(grpc.Channel):
         self._newest().subscribe(callback, bool(try_to_connect))
 
     def unsubscribe(self, callback: Any) -> None:
-        self._dialled.channel.unsubscribe(callback)
+        self._rotating.channel.unsubscribe(callback)
 
     def close(self) -> None:
-        for channel in (self._dialled.channel, self._dialled.previous):
+        for channel in (self._rotating.channel, self._rotating.previous):
             if channel is not None:
                 channel.close()
 
@@ -183,13 +187,13 @@ class _SyncChannel(grpc.Channel):
         self.close()
 
     def _newest(self) -> grpc.Channel:
-        if (outdated := self._dialled.renew()) is not None:
+        if (outdated := self._rotating.renew()) is not None:
             outdated.close()
-        return self._dialled.channel
+        return self._rotating.channel
 
 
 class _Call:
-    """A call in progress with its span; what is not here is the wrapped call's own. Dropped, it is cancelled."""
+    """A running call with its span; other attributes are the wrapped call's. Garbage collection cancels it."""
 
     def __init__(self, call: Any, span: RpcSpan) -> None:
         self._call, self._span = call, span
@@ -207,7 +211,7 @@ class _Call:
             self._call.cancel()
 
     @contextmanager
-    def _watching(self) -> Iterator[None]:
+    def _translated(self) -> Iterator[None]:
         try:
             yield
         except grpc.RpcError as error:
@@ -219,30 +223,30 @@ class _Call:
 
 
 class UnaryCall(_Call):
-    """Awaited, it is the response."""
+    """A unary call; awaiting it returns the response."""
 
     def __await__(self) -> Any:
         return self._response().__await__()
 
     async def _response(self) -> Any:
-        with self._watching():
-            response = await self._received()
+        with self._translated():
+            response = await self._receive()
         self._span.end(grpc.StatusCode.OK)
         return response
 
-    async def _received(self) -> Any:
+    async def _receive(self) -> Any:
         return await self._call
 
 
 class UploadCall(UnaryCall):
-    """Awaited, it is the response, or raises what the peer answered while messages were still being sent."""
+    """A client stream; awaiting it returns the response, or raises the status that the server sent before the end."""
 
-    async def _received(self) -> Any:
+    async def _receive(self) -> Any:
         return await upload_response(self._call)
 
 
 class StreamCall(_Call):
-    """An iterator over the responses."""
+    """A stream of responses for asyncio."""
 
     def __init__(self, call: Any, span: RpcSpan) -> None:
         super().__init__(call, span)
@@ -252,7 +256,7 @@ class StreamCall(_Call):
         return self
 
     async def __anext__(self) -> Any:
-        with self._watching():
+        with self._translated():
             try:
                 response = await anext(self._responses)
             except StopAsyncIteration:
@@ -263,13 +267,13 @@ class StreamCall(_Call):
 
 
 class SyncStreamCall(_Call):
-    """The same for threads. `cancel` may be called from any."""
+    """A stream of responses for threads; `cancel` may be called from any thread."""
 
     def __iter__(self) -> "SyncStreamCall":
         return self
 
     def __next__(self) -> Any:
-        with self._watching():
+        with self._translated():
             try:
                 response = next(self._call)
             except StopIteration:
@@ -303,6 +307,6 @@ class _SyncInterceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientI
         return span, details._replace(metadata=_metadata(details.metadata, self._secret, span))
 
 
-def _metadata(given: Any, secret: str, span: RpcSpan) -> list[tuple[str, Any]]:
-    proof = [bearer_metadata(secret)] if secret else []  # else the certificate is proof
-    return [*(given or ()), *proof, *span.carrier.items()]
+def _metadata(metadata: Any, secret: str, span: RpcSpan) -> list[tuple[str, Any]]:
+    token = [bearer_metadata(secret)] if secret else []  # without a secret the certificate authenticates
+    return [*(metadata or ()), *token, *span.carrier.items()]

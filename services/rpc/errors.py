@@ -1,4 +1,4 @@
-"""Domain errors as gRPC statuses and back: one table, decided by reason, never by text.
+"""Maps domain errors to gRPC statuses and back: one table, keyed by reason, never by text.
 
 Source: google.rpc.Status with error details (AIP-193); the reasons are `muxtune.v1.ErrorReason`.
 """
@@ -20,7 +20,7 @@ from muxtune.errors import DOMAIN, read_failure
 from muxtune.v1 import errors_pb2
 
 _RETRY_SECONDS = 1
-# A status travels in HTTP/2 headers, its text twice; clients refuse more than 8 KiB of those and then see no error.
+# A status travels in HTTP/2 headers, its text twice; clients accept at most 8 KiB of headers.
 _MAX_TEXT_BYTES, _MAX_VIOLATIONS_BYTES = 700, 2_000
 _log = logging.getLogger(__name__)
 
@@ -61,25 +61,25 @@ _BY_REASON = {mapped.reason: cls for cls, mapped in TABLE.items()}
 _BY_CODE = {
     _CODE.UNAVAILABLE: errors.UnavailableError,
     _CODE.DEADLINE_EXCEEDED: errors.UnavailableError,
-    _CODE.CANCELLED: errors.UnavailableError,  # the peer gave up the call: it shuts down
-    _CODE.RESOURCE_EXHAUSTED: errors.QuotaExceededError,  # gRPC's own: a message over its size limit
+    _CODE.CANCELLED: errors.UnavailableError,  # the peer is shutting down
+    _CODE.RESOURCE_EXHAUSTED: errors.QuotaExceededError,  # from gRPC itself: a message over its size limit
     _CODE.UNAUTHENTICATED: errors.UnauthenticatedError,
 }
 
 
 def mapped(error: MuxtuneError) -> MappedError:
-    """The table's row for the error's class, or the nearest of its bases."""
+    """Return the table's row for the error's class, or for its nearest base class."""
     return next(TABLE[cls] for cls in type(error).__mro__ if cls in TABLE)
 
 
 def to_failure(error: MuxtuneError) -> errors_pb2.TaskFailure:
-    """Why a task ended, as its tenant will read it."""
+    """Return the reason that a task failed, as its tenant reads it."""
     reason = errors_pb2.ErrorReason.Value("ERROR_REASON_" + mapped(error).reason)
     return errors_pb2.TaskFailure(reason=reason, message=error.message, metadata=error.metadata)
 
 
 def to_status(error: MuxtuneError) -> status_pb2.Status:
-    """The status with ErrorInfo and, where they apply, BadRequest, QuotaFailure, PreconditionFailure, RetryInfo."""
+    """Return the status with ErrorInfo and, where they apply, the details of AIP-193 for its kind of error."""
     row = mapped(error)
     metadata = {key: _shortened(value) for key, value in error.metadata.items()}
     info = error_details_pb2.ErrorInfo(reason=row.reason, domain=DOMAIN, metadata=metadata)
@@ -91,20 +91,23 @@ def to_status(error: MuxtuneError) -> status_pb2.Status:
 
 
 def status_of(error: Exception) -> status_pb2.Status:
-    """The status of whatever a servicer raised. One we did not foresee is INTERNAL and tells nothing but the trace id;
-    the log gets its class and its stack, not its text, which may quote a tenant's row."""
+    """Return the status of any exception that a servicer raised.
+
+    An unexpected one becomes INTERNAL with the trace id only. The log gets its class and its stack but not its text,
+    which may quote a tenant's row.
+    """
     if isinstance(error, grpc.RpcError):
         error = from_rpc_error(error)
     if isinstance(error, MuxtuneError):
         return to_status(error)
     trace_id = format(trace.get_current_span().get_span_context().trace_id, "032x")
     stack = "".join(traceback.format_tb(error.__traceback__))
-    _log.error("unhandled %s\n%s", type(error).__name__, stack)
-    return to_status(MuxtuneError("internal error: the operators find it by its trace id", trace_id=trace_id))
+    _log.error("Unhandled %s:\n%s", type(error).__name__, stack)
+    return to_status(MuxtuneError("Internal error. Report the trace id to the operators.", trace_id=trace_id))
 
 
 def from_rpc_error(error: grpc.RpcError) -> MuxtuneError:
-    """The domain error that a peer raised, rebuilt by its reason; by its code where it carries none of ours."""
+    """Rebuild the domain error that a peer raised, by its reason, or by its status code if it has no reason."""
     failure = read_failure(error)
     cls = _BY_REASON.get(failure.reason) if failure.reason else _BY_CODE.get(failure.code)
     rebuilt = (cls or MuxtuneError)(failure.message)
@@ -133,7 +136,7 @@ def _extras(error: MuxtuneError) -> list[Message]:
 
 
 def _bad_request(violations: Sequence[FieldViolation]) -> error_details_pb2.BadRequest:
-    """As many as fit; the last one then says how many do not."""
+    """Return as many violations as fit into the headers; a last one counts those left out."""
     bad, left = error_details_pb2.BadRequest(), _MAX_VIOLATIONS_BYTES
     for index, violation in enumerate(violations):
         field, description = _shortened(violation.field), _shortened(violation.description)

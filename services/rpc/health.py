@@ -1,7 +1,7 @@
-"""Whether a service is healthy: `python -m services.rpc.health HOST:PORT SERVICE`, exit status 0 or 1, for containers.
-One more argument asks for one of its gRPC services: muxtune.v1.LedgerService says which admission keeps the ledger.
+"""Health check for containers: `python -m services.rpc.health HOST:PORT SERVICE [GRPC_SERVICE]` exits with 0 or 1.
 
-With the certificate in MUXTUNE_CERTS; in plain text where that is not set.
+GRPC_SERVICE checks one gRPC service: muxtune.v1.LedgerService is healthy on the admission that leads the ledger.
+Uses the certificate in MUXTUNE_CERTS; plain text if that is not set.
 """
 
 import os
@@ -16,13 +16,13 @@ from services.rpc.certificates import Certificates, ClientTls
 _SECONDS = 2.0
 
 
-def is_serving(address: str, trust: ClientTls | None = None, of: str = "") -> bool:
-    """`of`: of one gRPC service there; else of all. By grpc.health.v1, which wants no key."""
-    secure = trust and grpc.secure_channel(address, trust.credentials(), trust.options())
+def is_serving(address: str, tls: ClientTls | None = None, grpc_service: str = "") -> bool:
+    """Return whether the server, or one gRPC service on it, reports SERVING by grpc.health.v1 (which needs no key)."""
+    secure = tls and grpc.secure_channel(address, tls.credentials(), tls.channel_options())
     with secure or grpc.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
-            answer = stub.Check(health_pb2.HealthCheckRequest(service=of), timeout=_SECONDS)  # type: ignore[attr-defined]
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=grpc_service), timeout=_SECONDS)  # type: ignore[attr-defined]
         except grpc.RpcError as error:
             print(f"{address}: {error.code().name}", file=sys.stderr)
             return False
@@ -31,5 +31,5 @@ def is_serving(address: str, trust: ClientTls | None = None, of: str = "") -> bo
 
 if __name__ == "__main__":
     certs = os.environ.get("MUXTUNE_CERTS")
-    proof = ClientTls(Certificates(Path(certs)), sys.argv[2]) if certs else None
-    sys.exit(not is_serving(sys.argv[1], proof, *sys.argv[3:4]))
+    client_tls = ClientTls(Certificates(Path(certs)), sys.argv[2]) if certs else None
+    sys.exit(not is_serving(sys.argv[1], client_tls, *sys.argv[3:4]))

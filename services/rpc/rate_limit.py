@@ -1,5 +1,6 @@
-"""How often someone may: a token bucket for each, in a table that does not grow without end."""
+"""Rate limits: one token bucket a subject, in a table of bounded size."""
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -10,31 +11,36 @@ _MAX_BUCKETS = 10_000
 
 
 class RateLimit:
-    """`per_second` calls by each subject, and as many in one burst as two seconds have. 0: no limit."""
+    """Allows each subject `per_second` calls, and in one burst the calls of two seconds. 0 means no limit."""
 
     def __init__(self, per_second: float, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.per_second, self._monotonic = per_second, monotonic
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # (calls left, when)
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # (calls left, at which time)
 
-    def take(self, subject: str, message: str) -> None:
-        """Raises OverloadedError where the bucket is empty; a second later it is not, at a rate of one or more."""
+    def acquire(self, subject: str, message: str) -> None:
+        """Count one call of the subject. Raises OverloadedError with the message and the time to wait."""
+        if not self.try_acquire(subject):
+            seconds = math.ceil((1 - self._calls_left(subject)) / self.per_second)
+            raise OverloadedError(f"{message} Retry after {max(1, seconds)} s.", subject=subject)
+
+    def try_acquire(self, subject: str) -> bool:
+        """Count one call of the subject; return False, and count nothing, if its bucket is empty."""
         if not self.per_second:
-            return
-        left = self._left(subject)
-        self._put(subject, left - 1 if left >= 1 else left)
-        if left < 1:
-            raise OverloadedError(message, subject=subject)
+            return True
+        left = self._calls_left(subject)
+        self._store(subject, left - 1 if left >= 1 else left)
+        return left >= 1
 
-    def give_back(self, subject: str) -> None:
-        """What was taken was not used."""
+    def refund(self, subject: str) -> None:
+        """Take back one call that was counted."""
         if self.per_second:
-            self._put(subject, self._left(subject) + 1)
+            self._store(subject, self._calls_left(subject) + 1)
 
-    def _left(self, subject: str) -> float:
+    def _calls_left(self, subject: str) -> float:
         left, since = self._buckets.get(subject, (max(1.0, 2 * self.per_second), self._monotonic()))
         return left + (self._monotonic() - since) * self.per_second
 
-    def _put(self, subject: str, left: float) -> None:
+    def _store(self, subject: str, left: float) -> None:
         self._buckets[subject] = (min(left, max(1.0, 2 * self.per_second)), self._monotonic())
         self._buckets.move_to_end(subject)
         while len(self._buckets) > _MAX_BUCKETS:

@@ -1,4 +1,4 @@
-"""The gRPC server every service runs in: gate, health, reflection, graceful stop."""
+"""Runs a service's gRPC server: ports, interceptor, health, reflection, graceful stop."""
 
 import asyncio
 import gc
@@ -36,43 +36,47 @@ async def serve(
     *,
     authenticate: Authenticate,
     audit: Audit | None = None,
-    strangers: UnauthenticatedCallLimiter | None = None,
+    unauthenticated_limiter: UnauthenticatedCallLimiter | None = None,
     on_ready: Callable[[str], Awaitable[None]] | None = None,
     on_stop: Callable[[], Awaitable[None]] | None = None,
     stopping: asyncio.Event | None = None,
     health: health_aio.HealthServicer | None = None,
-    unannounced: Collection[str] = (),
+    services_with_own_health: Collection[str] = (),
     grace_seconds: float = 5,
 ) -> None:
-    """Serves until SIGTERM, SIGINT or `stopping`; then health says NOT_SERVING, `on_stop` runs, calls get the grace.
+    """Serve until SIGTERM, SIGINT or `stopping`; then report NOT_SERVING, run `on_stop`, and end calls after the grace.
 
-    `register` adds servicers and returns their full names. Whoever passes `health` may change it meanwhile, and alone
-    says how the services `unannounced` are. Exits with a clear error if the port is taken.
+    `register` adds servicers and returns their full names. The health of `services_with_own_health` is left to the
+    caller, which passes its `health` servicer. Exits with an error message if a port is taken.
     """
     parent = os.getppid()
     telemetry = configure(service_name, settings)
-    gate = RpcInterceptor(authenticate, settings.listen, audit, settings.max_calls, settings.max_streams, strangers)
-    server = grpc.aio.server(interceptors=[gate], options=SERVER_OPTIONS)
+    interceptor = RpcInterceptor(
+        authenticate, settings.listen, audit, settings.max_calls, settings.max_streams, unauthenticated_limiter
+    )
+    server = grpc.aio.server(interceptors=[interceptor], options=SERVER_OPTIONS)
     health = health or health_aio.HealthServicer()
     names = [*register(server), health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     if settings.reflection:
         reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
     address, *_ = [_bind(server, *port) for port in settings.ports()]
-    names = [name for name in names if name not in unannounced]
-    await _announce(health, names, health_pb2.HealthCheckResponse.NOT_SERVING)  # it would say SERVING before it is
+    names = [name for name in names if name not in services_with_own_health]
+    await _set_health(
+        health, names, health_pb2.HealthCheckResponse.NOT_SERVING
+    )  # by default it reports SERVING at once
     await server.start()
     stopping = stopping or asyncio.Event()
     try:
         with _set_by_signals(stopping):
             if on_ready is not None:
                 await on_ready(address)
-            _spare_the_collector()
-            await _announce(health, names, health_pb2.HealthCheckResponse.SERVING)
+            _freeze_startup_objects()
+            await _set_health(health, names, health_pb2.HealthCheckResponse.SERVING)
             _write_ready_file(settings, address)
             _log.info("%s listens on %s", service_name, address)
-            await _until(stopping, parent if settings.stop_with_parent else None)
-            await _announce(health, names, health_pb2.HealthCheckResponse.NOT_SERVING)
+            await _wait_for_stop(stopping, parent if settings.stop_with_parent else None)
+            await _set_health(health, names, health_pb2.HealthCheckResponse.NOT_SERVING)
             if on_stop is not None:
                 await on_stop()
     finally:
@@ -82,29 +86,29 @@ async def serve(
             settings.ready_file.unlink(missing_ok=True)
 
 
-def _spare_the_collector() -> None:
-    """What a service is made of stays to its end: looked through again and again, it holds all calls up for 0.1 s."""
+def _freeze_startup_objects() -> None:
+    """Exclude the objects that live as long as the service from garbage collection, whose full runs take 0.1 s."""
     gc.collect()
     gc.freeze()
 
 
-async def _until(stopping: asyncio.Event, parent: int | None) -> None:
-    """Or until `parent` is not this process's parent any more."""
+async def _wait_for_stop(stopping: asyncio.Event, parent: int | None) -> None:
+    """Return when `stopping` is set, or when `parent` is no longer this process's parent."""
     while not stopping.is_set() and parent in (None, os.getppid()):
         with suppress(TimeoutError):
             await asyncio.wait_for(stopping.wait(), None if parent is None else _PARENT_SECONDS)
 
 
 def start_critical_task(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-    """A task the service cannot do without: where it raises, the service stops, and whoever runs it starts it again."""
+    """Start a task that the service needs: if it raises, the service stops, to be restarted by its supervisor."""
 
-    def judge(task: asyncio.Task[None]) -> None:
+    def stop_on_failure(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.critical("%s failed: the service stops", name, exc_info=error)
+            _log.critical("%s failed; the service stops", name, exc_info=error)
             os.kill(os.getpid(), signal.SIGTERM)
 
     task = asyncio.create_task(work, name=name)
-    task.add_done_callback(judge)
+    task.add_done_callback(stop_on_failure)
     return task
 
 
@@ -124,11 +128,11 @@ def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredenti
     try:
         port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
     except RuntimeError as error:
-        raise SystemExit(f"cannot listen on {listen}: {error}; is another service on that port?") from error
+        raise SystemExit(f"cannot listen on {listen}: {error}. Is another service on that port?") from error
     return f"{listen.rpartition(':')[0]}:{port}"
 
 
-async def _announce(health: Any, names: Sequence[str], status: Any) -> None:
+async def _set_health(health: Any, names: Sequence[str], status: Any) -> None:
     for name in ("", *names):
         await health.set(name, status)
 

@@ -1,7 +1,8 @@
-"""The span and the metrics of one RPC, on either side of the wire.
+"""Span and metrics of one RPC, on the client's and the server's side.
 
-Streams that may last hours end their span when they are established (first message, or a few seconds); how they end is
-then a short span of its own below it. Source: OpenTelemetry RPC semantic conventions (stable).
+The span of a stream that may last hours ends when the stream is established: at its first message, or after a few
+seconds. A second, short span below it records how the stream ended.
+Source: OpenTelemetry RPC semantic conventions (stable).
 """
 
 import asyncio
@@ -22,14 +23,14 @@ _BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.
 _CODE = grpc.StatusCode
 _SERVER_ERRORS = frozenset(
     {_CODE.UNKNOWN, _CODE.DEADLINE_EXCEEDED, _CODE.UNIMPLEMENTED, _CODE.INTERNAL, _CODE.UNAVAILABLE, _CODE.DATA_LOSS}
-)  # a caller's mistake is no error of the server's span
+)  # a caller's mistake is not an error of the server
 
 
 class RpcSpan:
-    """Started when made; `end` may be called from any thread, and only the first call counts.
+    """Span of one RPC, started at construction. `end` may be called from any thread; only its first call counts.
 
-    `method`: "/package.Service/Method". `carrier`: the caller's trace context (server side); without it the span in
-    force is the parent. `address`: "host:port" of the server.
+    `method`: "/package.Service/Method". `carrier`: the caller's trace context (server side); without it the current
+    span is the parent. `address`: "host:port" of the server.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class RpcSpan:
         self._span = tracer().start_span(self._name, context=parent, kind=kind, attributes=self._attributes)
         self._started = time.perf_counter()
         self._timer: asyncio.TimerHandle | None = None
-        self._ending = threading.Lock()
+        self._lock = threading.Lock()
         self._is_established = self._is_ended = False
 
     @property
@@ -50,21 +51,21 @@ class RpcSpan:
 
     @property
     def carrier(self) -> dict[str, str]:
-        """The W3C entries that tell the other side this span is its parent."""
+        """Return the W3C metadata entries that make this span the parent on the other side."""
         entries: dict[str, str] = {}
         propagate.inject(entries, trace.set_span_in_context(self._span))
         return entries
 
     def activate(self) -> "_ActiveSpan":
-        """Makes it the parent of what is started inside."""
+        """Return a context manager inside which this span is the current one."""
         return _ActiveSpan(trace.set_span_in_context(self._span))
 
     def set_tenant(self, tenant: str) -> None:
         self._span.set_attribute("muxtune.tenant", tenant)
 
     def establish(self) -> None:
-        """A message has passed: a long-lived stream's span ends here, any other goes on."""
-        with self._ending:
+        """End the span of a long-lived stream at its first message; other spans go on."""
+        with self._lock:
             if not self.is_long_lived or self._is_ended or self._is_established:
                 return
             self._is_established = True
@@ -72,12 +73,13 @@ class RpcSpan:
         self._span.end()
 
     def establish_soon(self) -> None:
-        """The same after a few seconds without a message. Needs a running event loop."""
+        """End the span of a long-lived stream after a few seconds without a message. Needs a running event loop."""
         if self.is_long_lived:
             self._timer = asyncio.get_running_loop().call_later(_ESTABLISHED_SECONDS, self.establish)
 
     def end(self, code: grpc.StatusCode) -> None:
-        with self._ending:
+        """End the span with the call's status code and record the call's duration."""
+        with self._lock:
             if self._is_ended:
                 return
             self._is_ended = True
@@ -108,13 +110,13 @@ class RpcSpan:
 
 
 class _ActiveSpan:
-    """A context that holds inside. A generator as context manager takes twice as long."""
+    """Context manager that makes a span the current one; twice as fast as one made from a generator."""
 
-    def __init__(self, inside: context.Context) -> None:
-        self._inside = inside
+    def __init__(self, context_inside: context.Context) -> None:
+        self._context = context_inside
 
     def __enter__(self) -> None:
-        self._token = context.attach(self._inside)
+        self._token = context.attach(self._context)
 
     def __exit__(self, *error: object) -> None:
         context.detach(self._token)

@@ -5,14 +5,13 @@ import logging
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jwt
 
-from engine.errors import InvalidInputError, OverloadedError, UnauthenticatedError, UnavailableError
+from engine.errors import InvalidInputError, UnauthenticatedError, UnavailableError
 from muxtune.transport import is_loopback
 from services.resource_names import check_tenant, tenant_name
 from services.rpc.authorization import Principal, Role
@@ -80,8 +79,7 @@ class TokenVerifier:
 
     def _tell(self, cause: str) -> None:
         """The operator, who may have set an audience wrong; the caller hears nothing of it."""
-        with suppress(OverloadedError):
-            self._told.take(cause, "")
+        if self._told.try_acquire(cause):
             _log.warning("a token was refused: %s", cause)
 
     def _key(self, key_id: str) -> jwt.PyJWK:

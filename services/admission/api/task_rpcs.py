@@ -118,7 +118,7 @@ class TaskRpcs:
         def tell(done: T) -> None:
             if isinstance(done, task_pb2.Task):
                 self._notifier.notify([done.name])
-                call.told = grpc.StatusCode.OK.name
+                call.recorded_code = grpc.StatusCode.OK.name
 
         return await self._database.commit(told, tell)
 

@@ -29,8 +29,8 @@ def authenticator(
         else:
             return await mesh(method, token)
         if limit is not None and principal.tenant is not None:
-            limit.take(
-                principal.tenant, f"{principal.tenant} makes more than {limit.per_second:g} calls a second: wait"
+            limit.acquire(
+                principal.tenant, f"{principal.tenant} makes more than {limit.per_second:g} calls per second."
             )
         return principal
 

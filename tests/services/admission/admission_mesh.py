@@ -178,8 +178,12 @@ class Admission:
             self.database, self.artifacts, alignment, self.admitter, self.notifier, MAX_UPLOAD_BYTES
         )
         limit, audit = RateLimit(self.requests_per_second), audited_in(self.database)
-        self.strangers = UnauthenticatedCallLimiter(RateLimit(self.refusals_per_second), audit)
-        gate = RpcInterceptor(authenticator(self.key_store, SECRET, None, limit), audit=audit, strangers=self.strangers)
+        self.unauthenticated_limiter = UnauthenticatedCallLimiter(RateLimit(self.refusals_per_second), audit)
+        gate = RpcInterceptor(
+            authenticator(self.key_store, SECRET, None, limit),
+            audit=audit,
+            unauthenticated_limiter=self.unauthenticated_limiter,
+        )
         self._server = grpc.aio.server(interceptors=[gate], options=[("grpc.so_reuseport", 0)])
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, self._server)
         key_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(self.key_store), self._server)

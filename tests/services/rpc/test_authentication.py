@@ -75,7 +75,7 @@ async def test_streams_are_gated_too(start_mesh) -> None:
 
 async def test_a_stream_ends_when_its_key_does(monkeypatch) -> None:
     """Revoked while it is open: nothing more is written once the proof is due again."""
-    monkeypatch.setattr(interceptor, "_PROOF_SECONDS", 0.0)
+    monkeypatch.setattr(interceptor, "_REAUTHENTICATE_SECONDS", 0.0)
     revoked, sent = asyncio.Event(), asyncio.Event()
 
     async def authenticate(method: str, token: str) -> Principal:

@@ -145,7 +145,7 @@ async def test_a_client_knows_a_service_by_its_name(alignment: Server) -> None:
 
 async def test_the_public_door_takes_no_certificate_for_a_proof() -> None:
     async with Server(certificates("alignment"), is_mutual=False) as public:
-        with pytest.raises(MuxtuneError, match="no key"):
+        with pytest.raises(MuxtuneError, match="no API key"):
             await remove(public.address, trust("admission", "alignment"))
         assert not public.seen
 

@@ -63,7 +63,7 @@ async def replicas() -> AsyncIterator[list[Replica]]:
 
 
 def channel_to(replicas: list[Replica]) -> grpc.aio.Channel:
-    return open_channel(",".join(replica.address for replica in replicas), SECRET, health_of=LEDGER)
+    return open_channel(",".join(replica.address for replica in replicas), SECRET, health_service=LEDGER)
 
 
 async def test_calls_go_to_the_one_that_serves_and_no_other_is_asked(replicas: list[Replica]) -> None:

@@ -36,7 +36,7 @@ class Door:
     failure: MuxtuneError | None = None
 
     def __post_init__(self) -> None:
-        self.strangers = UnauthenticatedCallLimiter(RateLimit(self.per_second, lambda: self.now), self.audit)
+        self.limiter = UnauthenticatedCallLimiter(RateLimit(self.per_second, lambda: self.now), self.audit)
 
     async def audit(self, entry: AuditEntry) -> None:
         self.entries.append(entry)
@@ -54,7 +54,7 @@ class Door:
         """What it was refused with."""
         metadata = [] if token is None else [("authorization", f"Bearer {token}")]
         try:
-            await self.strangers.prove(peer, METHOD, metadata, self.authenticate)
+            await self.limiter.authenticate(peer, METHOD, metadata, self.authenticate)
         except MuxtuneError as error:
             return type(error)
         return None
@@ -106,7 +106,7 @@ async def test_what_is_not_the_callers_failing_uses_nothing_up_and_leaves_no_lin
     assert [await door.knock("good") for _ in range(20)] == [type(failure)] * 20
     door.failure = None
     assert await door.knock("other") is UnauthenticatedError
-    await door.strangers.tell()
+    await door.limiter.write_audit_entries()
     assert [entry.principal.subject for entry in door.entries] == ["nobody, 1 calls from 192.0.2.1"]
 
 
@@ -116,14 +116,14 @@ async def test_calls_that_prove_nothing_are_lines_by_address_however_many() -> N
         host = f"192.0.2.{draw.randrange(3)}"
         await door.knock(draw.choice([None, "guess", ""]), f"ipv4:{host}:{draw.randrange(1 << 16)}")
         expected[host] = expected.get(host, 0) + 1
-    await door.strangers.tell()
+    await door.limiter.write_audit_entries()
     assert {entry.principal.subject for entry in door.entries} == {
         f"nobody, {count} calls from {host}" for host, count in expected.items()
     }
     assert {(entry.method, entry.resource, entry.status_code) for entry in door.entries} == {
         (METHOD, "", "UNAUTHENTICATED")
     }
-    await door.strangers.tell()
+    await door.limiter.write_audit_entries()
     assert len(door.entries) == 3  # nothing new, no line
 
 
@@ -135,8 +135,8 @@ async def test_a_flood_from_everywhere_has_an_end_in_lines_and_in_memory(monkeyp
         await door.knock(f"good-{number}")
     for number in range(3000):
         await door.knock("guess", f"ipv4:10.0.{number % 256}.{number // 256}:1")
-    assert len(door.strangers._limit._buckets) == 50 == len(door.strangers._good)
-    await door.strangers.tell()
+    assert len(door.limiter._limit._buckets) == 50 == len(door.limiter._valid_digests)
+    await door.limiter.write_audit_entries()
     assert len(door.entries) == 101
     counts = [int(entry.principal.subject.split()[1]) for entry in door.entries]
     assert sum(counts) == 3000
@@ -145,7 +145,7 @@ async def test_a_flood_from_everywhere_has_an_end_in_lines_and_in_memory(monkeyp
 
 async def test_what_was_counted_is_written_at_the_end_too() -> None:
     door = Door()
-    running = asyncio.create_task(door.strangers.run())
+    running = asyncio.create_task(door.limiter.run())
     await door.knock(None)
     await asyncio.sleep(0)
     running.cancel()
@@ -184,7 +184,7 @@ async def served() -> AsyncIterator[tuple[Door, str]]:
             return pb.GetTaskResponse()
 
     door = Door()
-    server = grpc.aio.server(interceptors=[RpcInterceptor(door.authenticate, strangers=door.strangers)])
+    server = grpc.aio.server(interceptors=[RpcInterceptor(door.authenticate, unauthenticated_limiter=door.limiter)])
     admission_pb2_grpc.add_AdmissionServiceServicer_to_server(Servicer(), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
@@ -202,5 +202,5 @@ async def test_over_the_wire_ports_and_forwarding_headers_make_no_new_address(se
             call = admission_pb2_grpc.AdmissionServiceStub(channel).GetTask(pb.GetTaskRequest(), metadata=forged)
             codes.append(await call.code())
     assert codes == [grpc.StatusCode.UNAUTHENTICATED] * 4 + [grpc.StatusCode.RESOURCE_EXHAUSTED] * 4
-    await door.strangers.tell()
+    await door.limiter.write_audit_entries()
     assert [entry.principal.subject for entry in door.entries] == ["nobody, 8 calls from 127.0.0.1"]

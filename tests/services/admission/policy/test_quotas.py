@@ -272,7 +272,7 @@ async def test_calls_that_prove_nothing_are_in_the_audit_log(admission: Admissio
     for _ in range(5):
         codes.append(await nobody.ListTasks(pb.ListTasksRequest()).code())
     assert codes == [grpc.StatusCode.UNAUTHENTICATED] * 2 + [grpc.StatusCode.RESOURCE_EXHAUSTED] * 3
-    await admission.strangers.tell()
+    await admission.unauthenticated_limiter.write_audit_entries()
     (event,) = (await admission.operator().ListAuditEvents(operator_pb2.ListAuditEventsRequest())).events
     assert event.subject in ("nobody, 5 calls from 127.0.0.1", "nobody, 5 calls from ::/64")
     assert (event.tenant, event.method) == ("", "/muxtune.v1.AdmissionService/ListTasks")
