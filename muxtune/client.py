@@ -41,8 +41,6 @@ from muxtune.transport import (
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import admission_pb2_grpc, artifact_pb2, dataset_pb2, task_pb2
 
-FINAL_STATES = frozenset({task_pb2.TASK_STATE_SUCCEEDED, task_pb2.TASK_STATE_FAILED, task_pb2.TASK_STATE_CANCELLED})
-
 
 class Client:
     """Speaks to admission with one tenant's key. Thread-safe; close it, or use it as a context manager.

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from muxtune.client import FINAL_STATES, Client
+from muxtune.client import Client
 from muxtune.errors import UnavailableError
+from muxtune.task_states import FINAL_STATES
 from muxtune.v1 import task_pb2
 
 NUM_STEPS, NUM_AT_ONCE = 40, 3

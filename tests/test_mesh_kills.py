@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from muxtune.client import FINAL_STATES, Client
+from muxtune.client import Client
 from muxtune.local.mesh import Mesh
+from muxtune.task_states import FINAL_STATES
 from muxtune.v1 import task_pb2
 from services.failpoints import VARIABLE
 from tests.elsewhere import elsewhere

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from muxtune.client import FINAL_STATES, Client
+from muxtune.client import Client
 from muxtune.errors import IllegalTransitionError
 from muxtune.local.mesh import START_ORDER, Mesh
+from muxtune.task_states import FINAL_STATES
 from muxtune.v1 import task_pb2
 from tests.mesh_chaos import TRAINER, Chaos, long_mode, printed_seed, trainer_of
 from tests.tiny_backbone import write_backbone

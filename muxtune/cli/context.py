@@ -14,11 +14,11 @@ from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
-from muxtune.cli.tracing import traced
 from muxtune.client import Client
 from muxtune.errors import MuxtuneError, UnauthenticatedError
 from muxtune.local.certificate_authority import CA
 from muxtune.local.mesh import OPERATORS_DOOR, MeshError, read_state, secure_channel
+from muxtune.local.tracing import traced
 from muxtune.transport import metadata
 
 # The terminal wraps lines, not we: a path in a log or a pipe stays whole, and "[a]" in it is no markup.

@@ -69,7 +69,7 @@ def demo(
 
     with errors_as_lines(), stopped_by_signals():
         try:
-            if not run_demo(data):
+            if not run_demo(data, console):
                 raise typer.Exit(1)
         except KeyboardInterrupt as error:
             error_console.print("interrupted: the services are stopped")

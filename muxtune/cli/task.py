@@ -8,6 +8,7 @@ import typer
 from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, client_of, console, print_json, table
 from muxtune.cli.dataset import warn_of_special_text
 from muxtune.cli.spec import read_settings, read_spec
+from muxtune.task_states import state_name
 from muxtune.v1 import task_pb2
 
 app = typer.Typer(help="Fine-tuning tasks.", no_args_is_help=True)
@@ -142,10 +143,6 @@ def describe(event: task_pb2.TaskEvent) -> str:
     if kind == "checkpoint_committed":
         return f"checkpoint at step {event.checkpoint_committed.step}"
     return f"{state_name(event.state_changed.state)}: {event.state_changed.message}"
-
-
-def state_name(state: "task_pb2.TaskState.ValueType") -> str:
-    return task_pb2.TaskState.Name(state).removeprefix("TASK_STATE_")
 
 
 def _state(text: str) -> "task_pb2.TaskState.ValueType":

@@ -1,4 +1,6 @@
-"""Answers before and after training, by plain transformers and peft: `python -m muxtune.local.demo_answers JOBS.json`.
+"""Prints answers before and after training, by plain transformers and peft.
+
+    python -m muxtune.local.demo_answers JOBS.json
 
 A process of its own, so that the client needs no torch. JOBS.json: {"backbone": folder, "jobs": [{"adapter", "prompt",
 "is_chat"}]}. Prints one JSON object a job: {"before", "after", "max_logit_change"}.

@@ -16,7 +16,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 from opentelemetry.sdk.trace import ReadableSpan
 
-from muxtune.cli.tracing import traced
+from muxtune.local.tracing import traced
 from muxtune.v1 import admission_pb2
 from services.rpc.server_settings import ServerSettings
 from services.telemetry import configure
