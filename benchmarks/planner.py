@@ -30,20 +30,20 @@ from engine.alignment.dataset import TokenizedDataset
 from engine.alignment.packing import PackedTask, rounds
 from engine.methods import Lora
 from engine.methods.base import Site
-from engine.planning.cost.cost_fit import Sample, refit
-from engine.planning.cost.cost_model import CostProfile
+from engine.planning.cost.cost_fit import CostSample, refit
+from engine.planning.cost.cost_model import microbatch_seconds
 from engine.planning.cost.round_time import StageModel, StepCost
 from engine.planning.cost.task_demand import DemandEstimator
-from engine.planning.fusion.fusion import fuse, fuse_many, lower_bound_seconds, of_partition
+from engine.planning.fusion.fusion import fuse, fuse_as, fuse_many, lower_bound_seconds
 from engine.planning.placement.eta import seconds_alone
 from engine.planning.planner import plan
-from engine.planning.simulation.arrival_trace import Trace, arrivals
-from engine.planning.simulation.baselines import BatchEverything, Multiplexed, OneInstanceEach
-from engine.planning.simulation.pipeline_simulator import Load, Pipeline, interleaved, one_by_one
+from engine.planning.simulation.arrival_trace import TraceParameters, arrivals
+from engine.planning.simulation.baselines import PaddedBatching, PlannerPolicy, SeparateInstances
+from engine.planning.simulation.pipeline_simulator import HTaskRound, Pipeline, interleaved, one_by_one
 from engine.planning.simulation.pipeline_simulator import simulate as run_pipeline
-from engine.planning.simulation.simulator import Policy, simulate
+from engine.planning.simulation.simulator import SchedulingPolicy, simulate
 from engine.planning.simulation.summary import summarise
-from engine.planning.types import BackboneView, ExecutorView, PlannerConfig, Snapshot, TaskView
+from engine.planning.types import BackboneView, CostProfile, ExecutorView, PlannerConfig, Snapshot, TaskView
 from engine.runtime.backbone import Backbone
 from engine.runtime.calibration import Bench, Probe, calibrate
 from engine.runtime.executor import Executor
@@ -67,7 +67,8 @@ def accuracy(quick: bool) -> dict[str, Any]:
     )  # fmt: skip
     torch.manual_seed(0)
     executor = Executor(Backbone(transformers.LlamaForCausalLM(config).eval()))
-    start, random, timed = calibrate(executor, 6.0, 1024, time.process_time), np.random.default_rng(1), list[Sample]()
+    start = calibrate(executor, 6.0, 1024, time.process_time)
+    random, timed = np.random.default_rng(1), list[CostSample]()
     number_recent, number = (8, 12) if quick else (24, 60)
     with Bench(executor, time.process_time) as bench:
         for _ in range(number_recent + number):
@@ -75,9 +76,9 @@ def accuracy(quick: bool) -> dict[str, Any]:
             rank, stride, targets = (int(random.choice(c)) for c in ((4, 16, 32), (1, 2, 4), (1, 2, 8)))
             probe = Probe(tokens, sequences, ranges, rank, stride, targets, has_step=bool(random.integers(2)))
             bench.seconds(probe)
-            timed.append(Sample(bench.parts(probe), min(bench.seconds(probe) for _ in range(2))))
+            timed.append(CostSample(bench.parts(probe), min(bench.seconds(probe) for _ in range(2))))
     cost = refit(start, timed[:number_recent])
-    errors = [abs(cost.microbatch_seconds(s.parts) / s.seconds - 1) for s in timed[number_recent:]]
+    errors = [abs(microbatch_seconds(cost, s.parts) / s.seconds - 1) for s in timed[number_recent:]]
     return {
         "shapes": number,
         "median_error": float(np.median(errors)),
@@ -86,7 +87,7 @@ def accuracy(quick: bool) -> dict[str, Any]:
     }
 
 
-def random_jobs(random: np.random.Generator, count: int) -> list[StepCost]:
+def random_tasks(random: np.random.Generator, count: int) -> list[StepCost]:
     return [
         StepCost(str(i), float(np.clip(np.exp(random.normal(6.5, 1.2)), 16, 20000)), float(random.uniform(0, 300)), 256)
         for i in range(count)
@@ -103,17 +104,17 @@ def fusion_quality(quick: bool) -> dict[str, Any]:
             num_stages=int(random.choice([1, 2, 4, 8])),
             hop_seconds=20.0,
         )
-        jobs = random_jobs(random, int(random.integers(5, 11)))
+        jobs = random_tasks(random, int(random.integers(5, 11)))
         over_exact.append(fuse_many(jobs, stage).period_seconds / fuse(jobs, stage).period_seconds - 1)
     executors = tuple(
         ExecutorView(f"e{i}", BACKBONE, 80 << 30, cost=DEVICE, num_stages=4, hop_seconds=1e-3) for i in range(8)
     )
     for _ in range(4 if quick else 16):
-        jobs, stage = random_jobs(random, 64), StageModel(DEVICE, 2048, num_stages=4, hop_seconds=1e-3)
+        jobs, stage = random_tasks(random, 64), StageModel(DEVICE, 2048, num_stages=4, hop_seconds=1e-3)
         over_bound.append(fuse(jobs, stage).period_seconds / lower_bound_seconds(jobs, stage) - 1)
-    tasks, limits = tuple(a.task for a in arrivals(Trace(512, 1.0, "b", seed=1))), PlannerConfig()
+    tasks, limits = tuple(a.task for a in arrivals(TraceParameters(512, 1.0, "b", seed=1))), PlannerConfig()
     seconds = [least_seconds(lambda n=n: plan(Snapshot(tasks, executors[:n]), limits)) for n in (8,)]
-    fuse_seconds = least_seconds(lambda: [fuse(random_jobs(np.random.default_rng(i), 64), stage) for i in range(8)])
+    fuse_seconds = least_seconds(lambda: [fuse(random_tasks(np.random.default_rng(i), 64), stage) for i in range(8)])
     return {
         "instances": len(over_exact),
         "many_over_exact_worst": max(over_exact),
@@ -137,8 +138,8 @@ def least_seconds(run: Callable[[], object]) -> float:
 
 def bubbles() -> dict[str, float]:
     """Eight tasks on four stages: equal, and from 0.7 to 2.1 s a microbatch, eight and four microbatches a round."""
-    equal = [Load(f"task-{i}", 8, 1.0, 1.0) for i in range(8)]
-    uneven = [Load(f"task-{i}", 4, 0.35 + i / 10, 0.35 + i / 10) for i in range(8)]
+    equal = [HTaskRound(f"task-{i}", 8, 1.0, 1.0) for i in range(8)]
+    uneven = [HTaskRound(f"task-{i}", 4, 0.35 + i / 10, 0.35 + i / 10) for i in range(8)]
     found = {}
     for name, loads, pipeline in (("equal", equal, Pipeline(4)), ("uneven", uneven, Pipeline(4, 0.02, 2))):
         found[f"{name}, interleaved"] = run_pipeline(interleaved(loads, 20), pipeline).bubble_fraction
@@ -150,23 +151,23 @@ def traces(quick: bool) -> dict[str, Any]:
     """Three policies on one trace, and ours on a large one."""
     small, large = ((300, 6), (2000, 32)) if quick else ((1000, 16), (10_000, 128))
     limits = PlannerConfig()
-    policies: dict[str, Policy] = {
-        "muxtune": Multiplexed(limits),
-        "one instance a task": OneInstanceEach(limits),
-        "batch everything": BatchEverything(limits),
+    policies: dict[str, SchedulingPolicy] = {
+        "muxtune": PlannerPolicy(limits),
+        "one instance a task": SeparateInstances(limits),
+        "batch everything": PaddedBatching(limits),
     }
     found = {name: simulated(*small, policy) for name, policy in policies.items()}
-    return found | {"muxtune, large": simulated(*large, Multiplexed(limits))}
+    return found | {"muxtune, large": simulated(*large, PlannerPolicy(limits))}
 
 
-def simulated(num_tasks: int, num_devices: int, policy: Policy) -> dict[str, Any]:
+def simulated(num_tasks: int, num_devices: int, policy: SchedulingPolicy) -> dict[str, Any]:
     """As many arrivals as keep our devices busy nine tenths of the time."""
     executors = [ExecutorView(f"e{i:03}", BACKBONE, 24 << 30, cost=DEVICE) for i in range(num_devices)]
-    come = arrivals(Trace(num_tasks, num_devices / 260, "b", burst=8.0, seed=2))
-    limits, appraiser, started = PlannerConfig(), DemandEstimator(PlannerConfig()), time.process_time()
+    come = arrivals(TraceParameters(num_tasks, num_devices / 260, "b", burst=8.0, seed=2))
+    limits, estimator, started = PlannerConfig(), DemandEstimator(PlannerConfig()), time.process_time()
     run = simulate(come, executors, policy, replan_seconds=come[-1].seconds / 600)
     cpu_seconds = time.process_time() - started
-    summary = summarise(run, lambda task: seconds_alone(task, executors[0], limits, appraiser))
+    summary = summarise(run, lambda task: seconds_alone(task, executors[0], limits, estimator))
     return vars(summary) | {"devices": num_devices, "cpu_seconds": cpu_seconds}
 
 
@@ -214,8 +215,8 @@ def switches(batch: int) -> dict[str, float]:
         "chunks of 64 for all": PlannerConfig(chunk_tokens=64),
         "alignment off (chunk 1)": PlannerConfig(chunk_tokens=1),
     }
-    found = {n: Multiplexed(limits).assign(views, [executor])["e"].round_seconds for n, limits in variants.items()}
-    whole = BatchEverything(PlannerConfig()).assign(views, [executor])["e"].round_seconds
+    found = {n: PlannerPolicy(limits).assign(views, [executor])["e"].round_seconds for n, limits in variants.items()}
+    whole = PaddedBatching(PlannerConfig()).assign(views, [executor])["e"].round_seconds
     return found | {"one batch, padded to the longest": whole}
 
 
@@ -225,13 +226,13 @@ def saturation() -> dict[str, Any]:
     for tokens in (32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 8192):
         halves = [StepCost("a", tokens / 2, 1e-6 * tokens / 2), StepCost("b", tokens / 2, 1e-6 * tokens / 2)]
         stage = StageModel(DEVICE, 8192)
-        fused = of_partition([halves], stage).period_seconds
-        apart = of_partition([[half] for half in halves], stage).period_seconds
+        fused = fuse_as([halves], stage).period_seconds
+        apart = fuse_as([[half] for half in halves], stage).period_seconds
         pipeline, eight = replace(stage, max_tokens=2048, num_stages=4), [StepCost(str(i), tokens) for i in range(8)]
         best, *others = (
             fuse(eight, pipeline),
-            of_partition([eight], pipeline),
-            of_partition([[j] for j in eight], pipeline),
+            fuse_as([eight], pipeline),
+            fuse_as([[j] for j in eight], pipeline),
         )
         periods = [fusion.period_seconds for fusion in (best, *others)]
         rows.append({"tokens": tokens, "tokens_per_second": tokens / fused, "saved": 1 - fused / apart,

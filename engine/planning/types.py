@@ -1,4 +1,4 @@
-"""What the planner reads (a snapshot) and what it answers (a plan that explains itself). Frozen, pure, no clocks."""
+"""Types that the planner reads (a snapshot of the mesh) and returns (a plan that explains itself). Frozen and pure."""
 
 import functools
 import math
@@ -8,18 +8,51 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from engine.methods.base import Site, SiteKind
-from engine.planning.cost.chunk_size import MAX_CHUNK_TOKENS
-from engine.planning.cost.cost_model import UNKNOWN, CostProfile
 from engine.task import TaskSpec
+
+MAX_CHUNK_TOKENS = 64  # the largest alignment quantum that the planner chooses
+
+
+@dataclass(frozen=True)
+class CostProfile:
+    """Prices in seconds that `engine.planning.cost.cost_model` multiplies by a microbatch's work.
+
+    Each price is at least 0, so that more work never costs less. In the zero profile nothing is measured. `error`:
+    median relative error on the microbatches that the profile was fitted to.
+    """
+
+    fixed_seconds: float = 0.0
+    token_seconds: float = 0.0
+    knee_tokens: float = 0.0
+    square_seconds: float = 0.0
+    target_seconds: float = 0.0
+    module_seconds: float = 0.0
+    multiplication_seconds: float = 0.0
+    parameter_seconds: float = 0.0
+    segment_seconds: float = 0.0
+    error: float = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        return self.token_seconds > 0 or self.fixed_seconds > 0
+
+
+UNKNOWN_COST = CostProfile()
 
 
 @dataclass(frozen=True)
 class BackboneView:
-    """A backbone as its executor described it. Measured at its load, where they are there: bytes that it keeps for
-    backward by a token, which linear operators, by number, read one tensor, what its process has beside the weights.
-    `allocator_slack`: what the allocator takes for a byte that is asked for. `recomputed_token_bytes`: where each layer
-    runs again in backward (activation checkpointing), what it keeps then by a token; else 0. `packed_weight_bytes`: of
-    weights that are held once more, packed for a CPU's kernels."""
+    """A backbone as its executor describes it.
+
+    The executor measures some fields when it loads the backbone; their defaults mean "not measured":
+    - `kept_token_bytes`: bytes that backward needs for each token, adapters excluded;
+    - `input_groups`: linear operators with the same number read the same tensor;
+    - `process_bytes`: memory of the executor's process beside the weights.
+
+    `allocator_slack`: bytes that the allocator reserves for each byte requested. `recomputed_token_bytes`: with
+    activation checkpointing, bytes for each token that one layer keeps while it runs again in backward; else 0.
+    `packed_weight_bytes`: a second copy of weights, packed for a CPU's kernels.
+    """
 
     name: str
     num_parameters: int
@@ -43,8 +76,10 @@ class BackboneView:
 
     @cached_property
     def token_bytes(self) -> float:
-        """Kept for backward by a token, adapters aside: as measured, or a guess: the outputs of all operators and three
-        hidden states a layer."""
+        """Bytes that backward needs for each token, adapters excluded.
+
+        As measured; else an estimate: the outputs of all linear operators and three hidden states for each layer.
+        """
         if self.kept_token_bytes:
             return self.kept_token_bytes
         outputs = sum(site.out_features for site in self.sites if site.kind is SiteKind.LINEAR)
@@ -56,7 +91,7 @@ class BackboneView:
 
 
 class OperatorInputs:
-    """What a backbone's linear operators read: sets of tensors as bit masks, and the bytes of a token in them."""
+    """Tensors that a backbone's linear operators read: sets of them as bit masks, and their bytes for each token."""
 
     def __init__(self, backbone: BackboneView) -> None:
         linear = [site for site in backbone.sites if site.kind is SiteKind.LINEAR]
@@ -64,34 +99,39 @@ class OperatorInputs:
         numbers = {group: i for i, group in enumerate(dict.fromkeys(groups))}
         self._bits = {site.name: 1 << numbers[group] for site, group in zip(linear, groups, strict=True)}
         self._widths = {self._bits[site.name]: site.in_features * backbone.element_bytes for site in linear}
-        self._known: dict[int, int] = {}
+        self._bytes_by_mask: dict[int, int] = {}
 
     def mask(self, sites: Iterable[str]) -> int:
         return functools.reduce(operator.or_, (self._bits.get(name, 0) for name in sites), 0)
 
     def token_bytes(self, mask: int) -> int:
-        if mask not in self._known:
-            self._known[mask] = sum(width for bit, width in self._widths.items() if mask & bit)
-        return self._known[mask]
+        if mask not in self._bytes_by_mask:
+            self._bytes_by_mask[mask] = sum(width for bit, width in self._widths.items() if mask & bit)
+        return self._bytes_by_mask[mask]
 
 
 @dataclass(frozen=True)
 class ExecutorView:
-    """`memory_bytes`: what it may use in all, backbone included. Over several stages it is a pipeline, its work split
-    evenly, `hop_seconds` from one to the next."""
+    """An executor as the planner sees it. `memory_bytes`: all memory that it may use, the backbone included.
+
+    An executor of several stages is a pipeline: its work is split evenly, and data takes `hop_seconds` between stages.
+    """
 
     name: str
     backbone: BackboneView
     memory_bytes: int
     effective_tokens_per_second: float = 0.0
     is_draining: bool = False
-    cost: CostProfile = UNKNOWN
+    cost: CostProfile = UNKNOWN_COST
     num_stages: int = 1
     hop_seconds: float = 0.0
 
     @property
     def profile(self) -> CostProfile:
-        """As calibrated; else from the throughput that was measured; else one that only compares: a second a token."""
+        """The calibrated profile; else one from the measured throughput; else one second for each token.
+
+        The last serves comparisons only: its seconds are not real ones.
+        """
         if self.cost.is_known:
             return self.cost
         rate = self.effective_tokens_per_second
@@ -99,16 +139,18 @@ class ExecutorView:
 
     @property
     def can_predict(self) -> bool:
-        """Whether seconds mean seconds."""
+        """Whether seconds of `profile` are real ones."""
         return self.cost.is_known or self.effective_tokens_per_second > 0
 
 
 @dataclass(frozen=True)
 class TaskView:
-    """An unfinished task. `executor`: who holds its current attempt, or ""; `age` orders tasks, oldest smallest.
+    """An unfinished task as the planner sees it.
 
-    `length_quantiles`: tokens of its training rows, as many from each part of them; () if not known.
-    `seconds_to_deadline` may be past. What was measured so far: seconds of device, tokens, and padding among them.
+    `executor`: the executor of its current attempt, or ""; `age` orders tasks, the oldest is the smallest.
+    `length_quantiles`: tokens of its training rows, at evenly spaced quantiles; () if they are not known.
+    `seconds_to_deadline` is negative once the deadline has passed. `device_seconds`, `num_effective_tokens` and
+    `num_padding_tokens` are measured so far.
     """
 
     name: str
@@ -132,14 +174,16 @@ class TaskView:
 
     @property
     def tokens_per_step(self) -> float:
-        """Effective tokens of one optimizer step, on average."""
+        """Mean effective tokens of an optimizer step."""
         return self.num_train_tokens / max(1, self.num_steps)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything one scheduling cycle looks at. `running`: the hTasks each executor runs now. A tenant's weight is 1
-    unless `tenant_weights` has another."""
+    """Everything that one scheduling cycle reads.
+
+    `running`: the hTasks that each executor runs now. A tenant that `tenant_weights` does not list has weight 1.
+    """
 
     tasks: tuple[TaskView, ...]
     executors: tuple[ExecutorView, ...]
@@ -149,10 +193,12 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """The operator's settings: tokens of one microbatch, and the alignment quantum, chosen for each hTask if it is 0.
+    """Settings of the planner. Their defaults stand here alone: services and the offline planner read them.
 
-    Switches for ablation: without `fuses` every task is an hTask of its own; without `interleaves` hTasks' rounds run
-    one after another, each alone in the pipeline; a chunk of 1 is no alignment; without `preempts` nobody gives way.
+    `token_budget`: tokens of one microbatch. `chunk_tokens`: the alignment quantum; 0 chooses it for each hTask, 1
+    means no alignment. The switches serve ablations: without `fuses` every task is an hTask of its own; without
+    `interleaves` hTasks' rounds run one after another, each alone in the pipeline; without `preempts` no task gives way
+    to another.
     """
 
     token_budget: int = 2048
@@ -177,12 +223,12 @@ class HTask:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a task runs where it runs (`executor` set) or waits, and beside whom.
+    """Explains why a task runs on `executor`, or waits if that is "", and which tasks share its hTask.
 
-    Seconds are None until the executor's costs are known. `round_seconds`: in which every task of its executor takes a
-    step; `alone_round_seconds`: of the task, had it the executor to itself. `predicted_step_seconds` and
-    `measured_step_seconds`: its own share of device time, a step. `padding_fraction`: of its tokens so far, and
-    `predicted_padding_fraction`: in a round of its hTask.
+    Predicted seconds are None until the executor's costs are known. `round_seconds`: time in which every task of the
+    executor takes one step; `alone_round_seconds`: the same with no other task on the executor.
+    `predicted_step_seconds` and `measured_step_seconds`: the task's own share of device time for one step.
+    `padding_fraction`: padding among its tokens so far; `predicted_padding_fraction`: in a round of its hTask.
     """
 
     task: str
@@ -203,7 +249,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Plan:
-    """hTasks by executor. Two plans are equal if they would run the same."""
+    """The hTasks of each executor, with explanations. Two plans with the same hTasks are equal."""
 
     htasks: Mapping[str, tuple[HTask, ...]]
     explanations: tuple[Explanation, ...] = field(compare=False, default=())

@@ -15,8 +15,8 @@ import torch
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
 from engine.methods import Lora
 from engine.methods.base import SiteKind
-from engine.planning.cost.cost_fit import Sample
-from engine.planning.cost.cost_model import Part, adapter_load
+from engine.planning.cost.cost_fit import CostSample
+from engine.planning.cost.cost_model import MicrobatchWork, adapter_load
 from engine.runtime.executor import Executor
 from engine.runtime.task_state import TaskAssignment
 from engine.task import TaskSpec, Training
@@ -48,7 +48,7 @@ class Probe:
 
 def calibrate(
     executor: Executor, budget_seconds: float, max_tokens: int, clock: Callable[[], float] = time.perf_counter
-) -> list[Sample]:
+) -> list[CostSample]:
     """Medians of what was timed, a sample a probe. Spends about `budget_seconds`, at least one pass over the probes."""
     started = clock()
     with executor.eagerly(), Bench(executor, clock) as bench:  # a graph would be captured as often as it is replayed
@@ -58,7 +58,7 @@ def calibrate(
             if number and clock() - started > budget_seconds:
                 break
             timed[probe].append(bench.seconds(probe))
-        return [Sample(bench.parts(probe), statistics.median(seconds)) for probe, seconds in timed.items()]
+        return [CostSample(bench.parts(probe), statistics.median(seconds)) for probe, seconds in timed.items()]
 
 
 def _probes(bench: "Bench", max_tokens: int, largest_seconds: float) -> list[Probe]:
@@ -81,13 +81,13 @@ def _probes(bench: "Bench", max_tokens: int, largest_seconds: float) -> list[Pro
     ]
 
 
-def parts_of(microbatch: Microbatch, executor: Executor) -> tuple[Part, ...]:
+def parts_of(microbatch: Microbatch, executor: Executor) -> tuple[MicrobatchWork, ...]:
     """What the cost model sees of a microbatch: its resident tasks' ranges, and the steps taken after it."""
     sites, parts = executor.backbone.sites, []
     for range_ in microbatch.ranges:
         lengths = [segment.num_tokens for segment in range_.segments]
         targets = microbatch.targets_T[range_.start : range_.start + range_.num_tokens]
-        part = Part(range_.num_tokens, sum(n * n for n in lengths), int((targets != IGNORE).sum()),
+        part = MicrobatchWork(range_.num_tokens, sum(n * n for n in lengths), int((targets != IGNORE).sum()),
                     num_segments=len(lengths))  # fmt: skip
         if (run := executor.tasks.get(range_.task)) is not None:
             load = adapter_load(run.assignment.spec.method, sites)
@@ -125,7 +125,7 @@ class Bench:
         self._synchronize()
         return self._clock() - started
 
-    def parts(self, probe: Probe) -> tuple[Part, ...]:
+    def parts(self, probe: Probe) -> tuple[MicrobatchWork, ...]:
         return parts_of(self._microbatch(probe), self._executor)
 
     def _tasks(self, probe: Probe) -> list[str]:

@@ -79,8 +79,8 @@ class AdmissionSettings(ServerSettings):
     max_adapter_bytes: int = 0
     max_tokens_per_day: int = 0
     max_device_seconds_per_day: float = 0.0
-    token_budget: int = 2048
-    chunk_tokens: int = 0
+    token_budget: int = PlannerConfig.token_budget
+    chunk_tokens: int = PlannerConfig.chunk_tokens
 
     def secure_ports(self, certificates: Certificates) -> list[tuple[str, grpc.ServerCredentials | None]]:
         public = self._certificates(self.public_certs) if self.public_certs else certificates

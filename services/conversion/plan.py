@@ -6,8 +6,16 @@ from typing import Any
 
 from engine.errors import InvalidInputError
 from engine.methods.base import Site, SiteKind
-from engine.planning.cost.cost_model import UNKNOWN, CostProfile
-from engine.planning.types import BackboneView, ExecutorView, Explanation, HTask, PlannerConfig, TaskView
+from engine.planning.types import (
+    UNKNOWN_COST,
+    BackboneView,
+    CostProfile,
+    ExecutorView,
+    Explanation,
+    HTask,
+    PlannerConfig,
+    TaskView,
+)
 from muxtune.v1 import ledger_pb2, plan_pb2, scheduling_pb2, task_pb2
 from services.conversion.task import spec_to_domain
 from services.resource_names import tenant_of
@@ -74,7 +82,7 @@ def executor_to_view(executor: plan_pb2.Executor) -> ExecutorView:
         memory_bytes=executor.device.memory_bytes,
         effective_tokens_per_second=executor.device.effective_tokens_per_second,
         is_draining=executor.draining,
-        cost=cost_to_domain(executor.device.cost) if executor.device.HasField("cost") else UNKNOWN,
+        cost=cost_to_domain(executor.device.cost) if executor.device.HasField("cost") else UNKNOWN_COST,
         num_stages=max(1, executor.num_stages),
         hop_seconds=executor.hop_seconds,
     )

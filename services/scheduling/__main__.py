@@ -27,16 +27,16 @@ from services.settings import SettingsError, from_environment
 class SchedulingSettings(ServerSettings):
     """`token_budget`: tokens of one microbatch, more only where one task's own slice is larger. `chunk_tokens`:
     0 chooses it for each hTask; 1 is no alignment. `tenant_weights`: "tenants/a=2,tenants/b=0.5", what a tenant's share
-    of device time is divided by; 1 where none is given. `fuses`, `interleaves` and `preempts` are what they are in
-    `engine.planning.types.Limits`. Of several schedulers one leads, under a lease of `leader_seconds`; the others
-    stand by. `admission_address` may be several replicas'.
+    of device time is divided by; 1 where none is given. `fuses`, `interleaves` and `preempts` are those of
+    `engine.planning.types.PlannerConfig`. Of several schedulers one leads, under a lease of `leader_seconds`; the
+    others stand by. `admission_address` may be several replicas'.
     """
 
     admission_address: str
     lease_seconds: float = 15.0
     leader_seconds: float = 6.0
-    token_budget: int = 2048
-    chunk_tokens: int = 0
+    token_budget: int = PlannerConfig.token_budget
+    chunk_tokens: int = PlannerConfig.chunk_tokens
     tenant_weights: str = ""
     fuses: bool = True
     interleaves: bool = True

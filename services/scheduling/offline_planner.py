@@ -7,7 +7,7 @@ The request is one JSON object, answers are JSON too, one a line; what is wrong 
     {"profile": PlannerProfile, "trace": TRACE, "num_devices": 128}   a summary for each policy, on so many executors
 
 TRACE is {"lines": [...]}, as `engine.planning.simulation.arrival_trace.read` has them, or the fields of
-`engine.planning.simulation.arrival_trace.Trace`.
+`engine.planning.simulation.arrival_trace.TraceParameters`.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from google.protobuf import json_format
 from engine.errors import InvalidInputError
 from engine.planning.cost.task_demand import DemandEstimator
 from engine.planning.placement.eta import seconds_alone
-from engine.planning.simulation.arrival_trace import Trace, arrivals, read
-from engine.planning.simulation.baselines import BatchEverything, Multiplexed, OneInstanceEach
-from engine.planning.simulation.simulator import Arrival, Policy, simulate
+from engine.planning.simulation.arrival_trace import TraceParameters, arrivals, read
+from engine.planning.simulation.baselines import PaddedBatching, PlannerPolicy, SeparateInstances
+from engine.planning.simulation.simulator import Arrival, SchedulingPolicy, simulate
 from engine.planning.simulation.summary import summarise
 from engine.planning.types import ExecutorView, PlannerConfig, Snapshot, TaskView
 from muxtune.v1 import scheduling_pb2 as pb
@@ -85,17 +85,17 @@ def simulated(profile: Profile, trace: dict[str, Any], num_devices: int) -> Iter
     come, limits = _arrivals(trace, executors[0].backbone.name), profile.limits
     if not come:
         raise InvalidInputError.of_field("trace", "has no arrival")
-    appraiser = DemandEstimator(limits)
-    policies: dict[str, Policy] = {
-        "muxtune": Multiplexed(limits, profile.snapshot.tenant_weights),
-        "one instance a task": OneInstanceEach(limits),
-        "batch everything": BatchEverything(limits),
+    estimator = DemandEstimator(limits)
+    policies: dict[str, SchedulingPolicy] = {
+        "muxtune": PlannerPolicy(limits, profile.snapshot.tenant_weights),
+        "one instance a task": SeparateInstances(limits),
+        "batch everything": PaddedBatching(limits),
     }
     for name, policy in policies.items():
         started = time.perf_counter()
         run = simulate(come, executors, policy, replan_seconds=_replan_seconds(come, executors, limits))
         try:
-            summary = summarise(run, lambda task: seconds_alone(task, executors[0], limits, appraiser))
+            summary = summarise(run, lambda task: seconds_alone(task, executors[0], limits, estimator))
         except ValueError as error:
             raise InvalidInputError.of_field("trace", str(error)) from error
         yield {"policy": name, **dataclasses.asdict(summary), "simulated_in_seconds": time.perf_counter() - started}
@@ -125,15 +125,15 @@ def _arrivals(trace: dict[str, Any], backbone: str) -> list[Arrival]:
     if "lines" in trace:
         return read(trace["lines"], backbone, _TARGETS)
     try:
-        return arrivals(Trace(**trace, backbone=backbone, target_modules=_TARGETS))
+        return arrivals(TraceParameters(**trace, backbone=backbone, target_modules=_TARGETS))
     except (TypeError, ValueError) as error:
         raise InvalidInputError.of_field("trace", str(error)) from error
 
 
 def _replan_seconds(come: list[Arrival], executors: list[ExecutorView], limits: PlannerConfig) -> float:
     """A part of the time that all would take one after another, shared by the executors, or of the arrivals' own."""
-    appraiser = DemandEstimator(limits)
-    alone = sum(seconds_alone(arrival.task, executors[0], limits, appraiser) for arrival in come)
+    estimator = DemandEstimator(limits)
+    alone = sum(seconds_alone(arrival.task, executors[0], limits, estimator) for arrival in come)
     work = alone / len(executors)
     return max(work, come[-1].seconds - come[0].seconds) / _NUM_PLANS
 

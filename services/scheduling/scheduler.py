@@ -55,7 +55,7 @@ class Scheduler:
         trust: ClientTls | None = None,
     ) -> None:
         self._ledger, self._secret, self._trust, self.limits = ledger, secret, trust, limits
-        self.tenant_weights, self._appraiser = tenant_weights or {}, DemandEstimator(limits)
+        self.tenant_weights, self._estimator = tenant_weights or {}, DemandEstimator(limits)
         self.snapshot, self.plan = Snapshot((), ()), Plan({})  # the newest, for those who ask
         self.read = ledger_pb2.GetSnapshotResponse()  # what the snapshot was made of
         self._streams: dict[str, ExecutorStream] = {}
@@ -139,7 +139,7 @@ class Scheduler:
 
     def _decide(self, snapshot: ledger_pb2.GetSnapshotResponse, view: Snapshot) -> Plan:
         suspects = [entry.task.name for entry in snapshot.tasks if entry.num_crashes]
-        return make_plan(view, suspects, self.limits, self._appraiser)
+        return make_plan(view, suspects, self.limits, self._estimator)
 
     def _view(self, snapshot: ledger_pb2.GetSnapshotResponse) -> Snapshot:
         """What the planner reads: with the hTasks that run, which it keeps where they are good enough."""

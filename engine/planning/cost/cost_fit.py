@@ -1,4 +1,4 @@
-"""Prices of a cost profile from measured microbatches: non-negative least squares of relative errors, for each knee.
+"""Fits the prices of a cost profile to measured microbatches: non-negative least squares of relative errors per knee.
 
 Non-negative prices make every prediction monotone in the work. Relative errors, because a plan compares microbatches
 of all sizes. A second pass gives outliers (a busy machine) less weight.
@@ -12,54 +12,58 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.planning.cost.cost_model import CostProfile, Part, total
+from engine.planning.cost.cost_model import MicrobatchWork, microbatch_seconds, total
+from engine.planning.types import CostProfile
 
 _OUTLIER = 3.0  # median absolute deviations
 _NUM_KNEES = 24
-_MIN_GAIN = 0.02  # by which a knee must lower the error to be believed
+_MIN_GAIN = 0.02  # relative error that a knee must save to be accepted
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A microbatch and the seconds it took."""
+class CostSample:
+    """A measured microbatch: the work of each of its tasks, and the seconds it took."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[MicrobatchWork, ...]
     seconds: float
 
 
-def fit(samples: Sequence[Sample]) -> CostProfile:
-    """The profile that explains the samples best. Raises ValueError if there are none, or one took no time."""
+def fit(samples: Sequence[CostSample]) -> CostProfile:
+    """Return the profile that explains the samples best. Raises ValueError if there is none, or one took no time."""
     if not samples or min(sample.seconds for sample in samples) <= 0:
-        raise ValueError("a profile needs samples, each of a positive time")
+        raise ValueError("a cost profile needs at least one sample, each with a positive time")
     wholes = [total(sample.parts) for sample in samples]
     seconds_N = np.array([sample.seconds for sample in samples])
     features_NF = np.array([_features(whole) for whole in wholes])
     tokens_N = features_NF[:, 1].copy()
     best = _fit_with_knee(features_NF, tokens_N, seconds_N, 0.0)
-    without = best.error
+    error_without_knee = best.error
     for knee in np.geomspace(tokens_N.min(), tokens_N.max(), _NUM_KNEES + 2)[1:-1]:
         candidate = _fit_with_knee(features_NF, tokens_N, seconds_N, float(knee))
-        if candidate.error < min(best.error, without * (1 - _MIN_GAIN)):
+        if candidate.error < min(best.error, error_without_knee * (1 - _MIN_GAIN)):
             best = candidate
     return replace(best, error=error_of(best, samples))
 
 
-def error_of(profile: CostProfile, samples: Sequence[Sample]) -> float:
-    """Median relative error of the profile on samples."""
-    return statistics.median(abs(profile.microbatch_seconds(s.parts) / s.seconds - 1) for s in samples)
+def error_of(profile: CostProfile, samples: Sequence[CostSample]) -> float:
+    """Return the median relative error of the profile on samples."""
+    return statistics.median(abs(microbatch_seconds(profile, s.parts) / s.seconds - 1) for s in samples)
 
 
-def refit(start: Sequence[Sample], recent: Sequence[Sample]) -> CostProfile:
-    """What was calibrated, at the speed of what ran since, and fitted to both: a machine gets slower or faster as a
-    whole, and real microbatches are larger than there was time to try. Raises as `fit`."""
-    first = fit(start)
+def refit(start: Sequence[CostSample], recent: Sequence[CostSample]) -> CostProfile:
+    """Fit a profile to calibration samples, scaled to the speed of recent ones, and to the recent ones themselves.
+
+    A machine gets slower or faster as a whole, and real microbatches are larger than calibration had time to try.
+    Raises as `fit`.
+    """
+    calibrated = fit(start)
     if not recent:
-        return first
-    ratio = statistics.median(sample.seconds / first.microbatch_seconds(sample.parts) for sample in recent)
-    return fit([*(Sample(sample.parts, sample.seconds * ratio) for sample in start), *recent])
+        return calibrated
+    ratio = statistics.median(sample.seconds / microbatch_seconds(calibrated, sample.parts) for sample in recent)
+    return fit([*(CostSample(sample.parts, sample.seconds * ratio) for sample in start), *recent])
 
 
-def _features(whole: Part) -> tuple[float, ...]:
+def _features(whole: MicrobatchWork) -> tuple[float, ...]:
     return (1.0, whole.num_tokens, whole.num_squared_tokens, whole.num_targets, whole.num_modules,
             whole.num_multiplications, whole.num_stepped_parameters, whole.num_segments)  # fmt: skip
 
@@ -67,7 +71,7 @@ def _features(whole: Part) -> tuple[float, ...]:
 def _fit_with_knee(
     features_NF: NDArray[np.float64], tokens_N: NDArray[np.float64], seconds_N: NDArray[np.float64], knee: float
 ) -> CostProfile:
-    """`error` is the root mean square of the weighted relative errors here."""
+    """Fit the prices for one knee. `error` is the root mean square of the weighted relative errors here."""
     bent_NF = features_NF.copy()
     bent_NF[:, 1] = np.maximum(tokens_N, knee)
     relative_NF = bent_NF / seconds_N[:, None]
@@ -83,7 +87,7 @@ def _fit_with_knee(
 
 
 def nonnegative_least_squares(a_NF: NDArray[np.float64], b_N: NDArray[np.float64]) -> NDArray[np.float64]:
-    """x_F >= 0 that minimises |a x - b|, by active sets (Lawson and Hanson 1974, ch. 23)."""
+    """Return the x_F >= 0 that minimises |a x - b|, by active sets (Lawson and Hanson 1974, ch. 23)."""
     norms_F = np.linalg.norm(a_NF, axis=0)
     norms_F[norms_F == 0] = 1.0
     a_NF = a_NF / norms_F

@@ -1,4 +1,4 @@
-"""Seconds of a microbatch, from what is in it: a formula of eight prices, fitted to measurements by `fit.py`.
+"""Seconds of a microbatch, from the work in it: a formula of eight prices, fitted to measurements by `cost_fit`.
 
     seconds = fixed + token * max(T, knee) + segment * sequences + square * sum(L^2) + target * M
               + module * ranges' adapted modules + multiplication * adapters' multiplications
@@ -16,11 +16,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.methods.base import Method, Site, SiteKind
+from engine.planning.types import CostProfile
 
 
 @dataclass(frozen=True)
 class AdapterLoad:
-    """What a task's method costs: modules adapted, multiplications for a token, parameters for the optimizer."""
+    """Work that a task's method adds: modules adapted, multiplications for each token, parameters to step."""
 
     num_modules: int
     num_multiplications: int
@@ -28,11 +29,11 @@ class AdapterLoad:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One task's part of a microbatch (or of many). Fractions are allowed: a part may be an average.
+class MicrobatchWork:
+    """Work of one task in a microbatch, or of several tasks or microbatches together. Averages may be fractions.
 
-    `num_squared_tokens`: the sum of its sequences' lengths, squared each. `num_modules` counts once for each
-    microbatch, `num_stepped_parameters` once for each optimizer step taken after it.
+    `num_squared_tokens`: the sum of squared sequence lengths. `num_modules` counts once for each microbatch,
+    `num_stepped_parameters` once for each optimizer step that follows it.
     """
 
     num_tokens: float
@@ -44,65 +45,42 @@ class Part:
     num_segments: float = 0.0  # sequences
 
 
-@dataclass(frozen=True)
-class CostProfile:
-    """Prices in seconds, each at least 0, so that more work never costs less. The zero profile knows nothing.
-
-    `error`: median relative error on what it was fitted to.
-    """
-
-    fixed_seconds: float = 0.0
-    token_seconds: float = 0.0
-    knee_tokens: float = 0.0
-    square_seconds: float = 0.0
-    target_seconds: float = 0.0
-    module_seconds: float = 0.0
-    multiplication_seconds: float = 0.0
-    parameter_seconds: float = 0.0
-    segment_seconds: float = 0.0
-    error: float = 0.0
-
-    @property
-    def is_known(self) -> bool:
-        return self.token_seconds > 0 or self.fixed_seconds > 0
-
-    def microbatch_seconds(self, parts: Iterable[Part]) -> float:
-        """Forward, backward and the optimizer steps of one microbatch."""
-        whole = total(parts)
-        return self.base_seconds(whole.num_tokens, 1) + self.extra_seconds(whole)
-
-    def base_seconds(self, num_tokens: float, num_microbatches: float) -> float:
-        """What the backbone's operators cost for tokens spread evenly over microbatches."""
-        busy = max(num_tokens, num_microbatches * self.knee_tokens)
-        return self.fixed_seconds * num_microbatches + self.token_seconds * busy
-
-    def extra_seconds(self, part: Part) -> float:
-        """What a part costs whoever it is fused with: attention, head, adapter, optimizer. Adds up over parts."""
-        return (
-            self.square_seconds * part.num_squared_tokens
-            + self.target_seconds * part.num_targets
-            + self.module_seconds * part.num_modules
-            + self.multiplication_seconds * part.num_multiplications
-            + self.parameter_seconds * part.num_stepped_parameters
-            + self.segment_seconds * part.num_segments
-        )
+def microbatch_seconds(profile: CostProfile, parts: Iterable[MicrobatchWork]) -> float:
+    """Return the seconds of forward, backward and the optimizer steps of one microbatch."""
+    whole = total(parts)
+    return base_seconds(profile, whole.num_tokens, 1) + extra_seconds(profile, whole)
 
 
-UNKNOWN = CostProfile()
+def base_seconds(profile: CostProfile, num_tokens: float, num_microbatches: float) -> float:
+    """Return the seconds of the backbone's operators for tokens spread evenly over microbatches."""
+    busy_tokens = max(num_tokens, num_microbatches * profile.knee_tokens)
+    return profile.fixed_seconds * num_microbatches + profile.token_seconds * busy_tokens
 
 
-def total(parts: Iterable[Part]) -> Part:
-    """All of them as one."""
+def extra_seconds(profile: CostProfile, work: MicrobatchWork) -> float:
+    """Return the seconds that fusion does not change: attention, head, adapter, optimizer. They add up over parts."""
+    return (
+        profile.square_seconds * work.num_squared_tokens
+        + profile.target_seconds * work.num_targets
+        + profile.module_seconds * work.num_modules
+        + profile.multiplication_seconds * work.num_multiplications
+        + profile.parameter_seconds * work.num_stepped_parameters
+        + profile.segment_seconds * work.num_segments
+    )
+
+
+def total(parts: Iterable[MicrobatchWork]) -> MicrobatchWork:
+    """Return the sum of all parts."""
     rows = [
         (p.num_tokens, p.num_squared_tokens, p.num_targets, p.num_modules, p.num_multiplications,
          p.num_stepped_parameters, p.num_segments)
         for p in parts
     ]  # fmt: skip
-    return Part(*map(sum, zip(*rows, strict=True))) if rows else Part(0.0)
+    return MicrobatchWork(*map(sum, zip(*rows, strict=True))) if rows else MicrobatchWork(0.0)
 
 
 def adapter_load(method: Method, sites: Sequence[Site]) -> AdapterLoad:
-    """Raises InvalidInputError if what the method names is not among the sites."""
+    """Return the work that a method adds. Raises InvalidInputError if it names a module that is not among the sites."""
     shapes = method.shapes(sites)
     linear = {site.name for site in sites if site.kind in (SiteKind.LINEAR, SiteKind.BLOCK)}
     sizes = {name: sum(math.prod(shape) for shape in tensors.values()) for name, tensors in shapes.items()}

@@ -1,95 +1,98 @@
-"""What one task asks of any executor of its backbone, worked out once a plan: bytes, and one step as the cost model
-sees it."""
+"""Demand of a task: memory and step time that it needs on any executor of its backbone."""
 
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from engine.planning.cost.chunk_size import SequenceLengths, allowed_padding_tokens, choose_chunk
-from engine.planning.cost.cost_model import AdapterLoad, CostProfile, Part, adapter_load
-from engine.planning.cost.memory_model import Footprint, footprint
+from engine.planning.cost.cost_model import AdapterLoad, MicrobatchWork, adapter_load, extra_seconds
+from engine.planning.cost.memory_model import TaskFootprint, footprint
 from engine.planning.cost.round_time import StepCost
-from engine.planning.types import BackboneView, PlannerConfig, TaskView
+from engine.planning.types import BackboneView, CostProfile, PlannerConfig, TaskView
 from engine.task import Affects, TaskSpec, values_affecting
 
 
 @dataclass(frozen=True)
 class TaskDemand:
-    """`step`: one optimizer step of the task, padding included; `ragged`: its sequences."""
+    """Memory and step time that a task demands of any executor of its backbone; computed once for each plan.
+
+    `step`: the work of one optimizer step, padding included; `sequences`: the lengths of its sequences.
+    """
 
     task: TaskView
-    footprint: Footprint
-    step: Part
-    ragged: SequenceLengths
+    footprint: TaskFootprint
+    step: MicrobatchWork
+    sequences: SequenceLengths
 
     def seconds(self, profile: CostProfile) -> float:
-        """What a step costs an executor that is busy anyway: the task's claim on it."""
-        return profile.token_seconds * self.step.num_tokens + profile.extra_seconds(self.step)
+        """Return the seconds that a step adds to an executor that is busy anyway: the task's claim on it."""
+        return profile.token_seconds * self.step.num_tokens + extra_seconds(profile, self.step)
 
-    def job(self, profile: CostProfile) -> StepCost:
-        return StepCost(self.task.name, self.step.num_tokens, profile.extra_seconds(self.step),
-                   self.footprint.sequence_tokens, self.footprint.kept_bytes)  # fmt: skip
+    def step_cost(self, profile: CostProfile) -> StepCost:
+        return StepCost(self.task.name, self.step.num_tokens, extra_seconds(profile, self.step),
+                        self.footprint.sequence_tokens, self.footprint.saved_token_bytes)  # fmt: skip
 
 
 class DemandEstimator:
-    """Works out needs, and remembers them for as long as it lives: most of a need depends on the spec alone."""
+    """Estimates demands and caches them for as long as it lives: most of a demand depends on the spec alone."""
 
-    def __init__(self, limits: PlannerConfig) -> None:
-        self._limits = limits
-        self._needs: dict[tuple[str, str], TaskDemand] = {}
-        self._methods: dict[tuple[str, str], AdapterLoad] = {}
-        self._footprints: dict[tuple[object, ...], Footprint] = {}
+    def __init__(self, config: PlannerConfig) -> None:
+        self._config = config
+        self._demands: dict[tuple[str, str], TaskDemand] = {}
+        self._loads: dict[tuple[str, str], AdapterLoad] = {}
+        self._footprints: dict[tuple[object, ...], TaskFootprint] = {}
 
-    def need(self, task: TaskView, backbone: BackboneView) -> TaskDemand:
-        """Raises InvalidInputError if the task's method names what the backbone has not."""
+    def estimate(self, task: TaskView, backbone: BackboneView) -> TaskDemand:
+        """Return the task's demand. Raises InvalidInputError if its method names a module that the backbone lacks."""
         key = task.name, backbone.name
-        known = self._needs.get(key)
-        if known is None or known.task.spec != task.spec:
+        demand = self._demands.get(key)
+        if demand is None or demand.task.spec != task.spec:
             method = repr(task.spec.method), backbone.name
-            if method not in self._methods:
-                self._methods[method] = adapter_load(task.spec.method, backbone.sites)
-            ragged = _ragged(task)
-            step = _step(task, ragged, self._methods[method], self._limits)
-            known = TaskDemand(task, self._footprint(task.spec, backbone), step, ragged)
-        elif known.task is not task:
-            known = replace(known, task=task)
-        self._needs[key] = known
-        return known
+            if method not in self._loads:
+                self._loads[method] = adapter_load(task.spec.method, backbone.sites)
+            sequences = _sequences(task)
+            step = _step(task, sequences, self._loads[method], self._config)
+            demand = TaskDemand(task, self._footprint(task.spec, backbone), step, sequences)
+        elif demand.task is not task:
+            demand = replace(demand, task=task)
+        self._demands[key] = demand
+        return demand
 
-    def _footprint(self, spec: TaskSpec, backbone: BackboneView) -> Footprint:
+    def _footprint(self, spec: TaskSpec, backbone: BackboneView) -> TaskFootprint:
         key = (repr(spec.method), backbone.name, values_affecting(spec.training, Affects.MEMORY))
         if key not in self._footprints:
             self._footprints[key] = footprint(spec, backbone)
         return self._footprints[key]
 
     def forget_all_but(self, tasks: Collection[str]) -> None:
-        self._needs = {key: need for key, need in self._needs.items() if key[0] in tasks}
+        self._demands = {key: demand for key, demand in self._demands.items() if key[0] in tasks}
 
 
-def _ragged(task: TaskView) -> SequenceLengths:
-    """One step's sequences, virtual tokens included."""
-    training, virtual = task.spec.training, task.spec.method.num_virtual_tokens
-    sequences = max(1, training.global_batch_size)
-    lengths = tuple(length + virtual for length in task.length_quantiles)
-    slices = math.ceil(sequences / max(1, training.micro_batch_size))
-    return SequenceLengths(lengths, sequences, slices, task.tokens_per_step + sequences * virtual)
+def _sequences(task: TaskView) -> SequenceLengths:
+    """Return the sequences of one step, virtual tokens included."""
+    training, virtual_tokens = task.spec.training, task.spec.method.num_virtual_tokens
+    num_sequences = max(1, training.global_batch_size)
+    lengths = tuple(length + virtual_tokens for length in task.length_quantiles)
+    num_slices = math.ceil(num_sequences / max(1, training.micro_batch_size))
+    return SequenceLengths(lengths, num_sequences, num_slices, task.tokens_per_step + num_sequences * virtual_tokens)
 
 
-def _step(task: TaskView, ragged: SequenceLengths, load: AdapterLoad, limits: PlannerConfig) -> Part:
-    """An average step, were the task alone. Every position is taken to bear loss; sequences whose lengths are not known
-    are taken to be of one."""
-    tokens, sequences = ragged.num_tokens, ragged.num_sequences
-    ranges = min(ragged.num_slices, max(1, math.ceil(tokens / limits.token_budget)))
-    chunk = limits.chunk_tokens or choose_chunk([ragged], ranges, allowed_padding_tokens(tokens, ranges))
-    padded = tokens + ragged.padding_tokens(ranges, chunk)
-    mean = tokens / sequences
-    square = sum(length * length for length in ragged.lengths) / len(ragged.lengths) if ragged.lengths else mean * mean
-    return Part(
-        num_tokens=padded,
-        num_squared_tokens=square * sequences,
+def _step(task: TaskView, sequences: SequenceLengths, load: AdapterLoad, config: PlannerConfig) -> MicrobatchWork:
+    """Return the work of an average step of the task without neighbours.
+
+    Every position is assumed to bear loss. Sequences of unknown lengths are assumed to be equally long.
+    """
+    tokens, count = sequences.num_tokens, sequences.num_sequences
+    ranges = min(sequences.num_slices, max(1, math.ceil(tokens / config.token_budget)))
+    chunk = config.chunk_tokens or choose_chunk([sequences], ranges, allowed_padding_tokens(tokens, ranges))
+    padded_tokens = tokens + sequences.padding_tokens(ranges, chunk)
+    lengths = sequences.lengths or (tokens / count,)
+    return MicrobatchWork(
+        num_tokens=padded_tokens,
+        num_squared_tokens=sum(length * length for length in lengths) / len(lengths) * count,
         num_targets=task.tokens_per_step,
         num_modules=ranges * load.num_modules,
-        num_multiplications=padded * load.num_multiplications,
+        num_multiplications=padded_tokens * load.num_multiplications,
         num_stepped_parameters=load.num_parameters,
-        num_segments=sequences,
+        num_segments=count,
     )

@@ -1,4 +1,4 @@
-"""Which tasks share microbatches: a partition of an executor's tasks into hTasks, by dynamic programming.
+"""Decides which tasks share microbatches: partitions an executor's tasks into hTasks by dynamic programming.
 
 A period is the time in which every task takes one optimizer step. With the work and the latency of each hTask's round
 (`round_time.py`)
@@ -7,9 +7,9 @@ A period is the time in which every task takes one optimizer step. With the work
 
 Fusing saves fixed costs and idle tokens under the knee; splitting fills pipelines. For a bound on the latency the least
 work is a shortest path over groups, so the period is found by bisection over that bound. Groups are all subsets for few
-tasks (exact), and for many the intervals of several orders of the tasks, among them the paper's, sorted by tokens. No
-order of the tasks has every best partition among its intervals (sums have to fill whole microbatches, which is a
-problem of packing), so what was found is polished by local search until it is close to a bound below any partition.
+tasks (exact), and for many the contiguous runs of several orders of the tasks, among them the paper's, sorted by
+tokens. No order has every best partition among its runs (sums have to fill whole microbatches, which is a packing
+problem), so local search polishes the result until it is close to a lower bound of every partition.
 Legend: G groups, J choices of a group's number of microbatches.
 """
 
@@ -19,23 +19,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.planning.cost.cost_model import base_seconds
 from engine.planning.cost.round_time import StageModel, StepCost, round_times
-from engine.planning.fusion.local_search import arranged, regrouped
-from engine.planning.fusion.task_groups import Given, Groups, Intervals, Subsets
+from engine.planning.fusion.local_search import improve_partition, shuffle_keeping_groups
+from engine.planning.fusion.task_groups import AllSubsets, CandidateGroups, ContiguousRuns, FixedPartition
 
 EXACT_TASKS = 10
 _TOLERANCE = 1e-3  # of the bisection, relative
-_TIE = 1e-9  # of the largest work, for each group: of equals, the fewest hTasks
-_CLOSE = 2e-3  # to the lower bound: good enough
-_TRIES, _PAIRS = 12, 8_000  # of polishing: at most so many, and so many pairs of tasks looked at
-_AIMS = (0.0, 0.75)  # from the lower bound to the best so far
+_TIE = 1e-9  # of the largest work, for each group: among equals, prefer the fewest hTasks
+_CLOSE = 2e-3  # relative distance from the lower bound at which polishing stops
+_MAX_STARTS, _MAX_PAIRS = 12, 8_000  # starts of polishing, and pairs of tasks examined in them
+_BOUND_SHARES = (0.0, 0.75)  # latency bounds that polishing tries: shares of the way from the lower bound to the best
 
 
 @dataclass(frozen=True)
-class Group:
-    """Jobs fused into one hTask: `num_microbatches` a round, each stage busy for `work_seconds` a round."""
+class FusedGroup:
+    """Tasks fused into one hTask: `num_microbatches` a round, each stage busy for `work_seconds` a round."""
 
-    jobs: tuple[StepCost, ...]
+    tasks: tuple[StepCost, ...]
     num_microbatches: int
     work_seconds: float
     latency_seconds: float
@@ -47,108 +48,111 @@ class Group:
 
 @dataclass(frozen=True)
 class Fusion:
-    """A partition, and the seconds in which each task takes one step."""
+    """A partition into hTasks, and the seconds in which each task takes one step."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[FusedGroup, ...]
     period_seconds: float
 
     @property
     def partition(self) -> list[tuple[StepCost, ...]]:
-        return [group.jobs for group in self.groups]
+        return [group.tasks for group in self.groups]
 
 
-def fuse(jobs: Sequence[StepCost], stage: StageModel) -> Fusion:
-    """The partition of least period. Raises ValueError if a sequence is longer than a microbatch may be."""
-    if not jobs:
+def fuse(tasks: Sequence[StepCost], stage: StageModel) -> Fusion:
+    """Return the partition with the least period. Raises ValueError if a sequence is longer than any microbatch."""
+    if not tasks:
         return Fusion((), 0.0)
-    if len(jobs) <= EXACT_TASKS:
-        return _best_of_groups(Subsets(jobs, stage), stage)
-    return fuse_many(jobs, stage)
+    if len(tasks) <= EXACT_TASKS:
+        return _best_cover(AllSubsets(tasks, stage), stage)
+    return fuse_many(tasks, stage)
 
 
-def fuse_many(jobs: Sequence[StepCost], stage: StageModel) -> Fusion:
-    """The same where all subsets are too many: near the least, in polynomial time. Raises as `fuse`."""
-    by_tokens = sorted(jobs, key=lambda job: (job.num_tokens, job.name))
-    by_bytes = sorted(jobs, key=lambda job: (stage.held_tokens(job.token_bytes), job.num_tokens, job.name))
-    orders = [by_tokens, by_bytes, _balanced(by_tokens)] if stage.num_stages > 1 else [by_bytes]
-    return _polished([_best_of_groups(Intervals(order, stage), stage) for order in orders], jobs, stage)
+def fuse_many(tasks: Sequence[StepCost], stage: StageModel) -> Fusion:
+    """Return a partition with nearly the least period, in polynomial time. Raises as `fuse`."""
+    by_tokens = sorted(tasks, key=lambda task: (task.num_tokens, task.name))
+    by_bytes = sorted(tasks, key=lambda task: (stage.held_tokens(task.token_bytes), task.num_tokens, task.name))
+    orders = [by_tokens, by_bytes, _alternate(by_tokens)] if stage.num_stages > 1 else [by_bytes]
+    return _polish([_best_cover(ContiguousRuns(order, stage), stage) for order in orders], tasks, stage)
 
 
-def of_partition(partition: Sequence[Sequence[StepCost]], stage: StageModel) -> Fusion:
-    """A given partition, with the numbers of microbatches that serve it best. Raises as `fuse`."""
-    return _best_of_groups(Given(partition, stage), stage)
+def fuse_as(partition: Sequence[Sequence[StepCost]], stage: StageModel) -> Fusion:
+    """Return the given partition, with the numbers of microbatches that suit it best. Raises as `fuse`."""
+    return _best_cover(FixedPartition(partition, stage), stage)
 
 
-def lower_bound_seconds(jobs: Sequence[StepCost], stage: StageModel) -> float:
-    """No partition has a shorter period: all tokens in the fewest microbatches there can be, on every stage; and no
-    hTask's round is shorter than that of any one of its tasks alone."""
-    if not jobs:
+def lower_bound_seconds(tasks: Sequence[StepCost], stage: StageModel) -> float:
+    """Return a lower bound of every partition's period.
+
+    All tokens pass every stage in at least the fewest microbatches possible, and an hTask's round takes at least as
+    long as that of any one of its tasks alone.
+    """
+    if not tasks:
         return 0.0
-    tokens = sum(job.num_tokens for job in jobs)
-    fewest = max(1, math.ceil(tokens / max(stage.held_tokens(job.token_bytes) for job in jobs) - 1e-9))
-    work = stage.profile.base_seconds(tokens, fewest) + sum(job.extra_seconds for job in jobs)
-    alone = Given([[job] for job in jobs], stage)
+    tokens = sum(task.num_tokens for task in tasks)
+    fewest = max(1, math.ceil(tokens / max(stage.held_tokens(task.token_bytes) for task in tasks) - 1e-9))
+    work = base_seconds(stage.profile, tokens, fewest) + sum(task.extra_seconds for task in tasks)
+    alone = FixedPartition([[task] for task in tasks], stage)
     rounds = round_times(alone.tokens_G, alone.extra_G, alone.held_G, alone.longest_G, stage)
     return max(work / stage.num_stages, float(rounds.latency_XJ.min(axis=1).max()))
 
 
-def _balanced(jobs: Sequence[StepCost]) -> list[StepCost]:
-    """Large and small in turn, so that intervals of few jobs can hold like sums."""
-    return [job for pair in zip(reversed(jobs), jobs, strict=True) for job in pair][: len(jobs)]
+def _alternate(tasks: Sequence[StepCost]) -> list[StepCost]:
+    """Alternate large and small tasks, so that runs of few tasks can have similar sums."""
+    return [task for pair in zip(reversed(tasks), tasks, strict=True) for task in pair][: len(tasks)]
 
 
-def _polished(starts: Sequence[Fusion], jobs: Sequence[StepCost], stage: StageModel) -> Fusion:
-    """Local search from each start; then from the best intervals of the best partition's groups, rearranged."""
+def _polish(starts: Sequence[Fusion], tasks: Sequence[StepCost], stage: StageModel) -> Fusion:
+    """Run local search from each start, then from the best runs of the best partition's groups, reordered."""
     best = min(starts, key=_period)
-    lowest, random = lower_bound_seconds(jobs, stage), np.random.default_rng(0)
-    for number in range(min(_TRIES, _PAIRS // len(jobs) ** 2)):
+    lowest, random = lower_bound_seconds(tasks, stage), np.random.default_rng(0)
+    for number in range(min(_MAX_STARTS, _MAX_PAIRS // len(tasks) ** 2)):
         if best.period_seconds <= lowest * (1 + _CLOSE):
             break
-        start = starts[number] if number < len(starts) else _rearranged(best, stage, random)
-        for share in _AIMS:
-            aim = lowest + share * (best.period_seconds - lowest)
-            best = min(best, start, of_partition(regrouped(start.partition, stage, aim), stage), key=_period)
+        start = starts[number] if number < len(starts) else _reorder(best, stage, random)
+        for share in _BOUND_SHARES:
+            bound = lowest + share * (best.period_seconds - lowest)
+            best = min(best, start, fuse_as(improve_partition(start.partition, stage, bound), stage), key=_period)
     return best
 
 
-def _rearranged(fusion: Fusion, stage: StageModel, random: np.random.Generator) -> Fusion:
-    """No worse than it was: its groups are intervals of the new order."""
-    return _best_of_groups(Intervals(arranged(fusion.partition, random), stage), stage)
+def _reorder(fusion: Fusion, stage: StageModel, random: np.random.Generator) -> Fusion:
+    """Return the best runs of a new order. They are no worse than before: the old groups are runs of it too."""
+    return _best_cover(ContiguousRuns(shuffle_keeping_groups(fusion.partition, random), stage), stage)
 
 
 def _period(fusion: Fusion) -> float:
     return fusion.period_seconds
 
 
-def _best_of_groups(groups: Groups, stage: StageModel) -> Fusion:
-    """Bisects the bound on latency where the least work under it meets the bound."""
+def _best_cover(groups: CandidateGroups, stage: StageModel) -> Fusion:
+    """Bisect the bound on latency until the least work under it meets the bound."""
     rounds = round_times(groups.tokens_G, groups.extra_G, groups.held_G, groups.longest_G, stage)
     number_GJ, work_GJ, latency_GJ = rounds.number_XJ, rounds.work_XJ, rounds.latency_XJ
     tie = _TIE * float(work_GJ[np.isfinite(work_GJ)].max(initial=0.0))
 
-    def under(bound: float) -> tuple[Fusion, float]:
+    def cover_under(bound: float) -> tuple[Fusion, float]:
         allowed_GJ = np.where(latency_GJ <= bound, work_GJ, np.inf)
         choice_G = allowed_GJ.argmin(axis=1)
         at = np.arange(len(choice_G)), choice_G
-        work, taken = groups.cover(allowed_GJ[at] + tie)
+        work, cover = groups.cover(allowed_GJ[at] + tie)
         if not math.isfinite(work):
             return Fusion((), math.inf), work
-        made = tuple(
-            Group(groups.jobs(g), int(number_GJ[g, choice_G[g]]), float(work_GJ[g, choice_G[g]]),
-                  float(latency_GJ[g, choice_G[g]]))
-            for g in taken
+        fused = tuple(
+            FusedGroup(groups.members(g), int(number_GJ[g, choice_G[g]]), float(work_GJ[g, choice_G[g]]),
+                       float(latency_GJ[g, choice_G[g]]))
+            for g in cover
         )  # fmt: skip
-        work = sum(group.work_seconds for group in made)
-        return Fusion(made, max(work, *(group.latency_seconds for group in made))), work
+        work = sum(group.work_seconds for group in fused)
+        return Fusion(fused, max(work, *(group.latency_seconds for group in fused))), work
 
-    best, work = under(math.inf)
+    best, work = cover_under(math.inf)
     if not math.isfinite(work):
         raise ValueError("a sequence is longer than any microbatch may be")
     low, high = work, best.period_seconds
     while high > low * (1 + _TOLERANCE):
         bound = (low + high) / 2
-        found, work = under(bound)
-        best = min(best, found, key=_period)
+        fusion, work = cover_under(bound)
+        best = min(best, fusion, key=_period)
         if work <= bound:
             high = bound
         else:

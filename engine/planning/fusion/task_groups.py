@@ -1,6 +1,6 @@
-"""Groups of jobs that could be hTasks, all of a kind at once, and the cheapest way to cover all jobs by disjoint ones.
+"""Candidate groups of tasks that could be hTasks, and the cheapest way to cover all tasks by disjoint groups.
 
-Legend: G groups, N jobs, I and J places between jobs.
+Legend: G groups, N tasks, I and J places between tasks.
 """
 
 from collections.abc import Sequence
@@ -11,53 +11,54 @@ from numpy.typing import NDArray
 
 from engine.planning.cost.round_time import Floats, StageModel, StepCost
 
-Path = tuple[float, list[int]]  # work, and the groups taken
+Cover = tuple[float, list[int]]  # work, and the groups chosen
 _Table = list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]
 
 
-class Groups:
-    """Over each group [G]: sums of tokens and extra seconds, the least a microbatch holds, and the longest sequence."""
+class CandidateGroups:
+    """Groups of tasks, with totals of each [G]: sums of tokens and of extra seconds, the longest sequence, and the
+    tokens that a microbatch holds."""
 
     tokens_G: Floats
     extra_G: Floats
     held_G: Floats
     longest_G: Floats
 
-    def cover(self, work_G: Floats) -> Path:
-        """Disjoint groups that hold all jobs, of the least work in all."""
+    def cover(self, work_G: Floats) -> Cover:
+        """Return disjoint groups that hold all tasks, with the least work in total."""
         raise NotImplementedError
 
-    def jobs(self, group: int) -> tuple[StepCost, ...]:
+    def members(self, group: int) -> tuple[StepCost, ...]:
         raise NotImplementedError
 
 
-class Subsets(Groups):
-    """All 2^N subsets of few jobs; group g holds the jobs of its bits."""
+class AllSubsets(CandidateGroups):
+    """All 2^N subsets of few tasks; group g holds the tasks of its bits."""
 
-    def __init__(self, jobs: Sequence[StepCost], stage: StageModel) -> None:
-        self._jobs = jobs
-        self.tokens_G = _fold([job.num_tokens for job in jobs], np.add)
-        self.extra_G = _fold([job.extra_seconds for job in jobs], np.add)
-        self.held_G = _fold([stage.held_tokens(job.token_bytes) for job in jobs], np.minimum, np.inf)
-        self.longest_G = _fold([job.longest_tokens for job in jobs], np.maximum)
+    def __init__(self, tasks: Sequence[StepCost], stage: StageModel) -> None:
+        self._tasks = tasks
+        self.tokens_G = _fold([task.num_tokens for task in tasks], np.add)
+        self.extra_G = _fold([task.extra_seconds for task in tasks], np.add)
+        self.held_G = _fold([stage.held_tokens(task.token_bytes) for task in tasks], np.minimum, np.inf)
+        self.longest_G = _fold([task.longest_tokens for task in tasks], np.maximum)
 
-    def cover(self, work_G: Floats) -> Path:
-        """best[s] = min over subsets g of s that hold its lowest job: work[g] + best[s - g]."""
-        best_G, taken_G = np.zeros_like(work_G), np.zeros(len(work_G), int)
-        for sets, starts, parts in _subset_table(len(self._jobs)):
+    def cover(self, work_G: Floats) -> Cover:
+        """best[s] = min over subsets g of s that hold its lowest task: work[g] + best[s - g]."""
+        best_G, chosen_G = np.zeros_like(work_G), np.zeros(len(work_G), int)
+        for sets, starts, parts in _subset_table(len(self._tasks)):
             rest = np.repeat(sets, np.diff([*starts, len(parts)])) ^ parts
             sums = work_G[parts] + best_G[rest]
             best_G[sets] = np.minimum.reduceat(sums, starts)
             hits = np.flatnonzero(sums == np.repeat(best_G[sets], np.diff([*starts, len(parts)])))
-            taken_G[rest[hits] ^ parts[hits]] = parts[hits]
+            chosen_G[rest[hits] ^ parts[hits]] = parts[hits]
         groups, left = [], len(work_G) - 1
         while left:
-            groups.append(int(taken_G[left]))
+            groups.append(int(chosen_G[left]))
             left ^= groups[-1]
         return float(best_G[-1]), groups
 
-    def jobs(self, group: int) -> tuple[StepCost, ...]:
-        return tuple(job for i, job in enumerate(self._jobs) if group >> i & 1)
+    def members(self, group: int) -> tuple[StepCost, ...]:
+        return tuple(task for i, task in enumerate(self._tasks) if group >> i & 1)
 
 
 def _fold(values: Sequence[float], combine: np.ufunc, empty: float = 0.0) -> Floats:
@@ -68,45 +69,45 @@ def _fold(values: Sequence[float], combine: np.ufunc, empty: float = 0.0) -> Flo
 
 
 @lru_cache(maxsize=16)
-def _subset_table(num_jobs: int) -> _Table:
-    """By size of the set: the sets, and for each, from `starts` on, its subsets that hold its lowest job."""
-    parts_of = [[part for part in range(1, s + 1) if part & s == part and part & s & -s] for s in range(1 << num_jobs)]
+def _subset_table(num_tasks: int) -> _Table:
+    """Return for each size of set: the sets, and from `starts` on for each set, its subsets with its lowest task."""
+    parts_of = [[part for part in range(1, s + 1) if part & s == part and part & s & -s] for s in range(1 << num_tasks)]
     table = []
-    for size in range(1, num_jobs + 1):
-        sets = [s for s in range(1 << num_jobs) if s.bit_count() == size]
+    for size in range(1, num_tasks + 1):
+        sets = [s for s in range(1 << num_tasks) if s.bit_count() == size]
         starts = np.cumsum([0, *(len(parts_of[s]) for s in sets[:-1])])
         parts = [part for s in sets for part in parts_of[s]]
         table.append((np.array(sets), starts, np.array(parts)))
     return table
 
 
-class Intervals(Groups):
-    """Contiguous runs of jobs in a given order; group i * (N + 1) + j holds jobs i to j - 1."""
+class ContiguousRuns(CandidateGroups):
+    """Contiguous runs of tasks in a given order; group i * (N + 1) + j holds tasks i to j - 1."""
 
-    def __init__(self, jobs: Sequence[StepCost], stage: StageModel) -> None:
-        self._jobs, self._side = jobs, len(jobs) + 1
-        self.tokens_G = self._sums([job.num_tokens for job in jobs])
-        self.extra_G = self._sums([job.extra_seconds for job in jobs])
-        self.held_G = -self._maxima([-stage.held_tokens(job.token_bytes) for job in jobs])
-        self.longest_G = self._maxima([job.longest_tokens for job in jobs])
+    def __init__(self, tasks: Sequence[StepCost], stage: StageModel) -> None:
+        self._tasks, self._side = tasks, len(tasks) + 1
+        self.tokens_G = self._sums([task.num_tokens for task in tasks])
+        self.extra_G = self._sums([task.extra_seconds for task in tasks])
+        self.held_G = -self._maxima([-stage.held_tokens(task.token_bytes) for task in tasks])
+        self.longest_G = self._maxima([task.longest_tokens for task in tasks])
 
-    def cover(self, work_G: Floats) -> Path:
+    def cover(self, work_G: Floats) -> Cover:
         """best[j] = min over i < j: best[i] + work[i, j]."""
         work_JI = np.ascontiguousarray(work_G.reshape(self._side, self._side).T)
-        best_J, taken = np.zeros(self._side), [0] * self._side
+        best_J, starts = np.zeros(self._side), [0] * self._side
         for j in range(1, self._side):
             sums_I = best_J[:j] + work_JI[j, :j]
-            taken[j] = int(sums_I.argmin())
-            best_J[j] = sums_I[taken[j]]
+            starts[j] = int(sums_I.argmin())
+            best_J[j] = sums_I[starts[j]]
         groups, j = [], self._side - 1
         while j:
-            groups.append(taken[j] * self._side + j)
-            j = taken[j]
+            groups.append(starts[j] * self._side + j)
+            j = starts[j]
         return float(best_J[-1]), groups[::-1]
 
-    def jobs(self, group: int) -> tuple[StepCost, ...]:
+    def members(self, group: int) -> tuple[StepCost, ...]:
         first, last = divmod(group, self._side)
-        return tuple(self._jobs[first:last])
+        return tuple(self._tasks[first:last])
 
     def _sums(self, values: Sequence[float]) -> Floats:
         sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -120,18 +121,18 @@ class Intervals(Groups):
         return maxima.ravel()
 
 
-class Given(Groups):
-    """One group for each part of a partition: the only cover is all of them."""
+class FixedPartition(CandidateGroups):
+    """The groups of one partition: the only cover is all of them."""
 
     def __init__(self, partition: Sequence[Sequence[StepCost]], stage: StageModel) -> None:
         self._partition = partition
-        self.tokens_G = np.array([sum(job.num_tokens for job in part) for part in partition], float)
-        self.extra_G = np.array([sum(job.extra_seconds for job in part) for part in partition], float)
-        self.held_G = np.array([min(stage.held_tokens(job.token_bytes) for job in part) for part in partition], float)
-        self.longest_G = np.array([max(job.longest_tokens for job in part) for part in partition], float)
+        self.tokens_G = np.array([sum(task.num_tokens for task in part) for part in partition], float)
+        self.extra_G = np.array([sum(task.extra_seconds for task in part) for part in partition], float)
+        self.held_G = np.array([min(stage.held_tokens(task.token_bytes) for task in part) for part in partition], float)
+        self.longest_G = np.array([max(task.longest_tokens for task in part) for part in partition], float)
 
-    def cover(self, work_G: Floats) -> Path:
+    def cover(self, work_G: Floats) -> Cover:
         return float(work_G.sum()), list(range(len(work_G)))
 
-    def jobs(self, group: int) -> tuple[StepCost, ...]:
+    def members(self, group: int) -> tuple[StepCost, ...]:
         return tuple(self._partition[group])

@@ -1,5 +1,4 @@
-"""How long tasks on one executor still take, if nobody comes: rounds get shorter as neighbours finish; and how long one
-takes alone."""
+"""Predicts when tasks end: together on one executor while no task joins, and alone on an executor."""
 
 from collections.abc import Sequence
 
@@ -8,26 +7,29 @@ from engine.planning.placement.executor_state import ExecutorState, ResourceUsag
 from engine.planning.types import ExecutorView, PlannerConfig, TaskView
 
 
-def seconds_left(host: ExecutorState, needs: Sequence[TaskDemand]) -> dict[str, float]:
-    """Until each has done its last step. Every round is one step of each that has one left."""
+def seconds_left(executor: ExecutorState, demands: Sequence[TaskDemand]) -> dict[str, float]:
+    """Return the seconds until each task has done its last step, if no task joins.
+
+    Every round is one step of each task that has steps left, so rounds get shorter as neighbours finish.
+    """
     result, elapsed, rounds_done = dict[str, float](), 0.0, 0
-    waiting = sorted(needs, key=lambda need: need.task.num_steps_left, reverse=True)
-    crowds = [ResourceUsage()]
-    for need in waiting:  # those with most steps first: a prefix of them is who is left
-        crowds.append(crowds[-1] + host.crowd_of(need))
-    for count in range(len(waiting), 0, -1):
-        task = waiting[count - 1].task
+    by_steps = sorted(demands, key=lambda demand: demand.task.num_steps_left, reverse=True)
+    usages = [ResourceUsage()]
+    for demand in by_steps:  # most steps first: the tasks that are left form a prefix
+        usages.append(usages[-1] + executor.usage_of(demand))
+    for count in range(len(by_steps), 0, -1):
+        task = by_steps[count - 1].task
         rounds = task.num_steps_left - rounds_done
-        elapsed += rounds * host.round_seconds(crowds[count])
+        elapsed += rounds * executor.round_seconds(usages[count])
         rounds_done += rounds
         result[task.name] = elapsed
     return result
 
 
 def seconds_alone(
-    task: TaskView, executor: ExecutorView, limits: PlannerConfig, appraiser: DemandEstimator | None = None
+    task: TaskView, executor: ExecutorView, config: PlannerConfig, estimator: DemandEstimator | None = None
 ) -> float:
-    """Of all its steps, had it to itself an executor whose costs are known."""
-    host = ExecutorState(executor, limits)
-    need = (appraiser or DemandEstimator(limits)).need(task, executor.backbone)
-    return task.num_steps_left * host.round_seconds(host.crowd_of(need))
+    """Return the seconds of all the task's steps left, without neighbours on an executor whose costs are known."""
+    state = ExecutorState(executor, config)
+    demand = (estimator or DemandEstimator(config)).estimate(task, executor.backbone)
+    return task.num_steps_left * state.round_seconds(state.usage_of(demand))

@@ -1,11 +1,12 @@
-"""Executors while a plan is made: who is on each, what that leaves free, and whose share of device time it is."""
+"""State of the executors while a plan is made: residents, free memory, and tenants' shares of device time."""
 
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from engine.planning.cost.memory_model import largest_tokens, resident_bytes
+from engine.planning.cost.cost_model import base_seconds, extra_seconds
+from engine.planning.cost.memory_model import largest_microbatch_tokens, resident_bytes
 from engine.planning.cost.round_time import StageModel, StepCost
 from engine.planning.cost.task_demand import TaskDemand
 from engine.planning.types import ExecutorView, PlannerConfig
@@ -13,12 +14,12 @@ from engine.planning.types import ExecutorView, PlannerConfig
 
 @dataclass(frozen=True)
 class ResourceUsage:
-    """What tasks on one executor add up to: sums of their steps, maxima of what a microbatch must hold."""
+    """Resources that tasks on one executor use together: sums over their steps, maxima for a microbatch."""
 
     num_tokens: float = 0.0
     extra_seconds: float = 0.0
     adapter_bytes: int = 0
-    kept_bytes: float = 0.0
+    saved_token_bytes: float = 0.0
     input_mask: int = 0
     sequence_tokens: int = 0
     slice_tokens: int = 0
@@ -28,7 +29,7 @@ class ResourceUsage:
             self.num_tokens + other.num_tokens,
             self.extra_seconds + other.extra_seconds,
             self.adapter_bytes + other.adapter_bytes,
-            max(self.kept_bytes, other.kept_bytes),
+            max(self.saved_token_bytes, other.saved_token_bytes),
             self.input_mask | other.input_mask,
             max(self.sequence_tokens, other.sequence_tokens),
             max(self.slice_tokens, other.slice_tokens),
@@ -36,114 +37,115 @@ class ResourceUsage:
 
 
 class ExecutorState:
-    """One executor and its residents."""
+    """An executor and its residents while a plan is made. `view`: the executor in the snapshot."""
 
-    def __init__(self, executor: ExecutorView, limits: PlannerConfig) -> None:
-        self.executor, self.name, self._limits = executor, executor.name, limits
-        self.profile = executor.profile
+    def __init__(self, view: ExecutorView, config: PlannerConfig) -> None:
+        self.view, self.name, self._config = view, view.name, config
+        self.profile = view.profile
         self.residents: dict[str, TaskDemand] = {}
         self._claims: dict[str, float] = {}
-        self._crowd = ResourceUsage()
+        self._usage = ResourceUsage()
 
     def fits(self, joining: TaskDemand, leaving: Collection[str] = ()) -> bool:
-        """Whether all would be within memory, the largest microbatch included."""
-        return self.bytes_of(self._crowd_with(joining, leaving)) <= self.executor.memory_bytes
+        """Whether all tasks fit into memory after the change, the largest microbatch included."""
+        return self.bytes_of(self._usage_after(joining, leaving)) <= self.view.memory_bytes
 
-    def could_hold(self, need: TaskDemand) -> bool:
-        """Were there nobody else."""
-        return self.bytes_of(self._alone(need)) <= self.executor.memory_bytes
+    def fits_alone(self, demand: TaskDemand) -> bool:
+        """Whether the task fits into memory without neighbours."""
+        return self.bytes_of(self._usage_alone(demand)) <= self.view.memory_bytes
 
     def load_seconds(self, joining: TaskDemand | None = None, leaving: Collection[str] = ()) -> float:
-        """The round as it is, or would be: in it every resident takes one step, all fused."""
-        return self.round_seconds(self._crowd_with(joining, leaving))
+        """Return the seconds of a round now, or after the change: one step of every resident, all fused."""
+        return self.round_seconds(self._usage_after(joining, leaving))
 
-    def round_seconds(self, crowd: ResourceUsage) -> float:
-        number = max(1, math.ceil(crowd.num_tokens / self.microbatch_tokens(crowd)))
-        seconds = self.profile.base_seconds(crowd.num_tokens, number) + crowd.extra_seconds
-        return seconds / self.executor.num_stages if crowd.num_tokens else 0.0
+    def round_seconds(self, usage: ResourceUsage) -> float:
+        number = max(1, math.ceil(usage.num_tokens / self.microbatch_tokens(usage)))
+        seconds = base_seconds(self.profile, usage.num_tokens, number) + usage.extra_seconds
+        return seconds / self.view.num_stages if usage.num_tokens else 0.0
 
-    def bytes_of(self, crowd: ResourceUsage) -> int:
-        tokens = self.microbatch_tokens(crowd)
-        return resident_bytes(self.executor.backbone, crowd.adapter_bytes, crowd.kept_bytes, crowd.input_mask, tokens)
-
-    def alone_bytes(self, need: TaskDemand) -> int:
-        """In a process of its own, with a backbone of its own and microbatches of its own size. What any process has,
-        with or without a backbone, is left out, and packed weights, as in `memory.separate_instance_bytes`."""
-        held, backbone = need.footprint, self.executor.backbone
-        whole = resident_bytes(backbone, held.adapter_bytes, held.kept_bytes, held.input_mask, held.slice_tokens)
-        return whole - backbone.process_bytes - backbone.packed_weight_bytes
-
-    def microbatch_tokens(self, crowd: ResourceUsage) -> int:
-        limits = self._limits
-        return largest_tokens(
-            crowd.sequence_tokens, crowd.slice_tokens, limits.token_budget, limits.largest_chunk_tokens
+    def bytes_of(self, usage: ResourceUsage) -> int:
+        tokens = self.microbatch_tokens(usage)
+        return resident_bytes(
+            self.view.backbone, usage.adapter_bytes, usage.saved_token_bytes, usage.input_mask, tokens
         )
 
-    def crowd_of(self, *needs: TaskDemand) -> ResourceUsage:
-        return sum((self._alone(need) for need in needs), ResourceUsage())
+    def alone_bytes(self, demand: TaskDemand) -> int:
+        """Return the bytes of the task in a process of its own, as `memory_model.separate_instance_bytes` does."""
+        need, backbone = demand.footprint, self.view.backbone
+        whole = resident_bytes(backbone, need.adapter_bytes, need.saved_token_bytes, need.input_mask, need.slice_tokens)
+        return whole - backbone.process_bytes - backbone.packed_weight_bytes
 
-    def jobs(self) -> dict[str, StepCost]:
-        """The residents as fusion sees them."""
-        return {name: need.job(self.profile) for name, need in self.residents.items()}
+    def microbatch_tokens(self, usage: ResourceUsage) -> int:
+        config = self._config
+        return largest_microbatch_tokens(
+            usage.sequence_tokens, usage.slice_tokens, config.token_budget, config.largest_chunk_tokens
+        )
+
+    def usage_of(self, *demands: TaskDemand) -> ResourceUsage:
+        return sum((self._usage_alone(demand) for demand in demands), ResourceUsage())
+
+    def step_costs(self) -> dict[str, StepCost]:
+        """Return the residents' steps as fusion sees them."""
+        return {name: demand.step_cost(self.profile) for name, demand in self.residents.items()}
 
     def stage(self) -> StageModel:
-        """What fusion may count on. That a microbatch of so many tokens fits is seen to when tasks are placed."""
-        executor, tokens = self.executor, self.microbatch_tokens(self._crowd)
-        return StageModel(self.profile, tokens, math.inf, executor.num_stages, executor.hop_seconds,
-                     self._limits.interleaves)  # fmt: skip
+        """Return the pipeline that fusion plans for. Placement has checked that its largest microbatch fits."""
+        tokens = self.microbatch_tokens(self._usage)
+        return StageModel(self.profile, tokens, math.inf, self.view.num_stages, self.view.hop_seconds,
+                          self._config.interleaves)  # fmt: skip
 
     def shares(self, joining: TaskDemand | None = None, leaving: Collection[str] = ()) -> dict[str, float]:
-        """The part of its time that each tenant's residents have, or would have."""
+        """Return each tenant's share of the executor's time, now or after the change."""
         claims: dict[str, float] = defaultdict(float)
-        for need in self._staying(joining, leaving):
-            seconds = self._claims.get(need.task.name)
-            claims[need.task.tenant] += need.seconds(self.profile) if seconds is None else seconds
+        for demand in self._residents_after(joining, leaving):
+            seconds = self._claims.get(demand.task.name)
+            claims[demand.task.tenant] += demand.seconds(self.profile) if seconds is None else seconds
         whole = sum(claims.values()) or 1.0
         return {tenant: claim / whole for tenant, claim in claims.items()}
 
-    def put(self, need: TaskDemand) -> None:
-        self.residents[need.task.name] = need
-        self._claims[need.task.name] = need.seconds(self.profile)
-        self._crowd += self._alone(need)
+    def add(self, demand: TaskDemand) -> None:
+        self.residents[demand.task.name] = demand
+        self._claims[demand.task.name] = demand.seconds(self.profile)
+        self._usage += self._usage_alone(demand)
 
-    def take(self, name: str) -> TaskDemand:
-        need = self.residents.pop(name)
+    def remove(self, name: str) -> TaskDemand:
+        demand = self.residents.pop(name)
         del self._claims[name]
-        self._crowd = self.crowd_of(*self.residents.values())
-        return need
+        self._usage = self.usage_of(*self.residents.values())
+        return demand
 
-    def _staying(self, joining: TaskDemand | None, leaving: Collection[str]) -> Iterable[TaskDemand]:
-        staying = [need for name, need in self.residents.items() if name not in leaving]
+    def _residents_after(self, joining: TaskDemand | None, leaving: Collection[str]) -> Iterable[TaskDemand]:
+        staying = [demand for name, demand in self.residents.items() if name not in leaving]
         return [*staying, joining] if joining else staying
 
-    def _crowd_with(self, joining: TaskDemand | None, leaving: Collection[str]) -> ResourceUsage:
+    def _usage_after(self, joining: TaskDemand | None, leaving: Collection[str]) -> ResourceUsage:
         if leaving:
-            return self.crowd_of(*self._staying(joining, leaving))
-        return self._crowd + self._alone(joining) if joining else self._crowd
+            return self.usage_of(*self._residents_after(joining, leaving))
+        return self._usage + self._usage_alone(joining) if joining else self._usage
 
-    def _alone(self, need: TaskDemand) -> ResourceUsage:
-        held = need.footprint
+    def _usage_alone(self, demand: TaskDemand) -> ResourceUsage:
+        need = demand.footprint
         return ResourceUsage(
-            need.step.num_tokens,
-            self.profile.extra_seconds(need.step),
-            held.adapter_bytes,
-            held.kept_bytes,
-            held.input_mask,
-            held.sequence_tokens,
-            held.slice_tokens,
+            demand.step.num_tokens,
+            extra_seconds(self.profile, demand.step),
+            need.adapter_bytes,
+            need.saved_token_bytes,
+            need.input_mask,
+            need.sequence_tokens,
+            need.slice_tokens,
         )
 
 
 class ClusterState:
-    """All usable executors, and each tenant's share of their time, in executors, over its weight."""
+    """All usable executors, and each tenant's share of their time: counted in executors, divided by its weight."""
 
-    def __init__(self, hosts: Iterable[ExecutorState], weights: Mapping[str, float]) -> None:
-        self.hosts = {host.name: host for host in sorted(hosts, key=lambda host: host.name)}
+    def __init__(self, executors: Iterable[ExecutorState], weights: Mapping[str, float]) -> None:
+        self.executors = {executor.name: executor for executor in sorted(executors, key=lambda e: e.name)}
         self._weights = weights
         self._shares: dict[str, float] = defaultdict(float)
         self._by_backbone: dict[str, list[ExecutorState]] = defaultdict(list)
-        for host in self.hosts.values():
-            self._by_backbone[host.executor.backbone.name].append(host)
+        for executor in self.executors.values():
+            self._by_backbone[executor.view.backbone.name].append(executor)
 
     def of_backbone(self, name: str) -> list[ExecutorState]:
         return self._by_backbone.get(name, [])
@@ -154,30 +156,27 @@ class ClusterState:
     def share(self, tenant: str) -> float:
         return self._shares[tenant] / self._weights.get(tenant, 1.0)
 
-    def share_if(self, tenant: str, host: ExecutorState, joining: TaskDemand, leaving: Collection[str]) -> float:
-        """The tenant's share after a change of one executor."""
-        changed = host.shares(joining, leaving).get(tenant, 0.0) - host.shares().get(tenant, 0.0)
-        return (self._shares[tenant] + changed) / self._weights.get(tenant, 1.0)
+    def share_after(self, tenant: str, executor: ExecutorState, joining: TaskDemand, leaving: Collection[str]) -> float:
+        """Return the tenant's share after a change of one executor."""
+        change = executor.shares(joining, leaving).get(tenant, 0.0) - executor.shares().get(tenant, 0.0)
+        return (self._shares[tenant] + change) / self._weights.get(tenant, 1.0)
 
-    def put(self, need: TaskDemand, host: ExecutorState) -> None:
-        self._count(host, -1)
-        host.put(need)
-        self._count(host, 1)
+    def add(self, demand: TaskDemand, executor: ExecutorState) -> None:
+        self._count(executor, -1)
+        executor.add(demand)
+        self._count(executor, 1)
 
-    def keep(self, need: TaskDemand, host: ExecutorState) -> None:
-        """As `put`, while the pool is being filled with those who stay: shares are counted once, by `count`."""
-        host.put(need)
+    def remove(self, name: str, executor: ExecutorState) -> TaskDemand:
+        self._count(executor, -1)
+        demand = executor.remove(name)
+        self._count(executor, 1)
+        return demand
 
-    def count(self) -> None:
-        for host in self.hosts.values():
-            self._count(host, 1)
+    def count_shares(self) -> None:
+        """Count the shares once, after residents that stay were added to their executors directly."""
+        for executor in self.executors.values():
+            self._count(executor, 1)
 
-    def take(self, name: str, host: ExecutorState) -> TaskDemand:
-        self._count(host, -1)
-        need = host.take(name)
-        self._count(host, 1)
-        return need
-
-    def _count(self, host: ExecutorState, sign: int) -> None:
-        for tenant, share in host.shares().items():
+    def _count(self, executor: ExecutorState, sign: int) -> None:
+        for tenant, share in executor.shares().items():
             self._shares[tenant] += sign * share

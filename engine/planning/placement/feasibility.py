@@ -1,4 +1,4 @@
-"""Whether any executor could ever hold a task, and if none can, the least change of the task after which one could."""
+"""Refuses a task that no executor could ever hold, and names the smallest change of the task after which one could."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,43 +11,45 @@ from engine.planning.types import ExecutorView, PlannerConfig
 from engine.task import TaskSpec
 
 
-def refuse_if_never_fits(spec: TaskSpec, executors: Iterable[ExecutorView], limits: PlannerConfig) -> None:
-    """Raises WillNeverFitError, with the bytes and a remedy, if no executor could hold the task even alone."""
-    known = [executor for executor in executors if executor.backbone.name == spec.backbone]
-    if not known or _fits(spec, known, limits):
+def refuse_if_never_fits(spec: TaskSpec, executors: Iterable[ExecutorView], config: PlannerConfig) -> None:
+    """Raise WillNeverFitError, with bytes and a remedy, if no executor could hold the task even without neighbours."""
+    candidates = [executor for executor in executors if executor.backbone.name == spec.backbone]
+    if not candidates or _fits(spec, candidates, config):
         return
-    most = max(executor.memory_bytes for executor in known)
-    field, remedy = _remedy(spec, known, limits)
+    most = max(executor.memory_bytes for executor in candidates)
+    field, remedy = _remedy(spec, candidates, config)
     raise WillNeverFitError.of_field(
         field,
-        f"needs {told(_needed(spec, known, limits))}, the executors of this backbone have at most {told(most)}: "
-        f"{remedy}",
+        f"needs {format_bytes(_least_bytes(spec, candidates, config))}, the executors of this backbone have at most "
+        f"{format_bytes(most)}. {remedy}",
     )
 
 
-def told(num_bytes: float) -> str:
-    """18.2 GB; below a tenth of one, 45.1 MB."""
+def format_bytes(num_bytes: float) -> str:
+    """Format as 18.2 GB, or as 45.1 MB below a tenth of a GB."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def _remedy(spec: TaskSpec, executors: Sequence[ExecutorView], limits: PlannerConfig) -> tuple[str, str]:
-    """The field to change, and to what: the first that helps, alone or with a micro batch of 1, at the largest value
-    that fits."""
+def _remedy(spec: TaskSpec, executors: Sequence[ExecutorView], config: PlannerConfig) -> tuple[str, str]:
+    """Return the field to change and the advice: the first change that helps, with the largest value that fits.
+
+    Each change is tried alone, then together with a micro batch of 1.
+    """
     one_each = replace(spec, training=replace(spec.training, micro_batch_size=1))
-    for start, beside in ((spec, ""), (one_each, "micro batch to 1 and ")):
+    for start, also in ((spec, ""), (one_each, "micro batch to 1 and ")):
         for change in _changes(start):
-            value = _largest(change.value, partial(_fits_changed, change, executors, limits))
+            value = _largest(change.value, partial(_fits_changed, change, executors, config))
             if value:
-                needed = told(_needed(change.to(value), executors, limits))
-                return change.field, f"reduce {beside}{change.words} to {value} ({needed})"
-    budget = _largest(limits.token_budget, lambda tokens: _fits(spec, executors, replace(limits, token_budget=tokens)))
-    smaller = f"microbatches of {budget} tokens, or " if budget else ""
-    return "spec.backbone", f"no change of the task alone helps, ask its operator for {smaller}a larger executor"
+                needed = format_bytes(_least_bytes(change.to(value), executors, config))
+                return change.field, f"Reduce {also}{change.words} to {value} (needs {needed})."
+    budget = _largest(config.token_budget, lambda tokens: _fits(spec, executors, replace(config, token_budget=tokens)))
+    smaller = f"microbatches of {budget} tokens or " if budget else ""
+    return "spec.backbone", f"No change of the task alone helps: ask its operator for {smaller}a larger executor."
 
 
 @dataclass(frozen=True)
 class _Change:
-    """A number of the task's that could be less: its field, its name in words, and the task with another."""
+    """A number of the task that could be smaller: its field, its name in words, its value, the task with another."""
 
     field: str
     words: str
@@ -56,7 +58,7 @@ class _Change:
 
 
 def _changes(spec: TaskSpec) -> Iterator[_Change]:
-    """What a tenant would rather change comes first: what changes no result, then the data, then the adapter."""
+    """Yield possible changes, those that cost a tenant least first: of no result, of the data, of the adapter."""
     training, method = spec.training, spec.method
     yield _Change("spec.training.micro_batch_size", "micro batch", training.micro_batch_size,
                   lambda value: replace(spec, training=replace(training, micro_batch_size=value)))  # fmt: skip
@@ -67,12 +69,12 @@ def _changes(spec: TaskSpec) -> Iterator[_Change]:
                       lambda value: replace(spec, method=replace(cast(Any, method), **{size: value})))  # fmt: skip
 
 
-def _fits_changed(change: _Change, executors: Sequence[ExecutorView], limits: PlannerConfig, value: int) -> bool:
-    return _fits(change.to(value), executors, limits)
+def _fits_changed(change: _Change, executors: Sequence[ExecutorView], config: PlannerConfig, value: int) -> bool:
+    return _fits(change.to(value), executors, config)
 
 
 def _largest(value: int, fits: Callable[[int], bool]) -> int:
-    """Below `value`, by bisection; 0 if none fits."""
+    """Return the largest number below `value` that fits, by bisection; 0 if none does."""
     low, high = 0, value
     while high - low > 1:
         middle = (low + high) // 2
@@ -80,17 +82,17 @@ def _largest(value: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _fits(spec: TaskSpec, executors: Sequence[ExecutorView], limits: PlannerConfig) -> bool:
+def _fits(spec: TaskSpec, executors: Sequence[ExecutorView], config: PlannerConfig) -> bool:
     try:
-        return any(_bytes(spec, executor, limits) <= executor.memory_bytes for executor in executors)
-    except InvalidInputError:  # a value that its method does not take
+        return any(_bytes(spec, executor, config) <= executor.memory_bytes for executor in executors)
+    except InvalidInputError:  # a value that the method does not accept
         return False
 
 
-def _needed(spec: TaskSpec, executors: Sequence[ExecutorView], limits: PlannerConfig) -> int:
-    return min(_bytes(spec, executor, limits) for executor in executors)
+def _least_bytes(spec: TaskSpec, executors: Sequence[ExecutorView], config: PlannerConfig) -> int:
+    return min(_bytes(spec, executor, config) for executor in executors)
 
 
-def _bytes(spec: TaskSpec, executor: ExecutorView, limits: PlannerConfig) -> int:
-    tokens = microbatch_tokens([spec], limits.token_budget, limits.largest_chunk_tokens)
+def _bytes(spec: TaskSpec, executor: ExecutorView, config: PlannerConfig) -> int:
+    tokens = microbatch_tokens([spec], config.token_budget, config.largest_chunk_tokens)
     return total_bytes([spec], executor.backbone, tokens)

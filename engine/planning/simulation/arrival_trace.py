@@ -1,6 +1,8 @@
-"""Arrival traces: read, or made with the shape of public cluster traces: bursts of arrivals, a few tenants with most
-tasks, durations with a heavy tail. Sources of the shapes: Hu et al. 2021 (Helios) and Weng et al. 2022 (MLaaS in the
-wild) report log-normal-like durations over several orders of magnitude, few users with most jobs, and daily bursts.
+"""Reads arrival traces, or generates them with the shape of public cluster traces: bursts of arrivals, a few tenants
+with most tasks, durations with a heavy tail.
+
+Sources of the shapes: Hu et al. 2021 (Helios) and Weng et al. 2022 (MLaaS in the wild) report log-normal-like durations
+over several orders of magnitude, few users with most jobs, and daily bursts.
 """
 
 import json
@@ -15,13 +17,13 @@ from engine.planning.simulation.simulator import Arrival
 from engine.planning.types import TaskView
 from engine.task import TaskSpec, Training
 
-_CAPS = (64, 128, 256)
+_MAX_SEQUENCE_TOKENS = (64, 128, 256)
 _RANKS = (4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
-class Trace:
-    """`rate`: arrivals a second, on average. `burst`: 1 is Poisson; more comes in bursts of so many on average."""
+class TraceParameters:
+    """Parameters of a generated trace. `rate`: mean arrivals a second. `burst`: mean arrivals at once; 1 is Poisson."""
 
     num_tasks: int
     rate: float
@@ -35,8 +37,8 @@ class Trace:
     seed: int = 0
 
 
-def arrivals(trace: Trace) -> list[Arrival]:
-    """The same trace for the same numbers. Names count up, ages as they arrive."""
+def arrivals(trace: TraceParameters) -> list[Arrival]:
+    """Generate a trace: the same for the same parameters. Names and ages count up in order of arrival."""
     random = np.random.default_rng(trace.seed)
     sizes = random.geometric(1 / trace.burst, trace.num_tasks)
     gaps = np.zeros(trace.num_tasks)
@@ -50,52 +52,57 @@ def arrivals(trace: Trace) -> list[Arrival]:
         np.exp(random.normal(np.log(trace.median_steps), trace.spread, trace.num_tasks)), 1, trace.max_steps
     )
     return [
-        Arrival(float(times[i]), _drawn(i, trace, f"tenants/{int(tenants[i]):02}", int(steps[i]), random))
+        Arrival(float(times[i]), _draw(i, trace, f"tenants/{int(tenants[i]):02}", int(steps[i]), random))
         for i in range(trace.num_tasks)
     ]
 
 
 def read(lines: Iterable[str], backbone: str, target_modules: tuple[str, ...]) -> list[Arrival]:
-    """A trace as JSON Lines, an arrival a line:
+    """Read a trace as JSON Lines, one arrival a line:
 
         {"seconds": 1, "tenant": "a", "steps": 9, "batch": 8, "max_sequence_tokens": 64, "mean_tokens": 30, "rank": 8}
 
-    `mean_tokens`: of a sequence; half of its most if left out. Raises InvalidInputError naming the line.
+    `mean_tokens` of a sequence: half of `max_sequence_tokens` if left out. Raises InvalidInputError naming the line.
     """
-    found = list[Arrival]()
+    trace = list[Arrival]()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             seconds, steps, batch = float(row["seconds"]), int(row["steps"]), int(row["batch"])
-            most, rank = int(row["max_sequence_tokens"]), int(row["rank"])
-            tokens = float(row.get("mean_tokens", most / 2))
+            max_tokens, rank = int(row["max_sequence_tokens"]), int(row["rank"])
+            tokens = float(row.get("mean_tokens", max_tokens / 2))
             tenant = str(row["tenant"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InvalidInputError(f"line {number} of the trace: {_told(error)}") from error
-        if min(steps, batch, most, rank) < 1 or not 0 <= seconds < float("inf") or not 0 < tokens <= most:
-            raise InvalidInputError(f"line {number} of the trace: a number is out of range")
-        task = _task(len(found), backbone, f"tenants/{tenant}", steps, batch, most, rank, tokens, target_modules)
-        found.append(Arrival(seconds, task))
-    return found
+            raise InvalidInputError(f"line {number} of the trace: {_format(error)}") from error
+        if min(steps, batch, max_tokens, rank) < 1 or not 0 <= seconds < float("inf") or not 0 < tokens <= max_tokens:
+            raise InvalidInputError(
+                f"line {number} of the trace: steps, batch, max_sequence_tokens and rank must be at least 1, seconds "
+                "not negative, mean_tokens above 0 and at most max_sequence_tokens"
+            )
+        task = _task(len(trace), backbone, f"tenants/{tenant}", steps, batch, max_tokens, rank, tokens, target_modules)
+        trace.append(Arrival(seconds, task))
+    return trace
 
 
-def _told(error: Exception) -> str:
+def _format(error: Exception) -> str:
     return f"lacks {error}" if isinstance(error, KeyError) else f"is not an arrival ({error})"
 
 
-def _drawn(number: int, trace: Trace, tenant: str, steps: int, random: np.random.Generator) -> TaskView:
-    most, rank, batch = (int(random.choice(values)) for values in (_CAPS, _RANKS, (8, 16, 32)))
-    tokens = most * random.uniform(0.3, 0.7)
-    return _task(number, trace.backbone, tenant, steps, batch, most, rank, tokens, trace.target_modules)
+def _draw(number: int, trace: TraceParameters, tenant: str, steps: int, random: np.random.Generator) -> TaskView:
+    max_tokens, rank, batch = (int(random.choice(values)) for values in (_MAX_SEQUENCE_TOKENS, _RANKS, (8, 16, 32)))
+    tokens = max_tokens * random.uniform(0.3, 0.7)
+    return _task(number, trace.backbone, tenant, steps, batch, max_tokens, rank, tokens, trace.target_modules)
 
 
 def _task(
-    number: int, backbone: str, tenant: str, steps: int, batch: int, most: int, rank: int, mean_tokens: float,
+    number: int, backbone: str, tenant: str, steps: int, batch: int, max_tokens: int, rank: int, mean_tokens: float,
     target_modules: tuple[str, ...],
 ) -> TaskView:  # fmt: skip
-    training = Training(1e-4, num_steps=steps, micro_batch_size=8, global_batch_size=batch, max_sequence_tokens=most)
+    training = Training(
+        1e-4, num_steps=steps, micro_batch_size=8, global_batch_size=batch, max_sequence_tokens=max_tokens
+    )
     spec = TaskSpec(backbone, Lora(rank, 2.0 * rank, target_modules), "", training)
     tokens = int(steps * batch * mean_tokens)
     return TaskView(f"{tenant}/tasks/{number:05}", tenant, spec, number, steps, num_train_tokens=tokens)

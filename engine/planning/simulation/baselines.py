@@ -1,12 +1,12 @@
-"""Policies for the simulator: the planner, and the two that it is compared with."""
+"""Policies for the simulator: muxtune's planner, and two baselines to compare it with."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from engine.planning.cost.cost_model import Part
+from engine.planning.cost.cost_model import MicrobatchWork, base_seconds, extra_seconds
 from engine.planning.cost.task_demand import DemandEstimator, TaskDemand
-from engine.planning.fusion.fusion import of_partition
+from engine.planning.fusion.fusion import fuse_as
 from engine.planning.placement.executor_state import ExecutorState
 from engine.planning.planner import decide
 from engine.planning.simulation.simulator import SimulatedAssignment
@@ -14,110 +14,113 @@ from engine.planning.types import ExecutorView, HTask, PlannerConfig, Snapshot, 
 
 
 @dataclass
-class Multiplexed:
-    """muxtune's own planner, with its switches in `limits`."""
+class PlannerPolicy:
+    """muxtune's own planner, with its switches in `config`."""
 
-    limits: PlannerConfig
+    config: PlannerConfig
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     _running: dict[str, tuple[HTask, ...]] = field(default_factory=dict)
     _periods: dict[tuple[str, tuple[HTask, ...]], float] = field(default_factory=dict)
-    _appraiser: DemandEstimator | None = None
+    _estimator: DemandEstimator | None = None
 
     def assign(self, tasks: Sequence[TaskView], executors: Sequence[ExecutorView]) -> Mapping[str, SimulatedAssignment]:
-        self._appraiser = self._appraiser or DemandEstimator(self.limits)
+        self._estimator = self._estimator or DemandEstimator(self.config)
         snapshot = Snapshot(tuple(tasks), tuple(executors), self._running, self.tenant_weights)
-        decision = decide(snapshot, self.limits, self._appraiser)
-        hosts = decision.pool.hosts
-        assignments = {name: self._assignment(host, decision.htasks[name]) for name, host in hosts.items()}
+        decision = decide(snapshot, self.config, self._estimator)
+        states = decision.cluster.executors
+        assignments = {name: self._assignment(state, decision.htasks[name]) for name, state in states.items()}
         self._running = decision.htasks
         return assignments
 
-    def _assignment(self, host: ExecutorState, htasks: tuple[HTask, ...]) -> SimulatedAssignment:
-        """Its period is worked out when its hTasks change."""
-        if (key := (host.name, htasks)) not in self._periods:
-            jobs = host.jobs()
-            partition = [[jobs[name] for name in htask.tasks] for htask in htasks]
-            self._periods = {k: v for k, v in self._periods.items() if k[0] != host.name}
-            self._periods[key] = of_partition(partition, host.stage()).period_seconds if partition else 0.0
+    def _assignment(self, executor: ExecutorState, htasks: tuple[HTask, ...]) -> SimulatedAssignment:
+        """Return the executor's tasks and period, which is computed anew when its hTasks change."""
+        if (key := (executor.name, htasks)) not in self._periods:
+            costs = executor.step_costs()
+            partition = [[costs[name] for name in htask.tasks] for htask in htasks]
+            self._periods = {k: v for k, v in self._periods.items() if k[0] != executor.name}
+            self._periods[key] = fuse_as(partition, executor.stage()).period_seconds if partition else 0.0
         return SimulatedAssignment(tuple(name for htask in htasks for name in htask.tasks), self._periods[key])
 
 
 @dataclass
-class OneInstanceEach:
-    """Every task a process with a backbone of its own: as many on an executor as its memory holds, oldest first, taking
-    turns, each running its own slices as they are."""
+class SeparateInstances:
+    """Baseline: every task is a process with a backbone of its own.
 
-    limits: PlannerConfig
-    _appraiser: DemandEstimator | None = None
+    An executor runs as many as its memory holds, oldest first; they take turns, each with its own slices as they are.
+    """
+
+    config: PlannerConfig
+    _estimator: DemandEstimator | None = None
 
     def assign(self, tasks: Sequence[TaskView], executors: Sequence[ExecutorView]) -> Mapping[str, SimulatedAssignment]:
-        self._appraiser = self._appraiser or DemandEstimator(self.limits)
-        places = [_Place(ExecutorState(executor, self.limits)) for executor in executors]
-        by_name = {place.host.name: place for place in places}
+        self._estimator = self._estimator or DemandEstimator(self.config)
+        hosts = [_InstanceHost(ExecutorState(executor, self.config)) for executor in executors]
+        by_name = {host.executor.name: host for host in hosts}
         for task in sorted(tasks, key=lambda task: (not task.executor, task.age)):
-            need = self._appraiser.need(task, places[0].host.executor.backbone)
-            candidates = [by_name[task.executor]] if task.executor else places
-            fitting = [place for place in candidates if place.free_bytes >= place.host.alone_bytes(need)]
+            demand = self._estimator.estimate(task, hosts[0].executor.view.backbone)
+            candidates = [by_name[task.executor]] if task.executor else hosts
+            fitting = [host for host in candidates if host.free_bytes >= host.executor.alone_bytes(demand)]
             if fitting:
-                min(fitting, key=lambda place: (place.seconds, place.host.name)).put(need)
+                min(fitting, key=lambda host: (host.seconds, host.executor.name)).add(demand)
             elif not task.executor and all(
-                place.free_bytes < place.host.executor.backbone.weight_bytes for place in places
+                host.free_bytes < host.executor.view.backbone.weight_bytes for host in hosts
             ):
-                break  # not even a backbone: nobody else finds a place
-        return {place.host.name: SimulatedAssignment(tuple(place.tasks), place.seconds) for place in places}
+                break  # no executor has room for one more backbone
+        return {host.executor.name: SimulatedAssignment(tuple(host.tasks), host.seconds) for host in hosts}
 
 
-class _Place:
-    """An executor while instances are given to it."""
+class _InstanceHost:
+    """An executor while instances are assigned to it."""
 
-    def __init__(self, host: ExecutorState) -> None:
-        self.host, self.free_bytes, self.seconds = host, host.executor.memory_bytes, 0.0
+    def __init__(self, executor: ExecutorState) -> None:
+        self.executor, self.free_bytes, self.seconds = executor, executor.view.memory_bytes, 0.0
         self.tasks: list[str] = []
 
-    def put(self, need: TaskDemand) -> None:
-        self.tasks.append(need.task.name)
-        self.free_bytes -= self.host.alone_bytes(need)
-        self.seconds += _own_slices_seconds(self.host, need)
+    def add(self, demand: TaskDemand) -> None:
+        self.tasks.append(demand.task.name)
+        self.free_bytes -= self.executor.alone_bytes(demand)
+        self.seconds += _instance_seconds(self.executor, demand)
 
 
 @dataclass
-class BatchEverything:
-    """One backbone an executor, all its tasks in one batch, every sequence padded to the longest that any may have."""
+class PaddedBatching:
+    """Baseline: one backbone for each executor, all its tasks in one batch, all sequences padded to the longest."""
 
-    limits: PlannerConfig
-    _appraiser: DemandEstimator | None = None
+    config: PlannerConfig
+    _estimator: DemandEstimator | None = None
 
     def assign(self, tasks: Sequence[TaskView], executors: Sequence[ExecutorView]) -> Mapping[str, SimulatedAssignment]:
-        self._appraiser = self._appraiser or DemandEstimator(self.limits)
+        self._estimator = self._estimator or DemandEstimator(self.config)
         snapshot = Snapshot(tuple(tasks), tuple(executors))
-        decision = decide(snapshot, replace(self.limits, preempts=False), self._appraiser)
+        decision = decide(snapshot, replace(self.config, preempts=False), self._estimator)
         return {
-            name: SimulatedAssignment(tuple(host.residents), _padded_seconds(host, list(host.residents.values())))
-            for name, host in decision.pool.hosts.items()
+            name: SimulatedAssignment(tuple(state.residents), _padded_seconds(state, list(state.residents.values())))
+            for name, state in decision.cluster.executors.items()
         }
 
 
-def _own_slices_seconds(host: ExecutorState, need: TaskDemand) -> float:
-    training = need.task.spec.training
-    slices = math.ceil(training.global_batch_size / max(1, training.micro_batch_size))
-    seconds = host.profile.base_seconds(need.step.num_tokens, slices) + host.profile.extra_seconds(need.step)
-    return seconds / host.executor.num_stages
+def _instance_seconds(executor: ExecutorState, demand: TaskDemand) -> float:
+    """Return the seconds of a step in microbatches of the task's own slices."""
+    training = demand.task.spec.training
+    num_slices = math.ceil(training.global_batch_size / max(1, training.micro_batch_size))
+    base = base_seconds(executor.profile, demand.step.num_tokens, num_slices)
+    return (base + extra_seconds(executor.profile, demand.step)) / executor.view.num_stages
 
 
-def _padded_seconds(host: ExecutorState, needs: Sequence[TaskDemand]) -> float:
-    if not needs:
+def _padded_seconds(executor: ExecutorState, demands: Sequence[TaskDemand]) -> float:
+    """Return the seconds in which every task takes one step, all sequences padded to the longest."""
+    if not demands:
         return 0.0
-    longest = max(need.footprint.sequence_tokens for need in needs)
+    longest = max(demand.footprint.sequence_tokens for demand in demands)
     parts = []
-    for need in needs:
-        tokens = need.task.spec.training.global_batch_size * longest
-        grown = tokens / need.step.num_tokens
-        step = need.step
+    for demand in demands:
+        step, num_tokens = demand.step, demand.task.spec.training.global_batch_size * longest
+        growth = num_tokens / step.num_tokens
         parts.append(
-            Part(tokens, tokens * longest, step.num_targets, step.num_modules, step.num_multiplications * grown,
-                 step.num_stepped_parameters, step.num_segments)
+            MicrobatchWork(num_tokens, num_tokens * longest, step.num_targets, step.num_modules,
+                           step.num_multiplications * growth, step.num_stepped_parameters, step.num_segments)
         )  # fmt: skip
-    whole = sum(part.num_tokens for part in parts)
-    number = max(1, math.ceil(whole / host.stage().max_tokens))
-    extra = sum(host.profile.extra_seconds(part) for part in parts)
-    return (host.profile.base_seconds(whole, number) + extra) / host.executor.num_stages
+    all_tokens = sum(part.num_tokens for part in parts)
+    num_microbatches = max(1, math.ceil(all_tokens / executor.stage().max_tokens))
+    extra = sum(extra_seconds(executor.profile, part) for part in parts)
+    return (base_seconds(executor.profile, all_tokens, num_microbatches) + extra) / executor.view.num_stages

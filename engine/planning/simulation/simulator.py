@@ -1,7 +1,7 @@
-"""The planner over time: tasks arrive, executors run rounds, plans follow, until all is done. No clock but its own.
+"""Simulates a scheduling policy over time: tasks arrive, executors run rounds, plans follow, until all is done.
 
-An executor's rounds are all alike until a plan or a task's end changes who is on it: progress is linear in between, so
-that each change, and nothing else, is an event. Changes within `replan_seconds` share a plan, as hints do in the mesh.
+An executor's rounds are all alike until a plan or the end of a task changes its residents: progress is linear in
+between, so only such changes are events. Changes within `replan_seconds` share a plan, as in the mesh.
 """
 
 import heapq
@@ -15,15 +15,15 @@ from engine.planning.types import ExecutorView, TaskView
 
 @dataclass(frozen=True)
 class Arrival:
-    """A task, and when it comes."""
+    """A task, and the time at which it arrives."""
 
     seconds: float
     task: TaskView
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a task. `device_seconds`: its executors' time while it was there, divided among residents."""
+class TaskOutcome:
+    """The course of a finished task. `device_seconds`: its executors' time, divided evenly among their residents."""
 
     task: TaskView
     arrived_seconds: float
@@ -39,35 +39,35 @@ class Outcome:
 
 @dataclass(frozen=True)
 class SimulatedAssignment:
-    """Who is on an executor, and the seconds in which each of them takes one step."""
+    """The tasks on an executor, and the seconds in which each of them takes one step."""
 
     tasks: tuple[str, ...]
     round_seconds: float
 
 
-class Policy(Protocol):
-    """Decides who is where. Tasks come with the executor they are on."""
+class SchedulingPolicy(Protocol):
+    """Decides which tasks run on which executor. Each task names the executor that it is on."""
 
     def assign(self, tasks: Sequence[TaskView], executors: Sequence[ExecutorView]) -> Mapping[str, SimulatedAssignment]:
-        """By executor; who is on none waits."""
+        """Return the assignment of each executor by its name. A task in no assignment waits."""
         ...
 
 
 @dataclass(frozen=True)
 class SimulationResult:
-    """All outcomes, in order of finishing, and tasks that no plan ever placed."""
+    """All outcomes in order of finishing, and the tasks that no plan ever placed."""
 
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[TaskOutcome, ...]
     num_plans: int
     never_placed: tuple[str, ...] = ()
 
 
 def simulate(
-    arrivals: Iterable[Arrival], executors: Sequence[ExecutorView], policy: Policy, *,
+    arrivals: Iterable[Arrival], executors: Sequence[ExecutorView], policy: SchedulingPolicy, *,
     replan_seconds: float = 0.0, switch_seconds: float = 0.0,
 ) -> SimulationResult:  # fmt: skip
-    """Until every task that can run is done. A task that starts, or is moved, loses `switch_seconds` first."""
-    world = _World(executors, policy, switch_seconds)
+    """Run until every task that can run is done. A task that starts or moves loses `switch_seconds` first."""
+    cluster = _SimulatedCluster(executors, policy, switch_seconds)
     events: list[tuple[float, int, Arrival | str]] = []  # an arrival, the name of an executor, or "" for a plan
     order = itertools.count()
     for arrival in sorted(arrivals, key=lambda arrival: (arrival.seconds, arrival.task.age)):
@@ -76,28 +76,28 @@ def simulate(
     while events:
         now, _, event = heapq.heappop(events)
         if isinstance(event, Arrival):
-            world.arrive(event)
+            cluster.arrive(event)
         elif event:
-            if not world.machines[event].is_due(now):
-                continue  # what it would have finished then has changed since
-            world.finish(event, now)
+            if not cluster.executors[event].is_due(now):
+                continue  # the executor has changed since this event was scheduled
+            cluster.finish(event, now)
         changed = [event] if isinstance(event, str) and event else []
         if event == "":
-            is_planned, changed = False, world.plan(now)
+            is_planned, changed = False, cluster.plan(now)
         elif not is_planned:
             is_planned = True
             heapq.heappush(events, (now + replan_seconds, next(order), ""))
         for name in changed:
-            if (due := world.machines[name].due_seconds) is not None:
+            if (due := cluster.executors[name].due_seconds) is not None:
                 heapq.heappush(events, (due, next(order), name))
-    return SimulationResult(tuple(world.outcomes), world.num_plans, tuple(world.active))
+    return SimulationResult(tuple(cluster.outcomes), cluster.num_plans, tuple(cluster.active))
 
 
 @dataclass
-class _Life:
+class _SimulatedTask:
     """A task from its arrival to its end."""
 
-    task: TaskView
+    view: TaskView
     arrived_seconds: float
     steps_left: float
     started_seconds: float | None = None
@@ -106,88 +106,89 @@ class _Life:
 
 
 @dataclass
-class _Machine:
-    """An executor: its residents, how long a round is, and up to when progress was counted."""
+class _SimulatedExecutor:
+    """An executor with its residents and round time. Progress is counted up to `counted_seconds`."""
 
-    residents: dict[str, _Life] = field(default_factory=dict)
+    residents: dict[str, _SimulatedTask] = field(default_factory=dict)
     round_seconds: float = 0.0
     counted_seconds: float = 0.0
     due_seconds: float | None = None
 
     def advance(self, now: float) -> None:
         elapsed = max(0.0, now - self.counted_seconds)
-        for life in self.residents.values():
-            life.steps_left -= elapsed / self.round_seconds
-            life.device_seconds += elapsed / len(self.residents)
+        for task in self.residents.values():
+            task.steps_left -= elapsed / self.round_seconds
+            task.device_seconds += elapsed / len(self.residents)
         self.counted_seconds = max(self.counted_seconds, now)
 
-    def settle(self) -> None:
-        """When the next of them will be done."""
-        least = min((life.steps_left for life in self.residents.values()), default=None)
+    def schedule_next_end(self) -> None:
+        """Set the time at which the next resident will be done."""
+        least = min((task.steps_left for task in self.residents.values()), default=None)
         self.due_seconds = None if least is None else self.counted_seconds + max(0.0, least) * self.round_seconds
 
     def is_due(self, now: float) -> bool:
         return self.due_seconds is not None and self.due_seconds <= now + 1e-9 * max(1.0, now)
 
 
-class _World:
-    def __init__(self, executors: Sequence[ExecutorView], policy: Policy, switch_seconds: float) -> None:
-        self._executors, self._policy, self._switch_seconds = executors, policy, switch_seconds
-        self.machines = {executor.name: _Machine() for executor in executors}
-        self.active: dict[str, _Life] = {}
-        self.outcomes: list[Outcome] = []
+class _SimulatedCluster:
+    """All executors and unfinished tasks of a simulation."""
+
+    def __init__(self, executors: Sequence[ExecutorView], policy: SchedulingPolicy, switch_seconds: float) -> None:
+        self._views, self._policy, self._switch_seconds = executors, policy, switch_seconds
+        self.executors = {executor.name: _SimulatedExecutor() for executor in executors}
+        self.active: dict[str, _SimulatedTask] = {}
+        self.outcomes: list[TaskOutcome] = []
         self.num_plans = 0
 
     def arrive(self, arrival: Arrival) -> None:
-        self.active[arrival.task.name] = _Life(arrival.task, arrival.seconds, float(arrival.task.num_steps_left))
+        view = arrival.task
+        self.active[view.name] = _SimulatedTask(view, arrival.seconds, float(view.num_steps_left))
 
-    def finish(self, executor: str, now: float) -> None:
-        """Those who are done leave; the others wait for the next plan to shorten their rounds."""
-        machine = self.machines[executor]
-        machine.advance(now)
-        done = [name for name, life in machine.residents.items() if life.steps_left <= 1e-6]
-        for name in done:
-            life = machine.residents.pop(name)
-            del self.active[name]
-            started = life.arrived_seconds if life.started_seconds is None else life.started_seconds
+    def finish(self, name: str, now: float) -> None:
+        """Remove finished tasks; the others' rounds stay as long as they are until the next plan."""
+        executor = self.executors[name]
+        executor.advance(now)
+        for done in [key for key, task in executor.residents.items() if task.steps_left <= 1e-6]:
+            task = executor.residents.pop(done)
+            del self.active[done]
+            started = task.arrived_seconds if task.started_seconds is None else task.started_seconds
             self.outcomes.append(
-                Outcome(life.task, life.arrived_seconds, started, now, life.device_seconds, life.num_evictions)
+                TaskOutcome(task.view, task.arrived_seconds, started, now, task.device_seconds, task.num_evictions)
             )
-        machine.settle()
+        executor.schedule_next_end()
 
     def plan(self, now: float) -> list[str]:
-        """The executors whose residents changed."""
+        """Apply a new plan. Return the executors with changed residents."""
         self.num_plans += 1
-        assignments = self._policy.assign([life.task for life in self.active.values()], self._executors)
+        assignments = self._policy.assign([task.view for task in self.active.values()], self._views)
         changed = []
-        for name, machine in self.machines.items():
+        for name, executor in self.executors.items():
             assigned = assignments.get(name, SimulatedAssignment((), 0.0))
-            if assigned.tasks == tuple(machine.residents) and assigned.round_seconds == machine.round_seconds:
+            if assigned.tasks == tuple(executor.residents) and assigned.round_seconds == executor.round_seconds:
                 continue
-            machine.advance(now)
+            executor.advance(now)
             changed.append(name)
         for name in changed:
-            self._leave(name, set(assignments[name].tasks) if name in assignments else set())
+            self._evict(name, set(assignments[name].tasks) if name in assignments else set())
         for name in changed:
-            self._settle_in(name, assignments.get(name, SimulatedAssignment((), 0.0)), now)
+            self._admit(name, assignments.get(name, SimulatedAssignment((), 0.0)), now)
         return changed
 
-    def _leave(self, executor: str, staying: set[str]) -> None:
-        machine = self.machines[executor]
-        for name in [name for name in machine.residents if name not in staying]:
-            life = machine.residents.pop(name)
-            life.task = replace(life.task, executor="")
-            life.num_evictions += 1
+    def _evict(self, name: str, staying: set[str]) -> None:
+        residents = self.executors[name].residents
+        for leaving in [resident for resident in residents if resident not in staying]:
+            task = residents.pop(leaving)
+            task.view = replace(task.view, executor="")
+            task.num_evictions += 1
 
-    def _settle_in(self, executor: str, assigned: SimulatedAssignment, now: float) -> None:
-        machine = self.machines[executor]
-        for name in assigned.tasks:
-            life = self.active[name]
-            if life.task.executor != executor:
-                life.task = replace(life.task, executor=executor)
-                life.started_seconds = now if life.started_seconds is None else life.started_seconds
-                life.steps_left += self._switch_seconds / assigned.round_seconds
-        machine.residents = {name: self.active[name] for name in assigned.tasks}
-        machine.round_seconds = assigned.round_seconds
-        machine.counted_seconds = now
-        machine.settle()
+    def _admit(self, name: str, assigned: SimulatedAssignment, now: float) -> None:
+        executor = self.executors[name]
+        for task in (self.active[task_name] for task_name in assigned.tasks):
+            if task.view.executor != name:
+                task.view = replace(task.view, executor=name)
+                task.started_seconds = now if task.started_seconds is None else task.started_seconds
+                task.steps_left += self._switch_seconds / assigned.round_seconds
+        executor.residents = {task_name: self.active[task_name] for task_name in assigned.tasks}
+        executor.round_seconds = assigned.round_seconds
+        executor.counted_seconds = now
+        executor.schedule_next_end()

@@ -1,4 +1,4 @@
-"""A simulated run in a few numbers: how fast, how long tasks took, and how alike tenants fared."""
+"""Summarises a simulated run: throughput, completion times, and fairness among tenants."""
 
 import statistics
 from collections import defaultdict
@@ -12,9 +12,12 @@ from engine.planning.types import TaskView
 
 
 @dataclass(frozen=True)
-class Summary:
-    """`seconds`: from the first arrival to the last end. A task's slowdown is its completion over its time alone.
-    `fairness`: Jain's index of tenants' mean slowdowns, 1 where all fare alike (Jain, Chiu, Hawe 1984)."""
+class SimulationSummary:
+    """Figures of a simulated run. `seconds`: from the first arrival to the last end.
+
+    A task's slowdown is its completion time over its time alone. `fairness`: Jain's index of tenants' mean slowdowns, 1
+    if all are equal (Jain, Chiu, Hawe 1984).
+    """
 
     num_tasks: int
     num_never_placed: int
@@ -29,10 +32,10 @@ class Summary:
     fairness: float
 
 
-def summarise(run: SimulationResult, alone_seconds: Callable[[TaskView], float]) -> Summary:
-    """Raises ValueError if nothing was done."""
+def summarise(run: SimulationResult, alone_seconds: Callable[[TaskView], float]) -> SimulationSummary:
+    """Return the summary of a run. Raises ValueError if no task finished."""
     if not run.outcomes:
-        raise ValueError("no task ever ran: each needs more memory than any executor has")
+        raise ValueError("no task ran: each needs more memory than any executor has")
     completions = [outcome.completion_seconds for outcome in run.outcomes]
     slowdowns = defaultdict[str, list[float]](list)
     for outcome in run.outcomes:
@@ -40,7 +43,7 @@ def summarise(run: SimulationResult, alone_seconds: Callable[[TaskView], float])
     first = min(outcome.arrived_seconds for outcome in run.outcomes)
     seconds = max(outcome.finished_seconds for outcome in run.outcomes) - first
     tokens = sum(outcome.task.num_train_tokens for outcome in run.outcomes)
-    return Summary(
+    return SimulationSummary(
         num_tasks=len(run.outcomes),
         num_never_placed=len(run.never_placed),
         num_plans=run.num_plans,

@@ -1,4 +1,4 @@
-"""A timeline as a picture: hTasks' microbatches over stages and time, as one SVG. Forward is pale, backward full."""
+"""Draws a timeline as SVG: hTasks' microbatches over stages and time. Forward is pale, backward full."""
 
 from collections.abc import Sequence
 from html import escape
@@ -6,15 +6,15 @@ from html import escape
 from engine.planning.simulation.pipeline_simulator import Timeline
 
 _WIDTH, _ROW, _LEFT, _TOP = 1200.0, 34.0, 70.0, 46.0
-_HUES = 137.5  # degrees from one hTask to the next: the golden angle, so that neighbours never look alike
+_HUES = 137.5  # degrees from one hTask to the next: the golden angle, so that neighbours differ in color
 
 
 def svg(timelines: Sequence[tuple[str, Timeline]]) -> str:
-    """Titled timelines one under another on one scale of time; a microbatch tells itself when pointed at."""
+    """Draw titled timelines, one below another, on one scale of time. A tooltip describes each microbatch."""
     longest = max((timeline.seconds for _, timeline in timelines), default=0.0)
     body, top = list[str](), 0.0
     for title, timeline in timelines:
-        body.append(f'<g transform="translate(0,{top:g})">{_drawn(title, timeline, _WIDTH / (longest or 1.0))}</g>')
+        body.append(f'<g transform="translate(0,{top:g})">{_draw(title, timeline, _WIDTH / (longest or 1.0))}</g>')
         top += _TOP + _ROW * timeline.pipeline.num_stages + 12
     size = f'width="{_LEFT + _WIDTH + 10:g}" height="{top:g}"'
     return (
@@ -23,8 +23,8 @@ def svg(timelines: Sequence[tuple[str, Timeline]]) -> str:
     )
 
 
-def _drawn(title: str, timeline: Timeline, scale: float) -> str:
-    names = sorted({o.entry.load.name for o in timeline.operations})
+def _draw(title: str, timeline: Timeline, scale: float) -> str:
+    names = sorted({o.scheduled.htask.name for o in timeline.operations})
     hues = {name: i * _HUES % 360 for i, name in enumerate(names)}
     heading = f"{title}: {timeline.seconds:.3g} s, bubbles {timeline.bubble_fraction:.1%}"
     parts = [f'<text x="8" y="20" font-size="14">{escape(heading)}</text>']
@@ -33,14 +33,12 @@ def _drawn(title: str, timeline: Timeline, scale: float) -> str:
         parts.append(f'<text x="8" y="{y + 18:g}">stage {stage}</text>')
         parts.append(f'<rect x="{_LEFT:g}" y="{y:g}" width="{timeline.seconds * scale:.1f}" height="28" fill="#eee"/>')
     for o in timeline.operations:
-        entry = o.entry
-        told = f"{entry.load.name}, round {entry.round}, microbatch {entry.microbatch}, " + (
-            "backward" if o.is_backward else "forward"
-        )
+        name, direction = o.scheduled.htask.name, "backward" if o.is_backward else "forward"
+        tooltip = f"{name}, round {o.scheduled.round}, microbatch {o.scheduled.microbatch}, {direction}"
         parts.append(
             f'<rect x="{_LEFT + o.start_seconds * scale:.1f}" y="{_TOP + _ROW * o.stage:g}" height="28" '
             f'width="{max(0.5, (o.end_seconds - o.start_seconds) * scale - 0.5):.1f}" '
-            f'fill="hsl({hues[entry.load.name]:.0f} 60% {45 if o.is_backward else 72}%)">'
-            f"<title>{escape(told)}</title></rect>"
+            f'fill="hsl({hues[name]:.0f} 60% {45 if o.is_backward else 72}%)">'
+            f"<title>{escape(tooltip)}</title></rect>"
         )
     return "".join(parts)

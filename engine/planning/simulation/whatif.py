@@ -1,58 +1,58 @@
-"""What will be: when tasks will be done if nobody else comes, and an executor's hTasks over its stages as a picture."""
+"""Answers what-if questions: when tasks will be done if no task joins, and how an executor's hTasks fill its stages."""
 
 from collections.abc import Sequence
 
 from engine.planning.cost.task_demand import DemandEstimator
-from engine.planning.fusion.fusion import of_partition
+from engine.planning.fusion.fusion import fuse_as
 from engine.planning.placement.executor_state import ExecutorState
-from engine.planning.simulation.baselines import Multiplexed
-from engine.planning.simulation.pipeline_simulator import Load, Pipeline, interleaved, one_by_one, simulate
+from engine.planning.simulation.baselines import PlannerPolicy
+from engine.planning.simulation.pipeline_simulator import HTaskRound, Pipeline, interleaved, one_by_one, simulate
 from engine.planning.simulation.simulator import Arrival
 from engine.planning.simulation.simulator import simulate as simulate_arrivals
 from engine.planning.simulation.timeline import svg
 from engine.planning.types import HTask, PlannerConfig, Snapshot
 
-_NUM_PLANS = 64  # in the time that all work takes: changes that come closer together share one
-_ROUNDS = 3  # in a picture
+_NUM_PLANS = 64  # plans in the time that all work takes: changes closer together than that share one
+_NUM_ROUNDS = 3  # rounds shown in a picture
 
 
-def forecast(snapshot: Snapshot, limits: PlannerConfig) -> dict[str, float]:
-    """Seconds from now until each task is done, but for those that can run nowhere; none while costs are unknown."""
+def forecast(snapshot: Snapshot, config: PlannerConfig) -> dict[str, float]:
+    """Return the seconds until each task that can run is done; nothing while costs are unknown."""
     executors = [executor for executor in snapshot.executors if not executor.is_draining]
     if not executors or not all(executor.can_predict for executor in executors):
         return {}
-    policy = Multiplexed(limits, snapshot.tenant_weights, dict(snapshot.running))
+    policy = PlannerPolicy(config, snapshot.tenant_weights, dict(snapshot.running))
     arrivals = [Arrival(0.0, task) for task in snapshot.tasks]
-    run = simulate_arrivals(arrivals, executors, policy, replan_seconds=_whole_seconds(snapshot) / _NUM_PLANS)
+    run = simulate_arrivals(arrivals, executors, policy, replan_seconds=_total_seconds(snapshot) / _NUM_PLANS)
     return {outcome.task.name: outcome.finished_seconds for outcome in run.outcomes}
 
 
-def picture(snapshot: Snapshot, htasks: Sequence[HTask], executor: str, limits: PlannerConfig) -> str:
-    """SVG: the executor's hTasks interleaved over its stages, a few rounds, and one by one for comparison."""
+def picture(snapshot: Snapshot, htasks: Sequence[HTask], executor: str, config: PlannerConfig) -> str:
+    """Return an SVG of the executor's hTasks interleaved over its stages, and one by one for comparison."""
     view = next(e for e in snapshot.executors if e.name == executor)
-    host, appraiser = ExecutorState(view, limits), DemandEstimator(limits)
+    state, estimator = ExecutorState(view, config), DemandEstimator(config)
     names = {name for htask in htasks for name in htask.tasks}
     for task in snapshot.tasks:
         if task.name in names:
-            host.put(appraiser.need(task, view.backbone))
-    jobs = host.jobs()
-    groups = [of_partition([[jobs[name] for name in htask.tasks]], host.stage()).groups[0] for htask in htasks]
-    loads = [
-        Load(f"hTask {i}", group.num_microbatches, group.microbatch_seconds / 2, group.microbatch_seconds / 2)
+            state.add(estimator.estimate(task, view.backbone))
+    costs = state.step_costs()
+    groups = [fuse_as([[costs[name] for name in htask.tasks]], state.stage()).groups[0] for htask in htasks]
+    rounds = [
+        HTaskRound(f"hTask {i}", group.num_microbatches, group.microbatch_seconds / 2, group.microbatch_seconds / 2)
         for i, group in enumerate(groups)
     ]
     pipeline = Pipeline(view.num_stages, view.hop_seconds, num_extra=int(view.num_stages > 1))
-    timelines = [("interleaved", simulate(interleaved(loads, _ROUNDS), pipeline))]
-    if len(loads) > 1:
-        timelines.append(("one hTask after another", simulate(one_by_one(loads, _ROUNDS), pipeline)))
+    timelines = [("interleaved", simulate(interleaved(rounds, _NUM_ROUNDS), pipeline))]
+    if len(rounds) > 1:
+        timelines.append(("one hTask after another", simulate(one_by_one(rounds, _NUM_ROUNDS), pipeline)))
     return svg(timelines)
 
 
-def _whole_seconds(snapshot: Snapshot) -> float:
-    """About how long all that is left takes on the executors of each backbone: the longest of them."""
+def _total_seconds(snapshot: Snapshot) -> float:
+    """Return about how long the work left takes on the executors of each backbone: the longest of these times."""
     seconds = [0.0]
     for backbone in {task.spec.backbone for task in snapshot.tasks}:
-        hosts = [e for e in snapshot.executors if e.backbone.name == backbone and not e.is_draining]
+        executors = [e for e in snapshot.executors if e.backbone.name == backbone and not e.is_draining]
         tokens = sum(t.num_steps_left * t.tokens_per_step for t in snapshot.tasks if t.spec.backbone == backbone)
-        seconds += [tokens * host.profile.token_seconds / len(hosts) for host in hosts]
+        seconds += [tokens * executor.profile.token_seconds / len(executors) for executor in executors]
     return max(seconds)

@@ -4,8 +4,9 @@ import logging
 from collections import deque
 
 from engine.alignment.microbatch import Microbatch, MicrobatchKind
-from engine.planning.cost.cost_fit import Sample, refit
-from engine.planning.cost.cost_model import CostProfile, Part
+from engine.planning.cost.cost_fit import CostSample, refit
+from engine.planning.cost.cost_model import MicrobatchWork
+from engine.planning.types import CostProfile
 from engine.runtime.calibration import calibrate, parts_of
 from engine.runtime.executor import Executor
 
@@ -20,20 +21,20 @@ class CostCalibration:
     def __init__(self, executor: Executor, budget_seconds: float) -> None:
         self._executor = executor
         self._start = calibrate(executor, budget_seconds, _MAX_TOKENS)
-        self._recent: deque[Sample] = deque(maxlen=_NUM_RECENT)
+        self._recent: deque[CostSample] = deque(maxlen=_NUM_RECENT)
         self._num_new = 0
         self.profile: CostProfile = refit(self._start, ())
         _log.info("calibrated: %s", self.profile)
 
-    def parts(self, microbatch: Microbatch) -> tuple[Part, ...]:
+    def parts(self, microbatch: Microbatch) -> tuple[MicrobatchWork, ...]:
         """To be asked for before it runs: a task that ends leaves."""
         return parts_of(microbatch, self._executor)
 
-    def add(self, microbatch: Microbatch, parts: tuple[Part, ...], seconds: float) -> None:
+    def add(self, microbatch: Microbatch, parts: tuple[MicrobatchWork, ...], seconds: float) -> None:
         """A microbatch that ran. Evaluations have no backward: they say nothing of training."""
         if microbatch.kind is not MicrobatchKind.TRAIN or seconds <= 0:
             return
-        self._recent.append(Sample(parts, seconds))
+        self._recent.append(CostSample(parts, seconds))
         self._num_new += 1
         if self._num_new == _REFIT_EVERY:
             self._num_new = 0

@@ -9,10 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.methods import Lora
-from engine.planning.cost.cost_model import UNKNOWN, CostProfile
 from engine.planning.cost.memory_model import total_bytes
 from engine.planning.planner import plan
-from engine.planning.types import BackboneView, ExecutorView, HTask, Plan, PlannerConfig, Site, Snapshot, TaskView
+from engine.planning.types import (
+    UNKNOWN_COST,
+    BackboneView,
+    CostProfile,
+    ExecutorView,
+    HTask,
+    Plan,
+    PlannerConfig,
+    Site,
+    Snapshot,
+    TaskView,
+)
 from engine.task import TaskSpec, Training
 from tests.thoroughness import examples
 
@@ -42,7 +52,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             draw(st.sampled_from(["a", "b"])),
             effective_tokens_per_second=draw(st.sampled_from([0.0, 100.0])),
             num_stages=draw(st.sampled_from([1, 1, 4])),
-            cost=draw(st.sampled_from([UNKNOWN, CostProfile(fixed_seconds=0.1, token_seconds=1e-3, knee_tokens=100)])),
+            cost=draw(st.sampled_from([UNKNOWN_COST, CostProfile(0.1, 1e-3, knee_tokens=100)])),
             is_draining=draw(st.booleans()),
         )
         for i in range(draw(st.integers(0, 3)))
@@ -167,7 +177,7 @@ def test_reasons_to_wait_are_precise() -> None:
     executors = (_executor("executors/0", 41), _executor("executors/1", 4096, "b"))
     tasks = (_task(0), _task(1, backbone="c"), _task(2, backbone="b", target="nothing"))
     reasons = {e.task: e.reason for e in plan(Snapshot(tasks, executors), LIMITS).explanations}
-    assert "MB, the executors of this backbone have at most 43.0 MB: " in reasons[tasks[0].name]
+    assert "MB, the executors of this backbone have at most 43.0 MB. " in reasons[tasks[0].name]
     assert reasons[tasks[1].name] == "no executor of backbone c is ready"
     assert '"nothing" matches no adaptable module' in reasons[tasks[2].name]
 
@@ -279,7 +289,7 @@ def test_rounds_get_shorter_as_neighbours_finish() -> None:
 
 
 def test_what_is_not_measured_is_not_told() -> None:
-    executor = dataclasses.replace(room_for(2), cost=UNKNOWN)
+    executor = dataclasses.replace(room_for(2), cost=UNKNOWN_COST)
     (told,) = plan(Snapshot((_task(0),), (executor,)), LIMITS).explanations
     assert told.predicted_seconds_left is told.round_seconds is told.measured_step_seconds is None
     measured = _task(0, step=4, device_seconds=6.0, num_effective_tokens=90, num_padding_tokens=10)

@@ -4,7 +4,8 @@ import pytest
 
 from engine.alignment.microbatch import Microbatch
 from engine.planning.cost.cost_fit import fit
-from engine.planning.cost.cost_model import CostProfile
+from engine.planning.cost.cost_model import microbatch_seconds
+from engine.planning.types import CostProfile
 from engine.results import Result
 from engine.runtime.backbone import Backbone
 from engine.runtime.calibration import Bench, Probe, calibrate, parts_of
@@ -24,7 +25,7 @@ class Priced(Executor):
     now = 0.0
 
     def run(self, microbatch: Microbatch) -> list[Result]:
-        self.now += TRUTH.microbatch_seconds(parts_of(microbatch, self))
+        self.now += microbatch_seconds(TRUTH, parts_of(microbatch, self))
         return super().run(microbatch)
 
 
@@ -41,7 +42,7 @@ def test_shapes_never_timed_are_predicted(executor: Priced) -> None:
             Probe(30, num_sequences=9, rank=4, module_stride=1, has_step=True),
             Probe(9, num_ranges=6, rank=32, module_stride=3),
         ):
-            assert fitted.microbatch_seconds(bench.parts(probe)) == pytest.approx(bench.seconds(probe), rel=0.05)
+            assert microbatch_seconds(fitted, bench.parts(probe)) == pytest.approx(bench.seconds(probe), rel=0.05)
 
 
 @pytest.mark.parametrize("budget_seconds", [0.0, 3.0, 1000.0])
@@ -50,7 +51,7 @@ def test_it_ends_in_time_and_leaves_no_trace(executor: Priced, budget_seconds: f
     assert executor.tasks == {}
     assert all(not mounted.adapters for mounted in executor.backbone.mounted.values())
     assert len({sample.parts for sample in samples}) >= 8
-    one_pass = sum(TRUTH.microbatch_seconds(sample.parts) for sample in samples)
+    one_pass = sum(microbatch_seconds(TRUTH, sample.parts) for sample in samples)
     assert executor.now <= max(2 * one_pass, 1.5 * budget_seconds)
 
 

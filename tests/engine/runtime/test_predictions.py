@@ -12,12 +12,12 @@ import transformers as hf
 from engine.alignment.dataset import TokenizedDataset
 from engine.alignment.packing import PackedTask, one_round
 from engine.methods import Lora
-from engine.planning.cost.cost_fit import Sample, fit, refit
-from engine.planning.cost.cost_model import CostProfile
+from engine.planning.cost.cost_fit import CostSample, fit, refit
+from engine.planning.cost.cost_model import microbatch_seconds
 from engine.planning.planner import plan
-from engine.planning.simulation.baselines import Multiplexed
+from engine.planning.simulation.baselines import PlannerPolicy
 from engine.planning.simulation.simulator import Arrival, simulate
-from engine.planning.types import BackboneView, ExecutorView, PlannerConfig, Snapshot, TaskView
+from engine.planning.types import BackboneView, CostProfile, ExecutorView, PlannerConfig, Snapshot, TaskView
 from engine.runtime.backbone import Backbone
 from engine.runtime.calibration import Bench, Probe, calibrate, parts_of
 from engine.runtime.executor import Executor
@@ -46,7 +46,7 @@ def device() -> Iterator[CountedDevice]:
 
 
 @pytest.fixture
-def start(executor: Executor, device: CountedDevice) -> list[Sample]:
+def start(executor: Executor, device: CountedDevice) -> list[CostSample]:
     return calibrate(executor, 3.0, 1024, device.clock)
 
 
@@ -57,17 +57,17 @@ def drawn(random: np.random.Generator) -> Probe:
 
 
 def test_shapes_it_was_not_fitted_on_are_predicted(
-    executor: Executor, device: CountedDevice, start: list[Sample]
+    executor: Executor, device: CountedDevice, start: list[CostSample]
 ) -> None:
     """Half within 3 %, nineteen of twenty within a tenth: calibrated, then corrected by the first microbatches
     that run, as an executor does, then asked for others."""
-    random, ran = np.random.default_rng(1), list[Sample]()
+    random, ran = np.random.default_rng(1), list[CostSample]()
     with Bench(executor, device.clock) as bench:
         for _ in range(14 + 40):
             probe = drawn(random)
-            ran.append(Sample(bench.parts(probe), bench.seconds(probe)))
+            ran.append(CostSample(bench.parts(probe), bench.seconds(probe)))
     cost = refit(start, ran[:14])
-    errors = [abs(cost.microbatch_seconds(sample.parts) / sample.seconds - 1) for sample in ran[14:]]
+    errors = [abs(microbatch_seconds(cost, sample.parts) / sample.seconds - 1) for sample in ran[14:]]
     assert np.median(errors) < 0.03
     assert np.quantile(errors, 0.95) < 0.10
 
@@ -102,7 +102,7 @@ class Ran:
     """Seconds of each round, and the microbatches of the first rounds."""
 
     rounds: list[float]
-    samples: list[Sample]
+    samples: list[CostSample]
 
 
 def run_as_the_trainer_does(
@@ -122,7 +122,7 @@ def run_as_the_trainer_does(
             for microbatch in one_round(step, members, htask.token_budget, htask.chunk_tokens):
                 parts, started = parts_of(microbatch, executor), device.seconds
                 executor.run(microbatch)
-                samples.append(Sample(parts, device.seconds - started))
+                samples.append(CostSample(parts, device.seconds - started))
             ran.rounds.append(sum(sample.seconds for sample in samples))
             ran.samples += samples if step < NUM_CORRECTING else []
         for task in [task for task in left if task.num_steps == len(ran.rounds)]:
@@ -132,7 +132,7 @@ def run_as_the_trainer_does(
 
 
 def test_the_simulator_tells_what_a_real_run_takes(
-    executor: Executor, device: CountedDevice, start: list[Sample]
+    executor: Executor, device: CountedDevice, start: list[CostSample]
 ) -> None:
     """Round times, and when each of four tasks is done as rounds get shorter: by costs that the first rounds
     corrected, as an executor does."""
@@ -140,7 +140,7 @@ def test_the_simulator_tells_what_a_real_run_takes(
     ran = run_as_the_trainer_does(executor, device, view_of(executor, fit(start)), tasks)
     view = view_of(executor, refit(start, ran.samples))
     come = [Arrival(0.0, task) for task, _ in tasks]
-    simulated = {o.task.name: o.finished_seconds for o in simulate(come, [view], Multiplexed(LIMITS)).outcomes}
-    predicted = Multiplexed(LIMITS).assign([task for task, _ in tasks], [view])["e"].round_seconds
+    simulated = {o.task.name: o.finished_seconds for o in simulate(come, [view], PlannerPolicy(LIMITS)).outcomes}
+    predicted = PlannerPolicy(LIMITS).assign([task for task, _ in tasks], [view])["e"].round_seconds
     assert predicted == pytest.approx(statistics.median(ran.rounds[:8]), rel=0.05)
     assert simulated == pytest.approx({task.name: sum(ran.rounds[: task.num_steps]) for task, _ in tasks}, rel=0.05)

@@ -9,9 +9,17 @@ from engine.alignment.dataset import TokenizedDataset
 from engine.alignment.packing import PackedTask, rounds
 from engine.methods import Lora
 from engine.planning.cost.chunk_size import CHUNKS, SequenceLengths, allowed_padding_tokens, choose_chunk
-from engine.planning.cost.cost_model import CostProfile
 from engine.planning.planner import plan
-from engine.planning.types import BackboneView, ExecutorView, HTask, PlannerConfig, Site, Snapshot, TaskView
+from engine.planning.types import (
+    BackboneView,
+    CostProfile,
+    ExecutorView,
+    HTask,
+    PlannerConfig,
+    Site,
+    Snapshot,
+    TaskView,
+)
 from engine.task import TaskSpec, Training
 from tests.thoroughness import examples
 

@@ -10,8 +10,9 @@ from hypothesis.extra import numpy as hnp
 
 from engine.methods import Ia3, Lora, Prompt, Vera
 from engine.methods.base import Site, SiteKind
-from engine.planning.cost.cost_fit import Sample, error_of, fit, nonnegative_least_squares, refit
-from engine.planning.cost.cost_model import AdapterLoad, CostProfile, Part, adapter_load, total
+from engine.planning.cost.cost_fit import CostSample, error_of, fit, nonnegative_least_squares, refit
+from engine.planning.cost.cost_model import AdapterLoad, MicrobatchWork, adapter_load, microbatch_seconds, total
+from engine.planning.types import CostProfile
 from tests.thoroughness import examples
 
 PROFILE = CostProfile(
@@ -19,7 +20,7 @@ PROFILE = CostProfile(
     module_seconds=1e-4, multiplication_seconds=1e-9, parameter_seconds=1e-8, segment_seconds=3e-3,
 )  # fmt: skip
 PARTS = st.builds(
-    Part,
+    MicrobatchWork,
     num_tokens=st.integers(1, 2000),
     num_squared_tokens=st.integers(1, 4_000_000),
     num_targets=st.integers(0, 2000),
@@ -31,18 +32,18 @@ PARTS = st.builds(
 
 
 def test_seconds_by_hand() -> None:
-    parts = [Part(30, 900, 10, 4, 1_000_000, 0, 2), Part(10, 100, 10, 2, 0, 500_000, 5)]
+    parts = [MicrobatchWork(30, 900, 10, 4, 1_000_000, 0, 2), MicrobatchWork(10, 100, 10, 2, 0, 500_000, 5)]
     expected = 0.1 + 2e-3 * 50 + 1e-6 * 1000 + 1e-3 * 20 + 1e-4 * 6 + 1e-9 * 1e6 + 1e-8 * 5e5
     expected += 3e-3 * 7
-    assert PROFILE.microbatch_seconds(parts) == pytest.approx(expected)
-    assert PROFILE.microbatch_seconds([*parts, Part(60)]) == pytest.approx(expected + 2e-3 * 50)
+    assert microbatch_seconds(PROFILE, parts) == pytest.approx(expected)
+    assert microbatch_seconds(PROFILE, [*parts, MicrobatchWork(60)]) == pytest.approx(expected + 2e-3 * 50)
 
 
 @given(st.lists(PARTS, min_size=1, max_size=5), PARTS)
 @settings(deadline=None)
-def test_more_work_never_costs_less(parts: list[Part], more: Part) -> None:
-    assert PROFILE.microbatch_seconds([*parts, more]) >= PROFILE.microbatch_seconds(parts)
-    assert PROFILE.microbatch_seconds(parts) == pytest.approx(PROFILE.microbatch_seconds([total(parts)]))
+def test_more_work_never_costs_less(parts: list[MicrobatchWork], more: MicrobatchWork) -> None:
+    assert microbatch_seconds(PROFILE, [*parts, more]) >= microbatch_seconds(PROFILE, parts)
+    assert microbatch_seconds(PROFILE, parts) == pytest.approx(microbatch_seconds(PROFILE, [total(parts)]))
 
 
 def test_loads_of_methods_by_hand() -> None:
@@ -60,16 +61,16 @@ def test_loads_of_methods_by_hand() -> None:
     assert adapter_load(Prompt(length=5), sites) == AdapterLoad(1, 0, 5 * 64)
 
 
-def _samples(profile: CostProfile, random: np.random.Generator, count: int, noise: float = 0.0) -> list[Sample]:
+def _samples(profile: CostProfile, random: np.random.Generator, count: int, noise: float = 0.0) -> list[CostSample]:
     samples = []
     for _ in range(count):
         ranges = int(random.integers(1, 5))
         tokens, length, modules, multiplications = random.integers([8, 8, 8, 1], [800, 512, 99, 10**6]).tolist()
         stepped = int(random.integers(0, 2)) * 10**6
-        part = Part(tokens, tokens * length, tokens * random.random(), modules, tokens * multiplications, stepped,
-                    int(random.integers(1, 9)))  # fmt: skip
+        part = MicrobatchWork(tokens, tokens * length, tokens * random.random(), modules, tokens * multiplications,
+                              stepped, int(random.integers(1, 9)))  # fmt: skip
         parts = (part,) * ranges
-        samples.append(Sample(parts, profile.microbatch_seconds(parts) * (1 + noise * random.standard_normal())))
+        samples.append(CostSample(parts, microbatch_seconds(profile, parts) * (1 + noise * random.standard_normal())))
     return samples
 
 
@@ -79,20 +80,20 @@ def test_known_prices_predict_shapes_never_fitted(knee: float) -> None:
     random = np.random.default_rng(0)
     fitted = fit(_samples(truth, random, 60))
     held_out = _samples(truth, random, 60)
-    assert max(abs(fitted.microbatch_seconds(s.parts) / s.seconds - 1) for s in held_out) < 0.05
+    assert max(abs(microbatch_seconds(fitted, s.parts) / s.seconds - 1) for s in held_out) < 0.05
     assert abs(fitted.knee_tokens - knee) < 120
 
 
 def test_a_noisy_machine_and_one_stall_do_not_spoil_the_fit() -> None:
     random = np.random.default_rng(1)
     samples = _samples(PROFILE, random, 60, noise=0.05)
-    samples[7] = Sample(samples[7].parts, 20 * samples[7].seconds)
+    samples[7] = CostSample(samples[7].parts, 20 * samples[7].seconds)
     assert error_of(fit(samples), _samples(PROFILE, random, 60)) < 0.05
 
 
 def test_a_fit_is_monotone_even_of_nonsense() -> None:
     random = np.random.default_rng(2)
-    samples = [Sample(s.parts, float(random.uniform(0.1, 9))) for s in _samples(PROFILE, random, 12)]
+    samples = [CostSample(s.parts, float(random.uniform(0.1, 9))) for s in _samples(PROFILE, random, 12)]
     fitted = vars(fit(samples))
     assert min(price for name, price in fitted.items()) >= 0
 
@@ -100,17 +101,18 @@ def test_a_fit_is_monotone_even_of_nonsense() -> None:
 def test_a_refit_follows_the_machines_speed_and_what_was_never_tried() -> None:
     """Calibrated on small microbatches without adapters' arithmetic; then the machine is 1.7 times as slow."""
     random = np.random.default_rng(3)
-    small = [Part(n, n * n, n / 2, 4) for n in (16.0, 32.0, 64.0, 128.0)]
-    start = [Sample((part,), PROFILE.microbatch_seconds([part])) for part in small]
-    slower = [Sample(s.parts, 1.7 * s.seconds) for s in _samples(PROFILE, random, 80)]
+    small = [MicrobatchWork(n, n * n, n / 2, 4) for n in (16.0, 32.0, 64.0, 128.0)]
+    start = [CostSample((part,), microbatch_seconds(PROFILE, [part])) for part in small]
+    slower = [CostSample(s.parts, 1.7 * s.seconds) for s in _samples(PROFILE, random, 80)]
     refitted = refit(start, slower[:40])
-    errors = [abs(refitted.microbatch_seconds(s.parts) / s.seconds - 1) for s in slower[40:]]
+    errors = [abs(microbatch_seconds(refitted, s.parts) / s.seconds - 1) for s in slower[40:]]
     assert np.median(errors) < 0.02 and np.quantile(errors, 0.95) < 0.1
     assert refit(start, []) == fit(start)
 
 
-@pytest.mark.parametrize("samples", [[], [Sample((Part(1),), 0.0)], [Sample((Part(1),), -1.0)]])
-def test_no_profile_from_nothing(samples: list[Sample]) -> None:
+@pytest.mark.parametrize("seconds", [None, 0.0, -1.0])
+def test_no_profile_from_nothing(seconds: float | None) -> None:
+    samples = [] if seconds is None else [CostSample((MicrobatchWork(1),), seconds)]
     with pytest.raises(ValueError, match="positive time"):
         fit(samples)
 

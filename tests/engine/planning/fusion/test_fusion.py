@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.planning.cost.cost_model import CostProfile
 from engine.planning.cost.round_time import StageModel, StepCost
 from engine.planning.fusion import fusion
-from engine.planning.fusion.fusion import Fusion, fuse, fuse_many, lower_bound_seconds, of_partition
-from engine.planning.fusion.task_groups import Intervals
+from engine.planning.fusion.fusion import Fusion, fuse, fuse_as, fuse_many, lower_bound_seconds
+from engine.planning.fusion.task_groups import ContiguousRuns
+from engine.planning.types import CostProfile
 from tests.thoroughness import examples
 
 FLAT = CostProfile(fixed_seconds=0.0, token_seconds=1.0)  # a second a token
-JOBS = st.builds(
+TASKS = st.builds(
     StepCost,
     name=st.just(""),
     num_tokens=st.integers(16, 4000),
@@ -42,32 +42,32 @@ STAGES = st.builds(
 )
 
 
-def named(jobs: Sequence[StepCost]) -> list[StepCost]:
-    return [replace(job, name=str(i)) for i, job in enumerate(jobs)]
+def named(tasks: Sequence[StepCost]) -> list[StepCost]:
+    return [replace(task, name=str(i)) for i, task in enumerate(tasks)]
 
 
-def partitions(jobs: Sequence[StepCost]) -> Iterator[list[list[StepCost]]]:
-    """Every way to split the jobs into groups: Bell's number of them."""
-    if not jobs:
+def partitions(tasks: Sequence[StepCost]) -> Iterator[list[list[StepCost]]]:
+    """Every way to split the tasks into groups: Bell's number of them."""
+    if not tasks:
         yield []
         return
-    for rest in partitions(jobs[1:]):
-        yield [[jobs[0]], *rest]
+    for rest in partitions(tasks[1:]):
+        yield [[tasks[0]], *rest]
         for i, group in enumerate(rest):
-            yield [*rest[:i], [jobs[0], *group], *rest[i + 1 :]]
+            yield [*rest[:i], [tasks[0], *group], *rest[i + 1 :]]
 
 
 def choices_of(group: Sequence[StepCost], stage: StageModel) -> list[tuple[float, float]]:
     """(work, latency) of every number of microbatches; none if a sequence is longer than any may be."""
-    tokens = sum(job.num_tokens for job in group)
-    heavy = [job.token_bytes for job in group if job.token_bytes and math.isfinite(stage.max_bytes)]
+    tokens = sum(task.num_tokens for task in group)
+    heavy = [task.token_bytes for task in group if task.token_bytes and math.isfinite(stage.max_bytes)]
     held = min([stage.max_tokens, *(stage.max_bytes // token_bytes for token_bytes in heavy)])
-    if max(job.longest_tokens for job in group) > held:
+    if max(task.longest_tokens for task in group) > held:
         return []
     fewest, choices = max(1, math.ceil(tokens / held)), []
     for number in range(fewest, fewest + 2 * stage.num_stages - 1):
         busy = max(tokens, number * stage.profile.knee_tokens) * stage.profile.token_seconds
-        work = number * stage.profile.fixed_seconds + busy + sum(job.extra_seconds for job in group)
+        work = number * stage.profile.fixed_seconds + busy + sum(task.extra_seconds for task in group)
         work /= stage.num_stages
         choices.append((work, work + (stage.num_stages - 1) * (work / number + 2 * stage.hop_seconds)))
     return choices
@@ -87,42 +87,42 @@ def period(partition: Sequence[Sequence[StepCost]], stage: StageModel) -> float:
     return period_of([choices_of(group, stage) for group in partition])
 
 
-def pick(jobs: Sequence[StepCost], mask: int) -> list[StepCost]:
-    return [job for i, job in enumerate(jobs) if mask >> i & 1]
+def pick(tasks: Sequence[StepCost], mask: int) -> list[StepCost]:
+    return [task for i, task in enumerate(tasks) if mask >> i & 1]
 
 
-def least(jobs: Sequence[StepCost], stage: StageModel) -> float:
-    return min(period(partition, stage) for partition in partitions(jobs))
+def least(tasks: Sequence[StepCost], stage: StageModel) -> float:
+    return min(period(partition, stage) for partition in partitions(tasks))
 
 
-@given(st.lists(JOBS, min_size=1, max_size=6), STAGES)
+@given(st.lists(TASKS, min_size=1, max_size=6), STAGES)
 @settings(max_examples=examples(150), deadline=None)
-def test_few_tasks_are_fused_as_brute_force_does(jobs: list[StepCost], stage: StageModel) -> None:
-    found = fuse(named(jobs), stage)
-    assert found.period_seconds == pytest.approx(least(named(jobs), stage), rel=0.01)
-    check_partition(found, jobs, stage)
+def test_few_tasks_are_fused_as_brute_force_does(tasks: list[StepCost], stage: StageModel) -> None:
+    found = fuse(named(tasks), stage)
+    assert found.period_seconds == pytest.approx(least(named(tasks), stage), rel=0.01)
+    check_partition(found, tasks, stage)
 
 
 class Brute:
-    """Every partition of so many jobs, each looked at: rows of bit masks, one a group, padded with the empty group."""
+    """Every partition of so many tasks, each looked at: rows of bit masks, one a group, padded with the empty group."""
 
-    def __init__(self, num_jobs: int) -> None:
+    def __init__(self, num_tasks: int) -> None:
         grown = [[]]
-        for i in range(num_jobs):
+        for i in range(num_tasks):
             bit = 1 << i
             grown = [
                 [*groups[:k], groups[k] | bit, *groups[k + 1 :]] if k < len(groups) else [*groups, bit]
                 for groups in grown
                 for k in range(len(groups) + 1)
             ]
-        self.groups_PK = np.zeros((len(grown), num_jobs), np.int64)
+        self.groups_PK = np.zeros((len(grown), num_tasks), np.int64)
         for row, groups in zip(self.groups_PK, grown, strict=True):
             row[: len(groups)] = groups
 
-    def has_one_under(self, seconds: float, jobs: Sequence[StepCost], stage: StageModel) -> bool:
+    def has_one_under(self, seconds: float, tasks: Sequence[StepCost], stage: StageModel) -> bool:
         """Whether any partition has a shorter period. Left out are those whose least work or least latencies are not
         under it, whatever the numbers of microbatches."""
-        choices = [[(0.0, 0.0)], *(choices_of(pick(jobs, mask), stage) for mask in range(1, 1 << len(jobs)))]
+        choices = [[(0.0, 0.0)], *(choices_of(pick(tasks, mask), stage) for mask in range(1, 1 << len(tasks)))]
         work_G = np.array([min((w for w, _ in options), default=math.inf) for options in choices])
         latency_G = np.array([min((x for _, x in options), default=math.inf) for options in choices])
         floor_P = np.maximum(work_G[self.groups_PK].sum(axis=1), latency_G[self.groups_PK].max(axis=1))
@@ -140,11 +140,11 @@ def test_up_to_ten_tasks_are_fused_as_brute_force_does(count: int, data: st.Data
     """All partitions: of ten tasks 115,975."""
     brute = BRUTES[count]()
     assert len(brute.groups_PK) == {8: 4140, 9: 21147, 10: 115975}[count]
-    jobs, stage = named(data.draw(st.lists(JOBS, min_size=count, max_size=count))), data.draw(STAGES)
-    found, many = fuse(jobs, stage), fuse_many(jobs, stage)
-    assert period([group.jobs for group in found.groups], stage) == pytest.approx(found.period_seconds, rel=2e-3)
-    assert brute.has_one_under(1.01 * found.period_seconds, jobs, stage)
-    assert not brute.has_one_under(0.99 * found.period_seconds, jobs, stage)
+    tasks, stage = named(data.draw(st.lists(TASKS, min_size=count, max_size=count))), data.draw(STAGES)
+    found, many = fuse(tasks, stage), fuse_many(tasks, stage)
+    assert period([group.tasks for group in found.groups], stage) == pytest.approx(found.period_seconds, rel=2e-3)
+    assert brute.has_one_under(1.01 * found.period_seconds, tasks, stage)
+    assert not brute.has_one_under(0.99 * found.period_seconds, tasks, stage)
     assert many.period_seconds <= 1.03 * found.period_seconds  # as more tasks are fused
 
 
@@ -167,23 +167,23 @@ def tasks_of(random: np.random.Generator, shape: str, count: int) -> list[StepCo
 def test_many_tasks_are_fused_as_well_as_long_random_search_does(shape: str, seed: int) -> None:
     """The reference: the least of 30 random regroupings that only moves of one task make better, one by one."""
     random = np.random.default_rng(seed)
-    jobs = tasks_of(random, shape, 14)
+    tasks = tasks_of(random, shape, 14)
     profile = CostProfile(float(random.choice([0, 10, 200])), 1.0, float(random.choice([0, 100, 700])))
     stage = StageModel(profile, 1024, random.choice([math.inf, 1024.0]), int(random.choice([1, 2, 4, 8])), 20.0)
-    found = fuse(jobs, stage)
-    check_partition(found, jobs, stage)
-    assert found.period_seconds <= climbed(jobs, stage, random) * 1.01
+    found = fuse(tasks, stage)
+    check_partition(found, tasks, stage)
+    assert found.period_seconds <= climbed(tasks, stage, random) * 1.01
 
 
-def climbed(jobs: list[StepCost], stage: StageModel, random: np.random.Generator) -> float:
-    best, lower = math.inf, lower_bound_seconds(jobs, stage)
+def climbed(tasks: list[StepCost], stage: StageModel, random: np.random.Generator) -> float:
+    best, lower = math.inf, lower_bound_seconds(tasks, stage)
     for _ in range(30):
-        of = random.integers(0, int(random.integers(1, len(jobs))), len(jobs))
-        seconds = of_numbers(jobs, of, stage)
-        for i, k in itertools.product(random.permutation(len(jobs)), range(len(jobs))):
+        of = random.integers(0, int(random.integers(1, len(tasks))), len(tasks))
+        seconds = of_numbers(tasks, of, stage)
+        for i, k in itertools.product(random.permutation(len(tasks)), range(len(tasks))):
             moved = of.copy()
             moved[i] = k
-            if (after := of_numbers(jobs, moved, stage)) < seconds:
+            if (after := of_numbers(tasks, moved, stage)) < seconds:
                 of, seconds = moved, after
         best = min(best, seconds)
         if best <= lower * 1.001:
@@ -191,27 +191,27 @@ def climbed(jobs: list[StepCost], stage: StageModel, random: np.random.Generator
     return best
 
 
-def of_numbers(jobs: list[StepCost], of: np.ndarray, stage: StageModel) -> float:
-    return period([[job for job, number in zip(jobs, of, strict=True) if number == k] for k in np.unique(of)], stage)
+def of_numbers(tasks: list[StepCost], of: np.ndarray, stage: StageModel) -> float:
+    return period([[task for task, number in zip(tasks, of, strict=True) if number == k] for k in np.unique(of)], stage)
 
 
-@given(st.lists(JOBS, min_size=7, max_size=fusion.EXACT_TASKS), STAGES)
+@given(st.lists(TASKS, min_size=7, max_size=fusion.EXACT_TASKS), STAGES)
 @settings(max_examples=examples(50), deadline=None)
-def test_all_subsets_are_no_worse_than_intervals(jobs: list[StepCost], stage: StageModel) -> None:
-    assert fuse(named(jobs), stage).period_seconds <= fuse_many(named(jobs), stage).period_seconds * 1.001
+def test_all_subsets_are_no_worse_than_intervals(tasks: list[StepCost], stage: StageModel) -> None:
+    assert fuse(named(tasks), stage).period_seconds <= fuse_many(named(tasks), stage).period_seconds * 1.001
 
 
-def fuse_intervals(jobs: Sequence[StepCost], stage: StageModel) -> Fusion:
+def fuse_intervals(tasks: Sequence[StepCost], stage: StageModel) -> Fusion:
     """Runs of the tasks sorted by tokens."""
-    ordered = sorted(jobs, key=lambda job: job.num_tokens)
-    return fusion._best_of_groups(Intervals(ordered, stage), stage)
+    ordered = sorted(tasks, key=lambda task: task.num_tokens)
+    return fusion._best_cover(ContiguousRuns(ordered, stage), stage)
 
 
-@given(st.lists(JOBS, min_size=1, max_size=5), STAGES)
+@given(st.lists(TASKS, min_size=1, max_size=5), STAGES)
 @settings(max_examples=examples(100), deadline=None)
-def test_intervals_of_an_order_are_all_tried(jobs: list[StepCost], stage: StageModel) -> None:
+def test_intervals_of_an_order_are_all_tried(tasks: list[StepCost], stage: StageModel) -> None:
     """The way of many tasks, on few: the best of all partitions into runs of the sorted tasks."""
-    ordered = sorted(named(jobs), key=lambda job: job.num_tokens)
+    ordered = sorted(named(tasks), key=lambda task: task.num_tokens)
     cuts = itertools.chain.from_iterable(
         itertools.combinations(range(1, len(ordered)), count) for count in range(len(ordered))
     )
@@ -220,68 +220,68 @@ def test_intervals_of_an_order_are_all_tried(jobs: list[StepCost], stage: StageM
     assert fuse_intervals(ordered, stage).period_seconds == pytest.approx(best, rel=0.01)
 
 
-@given(st.lists(JOBS, min_size=1, max_size=40), STAGES)
+@given(st.lists(TASKS, min_size=1, max_size=40), STAGES)
 @settings(max_examples=examples(100), deadline=None)
-def test_no_partition_is_under_the_bound(jobs: list[StepCost], stage: StageModel) -> None:
-    found = fuse(named(jobs), stage)
-    assert found.period_seconds >= lower_bound_seconds(named(jobs), stage) * (1 - 1e-9)
-    check_partition(found, jobs, stage)
+def test_no_partition_is_under_the_bound(tasks: list[StepCost], stage: StageModel) -> None:
+    found = fuse(named(tasks), stage)
+    assert found.period_seconds >= lower_bound_seconds(named(tasks), stage) * (1 - 1e-9)
+    check_partition(found, tasks, stage)
 
 
-def check_partition(found: Fusion, jobs: Sequence[StepCost], stage: StageModel) -> None:
-    """Each job once, and no microbatch holds more than it may."""
-    assert sorted(job.name for group in found.groups for job in group.jobs) == sorted(map(str, range(len(jobs))))
+def check_partition(found: Fusion, tasks: Sequence[StepCost], stage: StageModel) -> None:
+    """Each task once, and no microbatch holds more than it may."""
+    assert sorted(task.name for group in found.groups for task in group.tasks) == sorted(map(str, range(len(tasks))))
     for group in found.groups:
-        tokens = sum(job.num_tokens for job in group.jobs) / group.num_microbatches
+        tokens = sum(task.num_tokens for task in group.tasks) / group.num_microbatches
         assert tokens <= stage.max_tokens * (1 + 1e-9)
-        assert tokens * max(job.token_bytes for job in group.jobs) <= stage.max_bytes * (1 + 1e-9)
+        assert tokens * max(task.token_bytes for task in group.tasks) <= stage.max_bytes * (1 + 1e-9)
 
 
 def test_on_one_stage_all_share_while_there_is_something_to_share() -> None:
     """A fixed cost and idle tokens under the knee are paid once; nothing fills with one stage."""
     profile = CostProfile(fixed_seconds=10.0, token_seconds=1.0, knee_tokens=100.0)
-    jobs = [StepCost(str(i), 30) for i in range(4)]
-    found = fuse(jobs, StageModel(profile, 1000))
+    tasks = [StepCost(str(i), 30) for i in range(4)]
+    found = fuse(tasks, StageModel(profile, 1000))
     assert len(found.groups) == 1
     assert found.period_seconds == 10 + 120
-    assert of_partition([[job] for job in jobs], StageModel(profile, 1000)).period_seconds == 4 * (10 + 100)
+    assert fuse_as([[task] for task in tasks], StageModel(profile, 1000)).period_seconds == 4 * (10 + 100)
 
 
 def test_on_four_stages_all_in_one_would_wait_for_itself() -> None:
     """Two tasks of 3 microbatches each fill 4 stages in turn: 600 s of work over 4 stages, and no bubble. As one hTask
     of 6 microbatches the round would take 150 * (1 + 3 / 6) = 225 s; a finer cut of it, 12, would take 187.5 s."""
-    jobs = [StepCost("a", 300), StepCost("b", 300)]
+    tasks = [StepCost("a", 300), StepCost("b", 300)]
     stage = StageModel(FLAT, 100, num_stages=4)
-    assert of_partition([jobs], stage).period_seconds == pytest.approx(150 * (1 + 3 / 12))
-    found = fuse(jobs, stage)
-    assert [len(group.jobs) for group in found.groups] == [1, 1]
+    assert fuse_as([tasks], stage).period_seconds == pytest.approx(150 * (1 + 3 / 12))
+    found = fuse(tasks, stage)
+    assert [len(group.tasks) for group in found.groups] == [1, 1]
     assert found.period_seconds == pytest.approx(150, rel=1e-3)
 
 
 def test_without_interleaving_rounds_run_one_after_another() -> None:
     """Two tasks of 3 microbatches on 4 stages: each round takes 75 s of work, and 3 / 12 of it to fill and drain once
     it is cut into 9. Fused they fill and drain once."""
-    jobs = [StepCost("a", 300), StepCost("b", 300)]
+    tasks = [StepCost("a", 300), StepCost("b", 300)]
     stage = StageModel(FLAT, 100, num_stages=4, interleaves=False)
-    apart = of_partition([[job] for job in jobs], stage)
+    apart = fuse_as([[task] for task in tasks], stage)
     assert apart.period_seconds == pytest.approx(2 * 75 * (1 + 3 / 9))
-    assert fuse(jobs, stage).period_seconds == pytest.approx(150 * (1 + 3 / 12))
+    assert fuse(tasks, stage).period_seconds == pytest.approx(150 * (1 + 3 / 12))
 
 
 def test_a_saturated_device_gains_nothing_from_fusion() -> None:
     """Past the knee and without fixed costs the period is that of separate hTasks; of equals, the fewest are taken."""
-    jobs = [StepCost(str(i), 500) for i in range(6)]
+    tasks = [StepCost(str(i), 500) for i in range(6)]
     stage = StageModel(replace(FLAT, knee_tokens=100.0), 500)
-    assert fuse(jobs, stage).period_seconds == of_partition([[job] for job in jobs], stage).period_seconds == 3000
-    assert len(fuse(jobs, stage).groups) == 1
+    assert fuse(tasks, stage).period_seconds == fuse_as([[task] for task in tasks], stage).period_seconds == 3000
+    assert len(fuse(tasks, stage).groups) == 1
 
 
 def test_a_task_that_keeps_much_does_not_make_small_microbatches_for_all() -> None:
     """One task keeps 10 bytes a token, so that only 100 of its tokens fit; fused, all would run by 100 tokens."""
-    jobs = [StepCost("heavy", 100, token_bytes=10.0), *(StepCost(str(i), 500, token_bytes=1.0) for i in range(4))]
+    tasks = [StepCost("heavy", 100, token_bytes=10.0), *(StepCost(str(i), 500, token_bytes=1.0) for i in range(4))]
     stage = StageModel(CostProfile(fixed_seconds=50.0, token_seconds=1.0), 1000, max_bytes=1000.0)
-    found = fuse(jobs, stage)
-    assert sorted(len(group.jobs) for group in found.groups) == [1, 4]
+    found = fuse(tasks, stage)
+    assert sorted(len(group.tasks) for group in found.groups) == [1, 4]
     assert found.period_seconds == (50 + 100) + (2 * 50 + 2000)
 
 

@@ -45,8 +45,8 @@ def test_the_largest_micro_batch_that_fits_is_told_with_its_bytes() -> None:
     told = refusal(spec(), executor(room), executor(room // 2, "smaller"))
     needs, most, fits = (f"{value / 1e9:.1f} GB" for value in (bytes_of(spec()), room, bytes_of(spec(micro=4))))
     assert told.message == (
-        f"spec.training.micro_batch_size: needs {needs}, the executors of this backbone have at most {most}: "
-        f"reduce micro batch to 4 ({fits})"
+        f"spec.training.micro_batch_size: needs {needs}, the executors of this backbone have at most {most}. "
+        f"Reduce micro batch to 4 (needs {fits})."
     )
     assert told.violations[0].field == "spec.training.micro_batch_size"
 
@@ -57,16 +57,16 @@ def test_where_the_micro_batch_does_not_help_something_else_is_named() -> None:
     assert told.violations[0].field == "spec.training.max_sequence_tokens"
     room = bytes_of(spec(micro=1, rank=32))
     told = refusal(spec(micro=1, rank=256), executor(room))
-    assert told.violations[0].field == "spec.lora.rank" and ": reduce rank to 32 (" in told.message
+    assert told.violations[0].field == "spec.lora.rank" and ". Reduce rank to 32 (" in told.message
     told = refusal(spec(micro=16, rank=256), executor(room))
-    assert told.violations[0].field == "spec.lora.rank" and ": reduce micro batch to 1 and rank to 32 (" in told.message
+    assert told.violations[0].field == "spec.lora.rank" and ". Reduce micro batch to 1 and rank to 32 (" in told.message
 
 
 def test_where_nothing_of_the_task_helps_the_operator_is_named() -> None:
     told = refusal(spec(), executor(bytes_of(spec(1, 1, 1)) - 10**6))
-    assert re.search(r"ask its operator for microbatches of \d+ tokens, or a larger executor", told.message)
+    assert re.search(r"ask its operator for microbatches of \d+ tokens or a larger executor", told.message)
     told = refusal(spec(), executor(BACKBONE.weight_bytes // 2))
-    assert told.message.endswith("no change of the task alone helps, ask its operator for a larger executor")
+    assert told.message.endswith("No change of the task alone helps: ask its operator for a larger executor.")
     assert told.violations[0].field == "spec.backbone"
     ia3 = replace(spec(), method=Ia3(("q_proj",), ()))
     assert refusal(ia3, executor(100)).violations[0].field == "spec.backbone"
@@ -84,7 +84,7 @@ def test_a_remedy_works_and_one_more_would_not(micro: int, tokens: int, rank: in
     task = spec(micro, tokens, rank)
     room = BACKBONE.weight_bytes + int(share * (bytes_of(task) - BACKBONE.weight_bytes)) - 1
     told = refusal(task, executor(room))
-    found = re.search(r"reduce (micro batch to 1 and )?(.+) to (\d+) \(", told.message)
+    found = re.search(r"Reduce (micro batch to 1 and )?(.+) to (\d+) \(", told.message)
     if found is None:
         assert "ask its operator" in told.message
         assert all(bytes_of(spec(*least)) > room for least in ((1, tokens, rank), (1, 1, rank), (1, tokens, 1)))

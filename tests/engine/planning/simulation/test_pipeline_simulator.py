@@ -8,45 +8,45 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.planning.cost.cost_model import CostProfile
 from engine.planning.cost.round_time import StageModel, StepCost
-from engine.planning.fusion.fusion import of_partition
+from engine.planning.fusion.fusion import fuse_as
 from engine.planning.simulation.pipeline_simulator import (
-    Load,
-    Operation,
+    HTaskRound,
     Pipeline,
+    StageOperation,
     Timeline,
     interleaved,
     one_by_one,
     simulate,
 )
 from engine.planning.simulation.timeline import svg
+from engine.planning.types import CostProfile
 from tests.thoroughness import examples
 
-LOADS = st.lists(
+ROUNDS = st.lists(
     st.tuples(st.integers(1, 5), st.floats(0.1, 3), st.floats(0.1, 3)), min_size=1, max_size=5
-).map(lambda rows: [Load(f"h{i}", *row) for i, row in enumerate(rows)])  # fmt: skip
+).map(lambda rows: [HTaskRound(f"h{i}", *row) for i, row in enumerate(rows)])  # fmt: skip
 PIPELINES = st.builds(
     Pipeline, num_stages=st.integers(1, 5), hop_seconds=st.sampled_from([0.0, 0.3]), num_extra=st.integers(0, 2)
 )
 
 
-@given(LOADS, PIPELINES, st.integers(1, 3), st.sampled_from([interleaved, one_by_one]))
+@given(ROUNDS, PIPELINES, st.integers(1, 3), st.sampled_from([interleaved, one_by_one]))
 @settings(max_examples=examples(100), deadline=None)
-def test_a_timeline_keeps_every_rule(loads: list[Load], pipeline: Pipeline, num_rounds: int, template) -> None:  # type: ignore[no-untyped-def]
-    order = template(loads, num_rounds)
+def test_a_timeline_keeps_every_rule(htasks: list[HTaskRound], pipeline: Pipeline, num_rounds: int, template) -> None:  # type: ignore[no-untyped-def]
+    order = template(htasks, num_rounds)
     timeline = simulate(order, pipeline)
-    done = {(o.entry, o.stage, o.is_backward): o for o in timeline.operations}
+    done = {(o.scheduled, o.stage, o.is_backward): o for o in timeline.operations}
     assert len(done) == len(timeline.operations) == 2 * len(order) * pipeline.num_stages
     last, hop = pipeline.num_stages - 1, pipeline.hop_seconds
-    for (entry, stage, is_backward), o in done.items():
-        length = entry.load.backward_seconds if is_backward else entry.load.forward_seconds
+    for (microbatch, stage, is_backward), o in done.items():
+        length = microbatch.htask.backward_seconds if is_backward else microbatch.htask.forward_seconds
         assert o.end_seconds - o.start_seconds == pytest.approx(length)
         before = []
         if is_backward:
-            before.append(done[entry, last, False] if stage == last else done[entry, stage + 1, True])
+            before.append(done[microbatch, last, False] if stage == last else done[microbatch, stage + 1, True])
         elif stage:
-            before.append(done[entry, stage - 1, False])
+            before.append(done[microbatch, stage - 1, False])
         for needed in before:
             assert o.start_seconds >= needed.end_seconds + (hop if needed.stage != stage else 0) - 1e-9
     for stage in range(pipeline.num_stages):
@@ -55,7 +55,7 @@ def test_a_timeline_keeps_every_rule(loads: list[Load], pipeline: Pipeline, num_
     assert 0 <= timeline.bubble_fraction < 1
 
 
-def check_stage(operations: list[Operation], pipeline: Pipeline, stage: int) -> None:
+def check_stage(operations: list[StageOperation], pipeline: Pipeline, stage: int) -> None:
     """One thing at a time, and never more microbatches between forward and backward than there is room for."""
     operations.sort(key=lambda o: o.start_seconds)
     in_flight = 0
@@ -70,27 +70,27 @@ def check_boundaries(timeline: Timeline) -> None:
     """On every stage, no microbatch of a round begins before the hTask's last round is done there, backward and all."""
     ends: dict[tuple[str, int, int], float] = defaultdict(float)
     for o in timeline.operations:
-        key = (o.entry.load.name, o.entry.round, o.stage)
+        key = (o.scheduled.htask.name, o.scheduled.round, o.stage)
         ends[key] = max(ends[key], o.end_seconds)
     for o in timeline.operations:
-        if o.entry.round:
-            assert o.start_seconds >= ends[o.entry.load.name, o.entry.round - 1, o.stage] - 1e-9
+        if o.scheduled.round:
+            assert o.start_seconds >= ends[o.scheduled.htask.name, o.scheduled.round - 1, o.stage] - 1e-9
 
 
 @pytest.mark.parametrize(("stages", "microbatches"), [(1, 3), (2, 4), (4, 4), (4, 8), (8, 3)])
 def test_one_round_of_1f1b_by_hand(stages: int, microbatches: int) -> None:
     """(n + S - 1) (f + b) seconds, of which each stage idles (S - 1) (f + b): Narayanan et al. 2019, figure 8."""
-    timeline = simulate(interleaved([Load("a", microbatches, 1.0, 2.0)], 1), Pipeline(stages))
+    timeline = simulate(interleaved([HTaskRound("a", microbatches, 1.0, 2.0)], 1), Pipeline(stages))
     assert timeline.seconds == pytest.approx((microbatches + stages - 1) * 3.0)
     assert timeline.bubble_fraction == pytest.approx((stages - 1) / (microbatches + stages - 1))
 
 
 def test_other_tasks_fill_the_bubbles_of_one() -> None:
     """Eight tasks on four stages: one by one over a quarter of the time is lost, interleaved under a twentieth."""
-    loads = [Load(f"task-{i}", 8, 1.0, 1.0) for i in range(8)]
-    assert simulate(one_by_one(loads, 10), Pipeline(4)).bubble_fraction > 0.25
-    assert simulate(interleaved(loads, 10), Pipeline(4)).bubble_fraction < 0.01
-    uneven = [Load(f"task-{i}", 4, 0.5 + i / 5, 0.5 + i / 5) for i in range(8)]
+    htasks = [HTaskRound(f"task-{i}", 8, 1.0, 1.0) for i in range(8)]
+    assert simulate(one_by_one(htasks, 10), Pipeline(4)).bubble_fraction > 0.25
+    assert simulate(interleaved(htasks, 10), Pipeline(4)).bubble_fraction < 0.01
+    uneven = [HTaskRound(f"task-{i}", 4, 0.5 + i / 5, 0.5 + i / 5) for i in range(8)]
     assert simulate(one_by_one(uneven, 10), Pipeline(4, 0.05, 2)).bubble_fraction > 0.4
     assert simulate(interleaved(uneven, 10), Pipeline(4, 0.05, 2)).bubble_fraction < 0.05
 
@@ -98,7 +98,8 @@ def test_other_tasks_fill_the_bubbles_of_one() -> None:
 def test_no_order_leaves_more_between_an_htasks_rounds() -> None:
     """All orders of a cycle of 2 + 2 + 1 microbatches, in order within each hTask."""
     counts = {"a": 2, "b": 2, "c": 1}
-    template = [entry.load.name for entry in interleaved([Load(n, c, 1.0, 1.0) for n, c in counts.items()], 2)]
+    rounds = [HTaskRound(name, count, 1.0, 1.0) for name, count in counts.items()]
+    template = [microbatch.htask.name for microbatch in interleaved(rounds, 2)]
     for cycle in set(itertools.permutations("aabbc")):
         for name, count in counts.items():
             assert gap(list(cycle) * 2, name, count) <= gap(template, name, count) == 5 - count
@@ -116,20 +117,20 @@ def test_the_period_fusion_predicts_is_what_a_pipeline_takes(num_stages: int, si
     """Over many rounds, each task an hTask of its own. The prediction is a bound that is met within a tenth, but where
     one hTask's own round is longer than all others' work: theirs then gets in its way, by up to a third."""
     stage = StageModel(CostProfile(fixed_seconds=5.0, token_seconds=1.0), 100, num_stages=num_stages)
-    found = of_partition([[StepCost(str(i), size)] for i, size in enumerate(sizes)], stage)
-    loads = [
-        Load(str(i), g.num_microbatches, g.microbatch_seconds / 2, g.microbatch_seconds / 2)
+    found = fuse_as([[StepCost(str(i), size)] for i, size in enumerate(sizes)], stage)
+    htasks = [
+        HTaskRound(str(i), g.num_microbatches, g.microbatch_seconds / 2, g.microbatch_seconds / 2)
         for i, g in enumerate(found.groups)
     ]
     rounds = 40
-    simulated = simulate(interleaved(loads, rounds), Pipeline(num_stages, num_extra=1)).seconds
+    simulated = simulate(interleaved(htasks, rounds), Pipeline(num_stages, num_extra=1)).seconds
     assert simulated >= (rounds - 1) * found.period_seconds * (1 - 1e-9)
     is_own_round = found.period_seconds > 1.05 * sum(group.work_seconds for group in found.groups)
     assert simulated / rounds == pytest.approx(found.period_seconds, rel=0.33 if is_own_round else 0.1)
 
 
 def test_the_picture_is_xml_and_shows_every_operation() -> None:
-    timeline = simulate(interleaved([Load("a<b>&", 2, 1.0, 1.0)], 1), Pipeline(2))
+    timeline = simulate(interleaved([HTaskRound("a<b>&", 2, 1.0, 1.0)], 1), Pipeline(2))
     drawn = ElementTree.fromstring(svg([("one & two", timeline), ("again", timeline)]))
     titles = [element.text for element in drawn.iter() if element.tag.endswith("title")]
     assert len(titles) == 2 * len(timeline.operations)

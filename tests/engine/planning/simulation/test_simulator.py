@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 
 from engine.methods import Lora
 from engine.methods.base import Site
-from engine.planning.cost.cost_model import CostProfile
 from engine.planning.planner import plan
-from engine.planning.simulation.arrival_trace import Trace, arrivals
-from engine.planning.simulation.baselines import BatchEverything, Multiplexed, OneInstanceEach
+from engine.planning.simulation.arrival_trace import TraceParameters, arrivals
+from engine.planning.simulation.baselines import PaddedBatching, PlannerPolicy, SeparateInstances
 from engine.planning.simulation.simulator import Arrival, SimulatedAssignment, SimulationResult, simulate
 from engine.planning.simulation.whatif import forecast, picture
-from engine.planning.types import BackboneView, ExecutorView, PlannerConfig, Snapshot, TaskView
+from engine.planning.types import BackboneView, CostProfile, ExecutorView, PlannerConfig, Snapshot, TaskView
 from engine.task import TaskSpec, Training
 from tests.thoroughness import examples
 
@@ -68,7 +67,7 @@ def test_switching_costs_and_plans_are_shared() -> None:
     assert ends(run) == pytest.approx({"0": 24.5, "1": 24.0})
 
 
-POLICIES = [Multiplexed, OneInstanceEach, BatchEverything]
+POLICIES = [PlannerPolicy, SeparateInstances, PaddedBatching]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -99,7 +98,7 @@ def test_whatever_comes_is_done_once_and_no_time_is_invented(  # type: ignore[no
 
 
 def test_the_planner_beats_both_baselines_on_small_ragged_tasks() -> None:
-    come = arrivals(Trace(60, rate=0.05, backbone="a", burst=3, median_steps=30, seed=3))
+    come = arrivals(TraceParameters(60, rate=0.05, backbone="a", burst=3, median_steps=30, seed=3))
     cost = CostProfile(fixed_seconds=0.5, token_seconds=1e-3, knee_tokens=500)
     view = [ExecutorView(e.name, BACKBONE, 600 << 20, cost=cost) for e in executors(2)]
     done = {
@@ -108,32 +107,32 @@ def test_the_planner_beats_both_baselines_on_small_ragged_tasks() -> None:
     }
     mean = {name: np.mean([o.completion_seconds for o in run.outcomes]) for name, run in done.items()}
     assert all(len(run.outcomes) == 60 for run in done.values())
-    assert mean["Multiplexed"] < 0.8 * min(mean["OneInstanceEach"], mean["BatchEverything"])
+    assert mean["PlannerPolicy"] < 0.8 * min(mean["SeparateInstances"], mean["PaddedBatching"])
 
 
 def test_an_instance_each_runs_its_own_slices_and_a_batch_pads_to_the_longest() -> None:
     """8 sequences in slices of 2: four microbatches of their own; batched, 8 sequences of 64 tokens: two of 256."""
     one = task(0, 1)
     padded = 100 + 7.5
-    (own,) = OneInstanceEach(LIMITS).assign([one], executors(1)).values()
+    (own,) = SeparateInstances(LIMITS).assign([one], executors(1)).values()
     assert own.round_seconds == pytest.approx(4 * 0.5 + 0.01 * padded)
-    (batched,) = BatchEverything(LIMITS).assign([one], executors(1)).values()
+    (batched,) = PaddedBatching(LIMITS).assign([one], executors(1)).values()
     assert batched.round_seconds == pytest.approx(2 * 0.5 + 0.01 * 8 * 64)
-    (ours,) = Multiplexed(LIMITS).assign([one], executors(1)).values()
+    (ours,) = PlannerPolicy(LIMITS).assign([one], executors(1)).values()
     assert ours.round_seconds == pytest.approx(0.5 + 0.01 * padded)
 
 
 def test_a_trace_is_the_same_again_and_has_the_shape_it_says() -> None:
-    trace = Trace(4000, rate=2.0, backbone="a", burst=5.0, seed=1)
+    trace = TraceParameters(4000, rate=2.0, backbone="a", burst=5.0, seed=1)
     come = arrivals(trace)
-    assert come == arrivals(trace) != arrivals(Trace(4000, rate=2.0, backbone="a", burst=5.0, seed=2))
+    assert come == arrivals(trace) != arrivals(TraceParameters(4000, rate=2.0, backbone="a", burst=5.0, seed=2))
     times = [arrival.seconds for arrival in come]
     assert times == sorted(times)
     assert 4000 / times[-1] == pytest.approx(2.0, rel=0.2)
     assert sum(a == b for a, b in itertools.pairwise(times)) / 4000 == pytest.approx(4 / 5, rel=0.1)
     steps = sorted((arrival.task.num_steps for arrival in come), reverse=True)
     assert sum(steps[:400]) > 0.4 * sum(steps)  # a tenth of the tasks has nearly half of the work
-    poisson = np.diff([arrival.seconds for arrival in arrivals(Trace(4000, rate=2.0, backbone="a"))])
+    poisson = np.diff([arrival.seconds for arrival in arrivals(TraceParameters(4000, rate=2.0, backbone="a"))])
     assert np.std(poisson) / np.mean(poisson) == pytest.approx(1.0, rel=0.1)
 
 
