@@ -34,7 +34,11 @@ class InvalidInputError(MuxtuneError):
 
     @classmethod
     def of_field(cls, field: str, description: str) -> "InvalidInputError":
-        return cls(f"{field}: {description}", [FieldViolation(field, description)])
+        return cls.of_fields([FieldViolation(field, description)])
+
+    @classmethod
+    def of_fields(cls, violations: Sequence[FieldViolation]) -> "InvalidInputError":
+        return cls("; ".join(f"{violation.field}: {violation.description}" for violation in violations), violations)
 
 
 class MalformedDatasetError(InvalidInputError):

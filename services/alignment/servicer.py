@@ -14,7 +14,9 @@ from muxtune.v1 import alignment_pb2_grpc, dataset_pb2
 from services.alignment.dataset_store import DatasetStore, DatasetUpload
 from services.alignment.request_validation import check_layout, check_num_steps, check_steps, check_training
 from services.alignment.thread_pools import ThreadPools
-from services.conversion.task import microbatch_to_proto, preflight_to_proto, training_to_domain
+from services.conversion.microbatch import microbatch_to_proto
+from services.conversion.preflight import preflight_to_proto
+from services.conversion.task import training_to_domain
 from services.resource_names import tenant_of
 
 _DEFAULT_SAMPLES, _MAX_SAMPLES = 3, 100

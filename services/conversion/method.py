@@ -1,6 +1,6 @@
-"""A task's method, protobuf <-> dataclass, for any method: fields of one name mean the same, enums by their names.
+"""Converts a task's method between protobuf and its dataclass: fields and enum members correspond by name.
 
-What a request leaves 0, empty or UNSPECIFIED becomes the dataclass's default.
+A field that a request leaves 0, empty or UNSPECIFIED gets the dataclass's default.
 """
 
 import dataclasses
@@ -17,20 +17,20 @@ from engine.methods.base import Method
 from muxtune.v1 import task_pb2
 
 
-def method_to_domain(spec: task_pb2.TaskSpec, path: str, wrong: list[FieldViolation]) -> Method | None:
-    """None, and a violation in `wrong`, if there is none or it names an unknown enum value."""
+def method_to_domain(spec: task_pb2.TaskSpec, path: str, violations: list[FieldViolation]) -> Method | None:
+    """Return the method; None, and append to `violations`, if it is missing or has an unknown enum value."""
     name = spec.WhichOneof("method")
     if name is None or name not in METHODS:
-        wrong.append(FieldViolation(f"{path}.method", f"is missing: set one of {', '.join(METHODS)}"))
+        violations.append(FieldViolation(f"{path}.method", f"is missing; set one of {', '.join(METHODS)}"))
         return None
-    message, hints, defaults = getattr(spec, name), _hints(METHODS[name]), _defaults(METHODS[name])
+    message, hints, optional = getattr(spec, name), _hints(METHODS[name]), _fields_with_default(METHODS[name])
     values: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
-        if not value and field.name in defaults:
+        if not value and field.name in optional:
             continue
         if field.enum_type is not None:
-            value = _enum_to_domain(field, value, hints[field.name], f"{path}.{name}.{field.name}", wrong)
+            value = _enum_to_domain(field, value, hints[field.name], f"{path}.{name}.{field.name}", violations)
         elif _is_map(field):
             value = dict(value)
         elif field.is_repeated:
@@ -40,7 +40,7 @@ def method_to_domain(spec: task_pb2.TaskSpec, path: str, wrong: list[FieldViolat
 
 
 def method_to_proto(method: Method) -> Any:
-    """`method_to_domain` of a spec with it is `method` again."""
+    """Return the message that `method_to_domain` converts back to `method`."""
     holder = task_pb2.TaskSpec()
     message = getattr(holder, method.name)
     message.SetInParent()
@@ -56,19 +56,19 @@ def method_to_proto(method: Method) -> Any:
 
 
 def _enum_to_domain(
-    field: FieldDescriptor, number: int, choices: type[enum.Enum], path: str, wrong: list[FieldViolation]
+    field: FieldDescriptor, number: int, choices: type[enum.Enum], path: str, violations: list[FieldViolation]
 ) -> enum.Enum | None:
     assert field.enum_type is not None
-    known = {value.number: value.name.removeprefix(_prefix(field)) for value in field.enum_type.values if value.number}
-    if number not in known:
-        listed = ", ".join(f"{n} ({name})" for n, name in known.items())
-        wrong.append(FieldViolation(path, f"{number} is no known value: use one of {listed}"))
+    names = {value.number: value.name.removeprefix(_prefix(field)) for value in field.enum_type.values if value.number}
+    if number not in names:
+        choices_text = ", ".join(f"{n} ({name})" for n, name in names.items())
+        violations.append(FieldViolation(path, f"{number} is unknown; use one of {choices_text}"))
         return None
-    return choices[known[number]]
+    return choices[names[number]]
 
 
 def _prefix(field: FieldDescriptor) -> str:
-    """LoraBias -> LORA_BIAS_"""
+    """Return the prefix of the enum's value names: "LORA_BIAS_" for LoraBias."""
     assert field.enum_type is not None
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", field.enum_type.name).upper() + "_"
 
@@ -83,8 +83,8 @@ def _hints(method: type[Method]) -> dict[str, Any]:
 
 
 @cache
-def _defaults(method: type[Method]) -> frozenset[str]:
-    """The fields that have one."""
+def _fields_with_default(method: type[Method]) -> frozenset[str]:
+    """Return the names of the fields with a default."""
     missing = (dataclasses.MISSING, dataclasses.MISSING)
     fields = dataclasses.fields(method)  # type: ignore[arg-type]
     return frozenset(f.name for f in fields if (f.default, f.default_factory) != missing)

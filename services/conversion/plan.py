@@ -1,4 +1,4 @@
-"""The planner's words, protobuf <-> dataclass: executors and their costs, tasks of a snapshot, plans and why."""
+"""Converts between protobuf and the planner's dataclasses: executors, costs, tasks, plans, explanations."""
 
 import dataclasses
 import math
@@ -20,18 +20,16 @@ from muxtune.v1 import ledger_pb2, plan_pb2, scheduling_pb2, task_pb2
 from services.conversion.task import spec_to_domain
 from services.resource_names import tenant_of
 
-_MOST_SLACK = 10.0
-
 
 def cost_to_proto(cost: CostProfile) -> plan_pb2.CostProfile:
     return plan_pb2.CostProfile(**dataclasses.asdict(cost))
 
 
 def cost_to_domain(cost: plan_pb2.CostProfile) -> CostProfile:
-    """What is no price (negative, not finite) counts as nothing: an executor's word is not trusted to be sane."""
+    """Return the costs; a negative or non-finite one counts as 0, because executors are not trusted."""
     values = {field.name: float(getattr(cost, field.name)) for field in dataclasses.fields(CostProfile)}
-    sane = {name: value if math.isfinite(value) and value > 0 else 0.0 for name, value in values.items()}
-    return CostProfile(**sane)
+    valid = {name: value if math.isfinite(value) and value > 0 else 0.0 for name, value in values.items()}
+    return CostProfile(**valid)
 
 
 def site_to_module(site: Site, input_group: int = 0) -> plan_pb2.AdaptableModule:
@@ -110,25 +108,30 @@ def snapshot_task_to_view(entry: ledger_pb2.SnapshotTask, age: int, now_microsec
     )
 
 
-def limits_to_proto(limits: PlannerConfig) -> scheduling_pb2.PlannerLimits:
+def planner_config_to_proto(config: PlannerConfig) -> scheduling_pb2.PlannerLimits:
     return scheduling_pb2.PlannerLimits(
-        token_budget=limits.token_budget,
-        chunk_tokens=limits.chunk_tokens,
-        fusion_off=not limits.fuses,
-        interleaving_off=not limits.interleaves,
-        preemption_off=not limits.preempts,
+        token_budget=config.token_budget,
+        chunk_tokens=config.chunk_tokens,
+        fusion_off=not config.fuses,
+        interleaving_off=not config.interleaves,
+        preemption_off=not config.preempts,
     )
 
 
-def limits_to_domain(limits: scheduling_pb2.PlannerLimits) -> PlannerConfig:
-    """Raises InvalidInputError."""
-    chunk = limits.chunk_tokens
-    if limits.token_budget < 0:
-        raise InvalidInputError.of_field("limits.token_budget", f"{limits.token_budget} is no number of tokens")
-    if chunk < 0 or chunk & (chunk - 1):
-        raise InvalidInputError.of_field("limits.chunk_tokens", f"{chunk} is neither 0 nor a power of two")
-    budget = limits.token_budget or PlannerConfig.token_budget
-    return PlannerConfig(budget, chunk, not limits.fusion_off, not limits.interleaving_off, not limits.preemption_off)
+def planner_config_to_domain(message: scheduling_pb2.PlannerLimits) -> PlannerConfig:
+    """Return the planner's settings. Raises InvalidInputError."""
+    chunk_tokens = message.chunk_tokens
+    if message.token_budget < 0:
+        raise InvalidInputError.of_field("limits.token_budget", f"{message.token_budget} must not be negative")
+    if chunk_tokens < 0 or chunk_tokens & (chunk_tokens - 1):
+        raise InvalidInputError.of_field("limits.chunk_tokens", f"{chunk_tokens} is neither 0 nor a power of two")
+    return PlannerConfig(
+        message.token_budget or PlannerConfig.token_budget,
+        chunk_tokens,
+        not message.fusion_off,
+        not message.interleaving_off,
+        not message.preemption_off,
+    )
 
 
 def htask_to_proto(htask: HTask) -> plan_pb2.HTask:
@@ -140,6 +143,6 @@ def htask_to_domain(htask: plan_pb2.HTask) -> HTask:
 
 
 def explanation_to_proto(explanation: Explanation) -> plan_pb2.TaskExplanation:
-    """Field by field; what is None stays unset."""
+    """Copy the fields by name; a field that is None stays unset."""
     fields: dict[str, Any] = {f.name: getattr(explanation, f.name) for f in dataclasses.fields(explanation)}
     return plan_pb2.TaskExplanation(**{name: value for name, value in fields.items() if value is not None})

@@ -29,7 +29,7 @@ from engine.planning.simulation.simulator import Arrival, SchedulingPolicy, simu
 from engine.planning.simulation.summary import summarise
 from engine.planning.types import ExecutorView, PlannerConfig, Snapshot, TaskView
 from muxtune.v1 import scheduling_pb2 as pb
-from services.conversion.plan import executor_to_view, limits_to_domain
+from services.conversion.plan import executor_to_view, planner_config_to_domain
 from services.conversion.task import spec_to_domain
 from services.resource_names import executor_name, tenant_of
 from services.scheduling.plan_queries import newcomers, what_if
@@ -76,7 +76,7 @@ def read_profile(fields: dict[str, Any]) -> Profile:
         )
     tasks = tuple(_resident(task, age) for age, task in enumerate(recorded.tasks))
     snapshot = Snapshot(tasks, executors, tenant_weights=dict(recorded.tenant_weights))
-    return Profile(snapshot, limits_to_domain(recorded.limits))
+    return Profile(snapshot, planner_config_to_domain(recorded.limits))
 
 
 def simulated(profile: Profile, trace: dict[str, Any], num_devices: int) -> Iterator[dict[str, Any]]:

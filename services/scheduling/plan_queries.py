@@ -9,7 +9,7 @@ from engine.planning.simulation.whatif import forecast, picture
 from engine.planning.types import Plan, PlannerConfig, Snapshot, TaskView
 from muxtune.v1 import ledger_pb2
 from muxtune.v1 import scheduling_pb2 as pb
-from services.conversion.plan import cost_to_proto, explanation_to_proto, htask_to_proto, limits_to_proto
+from services.conversion.plan import cost_to_proto, explanation_to_proto, htask_to_proto, planner_config_to_proto
 from services.conversion.task import spec_to_domain
 from services.resource_names import tenant_of
 
@@ -33,7 +33,7 @@ def profile(
         for entry in read.tasks
     ]
     return pb.PlannerProfile(
-        executors=read.executors, tasks=tasks, limits=limits_to_proto(limits), tenant_weights=weights
+        executors=read.executors, tasks=tasks, limits=planner_config_to_proto(limits), tenant_weights=weights
     )
 
 

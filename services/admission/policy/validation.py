@@ -28,7 +28,7 @@ def validate(spec: TaskSpec, backbones: Sequence[BackboneView], *, is_known: boo
     elif not is_known:
         wrong += _wrong_targets(spec, backbone)
     if wrong or backbone is None:
-        raise InvalidInputError("; ".join(f"{v.field}: {v.description}" for v in wrong), wrong)
+        raise InvalidInputError.of_fields(wrong)
     return backbone
 
 

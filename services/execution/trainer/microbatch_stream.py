@@ -12,7 +12,7 @@ from engine.alignment.microbatch import Microbatch
 from engine.errors import UnavailableError
 from engine.runtime.out_of_memory import is_out_of_memory
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc
-from services.conversion.task import microbatch_to_domain
+from services.conversion.microbatch import microbatch_to_domain
 from services.rpc.errors import from_rpc_error
 
 _AHEAD = 2

@@ -20,7 +20,8 @@ from engine.runtime.out_of_memory import OutOfMemoryError
 from engine.runtime.task_state import TaskAssignment
 from engine.task import evaluation_is_due
 from muxtune.v1 import alignment_pb2, execution_pb2, plan_pb2, task_pb2
-from services.conversion.task import evaluation_to_proto, spec_to_domain, step_to_proto
+from services.conversion.results import evaluation_to_proto, step_to_proto
+from services.conversion.task import spec_to_domain
 from services.execution.trainer.background_io import BackgroundCall, BackgroundIo
 from services.execution.trainer.checkpoint_store import CheckpointStore, folder_of
 from services.execution.trainer.early_stop import EarlyStop

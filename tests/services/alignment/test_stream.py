@@ -23,7 +23,8 @@ from engine.errors import InvalidInputError, NotFoundError, UnavailableError
 from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import alignment_pb2_grpc
 from services.alignment import servicer as servicer_module
-from services.conversion.task import microbatch_to_domain, microbatch_to_proto, training_to_domain
+from services.conversion.microbatch import microbatch_to_domain, microbatch_to_proto
+from services.conversion.task import training_to_domain
 from services.rpc.client_channel import open_channel, open_sync_channel, translate_rpc_errors
 from services.storage.artifact_store import ArtifactStore
 from tests.services.alignment.conftest import (

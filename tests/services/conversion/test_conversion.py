@@ -12,6 +12,7 @@ from engine.errors import InvalidInputError
 from engine.methods import Lora
 from engine.task import LrSchedule, Optimizer, Overlength, TaskSpec, TaskState, Training
 from muxtune.v1 import alignment_pb2, plan_pb2, task_pb2
+from services.conversion import microbatch as microbatch_conversion
 from services.conversion import plan as plan_conversion
 from services.conversion import task as task_conversion
 from tests.thoroughness import examples
@@ -129,9 +130,9 @@ def microbatch(kind: MicrobatchKind = MicrobatchKind.TRAIN) -> Microbatch:
 @pytest.mark.parametrize("kind", MicrobatchKind)
 def test_a_microbatch_survives_the_wire(kind: MicrobatchKind) -> None:
     sent = microbatch(kind)
-    message = alignment_pb2.Microbatch.FromString(task_conversion.microbatch_to_proto(sent).SerializeToString())
+    message = alignment_pb2.Microbatch.FromString(microbatch_conversion.microbatch_to_proto(sent).SerializeToString())
     assert message.token_ids[:8] == b"\x05\x00\x00\x00\xff\xff\xff\x7f"  # little-endian, as the proto says
-    received = task_conversion.microbatch_to_domain(message)
+    received = microbatch_conversion.microbatch_to_domain(message)
     for field in dataclasses.fields(Microbatch):
         mine, theirs = getattr(sent, field.name), getattr(received, field.name)
         assert np.array_equal(mine, theirs) if isinstance(mine, np.ndarray) else mine == theirs
@@ -146,7 +147,7 @@ def test_a_big_endian_or_strided_array_is_sent_right() -> None:
         token_ids_T=plain.token_ids_T.astype(">i4"),
         targets_T=np.repeat(plain.targets_T, 2)[::2],
     )
-    assert task_conversion.microbatch_to_proto(odd) == task_conversion.microbatch_to_proto(plain)
+    assert microbatch_conversion.microbatch_to_proto(odd) == microbatch_conversion.microbatch_to_proto(plain)
 
 
 DAMAGES = {
@@ -165,10 +166,10 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_microbatch_that_does_not_fit_itself_is_refused(damage) -> None:
-    message = task_conversion.microbatch_to_proto(microbatch())
+    message = microbatch_conversion.microbatch_to_proto(microbatch())
     damage(message)
     with pytest.raises(InvalidInputError):
-        task_conversion.microbatch_to_domain(message)
+        microbatch_conversion.microbatch_to_domain(message)
 
 
 def test_an_executor_becomes_a_view() -> None:

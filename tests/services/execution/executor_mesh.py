@@ -31,7 +31,8 @@ from muxtune.v1 import (
     scheduling_pb2_grpc,
     task_pb2,
 )
-from services.conversion.task import microbatch_to_proto, training_to_domain
+from services.conversion.microbatch import microbatch_to_proto
+from services.conversion.task import training_to_domain
 from services.execution.settings import ExecutionSettings
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel

@@ -18,7 +18,8 @@ from obstore.store import LocalStore
 from engine.alignment.packing import PackedTask, rounds
 from engine.errors import UnavailableError
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, execution_pb2, plan_pb2
-from services.conversion.task import microbatch_to_proto, training_to_domain
+from services.conversion.microbatch import microbatch_to_proto
+from services.conversion.task import training_to_domain
 from services.execution.settings import ExecutionSettings
 from services.execution.trainer import trainer as module
 from services.execution.trainer_pipe import BlockingPipe, Tag

@@ -12,7 +12,7 @@ from google.protobuf.json_format import MessageToDict
 from engine.errors import InvalidInputError
 from engine.planning.types import PlannerConfig
 from muxtune.v1 import plan_pb2, scheduling_pb2
-from services.conversion.plan import limits_to_domain, limits_to_proto
+from services.conversion.plan import planner_config_to_domain, planner_config_to_proto
 from services.scheduling.offline_planner import answers
 from tests.services.scheduling.mesh_fakes import BACKBONE, SPEC_OF_TASKS, World
 
@@ -24,7 +24,7 @@ LINE = {"seconds": 0, "tenant": "a", "steps": 10, "batch": 4, "max_sequence_toke
 def profile(**fields: Any) -> dict[str, Any]:
     device = plan_pb2.Device(memory_bytes=1 << 30, cost=COST)
     executor = plan_pb2.Executor(name="executors/x", backbone=BACKBONE, device=device)
-    recorded = scheduling_pb2.PlannerProfile(executors=[executor], limits=limits_to_proto(PlannerConfig(256)))
+    recorded = scheduling_pb2.PlannerProfile(executors=[executor], limits=planner_config_to_proto(PlannerConfig(256)))
     return {**MessageToDict(recorded, preserving_proto_field_name=True), **fields}
 
 
@@ -99,5 +99,5 @@ def test_settings_of_the_planner_survive_the_way_there_and_back() -> None:
         PlannerConfig(512, 16, fuses=False),
         PlannerConfig(64, interleaves=False, preempts=False),
     ):
-        assert limits_to_domain(limits_to_proto(limits)) == limits
-    assert limits_to_domain(scheduling_pb2.PlannerLimits()) == PlannerConfig()
+        assert planner_config_to_domain(planner_config_to_proto(limits)) == limits
+    assert planner_config_to_domain(scheduling_pb2.PlannerLimits()) == PlannerConfig()

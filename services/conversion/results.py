@@ -1,0 +1,29 @@
+"""Converts the results of steps and evaluations to protobuf."""
+
+import dataclasses
+
+from engine.results import EvaluationResult, StepResult
+from muxtune.v1 import task_pb2
+
+
+def step_to_proto(result: StepResult) -> task_pb2.StepDone:
+    check = None
+    if result.shadow_check is not None:
+        check = task_pb2.ShadowCheck(**dataclasses.asdict(result.shadow_check))
+    return task_pb2.StepDone(
+        shadow_check=check,
+        step=result.step,
+        loss=result.loss,
+        learning_rate=result.learning_rate,
+        grad_norm=result.grad_norm,
+        effective_tokens=result.num_effective_tokens,
+        target_tokens=result.num_target_tokens,
+        padding_tokens=result.num_padding_tokens,
+        device_seconds=result.seconds,
+        num_neighbours=result.num_neighbours,
+        input_digest=result.input_digest,
+    )
+
+
+def evaluation_to_proto(result: EvaluationResult) -> task_pb2.Evaluated:
+    return task_pb2.Evaluated(step=result.step, loss=result.loss, target_tokens=result.num_target_tokens)
