@@ -1,8 +1,9 @@
-// What every kernel stands on: 16-bit floats, tensor-core and copy instructions, barriers, all as thin functions.
+// Wraps the device for every kernel: 16-bit floats, tensor-core and copy instructions, barriers, as thin functions.
 //
-// A kernel's source uses nothing of the device but what is here, so that the same source also runs on a CPU: with
-// MUXTUNE_ON_HOST these functions come from the tests' host shim, which executes them in software and checks their use.
+// A kernel's source uses only these functions of the device, so that the same source also runs on a CPU: with
+// MUXTUNE_ON_HOST they come from the tests' host shim, which executes them in software and checks their use.
 // No header of the CUDA toolkit is needed: NVRTC alone compiles every kernel. Needs sm_80.
+// Constants shared with Python are macros (MUXTUNE_...): engine/kernels/constants.py has their values and meanings.
 #pragma once
 
 using u16 = unsigned short;
@@ -17,14 +18,18 @@ struct fp16 {
     u16 bits;
 };
 
-constexpr int WARP = 32, THREADS = 128, WARPS = THREADS / WARP;  // of every block
+#ifndef MUXTUNE_THREADS
+#error "compile with the macros of engine/kernels/constants.py"
+#endif
+constexpr int WARP = MUXTUNE_WARP, THREADS = MUXTUNE_THREADS, WARPS = THREADS / WARP;  // of every block
+constexpr int VECTOR_BYTES = MUXTUNE_VECTOR_BYTES;                                     // of one access
 
 #ifdef MUXTUNE_ON_HOST
 #include "host_device.h"
 #else
 
 #define DEVICE __device__ __forceinline__
-// A kernel takes one struct, `launch`; registers are bounded so that so many blocks fit a multiprocessor.
+// A kernel takes one struct, `launch`. Its registers are bounded so that this many blocks fit a multiprocessor.
 #define KERNEL(name, Launch, blocks_per_multiprocessor)                                        \
     extern "C" __global__ void __launch_bounds__(THREADS, blocks_per_multiprocessor)           \
         name(const __grid_constant__ Launch launch)
@@ -57,7 +62,7 @@ DEVICE fp16 from_float<fp16>(float x) {
     return y;
 }
 
-// x to the 10 bits of mantissa that the tensor cores read of a float.
+// Rounds x to the 10 bits of mantissa that the tensor cores read of a float.
 DEVICE u32 to_tf32(float x) {
     u32 y;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
@@ -71,7 +76,7 @@ DEVICE float logarithm(float x) { return logf(x); }
 DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 DEVICE float square_root(float x) { return sqrtf(x); }
 DEVICE double square_root(double x) { return sqrt(x); }
-DEVICE float greater(float a, float b) { return fmaxf(a, b); }  // the number, if one of them is none
+DEVICE float greater(float a, float b) { return fmaxf(a, b); }  // if one is NaN, the other
 
 // --- tensor cores -----------------------------------------------------------------------------------------------
 // C [16 x 8] += A [16 x 16] B [16 x 8]; fragments as the PTX ISA lays out mma.m16n8k16. Collective over the warp.
@@ -108,14 +113,14 @@ DEVICE void ldmatrix_x4_transposed(u32 (&r)[4], const void* row) {
 }
 
 // --- memory -----------------------------------------------------------------------------------------------------
-// 16 bytes of shared memory from the first `num_bytes` (0 to 16) at `source` and zeros; there once waited for.
+// Copies the first `num_bytes` (0 to 16) at `source`, then zeros, to 16 bytes of shared memory; done once waited for.
 DEVICE void cp_async_16(void* destination, const void* source, int num_bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(destination)), "l"(source),
                  "r"(num_bytes)
                  : "memory");
 }
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until all but this thread's newest `pending` groups are there.
+// Waits until all but this thread's newest `pending` groups are copied.
 template <int pending>
 DEVICE void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
@@ -138,7 +143,7 @@ DEVICE int increment(int* counter) { return atomicAdd(counter, 1); }
 DEVICE void device_fence() { __threadfence(); }
 #endif
 
-// N neighbouring floats of device memory in one access; four of them begin at 16 bytes.
+// N adjacent floats of device memory in one access; four of them are aligned to 16 bytes.
 template <int N>
 struct alignas(4 * N) Floats {
     float v[N];
@@ -156,8 +161,8 @@ constexpr DEVICE int least(int a, int b) { return a < b ? a : b; }
 constexpr DEVICE int greatest(int a, int b) { return a > b ? a : b; }
 constexpr DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Whether this block is the last of `expected` to come here; it then sees what the others wrote before. The counter
-// must be zero at launch, and is again afterwards. Collective over the block; `flag` is one int of shared memory.
+// Returns whether this block is the last of `expected` to arrive; it then sees what the others wrote before. The
+// counter must be zero at launch, and is zero again afterwards. Collective over the block; `flag` is one shared int.
 DEVICE bool is_last_to_arrive(int* counter, int expected, int* flag) {
     device_fence();
     block_barrier();
@@ -170,8 +175,8 @@ DEVICE bool is_last_to_arrive(int* counter, int expected, int* flag) {
     return *flag != 0;
 }
 
-// The sum over the block's threads, in an order that never changes, for all of them; `shared` holds WARPS of T.
-// Collective over the block.
+// Returns the sum over the block's threads to all of them, in a fixed order; `shared` holds WARPS of T. Collective over
+// the block.
 template <typename T>
 DEVICE T block_sum(T value, T* shared) {
     for (int mask = WARP / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);

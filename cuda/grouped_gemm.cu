@@ -1,11 +1,11 @@
-// Products of many tasks in one launch, each of any shape of its own: engine/kernels/grouped_gemm.py has the equations.
+// Products of many tasks in one launch, each of its own shape: engine/kernels/grouped_gemm.py has the equations.
 //
 //     forward, dX:   C_u = scale_u (A_u B_u + bias_u)    A and C in the stream's type, B float
 //     dW, db:        C_u = scale_u A_u B_u               A and B in the stream's type, C float
-// A block takes work items in turn. How a product is cut into items, and the order of every sum, depend on it alone.
+// A block runs work items in turn. How a product is cut into items, and the order of every sum, depend on it alone.
 #include "tile.cuh"
 
-constexpr int STAGES = 3;
+constexpr int STAGES = MUXTUNE_STAGES;
 
 // C [rows x columns], dense, of A [rows x depth] and B [depth x columns].
 struct GemmUse {
@@ -34,9 +34,9 @@ struct GemmLaunch {
 };
 
 template <typename C>
-DEVICE void store_product(const Accumulator& c, const GemmUse& use, const GemmItem& item) {
+DEVICE void store_product(const Accumulator<>& c, const GemmUse& use, const GemmItem& item) {
     C* const to = static_cast<C*>(use.c);
-    const bool takes_two = use.columns % 2 == 0 && reinterpret_cast<u64>(to) % (2 * sizeof(C)) == 0;
+    const bool stores_two = use.columns % 2 == 0 && reinterpret_cast<u64>(to) % (2 * sizeof(C)) == 0;
 #pragma unroll
     for (int i = 0; i < PAIRS * 8; i += 2) {
         const int row = item.row + thread_index() / WARP * 16 + fragment_row(i % 4);
@@ -48,7 +48,7 @@ DEVICE void store_product(const Accumulator& c, const GemmUse& use, const GemmIt
         const float second =
             use.scale * (v[i % 4 + 1] + (use.bias != nullptr && has_second ? use.bias[column + 1] : 0.0f));
         C* const at = to + static_cast<i64>(row) * use.columns + column;
-        if (takes_two) {
+        if (stores_two) {
             store_two(at, first, second);
         } else {
             at[0] = from_float<C>(first);
@@ -87,7 +87,7 @@ DEVICE void gemm_item(const GemmLaunch& launch, const GemmItem& item) {
         fetch(0);
         next.store(b_tiles);
     }
-    Accumulator c;
+    Accumulator<> c;
     c.clear();
     for (int step = 0; step < num_steps; ++step) {
         cp_async_wait<STAGES - 2>();
@@ -105,10 +105,10 @@ DEVICE void gemm_item(const GemmLaunch& launch, const GemmItem& item) {
 }
 
 #define GROUPED_GEMM_KERNEL(name, T, B, C)                                     \
-    KERNEL(name, GemmLaunch, 3) {                                              \
+    KERNEL(name, GemmLaunch, MUXTUNE_GROUPED_GEMM_BLOCKS) {                    \
         for (int i = block_index(); i < launch.num_items; i += num_blocks()) { \
             gemm_item<T, B, C>(launch, launch.items[i]);                       \
-            block_barrier(); /* the next item's tiles take this one's place */ \
+            block_barrier(); /* the next item reuses the shared memory */     \
         }                                                                      \
     }
 GROUPED_GEMM_KERNEL(grouped_gemm_bf16, bf16, float, bf16)

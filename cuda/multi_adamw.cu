@@ -2,7 +2,7 @@
 //
 //     g' = g * min(1, max_norm / (norm + 1e-6));  p -= lr * decay * p;  m += (1 - beta1) (g' - m)
 //     v = beta2 v + (1 - beta2) g'^2;  p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps);  g = 0
-// Where the task's flag says that its gradient is not finite, nothing of it is touched.
+// A task with a gradient that is not finite is left unchanged.
 #include "common.cuh"
 
 // Parameters of one task that share a learning rate.
@@ -29,7 +29,7 @@ struct AdamWLaunch {
     int num_items, chunk_elements;
 };
 
-// One element, in registers.
+// Steps one element, in registers.
 DEVICE void step_one(const AdamWGroup& group, float clip, float& p, float& g, float& m, float& v) {
     const float clipped = g * clip;
     m += group.one_minus_beta1 * (clipped - m);
@@ -39,7 +39,7 @@ DEVICE void step_one(const AdamWGroup& group, float clip, float& p, float& g, fl
     g = 0.0f;
 }
 
-// N neighbours: 4 where all four arrays begin at 16 bytes, as those of whole tasks do; a group inside a task may not.
+// Steps N adjacent elements at a time: 4 if all four arrays are aligned to 16 bytes, as those of whole tasks are.
 template <int N>
 DEVICE void step_range(const AdamWGroup& group, float clip, i64 first, i64 end) {
     for (i64 i = first + thread_index() * N; i + N <= end; i += THREADS * N) {
@@ -57,7 +57,7 @@ DEVICE bool is_aligned(const AdamWGroup& group) {
             reinterpret_cast<u64>(group.first_moments) | reinterpret_cast<u64>(group.second_moments)) % 16 == 0;
 }
 
-KERNEL(multi_adamw, AdamWLaunch, 8) {
+KERNEL(multi_adamw, AdamWLaunch, MUXTUNE_MULTI_ADAMW_BLOCKS) {
     for (int i = block_index(); i < launch.num_items; i += num_blocks()) {
         const AdamWItem& item = launch.items[i];
         const AdamWGroup& group = launch.groups[item.group];

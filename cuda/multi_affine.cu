@@ -1,15 +1,15 @@
-// Factors and offsets of many tasks on one packed stream: engine/kernels/multi_affine.py has the equations.
+// Gains and shifts of many tasks on one packed stream: engine/kernels/multi_affine.py has the equations.
 //
 //     Y[u] = g_u o X[u] + b_u;    dX[u] = g_u o dY[u];   dg_u = column sums of dY[u] o X[u];   db_u = those of dY[u]
-// A thread takes the columns of one 16-byte load and goes down the tokens of an item. How a use is cut into items, and
+// A thread handles the columns of one 16-byte load for all tokens of an item. How a use is cut into items, and
 // the order of every sum, depend on that use alone.
 #include "tile.cuh"
 
-// Tokens [start, start + num_tokens) of the stream; where there is neither g nor b they are passed on as they are.
+// Tokens [start, start + num_tokens) of the stream. Without g and b they are copied unchanged.
 struct AffineUse {
     const float *gain, *shift;  // may be null
-    i64 own_row;                // of its kept tokens of X
-    i64 dgain, dshift;          // floats before each gradient; -1: not wanted
+    i64 saved_row;              // of its saved tokens of X
+    i64 dgain, dshift;          // floats before each gradient; -1: none
     i64 partial;                // floats before its partial sums: [splits, 2, width]
     int start, num_tokens;
 };
@@ -22,19 +22,19 @@ struct AffineItem {
 struct AffineLaunch {
     const AffineUse* uses;
     const AffineItem* items;
-    const void* in;   // X; backward: dY
-    const void* own;  // backward: X of the uses that need it
-    void* out;        // Y; backward: dX, may be null
+    const void* in;     // X; backward: dY
+    const void* saved;  // backward: X of the uses that need it
+    void* out;          // Y; backward: dX, may be null
     float* gradients;
     float* partials;
     int* counters;
-    i64 in_stride, own_stride, out_stride;
+    i64 in_stride, saved_stride, out_stride;
     int num_items, width;
 };
 
-// Up to 16 bytes of a row.
+// Adjacent columns of a row: up to 16 bytes.
 template <typename T>
-struct Columns {
+struct ColumnVector {
     static constexpr int V = vector_length<T>();
     union {
         uint4 whole;
@@ -61,7 +61,7 @@ struct Columns {
     }
 };
 
-// This thread's part of a vector, or `otherwise` where there is none.
+// Reads this thread's part of a vector; `otherwise` if there is no vector.
 template <int V>
 DEVICE void read_vector(float (&to)[V], const float* vector, int column, int valid, float otherwise) {
 #pragma unroll
@@ -81,7 +81,7 @@ DEVICE void affine_item(const AffineLaunch& launch, const AffineItem& item) {
     read_vector(shift, use.shift, column, valid, -0.0f);  // x + -0 is x, also where x is -0
 #pragma unroll 4
     for (int token = item.token; token < item.end_token; ++token) {
-        Columns<T> v;
+        ColumnVector<T> v;
         v.load(x, use.start + token, column, valid);
 #pragma unroll
         for (int j = 0; j < V; ++j) v.each[j] = from_float<T>(gain[j] * to_float(v.each[j]) + shift[j]);
@@ -89,24 +89,24 @@ DEVICE void affine_item(const AffineLaunch& launch, const AffineItem& item) {
     }
 }
 
-// dX of an item, and its sums: of dY o X, and of dY.
+// Writes dX of an item, and sums dY o X and dY.
 template <typename T, int V>
 DEVICE void pass_back(const AffineLaunch& launch, const AffineUse& use, const AffineItem& item, int column, int valid,
                       float (&dgain)[V], float (&dshift)[V]) {
     const Matrix<T> dy = matrix(static_cast<const T*>(launch.in), launch.in_stride);
-    const Matrix<T> x = matrix(static_cast<const T*>(launch.own), launch.own_stride);
+    const Matrix<T> x = matrix(static_cast<const T*>(launch.saved), launch.saved_stride);
     const Matrix<T> dx = matrix(static_cast<const T*>(launch.out), launch.out_stride);
     float gain[V];
     read_vector(gain, use.gain, column, valid, 1.0f);
 #pragma unroll 2
     for (int token = item.token; token < item.end_token; ++token) {
-        Columns<T> v, own{};
+        ColumnVector<T> v, saved{};
         v.load(dy, use.start + token, column, valid);
-        if (use.dgain >= 0) own.load(x, use.own_row + token, column, valid);
+        if (use.dgain >= 0) saved.load(x, use.saved_row + token, column, valid);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             const float d = to_float(v.each[j]);
-            dgain[j] += d * to_float(own.each[j]), dshift[j] += d;
+            dgain[j] += d * to_float(saved.each[j]), dshift[j] += d;
             v.each[j] = from_float<T>(gain[j] * d);
         }
         if (launch.out != nullptr) v.store(dx, use.start + token, column, valid);
@@ -148,7 +148,7 @@ DEVICE void affine_backward_item(const AffineLaunch& launch, const AffineItem& i
 }
 
 #define MULTI_AFFINE_KERNEL(name, run_item)                                                   \
-    KERNEL(name, AffineLaunch, 6) {                                                           \
+    KERNEL(name, AffineLaunch, MUXTUNE_MULTI_AFFINE_BLOCKS) {                                 \
         for (int i = block_index(); i < launch.num_items; i += num_blocks()) {                \
             run_item(launch, launch.items[i]);                                                \
             block_barrier(); /* the flag is free for the next item */                         \

@@ -1,6 +1,6 @@
 // Gradient norms and finite flags of many tasks in one launch: engine/kernels/multi_grad_norm.py has the equation.
 //
-//     norm_u = sqrt(sum(g_u^2));   is_finite_u = whether norm_u is a number that is not infinite
+//     norm_u = sqrt(sum(g_u^2));   is_finite_u = norm_u is neither NaN nor infinite
 // Squares are summed in double, so no float overflows. Chunks, and the order of their sums, depend on the task alone.
 #include "common.cuh"
 
@@ -24,10 +24,10 @@ struct NormLaunch {
     int num_items, chunk_elements;
 };
 
-// This thread's share of a chunk.
+// Returns this thread's share of a chunk's sum of squares.
 DEVICE double square_sum(const float* gradient, i64 first, i64 end) {
     const bool is_aligned = reinterpret_cast<u64>(gradient + first) % 16 == 0;
-    double sum = 0.0;  // of fours: in one order, wherever they lie
+    double sum = 0.0;  // four elements at a time, in one order for any alignment
     for (i64 i = first + thread_index() * 4; i < end; i += THREADS * 4) {
         const bool whole = is_aligned && i + 4 <= end;
         Floats<4> g = whole ? load_floats<4>(gradient + i) : Floats<4>{};
@@ -40,7 +40,7 @@ DEVICE double square_sum(const float* gradient, i64 first, i64 end) {
     return sum;
 }
 
-KERNEL(multi_grad_norm, NormLaunch, 8) {
+KERNEL(multi_grad_norm, NormLaunch, MUXTUNE_MULTI_GRAD_NORM_BLOCKS) {
     double* const shared = reinterpret_cast<double*>(shared_memory());
     int* const flag = reinterpret_cast<int*>(shared + WARPS);
     for (int i = block_index(); i < launch.num_items; i += num_blocks()) {
@@ -52,12 +52,12 @@ KERNEL(multi_grad_norm, NormLaunch, 8) {
         const double sum = block_sum(square_sum(task.gradient, first, end), shared);
         if (thread_index() == 0) launch.sums[i] = sum;
         if (!is_last_to_arrive(launch.counters + item.task, task.num_items, flag)) continue;
-        double whole = 0.0;  // each thread takes the same chunks whatever the block
+        double whole = 0.0;  // a thread adds the same chunks in any block
         for (int j = thread_index(); j < task.num_items; j += THREADS) whole += launch.sums[task.first_item + j];
         const float norm = static_cast<float>(square_root(block_sum(whole, shared)));
         if (thread_index() == 0) {
             launch.norms[item.task] = norm;
-            launch.is_finite[item.task] = norm - norm == 0.0f;  // NaN and Inf are not
+            launch.is_finite[item.task] = norm - norm == 0.0f;  // false for NaN and Inf
         }
     }
 }

@@ -1,4 +1,4 @@
-// The low-rank products of many tasks on one packed stream, for operators that read the same X: equations in
+// Low-rank products of many tasks on one packed stream, for operators that read the same X. The equations are in
 // engine/kernels/multi_lora/dispatch.py.
 //
 //     shrink:        S = drop(X) A^T of all operators from one pass over X;   E = scale * (g o dY) B
@@ -6,14 +6,14 @@
 //     outer:         dA = (d o E)^T drop(X) of all operators from one pass over X;   dB = scale * (g o dY)^T (d o S)
 //     shrink_outer:  E and dB from one pass over dY
 //     gains:         dd = sum(E o S);   dg = scale * rowsum(B o (dY^T (d o S)))
-// A block takes work items in turn. How a use is cut into items, and the order of every sum, depend on that use alone:
+// A block runs work items in turn. How a use is cut into items, and the order of every sum, depend on that use alone:
 // an element of a product does not depend on where in a tile it is computed.
 // Sums are floats, products run on tensor cores in the stream's type (float: three of tf32).
 #include "multi_lora_expand.cuh"
 
-// S or E, in T; columns beyond the rank are zero.
+// Stores S or E as T; columns beyond the rank are zero.
 template <typename T, int P>
-DEVICE void store_shrunk(const Sums<P>& c, const LoraLaunch& launch, const LoraTile& tile, bool is_input, int token,
+DEVICE void store_shrunk(const Accumulator<P>& c, const LoraLaunch& launch, const LoraTile& tile, bool is_input, int token,
                          int end_token) {
 #pragma unroll
     for (int octet = 0; octet < 2 * P; ++octet) {
@@ -43,7 +43,7 @@ DEVICE void shrink_item(const LoraLaunch& launch, const LoraItem& item) {
     const bool is_input = is_input_side(item), drops = is_input && use.threshold > 0;
     const DropoutKey key = is_input ? key_of(use, launch.factors[ranks.use[0]]) : DropoutKey{0, 0, 0};
     const Matrix<T> stream = stream_of<T>(launch, item.stream);
-    const Factor factor = factor_of(launch, ranks, item.stream, is_input ? Gain::NONE : Gain::COLUMN);
+    const FactorView factor = factor_of(launch, ranks, item.stream, is_input ? Gain::NONE : Gain::COLUMN);
     const int num_pairs = num_pairs_of(ranks), rows = item.end_token - item.token;
     const int num_steps = ceil_div(item.end_column - item.column, TILE);
     const auto copy = [&](int step) {
@@ -57,7 +57,7 @@ DEVICE void shrink_item(const LoraLaunch& launch, const LoraItem& item) {
     FactorTile<T> next;
     next.fetch(factor, item.column);
     next.store(factor_tiles, factor);
-    Accumulator c;
+    Accumulator<> c;
     c.clear();
     for (int step = 0; step < num_steps; ++step) {
         T* const tile = stream_tiles + step % STAGES * tile_size<T>();
@@ -78,9 +78,9 @@ DEVICE void shrink_item(const LoraLaunch& launch, const LoraItem& item) {
         store_shrunk<T>(c, launch, ranks, is_input, item.token, item.end_token);
 }
 
-// dA [R, K] or dB [N, R]. Where g is trained dB is left without it: `expand_gain_item` then needs it so.
+// Stores dA [R, K] or dB [N, R]. If g is trained, dB is stored without it, as `expand_gain_item` needs it.
 template <int P>
-DEVICE void store_outer(const Sums<P>& c, const LoraLaunch& launch, const LoraTile& tile, int stream, int first,
+DEVICE void store_outer(const Accumulator<P>& c, const LoraLaunch& launch, const LoraTile& tile, int stream, int first,
                         int end_column) {
     const bool input = stream == 0;
     const int width = launch.streams[stream].width;
@@ -131,7 +131,7 @@ DEVICE void outer_item(const LoraLaunch& launch, const LoraItem& item) {
         cp_async_commit();
     };
     for (int step = 0; step < STAGES - 1; ++step) copy(step);
-    Accumulator c;
+    Accumulator<> c;
     c.clear();
     for (int step = 0; step < num_steps; ++step) {
         const int at = step % STAGES * tile_size<T>(), token = item.token + step * TILE;
@@ -150,17 +150,17 @@ DEVICE void outer_item(const LoraLaunch& launch, const LoraItem& item) {
         store_outer(c, launch, ranks, item.stream, item.column, item.end_column);
 }
 
-constexpr int ONE_PASS_PAIRS = 2;  // ranks beyond take two passes: engine/kernels/multi_lora/work_items.py
+constexpr int ONE_PASS_PAIRS = MUXTUNE_ONE_PASS_RANKS / PAIR;  // more ranks take two passes
 
-// One pass over dY [tokens x columns] of one use. dB of 64 columns is summed in registers along the tokens; E of all
-// the item's tokens in shared memory along the columns, where each thread keeps its own fragments.
+// One pass over dY [tokens x columns] of one use. dB of 64 columns is summed in registers along the tokens. E of all the
+// item's tokens is summed in shared memory along the columns; each thread stores its own fragments there.
 template <typename T>
 struct ShrinkOuter {
     static constexpr int STAGES = stages<T>();
     const LoraLaunch& launch;
     const LoraItem& item;
     const LoraTile& ranks;
-    const Factor factor;
+    const FactorView factor;
     const int num_pairs, num_rows, num_row_tiles, num_steps, shrunk_stride;
     T *const stream_tiles, *const factor_tiles, *const shrunk;
     float4* const sums;
@@ -177,17 +177,17 @@ struct ShrinkOuter {
                       column(step), num_rows - first, item.end_column - column(step));
         cp_async_commit();
     }
-    // E of one tile of tokens gets its part of 64 columns; the last of them hand it on.
+    // Adds 64 columns to E of one tile of tokens; after the last columns E is stored.
     DEVICE void add_to_e(int step) const {
         const int row_tile = step % num_row_tiles, first = item.token + row_tile * TILE;
-        float4* const kept = sums + row_tile * 2 * num_pairs * THREADS + thread_index();
-        Sums<ONE_PASS_PAIRS> e;
+        float4* const partial = sums + row_tile * 2 * num_pairs * THREADS + thread_index();
+        Accumulator<ONE_PASS_PAIRS> e;
         e.clear();
-        if (step >= num_row_tiles) add_kept(e, kept, num_pairs);
+        if (step >= num_row_tiles) add_partial(e, partial, num_pairs);
         multiply_tiles(e, stream_tile(step), row_stride<T>(TILE), true, factor_tile(step), row_stride<T>(TILE),
                        factor.is_rank_major, thread_index() / WARP * 16, TILE, num_pairs);
         if (step + num_row_tiles < num_steps)
-            keep(kept, e, num_pairs);
+            store_partial(partial, e, num_pairs);
         else if (combine_splits(e, launch, item.sum, row_tile, num_pairs, flag))
             store_shrunk<T>(e, launch, ranks, false, first, least(first + TILE, item.end_token));
     }
@@ -197,20 +197,20 @@ struct ShrinkOuter {
         FactorTile<T, ONE_PASS_PAIRS> next;
         next.fetch(factor, item.column);
         next.store(factor_tiles, factor);
-        Sums<ONE_PASS_PAIRS> db;
+        Accumulator<ONE_PASS_PAIRS> db;
         db.clear();
         for (int step = 0; step < num_steps; ++step) {
             const int row_tile = step % num_row_tiles;
-            const bool is_last = row_tile == num_row_tiles - 1, goes_on = step + num_row_tiles < num_steps;
+            const bool is_last = row_tile == num_row_tiles - 1, has_next = step + num_row_tiles < num_steps;
             cp_async_wait<STAGES - 2>();
             block_barrier();
             copy(step + STAGES - 1);
-            if (row_tile == 0 && goes_on) next.fetch(factor, column(step) + TILE);
+            if (row_tile == 0 && has_next) next.fetch(factor, column(step) + TILE);
             multiply_tiles(db, stream_tile(step), row_stride<T>(TILE), false, shrunk + row_tile * TILE * shrunk_stride,
                            shrunk_stride, false, thread_index() / WARP * 16, TILE, num_pairs);
             add_to_e(step);
             if (!is_last) continue;
-            if (goes_on) next.store(factor_tile(step + 1), factor);
+            if (has_next) next.store(factor_tile(step + 1), factor);
             if (combine_splits(db, launch, item.outer, step / num_row_tiles, num_pairs, flag))
                 store_outer(db, launch, ranks, item.stream, column(step), item.end_column);
             db.clear();
@@ -234,7 +234,7 @@ DEVICE void shrink_outer_item(const LoraLaunch& launch, const LoraItem& item) {
         .run();
 }
 
-// dd of 32 ranks from `item.column` on of use `item.tile`: a lane a rank, each warp every fourth token.
+// Sums dd of 32 ranks from `item.column` on of use `item.tile`: a lane for each rank, a warp for every fourth token.
 template <typename T>
 DEVICE void shrink_gain_item(const LoraLaunch& launch, const LoraItem& item) {
     float* const sums = reinterpret_cast<float*>(shared_memory());
@@ -254,7 +254,7 @@ DEVICE void shrink_gain_item(const LoraLaunch& launch, const LoraItem& item) {
     }
 }
 
-// dg of some outputs of use `item.tile`, a warp each; dB gets the gain that `store_outer` left out.
+// Sums dg of some outputs of use `item.tile`, a warp for each, and multiplies dB by the gain that `store_outer` left out.
 DEVICE void expand_gain_item(const LoraLaunch& launch, const LoraItem& item) {
     const LoraUse& use = launch.uses[item.tile];
     const LoraFactors& factors = launch.factors[item.tile];
@@ -273,10 +273,10 @@ DEVICE void expand_gain_item(const LoraLaunch& launch, const LoraItem& item) {
 }
 
 #define MULTI_LORA_KERNEL(name, run_item)                                      \
-    KERNEL(name, LoraLaunch, 3) {                                              \
+    KERNEL(name, LoraLaunch, MUXTUNE_MULTI_LORA_BLOCKS) {                      \
         for (int i = block_index(); i < launch.num_items; i += num_blocks()) { \
             run_item(launch, launch.items[i]);                                 \
-            block_barrier(); /* the next item's tiles take this one's place */ \
+            block_barrier(); /* the next item reuses the shared memory */     \
         }                                                                      \
     }
 #define MULTI_LORA_KERNELS(suffix, T)                                      \

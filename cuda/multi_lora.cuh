@@ -1,22 +1,22 @@
-// What a launch of multi_lora reads, as engine/kernels/multi_lora/structs.py packs it, and the tiles it works on.
+// The structs of a launch of multi_lora, as engine/kernels/multi_lora/structs.py packs them, and its tiles.
 //
 // Legend: T tokens, W columns of a stream (K inputs or N outputs), R rank, L tokens of one use.
 #pragma once
 #include "philox.cuh"
 #include "tile.cuh"
 
-constexpr int OCTET = 8, OCTETS = TILE / OCTET;  // ranks of one use side by side; of a tile
-constexpr int MAX_OPERATORS = 8;                 // of a group
+constexpr int OCTET = MUXTUNE_OCTET, OCTETS = TILE / OCTET;  // ranks of one use side by side; octets of a tile
+constexpr int MAX_OPERATORS = MUXTUNE_MAX_OPERATORS;         // of a group
 
-// One task's adapter of one operator, on its own tokens [start, start + num_tokens) of the stream.
+// One task's adapter of one operator, used on the task's tokens [start, start + num_tokens) of the stream.
 struct LoraUse {
     int start, num_tokens, rank, op;
     int threshold, unused;  // of its dropout; 0: none
     i64 shrunk;             // elements before this use's [L, padded rank] in the shrunk rows
-    i64 da, db, dd, dg;     // floats before each gradient; -1: not wanted
+    i64 da, db, dd, dg;     // floats before each gradient; -1: none
 };
 
-// What it multiplies by. The dropout's step is read where it lies, so that a captured graph sees it change.
+// The factors of a use. The dropout's step is read from device memory, so that a captured graph sees it change.
 struct LoraFactors {
     const float *a, *b, *shrink_gain, *expand_gain;  // gains may be null
     const i64* step;
@@ -26,20 +26,20 @@ struct LoraFactors {
     int is_a_rank_major, is_b_rank_major;  // whether a row of memory is one rank
 };
 
-// Tiles on their way: floats have twice the bytes, and 99 KB a block is what some architectures have (sm_86, sm_89).
+// Tiles on their way into shared memory.
 template <typename T>
 constexpr DEVICE int stages() {
-    return sizeof(T) == 4 ? 2 : 3;
+    return sizeof(T) == 4 ? MUXTUNE_FLOAT_STAGES : MUXTUNE_STAGES;
 }
 
-// Up to 64 ranks of uses on the same tokens: octet i holds eight of `use[i]` from `rank[i]` on. All lie the same way in
-// memory, and either none is dropped or all are of one use. `ends_sum`: the next tile of an item has another mask.
+// Up to 64 ranks of uses on the same tokens: octet i holds eight of `use[i]` from `rank[i]` on. All have one layout in
+// memory, and either none has dropout or all belong to one use. `ends_sum`: the next tile of an item has another mask.
 struct LoraTile {
     int use[OCTETS], rank[OCTETS];
     int num_octets, ends_sum;
 };
 
-// Of a sum that several items have a part of: the last of them to finish adds the parts up.
+// An item's part of a sum that several items share: the last of them to finish adds the parts up.
 struct LoraSplit {
     int index, count, counter, unused;
     i64 partial;  // floats before the partial sums
@@ -56,7 +56,7 @@ struct LoraStream {
     void* data;        // [T, W]
     const void* bias;  // [W], or null
     i64 stride;
-    int width, adds;  // whether expand adds to what is there, or writes it
+    int width, adds;  // whether expand adds to the stream, or overwrites it
 };
 
 struct LoraLaunch {
@@ -84,7 +84,7 @@ DEVICE Matrix<T> stream_of(const LoraLaunch& launch, int stream) {
     const LoraStream& s = launch.streams[stream];
     return matrix(static_cast<const T*>(s.data), s.stride);
 }
-// Of S or E: the row of a token of the stream, from the octet's first rank on.
+// Returns the row of S or E of a token of the stream, from the octet's first rank on.
 template <typename T>
 DEVICE T* shrunk_row(const void* shrunk, const LoraUse& use, i64 token, int rank) {
     return static_cast<T*>(const_cast<void*>(shrunk)) + use.shrunk + (token - use.start) * padded(use.rank) + rank;
@@ -93,30 +93,30 @@ DEVICE float keep_scale_of(const LoraUse& use, const LoraFactors& factors) {
     return use.threshold ? factors.keep_scale : 1.0f;
 }
 
-// A tile of A or B, [64 ranks x W], whichever way it lies in memory. Gains are multiplied into it as it is loaded.
-struct Factor {
+// The ranks of A or B in one tile, [64 ranks x W], in either layout. Gains are multiplied in as it is loaded.
+struct FactorView {
     const LoraLaunch& launch;
     const LoraTile& tile;
     bool is_input, has_rank_gain, has_column_gain, is_rank_major;
     int width;
 };
 enum class Gain { NONE, RANK, COLUMN };
-DEVICE Factor factor_of(const LoraLaunch& launch, const LoraTile& tile, int stream, Gain gain) {
+DEVICE FactorView factor_of(const LoraLaunch& launch, const LoraTile& tile, int stream, Gain gain) {
     const LoraFactors& first = launch.factors[tile.use[0]];
     const bool is_input = stream == 0;
     return {launch, tile, is_input, gain == Gain::RANK, gain == Gain::COLUMN,
             (is_input ? first.is_a_rank_major : first.is_b_rank_major) != 0, launch.streams[stream].width};
 }
 
-// A 64 x 64 tile of a factor on its way through registers, where floats become T: as it lies in memory, so that a row
-// of the tile is one rank (is_rank_major) or one column. Of 16 P ranks at most.
+// A tile of a factor on its way through registers, where floats become T. It lies as in memory: a row of the tile is one
+// rank (is_rank_major) or one column. It has at most 16 P ranks.
 template <typename T, int P = PAIRS>
 struct FactorTile {
     static constexpr int CHUNKS = PAIR * P * TILE / 4 / THREADS;
     float v[CHUNKS][4];
 
-    // Columns from `column`; what is beyond the factor is zero.
-    DEVICE void fetch(const Factor& f, int column) {
+    // Reads columns from `column`; elements beyond the factor are zero.
+    DEVICE void fetch(const FactorView& f, int column) {
         const int num_pairs = num_pairs_of(f.tile), per_line = f.is_rank_major ? TILE / 4 : num_pairs * PAIR / 4;
         const int num_chunks = (f.is_rank_major ? num_pairs * PAIR : TILE) * per_line;
 #pragma unroll
@@ -130,10 +130,10 @@ struct FactorTile {
                 for (int j = 0; j < 4; ++j) v[q][j] = 0.0f;
         }
     }
-    static DEVICE void fetch_chunk(float (&to)[4], const Factor& f, int place, int column) {
+    static DEVICE void fetch_chunk(float (&to)[4], const FactorView& f, int place, int column) {
         const int index = f.tile.use[place / OCTET], rank = f.tile.rank[place / OCTET] + place % OCTET;
-        const LoraFactors& own = f.launch.factors[index];
-        const Matrix<float> m = f.is_input ? matrix(own.a, own.a_stride) : matrix(own.b, own.b_stride);
+        const LoraFactors& factors = f.launch.factors[index];
+        const Matrix<float> m = f.is_input ? matrix(factors.a, factors.a_stride) : matrix(factors.b, factors.b_stride);
         const int ranks = f.launch.uses[index].rank - rank, columns = f.width - column;
         const int valid = f.is_rank_major ? (ranks > 0 ? columns : 0) : (columns > 0 ? ranks : 0);
         const float* from = m.data + (f.is_rank_major ? rank * m.stride + column : column * m.stride + rank);
@@ -146,13 +146,13 @@ struct FactorTile {
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            if (f.has_rank_gain && own.shrink_gain != nullptr && j < valid)
-                to[j] *= own.shrink_gain[f.is_rank_major ? rank : rank + j];
-            if (f.has_column_gain && own.expand_gain != nullptr && j < valid)
-                to[j] *= own.expand_gain[f.is_rank_major ? column + j : column];
+            if (f.has_rank_gain && factors.shrink_gain != nullptr && j < valid)
+                to[j] *= factors.shrink_gain[f.is_rank_major ? rank : rank + j];
+            if (f.has_column_gain && factors.expand_gain != nullptr && j < valid)
+                to[j] *= factors.expand_gain[f.is_rank_major ? column + j : column];
         }
     }
-    DEVICE void store(T* tile, const Factor& f) const {
+    DEVICE void store(T* tile, const FactorView& f) const {
         const int num_pairs = num_pairs_of(f.tile), per_line = f.is_rank_major ? TILE / 4 : num_pairs * PAIR / 4;
         const int num_chunks = (f.is_rank_major ? num_pairs * PAIR : TILE) * per_line;
 #pragma unroll
@@ -166,8 +166,8 @@ struct FactorTile {
     }
 };
 
-// Starts copying a tile's ranks of S or E, `num_rows` tokens from `token` on, of which `rows` are there; what is
-// beyond, up to a whole pair of octets, becomes zero.
+// Starts copying a tile's ranks of S or E: `num_rows` tokens from `token` on, of which `rows` exist. The rest, up to a
+// whole pair of octets, becomes zero.
 template <typename T>
 DEVICE void copy_shrunk(T* to, int stride, const void* shrunk, const LoraLaunch& launch, const LoraTile& tile,
                         int num_rows, int token, int rows) {
@@ -175,16 +175,16 @@ DEVICE void copy_shrunk(T* to, int stride, const void* shrunk, const LoraLaunch&
     const int per_row = num_pairs_of(tile) * PAIR / V;
     for (int i = thread_index(); i < num_rows * per_row; i += THREADS) {
         const int r = i / per_row, c = i % per_row * V, octet = c / OCTET;
-        const bool is_there = r < rows && octet < tile.num_octets;
-        const int o = is_there ? octet : 0, row = is_there ? r : 0;
+        const bool is_valid = r < rows && octet < tile.num_octets;
+        const int o = is_valid ? octet : 0, row = is_valid ? r : 0;
         const T* from = shrunk_row<T>(shrunk, launch.uses[tile.use[o]], token + row, tile.rank[o] + c % OCTET);
-        cp_async_16(to + r * stride + c, from, is_there ? 16 : 0);
+        cp_async_16(to + r * stride + c, from, is_valid ? 16 : 0);
     }
 }
 
-// Sums the splits of an item's `tile`-th tile, if this block is the last of them; then `c` is the whole. Collective.
+// If this block is the last of the splits of an item's `tile`-th tile, sums them into `c` and returns true. Collective.
 template <int P>
-DEVICE bool combine_splits(Sums<P>& c, const LoraLaunch& launch, const LoraSplit& split, int tile, int num_pairs,
+DEVICE bool combine_splits(Accumulator<P>& c, const LoraLaunch& launch, const LoraSplit& split, int tile, int num_pairs,
                            int* flag) {
     const i64 size = 2 * num_pairs * THREADS * 4;
     return sum_splits(c, launch.partials + split.partial + tile * split.count * size, split.index, split.count,
@@ -196,7 +196,7 @@ DEVICE DropoutKey key_of(const LoraUse& use, const LoraFactors& factors) {
     return {factors.seed, (static_cast<u64>(*factors.step) << 32) + static_cast<u64>(factors.site), use.threshold};
 }
 
-// Zeroes what a use's dropout drops of a tile of its tokens from `token` and columns from `column`; does not scale.
+// Zeroes the dropped elements of a tile of a use's tokens from `token` and columns from `column`; does not scale.
 template <typename T>
 DEVICE void drop_tile(T* tile, const DropoutKey& key, const i64* positions, int width, int token, int column,
                       int rows) {

@@ -1,10 +1,9 @@
-// multi_lora's products of S or E with a factor, summed over ranks and uses, on their way to the stream.
+// Expands S or E by a factor: sums over ranks and uses, written or added to the stream.
 #pragma once
 #include "multi_lora.cuh"
 
-// What a thread adds up of a 64 x 64 tile of expand: 16 columns of a token at a time, so that one block of dropout
-// lanes serves them.
-struct Rows {
+// A thread's sums of a 64 x 64 tile of expand: 16 columns of a token each, which one block of dropout lanes covers.
+struct TokenRows {
     static constexpr int COUNT = TILE * (TILE / LANES) / THREADS;
     float v[COUNT][LANES];
 
@@ -16,8 +15,8 @@ struct Rows {
     static DEVICE int column() { return thread_index() % (TILE / LANES) * LANES; }
 };
 
-// Adds a product of the tile's use, staged as floats; what its mask drops is left out.
-DEVICE void add_staged(Rows& sum, const float* staged, const LoraLaunch& launch, const LoraTile& ranks,
+// Adds a product of the tile's use, staged as floats, without the elements that its mask drops.
+DEVICE void add_staged(TokenRows& sum, const float* staged, const LoraLaunch& launch, const LoraTile& ranks,
                        const LoraItem& item, int column, int columns) {
     const LoraUse& use = use_of(launch, ranks);
     const LoraFactors& factors = launch.factors[ranks.use[0]];
@@ -25,17 +24,17 @@ DEVICE void add_staged(Rows& sum, const float* staged, const LoraLaunch& launch,
     const DropoutKey key = is_input ? key_of(use, factors) : DropoutKey{0, 0, 0};
     const float scale = is_input ? keep_scale_of(use, factors) : factors.scale;
     const float* const gain = is_input ? nullptr : factors.expand_gain;
-    const int first = Rows::column(), num_blocks = ceil_div(launch.streams[item.stream].width, LANES);
+    const int first = TokenRows::column(), num_blocks = ceil_div(launch.streams[item.stream].width, LANES);
 #pragma unroll
-    for (int i = 0; i < Rows::COUNT; ++i) {
-        const int token = item.token + Rows::row(i);
+    for (int i = 0; i < TokenRows::COUNT; ++i) {
+        const int token = item.token + TokenRows::row(i);
         if (token >= item.end_token || first >= columns) continue;
         u32 bits = ~0u;
         if (drops) {
             const u64 position = static_cast<u64>(launch.positions[token]);
             bits = keep_bits(key, position * num_blocks + (column + first) / LANES);
         }
-        const float* from = staged + Rows::row(i) * row_stride<float>(TILE) + first;
+        const float* from = staged + TokenRows::row(i) * row_stride<float>(TILE) + first;
 #pragma unroll
         for (int j = 0; j < LANES; ++j) {
             if (!(bits >> j & 1) || first + j >= columns) continue;
@@ -44,17 +43,17 @@ DEVICE void add_staged(Rows& sum, const float* staged, const LoraLaunch& launch,
     }
 }
 
-// A finished tile goes to the stream: onto what is there, or onto the bias.
+// Writes a finished tile to the stream: added to it, or to the bias.
 template <typename T>
-DEVICE void store_rows(const Rows& sum, const LoraLaunch& launch, const LoraItem& item, int column, int columns) {
+DEVICE void store_rows(const TokenRows& sum, const LoraLaunch& launch, const LoraItem& item, int column, int columns) {
     constexpr int V = vector_length<T>();
     const LoraStream& to_stream = launch.streams[item.stream];
     const Matrix<T> stream = stream_of<T>(launch, item.stream);
     const T* const bias = static_cast<const T*>(to_stream.bias);
     const bool adds = to_stream.adds != 0;
 #pragma unroll
-    for (int i = 0; i < Rows::COUNT; ++i) {
-        const int token = item.token + Rows::row(i), first = Rows::column();
+    for (int i = 0; i < TokenRows::COUNT; ++i) {
+        const int token = item.token + TokenRows::row(i), first = TokenRows::column();
         if (token >= item.end_token) continue;
         T* const to = const_cast<T*>(stream.data) + token * stream.stride + column + first;
 #pragma unroll
@@ -80,7 +79,7 @@ DEVICE void store_rows(const Rows& sum, const LoraLaunch& launch, const LoraItem
     }
 }
 
-DEVICE void stage(float* staged, const Accumulator& c) {
+DEVICE void stage(float* staged, const Accumulator<>& c) {
 #pragma unroll
     for (int i = 0; i < PAIRS * 8; i += 2) {
         const int row = thread_index() / WARP * 16 + fragment_row(i % 4);
@@ -90,7 +89,7 @@ DEVICE void stage(float* staged, const Accumulator& c) {
     }
 }
 
-// Sums along the ranks of all the item's tiles: `step` goes through them for 64 columns, then for the next 64.
+// Sums along the ranks of all the item's tiles: steps pass through them for 64 columns, then for the next 64.
 template <typename T>
 DEVICE void expand_item(const LoraLaunch& launch, const LoraItem& item) {
     T* const shrunk_tiles = reinterpret_cast<T*>(shared_memory());
@@ -98,7 +97,7 @@ DEVICE void expand_item(const LoraLaunch& launch, const LoraItem& item) {
     float* const staged = reinterpret_cast<float*>(factor_tiles + 2 * tile_size<T>());
     const int rows = item.end_token - item.token, num_tiles = item.num_tiles;
     const int num_steps = num_tiles * ceil_div(item.end_column - item.column, TILE);
-    const auto copy = [&](int step) {  // a single tile's rows stay where they are
+    const auto copy = [&](int step) {  // a single tile's rows are copied once
         if (num_tiles > 1 || step == 0)
             copy_shrunk(shrunk_tiles + (num_tiles > 1 ? step % 2 : 0) * tile_size<T>(), row_stride<T>(TILE),
                         launch.shrunk, launch, launch.tiles[item.tile + step % num_tiles], TILE, item.token, rows);
@@ -111,13 +110,13 @@ DEVICE void expand_item(const LoraLaunch& launch, const LoraItem& item) {
     FactorTile<T> next;
     next.fetch(factor_at(0), item.column);
     next.store(factor_tiles, factor_at(0));
-    Accumulator c;
+    Accumulator<> c;
     c.clear();
-    Rows sum;
+    TokenRows sum;
     sum.clear();
     for (int step = 0; step < num_steps; ++step) {
         const int column = item.column + step / num_tiles * TILE, columns = least(TILE, item.end_column - column);
-        const Factor factor = factor_at(step);
+        const FactorView factor = factor_at(step);
         cp_async_wait<0>();
         block_barrier();
         if (step + 1 < num_steps) {
@@ -139,11 +138,11 @@ DEVICE void expand_item(const LoraLaunch& launch, const LoraItem& item) {
     }
 }
 
-// Rows that no use covers get the bias, or zero.
+// Expands an item with tiles; rows of an item without tiles, which no use covers, get the bias or zero.
 template <typename T>
 DEVICE void expand_or_fill_item(const LoraLaunch& launch, const LoraItem& item) {
     if (item.num_tiles > 0) return expand_item<T>(launch, item);
-    Rows nothing;
+    TokenRows nothing;
     nothing.clear();
     for (int column = item.column; column < item.end_column; column += TILE)
         store_rows<T>(nothing, launch, item, column, least(TILE, item.end_column - column));

@@ -5,11 +5,11 @@
 #pragma once
 #include "common.cuh"
 
-constexpr int LANES = 16;
+constexpr int LANES = MUXTUNE_DROPOUT_LANES;
 
 struct DropoutKey {
     u64 seed, step_site;
-    int threshold;  // a lane is kept where it is at least this; 0 keeps all: no dropout
+    int threshold;  // a lane of at least this is kept; 0 keeps all: no dropout
 };
 
 DEVICE void philox_round(u64 (&x)[4], u64 key0, u64 key1) {
@@ -21,7 +21,7 @@ DEVICE void philox_round(u64 (&x)[4], u64 key0, u64 key1) {
     x[3] = low0;
 }
 
-// Bit i: whether lane i of the block is kept.
+// Returns whether each lane i of the block is kept, in bit i.
 DEVICE u32 keep_bits(const DropoutKey& key, u64 counter) {
     u64 x[4] = {counter, 0, 0, 0};
     u64 key0 = key.seed, key1 = key.step_site;

@@ -2,11 +2,11 @@
 //
 //     c = cap tanh(z / cap), or z without one;   loss = logsumexp(c) - c[target]
 //     z = weight * (softmax(c) - onehot(target)) * (1 - (c / cap)^2)
-// A block takes whole rows, one read for the normaliser and one for the gradient; a row's values depend on it alone.
+// A block handles whole rows: one read for the normaliser, one for the gradient. A row's values depend on it alone.
 #include "common.cuh"
 
 struct CrossEntropyLaunch {
-    void* logits;  // [rows, vocabulary], in T; becomes the gradient where there are weights
+    void* logits;  // [rows, vocabulary] of T; with weights, overwritten by the gradient
     const i64* targets;
     const float* weights;  // null: losses only
     float* losses;
@@ -16,38 +16,38 @@ struct CrossEntropyLaunch {
     int unused;
 };
 
-// max and sum of exp(x - max) of what has been seen; two of them add up.
+// Running maximum and sum of exp(x - maximum) of logits.
 struct Normaliser {
-    float greatest, sum;
+    float maximum, sum;
 };
-DEVICE Normaliser seen(Normaliser own, float x) {
-    const float above = x - own.greatest, e = exponential(above > 0.0f ? -above : above);  // one of the two is exp(0)
-    return {greater(own.greatest, x), above > 0.0f ? own.sum * e + 1.0f : own.sum + e};
+DEVICE Normaliser include(Normaliser own, float x) {
+    const float above = x - own.maximum, e = exponential(above > 0.0f ? -above : above);  // one of the two is exp(0)
+    return {greater(own.maximum, x), above > 0.0f ? own.sum * e + 1.0f : own.sum + e};
 }
-DEVICE Normaliser joined(Normaliser a, Normaliser b) {
-    const float most = greater(a.greatest, b.greatest);
-    if (most - most != 0.0f) return {most, a.sum + b.sum};  // nothing seen yet, or Inf: the sum says which
-    return {most, a.sum * exponential(a.greatest - most) + b.sum * exponential(b.greatest - most)};
+DEVICE Normaliser merge(Normaliser a, Normaliser b) {
+    const float most = greater(a.maximum, b.maximum);
+    if (most - most != 0.0f) return {most, a.sum + b.sum};  // no logit yet, or Inf: the sum says which
+    return {most, a.sum * exponential(a.maximum - most) + b.sum * exponential(b.maximum - most)};
 }
 
 DEVICE float capped(float z, float cap) { return cap > 0.0f ? cap * hyperbolic_tangent(z / cap) : z; }
 
-DEVICE Normaliser block_joined(Normaliser own, Normaliser* shared) {
+DEVICE Normaliser block_merge(Normaliser own, Normaliser* shared) {
     for (int mask = WARP / 2; mask > 0; mask /= 2)
-        own = joined(own, {shuffle_xor(own.greatest, mask), shuffle_xor(own.sum, mask)});
+        own = merge(own, {shuffle_xor(own.maximum, mask), shuffle_xor(own.sum, mask)});
     if (thread_index() % WARP == 0) shared[thread_index() / WARP] = own;
     block_barrier();
     Normaliser whole = shared[0];
-    for (int warp = 1; warp < WARPS; ++warp) whole = joined(whole, shared[warp]);
+    for (int warp = 1; warp < WARPS; ++warp) whole = merge(whole, shared[warp]);
     block_barrier();
     return whole;
 }
 
-// Calls visit(column, value) for this thread's columns, and stores what it returns if `writes`. 16 bytes at a time
-// where the row is aligned.
+// Calls visit(column, value) for this thread's columns, and stores the result if `writes`. If the row is aligned, it
+// reads 16 bytes at a time.
 template <bool writes, typename T, typename Visit>
 DEVICE void for_each(T* row, int vocabulary, const Visit& visit) {
-    constexpr int V = 16 / static_cast<int>(sizeof(T));
+    constexpr int V = VECTOR_BYTES / static_cast<int>(sizeof(T));
     const bool is_aligned = reinterpret_cast<u64>(row) % 16 == 0;
     const int whole = is_aligned ? vocabulary / V * V : 0;
     for (int column = thread_index() * V; column < whole; column += THREADS * V) {
@@ -75,15 +75,15 @@ DEVICE void cross_entropy_row(const CrossEntropyLaunch& launch, int row, Normali
     const i64 target = launch.targets[row];
     constexpr float NOTHING = -3.402823466e38f;
     const float cap = launch.softcap;
-    const bool is_there = target >= 0 && target < launch.vocabulary;  // else its loss is NaN
-    const float chosen = is_there ? capped(to_float(logits[target]), cap) : NOTHING * 2.0f - NOTHING * 2.0f;
+    const bool is_valid = target >= 0 && target < launch.vocabulary;  // else the loss is NaN
+    const float chosen = is_valid ? capped(to_float(logits[target]), cap) : NOTHING * 2.0f - NOTHING * 2.0f;
     Normaliser own{NOTHING, 0.0f};
     for_each<false>(logits, launch.vocabulary, [&](int, float z) {
-        own = seen(own, capped(z, cap));
+        own = include(own, capped(z, cap));
         return z;
     });
-    const Normaliser all = block_joined(own, shared);  // from here on nobody needs the target's logit
-    const float log_sum = all.greatest + logarithm(all.sum);
+    const Normaliser all = block_merge(own, shared);  // after this the target's logit is not needed
+    const float log_sum = all.maximum + logarithm(all.sum);
     if (thread_index() == 0) launch.losses[row] = log_sum - chosen;
     if (launch.weights == nullptr) return;
     const float weight = launch.weights[row];
@@ -95,7 +95,7 @@ DEVICE void cross_entropy_row(const CrossEntropyLaunch& launch, int row, Normali
 }
 
 #define SEGMENT_CROSS_ENTROPY_KERNEL(suffix, T)                                           \
-    KERNEL(segment_cross_entropy_##suffix, CrossEntropyLaunch, 8) {                       \
+    KERNEL(segment_cross_entropy_##suffix, CrossEntropyLaunch, MUXTUNE_SEGMENT_CROSS_ENTROPY_BLOCKS) { \
         Normaliser* const shared = reinterpret_cast<Normaliser*>(shared_memory());        \
         for (int row = block_index(); row < launch.num_rows; row += num_blocks())         \
             cross_entropy_row<T>(launch, row, shared);                                    \

@@ -1,19 +1,19 @@
-// 64 x 64 tiles in shared memory, and products of them on tensor cores, for float, bf16 and fp16 alike.
+// Tiles of 64 x 64 in shared memory and their products on tensor cores, for float, bf16 and fp16.
 //
 // A float goes through the tensor cores as a sum of two tf32 (three products, what is left out is below 2^-21 of the
 // result), so that float tasks keep float accuracy; sums are in float for every type.
-// Hopper's wgmma would come in here, behind the same loads and products.
+// Hopper's wgmma would fit here, behind the same loads and products.
 #pragma once
 #include "common.cuh"
 
-constexpr int TILE = 64;                     // tokens, columns or ranks
-constexpr int PAIR = 16, PAIRS = TILE / PAIR;  // the smallest step of an accumulator's columns
+constexpr int TILE = MUXTUNE_TILE;                       // tokens, columns or ranks
+constexpr int PAIR = MUXTUNE_PAIR, PAIRS = TILE / PAIR;  // columns of an accumulator that are computed together
 
 template <typename T>
 constexpr DEVICE int vector_length() {
-    return 16 / static_cast<int>(sizeof(T));
+    return VECTOR_BYTES / static_cast<int>(sizeof(T));
 }
-// Rows are padded by 16 bytes: eight rows of one column then lie in different banks.
+// Rows are padded by one vector: eight rows of one column then lie in different banks.
 template <typename T>
 constexpr DEVICE int row_stride(int width) {
     return width + vector_length<T>();
@@ -23,10 +23,10 @@ constexpr DEVICE int tile_size() {
     return TILE * row_stride<T>(TILE);
 }
 
-// 16 rows by 16 P columns of a product, spread over a warp as mma lays it out: pair p, half h, register i hold
-// row lane / 4 + 8 * (i / 2), column 16 p + 8 h + 2 * (lane % 4) + i % 2.
-template <int P>
-struct Sums {
+// Sums of 16 rows by 16 P columns of a product, spread over a warp as mma lays them out: pair p, half h, register i
+// hold row lane / 4 + 8 * (i / 2), column 16 p + 8 h + 2 * (lane % 4) + i % 2.
+template <int P = PAIRS>
+struct Accumulator {
     float v[P][2][4];
 
     DEVICE void clear() {
@@ -34,16 +34,15 @@ struct Sums {
         for (int i = 0; i < P * 8; ++i) v[i / 8][i / 4 % 2][i % 4] = 0.0f;
     }
 };
-using Accumulator = Sums<PAIRS>;
 DEVICE int fragment_row(int i) { return thread_index() % WARP / 4 + 8 * (i / 2); }
 DEVICE int fragment_column(int pair, int half, int i) {
     return PAIR * pair + 8 * half + 2 * (thread_index() % 4) + i % 2;
 }
 
-// Fragments of A [16 x STEP] and B [STEP x 16], and C += A B. `is_row_major`: whether a row of the tile is a row of A,
-// or a column of B (the sum runs along the row); else tiles are read transposed.
+// C += A B by one warp, with fragments of A [16 x STEP] and B [STEP x 16]. `is_row_major`: a row of the tile is a row of
+// A, or a column of B (the sum runs along it); else tiles are read transposed.
 template <typename T>
-struct Product {
+struct WarpProduct {
     static constexpr int STEP = 16;
     struct Fragment {
         u32 r[4];
@@ -75,7 +74,7 @@ struct Product {
 };
 
 template <>
-struct Product<float> {
+struct WarpProduct<float> {
     static constexpr int STEP = 8;
     struct Fragment {
         u32 high[4], low[4];
@@ -113,20 +112,20 @@ struct Product<float> {
     }
 };
 
-// The warp's 16 rows (from `m`) of the product of two tiles; `depth` (a multiple of 16) is what is summed over.
+// Adds the warp's 16 rows (from `m`) of the product of two tiles, summed over `depth` (a multiple of 16).
 template <typename T, int P>
-DEVICE void multiply_tiles(Sums<P>& c, const T* a, int a_stride, bool is_a_row_major, const T* b, int b_stride,
+DEVICE void multiply_tiles(Accumulator<P>& c, const T* a, int a_stride, bool is_a_row_major, const T* b, int b_stride,
                            bool is_b_row_major, int m, int depth, int num_pairs) {
-    for (int k = 0; k < depth; k += Product<T>::STEP) {
-        const auto fa = Product<T>::load_a(a, a_stride, m, k, is_a_row_major);
+    for (int k = 0; k < depth; k += WarpProduct<T>::STEP) {
+        const auto fa = WarpProduct<T>::load_a(a, a_stride, m, k, is_a_row_major);
 #pragma unroll
         for (int pair = 0; pair < P; ++pair)
             if (pair < num_pairs)
-                Product<T>::multiply(c.v[pair], fa, Product<T>::load_b(b, b_stride, PAIR * pair, k, is_b_row_major));
+                WarpProduct<T>::multiply(c.v[pair], fa, WarpProduct<T>::load_b(b, b_stride, PAIR * pair, k, is_b_row_major));
     }
 }
 
-// A matrix in device memory, from its first row and column of interest on. `is_aligned`: rows begin at 16 bytes.
+// A matrix in device memory. `is_aligned`: its rows are aligned to 16 bytes.
 template <typename T>
 struct Matrix {
     const T* data;
@@ -139,7 +138,7 @@ DEVICE Matrix<T> matrix(const T* data, i64 stride) {
     return {data, stride, is_aligned};
 }
 
-// Starts copying [rows x columns] at (row, column) into a tile of [num_rows x width]; what is beyond becomes zero.
+// Starts copying [rows x columns] at (row, column) into a tile of [num_rows x width]; the rest becomes zero.
 template <typename T>
 DEVICE void copy_tile(T* tile, int width, int num_rows, const Matrix<T>& from, i64 row, int column, int rows,
                       int columns) {
@@ -158,7 +157,7 @@ DEVICE void copy_tile(T* tile, int width, int num_rows, const Matrix<T>& from, i
     }
 }
 
-// Two neighbours, the first at an even place.
+// Stores two adjacent elements, the first at an even index.
 template <typename T>
 DEVICE void store_two(T* to, float first, float second) {
     struct alignas(2 * sizeof(T)) Two {
@@ -167,7 +166,7 @@ DEVICE void store_two(T* to, float first, float second) {
     *reinterpret_cast<Two*>(to) = Two{from_float<T>(first), from_float<T>(second)};
 }
 
-// A 64 x 64 tile on its way through registers, where S becomes T: lines as they lie in memory.
+// A tile on its way through registers, where S becomes T. Its lines lie as in memory.
 template <typename T, typename S>
 struct StagedTile {
     static constexpr int V = vector_length<S>(), PER_LINE = TILE / V, CHUNKS = TILE * PER_LINE / THREADS;
@@ -176,7 +175,7 @@ struct StagedTile {
         S each[V];
     } v[CHUNKS];
 
-    // [lines x columns] at (line, column); what is beyond becomes zero.
+    // Reads [lines x columns] at (line, column); the rest becomes zero.
     DEVICE void fetch(const Matrix<S>& from, i64 line, int column, int lines, int columns) {
 #pragma unroll
         for (int q = 0; q < CHUNKS; ++q) {
@@ -202,37 +201,37 @@ struct StagedTile {
     }
 };
 
-// A thread's share of partial sums, or of sums kept in shared memory: every THREADS-th float4.
+// Stores and adds a thread's share of partial sums: every THREADS-th float4.
 template <int P>
-DEVICE void keep(float4* kept, const Sums<P>& c, int num_pairs) {
+DEVICE void store_partial(float4* partial, const Accumulator<P>& c, int num_pairs) {
 #pragma unroll
     for (int i = 0; i < 2 * P; ++i) {
         const float(&v)[4] = c.v[i / 2][i % 2];
-        if (i < 2 * num_pairs) kept[i * THREADS] = float4{v[0], v[1], v[2], v[3]};
+        if (i < 2 * num_pairs) partial[i * THREADS] = float4{v[0], v[1], v[2], v[3]};
     }
 }
 template <int P>
-DEVICE void add_kept(Sums<P>& c, const float4* kept, int num_pairs) {
+DEVICE void add_partial(Accumulator<P>& c, const float4* partial, int num_pairs) {
 #pragma unroll
     for (int i = 0; i < 2 * P; ++i) {
         if (i >= 2 * num_pairs) continue;
-        const float4 four = kept[i * THREADS];
+        const float4 four = partial[i * THREADS];
         float(&v)[4] = c.v[i / 2][i % 2];
         v[0] += four.x, v[1] += four.y, v[2] += four.z, v[3] += four.w;
     }
 }
 
-// Sums `num_splits` partial tiles in their order, if this block is the last of them to come: then `c` is the whole.
-// `partials` has room for all, `counter` is zero before and after, `flag` one int of shared memory. Collective.
+// If this block is the last of `num_splits` to arrive, sums all partial tiles in order into `c` and returns true.
+// `partials` has room for all, `counter` is zero before and after, `flag` one shared int. Collective.
 template <int P>
-DEVICE bool sum_splits(Sums<P>& c, float* partials, int split, int num_splits, int* counter, int num_pairs,
+DEVICE bool sum_splits(Accumulator<P>& c, float* partials, int split, int num_splits, int* counter, int num_pairs,
                        int* flag) {
     if (num_splits == 1) return true;
     const int size = 2 * num_pairs * THREADS;
-    float4* const own = reinterpret_cast<float4*>(partials) + thread_index();
-    keep(own + split * size, c, num_pairs);
+    float4* const first = reinterpret_cast<float4*>(partials) + thread_index();
+    store_partial(first + split * size, c, num_pairs);
     if (!is_last_to_arrive(counter, num_splits, flag)) return false;
     c.clear();
-    for (int other = 0; other < num_splits; ++other) add_kept(c, own + other * size, num_pairs);
+    for (int other = 0; other < num_splits; ++other) add_partial(c, first + other * size, num_pairs);
     return true;
 }
