@@ -1,7 +1,7 @@
-"""Chat templates, rendered exactly as transformers renders them, but for the date: to a template it is always one day.
+"""Chat templates, rendered exactly as transformers renders them, except that the date is fixed.
 
-Source: transformers.utils.chat_template_utils: jinja2's immutable sandbox, trimmed blocks, loop controls, own tojson,
-`{% generation %}` taken as plain text. Templates come with backbones from anywhere, so what they can reach is nothing.
+Source: transformers.utils.chat_template_utils: jinja2's immutable sandbox, trimmed blocks, loop controls, its tojson;
+the content of `{% generation %}` is plain text. Backbones may come from anywhere: a template can access nothing else.
 """
 
 import json
@@ -18,21 +18,27 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.alignment.template_analysis import mark_messages
 
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the first is the one templates read
-_TODAY = datetime(2024, 7, 26)  # of Llama 3's own template: a step's tokens must not depend on the day it is run on
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # templates read the first
+_TODAY = datetime(2024, 7, 26)  # as in Llama 3's template: a step's tokens must not depend on the day it runs
 _REASONING_FIELDS_SET = frozenset(_REASONING_FIELDS)
-_MARK_NAME, _MARK = "_message_begins", "".join(["message", " begins"])  # no other string is this object
-_OF_A_LOOP = frozenset({"first", "last", "index", "index0"})
+_MARK_NAME, _MARK = (
+    "_message_begins",
+    "".join(["message", " begins"]),
+)  # compared by identity: no other string is this object
+_FAST_LOOP_ATTRIBUTES = frozenset({"first", "last", "index", "index0"})
 
 
 class TemplateRefusedError(Exception):
-    """The template does not compile, or cannot render these messages. The text never quotes them."""
+    """The template does not compile or cannot render these messages. The text never quotes them."""
 
 
-class Rendered(NamedTuple):
-    """A conversation as text. `starts`: the character at which each message begins, for templates of which one message
-    after another is rendered (see plain_loops), where text[:starts[i]] and `generation_prompt` are the prompt for
-    message i, and text[:starts[i]] is the conversation up to it."""
+class RenderedConversation(NamedTuple):
+    """A conversation as text.
+
+    `starts`: the character at which each message begins, or None for a template that does not render one message after
+    another (see template_analysis). text[:starts[i]] is the conversation before message i, and text[:starts[i]] +
+    `generation_prompt` is the prompt for message i.
+    """
 
     text: str
     starts: list[int] | None
@@ -61,71 +67,75 @@ class ChatTemplate:
         self._generation_prompt: str | None = None
         if mark_messages(tree, _MARK_NAME, constants):
             self._marked = _compiled(environment, tree)
-            with suppress(TemplateRefusedError):  # each row will be, with the reason
+            with suppress(TemplateRefusedError):  # render refuses each row with the reason
                 self._generation_prompt = self.render([], add_generation_prompt=True).removeprefix(self.render([]))
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        """The conversation as text. Raises TemplateRefusedError where the template refuses it."""
+        """Return the conversation as text. Raises TemplateRefusedError where the template cannot render it."""
         return "".join(self._chunks(self._template, messages, add_generation_prompt))
 
-    def render_marked(self, messages: Sequence[Mapping[str, Any]]) -> Rendered:
-        """The same, told by message where the template allows it."""
+    def render_marked(self, messages: Sequence[Mapping[str, Any]]) -> RenderedConversation:
+        """Return the conversation as text, with the start of each message where the template allows it."""
         if self._generation_prompt is None:
-            return Rendered(self.render(messages), None, "")
+            return RenderedConversation(self.render(messages), None, "")
         chunks: list[str] = []
         starts: list[int] = []
         num_characters = 0
         for chunk in self._chunks(self._marked, messages, False):
-            if chunk is _MARK:  # the very object: nobody can spell it
+            if chunk is _MARK:  # no text of a row is this object
                 starts.append(num_characters)
             else:
                 chunks.append(chunk)
                 num_characters += len(chunk)
-        return Rendered("".join(chunks), starts, self._generation_prompt)
+        return RenderedConversation("".join(chunks), starts, self._generation_prompt)
 
     def _chunks(
         self, template: jinja2.Template, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
     ) -> list[str]:
         try:
-            told = [_with_reasoning(message) for message in messages]
-            known = {**self._always, "messages": told, "add_generation_prompt": add_generation_prompt}
-            # As Template.render does it, less what only serves to show the template's line in a traceback.
-            return list(template.root_render_func(template.new_context(known, shared=True)))
-        except Exception as error:  # a template may stumble over any value in any way
-            raise TemplateRefusedError(f"the chat template refuses it ({type(error).__name__})") from None
+            variables = {
+                **self._always,
+                "messages": [_with_reasoning(message) for message in messages],
+                "add_generation_prompt": add_generation_prompt,
+            }
+            # As Template.render, without the code that shows the template's line in a traceback.
+            return list(template.root_render_func(template.new_context(variables, shared=True)))
+        except Exception as error:  # a template may fail on any value in any way
+            kind = type(error).__name__
+            raise TemplateRefusedError(f"the chat template cannot render this row ({kind})") from None
 
 
 def _compiled(environment: jinja2.Environment, source: str | jinja2.nodes.Template) -> jinja2.Template:
     template = environment.from_string(source)
-    template.globals = {}  # each rendering is told them, and need not look here, too
+    template.globals = {}  # each rendering gets them as variables: no second look-up
     return template
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """Of a loop (`loop.first`), which most templates ask for at every message: as the sandbox says, but at once."""
-        if type(obj) is LoopContext and attribute in _OF_A_LOOP:
+        """Return `loop.first` and others, which templates read at every message, without the sandbox's checks."""
+        if type(obj) is LoopContext and attribute in _FAST_LOOP_ATTRIBUTES:
             return getattr(obj, attribute)
         return super().getattr(obj, attribute)
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` marks what an assistant says; it renders as what stands in it."""
+    """Renders the content of `{% generation %}...{% endgeneration %}`, which marks assistant turns, as it is."""
 
     tags = {"generation"}  # noqa: RUF012  # jinja2's own declaration
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_as_it_is"), [], [], body).set_lineno(line)
+        return jinja2.nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
 
-    def _as_it_is(self, caller: Any) -> str:
+    def _content(self, caller: Any) -> str:
         text: str = caller()
         return text
 
 
 class _TemplateDict:
-    """`dict` for templates, without the class itself."""
+    """Replaces `dict` for templates, without access to the class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -135,7 +145,7 @@ class _TemplateDict:
 
 
 class _TemplateNamespace(jinja2.utils.Namespace):
-    """`namespace` for templates, without underscored names."""
+    """Replaces `namespace` for templates, without names that start with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # no `self`: so that namespace(self=...) works
         self, values = args[0], dict(*args[1:], **kwargs)

@@ -1,6 +1,7 @@
-"""Rows of JSON Lines, as strangers send them: read strictly, one at a time.
+"""Rows of untrusted JSON Lines, parsed strictly, one at a time.
 
-Three shapes: `messages`, `prompt`/`completion`, `text`. No error ever quotes a row: it is the tenant's data.
+A row has one of three shapes: `messages`, `prompt`/`completion`, `text`. No error ever quotes a row: it is the tenant's
+data.
 """
 
 import json
@@ -29,13 +30,13 @@ class Row(NamedTuple):
 
 
 def parse_lines(lines: Iterable[bytes]) -> Iterator[Row]:
-    """Rows in order; blank lines are skipped. Raises MalformedDatasetError (metadata `line`) at the first bad one."""
+    """Yield rows in order, without blank lines. Raises MalformedDatasetError (metadata `line`) at the first bad one."""
     num_rows = 0
     for number, line in enumerate(lines, start=1):
         if line.strip():
             num_rows += 1
             if num_rows > MAX_ROWS:
-                raise _malformed(number, f"is one row too many; at most {MAX_ROWS}: upload several datasets")
+                raise _malformed(number, f"is row {num_rows}; at most {MAX_ROWS} are allowed: upload several datasets")
             yield _parse(number, line)
     if num_rows == 0:
         raise MalformedDatasetError("the dataset is empty: upload at least one row")
@@ -43,7 +44,7 @@ def parse_lines(lines: Iterable[bytes]) -> Iterator[Row]:
 
 def _parse(number: int, line: bytes) -> Row:
     if len(line) > MAX_LINE_BYTES:
-        raise _malformed(number, f"is {len(line)} bytes long; at most {MAX_LINE_BYTES}")
+        raise _malformed(number, f"is {len(line)} bytes long; at most {MAX_LINE_BYTES} are allowed: shorten the row")
     try:
         fields = parse_strict_json(line)
     except UnicodeDecodeError as error:
@@ -51,8 +52,8 @@ def _parse(number: int, line: bytes) -> Row:
     except json.JSONDecodeError as error:
         raise _malformed(number, f"is not JSON (column {error.colno}: {error.msg})") from None
     except (ValueError, RecursionError) as error:
-        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise _malformed(number, f"cannot be read: {why}") from None
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise _malformed(number, f"cannot be parsed: {reason}") from None
     if not isinstance(fields, dict):
         raise _malformed(number, "is not a JSON object")
     return Row(number, _shape(number, fields), fields)
@@ -67,29 +68,31 @@ def _shape(number: int, fields: dict[str, Any]) -> str:
     else:
         for key in ("prompt", "completion") if shape == "prompt_completion" else ("text",):
             if not is_text(fields[key]):
-                raise _no_text(number, key, fields[key])
+                raise _not_text(number, key, fields[key])
     return shape
 
 
 def _check_messages(number: int, messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise _malformed(number, '"messages" must be a list of at least one message')
-    if len(messages) > MAX_MESSAGES:  # a turn is found by rendering what comes before it: work grows with the square
-        raise _malformed(number, f"has {len(messages)} messages; at most {MAX_MESSAGES}: split the conversation")
+    if len(messages) > MAX_MESSAGES:  # finding turns renders each prefix: quadratic work
+        raise _malformed(
+            number, f"has {len(messages)} messages; at most {MAX_MESSAGES} are allowed: split the conversation"
+        )
     has_answer = False
     for index, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or role not in _ROLES:
             raise _malformed(number, f'messages[{index}] needs a "role" of {", ".join(sorted(_ROLES))}')
         if not is_text(content := message.get("content")):
-            raise _no_text(number, f"messages[{index}].content", content)
+            raise _not_text(number, f"messages[{index}].content", content)
         has_answer |= role == "assistant"
     if not has_answer:
-        raise _malformed(number, "has no assistant message: nothing to learn from")
+        raise _malformed(number, "has no message of the role assistant to train on: add one")
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is a string that can be written as UTF-8: one without a lone surrogate."""
+    """Return whether `value` is a string without a lone surrogate, which UTF-8 can't encode."""
     if not isinstance(value, str):
         return False
     try:
@@ -98,11 +101,11 @@ def is_text(value: Any) -> bool:
         return False
 
 
-def _no_text(number: int, key: str, value: Any) -> MalformedDatasetError:
+def _not_text(number: int, key: str, value: Any) -> MalformedDatasetError:
     return _malformed(
         number, f'"{key}" ' + ("holds a lone surrogate" if isinstance(value, str) else "must be a string")
     )
 
 
-def _malformed(number: int, why: str) -> MalformedDatasetError:
-    return MalformedDatasetError(f"line {number} {why}", line=number)
+def _malformed(number: int, description: str) -> MalformedDatasetError:
+    return MalformedDatasetError(f"line {number} {description}", line=number)

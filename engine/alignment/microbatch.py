@@ -1,4 +1,4 @@
-"""A microbatch: one packed stream of tokens, holding ranges of one or more tasks.
+"""A microbatch: one packed stream of tokens with ranges of one or more tasks.
 
 Legend: T tokens of the stream (all ranges, tails included). Source: MuxTune's chunk-based alignment.
 """
@@ -20,10 +20,10 @@ class MicrobatchKind(enum.Enum):
 
 @dataclass(frozen=True)
 class Segment:
-    """One sequence inside a range; attention never crosses it.
+    """One sequence inside a range; attention never crosses its bounds.
 
-    `stream_offset_tokens` is where it starts in the task's own stream: the unpadded tokens of the sequences before
-    it in the same global batch. Dropout is keyed by it, so masks don't depend on how the batch was packed.
+    `stream_offset_tokens` counts the unpadded tokens of the sequences before it in the same global batch. It is part of
+    the key of dropout, so that masks don't depend on how the batch was packed.
     """
 
     num_tokens: int
@@ -32,11 +32,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Range:
-    """The contiguous tokens of one task: its segments one after another, then a tail of padding up to the chunk.
+    """The contiguous tokens of one task: its segments, then a tail of padding to a multiple of the chunk.
 
-    `step`: steps of this task done before (the step this range trains, from 0). `num_step_target_tokens`: target
+    `step`: the step that this range trains, from 0. `num_step_target_tokens`: target
     tokens of the whole global batch (or of the whole held-out split), over all microbatches: the loss's denominator.
-    `is_last`: no later microbatch holds tokens of this step (or evaluation), so the optimizer may step after it.
+    `is_last`: no later microbatch contains tokens of this step (or evaluation), so the optimizer may step after it.
     """
 
     task: str
@@ -54,10 +54,10 @@ class Range:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """`token_ids_T` int32; `targets_T` int32: the token each position should predict (already shifted), or IGNORE.
+    """A packed stream: `token_ids_T` int32, and `targets_T` int32, the token that each position predicts, or IGNORE.
 
-    A round is, for each member task: its evaluation if one is due, then all microbatches of its next step.
-    All EVALUATE microbatches of a round come before its TRAIN ones. `is_last_in_round` closes the round.
+    A round contains each member task's evaluation, if one is due, then all microbatches of its next step. All EVALUATE
+    microbatches of a round precede its TRAIN ones. The last microbatch of a round has `is_last_in_round`.
     """
 
     round: int
@@ -72,7 +72,7 @@ class Microbatch:
         return int(self.token_ids_T.shape[0])
 
     def alone(self, range_: Range) -> "Microbatch":
-        """One of its ranges as a microbatch of its own."""
+        """Return one of its ranges as a separate microbatch."""
         part = slice(range_.start, range_.start + range_.num_tokens)
         ranges = (dataclasses.replace(range_, start=0),)
         return Microbatch(self.round, self.kind, self.token_ids_T[part], self.targets_T[part], ranges, False)

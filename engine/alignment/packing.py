@@ -1,8 +1,8 @@
-"""Rounds: the microbatches in which every member of an hTask takes one optimizer step.
+"""Packing of rounds: the microbatches in which every member of an hTask takes one optimizer step.
 
-A task's global batch is cut into slices of at most `micro_batch_size` sequences that fit the token budget; slices of
-all tasks are packed into few microbatches, first-fit decreasing, under that budget. Only a sequence longer than the
-budget passes it, alone: a microbatch holds at most the larger of the budget and the longest sequence, padded.
+Each task's global batch is cut into slices of at most `micro_batch_size` sequences that fit the token budget. Slices of
+all tasks are packed into few microbatches, first-fit decreasing, within that budget. Only a sequence longer than the
+budget exceeds it, alone: a microbatch has at most the larger of the budget and the longest sequence, padded.
 In one microbatch a task has one contiguous range, padded at its tail to a multiple of the chunk.
 Source: MuxTune's chunk-based alignment (arXiv 2603.02885). Legend: T tokens of the stream.
 """
@@ -14,18 +14,18 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.alignment.dataset import Order, Split, TokenizedDataset, split
+from engine.alignment.dataset import RowOrder, Split, TokenizedDataset, split
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
 from engine.task import Training, evaluation_is_due
 
 
 @dataclass(frozen=True)
 class PackedTask:
-    """A task of the hTask, its data, and where it stands: `step` steps done of `num_steps`.
+    """A task of the hTask with its data; `step` of its `num_steps` steps are done.
 
-    `num_virtual_tokens` stand before each of its sequences (token 0): the executor puts its own there, and predicts the
-    sequence's first token from the last of them. `num_prefix_tokens` are no tokens of the stream, but each sequence
-    attends to them: they count in the budget.
+    Each of its sequences starts with `num_virtual_tokens` tokens (id 0): the executor replaces their embeddings, and
+    the last of them predicts the sequence's first token. `num_prefix_tokens` are not tokens of the stream, but each
+    sequence attends to them: they count in the budget.
     """
 
     task: str
@@ -41,8 +41,8 @@ class PackedTask:
         return split(self.dataset.num_rows, self.training)
 
     @cached_property
-    def order(self) -> Order:
-        return Order(self.training, self.split.train)
+    def order(self) -> RowOrder:
+        return RowOrder(self.training, self.split.train)
 
     def num_targets(self, row: int) -> int:
         first_bears_loss = bool(self.dataset.row(row)[1][0])
@@ -51,7 +51,7 @@ class PackedTask:
 
 @dataclass(frozen=True)
 class PlacedRow:
-    """A row in a step: its index in the dataset and the unpadded tokens before it in the same batch."""
+    """A row of a step's batch: its index in the dataset and the unpadded tokens before it in the same batch."""
 
     row: int
     num_tokens: int
@@ -73,25 +73,25 @@ class Slice:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """What it takes of the budget beside its tokens."""
+        """Tokens of the budget that it needs beside those of the stream."""
         return len(self.sequences) * self.member.num_prefix_tokens
 
 
 def rounds(members: Sequence[PackedTask], token_budget: int, chunk_tokens: int) -> Iterator[Microbatch]:
-    """Microbatches from the members' cursors on, until every member has done its last step and evaluation."""
+    """Yield microbatches from each member's step on, until all members have done their last step and evaluation."""
     number = 0
     while True:
-        now = [(m, m.step + number) for m in members if m.step + number <= m.num_steps]
-        if not now:
+        unfinished = [(m, m.step + number) for m in members if m.step + number <= m.num_steps]
+        if not unfinished:
             return
-        yield from one_round(number, now, token_budget, chunk_tokens)
+        yield from one_round(number, unfinished, token_budget, chunk_tokens)
         number += 1
 
 
 def one_round(
     number: int, members: Sequence[tuple[PackedTask, int]], token_budget: int, chunk_tokens: int
 ) -> list[Microbatch]:
-    """The evaluations due at the members' steps, then one training step of each that has one left."""
+    """Return the evaluations that are due at the members' steps, then one training step of each unfinished member."""
     evaluate = [
         slice_
         for m, step in members
@@ -115,7 +115,7 @@ def one_round(
 
 
 def pack(slices: Sequence[Slice], token_budget: int, chunk_tokens: int) -> list[list[Slice]]:
-    """First-fit decreasing: bins of at most `token_budget` tokens, tails counted; a larger slice stands alone.
+    """Pack slices first-fit decreasing into bins of `token_budget` tokens with tails; a larger slice gets its own bin.
 
     Slices of one task keep their order inside a bin.
     """
@@ -133,27 +133,27 @@ def pack(slices: Sequence[Slice], token_budget: int, chunk_tokens: int) -> list[
 
 
 class _Bin:
-    """A microbatch being filled: padded tokens and prefixes in all, unpadded tokens by task, and which slices."""
+    """A microbatch that is being filled: padded tokens with prefixes, unpadded tokens by task, indices of slices."""
 
     def __init__(self) -> None:
         self.num_tokens = 0
-        self.by_task: dict[str, int] = {}
+        self.num_tokens_of: dict[str, int] = {}
         self.indices: list[int] = []
 
     def num_tokens_with(self, slice_: Slice, chunk_tokens: int) -> int:
-        filled = self.by_task.get(slice_.member.task, 0)
+        filled = self.num_tokens_of.get(slice_.member.task, 0)
         added = _padded(filled + slice_.num_tokens, chunk_tokens) - _padded(filled, chunk_tokens)
         return self.num_tokens + added + slice_.num_prefix_tokens
 
     def add(self, index: int, slice_: Slice, chunk_tokens: int) -> None:
         self.num_tokens = self.num_tokens_with(slice_, chunk_tokens)
         task = slice_.member.task
-        self.by_task[task] = self.by_task.get(task, 0) + slice_.num_tokens
+        self.num_tokens_of[task] = self.num_tokens_of.get(task, 0) + slice_.num_tokens
         self.indices.append(index)
 
 
 def _slices(member: PackedTask, step: int, rows: NDArray[np.int64], token_budget: int) -> list[Slice]:
-    """Consecutive sequences, at most `micro_batch_size` and, unless one alone is longer, within the budget."""
+    """Cut a batch into slices of at most `micro_batch_size` sequences within the budget; a longer one gets its own."""
     offsets, num_virtual, num_prefix = member.dataset.offsets, member.num_virtual_tokens, member.num_prefix_tokens
     lengths = [int(offsets[r + 1] - offsets[r]) + num_virtual for r in rows]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(int)
@@ -197,7 +197,7 @@ def _build(
 def _fill(
     member: PackedTask, sequences: Sequence[PlacedRow], num_tokens: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Tokens and shifted targets of one range; its tail is token 0 with no target."""
+    """Return the tokens and shifted targets of one range; its tail is token 0 without a target."""
     ids_T, targets_T = np.zeros(num_tokens, np.int32), np.full(num_tokens, IGNORE, np.int32)
     at = 0
     for sequence in sequences:

@@ -1,4 +1,4 @@
-"""How a task would read a dataset, before it is created. Legend: N rows, L tokens of one row."""
+"""Preview of how a task would read a dataset, before the task is created. Legend: N rows, L tokens of one row."""
 
 import itertools
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.alignment.dataset import Order, TokenizedDataset, num_steps, split
+from engine.alignment.dataset import RowOrder, TokenizedDataset, num_steps, split
 from engine.alignment.tokenized_rows import RefusedRow
 from engine.alignment.tokenizer import BackboneTokenizer
 from engine.task import Training
@@ -17,7 +17,7 @@ _NUM_QUANTILES = 64
 
 @dataclass(frozen=True)
 class LossSpan:
-    """Consecutive tokens that all bear loss, or none."""
+    """Consecutive tokens that all bear loss, or that all bear none."""
 
     text: str
     bears_loss: bool
@@ -34,8 +34,10 @@ class RenderedRow:
 
 @dataclass(frozen=True)
 class Preflight:
-    """`length_histogram` maps [from, to) tokens, powers of two, to rows before truncation; `length_quantiles`: tokens
-    of the training rows after it; `num_special_text_rows`: see TokenizedDataset."""
+    """The preview. `length_histogram` maps [from, to) tokens, powers of two, to the number of rows before truncation.
+
+    `length_quantiles`: tokens of the training rows after truncation. `num_special_text_rows`: see TokenizedDataset.
+    """
 
     num_rows: int
     num_train_rows: int
@@ -55,7 +57,7 @@ class Preflight:
 def preflight(
     dataset: TokenizedDataset, tokenizer: BackboneTokenizer, training: Training, num_samples: int
 ) -> Preflight:
-    """Raises InvalidInputError if the dataset cannot be split as asked."""
+    """Return the preview, with the first `num_samples` rows. Raises InvalidInputError if the dataset is too small."""
     parts = split(dataset.num_rows, training)
     lengths = np.diff(dataset.offsets)
     steps = num_steps(training, len(parts.train))
@@ -78,17 +80,17 @@ def preflight(
 
 
 def _train_tokens(dataset: TokenizedDataset, training: Training, steps: int) -> int:
-    """Effective tokens of all steps: whole epochs at once, the rest batch by batch."""
+    """Count the effective tokens of all steps: whole epochs, then the batches of the last one."""
     train, lengths = split(dataset.num_rows, training).train, np.diff(dataset.offsets)
     per_epoch = -(-len(train) // training.global_batch_size)
     epochs, rest = divmod(steps, per_epoch)
-    order = Order(training, train).epoch(epochs)
+    order = RowOrder(training, train).epoch(epochs)
     tail = int(lengths[order[: rest * training.global_batch_size]].sum())
     return epochs * int(lengths[train].sum()) + tail
 
 
 def _num_targets_N(dataset: TokenizedDataset) -> NDArray[np.int64]:
-    """TokenizedDataset.num_targets of all rows at once; none is empty."""
+    """Return TokenizedDataset.num_targets of all rows; no row is empty."""
     starts = dataset.offsets[:-1]
     return np.add.reduceat(dataset.bears_loss_S.astype(np.int64), starts) - dataset.bears_loss_S[starts]
 
@@ -99,7 +101,7 @@ def _histogram(dataset: TokenizedDataset) -> dict[tuple[int, int], int]:
 
 
 def _quantiles(lengths: NDArray[np.int64]) -> tuple[int, ...]:
-    """Each the length of a row there is."""
+    """Return quantiles of the lengths; each is the length of a row."""
     at = (np.arange(_NUM_QUANTILES) + 0.5) / _NUM_QUANTILES
     return tuple(np.quantile(lengths, at, method="inverted_cdf").astype(int).tolist()) if len(lengths) else ()
 
@@ -108,7 +110,7 @@ def _render(dataset: TokenizedDataset, tokenizer: BackboneTokenizer, index: int,
     ids_L, bears_loss_L = dataset.row(index)
     bounds = [0, *(np.flatnonzero(np.diff(bears_loss_L)) + 1).tolist(), len(ids_L)]
     text = tokenizer.decode(ids_L)
-    # Cut the one whole text: tokens decoded apart would lose spaces and characters that span two tokens.
+    # Cut the whole text: tokens decoded separately would lose spaces and characters that span two tokens.
     cuts = [*(min(len(text), len(tokenizer.decode(ids_L[:at]))) for at in bounds[:-1]), len(text)]
     pieces = tuple(
         LossSpan(text[cut:next_cut], bool(bears_loss_L[a]), b - a)

@@ -1,42 +1,42 @@
-"""The tokens of rows, and which of them bear loss.
+"""Rows as token ids, with the tokens that bear loss.
 
-`messages`: the backbone's chat template; loss on assistant turns, their stop token included. `prompt`/`completion`:
-loss on the completion and its end. `text`: loss on all of it. Special tokens that a row spells out stay text; in the
-last two they are read as such for a task that asks for it (`Training.parse_special_tokens`).
-No error ever quotes a row: it is the tenant's data. Legend: N rows, S tokens of all rows, C of the conversations among
-them, K assistant turns of those.
+`messages`: rendered by the backbone's chat template; loss on assistant turns with their stop token.
+`prompt`/`completion`: loss on the completion and its end. `text`: loss on all of it. Special tokens that a row spells
+out stay text, except in the last two shapes of a task that sets `Training.parse_special_tokens`.
+No error ever quotes a row: it is the tenant's data. Legend: N rows, S tokens of all rows, C tokens of the conversations
+among them, K assistant turns of those.
 """
 
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, pairwise, repeat
+from itertools import accumulate, chain, pairwise, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.alignment.assistant_mask import AssistantTurn, assistant_turns, turn_tokens
+from engine.alignment.assistant_mask import AssistantTurn, find_assistant_turns, turn_tokens
 from engine.alignment.chat_template import TemplateRefusedError
 from engine.alignment.jsonl_rows import Row, is_text
-from engine.alignment.special_token_injection import smuggled_spans
+from engine.alignment.special_token_injection import find_injected_tokens
 from engine.alignment.tokenized_rows import RefusedRow, TokenizedRow, TokenizedRows
-from engine.alignment.tokenizer import BackboneTokenizer, Encoded, TextPiece
+from engine.alignment.tokenizer import BackboneTokenizer, EncodedPieces, TextPiece
 
-# Some milliseconds of the tokenizer's work: no core waits long for the first batch, or for what is made of the last.
+# A batch takes the tokenizer a few milliseconds, so that no core waits long for the first or the last one.
 _BATCH_ROWS, _BATCH_CHARACTERS = 1024, 1 << 17
-# Under work at once, while other rows are parsed and rendered; of one row alone the characters may be more. Fewer leave
-# a core idle while their threads wait for Python's lock.
+# Batches in work at once, while further rows are parsed and rendered; one row alone may exceed the characters. With
+# fewer batches a core is idle while their threads wait for Python's lock.
 _BATCHES_AHEAD, _CHARACTERS_AHEAD = 12, 4 << 20
 
 
 class RowRefusedError(Exception):
-    """This row can't be trained on as asked; the text says why and never quotes it."""
+    """The task can't train on this row. The text states the reason and never quotes the row."""
 
 
 def tokenize(row: Row, tokenizer: BackboneTokenizer, parse_special_tokens: bool = False) -> TokenizedRow:
-    """Raises RowRefusedError where the backbone's template cannot render or mask the row."""
+    """Tokenize one row. Raises RowRefusedError where the backbone's template cannot render or mask it."""
     (rows,) = tokenize_all([row], tokenizer, parse_special_tokens)
     for refused in rows.refused:
         raise RowRefusedError(refused.reason)
@@ -46,22 +46,22 @@ def tokenize(row: Row, tokenizer: BackboneTokenizer, parse_special_tokens: bool 
 def tokenize_all(
     rows: Iterable[Row], tokenizer: BackboneTokenizer, parse_special_tokens: bool = False
 ) -> Iterator[TokenizedRows]:
-    """All rows in order, some at a time."""
+    """Yield all rows in order, a batch at a time."""
     ahead, num_ahead = deque[tuple[int, Future[TokenizedRows]]](), 0
     with ThreadPoolExecutor(_BATCHES_AHEAD, "tokenize") as threads:
-        for batch, num_characters in _batches(_ask(row, tokenizer, parse_special_tokens) for row in rows):
+        for batch, num_characters in _batches(_prepare(row, tokenizer, parse_special_tokens) for row in rows):
             while ahead and (len(ahead) == _BATCHES_AHEAD or num_ahead + num_characters > _CHARACTERS_AHEAD):
                 num_done, future = ahead.popleft()
                 num_ahead -= num_done
                 yield future.result()
-            ahead.append((num_characters, threads.submit(_read, batch, tokenizer, parse_special_tokens)))
+            ahead.append((num_characters, threads.submit(_tokenize_batch, batch, tokenizer, parse_special_tokens)))
             num_ahead += num_characters
         for _, future in ahead:
             yield future.result()
 
 
-class _Asked(NamedTuple):
-    """A row on its way: what is to be encoded of it, or why nothing is; of a conversation, what an assistant says."""
+class _PreparedRow(NamedTuple):
+    """A row's texts to encode, and a conversation's assistant turns. `refusal`: why the row is left out, or empty."""
 
     row: Row
     pieces: list[TextPiece]
@@ -69,11 +69,11 @@ class _Asked(NamedTuple):
     refusal: str = ""
 
 
-def _ask(row: Row, tokenizer: BackboneTokenizer, parse_special_tokens: bool) -> _Asked:
+def _prepare(row: Row, tokenizer: BackboneTokenizer, parse_special_tokens: bool) -> _PreparedRow:
     try:
-        return _Asked(row, *_SHAPES[row.shape](row.fields, tokenizer, not parse_special_tokens))
+        return _PreparedRow(row, *_SHAPES[row.shape](row.fields, tokenizer, not parse_special_tokens))
     except TemplateRefusedError as error:
-        return _Asked(row, [], [], str(error))
+        return _PreparedRow(row, [], [], str(error))
 
 
 def _text(
@@ -91,21 +91,21 @@ def _prompt_completion(
 def _messages(
     fields: Mapping[str, Any], tokenizer: BackboneTokenizer, _: bool
 ) -> tuple[list[TextPiece], list[AssistantTurn]]:
-    """One tokenization of the whole conversation, as a server would see it.
+    """Render the whole conversation, to be tokenized at once as a server would.
 
-    What a message itself spells out of the template's special tokens is encoded apart, as text.
+    Special tokens of the template that a message itself spells out are encoded apart, as text.
     """
     if tokenizer.template is None:
         raise TemplateRefusedError("the backbone has no chat template: use prompt/completion or text")
     messages = fields["messages"]
     rendered = tokenizer.template.render_marked(messages)
-    turns, text = assistant_turns(messages, rendered, tokenizer), rendered.text
-    if not is_text(text):  # of another field than a content
+    turns, text = find_assistant_turns(messages, rendered, tokenizer), rendered.text
+    if not is_text(text):  # from another field than a content
         raise TemplateRefusedError("the chat template writes a lone surrogate")
-    smuggled = smuggled_spans(messages, text, tokenizer)
-    if not smuggled:
+    injected = find_injected_tokens(messages, text, tokenizer)
+    if not injected:
         return [TextPiece(text, has_offsets=True)], turns
-    bounds = [0, *chain.from_iterable(smuggled), len(text)]
+    bounds = [0, *chain.from_iterable(injected), len(text)]
     return [
         TextPiece(text[start:end], is_plain=i % 2 == 1, has_offsets=True)
         for i, (start, end) in enumerate(pairwise(bounds))
@@ -121,12 +121,12 @@ _SHAPES: dict[
 }
 
 
-def _batches(rows: Iterable[_Asked]) -> Iterator[tuple[list[_Asked], int]]:
-    """With their numbers of characters."""
-    batch, num_characters = list[_Asked](), 0
-    for asked in rows:
-        batch.append(asked)
-        for piece in asked.pieces:
+def _batches(rows: Iterable[_PreparedRow]) -> Iterator[tuple[list[_PreparedRow], int]]:
+    """Yield batches of rows with their numbers of characters."""
+    batch, num_characters = list[_PreparedRow](), 0
+    for row in rows:
+        batch.append(row)
+        for piece in row.pieces:
             num_characters += len(piece.text)
         if len(batch) == _BATCH_ROWS or num_characters > _BATCH_CHARACTERS:
             yield batch, num_characters
@@ -135,105 +135,122 @@ def _batches(rows: Iterable[_Asked]) -> Iterator[tuple[list[_Asked], int]]:
         yield batch, num_characters
 
 
-def _read(batch: Sequence[_Asked], tokenizer: BackboneTokenizer, parse_special_tokens: bool) -> TokenizedRows:
-    pieces = [piece for asked in batch for piece in asked.pieces]
-    reading, at = _Reading(tokenizer, tokenizer.encode(pieces)), 0
-    for asked in batch:
-        own = range(at, at + len(asked.pieces))
-        at = own.stop
-        reading.add(asked, own, is_trusted=parse_special_tokens)
-    return reading.rows()
+def _tokenize_batch(
+    batch: Sequence[_PreparedRow], tokenizer: BackboneTokenizer, parse_special_tokens: bool
+) -> TokenizedRows:
+    encoded = tokenizer.encode([piece for row in batch for piece in row.pieces])
+    rows, refused = _encode_rows(batch, encoded, tokenizer, parse_special_tokens)
+    token_ids = list(chain.from_iterable([row.token_ids for row in rows]))
+    ids_S = np.frombuffer(struct.pack(f"={len(token_ids)}i", *token_ids), np.int32)  # twice as fast as np.array
+    offsets = np.array([0, *accumulate([len(row.token_ids) for row in rows])], np.int64)
+    is_chat_N = np.array([row.is_chat for row in rows], np.bool_)
+    spans = _completion_spans(rows, is_chat_N, offsets)
+    if is_chat_N.any():
+        spans = np.concatenate([spans, _turn_spans(rows, is_chat_N, ids_S, offsets, encoded, tokenizer)], axis=1)
+    tokenized = TokenizedRows(
+        ids_S,
+        _covered_S(spans, len(ids_S)),
+        offsets,
+        np.array([row.prepared.row.line for row in rows], np.int64),
+        np.array([not row.is_chat and _spells_special(row.prepared, tokenizer) for row in rows], np.bool_),
+        refused,
+    )
+    has_target_N = tokenized.num_targets_N(len(ids_S)) > 0
+    if has_target_N.all():
+        return tokenized
+    return tokenized.select(has_target_N, len(ids_S), repeat("no token bears loss"))
 
 
-class _Reading:
-    """Rows of a batch one after another, of encoded pieces."""
+class _EncodedRow(NamedTuple):
+    """A row's token ids. `first_piece`: its place in the batch's pieces; `num_prompt_tokens`: see _join_pieces."""
 
-    def __init__(self, tokenizer: BackboneTokenizer, encoded: Encoded) -> None:
-        self._tokenizer, self._encoded = tokenizer, encoded
-        self._ids, self._ends = list[int](), [0]
-        self._lines, self._spells_special, self._refused = list[int](), list[bool](), list[RefusedRow]()
-        self._spans = list[tuple[int, int]]()  # of tokens that bear loss, but for those of conversations
-        self._chats, self._chat_pieces = list[int](), dict[int, TextPiece]()
-        self._turns, self._num_characters = list[tuple[int, int, int, int]](), 0  # of all conversations, joined
+    prepared: _PreparedRow
+    is_chat: bool
+    first_piece: int
+    token_ids: list[int]
+    num_prompt_tokens: int = 0
 
-    def add(self, asked: _Asked, own: range, is_trusted: bool) -> None:
-        """`own`: the indices of its pieces."""
-        is_chat, forged = asked.row.shape == "messages", self._encoded.forged
-        refusal = asked.refusal
-        if forged and not forged.isdisjoint(own) and (is_chat or not is_trusted):
-            refusal = "the backbone's tokenizer makes a special token of what it spells out as text"
+
+def _encode_rows(
+    batch: Sequence[_PreparedRow], encoded: EncodedPieces, tokenizer: BackboneTokenizer, parse_special_tokens: bool
+) -> tuple[list[_EncodedRow], list[RefusedRow]]:
+    rows, refused, end = list[_EncodedRow](), list[RefusedRow](), 0
+    for prepared in batch:
+        start, end = end, end + len(prepared.pieces)
+        refusal, is_chat = prepared.refusal, prepared.row.shape == "messages"
+        if (is_chat or not parse_special_tokens) and not encoded.forged.isdisjoint(range(start, end)):
+            refusal = "the backbone's tokenizer makes a special token of text that the row spells out"
+        ids = encoded.ids[start:end]
         if refusal:
-            self._refused.append(RefusedRow(asked.row.line, refusal))
-            return
-        if is_chat:
-            self._add_chat(asked, own)
+            refused.append(RefusedRow(prepared.row.line, refusal))
+        elif is_chat:
+            rows.append(_EncodedRow(prepared, True, start, ids[0] if len(ids) == 1 else list(chain.from_iterable(ids))))
         else:
-            self._add_plain(self._encoded.ids[own.start : own.stop])
-        spelled = self._tokenizer.special_pattern.search
-        self._lines.append(asked.row.line)
-        self._ends.append(len(self._ids))
-        self._spells_special.append(
-            not is_chat and any(piece.is_plain and spelled(piece.text) is not None for piece in asked.pieces)
-        )
+            rows.append(_EncodedRow(prepared, False, start, *_join_pieces(ids, tokenizer.eos_token_id)))
+    return rows, refused
 
-    def _add_plain(self, ids: Sequence[list[int]]) -> None:
-        """`text`, or `prompt` and `completion`: loss on the last of them and its end."""
-        all_ids, eos = self._ids, self._tokenizer.eos_token_id
-        *prompt, learned = ids
-        for own in prompt:
-            all_ids += own
-            if eos is not None and own and own[-1] == eos:  # some tokenizers close what they encode
-                all_ids.pop()
-        start = len(all_ids)
-        all_ids += learned
-        if eos is not None and not (learned and learned[-1] == eos):
-            all_ids.append(eos)
-        self._spans.append((start, len(all_ids)))
 
-    def _add_chat(self, asked: _Asked, own: range) -> None:
-        index, before = len(self._lines), self._num_characters
-        self._chats.append(index)
-        self._turns += [(index, before + start, before + end, before + content) for start, end, content in asked.turns]
-        for i, piece in zip(own, asked.pieces, strict=True):
-            self._ids += self._encoded.ids[i]
-            self._chat_pieces[i] = piece
-            self._num_characters += len(piece.text)
+def _join_pieces(ids: Sequence[list[int]], eos: int | None) -> tuple[list[int], int]:
+    """Return the tokens of `text`, or of `prompt` and `completion`, and how many come before those that bear loss."""
+    *prompt, completion = ids
+    token_ids = list[int]()
+    for piece in prompt:
+        token_ids += piece
+        if eos is not None and piece and piece[-1] == eos:  # some tokenizers end each text that they encode
+            token_ids.pop()
+    num_prompt_tokens = len(token_ids)
+    token_ids += completion
+    if eos is not None and not (completion and completion[-1] == eos):
+        token_ids.append(eos)
+    return token_ids, num_prompt_tokens
 
-    def rows(self) -> TokenizedRows:
-        ids_S = np.frombuffer(struct.pack(f"={len(self._ids)}i", *self._ids), np.int32)  # twice as fast as np.array
-        offsets = np.array(self._ends, np.int64)
-        spans = np.array(self._spans, np.int64).reshape(-1, 2).T
-        if self._chats:
-            spans = np.concatenate([spans, self._chat_spans(ids_S, offsets)], axis=1)
-        rows = TokenizedRows(
-            ids_S,
-            _covered_S(spans, len(ids_S)),
-            offsets,
-            np.array(self._lines, np.int64),
-            np.array(self._spells_special, np.bool_),
-            self._refused,
-        )
-        has_target_N = rows.num_targets_N(len(ids_S)) > 0
-        return rows if has_target_N.all() else rows.where(has_target_N, len(ids_S), repeat("no token bears loss"))
 
-    def _chat_spans(self, ids_S: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Of tokens that bear loss, 2 by K: found among those of conversations alone."""
-        is_chat_N = np.zeros(len(offsets) - 1, np.bool_)
-        is_chat_N[self._chats] = True
-        lengths_N = np.diff(offsets)
-        ids_C = ids_S if is_chat_N.all() else ids_S[is_chat_N.repeat(lengths_N)]
-        chat_offsets = np.concatenate([[0], (lengths_N * is_chat_N).cumsum()])
-        row_K, *turns = np.array(self._turns, np.int64).reshape(-1, 4).T
-        told = self._tokenizer.offsets(self._chat_pieces, self._encoded, ids_C)
-        rows_2K = np.stack([chat_offsets[row_K], chat_offsets[row_K + 1]])
-        spans = turn_tokens(np.stack(turns), rows_2K, told, self._tokenizer.is_special_V[ids_C])
-        spans += (offsets - chat_offsets)[row_K]
-        return spans
+def _spells_special(row: _PreparedRow, tokenizer: BackboneTokenizer) -> bool:
+    find = tokenizer.special_pattern.search
+    return any(piece.is_plain and find(piece.text) is not None for piece in row.pieces)
+
+
+def _completion_spans(
+    rows: Sequence[_EncodedRow], is_chat_N: NDArray[np.bool_], offsets: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the tokens [start, end) that bear loss in the rows that are not conversations, 2 by their number."""
+    starts_N = offsets[:-1] + np.array([row.num_prompt_tokens for row in rows], np.int64)
+    return np.stack([starts_N[~is_chat_N], offsets[1:][~is_chat_N]])
+
+
+def _turn_spans(
+    rows: Sequence[_EncodedRow],
+    is_chat_N: NDArray[np.bool_],
+    ids_S: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    encoded: EncodedPieces,
+    tokenizer: BackboneTokenizer,
+) -> NDArray[np.int64]:
+    """Return the tokens [start, end) of assistant turns, 2 by K. They are searched in the conversations alone."""
+    pieces, turns, num_characters = dict[int, TextPiece](), list[tuple[int, int, int, int]](), 0
+    for index, row in enumerate(rows):
+        if row.is_chat:
+            before = num_characters  # turns count characters through all conversations, joined
+            turns += [
+                (index, before + start, before + end, before + content) for start, end, content in row.prepared.turns
+            ]
+            for i, piece in enumerate(row.prepared.pieces, row.first_piece):
+                pieces[i] = piece
+                num_characters += len(piece.text)
+    lengths_N = np.diff(offsets)
+    ids_C = ids_S if is_chat_N.all() else ids_S[is_chat_N.repeat(lengths_N)]
+    chat_offsets = np.concatenate([[0], (lengths_N * is_chat_N).cumsum()])
+    row_K, *turns_3K = np.array(turns, np.int64).reshape(-1, 4).T
+    token_offsets = tokenizer.offsets(pieces, encoded, ids_C)
+    rows_2K = np.stack([chat_offsets[row_K], chat_offsets[row_K + 1]])
+    spans = turn_tokens(np.stack(turns_3K), rows_2K, token_offsets, tokenizer.is_special_V[ids_C])
+    spans += (offsets - chat_offsets)[row_K]
+    return spans
 
 
 def _covered_S(spans: NDArray[np.int64], num_tokens: int) -> NDArray[np.bool_]:
-    """Which tokens stand in any of the spans [start, end)."""
-    num_spans_S = np.zeros(num_tokens + 1, np.int16)  # counted up where one begins
+    """Return whether each token is in any of the spans [start, end)."""
+    num_spans_S = np.zeros(num_tokens + 1, np.int16)  # +1 where a span starts, -1 where it ends
     np.add.at(num_spans_S, spans[0], 1)
     np.subtract.at(num_spans_S, spans[1], 1)
     return num_spans_S[:-1].cumsum(dtype=np.int16).astype(np.bool_)

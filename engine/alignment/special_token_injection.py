@@ -1,7 +1,7 @@
-"""Special tokens spelled out in what somebody wrote: they stay text, or a message could end itself and forge the next.
+"""Special tokens that messages spell out: they stay text, or a message could end itself and forge the next one.
 
-Found as turns are: the conversation is rendered a second time with a mark inside each of them, and must come out the
-same but for the marks. Only a template's own special tokens are read as such.
+The conversation is rendered a second time with a mark inside each of them, and must come out the same but for the
+marks. Only special tokens that the template writes are encoded as special tokens.
 """
 
 import re
@@ -14,44 +14,44 @@ from engine.alignment.tokenizer import BackboneTokenizer
 _MARK = "\ue002Mx\ue003"  # private use
 
 
-def smuggled_spans(
+def find_injected_tokens(
     messages: Sequence[Mapping[str, Any]], text: str, tokenizer: BackboneTokenizer
 ) -> list[tuple[int, int]]:
-    """Characters [start, end) of `text`, the rendered messages, where one of them spells a special token out.
+    """Return the characters [start, end) of special tokens that messages spell out in `text`, the rendered messages.
 
-    Raises TemplateRefusedError where the template does anything with it but to put it there.
+    Raises TemplateRefusedError where the template does not copy them unchanged.
     """
     assert tokenizer.template is not None
-    spelled = tokenizer.special_pattern
-    if not _spells(messages, spelled):
+    pattern = tokenizer.special_pattern
+    if not _contains(messages, pattern):
         return []
-    rendered = tokenizer.template.render([_marked(message, spelled) for message in messages])
+    rendered = tokenizer.template.render([_marked(message, pattern) for message in messages])
     parts = rendered.split(_MARK)
     if _MARK in text or "".join(parts) != text:
-        raise TemplateRefusedError("the chat template reads a special token that a message spells out")
-    spans, place = [], 0
+        raise TemplateRefusedError("the chat template interprets a special token that a message spells out")
+    spans, position = [], 0
     for part in parts[:-1]:
-        place += len(part)
-        found = spelled.match(text, place - 1)  # the mark stands behind its first character
-        if found is None:
+        position += len(part)
+        match = pattern.match(text, position - 1)  # the mark follows the token's first character
+        if match is None:
             raise TemplateRefusedError("the chat template changes a special token that a message spells out")
-        spans.append(found.span())
+        spans.append(match.span())
     return spans
 
 
-def _spells(value: Any, spelled: re.Pattern[str]) -> bool:
-    """Whether any string in it does: a template may write any field."""
+def _contains(value: Any, pattern: re.Pattern[str]) -> bool:
+    """Return whether any string in `value` matches: a template may write any field."""
     if isinstance(value, str):
-        return spelled.search(value) is not None
+        return pattern.search(value) is not None
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        if _spells(part, spelled):
+        if _contains(part, pattern):
             return True
     return False
 
 
-def _marked(value: Any, spelled: re.Pattern[str]) -> Any:
+def _marked(value: Any, pattern: re.Pattern[str]) -> Any:
     if isinstance(value, str):
-        return spelled.sub(lambda found: found[0][0] + _MARK + found[0][1:], value)
+        return pattern.sub(lambda match: match[0][0] + _MARK + match[0][1:], value)
     if isinstance(value, dict):
-        return {key: _marked(part, spelled) for key, part in value.items()}
-    return [_marked(part, spelled) for part in value] if isinstance(value, list) else value
+        return {key: _marked(part, pattern) for key, part in value.items()}
+    return [_marked(part, pattern) for part in value] if isinstance(value, list) else value

@@ -1,8 +1,8 @@
-"""Chat templates that write one message after another, each by itself: told by their syntax.
+"""Detection, by syntax, of chat templates that write one message after another, independently of later messages.
 
-`{% for message in messages %}...{% endfor %}{% if add_generation_prompt %}...{% endif %}`, where the inside asks for
-nothing but that message, the first one, and how many came before. What such a template writes of the first few messages
-does not change with those that follow, so that one rendering tells all of a conversation's prefixes.
+They are `{% for message in messages %}...{% endfor %}{% if add_generation_prompt %}...{% endif %}`, where the loop
+reads only its message, the first message and the number of messages before. Later messages do not change how such a
+template renders earlier ones, so that one rendering contains all prefixes of a conversation.
 """
 
 from collections.abc import Collection
@@ -14,19 +14,19 @@ _PURE = (
     nodes.Compare, nodes.Operand, nodes.If, nodes.CondExpr, nodes.Getitem, nodes.Getattr,
 )  # fmt: skip
 _PURE_FILTERS, _PURE_TESTS = frozenset({"trim"}), frozenset({"defined", "none", "string"})
-_OF_THE_LOOP = frozenset({"first", "index", "index0"})
+_PURE_LOOP_ATTRIBUTES = frozenset({"first", "index", "index0"})
 
 
 def mark_messages(template: nodes.Template, mark: str, constants: Collection[str]) -> bool:
-    """Lets it write the variable `mark` in front of each message. False, with nothing changed: it is no such template.
+    """Insert the variable `mark` before each message of such a template. Return False, with no change, for others.
 
-    `constants`: names of variables that are the same in every rendering.
+    `constants`: names of variables that have the same value in every rendering.
     """
     loops = [node for node in template.body if isinstance(node, nodes.For)]
     if len(loops) != 1 or not _is_over_messages(loops[0]):
         return False
-    (loop,), at = loops, template.body.index(loops[0])
-    before, after = template.body[:at], template.body[at + 1 :]
+    (loop,), index = loops, template.body.index(loops[0])
+    before, after = template.body[:index], template.body[index + 1 :]
     assert isinstance(loop.target, nodes.Name)
     fixed = frozenset(constants)
     if not (
@@ -35,9 +35,9 @@ def mark_messages(template: nodes.Template, mark: str, constants: Collection[str
         and all(_is_pure(node, fixed, loop.target.name) for node in loop.body)
     ):
         return False
-    assert template.environment is not None  # a parsed one has it
-    written = nodes.Output([nodes.Name(mark, "load")])
-    loop.body.insert(0, written.set_lineno(loop.lineno).set_environment(template.environment))
+    assert template.environment is not None  # parsed templates have one
+    output = nodes.Output([nodes.Name(mark, "load")])
+    loop.body.insert(0, output.set_lineno(loop.lineno).set_environment(template.environment))
     return True
 
 
@@ -52,7 +52,7 @@ def _is_over_messages(loop: nodes.For) -> bool:
 
 
 def _is_prompt(node: nodes.Node, constants: frozenset[str]) -> bool:
-    """Nothing is written unless there is to be a generation prompt."""
+    """Return whether the node writes only where a generation prompt is added."""
     return (
         isinstance(node, nodes.If)
         and isinstance(node.test, nodes.Name)
@@ -63,17 +63,17 @@ def _is_prompt(node: nodes.Node, constants: frozenset[str]) -> bool:
 
 
 def _is_pure(node: nodes.Node, constants: frozenset[str], message: str) -> bool:
-    """A function of `message` (none outside the loop), of how many came before it and of the first."""
+    """Return whether the node reads only `message` (empty outside the loop), the first message and their number."""
     if isinstance(node, nodes.Name):
         return node.name == message or node.name in constants
-    if message and isinstance(node, nodes.Getattr | nodes.Getitem) and isinstance(of := node.node, nodes.Name):
-        if of.name == "loop":
-            return isinstance(node, nodes.Getattr) and node.attr in _OF_THE_LOOP
-        if of.name == "messages":
+    if message and isinstance(node, nodes.Getattr | nodes.Getitem) and isinstance(owner := node.node, nodes.Name):
+        if owner.name == "loop":
+            return isinstance(node, nodes.Getattr) and node.attr in _PURE_LOOP_ATTRIBUTES
+        if owner.name == "messages":
             return isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == 0
-    is_known = (
+    is_pure_kind = (
         isinstance(node, _PURE)
         or (isinstance(node, nodes.Filter) and node.name in _PURE_FILTERS)
         or (isinstance(node, nodes.Test) and node.name in _PURE_TESTS)
     )
-    return is_known and all(_is_pure(child, constants, message) for child in node.iter_child_nodes())
+    return is_pure_kind and all(_is_pure(child, constants, message) for child in node.iter_child_nodes())

@@ -1,8 +1,8 @@
-"""Characters that tokens stand for, from the tokens' own lengths: a tokenizer need not keep them while it encodes.
+"""The characters of each token, computed from the tokens' lengths, so that the tokenizer need not record them.
 
-A byte-level BPE that normalizes nothing (GPT-2, Llama 3, SmolLM2; Qwen where a text is ASCII) cuts a text's bytes up,
-and a token stands for as many bytes as it has. Legend: B bytes and T tokens of a text (or of several, one after
-another), V vocabulary.
+A byte-level BPE without normalization (GPT-2, Llama 3, SmolLM2; Qwen for ASCII text) splits a text's bytes, and each
+token stands for as many bytes as it has. Legend: B bytes and T tokens of a text (or of several, one after another), V
+vocabulary.
 """
 
 import json
@@ -12,34 +12,35 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-Offsets = tuple[NDArray[np.int64], NDArray[np.int64]]  # T each: where each token starts and ends; neither ever falls
+Offsets = tuple[NDArray[np.int64], NDArray[np.int64]]  # T each: starts and ends of tokens; neither decreases
 
 
 class TokenLengths:
-    """Bytes of each token of a tokenizer that loses nothing."""
+    """The bytes of each token of a tokenizer that loses no byte of a text."""
 
     def __init__(self, num_bytes_V: NDArray[np.int64], normalizes: bool) -> None:
         self._num_bytes_V, self._normalizes = num_bytes_V, normalizes
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "TokenLengths | None":
-        """None where a token may stand for more or less than its own bytes."""
-        described: dict[str, Any] = json.loads(tokenizer.to_str())
-        if not _is_byte_level(described):
+        """Return the lengths, or None where a token may stand for more or less than its own bytes."""
+        config: dict[str, Any] = json.loads(tokenizer.to_str())
+        if not _is_byte_level(config):
             return None
         pieces = tokenizer.get_vocab(with_added_tokens=False)
         added = {i: len(token.content.encode()) for i, token in tokenizer.get_added_tokens_decoder().items()}
-        num_bytes = {i: len(piece) for piece, i in pieces.items()} | added  # of a piece each letter is a byte
+        num_bytes = {i: len(piece) for piece, i in pieces.items()} | added  # each letter of a piece is a byte
         num_bytes_V = np.zeros(1 + max(num_bytes), np.int64)
         num_bytes_V[list(num_bytes)] = list(num_bytes.values())
-        return cls(num_bytes_V, described["normalizer"] is not None)
+        return cls(num_bytes_V, config["normalizer"] is not None)
 
     def offsets(self, text: str, ids_T: NDArray[np.int32]) -> Offsets | None:
-        """Starts and ends, in characters of `text`, as tokenizers tells them: a part of a character counts as
-        the whole. Texts that were encoded apart may be asked about at once, joined.
+        """Return starts and ends, in characters of `text`, as the tokenizers library does.
 
-        None where they can't be told this way: a token swallowed blanks beside it, or there was none for a byte.
-        Either makes their lengths' sum too small, and nothing makes it larger."""
+        A part of a character counts as the whole. Texts that were encoded separately may be joined into one `text`.
+        None where lengths don't suffice: a token swallowed blanks beside it, or a byte had no token. Both make the
+        sum of lengths too small, and nothing makes it larger.
+        """
         if self._normalizes and not text.isascii():
             return None
         num_bytes_T = self._num_bytes_V[ids_T]
@@ -51,15 +52,17 @@ class TokenLengths:
         data_B = np.frombuffer(text.encode(), np.uint8)
         if num_bytes != len(data_B):
             return None
-        num_begun_B = ((data_B & 0xC0) != 0x80).cumsum()  # characters up to each byte, its own included
+        num_begun_B = ((data_B & 0xC0) != 0x80).cumsum()  # characters up to and with each byte
         return num_begun_B[starts_T] - 1, num_begun_B[ends_T - 1]
 
 
-def _is_byte_level(described: dict[str, Any]) -> bool:
-    """Whether the text's bytes reach a BPE as they are (NFC leaves ASCII be) and it adds nothing to them: no affixes,
-    no token for what it does not know."""
-    model, normalizer = described["model"], described["normalizer"]
-    steps = _steps(described["pre_tokenizer"])
+def _is_byte_level(config: dict[str, Any]) -> bool:
+    """Return whether a BPE reads the text's bytes unchanged (NFC does not change ASCII) and adds nothing to them.
+
+    It has no affixes and no token for unknown bytes.
+    """
+    model, normalizer = config["model"], config["normalizer"]
+    steps = _steps(config["pre_tokenizer"])
     return (
         model["type"] == "BPE"
         and not any(model.get(added) for added in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"))

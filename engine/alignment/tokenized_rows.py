@@ -1,4 +1,4 @@
-"""Rows as tokens, many in flat arrays. Legend: N rows, S tokens of all of them, L tokens of one."""
+"""Many tokenized rows in flat arrays. Legend: N rows, S tokens of all of them, L tokens of one."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,15 +10,17 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class RefusedRow:
-    """A row left out, and why (never quoting it)."""
+    """A row that is left out. `reason` never quotes it."""
 
     line: int
     reason: str
 
 
 class TokenizedRow(NamedTuple):
-    """Token ids, and which of them bear loss: each of those is to be predicted from the tokens before it.
-    `spells_special`: a `text`, `prompt` or `completion` spells out a special token that is read as text."""
+    """The token ids of a row. A token that bears loss is predicted from the tokens before it.
+
+    `spells_special`: a `text`, `prompt` or `completion` spells out a special token that is read as text.
+    """
 
     line: int
     token_ids_L: NDArray[np.int32]
@@ -28,8 +30,10 @@ class TokenizedRow(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenizedRows:
-    """Rows one after another, row i at [offsets[i], offsets[i + 1]); `refused`: those left out between them, in order.
-    The columns are those of TokenizedRow."""
+    """Rows one after another, with the fields of TokenizedRow: row i has the tokens [offsets[i], offsets[i + 1]).
+
+    `refused`: rows that are left out, in order.
+    """
 
     token_ids_S: NDArray[np.int32]
     bears_loss_S: NDArray[np.bool_]
@@ -48,24 +52,24 @@ class TokenizedRows:
         return TokenizedRow(line, self.token_ids_S[part], self.bears_loss_S[part], spells_special)
 
     def num_targets_N(self, limit: int) -> NDArray[np.int64]:
-        """Tokens of each row's first `limit` that are to be predicted: nothing stands before the very first."""
+        """Count the tokens that bear loss among each row's first `limit`, without the very first."""
         num_before_S = np.zeros(len(self.bears_loss_S) + 1, np.int64)
         np.cumsum(self.bears_loss_S, out=num_before_S[1:])
         ends = np.minimum(self.offsets[1:], self.offsets[:-1] + limit)
         return num_before_S[ends] - num_before_S[np.minimum(self.offsets[:-1] + 1, ends)]
 
-    def where(self, is_kept_N: NDArray[np.bool_], limit: int, reasons: Iterable[str]) -> "TokenizedRows":
-        """The first `limit` tokens of those rows; `reasons`: why, for each of the others."""
-        place_S = np.arange(len(self.token_ids_S)) - self.offsets[:-1].repeat(self.lengths_N)
-        is_kept_S = is_kept_N.repeat(self.lengths_N) & (place_S < limit)
-        offsets = np.zeros(1 + is_kept_N.sum(), np.int64)
-        np.minimum(self.lengths_N[is_kept_N], limit).cumsum(out=offsets[1:])
-        refused = map(RefusedRow, self.lines[~is_kept_N].tolist(), reasons)
+    def select(self, is_selected_N: NDArray[np.bool_], limit: int, reasons: Iterable[str]) -> "TokenizedRows":
+        """Return the first `limit` tokens of the selected rows; refuse each other row with the next of `reasons`."""
+        position_S = np.arange(len(self.token_ids_S)) - self.offsets[:-1].repeat(self.lengths_N)
+        is_selected_S = is_selected_N.repeat(self.lengths_N) & (position_S < limit)
+        offsets = np.zeros(1 + is_selected_N.sum(), np.int64)
+        np.minimum(self.lengths_N[is_selected_N], limit).cumsum(out=offsets[1:])
+        refused = map(RefusedRow, self.lines[~is_selected_N].tolist(), reasons)
         return TokenizedRows(
-            self.token_ids_S[is_kept_S],
-            self.bears_loss_S[is_kept_S],
+            self.token_ids_S[is_selected_S],
+            self.bears_loss_S[is_selected_S],
             offsets,
-            self.lines[is_kept_N],
-            self.spells_special_N[is_kept_N],
+            self.lines[is_selected_N],
+            self.spells_special_N[is_selected_N],
             sorted([*self.refused, *refused], key=lambda row: row.line),
         )

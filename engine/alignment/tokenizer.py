@@ -1,4 +1,4 @@
-"""A backbone's tokenizer, from the files beside its weights; no torch and no transformers.
+"""A backbone's tokenizer, loaded from the files beside its weights without torch and transformers.
 
 Legend: L tokens of one row, V vocabulary.
 """
@@ -20,9 +20,12 @@ from engine.errors import InvalidInputError
 
 
 class TextPiece(NamedTuple):
-    """A text to encode. `adds_tokens`: with what the tokenizer puts around a text; `is_plain`: special tokens that it
-    spells out stay text (transformers' split_special_tokens), else they are read as such, as a chat template needs;
-    `has_offsets`: see BackboneTokenizer.offsets."""
+    """A text to encode.
+
+    `adds_tokens`: the tokenizer adds its special tokens around the text. `is_plain`: special tokens that the text
+    spells out stay text (transformers' split_special_tokens), else they are encoded as special tokens, as a chat
+    template needs. `has_offsets`: the piece may be passed to BackboneTokenizer.offsets.
+    """
 
     text: str
     adds_tokens: bool = False
@@ -30,21 +33,24 @@ class TextPiece(NamedTuple):
     has_offsets: bool = False
 
 
-class Encoded(NamedTuple):
-    """Token ids of each piece. `forged`: indices of those that have more special tokens than were asked for, made of
-    mere text (see BackboneTokenizer). `kept_offsets`: of a piece, by its index, where only tokenizers can tell them."""
+class EncodedPieces(NamedTuple):
+    """The token ids of each piece.
+
+    `forged`: indices of pieces in which text became special tokens unasked (see BackboneTokenizer). `recorded_offsets`:
+    offsets by index of the piece, where they don't follow from the tokens' lengths.
+    """
 
     ids: list[list[int]]
     forged: set[int]
-    kept_offsets: dict[int, Offsets]
+    recorded_offsets: dict[int, Offsets]
 
 
 class BackboneTokenizer:
     """Encodes text as transformers' AutoTokenizer does for the same folder.
 
-    Some models (Unigram is one) have special tokens among their pieces and make them of text that spells them, even
-    where it is to stay text (tokenizers' encode_special_tokens); and a token may be looked for in normalized text, so
-    that other letters spell it, too. What came of such a text is told apart by counting.
+    Some models (Unigram is one) have special tokens among their pieces and encode text that spells them as special
+    tokens even where it must stay text (tokenizers' encode_special_tokens). Also, a token may be searched in normalized
+    text, so that other letters spell it, too. Such forged tokens are detected by counting special tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: dict[str, Any], template: str | None) -> None:
@@ -75,71 +81,73 @@ class BackboneTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "BackboneTokenizer":
-        """Reads tokenizer.json, tokenizer_config.json and, where it stands apart, chat_template.jinja.
+        """Read tokenizer.json, tokenizer_config.json and, if it exists, chat_template.jinja.
 
-        Raises InvalidInputError if the folder holds no tokenizer that can be read.
+        Raises InvalidInputError if the folder contains no valid tokenizer.
         """
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             config_path = folder / "tokenizer_config.json"
             config: dict[str, Any] = json.loads(config_path.read_text()) if config_path.exists() else {}
         except Exception as error:  # the Rust side raises a bare Exception
-            raise InvalidInputError.of_field("backbone", f"no tokenizer in {folder}: {error}") from error
-        apart = folder / "chat_template.jinja"
-        template = apart.read_text() if apart.exists() else _default_template(config)
+            raise InvalidInputError.of_field(
+                "backbone", f"{folder} has no valid tokenizer.json and tokenizer_config.json: {error}"
+            ) from error
+        template_path = folder / "chat_template.jinja"
+        template = template_path.read_text() if template_path.exists() else _default_template(config)
         try:
             return cls(tokenizer, config, template)
         except TemplateRefusedError as error:
             raise InvalidInputError.of_field("backbone", f"{folder}: {error}") from error
 
-    def encode(self, pieces: Sequence[TextPiece]) -> Encoded:
-        """All at once, on all cores. Text alone is the same whatever stands beside it."""
+    def encode(self, pieces: Sequence[TextPiece]) -> EncodedPieces:
+        """Encode all pieces on all cores. A piece's tokens do not depend on the other pieces."""
         by_kind = defaultdict[tuple[bool, bool, bool], list[int]](list)
         for i, (_, adds_tokens, is_plain, has_offsets) in enumerate(pieces):
             by_kind[adds_tokens, is_plain, has_offsets].append(i)
-        encoded = Encoded([[]] * len(pieces), set(), {})
-        for (adds_tokens, is_plain, has_offsets), own in by_kind.items():
+        encoded = EncodedPieces([[]] * len(pieces), set(), {})
+        for (adds_tokens, is_plain, has_offsets), indices in by_kind.items():
             tokenizer = self._by_kind[adds_tokens, is_plain]
-            keeps_offsets = has_offsets and self._lengths is None
-            encode = tokenizer.encode_batch if keeps_offsets else tokenizer.encode_batch_fast
-            found = encode([pieces[i].text for i in own], add_special_tokens=adds_tokens)
-            for i, encoding in zip(own, found, strict=True):
+            records_offsets = has_offsets and self._lengths is None
+            encode = tokenizer.encode_batch if records_offsets else tokenizer.encode_batch_fast
+            encodings = encode([pieces[i].text for i in indices], add_special_tokens=adds_tokens)
+            for i, encoding in zip(indices, encodings, strict=True):
                 encoded.ids[i] = encoding.ids
-                if keeps_offsets:
-                    encoded.kept_offsets[i] = _offsets(encoding)
-        if self._forgeable:  # hardly ever
-            asked = map(self._num_asked_for, pieces)
-            encoded.forged.update(i for i, num in enumerate(asked) if self._num_special(encoded.ids[i]) > num)
+                if records_offsets:
+                    encoded.recorded_offsets[i] = _offsets(encoding)
+        if self._forgeable:  # few tokenizers
+            expected = map(self._num_expected_special, pieces)
+            encoded.forged.update(i for i, num in enumerate(expected) if self._num_special(encoded.ids[i]) > num)
         return encoded
 
-    def offsets(self, pieces: Mapping[int, TextPiece], encoded: Encoded, ids_T: NDArray[np.int32]) -> Offsets:
-        """The characters that each token stands for, counted through the texts of these pieces, one after another.
+    def offsets(self, pieces: Mapping[int, TextPiece], encoded: EncodedPieces, ids_T: NDArray[np.int32]) -> Offsets:
+        """Return the characters of each token, counted through the joined texts of these pieces.
 
-        `pieces`: some of those that were encoded, by their indices, all with `has_offsets`; `ids_T`: all their tokens.
+        `pieces`: encoded pieces with `has_offsets`, by their indices; `ids_T`: all their tokens.
         """
-        told = self._lengths and self._lengths.offsets("".join([piece.text for piece in pieces.values()]), ids_T)
-        if told:
-            return told
-        nothing = np.zeros(0, np.int64)
-        starts, ends, num_characters = [nothing], [nothing], 0
+        computed = self._lengths and self._lengths.offsets("".join([piece.text for piece in pieces.values()]), ids_T)
+        if computed:
+            return computed
+        empty = np.zeros(0, np.int64)
+        starts, ends, num_characters = [empty], [empty], 0
         for i, piece in pieces.items():
-            starts_L, ends_L = encoded.kept_offsets.get(i) or self._offsets(piece, encoded.ids[i])
+            starts_L, ends_L = encoded.recorded_offsets.get(i) or self._offsets(piece, encoded.ids[i])
             starts.append(starts_L + num_characters)
             ends.append(ends_L + num_characters)
             num_characters += len(piece.text)
         return np.concatenate(starts), np.concatenate(ends)
 
     def _offsets(self, piece: TextPiece, ids: list[int]) -> Offsets:
-        told = self._lengths and self._lengths.offsets(piece.text, np.array(ids, np.int32))
-        if told:
-            return told
+        computed = self._lengths and self._lengths.offsets(piece.text, np.array(ids, np.int32))
+        if computed:
+            return computed
         variant = self._by_kind[piece.adds_tokens, piece.is_plain]
         return _offsets(variant.encode(piece.text, add_special_tokens=piece.adds_tokens))
 
     def _num_special(self, ids: list[int]) -> int:
         return sum(token in self._forgeable for token in ids)
 
-    def _num_asked_for(self, piece: TextPiece) -> int:
+    def _num_expected_special(self, piece: TextPiece) -> int:
         spelled = 0 if piece.is_plain else len(self.special_pattern.findall(piece.text))
         return spelled + (self._num_added if piece.adds_tokens else 0)
 
@@ -160,7 +168,7 @@ class BackboneTokenizer:
 
 
 def _variant(tokenizer: Tokenizer, adds_tokens: bool, is_plain: bool) -> Tokenizer:
-    """One of its own for each way to encode: how special tokens are read is a setting, shared by all threads."""
+    """Return a copy for one way to encode: threads share a tokenizer's settings for special tokens."""
     variant = Tokenizer.from_str(tokenizer.to_str())
     if not adds_tokens:  # post-processors add special tokens, and may trim white space off the offsets
         variant.post_processor = None
@@ -169,20 +177,20 @@ def _variant(tokenizer: Tokenizer, adds_tokens: bool, is_plain: bool) -> Tokeniz
 
 
 def _any_of(texts: frozenset[str]) -> re.Pattern[str]:
-    """The longest first, as tokenizers match."""
+    """Return a pattern of the texts, longest first, as the tokenizers library matches."""
     longest_first = sorted(filter(None, texts), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _offsets(encoding: Encoding) -> Offsets:
-    """As tokenizers tells them, and in order, should a normalizer have moved a letter past another."""
+    """Return recorded offsets, made non-decreasing: a normalizer may have moved a letter past another."""
     offsets_L2 = np.array(encoding.offsets, np.int64).reshape(-1, 2)
     starts_L, ends_L = np.maximum.accumulate(offsets_L2).T
     return starts_L, ends_L
 
 
 def _unknown(tokenizer: Tokenizer) -> int | None:
-    """The token of what the model has no piece for: text makes that one rightly."""
+    """Return the token for text without a piece, which text may produce legitimately."""
     model = json.loads(tokenizer.to_str())["model"]
     return tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.alignment.dataset import Order, TokenizedDataset, num_steps, split, tokenize_dataset
+from engine.alignment.dataset import RowOrder, TokenizedDataset, num_steps, split, tokenize_dataset
 from engine.alignment.jsonl_rows import Row, parse_lines
 from engine.alignment.row_tokenizer import tokenize
 from engine.alignment.tokenizer import BackboneTokenizer
@@ -55,7 +55,7 @@ def test_each_epoch_takes_every_training_row_once(num_rows: int, training: Train
     steps_per_epoch = math.ceil(len(train) / training.global_batch_size)
     steps = num_steps(training, len(train))
     assert steps == training.num_epochs * steps_per_epoch
-    order = Order(training, train)
+    order = RowOrder(training, train)
     batches = [order.batch(step).tolist() for step in range(steps)]
     for epoch in range(training.num_epochs or 0):
         seen = [row for batch in batches[epoch * steps_per_epoch : (epoch + 1) * steps_per_epoch] for row in batch]
@@ -64,16 +64,16 @@ def test_each_epoch_takes_every_training_row_once(num_rows: int, training: Train
             assert seen == train.tolist()
     # Random access: any step alone, on a fresh object and backwards, is the same.
     for step in reversed(range(steps)):
-        assert Order(training, train).batch(step).tolist() == batches[step]
+        assert RowOrder(training, train).batch(step).tolist() == batches[step]
         assert order.batch(step).tolist() == batches[step]
 
 
 def test_order_differs_by_epoch_and_seed_and_never_changes() -> None:
     rows = np.arange(10)
-    first = Order(Training(1e-3, num_epochs=2, global_batch_size=10, seed=7), rows)
+    first = RowOrder(Training(1e-3, num_epochs=2, global_batch_size=10, seed=7), rows)
     assert first.batch(0).tolist() != first.batch(1).tolist()
     assert (
-        Order(Training(1e-3, num_epochs=2, global_batch_size=10, seed=8), rows).batch(0).tolist()
+        RowOrder(Training(1e-3, num_epochs=2, global_batch_size=10, seed=8), rows).batch(0).tolist()
         != first.batch(0).tolist()
     )
     # numpy's Philox keyed by (seed, epoch + 1): written down, so that a release cannot change what tenants resume.
@@ -84,7 +84,7 @@ def test_order_differs_by_epoch_and_seed_and_never_changes() -> None:
 def test_steps_given_outlast_the_epoch() -> None:
     training = Training(1e-3, num_steps=7, global_batch_size=4)
     assert num_steps(training, 5) == 7
-    assert [len(Order(training, np.arange(5)).batch(step)) for step in range(7)] == [4, 1, 4, 1, 4, 1, 4]
+    assert [len(RowOrder(training, np.arange(5)).batch(step)) for step in range(7)] == [4, 1, 4, 1, 4, 1, 4]
 
 
 def test_one_row_cannot_be_split() -> None:

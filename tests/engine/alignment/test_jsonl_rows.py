@@ -200,7 +200,7 @@ HOSTILE = [
     (b'{"messages": [{"role": "user", "content": "a"}]}', "assistant"),
     (b'{"messages": [{"role": "assistant", "role": "user", "content": "a"}]}', "twice"),
     (b'{"text": "a", "x": NaN}', "NaN"),
-    (b'{"text": "a", "x": ' + b"9" * 5000 + b"}", "cannot be read"),
+    (b'{"text": "a", "x": ' + b"9" * 5000 + b"}", "cannot be parsed"),
     (b"[" * 100_000, "nested"),
     (b'{"text": "' + b"x" * MAX_LINE_BYTES + b'"}', "bytes long"),
 ]

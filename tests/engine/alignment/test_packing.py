@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.alignment.dataset import Order, TokenizedDataset, num_steps, split
+from engine.alignment.dataset import RowOrder, TokenizedDataset, num_steps, split
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind
 from engine.alignment.packing import PackedTask, rounds
 from engine.methods import Lora, Prefix, Prompt
@@ -91,7 +91,7 @@ def _expected(member: PackedTask) -> Sequences:
     for step in range(member.step, member.num_steps + 1):
         batches = []
         if step < member.num_steps:
-            batches.append((MicrobatchKind.TRAIN, Order(member.training, parts.train).batch(step)))
+            batches.append((MicrobatchKind.TRAIN, RowOrder(member.training, parts.train).batch(step)))
         if evaluation_is_due(member.training, step, member.num_steps):
             batches.append((MicrobatchKind.EVALUATE, parts.heldout))
         for kind, rows in batches:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from engine.alignment.dataset import Order, split, tokenize_dataset
+from engine.alignment.dataset import RowOrder, split, tokenize_dataset
 from engine.alignment.jsonl_rows import parse_lines
 from engine.alignment.preflight import preflight
 from engine.alignment.tokenizer import BackboneTokenizer
@@ -32,7 +32,7 @@ def test_counts(tokenizer: BackboneTokenizer, options: dict[str, int]) -> None:
     assert [(r.line, r.reason) for r in report.refused] == [(3, "no token bears loss")]
     assert report.num_tokens_per_epoch == lengths[parts.train].sum()
     assert report.num_target_tokens_per_epoch == sum(dataset.num_targets(int(i)) for i in parts.train)
-    order = Order(training, parts.train)
+    order = RowOrder(training, parts.train)
     assert report.num_train_tokens == sum(lengths[order.batch(step)].sum() for step in range(report.num_steps))
     assert [row.line for row in report.samples if row.is_heldout] == [int(dataset.lines[parts.heldout[0]])]
     assert set(report.length_quantiles) == set(lengths[parts.train].tolist()) and len(report.length_quantiles) == 64

@@ -312,4 +312,4 @@ async def test_a_folder_without_a_tokenizer_is_told_at_start(tmp_path: Path) -> 
         text = (await process.stderr.read()).decode()
         assert await process.wait() == 1
     assert address == ""
-    assert "MUXTUNE_BACKBONES" in text and "no tokenizer in" in text
+    assert "MUXTUNE_BACKBONES" in text and "has no valid tokenizer.json" in text

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.alignment.tokenizer import BackboneTokenizer, Encoded, TextPiece
+from engine.alignment.tokenizer import BackboneTokenizer, EncodedPieces, TextPiece
 from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import dataset_pb2
 from services.alignment.tenant_fairness import FairQueue
@@ -93,7 +93,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Every batch of the hog's stands still in the tokenizer until `held` is set: work that never ends."""
     held, encode = threading.Event(), BackboneTokenizer.encode
 
-    def encode_later(self: BackboneTokenizer, pieces: list[TextPiece]) -> Encoded:
+    def encode_later(self: BackboneTokenizer, pieces: list[TextPiece]) -> EncodedPieces:
         if any("oink" in piece.text for piece in pieces):
             held.wait()
         return encode(self, pieces)
