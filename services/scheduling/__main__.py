@@ -25,11 +25,13 @@ from services.settings import SettingsError, from_environment
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulingSettings(ServerSettings):
-    """`token_budget`: tokens of one microbatch, more only where one task's own slice is larger. `chunk_tokens`:
-    0 chooses it for each hTask; 1 is no alignment. `tenant_weights`: "tenants/a=2,tenants/b=0.5", what a tenant's share
-    of device time is divided by; 1 where none is given. `fuses`, `interleaves` and `preempts` are those of
-    `engine.planning.types.PlannerConfig`. Of several schedulers one leads, under a lease of `leader_seconds`; the
-    others stand by. `admission_address` may be several replicas'.
+    """Settings of the scheduling service.
+
+    `admission_address`: "host:port", or those of several replicas. `lease_seconds`: lease of an executor.
+    `leader_seconds`: lease of the leading scheduler, if several run.
+    `token_budget`: tokens of one microbatch; a single task's slice may be larger. `chunk_tokens`: 0 selects it for each
+    hTask, 1 means no alignment. `fuses`, `interleaves`, `preempts`: see `engine.planning.types.PlannerConfig`.
+    `tenant_weights`: "tenants/a=2,tenants/b=0.5"; a tenant's device time is divided by its weight, which is 1 if unset.
     """
 
     admission_address: str
@@ -43,45 +45,45 @@ class SchedulingSettings(ServerSettings):
     preempts: bool = True
 
     def __post_init__(self) -> None:
-        """Exits for an address that nobody can dial."""
+        """Raise SettingsError for an invalid address."""
         try:
             target(self.admission_address)
         except InvalidInputError as error:
             raise SettingsError(f"MUXTUNE_ADMISSION_ADDRESS: {error}") from error
 
     def limits(self) -> PlannerConfig:
-        """Exits if one makes no sense."""
+        """Return the planner's settings. Raises SettingsError for an invalid one."""
         if self.token_budget < 1:
-            raise SettingsError(f"MUXTUNE_TOKEN_BUDGET: {self.token_budget} is no positive number of tokens")
+            raise SettingsError(f"MUXTUNE_TOKEN_BUDGET: {self.token_budget} is not a positive number of tokens")
         if self.chunk_tokens < 0 or self.chunk_tokens & (self.chunk_tokens - 1):
             raise SettingsError(f"MUXTUNE_CHUNK_TOKENS: {self.chunk_tokens} is neither 0 nor a power of two")
         return PlannerConfig(self.token_budget, self.chunk_tokens, self.fuses, self.interleaves, self.preempts)
 
     def weights(self) -> dict[str, float]:
-        """By tenant. Exits if one does not read."""
-        found = {}
+        """Return the weights by tenant. Raises SettingsError for an invalid one."""
+        weights = {}
         for text in filter(None, self.tenant_weights.split(",")):
             tenant, _, weight = text.strip().partition("=")
             try:
-                found[tenant] = float(weight)
+                weights[tenant] = float(weight)
             except ValueError:
-                found[tenant] = 0.0
-            if not 0 < found[tenant] < math.inf:
-                raise SettingsError(f'MUXTUNE_TENANT_WEIGHTS: "{text}" is not TENANT=WEIGHT, a weight over 0')
-        return found
+                weights[tenant] = 0.0
+            if not 0 < weights[tenant] < math.inf:
+                raise SettingsError(f'MUXTUNE_TENANT_WEIGHTS: "{text}" is not TENANT=WEIGHT with a weight above 0')
+        return weights
 
 
 async def main() -> None:
     settings = from_environment(SchedulingSettings, os.environ)
-    keeper = ledger_pb2.DESCRIPTOR.services_by_name["LedgerService"].full_name  # one of several admissions serves it
-    trust = settings.client_tls("admission")
-    channel = open_channel(settings.admission_address, settings.mesh_secret, trust, keeper)
+    ledger_service = ledger_pb2.DESCRIPTOR.services_by_name["LedgerService"].full_name  # healthy on one replica only
+    tls = settings.client_tls("admission")
+    channel = open_channel(settings.admission_address, settings.mesh_secret, tls, ledger_service)
     ledger: ledger_pb2_grpc.LedgerServiceAsyncStub = ledger_pb2_grpc.LedgerServiceStub(channel)
     scheduler = Scheduler(
         ledger, settings.mesh_secret, settings.limits(), settings.weights(), settings.client_tls("execution")
     )
     running: list[asyncio.Task[None]] = []
-    leaderships: list[LeaderElection] = []
+    elections: list[LeaderElection] = []
 
     def register(server: grpc.aio.Server) -> list[str]:
         servicer = SchedulingServicer(scheduler, ledger, settings.lease_seconds)
@@ -89,15 +91,15 @@ async def main() -> None:
         return [scheduling_pb2.DESCRIPTOR.services_by_name["SchedulingService"].full_name]
 
     async def start(address: str) -> None:
-        leaderships.append(LeaderElection(ledger, f"{socket.gethostname()} {address}", settings.leader_seconds))
-        running.append(start_critical_task(leaderships[0].run(scheduler.run), "scheduler"))
+        elections.append(LeaderElection(ledger, f"{socket.gethostname()} {address}", settings.leader_seconds))
+        running.append(start_critical_task(elections[0].run(scheduler.run), "scheduler"))
 
     async def stop() -> None:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        for leadership in leaderships:
-            await leadership.resign()
+        for election in elections:
+            await election.resign()
 
     await serve(
         "scheduling",

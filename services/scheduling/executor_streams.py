@@ -1,4 +1,4 @@
-"""One RunPlan stream to each executor: plans go out, results come in and are committed before they are acknowledged."""
+"""RunPlan streams, one to each executor: send plans, commit results to the ledger, then acknowledge them."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 class RunPlanRequests:
-    """What the executor should know next. Newer replaces older, so it holds one message at most."""
+    """The next request of a RunPlan stream. Newer contents replace older ones, so that one request is kept at most."""
 
     def __init__(self, lease_term: int, leader_term: int) -> None:
         self._lease_term, self._leader_term = lease_term, leader_term
@@ -43,8 +43,8 @@ class RunPlanRequests:
         self._is_closed = True
         self._ready.set()
 
-    async def requests(self) -> AsyncIterator[execution_pb2.RunPlanRequest]:
-        """For one stream: first the lease with the newest plan, then what is new."""
+    async def stream(self) -> AsyncIterator[execution_pb2.RunPlanRequest]:
+        """Yield the requests of one stream: first the newest plan, then each change."""
         sent: plan_pb2.ExecutorPlan | None = None
         self._ready.set()
         while True:
@@ -52,24 +52,24 @@ class RunPlanRequests:
             self._ready.clear()
             if self._is_closed:
                 return
-            fresh = self._plan if self._plan is not sent else None
+            new_plan = self._plan if self._plan is not sent else None
             sent, stale, self._stale = self._plan, self._stale, set()
             yield execution_pb2.RunPlanRequest(
                 lease_term=self._lease_term,
                 leader_term=self._leader_term,
-                plan=fresh,
+                plan=new_plan,
                 acknowledged_sequence=self._acknowledged,
                 stale_tasks=sorted(stale),
             )
 
 
-def executor_channel(executor: plan_pb2.Executor, secret: str, trust: ClientTls | None) -> grpc.aio.Channel:
-    """To where it said it is, if who answers there has its name."""
-    return open_channel(executor.address, secret, trust and replace(trust, peer=executor_host(executor.name)))
+def executor_channel(executor: plan_pb2.Executor, secret: str, tls: ClientTls | None) -> grpc.aio.Channel:
+    """Open a channel to the executor's address; with TLS, its certificate must have the executor's name."""
+    return open_channel(executor.address, secret, tls and replace(tls, peer=executor_host(executor.name)))
 
 
 class ExecutorStream:
-    """Keeps the stream to one executor's incarnation open until closed."""
+    """Keeps a RunPlan stream to one incarnation of an executor open until `close`."""
 
     def __init__(
         self,
@@ -77,37 +77,37 @@ class ExecutorStream:
         leader_term: int,
         secret: str,
         ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub",
-        trust: ClientTls | None = None,
+        tls: ClientTls | None = None,
     ) -> None:
         self.executor = executor
-        self.mailbox = RunPlanRequests(executor.lease_term, leader_term)
-        self._secret, self._ledger, self._trust = secret, ledger, trust
+        self.requests = RunPlanRequests(executor.lease_term, leader_term)
+        self._secret, self._ledger, self._tls = secret, ledger, tls
         self._task = start_critical_task(self._run(), f"stream to {executor.name}")
 
     async def close(self) -> None:
-        """Finishes committing what was received, then ends the stream."""
-        self.mailbox.close()
+        """Finish committing results that were received, then end the stream."""
+        self.requests.close()
         _, pending = await asyncio.wait([self._task], timeout=2)
         for task in pending:
             task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        channel = executor_channel(self.executor, self._secret, self._trust)
+        channel = executor_channel(self.executor, self._secret, self._tls)
         stub: execution_pb2_grpc.ExecutionServiceAsyncStub = execution_pb2_grpc.ExecutionServiceStub(channel)
         backoff = Backoff(first_seconds=0.1, max_seconds=2.0)
         async with channel:
             while True:
-                call = stub.RunPlan(self.mailbox.requests())
+                call = stub.RunPlan(self.requests.stream())
                 try:
                     async for response in call:
                         await self._commit(response)
                         backoff.reset()
-                    return  # the executor has drained, or we closed
-                # LEASE_LOST too: the executor may not have heard of its lease yet. If it is lost, the next cycle's
-                # snapshot says so and closes this stream.
+                    return  # the executor has drained, or `close` was called
+                # Retry LEASE_LOST too: the executor may not know its lease yet. If the lease is lost, the next cycle
+                # sees that in its snapshot and closes this stream.
                 except MuxtuneError as error:
-                    _log.warning("stream to %s broke: %s", self.executor.name, error)
+                    _log.warning("The stream to %s broke: %s", self.executor.name, error)
                 finally:
                     call.cancel()
                 await backoff.wait()
@@ -124,4 +124,4 @@ class ExecutorStream:
             failpoint("results.after")
             pairs = zip(response.results, answer.verdicts, strict=True)
             stale = {result.task for result, verdict in pairs if verdict == ledger_pb2.RESULT_VERDICT_STALE}
-        self.mailbox.put_acknowledgement(response.sequence, stale)
+        self.requests.put_acknowledgement(response.sequence, stale)

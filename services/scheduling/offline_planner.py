@@ -1,10 +1,10 @@
-"""The planner without a mesh, on a profile that was recorded: `python -m services.scheduling.offline_planner <
+"""Runs the planner without a mesh on a recorded profile: `python -m services.scheduling.offline_planner <
 REQUEST.json`.
 
-The request is one JSON object, answers are JSON too, one a line; what is wrong with it is one line, exit status 1.
+The request is one JSON object. Answers are JSON, one a line; an error is one line on stderr with exit status 1.
 
-    {"profile": PlannerProfile, "tasks": [HypotheticalTask, ...]}     answers as SimulatePlan does
-    {"profile": PlannerProfile, "trace": TRACE, "num_devices": 128}   a summary for each policy, on so many executors
+    {"profile": PlannerProfile, "tasks": [HypotheticalTask, ...]}     one answer, as SimulatePlan's
+    {"profile": PlannerProfile, "trace": TRACE, "num_devices": 128}   a summary for each policy on that many executors
 
 TRACE is {"lines": [...]}, as `engine.planning.simulation.arrival_trace.read` has them, or the fields of
 `engine.planning.simulation.arrival_trace.TraceParameters`.
@@ -32,15 +32,15 @@ from muxtune.v1 import scheduling_pb2 as pb
 from services.conversion.plan import executor_to_view, planner_config_to_domain
 from services.conversion.task import spec_to_domain
 from services.resource_names import executor_name, tenant_of
-from services.scheduling.plan_queries import newcomers, what_if
+from services.scheduling.plan_queries import hypothetical_tasks, what_if
 
 MAX_DEVICES = 4096
-_TARGETS = ("all-linear",)  # of tasks in a trace: any backbone has them
-_NUM_PLANS = 2000  # in the time of a whole trace: changes that come closer together share one
+_TRACE_TARGET_MODULES = ("all-linear",)  # of tasks in a trace; every backbone has them
+_NUM_PLANS = 2000  # during a trace; changes that are closer together share one plan
 
 
 @dataclass(frozen=True)
-class Profile:
+class PlannerInputs:
     snapshot: Snapshot
     limits: PlannerConfig
 
@@ -56,34 +56,34 @@ def main() -> int:
 
 
 def answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Raises InvalidInputError or ParseError."""
+    """Yield the answers to a request. Raises InvalidInputError or ParseError."""
     profile = read_profile(request.get("profile", {}))
     if "trace" in request:
-        yield from simulated(profile, request["trace"], int(request.get("num_devices", 0)))
+        yield from simulate_trace(profile, request["trace"], int(request.get("num_devices", 0)))
         return
-    asked = json_format.ParseDict({"tasks": request.get("tasks", [])}, pb.SimulatePlanRequest())
-    told = what_if(profile.snapshot, profile.limits, newcomers(asked, profile.snapshot))
-    yield json_format.MessageToDict(told, preserving_proto_field_name=True)
+    query = json_format.ParseDict({"tasks": request.get("tasks", [])}, pb.SimulatePlanRequest())
+    response = what_if(profile.snapshot, profile.limits, hypothetical_tasks(query, profile.snapshot))
+    yield json_format.MessageToDict(response, preserving_proto_field_name=True)
 
 
-def read_profile(fields: dict[str, Any]) -> Profile:
-    """Raises InvalidInputError or ParseError."""
+def read_profile(fields: dict[str, Any]) -> PlannerInputs:
+    """Return the planner's inputs from a recorded profile. Raises InvalidInputError or ParseError."""
     recorded = json_format.ParseDict(fields, pb.PlannerProfile())
     executors = tuple(executor_to_view(executor) for executor in recorded.executors)
     if not executors:
         raise InvalidInputError.of_field(
-            "profile.executors", "none was recorded: run `muxtune plan profile` once one is up"
+            "profile.executors", "is empty; run `muxtune plan profile` while an executor is running"
         )
     tasks = tuple(_resident(task, age) for age, task in enumerate(recorded.tasks))
     snapshot = Snapshot(tasks, executors, tenant_weights=dict(recorded.tenant_weights))
-    return Profile(snapshot, planner_config_to_domain(recorded.limits))
+    return PlannerInputs(snapshot, planner_config_to_domain(recorded.limits))
 
 
-def simulated(profile: Profile, trace: dict[str, Any], num_devices: int) -> Iterator[dict[str, Any]]:
-    """A summary for each policy. Raises InvalidInputError."""
+def simulate_trace(profile: PlannerInputs, trace: dict[str, Any], num_devices: int) -> Iterator[dict[str, Any]]:
+    """Yield a summary of the trace for each policy. Raises InvalidInputError."""
     executors = _replicated(profile.snapshot.executors, num_devices or len(profile.snapshot.executors))
-    come, limits = _arrivals(trace, executors[0].backbone.name), profile.limits
-    if not come:
+    arriving, limits = _arrivals(trace, executors[0].backbone.name), profile.limits
+    if not arriving:
         raise InvalidInputError.of_field("trace", "has no arrival")
     estimator = DemandEstimator(limits)
     policies: dict[str, SchedulingPolicy] = {
@@ -93,7 +93,7 @@ def simulated(profile: Profile, trace: dict[str, Any], num_devices: int) -> Iter
     }
     for name, policy in policies.items():
         started = time.perf_counter()
-        run = simulate(come, executors, policy, replan_seconds=_replan_seconds(come, executors, limits))
+        run = simulate(arriving, executors, policy, replan_seconds=_replan_seconds(arriving, executors, limits))
         try:
             summary = summarise(run, lambda task: seconds_alone(task, executors[0], limits, estimator))
         except ValueError as error:
@@ -110,12 +110,12 @@ def _resident(task: pb.HypotheticalTask, age: int) -> TaskView:
 
 
 def _replicated(executors: tuple[ExecutorView, ...], count: int) -> list[ExecutorView]:
-    """So many, of those kinds in turn: all that host the first's backbone."""
+    """Return `count` executors: copies, in turn, of those that host the first one's backbone."""
     if not 1 <= count <= MAX_DEVICES:
-        raise InvalidInputError.of_field("num_devices", f"{count}: from 1 to {MAX_DEVICES}")
+        raise InvalidInputError.of_field("num_devices", f"{count} is not in 1 to {MAX_DEVICES}")
     kinds = [e for e in executors if e.backbone.name == executors[0].backbone.name]
     if not all(kind.can_predict for kind in kinds):
-        raise InvalidInputError.of_field("profile.executors", "the costs of one are not known yet: record it later")
+        raise InvalidInputError.of_field("profile.executors", "one has no measured costs yet; record the profile later")
     return [
         dataclasses.replace(kinds[i % len(kinds)], name=executor_name(str(i)), is_draining=False) for i in range(count)
     ]
@@ -123,19 +123,19 @@ def _replicated(executors: tuple[ExecutorView, ...], count: int) -> list[Executo
 
 def _arrivals(trace: dict[str, Any], backbone: str) -> list[Arrival]:
     if "lines" in trace:
-        return read(trace["lines"], backbone, _TARGETS)
+        return read(trace["lines"], backbone, _TRACE_TARGET_MODULES)
     try:
-        return arrivals(TraceParameters(**trace, backbone=backbone, target_modules=_TARGETS))
+        return arrivals(TraceParameters(**trace, backbone=backbone, target_modules=_TRACE_TARGET_MODULES))
     except (TypeError, ValueError) as error:
         raise InvalidInputError.of_field("trace", str(error)) from error
 
 
-def _replan_seconds(come: list[Arrival], executors: list[ExecutorView], limits: PlannerConfig) -> float:
-    """A part of the time that all would take one after another, shared by the executors, or of the arrivals' own."""
+def _replan_seconds(arriving: list[Arrival], executors: list[ExecutorView], limits: PlannerConfig) -> float:
+    """Return the time between plans: a fraction of the executors' total work or, if longer, of the time of arrivals."""
     estimator = DemandEstimator(limits)
-    alone = sum(seconds_alone(arrival.task, executors[0], limits, estimator) for arrival in come)
+    alone = sum(seconds_alone(arrival.task, executors[0], limits, estimator) for arrival in arriving)
     work = alone / len(executors)
-    return max(work, come[-1].seconds - come[0].seconds) / _NUM_PLANS
+    return max(work, arriving[-1].seconds - arriving[0].seconds) / _NUM_PLANS
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Questions about the plan: why a task runs where it runs, and what would be if other tasks came too."""
+"""Queries about the plan: why a task runs where it runs, and how more tasks would change the plan."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ from services.resource_names import tenant_of
 MAX_HYPOTHETICAL_TASKS = 256
 
 
-def profile(
-    read: ledger_pb2.GetSnapshotResponse, limits: PlannerConfig, weights: Mapping[str, float]
+def planner_profile(
+    ledger_snapshot: ledger_pb2.GetSnapshotResponse, limits: PlannerConfig, weights: Mapping[str, float]
 ) -> pb.PlannerProfile:
-    """What plans are made from, for `services.scheduling.offline_planner`."""
+    """Return the planner's inputs as a recording for `services.scheduling.offline_planner`."""
     tasks = [
         pb.HypotheticalTask(
             task=entry.task.name,
@@ -30,63 +30,65 @@ def profile(
             step=entry.task.progress.step,
             executor=entry.executor,
         )
-        for entry in read.tasks
+        for entry in ledger_snapshot.tasks
     ]
     return pb.PlannerProfile(
-        executors=read.executors, tasks=tasks, limits=planner_config_to_proto(limits), tenant_weights=weights
+        executors=ledger_snapshot.executors, tasks=tasks, limits=planner_config_to_proto(limits), tenant_weights=weights
     )
 
 
 def explain(snapshot: Snapshot, plan: Plan, limits: PlannerConfig, task: str) -> pb.ExplainPlanResponse:
-    """Raises NotFoundError if the plan has no such task."""
-    told = next((explanation for explanation in plan.explanations if explanation.task == task), None)
-    if told is None:
-        raise NotFoundError(f"{task} is no unfinished task of the newest plan")
-    response = pb.ExplainPlanResponse(explanation=explanation_to_proto(told))
-    if told.executor:
-        htasks = plan.htasks[told.executor]
-        executor = next(e for e in snapshot.executors if e.name == told.executor)
+    """Return why the task runs where it runs. Raises NotFoundError if the plan has no such task."""
+    explanation = next((entry for entry in plan.explanations if entry.task == task), None)
+    if explanation is None:
+        raise NotFoundError(f"{task} is not an unfinished task of the newest plan.")
+    response = pb.ExplainPlanResponse(explanation=explanation_to_proto(explanation))
+    if explanation.executor:
+        htasks = plan.htasks[explanation.executor]
+        executor = next(e for e in snapshot.executors if e.name == explanation.executor)
         response.htask.CopyFrom(next(htask_to_proto(htask) for htask in htasks if task in htask.tasks))
-        response.timeline_svg = picture(snapshot, htasks, told.executor, limits)
+        response.timeline_svg = picture(snapshot, htasks, explanation.executor, limits)
         if executor.cost.is_known:
             response.cost.CopyFrom(cost_to_proto(executor.cost))
     return response
 
 
-def newcomers(request: pb.SimulatePlanRequest, snapshot: Snapshot) -> list[TaskView]:
-    """The hypothetical tasks, younger than all there are. Raises InvalidInputError."""
+def hypothetical_tasks(request: pb.SimulatePlanRequest, snapshot: Snapshot) -> list[TaskView]:
+    """Return the request's tasks as if created after all present ones. Raises InvalidInputError."""
     names = {task.name for task in snapshot.tasks}
     age = max((task.age for task in snapshot.tasks), default=0)
     if len(request.tasks) > MAX_HYPOTHETICAL_TASKS:
-        raise InvalidInputError.of_field("tasks", f"{len(request.tasks)}: at most {MAX_HYPOTHETICAL_TASKS}")
-    found = []
-    for index, asked in enumerate(request.tasks):
+        raise InvalidInputError.of_field("tasks", f"{len(request.tasks)} tasks are more than {MAX_HYPOTHETICAL_TASKS}")
+    tasks = []
+    for index, task in enumerate(request.tasks):
         path = f"tasks[{index}]"
-        spec = spec_to_domain(asked.spec, f"{path}.spec")
-        for wrong in spec.method.validate():
-            field = f"{path}.spec.{spec.method.name}.{wrong.field}"
-            raise InvalidInputError.of_field(field, f"{wrong.value}: {wrong.remedy}")
-        steps = asked.num_steps or spec.training.num_steps or 0
-        tenant = tenant_of(asked.task)
-        if not tenant or asked.task in names:
-            raise InvalidInputError.of_field(f"{path}.task", f'"{asked.task}" must name a task that does not exist')
-        if steps < 1 or asked.num_train_tokens < 1:
-            raise InvalidInputError.of_field(f"{path}.num_steps", "steps and tokens must be known: see preflight")
+        spec = spec_to_domain(task.spec, f"{path}.spec")
+        for error in spec.method.validate():
+            field = f"{path}.spec.{spec.method.name}.{error.field}"
+            raise InvalidInputError.of_field(field, f"{error.value}: {error.remedy}")
+        steps = task.num_steps or spec.training.num_steps or 0
+        tenant = tenant_of(task.task)
+        if not tenant or task.task in names:
+            raise InvalidInputError.of_field(f"{path}.task", f'"{task.task}" must name a task that does not exist')
+        if steps < 1 or task.num_train_tokens < 1:
+            raise InvalidInputError.of_field(
+                f"{path}.num_steps", "steps and tokens must be positive; read them from a preflight"
+            )
         age += 1
-        names.add(asked.task)
-        found.append(
-            TaskView(asked.task, tenant, spec, age, steps, num_train_tokens=asked.num_train_tokens,
-                     length_quantiles=tuple(asked.length_quantiles))
+        names.add(task.task)
+        tasks.append(
+            TaskView(task.task, tenant, spec, age, steps, num_train_tokens=task.num_train_tokens,
+                     length_quantiles=tuple(task.length_quantiles))
         )  # fmt: skip
-    return found
+    return tasks
 
 
 def what_if(snapshot: Snapshot, limits: PlannerConfig, extra: list[TaskView]) -> pb.SimulatePlanResponse:
-    """The plan with the newcomers, and forecasts without and with them."""
+    """Return the plan with the extra tasks, and forecasts without and with them."""
     larger = dataclasses.replace(snapshot, tasks=(*snapshot.tasks, *extra))
     before, after = forecast(snapshot, limits), forecast(larger, limits)
     return pb.SimulatePlanResponse(
-        explanations=[explanation_to_proto(told) for told in make_plan(larger, limits).explanations],
+        explanations=[explanation_to_proto(explanation) for explanation in make_plan(larger, limits).explanations],
         forecasts=[
             pb.TaskForecast(task=task.name, seconds_left=before.get(task.name), seconds_left_with=after.get(task.name))
             for task in larger.tasks

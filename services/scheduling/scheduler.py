@@ -1,6 +1,6 @@
-"""The scheduling cycle: a snapshot, a plan made by pure code, a commit, and word to the executors.
+"""The scheduling cycle: read a snapshot, plan with pure code, commit to the ledger, send to the executors.
 
-Nothing here is durable: killed at any time, the next cycle starts from the ledger again.
+Nothing here is durable: a scheduler that is killed starts its next cycle from the ledger again.
 """
 
 import asyncio
@@ -39,12 +39,12 @@ from services.scheduling.executor_streams import ExecutorStream, executor_channe
 from services.telemetry import current_trace_parent, links_to, task_span, tracer
 
 _FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 5.0
-_DRAIN_SECONDS = 120.0  # it gives up by itself long before
+_DRAIN_SECONDS = 120.0  # longer than an executor's own limit
 _log = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """Runs a cycle at each hint of the ledger; keeps one stream to each executor."""
+    """Runs a cycle after each change in the ledger; keeps one stream to each executor."""
 
     def __init__(
         self,
@@ -52,33 +52,33 @@ class Scheduler:
         secret: str,
         limits: PlannerConfig,
         tenant_weights: Mapping[str, float] | None = None,
-        trust: ClientTls | None = None,
+        tls: ClientTls | None = None,
     ) -> None:
-        self._ledger, self._secret, self._trust, self.limits = ledger, secret, trust, limits
+        self._ledger, self._secret, self._tls, self.limits = ledger, secret, tls, limits
         self.tenant_weights, self._estimator = tenant_weights or {}, DemandEstimator(limits)
-        self.snapshot, self.plan = Snapshot((), ()), Plan({})  # the newest, for those who ask
-        self.read = ledger_pb2.GetSnapshotResponse()  # what the snapshot was made of
+        self.snapshot, self.plan = Snapshot((), ()), Plan({})  # the newest, for queries
+        self.ledger_snapshot = ledger_pb2.GetSnapshotResponse()  # the message that `snapshot` was made from
         self._streams: dict[str, ExecutorStream] = {}
         self._running: dict[str, plan_pb2.ExecutorPlan] = {}
-        self._hinted = asyncio.Event()
+        self._changed = asyncio.Event()
         self._leader_term = 0
         self.is_running = False
 
     async def run(self, leader_term: int = 0) -> None:
-        """Cycles until cancelled. Hints coalesce: any number of changes during a cycle make one more."""
+        """Run cycles until cancelled. Changes coalesce: any number of them during a cycle start one more cycle."""
         self._leader_term, self.is_running = leader_term, True
-        watching = start_critical_task(self._watch_changes(), "hints of the ledger")
+        watching = start_critical_task(self._watch_changes(), "ledger changes")
         backoff = Backoff(_FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS)
         try:
             while True:
-                await self._hinted.wait()
-                self._hinted.clear()
+                await self._changed.wait()
+                self._changed.clear()
                 try:
                     await self.schedule()
                     backoff.reset()
                 except MuxtuneError as error:
-                    _log.warning("cycle given up, a new one follows: %s", error)
-                    self._hinted.set()
+                    _log.warning("The cycle failed and is repeated: %s", error)
+                    self._changed.set()
                     await backoff.wait()
         finally:
             watching.cancel()
@@ -86,64 +86,66 @@ class Scheduler:
             self._streams, self._running, self.is_running = {}, {}, False
 
     async def schedule(self) -> None:
-        """One cycle. Raises SupersededError when another scheduler, or a tenant, was faster: begin again."""
+        """Run one cycle. Raises SupersededError if another scheduler or a tenant changed the ledger meanwhile."""
         # 1. Read everything in one transaction.
         snapshot = await self._ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest())
-        await self._follow(snapshot.executors)
-        # 2. Decide, with pure code: same snapshot, same plan.
-        view = self._view(snapshot)
-        plan = self._decide(snapshot, view)
-        # 3. Commit, executor by executor, what differs from what it runs: new attempts get their numbers.
+        await self._open_and_close_streams(snapshot.executors)
+        # 2. Plan, with pure code: the same snapshot gives the same plan.
+        view = self._planner_snapshot(snapshot)
+        plan = self._plan(snapshot, view)
+        # 3. For each executor, commit the plan if it differs from the one that runs: new attempts get their numbers.
         version = snapshot.plan_version
         entries = {entry.task.name: entry for entry in snapshot.tasks}
         for executor in snapshot.executors:
-            draft = _draft(plan, executor, entries, _held_elsewhere(executor, snapshot))
+            draft = _draft_plan(plan, executor, entries, _tasks_held_by_others(executor, snapshot))
             starting = [task for task in draft.tasks if entries[task.task].executor != executor.name]
             if starting or not self._is_running(draft):
                 version += 1
                 await self._commit_and_send(draft, starting, version, executor)
-        # 4. Remember why, for those who ask.
-        self.read, self.snapshot, self.plan = snapshot, view, plan
+        # 4. Keep the snapshot and the plan for queries.
+        self.ledger_snapshot, self.snapshot, self.plan = snapshot, view, plan
 
-    async def look(self) -> None:
-        """Reads anew, and plans what a cycle would plan now, for those who ask: progress and corrected costs start no
-        cycle. Nothing is committed. Why a task is where it is stays what it was."""
-        read = await self._ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest())
-        view = self._view(read)
-        plan, before = self._decide(read, view), {told.task: told for told in self.plan.explanations}
-        told = [
-            replace(now, reason=before[now.task].reason)
-            if now.task in before and before[now.task].executor == now.executor
-            else now
-            for now in plan.explanations
+    async def refresh(self) -> None:
+        """Read the ledger and plan for queries, because progress and corrected costs start no cycle. Commits nothing.
+
+        A task that stays on its executor keeps the reason of the plan that placed it there.
+        """
+        snapshot = await self._ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest())
+        view = self._planner_snapshot(snapshot)
+        plan, before = self._plan(snapshot, view), {entry.task: entry for entry in self.plan.explanations}
+        explanations = [
+            replace(entry, reason=before[entry.task].reason)
+            if entry.task in before and before[entry.task].executor == entry.executor
+            else entry
+            for entry in plan.explanations
         ]
-        self.read, self.snapshot, self.plan = read, view, Plan(plan.htasks, tuple(told))
+        self.ledger_snapshot, self.snapshot, self.plan = snapshot, view, Plan(plan.htasks, tuple(explanations))
 
     async def drain(self, name: str) -> None:
-        """Answers when the executor has handed back its tasks. Raises NotFoundError."""
-        read = await self._ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest())
-        executor = next((executor for executor in read.executors if executor.name == name), None)
+        """Return when the executor has handed back its tasks. Raises NotFoundError if it has no lease."""
+        snapshot = await self._ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest())
+        executor = next((executor for executor in snapshot.executors if executor.name == name), None)
         if executor is None:
-            raise NotFoundError(f'no executor "{name}" has a lease')
-        async with executor_channel(executor, self._secret, self._trust) as channel:
+            raise NotFoundError(f'No executor "{name}" has a lease.')
+        async with executor_channel(executor, self._secret, self._tls) as channel:
             stub: execution_pb2_grpc.ExecutionServiceAsyncStub = execution_pb2_grpc.ExecutionServiceStub(channel)
             await stub.Drain(execution_pb2.DrainRequest(), timeout=_DRAIN_SECONDS)
 
-    def current(self) -> scheduling_pb2.GetPlanResponse:
-        """The plans as they were sent, and why."""
+    def current_plans(self) -> scheduling_pb2.GetPlanResponse:
+        """Return the plans as they were sent, with their explanations."""
         version = max((plan.version for plan in self._running.values()), default=0)
         explanations = [explanation_to_proto(explanation) for explanation in self.plan.explanations]
         return scheduling_pb2.GetPlanResponse(
             version=version, executors=list(self._running.values()), explanations=explanations
         )
 
-    def _decide(self, snapshot: ledger_pb2.GetSnapshotResponse, view: Snapshot) -> Plan:
+    def _plan(self, snapshot: ledger_pb2.GetSnapshotResponse, view: Snapshot) -> Plan:
         suspects = [entry.task.name for entry in snapshot.tasks if entry.num_crashes]
         return make_plan(view, suspects, self.limits, self._estimator)
 
-    def _view(self, snapshot: ledger_pb2.GetSnapshotResponse) -> Snapshot:
-        """What the planner reads: with the hTasks that run, which it keeps where they are good enough."""
-        now = time.time_ns() // 1000  # of deadlines, which are wall time
+    def _planner_snapshot(self, snapshot: ledger_pb2.GetSnapshotResponse) -> Snapshot:
+        """Return the planner's input, with the running hTasks, which it keeps where they are good enough."""
+        now = time.time_ns() // 1000  # wall time, as deadlines are
         tasks = tuple(snapshot_task_to_view(entry, age, now) for age, entry in enumerate(snapshot.tasks))
         running = {name: tuple(map(htask_to_domain, plan.htasks)) for name, plan in self._running.items()}
         executors = tuple(executor_to_view(executor) for executor in snapshot.executors)
@@ -173,26 +175,26 @@ class Scheduler:
             failpoint("plan.committed")
             for task, attempt in zip(starting, answer.attempts, strict=True):
                 task.attempt = attempt
-                self._note_placement(task, version, executor.name, span)
+                self._record_placement(task, version, executor.name, span)
             draft.version, draft.trace_parent = version, current_trace_parent()
         self._running[executor.name] = draft
-        self._streams[executor.name].mailbox.put_plan(draft)
+        self._streams[executor.name].requests.put_plan(draft)
 
-    def _note_placement(self, task: plan_pb2.PlannedTask, version: int, executor: str, cycle: trace.Span) -> None:
+    def _record_placement(self, task: plan_pb2.PlannedTask, version: int, executor: str, cycle: trace.Span) -> None:
         attributes: dict[str, str | int] = {"muxtune.plan_version": version, "muxtune.executor": executor}
         with task_span("plan", task.task, task.trace_parent, **attributes) as span:
             span.add_link(cycle.get_span_context())
 
     def _is_running(self, draft: plan_pb2.ExecutorPlan) -> bool:
-        """Whether the executor was sent just that (hysteresis: an equal plan is not sent again).
+        """Return whether the executor was sent an equal plan; such a plan is not sent again.
 
-        A task handed back and planned there again looks the same, attempt and all: it needs a new attempt first.
+        The caller first gives a new attempt to a task that was handed back and planned there again.
         """
         running = self._running.get(draft.executor)
         return running is not None and _signature(running) == _signature(draft)
 
-    async def _follow(self, executors: Sequence[plan_pb2.Executor]) -> None:
-        """A stream to every live executor's incarnation; none to others."""
+    async def _open_and_close_streams(self, executors: Sequence[plan_pb2.Executor]) -> None:
+        """Keep one stream to the incarnation of every executor with a lease, and close all others."""
         leases = {executor.name: executor.lease_term for executor in executors}
         for name, stream in list(self._streams.items()):
             if leases.get(name) != stream.executor.lease_term:
@@ -202,7 +204,7 @@ class Scheduler:
         for executor in executors:
             if executor.name not in self._streams:
                 self._streams[executor.name] = ExecutorStream(
-                    executor, self._leader_term, self._secret, self._ledger, self._trust
+                    executor, self._leader_term, self._secret, self._ledger, self._tls
                 )
 
     async def _watch_changes(self) -> None:
@@ -210,39 +212,38 @@ class Scheduler:
         while True:
             try:
                 async for _ in self._ledger.WatchChanges(ledger_pb2.WatchChangesRequest()):
-                    self._hinted.set()
+                    self._changed.set()
                     backoff.reset()
             except MuxtuneError as error:
-                _log.warning("the ledger's hints broke off: %s", error)
+                _log.warning("The stream of ledger changes broke: %s", error)
             await backoff.wait()
 
 
-def _held_elsewhere(executor: plan_pb2.Executor, snapshot: ledger_pb2.GetSnapshotResponse) -> set[str]:
-    """Tasks that another executor still has: it hands them back at its round's end, with what they have learnt by then,
-    and only then they start here. One that drains does so by itself, or is gone."""
+def _tasks_held_by_others(executor: plan_pb2.Executor, snapshot: ledger_pb2.GetSnapshotResponse) -> set[str]:
+    """Return the tasks that other executors still hold: they start here once they were handed back with their progress
+    at the end of a round. A draining executor is left out: it hands its tasks back by itself, or is gone."""
     others = {e.name for e in snapshot.executors if e.name != executor.name and not e.draining}
     return {entry.task.name for entry in snapshot.tasks if entry.executor in others}
 
 
-def _draft(
+def _draft_plan(
     plan: Plan,
     executor: plan_pb2.Executor,
     entries: Mapping[str, ledger_pb2.SnapshotTask],
-    missing: Iterable[str],
+    held_elsewhere: Iterable[str],
 ) -> plan_pb2.ExecutorPlan:
-    """The plan as the executor will read it, but for those `missing` yet; attempts as in the snapshot until
-    committed."""
+    """Return the plan for the executor without the tasks `held_elsewhere`, with the attempts of the snapshot."""
     htasks = [htask_to_proto(htask) for htask in plan.htasks.get(executor.name, ())]
     for htask in htasks:
-        htask.tasks[:] = [name for name in htask.tasks if name not in missing]
+        htask.tasks[:] = [name for name in htask.tasks if name not in held_elsewhere]
     return plan_pb2.ExecutorPlan(
         executor=executor.name,
-        tasks=[_planned(entries[name]) for htask in htasks for name in htask.tasks],
+        tasks=[_planned_task(entries[name]) for htask in htasks for name in htask.tasks],
         htasks=[htask for htask in htasks if htask.tasks],
     )
 
 
-def _planned(entry: ledger_pb2.SnapshotTask) -> plan_pb2.PlannedTask:
+def _planned_task(entry: ledger_pb2.SnapshotTask) -> plan_pb2.PlannedTask:
     return plan_pb2.PlannedTask(
         task=entry.task.name,
         spec=entry.task.spec,
@@ -256,6 +257,6 @@ def _planned(entry: ledger_pb2.SnapshotTask) -> plan_pb2.PlannedTask:
 
 
 def _signature(plan: plan_pb2.ExecutorPlan) -> tuple[object, ...]:
-    """What makes two plans the same to an executor: who, in which attempt, fused how."""
+    """Return what an executor sees of a plan: tasks, attempts, cancellations and hTasks."""
     tasks = tuple((task.task, task.attempt, task.cancel) for task in plan.tasks)
     return tasks, tuple(htask.SerializeToString(deterministic=True) for htask in plan.htasks)

@@ -1,4 +1,4 @@
-"""SchedulingService. See protos/muxtune/v1/scheduling.proto for what each RPC promises."""
+"""SchedulingService; protos/muxtune/v1/scheduling.proto documents each RPC."""
 
 import asyncio
 import re
@@ -11,14 +11,14 @@ from engine.errors import FieldViolation, InvalidInputError, UnavailableError
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, scheduling_pb2_grpc
 from muxtune.v1 import scheduling_pb2 as pb
 from services.rpc.authentication import check_executor, current_principal
-from services.scheduling.plan_queries import explain, newcomers, profile, what_if
+from services.scheduling.plan_queries import explain, hypothetical_tasks, planner_profile, what_if
 from services.scheduling.scheduler import Scheduler
 
 _ADDRESS = re.compile(r"([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 
 
 class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
-    """Leases go through to the ledger: nothing is kept here."""
+    """Forwards leases to the ledger and answers queries about the plan; keeps no state."""
 
     def __init__(
         self, scheduler: Scheduler, ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub", lease_seconds: float
@@ -30,13 +30,17 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
     async def RegisterExecutor(self, request: pb.RegisterExecutorRequest, context: Any) -> pb.RegisterExecutorResponse:
         executor = request.executor
         check_executor(current_principal(), executor.name)
-        needed = {"name": executor.name, "address": executor.address, "incarnation": executor.incarnation,
+        required = {"name": executor.name, "address": executor.address, "incarnation": executor.incarnation,
                   "backbone.name": executor.backbone.name}  # fmt: skip
-        wrong = [FieldViolation(f"executor.{field}", "is missing") for field, value in needed.items() if not value]
-        if executor.address and not _ADDRESS.fullmatch(executor.address):  # gRPC would dial unix:, dns://, xds: ...
-            wrong.append(FieldViolation("executor.address", f'"{executor.address}" is not HOST:PORT'))
-        if wrong:
-            raise InvalidInputError("; ".join(f"{v.field}: {v.description}" for v in wrong), wrong)
+        violations = [
+            FieldViolation(f"executor.{field}", "is missing") for field, value in required.items() if not value
+        ]
+        if executor.address and not _ADDRESS.fullmatch(
+            executor.address
+        ):  # refuses gRPC's other schemes: unix:, dns:, xds:
+            violations.append(FieldViolation("executor.address", f'"{executor.address}" is not HOST:PORT'))
+        if violations:
+            raise InvalidInputError.of_fields(violations)
         executor.lease_term = 0
         answer = await self._ledger.PutLease(ledger_pb2.PutLeaseRequest(executor=executor, duration=self._lease))
         return pb.RegisterExecutorResponse(lease_term=answer.lease_term, lease_duration=self._lease)
@@ -44,7 +48,7 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
     async def KeepLease(self, request: pb.KeepLeaseRequest, context: Any) -> pb.KeepLeaseResponse:
         check_executor(current_principal(), request.executor)
         if request.lease_term < 1:
-            raise InvalidInputError.of_field("lease_term", f"{request.lease_term}: register first")
+            raise InvalidInputError.of_field("lease_term", f"{request.lease_term} is not a lease term; register first")
         executor = plan_pb2.Executor(
             name=request.executor,
             incarnation=request.incarnation,
@@ -70,27 +74,29 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
 
     async def ExplainPlan(self, request: pb.ExplainPlanRequest, context: Any) -> pb.ExplainPlanResponse:
         self._refuse_on_standby()
-        await self._scheduler.look()
+        await self._scheduler.refresh()
         return await asyncio.to_thread(explain, self._scheduler.snapshot, self._scheduler.plan, self._scheduler.limits,
                                        request.task)  # fmt: skip
 
     async def SimulatePlan(self, request: pb.SimulatePlanRequest, context: Any) -> pb.SimulatePlanResponse:
         self._refuse_on_standby()
-        await self._scheduler.look()
-        extra = newcomers(request, self._scheduler.snapshot)
+        await self._scheduler.refresh()
+        extra = hypothetical_tasks(request, self._scheduler.snapshot)
         return await asyncio.to_thread(what_if, self._scheduler.snapshot, self._scheduler.limits, extra)
 
     async def GetProfile(self, request: pb.GetProfileRequest, context: Any) -> pb.GetProfileResponse:
         self._refuse_on_standby()
         scheduler = self._scheduler
-        await scheduler.look()
-        return pb.GetProfileResponse(profile=profile(scheduler.read, scheduler.limits, scheduler.tenant_weights))
+        await scheduler.refresh()
+        return pb.GetProfileResponse(
+            profile=planner_profile(scheduler.ledger_snapshot, scheduler.limits, scheduler.tenant_weights)
+        )
 
     async def GetPlan(self, request: pb.GetPlanRequest, context: Any) -> pb.GetPlanResponse:
         self._refuse_on_standby()
-        await self._scheduler.look()
-        return self._scheduler.current()
+        await self._scheduler.refresh()
+        return self._scheduler.current_plans()
 
     def _refuse_on_standby(self) -> None:
         if not self._scheduler.is_running:
-            raise UnavailableError("this scheduler stands by and makes no plan: another one leads")
+            raise UnavailableError("This scheduler stands by and has no plan. Send the call to the leading scheduler.")

@@ -80,7 +80,7 @@ async def mesh(certs: Path) -> AsyncIterator[Mesh]:
         made = Mesh(certs, stack)
         ledger: Any = Forwarding(made.ledger)
         trust = ClientTls(Certificates(certs / "scheduling"), "execution")
-        servicer = SchedulingServicer(Scheduler(ledger, "", PlannerConfig(256, 16), trust=trust), ledger, 15.0)
+        servicer = SchedulingServicer(Scheduler(ledger, "", PlannerConfig(256, 16), tls=trust), ledger, 15.0)
         add = scheduling_pb2_grpc.add_SchedulingServiceServicer_to_server
         made.address = await made.serve("scheduling", add, servicer)
         yield made
@@ -156,7 +156,7 @@ async def test_scheduling_sends_no_plan_to_who_has_not_the_name(mesh: Mesh) -> N
     try:
         executor = plan_pb2.Executor(name=A, address=address, incarnation="i1", lease_term=1)
         stream = ExecutorStream(executor, 1, "", ledger, trust)  # type: ignore[arg-type]
-        stream.mailbox.put_plan(plan_pb2.ExecutorPlan(executor=A, version=1))
+        stream.requests.put_plan(plan_pb2.ExecutorPlan(executor=A, version=1))
         assert "Hostname" in await asyncio.wait_for(warned.messages.get(), 20)
         await stream.close()
     finally:
@@ -164,7 +164,7 @@ async def test_scheduling_sends_no_plan_to_who_has_not_the_name(mesh: Mesh) -> N
     assert not player.num_streams
     executor.name = B
     stream = ExecutorStream(executor, 1, "", ledger, trust)  # type: ignore[arg-type]
-    stream.mailbox.put_plan(plan_pb2.ExecutorPlan(executor=B, version=1))
+    stream.requests.put_plan(plan_pb2.ExecutorPlan(executor=B, version=1))
     await mesh.changes.until(lambda: player.plans)
     await stream.close()
 
