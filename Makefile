@@ -74,8 +74,9 @@ lint: $(READY) ## ruff, import-linter, buf
 types: $(READY) ## mypy, strict
 	mypy
 
-protos: $(READY) ## generate the stubs in muxtune/v1
+protos: $(READY) ## write the stubs in muxtune/v1, and the client's code that has its source elsewhere
 	python -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. protos/muxtune/v1/*.proto
+	python tools/client_code.py
 
 # Beside the peers' libraries, which nothing else needs.
 BENCH_READY := $(VENV)/.ready-bench

@@ -12,14 +12,6 @@ from grpc_status import rpc_status
 DOMAIN = "muxtune"
 
 
-@dataclass(frozen=True)
-class FieldViolation:
-    """One offending field of the request, and what to do about it."""
-
-    field: str
-    description: str
-
-
 class MuxtuneError(Exception):
     """Base of all. `reason` is a value of `muxtune.v1.ErrorReason` without its prefix; "" if the service named none."""
 
@@ -30,7 +22,7 @@ class MuxtuneError(Exception):
         message: str,
         *,
         code: grpc.StatusCode = grpc.StatusCode.UNKNOWN,
-        violations: tuple[FieldViolation, ...] = (),
+        violations: "tuple[FieldViolation, ...]" = (),
         metadata: Mapping[str, str] | None = None,
         retry_after_seconds: float | None = None,
     ) -> None:
@@ -40,86 +32,138 @@ class MuxtuneError(Exception):
         self.retry_after_seconds = retry_after_seconds
 
 
+# Written by tools/client_code.py from engine/errors.py.
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """One offending field: its path in the request (`training.learning_rate`), and what is wrong and what to do."""
+
+    field: str
+    description: str
+
+
 class InvalidInputError(MuxtuneError):
+    """The request can never succeed as it stands."""
+
     reason = "INVALID_INPUT"
 
 
 class MalformedDatasetError(InvalidInputError):
-    """`metadata["line"]` says where."""
+    """A dataset's bytes are not what JSON Lines of a known shape should be; names the line."""
 
     reason = "MALFORMED_DATASET"
 
 
 class ChecksumMismatchError(InvalidInputError):
+    """Bytes received are not the bytes announced (truncated, reordered or corrupted upload)."""
+
     reason = "CHECKSUM_MISMATCH"
 
 
 class RequestIdReusedError(InvalidInputError):
+    """A `request_id` was sent before with another body (AIP-155)."""
+
     reason = "REQUEST_ID_REUSED"
 
 
-class WillNeverFitError(InvalidInputError):
-    reason = "WILL_NEVER_FIT"
-
-
 class UnauthenticatedError(MuxtuneError):
+    """No key, an unknown, expired or revoked key, or a wrong mesh secret."""
+
     reason = "UNAUTHENTICATED"
 
 
 class PermissionDeniedError(MuxtuneError):
+    """The caller may not see or change this name, or it does not exist: both answer alike (AIP-211)."""
+
     reason = "PERMISSION_DENIED"
 
 
 class NotFoundError(MuxtuneError):
+    """A name inside the caller's own reach does not exist."""
+
     reason = "NOT_FOUND"
 
 
 class AlreadyExistsError(MuxtuneError):
+    """A resource of that id exists already with other contents."""
+
     reason = "ALREADY_EXISTS"
 
 
 class IllegalTransitionError(MuxtuneError):
+    """The task or dataset is in a state in which this can't be done."""
+
     reason = "ILLEGAL_TRANSITION"
 
 
 class ResourceInUseError(IllegalTransitionError):
+    """The dataset or adapter is needed by an unfinished task."""
+
     reason = "RESOURCE_IN_USE"
 
 
 class QuotaExceededError(MuxtuneError):
+    """A limit of the tenant or of the service (bytes, rows, tasks) would be passed."""
+
     reason = "QUOTA_EXCEEDED"
 
 
+class WillNeverFitError(InvalidInputError):
+    """No executor of that backbone could hold the task even alone."""
+
+    reason = "WILL_NEVER_FIT"
+
+
 class OverloadedError(MuxtuneError):
+    """Too much at once; the same call will be taken later."""
+
     reason = "OVERLOADED"
 
 
 class SupersededError(MuxtuneError):
+    """The writer's attempt epoch, lease or plan version has been superseded: what it sent does not count."""
+
     reason = "SUPERSEDED"
 
 
 class LeaseLostError(SupersededError):
+    """The executor's lease ended or belongs to another incarnation."""
+
     reason = "LEASE_LOST"
 
 
 class UnavailableError(MuxtuneError):
+    """A service, store or executor is away for now."""
+
     reason = "UNAVAILABLE"
 
 
 class BackboneUnsupportedError(MuxtuneError):
+    """The model cannot be trained exactly by this engine (packed and separate runs differ, unsupported operators)."""
+
     reason = "BACKBONE_UNSUPPORTED"
 
 
 class ArtifactCorruptError(MuxtuneError):
+    """A checkpoint, dataset or adapter in the store does not match its manifest."""
+
     reason = "ARTIFACT_CORRUPT"
 
 
 class ExportMismatchError(MuxtuneError):
+    """The exported adapter, loaded again, does not answer like the training model."""
+
     reason = "EXPORT_MISMATCH"
 
 
 class NonFiniteError(MuxtuneError):
+    """A task's loss or gradient is NaN or Inf: quarantined before its optimizer wrote."""
+
     reason = "NON_FINITE"
+
+
+# End of what tools/client_code.py writes.
 
 
 class InternalError(MuxtuneError):

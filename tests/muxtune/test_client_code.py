@@ -1,0 +1,12 @@
+"""The client's code that has its source elsewhere is what tools/client_code.py writes."""
+
+from pathlib import Path
+
+import pytest
+
+from tools.client_code import GENERATED
+
+
+@pytest.mark.parametrize("path", GENERATED, ids=lambda path: path.name)
+def test_what_is_written_is_up_to_date(path: Path) -> None:
+    assert path.read_text() == GENERATED[path](), "run `python tools/client_code.py`"
