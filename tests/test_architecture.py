@@ -233,6 +233,42 @@ def test_nothing_of_this_machine_is_committed() -> None:
     assert found == {}
 
 
+NAMES_AND_KEYS = ("services/resource_names.py", "services/storage/artifact_layout.py", "muxtune/resource_names.py")
+OTHER_SLASHES = {  # of files that cut something else at a slash
+    "services/admission/api/oidc.py": "URLs",
+    "services/rpc/tracing.py": "names of RPCs",
+    "muxtune/cli/tenant.py": "names of RPCs",
+}
+_NAME_PART = re.compile(r"tenants/|executors/|/?(tasks|adapters|datasets|checkpoints)/|/checkpoints|/?manifest\.json"
+                        r"|uploaded-|-step-|^\.execution$")  # fmt: skip
+_CUTS = {"partition", "rpartition", "split", "rsplit"}
+
+
+def names_made_or_cut(text: str, *, allows_slash: bool = False) -> list[str]:
+    """String literals that belong to a resource name or a key, and cuts at a slash. Docstrings, and texts for readers
+    with a space or a PLACEHOLDER, are left out."""
+    found, tree = [], ast.parse(text)
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            is_for_readers = re.search(r"\s|\b[A-Z]{2,}\b", node.value)
+            found += [node.value] if _NAME_PART.search(node.value) and not is_for_readers else []
+        is_cut = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _CUTS
+        if is_cut and not allows_slash and any(isinstance(a, ast.Constant) and a.value == "/" for a in node.args):
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_names_and_keys_are_made_and_parsed_in_one_place() -> None:
+    """Anywhere else, a change of one alone would make the garbage collector blind or destructive."""
+    found = {}
+    for path in sources("engine", "services", "muxtune"):
+        name = path.relative_to(ROOT).as_posix()
+        if name not in NAMES_AND_KEYS:
+            found[name] = names_made_or_cut(path.read_text(), allows_slash=name in OTHER_SLASHES)
+    assert {name: texts for name, texts in found.items() if texts} == {}
+
+
 def test_the_checks_can_fail(tmp_path: Path) -> None:
     assert foreign_imports("import torch\nfrom engine.runtime import step") == {"torch", "engine.runtime"}
     body = "\n".join(f"    x = {i}" for i in range(MAX_FUNCTION_LINES + 1))
@@ -255,3 +291,7 @@ def test_the_checks_can_fail(tmp_path: Path) -> None:
     assert mutable_globals("cache = {}\nLIMITS = {}\n") == ["cache"]
     assert mutable_globals("def f():\n    global state\n") == ["state"]
     assert unwelcome("see https://py" + "pi.org/simple and " + "/ro" + "ot/x.txt")
+    made = ['f"{tenant}/tasks/{i}"', 'f"tenants/{i}"', 'name.replace("/tasks/", "/adapters/")', 'key.split("/")',
+            're.compile(r"(tenants/[^/]+)/x")', 'f"{task}/checkpoints/{i}"', 'key = "/manifest.json"']  # fmt: skip
+    assert [code for code in made if not names_made_or_cut(code)] == []
+    assert names_made_or_cut('"""tenants/a/tasks/t"""\nhelp("tenants/TENANT", "Example: see tenants/a")') == []

@@ -6,6 +6,7 @@ import typer
 
 from muxtune.cli.context import DEFAULT_DATA, DataOption, console, operator_channel
 from muxtune.errors import raising
+from muxtune.resource_names import executor_name
 from muxtune.v1 import scheduling_pb2, scheduling_pb2_grpc
 
 app = typer.Typer(help="Executors (for operators).", no_args_is_help=True)
@@ -23,7 +24,7 @@ def drain(
     data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Have an executor checkpoint and hand back its tasks, before it is stopped: it takes no more."""
-    full = name if name.startswith("executors/") else f"executors/{name}"
+    full = executor_name(name)
     with operator_channel(data, "scheduling") as (channel, metadata), raising():
         stub = scheduling_pb2_grpc.SchedulingServiceStub(channel)
         stub.DrainExecutor(

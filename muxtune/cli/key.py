@@ -8,6 +8,7 @@ import typer
 
 from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, console, operator_channel, print_json, table
 from muxtune.errors import raising
+from muxtune.resource_names import tenant_name
 from muxtune.v1 import key_pb2, key_pb2_grpc
 
 app = typer.Typer(help="Tenants' API keys (for operators).", no_args_is_help=True)
@@ -32,7 +33,7 @@ def create(
     """Make a key. Its secret is shown once; the store keeps a hash."""
     with operator_channel(data, "admission") as (channel, metadata), raising():
         request = key_pb2.CreateApiKeyRequest(
-            tenant=_name(tenant) if tenant else "", role=key_pb2.KeyRole.Value(f"KEY_ROLE_{role.upper()}")
+            tenant=tenant_name(tenant), role=key_pb2.KeyRole.Value(f"KEY_ROLE_{role.upper()}")
         )
         if days:
             request.expire_time.FromNanoseconds(time.time_ns() + int(days * 86_400e9))
@@ -51,7 +52,7 @@ def ls(
 ) -> None:
     """List keys: never their secrets."""
     with operator_channel(data, "admission") as (channel, metadata), raising():
-        request = key_pb2.ListApiKeysRequest(tenant=_name(tenant) if tenant else "")
+        request = key_pb2.ListApiKeysRequest(tenant=tenant_name(tenant))
         answer = key_pb2_grpc.KeyServiceStub(channel).ListApiKeys(request, timeout=30, metadata=metadata)
         if json:
             return print_json(answer.keys)
@@ -76,7 +77,3 @@ def revoke(id: str, data: DataOption = DEFAULT_DATA) -> None:
         request = key_pb2.RevokeApiKeyRequest(id=id)
         answer = key_pb2_grpc.KeyServiceStub(channel).RevokeApiKey(request, timeout=30, metadata=metadata)
         console.print(f"key {answer.key.id} of {answer.key.tenant} is revoked")
-
-
-def _name(tenant: str) -> str:
-    return tenant if tenant.startswith("tenants/") else f"tenants/{tenant}"

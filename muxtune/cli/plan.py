@@ -23,6 +23,7 @@ from muxtune.cli.context import (
 )
 from muxtune.cli.spec import read_spec
 from muxtune.errors import InvalidInputError, raising
+from muxtune.resource_names import task_name, tenant_name, tenant_of
 from muxtune.v1 import plan_pb2, scheduling_pb2, scheduling_pb2_grpc
 
 app = typer.Typer(help="The plan that runs, and what would be (for operators).", no_args_is_help=True)
@@ -207,7 +208,7 @@ def _guessed(path: Path, mean_tokens: float) -> scheduling_pb2.HypotheticalTask:
 
 
 def _name(path: Path, dataset: str) -> str:
-    return f"{dataset.partition('/datasets/')[0] or 'tenants/whatif'}/tasks/whatif-{path.stem}"
+    return task_name(tenant_of(dataset) or tenant_name("whatif"), f"whatif-{path.stem}")
 
 
 def _told(answer: scheduling_pb2.ExplainPlanResponse) -> Iterator[tuple[str, str]]:
@@ -231,8 +232,8 @@ def _told(answer: scheduling_pb2.ExplainPlanResponse) -> Iterator[tuple[str, str
 
 
 def _beside(e: plan_pb2.TaskExplanation) -> str:
-    tenant = e.task.partition("/tasks/")[0]
-    own = [name for name in e.neighbours if name.partition("/tasks/")[0] == tenant]
+    tenant = tenant_of(e.task)
+    own = [name for name in e.neighbours if tenant_of(name) == tenant]
     others = len(e.neighbours) - len(own)
     told = [*own, *([f"{others} of other tenants"] if others else [])]
     return ", ".join(told) or "nobody"

@@ -6,6 +6,7 @@ import typer
 
 from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, console, operator_channel, print_json, table
 from muxtune.errors import raising
+from muxtune.resource_names import tenant_name
 from muxtune.v1 import operator_pb2, operator_pb2_grpc
 
 app = typer.Typer(help="What tenants may use, used and did (for operators).", no_args_is_help=True)
@@ -36,11 +37,11 @@ def quota(
         stub = operator_pb2_grpc.OperatorServiceStub(channel)
         changed = [name for name, value in given.items() if value is not None]
         if changed or reset:
-            wanted = operator_pb2.SetQuotaRequest(tenant=_name(tenant), quota=operator_pb2.Quota(**given))
+            wanted = operator_pb2.SetQuotaRequest(tenant=tenant_name(tenant), quota=operator_pb2.Quota(**given))
             wanted.update_mask.paths.extend([] if reset else changed)
             found = stub.SetQuota(wanted, timeout=30, metadata=metadata).quota
         else:
-            asked = operator_pb2.GetQuotaRequest(tenant=_name(tenant))
+            asked = operator_pb2.GetQuotaRequest(tenant=tenant_name(tenant))
             found = stub.GetQuota(asked, timeout=30, metadata=metadata).quota
         if json:
             return print_json([found])
@@ -55,7 +56,7 @@ def usage(tenant: TenantOption = "", data: DataOption = DEFAULT_DATA, json: Json
         stub, token = operator_pb2_grpc.OperatorServiceStub(channel), ""
         days: list[operator_pb2.DayUsage] = []
         while True:
-            request = operator_pb2.ListUsageRequest(tenant=_name(tenant), page_size=1000, page_token=token)
+            request = operator_pb2.ListUsageRequest(tenant=tenant_name(tenant), page_size=1000, page_token=token)
             answer = stub.ListUsage(request, timeout=30, metadata=metadata)
             days.extend(answer.days)
             if not (token := answer.next_page_token):
@@ -76,7 +77,7 @@ def audit(
 ) -> None:
     """List who did what, when, and what came of it: at most 1000 events, oldest first."""
     with operator_channel(data, "admission") as (channel, metadata), raising():
-        request = operator_pb2.ListAuditEventsRequest(after_sequence=after, page_size=1000, tenant=_name(tenant))
+        request = operator_pb2.ListAuditEventsRequest(after_sequence=after, page_size=1000, tenant=tenant_name(tenant))
         stub = operator_pb2_grpc.OperatorServiceStub(channel)
         events = stub.ListAuditEvents(request, timeout=30, metadata=metadata).events
         if json:
@@ -86,7 +87,3 @@ def audit(
             what = f"{e.method.rpartition('/')[2]} {e.resource or '-'}: {e.status_code}"
             line = f"{e.sequence} {e.time.ToDatetime():%Y-%m-%d %H:%M:%S} {who}: {what}"
             console.print("".join(c if c.isprintable() else "?" for c in line))  # names of strangers write no lines
-
-
-def _name(tenant: str) -> str:
-    return tenant if not tenant or tenant.startswith("tenants/") else f"tenants/{tenant}"

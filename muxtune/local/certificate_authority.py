@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from muxtune.errors import InvalidInputError
+from muxtune.resource_names import executor_host
 
 NAMES = ("admission", "scheduling", "alignment", "operator")
 EXECUTORS, DEFAULT_EXECUTOR = "executors", "local"  # as MUXTUNE_EXECUTOR_NAME's default
@@ -48,7 +49,7 @@ def issue(
         alternatives = (name, *hosts) if name == "admission" else (name,)
         made.append(_issue_one(folder, folder / name, name, alternatives, days, authority))
     for name in sorted({*executors, *_executors(folder)}) or [DEFAULT_EXECUTOR]:
-        alternatives = ("execution", f"{name}.execution")
+        alternatives = ("execution", executor_host(name))
         made.append(_issue_one(folder, folder / EXECUTORS / name, "execution", alternatives, days, authority))
     return made
 

@@ -20,6 +20,7 @@ from muxtune.errors import raising
 from muxtune.local.demo_report import DemoTask, print_report, progress
 from muxtune.local.mesh import DEFAULT_BACKBONE, Mesh, default_backbone
 from muxtune.local.tracing import traced
+from muxtune.resource_names import tenant_name
 from muxtune.task_states import state_name
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, task_pb2
 
@@ -68,7 +69,7 @@ def run_demo(data: Path, console: Console) -> bool:
     _remove_last_run(data)
     console.print("starting four services and preparing the backbone SmolLM2-135M-Instruct ...")
     with Mesh(data, {DEFAULT_BACKBONE: default_backbone()}) as mesh, traced(data):
-        clients = {tenant: mesh.client(mesh.create_key(f"tenants/{tenant}"))
+        clients = {tenant: mesh.client(mesh.create_key(tenant_name(tenant)))
                    for tenant in ("harbour", "meadow", "quarry")}  # fmt: skip
         for service, address in mesh.addresses.items():
             console.print(f"  {service:<11} {address}")

@@ -29,13 +29,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from muxtune.client import Client
 from muxtune.errors import raising
 from muxtune.local.certificate_authority import CA, CERTIFICATE, DEFAULT_EXECUTOR, EXECUTORS, KEY, issue_where_due
+from muxtune.resource_names import tenant_name
 from muxtune.transport import target
 from muxtune.v1 import key_pb2, key_pb2_grpc
 
 START_ORDER = ("alignment", "admission", "scheduling", "execution")
 STOP_ORDER = ("execution", "scheduling", "admission", "alignment")
 OPERATORS_DOOR = {"admission": "admission_internal"}  # the others have one door, for who has a certificate
-DEFAULT_TENANT = "tenants/default"
+DEFAULT_TENANT = tenant_name("default")
 DEFAULT_BACKBONE = "smollm2"
 _READY_SECONDS, _STOP_SECONDS = 180.0, 60.0
 # Below the ports that Linux (32768 on) and macOS (49152 on) give to outgoing connections: one of those would take a

@@ -31,7 +31,7 @@ from engine.planning.types import ExecutorView, PlannerConfig, Snapshot, TaskVie
 from muxtune.v1 import scheduling_pb2 as pb
 from services.conversion.plan import executor_to_view, planner_config_to_domain
 from services.conversion.task import spec_to_domain
-from services.resource_names import executor_name, tenant_of
+from services.resource_names import executor_name, tenant_name, tenant_of
 from services.scheduling.plan_queries import hypothetical_tasks, what_if
 
 MAX_DEVICES = 4096
@@ -82,7 +82,8 @@ def read_profile(fields: dict[str, Any]) -> PlannerInputs:
 def simulate_trace(profile: PlannerInputs, trace: dict[str, Any], num_devices: int) -> Iterator[dict[str, Any]]:
     """Yield a summary of the trace for each policy. Raises InvalidInputError."""
     executors = _replicated(profile.snapshot.executors, num_devices or len(profile.snapshot.executors))
-    arriving, limits = _arrivals(trace, executors[0].backbone.name), profile.limits
+    arriving = [_with_tenant_name(arrival) for arrival in _arrivals(trace, executors[0].backbone.name)]
+    limits = profile.limits
     if not arriving:
         raise InvalidInputError.of_field("trace", "has no arrival")
     estimator = DemandEstimator(limits)
@@ -128,6 +129,11 @@ def _arrivals(trace: dict[str, Any], backbone: str) -> list[Arrival]:
         return arrivals(TraceParameters(**trace, backbone=backbone, target_modules=_TRACE_TARGET_MODULES))
     except (TypeError, ValueError) as error:
         raise InvalidInputError.of_field("trace", str(error)) from error
+
+
+def _with_tenant_name(arrival: Arrival) -> Arrival:
+    """Return the arrival with its tenant's full name, as the profile's weights have it."""
+    return dataclasses.replace(arrival, task=dataclasses.replace(arrival.task, tenant=tenant_name(arrival.task.tenant)))
 
 
 def _replan_seconds(arriving: list[Arrival], executors: list[ExecutorView], limits: PlannerConfig) -> float:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import InvalidInputError
+from muxtune import resource_names as client_names
 from services import resource_names as names
 from services.resource_names import ResourceName
 
@@ -84,3 +85,14 @@ def test_an_executor_is_known_by_the_host_in_its_certificate(text: str) -> None:
     assert (executor, names.executor_host(executor)) == (f"executors/{text}", f"{text}.execution")
     assert names.executor_of_host(names.executor_host(executor)) == executor
     assert names.executor_of_host(text) is None
+
+
+@given(resources, st.text())
+def test_the_client_reads_names_as_the_mesh_does(name: ResourceName, text: str) -> None:
+    for each in (str(name), name.tenant, name.id, text):
+        assert client_names.tenant_of(each) == names.tenant_of(each)
+        assert not each or client_names.tenant_name(each) == names.tenant_name(each)
+    assert client_names.task_name(name.tenant, name.id) == str(ResourceName(name.tenant, "tasks", name.id))
+    executor = client_names.executor_name(name.id)
+    assert executor == client_names.executor_name(executor) == names.executor_name(name.id)
+    assert client_names.executor_host(name.id) == names.executor_host(executor)

@@ -52,7 +52,7 @@ def arrivals(trace: TraceParameters) -> list[Arrival]:
         np.exp(random.normal(np.log(trace.median_steps), trace.spread, trace.num_tasks)), 1, trace.max_steps
     )
     return [
-        Arrival(float(times[i]), _draw(i, trace, f"tenants/{int(tenants[i]):02}", int(steps[i]), random))
+        Arrival(float(times[i]), _draw(i, trace, f"{int(tenants[i]):02}", int(steps[i]), random))
         for i in range(trace.num_tasks)
     ]
 
@@ -81,7 +81,7 @@ def read(lines: Iterable[str], backbone: str, target_modules: tuple[str, ...]) -
                 f"line {number} of the trace: steps, batch, max_sequence_tokens and rank must be at least 1, seconds "
                 "not negative, mean_tokens above 0 and at most max_sequence_tokens"
             )
-        task = _task(len(trace), backbone, f"tenants/{tenant}", steps, batch, max_tokens, rank, tokens, target_modules)
+        task = _task(len(trace), backbone, tenant, steps, batch, max_tokens, rank, tokens, target_modules)
         trace.append(Arrival(seconds, task))
     return trace
 
@@ -105,4 +105,4 @@ def _task(
     )
     spec = TaskSpec(backbone, Lora(rank, 2.0 * rank, target_modules), "", training)
     tokens = int(steps * batch * mean_tokens)
-    return TaskView(f"{tenant}/tasks/{number:05}", tenant, spec, number, steps, num_train_tokens=tokens)
+    return TaskView(f"{tenant}-{number:05}", tenant, spec, number, steps, num_train_tokens=tokens)

@@ -1,10 +1,16 @@
 """Files go when nobody will read them again, and not before."""
 
+import contextlib
 import random
+import re
 from pathlib import Path
 
+import obstore
 import pytest
 import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from obstore.store import MemoryStore
 
 from engine.errors import UnavailableError
 from engine.task import TaskState
@@ -12,6 +18,13 @@ from muxtune.v1 import task_pb2
 from services.admission.cleanup.garbage_collector import GarbageCollector
 from services.admission.store.database import Database
 from services.admission.store.tables import adapters, tasks
+from services.storage.artifact_layout import (
+    ROOT,
+    CheckpointFolder,
+    TrainedAdapterFolder,
+    UploadedAdapterFolder,
+    parse_folder,
+)
 from services.storage.artifact_store import ArtifactStore
 
 
@@ -130,3 +143,68 @@ def test_a_sweep_cut_short_is_done_by_the_next(
             sweeper.sweep_all()
     assert sweeper.sweep_all() == 1
     assert artifacts.list(f"{name}/checkpoints") == []
+
+
+ENDED = "tenants/a/tasks/ended"
+FOLDERS = [
+    CheckpointFolder(ENDED, 7, 2).key,
+    TrainedAdapterFolder(ENDED, 2).key,
+    TrainedAdapterFolder(ENDED, 2, 7).key,
+    UploadedAdapterFolder("tenants/a/adapters/x", "0" * 16, 1, "f" * 8).key,
+    UploadedAdapterFolder("tenants/a/adapters/x", "0" * 16).key,
+    CheckpointFolder("tenants/a/tasks/unknown", 7, 2).key,
+    CheckpointFolder("tenants/a/tasks/unknown", 7, 2).key.replace("checkpoints", "notes"),
+    f"{ENDED}/checkpoints/tenants/a/adapters/x",
+]
+ODD = [
+    "/",
+    "-",
+    "0",
+    "A",
+    "\u00e4",
+    "\u0667",
+    "",
+    " ",
+    "%2F",
+    "x/",
+    "-step-1",
+    "uploaded-",
+    "tenants/",
+    "manifest.json",
+]
+near_folders = st.builds(
+    lambda key, place, odd, num_replaced: key[:place] + odd + key[place + num_replaced :],
+    st.sampled_from(FOLDERS), st.integers(0, 80), st.sampled_from(ODD), st.integers(0, 2),
+)  # fmt: skip
+file_names = st.sampled_from(["manifest.json", "x"])
+object_keys = st.builds("{}/{}".format, st.sampled_from(FOLDERS) | near_folders, file_names)
+DELETABLE = re.compile(
+    r"(tenants/a/tasks/ended/checkpoints/[0-9]{8,}-[0-9]+|tenants/a/adapters/ended/[0-9]+"
+    r"|tenants/[a-z0-9-]+/adapters/[a-z0-9-]+/uploaded-[0-9a-f]{16}(-[0-9]+-[0-9a-f]{8})?)/.+"
+)
+
+
+@given(st.sets(object_keys, max_size=20))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_sweep_never_deletes_a_key_that_does_not_parse(database: Database, keys: set[str]) -> None:
+    """Where everything that parses may go: the task has ended and no adapter is recorded."""
+    with database.write() as connection:
+        connection.execute(sa.delete(tasks))
+    put_task(database, ENDED, TaskState.FAILED, 2, None)
+    memory = MemoryStore()
+    for key in keys:
+        with contextlib.suppress(ValueError):  # no store takes "a//b"
+            obstore.put(memory, key, b"x")
+    stored = ArtifactStore(memory).list(ROOT)
+    num_deleted = GarbageCollector(database, ArtifactStore(memory)).sweep_all()
+    deleted = set(stored) - set(ArtifactStore(memory).list(ROOT))
+    assert deleted == {key for key in stored if may_go(key)}
+    assert [key for key in deleted if not DELETABLE.fullmatch(key)] == []
+    assert num_deleted == len({parse_folder(key) for key in deleted})
+
+
+def may_go(key: str) -> bool:
+    folder = parse_folder(key)
+    if isinstance(folder, TrainedAdapterFolder):
+        return folder.task == ENDED and folder.step is None
+    return isinstance(folder, UploadedAdapterFolder) or (folder is not None and folder.task == ENDED)
