@@ -1,4 +1,4 @@
-"""Every way muxtune refuses or fails, as exceptions of the domain.
+"""The exceptions of muxtune's domain: every refusal and failure is one of these classes.
 
 Services map each class to a gRPC status and a reason in one table (`services/rpc/errors.py`); the client rebuilds the
 same kind of error from the reason (`muxtune/errors.py`). A message names the field, the value and the remedy.
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FieldViolation:
-    """One offending field: its path in the request (`training.learning_rate`), and what is wrong and what to do."""
+    """An invalid field of a request: its path (`training.learning_rate`), and the problem with its remedy."""
 
     field: str
     description: str
 
 
 class MuxtuneError(Exception):
-    """Base of all domain errors. `metadata` is safe to show to the tenant: it never holds a row of a dataset."""
+    """The base of all domain errors. `metadata` may be shown to the tenant: it never contains a row of a dataset."""
 
     def __init__(self, message: str, **metadata: str | int | float) -> None:
         super().__init__(message)
@@ -26,7 +26,7 @@ class MuxtuneError(Exception):
 
 
 class InvalidInputError(MuxtuneError):
-    """The request can never succeed as it stands."""
+    """The request can't succeed unless the caller changes it."""
 
     def __init__(self, message: str, violations: Sequence[FieldViolation] = (), **metadata: str | int | float) -> None:
         super().__init__(message, **metadata)
@@ -42,76 +42,76 @@ class InvalidInputError(MuxtuneError):
 
 
 class MalformedDatasetError(InvalidInputError):
-    """A dataset's bytes are not what JSON Lines of a known shape should be; names the line."""
+    """A line of a dataset is not valid JSON of a known shape. The message names the line."""
 
 
 class ChecksumMismatchError(InvalidInputError):
-    """Bytes received are not the bytes announced (truncated, reordered or corrupted upload)."""
+    """An upload's bytes differ from the announced size or hash: they were truncated, reordered or corrupted."""
 
 
 class RequestIdReusedError(InvalidInputError):
-    """A `request_id` was sent before with another body (AIP-155)."""
+    """An earlier request had the same `request_id` and another body (AIP-155)."""
 
 
 class UnauthenticatedError(MuxtuneError):
-    """No key, an unknown, expired or revoked key, or a wrong mesh secret."""
+    """The call has no key, an unknown, expired or revoked key, or a wrong mesh secret."""
 
 
 class PermissionDeniedError(MuxtuneError):
-    """The caller may not see or change this name, or it does not exist: both answer alike (AIP-211)."""
+    """The caller may not see or change this name, or it does not exist: both get the same answer (AIP-211)."""
 
 
 class NotFoundError(MuxtuneError):
-    """A name inside the caller's own reach does not exist."""
+    """A name that the caller may access does not exist."""
 
 
 class AlreadyExistsError(MuxtuneError):
-    """A resource of that id exists already with other contents."""
+    """A resource with this id and other contents exists already."""
 
 
 class IllegalTransitionError(MuxtuneError):
-    """The task or dataset is in a state in which this can't be done."""
+    """The state of the task or dataset does not allow this change."""
 
 
 class ResourceInUseError(IllegalTransitionError):
-    """The dataset or adapter is needed by an unfinished task."""
+    """An unfinished task needs the dataset or adapter."""
 
 
 class QuotaExceededError(MuxtuneError):
-    """A limit of the tenant or of the service (bytes, rows, tasks) would be passed."""
+    """The request would exceed a limit of the tenant or of the service (bytes, rows, tasks)."""
 
 
 class WillNeverFitError(InvalidInputError):
-    """No executor of that backbone could hold the task even alone."""
+    """No executor of the backbone has enough memory for the task, even alone."""
 
 
 class OverloadedError(MuxtuneError):
-    """Too much at once; the same call will be taken later."""
+    """The service has too many requests now. The same call succeeds later."""
 
 
 class SupersededError(MuxtuneError):
-    """The writer's attempt epoch, lease or plan version has been superseded: what it sent does not count."""
+    """The writer's attempt, lease or plan version is out of date: its write is ignored."""
 
 
 class LeaseLostError(SupersededError):
-    """The executor's lease ended or belongs to another incarnation."""
+    """The executor's lease ended or belongs to another process of the executor."""
 
 
 class UnavailableError(MuxtuneError):
-    """A service, store or executor is away for now."""
+    """A service, store or executor can't be reached now."""
 
 
 class BackboneUnsupportedError(MuxtuneError):
-    """The model cannot be trained exactly by this engine (packed and separate runs differ, unsupported operators)."""
+    """The engine can't train this model exactly (packed and separate runs differ, or operators are unsupported)."""
 
 
 class ArtifactCorruptError(MuxtuneError):
-    """A checkpoint, dataset or adapter in the store does not match its manifest."""
+    """A checkpoint, dataset or adapter in the store differs from its manifest."""
 
 
 class ExportMismatchError(MuxtuneError):
-    """The exported adapter, loaded again, does not answer like the training model."""
+    """The exported adapter, loaded again, gives other logits than the training model."""
 
 
 class NonFiniteError(MuxtuneError):
-    """A task's loss or gradient is NaN or Inf: quarantined before its optimizer wrote."""
+    """A task's loss or gradient is NaN or Inf. The task ends before its optimizer writes."""

@@ -1,4 +1,4 @@
-"""What the executor says of a task after a microbatch. Only the standard library, so that every service can read it."""
+"""Results of a task that the executor returns after a microbatch. Only the standard library, for every service."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from engine.errors import MuxtuneError
 
 @dataclass(frozen=True)
 class ShadowCheck:
-    """A step run again for its task alone, from the same parameters: relative differences to what its neighbours left.
+    """Relative differences between a fused step and the same step run again for its task alone.
 
     `loss_difference`: |fused - alone| / |alone|. `gradient_difference`: the norm of the difference over the norm alone.
     """
@@ -20,7 +20,7 @@ class ShadowCheck:
 class StepResult:
     """One optimizer step of one task. `step` counts steps done. `seconds` is its share of its microbatches' time.
 
-    `input_digest`: what it was trained on, 32 bytes (engine/alignment/step_digest.py).
+    `input_digest`: 32 bytes that identify the data of the step (engine/alignment/step_digest.py).
     """
 
     task: str
@@ -39,7 +39,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Mean loss over the held-out split when `step` steps were done."""
+    """The mean loss over the held-out split after `step` steps."""
 
     task: str
     step: int
@@ -49,7 +49,7 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class TaskFailure:
-    """The task was detached; its neighbours never noticed."""
+    """The executor detached the task because of `error`. Its neighbours are not affected."""
 
     task: str
     step: int

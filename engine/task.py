@@ -1,6 +1,6 @@
-"""A tenant's fine-tuning job: what it asks for, the states it passes, and what may follow what.
+"""A tenant's fine-tuning task: its specification, its states and their legal transitions.
 
-Only the standard library, so that every service and test can share these words.
+Only the standard library, so that every service and test can import it.
 """
 
 import enum
@@ -14,12 +14,12 @@ from engine.methods.base import FieldError, Method
 
 
 class TaskState(enum.Enum):
-    """The life of a task. The last three are final."""
+    """The states of a task. The last three are final."""
 
-    QUEUED = "queued"  # acknowledged and stored; no executor runs it now
+    QUEUED = "queued"  # stored; no executor runs it now
     RUNNING = "running"  # an attempt holds it on an executor
-    CANCELLING = "cancelling"  # the tenant asked to stop; the executor exports what was trained so far
-    SUCCEEDED = "succeeded"  # exported, loaded again, checked
+    CANCELLING = "cancelling"  # the tenant cancelled it; the executor exports the adapter as trained so far
+    SUCCEEDED = "succeeded"  # the adapter was exported, loaded again and checked
     FAILED = "failed"
     CANCELLED = "cancelled"
 
@@ -41,7 +41,7 @@ LEGAL_TRANSITIONS: Mapping[TaskState, frozenset[TaskState]] = {
 
 
 def check_transition(task: str, current: TaskState, following: TaskState) -> None:
-    """Raises IllegalTransitionError unless `following` may come right after `current`."""
+    """Raise IllegalTransitionError unless `following` may come right after `current`."""
     if following not in LEGAL_TRANSITIONS[current]:
         raise IllegalTransitionError(
             f"{task} is {current.name} and cannot become {following.name}", task=task, state=current.name
@@ -54,7 +54,7 @@ class Optimizer(enum.Enum):
 
 
 class LrSchedule(enum.Enum):
-    """As transformers' get_scheduler: linear warm-up from 0, then constant, linear to 0, or half a cosine to 0."""
+    """The learning rate after a linear warm-up from 0, as transformers' get_scheduler: constant, or down to 0."""
 
     CONSTANT = "constant"
     LINEAR = "linear"
@@ -62,7 +62,7 @@ class LrSchedule(enum.Enum):
 
 
 class Overlength(enum.Enum):
-    """What happens to a row of more than `max_sequence_tokens` tokens."""
+    """The treatment of a row of more than `max_sequence_tokens` tokens."""
 
     TRUNCATE = "truncate"  # keep the first max_sequence_tokens
     DROP = "drop"  # leave the row out, counted and shown in preflight
@@ -174,11 +174,10 @@ def out_of_bounds(training: Training, affects: Affects = _EVERYTHING) -> Iterato
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What a tenant asks for. `dataset` and `initial_adapter` are resource names; `dataset_version` is the SHA-256
-    of the dataset's bytes, resolved at admission.
+    """A tenant's specification of a task. `dataset` and `initial_adapter` are resource names.
 
-    Of a tenant's tasks that of the highest `priority` runs first, then that of the earliest deadline (microseconds
-    since the epoch; 0: none).
+    `dataset_version` is the SHA-256 of the dataset's bytes, which admission fills in. A tenant's task with the highest
+    `priority` runs first, then the one with the earliest deadline (microseconds since 1970; 0: none).
     """
 
     backbone: str
@@ -194,13 +193,13 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a task's data stands: `step` optimizer steps are done. With dataset version and seed it says all."""
+    """A position in a task's data: `step` optimizer steps are done. Dataset version and seed determine the rest."""
 
     step: int = 0
 
 
 def evaluation_is_due(training: Training, step: int, num_steps: int) -> bool:
-    """Whether the held-out split is evaluated when `step` steps are done (before step number `step` is run)."""
+    """Return whether the held-out split is evaluated after `step` steps (before step number `step` runs)."""
     if training.heldout_fraction <= 0:
         return False
     every = training.evaluate_every_steps

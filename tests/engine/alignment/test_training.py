@@ -150,4 +150,4 @@ def proto(training: Training) -> Any:
 def demand(training: Training) -> Any:
     steps = training.num_steps or 6
     task = TaskView("t", "tenants/a", spec(training), 0, steps, num_train_tokens=1000)
-    return DemandEstimator(PlannerConfig()).need(task, BACKBONE)
+    return DemandEstimator(PlannerConfig()).estimate(task, BACKBONE)
