@@ -200,10 +200,8 @@ def _guessed(path: Path, mean_tokens: float) -> scheduling_pb2.HypotheticalTask:
         raise InvalidInputError(
             f"{path}: training.num_steps: must be set, as epochs can't be counted without a dataset"
         )
-    most, batch = training.max_sequence_tokens or 512, training.global_batch_size or 8
-    tokens = round(training.num_steps * batch * (mean_tokens or most / 2))
     return scheduling_pb2.HypotheticalTask(
-        task=_name(path, spec.dataset), spec=spec, num_steps=training.num_steps, num_train_tokens=tokens
+        task=_name(path, spec.dataset), spec=spec, num_steps=training.num_steps, mean_tokens=mean_tokens
     )
 
 

@@ -1,13 +1,14 @@
 """`muxtune task`: create, ls, show, watch, cancel."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, client_of, console, print_json, table
 from muxtune.cli.dataset import warn_of_special_text
 from muxtune.cli.spec import read_settings, read_spec
+from muxtune.cli.training_options import with_training_options
 from muxtune.task_states import state_name
 from muxtune.v1 import task_pb2
 
@@ -19,6 +20,7 @@ NameArgument = Annotated[str, typer.Argument(help="tenants/TENANT/tasks/ID")]
     epilog="Examples: muxtune task create -f examples/replies.yaml   |   muxtune task create --dataset "
     "tenants/default/datasets/replies --rank 8 --target q_proj --target v_proj --learning-rate 1e-3 --epochs 2"
 )
+@with_training_options
 def create(
     file: Annotated[Path | None, typer.Option("-f", "--file", help="The spec as YAML; flags override it.")] = None,
     id: Annotated[str, typer.Option(help="Last part of its name; default: one is made.")] = "",
@@ -28,16 +30,8 @@ def create(
     alpha: Annotated[float | None, typer.Option(help="Of LoRA; default: the rank.")] = None,
     dropout: Annotated[float | None, typer.Option(help="Of LoRA.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="Target module; give it several times.")] = None,
-    learning_rate: Annotated[float | None, typer.Option()] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; or --epochs.")] = None,
-    epochs: Annotated[int | None, typer.Option()] = None,
-    global_batch_size: Annotated[int | None, typer.Option(help="Sequences of one step.")] = None,
-    max_sequence_tokens: Annotated[int | None, typer.Option()] = None,
-    heldout_fraction: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other field: training.warmup_steps=10, labels.team=support.")
-    ] = None,
+    training: Annotated[dict[str, Any] | None, "one option for each field"] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any other field, as in labels.team=support.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only check and estimate.")] = False,
     data: DataOption = DEFAULT_DATA,
     json: JsonOption = False,
@@ -50,13 +44,7 @@ def create(
         "lora.alpha": alpha,
         "lora.dropout": dropout,
         "lora.target_modules": target or None,
-        "training.learning_rate": learning_rate,
-        "training.num_steps": steps,
-        "training.num_epochs": epochs,
-        "training.global_batch_size": global_batch_size,
-        "training.max_sequence_tokens": max_sequence_tokens,
-        "training.heldout_fraction": heldout_fraction,
-        "training.seed": seed,
+        **{f"training.{name}": value for name, value in (training or {}).items()},
     }
     with client_of(data) as client:
         given = {path: value for path, value in flags.items() if value is not None}

@@ -317,6 +317,7 @@ class HypotheticalTask(_message.Message):
     LENGTH_QUANTILES_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     EXECUTOR_FIELD_NUMBER: _builtins.int
+    MEAN_TOKENS_FIELD_NUMBER: _builtins.int
     task: _builtins.str
     """tenants/{tenant}/tasks/{task}, the name of no existing task."""
     num_steps: _builtins.int
@@ -325,6 +326,8 @@ class HypotheticalTask(_message.Message):
     step: _builtins.int
     """In a profile only, for an existing task: number of steps done, and its executor (empty if it waits)."""
     executor: _builtins.str
+    mean_tokens: _builtins.float
+    """Mean tokens of a row, where num_train_tokens is not known. 0 selects half of max_sequence_tokens."""
     @_builtins.property
     def spec(self) -> _task_pb2.TaskSpec: ...
     @_builtins.property
@@ -341,12 +344,15 @@ class HypotheticalTask(_message.Message):
         length_quantiles: _abc.Iterable[_builtins.int] | None = ...,
         step: _builtins.int = ...,
         executor: _builtins.str = ...,
+        mean_tokens: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mean_tokens", b"_mean_tokens", "mean_tokens", b"mean_tokens", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor", b"executor", "length_quantiles", b"length_quantiles", "num_steps", b"num_steps", "num_train_tokens", b"num_train_tokens", "spec", b"spec", "step", b"step", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_tokens", b"_mean_tokens", "executor", b"executor", "length_quantiles", b"length_quantiles", "mean_tokens", b"mean_tokens", "num_steps", b"num_steps", "num_train_tokens", b"num_train_tokens", "spec", b"spec", "step", b"step", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__mean_tokens: _TypeAlias = _typing.Literal["mean_tokens"]  # noqa: Y015
+    _WhichOneofArgType__mean_tokens: _TypeAlias = _typing.Literal["_mean_tokens", b"_mean_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_tokens) -> _WhichOneofReturnType__mean_tokens | None: ...
 
 Global___HypotheticalTask: _TypeAlias = HypotheticalTask  # noqa: Y015
 

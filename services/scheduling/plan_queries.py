@@ -7,6 +7,7 @@ from engine.errors import InvalidInputError, NotFoundError
 from engine.planning.planner import plan as make_plan
 from engine.planning.simulation.whatif import forecast, picture
 from engine.planning.types import Plan, PlannerConfig, Snapshot, TaskView
+from engine.task import Training
 from muxtune.v1 import ledger_pb2
 from muxtune.v1 import scheduling_pb2 as pb
 from services.conversion.plan import cost_to_proto, explanation_to_proto, htask_to_proto, planner_config_to_proto
@@ -70,17 +71,26 @@ def hypothetical_tasks(request: pb.SimulatePlanRequest, snapshot: Snapshot) -> l
         tenant = tenant_of(task.task)
         if not tenant or task.task in names:
             raise InvalidInputError.of_field(f"{path}.task", f'"{task.task}" must name a task that does not exist')
-        if steps < 1 or task.num_train_tokens < 1:
+        tokens = task.num_train_tokens or _guessed_tokens(task, spec.training, steps)
+        if steps < 1 or tokens < 1:
             raise InvalidInputError.of_field(
                 f"{path}.num_steps", "steps and tokens must be positive; read them from a preflight"
             )
         age += 1
         names.add(task.task)
         tasks.append(
-            TaskView(task.task, tenant, spec, age, steps, num_train_tokens=task.num_train_tokens,
+            TaskView(task.task, tenant, spec, age, steps, num_train_tokens=tokens,
                      length_quantiles=tuple(task.length_quantiles))
         )  # fmt: skip
     return tasks
+
+
+def _guessed_tokens(task: pb.HypotheticalTask, training: Training, num_steps: int) -> int:
+    """Return the tokens of all steps by the mean length of a row; 0 where the request gives no mean."""
+    if not task.HasField("mean_tokens"):
+        return 0
+    mean_tokens = task.mean_tokens or training.max_sequence_tokens / 2
+    return round(num_steps * training.global_batch_size * mean_tokens)
 
 
 def what_if(snapshot: Snapshot, limits: PlannerConfig, extra: list[TaskView]) -> pb.SimulatePlanResponse:

@@ -87,8 +87,8 @@ def test_reading_commands_speak_json(admission: Admission, command: str) -> None
 
 FLAGS = [
     "--dataset", "tenants/a/datasets/d", "--rank", "8", "--alpha", "16", "--target", "q_proj", "--target", "v_proj",
-    "--learning-rate", "1e-3", "--steps", "10", "--seed", "0", "--set", "training.warmup_steps=2",
-    "--set", "training.lr_schedule=LR_SCHEDULE_COSINE", "--set", "labels.team=support",
+    "--learning-rate", "1e-3", "--steps", "10", "--seed", "0", "--warmup-steps", "2",
+    "--lr-schedule", "cosine", "--set", "labels.team=support",
 ]  # fmt: skip
 FIELDS = {
     "backbone": "smollm2",
@@ -107,6 +107,20 @@ def test_a_file_and_flags_say_the_same(admission: Admission, tmp_path: Path) -> 
     assert from_file.spec == from_flags.spec
     assert from_file.task_id == "x"
     assert from_file.spec.training.warmup_steps == 2
+
+
+def test_every_field_of_training_has_an_option(admission: Admission) -> None:
+    """Options are made from the proto: each sets the field of its name."""
+    expected, flags = task_pb2.Training(), list[str]()
+    for field in expected.DESCRIPTOR.fields:
+        if field.name != "num_epochs":  # one of the two is set
+            setattr(expected, field.name, 2 if field.cpp_type != field.CPPTYPE_BOOL else True)
+            value = field.enum_type.values_by_number[2].name if field.enum_type else "2"
+            option = f"--{field.name.replace('_', '-')}"
+            flags += [option] if field.cpp_type == field.CPPTYPE_BOOL else [option, value]
+    done = run("task", "create", "--dataset", "tenants/a/datasets/d", *flags)
+    assert done.exit_code == 0, done.output
+    assert admission.requests[0].spec.training == expected
 
 
 def test_flags_override_the_file_even_with_nothing(admission: Admission, tmp_path: Path) -> None:
