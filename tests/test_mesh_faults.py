@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from muxtune.client import Client
 from muxtune.errors import UnavailableError
 from muxtune.local.certificate_authority import issue
-from muxtune.local.mesh import OPERATORS_DOOR, START_ORDER, STOP_ORDER, Mesh, free_addresses
+from muxtune.local.mesh import OPERATOR_ENDPOINTS, START_ORDER, STOP_ORDER, Mesh, free_addresses
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc, task_pb2
 from tests.fault_proxy import FaultProxy
 from tests.mesh_chaos import trainer_of
@@ -88,7 +88,7 @@ def proxies() -> Iterator[Proxies]:
 def mesh(backbone: Path, proxies: Proxies, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     """Its executor and its scheduling hear of each other through the proxies only."""
     data = tmp_path_factory.mktemp("fencing") / "mesh"
-    doors = (*START_ORDER, *OPERATORS_DOOR.values())
+    doors = (*START_ORDER, *OPERATOR_ENDPOINTS.values())
     addresses = free_addresses(doors)
     data.mkdir()
     (data / "mesh.json").write_text(json.dumps({"addresses": addresses}))

@@ -1,36 +1,38 @@
-"""`muxtune adapter`: pull, push, ls, rm."""
+"""`muxtune adapter`: uploads, lists, downloads and deletes adapters."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, client_of, console, print_json, table
+from muxtune.cli.context import DEFAULT_DATA, DataOption, IdOption, JsonOption, client_of, console, print_json, table
 
-app = typer.Typer(help="Adapters, as PEFT folders.", no_args_is_help=True)
+app = typer.Typer(help="Upload, list, download and delete adapters, as PEFT folders.", no_args_is_help=True)
 
 
-@app.command(epilog="Example: muxtune adapter pull tenants/default/tasks/replies ./replies-adapter")
-def pull(
-    name: Annotated[str, typer.Argument(help="A task's or an adapter's name.")],
-    dest: Annotated[Path, typer.Argument(help="Folder to make; an adapter there is replaced.")],
+@app.command(epilog="Example: muxtune adapter download tenants/default/tasks/replies ./replies-adapter")
+@app.command("pull", hidden=True)
+def download(
+    name: Annotated[str, typer.Argument(help="Name of a task or an adapter.")],
+    dest: Annotated[Path, typer.Argument(help="Folder to create; an adapter that is there is replaced.")],
     data: DataOption = DEFAULT_DATA,
 ) -> None:
-    """Download an adapter: checked, whole or not at all. It loads with peft.PeftModel.from_pretrained."""
+    """Download an adapter, checked and whole or not at all. Load it with peft.PeftModel.from_pretrained."""
     with client_of(data) as client:
         folder = client.download_adapter(name, dest)
         files = ", ".join(sorted(path.name for path in folder.iterdir()))
         console.print(f"{folder}: {files}")
 
 
-@app.command(epilog="Example: muxtune adapter push ./replies-adapter --id replies-before")
-def push(
-    folder: Annotated[Path, typer.Argument(help="A PEFT folder.")],
-    id: Annotated[str, typer.Option(help="Last part of its name; default: one is made.")] = "",
+@app.command(epilog="Example: muxtune adapter upload ./replies-adapter --id replies-before")
+@app.command("push", hidden=True)
+def upload(
+    folder: Annotated[Path, typer.Argument(help="PEFT folder.")],
+    id: IdOption = "",
     data: DataOption = DEFAULT_DATA,
     json: JsonOption = False,
 ) -> None:
-    """Upload an adapter to continue from (a task's initial_adapter)."""
+    """Upload an adapter, for tasks to continue from (their initial_adapter)."""
     with client_of(data) as client:
         adapter = client.upload_adapter(folder, id)
         if json:
@@ -38,20 +40,22 @@ def push(
         console.print(f"{adapter.name}: {adapter.size_bytes} bytes")
 
 
-@app.command(epilog="Example: muxtune adapter ls --json")
-def ls(data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
-    """List adapters, uploaded ones and those that tasks left, newest first."""
+@app.command("list", epilog="Example: muxtune adapter list --json")
+@app.command("ls", hidden=True)
+def list_(data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
+    """List uploaded and trained adapters, newest first."""
     with client_of(data) as client:
         adapters = list(client.list_adapters())
         if json:
             return print_json(adapters)
         rows = ((a.name, a.size_bytes, f"{a.create_time.ToDatetime():%Y-%m-%d %H:%M} UTC") for a in adapters)
-        table("", ("name", "bytes", "made"), rows)
+        table("", ("name", "bytes", "created"), rows)
 
 
-@app.command(epilog="Example: muxtune adapter rm tenants/default/adapters/replies-before")
-def rm(
-    name: Annotated[str, typer.Argument(help="tenants/TENANT/adapters/ID; of a task's adapter, ID is the task's.")],
+@app.command(epilog="Example: muxtune adapter delete tenants/default/adapters/replies-before")
+@app.command("rm", hidden=True)
+def delete(
+    name: Annotated[str, typer.Argument(help="tenants/TENANT/adapters/ID; a trained adapter has the ID of its task.")],
     data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Delete an adapter that no unfinished task starts from."""

@@ -1,4 +1,4 @@
-"""`muxtune certs`: the private CA, and a new certificate for each service, executor and the operator."""
+"""`muxtune certs`: creates the private CA, and a certificate for each service, executor and the operator."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,19 +10,23 @@ from muxtune.local.certificate_authority import CA, DAYS, LOOPBACK, issue
 
 
 def certs(
-    folder: Annotated[Path, typer.Argument(help="Where the CA is, or will be.")],
-    host: Annotated[list[str] | None, typer.Option(help="A name or address clients reach admission by.")] = None,
-    executor: Annotated[list[str] | None, typer.Option(help="MUXTUNE_EXECUTOR_NAME of one; default: local.")] = None,
-    days: Annotated[int, typer.Option(min=1, help="How long the new certificates hold.")] = DAYS,
+    folder: Annotated[Path, typer.Argument(help="Folder of the CA; it is created if there is none.")],
+    host: Annotated[
+        list[str] | None, typer.Option(help="Name or address by which clients reach admission; may be repeated.")
+    ] = None,
+    executor: Annotated[
+        list[str] | None, typer.Option(help="MUXTUNE_EXECUTOR_NAME of an executor; may be repeated; default: local.")
+    ] = None,
+    days: Annotated[int, typer.Option(min=1, help="Days until the new certificates expire.")] = DAYS,
 ) -> None:
-    """Make the CA if there is none, and a new certificate for each service. Running services take them up.
+    """Create the CA if there is none, and a new certificate for each service; running services start to use it.
 
-    An executor takes part under the name in its certificate and no other. Those that have one get a new one, too.
+    An executor can register only under the name in its certificate. Executors that have one get a new one, too.
 
-    Keep ca.key away from the services: whoever has it can be any of them.
+    Keep ca.key away from the services: with it, a process can pose as any of them.
     """
     with errors_as_lines():
-        made = issue(folder, [*LOOPBACK, *(host or ())], days, executor or ())
-    console.print(f"{folder / CA}: what clients need (MUXTUNE_CA)")
-    for path in made:
+        folders = issue(folder, [*LOOPBACK, *(host or ())], days, executor or ())
+    console.print(f"{folder / CA}: MUXTUNE_CA of clients")
+    for path in folders:
         console.print(f"{path}: MUXTUNE_CERTS of {path.relative_to(folder)}")

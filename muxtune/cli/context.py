@@ -1,4 +1,4 @@
-"""Where the command finds the mesh, how it prints, and how an error becomes one line and an exit status."""
+"""Finds the mesh, prints tables and JSON, and turns errors into lines and an exit status."""
 
 import json
 import os
@@ -17,30 +17,35 @@ from rich.table import Table
 from muxtune.client import Client
 from muxtune.errors import MuxtuneError, UnauthenticatedError
 from muxtune.local.certificate_authority import CA
-from muxtune.local.mesh import OPERATORS_DOOR, MeshError, read_state, secure_channel
+from muxtune.local.mesh import OPERATOR_ENDPOINTS, MeshError, read_state, secure_channel
 from muxtune.local.tracing import traced
 from muxtune.transport import metadata
 
 # The terminal wraps lines, not we: a path in a log or a pipe stays whole, and "[a]" in it is no markup.
 _PLAIN: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False}
 console, error_console = Console(**_PLAIN), Console(stderr=True, **_PLAIN)
-DataOption = Annotated[Path, typer.Option("--data", help="Data folder of a mesh that `muxtune up` started.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+DataOption = Annotated[Path, typer.Option("--data", help="Data folder of the mesh that `muxtune up` started.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
+IdOption = Annotated[str, typer.Option(help="Last part of the name; default: a generated ID.")]
 DEFAULT_DATA = Path(os.environ.get("MUXTUNE_DATA", "muxtune-data"))
 
 
 @contextmanager
 def client_of(data: Path) -> Iterator[Client]:
-    """With MUXTUNE_ADDRESS and MUXTUNE_API_KEY, or the data folder's own mesh. Errors end the command."""
+    """Yield a client of the mesh in MUXTUNE_ADDRESS with MUXTUNE_API_KEY, or else of the data folder's mesh.
+
+    Errors inside end the command with a line each.
+    """
     with errors_as_lines(), traced(data):
         state = read_state(data)
-        own = state.get("addresses", {}).get("admission")
-        address = os.environ.get("MUXTUNE_ADDRESS") or own
-        ca = data / "certs" / CA if address == own and "MUXTUNE_CA" not in os.environ else None
+        local_address = state.get("addresses", {}).get("admission")
+        address = os.environ.get("MUXTUNE_ADDRESS") or local_address
+        ca = data / "certs" / CA if address == local_address and "MUXTUNE_CA" not in os.environ else None
         key = os.environ.get("MUXTUNE_API_KEY") or state.get("api_key")
         if not address or not key:
             raise UnauthenticatedError(
-                f"no mesh: start one with `muxtune up --data {data}`, or set MUXTUNE_ADDRESS and MUXTUNE_API_KEY"
+                f"No mesh in {data}: start one with `muxtune up --data {data}`, "
+                "or set MUXTUNE_ADDRESS and MUXTUNE_API_KEY"
             )
         with Client(address, key, ca) as client:
             yield client
@@ -48,9 +53,10 @@ def client_of(data: Path) -> Iterator[Client]:
 
 @contextmanager
 def operator_channel(data: Path, service: str) -> Iterator[tuple[grpc.Channel, tuple[tuple[str, str], ...]]]:
-    """A channel to a service with the operator's certificate: in MUXTUNE_CERTS, or in the data folder of `muxtune up`.
+    """Yield a channel to a service, and the metadata of its calls, for an operator.
 
-    Where there is none, to admission's public address with an operator's API key.
+    The certificate is the operator's, in MUXTUNE_CERTS or the data folder of `muxtune up`. Without a certificate, it is
+    a channel to admission's public address with an operator's API key.
     """
     with errors_as_lines():
         address, certs = operator_access(data, service)
@@ -62,21 +68,22 @@ def operator_channel(data: Path, service: str) -> Iterator[tuple[grpc.Channel, t
                 yield client.channel, metadata(os.environ["MUXTUNE_API_KEY"])
         else:
             raise UnauthenticatedError(
-                f"an operator's command: needs the data folder of `muxtune up` in --data, or "
-                f"MUXTUNE_{service.upper()}_ADDRESS and MUXTUNE_CERTS with the operator's certificate"
+                f"This command is for operators: pass the data folder of `muxtune up` as --data, or set "
+                f"MUXTUNE_{service.upper()}_ADDRESS and MUXTUNE_CERTS (the operator's certificate)"
             )
 
 
 def operator_access(data: Path, service: str) -> tuple[str, Path]:
-    """Where a service takes operators ("" if nothing says so), and the folder with their certificate."""
-    known = read_state(data).get("addresses", {})
-    address = os.environ.get(f"MUXTUNE_{service.upper()}_ADDRESS") or known.get(OPERATORS_DOOR.get(service, service))
+    """Return a service's address for operators ("" if it is unknown) and the folder of the operator's certificate."""
+    addresses = read_state(data).get("addresses", {})
+    endpoint = OPERATOR_ENDPOINTS.get(service, service)
+    address = os.environ.get(f"MUXTUNE_{service.upper()}_ADDRESS") or addresses.get(endpoint)
     return address or "", Path(os.environ.get("MUXTUNE_CERTS") or data / "certs" / "operator")
 
 
 @contextmanager
 def errors_as_lines() -> Iterator[None]:
-    """What went wrong on standard error, a line a field; exit status 1."""
+    """Print an error inside to standard error, one line per field, and exit with status 1."""
     try:
         yield
     except MuxtuneError as error:
@@ -90,14 +97,14 @@ def errors_as_lines() -> Iterator[None]:
 
 
 def print_json(messages: Iterable[Message]) -> None:
-    """One JSON object a line, field names as in the protos."""
+    """Print one JSON object per line, with the field names of the protos."""
     for message in messages:
         fields = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
         print(json.dumps(fields, ensure_ascii=False), flush=True)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """A table for people; numbers are text already."""
+    """Print a table."""
     result = Table(title=title or None, title_justify="left")
     for column in columns:
         result.add_column(column, overflow="fold")

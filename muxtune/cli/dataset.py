@@ -1,4 +1,4 @@
-"""`muxtune dataset`: put, ls, check, rm."""
+"""`muxtune dataset`: uploads, lists, checks and deletes datasets."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,21 +6,28 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, client_of, console, print_json, table
+from muxtune.cli.context import DEFAULT_DATA, DataOption, IdOption, JsonOption, client_of, console, print_json, table
 from muxtune.cli.spec import read_training
 from muxtune.v1 import dataset_pb2, task_pb2
 
-app = typer.Typer(help="Datasets: JSON Lines with messages, prompt/completion or text.", no_args_is_help=True)
+app = typer.Typer(
+    help="Upload, list, check and delete datasets: JSON Lines with messages, prompt/completion or text.",
+    no_args_is_help=True,
+)
 
 
-@app.command(epilog="Example: muxtune dataset put examples/support_replies.jsonl --id replies")
-def put(
-    file: Annotated[Path, typer.Argument(help="A file of JSON Lines.")],
-    id: Annotated[str, typer.Option(help="Last part of its name; default: one is made.")] = "",
+NameArgument = Annotated[str, typer.Argument(help="tenants/TENANT/datasets/ID")]
+
+
+@app.command(epilog="Example: muxtune dataset upload examples/support_replies.jsonl --id replies")
+@app.command("put", hidden=True)
+def upload(
+    file: Annotated[Path, typer.Argument(help="JSON Lines file.")],
+    id: IdOption = "",
     data: DataOption = DEFAULT_DATA,
     json: JsonOption = False,
 ) -> None:
-    """Upload a dataset; every line is checked before anything is stored."""
+    """Upload a dataset. Every line is checked before anything is stored."""
     with client_of(data) as client:
         dataset = client.upload_dataset(file, id)
         if json:
@@ -28,8 +35,9 @@ def put(
         console.print(f"{dataset.name}: {dataset.num_rows} rows, {dataset.size_bytes} bytes, SHA-256 {dataset.sha256}")
 
 
-@app.command(epilog="Example: muxtune dataset ls --json")
-def ls(data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
+@app.command("list", epilog="Example: muxtune dataset list --json")
+@app.command("ls", hidden=True)
+def list_(data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
     """List datasets, newest first."""
     with client_of(data) as client:
         datasets = list(client.list_datasets())
@@ -39,17 +47,27 @@ def ls(data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
         table("", ("name", "rows", "bytes", "shape", "sha256"), rows)
 
 
+@app.command(epilog="Example: muxtune dataset get tenants/default/datasets/replies --json")
+def get(name: NameArgument, data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
+    """Show one dataset: rows by shape, bytes, SHA-256."""
+    with client_of(data) as client:
+        dataset = client.get_dataset(name)
+        if json:
+            return print_json([dataset])
+        console.print(str(dataset))
+
+
 @app.command(epilog="Example: muxtune dataset check tenants/default/datasets/replies --backbone smollm2")
 def check(
-    name: Annotated[str, typer.Argument(help="tenants/TENANT/datasets/ID")],
-    backbone: Annotated[str, typer.Option(help="The backbone that would read it.")] = "smollm2",
-    file: Annotated[Path | None, typer.Option("-f", "--file", help="A task's YAML: its training is used.")] = None,
-    max_sequence_tokens: Annotated[int, typer.Option(help="Where no file is given.")] = 512,
-    samples: Annotated[int, typer.Option(help="Rendered rows to show.")] = 3,
+    name: NameArgument,
+    backbone: Annotated[str, typer.Option(help="Backbone that would read it.")] = "smollm2",
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="YAML of a task, for its `training`.")] = None,
+    max_sequence_tokens: Annotated[int, typer.Option(help="Maximum tokens of a row, without --file.")] = 512,
+    samples: Annotated[int, typer.Option(help="Number of rendered rows to show.")] = 3,
     data: DataOption = DEFAULT_DATA,
     json: JsonOption = False,
 ) -> None:
-    """Show how a task would read a dataset: rendered rows, which tokens bear loss, lengths, what is refused and why."""
+    """Show how a task would read a dataset: rendered rows, tokens that bear loss, lengths, refused rows."""
     default = task_pb2.Training(num_epochs=1, max_sequence_tokens=max_sequence_tokens)
     with client_of(data) as client:
         training = read_training(file) if file else default
@@ -59,8 +77,9 @@ def check(
         _show(report)
 
 
-@app.command(epilog="Example: muxtune dataset rm tenants/default/datasets/replies")
-def rm(name: str, data: DataOption = DEFAULT_DATA) -> None:
+@app.command(epilog="Example: muxtune dataset delete tenants/default/datasets/replies")
+@app.command("rm", hidden=True)
+def delete(name: NameArgument, data: DataOption = DEFAULT_DATA) -> None:
     """Delete a dataset that no unfinished task reads."""
     with client_of(data) as client:
         client.delete_dataset(name)
@@ -81,15 +100,15 @@ def _show(report: dataset_pb2.PreflightReport) -> None:
         f"{report.num_truncated_rows} truncated, {report.num_refused_rows} refused. An epoch has "
         f"{report.num_tokens_per_epoch} tokens, {report.num_target_tokens_per_epoch} of them bear loss."
     )
-    for refused in report.refused_rows:
-        console.print(f"  line {refused.line}: {refused.reason}")
+    for row_refused in report.refused_rows:
+        console.print(f"  line {row_refused.line}: {row_refused.reason}")
     warn_of_special_text(report.num_special_text_rows)
 
 
 def warn_of_special_text(num_rows: int) -> None:
     if num_rows:
         console.print(
-            f"{num_rows} rows spell special tokens out, which will be read as text: if they were rendered beforehand, "
-            "set training.parse_special_tokens to true.",
+            f"{num_rows} rows contain the text of special tokens, which is read as plain text. If the rows were "
+            "rendered with a chat template already, set training.parse_special_tokens to true.",
             style="yellow",
         )

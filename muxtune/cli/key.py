@@ -1,4 +1,4 @@
-"""`muxtune key`: create, ls, revoke. Operators' commands."""
+"""`muxtune key`: creates, lists and revokes tenants' API keys, for operators."""
 
 import time
 from enum import StrEnum
@@ -11,11 +11,11 @@ from muxtune.errors import raising
 from muxtune.resource_names import tenant_name
 from muxtune.v1 import key_pb2, key_pb2_grpc
 
-app = typer.Typer(help="Tenants' API keys (for operators).", no_args_is_help=True)
+app = typer.Typer(help="Create, list and revoke API keys of tenants (for operators).", no_args_is_help=True)
 
 
 class KeyRole(StrEnum):
-    """What a key may do."""
+    """Roles of API keys."""
 
     TENANT = "tenant"
     VIEWER = "viewer"
@@ -24,13 +24,15 @@ class KeyRole(StrEnum):
 
 @app.command(epilog="Example: muxtune key create acme --role viewer --days 30")
 def create(
-    tenant: Annotated[str, typer.Argument(help="A tenant's id; it is made with its first key.")] = "",
-    role: Annotated[KeyRole, typer.Option(help="viewer: reads only; operator: of no tenant.")] = KeyRole.TENANT,
-    days: Annotated[float, typer.Option(min=0, help="How long it holds; 0: until revoked.")] = 0,
+    tenant: Annotated[str, typer.Argument(help="ID of the tenant; a new tenant is created with its first key.")] = "",
+    role: Annotated[
+        KeyRole, typer.Option(help="viewer: may only read; operator: belongs to no tenant.")
+    ] = KeyRole.TENANT,
+    days: Annotated[float, typer.Option(min=0, help="Days until the key expires; 0: never.")] = 0,
     data: DataOption = DEFAULT_DATA,
     json: JsonOption = False,
 ) -> None:
-    """Make a key. Its secret is shown once; the store keeps a hash."""
+    """Create an API key. Its secret is shown once; the database keeps a hash."""
     with operator_channel(data, "admission") as (channel, metadata), raising():
         request = key_pb2.CreateApiKeyRequest(
             tenant=tenant_name(tenant), role=key_pb2.KeyRole.Value(f"KEY_ROLE_{role.upper()}")
@@ -40,17 +42,18 @@ def create(
         answer = key_pb2_grpc.KeyServiceStub(channel).CreateApiKey(request, timeout=30, metadata=metadata)
         if json:
             return print_json([answer])
-        console.print(f"{answer.key.tenant or role}, key {answer.key.id}; keep this, it is not shown again:")
+        console.print(f"{answer.key.tenant or role}, key {answer.key.id}. Keep this secret; it is not shown again:")
         console.print(answer.secret)
 
 
-@app.command(epilog="Example: muxtune key ls --tenant acme")
-def ls(
-    tenant: Annotated[str, typer.Option(help="Only this tenant's.")] = "",
+@app.command("list", epilog="Example: muxtune key list --tenant acme")
+@app.command("ls", hidden=True)
+def list_(
+    tenant: Annotated[str, typer.Option(help="List only this tenant's keys.")] = "",
     data: DataOption = DEFAULT_DATA,
     json: JsonOption = False,
 ) -> None:
-    """List keys: never their secrets."""
+    """List API keys, without their secrets."""
     with operator_channel(data, "admission") as (channel, metadata), raising():
         request = key_pb2.ListApiKeysRequest(tenant=tenant_name(tenant))
         answer = key_pb2_grpc.KeyServiceStub(channel).ListApiKeys(request, timeout=30, metadata=metadata)
@@ -71,8 +74,8 @@ def ls(
 
 
 @app.command(epilog="Example: muxtune key revoke 6ce7bab7a897")
-def revoke(id: str, data: DataOption = DEFAULT_DATA) -> None:
-    """Revoke a key at once, for good."""
+def revoke(id: Annotated[str, typer.Argument(help="ID of the key.")], data: DataOption = DEFAULT_DATA) -> None:
+    """Revoke an API key at once and for good. The list keeps it, as revoked."""
     with operator_channel(data, "admission") as (channel, metadata), raising():
         request = key_pb2.RevokeApiKeyRequest(id=id)
         answer = key_pb2_grpc.KeyServiceStub(channel).RevokeApiKey(request, timeout=30, metadata=metadata)

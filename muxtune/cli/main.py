@@ -13,7 +13,7 @@ from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, console, e
 from muxtune.local.mesh import DEFAULT_BACKBONE, Mesh, default_backbone, stopped_by_signals
 
 app = typer.Typer(
-    help="Many tenants' PEFT tasks at once on one shared, frozen LLM backbone.",
+    help="Fine-tune many tenants' PEFT tasks at once on one shared, frozen LLM backbone.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -36,11 +36,13 @@ def up(
         list[str] | None,
         typer.Option(help="NAME=PATH of a GGUF file or Hugging Face folder; default: SmolLM2-135M-Instruct."),
     ] = None,
-    otlp_endpoint: Annotated[str, typer.Option(help="Send traces and metrics there; default: a file.")] = "",
+    otlp_endpoint: Annotated[
+        str, typer.Option(help="OTLP endpoint for traces and metrics; default: traces go to a file.")
+    ] = "",
 ) -> None:
-    """Start the four services on loopback and stay until interrupted.
+    """Start the four services on loopback. Stop with Ctrl-C; the next `muxtune up` resumes all tasks.
 
-    MUXTUNE_OIDC_* and MUXTUNE_MAX_*, if set, are admission's: an identity provider, and tenants' limits.
+    MUXTUNE_OIDC_* (an identity provider) and MUXTUNE_MAX_* (limits of tenants) are passed on to admission.
     """
     with errors_as_lines(), stopped_by_signals():
         mesh = Mesh(data, _backbones(backbone), otlp_endpoint, {"admission": _policies()})
@@ -50,21 +52,23 @@ def up(
             _announce(mesh)
             _watch(mesh)
         except KeyboardInterrupt:
-            console.print("stopping: tasks are checkpointed and go on at the next start ...")
+            console.print("stopping: tasks are checkpointed, and resume at the next start ...")
         finally:
             codes = mesh.stop()
-        bad = {service: code for service, code in codes.items() if code}
-        if bad:
-            error_console.print(f"error: did not stop cleanly: {bad}")
+        failed = [f"{service} (status {code})" for service, code in codes.items() if code]
+        if failed:
+            error_console.print(f"error: services did not stop cleanly: {', '.join(failed)}; see {data / 'logs'}")
             raise typer.Exit(1)
         console.print("stopped")
 
 
 @app.command(epilog="Example: muxtune demo --data /tmp/demo")
 def demo(
-    data: Annotated[Path, typer.Option("--data", help="Where the demo's mesh lives; made anew.")] = Path("demo-data"),
+    data: Annotated[Path, typer.Option("--data", help="Data folder of the demo's mesh; it is emptied first.")] = Path(
+        "demo-data"
+    ),
 ) -> None:
-    """Run five tasks of three tenants at once on one backbone, and show what came of it."""
+    """Train five tasks of three tenants at once on one backbone, and show their results."""
     from muxtune.local.demo import run_demo
 
     with errors_as_lines(), stopped_by_signals():
@@ -79,11 +83,11 @@ def demo(
 @app.command(epilog="Example: muxtune verify --steps 50")
 def verify(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each task.")] = 50,
-    methods: Annotated[str, typer.Option(help="Only these, comma separated.")] = "",
+    methods: Annotated[str, typer.Option(help="Methods to verify, comma separated; default: all.")] = "",
     backbone: Annotated[Path | None, typer.Option(help="Hugging Face folder; default: a small random Llama.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Prove that a task trained among others gets what it gets alone: against HF PEFT, and against muxtune itself."""
+    """Verify that a task trained among others gets the adapter that it gets alone, in HF PEFT and in muxtune itself."""
     from muxtune.cli.verify import run_verification
 
     if code := run_verification(steps, methods, backbone, json):
@@ -101,22 +105,22 @@ def _backbones(options: list[str] | None) -> dict[str, Path]:
 
 
 def _policies() -> dict[str, str]:
-    """Of the environment, what says who may what; the rest of a mesh's settings is its own affair."""
+    """Return admission's policies from the environment; other settings of the mesh are not inherited."""
     return {name: value for name, value in os.environ.items() if name.startswith(("MUXTUNE_OIDC_", "MUXTUNE_MAX_"))}
 
 
 def _announce(mesh: Mesh) -> None:
     for service, address in mesh.addresses.items():
         console.print(f"  {service:<11} {address}")
-    console.print("All healthy. A client needs:", style="green")
+    console.print("All services are healthy. Clients need:", style="green")
     console.print(f"  export MUXTUNE_ADDRESS={mesh.addresses['admission']}")
     console.print(f"  export MUXTUNE_CA={mesh.ca.absolute()}")
     console.print(f"  export MUXTUNE_API_KEY={mesh.api_key}")
-    console.print(f"Logs in {mesh.data / 'logs'}; Ctrl-C stops.")
+    console.print(f"Logs in {mesh.data / 'logs'}. Stop with Ctrl-C; the next start resumes all tasks.")
 
 
 def _watch(mesh: Mesh) -> None:
-    """Until interrupted. A service that dies is named, with the end of its log, and started again."""
+    """Restart services that die, and print the end of their logs, until interrupted."""
     restarts = 0
     while True:
         time.sleep(1)
@@ -125,11 +129,11 @@ def _watch(mesh: Mesh) -> None:
             error_console.print(f"{service} ended with status {code}: " + " | ".join(tail))
             restarts += 1
             if restarts > _MAX_RESTARTS:
-                error_console.print(f"error: {_MAX_RESTARTS} restarts were not enough: giving up")
+                error_console.print(f"error: services ended {restarts} times; giving up after {_MAX_RESTARTS} restarts")
                 raise typer.Exit(1)
             time.sleep(min(2 ** (restarts - 1), 10))
             mesh.restart_service(service)
-            console.print(f"{service} runs again")
+            console.print(f"{service} is restarted")
 
 
 if __name__ == "__main__":

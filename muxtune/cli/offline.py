@@ -1,4 +1,4 @@
-"""The planner without a mesh: `services.scheduling.offline_planner`, the mesh's own code, in a process of its own."""
+"""Runs the planner without a mesh: the mesh's own code, `services.scheduling.offline_planner`, as a subprocess."""
 
 import json
 import subprocess
@@ -16,18 +16,19 @@ _COMMAND = (sys.executable, "-m", "services.scheduling.offline_planner")
 
 
 def whatif(profile: Path, tasks: list[scheduling_pb2.HypotheticalTask]) -> scheduling_pb2.SimulatePlanResponse:
-    """What SchedulingService.SimulatePlan would answer. Raises InvalidInputError."""
+    """Return what SchedulingService.SimulatePlan would answer. Raises InvalidInputError."""
     fields = [MessageToDict(task, preserving_proto_field_name=True) for task in tasks]
     (answer,) = _answers({"profile": read_profile(profile), "tasks": fields})
     return ParseDict(answer, scheduling_pb2.SimulatePlanResponse())
 
 
 def simulate(profile: dict[str, Any], trace: dict[str, Any], num_devices: int) -> Iterator[dict[str, Any]]:
-    """A summary for each policy. Raises InvalidInputError."""
+    """Yield a summary for each policy. Raises InvalidInputError."""
     yield from _answers({"profile": profile, "trace": trace, "num_devices": num_devices})
 
 
-def told(row: dict[str, Any]) -> str:
+def format_summary(row: dict[str, Any]) -> str:
+    """Return a policy's summary as text."""
     left_out = f", {row['num_never_placed']} fit nowhere" if row["num_never_placed"] else ""
     mean, median, most = (row[f"{name}_completion_seconds"] for name in ("mean", "median", "p95"))
     return (
@@ -40,18 +41,18 @@ def told(row: dict[str, Any]) -> str:
 
 
 def read_profile(path: Path) -> dict[str, Any]:
-    """Raises InvalidInputError."""
+    """Return a recorded profile. Raises InvalidInputError."""
     try:
         fields = json.loads(read_text(path))
     except ValueError as error:
         raise InvalidInputError(f"{path}: is not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise InvalidInputError(f"{path}: is no profile: record one with `muxtune plan profile`")
+        raise InvalidInputError(f"{path}: is not a profile: record one with `muxtune plan profile`")
     return fields
 
 
 def read_text(path: Path) -> str:
-    """Raises InvalidInputError."""
+    """Return a file's text. Raises InvalidInputError."""
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -61,6 +62,8 @@ def read_text(path: Path) -> str:
 def _answers(request: dict[str, Any]) -> list[dict[str, Any]]:
     done = subprocess.run(_COMMAND, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["the planner ended without a word"]
+        last = done.stderr.strip().splitlines()[-1:] or [
+            f"the planner ended with status {done.returncode} and no message"
+        ]
         raise InvalidInputError(last[0].removeprefix("error: "))
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -1,4 +1,4 @@
-"""`muxtune plan`: what runs where, beside whom, and why; what would be; the planner without a mesh. For operators."""
+"""`muxtune plan`: shows and explains the plan, answers what-if questions and simulates traces, for operators."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -26,16 +26,17 @@ from muxtune.errors import InvalidInputError, raising
 from muxtune.resource_names import task_name, tenant_name, tenant_of
 from muxtune.v1 import plan_pb2, scheduling_pb2, scheduling_pb2_grpc
 
-app = typer.Typer(help="The plan that runs, and what would be (for operators).", no_args_is_help=True)
+app = typer.Typer(help="Show, explain and simulate plans (for operators).", no_args_is_help=True)
 ProfileOption = Annotated[
-    Path | None, typer.Option("--profile", help="What `muxtune plan profile` wrote; no mesh is asked.")
+    Path | None, typer.Option("--profile", help="File written by `muxtune plan profile`, to use in place of a mesh.")
 ]
 _SECONDS = 60.0
 
 
-@app.command(epilog="Example: muxtune plan show --json")
-def show(data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
-    """Show the current plan and the explanation of every unfinished task."""
+@app.command(epilog="Example: muxtune plan get --json")
+@app.command("show", hidden=True)
+def get(data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
+    """Show the current plan and the explanation of each unfinished task."""
     with _scheduling(data) as call:
         answer = call.GetPlan(scheduling_pb2.GetPlanRequest())
         if json:
@@ -56,35 +57,37 @@ def explain(
     data: DataOption = DEFAULT_DATA,
     json: JsonOption = False,
 ) -> None:
-    """Show why a task runs where it runs or waits, beside whom, and what that costs it. Other tenants' tasks are only
-    counted."""
+    """Show why a task waits or runs where it runs, its neighbours, and what they cost it.
+
+    Tasks of other tenants are counted, but not named.
+    """
     with _scheduling(data) as call:
         answer = call.ExplainPlan(scheduling_pb2.ExplainPlanRequest(task=task))
         if json:
             return print_json([answer])
-        for label, text in _told(answer):
+        for label, text in _explained(answer):
             console.print(f"{label + ':':10} {text}")
 
 
 @app.command(epilog="Examples: muxtune plan whatif new.yaml   |   muxtune plan whatif --profile profile.json new.yaml")
 def whatif(
-    specs: Annotated[list[Path], typer.Argument(help="Specs of tasks as YAML.")],
+    specs: Annotated[list[Path], typer.Argument(help="YAML files with specs of tasks.")],
     profile: ProfileOption = None,
     mean_tokens: Annotated[
         float,
-        typer.Option(min=0, help="Of a sequence, with --profile, where no dataset is read. 0: half its most."),
+        typer.Option(min=0, help="Mean tokens of a sequence, with --profile; 0: half the maximum."),
     ] = 0.0,
     data: DataOption = DEFAULT_DATA,
     json: JsonOption = False,
 ) -> None:
-    """Show what would be planned, and when all would be done, had these tasks been created too. Nothing is changed."""
+    """Show the plan, and when each task would end, if these tasks were created too. Nothing is changed."""
     with errors_as_lines():
         if profile is not None:
             answer = offline.whatif(profile, [_guessed(path, mean_tokens) for path in specs])
         else:
-            asked = _estimated(specs, data)
+            tasks = _estimated(specs, data)
             with _scheduling(data) as call:
-                answer = call.SimulatePlan(scheduling_pb2.SimulatePlanRequest(tasks=asked))
+                answer = call.SimulatePlan(scheduling_pb2.SimulatePlanRequest(tasks=tasks))
         if json:
             return print_json([answer])
         _show_explanations(answer.explanations)
@@ -94,23 +97,23 @@ def whatif(
 
 @app.command(epilog="Example: muxtune plan timeline -o plan.svg")
 def timeline(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The SVG file.")],
-    executor: Annotated[str, typer.Option(help="executors/NAME; default: the first that runs something.")] = "",
+    output: Annotated[Path, typer.Option("-o", "--output", help="SVG file to write.")],
+    executor: Annotated[str, typer.Option(help="executors/NAME; default: the first that runs a task.")] = "",
     data: DataOption = DEFAULT_DATA,
 ) -> None:
-    """Draw an executor's hTasks over its stages, by predicted seconds."""
+    """Draw an executor's hTasks over its pipeline stages, by predicted seconds."""
     with _scheduling(data) as call:
-        told = call.GetPlan(scheduling_pb2.GetPlanRequest()).explanations
-        there = [e.task for e in told if e.executor and executor in ("", e.executor)]
-        if not there:
-            raise InvalidInputError(f"nothing runs on {executor or 'any executor'}: there is nothing to draw")
-        output.write_text(call.ExplainPlan(scheduling_pb2.ExplainPlanRequest(task=there[0])).timeline_svg)
+        explanations = call.GetPlan(scheduling_pb2.GetPlanRequest()).explanations
+        running = [e.task for e in explanations if e.executor and executor in ("", e.executor)]
+        if not running:
+            raise InvalidInputError(f"No task runs on {executor or 'any executor'}: there is nothing to draw")
+        output.write_text(call.ExplainPlan(scheduling_pb2.ExplainPlanRequest(task=running[0])).timeline_svg)
     console.print(str(output))
 
 
 @app.command(epilog="Example: muxtune plan profile > profile.json")
 def profile(data: DataOption = DEFAULT_DATA) -> None:
-    """Print what plans are made from, as JSON: executors with their costs, unfinished tasks, settings."""
+    """Print the planner's input as JSON: executors with their costs, unfinished tasks, settings."""
     with _scheduling(data) as call:
         print_json([call.GetProfile(scheduling_pb2.GetProfileRequest()).profile])
 
@@ -120,21 +123,25 @@ def profile(data: DataOption = DEFAULT_DATA) -> None:
     "muxtune plan simulate --profile profile.json --trace arrivals.jsonl"
 )
 def simulate(
-    trace: Annotated[Path | None, typer.Option(help="Arrivals as JSON Lines: docs/planning.md.")] = None,
-    generate: Annotated[int, typer.Option(min=0, help="Tasks to make up, where there is no --trace.")] = 0,
-    rate: Annotated[float, typer.Option(help="Arrivals a second, on average.")] = 1.0,
-    burst: Annotated[float, typer.Option(min=1, help="Arrivals at once, on average; 1: Poisson.")] = 1.0,
-    steps: Annotated[float, typer.Option(min=1, help="Steps of a task, the median.")] = 200.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    devices: Annotated[int, typer.Option(min=0, help="Executors like those recorded. 0: as many as those.")] = 0,
+    trace: Annotated[
+        Path | None, typer.Option(help="JSON Lines file of arrivals; docs/planning.md has the format.")
+    ] = None,
+    generate: Annotated[int, typer.Option(min=0, help="Number of tasks to generate, without --trace.")] = 0,
+    rate: Annotated[float, typer.Option(help="Mean arrivals per second.")] = 1.0,
+    burst: Annotated[float, typer.Option(min=1, help="Mean number of tasks per arrival; 1: Poisson.")] = 1.0,
+    steps: Annotated[float, typer.Option(min=1, help="Median number of steps of a task.")] = 200.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the generated trace.")] = 0,
+    devices: Annotated[
+        int, typer.Option(min=0, help="Number of executors, like those of the profile; 0: as many as it has.")
+    ] = 0,
     profile: ProfileOption = None,
     data: DataOption = DEFAULT_DATA,
     json: JsonOption = False,
 ) -> None:
-    """Run the planner over an arrival trace on simulated executors, beside two simpler policies."""
+    """Run the planner and two simpler policies over an arrival trace, on simulated executors."""
     with errors_as_lines():
         if (trace is None) == (generate == 0):
-            raise InvalidInputError("give either --trace FILE or --generate NUMBER")
+            raise InvalidInputError("Pass either --trace FILE or --generate NUMBER")
         recorded = offline.read_profile(profile) if profile else _profile(data)
         fields: dict[str, Any] = {
             "num_tasks": generate,
@@ -149,12 +156,12 @@ def simulate(
             if json:
                 console.print_json(data=row, indent=None)
             else:
-                console.print(offline.told(row))
+                console.print(offline.format_summary(row))
 
 
 @dataclasses.dataclass(frozen=True)
 class _PlanRpc:
-    """The service's methods, with the mesh secret and a deadline."""
+    """SchedulingService's RPCs, called with the operator's metadata and a deadline."""
 
     stub: scheduling_pb2_grpc.SchedulingServiceStub
     metadata: tuple[tuple[str, str], ...]
@@ -177,28 +184,28 @@ def _profile(data: Path) -> dict[str, Any]:
 
 
 def _estimated(specs: list[Path], data: Path) -> list[scheduling_pb2.HypotheticalTask]:
-    """As admission reads them, datasets and all."""
-    made = []
+    """Return the tasks of the specs with admission's estimates, which read the datasets."""
+    tasks = []
     with client_of(data) as client:
         for path in specs:
             spec = read_spec(path)
             estimate = client.estimate_task(spec)
-            made.append(
+            tasks.append(
                 scheduling_pb2.HypotheticalTask(
                     task=_name(path, spec.dataset), spec=spec, num_steps=estimate.num_steps,
                     num_train_tokens=estimate.num_train_tokens, length_quantiles=estimate.length_quantiles,
                 )
             )  # fmt: skip
-    return made
+    return tasks
 
 
 def _guessed(path: Path, mean_tokens: float) -> scheduling_pb2.HypotheticalTask:
-    """Without a dataset: as many steps as the spec says, of sequences of so many tokens."""
+    """Return the task of a spec without reading its dataset: its sequences have `mean_tokens` tokens."""
     spec = read_spec(path)
     training = spec.training
     if training.num_steps < 1:
         raise InvalidInputError(
-            f"{path}: training.num_steps: must be set, as epochs can't be counted without a dataset"
+            f"{path}: training.num_steps is not set: set it, as epochs cannot be counted without a dataset"
         )
     return scheduling_pb2.HypotheticalTask(
         task=_name(path, spec.dataset), spec=spec, num_steps=training.num_steps, mean_tokens=mean_tokens
@@ -209,7 +216,7 @@ def _name(path: Path, dataset: str) -> str:
     return task_name(tenant_of(dataset) or tenant_name("whatif"), f"whatif-{path.stem}")
 
 
-def _told(answer: scheduling_pb2.ExplainPlanResponse) -> Iterator[tuple[str, str]]:
+def _explained(answer: scheduling_pb2.ExplainPlanResponse) -> Iterator[tuple[str, str]]:
     e = answer.explanation
     yield "where", e.executor or "waits"
     yield "why", e.reason
@@ -231,10 +238,9 @@ def _told(answer: scheduling_pb2.ExplainPlanResponse) -> Iterator[tuple[str, str
 
 def _beside(e: plan_pb2.TaskExplanation) -> str:
     tenant = tenant_of(e.task)
-    own = [name for name in e.neighbours if tenant_of(name) == tenant]
-    others = len(e.neighbours) - len(own)
-    told = [*own, *([f"{others} of other tenants"] if others else [])]
-    return ", ".join(told) or "nobody"
+    of_tenant = [name for name in e.neighbours if tenant_of(name) == tenant]
+    num_others = len(e.neighbours) - len(of_tenant)
+    return ", ".join([*of_tenant, *([f"{num_others} of other tenants"] if num_others else [])]) or "no other task"
 
 
 def _show_explanations(explanations: Iterable[plan_pb2.TaskExplanation]) -> None:

@@ -1,4 +1,4 @@
-"""A task's spec from a YAML file, from flags, or both: the proto's own field names, read by protobuf's JSON mapping."""
+"""Reads a task's spec from a YAML file, from flags, or from both, by the proto's field names (protobuf's JSON)."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -13,7 +13,7 @@ from muxtune.v1 import task_pb2
 
 
 class _Loader(yaml.SafeLoader):
-    """What looks like a date stays text: a deadline is read by protobuf, a label is none. Quotes make no difference."""
+    """Reads dates as text, quoted or not: protobuf reads a deadline, and a label is never a date."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -23,7 +23,10 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def read_spec(file: Path | None, flags: Mapping[str, Any] | None = None) -> task_pb2.TaskSpec:
-    """`flags` override the file, by path ("training.num_steps"). Raises InvalidInputError naming what is wrong."""
+    """Return the spec in `file`, overridden by `flags`, which are named by path ("training.num_steps").
+
+    Raises InvalidInputError, which names the field.
+    """
     fields = _fields(file) if file else {}
     for path, value in (flags or {}).items():
         _put(fields, path, value)
@@ -36,33 +39,35 @@ def read_spec(file: Path | None, flags: Mapping[str, Any] | None = None) -> task
 
 
 def read_training(file: Path) -> task_pb2.Training:
-    """The training of a task's spec."""
+    """Return the training of the spec in a file."""
     return read_spec(file).training
 
 
 def read_settings(texts: list[str]) -> dict[str, Any]:
-    """`PATH=VALUE` texts, values as YAML writes them. Raises InvalidInputError."""
-    found = {}
+    """Return values by path from texts like `PATH=VALUE`, whose values are YAML. Raises InvalidInputError."""
+    settings = {}
     for text in texts:
         path, separator, value = text.partition("=")
         if not (path and separator):
             raise InvalidInputError(f'--set "{text}": write PATH=VALUE, as in training.warmup_steps=10')
         try:
-            found[path] = yaml.load(value, _Loader)
+            settings[path] = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise InvalidInputError(f'--set "{text}": the value is not YAML') from error
-    return found
+    return settings
 
 
 def _in_utc(text: str) -> str:
-    """A moment as protobuf's JSON has it; one without a zone is UTC, as in YAML. Anything else stays for protobuf to
-    refuse."""
+    """Return a time as protobuf's JSON writes it; without a zone it is UTC, as in YAML.
+
+    A text that is not a time is returned as it is, for protobuf to refuse.
+    """
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
         return text
     if len(text) <= len("2026-01-31"):
-        return text  # a day is no moment
+        return text  # a date without a time
     aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     return aware.astimezone(UTC).isoformat().replace("+00:00", "Z")
 

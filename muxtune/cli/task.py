@@ -1,18 +1,18 @@
-"""`muxtune task`: create, ls, show, watch, cancel."""
+"""`muxtune task`: creates, lists, shows, watches and cancels tasks."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, client_of, console, print_json, table
+from muxtune.cli.context import DEFAULT_DATA, DataOption, IdOption, JsonOption, client_of, console, print_json, table
 from muxtune.cli.dataset import warn_of_special_text
 from muxtune.cli.spec import read_settings, read_spec
 from muxtune.cli.training_options import with_training_options
 from muxtune.task_states import state_name
 from muxtune.v1 import task_pb2
 
-app = typer.Typer(help="Fine-tuning tasks.", no_args_is_help=True)
+app = typer.Typer(help="Create, list, get, watch and cancel fine-tuning tasks.", no_args_is_help=True)
 NameArgument = Annotated[str, typer.Argument(help="tenants/TENANT/tasks/ID")]
 
 
@@ -22,21 +22,25 @@ NameArgument = Annotated[str, typer.Argument(help="tenants/TENANT/tasks/ID")]
 )
 @with_training_options
 def create(
-    file: Annotated[Path | None, typer.Option("-f", "--file", help="The spec as YAML; flags override it.")] = None,
-    id: Annotated[str, typer.Option(help="Last part of its name; default: one is made.")] = "",
-    backbone: Annotated[str | None, typer.Option(help="Default: smollm2.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("-f", "--file", help="Spec of the task as YAML; flags override it.")
+    ] = None,
+    id: IdOption = "",
+    backbone: Annotated[str | None, typer.Option(help="Name of the backbone; default: smollm2.")] = None,
     dataset: Annotated[str | None, typer.Option(help="tenants/TENANT/datasets/ID")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of LoRA.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Of LoRA; default: the rank.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="Of LoRA.")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="Target module; give it several times.")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha; default: the rank.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="LoRA dropout.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Target module of LoRA; repeat the option for several.")
+    ] = None,
     training: Annotated[dict[str, Any] | None, "one option for each field"] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other field, as in labels.team=support.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Only check and estimate.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check and estimate the task without creating it.")] = False,
     data: DataOption = DEFAULT_DATA,
     json: JsonOption = False,
 ) -> None:
-    """Create a task from a YAML file, from flags, or both."""
+    """Create a task from a YAML file, from flags, or from both."""
     flags = {
         "backbone": backbone if backbone or file else "smollm2",
         "dataset": dataset,
@@ -47,8 +51,8 @@ def create(
         **{f"training.{name}": value for name, value in (training or {}).items()},
     }
     with client_of(data) as client:
-        given = {path: value for path, value in flags.items() if value is not None}
-        spec = read_spec(file, given | read_settings(set_ or []))
+        set_flags = {path: value for path, value in flags.items() if value is not None}
+        spec = read_spec(file, set_flags | read_settings(set_ or []))
         if dry_run:
             return _print_estimate(client.estimate_task(spec), json)
         task = client.create_task(spec, id)
@@ -58,9 +62,12 @@ def create(
         _print_estimate(task.estimate, False)
 
 
-@app.command(epilog="Example: muxtune task ls --state RUNNING --state QUEUED --json")
-def ls(
-    state: Annotated[list[str] | None, typer.Option(help="Only these: QUEUED, RUNNING, ...")] = None,
+@app.command("list", epilog="Example: muxtune task list --state RUNNING --state QUEUED --json")
+@app.command("ls", hidden=True)
+def list_(
+    state: Annotated[
+        list[str] | None, typer.Option(help="List only tasks in this state (QUEUED, RUNNING, ...); may be repeated.")
+    ] = None,
     data: DataOption = DEFAULT_DATA,
     json: JsonOption = False,
 ) -> None:
@@ -76,8 +83,9 @@ def ls(
         table("", ("name", "state", "step", "loss", "left"), rows)
 
 
-@app.command(epilog="Example: muxtune task show tenants/default/tasks/replies --json")
-def show(name: NameArgument, data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
+@app.command(epilog="Example: muxtune task get tenants/default/tasks/replies --json")
+@app.command("show", hidden=True)
+def get(name: NameArgument, data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
     """Show one task: spec, state, progress, failure."""
     with client_of(data) as client:
         task = client.get_task(name)
@@ -89,11 +97,11 @@ def show(name: NameArgument, data: DataOption = DEFAULT_DATA, json: JsonOption =
 @app.command(epilog="Example: muxtune task watch tenants/default/tasks/replies --after 12")
 def watch(
     name: NameArgument,
-    after: Annotated[int, typer.Option(help="Sequence of the last event seen.")] = 0,
+    after: Annotated[int, typer.Option(help="Show events after this sequence number.")] = 0,
     data: DataOption = DEFAULT_DATA,
     json: JsonOption = False,
 ) -> None:
-    """Follow a task to its end; exit status 0 if it SUCCEEDED."""
+    """Show a task's events until it ends. The exit status is 0 if it SUCCEEDED."""
     with client_of(data) as client:
         for event in client.watch_task(name, after):
             if json:
@@ -115,7 +123,7 @@ def cancel(name: NameArgument, data: DataOption = DEFAULT_DATA, json: JsonOption
 
 
 def describe(event: task_pb2.TaskEvent) -> str:
-    """An event in a line."""
+    """Return an event as one line."""
     kind = event.WhichOneof("event")
     if kind == "step_done":
         step = event.step_done
@@ -137,7 +145,8 @@ def _state(text: str) -> "task_pb2.TaskState.ValueType":
     try:
         return task_pb2.TaskState.Value(f"TASK_STATE_{text.upper()}")
     except ValueError as error:
-        raise typer.BadParameter(f"{text}: no task state") from error
+        names = ", ".join(state_name(state) for state in task_pb2.TaskState.values() if state)
+        raise typer.BadParameter(f'"{text}" is not a state of a task: use {names}') from error
 
 
 def _loss(task: task_pb2.Task) -> str:

@@ -1,4 +1,4 @@
-"""`muxtune tenant`: quota, usage, audit. Operators' commands."""
+"""`muxtune tenant`: shows and sets quotas, and shows usage and the audit log, for operators."""
 
 from typing import Annotated, Any
 
@@ -9,24 +9,26 @@ from muxtune.errors import raising
 from muxtune.resource_names import tenant_name
 from muxtune.v1 import operator_pb2, operator_pb2_grpc
 
-app = typer.Typer(help="What tenants may use, used and did (for operators).", no_args_is_help=True)
-TenantOption = Annotated[str, typer.Option(help="Only this tenant's.")]
+app = typer.Typer(help="Quotas, usage and audit log of tenants (for operators).", no_args_is_help=True)
+TenantOption = Annotated[str, typer.Option(help="Show only this tenant.")]
 
 
 @app.command(epilog="Example: muxtune tenant quota acme --max-tokens-per-day 5000000")
 def quota(
-    tenant: Annotated[str, typer.Argument(help="A tenant's id.")],
-    max_dataset_bytes: Annotated[int | None, typer.Option(help="0: no limit.")] = None,
-    max_adapter_bytes: Annotated[int | None, typer.Option(help="0: no limit.")] = None,
-    max_unfinished_tasks: Annotated[int | None, typer.Option(help="0: no limit.")] = None,
-    max_tokens_per_day: Annotated[int | None, typer.Option(help="0: no limit.")] = None,
+    tenant: Annotated[str, typer.Argument(help="ID of the tenant.")],
+    max_dataset_bytes: Annotated[int | None, typer.Option(help="Bytes of all datasets; 0: no limit.")] = None,
+    max_adapter_bytes: Annotated[int | None, typer.Option(help="Bytes of all adapters; 0: no limit.")] = None,
+    max_unfinished_tasks: Annotated[int | None, typer.Option(help="Tasks not ended; 0: no limit.")] = None,
+    max_tokens_per_day: Annotated[int | None, typer.Option(help="Effective tokens; 0: no limit.")] = None,
     max_device_seconds_per_day: Annotated[float | None, typer.Option(help="0: no limit.")] = None,
-    reset: Annotated[bool, typer.Option("--reset", help="All others are as the service says.")] = False,
+    reset: Annotated[
+        bool, typer.Option("--reset", help="Limits that are left out return to the service's defaults.")
+    ] = False,
     data: DataOption = DEFAULT_DATA,
     json: JsonOption = False,
 ) -> None:
-    """Show a tenant's quota; with options, change it: what is left out stays."""
-    given: dict[str, Any] = {
+    """Show a tenant's quota, or change it with options; limits that are left out stay as they are."""
+    limits: dict[str, Any] = {
         "max_dataset_bytes": max_dataset_bytes,
         "max_adapter_bytes": max_adapter_bytes,
         "max_unfinished_tasks": max_unfinished_tasks,
@@ -35,23 +37,23 @@ def quota(
     }
     with operator_channel(data, "admission") as (channel, metadata), raising():
         stub = operator_pb2_grpc.OperatorServiceStub(channel)
-        changed = [name for name, value in given.items() if value is not None]
+        changed = [name for name, value in limits.items() if value is not None]
         if changed or reset:
-            wanted = operator_pb2.SetQuotaRequest(tenant=tenant_name(tenant), quota=operator_pb2.Quota(**given))
-            wanted.update_mask.paths.extend([] if reset else changed)
-            found = stub.SetQuota(wanted, timeout=30, metadata=metadata).quota
+            request = operator_pb2.SetQuotaRequest(tenant=tenant_name(tenant), quota=operator_pb2.Quota(**limits))
+            request.update_mask.paths.extend([] if reset else changed)
+            current = stub.SetQuota(request, timeout=30, metadata=metadata).quota
         else:
-            asked = operator_pb2.GetQuotaRequest(tenant=tenant_name(tenant))
-            found = stub.GetQuota(asked, timeout=30, metadata=metadata).quota
+            get = operator_pb2.GetQuotaRequest(tenant=tenant_name(tenant))
+            current = stub.GetQuota(get, timeout=30, metadata=metadata).quota
         if json:
-            return print_json([found])
-        for name in given:
-            console.print(f"{name}: {getattr(found, name) or 'no limit'}")
+            return print_json([current])
+        for name in limits:
+            console.print(f"{name}: {getattr(current, name) or 'no limit'}")
 
 
 @app.command(epilog="Example: muxtune tenant usage --tenant acme")
 def usage(tenant: TenantOption = "", data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
-    """List what tenants used, by day (UTC), newest first."""
+    """Show the usage of tenants by day (UTC), newest first."""
     with operator_channel(data, "admission") as (channel, metadata), raising():
         stub, token = operator_pb2_grpc.OperatorServiceStub(channel), ""
         days: list[operator_pb2.DayUsage] = []
@@ -70,12 +72,12 @@ def usage(tenant: TenantOption = "", data: DataOption = DEFAULT_DATA, json: Json
 
 @app.command(epilog="Example: muxtune tenant audit --after 1200 --json")
 def audit(
-    after: Annotated[int, typer.Option(min=0, help="From the event after this sequence on.")] = 0,
+    after: Annotated[int, typer.Option(min=0, help="Show events after this sequence number.")] = 0,
     tenant: TenantOption = "",
     data: DataOption = DEFAULT_DATA,
     json: JsonOption = False,
 ) -> None:
-    """List who did what, when, and what came of it: at most 1000 events, oldest first."""
+    """Show the audit log, oldest first, at most 1000 events: who called what, when, and the status."""
     with operator_channel(data, "admission") as (channel, metadata), raising():
         request = operator_pb2.ListAuditEventsRequest(after_sequence=after, page_size=1000, tenant=tenant_name(tenant))
         stub = operator_pb2_grpc.OperatorServiceStub(channel)
@@ -86,4 +88,5 @@ def audit(
             who = f"{e.subject} of {e.tenant}" if e.tenant else e.subject
             what = f"{e.method.rpartition('/')[2]} {e.resource or '-'}: {e.status_code}"
             line = f"{e.sequence} {e.time.ToDatetime():%Y-%m-%d %H:%M:%S} {who}: {what}"
-            console.print("".join(c if c.isprintable() else "?" for c in line))  # names of strangers write no lines
+            # A name that a caller chose cannot start a line.
+            console.print("".join(c if c.isprintable() else "?" for c in line))

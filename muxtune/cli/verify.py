@@ -1,6 +1,6 @@
-"""`muxtune verify`: the proof that a tenant gets the adapter it would have got alone, on this machine.
+"""`muxtune verify`: shows on this machine that a tenant gets the adapter it would have got alone.
 
-The engine's report runs in a process of its own, so that the command needs no torch.
+The engine runs in a subprocess, so that the command itself needs no torch.
 """
 
 import json
@@ -13,7 +13,7 @@ from muxtune.cli.context import console, error_console, table
 
 
 def run_verification(steps: int, methods: str, backbone: Path | None, as_json: bool) -> int:
-    """Prints the worst of each method; the exit status of the report: 0 if all holds."""
+    """Print the worst differences of each method. Returns the exit status: 0 if all are within the goals."""
     command = [sys.executable, "-m", "engine.verification", "--steps", str(steps)]
     command += ["--methods", methods] if methods else []
     command += ["--backbone", str(backbone)] if backbone else []
@@ -38,27 +38,29 @@ def run_verification(steps: int, methods: str, backbone: Path | None, as_json: b
 
 
 def _show(findings: list[dict[str, Any]], steps: int) -> None:
-    """A line a method: worst of its options against its reference, and against this engine without neighbours."""
+    """Print a line per method: its worst differences from the reference, and from this engine without neighbours."""
     title = f"All methods in one batch, {steps} steps, float32: worst differences from each alone"
     header = ("method", "against", "losses", "weights", "rounding", "losses*", "weights*", "ok")
     rows = []
     for method in dict.fromkeys(finding["method"] for finding in findings):
-        own = [finding for finding in findings if finding["method"] == method]
-        outside = [finding for finding in own if finding["own_rounding"] is not None]
-        inside = [finding for finding in own if finding["own_rounding"] is None]
+        of_method = [finding for finding in findings if finding["method"] == method]
+        outside = [finding for finding in of_method if finding["own_rounding"] is not None]
+        inside = [finding for finding in of_method if finding["own_rounding"] is None]
         columns = [_worst(outside, key) for key in ("loss_difference", "weight_difference", "own_rounding")]
         columns += [_worst(inside, key) for key in ("loss_difference", "weight_difference")]
-        holds = "yes" if all(finding["holds"] for finding in own) else "NO"
+        holds = "yes" if all(finding["holds"] for finding in of_method) else "NO"
         rows.append((method, outside[0]["against"].removesuffix(" alone"), *columns, holds))
     table(title, header, rows)
     num_options = len({finding["options"] for finding in findings})
     console.print(
         f"Worst of {num_options} combinations of optimizer, accumulation and schedule. Goals: losses of every step\n"
         "within 1e-5 (relative), final weights within 1e-4. Rounding: the reference's losses against its own run in\n"
-        "float64; no difference can be told below that. *: against this engine with each task alone."
+        "float64; no smaller difference means anything. *: against this engine with each task alone."
     )
-    odd = [f"{f['method']} ({f['options']}, against {f['against']})" for f in findings if not f["holds"]]
-    console.print("verified" if not odd else f"NOT verified: {'; '.join(odd)}", style="red" if odd else "green")
+    failed = [f"{f['method']} ({f['options']}, against {f['against']})" for f in findings if not f["holds"]]
+    console.print(
+        "verified" if not failed else f"NOT verified: {'; '.join(failed)}", style="red" if failed else "green"
+    )
 
 
 def _worst(findings: list[dict[str, Any]], key: str) -> str:

@@ -35,7 +35,8 @@ from muxtune.v1 import key_pb2, key_pb2_grpc
 
 START_ORDER = ("alignment", "admission", "scheduling", "execution")
 STOP_ORDER = ("execution", "scheduling", "admission", "alignment")
-OPERATORS_DOOR = {"admission": "admission_internal"}  # the others have one door, for who has a certificate
+# The other services have one endpoint, for callers with a certificate.
+OPERATOR_ENDPOINTS = {"admission": "admission_internal"}
 DEFAULT_TENANT = tenant_name("default")
 DEFAULT_BACKBONE = "smollm2"
 _READY_SECONDS, _STOP_SECONDS = 180.0, 60.0
@@ -130,7 +131,7 @@ class Mesh:
 
     def operator_channel(self, service: str) -> grpc.Channel:
         """With the operator's certificate."""
-        address = self.addresses[OPERATORS_DOOR.get(service, service)]
+        address = self.addresses[OPERATOR_ENDPOINTS.get(service, service)]
         return secure_channel(address, self.certs / "operator", service)
 
     def log_of(self, service: str) -> Path:
@@ -171,7 +172,7 @@ class Mesh:
         state = read_state(self.data)
         self.api_key = state.get("api_key", "")
         known = state.get("addresses", {})
-        doors = (*START_ORDER, *OPERATORS_DOOR.values())
+        doors = (*START_ORDER, *OPERATOR_ENDPOINTS.values())
         self.addresses = free_addresses(doors, known)
         self._write_state()
 

@@ -30,17 +30,24 @@ from tests.tiny_backbone import write_backbone
 ROOT = Path(__file__).parents[2]
 NAME = "tenants/a/tasks/t"
 COMMANDS = [
-    "up", "demo", "dataset put", "dataset ls", "dataset check", "dataset rm", "task create", "task ls", "task show",
-    "task watch", "task cancel", "adapter pull", "adapter push", "adapter ls", "adapter rm", "executor drain",
-    "plan show", "plan explain", "plan whatif", "plan timeline", "plan profile", "plan simulate", "key create",
-    "key ls", "key revoke", "verify", "certs", "tenant quota", "tenant usage", "tenant audit",
+    "up", "demo", "dataset upload", "dataset list", "dataset get", "dataset check", "dataset delete", "task create",
+    "task list", "task get", "task watch", "task cancel", "adapter upload", "adapter list", "adapter download",
+    "adapter delete", "executor drain", "plan get", "plan explain", "plan whatif", "plan timeline", "plan profile",
+    "plan simulate", "key create", "key list", "key revoke", "verify", "certs", "tenant quota", "tenant usage",
+    "tenant audit",
 ]  # fmt: skip
+FORMER = {
+    "dataset put": "dataset upload", "dataset ls": "dataset list", "dataset rm": "dataset delete",
+    "task ls": "task list", "task show": "task get", "adapter push": "adapter upload", "adapter ls": "adapter list",
+    "adapter pull": "adapter download", "adapter rm": "adapter delete", "plan show": "plan get", "key ls": "key list",
+}  # fmt: skip
 READING = {
-    "dataset ls": ("num_rows", 3),
+    "dataset list": ("num_rows", 3),
+    "dataset get tenants/a/datasets/d": ("name", "tenants/a/datasets/d"),
     "dataset check tenants/a/datasets/d": ("num_rows", "3"),
-    "task ls": ("name", "tenants/a/tasks/t0"),
-    "adapter ls": ("name", "tenants/a/adapters/x0"),
-    f"task show {NAME}": ("state", "TASK_STATE_SUCCEEDED"),
+    "task list": ("name", "tenants/a/tasks/t0"),
+    "adapter list": ("name", "tenants/a/adapters/x0"),
+    f"task get {NAME}": ("state", "TASK_STATE_SUCCEEDED"),
     f"task watch {NAME}": ("sequence", "1"),
 }
 
@@ -68,11 +75,14 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 
 
 def test_the_list_above_is_complete() -> None:
-    groups = {group.name: group.typer_instance for group in app.registered_groups}
-    found = {f"{name} {command.name or command.callback.__name__}" for name, group in groups.items() if group
-             for command in group.registered_commands}  # fmt: skip
-    found |= {command.name or command.callback.__name__ for command in app.registered_commands}
-    assert found == set(COMMANDS)
+    visible, hidden = {}, {}
+    groups = {f"{group.name} ": group.typer_instance for group in app.registered_groups}
+    for prefix, group in {"": app, **groups}.items():
+        for command in group.registered_commands if group else ():
+            name = prefix + (command.name or command.callback.__name__)
+            (hidden if command.hidden else visible)[name] = command.callback
+    assert set(visible) == set(COMMANDS)
+    assert hidden == {former: visible[name] for former, name in FORMER.items()}
 
 
 @pytest.mark.parametrize("command", READING)
@@ -179,28 +189,28 @@ def test_every_wrong_field_has_its_line(admission: Admission) -> None:
 
 def test_a_refusal_is_one_line_and_no_traceback(admission: Admission) -> None:
     admission.failures = [PermissionDeniedError('"tenants/b/tasks/t" does not exist, or this key may not see it')]
-    done = run("task", "show", "tenants/b/tasks/t")
+    done = run("task", "get", "tenants/b/tasks/t")
     assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
 
 
 def test_no_mesh_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("MUXTUNE_ADDRESS", "MUXTUNE_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    done = run("task", "ls", "--data", str(tmp_path))
+    done = run("task", "list", "--data", str(tmp_path))
     assert done.exit_code == 1
     assert "muxtune up" in done.stderr
 
 
 def test_unknown_states_are_refused(admission: Admission) -> None:
-    assert run("task", "ls", "--state", "SLEEPING").exit_code == 2
+    assert run("task", "list", "--state", "SLEEPING").exit_code == 2
     assert run("task", "ls", "--state", "running").exit_code == 0
     assert list(admission.requests[0].states) == [task_pb2.TASK_STATE_RUNNING]
 
 
-def test_pull_and_push(admission: Admission, tmp_path: Path) -> None:
+def test_download_and_upload(admission: Admission, tmp_path: Path) -> None:
     admission.download = [*file_parts(CONFIG, b"{}"), *file_parts(WEIGHTS, b"w")]
-    assert run("adapter", "pull", NAME, "adapter").exit_code == 0
-    assert run("adapter", "push", "adapter", "--json").exit_code == 0
+    assert run("adapter", "download", NAME, "adapter").exit_code == 0
+    assert run("adapter", "upload", "adapter", "--json").exit_code == 0
     assert len(admission.uploads) == 1
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
@@ -280,7 +290,7 @@ def test_up_hands_on_who_may_what_and_nothing_else(monkeypatch: pytest.MonkeyPat
 def test_up_ends_with_all_its_services(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
     data = tmp_path / ("a folder [with] a name longer than a line of eighty columns, as those of a CI are" + "." * 20)
     up = start_up(data, tiny)
-    lines = read_until(up, f"Logs in {data / 'logs'}; Ctrl-C stops.")
+    lines = read_until(up, f"Logs in {data / 'logs'}. Stop with Ctrl-C")
     services = descendants(up.pid)
     assert len(services) == 5  # four services, and the trainer
     if number is signal.SIGINT:

@@ -68,7 +68,7 @@ async def test_the_command_says_it_in_its_line(
     monkeypatch.setenv("MUXTUNE_ADDRESS", f"127.0.0.1:{server[0]}")
     monkeypatch.setenv("MUXTUNE_API_KEY", "mxt_0_x")
     monkeypatch.delenv("MUXTUNE_CA", raising=False)
-    done = await asyncio.to_thread(CliRunner().invoke, app, ["task", "ls", "--data", str(tmp_path / "none")])
+    done = await asyncio.to_thread(CliRunner().invoke, app, ["task", "list", "--data", str(tmp_path / "none")])
     assert done.exit_code == 1
     (line,) = done.output.splitlines()
     assert line.startswith("error:") and "MUXTUNE_CA" in line and "certs/ca.crt" in line
