@@ -37,128 +37,128 @@ class MuxtuneError(Exception):
 
 @dataclass(frozen=True)
 class FieldViolation:
-    """One offending field: its path in the request (`training.learning_rate`), and what is wrong and what to do."""
+    """An invalid field of a request: its path (`training.learning_rate`), and the problem with its remedy."""
 
     field: str
     description: str
 
 
 class InvalidInputError(MuxtuneError):
-    """The request can never succeed as it stands."""
+    """The request can't succeed unless the caller changes it."""
 
     reason = "INVALID_INPUT"
 
 
 class MalformedDatasetError(InvalidInputError):
-    """A dataset's bytes are not what JSON Lines of a known shape should be; names the line."""
+    """A line of a dataset is not valid JSON of a known shape. The message names the line."""
 
     reason = "MALFORMED_DATASET"
 
 
 class ChecksumMismatchError(InvalidInputError):
-    """Bytes received are not the bytes announced (truncated, reordered or corrupted upload)."""
+    """An upload's bytes differ from the announced size or hash: they were truncated, reordered or corrupted."""
 
     reason = "CHECKSUM_MISMATCH"
 
 
 class RequestIdReusedError(InvalidInputError):
-    """A `request_id` was sent before with another body (AIP-155)."""
+    """An earlier request had the same `request_id` and another body (AIP-155)."""
 
     reason = "REQUEST_ID_REUSED"
 
 
 class UnauthenticatedError(MuxtuneError):
-    """No key, an unknown, expired or revoked key, or a wrong mesh secret."""
+    """The call has no key, an unknown, expired or revoked key, or a wrong mesh secret."""
 
     reason = "UNAUTHENTICATED"
 
 
 class PermissionDeniedError(MuxtuneError):
-    """The caller may not see or change this name, or it does not exist: both answer alike (AIP-211)."""
+    """The caller may not see or change this name, or it does not exist: both get the same answer (AIP-211)."""
 
     reason = "PERMISSION_DENIED"
 
 
 class NotFoundError(MuxtuneError):
-    """A name inside the caller's own reach does not exist."""
+    """A name that the caller may access does not exist."""
 
     reason = "NOT_FOUND"
 
 
 class AlreadyExistsError(MuxtuneError):
-    """A resource of that id exists already with other contents."""
+    """A resource with this id and other contents exists already."""
 
     reason = "ALREADY_EXISTS"
 
 
 class IllegalTransitionError(MuxtuneError):
-    """The task or dataset is in a state in which this can't be done."""
+    """The state of the task or dataset does not allow this change."""
 
     reason = "ILLEGAL_TRANSITION"
 
 
 class ResourceInUseError(IllegalTransitionError):
-    """The dataset or adapter is needed by an unfinished task."""
+    """An unfinished task needs the dataset or adapter."""
 
     reason = "RESOURCE_IN_USE"
 
 
 class QuotaExceededError(MuxtuneError):
-    """A limit of the tenant or of the service (bytes, rows, tasks) would be passed."""
+    """The request would exceed a limit of the tenant or of the service (bytes, rows, tasks)."""
 
     reason = "QUOTA_EXCEEDED"
 
 
 class WillNeverFitError(InvalidInputError):
-    """No executor of that backbone could hold the task even alone."""
+    """No executor of the backbone has enough memory for the task, even alone."""
 
     reason = "WILL_NEVER_FIT"
 
 
 class OverloadedError(MuxtuneError):
-    """Too much at once; the same call will be taken later."""
+    """The service has too many requests now. The same call succeeds later."""
 
     reason = "OVERLOADED"
 
 
 class SupersededError(MuxtuneError):
-    """The writer's attempt epoch, lease or plan version has been superseded: what it sent does not count."""
+    """The writer's attempt, lease or plan version is out of date: its write is ignored."""
 
     reason = "SUPERSEDED"
 
 
 class LeaseLostError(SupersededError):
-    """The executor's lease ended or belongs to another incarnation."""
+    """The executor's lease ended or belongs to another process of the executor."""
 
     reason = "LEASE_LOST"
 
 
 class UnavailableError(MuxtuneError):
-    """A service, store or executor is away for now."""
+    """A service, store or executor can't be reached now."""
 
     reason = "UNAVAILABLE"
 
 
 class BackboneUnsupportedError(MuxtuneError):
-    """The model cannot be trained exactly by this engine (packed and separate runs differ, unsupported operators)."""
+    """The engine can't train this model exactly (packed and separate runs differ, or operators are unsupported)."""
 
     reason = "BACKBONE_UNSUPPORTED"
 
 
 class ArtifactCorruptError(MuxtuneError):
-    """A checkpoint, dataset or adapter in the store does not match its manifest."""
+    """A checkpoint, dataset or adapter in the store differs from its manifest."""
 
     reason = "ARTIFACT_CORRUPT"
 
 
 class ExportMismatchError(MuxtuneError):
-    """The exported adapter, loaded again, does not answer like the training model."""
+    """The exported adapter, loaded again, gives other logits than the training model."""
 
     reason = "EXPORT_MISMATCH"
 
 
 class NonFiniteError(MuxtuneError):
-    """A task's loss or gradient is NaN or Inf: quarantined before its optimizer wrote."""
+    """A task's loss or gradient is NaN or Inf. The task ends before its optimizer writes."""
 
     reason = "NON_FINITE"
 
