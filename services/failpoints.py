@@ -1,7 +1,7 @@
-"""Places where tests kill a process, before and after what commits. Without MUXTUNE_FAILPOINTS nothing happens there.
+"""Failpoints: places before and after commits where a test can kill the process.
 
-That variable names a folder. A file there of a failpoint's name arms it: whoever comes by first takes the file away and
-dies, as by `kill -9`. So each kills once, whenever a test says so, in whichever process passes.
+MUXTUNE_FAILPOINTS names a folder; without it failpoints do nothing. A file named like a failpoint arms it: the first
+process that reaches the failpoint deletes the file and kills itself as by `kill -9`.
 """
 
 import math
@@ -9,15 +9,15 @@ import os
 import signal
 
 VARIABLE = "MUXTUNE_FAILPOINTS"
-TOKENS = "microbatch.tokens"  # the text of this file is a number: a microbatch of more tokens finds no memory
+TOKENS = "microbatch.tokens"  # this file holds a number: a microbatch of more tokens runs out of memory
 NAMES = (
     "commit.before",  # a transaction on admission's database
     "commit.after",
-    "manifest.before",  # of a checkpoint or an adapter
+    "manifest.before",  # the manifest of a checkpoint or an adapter
     "manifest.after",
-    "dataset.stored",  # its bytes are, its row is not
-    "watch.event",  # sent to a client, others follow
-    "plan.committed",  # and not sent
+    "dataset.stored",  # its bytes are stored, its row in the database is not
+    "watch.event",  # one event was sent to a client, others follow
+    "plan.committed",  # and not sent yet
     "results.before",  # received by scheduling, not committed
     "results.after",  # committed, not acknowledged
     "report.before",  # made by the trainer, not sent to its server
@@ -26,7 +26,7 @@ NAMES = (
 
 
 def max_microbatch_tokens() -> float:
-    """Of a microbatch, before it finds no memory: without a test that says so, any number."""
+    """Return how many tokens a microbatch may have before it runs out of memory; infinity outside tests."""
     if folder := os.environ.get(VARIABLE):
         try:
             with open(os.path.join(folder, TOKENS)) as file:
@@ -37,7 +37,7 @@ def max_microbatch_tokens() -> float:
 
 
 def failpoint(name: str) -> None:
-    """Kills this process if the failpoint is armed."""
+    """Kill this process if the failpoint is armed."""
     if folder := os.environ.get(VARIABLE):
         assert name in NAMES, name
         try:

@@ -1,7 +1,7 @@
-"""Traces, metrics and logs of a service, and the span conventions all of them share.
+"""Traces, metrics and logs of a service, and the conventions for spans that all services share.
 
-One trace a task: its context is stored as a W3C `traceparent` and everything done for it later joins that trace; work
-for many tasks is a span of its own with links to theirs. Spans and logs never hold a tenant's data.
+Each task has one trace: its context is stored as a W3C `traceparent`, and all later work for the task joins it. Work
+for many tasks is a span with links to their traces. Spans and logs never contain a tenant's data.
 """
 
 import json
@@ -30,7 +30,7 @@ _NAME = "muxtune"
 _EXPORT_SECONDS = 3
 _SHUTDOWN_SECONDS = 4.0
 _BATCH_MILLIS = 1000
-_MAX_CONTEXT_BYTES = 512  # what W3C asks everyone to carry
+_MAX_CONTEXT_BYTES = 512  # the length that W3C requires everyone to propagate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +49,14 @@ class TelemetrySettings:
 
 @dataclass(frozen=True)
 class Telemetry:
-    """What a process exports with."""
+    """The exporters of a process."""
 
     tracer_provider: TracerProvider
     meter_provider: MeterProvider
     closers: Sequence[Callable[[], Any]] = ()
 
     def shutdown(self) -> None:
-        """Sends what is waiting, for a few seconds at most: where nobody listens, the rest is lost."""
+        """Export what is queued, for a few seconds at most; the rest is lost."""
         parts = (self.tracer_provider.shutdown, self.meter_provider.shutdown, *self.closers)
         threads = [threading.Thread(target=part, daemon=True) for part in parts]
         for thread in threads:
@@ -67,8 +67,10 @@ class Telemetry:
 
 
 def configure(service_name: str, settings: TelemetrySettings) -> Telemetry:
-    """Sets the process's tracer and meter providers and its JSON logs. Exporting is done by threads behind bounded
-    queues: it never blocks a call, and what does not fit is dropped."""
+    """Set the process's tracer and meter providers and its JSON logs.
+
+    Threads export from bounded queues: a call never waits, and what does not fit into a queue is dropped.
+    """
     _configure_logs(service_name, settings.log_level)
     resource = Resource.create({"service.name": f"muxtune-{service_name}", "service.namespace": "muxtune"})
     provider = TracerProvider(resource=resource)
@@ -77,7 +79,7 @@ def configure(service_name: str, settings: TelemetrySettings) -> Telemetry:
     readers, closers = _metric_readers(settings)
     telemetry = Telemetry(provider, MeterProvider(resource=resource, metric_readers=readers), closers)
     trace.set_tracer_provider(telemetry.tracer_provider)
-    if readers:  # measured for nobody, a call's time costs as much as a statement of SQL
+    if readers:  # without a reader, recording a call's duration would still cost as much as one SQL statement
         metrics.set_meter_provider(telemetry.meter_provider)
     return telemetry
 
@@ -128,7 +130,7 @@ def meter() -> metrics.Meter:
     return _meter(metrics.get_meter_provider())
 
 
-@lru_cache(4)  # the SDK makes another each time
+@lru_cache(4)  # the SDK makes a new one at each call
 def _tracer(provider: trace.TracerProvider) -> trace.Tracer:
     return provider.get_tracer(_NAME)
 
@@ -139,7 +141,7 @@ def _meter(provider: metrics.MeterProvider) -> metrics.Meter:
 
 
 def current_trace_parent() -> str:
-    """W3C traceparent of the span in force; empty if there is none."""
+    """Return the W3C traceparent of the current span; "" if there is none."""
     context = trace.get_current_span().get_span_context()
     if not context.is_valid:
         return ""
@@ -149,13 +151,13 @@ def current_trace_parent() -> str:
 
 @contextmanager
 def task_span(name: str, task: str, trace_parent: str, **attributes: str | int | float) -> Iterator[Span]:
-    """A span in the task's own trace. An exception marks it failed, by its class only, and goes on."""
+    """Open a span in the task's trace. An exception marks it failed, with its class only, and propagates."""
     context = propagate.extract({"traceparent": trace_parent}) if trace_parent else None
-    whose = {"muxtune.task": task, "muxtune.tenant": tenant_of(task)}
+    task_attributes = {"muxtune.task": task, "muxtune.tenant": tenant_of(task)}
     with tracer().start_as_current_span(
         name,
         context=context,
-        attributes={**whose, **attributes},
+        attributes={**task_attributes, **attributes},
         record_exception=False,
         set_status_on_exception=False,
     ) as span:
@@ -168,13 +170,13 @@ def task_span(name: str, task: str, trace_parent: str, **attributes: str | int |
 
 
 def links_to(trace_parents: Iterable[tuple[str, str]]) -> list[Link]:
-    """Links to the traces of (task, traceparent) pairs, for a span that serves them all."""
+    """Return links to the traces of (task, traceparent) pairs, for a span of work for all of them."""
     contexts = ((task, trace.get_current_span(propagate.extract({"traceparent": p}))) for task, p in trace_parents if p)
     return [Link(span.get_span_context(), {"muxtune.task": task}) for task, span in contexts]
 
 
 class _JsonFormatter(logging.Formatter):
-    """One JSON object a line, with the ids that find the trace."""
+    """Formats a record as one line of JSON with the ids of its trace and span."""
 
     def __init__(self, service_name: str) -> None:
         super().__init__()
@@ -198,15 +200,17 @@ class _JsonFormatter(logging.Formatter):
 
 def _configure_logs(service_name: str, level: str) -> None:
     if level.upper() not in logging.getLevelNamesMapping():
-        raise SettingsError(f'MUXTUNE_LOG_LEVEL: "{level}" is none of {", ".join(logging.getLevelNamesMapping())}')
+        raise SettingsError(f'MUXTUNE_LOG_LEVEL: "{level}" must be one of {", ".join(logging.getLevelNamesMapping())}')
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter(service_name))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
 def carrier_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
-    """The trace context of a call's metadata. A caller's baggage, or a state of any length, goes no further: what we
-    take we send on with every call."""
+    """Return the trace context in a call's metadata, without the caller's baggage and without an overlong state.
+
+    The context is sent on with every further call, so it must stay small.
+    """
     return {
         key: value
         for key, value in metadata or ()

@@ -18,14 +18,15 @@ from services.rpc.server_settings import ServerSettings
 from services.settings import from_environment
 from services.storage.artifact_store import ArtifactStore
 
-_BETWEEN = re.compile(r",(?=[A-Za-z0-9._-]+=)")
+_SEPARATOR = re.compile(r",(?=[A-Za-z0-9._-]+=)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentSettings(ServerSettings):
-    """`backbones`: NAME=FOLDER, comma separated; folders as services.execution.prepare_backbone leaves them.
+    """Settings of the alignment service.
 
-    A comma separates only where NAME= follows: a folder's own name may have commas.
+    `backbones`: NAME=FOLDER, separated by commas; `services.execution.prepare_backbone` makes such a folder. Its path
+    may contain commas: a comma separates only before the next NAME=.
     """
 
     artifact_url: str
@@ -35,7 +36,7 @@ class AlignmentSettings(ServerSettings):
     tokenize_seconds: float = 3600.0
 
     def backbone_folders(self) -> dict[str, Path]:
-        pairs = (entry.partition("=") for entry in _BETWEEN.split(self.backbones) if entry)
+        pairs = (entry.partition("=") for entry in _SEPARATOR.split(self.backbones) if entry)
         return {name: Path(folder) for name, _, folder in pairs}
 
 
@@ -44,10 +45,10 @@ async def main() -> None:
     store = ArtifactStore.open(settings.artifact_url)
     try:
         folders = settings.backbone_folders()
-        catalog = DatasetStore(store, folders, settings.tokenized_cache_bytes, settings.tokenize_seconds)
+        datasets = DatasetStore(store, folders, settings.tokenized_cache_bytes, settings.tokenize_seconds)
     except InvalidInputError as error:
         raise SystemExit(f"MUXTUNE_BACKBONES: {error}") from error
-    servicer = AlignmentServicer(catalog, settings.max_dataset_bytes)
+    servicer = AlignmentServicer(datasets, settings.max_dataset_bytes)
 
     async def stop() -> None:
         servicer.close()

@@ -1,6 +1,6 @@
-"""Datasets in the artifact store, and their tokenized forms in a bounded cache. No gRPC here.
+"""Stores datasets in the artifact store and tokenizes them, with a bounded cache. No gRPC here.
 
-Bytes are addressed by their SHA-256 under the tenant, so storing them twice is storing them once.
+A dataset's key is its tenant and its SHA-256, so that equal bytes are stored once.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ from services.alignment.tenant_fairness import ComputeSlot, FairQueue
 from services.storage.artifact_layout import DatasetObject
 from services.storage.artifact_store import ArtifactStore
 
-_OBJECTS_BYTES, _REFUSED_BYTES = 4096, 256
+_OVERHEAD_BYTES, _REFUSED_ROW_BYTES = 4096, 256
 
 
 @dataclass(frozen=True)
 class TokenizedKey:
-    """All that decides how a dataset is tokenized."""
+    """Everything that a tokenized dataset depends on."""
 
     tenant: str
     sha256: str
@@ -53,41 +53,41 @@ class StoredDataset:
 
 
 class DatasetUpload:
-    """A dataset on its way in: bytes to a temporary file, checked against what was announced."""
+    """An upload in progress: writes the bytes to a temporary file and checks them against the announced hash."""
 
     def __init__(self, size_bytes: int, sha256: str, max_bytes: int) -> None:
         if size_bytes > max_bytes:
             raise QuotaExceededError(
-                f"the dataset has {size_bytes} bytes; at most {max_bytes} are taken", subject="dataset"
+                f"The dataset has {size_bytes} bytes, more than the {max_bytes} allowed.", subject="dataset"
             )
         self._announced = (size_bytes, sha256.lower())
         self._hash = hashlib.sha256()
         self._size = 0
-        with _disk():
+        with _temporary_file_errors():
             self.file: IO[bytes] = tempfile.NamedTemporaryFile(prefix="dataset-")  # noqa: SIM115  # gone with `discard`
 
     def add(self, offset: int, data: bytes) -> None:
-        """The next chunk. Raises ChecksumMismatchError if it does not follow the one before."""
+        """Append a chunk. Raises ChecksumMismatchError if it does not follow the previous one."""
         if offset != self._size:
-            raise ChecksumMismatchError(f"a chunk at offset {offset} where {self._size} was due: send it again whole")
+            raise ChecksumMismatchError(f"A chunk has offset {offset}, not {self._size}. Upload the dataset again.")
         if self._size + len(data) > self._announced[0]:
-            raise ChecksumMismatchError(f"more than the {self._announced[0]} bytes announced: send it again whole")
+            raise ChecksumMismatchError(f"More than the announced {self._announced[0]} bytes came. Upload again.")
         self._hash.update(data)
         self._size += len(data)
-        with _disk():
+        with _temporary_file_errors():
             self.file.write(data)
 
     def close(self) -> str:
-        """The SHA-256 of what came. Raises ChecksumMismatchError unless it is what was announced."""
-        found = (self._size, self._hash.hexdigest())
-        if found != self._announced:
+        """Return the SHA-256 of the bytes. Raises ChecksumMismatchError unless size and hash are as announced."""
+        received = (self._size, self._hash.hexdigest())
+        if received != self._announced:
             raise ChecksumMismatchError(
-                f"{found[0]} bytes with SHA-256 {found[1]} came, {self._announced[0]} with {self._announced[1]} were "
-                "announced: send it again whole"
+                f"Received {received[0]} bytes with SHA-256 {received[1]}, announced were {self._announced[0]} with "
+                f"{self._announced[1]}. Upload the dataset again."
             )
-        with _disk():
+        with _temporary_file_errors():
             self.file.seek(0)
-        return found[1]
+        return received[1]
 
     def discard(self) -> None:
         with suppress(OSError):
@@ -95,19 +95,19 @@ class DatasetUpload:
 
 
 @contextmanager
-def _disk() -> Iterator[None]:
-    """A temporary folder that is full or read-only is no fault of the caller's."""
+def _temporary_file_errors() -> Iterator[None]:
+    """Raise UnavailableError for OSError: a full or read-only temporary folder is not the caller's mistake."""
     try:
         yield
     except OSError as error:
-        raise UnavailableError(f"alignment cannot write to its temporary folder: {error.strerror}") from error
+        raise UnavailableError(f"Alignment cannot write to its temporary folder: {error.strerror}.") from error
 
 
 class DatasetStore:
-    """Thread-safe; the tokenized cache holds at most `cache_bytes` (or the one dataset asked for last). No dataset is
-    tokenized for longer than `tokenize_seconds`. Tenants compute in turns: see Turns.
+    """Stores, inspects and tokenizes datasets; a FairQueue shares the computation among tenants. Thread-safe.
 
-    Raises InvalidInputError if a backbone's folder holds no tokenizer.
+    The cache holds at most `cache_bytes`, but always the newest dataset. Tokenizing one may take `tokenize_seconds`.
+    Raises InvalidInputError if a backbone's folder has no tokenizer.
     """
 
     def __init__(
@@ -118,63 +118,63 @@ class DatasetStore:
         tokenize_seconds: float = math.inf,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._tokenize_seconds, self._turns = tokenize_seconds, FairQueue(monotonic=monotonic)
+        self._tokenize_seconds, self._fair_queue = tokenize_seconds, FairQueue(monotonic=monotonic)
         self._store = store
         self._tokenizers = {name: BackboneTokenizer.load(folder) for name, folder in backbones.items()}
         self._cache: OrderedDict[TokenizedKey, TokenizedDataset] = OrderedDict()
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._lock = threading.Lock()
-        self._at_work: defaultdict[TokenizedKey, threading.Lock] = defaultdict(threading.Lock)
+        self._tokenizing: defaultdict[TokenizedKey, threading.Lock] = defaultdict(threading.Lock)
         self._closing = threading.Event()
 
     def close(self) -> None:
-        """Makes work in progress end soon, with UnavailableError."""
+        """Make work in progress end soon, with UnavailableError."""
         self._closing.set()
 
-    def store(self, tenant: str, receipt: DatasetUpload) -> StoredDataset:
-        """Parses every line, then puts the bytes. Raises MalformedDatasetError with nothing stored."""
-        sha256 = receipt.close()
+    def store(self, tenant: str, upload: DatasetUpload) -> StoredDataset:
+        """Parse every line, then store the bytes. Raises MalformedDatasetError, and then stores nothing."""
+        sha256 = upload.close()
         key = DatasetObject(tenant, sha256).key
-        # No line is read further than it may be long.
-        lines = iter(lambda: receipt.file.readline(MAX_LINE_BYTES + 1), b"")
-        with self._turns.of(tenant) as turn:
-            shapes = Counter(row.shape for row in self._paced(parse_lines(lines), turn, math.inf))
-        self._store.put_new(key, Path(receipt.file.name))
-        return StoredDataset(sha256, receipt.file.tell(), shapes.total(), dict(shapes))
+        # Read no further into a line than its maximal length.
+        lines = iter(lambda: upload.file.readline(MAX_LINE_BYTES + 1), b"")
+        with self._fair_queue.slot(tenant) as slot:
+            shapes = Counter(row.shape for row in self._limited(parse_lines(lines), slot, math.inf))
+        self._store.put_new(key, Path(upload.file.name))
+        return StoredDataset(sha256, upload.file.tell(), shapes.total(), dict(shapes))
 
     def remove(self, tenant: str, sha256: str) -> None:
-        """Its bytes and all that was made of them."""
+        """Delete the dataset's bytes and its tokenized forms."""
         self._store.delete(DatasetObject(tenant, sha256).key)
         with self._lock:
             for key in [k for k in self._cache if (k.tenant, k.sha256) == (tenant, sha256)]:
-                self._forget(key)
+                self._evict(key)
 
     def inspect(self, tenant: str, sha256: str, backbone: str, training: Training, num_samples: int) -> Preflight:
         dataset = self.tokenized(tenant, sha256, backbone, training)
-        with self._turns.of(tenant):
+        with self._fair_queue.slot(tenant):
             return preflight(dataset, self._tokenizer(backbone), training, num_samples)
 
     def tokenized(self, tenant: str, sha256: str, backbone: str, training: Training) -> TokenizedDataset:
-        """Raises NotFoundError (no such version), InvalidInputError (backbone, rows), ArtifactCorruptError."""
+        """Return the tokenized dataset. Raises NotFoundError, InvalidInputError, ArtifactCorruptError."""
         key = _tokenized_key(tenant, sha256, backbone, training)
         with self._lock:
-            at_work = self._at_work[key]
+            lock = self._tokenizing[key]
         try:
-            with at_work:  # who comes second waits for what the first is making
-                found = self._cached(key)
-                if found is None:
+            with lock:  # a second call waits for the first one's result
+                dataset = self._cached(key)
+                if dataset is None:
                     tokenizer = self._tokenizer(backbone)
-                    with self._fetched(tenant, sha256) as lines, self._turns.of(tenant) as turn:
-                        rows = self._paced(parse_lines(lines), turn, self._tokenize_seconds)
-                        found = tokenize_dataset(rows, tokenizer, training)
-                    self._keep(key, found)
-                return found
+                    with self._downloaded(tenant, sha256) as lines, self._fair_queue.slot(tenant) as slot:
+                        rows = self._limited(parse_lines(lines), slot, self._tokenize_seconds)
+                        dataset = tokenize_dataset(rows, tokenizer, training)
+                    self._put(key, dataset)
+                return dataset
         finally:
             with self._lock:
-                self._at_work.pop(key, None)
+                self._tokenizing.pop(key, None)
 
     def cached(self, tenant: str, sha256: str, backbone: str, training: Training) -> TokenizedDataset | None:
-        """What `tokenized` would answer at once."""
+        """Return what is in the cache; None if `tokenized` would have to work."""
         return self._cached(_tokenized_key(tenant, sha256, backbone, training))
 
     def _cached(self, key: TokenizedKey) -> TokenizedDataset | None:
@@ -183,58 +183,63 @@ class DatasetStore:
                 self._cache.move_to_end(key)
             return self._cache.get(key)
 
-    def _keep(self, key: TokenizedKey, dataset: TokenizedDataset) -> None:
+    def _put(self, key: TokenizedKey, dataset: TokenizedDataset) -> None:
         with self._lock:
-            self._forget(key)
+            self._evict(key)
             self._cache[key] = dataset
-            self._cached_bytes += _held_bytes(dataset)
+            self._cached_bytes += _memory_bytes(dataset)
             while len(self._cache) > 1 and self._cached_bytes > self._cache_bytes:
-                self._forget(next(iter(self._cache)))
+                self._evict(next(iter(self._cache)))
 
-    def _forget(self, key: TokenizedKey) -> None:
+    def _evict(self, key: TokenizedKey) -> None:
         if (dataset := self._cache.pop(key, None)) is not None:
-            self._cached_bytes -= _held_bytes(dataset)
+            self._cached_bytes -= _memory_bytes(dataset)
 
-    def _paced(self, rows: Iterator[Row], turn: ComputeSlot, max_seconds: float) -> Iterator[Row]:
-        """Raises QuotaExceededError: rows made to be slow must not hold a thread for days."""
+    def _limited(self, rows: Iterator[Row], slot: ComputeSlot, max_seconds: float) -> Iterator[Row]:
+        """Yield the rows in the tenant's turns.
+
+        Raises QuotaExceededError after `max_seconds` of computing: slow rows must not hold a thread for days.
+        """
         for row in rows:
             if self._closing.is_set():
-                raise UnavailableError("alignment is stopping: send the call again")
-            if turn.offer() > max_seconds:
+                raise UnavailableError("Alignment is stopping. Send the call again.")
+            if slot.yield_to_waiting() > max_seconds:
                 raise QuotaExceededError(
-                    f"the dataset takes longer than {max_seconds:g} s to tokenize, which got to line "
-                    f"{row.line}: upload it in parts",
+                    f"Tokenizing the dataset takes longer than {max_seconds:g} s; it stopped at line {row.line}. "
+                    "Upload it in parts.",
                     subject="dataset",
                 )
             yield row
 
     @contextmanager
-    def _fetched(self, tenant: str, sha256: str) -> Iterator[IO[bytes]]:
-        """Its bytes as a temporary file: many datasets may be under work, and memory holds none of them whole."""
+    def _downloaded(self, tenant: str, sha256: str) -> Iterator[IO[bytes]]:
+        """Open the dataset's bytes as a temporary file, so that memory holds no dataset whole."""
         digest = hashlib.sha256()
-        with _disk():
-            file = tempfile.TemporaryFile(prefix="dataset-")  # noqa: SIM115  # closed below, its errors told apart
+        with _temporary_file_errors():
+            file = tempfile.TemporaryFile(prefix="dataset-")  # noqa: SIM115  # closed below
         with file:
             for chunk in self._store.stream(DatasetObject(tenant, sha256).key, 1 << 20):
                 digest.update(chunk)
-                with _disk():
+                with _temporary_file_errors():
                     file.write(chunk)
             if digest.hexdigest() != sha256:
-                raise ArtifactCorruptError(f"dataset {sha256} of {tenant} is not what was stored", sha256=sha256)
-            with _disk():
+                raise ArtifactCorruptError(
+                    f"The stored dataset {sha256} of {tenant} does not match its SHA-256.", sha256=sha256
+                )
+            with _temporary_file_errors():
                 file.seek(0)
             yield file
 
     def _tokenizer(self, backbone: str) -> BackboneTokenizer:
         if backbone not in self._tokenizers:
-            known = ", ".join(sorted(self._tokenizers)) or "none"
-            raise InvalidInputError.of_field("spec.backbone", f'"{backbone}" is unknown; there is {known}')
+            names = ", ".join(sorted(self._tokenizers)) or "none"
+            raise InvalidInputError.of_field("spec.backbone", f'"{backbone}" is unknown; available: {names}')
         return self._tokenizers[backbone]
 
 
-def _held_bytes(dataset: TokenizedDataset) -> int:
-    """With the objects around its arrays: of a small dataset they are the larger part."""
-    return dataset.num_bytes + _OBJECTS_BYTES + _REFUSED_BYTES * len(dataset.refused)
+def _memory_bytes(dataset: TokenizedDataset) -> int:
+    """Return the bytes of the arrays and of the objects around them, the larger part of a small dataset."""
+    return dataset.num_bytes + _OVERHEAD_BYTES + _REFUSED_ROW_BYTES * len(dataset.refused)
 
 
 def _tokenized_key(tenant: str, sha256: str, backbone: str, training: Training) -> TokenizedKey:

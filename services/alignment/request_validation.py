@@ -1,4 +1,4 @@
-"""What alignment can't compute with, said before it tries. Pure; admission's own rules for tasks are stricter."""
+"""Validates requests before alignment computes. Pure; admission's own rules for tasks are stricter."""
 
 from engine.errors import FieldViolation, InvalidInputError
 from engine.task import MAX_STEPS, Affects, Training, out_of_bounds
@@ -8,36 +8,38 @@ MAX_VIRTUAL_TOKENS = 1024
 
 
 def check_training(training: Training, path: str) -> None:
-    """Raises InvalidInputError naming every field out of bounds that tokens, order, split or packing depend on."""
-    wrong = [
+    """Raise InvalidInputError that names every invalid field on which tokens, order, split or packing depend."""
+    violations = [
         FieldViolation(f"{path}.{error.field}", f'"{error.value}" {error.remedy}')
         for error in out_of_bounds(training, Affects.TOKENS | Affects.DATA)
     ]
-    if wrong:
-        raise InvalidInputError("; ".join(f"{v.field}: {v.description}" for v in wrong), wrong)
+    if violations:
+        raise InvalidInputError.of_fields(violations)
 
 
 def check_num_steps(num_steps: int) -> None:
-    """Raises InvalidInputError for more steps than a task can count (num_epochs over a long dataset)."""
+    """Raise InvalidInputError for too many steps (num_epochs over a long dataset)."""
     if num_steps > MAX_STEPS:
         raise InvalidInputError.of_field(
-            "spec.training.num_epochs", f"makes {num_steps} steps, more than {MAX_STEPS}: train fewer epochs"
+            "spec.training.num_epochs", f"makes {num_steps} steps, more than {MAX_STEPS}; train fewer epochs"
         )
 
 
 def check_layout(request: pb.StreamMicrobatchesRequest) -> None:
-    """Raises InvalidInputError for an hTask that cannot be packed."""
+    """Raise InvalidInputError for an hTask that cannot be packed."""
     names = [member.task for member in request.members]
     if not names or len(set(names)) != len(names):
-        raise InvalidInputError.of_field("members", f"{len(names)} members: name each task once")
+        raise InvalidInputError.of_field(
+            "members", f"{len(names)} members must name one task or more, and each task once"
+        )
     if request.chunk_tokens < 1 or request.chunk_tokens & (request.chunk_tokens - 1):
-        raise InvalidInputError.of_field("chunk_tokens", f"{request.chunk_tokens} is no power of two")
+        raise InvalidInputError.of_field("chunk_tokens", f"{request.chunk_tokens} is not a power of two")
     if request.token_budget < 1:
         raise InvalidInputError.of_field("token_budget", f"{request.token_budget} must be positive")
 
 
 def check_steps(member: pb.Member, num_steps: int) -> None:
-    """Raises InvalidInputError unless admission's count, made from the same dataset, is ours."""
+    """Raise InvalidInputError unless the member's step count is the dataset's and its other counts are in bounds."""
     if num_steps != member.num_steps:
         raise InvalidInputError.of_field(
             "members.num_steps", f"{member.task} has {num_steps} steps by its dataset, not {member.num_steps}"

@@ -1,4 +1,4 @@
-"""AlignmentService: turns rows into microbatches. See protos/muxtune/v1/alignment.proto for what each RPC promises."""
+"""AlignmentService turns rows into microbatches; protos/muxtune/v1/alignment.proto documents each RPC."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -23,39 +23,39 @@ _DEFAULT_SAMPLES, _MAX_SAMPLES = 3, 100
 
 
 class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
-    """All work runs in threads, so that the event loop stays alive."""
+    """Runs all work in threads, so that the event loop stays responsive."""
 
-    def __init__(self, catalog: DatasetStore, max_dataset_bytes: int) -> None:
-        self._catalog = catalog
+    def __init__(self, datasets: DatasetStore, max_dataset_bytes: int) -> None:
+        self._datasets = datasets
         self._max_dataset_bytes = max_dataset_bytes
         self._is_closing = False
         self._threads = ThreadPools()
 
     def close(self) -> None:
-        """Ends streams at their next microbatch, and other work soon, with UNAVAILABLE."""
+        """End streams at their next microbatch, and other work soon, with UNAVAILABLE."""
         self._is_closing = True
-        self._catalog.close()
+        self._datasets.close()
 
     async def StoreDataset(self, request_iterator: Any, context: Any) -> pb.StoreDatasetResponse:
-        tenant, receipt = "", None
+        tenant, upload = "", None
         try:
             async for request in request_iterator:
                 part = request.WhichOneof("part")
                 if part == "tenant" and not tenant:
                     tenant = request.tenant
-                elif part == "file" and tenant and receipt is None:
-                    receipt = DatasetUpload(request.file.size_bytes, request.file.sha256, self._max_dataset_bytes)
-                elif part == "chunk" and receipt is not None:
-                    await self._threads.quickly(receipt.add, request.chunk.offset, request.chunk.data)
+                elif part == "file" and tenant and upload is None:
+                    upload = DatasetUpload(request.file.size_bytes, request.file.sha256, self._max_dataset_bytes)
+                elif part == "chunk" and upload is not None:
+                    await self._threads.run_short(upload.add, request.chunk.offset, request.chunk.data)
                 else:
-                    order = f"{part or 'a part that is none'} is out of order: a header, its file, then only chunks"
+                    order = f"{part or 'an empty part'} is out of order; send the tenant, the file, then only chunks"
                     raise InvalidInputError.of_field("part", order)
-            if receipt is None:
-                raise InvalidInputError.of_field("file", "is missing: nothing was sent")
-            stored = await self._threads.in_line(tenant, self._catalog.store, tenant, receipt)
+            if upload is None:
+                raise InvalidInputError.of_field("file", "is missing")
+            stored = await self._threads.run_long(tenant, self._datasets.store, tenant, upload)
         finally:
-            if receipt is not None:
-                receipt.discard()
+            if upload is not None:
+                upload.discard()
         return pb.StoreDatasetResponse(
             sha256=stored.sha256,
             size_bytes=stored.size_bytes,
@@ -70,14 +70,14 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
         if options.num_samples < 0:
             raise InvalidInputError.of_field("options.num_samples", f"{options.num_samples} must not be negative")
         samples = min(options.num_samples or _DEFAULT_SAMPLES, _MAX_SAMPLES)
-        report = await self._threads.in_line(
-            request.tenant, self._catalog.inspect, request.tenant, request.sha256, options.backbone, training, samples
+        report = await self._threads.run_long(
+            request.tenant, self._datasets.inspect, request.tenant, request.sha256, options.backbone, training, samples
         )
         check_num_steps(report.num_steps)
         return pb.InspectDatasetResponse(report=preflight_to_proto(report))
 
     async def RemoveDataset(self, request: pb.RemoveDatasetRequest, context: Any) -> pb.RemoveDatasetResponse:
-        await asyncio.to_thread(self._catalog.remove, request.tenant, request.sha256)
+        await asyncio.to_thread(self._datasets.remove, request.tenant, request.sha256)
         return pb.RemoveDatasetResponse()
 
     async def StreamMicrobatches(
@@ -86,13 +86,13 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
         check_layout(request)
         members = [await self._member(request.backbone, member) for member in request.members]
         stream = rounds(members, request.token_budget, request.chunk_tokens)
-        # One microbatch is made ahead of the one being sent; gRPC's flow control holds back the rest.
-        ahead = asyncio.create_task(self._threads.quickly(_next_message, stream))
+        # Make one microbatch ahead of the one being sent; gRPC's flow control delays the rest.
+        ahead = asyncio.create_task(self._threads.run_short(_next_message, stream))
         try:
             while (message := await ahead) is not None:
                 if self._is_closing:
-                    raise UnavailableError("alignment is stopping: open the stream again")
-                ahead = asyncio.create_task(self._threads.quickly(_next_message, stream))
+                    raise UnavailableError("Alignment is stopping. Open the stream again.")
+                ahead = asyncio.create_task(self._threads.run_short(_next_message, stream))
                 yield message
         finally:
             ahead.cancel()
@@ -102,14 +102,14 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
         training = training_to_domain(member.training, path)
         check_training(training, path)
         tenant = tenant_of(member.task)
-        asked = (tenant, member.dataset_version, backbone, training)
-        dataset = self._catalog.cached(*asked)
+        version = (tenant, member.dataset_version, backbone, training)
+        dataset = self._datasets.cached(*version)
         if dataset is None:
-            dataset = await self._threads.in_line(tenant, self._catalog.tokenized, *asked)
-        return await self._threads.quickly(_counted, member, dataset, training)
+            dataset = await self._threads.run_long(tenant, self._datasets.tokenized, *version)
+        return await self._threads.run_short(_packed_task, member, dataset, training)
 
 
-def _counted(member: pb.Member, dataset: TokenizedDataset, training: Training) -> PackedTask:
+def _packed_task(member: pb.Member, dataset: TokenizedDataset, training: Training) -> PackedTask:
     steps = num_steps(training, len(split(dataset.num_rows, training).train))
     check_steps(member, steps)
     return PackedTask(

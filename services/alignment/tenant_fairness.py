@@ -1,4 +1,4 @@
-"""Whose rows are computed with now: a few jobs at a time, tenants in rotation, however many jobs or rows one brings."""
+"""Shares computation fairly: a few jobs run at once, and tenants take turns however many jobs each submits."""
 
 import threading
 import time
@@ -8,68 +8,71 @@ from contextlib import contextmanager
 
 
 class FairQueue:
-    """Thread-safe. At most `num_at_once` jobs have the turn, no two of one tenant: what takes long for one leaves room
-    for another. A job that has had it for `slice_seconds` hands it on if any waits, and waits in its tenant's line."""
+    """Runs at most `num_slots` jobs at once and one of each tenant, so that a tenant with long jobs leaves room for
+    others. A job that had its slot for `slice_seconds` yields it to waiting jobs and queues again. Thread-safe."""
 
     def __init__(
-        self, num_at_once: int = 2, slice_seconds: float = 0.1, monotonic: Callable[[], float] = time.monotonic
+        self, num_slots: int = 2, slice_seconds: float = 0.1, monotonic: Callable[[], float] = time.monotonic
     ) -> None:
-        self._num_at_once, self.slice_seconds, self.monotonic = num_at_once, slice_seconds, monotonic
+        self._num_slots, self.slice_seconds, self.monotonic = num_slots, slice_seconds, monotonic
         self._lock = threading.Lock()
-        self._having: set[str] = set()
+        self._running: set[str] = set()  # tenants
         self._waiting: OrderedDict[str, deque[threading.Event]] = OrderedDict()  # the tenant served longest ago first
 
     @contextmanager
-    def of(self, tenant: str) -> Iterator["ComputeSlot"]:
-        """Waits for the tenant's turn; it ends with the block."""
-        self.take(tenant)
+    def slot(self, tenant: str) -> Iterator["ComputeSlot"]:
+        """Wait for a slot, and release it at the end of the block."""
+        self.acquire(tenant)
         try:
             yield ComputeSlot(self, tenant)
         finally:
-            self.give(tenant)
+            self.release(tenant)
 
     @property
-    def is_awaited(self) -> bool:
+    def has_waiting(self) -> bool:
         return bool(self._waiting)
 
-    def take(self, tenant: str, *, instead: bool = False) -> None:
-        """`instead`: of the one that it has, in one step, so that its place in the rotation is that of this moment."""
-        mine = threading.Event()
+    def acquire(self, tenant: str, *, in_exchange: bool = False) -> None:
+        """Wait for a slot. `in_exchange`: first release the tenant's present slot, in the same step, so that the tenant
+        gets its place in the rotation before any other."""
+        granted = threading.Event()
         with self._lock:
-            self._waiting.setdefault(tenant, deque()).append(mine)
-            if instead:
-                self._having.remove(tenant)
-            self._serve()
-        mine.wait()
+            self._waiting.setdefault(tenant, deque()).append(granted)
+            if in_exchange:
+                self._running.remove(tenant)
+            self._grant_slots()
+        granted.wait()
 
-    def give(self, tenant: str) -> None:
+    def release(self, tenant: str) -> None:
         with self._lock:
-            self._having.remove(tenant)
-            self._serve()
+            self._running.remove(tenant)
+            self._grant_slots()
 
-    def _serve(self) -> None:
+    def _grant_slots(self) -> None:
         for tenant in list(self._waiting):
-            if len(self._having) < self._num_at_once and tenant not in self._having:
-                line = self._waiting.pop(tenant)
-                self._having.add(tenant)
-                line.popleft().set()
-                if line:
-                    self._waiting[tenant] = line  # behind all others
+            if len(self._running) < self._num_slots and tenant not in self._running:
+                queue = self._waiting.pop(tenant)
+                self._running.add(tenant)
+                queue.popleft().set()
+                if queue:
+                    self._waiting[tenant] = queue  # behind all other tenants
 
 
 class ComputeSlot:
-    """What one job has of its turns. Not thread-safe: the job's own."""
+    """The slot of one job, used by that job's thread only."""
 
-    def __init__(self, turns: FairQueue, tenant: str) -> None:
-        self._turns, self._tenant = turns, tenant
-        self._since, self._seconds_before = turns.monotonic(), 0.0
+    def __init__(self, queue: FairQueue, tenant: str) -> None:
+        self._queue, self._tenant = queue, tenant
+        self._slice_start, self._seconds_before = queue.monotonic(), 0.0
 
-    def offer(self) -> float:
-        """To be called every now and then: hands the turn on where others wait. Seconds it has had in all, waiting not
-        counted."""
-        now = self._turns.monotonic()
-        seconds = self._seconds_before + now - self._since
-        if now - self._since >= self._turns.slice_seconds and self._turns.is_awaited:
-            self._turns.take(self._tenant, instead=True)
-            self._seconds_before, self._since = seconds, self._turns.monotonic()
+    def yield_to_waiting(self) -> float:
+        """Yield the slot to waiting jobs if the slice is over. Return the job's seconds so far, without waiting.
+
+        The job calls this between small pieces of its work.
+        """
+        now = self._queue.monotonic()
+        seconds = self._seconds_before + now - self._slice_start
+        if now - self._slice_start >= self._queue.slice_seconds and self._queue.has_waiting:
+            self._queue.acquire(self._tenant, in_exchange=True)
+            self._seconds_before, self._slice_start = seconds, self._queue.monotonic()
         return seconds

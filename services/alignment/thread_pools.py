@@ -1,5 +1,7 @@
-"""The threads that alignment works in: what may take minutes (a dataset read) has others than what never does (a
-microbatch packed), so that no stream waits for a dataset; and no tenant takes all of them."""
+"""Threads of the alignment service: long work (reading a dataset) never delays short work (packing a microbatch).
+
+Each kind of work has its own threads, and one tenant may use a few of the long ones only.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -8,33 +10,34 @@ from contextlib import suppress
 from typing import TypeVar, TypeVarTuple
 from weakref import WeakValueDictionary
 
-_LONG_AT_ONCE, _LONG_OF_A_TENANT, _QUICK_AT_ONCE = 64, 4, 8  # most of the long ones wait for their turn (turns.py)
+_NUM_LONG_THREADS, _NUM_SHORT_THREADS = 64, 8  # most long threads wait for a slot of tenant_fairness.FairQueue
+_NUM_LONG_CALLS_PER_TENANT = 4
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
 class ThreadPools:
-    """For one event loop."""
+    """Runs blocking work for one event loop."""
 
     def __init__(self) -> None:
-        self._long = ThreadPoolExecutor(_LONG_AT_ONCE, "long")
-        self._quick = ThreadPoolExecutor(_QUICK_AT_ONCE, "quick")
-        self._lines = WeakValueDictionary[str, asyncio.Semaphore]()
+        self._long = ThreadPoolExecutor(_NUM_LONG_THREADS, "long")
+        self._short = ThreadPoolExecutor(_NUM_SHORT_THREADS, "short")
+        self._tenant_limits = WeakValueDictionary[str, asyncio.Semaphore]()
 
-    async def quickly(self, work: Callable[[*Ts], T], *arguments: *Ts) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._quick, work, *arguments)
+    async def run_short(self, work: Callable[[*Ts], T], *arguments: *Ts) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._short, work, *arguments)
 
-    async def in_line(self, tenant: str, work: Callable[[*Ts], T], *arguments: *Ts) -> T:
-        """Beside a few others of the tenant's; the rest wait, and keep no thread from other tenants."""
+    async def run_long(self, tenant: str, work: Callable[[*Ts], T], *arguments: *Ts) -> T:
+        """Run work of a tenant, a few calls at once. More calls wait without a thread."""
         loop = asyncio.get_running_loop()
-        line = self._lines.setdefault(tenant, asyncio.Semaphore(_LONG_OF_A_TENANT))
-        await line.acquire()
+        limit = self._tenant_limits.setdefault(tenant, asyncio.Semaphore(_NUM_LONG_CALLS_PER_TENANT))
+        await limit.acquire()
 
-        def leave(_: object) -> None:  # when the work is done, though its caller may have left long before
+        def release(_: object) -> None:  # when the work ends, even if its caller was cancelled long before
             with suppress(RuntimeError):  # the loop is closed: nobody waits
-                loop.call_soon_threadsafe(line.release)
+                loop.call_soon_threadsafe(limit.release)
 
         future = self._long.submit(work, *arguments)
-        future.add_done_callback(leave)
+        future.add_done_callback(release)
         return await asyncio.wrap_future(future)

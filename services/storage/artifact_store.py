@@ -1,7 +1,7 @@
-"""The artifact store: datasets, checkpoints and adapters as objects, in a folder or in S3.
+"""The artifact store: keeps datasets, checkpoints and adapters as objects, in a folder or in S3.
 
-A folder of files counts once its manifest is there, and the manifest is put only if none is: that conditional put is
-the commit. Synchronous; asyncio callers use `asyncio.to_thread`. Source: obstore (Apache arrow-rs object_store).
+A folder is committed by a conditional put of its manifest, which succeeds only if there is none yet. Synchronous;
+asyncio callers use `asyncio.to_thread`. Source: obstore (Apache arrow-rs object_store).
 """
 
 import hashlib
@@ -31,7 +31,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A committed folder: its manifest's key, its files, and what the writer said of it."""
+    """A committed folder: its manifest's key, its files, and the writer's metadata."""
 
     key: str
     files: Mapping[str, FileEntry]
@@ -43,27 +43,30 @@ class Manifest:
 
 
 class ArtifactStore:
-    """Raises UnavailableError where the store is away or full, NotFoundError where a key is not there,
-    InvalidInputError for a key that is none ("..", an absolute path)."""
+    """Reads and writes objects by key.
+
+    Raises UnavailableError if the store cannot be reached or is full, NotFoundError for a key that does not exist,
+    InvalidInputError for an invalid key ("..", an absolute path).
+    """
 
     def __init__(self, store: ObjectStore, folder: Path | None = None) -> None:
         self._store, self._folder = store, folder
 
     @classmethod
     def open(cls, url: str) -> "ArtifactStore":
-        """A path or file:// URL is a folder (made if missing); s3://bucket/prefix takes the AWS environment."""
+        """Open a folder (path or file:// URL, made if missing) or s3://bucket/prefix, set up by AWS variables."""
         if "://" not in url or url.startswith("file://"):
             folder = Path(url.removeprefix("file://")).absolute()
             return cls(LocalStore(folder, mkdir=True, automatic_cleanup=True), folder)
         if not url.startswith("s3://"):
-            raise InvalidInputError.of_field("artifact_url", f'"{url}" is no folder, file:// or s3:// URL')
+            raise InvalidInputError.of_field("artifact_url", f'"{url}" is not a folder, a file:// or an s3:// URL')
         try:
             return cls(from_url(url))
         except (BaseError, ValueError) as error:
-            raise InvalidInputError.of_field("artifact_url", f'"{url}" is no folder and no store: {error}') from error
+            raise InvalidInputError.of_field("artifact_url", f'"{url}" cannot be opened: {error}') from error
 
     def put_new(self, key: str, data: bytes | Path) -> bool:
-        """Whole or not at all, and only if the key is free; False if it is taken."""
+        """Write the object atomically if the key is free. Return False if it is not."""
         try:
             self._put(key, data, "create")
         except AlreadyExistsError:
@@ -71,41 +74,41 @@ class ArtifactStore:
         return True
 
     def put(self, key: str, data: bytes | Path) -> None:
-        """Replaces what is there, whole or not at all."""
+        """Write the object atomically, replacing any object at the key."""
         self._put(key, data, "overwrite")
 
     def get(self, key: str) -> bytes:
         return b"".join(self.stream(key, 1 << 20))
 
     def stream(self, key: str, chunk_bytes: int) -> Iterator[bytes]:
-        with _translated("read", key):
+        with _translated_errors("read", key):
             for chunk in obstore.get(self._store, self._checked(key)).stream(min_chunk_size=chunk_bytes):
                 yield bytes(chunk)
 
     def exists(self, key: str) -> bool:
         try:
-            with _translated("read", key):
+            with _translated_errors("read", key):
                 obstore.head(self._store, self._checked(key))
         except MissingError:
             return False
         return True
 
     def delete(self, key: str) -> None:
-        """Deleting what is not there is no error."""
-        with suppress(MissingError), _translated("delete", key):
+        """Delete the object if it exists."""
+        with suppress(MissingError), _translated_errors("delete", key):
             obstore.delete(self._store, self._checked(key))
 
     def list(self, prefix: str) -> list[str]:
-        """Every key below `prefix`/, sorted."""
-        with _translated("list", prefix):
+        """Return every key below `prefix`/, sorted."""
+        with _translated_errors("list", prefix):
             return sorted(
                 str(item["path"]) for page in obstore.list(self._store, self._checked(prefix)) for item in page
             )
 
     def commit_folder(self, prefix: str, files: Mapping[str, bytes | Path], metadata: Mapping[str, Any]) -> Manifest:
-        """Puts the files, then the manifest. If the folder is committed already, that one stands and is answered.
+        """Write the files, then the manifest, and return it. A folder that is committed already stays as it is.
 
-        Files lie under their hash, so that two writers of one folder never touch each other's bytes.
+        A file's key contains its hash, so that two writers of one folder never overwrite each other's bytes.
         """
         key = manifest_key(prefix)
         if self.exists(key):
@@ -120,24 +123,24 @@ class ArtifactStore:
         return self.read_manifest(key)
 
     def read_manifest(self, key: str) -> Manifest:
-        """Raises ArtifactCorruptError if it does not read."""
+        """Return the manifest. Raises ArtifactCorruptError if it is malformed."""
         try:
             content = json.loads(self.get(key))
             files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
             return Manifest(key, files, content["metadata"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArtifactCorruptError(f"{key} is not a manifest: {type(error).__name__}", key=key) from error
+            raise ArtifactCorruptError(f"{key} is not a manifest: {type(error).__name__}.", key=key) from error
 
     def read_file(self, manifest: Manifest, name: str) -> bytes:
-        """Raises ArtifactCorruptError unless the bytes are the ones committed."""
+        """Return the file's bytes. Raises ArtifactCorruptError unless they are the committed ones."""
         entry = manifest.files[name]
         key = file_key(folder_of_manifest(manifest.key), name, entry.sha256)
         try:
             data = self.get(key)
         except MissingError as error:
-            raise ArtifactCorruptError(f"{key} is missing", key=key) from error
+            raise ArtifactCorruptError(f"{key} is missing.", key=key) from error
         if len(data) != entry.size_bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise ArtifactCorruptError(f"{key} is not what was committed ({len(data)} bytes)", key=key)
+            raise ArtifactCorruptError(f"{key} does not match its manifest ({len(data)} bytes).", key=key)
         return data
 
     def read_folder(self, manifest_key: str) -> tuple[Manifest, dict[str, bytes]]:
@@ -145,40 +148,40 @@ class ArtifactStore:
         return manifest, {name: self.read_file(manifest, name) for name in manifest.files}
 
     def delete_folder(self, prefix: str) -> None:
-        """The manifest first: from then on the folder is not committed."""
+        """Delete the manifest, which undoes the commit, and then the files."""
         self.delete(manifest_key(prefix))
         for key in self.list(prefix):
             self.delete(key)
 
     def _checked(self, key: str) -> str:
-        """The key, if what it names lies in the store: not behind a link that leads out of a folder."""
+        """Return the key. Raises InvalidInputError if it is invalid or a symbolic link leads out of the folder."""
         check_key(key)
         if self._folder is not None and not (self._folder / key).resolve().is_relative_to(self._folder.resolve()):
             raise InvalidInputError.of_field("key", f'"{key}" leads out of the artifact store')
         return key
 
     def _put(self, key: str, data: bytes | Path, mode: Literal["create", "overwrite"]) -> None:
-        with _translated("write", key):
+        with _translated_errors("write", key):
             obstore.put(self._store, self._checked(key), data, mode=mode, use_multipart=False)
             if self._folder is not None:
-                _sync(self._folder / key)
+                _flush_to_disk(self._folder / key)
 
 
 @contextmanager
-def _translated(action: str, key: str) -> Iterator[None]:
-    """The store's errors as ours; AlreadyExistsError stays, for those who asked for it."""
+def _translated_errors(action: str, key: str) -> Iterator[None]:
+    """Raise the store's errors as domain errors, except AlreadyExistsError."""
     try:
         yield
     except AlreadyExistsError:
         raise
     except (NotFoundError, FileNotFoundError) as error:
-        raise MissingError(f"{key} is not in the artifact store") from error
+        raise MissingError(f"{key} is not in the artifact store.") from error
     except (BaseError, OSError) as error:
-        raise UnavailableError(f"artifact store cannot {action} {key}: {type(error).__name__}") from error
+        raise UnavailableError(f"The artifact store cannot {action} {key}: {type(error).__name__}.") from error
 
 
-def _sync(path: Path) -> None:
-    """A file acknowledged outlives a power cut: the bytes, and the entry in its folder."""
+def _flush_to_disk(path: Path) -> None:
+    """Flush the file and its folder's entry, so that they survive a power failure."""
     for target in (path, path.parent):
         number = os.open(target, os.O_RDONLY)
         try:

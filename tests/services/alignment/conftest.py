@@ -37,7 +37,7 @@ class Alignment:
 
     address: str
     folder: Path
-    catalog: DatasetStore
+    datasets: DatasetStore
     servicer: AlignmentServicer
     stub: Any
 
@@ -71,13 +71,13 @@ def training(**fields: Any) -> task_pb2.Training:
 @pytest.fixture
 async def alignment(tmp_path: Path) -> AsyncIterator[Alignment]:
     store = ArtifactStore.open(str(tmp_path / "store"))
-    catalog = DatasetStore(store, {"tiny": write_tokenizer(tmp_path / "tiny")}, cache_bytes=1 << 20)
-    servicer = AlignmentServicer(catalog, MAX_DATASET_BYTES)
+    datasets = DatasetStore(store, {"tiny": write_tokenizer(tmp_path / "tiny")}, cache_bytes=1 << 20)
+    servicer = AlignmentServicer(datasets, MAX_DATASET_BYTES)
     server = grpc.aio.server(interceptors=[RpcInterceptor(mesh_authenticator(SECRET))])
     alignment_pb2_grpc.add_AlignmentServiceServicer_to_server(servicer, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     async with open_channel(address, SECRET) as channel:
         stub = alignment_pb2_grpc.AlignmentServiceStub(channel)
-        yield Alignment(address, tmp_path / "store", catalog, servicer, stub)
+        yield Alignment(address, tmp_path / "store", datasets, servicer, stub)
     await server.stop(None)

@@ -24,7 +24,7 @@ WORD = "xylophonic"
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> DatasetStore:
+def datasets(tmp_path: Path) -> DatasetStore:
     store = ArtifactStore.open(str(tmp_path / "store"))
     return DatasetStore(store, {"tiny": write_tokenizer(tmp_path / "tiny")}, cache_bytes=1 << 20)
 
@@ -33,30 +33,30 @@ def received(*chunks: bytes) -> DatasetUpload:
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
-    receipt, offset = DatasetUpload(sum(map(len, chunks)), digest.hexdigest(), 2 << 30), 0
+    upload, offset = DatasetUpload(sum(map(len, chunks)), digest.hexdigest(), 2 << 30), 0
     for chunk in chunks:
-        receipt.add(offset, chunk)
+        upload.add(offset, chunk)
         offset += len(chunk)
-    return receipt
+    return upload
 
 
-def test_a_line_without_end_is_read_no_further_than_it_may_be_long(catalog: DatasetStore) -> None:
+def test_a_line_without_end_is_read_no_further_than_it_may_be_long(datasets: DatasetStore) -> None:
     megabyte = b"x" * (1 << 20)
-    receipt = received(b'{"text": "', *[megabyte] * (LINE_BYTES >> 20), b'"}')
+    upload = received(b'{"text": "', *[megabyte] * (LINE_BYTES >> 20), b'"}')
     tracemalloc.start()
     with pytest.raises(MalformedDatasetError, match=f"line 1 is .* at most {MAX_LINE_BYTES}"):
-        catalog.store("tenants/a", receipt)
+        datasets.store("tenants/a", upload)
     assert tracemalloc.get_traced_memory()[1] < 4 * MAX_LINE_BYTES
     tracemalloc.stop()
-    receipt.discard()
+    upload.discard()
 
 
-def test_a_million_empty_rows_are_none(catalog: DatasetStore) -> None:
+def test_a_million_empty_rows_are_none(datasets: DatasetStore) -> None:
     for empty in (b"\n", b" \n", b"\r\n", b"\t\n"):
-        receipt = received(empty * 1_000_000)
+        upload = received(empty * 1_000_000)
         with pytest.raises(MalformedDatasetError, match="empty"):
-            catalog.store("tenants/a", receipt)
-        receipt.discard()
+            datasets.store("tenants/a", upload)
+        upload.discard()
 
 
 HOSTILE: dict[str, bytes] = {
@@ -87,11 +87,11 @@ HOSTILE: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("line", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_line_is_named_and_not_quoted(catalog: DatasetStore, tmp_path: Path, line: bytes) -> None:
-    receipt = received(b'{"text":"fine"}\n', line + b"\n")
+def test_a_hostile_line_is_named_and_not_quoted(datasets: DatasetStore, tmp_path: Path, line: bytes) -> None:
+    upload = received(b'{"text":"fine"}\n', line + b"\n")
     with pytest.raises(MalformedDatasetError) as refused:
-        catalog.store("tenants/a", receipt)
-    receipt.discard()
+        datasets.store("tenants/a", upload)
+    upload.discard()
     assert refused.value.metadata["line"] in ("2", "3")  # UTF-16 has a line feed's byte in it
     assert WORD not in refused.value.message and len(refused.value.message) < 300
     assert not list((tmp_path / "store").rglob("*.jsonl"))
@@ -109,14 +109,14 @@ def test_rows_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
      "<|im_end|>" * 20_000, "\n" * 100_000, "\u202e" * 1000],
     ids=["one word", "joiners", "families", "accents", "blanks", "special tokens", "line feeds", "right to left"],
 )  # fmt: skip
-def test_a_token_bomb_is_cut_where_the_task_says(catalog: DatasetStore, text: str) -> None:
+def test_a_token_bomb_is_cut_where_the_task_says(datasets: DatasetStore, text: str) -> None:
     data = json.dumps({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]}).encode()
     short = b'{"text":"fine"}'
-    receipt = received(data + b"\n" + short)
-    sha256 = catalog.store("tenants/a", receipt).sha256
-    receipt.discard()
+    upload = received(data + b"\n" + short)
+    sha256 = datasets.store("tenants/a", upload).sha256
+    upload.discard()
     training = Training(learning_rate=1e-3, num_epochs=1, max_sequence_tokens=32)
-    dataset = catalog.tokenized("tenants/a", sha256, "tiny", training)
+    dataset = datasets.tokenized("tenants/a", sha256, "tiny", training)
     assert dataset.num_bytes < 10_000
 
 
@@ -124,19 +124,19 @@ def test_a_dataset_that_is_slow_on_purpose_is_given_up(tmp_path: Path) -> None:
     seconds = iter(range(1000))
     store = ArtifactStore.open(str(tmp_path / "store"))
     tokenizer = {"tiny": write_tokenizer(tmp_path / "tiny")}
-    catalog = DatasetStore(store, tokenizer, 1 << 20, tokenize_seconds=5, monotonic=lambda: float(next(seconds)))
-    receipt = received(b'{"text":"fine"}\n' * 20)
-    sha256 = catalog.store("tenants/a", receipt).sha256
-    receipt.discard()
-    with pytest.raises(QuotaExceededError, match=r"longer than 5 s .* line 6"):
-        catalog.tokenized("tenants/a", sha256, "tiny", Training(learning_rate=1e-3, num_epochs=1))
+    datasets = DatasetStore(store, tokenizer, 1 << 20, tokenize_seconds=5, monotonic=lambda: float(next(seconds)))
+    upload = received(b'{"text":"fine"}\n' * 20)
+    sha256 = datasets.store("tenants/a", upload).sha256
+    upload.discard()
+    with pytest.raises(QuotaExceededError, match=r"longer than 5 s.* line 6"):
+        datasets.tokenized("tenants/a", sha256, "tiny", Training(learning_rate=1e-3, num_epochs=1))
 
 
-def test_the_longest_conversation_is_rendered_and_masked(catalog: DatasetStore) -> None:
+def test_the_longest_conversation_is_rendered_and_masked(datasets: DatasetStore) -> None:
     pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     line = json.dumps({"messages": pair * (MAX_MESSAGES // 2)}).encode()
     (row,) = parse_lines([line])
-    assert int(tokenize(row, catalog._tokenizer("tiny")).bears_loss_L.sum()) == MAX_MESSAGES  # each answer and its stop
+    assert int(tokenize(row, datasets._tokenizer("tiny")).bears_loss_L.sum()) == MAX_MESSAGES  # an answer, a stop
 
 
 def keys() -> Iterator[str]:
@@ -168,11 +168,11 @@ def test_a_key_stays_in_the_store(tmp_path: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tenants/../x", "tenants/", "tenants/a/b", "x", "", "tenants/..", "tenants/a\0"])
-def test_a_tenant_is_no_way_out_of_its_folder(catalog: DatasetStore, tmp_path: Path, name: str) -> None:
-    receipt = received(b'{"text":"fine"}')
+def test_a_tenant_is_no_way_out_of_its_folder(datasets: DatasetStore, tmp_path: Path, name: str) -> None:
+    upload = received(b'{"text":"fine"}')
     with pytest.raises(InvalidInputError):
-        catalog.store(name, receipt)
-    receipt.discard()
+        datasets.store(name, upload)
+    upload.discard()
     assert not list(tmp_path.rglob("*.jsonl"))
 
 

@@ -67,7 +67,7 @@ async def test_streams_what_the_engine_packs(alignment: Alignment) -> None:
     expected = []
     for member in members:
         values = training_to_domain(member.training)
-        dataset = alignment.catalog.tokenized(
+        dataset = alignment.datasets.tokenized(
             member.task.rpartition("/tasks/")[0], member.dataset_version, "tiny", values
         )
         steps = num_steps(values, len(split(dataset.num_rows, values).train))
@@ -230,20 +230,20 @@ async def test_one_tokenization_serves_all_who_ask_at_once(
 async def test_the_cache_is_bounded_in_bytes(alignment: Alignment, tmp_path: Path) -> None:
     from services.alignment.dataset_store import DatasetStore
 
-    catalog = DatasetStore(ArtifactStore.open(str(alignment.folder)), {"tiny": tmp_path / "tiny"}, cache_bytes=10_000)
+    datasets = DatasetStore(ArtifactStore.open(str(alignment.folder)), {"tiny": tmp_path / "tiny"}, cache_bytes=10_000)
     values = training_to_domain(training())
     shas = [(await alignment.store(lines({"text": f"{i} " + "fox " * 400}))).sha256 for i in range(8)]
-    sizes = [catalog.tokenized(TENANT, sha256, "tiny", values).num_bytes for sha256 in shas]
+    sizes = [datasets.tokenized(TENANT, sha256, "tiny", values).num_bytes for sha256 in shas]
     assert sum(sizes) > 10_000
-    assert sum(dataset.num_bytes for dataset in catalog._cache.values()) <= 10_000
-    again = catalog.tokenized(TENANT, shas[-1], "tiny", values)
-    assert catalog.tokenized(TENANT, shas[-1], "tiny", values) is again  # the newest stayed
+    assert sum(dataset.num_bytes for dataset in datasets._cache.values()) <= 10_000
+    again = datasets.tokenized(TENANT, shas[-1], "tiny", values)
+    assert datasets.tokenized(TENANT, shas[-1], "tiny", values) is again  # the newest stayed
     for i in range(20):  # a few bytes each, and kilobytes of objects
-        catalog.tokenized(TENANT, (await alignment.store(lines({"text": f"{i} fox"}))).sha256, "tiny", values)
-    assert 1 <= len(catalog._cache) < 5
-    for key in list(catalog._cache):
-        catalog.remove(TENANT, key.sha256)
-    assert catalog._cached_bytes == 0
+        datasets.tokenized(TENANT, (await alignment.store(lines({"text": f"{i} fox"}))).sha256, "tiny", values)
+    assert 1 <= len(datasets._cache) < 5
+    for key in list(datasets._cache):
+        datasets.remove(TENANT, key.sha256)
+    assert datasets._cached_bytes == 0
 
 
 async def _start(folder: Path, **settings: str) -> tuple[asyncio.subprocess.Process, str]:

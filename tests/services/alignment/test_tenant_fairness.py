@@ -31,7 +31,7 @@ def test_few_at_once_and_no_two_of_one_tenant(jobs: list[tuple[str, int]], num_a
     lock, done = threading.Lock(), list[str]()
 
     def work(tenant: str, num_slices: int) -> None:
-        with turns.of(tenant) as turn:
+        with turns.slot(tenant) as turn:
             for _ in range(num_slices):
                 with lock:
                     having[tenant] += 1
@@ -40,32 +40,32 @@ def test_few_at_once_and_no_two_of_one_tenant(jobs: list[tuple[str, int]], num_a
                 threading.Event().wait(0.0001)
                 with lock:
                     having[tenant] -= 1
-                turn.offer()
+                turn.yield_to_waiting()
         done.append(tenant)
 
     with ThreadPoolExecutor(len(jobs)) as threads:
         for future in [threads.submit(work, *job) for job in jobs]:
             future.result()
     assert most[0] <= num_at_once and len(done) == len(jobs)
-    assert not turns.is_awaited and not turns._having
+    assert not turns.has_waiting and not turns._running
 
 
 def test_a_tenant_with_many_jobs_gets_every_other_turn() -> None:
-    turns, order, ready = FairQueue(num_at_once=1, slice_seconds=0), list[str](), threading.Barrier(6)
+    turns, order, ready = FairQueue(num_slots=1, slice_seconds=0), list[str](), threading.Barrier(6)
 
     def work(tenant: str) -> None:
         ready.wait()
-        with turns.of(tenant) as turn:
+        with turns.slot(tenant) as turn:
             for _ in range(20):
                 order.append(tenant)
-                turn.offer()
+                turn.yield_to_waiting()
 
-    turns.take("first")  # until all of them wait
+    turns.acquire("first")  # until all of them wait
     with ThreadPoolExecutor(6) as threads:
         futures = [threads.submit(work, tenant) for tenant in (*["many"] * 4, "one", "other")]
         while sum(map(len, turns._waiting.values())) < 6:
             threading.Event().wait(0.001)
-        turns.give("first")
+        turns.release("first")
         for future in futures:
             future.result()
     together = order[: max(i for i, tenant in enumerate(order) if tenant == "one")]
@@ -76,16 +76,16 @@ def test_a_tenant_with_many_jobs_gets_every_other_turn() -> None:
 
 def test_a_turn_lasts_while_nobody_waits_and_time_spent_waiting_is_not_counted() -> None:
     now = iter(range(0, 1000, 10))
-    turns = FairQueue(num_at_once=1, slice_seconds=15, monotonic=lambda: float(next(now)))
-    with turns.of("a") as turn:  # at 0
-        assert [turn.offer() for _ in range(3)] == [10, 20, 30]
-        other = threading.Thread(target=lambda: (turns.take("b"), turns.give("b")))
+    turns = FairQueue(num_slots=1, slice_seconds=15, monotonic=lambda: float(next(now)))
+    with turns.slot("a") as turn:  # at 0
+        assert [turn.yield_to_waiting() for _ in range(3)] == [10, 20, 30]
+        other = threading.Thread(target=lambda: (turns.acquire("b"), turns.release("b")))
         other.start()
-        while not turns.is_awaited:
+        while not turns.has_waiting:
             threading.Event().wait(0.001)
-        assert turn.offer() == 40  # handed on, and back at 50
+        assert turn.yield_to_waiting() == 40  # handed on, and back at 50
         other.join()
-        assert turn.offer() == 40 + 10
+        assert turn.yield_to_waiting() == 40 + 10
 
 
 @pytest.fixture
@@ -106,13 +106,13 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def arrived(alignment: Alignment, monkeypatch: pytest.MonkeyPatch) -> asyncio.Queue[str]:
     """The tenant of every call that has come to the line for long work."""
-    arrived, in_line = asyncio.Queue[str](), alignment.servicer._threads.in_line
+    arrived, run_long = asyncio.Queue[str](), alignment.servicer._threads.run_long
 
     async def noted(tenant: str, *arguments: Any) -> Any:
         arrived.put_nowait(tenant)
-        return await in_line(tenant, *arguments)
+        return await run_long(tenant, *arguments)
 
-    monkeypatch.setattr(alignment.servicer._threads, "in_line", noted)
+    monkeypatch.setattr(alignment.servicer._threads, "run_long", noted)
     return arrived
 
 
