@@ -294,7 +294,7 @@ def test_a_rolling_restart_under_load_loses_no_request(
     for name in created:
         assert client.wait_task(name).state == task_pb2.TASK_STATE_SUCCEEDED
     events = check(client, long, expected, tmp_path / "adapter")
-    assert "its executor drains" in messages(events)
+    assert "its executor is draining" in messages(events)
 
 
 def restart(mesh: Mesh, service: str) -> None:

@@ -1,8 +1,7 @@
-"""Activation checkpointing (arXiv 1604.06174): of each decoder layer only its input is kept, and the layer runs again
-in backward.
+"""Activation checkpointing (arXiv 1604.06174): a decoder layer saves only its input, and runs again in backward.
 
-Exact, bit for bit: what a layer computes does not depend on when it runs. Dropout is keyed by position, the backbone is
-in evaluation mode, so no state of a random generator is put away.
+The results are the same bit for bit: a layer's result does not depend on when it runs. No state of a random generator
+is saved, because dropout is keyed by position and the backbone is in evaluation mode.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,26 +16,26 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class ActivationCheckpointing:
-    """Of the layers that transformers itself would checkpoint; there are none in some models. Off at first.
+    """Checkpoints the layers that transformers would checkpoint; some models have none. Off at first.
 
-    `surrounding` makes what a layer needs around it while it runs again.
+    `surrounding` returns the context in which a layer runs again.
     """
 
     def __init__(self, model: nn.Module, surrounding: Callable[[], AbstractContextManager[None]]) -> None:
         self.is_on, self._surrounding = False, surrounding
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self.num_layers = len(layers)
-        for layer in layers:  # transformers' own switch wants the training mode, in which some layers drop
+        for layer in layers:  # transformers' switch needs the training mode, in which some layers drop out
             layer.forward = partial(self._run, layer.forward)
 
     @contextmanager
     def switched(self, is_on: bool) -> Iterator[None]:
-        """On or off for a while."""
-        before, self.is_on = self.is_on, is_on
+        """Switches checkpointing on or off within the context."""
+        was_on, self.is_on = self.is_on, is_on
         try:
             yield
         finally:
-            self.is_on = before
+            self.is_on = was_on
 
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not (self.is_on and torch.is_grad_enabled()):

@@ -1,9 +1,10 @@
-"""Attention over a packed stream: each segment attends to itself, causally. On CUDA in one call of flash attention
-where that does it (`varlen_attention`), on a CPU in one node (`segment_attention`), else by SDPA, a segment at a time.
+"""Attention over a packed stream: each segment attends to itself, causally.
 
-Registered with transformers' AttentionInterface, so every architecture that goes through it works unchanged; the
-segments' bounds come as the model keyword argument `cu_seqlens`. What an architecture asks for (grouped heads, sliding
-window, soft-capping, scaling) is honoured; what is unknown is refused.
+On CUDA it is one call of flash attention where that is possible (`varlen_attention`), on a CPU one autograd node
+(`segment_attention`), and otherwise one call of SDPA per segment. It is registered with transformers'
+AttentionInterface, so that every architecture that uses this interface works unchanged; the model's keyword argument
+`cu_seqlens` has the segments' bounds. Grouped heads, sliding windows, soft-capping and scaling are supported; anything
+else is refused.
 
 Legend: T tokens, H query heads, G key heads, D head width, L tokens of a segment.
 """
@@ -20,16 +21,16 @@ from transformers import AttentionInterface
 from engine.errors import BackboneUnsupportedError
 from engine.peft.mounted import AttentionCall
 from engine.runtime.segment_attention import segment_attention
-from engine.runtime.varlen_attention import FLASH, Masks, Shared, varlen_attention, why_not
+from engine.runtime.varlen_attention import FLASH, AttentionCache, Masks, fallback_reason, varlen_attention
 
 NAME = "muxtune_packed"
 
 
 def register() -> None:
-    """Makes `attn_implementation="muxtune_packed"` known to transformers. Idempotent.
+    """Registers `attn_implementation="muxtune_packed"` with transformers. Idempotent.
 
-    Segments are bounded by cu_seqlens: there is no mask, so none is registered. For one that is, transformers would
-    first look for packed sequences in the position ids, and so wait for the device in every forward pass.
+    No mask is registered: cu_seqlens bounds the segments. With a mask, transformers would look for packed sequences in
+    the position ids, and so wait for the device in every forward pass.
     """
     AttentionInterface.register(NAME, packed_attention)
 
@@ -48,41 +49,42 @@ def packed_attention(
     cu_seqlens: list[int] | None = None,
     prefixes: Mapping[int, Mapping[int, tuple[torch.Tensor, torch.Tensor]]] | None = None,
     calls: list[AttentionCall] | None = None,
-    shared: Shared | None = None,
+    attention_cache: AttentionCache | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """[1, H, T, D] by [1, G, T, D] -> [1, T, H, D]. Source: transformers' attention interface.
+    """Computes [1, H, T, D] by [1, G, T, D] -> [1, T, H, D]. Source: transformers' attention interface.
 
-    `prefixes`: by id of the module and first token of a segment, keys and values [1, G, P, D] it also sees.
-    `calls`: every call is noted there. `shared`: what has been made so far for the stream, for all layers.
+    `prefixes`: by id of the module and first token of a segment, the keys and values [1, G, P, D] that the segment also
+    sees. `calls`: every call is recorded in this list. `attention_cache`: tensors that all layers of this stream share.
     """
     if cu_seqlens is None:
-        raise BackboneUnsupportedError(f"{type(module).__name__} drops cu_seqlens on its way to the attention")
+        raise BackboneUnsupportedError(f"{type(module).__name__} does not pass cu_seqlens to its attention")
     if dropout or s_aux is not None or attention_mask is not None or is_causal is False:
         raise BackboneUnsupportedError(
-            f"{type(module).__name__} asks for attention dropout, sinks, a mask or bidirectional attention"
+            f"{type(module).__name__} needs attention dropout, sinks, a mask or bidirectional attention: not supported"
         )
     if calls is not None:
         group_size = query.shape[1] // key.shape[1]
         calls.append(AttentionCall(module, key.shape[1], key.shape[3], group_size, sliding_window is not None))
-    own, shared = (prefixes or {}).get(id(module), {}), shared or Shared()
-    reason = why_not(query, softcap, bool(own))
-    shared.paths.add(FLASH if reason is None else f"by segment: {reason}")
+    module_prefixes, cache = (prefixes or {}).get(id(module), {}), attention_cache or AttentionCache()
+    reason = fallback_reason(query, softcap, bool(module_prefixes))
+    cache.paths.add(FLASH if reason is None else f"by segment: {reason}")
     if reason is None:
-        bounds = shared.on_device(cu_seqlens, query.device)
+        bounds = cache.bounds_on(query.device, cu_seqlens)
         return varlen_attention(query, key, value, bounds, scaling, sliding_window), None
     longest = max(end - start for start, end in itertools.pairwise(cu_seqlens))
-    sees_all = softcap is None and not own and (sliding_window is None or longest <= sliding_window)
+    sees_all = softcap is None and not module_prefixes and (sliding_window is None or longest <= sliding_window)
     if sees_all and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         return segment_attention(query, key, value, cu_seqlens, scaling), None
-    pieces = []
+    outputs = []
     for start, end in itertools.pairwise(cu_seqlens):
         q, k, v = (t[:, :, start:end] for t in (query, key, value))
-        if start in own:
-            k, v = (torch.cat([p.to(t.dtype), t], dim=2) for p, t in zip(own[start], (k, v), strict=True))
-        pieces.append(_segment(q, k, v, scaling, sliding_window, softcap, shared.masks).transpose(1, 2))
-    return torch.cat(pieces, dim=1), None  # in the order in which the output's projection reads it
+        if start in module_prefixes:
+            prefix = module_prefixes[start]
+            k, v = (torch.cat([p.to(t.dtype), t], dim=2) for p, t in zip(prefix, (k, v), strict=True))
+        outputs.append(_segment(q, k, v, scaling, sliding_window, softcap, cache.masks).transpose(1, 2))
+    return torch.cat(outputs, dim=1), None  # the layout that the output's projection reads
 
 
 def _segment(
@@ -94,9 +96,9 @@ def _segment(
     softcap: float | None,
     masks: Masks,
 ) -> torch.Tensor:
-    """[1, H, L, D] by [1, G, P + L, D]: all of the P keys before the segment, of its own those not after the query."""
+    """Attends [1, H, L, D] to [1, G, P + L, D]: to all P keys before the segment, and to its own up to the query."""
     length, num_prefix, repeats = q.shape[2], k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
-    is_grouped = repeats > 1 and softcap is None and q.device.type == "cpu"  # whose kernel needs no copy for each head
+    is_grouped = repeats > 1 and softcap is None and q.device.type == "cpu"  # that kernel needs no copy for each head
     if repeats > 1 and not is_grouped:
         k, v = (heads.repeat_interleave(repeats, dim=1) for heads in (k, v))
     sdpa = functools.partial(nn.functional.scaled_dot_product_attention, q, k, v, scale=scaling, enable_gqa=is_grouped)
@@ -114,7 +116,8 @@ def _segment(
 
 
 def _mask(length: int, num_prefix: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-    """[L, P + L], 0 where a query may look and -inf elsewhere, of `like`'s type: SDPA would keep a bool one twice."""
+    """Returns [L, P + L], 0 where a query may look and -inf elsewhere. Its type is `like`'s: SDPA would hold a bool
+    mask twice."""
     keys = torch.arange(-num_prefix, length, device=like.device)
     distance_LL = torch.arange(length, device=like.device)[:, None] - keys[None, :]
     allowed_LL = (distance_LL >= 0) & (distance_LL < (window or num_prefix + length))

@@ -1,4 +1,4 @@
-"""The frozen model an executor hosts: loaded once, its operators mounted, probed before anyone trusts it.
+"""The frozen model that an executor hosts: loads it, mounts its operators and probes that packed streams are exact.
 
 Legend: T tokens of the packed stream, H hidden, V vocabulary, M target positions.
 """
@@ -33,7 +33,7 @@ from engine.peft.sublayer import mount_blocks, observed_blocks
 from engine.runtime import attention
 from engine.runtime.activation_checkpointing import ActivationCheckpointing
 from engine.runtime.staging import on_device
-from engine.runtime.varlen_attention import FLASH, Shared
+from engine.runtime.varlen_attention import FLASH, AttentionCache
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _PACKED = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}
@@ -42,17 +42,17 @@ _PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.
 
 
 class Backbone:
-    """`model` runs packed streams through mounted operators; `shadow` is the same weights as plain transformers.
+    """Holds one model twice: `model` runs packed streams through mounted operators, `shadow` is plain transformers.
 
-    The shadow shares every tensor (it costs no memory but its Python objects) and serves to check exports and probes.
-    `packs_weights`: where that helps, linear operators hold their weights twice more, and are faster (`PackedWeight`).
+    Both share every tensor, so the shadow costs only Python objects; it serves to check exports and probes.
+    `packs_weights`: where it helps, linear operators hold their weights twice more and run faster (`PackedWeight`).
     """
 
     def __init__(self, model: Any, *, activation_checkpointing: bool = False, packs_weights: bool = True) -> None:
         attention.register()
         model.eval().requires_grad_(False)
         self.model = model
-        self._refuse_what_a_probe_misses()
+        self._check_architecture()
         self.shadow = sharing_copy(model)
         self.model.set_attn_implementation(attention.NAME)
         self.shadow.set_attn_implementation(_plain_attention(self.shadow))
@@ -60,20 +60,20 @@ class Backbone:
         self.operators = mount_linears(self.model, self.layout)
         norms = mount_norms(self.model, self.layout)
         self.attentions: dict[str, MountedAttention] = {}
-        self.attention_paths = set[str]()  # that were taken so far, and why
+        self.attention_paths = set[str]()  # see AttentionCache.paths
         softcap = getattr(model.config, "final_logit_softcapping", None)
         self.head = Head(self.model.get_output_embeddings(), softcap)
         if packs_weights:
             self._pack_weights()
         self.shared_inputs: list[SharedInput] = []
         with observed_blocks(self.model, self.operators) as widths, observed_inputs(self.operators) as groups:
-            calls = self._refuse_what_is_not_exact()
+            calls = self._probe()
         self.shared_inputs = group_linears(self.operators, groups)
         self.activation_checkpointing = ActivationCheckpointing(self.model, lambda: sharing(self.shared_inputs))
         if activation_checkpointing and not self.activation_checkpointing.num_layers:
-            raise self._unsupported("it has no layers to checkpoint; turn activation checkpointing off")
+            raise self._unsupported("it has no layers to checkpoint; set activation_checkpointing to false")
         self.activation_checkpointing.is_on = activation_checkpointing
-        self.is_all_varlen = self.attention_paths == {FLASH}  # of all layers, where no task has prefixes
+        self.is_all_varlen = self.attention_paths == {FLASH}  # in all layers, unless a task has prefixes
         self.attentions = mount_attentions(self.model, self.layout, calls)
         self.mounted: dict[str, Mounted] = {
             **self.operators,
@@ -94,7 +94,8 @@ class Backbone:
         activation_checkpointing: bool = False,
         packs_weights: bool = True,
     ) -> "Backbone":
-        """A local Hugging Face folder; never remote code. Raises BackboneUnsupportedError if it can't be exact."""
+        """Loads a local Hugging Face folder without remote code. Raises BackboneUnsupportedError if it cannot be
+        exact."""
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -104,7 +105,7 @@ class Backbone:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except Exception as error:  # whatever transformers raises for a folder that is no model
+        except Exception as error:  # transformers raises many types for a folder without a model
             raise BackboneUnsupportedError(f"{folder} does not load as a causal language model: {error}") from error
         if missing := sorted(info["missing_keys"]):  # transformers would train on random weights
             raise BackboneUnsupportedError(f"{folder} does not load: its weights lack {', '.join(missing[:3])}")
@@ -125,8 +126,8 @@ class Backbone:
 
     @property
     def max_sequence_tokens(self) -> int:
-        """The longest sequence that is exact, whatever its neighbours: some rotary scalings change for all sequences
-        once one of them passes the length the model was first trained for."""
+        """Returns the length of the longest sequence that is exact beside any neighbour: some rotary scalings change
+        for all sequences once one of them is longer than the model's original training length."""
         config = self.config.get_text_config()
         longest = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
         rope = getattr(config, "rope_parameters", None) or {}
@@ -144,29 +145,30 @@ class Backbone:
         self.head = replace(self.head, packed=PackedWeight.of(weight_VH.detach().T))
 
     def weight_bytes(self) -> int:
-        """Of all weights as they are loaded."""
+        """Returns the bytes of all weights as they were loaded."""
         tensors = {t.data_ptr(): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
     def packed_weight_bytes(self) -> int:
-        """Of those that are held once more."""
+        """Returns the bytes of the packed copies of weights."""
         packed = (self.head.packed, *(operator.packed for operator in self.operators.values()))
-        return sum(own.nbytes for own in packed if own is not None)
+        return sum(weight.nbytes for weight in packed if weight is not None)
 
     def held_bytes(self) -> int:
-        """Of both."""
+        """Returns the bytes of the weights and their packed copies."""
         return self.weight_bytes() + self.packed_weight_bytes()
 
     def hidden(self, microbatch: Microbatch, resident: frozenset[str]) -> torch.Tensor:
-        """[T, H]: the last hidden states of the packed stream, resident tasks' adapters on their own spans."""
+        """Returns the last hidden states [T, H] of the packed stream, with resident tasks' adapters on their own
+        spans."""
         self.layout.set(microbatch, resident)
         lengths = [n for r in microbatch.ranges for n in _segment_lengths(r.num_tokens, r)]
-        firsts = [first for r in microbatch.ranges for first in self._first_positions(r)]
+        first_positions = [position for r in microbatch.ranges for position in self._first_positions(r)]
         token_ids_1T = on_device(microbatch, self.device)[0].long().unsqueeze(0)
-        return self._packed_hidden(token_ids_1T, lengths, firsts)
+        return self._packed_hidden(token_ids_1T, lengths, first_positions)
 
     def _first_positions(self, range_: Range) -> list[int]:
-        """Of each segment and the tail: after the task's own prefix, if it has one."""
+        """Returns the first position of each segment and of the tail: after the task's prefix, if it has one."""
         attention = next(iter(self.attentions.values()), None)
         adapter = attention.adapters.get(range_.task) if attention else None
         first = adapter.method.num_prefix_tokens if adapter else 0
@@ -176,24 +178,24 @@ class Backbone:
         self,
         token_ids_1T: torch.Tensor,
         lengths: list[int],
-        firsts: list[int],
+        first_positions: list[int],
         calls: list[AttentionCall] | None = None,
     ) -> torch.Tensor:
-        positions = [torch.arange(first, first + n) for first, n in zip(firsts, lengths, strict=True)]
+        positions = [torch.arange(first, first + n) for first, n in zip(first_positions, lengths, strict=True)]
         position_ids_1T = to_device(torch.cat(positions), self.device).unsqueeze(0)
-        cu_seqlens, shared = [0, *itertools.accumulate(lengths)], Shared()
-        return self.packed_hidden(token_ids_1T, position_ids_1T, cu_seqlens, shared, calls)
+        cu_seqlens = [0, *itertools.accumulate(lengths)]
+        return self.packed_hidden(token_ids_1T, position_ids_1T, cu_seqlens, AttentionCache(), calls)
 
     def packed_hidden(
         self,
         token_ids_1T: torch.Tensor,
         position_ids_1T: torch.Tensor,
         cu_seqlens: list[int],
-        shared: Shared,
+        cache: AttentionCache,
         calls: list[AttentionCall] | None = None,
     ) -> torch.Tensor:
-        """[T, H], of what the layout says. `cu_seqlens` may be empty where `shared` has the bounds on the device, and
-        the backbone `is_all_varlen`."""
+        """Returns the last hidden states [T, H] under the current layout. `cu_seqlens` may be empty if `cache` has the
+        bounds on the device and the backbone `is_all_varlen`."""
         prefixes = {id(mounted.op.module): mounted.prefixes() for mounted in self.attentions.values()}
         self.layout.num_tokens = token_ids_1T.shape[1]
         base = self.model.base_model
@@ -204,30 +206,31 @@ class Backbone:
                 cu_seqlens=cu_seqlens,
                 prefixes=prefixes,
                 calls=calls,
-                shared=shared,
+                attention_cache=cache,
                 use_cache=False,
             )
-        self.attention_paths |= shared.paths
+        self.attention_paths |= cache.paths
         hidden: torch.Tensor = output.last_hidden_state
         return hidden[0]
 
-    def _refuse_what_a_probe_misses(self) -> None:
-        """Layers that differ on long sequences only, and operators whose weight is not what they multiply by."""
+    def _check_architecture(self) -> None:
+        """Refuses what the probe cannot see: layers that differ only on long sequences, and operators that do not
+        multiply by their weight. Raises BackboneUnsupportedError."""
         kinds = set(getattr(self.config.get_text_config(), "layer_types", None) or ())
-        if odd := kinds - _LAYER_TYPES:
-            raise self._unsupported(f"it has layers of type {', '.join(sorted(odd))}")
+        if unknown := kinds - _LAYER_TYPES:
+            raise self._unsupported(f"it has layers of type {', '.join(sorted(unknown))}")
         for name, module in self.model.named_modules():
             if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
                 raise self._unsupported(f"{name} is a {type(module).__name__}, not a plain linear operator")
             for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                if tensor.ndim > 1 and tensor.dtype in _PACKED:  # else no target module would name it
+                if tensor.ndim > 1 and tensor.dtype in _PACKED:  # else no target module could name it
                     raise self._unsupported(f"{name}.{key} holds quantised weights ({tensor.dtype})")
 
     @torch.no_grad()
-    def _refuse_what_is_not_exact(self) -> list[AttentionCall]:
-        """A packed stream of random sequences must give the logits of the sequences run one by one.
+    def _probe(self) -> list[AttentionCall]:
+        """Checks that a packed stream of random sequences gives the logits of the sequences run one by one.
 
-        The calls of the attention that were seen, one a layer.
+        Returns the calls of the attention, one per layer. Raises BackboneUnsupportedError.
         """
         if self.config.get_text_config()._attn_implementation != attention.NAME:
             raise self._unsupported("its attention does not go through transformers' AttentionInterface")
@@ -238,7 +241,7 @@ class Backbone:
             lengths, calls = [len(s) for s in sequences], list[AttentionCall]()
             hidden_TH = self._packed_hidden(torch.cat(sequences).unsqueeze(0), lengths, [0] * len(lengths), calls)
         except TypeError as error:
-            raise self._unsupported(f"its forward refuses the packed stream ({error})") from error
+            raise self._unsupported(f"its forward does not accept the packed stream ({error})") from error
         packed_TV = self.head.logits(hidden_TH)
         separate_TV = torch.cat([self.shadow(input_ids=s.unsqueeze(0), use_cache=False).logits[0] for s in sequences])
         difference = (packed_TV - separate_TV).abs().max().item()
@@ -252,15 +255,15 @@ class Backbone:
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", 8) or 8
         return (*(min(n, longest) for n in _PROBE_LENGTHS), *((window + 3,) if window and window < 512 else ()))
 
-    def _unsupported(self, why: str) -> BackboneUnsupportedError:
+    def _unsupported(self, reason: str) -> BackboneUnsupportedError:
         kind = type(self.model).__name__
         return BackboneUnsupportedError(
-            f"{kind} cannot be trained exactly on a packed stream: {why}", architecture=kind
+            f"{kind} cannot be trained exactly on a packed stream: {reason}", architecture=kind
         )
 
 
 def sharing_copy(model: Any) -> Any:
-    """A model of the same tensors, in modules of its own."""
+    """Returns a copy of the model with its own modules and the same tensors."""
     return copy.deepcopy(model, {id(t): t for t in itertools.chain(model.parameters(), model.buffers())})
 
 
@@ -271,6 +274,6 @@ def _segment_lengths(num_tokens: int, range_: Any) -> list[int]:
 
 
 def _plain_attention(model: Any) -> str:
-    """The model's own attention: eager where SDPA leaves something out."""
+    """Returns the name of the model's own attention: eager if SDPA omits a part of it."""
     softcaps = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     return "eager" if softcaps or not model._supports_sdpa else "sdpa"

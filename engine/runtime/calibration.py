@@ -1,6 +1,6 @@
-"""What microbatches cost on this executor, measured in a few seconds: a few sizes, and variations of one of them.
+"""Measures in a few seconds what microbatches cost on this executor: a few sizes, and variations of one of them.
 
-The tasks it times are of its own making and leave no trace. Prices are fitted by `engine.planning.cost.cost_fit`.
+It times temporary tasks, which it detaches at the end. `engine.planning.cost.cost_fit` fits the costs.
 """
 
 import itertools
@@ -22,19 +22,18 @@ from engine.runtime.task_state import TaskAssignment
 from engine.task import TaskSpec, Training
 
 _FIRST_TOKENS = 16
-_LARGEST_SHARE = 0.15  # of the time, for one run of the largest probe
+_LARGEST_SHARE = 0.15  # fraction of the time for one run of the largest probe
 _MAX_PASSES = 3
 _STRIDE = 8
-_RANK = 64  # so high that the adapters' arithmetic shows
+_RANK = 64  # high, so that the adapters' arithmetic can be measured
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A microbatch to time: `num_ranges` tasks, each of `num_sequences` sequences of `num_tokens` tokens.
+    """A microbatch to time: `num_ranges` tasks, each with `num_sequences` sequences of `num_tokens` tokens.
 
-    They are LoRA of `rank` on one in `module_stride` linear operators: mostly few, so that the price of tokens shows
-    apart from the adapters'. One in `target_stride` positions bears loss. `has_step`:
-    optimizers step after it.
+    The tasks are LoRA of `rank` on one in `module_stride` linear operators, mostly few, so that the cost of tokens can
+    be told from the adapters'. One in `target_stride` positions bears loss. `has_step`: the optimizers step after it.
     """
 
     num_tokens: int
@@ -49,22 +48,24 @@ class Probe:
 def calibrate(
     executor: Executor, budget_seconds: float, max_tokens: int, clock: Callable[[], float] = time.perf_counter
 ) -> list[CostSample]:
-    """Medians of what was timed, a sample a probe. Spends about `budget_seconds`, at least one pass over the probes."""
+    """Returns a sample with the median time of each probe. Takes about `budget_seconds`, or one pass over the
+    probes."""
     started = clock()
-    with executor.eagerly(), Bench(executor, clock) as bench:  # a graph would be captured as often as it is replayed
+    with executor.eagerly(), Bench(executor, clock) as bench:  # each graph would be captured for one replay
         probes = _probes(bench, max_tokens, _LARGEST_SHARE * budget_seconds)
-        timed: dict[Probe, list[float]] = {probe: [] for probe in probes}
+        seconds: dict[Probe, list[float]] = {probe: [] for probe in probes}
         for number, probe in itertools.product(range(_MAX_PASSES), probes):
             if number and clock() - started > budget_seconds:
                 break
-            timed[probe].append(bench.seconds(probe))
-        return [CostSample(bench.parts(probe), statistics.median(seconds)) for probe, seconds in timed.items()]
+            seconds[probe].append(bench.seconds(probe))
+        return [CostSample(bench.parts(probe), statistics.median(times)) for probe, times in seconds.items()]
 
 
 def _probes(bench: "Bench", max_tokens: int, largest_seconds: float) -> list[Probe]:
-    """Four sizes, the largest of which takes so long, and of the second largest one thing changed at a time."""
+    """Returns probes of four sizes, of which the largest takes about `largest_seconds`, and variations of the second
+    largest in one field each."""
     largest = _FIRST_TOKENS
-    bench.seconds(Probe(largest))  # the first run of anything pays for more than itself
+    bench.seconds(Probe(largest))  # the first run is slower than those after it
     while 2 * largest <= max_tokens and bench.seconds(Probe(largest)) < largest_seconds / 2:
         largest *= 2
     base = max(_FIRST_TOKENS, largest // 2)
@@ -82,15 +83,15 @@ def _probes(bench: "Bench", max_tokens: int, largest_seconds: float) -> list[Pro
 
 
 def parts_of(microbatch: Microbatch, executor: Executor) -> tuple[MicrobatchWork, ...]:
-    """What the cost model sees of a microbatch: its resident tasks' ranges, and the steps taken after it."""
+    """Returns the microbatch's parts for the cost model: resident tasks' ranges, and the optimizer steps after them."""
     sites, parts = executor.backbone.sites, []
     for range_ in microbatch.ranges:
         lengths = [segment.num_tokens for segment in range_.segments]
         targets = microbatch.targets_T[range_.start : range_.start + range_.num_tokens]
         part = MicrobatchWork(range_.num_tokens, sum(n * n for n in lengths), int((targets != IGNORE).sum()),
                     num_segments=len(lengths))  # fmt: skip
-        if (run := executor.tasks.get(range_.task)) is not None:
-            load = adapter_load(run.assignment.spec.method, sites)
+        if (state := executor.tasks.get(range_.task)) is not None:
+            load = adapter_load(state.assignment.spec.method, sites)
             part = replace(
                 part,
                 num_modules=load.num_modules,
@@ -102,7 +103,7 @@ def parts_of(microbatch: Microbatch, executor: Executor) -> tuple[MicrobatchWork
 
 
 class Bench:
-    """Runs probes with tasks of its own, attached once and gone at the end."""
+    """Runs probes with temporary tasks, which are attached once and detached at the end."""
 
     def __init__(self, executor: Executor, clock: Callable[[], float]) -> None:
         self._executor, self._clock = executor, clock
@@ -157,6 +158,6 @@ class Bench:
 
 
 def _cut(num_tokens: int, longest: int) -> list[int]:
-    """Sequences of at most `longest` tokens."""
+    """Returns the lengths of sequences of at most `longest` tokens."""
     whole, rest = divmod(max(1, num_tokens), longest)
     return [longest] * whole + ([rest] if rest else [])

@@ -21,15 +21,16 @@ from engine.runtime import export
 from engine.runtime.backbone import Backbone
 from engine.runtime.checkpoint import CheckpointState
 from engine.runtime.cuda_graphs import CudaGraphs
-from engine.runtime.out_of_memory import OutOfMemoryError, release_cache, with_second_try, within_memory
-from engine.runtime.staging import Copy, copy_to, on_device, stage
-from engine.runtime.task_state import StepAccumulator, TaskAssignment, TaskTrainingState, take_steps
+from engine.runtime.graph_buckets import RowLosses
+from engine.runtime.out_of_memory import OutOfMemoryError, release_cache, retry_after_release, within_memory
+from engine.runtime.staging import Copy, copier_to, on_device, stage
+from engine.runtime.task_state import OptimizerStep, StepAccumulator, TaskAssignment, TaskTrainingState, take_steps
 
-Taken = tuple[float, float] | MuxtuneError  # (learning rate, gradient norm), or why the task ends
+StepOutcome = OptimizerStep | MuxtuneError  # an error ends the task
 
 
 class Executor:
-    """Holds resident tasks and runs what it is given. Not thread-safe: one caller, between microbatches."""
+    """Holds resident tasks and runs their microbatches. Not thread-safe: only one caller, between microbatches."""
 
     def __init__(
         self,
@@ -46,116 +47,116 @@ class Executor:
         self.backbone, self._graphs, self._is_eager = backbone, graphs, False
         self._tenant_loader = tenant_loader
         self.tasks: dict[str, TaskTrainingState] = {}
-        self._clock, self._copy = clock, copy or copy_to(backbone.device)
+        self._clock, self._copy = clock, copy or copier_to(backbone.device)
 
     def stage(self, microbatch: Microbatch) -> Microbatch:
-        """The same, on its way to the device while others run there. On any thread; nobody has to."""
+        """Starts to copy the microbatch to the device while others run there. Optional; on any thread."""
         return microbatch if self._copy is None else stage(microbatch, self._copy)
 
     def run(self, microbatch: Microbatch) -> list[Result]:
-        """Forward, loss, backward; then, for each task whose step is complete, its own clip, optimizer and schedule.
+        """Runs forward, loss and backward, then clip, optimizer and schedule of each task whose step is complete.
 
-        Raises NoMemory before any task has taken its step: what this one's tasks have gathered is to be gathered anew.
+        Raises OutOfMemoryError before any task has taken its step: the caller must restart the steps of its tasks.
         """
         started = self._clock()
         resident = frozenset(self.tasks)
         trains = microbatch.kind is MicrobatchKind.TRAIN
 
-        def gather() -> None:
+        def forward_backward() -> None:
             graphs = None if self._is_eager else self._graphs
             replayed = None if graphs is None else graphs.run(microbatch, self.tasks)
-            rows_M, loss_M = replayed or self._forward_backward(microbatch, resident)
-            self._gather(microbatch, rows_M, loss_M, self._clock() - started)
+            losses = replayed or self._forward_backward(microbatch, resident)
+            self._accumulate(microbatch, losses, self._clock() - started)
 
         try:
-            within_memory(gather)
+            within_memory(forward_backward)
         except OutOfMemoryError:
-            self._release()
+            self._release_caches()
             raise
         complete = [r for r in microbatch.ranges if r.is_last and r.task in resident]
         return self._finish_steps(complete) if trains else [self._finish_evaluation(r) for r in complete]
 
-    def _forward_backward(self, microbatch: Microbatch, resident: frozenset[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows [M] that bear a loss, losses [M]), on the host: the device is done. Where it trains, gradients go
-        to the tasks' own."""
+    def _forward_backward(self, microbatch: Microbatch, resident: frozenset[str]) -> RowLosses:
+        """Runs forward, loss and, if it trains, backward, which adds gradients to the tasks' own. Waits for the
+        device."""
         trains = microbatch.kind is MicrobatchKind.TRAIN
         rows_M, weights_M = self._target_rows(microbatch, resident)
-        there_M = to_device(rows_M, self.backbone.device)
-        targets_M = on_device(microbatch, self.backbone.device)[1][there_M]
+        device_rows_M = to_device(rows_M, self.backbone.device)
+        targets_M = on_device(microbatch, self.backbone.device)[1][device_rows_M]
         with torch.set_grad_enabled(trains):
             hidden_TH = self.backbone.hidden(microbatch, resident)
         loss_M, dhidden_MH = segment_cross_entropy(
-            self.backbone.head, hidden_TH.detach()[there_M], targets_M, weights_M if trains else None
+            self.backbone.head, hidden_TH.detach()[device_rows_M], targets_M, weights_M if trains else None
         )
         if dhidden_MH is not None and hidden_TH.requires_grad:
             for name in resident.intersection(range_.task for range_ in microbatch.ranges):
-                self.tasks[name].gradient.take()
-            torch.autograd.backward(hidden_TH, torch.zeros_like(hidden_TH).index_copy_(0, there_M, dhidden_MH))
-        return rows_M, loss_M.double().cpu()
+                self.tasks[name].gradient.allocate()
+            torch.autograd.backward(hidden_TH, torch.zeros_like(hidden_TH).index_copy_(0, device_rows_M, dhidden_MH))
+        return RowLosses(rows_M, loss_M.double().cpu())
 
     def attach(
         self, assignment: TaskAssignment, state: CheckpointState | None = None, initial_adapter: Path | None = None
     ) -> None:
-        """Mounts the task's adapters, fresh, from an initial adapter, or exactly as a checkpoint left them.
+        """Mounts the task's adapters: new ones, from an initial adapter, or exactly as a checkpoint has them.
 
-        Raises InvalidInputError (targets, an adapter that does not fit), ArtifactCorruptError or NoMemory; nothing is
-        mounted.
+        Raises InvalidInputError (target modules or an initial adapter that does not fit), ArtifactCorruptError or
+        OutOfMemoryError, and mounts nothing then.
         """
         if assignment.task in self.tasks:
             raise ValueError(f"{assignment.task} is attached already")
 
         def make() -> TaskTrainingState:
-            run = TaskTrainingState(assignment, self.backbone)
+            task_state = TaskTrainingState(assignment, self.backbone)
             if state is not None:
-                state.restore(run)
+                state.restore(task_state)
             elif initial_adapter is not None:
-                export.load_initial_adapter(initial_adapter, run, self.backbone)
-            return run
+                export.load_initial_adapter(initial_adapter, task_state, self.backbone)
+            return task_state
 
-        run = with_second_try(make, self._release)
-        for name, adapter in run.adapters.items():
+        task_state = retry_after_release(make, self._release_caches)
+        for name, adapter in task_state.adapters.items():
             self.backbone.mounted[name].adapters[assignment.task] = adapter
-        self.tasks[assignment.task] = run
+        self.tasks[assignment.task] = task_state
 
     def detach(self, task: str) -> None:
-        """Unmounts the task; its memory is given back. Tokens of it still in the stream run through the bare model."""
-        run = self.tasks.pop(task)
+        """Unmounts the task and releases its memory. Its tokens that come later run through the bare backbone."""
+        task_state = self.tasks.pop(task)
         if self._graphs is not None:
-            self._graphs.forget(run)
-        for name in run.adapters:
+            self._graphs.forget(task_state)
+        for name in task_state.adapters:
             del self.backbone.mounted[name].adapters[task]
 
     def checkpoint(self, task: str) -> CheckpointState:
-        """A copy of the task between two steps: parameters, optimizer, step. Raises NoMemory."""
-        return with_second_try(lambda: CheckpointState.of(self.tasks[task]), self._release)
+        """Returns a copy of the task between two steps: parameters, optimizer, step. Raises OutOfMemoryError."""
+        return retry_after_release(lambda: CheckpointState.of(self.tasks[task]), self._release_caches)
 
     def export(self, task: str, folder: Path) -> export.ExportReport:
-        """The adapter as a PEFT folder, loaded again and compared. Raises ExportMismatchError, NoMemory."""
+        """Exports the adapter to a folder and checks it. Raises ExportMismatchError, OutOfMemoryError."""
         work = partial(export.export, self.backbone, self.tasks[task], folder, self._tenant_loader)
-        return with_second_try(work, self._release)
+        return retry_after_release(work, self._release_caches)
 
     def task_bytes(self) -> dict[str, int]:
-        """Bytes held for each resident task: parameters, gradients, optimizer."""
-        return {name: run.num_bytes() for name, run in self.tasks.items()}
+        """Returns the bytes that each resident task holds: parameters, gradients, optimizer."""
+        return {name: task_state.num_bytes() for name, task_state in self.tasks.items()}
 
     @contextmanager
     def eagerly(self) -> Iterator[None]:
-        """Nothing is captured or replayed in this context."""
+        """Runs every microbatch eagerly in this context: no graph is captured or replayed."""
         self._is_eager = True
         try:
             yield
         finally:
             self._is_eager = False
 
-    def _release(self) -> None:
-        """Gives back what is kept for later: graphs, and the allocator's cache."""
+    def _release_caches(self) -> None:
+        """Releases the graphs and the allocator's cache."""
         if self._graphs is not None:
             self._graphs.clear()
         release_cache(self.backbone.device.type)
 
     def _target_rows(self, microbatch: Microbatch, resident: frozenset[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions [M] that bear a resident task's loss, on the host, and 1 / (targets of that task's whole step) for
-        each, on the device."""
+        """Returns the rows [M] that bear a resident task's loss, on the host, and for each 1 / (targets of the task's
+        whole step), on the device."""
         targets_T = torch.from_numpy(microbatch.targets_T)
         weights_T = torch.zeros(microbatch.num_tokens, dtype=torch.float64)
         for range_ in microbatch.ranges:
@@ -164,116 +165,121 @@ class Executor:
         rows_M = torch.nonzero((targets_T != IGNORE) & (weights_T > 0)).squeeze(1)
         return rows_M, to_device(weights_T[rows_M], self.backbone.device)
 
-    def _gather(self, microbatch: Microbatch, rows_M: torch.Tensor, loss_M: torch.Tensor, seconds: float) -> None:
+    def _accumulate(self, microbatch: Microbatch, losses: RowLosses, seconds: float) -> None:
+        """Adds the microbatch to the steps of its tasks."""
         loss_T = torch.zeros(microbatch.num_tokens, dtype=torch.float64)
-        loss_T[rows_M] = loss_M
+        loss_T[losses.rows_M] = losses.loss_M
         names = {r.task for r in microbatch.ranges}
         for range_ in microbatch.ranges:
-            if (run := self.tasks.get(range_.task)) is None:
+            if (task_state := self.tasks.get(range_.task)) is None:
                 continue
-            gathered, targets_L = run.gathered, microbatch.targets_T[_slice(range_)]
-            gathered.loss += loss_T[_slice(range_)].sum().item() / max(1, range_.num_step_target_tokens)
-            gathered.num_target_tokens += int((targets_L != IGNORE).sum())
-            gathered.num_effective_tokens += range_.num_effective_tokens
-            gathered.num_padding_tokens += range_.num_tokens - range_.num_effective_tokens
-            gathered.seconds += seconds * range_.num_tokens / microbatch.num_tokens
-            gathered.neighbours |= names - {range_.task}
+            total, targets_L = task_state.accumulated, microbatch.targets_T[_slice(range_)]
+            total.loss += loss_T[_slice(range_)].sum().item() / max(1, range_.num_step_target_tokens)
+            total.num_target_tokens += int((targets_L != IGNORE).sum())
+            total.num_effective_tokens += range_.num_effective_tokens
+            total.num_padding_tokens += range_.num_tokens - range_.num_effective_tokens
+            total.seconds += seconds * range_.num_tokens / microbatch.num_tokens
+            total.neighbours |= names - {range_.task}
             if microbatch.kind is MicrobatchKind.TRAIN:
-                gathered.digest.add(microbatch, range_)
-                if run.is_verified:
-                    gathered.alone.append(microbatch.alone(range_))
+                total.digest.add(microbatch, range_)
+                if task_state.is_verified:
+                    total.alone.append(microbatch.alone(range_))
 
     def _finish_steps(self, complete: Sequence[Range]) -> list[Result]:
-        """Clip, optimizer and schedule of each task, all of them at once; a sick one fails alone."""
+        """Runs clip, optimizer and schedule of all tasks at once. A task whose step is not finite fails alone."""
         results: list[Result] = []
         checked: list[tuple[Range, ShadowCheck | None]] = []
         for range_ in complete:
             try:
-                checked.append((range_, self._verified(self.tasks[range_.task])))
+                checked.append((range_, self._verify_step(self.tasks[range_.task])))
             except WillNeverFitError as error:
                 results.append(self._fail(range_, error))
-        taken = self._take_steps([self.tasks[range_.task] for range_, _ in checked])
-        return results + [self._finish_step(*each, step) for each, step in zip(checked, taken, strict=True)]
+        outcomes = self._take_steps([self.tasks[range_.task] for range_, _ in checked])
+        return results + [self._finish_step(*each, outcome) for each, outcome in zip(checked, outcomes, strict=True)]
 
-    def _take_steps(self, runs: Sequence[TaskTrainingState]) -> Sequence[Taken]:
-        """Where all at once find no memory, one after the other."""
+    def _take_steps(self, task_states: Sequence[TaskTrainingState]) -> Sequence[StepOutcome]:
+        """Steps all tasks at once; one after the other if that runs out of memory."""
         try:
-            return within_memory(lambda: take_steps(runs))
+            return within_memory(lambda: take_steps(task_states))
         except OutOfMemoryError:
-            self._release()
-        return [self._take_step(run) for run in runs]
+            self._release_caches()
+        return [self._take_step(task_state) for task_state in task_states]
 
-    def _take_step(self, run: TaskTrainingState) -> Taken:
+    def _take_step(self, task_state: TaskTrainingState) -> StepOutcome:
         try:
-            return within_memory(lambda: take_steps([run]))[0]
+            return within_memory(lambda: take_steps([task_state]))[0]
         except OutOfMemoryError as error:
-            return _no_room(f"optimizer's step {run.step + 1}", run, error, "adapt less")
+            return _will_never_fit(
+                f"optimizer step {task_state.step + 1}", task_state, error, "Reduce `rank` or `target_modules`."
+            )
 
-    def _verified(self, run: TaskTrainingState) -> ShadowCheck | None:
-        """The check of the step in flight, where one is due. Raises WillNeverFitError."""
-        if not run.gathered.alone:
+    def _verify_step(self, task_state: TaskTrainingState) -> ShadowCheck | None:
+        """Runs the shadow check of the step in flight if one is due. Raises WillNeverFitError."""
+        if not task_state.accumulated.alone:
             return None
         try:
-            return with_second_try(lambda: self._run_alone(run), self._release)
+            return retry_after_release(lambda: self._run_alone(task_state), self._release_caches)
         except OutOfMemoryError as error:
-            raise _no_room(
-                f"step {run.step + 1}, run again to verify it,", run, error, "verify_every_steps: 0 asks for less"
-            ) from None
+            part = f"repetition of step {task_state.step + 1} that verifies it"
+            raise _will_never_fit(part, task_state, error, "Set `verify_every_steps` to 0.") from None
 
     def _fail(self, range_: Range, error: MuxtuneError) -> TaskFailure:
         self.detach(range_.task)
         return TaskFailure(range_.task, range_.step, error)
 
-    def _finish_step(self, range_: Range, shadow_check: ShadowCheck | None, taken: Taken) -> StepResult | TaskFailure:
-        run = self.tasks[range_.task]
-        if isinstance(taken, MuxtuneError):
-            return self._fail(range_, taken)
-        done, run.gathered = run.gathered, StepAccumulator()
+    def _finish_step(
+        self, range_: Range, shadow_check: ShadowCheck | None, outcome: StepOutcome
+    ) -> StepResult | TaskFailure:
+        task_state = self.tasks[range_.task]
+        if isinstance(outcome, MuxtuneError):
+            return self._fail(range_, outcome)
+        done, task_state.accumulated = task_state.accumulated, StepAccumulator()
         return StepResult(
             task=range_.task,
-            step=run.step,
+            step=task_state.step,
             loss=done.loss,
-            learning_rate=taken[0],
-            grad_norm=taken[1],
+            learning_rate=outcome.learning_rate,
+            grad_norm=outcome.grad_norm,
             num_effective_tokens=done.num_effective_tokens,
             num_target_tokens=done.num_target_tokens,
             num_padding_tokens=done.num_padding_tokens,
             seconds=done.seconds,
             num_neighbours=len(done.neighbours),
-            input_digest=done.digest.of(run.training, range_.step, run.assignment.spec.method.dropout),
+            input_digest=done.digest.of(task_state.training, range_.step, task_state.assignment.spec.method.dropout),
             shadow_check=shadow_check,
         )
 
-    def _run_alone(self, run: TaskTrainingState) -> ShadowCheck:
-        """The step again with no neighbour in the batch. The gradient stays the one of the fused step."""
-        started, gradient_P = self._clock(), run.gradient_P
+    def _run_alone(self, task_state: TaskTrainingState) -> ShadowCheck:
+        """Runs the step again without neighbours in the batch, and restores the gradient of the fused step."""
+        started, gradient_P = self._clock(), task_state.gradient_P
         fused_P, loss = gradient_P.clone(), 0.0
         try:
             gradient_P.zero_()
-            for microbatch in run.gathered.alone:
-                _, loss_M = self._forward_backward(microbatch, frozenset({run.assignment.task}))
-                loss += loss_M.sum().item() / max(1, microbatch.ranges[0].num_step_target_tokens)
+            for microbatch in task_state.accumulated.alone:
+                losses = self._forward_backward(microbatch, frozenset({task_state.assignment.task}))
+                loss += losses.loss_M.sum().item() / max(1, microbatch.ranges[0].num_step_target_tokens)
             norm = torch.linalg.vector_norm(gradient_P).item()
             difference = torch.linalg.vector_norm(gradient_P.neg_().add_(fused_P)).item()
         finally:
             gradient_P.copy_(fused_P)
-        run.gathered.seconds += self._clock() - started
-        return ShadowCheck(_relative(run.gathered.loss - loss, loss), _relative(difference, norm))
+        task_state.accumulated.seconds += self._clock() - started
+        return ShadowCheck(_relative(task_state.accumulated.loss - loss, loss), _relative(difference, norm))
 
     def _finish_evaluation(self, range_: Range) -> EvaluationResult | TaskFailure:
-        run = self.tasks[range_.task]
-        done, run.gathered = run.gathered, StepAccumulator()
+        task_state = self.tasks[range_.task]
+        done, task_state.accumulated = task_state.accumulated, StepAccumulator()
         if not math.isfinite(done.loss):
             error = NonFiniteError(f"held-out loss after step {range_.step} is {done.loss}", step=range_.step)
             return self._fail(range_, error)
         return EvaluationResult(range_.task, range_.step, done.loss, done.num_target_tokens)
 
 
-def _no_room(what: str, run: TaskTrainingState, error: OutOfMemoryError, remedy: str) -> WillNeverFitError:
-    held = run.num_bytes()
-    return WillNeverFitError(
-        f"its {what} finds no memory beside the {held} bytes that it holds: {error}; {remedy}", bytes=held
-    )
+def _will_never_fit(
+    part: str, task_state: TaskTrainingState, error: OutOfMemoryError, remedy: str
+) -> WillNeverFitError:
+    num_bytes = task_state.num_bytes()
+    message = f"The {part} does not fit in memory beside the {num_bytes} bytes that the task holds: {error}."
+    return WillNeverFitError(f"{message} {remedy}", bytes=num_bytes)
 
 
 def _slice(range_: Range) -> slice:
@@ -281,5 +287,5 @@ def _slice(range_: Range) -> slice:
 
 
 def _relative(difference: float, value: float) -> float:
-    """|difference| / |value|; 0 where neither is there."""
+    """Returns |difference| / |value|; 0 if both are 0."""
     return abs(difference) / abs(value) if value else float(difference != 0)

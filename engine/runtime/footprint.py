@@ -1,6 +1,7 @@
-"""What a backbone keeps for backward, measured on one small forward: bytes by token; which operators read one tensor.
+"""Measures on a small forward pass how many bytes per token a backbone saves for backward.
 
-The memory model (`engine.planning.cost.memory_model`) adds what tasks' methods keep beside it. Legend: T tokens.
+Also finds which operators read the same tensor. The memory model (`engine.planning.cost.memory_model`) adds what the
+tasks' methods save. Legend: T tokens.
 """
 
 from collections.abc import Iterator
@@ -20,9 +21,12 @@ _TOKENS = 64
 
 @dataclass(frozen=True)
 class BackboneFootprint:
-    """`kept_token_bytes` where gradients flow through all of it. Operators of one number in `input_groups` (from 1)
-    read the same tensor, which is kept once however many of them are adapted. `recomputed_token_bytes`: of one layer
-    while it runs again in backward; 0 where none does."""
+    """Bytes per token that a backbone saves for backward.
+
+    `kept_token_bytes`: when gradients flow through all layers. `input_groups`: operators with the same number (from 1)
+    read the same tensor, which is saved once however many of them are adapted. `recomputed_token_bytes`: of one layer
+    while it runs again in backward; 0 without activation checkpointing.
+    """
 
     kept_token_bytes: float
     input_groups: dict[str, int]
@@ -30,33 +34,33 @@ class BackboneFootprint:
 
 
 def measure(backbone: Backbone) -> BackboneFootprint:
-    """Runs one sequence of a few tokens, with no task resident; and once more where layers run again in backward."""
+    """Runs one short sequence with no task resident, and once more if layers run again in backward."""
     checkpointing = backbone.activation_checkpointing
     with checkpointing.switched(False):
-        whole, groups = _kept(backbone)
+        whole, groups = _saved(backbone)
     if not checkpointing.is_on:
         return BackboneFootprint(whole, groups)
-    return BackboneFootprint(_kept(backbone)[0], groups, whole / checkpointing.num_layers)
+    return BackboneFootprint(_saved(backbone)[0], groups, whole / checkpointing.num_layers)
 
 
-def _kept(backbone: Backbone) -> tuple[float, dict[str, int]]:
-    """(bytes by token, numbers of what operators read)."""
+def _saved(backbone: Backbone) -> tuple[float, dict[str, int]]:
+    """Returns (bytes per token, input group by operator)."""
     stream = _stream(min(_TOKENS, backbone.max_sequence_tokens))
     weights = {t.untyped_storage().data_ptr() for t in (*backbone.model.parameters(), *backbone.model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
     inputs: dict[str, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # held: an address is not used twice
+            saved[storage.data_ptr()] = storage  # a reference, so that its address is not used again
         return tensor
 
     with _hooks(backbone, inputs), torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
         backbone.hidden(stream, frozenset())
     numbers = dict[int, int]()
     groups = {name: numbers.setdefault(x.data_ptr(), len(numbers) + 1) for name, x in inputs.items()}
-    return sum(storage.nbytes() for storage in kept.values()) / stream.num_tokens, groups
+    return sum(storage.nbytes() for storage in saved.values()) / stream.num_tokens, groups
 
 
 def _stream(num_tokens: int) -> Microbatch:
@@ -67,14 +71,14 @@ def _stream(num_tokens: int) -> Microbatch:
 
 @contextmanager
 def _hooks(backbone: Backbone, inputs: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Gradients from the embedding on; what each operator reads, held so that no address is used twice."""
+    """Makes gradients flow from the embedding on, and records what each operator reads."""
 
-    def note(name: str) -> Any:
+    def record(name: str) -> Any:
         return lambda module, args: inputs.__setitem__(name, args[0])
 
     embedding = backbone.model.get_input_embeddings()
     handles = [embedding.register_forward_hook(lambda module, args, y: y if y.requires_grad else y.requires_grad_())]
-    handles += [module.register_forward_pre_hook(note(name)) for name, module in backbone.operators.items()]
+    handles += [module.register_forward_pre_hook(record(name)) for name, module in backbone.operators.items()]
     try:
         yield
     finally:

@@ -1,9 +1,9 @@
-"""Microbatches brought into few forms: what a graph captured of one serves every other of its form.
+"""Maps small microbatches to a few buckets: a graph captured for one microbatch of a bucket serves all others of it.
 
-A form says who trains and how long the ranges are, all of one length. Each range is filled up by its own sequences over
-again, which bear no loss: they compute what the task's own tokens do, so nothing overflows in them that would not have
-without them, and their gradients are zero. Tokens of tasks that have left are left out. What else differs between
-microbatches of a form is in one array, which becomes one copy to the device.
+A bucket names the tasks and the length of the ranges, which is the same for all. Each range is filled up by repeating
+its own sequences, without loss: they compute what the task's own tokens do, so they cause no overflow that the task
+would not have without them, and their gradients are zero. Tokens of tasks that have left are omitted. What differs
+between the microbatches of a bucket is held in one array, so that one copy brings it to the device.
 
 Legend: U tasks, L tokens of each range, T = U L tokens of the stream, S segments, M rows that the head reads.
 """
@@ -11,6 +11,7 @@ Legend: U tasks, L tokens of each range, T = U L tokens of the stream, S segment
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,18 +21,21 @@ from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Rang
 from engine.peft.layout import TaskSpan, positions_of
 from engine.runtime.task_state import TaskTrainingState
 
-_LEAST_TOKENS = 16  # of a range
-_ALWAYS_TOKENS = 512  # of a stream: so few are launches above all, whatever was filled up
-_MOST_TOKENS = 2048  # of a stream: more are bound by arithmetic
-_SEGMENT_TOKENS = 8  # of a stream, for each of which it has room for one segment
+_MIN_RANGE_TOKENS = 16
+_SMALL_TOKENS = 512  # a stream of so few tokens is bound by launches, however much is filled up
+_MAX_TOKENS = 2048  # a stream of more tokens is bound by arithmetic
+_TOKENS_PER_SEGMENT = 8  # a bucket has room for one segment per so many tokens
+
+A = TypeVar("A")
 
 
 @dataclass(frozen=True)
 class GraphBucket:
-    """`runs`: who trains, by name; the same objects, as their parameters lie where a graph has found them."""
+    """`tasks`: the tasks that train, by name. They are compared by identity: a graph holds their parameters'
+    addresses."""
 
     kind: MicrobatchKind
-    runs: tuple[TaskTrainingState, ...]
+    tasks: tuple[TaskTrainingState, ...]
     num_range_tokens: int
     num_segments: int
     num_rows: int
@@ -42,119 +46,177 @@ class GraphBucket:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.runs) * self.num_range_tokens
+        return len(self.tasks) * self.num_range_tokens
 
     @property
-    def starts(self) -> range:
-        """Of the ranges."""
+    def range_starts(self) -> range:
         return range(0, self.num_tokens, self.num_range_tokens)
 
 
-def form_of(microbatch: Microbatch, tasks: Mapping[str, TaskTrainingState]) -> GraphBucket | None:
-    """None where it has none: it is large, or a task computes what no graph can replay."""
+class BucketArrays(NamedTuple, Generic[A]):
+    """Arrays that differ between the microbatches of a bucket: their sizes, or their values on the host or the device.
+
+    They lie end to end in one int64 array, which `split` cuts. `stream_positions_T`: positions in the tasks' own
+    streams, which key dropout. `rows_M`: rows that bear a loss, then others, each once. `weights_M`: float64 as bits, 1
+    / (targets of the task's whole step), 0 without loss. `bounds_S`: [S + 1], unused segments are empty. `steps_U`:
+    steps of tasks.
+    """
+
+    token_ids_T: A
+    positions_T: A
+    stream_positions_T: A
+    rows_M: A
+    targets_M: A
+    weights_M: A
+    bounds_S: A
+    steps_U: A
+
+
+def bucket_of(microbatch: Microbatch, tasks: Mapping[str, TaskTrainingState]) -> GraphBucket | None:
+    """Returns the microbatch's bucket; None if it is large, or a graph cannot replay what one of its tasks computes."""
     trains = microbatch.kind is MicrobatchKind.TRAIN
-    own = [r for r in microbatch.ranges if r.task in tasks and r.num_effective_tokens]
-    ranges = {r.task: r for r in sorted(own, key=lambda range_: range_.task)}
-    runs = tuple(tasks[name] for name in ranges)
-    if not 0 < len(own) == len(runs) or not all(is_replayable(run, trains) for run in runs):
+    task_ranges = [r for r in microbatch.ranges if r.task in tasks and r.num_effective_tokens]
+    ranges = {r.task: r for r in sorted(task_ranges, key=lambda range_: range_.task)}
+    states = tuple(tasks[name] for name in ranges)
+    if not 0 < len(task_ranges) == len(states) or not all(is_replayable(state, trains) for state in states):
         return None
-    size = max(_LEAST_TOKENS, _power_of_two(max(r.num_effective_tokens for r in ranges.values())))
-    num_tokens = len(runs) * size
-    if num_tokens > min(_MOST_TOKENS, max(_ALWAYS_TOKENS, 2 * microbatch.num_tokens)):
+    size = max(_MIN_RANGE_TOKENS, _power_of_two(max(r.num_effective_tokens for r in ranges.values())))
+    num_tokens = len(states) * size
+    if num_tokens > min(_MAX_TOKENS, max(_SMALL_TOKENS, 2 * microbatch.num_tokens)):
         return None
-    num_segments = sum(len(list(_cut(r, size))) for r in ranges.values())
-    num_segments = _power_of_two(max(num_segments, num_tokens // _SEGMENT_TOKENS))
-    num_targets = sum(int((microbatch.targets_T[_own(r)] != IGNORE).sum()) for r in own)
+    num_segments = sum(len(list(_segment_lengths(r, size))) for r in ranges.values())
+    num_segments = _power_of_two(max(num_segments, num_tokens // _TOKENS_PER_SEGMENT))
+    num_targets = sum(len(_target_offsets(microbatch, r)) for r in task_ranges)
     num_rows = num_tokens // 2 if num_targets <= num_tokens // 2 else num_tokens
-    return GraphBucket(microbatch.kind, runs, size, num_segments, num_rows)
+    return GraphBucket(microbatch.kind, states, size, num_segments, num_rows)
 
 
-def is_replayable(run: TaskTrainingState, trains: bool) -> bool:
-    """Prompts and prefixes depend on where segments begin; some of dropout's masks (DoRA's) are made by the host."""
-    method, adapters = run.assignment.spec.method, run.adapters.values()
+def is_replayable(state: TaskTrainingState, trains: bool) -> bool:
+    """Returns whether a graph can replay the task. Prompts and prefixes depend on where segments begin, and the host
+    makes some dropout masks (DoRA's)."""
+    method, adapters = state.assignment.spec.method, state.adapters.values()
     if method.num_virtual_tokens or method.num_prefix_tokens:
         return False
     return not (trains and method.dropout and any(adapter.changes_output(trains) for adapter in adapters))
 
 
 class GraphInputs:
-    """What differs between the microbatches of a form, in memory that stays where it is.
+    """Device memory that holds the `BucketArrays` of one bucket at fixed addresses."""
 
-    Places [T]: in the task's own stream, for dropout. Rows [M]: those that bear a loss, then others, each once; weights
-    [M] float64: 1 / (targets of the task's whole step), 0 where there is no loss. Bounds [S + 1]: of segments, those
-    that are not needed empty. Steps [U].
-    """
-
-    def __init__(self, form: GraphBucket, device: torch.device) -> None:
-        sizes = [form.num_tokens] * 3 + [form.num_rows] * 3 + [form.num_segments + 1, len(form.runs)]
+    def __init__(self, bucket: GraphBucket, device: torch.device) -> None:
+        sizes = _sizes(bucket)
         self._whole = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        self.token_ids_T, self.positions_T, places_T, *of_rows, self.bounds_S, steps_U = torch.split(self._whole, sizes)
-        self.rows_M, self.targets_M, weights_M = of_rows
-        self.weights_M, size, nowhere = weights_M.view(torch.float64), form.num_range_tokens, np.zeros(0, np.int64)
+        arrays = BucketArrays(*torch.split(self._whole, list(sizes)))
+        self.token_ids_T, self.positions_T = arrays.token_ids_T, arrays.positions_T
+        self.rows_M, self.targets_M = arrays.rows_M, arrays.targets_M
+        self.weights_M, self.bounds_S = arrays.weights_M.view(torch.float64), arrays.bounds_S
         self.spans = tuple(
-            TaskSpan(run.assignment.task, 0, start, start + size, nowhere, (), step, places_T)
-            for run, start, step in zip(form.runs, form.starts, steps_U.unbind(), strict=True)
+            TaskSpan(
+                task=state.assignment.task,
+                step=0,
+                start=start,
+                end=start + bucket.num_range_tokens,
+                positions_L=np.zeros(0, np.int64),
+                device_step=step,
+                device_positions_T=arrays.stream_positions_T,
+            )
+            for state, start, step in zip(bucket.tasks, bucket.range_starts, arrays.steps_U.unbind(), strict=True)
         )
 
     def write(self, values: NDArray[np.int64]) -> None:
-        """`values` as `packed` gives them. The host does not wait."""
+        """Copies the values that `pack_inputs` returns. The host does not wait."""
         host = torch.from_numpy(values)
         self._whole.copy_(host.pin_memory() if self._whole.device.type == "cuda" else host, non_blocking=True)
 
 
-def packed(form: GraphBucket, microbatch: Microbatch) -> NDArray[np.int64]:
-    """The microbatch in its form: what `GraphInputs` holds, in its order, end to end; weights as their bits."""
-    size, ranges = form.num_range_tokens, {r.task: r for r in microbatch.ranges}
-    ids_UL, positions_UL, places_UL = np.zeros((3, len(form.runs), size), np.int64)
-    lengths, steps, weights = list[int](), list[int](), list[NDArray[np.float64]]()
-    for i, range_ in enumerate(ranges[run.assignment.task] for run in form.runs):
-        ids_UL[i] = np.resize(microbatch.token_ids_T[_own(range_)], size)
-        positions_UL[i] = np.resize(np.concatenate([np.arange(s.num_tokens) for s in range_.segments]), size)
-        places_UL[i] = np.resize(positions_of(range_), size)
-        lengths += _cut(range_, size)
-        steps.append(range_.step)
-        weights.append(np.full(len(_targets(microbatch, range_)), 1 / max(1, range_.num_step_target_tokens)))
-    theirs_M, rows_M = _rows(form, microbatch)
-    others = np.setdiff1d(np.arange(form.num_tokens), rows_M, assume_unique=True)[: form.num_rows - len(rows_M)]
-    of_rows_3M = np.zeros((3, form.num_rows), np.int64)
-    of_rows_3M[0] = np.concatenate([rows_M, others])
-    of_rows_3M[1, : len(rows_M)] = microbatch.targets_T[theirs_M]
-    of_rows_3M[2].view(np.float64)[: len(rows_M)] = np.concatenate(weights)
-    bounds_S = np.full(form.num_segments + 1, form.num_tokens)
-    bounds_S[: len(lengths) + 1] = [0, *itertools.accumulate(lengths)]
-    parts = ids_UL.ravel(), positions_UL.ravel(), places_UL.ravel(), of_rows_3M.ravel(), bounds_S, np.array(steps)
-    return np.concatenate(parts)
+def pack_inputs(bucket: GraphBucket, microbatch: Microbatch) -> NDArray[np.int64]:
+    """Returns the microbatch as the bucket's `BucketArrays`, end to end."""
+    sizes = _sizes(bucket)
+    whole = np.zeros(sum(sizes), np.int64)
+    arrays = BucketArrays(*np.split(whole, np.cumsum(sizes)[:-1]))
+    size, ranges = bucket.num_range_tokens, _ranges_of(bucket, microbatch)
+    lengths, weights = list[int](), list[NDArray[np.float64]]()
+    for start, range_ in zip(bucket.range_starts, ranges, strict=True):
+        stop = start + size
+        arrays.token_ids_T[start:stop] = np.resize(microbatch.token_ids_T[_effective_tokens(range_)], size)
+        positions = np.concatenate([np.arange(segment.num_tokens) for segment in range_.segments])
+        arrays.positions_T[start:stop] = np.resize(positions, size)
+        arrays.stream_positions_T[start:stop] = np.resize(positions_of(range_), size)
+        lengths += _segment_lengths(range_, size)
+        weights.append(np.full(len(_target_offsets(microbatch, range_)), 1 / max(1, range_.num_step_target_tokens)))
+    rows = _target_rows(bucket, microbatch)
+    num_targets = len(rows.in_bucket)
+    other_rows = np.setdiff1d(np.arange(bucket.num_tokens), rows.in_bucket, assume_unique=True)
+    arrays.rows_M[:] = np.concatenate([rows.in_bucket, other_rows[: bucket.num_rows - num_targets]])
+    arrays.targets_M[:num_targets] = microbatch.targets_T[rows.in_microbatch]
+    arrays.weights_M.view(np.float64)[:num_targets] = np.concatenate(weights)
+    arrays.bounds_S[:] = bucket.num_tokens
+    arrays.bounds_S[: len(lengths) + 1] = [0, *itertools.accumulate(lengths)]
+    arrays.steps_U[:] = [range_.step for range_ in ranges]
+    return whole
 
 
-def unpacked(form: GraphBucket, microbatch: Microbatch, loss_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows of the microbatch that bear a loss of the form's tasks, their losses), of the losses of the form's rows."""
-    rows = torch.from_numpy(_rows(form, microbatch)[0])
-    return rows, loss_M[: len(rows)]
+class RowLosses(NamedTuple):
+    """Losses [M] of the microbatch's rows [M] that bear one, on the host."""
+
+    rows_M: torch.Tensor
+    loss_M: torch.Tensor
 
 
-def _rows(form: GraphBucket, microbatch: Microbatch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Those that bear a loss: where they are in the microbatch, and in the form."""
-    ranges = {r.task: r for r in microbatch.ranges}
-    own = [ranges[run.assignment.task] for run in form.runs]
-    found = [_targets(microbatch, range_) for range_ in own]
-    return (
-        np.concatenate([range_.start + places for range_, places in zip(own, found, strict=True)]),
-        np.concatenate([start + places for start, places in zip(form.starts, found, strict=True)]),
+def unpack_losses(bucket: GraphBucket, microbatch: Microbatch, loss_M: torch.Tensor) -> RowLosses:
+    """Returns the losses of the microbatch's rows, from the losses of the bucket's rows."""
+    rows_M = torch.from_numpy(_target_rows(bucket, microbatch).in_microbatch)
+    return RowLosses(rows_M, loss_M[: len(rows_M)])
+
+
+class _TargetRows(NamedTuple):
+    """Positions of the same rows in the microbatch and in the bucket."""
+
+    in_microbatch: NDArray[np.int64]
+    in_bucket: NDArray[np.int64]
+
+
+def _target_rows(bucket: GraphBucket, microbatch: Microbatch) -> _TargetRows:
+    """Returns the rows that bear a loss of one of the bucket's tasks."""
+    ranges = _ranges_of(bucket, microbatch)
+    offsets = [_target_offsets(microbatch, range_) for range_ in ranges]
+    return _TargetRows(
+        np.concatenate([range_.start + offset for range_, offset in zip(ranges, offsets, strict=True)]),
+        np.concatenate([start + offset for start, offset in zip(bucket.range_starts, offsets, strict=True)]),
     )
 
 
-def _targets(microbatch: Microbatch, range_: Range) -> NDArray[np.int64]:
-    """Of a range's tokens, those that bear a loss."""
-    return np.flatnonzero(microbatch.targets_T[_own(range_)] != IGNORE)
+def _sizes(bucket: GraphBucket) -> BucketArrays[int]:
+    return BucketArrays(
+        token_ids_T=bucket.num_tokens,
+        positions_T=bucket.num_tokens,
+        stream_positions_T=bucket.num_tokens,
+        rows_M=bucket.num_rows,
+        targets_M=bucket.num_rows,
+        weights_M=bucket.num_rows,
+        bounds_S=bucket.num_segments + 1,
+        steps_U=len(bucket.tasks),
+    )
 
 
-def _own(range_: Range) -> slice:
-    """Its tokens without the tail."""
+def _ranges_of(bucket: GraphBucket, microbatch: Microbatch) -> list[Range]:
+    """Returns the ranges of the bucket's tasks, in the bucket's order."""
+    ranges = {range_.task: range_ for range_ in microbatch.ranges}
+    return [ranges[state.assignment.task] for state in bucket.tasks]
+
+
+def _target_offsets(microbatch: Microbatch, range_: Range) -> NDArray[np.int64]:
+    """Returns the offsets in the range of the tokens that bear a loss."""
+    return np.flatnonzero(microbatch.targets_T[_effective_tokens(range_)] != IGNORE)
+
+
+def _effective_tokens(range_: Range) -> slice:
+    """Returns the slice of the range without its tail."""
     return slice(range_.start, range_.start + range_.num_effective_tokens)
 
 
-def _cut(range_: Range, num_tokens: int) -> Iterator[int]:
-    """Lengths of its segments, over again until there are so many tokens."""
+def _segment_lengths(range_: Range, num_tokens: int) -> Iterator[int]:
+    """Yields the lengths of the range's segments, repeated until they hold `num_tokens`."""
     for segment in itertools.cycle(range_.segments):
         if num_tokens <= 0:
             return
@@ -162,5 +224,5 @@ def _cut(range_: Range, num_tokens: int) -> Iterator[int]:
         num_tokens -= segment.num_tokens
 
 
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
+def _power_of_two(minimum: int) -> int:
+    return 1 << (minimum - 1).bit_length()

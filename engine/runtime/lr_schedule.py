@@ -1,4 +1,4 @@
-"""Learning rate by step, as transformers' get_scheduler gives it. Pure."""
+"""Learning rate by step, as transformers' get_scheduler computes it. Pure."""
 
 import math
 
@@ -6,7 +6,7 @@ from engine.task import LrSchedule, Training
 
 
 def learning_rate(training: Training, step: int, num_steps: int) -> float:
-    """The rate of step number `step` (from 0): linear warm-up from 0, then constant, linear or half a cosine to 0."""
+    """Returns the rate of step `step` (from 0): linear warm-up from 0, then constant, linear or half a cosine to 0."""
     if step < training.warmup_steps:
         return training.learning_rate * step / max(1, training.warmup_steps)
     progress = (step - training.warmup_steps) / max(1, num_steps - training.warmup_steps)

@@ -1,7 +1,7 @@
-"""The optimizers of all tasks whose step is complete, stepped at once: clip, then AdamW or SGD, each by its own rates.
+"""Steps the optimizers of all tasks at once: clip, then AdamW or SGD, each with the task's own hyperparameters.
 
-One launch gives the norms of all gradients, one steps all tasks of AdamW and leaves those alone whose gradient is not
-finite, one copy takes the norms to the host. SGD (few use it) follows by torch, a task at a time. As torch's optimizers
+One launch computes the norms of all gradients, one steps all AdamW tasks whose gradient is finite, and one copy brings
+the norms to the host. SGD is rare: torch steps one task after the other. The results are those of torch's optimizers
 after clip_grad_norm_. Legend: U tasks, P parameters of one.
 """
 
@@ -18,9 +18,9 @@ State = dict[str, torch.Tensor]
 
 
 class TaskOptimizer:
-    """What one task's optimizer keeps: float32 vectors as long as its parameters, there from the start.
+    """State of one task's optimizer: float32 vectors as long as its parameters, allocated at the start.
 
-    `parts`: by factor of the learning rate, the parameters that go by it. `count`: steps taken.
+    `parts`: parameters by multiplier of the learning rate. `count`: number of steps taken.
     """
 
     def __init__(
@@ -34,75 +34,77 @@ class TaskOptimizer:
         self.moments = {name: torch.zeros_like(parameters_P) for name in names}
 
     def state(self) -> State:
-        """As torch keeps it, by `<number of the part>.<name>`; empty before the first step."""
-        return self._kept() if self.count else {}
+        """Returns the state as torch names it, by `<number of the part>.<name>`; empty before the first step."""
+        return self._tensors() if self.count else {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of `state` after a step."""
-        return {name: tuple(tensor.shape) for name, tensor in self._kept().items()}
+        """Returns the shapes of `state` after a step."""
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors().items()}
 
-    def _kept(self) -> State:
-        kept = {}
+    def _tensors(self) -> State:
+        tensors = {}
         for i, part in enumerate(self.parts.values()):
             if self.training.optimizer is Optimizer.ADAMW:
-                kept[f"{i}.step"] = torch.tensor(float(self.count))
-            kept |= {f"{i}.{name}": moments_P[part] for name, moments_P in self.moments.items()}
-        return kept
+                tensors[f"{i}.step"] = torch.tensor(float(self.count))
+            tensors |= {f"{i}.{name}": moments_P[part] for name, moments_P in self.moments.items()}
+        return tensors
 
     def restore(self, state: Mapping[str, torch.Tensor], step: int) -> None:
-        """Takes the `state` of another one of the same shapes, whose task had taken `step` steps."""
+        """Restores the `state` of an optimizer with the same shapes, whose task had taken `step` steps."""
         self.count = int(state["0.step"]) if "0.step" in state else step
         for i, part in enumerate(self.parts.values()):
             for name, moments_P in self.moments.items():
                 moments_P[part] = state[f"{i}.{name}"]
 
-    def groups(self, place: int, rate: float) -> list[AdamWGroup]:
-        """The next step of AdamW; `place`: of the task's norm."""
+    def groups(self, norm_index: int, rate: float) -> list[AdamWGroup]:
+        """Returns the groups of the next AdamW step. `norm_index`: position of the task's norm."""
         training, moments = self.training, self.moments
         return [
             AdamWGroup(
-                place, self.parameters_P[part], self.gradients_P[part],
+                norm_index, self.parameters_P[part], self.gradients_P[part],
                 moments["exp_avg"][part], moments["exp_avg_sq"][part],
-                step=self.count + 1, learning_rate=rate * factor, weight_decay=training.weight_decay,
+                step=self.count + 1, learning_rate=rate * multiplier, weight_decay=training.weight_decay,
                 beta1=training.beta1, beta2=training.beta2, epsilon=training.epsilon, max_norm=training.max_grad_norm,
             )
-            for factor, part in self.parts.items()
+            for multiplier, part in self.parts.items()
         ]  # fmt: skip
 
     def step_sgd(self, rate: float, norm: float) -> None:
-        """v = momentum v + g' + decay p;  p -= lr v, with g' clipped as AdamW's; the gradient becomes zero."""
+        """Computes v = momentum v + g' + decay p;  p -= lr v, with the clipped gradient g'. Sets the gradient to
+        zero."""
         training, p, g = self.training, self.parameters_P, self.gradients_P
         if training.max_grad_norm > 0:
             g.mul_(min(1.0, training.max_grad_norm / (norm + 1e-6)))
         g.add_(p, alpha=training.weight_decay)
         v = self.moments["momentum_buffer"].mul_(training.momentum).add_(g) if training.momentum else g
-        for factor, part in self.parts.items():
-            p[part].add_(v[part], alpha=-rate * factor)
+        for multiplier, part in self.parts.items():
+            p[part].add_(v[part], alpha=-rate * multiplier)
         g.zero_()
 
 
 @torch.no_grad()
 def step_all(optimizers: Sequence[TaskOptimizer], rates: Sequence[float | None]) -> list[float]:
-    """Gradient norms before clipping. Untouched stays who has no rate, or no finite norm. All on one device.
+    """Steps all optimizers, which are on one device. Returns the gradient norms before clipping.
 
-    Where it finds no memory, nobody has stepped: nothing is asked for once the first has.
+    A task without a rate or without a finite norm is not stepped. If memory is short, no task is stepped: nothing is
+    allocated after the first step.
     """
     if not optimizers:
         return []
     norms_U, is_finite_U = multi_grad_norm([optimizer.gradients_P for optimizer in optimizers])
-    by_adamw = [optimizer.training.optimizer is Optimizer.ADAMW for optimizer in optimizers]
+    is_adamw = [optimizer.training.optimizer is Optimizer.ADAMW for optimizer in optimizers]
     groups = [
         group
-        for place, (optimizer, rate) in enumerate(zip(optimizers, rates, strict=True))
-        if by_adamw[place] and rate is not None
-        for group in optimizer.groups(place, rate)
+        for i, (optimizer, rate) in enumerate(zip(optimizers, rates, strict=True))
+        if is_adamw[i] and rate is not None
+        for group in optimizer.groups(i, rate)
     ]
     multi_adamw(groups, norms_U, is_finite_U)
-    norms: list[float] = norms_U.tolist()  # the only copy to the host, and the only wait for the device
-    for optimizer, rate, norm, is_done in zip(optimizers, rates, norms, by_adamw, strict=True):
+    norms: list[float] = norms_U.tolist()  # the only copy to the host and the only wait for the device
+    for optimizer, rate, norm, was_stepped in zip(optimizers, rates, norms, is_adamw, strict=True):
         if rate is None or not math.isfinite(norm):
             continue
-        if not is_done:
+        if not was_stepped:
             optimizer.step_sgd(rate, norm)
         optimizer.count += 1
     return norms

@@ -1,4 +1,4 @@
-"""When a device has no memory left, in one word for the ways in which CUDA, its libraries and the CPU say it."""
+"""Detects that memory is short, and raises one error for the many of CUDA, its libraries and the CPU."""
 
 import re
 from collections.abc import Callable
@@ -8,26 +8,27 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+_PHRASES = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
 class OutOfMemoryError(Exception):
-    """A device has no room for what was tried. Its text is what was asked for."""
+    """The device has no memory for an allocation. The text says which."""
 
 
 def within_memory(work: Callable[[], T]) -> T:
-    """What it answers. Raises NoMemory without the frames that failed: those would hold on to their tensors."""
+    """Returns the result of `work`. Raises OutOfMemoryError without the frames that failed, which would keep their
+    tensors alive."""
     try:
         return work()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        asked = in_short(error)
-    raise OutOfMemoryError(asked)
+        allocation = summary(error)
+    raise OutOfMemoryError(allocation)
 
 
-def with_second_try(work: Callable[[], T], release: Callable[[], None]) -> T:
-    """`within_memory`; where there is none, once more when `release` has given back what is kept for later."""
+def retry_after_release(work: Callable[[], T], release: Callable[[], None]) -> T:
+    """Runs `work` within memory; if memory is short, once more after `release`."""
     with suppress(OutOfMemoryError):
         return within_memory(work)
     release()
@@ -37,16 +38,16 @@ def with_second_try(work: Callable[[], T], release: Callable[[], None]) -> T:
 def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _PHRASES)
 
 
-def in_short(error: Exception) -> str:
-    """What was asked for, in the allocator's words if it says so."""
-    found = re.search(r"[Tt]ried to allocate [0-9.]+ \w+", str(error))
-    return found[0] if found else type(error).__name__
+def summary(error: Exception) -> str:
+    """Returns the allocation that failed as the allocator describes it, or the error's type."""
+    match = re.search(r"[Tt]ried to allocate [0-9.]+ \w+", str(error))
+    return match[0] if match else type(error).__name__
 
 
 def release_cache(device_kind: str) -> None:
-    """Gives back what an allocator keeps for later: the next try is smaller, and needs it in other pieces."""
+    """Releases the memory that the allocator caches: the next attempt needs pieces of other sizes."""
     if device_kind == "cuda":
         torch.cuda.empty_cache()

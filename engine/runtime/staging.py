@@ -1,5 +1,4 @@
-"""Microbatches on their way to the device ahead of their turn: from pinned memory, on a stream of their own, while the
-one before them runs.
+"""Copies microbatches to the device ahead of their turn: from pinned memory, on a separate stream, while others run.
 
 Legend: T tokens of the packed stream.
 """
@@ -15,19 +14,19 @@ from engine.alignment.microbatch import Microbatch
 from engine.kernels.transfer import to_device
 from engine.runtime.out_of_memory import OutOfMemoryError, within_memory
 
-Arrival = Callable[[], torch.Tensor]  # makes the current stream wait for the copy, and answers it
+Arrival = Callable[[], torch.Tensor]  # makes the current stream wait for the copy, and returns it
 Copy = Callable[[torch.Tensor], Arrival]
 
 
 @dataclass(frozen=True, eq=False)
 class StagedMicrobatch(Microbatch):
-    """`arrived`: its token ids and targets on the device, [2, T] int32."""
+    """A microbatch with a copy on the device. `arrived` returns its token ids and targets, [2, T] int32."""
 
     arrived: Arrival
 
 
 def stage(microbatch: Microbatch, copy: Copy) -> Microbatch:
-    """Begins to bring it over, on any thread. Where there is no room for it ahead, it stays where it is."""
+    """Starts to copy the microbatch, on any thread. Returns it as it is if the device has no memory for the copy."""
     fields = {field.name: getattr(microbatch, field.name) for field in dataclasses.fields(Microbatch)}
     try:
         return StagedMicrobatch(**fields, arrived=within_memory(lambda: copy(_on_host_2T(microbatch))))
@@ -36,7 +35,7 @@ def stage(microbatch: Microbatch, copy: Copy) -> Microbatch:
 
 
 def on_device(microbatch: Microbatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token ids, targets), each [T] int32 on the device, in the order of its current stream."""
+    """Returns (token ids, targets), each [T] int32 on the device, in the order of its current stream."""
     if isinstance(microbatch, StagedMicrobatch):
         ids_T, targets_T = microbatch.arrived().unbind()
     else:
@@ -44,27 +43,27 @@ def on_device(microbatch: Microbatch, device: torch.device) -> tuple[torch.Tenso
     return ids_T, targets_T
 
 
-def copy_to(device: torch.device) -> Copy | None:
-    """By a stream of its own; None where there is nowhere to copy to."""
+def copier_to(device: torch.device) -> Copy | None:
+    """Returns a function that copies to the device on a separate stream; None for a CPU."""
     return SideStream(device) if device.type == "cuda" else None
 
 
 class SideStream:
-    """Copies beside the stream that computes."""
+    """Copies on a stream beside the one that computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, host: torch.Tensor) -> Arrival:
         with torch.cuda.stream(self._stream):
-            there = host.pin_memory().to(self._device, non_blocking=True)
+            copy = host.pin_memory().to(self._device, non_blocking=True)
             copied = self._stream.record_event()
 
         def arrived() -> torch.Tensor:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(copied)
-            there.record_stream(current)  # its memory is the other stream's: not before this one is done with it
-            return there
+            copy.record_stream(current)  # its memory returns to the other stream only after this one is done with it
+            return copy
 
         return arrived
 

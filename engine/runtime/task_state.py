@@ -1,12 +1,13 @@
-"""One resident task on a backbone: its parameters, gradients, optimizer and what its current step has gathered.
+"""Training state of one resident task: parameters, gradients, optimizer and the totals of its current step.
 
-All parameters of a task lie in one flat float32 buffer, adapters hold views of it: clipping, the optimizer and a
-checkpoint are each one operation on one vector, whatever the number of operators. Legend: P parameters of the task.
+All parameters of a task lie in one flat float32 buffer, and adapters hold views of it: clipping, the optimizer and a
+checkpoint are each one operation on one vector, for any number of operators. Legend: P parameters of the task.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -24,7 +25,7 @@ from engine.task import TaskSpec, Training
 
 @dataclass(frozen=True)
 class TaskAssignment:
-    """A task as an executor is to hold it: `num_steps` in all, `step` done, and the attempt that may commit it."""
+    """A task that an executor is to hold: `num_steps` in all, `step` done, and the attempt that may commit it."""
 
     task: str
     spec: TaskSpec
@@ -35,7 +36,7 @@ class TaskAssignment:
 
 @dataclass
 class StepAccumulator:
-    """What the microbatches of the step in flight have added up to."""
+    """Totals over the microbatches of the step in flight."""
 
     loss: float = 0.0
     num_effective_tokens: int = 0
@@ -44,17 +45,17 @@ class StepAccumulator:
     seconds: float = 0.0
     neighbours: set[str] = field(default_factory=set)
     digest: StepDigest = field(default_factory=StepDigest)
-    alone: list[Microbatch] = field(default_factory=list)  # the task's own ranges, where the step is to be verified
+    alone: list[Microbatch] = field(default_factory=list)  # the task's own ranges, if the step is to be verified
 
 
 class TaskTrainingState:
-    """Raises InvalidInputError if what the task's method names does not exist on the backbone."""
+    """State of one task on a backbone. Raises InvalidInputError if the backbone lacks what the task's method names."""
 
     def __init__(self, assignment: TaskAssignment, backbone: Backbone) -> None:
         self.assignment = assignment
         self.training: Training = assignment.spec.training
         self.step = assignment.step
-        self.gathered = StepAccumulator()
+        self.accumulated = StepAccumulator()
         method = assignment.spec.method
         self.shapes = method.shapes(backbone.sites)
         size = sum(math.prod(shape) for tensors in self.shapes.values() for shape in tensors.values())
@@ -72,19 +73,19 @@ class TaskTrainingState:
         return self.gradient.values_P
 
     def _views(self, method: Method) -> tuple[dict[str, torch.Tensor], dict[float, slice]]:
-        """Leaves by name, views of the flat buffer, as their gradients are of its gradient; and by factor of the
-        learning rate, the parameters that share it.
+        """Returns the leaves by name, views of the flat buffer and of its gradient, and the parameters by their
+        multiplier of the learning rate.
         """
         sizes = {f"{site}.{key}": shape for site, keys in self.shapes.items() for key, shape in keys.items()}
-        factors = {name: method.lr_multiplier(name.rpartition(".")[2]) for name in sizes}
+        multipliers = {name: method.lr_multiplier(name.rpartition(".")[2]) for name in sizes}
         views, parts, start = {}, {}, 0
-        for factor in dict.fromkeys(factors.values()):
+        for multiplier in dict.fromkeys(multipliers.values()):
             first = start
             for name, shape in sizes.items():
-                if factors[name] == factor:
+                if multipliers[name] == multiplier:
                     views[name] = self._view(slice(start, start + math.prod(shape)), shape)
                     start += math.prod(shape)
-            parts[factor] = slice(first, start)
+            parts[multiplier] = slice(first, start)
         return {name: views[name] for name in sizes}, parts
 
     def _view(self, part: slice, shape: tuple[int, ...]) -> torch.Tensor:
@@ -94,47 +95,56 @@ class TaskTrainingState:
 
     @property
     def started_from(self) -> dict[str, torch.Tensor]:
-        """By name, what the adapters were started from and could not make anew elsewhere."""
+        """Returns by name what the adapters were initialised from, if it cannot be computed again."""
         return {
             f"{site}.{key}": t for site, adapter in self.adapters.items() for key, t in adapter.started_from.items()
         }
 
     @property
     def is_verified(self) -> bool:
-        """Whether the step in flight is to be run again for the task alone."""
+        """Returns whether the step in flight is to be run again for the task alone."""
         every = self.training.verify_every_steps
         return every > 0 and (self.step + 1) % every == 0
 
     def restart_step(self) -> None:
-        """Forgets what the step in flight has gathered: its microbatches will come again."""
+        """Discards the step in flight: its microbatches will come again."""
         self.gradient.clear()
-        self.gathered = StepAccumulator()
+        self.accumulated = StepAccumulator()
 
     def num_bytes(self) -> int:
-        """Parameters, gradients, optimizer state and what the method holds frozen, as allocated."""
-        held = [self.parameters_P, self.gradient_P, *self.optimizer.moments.values()]
-        held += {id(tensor): tensor for adapter in self.adapters.values() for tensor in adapter.frozen_tensors}.values()
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        """Returns the allocated bytes of parameters, gradients, optimizer state and the method's frozen tensors."""
+        tensors = [self.parameters_P, self.gradient_P, *self.optimizer.moments.values()]
+        frozen = (tensor for adapter in self.adapters.values() for tensor in adapter.frozen_tensors)
+        tensors += {id(tensor): tensor for tensor in frozen}.values()  # adapters may share one
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def take_steps(runs: Sequence[TaskTrainingState]) -> list[tuple[float, float] | NonFiniteError]:
-    """Clip, optimizer and schedule of all tasks at once: (learning rate, gradient norm before clipping) of each.
+class OptimizerStep(NamedTuple):
+    """Learning rate of a step, and its gradient norm before clipping."""
 
-    Or, where the loss or the gradient is NaN or Inf, the error that ends this task; nothing of it is written then.
+    learning_rate: float
+    grad_norm: float
+
+
+def take_steps(states: Sequence[TaskTrainingState]) -> list[OptimizerStep | NonFiniteError]:
+    """Runs clip, optimizer and schedule of all tasks at once.
+
+    A task whose loss or gradient is NaN or Inf gets the error that ends it, and nothing of it is written.
     """
-    rates = [learning_rate(run.training, run.step, run.assignment.num_steps) for run in runs]
-    allowed = [rate if math.isfinite(run.gathered.loss) else None for run, rate in zip(runs, rates, strict=True)]
-    norms = step_all([run.optimizer for run in runs], allowed)
-    return [_stepped(run, rate, norm) for run, rate, norm in zip(runs, rates, norms, strict=True)]
+    rates = [learning_rate(state.training, state.step, state.assignment.num_steps) for state in states]
+    pairs = list(zip(states, rates, strict=True))
+    finite_rates = [rate if math.isfinite(state.accumulated.loss) else None for state, rate in pairs]
+    norms = step_all([state.optimizer for state in states], finite_rates)
+    return [_finish_step(*pair, norm) for pair, norm in zip(pairs, norms, strict=True)]
 
 
-def _stepped(run: TaskTrainingState, rate: float, norm: float) -> tuple[float, float] | NonFiniteError:
-    if not (math.isfinite(norm) and math.isfinite(run.gathered.loss)):
+def _finish_step(state: TaskTrainingState, rate: float, norm: float) -> OptimizerStep | NonFiniteError:
+    if not (math.isfinite(norm) and math.isfinite(state.accumulated.loss)):
         return NonFiniteError(
-            f"step {run.step + 1}: loss {run.gathered.loss}, gradient norm {norm}; lower the learning rate or "
-            "look at the data of this step",
-            step=run.step + 1,
+            f"Step {state.step + 1} has loss {state.accumulated.loss} and gradient norm {norm}. "
+            "Lower the learning rate, or check the data of this step.",
+            step=state.step + 1,
         )
-    run.gradient.give_back()  # the optimizer has made it zero
-    run.step += 1
-    return rate, norm
+    state.gradient.release()  # the optimizer has set it to zero
+    state.step += 1
+    return OptimizerStep(rate, norm)

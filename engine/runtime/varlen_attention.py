@@ -1,12 +1,14 @@
 """Attention of all segments of a packed stream in one call of flash attention: torch.nn.attention.varlen.varlen_attn.
 
-It reads grouped key heads as they are and takes windows; what it does not do goes by segment (`why_not` says why). Its
-sums depend on a segment alone; those of its backward are in no fixed order, so gradients on CUDA are equal beside any
-neighbours to rounding, not bit for bit. Legend: T tokens, H query heads, G key heads, D head width, S segments.
+It supports grouped key heads and windows; for the rest, attention runs segment by segment (`fallback_reason` says why).
+A segment's results depend on that segment alone. The order of sums in backward varies, so gradients on CUDA are the
+same beside any neighbours to rounding, not bit for bit. Legend: T tokens, H query heads, G key heads, D head width, S
+segments.
 """
 
 import itertools
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
@@ -14,41 +16,48 @@ from torch.nn.attention.varlen import varlen_attn
 from engine.kernels.transfer import to_device
 
 Masks = dict[tuple[int, int, int | None], torch.Tensor]  # by length, prefix and window
-FLASH = "flash attention"  # the path of a call
+FLASH = "flash attention"  # one of `AttentionCache.paths`
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_HEAD_WIDTH = 256
 
 
+class SegmentBounds(NamedTuple):
+    """Bounds [S + 1] int32 of the segments on the device, and the number of tokens of the longest segment."""
+
+    cu_seqlens_S: torch.Tensor
+    max_segment_tokens: int
+
+
 @dataclass
-class Shared:
-    """What all layers make once of one stream: masks, and the segments' bounds on the device. `paths`: which way they
-    took, and why."""
+class AttentionCache:
+    """Tensors that all layers share for one stream: masks, and the segments' bounds on the device. `paths`: the ways in
+    which attention was computed, with the reason."""
 
     masks: Masks = field(default_factory=dict)
-    bounds: tuple[torch.Tensor, int] | None = None
+    bounds: SegmentBounds | None = None
     paths: set[str] = field(default_factory=set)
 
-    def on_device(self, cu_seqlens: list[int], device: torch.device) -> tuple[torch.Tensor, int]:
-        """(bounds [S + 1] int32, tokens of the longest segment), once; the device is not waited for."""
+    def bounds_on(self, device: torch.device, cu_seqlens: list[int]) -> SegmentBounds:
+        """Returns the bounds on the device, copied once; the host does not wait for the device."""
         if self.bounds is None:
             longest = max(end - start for start, end in itertools.pairwise(cu_seqlens))
-            self.bounds = to_device(torch.tensor(cu_seqlens, dtype=torch.int32), device), longest
+            self.bounds = SegmentBounds(to_device(torch.tensor(cu_seqlens, dtype=torch.int32), device), longest)
         return self.bounds
 
 
-def why_not(query: torch.Tensor, softcap: float | None, has_prefixes: bool) -> str | None:
-    """Why attention goes by segment; None where it need not."""
+def fallback_reason(query: torch.Tensor, softcap: float | None, has_prefixes: bool) -> str | None:
+    """Returns why attention must run segment by segment; None if it need not."""
     width = query.shape[-1]
     if not query.is_cuda:
         return f"on {query.device.type}"
     if query.dtype not in _DTYPES:
-        return f"flash attention takes bfloat16 and float16, not {str(query.dtype).removeprefix('torch.')}"
+        return f"flash attention supports bfloat16 and float16, not {str(query.dtype).removeprefix('torch.')}"
     if softcap is not None:
         return "flash attention has no soft-capping"
     if has_prefixes:
-        return "a task has prefixes of its own"
+        return "a task has prefixes"
     if width % 8 or width > _MAX_HEAD_WIDTH:
-        return f"flash attention takes heads of a multiple of 8 up to {_MAX_HEAD_WIDTH}, not of {width}"
+        return f"flash attention supports heads of a multiple of 8 up to {_MAX_HEAD_WIDTH}, not of {width}"
     if not torch.backends.cuda.is_flash_attention_available():
         return "torch is built without flash attention"
     if torch.cuda.get_device_capability(query.device) < (8, 0):
@@ -60,17 +69,18 @@ def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bounds: tuple[torch.Tensor, int],
+    bounds: SegmentBounds,
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """[1, H, T, D] by [1, G, T, D] -> [1, T, H, D]: causal within each segment, of at most `window` keys."""
+    """Computes [1, H, T, D] by [1, G, T, D] -> [1, T, H, D], causally within each segment, with at most `window`
+    keys."""
     q_THD, k_TGD, v_TGD = (heads[0].transpose(0, 1) for heads in (query, key, value))
-    cu_seqlens_S, longest = bounds
+    cu_seqlens_S, longest = bounds.cu_seqlens_S, bounds.max_segment_tokens
     result = varlen_attn(
         q_THD, k_TGD, v_TGD, cu_seqlens_S, cu_seqlens_S, longest, longest,
         scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),  # keys before the query's own, and none after
+        window_size=(-1 if window is None else window - 1, 0),  # keys before the query's, and none after it
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     assert isinstance(result, torch.Tensor)

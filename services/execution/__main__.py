@@ -1,4 +1,4 @@
-"""The execution service: `python -m services.execution`, settings from MUXTUNE_* variables."""
+"""Runs the execution service: `python -m services.execution`, with its settings in MUXTUNE_* variables."""
 
 import asyncio
 import os
@@ -26,13 +26,13 @@ async def main() -> None:
     health = health_aio.HealthServicer()
     name = execution_pb2.DESCRIPTOR.services_by_name["ExecutionService"].full_name
 
-    async def tell_health(is_well: bool) -> None:
-        """No trainer, no service."""
+    async def set_health(is_healthy: bool) -> None:
+        """Sets the health status of the process and of ExecutionService, which does not serve without a trainer."""
         states = health_pb2.HealthCheckResponse
         for which in ("", name):
-            await health.set(which, states.SERVING if is_well else states.NOT_SERVING)
+            await health.set(which, states.SERVING if is_healthy else states.NOT_SERVING)
 
-    servicer = ExecutionServicer(settings, tell_health)
+    servicer = ExecutionServicer(settings, set_health)
     keepers: list[LeaseKeeper] = []
     running: list[asyncio.Task[None]] = [start_critical_task(servicer.trainer.run(), "trainer")]
 
@@ -41,11 +41,11 @@ async def main() -> None:
         return [name]
 
     async def start(address: str) -> None:
-        """Healthy means: the backbone is loaded and probed."""
+        """Waits until the trainer has loaded and probed the backbone, then registers at scheduling."""
         ready = asyncio.create_task(servicer.ready.wait())
         await asyncio.wait({ready, running[0]}, return_when=asyncio.FIRST_COMPLETED)
         if running[0].done():
-            raise SystemExit(f"the trainer could not start on {settings.backbone}: its log above says why")
+            raise SystemExit(f"the trainer could not start on {settings.backbone}: see its log above for the cause")
         keepers.append(LeaseKeeper(settings, address, scheduling, servicer))
         running.append(start_critical_task(keepers[0].run(), "lease"))
 

@@ -1,9 +1,9 @@
-"""Makes a local model ready for the mesh, once: `python -m services.execution.prepare_backbone SOURCE DEST`.
+"""Prepares a local model for the mesh, once: `python -m services.execution.prepare_backbone SOURCE DEST`.
 
 SOURCE is a GGUF file or a Hugging Face folder. DEST becomes a Hugging Face folder with config.json, safetensors,
-tokenizer.json and tokenizer_config.json (chat template inside or beside): what alignment and execution read. Local
-files only, never remote code; DEST appears whole or not at all. A folder that has all of it is linked, not copied:
-it must stay where it is.
+tokenizer.json and tokenizer_config.json (the chat template is in it or in a file beside it), which alignment and
+execution read. Only local files are read, and remote code never runs. DEST appears complete or not at all. A SOURCE
+that has all these files is linked, not copied: it must stay where it is.
 """
 
 import argparse
@@ -20,14 +20,14 @@ _NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def prepare(source: Path, dest: Path, dtype: str = "float32") -> bool:
-    """True if work was done, False if DEST is of this source already. Exits with a sentence if SOURCE won't do."""
+    """Prepares DEST. Returns False if DEST was prepared from this source before. Exits if SOURCE cannot be used."""
     stamp = _stamp(source, dtype)
     if (dest / STAMP).exists() and json.loads((dest / STAMP).read_text()) == stamp:
         return False
     dest.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=dest.parent, prefix=".preparing-"))
     try:
-        partial.chmod(0o755)  # other services read it, perhaps as other users
+        partial.chmod(0o755)  # other services read the folder, perhaps as other users
         if _is_complete(source):
             _link(source, partial)
         else:
@@ -43,20 +43,20 @@ def prepare(source: Path, dest: Path, dtype: str = "float32") -> bool:
 
 def _stamp(source: Path, dtype: str) -> dict[str, object]:
     if not source.exists():
-        raise SystemExit(f"{source}: no such file or folder; name a GGUF file or a Hugging Face folder")
+        raise SystemExit(f"{source} does not exist: name a GGUF file or a Hugging Face folder")
     files = [source] if source.is_file() else sorted(p for p in source.iterdir() if p.is_file())
     stats = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return {"source": str(source.resolve()), "dtype": dtype, "files": stats}
 
 
 def _is_complete(source: Path) -> bool:
-    """Whether the folder is already what the services read. Its dtype does not matter: the executor casts."""
+    """Returns whether the services can read the folder as it is. Its dtype does not matter: the executor casts."""
     if not all((source / name).is_file() for name in _NEEDED) or not list(source.glob("*.safetensors")):
         return False
     try:
         config = json.loads((source / "config.json").read_text())
     except ValueError as error:
-        raise SystemExit(f"{source}/config.json does not parse: {error}") from error
+        raise SystemExit(f"{source}/config.json is not valid JSON: {error}") from error
     return _QUANTIZED not in config and "auto_map" not in config
 
 
@@ -78,19 +78,19 @@ def _convert(source: Path, partial: Path, dtype: str) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **local)
-    except Exception as error:  # whatever transformers raises for a folder that is no model
-        raise SystemExit(f"{source}: not a causal language model that transformers reads: {error}") from error
+    except Exception as error:  # transformers raises many types for a folder without a model
+        raise SystemExit(f"{source} does not load as a causal language model of transformers: {error}") from error
     if not getattr(tokenizer, "is_fast", False):
-        raise SystemExit(f"{source}: its tokenizer has no fast form (tokenizer.json)")
+        raise SystemExit(f"{source} has no fast tokenizer: add its tokenizer.json")
     tokenizer.save_pretrained(partial)
-    # A GGUF file comes out dequantized but marked quantized, which transformers won't save: take a clean model.
+    # A model from a GGUF file is dequantized but marked as quantized, and transformers does not save it: copy it.
     config = type(model.config).from_dict({k: v for k, v in model.config.to_dict().items() if k != _QUANTIZED})
-    with torch.device("meta"):  # its weights come next: none are made up first
-        clean = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    clean.load_state_dict(model.state_dict(), assign=True)
-    clean.generation_config = model.generation_config
-    clean.tie_weights()
-    clean.save_pretrained(partial)
+    with torch.device("meta"):  # the weights are assigned next: no memory for random ones
+        copied = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    copied.load_state_dict(model.state_dict(), assign=True)
+    copied.generation_config = model.generation_config
+    copied.tie_weights()
+    copied.save_pretrained(partial)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Settings of the execution service, shared by its two processes."""
+"""Settings of the execution service. Its two processes, server and trainer, share them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,19 +10,23 @@ from services.settings import SettingsError
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionSettings(ServerSettings):
-    """`backbone`: NAME=FOLDER, a folder as services.execution.prepare_backbone leaves it. A zero or "" stands for a
-    default.
+    """Holds the settings of one executor. A zero or an empty text selects the default.
 
-    `executor_name`: the one in its certificate (`muxtune certs FOLDER --executor NAME`).
-    `advertise_address`: where scheduling reaches this executor (default: where it listens). `memory_bytes`: what it may
-    use (default: all there is). `device`: default cuda if there is one. `num_threads`: torch's, on a CPU (default: all
-    cores). At its start it times microbatches of its own for about `calibration_seconds`. A task is checkpointed after
-    `checkpoint_steps` steps or `checkpoint_seconds`, whichever comes first. With `activation_checkpointing` the
-    backbone's layers keep their inputs only and run again in backward: less memory, more time, the same adapters.
-    `pack_weights`: on a CPU, float32 weights are held twice more in the layouts that its kernels read: three times the
-    bytes, about 1.2 times the speed (docs/adr/0016). `cuda_graphs`: how many forms of small microbatches are kept as
-    CUDA graphs and replayed (docs/adr/0015); 0: none. A trainer that has work and gives no sign of life for
-    `watchdog_seconds` is killed: no microbatch or export may take longer.
+    `backbone`: NAME=FOLDER; services.execution.prepare_backbone writes such a folder.
+    `executor_name`: the name in the executor's certificate (`muxtune certs FOLDER --executor NAME`).
+    `advertise_address`: where scheduling reaches this executor; by default, where it listens.
+    `device`: by default cuda if there is one. `num_threads`: torch's threads on a CPU; by default one for each core.
+    `memory_bytes`: how much memory the executor may use; by default all of the device's.
+    `activation_checkpointing`: the backbone's layers keep only their inputs and run again in backward, which needs less
+    memory and more time and gives the same adapters.
+    `pack_weights`: on a CPU, float32 weights are held in two more layouts that the CPU's kernels read: three times the
+    bytes, about 1.2 times the speed (docs/adr/0016).
+    `cuda_graphs`: maximum number of CUDA graphs that are kept to replay small microbatches (docs/adr/0015); 0: none.
+    `calibration_seconds`: about how long the trainer times microbatches at its start.
+    `checkpoint_steps`, `checkpoint_seconds`: a task is checkpointed after that many steps or seconds, whichever comes
+    first. `max_unacknowledged`: results that scheduling has not acknowledged before the trainer pauses.
+    `watchdog_seconds`: a trainer that has work and sends nothing for so long is killed; no microbatch and no export may
+    take longer.
     """
 
     scheduling_address: str
@@ -47,7 +51,7 @@ class ExecutionSettings(ServerSettings):
 
     def __post_init__(self) -> None:
         if not (self.backbone_name and self.backbone.partition("=")[2]):
-            raise SettingsError(f'MUXTUNE_BACKBONE: "{self.backbone}" is not NAME=FOLDER')
+            raise SettingsError(f'MUXTUNE_BACKBONE is "{self.backbone}": write it as NAME=FOLDER')
 
     @property
     def backbone_name(self) -> str:

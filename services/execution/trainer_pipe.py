@@ -1,7 +1,7 @@
-"""The local pipe between the servicer's process and the trainer's: tagged, length-prefixed protobuf messages.
+"""Pipe between the server's process and the trainer's: tagged, length-prefixed protobuf messages over a socket pair.
 
-A frame is one byte of tag, four of length (little-endian), then the message. The trainer's end blocks, the servicer's
-is asyncio. The other end's death reads as the end of the pipe.
+A frame is one byte of tag, four bytes of length (little-endian), and the message. The trainer's end blocks, the
+server's end is asyncio. When one process dies, the other reads the end of the pipe.
 """
 
 import asyncio
@@ -17,22 +17,23 @@ MAX_FRAME_BYTES = 64 << 20
 
 
 class Tag(enum.Enum):
-    """What a frame holds. Down: to the trainer; up: from it."""
+    """Kinds of frames, with the message of each. The first group goes to the trainer, the second comes from it."""
 
-    PLAN = b"P"  # down: ExecutorPlan
-    STALE = b"S"  # down: RunPlanRequest.stale_tasks
-    LEASE_LOST = b"L"  # down: empty; drop every task without committing anything
-    HOLD = b"H"  # down: empty; too much is unacknowledged
-    GO = b"G"  # down: empty
-    EXPORT = b"X"  # down: ExportAdapterRequest
-    DRAIN = b"D"  # down: empty
-    DESCRIBED = b"d"  # up: DescribeExecutorResponse; the first says that the trainer is ready
-    RESULTS = b"r"  # up: RunPlanResponse, not numbered yet
-    EXPORTED = b"x"  # up: ExportAdapterResponse; answers come in the order of EXPORT
-    EXPORT_FAILED = b"e"  # up: TaskFailure
-    DRAINED = b"q"  # up: empty
-    ALIVE = b"a"  # up: empty; now and then while it works
-    IDLE = b"i"  # up: empty; it waits to be told something
+    PLAN = b"P"  # ExecutorPlan
+    STALE = b"S"  # RunPlanRequest.stale_tasks
+    LEASE_LOST = b"L"  # empty; drop every task without committing anything
+    PAUSE = b"H"  # empty; scheduling is away, or too many results are not acknowledged
+    RESUME = b"G"  # empty
+    EXPORT = b"X"  # ExportAdapterRequest
+    DRAIN = b"D"  # empty
+
+    DESCRIBED = b"d"  # DescribeExecutorResponse; the first one says that the trainer is ready
+    RESULTS = b"r"  # RunPlanResponse, not numbered yet
+    EXPORTED = b"x"  # ExportAdapterResponse; in the order of the EXPORT frames
+    EXPORT_FAILED = b"e"  # TaskFailure
+    DRAINED = b"q"  # empty
+    ALIVE = b"a"  # empty; a heartbeat while the trainer works
+    IDLE = b"i"  # empty; the trainer waits for a request
 
 
 Frame = tuple[Tag, bytes]
@@ -40,7 +41,7 @@ _TAGS = frozenset(tag.value for tag in Tag)
 
 
 class BlockingPipe:
-    """The trainer's end. One thread reads; writing is locked."""
+    """The trainer's end. One thread reads; any thread may write."""
 
     def __init__(self, file_descriptor: int) -> None:
         self._socket = socket.socket(fileno=file_descriptor)
@@ -48,17 +49,17 @@ class BlockingPipe:
         self._lock = threading.Lock()
 
     def write(self, tag: Tag, message: Message | None = None) -> None:
-        """Raises OSError when the server is gone."""
+        """Writes one frame. Raises OSError when the server is gone."""
         with self._lock:
             self._socket.sendall(_encode(tag, message))
 
     def read(self) -> Frame | None:
-        """The next frame; None when the other end is gone."""
+        """Returns the next frame; None when the server is gone."""
         try:
             header = self._file.read(_HEADER.size)
             if len(header) < _HEADER.size:
                 return None
-            tag, size = _length(header)
+            tag, size = _decode_header(header)
             payload = self._file.read(size)
             return (tag, payload) if len(payload) == size else None
         except OSError:
@@ -66,7 +67,7 @@ class BlockingPipe:
 
 
 class AsyncPipe:
-    """The servicer's end."""
+    """The server's end."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -76,14 +77,14 @@ class AsyncPipe:
         return cls(*await asyncio.open_unix_connection(sock=end))
 
     async def write(self, tag: Tag, message: Message | None = None) -> None:
-        """Raises ConnectionError when the trainer is gone."""
+        """Writes one frame. Raises ConnectionError when the trainer is gone."""
         self._writer.write(_encode(tag, message))
         await self._writer.drain()
 
     async def read(self) -> Frame | None:
-        """The next frame; None when the trainer is gone."""
+        """Returns the next frame; None when the trainer is gone."""
         try:
-            tag, size = _length(await self._reader.readexactly(_HEADER.size))
+            tag, size = _decode_header(await self._reader.readexactly(_HEADER.size))
             return tag, await self._reader.readexactly(size)
         except (asyncio.IncompleteReadError, OSError):
             return None
@@ -97,8 +98,8 @@ def _encode(tag: Tag, message: Message | None) -> bytes:
     return _HEADER.pack(tag.value, len(payload)) + payload
 
 
-def _length(header: bytes) -> tuple[Tag, int]:
+def _decode_header(header: bytes) -> tuple[Tag, int]:
     tag, size = _HEADER.unpack(header)
     if size > MAX_FRAME_BYTES or tag not in _TAGS:
-        raise ConnectionError(f"a frame {tag!r} of {size} bytes: the pipe is out of step")
+        raise ConnectionError(f"the pipe holds no valid frame: tag {tag!r}, {size} bytes, at most {MAX_FRAME_BYTES}")
     return Tag(tag), size

@@ -1,4 +1,4 @@
-"""Which attempts are in the trainer's hands, as its server knows it: so that a trainer's death is nobody's loss.
+"""Tracks the attempts that the trainer runs, so that the server can release them all when the trainer dies.
 
 Pure: no pipe, no gRPC.
 """
@@ -7,57 +7,60 @@ from collections.abc import Iterable
 
 from muxtune.v1 import plan_pb2
 
-_ENDS = ("finished", "failed", "released")
+ENDS = frozenset({"finished", "failed", "released"})  # results after which an attempt is over
 
 
 class AttemptTracker:
-    """Follows plans down and results up."""
+    """Follows the plans that go to the trainer and the results that come from it."""
 
     def __init__(self) -> None:
         self._running: dict[str, int] = {}  # attempt by task
-        self._ended: dict[str, int] = {}
-        self._resident: set[str] = set()  # on the device
-        self._off: set[str] = set()  # that were, and now only wait for the store to have what they leave
+        self._ended: dict[str, int] = {}  # newest ended attempt by task
+        self._on_device: set[str] = set()
+        self._off_device: set[str] = set()  # running tasks that left the device: only their uploads are not done yet
 
     def start(self, plan: plan_pb2.ExecutorPlan) -> plan_pb2.ExecutorPlan:
-        """The plan without attempts that ended here: it may have been made before scheduling knew."""
-        named = {task.task for task in plan.tasks}  # who is not will not be again in an attempt that ended
-        self._ended = {task: attempt for task, attempt in self._ended.items() if task in named}
-        going = [task for task in plan.tasks if self._ended.get(task.task, 0) < task.attempt]
-        self._off -= {task.task for task in going if self._running.get(task.task) != task.attempt}
-        self._running |= {task.task: task.attempt for task in going}
-        left = plan_pb2.ExecutorPlan()
-        left.CopyFrom(plan)
-        del left.tasks[:]
-        left.tasks.extend(going)
-        return left
+        """Returns the plan without attempts that ended here: scheduling may not have known that when it made the
+        plan."""
+        planned = {task.task for task in plan.tasks}  # later plans do not name ended attempts of the other tasks
+        self._ended = {task: attempt for task, attempt in self._ended.items() if task in planned}
+        running = [task for task in plan.tasks if self._ended.get(task.task, 0) < task.attempt]
+        self._off_device -= {task.task for task in running if self._running.get(task.task) != task.attempt}
+        self._running |= {task.task: task.attempt for task in running}
+        reduced_plan = plan_pb2.ExecutorPlan()
+        reduced_plan.CopyFrom(plan)
+        del reduced_plan.tasks[:]
+        reduced_plan.tasks.extend(running)
+        return reduced_plan
 
-    def note_resident(self, tasks: Iterable[str]) -> None:
-        """What the trainer says is on its device."""
-        now = set(tasks)
-        self._off = ((self._off | self._resident) - now) & self._running.keys()
-        self._resident = now
+    def record_resident(self, tasks: Iterable[str]) -> None:
+        """Records the tasks that the trainer reports on its device."""
+        resident = set(tasks)
+        self._off_device = ((self._off_device | self._on_device) - resident) & self._running.keys()
+        self._on_device = resident
 
-    def note(self, results: Iterable[plan_pb2.TaskResult]) -> list[plan_pb2.TaskResult]:
-        """What the trainer says of its tasks; answers what of it counts: it may not have heard of a drop yet."""
-        counting = []
+    def record_results(self, results: Iterable[plan_pb2.TaskResult]) -> list[plan_pb2.TaskResult]:
+        """Records the trainer's results. Returns those of running attempts: the trainer may not know yet that an
+        attempt was dropped."""
+        valid = []
         for result in results:
             if self._running.get(result.task) != result.attempt:
                 continue
-            counting.append(result)
+            valid.append(result)
             kind = result.WhichOneof("result")
-            if kind in _ENDS:
+            if kind in ENDS:
                 self._end(result.task, result.attempt)
-        return counting
+        return valid
 
     def drop_all(self) -> None:
-        """The lease is lost."""
+        """Forgets every running attempt: the lease is lost."""
         self._running.clear()
 
     def drop_stale(self, tasks: Iterable[str], judged: Iterable[plan_pb2.TaskResult]) -> list[str]:
-        """Forgets attempts that were superseded, and answers which: those whose own results were found stale.
+        """Forgets superseded attempts among `tasks`, whose results admission found stale. Returns their tasks.
 
-        A result of an earlier attempt, sent again over a new stream, is stale as well, and says nothing of this one.
+        `judged`: the results that admission has judged. A stale result of an earlier attempt, sent again over a new
+        stream, does not end the running attempt.
         """
         attempts: dict[str, int] = {}
         for result in judged:
@@ -68,16 +71,20 @@ class AttemptTracker:
             self._running.pop(task, None)
         return stale
 
-    def hand_back(self, reason: str) -> list[plan_pb2.TaskResult]:
-        """The trainer died: every attempt is released. Any may be why, which admission counts, but none of those
-        that were off its device already."""
-        held, results = list(self._running.items()), []
-        num_suspects = sum(task not in self._off for task, _ in held)
-        for task, attempt in held:
-            released = plan_pb2.TaskReleased(reason=reason, num_suspects=0 if task in self._off else num_suspects)
+    def release_all(self, reason: str) -> list[plan_pb2.TaskResult]:
+        """Returns a `released` result for every running attempt: the trainer died.
+
+        Each task may have caused the crash, except those that had left the device before. Admission counts the
+        suspects.
+        """
+        running, results = list(self._running.items()), []
+        num_suspects = sum(task not in self._off_device for task, _ in running)
+        for task, attempt in running:
+            suspects = 0 if task in self._off_device else num_suspects
+            released = plan_pb2.TaskReleased(reason=reason, num_suspects=suspects)
             results.append(plan_pb2.TaskResult(task=task, attempt=attempt, released=released))
             self._end(task, attempt)
-        self._resident, self._off = set(), set()
+        self._on_device, self._off_device = set(), set()
         return results
 
     def _end(self, task: str, attempt: int) -> None:

@@ -1,15 +1,17 @@
-"""What the executor did, as metrics: counted here, where one port serves them, not in the trainer."""
+"""Metrics of the executor. The server counts them, not the trainer, because its port serves them."""
 
 from collections.abc import Iterable
 
 from muxtune.v1 import plan_pb2
+from services.execution.server.attempt_tracker import ENDS
 from services.telemetry import meter
-
-_ENDS = ("finished", "failed", "released")
 
 
 class ExecutorMetrics:
-    """By backbone, never by tenant or task: those are thousands. Theirs stand in each task's progress."""
+    """Counts tokens, steps, device seconds and ended attempts by backbone.
+
+    There are thousands of tenants and tasks, so they are no attributes; each task's progress has its own counts.
+    """
 
     def __init__(self, backbone: str) -> None:
         self._attributes = {"muxtune.backbone": backbone}
@@ -20,12 +22,12 @@ class ExecutorMetrics:
         self._wait = meter().create_gauge("muxtune.data_wait_fraction", unit="1")
         self._ends = meter().create_counter("muxtune.attempts_ended", unit="{attempt}")
 
-    def tell_wait(self, fraction: float) -> None:
-        """The part of its time that it waits for microbatches."""
+    def record_wait(self, fraction: float) -> None:
+        """Records the fraction of its time that the executor waits for microbatches."""
         self._wait.set(fraction, self._attributes)
 
-    def add(self, results: Iterable[plan_pb2.TaskResult]) -> None:
-        """Steps as they were run: those run again after a resume count again."""
+    def record_results(self, results: Iterable[plan_pb2.TaskResult]) -> None:
+        """Counts steps as they run: a step that runs again after a resume counts again."""
         for result in results:
             kind = result.WhichOneof("result")
             if kind == "step_done":
@@ -34,5 +36,5 @@ class ExecutorMetrics:
                 self._effective.add(step.effective_tokens, self._attributes)
                 self._padding.add(step.padding_tokens, self._attributes)
                 self._seconds.add(step.device_seconds, self._attributes)
-            elif kind in _ENDS:
+            elif kind in ENDS:
                 self._ends.add(1, {**self._attributes, "muxtune.end": kind})

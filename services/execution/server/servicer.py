@@ -1,4 +1,4 @@
-"""ExecutionService. See protos/muxtune/v1/execution.proto for what each RPC promises."""
+"""Serves ExecutionService; protos/muxtune/v1/execution.proto documents each RPC."""
 
 import asyncio
 import logging
@@ -22,14 +22,14 @@ _log = logging.getLogger(__name__)
 
 
 class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
-    """Between scheduling's stream and the trainer's pipe. Holds no task itself."""
+    """Connects scheduling's stream with the trainer's pipe. Holds no task itself."""
 
-    def __init__(self, settings: ExecutionSettings, tell_health: Callable[[bool], Awaitable[None]]) -> None:
-        self._settings, self._tell_health = settings, tell_health
+    def __init__(self, settings: ExecutionSettings, set_health: Callable[[bool], Awaitable[None]]) -> None:
+        self._settings, self._set_health = settings, set_health
         self.trainer = TrainerProcess(settings, self._on_frame, self._on_death)
         self.outbox = Outbox(settings.max_unacknowledged)
-        self._usage = ExecutorMetrics(settings.backbone_name)
-        self.described = pb.DescribeExecutorResponse()
+        self._metrics = ExecutorMetrics(settings.backbone_name)
+        self.description = pb.DescribeExecutorResponse()
         self.lease_term = 0
         self.ready = asyncio.Event()
         self.is_draining = False
@@ -37,12 +37,12 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         self._leased = asyncio.Event()
         self._attempts = AttemptTracker()
         self._plan_version = self._leader_term = 0
-        self._late_plan: plan_pb2.ExecutorPlan | None = None  # came while the trainer was away
-        self._stream: asyncio.Task[None] | None = None  # reads the newest stream's requests
+        self._pending_plan: plan_pb2.ExecutorPlan | None = None  # received while there was no trainer
+        self._stream: asyncio.Task[None] | None = None  # reads the requests of the newest stream
         self._stream_ended = asyncio.Event()
         self._stream_has_plan = False
         self._exports: list[asyncio.Future[pb.ExportAdapterResponse]] = []
-        self._is_held = False
+        self._is_paused = False
 
     async def RunPlan(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.RunPlanResponse]:
         requests = aiter(request_iterator)
@@ -51,7 +51,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
             return
         await self._check_lease(first.lease_term)
         if first.leader_term < self._leader_term:
-            raise SupersededError(f"leader term {first.leader_term} was superseded by {self._leader_term}")
+            raise SupersededError(f"leader term {first.leader_term} was superseded by leader term {self._leader_term}")
         self._leader_term = first.leader_term
         if self._stream is not None:
             self._stream.cancel()  # the newest stream wins
@@ -64,31 +64,31 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
             while True:
                 await asyncio.wait({reading, following}, return_when=asyncio.FIRST_COMPLETED)
                 if self._stream is not reading:
-                    raise SupersededError("a newer stream replaced this one")
+                    raise SupersededError("a newer stream replaced this stream")
                 if self.lease_term != first.lease_term:
-                    raise LeaseLostError(f"lease {first.lease_term} ended: take a new snapshot")
+                    raise LeaseLostError(f"lease term {first.lease_term} has ended: take a new snapshot")
                 if following.done():
                     if (response := following.result()) is None:
                         return
                     yield response
                     following = asyncio.ensure_future(anext(responses, None))
                 elif reading.done():
-                    return  # scheduling closed its side
+                    return  # scheduling closed its side of the stream
         finally:
             following.cancel()
             reading.cancel()
             if self._stream is reading:
                 self._stream, self._stream_has_plan = None, False
                 self._stream_ended.set()
-                await self._hold_or_go()
+                await self._pause_or_resume()
 
     async def ExportAdapter(self, request: pb.ExportAdapterRequest, context: Any) -> pb.ExportAdapterResponse:
-        if request.task not in self.described.tasks:
+        if request.task not in self.description.tasks:
             raise NotFoundError(f"{request.task} is not resident on {self._settings.resource_name}")
-        answer: asyncio.Future[pb.ExportAdapterResponse] = asyncio.get_running_loop().create_future()
-        self._exports.append(answer)
+        response: asyncio.Future[pb.ExportAdapterResponse] = asyncio.get_running_loop().create_future()
+        self._exports.append(response)
         await self.trainer.send(Tag.EXPORT, request)
-        return await answer
+        return await response
 
     async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainResponse:
         await self.drain()
@@ -96,11 +96,12 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
 
     async def DescribeExecutor(self, request: pb.DescribeExecutorRequest, context: Any) -> pb.DescribeExecutorResponse:
         if not self.ready.is_set():
-            raise UnavailableError("the backbone is loading")
-        return self.described
+            raise UnavailableError("the executor is loading its backbone: retry later")
+        return self.description
 
     async def drain(self) -> None:
-        """Every task checkpointed and released, and acknowledged if scheduling is there; or the time is over."""
+        """Checkpoints and releases every task, and waits until scheduling has acknowledged it or `drain_seconds` are
+        over."""
         if not self.is_draining:
             self.is_draining = True
             await self.trainer.send(Tag.DRAIN)
@@ -112,16 +113,16 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
                 if self._stream is not None:
                     await _first_of(self.outbox.wait_empty(), self._stream_ended.wait())
         except TimeoutError:
-            _log.warning("drain gave up after %g s", self._settings.drain_seconds)
+            _log.warning("The drain was not complete after %g s.", self._settings.drain_seconds)
 
-    def take_lease(self, term: int) -> None:
-        """From now on, streams of this lease are taken."""
+    def accept_lease(self, term: int) -> None:
+        """Accepts streams of this lease term from now on."""
         self.lease_term = term
         self._leased.set()
 
     async def lose_lease(self) -> None:
-        """Drops every task and result: another executor may hold them by now. Ends the stream."""
-        self.lease_term, self._plan_version, self._late_plan = 0, 0, None
+        """Drops every task and result, which another executor may hold by now, and ends the stream."""
+        self.lease_term, self._plan_version, self._pending_plan = 0, 0, None
         self._leased.clear()
         self._attempts.drop_all()
         await self.trainer.send(Tag.LEASE_LOST)
@@ -130,21 +131,22 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
             self._stream.cancel()
 
     async def _check_lease(self, term: int) -> None:
-        """Scheduling may know of a lease a moment before this executor hears its answer. Raises LeaseLostError."""
+        """Raises LeaseLostError unless `term` is the lease's. Waits for a lease at first: scheduling may open a stream
+        before this executor has read the response that grants the lease."""
         try:
             async with asyncio.timeout(_LEASE_WAIT_SECONDS):
                 await self._leased.wait()
         except TimeoutError:
-            _log.warning("a stream came, but no lease")
+            _log.warning("A stream was opened, but this executor has no lease.")
         if term != self.lease_term or term == 0:
-            raise LeaseLostError(f"this executor's lease is {self.lease_term}, not {term}: take a new snapshot")
+            raise LeaseLostError(f"this executor's lease term is {self.lease_term}, not {term}: take a new snapshot")
 
     async def _read_requests(self, first: pb.RunPlanRequest, requests: AsyncIterator[pb.RunPlanRequest]) -> None:
-        await self._take(first)
+        await self._accept_request(first)
         async for request in requests:
-            await self._take(request)
+            await self._accept_request(request)
 
-    async def _take(self, request: pb.RunPlanRequest) -> None:
+    async def _accept_request(self, request: pb.RunPlanRequest) -> None:
         judged = self.outbox.results_up_to(request.acknowledged_sequence)
         if stale := self._attempts.drop_stale(request.stale_tasks, judged):
             await self.trainer.send(Tag.STALE, pb.RunPlanRequest(stale_tasks=stale))
@@ -153,35 +155,35 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
             self._stream_has_plan = True
             if request.plan.version > self._plan_version:
                 self._plan_version = request.plan.version
-                await self._hand_down(self._attempts.start(request.plan))
-        await self._hold_or_go()
+                await self._send_plan(self._attempts.start(request.plan))
+        await self._pause_or_resume()
 
-    async def _hand_down(self, plan: plan_pb2.ExecutorPlan) -> None:
-        """To the trainer, or to the next one where this one has died."""
-        self._late_plan = None if self.ready.is_set() else plan
+    async def _send_plan(self, plan: plan_pb2.ExecutorPlan) -> None:
+        """Sends the plan to the trainer, or to the next one if this one has died."""
+        self._pending_plan = None if self.ready.is_set() else plan
         if self.ready.is_set():
             await self.trainer.send(Tag.PLAN, plan)
 
-    async def _hold_or_go(self) -> None:
-        """The trainer pauses while no stream's plan says to go on, or too much is unacknowledged."""
-        must_hold = not self._stream_has_plan or self.outbox.is_full
-        if must_hold != self._is_held and not self.is_draining:
-            self._is_held = must_hold
-            await self.trainer.send(Tag.HOLD if must_hold else Tag.GO)
+    async def _pause_or_resume(self) -> None:
+        """Pauses the trainer while no stream has sent a plan or the outbox is full; resumes it otherwise."""
+        must_pause = not self._stream_has_plan or self.outbox.is_full
+        if must_pause != self._is_paused and not self.is_draining:
+            self._is_paused = must_pause
+            await self.trainer.send(Tag.PAUSE if must_pause else Tag.RESUME)
 
     async def _on_frame(self, frame: Frame) -> None:
         tag, payload = frame
         if tag is Tag.RESULTS:
-            await self._take_results(pb.RunPlanResponse.FromString(payload))
+            await self._forward_results(pb.RunPlanResponse.FromString(payload))
         elif tag is Tag.DESCRIBED:
-            self.described = pb.DescribeExecutorResponse.FromString(payload)
-            self._attempts.note_resident(self.described.tasks)
+            self.description = pb.DescribeExecutorResponse.FromString(payload)
+            self._attempts.record_resident(self.description.tasks)
             if not self.ready.is_set():
                 self.ready.set()
-                await self._tell_health(not self.is_draining)
-                if self._late_plan is not None:
-                    await self._hand_down(self._late_plan)
-                await self._hold_or_go()
+                await self._set_health(not self.is_draining)
+                if self._pending_plan is not None:
+                    await self._send_plan(self._pending_plan)
+                await self._pause_or_resume()
         elif tag is Tag.EXPORTED and self._exports:
             self._exports.pop(0).set_result(pb.ExportAdapterResponse.FromString(payload))
         elif tag is Tag.EXPORT_FAILED and self._exports:
@@ -190,29 +192,29 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         elif tag is Tag.DRAINED:
             self._drained.set()
 
-    async def _take_results(self, response: pb.RunPlanResponse) -> None:
-        counting = self._attempts.note(response.results)
-        self._usage.add(counting)
-        self._usage.tell_wait(response.device.data_wait_fraction)
+    async def _forward_results(self, response: pb.RunPlanResponse) -> None:
+        valid = self._attempts.record_results(response.results)
+        self._metrics.record_results(valid)
+        self._metrics.record_wait(response.device.data_wait_fraction)
         del response.results[:]
-        response.results.extend(counting)
-        self.described.executor.device.CopyFrom(response.device)
-        if counting or response.adopted:
+        response.results.extend(valid)
+        self.description.executor.device.CopyFrom(response.device)
+        if valid or response.adopted:
             await self.outbox.put(response)
-            await self._hold_or_go()
+            await self._pause_or_resume()
 
     async def _on_death(self, cause: str) -> None:
-        """Its tasks are handed back, to be planned anew from their last checkpoints. A plan that it was not handed yet
-        waits for the next trainer."""
+        """Releases the dead trainer's tasks, which scheduling plans again from their last checkpoints. A plan that the
+        trainer has not received waits for the next trainer."""
         self.ready.clear()
-        await self._tell_health(False)
-        self._is_held = False
-        for waiting in self._exports:
-            waiting.set_exception(UnavailableError("the trainer died"))
+        await self._set_health(False)
+        self._is_paused = False
+        for export in self._exports:
+            export.set_exception(UnavailableError("the trainer died during the export: retry later"))
         self._exports.clear()
-        if self._late_plan is None and (results := self._attempts.hand_back(cause)):
+        if self._pending_plan is None and (results := self._attempts.release_all(cause)):
             response = pb.RunPlanResponse(plan_version=self._plan_version, results=results)
-            response.device.CopyFrom(self.described.executor.device)
+            response.device.CopyFrom(self.description.executor.device)
             await self.outbox.put(response)
         if self.is_draining:
             self._drained.set()

@@ -1,31 +1,31 @@
-"""Whether the trainer still lives while it has work. Pure: time comes from outside."""
+"""Detects a trainer that hangs while it has work. Pure: the caller passes the time."""
 
-_OVERSLEPT = 3.0  # times the interval: this process was stopped itself, and has not read what the trainer said
+_MAX_OVERSLEEP = 3.0  # intervals between two checks: this process was stopped too, and has unread messages
 
 
 class Watchdog:
-    """`heard` and `told` are noted with the time; `is_hung` is asked at intervals of `interval_seconds`."""
+    """Records the messages from and to the trainer. Call `is_hung` every `interval_seconds`."""
 
     def __init__(self, limit_seconds: float) -> None:
         self.limit_seconds, self.interval_seconds = limit_seconds, min(5.0, limit_seconds / 4)
-        self._last_sign = self._last_asked = 0.0
+        self._last_message = self._last_check = 0.0
         self._is_idle = self._is_loading = True
 
-    def started(self) -> None:
-        """A new trainer: until its first word it loads its backbone, however long that takes."""
+    def record_start(self) -> None:
+        """Records a new trainer. It loads its backbone until its first message, however long that takes."""
         self._is_idle = self._is_loading = True
 
-    def heard(self, now: float, *, is_idle: bool = False) -> None:
-        """The trainer said something: that it waits for us, or anything else."""
-        self._last_sign, self._is_idle, self._is_loading = now, is_idle, False
+    def record_message(self, now: float, *, is_idle: bool = False) -> None:
+        """Records a message from the trainer. `is_idle`: it says that it waits for the next request."""
+        self._last_message, self._is_idle, self._is_loading = now, is_idle, False
 
-    def told(self, now: float) -> None:
-        """The trainer has something to do from now on."""
+    def record_request(self, now: float) -> None:
+        """Records a request to the trainer, which has work from now on."""
         if self._is_idle:
-            self._last_sign, self._is_idle = now, False
+            self._last_message, self._is_idle = now, False
 
     def is_hung(self, now: float) -> bool:
-        if now - self._last_asked > _OVERSLEPT * self.interval_seconds:
-            self._last_sign = now
-        self._last_asked = now
-        return not self._is_idle and not self._is_loading and now - self._last_sign > self.limit_seconds
+        if now - self._last_check > _MAX_OVERSLEEP * self.interval_seconds:
+            self._last_message = now
+        self._last_check = now
+        return not self._is_idle and not self._is_loading and now - self._last_message > self.limit_seconds

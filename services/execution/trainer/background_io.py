@@ -1,7 +1,7 @@
-"""Errands to the artifact store, each on a thread of its own: no round waits for one, however long the store takes.
+"""Runs artifact-store I/O on background threads, so that a slow store never delays a step.
 
-They compute nothing by torch. libgomp keeps a team of threads for every thread that computes, and where its threads are
-more than the CPUs none spins any more: the trainer's steps would take 1.4 times as long (measured on two cores).
+These threads compute nothing with torch: libgomp keeps a team of threads for every thread that computes, and none of
+them spins once they outnumber the CPUs. The trainer's steps would take 1.4 times as long (measured on two cores).
 """
 
 import threading
@@ -18,28 +18,28 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class BackgroundCall(Generic[T]):
-    """Under way, or done: then `then` is to be told, on the trainer's own thread."""
+    """A call on a background thread. `on_done` handles its result on the trainer's own thread."""
 
     future: "Future[T]"
-    then: Callable[[T], None]
+    on_done: Callable[[T], None]
 
     @property
     def is_done(self) -> bool:
         return self.future.done()
 
-    def settle(self) -> None:
-        """Raises what the errand raised."""
-        self.then(self.future.result())
+    def complete(self) -> None:
+        """Passes the result to `on_done`. Raises the error that the call raised."""
+        self.on_done(self.future.result())
 
 
 class BackgroundIo:
-    """`wake` is called, on any thread, when one is done. A task sends one at a time, so there are few."""
+    """Starts a thread for each call, and calls `wake`, on any thread, when one is done. A task has at most one call."""
 
     def __init__(self, wake: Callable[[], Any]) -> None:
         self._wake = wake
 
-    def send(self, work: Callable[[], T]) -> "Future[T]":
-        """What it fails for, want of memory among it as UnavailableError, is the future's."""
+    def submit(self, work: Callable[[], T]) -> "Future[T]":
+        """Runs `work`. Its error becomes the future's; a lack of memory becomes UnavailableError."""
         future: Future[T] = Future()
         future.add_done_callback(lambda _: self._wake())
         threading.Thread(target=_run, args=(work, future), name="store", daemon=True).start()
@@ -49,9 +49,9 @@ class BackgroundIo:
 def _run(work: Callable[[], T], future: "Future[T]") -> None:
     try:
         result = within_memory(work)
-    except OutOfMemoryError as error:  # the host's, for bytes on their way: that passes
-        future.set_exception(UnavailableError(f"no memory for what goes to the store or comes from it: {error}"))
-    except BaseException as error:  # told on the trainer's thread, where it belongs
+    except OutOfMemoryError as error:  # the host has no room for the bytes in transfer, which does not last
+        future.set_exception(UnavailableError(f"the host has no memory for this transfer: {error}"))
+    except BaseException as error:  # raised again on the trainer's thread
         future.set_exception(error)
     else:
         future.set_result(result)

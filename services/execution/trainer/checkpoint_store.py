@@ -1,4 +1,4 @@
-"""Checkpoints and adapters of tasks in the artifact store, committed by their manifest.
+"""Stores checkpoints and adapters of tasks in the artifact store; writing the manifest commits them.
 
 services/storage/artifact_layout.py has their keys.
 """
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 class CheckpointStore:
-    """Synchronous; used by the trainer only, on any of its threads."""
+    """Reads and writes synchronously. Only the trainer uses it, on any of its threads."""
 
     def __init__(self, store: ArtifactStore) -> None:
         self._store = store
@@ -36,7 +36,7 @@ class CheckpointStore:
     def put_checkpoint(
         self, task: str, attempt: int, state: CheckpointState, extra: dict[str, Any]
     ) -> task_pb2.CheckpointCommitted:
-        """Commits it. Those before it stay until admission, which knows what is recorded, deletes them."""
+        """Commits a checkpoint. Earlier ones stay: admission knows which one is recorded, and deletes the others."""
         folder = CheckpointFolder(task, state.step, attempt)
         metadata = {**state.metadata, **extra, "attempt": attempt}
         manifest = self._store.commit_folder(folder.key, state.files(), metadata)
@@ -45,24 +45,23 @@ class CheckpointStore:
     def get_checkpoint(
         self, task: str, recorded: task_pb2.CheckpointCommitted
     ) -> tuple[CheckpointState, task_pb2.CheckpointCommitted]:
-        """The recorded one; where it is gone or corrupt, the newest before it that reads: its steps are run again. And
-        which that was.
+        """Returns the recorded checkpoint, or the newest readable one before it, and which one that is.
 
-        Never one after it, whose steps were not recorded. Raises ArtifactCorruptError, UnavailableError.
+        A later checkpoint is never used: its steps were not recorded. Raises ArtifactCorruptError, UnavailableError.
         """
-        before = [folder for folder in reversed(self._committed(task)) if folder.step < recorded.step]
-        for key in [recorded.manifest_key, *(manifest_key(folder.key) for folder in before)]:
+        earlier = [folder for folder in reversed(self._committed(task)) if folder.step < recorded.step]
+        for key in [recorded.manifest_key, *(manifest_key(folder.key) for folder in earlier)]:
             try:
                 manifest, files = self._store.read_folder(key)
                 state = CheckpointState.from_files(files, dict(manifest.metadata))
                 size = manifest.size_bytes
                 return state, task_pb2.CheckpointCommitted(step=state.step, manifest_key=key, size_bytes=size)
             except (NotFoundError, ArtifactCorruptError) as error:
-                _log.error("checkpoint %s of %s cannot be used: %s", key, task, error)
+                _log.error("Checkpoint %s of %s cannot be used: %s", key, task, error)
         raise ArtifactCorruptError(f"no checkpoint of {task} can be read", task=task)
 
     def put_adapter(self, task: str, attempt: int, step: int, files: dict[str, bytes], is_final: bool) -> Manifest:
-        """The PEFT folder, under the adapter's name; one that the task goes on from lies apart."""
+        """Commits the adapter's files. An adapter that is not final gets a key of its own: the task goes on."""
         folder = TrainedAdapterFolder(task, attempt, None if is_final else step)
         return self._store.commit_folder(folder.key, files, {"task": task, "step": step})
 
@@ -70,19 +69,19 @@ class CheckpointStore:
         return self._store.read_folder(manifest_key)[1]
 
     def _committed(self, task: str) -> list[CheckpointFolder]:
-        """Return the task's committed checkpoints, oldest step first."""
+        """Returns the task's committed checkpoints, oldest step first."""
         keys = filter(is_manifest, self._store.list(checkpoints_of(task)))
         return sorted(filter(None, map(CheckpointFolder.parse, keys)))
 
 
 @contextmanager
 def folder_of(files: Mapping[str, bytes]) -> Iterator[Path]:
-    """The files in a temporary folder. What else is written there goes with it. Raises UnavailableError where this disk
-    is full."""
+    """Writes the files into a temporary folder, which is removed with all its content at the end. Raises
+    UnavailableError if the disk is full."""
     try:
         with tempfile.TemporaryDirectory(prefix="muxtune-adapter-") as folder:
             for name, data in files.items():
                 (Path(folder) / name).write_bytes(data)
             yield Path(folder)
     except (OSError, SafetensorError) as error:
-        raise UnavailableError(f"no temporary files can be written: {error}") from error
+        raise UnavailableError(f"the executor cannot write temporary files: {error}") from error

@@ -1,4 +1,5 @@
-"""What microbatches cost on this executor: calibrated when its trainer starts, and fitted again as it runs."""
+"""Calibrates the cost model on this executor when the trainer starts, and fits it again to the microbatches that
+run."""
 
 import logging
 from collections import deque
@@ -10,13 +11,13 @@ from engine.planning.types import CostProfile
 from engine.runtime.calibration import calibrate, parts_of
 from engine.runtime.executor import Executor
 
-_MAX_TOKENS = 4096  # of a microbatch in calibration
+_MAX_TOKENS = 4096  # of a calibration microbatch
 _NUM_RECENT, _REFIT_EVERY = 96, 16
 _log = logging.getLogger(__name__)
 
 
 class CostCalibration:
-    """`profile` is what is known now. Its fits take milliseconds, between microbatches."""
+    """Holds the newest cost `profile`. A fit takes milliseconds, between two microbatches."""
 
     def __init__(self, executor: Executor, budget_seconds: float) -> None:
         self._executor = executor
@@ -24,14 +25,15 @@ class CostCalibration:
         self._recent: deque[CostSample] = deque(maxlen=_NUM_RECENT)
         self._num_new = 0
         self.profile: CostProfile = refit(self._start, ())
-        _log.info("calibrated: %s", self.profile)
+        _log.info("The cost model is calibrated: %s", self.profile)
 
     def parts(self, microbatch: Microbatch) -> tuple[MicrobatchWork, ...]:
-        """To be asked for before it runs: a task that ends leaves."""
+        """Returns the microbatch's parts for the cost model. Call it before the microbatch runs, after which tasks may
+        have ended."""
         return parts_of(microbatch, self._executor)
 
     def add(self, microbatch: Microbatch, parts: tuple[MicrobatchWork, ...], seconds: float) -> None:
-        """A microbatch that ran. Evaluations have no backward: they say nothing of training."""
+        """Records how long a microbatch took. Evaluations are ignored: they have no backward pass."""
         if microbatch.kind is not MicrobatchKind.TRAIN or seconds <= 0:
             return
         self._recent.append(CostSample(parts, seconds))

@@ -1,4 +1,4 @@
-"""What this executor runs on, as it describes itself."""
+"""Describes the device and the backbone of this executor for scheduling."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from muxtune.v1 import plan_pb2
 from services.conversion.plan import site_to_module
 from services.execution.settings import ExecutionSettings
 
-_CPU_SLACK = 1.32  # malloc keeps what was freed in pieces: measured by tests/services/execution/test_process_peak.py
+_CPU_SLACK = 1.32  # malloc's fragmentation, measured by tests/services/execution/test_process_peak.py
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -21,7 +21,7 @@ def choose_device(settings: ExecutionSettings) -> str:
 
 
 def describe_device(settings: ExecutionSettings, kind: str) -> plan_pb2.Device:
-    """`memory_bytes`: the setting, or the GPU's, or this container's or machine's."""
+    """Describes the device. Its `memory_bytes` are the setting, or else the GPU's, the container's or the machine's."""
     return plan_pb2.Device(
         kind=kind.partition(":")[0],
         model=torch.cuda.get_device_name() if kind.startswith("cuda") else _cpu_model(),
@@ -31,12 +31,12 @@ def describe_device(settings: ExecutionSettings, kind: str) -> plan_pb2.Device:
 
 
 def memory_bytes(kind: str) -> int:
-    """Of the GPU, or of this container or machine."""
+    """Returns the memory of the GPU, or of this container or machine."""
     return torch.cuda.mem_get_info()[1] if kind.startswith("cuda") else _machine_bytes()
 
 
 def used_bytes(kind: str) -> int:
-    """Of the GPU, by anyone; of a CPU's memory, by this process."""
+    """Returns the bytes that all processes use of a GPU, or that this process uses of the machine."""
     if kind.startswith("cuda"):
         free, total = torch.cuda.mem_get_info()
         return total - free
@@ -46,7 +46,8 @@ def used_bytes(kind: str) -> int:
 def describe_backbone(
     settings: ExecutionSettings, backbone: Backbone, footprint: BackboneFootprint, process_bytes: int
 ) -> plan_pb2.Backbone:
-    """`process_bytes`: what the process has beside the weights, once it has loaded them and run a little."""
+    """Describes the backbone. `process_bytes`: memory of the process without the weights, after the backbone was loaded
+    and has run."""
     config = backbone.config.get_text_config()
     return plan_pb2.Backbone(
         name=settings.backbone_name,

@@ -1,4 +1,4 @@
-"""When a task ends before its last step: its held-out loss has stopped improving. Pure."""
+"""Decides when a task ends early: when its held-out loss has stopped improving. Pure."""
 
 import math
 from dataclasses import dataclass, replace
@@ -8,14 +8,15 @@ from engine.task import Training
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """`best` held-out loss so far and the evaluations since. Its state travels with the checkpoint."""
+    """Holds the best held-out loss so far and the number of evaluations since. Checkpoints include this state."""
 
     best: float | None = None
     num_without_improvement: int = 0
     evaluated_step: int = -1
 
     def after(self, training: Training, step: int, loss: float) -> "EarlyStop":
-        """With the evaluation at `step`; one counted before (a resumed task) changes nothing, NaN never improves."""
+        """Returns the state after the evaluation at `step`. An evaluation that was counted before (the task was
+        resumed) changes nothing; NaN never improves."""
         if step <= self.evaluated_step:
             return self
         if math.isfinite(loss) and (self.best is None or loss < self.best - training.early_stop_min_delta):

@@ -1,4 +1,4 @@
-"""Microbatches of one hTask from alignment, read and staged ahead by a thread, a few at most."""
+"""Reads the microbatches of one hTask from alignment on a thread, which stages a few of them ahead."""
 
 import contextvars
 import queue
@@ -15,11 +15,11 @@ from muxtune.v1 import alignment_pb2, alignment_pb2_grpc
 from services.conversion.microbatch import microbatch_to_domain
 from services.rpc.errors import from_rpc_error
 
-_AHEAD = 2
+_MAX_STAGED = 2
 
 
 class MicrobatchStream:
-    """One StreamMicrobatches call, made after `delay_seconds`. Close it to leave; it holds a few microbatches."""
+    """Makes one StreamMicrobatches call, after `delay_seconds`. Close it at the end: it holds a few microbatches."""
 
     def __init__(
         self,
@@ -31,14 +31,15 @@ class MicrobatchStream:
         self._stub, self._request = alignment_pb2_grpc.AlignmentServiceStub(channel), request
         self._stage, self._delay_seconds = stage, delay_seconds
         self._call: Any = None
-        self._ahead: queue.Queue[Microbatch | Exception | None] = queue.Queue(maxsize=_AHEAD)
+        self._staged: queue.Queue[Microbatch | Exception | None] = queue.Queue(maxsize=_MAX_STAGED)
         self._is_closed = threading.Event()
-        read = contextvars.copy_context().run  # in the trace of whoever opens it
+        read = contextvars.copy_context().run  # the thread joins the trace of the caller
         threading.Thread(target=read, args=(self._read,), name="microbatches", daemon=True).start()
 
     def next(self, timeout_seconds: float) -> Microbatch | None:
-        """None after the last round. Raises what alignment raised, or queue.Empty if nothing comes in that time."""
-        item = self._ahead.get(timeout=timeout_seconds)
+        """Returns the next microbatch; None after the last round. Raises alignment's error, or queue.Empty if no
+        microbatch comes in that time."""
+        item = self._staged.get(timeout=timeout_seconds)
         if isinstance(item, Exception):
             raise item
         return item
@@ -49,7 +50,7 @@ class MicrobatchStream:
             self._call.cancel()
 
     def _read(self) -> None:
-        """Whatever goes wrong is told to who waits: a thread that ended without a word would be waited for for ever."""
+        """Puts microbatches, or the error that ended the call, into the queue: `next` would else wait without end."""
         if self._is_closed.wait(self._delay_seconds):
             return
         try:
@@ -62,11 +63,15 @@ class MicrobatchStream:
         except grpc.RpcError as error:
             self._put(from_rpc_error(error))
         except Exception as error:
-            self._put(UnavailableError("no memory for a microbatch") if is_out_of_memory(error) else error)
+            self._put(
+                UnavailableError("the executor has no memory to read a microbatch")
+                if is_out_of_memory(error)
+                else error
+            )
 
     def _put(self, item: Microbatch | Exception | None) -> None:
         while not self._is_closed.is_set():
             try:
-                return self._ahead.put(item, timeout=0.2)
+                return self._staged.put(item, timeout=0.2)
             except queue.Full:
                 continue

@@ -1,4 +1,4 @@
-"""One task in an executor's hands: where it stands between its arrival and its end."""
+"""State of one task on an executor, from its arrival to its end."""
 
 import time
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True)
 class RestoreState:
-    """What a task brings along: the checkpoint that it goes on from, or the files of its initial adapter."""
+    """What a task is restored from: a checkpoint, or the files of its initial adapter."""
 
     state: CheckpointState | None = None
     used: task_pb2.CheckpointCommitted | None = None
@@ -27,11 +27,11 @@ class RestoreState:
 
 @dataclass
 class Completion:
-    """How it leaves: `finished`, with its adapter, or handed back for `reason`. Packed, it is off the device."""
+    """How a task ends: `finished` with its adapter, or released for `reason`. Once exported, it is off the device."""
 
     finished: plan_pb2.TaskFinished | None = None
     reason: str = ""
-    is_packed: bool = False
+    is_exported: bool = False
     state: CheckpointState | None = None  # not committed yet
     adapter: Files | None = None
 
@@ -39,17 +39,17 @@ class Completion:
 @dataclass
 class ResidentTask:
     """A task in one attempt. It trains while it is attached to the engine; before and after, it waits for the store or
-    for room, and is in nobody's way."""
+    for memory, and delays no other task."""
 
     planned: plan_pb2.PlannedTask
     spec: TaskSpec
     early_stop: EarlyStop = field(default_factory=EarlyStop)
     checkpoint_step: int = 0
     checkpoint_time: float = field(default_factory=time.monotonic)
-    luggage: RestoreState | None = None  # fetched, but not attached yet
-    ending: Completion | None = None
-    errand: BackgroundCall[Any] | None = None
-    waits_since: float | None = None
+    restore_state: RestoreState | None = None  # fetched, but not attached yet
+    completion: Completion | None = None
+    background_call: BackgroundCall[Any] | None = None
+    waiting_since: float | None = None
     retry_time: float = 0.0
     _backoff: Backoff = field(default_factory=lambda: Backoff(first_seconds=1.0, max_seconds=8.0))
 
@@ -63,27 +63,28 @@ class ResidentTask:
 
     @property
     def is_free(self) -> bool:
-        """Nothing is under way for it, and it has waited long enough since something failed."""
-        return self.errand is None and time.monotonic() >= self.retry_time
+        """Returns whether no background call is running and the time of the next retry has come."""
+        return self.background_call is None and time.monotonic() >= self.retry_time
 
     @property
-    def has_luggage(self) -> bool:
-        """Whether it has to fetch something before it can begin."""
+    def needs_restore(self) -> bool:
+        """Returns whether the task starts from a checkpoint or an initial adapter, which has to be fetched."""
         return self.planned.HasField("resume_from") or bool(self.planned.initial_adapter_key)
 
     def has_waited(self, seconds: float) -> bool:
-        return self.waits_since is not None and time.monotonic() - self.waits_since > seconds
+        return self.waiting_since is not None and time.monotonic() - self.waiting_since > seconds
 
     def schedule_retry(self) -> None:
-        """Tried again later, and each time later."""
+        """Schedules the next retry, each time after a longer wait."""
         now = time.monotonic()
-        self.waits_since = now if self.waits_since is None else self.waits_since
+        self.waiting_since = now if self.waiting_since is None else self.waiting_since
         self.retry_time = now + self._backoff.next_seconds()
 
-    def went_well(self) -> None:
-        self.waits_since = None
+    def reset_retry(self) -> None:
+        """Starts the waits over after a success."""
+        self.waiting_since = None
         self._backoff.reset()
 
 
-def why(error: MuxtuneError | OutOfMemoryError) -> str:
+def reason_of(error: MuxtuneError | OutOfMemoryError) -> str:
     return f"no memory: {error}" if isinstance(error, OutOfMemoryError) else error.message

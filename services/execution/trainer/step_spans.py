@@ -1,4 +1,4 @@
-"""Fused steps as spans: a window of microbatches is one span, linked to the traces of all tasks it served.
+"""Records fused steps as spans: one span for a window of microbatches, linked to the traces of all its tasks.
 
 No span stays open for long, and none holds more than counts.
 """
@@ -12,17 +12,17 @@ from services.telemetry import links_to, tracer
 
 _WINDOW_SECONDS = 5.0
 _RATE_WEIGHT = 0.1
-_KEPT = 0.99  # of the waits and runs before, at each microbatch
+_DECAY = 0.99  # of earlier waits and runs, at each microbatch
 _TOTALS = ("microbatches", "effective_tokens", "padding_tokens", "run_seconds", "wait_seconds")
 
 
 class StepWindow:
-    """Adds up microbatches; also keeps the executor's throughput and what part of its time it waits for microbatches,
-    moving averages."""
+    """Sums up microbatches for a span, and keeps two moving averages: the executor's throughput, and the fraction of
+    its time that it waits for microbatches."""
 
     def __init__(self) -> None:
         self.tokens_per_second = 0.0
-        self._recent_wait = self._recent_run = 0.0  # seconds, the older the less
+        self._recent_wait = self._recent_run = 0.0  # seconds, decaying
         self._span: Span | None = None
         self._key: tuple[object, ...] = ()
         self._started = 0.0
@@ -33,14 +33,14 @@ class StepWindow:
         return self._recent_wait / max(1e-9, self._recent_wait + self._recent_run)
 
     def add_wait(self, seconds: float) -> None:
-        """For microbatches, while nothing ran."""
+        """Records a wait for microbatches while nothing ran."""
         self._recent_wait += seconds
         self._totals["wait_seconds"] += seconds
 
     def add(
         self, microbatch: Microbatch, seconds: float, plan_version: int, trace_parents: list[tuple[str, str]]
     ) -> None:
-        """One microbatch that took `seconds`. Another plan or other tasks begin another window."""
+        """Records a microbatch that took `seconds`. A new plan or another set of tasks starts a new window."""
         effective = sum(range_.num_effective_tokens for range_ in microbatch.ranges)
         rate = effective / max(seconds, 1e-9)
         self.tokens_per_second += (1.0 if not self.tokens_per_second else _RATE_WEIGHT) * (
@@ -51,14 +51,15 @@ class StepWindow:
             self.close()
         if self._span is None:
             self._open(key, plan_version, trace_parents)
-        self._recent_wait, self._recent_run = (_KEPT * each for each in (self._recent_wait, self._recent_run + seconds))
+        self._recent_wait = _DECAY * self._recent_wait
+        self._recent_run = _DECAY * (self._recent_run + seconds)
         self._totals["run_seconds"] += seconds
         self._totals["microbatches"] += 1
         self._totals["effective_tokens"] += effective
         self._totals["padding_tokens"] += microbatch.num_tokens - effective
 
     def close(self) -> None:
-        """Ends the window's span, if one is open."""
+        """Ends the span of the window, if one is open."""
         if self._span is not None:
             for name, total in self._totals.items():
                 self._span.set_attribute(f"muxtune.{name}", total if name.endswith("_seconds") else int(total))

@@ -1,7 +1,8 @@
-"""The tasks a trainer holds: taken in, kept safe, handed on. Every path that ends a task here reports why.
+"""Lifecycle of the trainer's tasks: restore, attach, checkpoint, export, release. Every end of a task reports its
+cause.
 
-One resident's trouble (a store that is away, a corrupt checkpoint, no room) is its own, never its neighbours': what
-goes to the artifact store is an errand, and who cannot go on yet waits off the device.
+A problem of one task (the store is unavailable, a checkpoint is corrupt, memory is short) never delays another task:
+artifact-store I/O runs in the background, and a task that cannot continue yet waits off the device.
 """
 
 import logging
@@ -19,91 +20,98 @@ from engine.runtime.executor import Executor
 from engine.runtime.out_of_memory import OutOfMemoryError
 from engine.runtime.task_state import TaskAssignment
 from engine.task import evaluation_is_due
-from muxtune.v1 import alignment_pb2, execution_pb2, plan_pb2, task_pb2
+from muxtune.v1 import alignment_pb2, plan_pb2, task_pb2
 from services.conversion.results import evaluation_to_proto, step_to_proto
 from services.conversion.task import spec_to_domain
 from services.execution.trainer.background_io import BackgroundCall, BackgroundIo
 from services.execution.trainer.checkpoint_store import CheckpointStore, folder_of
 from services.execution.trainer.early_stop import EarlyStop
-from services.execution.trainer.resident_task import Completion, Files, ResidentTask, RestoreState, why
+from services.execution.trainer.resident_task import Completion, Files, ResidentTask, RestoreState, reason_of
 from services.rpc.errors import to_failure
 from services.telemetry import current_trace_parent, links_to, task_span
 
-_PATIENCE_SECONDS = 60.0  # with the store or for room, before a task that does not train is handed back, or fails
+_MAX_WAIT_SECONDS = 60.0  # for the store or for memory, before a task that does not train is released or fails
 _log = logging.getLogger(__name__)
 
 
 class TaskLifecycle:
-    """Collects results until `take_results`. Not thread-safe: the trainer's loop alone calls it, and `settle` once
-    `wake` was called."""
+    """Moves tasks through their lifecycle and collects results until `pop_results`.
+
+    Not thread-safe: only the trainer's loop calls it. It must call `advance` after `wake` was called.
+    """
 
     def __init__(
         self,
         executor: Executor,
-        vault: CheckpointStore,
+        checkpoints: CheckpointStore,
         checkpoint_steps: int,
         checkpoint_seconds: float,
         wake: Callable[[], object],
     ) -> None:
-        self._executor, self._vault, self._errands = executor, vault, BackgroundIo(wake)
+        self._executor, self._checkpoints, self._background_io = executor, checkpoints, BackgroundIo(wake)
         self._every_steps, self._every_seconds = checkpoint_steps, checkpoint_seconds
-        self._held: dict[str, ResidentTask] = {}
-        self._ended: dict[str, int] = {}  # attempts that ended here: a plan made before it knew may still name them
+        self._residents: dict[str, ResidentTask] = {}
+        self._ended: dict[str, int] = {}  # attempts that ended here: an older plan may still name them
         self._results: list[plan_pb2.TaskResult] = []
 
     @property
     def names(self) -> list[str]:
-        """Of those that train: who has not arrived yet, or is leaving, is none of them."""
-        return [name for name in self._held if name in self._executor.tasks]
+        """Names of the tasks that are training, without those still loading or leaving."""
+        return [name for name in self._residents if name in self._executor.tasks]
 
     @property
-    def held(self) -> list[str]:
-        """All of them."""
-        return list(self._held)
+    def all_names(self) -> list[str]:
+        """Names of all tasks, also of those still loading or leaving."""
+        return list(self._residents)
 
     @property
     def is_empty(self) -> bool:
-        return not self._held
+        return not self._residents
 
     def seconds_to_retry(self) -> float | None:
-        """Until someone's next try is due; None: nobody waits for one."""
-        waiting = [r.retry_time for r in self._held.values() if r.errand is None and not self._trains(r)]
-        return max(0.0, min(waiting) - time.monotonic()) if waiting else None
+        """Returns the seconds until the next retry of any task; None if no task waits for one."""
+        retry_times = [
+            resident.retry_time
+            for resident in self._residents.values()
+            if resident.background_call is None and not self._is_training(resident)
+        ]
+        return max(0.0, min(retry_times) - time.monotonic()) if retry_times else None
 
-    def take_results(self) -> list[plan_pb2.TaskResult]:
+    def pop_results(self) -> list[plan_pb2.TaskResult]:
+        """Returns the results since the last call."""
         results, self._results = self._results, []
         return results
 
     def adopt(self, tasks: list[plan_pb2.PlannedTask]) -> None:
-        """Holds just these: hands back what left, drops what was superseded, takes in what is new."""
+        """Makes `tasks` the tasks of this executor: releases the others, drops superseded attempts, adds new tasks."""
         planned = {task.task: task for task in tasks}
         self._ended = {name: attempt for name, attempt in self._ended.items() if name in planned}
-        for name, resident in list(self._held.items()):
+        for name, resident in list(self._residents.items()):
             if name not in planned:
-                self.release(name, "a new plan leaves it out")
+                self.release(name, "a new plan does not contain it")
             elif planned[name].attempt != resident.attempt:
                 self.drop([name])
             else:
                 resident.planned = planned[name]
         for name, task in planned.items():
-            if name not in self._held and self._ended.get(name, 0) < task.attempt:
-                self._take_in(task)
+            if name not in self._residents and self._ended.get(name, 0) < task.attempt:
+                self._add(task)
             elif task.cancel and name in self.names:
-                self._end(self._held[name], Completion(plan_pb2.TaskFinished(cancelled=True)))
-        self.settle()
+                self._end(self._residents[name], Completion(plan_pb2.TaskFinished(cancelled=True)))
+        self.advance()
 
-    def settle(self) -> None:
-        """Goes on with whoever can: takes what errands brought, attaches, ends. Waits for nothing. Between
-        microbatches."""
-        for resident in list(self._held.values()):
-            if resident.errand is not None and resident.errand.is_done:
-                errand, resident.errand = resident.errand, None
-                self._attempt(resident, errand.settle)
-            self._advance(resident)
+    def advance(self) -> None:
+        """Advances every task that can: handles completed background calls, attaches, ends. Never waits. Call it
+        between microbatches."""
+        for resident in list(self._residents.values()):
+            if resident.background_call is not None and resident.background_call.is_done:
+                call, resident.background_call = resident.background_call, None
+                self._attempt(resident, call.complete)
+            self._advance_task(resident)
 
     def member(self, name: str) -> alignment_pb2.Member:
-        """Where the task's data stands, for alignment."""
-        resident = self._held[name]
+        """Describes the task and its position in its data for alignment."""
+        resident = self._residents[name]
         spec = resident.planned.spec
         return alignment_pb2.Member(
             task=name,
@@ -116,11 +124,11 @@ class TaskLifecycle:
         )
 
     def trace_parents(self) -> list[tuple[str, str]]:
-        return [(name, self._held[name].planned.trace_parent) for name in self.names]
+        return [(name, self._residents[name].planned.trace_parent) for name in self.names]
 
     def record(self, result: StepResult | EvaluationResult | TaskFailure) -> None:
-        """Turns an engine's result into the contract's; ends tasks that failed or stopped improving."""
-        resident = self._held.get(result.task)
+        """Reports a result of the engine; ends the task if it failed, is complete or has stopped improving."""
+        resident = self._residents.get(result.task)
         if resident is None:
             return
         if isinstance(result, TaskFailure):
@@ -136,14 +144,14 @@ class TaskLifecycle:
             elif resident.early_stop.should_stop(training):
                 best = resident.early_stop.best
                 under = "finite" if best is None else f"under {best:.4f}"
-                told = f"early stop after {result.step} steps: held-out loss not {under} any more"
-                self._end(resident, Completion(plan_pb2.TaskFinished(message=told)))
+                message = f"early stop after {result.step} steps: the held-out loss is no longer {under}"
+                self._end(resident, Completion(plan_pb2.TaskFinished(message=message)))
 
     def close_round(self) -> None:
-        """At a round's end: finishes what is done, checkpoints what is due."""
-        self.settle()
+        """Ends a round: finishes complete tasks and checkpoints those that are due."""
+        self.advance()
         for name in self.names:
-            resident, step = self._held[name], self._executor.tasks[name].step
+            resident, step = self._residents[name], self._executor.tasks[name].step
             last = resident.planned.num_steps
             if step >= last and not evaluation_is_due(resident.spec.training, last, last):
                 self._end(resident, Completion(plan_pb2.TaskFinished()))
@@ -151,68 +159,69 @@ class TaskLifecycle:
                 self._attempt(resident, partial(self._checkpoint, resident))
 
     def export(self, name: str) -> "Future[plan_pb2.TaskFinished]":
-        """The adapter as it stands, on its way to the store. Raises ExportMismatchError, UnavailableError."""
-        resident = self._held[name]
+        """Exports the current adapter and uploads it in the background. Raises ExportMismatchError,
+        UnavailableError."""
+        resident = self._residents[name]
         try:
-            finished, files = self._exported(resident)
+            finished, files = self._export_adapter(resident)
         except OutOfMemoryError as error:
-            raise UnavailableError(f"there is no memory to export {name} now: {error}; try again later") from None
-        return self._errands.send(partial(self._put_adapter, resident.planned, finished, files, is_final=False))
+            raise UnavailableError(f"no memory to export {name} now: {error}. Retry later.") from None
+        return self._background_io.submit(partial(self._put_adapter, resident.planned, finished, files, is_final=False))
 
     def fail(self, name: str, error: MuxtuneError) -> None:
-        """Ends the task for what only this executor's surroundings could tell."""
-        self._fail(self._held[name], error)
+        """Fails the task with an error that the engine did not raise."""
+        self._fail(self._residents[name], error)
 
     def release(self, name: str, reason: str) -> None:
-        """Checkpoints and hands the task back, unharmed. One that waits to be finished does not wait any longer."""
-        resident = self._held[name]
-        before, resident.retry_time = resident.ending, 0.0
-        if before is None or before.finished is not None:
-            state = before.state if before is not None else None
-            self._end(resident, Completion(reason=reason, is_packed=state is not None, state=state))
+        """Checkpoints and releases the task. A task that waits for a retry of its end is released at once."""
+        resident = self._residents[name]
+        previous, resident.retry_time = resident.completion, 0.0
+        if previous is None or previous.finished is not None:
+            state = previous.state if previous is not None else None
+            self._end(resident, Completion(reason=reason, is_exported=state is not None, state=state))
 
     def drop(self, names: list[str]) -> None:
-        """Forgets tasks without committing anything: their attempt was superseded."""
+        """Forgets tasks without committing anything: their attempts were superseded."""
         for name in names:
-            if self._held.pop(name, None) is not None and name in self._executor.tasks:
+            if self._residents.pop(name, None) is not None and name in self._executor.tasks:
                 self._executor.detach(name)
         self._results = [result for result in self._results if result.task not in names]
 
-    def _trains(self, resident: ResidentTask) -> bool:
-        return resident.name in self._executor.tasks and resident.ending is None
+    def _is_training(self, resident: ResidentTask) -> bool:
+        return resident.name in self._executor.tasks and resident.completion is None
 
-    def _holds(self, resident: ResidentTask) -> bool:
-        return self._held.get(resident.name) is resident
+    def _is_current(self, resident: ResidentTask) -> bool:
+        return self._residents.get(resident.name) is resident
 
-    def _take_in(self, task: plan_pb2.PlannedTask) -> None:
+    def _add(self, task: plan_pb2.PlannedTask) -> None:
         try:
-            self._held[task.task] = ResidentTask(task, spec_to_domain(task.spec))
+            self._residents[task.task] = ResidentTask(task, spec_to_domain(task.spec))
         except MuxtuneError as error:
             failed = plan_pb2.TaskResult(task=task.task, attempt=task.attempt, failed=to_failure(error))
             self._results.append(failed)
             self._ended[task.task] = task.attempt
 
-    def _advance(self, resident: ResidentTask) -> None:
-        """Whatever can be done for it now, but to train it."""
-        while self._holds(resident) and resident.is_free and not self._trains(resident):
+    def _advance_task(self, resident: ResidentTask) -> None:
+        """Takes every step of the task's lifecycle that is possible now."""
+        while self._is_current(resident) and resident.is_free and not self._is_training(resident):
             self._attempt(resident, partial(self._start_next_transfer, resident))
 
     def _start_next_transfer(self, resident: ResidentTask) -> None:
-        ending = resident.ending
-        if ending is not None and ending.is_packed:
-            self._upload_result(resident, ending)
+        completion = resident.completion
+        if completion is not None and completion.is_exported:
+            self._upload_result(resident, completion)
         elif resident.name in self._executor.tasks:
             self._export(resident)
-        elif resident.luggage is None and resident.has_luggage:
-            fetching = self._errands.send(partial(self._fetch, resident.planned))
-            resident.errand = BackgroundCall(fetching, partial(setattr, resident, "luggage"))
+        elif resident.restore_state is None and resident.needs_restore:
+            fetching = self._background_io.submit(partial(self._fetch, resident.planned))
+            resident.background_call = BackgroundCall(fetching, partial(setattr, resident, "restore_state"))
         else:
-            self._attach(resident, resident.luggage or RestoreState())
+            self._attach(resident, resident.restore_state or RestoreState())
 
     def _attempt(self, resident: ResidentTask, work: Callable[[], None]) -> None:
-        """Does it; what goes wrong is put off, or ends this task alone."""
-        if not self._holds(resident):
-            return  # dropped, while its errand was under way
+        """Does `work`. If it fails, schedules a retry or ends this task alone."""
+        if not self._is_current(resident):
+            return  # it was dropped during its background call
         try:
             work()
         except (UnavailableError, OutOfMemoryError) as error:
@@ -221,103 +230,107 @@ class TaskLifecycle:
             self._fail(resident, error)
 
     def _retry_or_fail(self, resident: ResidentTask, error: UnavailableError | OutOfMemoryError) -> None:
-        """The store is away, or there is no room: it waits for a while. Who finds no room alone then never will."""
-        ending, told = resident.ending, why(error)
-        is_patient = self._trains(resident) or not resident.has_waited(_PATIENCE_SECONDS)
-        if ending is not None and ending.finished is None:
-            return self._release(resident, f"{ending.reason}; not checkpointed: {told}")
-        if isinstance(error, OutOfMemoryError) and not is_patient and set(self.names) <= {resident.name}:
-            what = "export" if ending is not None else "adapter, with gradients and optimizer,"
-            return self._fail(
-                resident, WillNeverFitError(f"its {what} finds no memory even alone: {error}; adapt less")
-            )
-        if ending is not None and resident.name in self._executor.tasks:
-            if ending.state is None:
-                return self._release(resident, f"handed back: {told}")
-            self._executor.detach(resident.name)  # it comes back to be exported when there is room
-            resident.luggage = RestoreState(ending.state)
-        elif ending is None and not is_patient:
-            return self._release(resident, f"not taken in: {told}")
+        """Schedules a retry after the store was unavailable or memory was short. After too many, releases the task, or
+        fails it if it does not fit in memory with no other task."""
+        completion, reason = resident.completion, reason_of(error)
+        may_retry = self._is_training(resident) or not resident.has_waited(_MAX_WAIT_SECONDS)
+        if completion is not None and completion.finished is None:
+            return self._release(resident, f"{completion.reason}; not checkpointed: {reason}")
+        if isinstance(error, OutOfMemoryError) and not may_retry and set(self.names) <= {resident.name}:
+            part = "export" if completion is not None else "adapter with gradients and optimizer"
+            message = f"The {part} does not fit in memory with no other task: {error}."
+            return self._fail(resident, WillNeverFitError(f"{message} Reduce `rank` or `target_modules`."))
+        if completion is not None and resident.name in self._executor.tasks:
+            if completion.state is None:
+                return self._release(resident, f"not finished: {reason}")
+            self._executor.detach(resident.name)  # it is attached again to be exported when there is memory
+            resident.restore_state = RestoreState(completion.state)
+        elif completion is None and not may_retry:
+            return self._release(resident, f"not attached: {reason}")
         resident.schedule_retry()
-        _log.warning("%s is put off: %s", resident.name, told)
+        _log.warning("A retry of %s is scheduled: %s", resident.name, reason)
 
     def _fetch(self, task: plan_pb2.PlannedTask) -> RestoreState:
-        """On a thread."""
+        """Fetches what the task is restored from. Runs on a background thread."""
         with task_span("fetch", task.task, task.trace_parent):
             if task.HasField("resume_from"):
-                return RestoreState(*self._vault.get_checkpoint(task.task, task.resume_from))
-            return RestoreState(initial_adapter=self._vault.get_adapter(task.initial_adapter_key))
+                return RestoreState(*self._checkpoints.get_checkpoint(task.task, task.resume_from))
+            return RestoreState(initial_adapter=self._checkpoints.get_adapter(task.initial_adapter_key))
 
-    def _attach(self, resident: ResidentTask, luggage: RestoreState) -> None:
-        task, state, used = resident.planned, luggage.state, luggage.used
+    def _attach(self, resident: ResidentTask, restore_state: RestoreState) -> None:
+        task, state, used = resident.planned, restore_state.state, restore_state.used
         with task_span("attach", task.task, task.trace_parent, **{"muxtune.attempt": resident.attempt}):
             if state is not None:
                 checkpointed = (task.task, state.metadata.get("trace_parent", ""))
-                for link in links_to([checkpointed]):  # in an attempt before this one
+                for link in links_to([checkpointed]):  # to the trace of the earlier attempt
                     trace.get_current_span().add_link(link.context, link.attributes)
-            with folder_of(luggage.initial_adapter or {}) as folder:
+            with folder_of(restore_state.initial_adapter or {}) as folder:
                 assignment = TaskAssignment(task.task, resident.spec, task.num_steps, resident.attempt)
-                self._executor.attach(assignment, state, folder if luggage.initial_adapter else None)
-        resident.luggage = None
-        if resident.ending is None:
-            resident.went_well()
+                self._executor.attach(assignment, state, folder if restore_state.initial_adapter else None)
+        resident.restore_state = None
+        if resident.completion is None:
+            resident.reset_retry()
         if state is not None and used is not None:
             resident.early_stop = EarlyStop(**state.metadata.get("early_stop", {}))
             resident.checkpoint_step = state.step
             if used.manifest_key != task.resume_from.manifest_key:
-                told = f"goes on from step {used.step}: the checkpoint of step {task.resume_from.step} cannot be read"
-                self._report(resident, resumed=plan_pb2.TaskResumed(checkpoint=used, message=told))
-        if task.cancel and resident.ending is None:
+                message = (
+                    f"resumed from step {used.step}: the checkpoint of step {task.resume_from.step} cannot be read"
+                )
+                self._report(resident, resumed=plan_pb2.TaskResumed(checkpoint=used, message=message))
+        if task.cancel and resident.completion is None:
             self._end(resident, Completion(plan_pb2.TaskFinished(cancelled=True)))
 
     def _checkpoint_is_due(self, resident: ResidentTask, step: int) -> bool:
         is_new = step > resident.checkpoint_step
-        aged = time.monotonic() - resident.checkpoint_time >= self._every_seconds
-        return is_new and (aged or step - resident.checkpoint_step >= self._every_steps)
+        is_old = time.monotonic() - resident.checkpoint_time >= self._every_seconds
+        return is_new and (is_old or step - resident.checkpoint_step >= self._every_steps)
 
     def _checkpoint(self, resident: ResidentTask) -> None:
         state = self._executor.checkpoint(resident.name)
         work = partial(self._put_checkpoint, resident.planned, resident.early_stop, state)
-        resident.errand = BackgroundCall(self._errands.send(work), partial(self._note, resident))
+        resident.background_call = BackgroundCall(
+            self._background_io.submit(work), partial(self._record_checkpoint, resident)
+        )
 
     def _put_checkpoint(
         self, task: plan_pb2.PlannedTask, early_stop: EarlyStop, state: CheckpointState
     ) -> task_pb2.CheckpointCommitted:
-        """On a thread."""
+        """Uploads a checkpoint. Runs on a background thread."""
         with task_span("checkpoint", task.task, task.trace_parent, **{"muxtune.step": state.step}):
             extra = {"early_stop": vars(early_stop), "trace_parent": current_trace_parent()}
-            return self._vault.put_checkpoint(task.task, task.attempt, state, extra)
+            return self._checkpoints.put_checkpoint(task.task, task.attempt, state, extra)
 
-    def _note(self, resident: ResidentTask, committed: task_pb2.CheckpointCommitted) -> None:
+    def _record_checkpoint(self, resident: ResidentTask, committed: task_pb2.CheckpointCommitted) -> None:
         resident.checkpoint_step, resident.checkpoint_time = committed.step, time.monotonic()
-        resident.went_well()
+        resident.reset_retry()
         self._report(resident, checkpoint_committed=committed)
 
-    def _end(self, resident: ResidentTask, ending: Completion) -> None:
-        """It trains no more: off the device at once, and when the store has what it leaves, it is gone."""
-        resident.ending = ending
+    def _end(self, resident: ResidentTask, completion: Completion) -> None:
+        """Ends the training: takes the task off the device, uploads its checkpoint and adapter, then forgets it."""
+        resident.completion = completion
         if resident.name in self._executor.tasks:
             self._attempt(resident, partial(self._export, resident))
-        elif ending.finished is None and ending.state is None:
-            return self._release(resident, ending.reason)
-        self._advance(resident)
+        elif completion.finished is None and completion.state is None:
+            return self._release(resident, completion.reason)
+        self._advance_task(resident)
 
     def _export(self, resident: ResidentTask) -> None:
-        """Takes what it leaves off the device: its state, and its adapter if it is finished. Cancelled before a step:
-        neither."""
-        name, ending = resident.name, resident.ending
-        assert ending is not None
-        step, finished = self._executor.tasks[name].step, ending.finished
-        if step > (resident.checkpoint_step if finished is None else 0) and ending.state is None:
-            ending.state = self._executor.checkpoint(name)
+        """Copies the task's state, and its adapter if it is finished, off the device, and detaches the task. A task
+        that was cancelled before its first step has neither."""
+        name, completion = resident.name, resident.completion
+        assert completion is not None
+        step, finished = self._executor.tasks[name].step, completion.finished
+        if step > (resident.checkpoint_step if finished is None else 0) and completion.state is None:
+            completion.state = self._executor.checkpoint(name)
         if finished is not None and step > 0:
-            exported, ending.adapter = self._exported(resident)
+            exported, completion.adapter = self._export_adapter(resident)
             finished.MergeFrom(exported)
         self._executor.detach(name)
-        ending.is_packed = True
+        completion.is_exported = True
 
-    def _exported(self, resident: ResidentTask) -> tuple[plan_pb2.TaskFinished, Files]:
-        """Raises ExportMismatchError, NoMemory, UnavailableError."""
+    def _export_adapter(self, resident: ResidentTask) -> tuple[plan_pb2.TaskFinished, Files]:
+        """Exports the adapter as files. Raises ExportMismatchError, OutOfMemoryError, UnavailableError."""
         name, step = resident.name, self._executor.tasks[resident.name].step
         with (
             task_span("export", name, resident.planned.trace_parent, **{"muxtune.step": step}),
@@ -327,39 +340,41 @@ class TaskLifecycle:
             files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
         return plan_pb2.TaskFinished(step=step, max_logit_difference=report.max_logit_difference), files
 
-    def _upload_result(self, resident: ResidentTask, ending: Completion) -> None:
-        """What was packed goes to the store; then the task is gone."""
-        state = ending.state if ending.state is not None and ending.state.step > resident.checkpoint_step else None
-        if state is None and ending.adapter is None:
-            return self._depart(resident, ending)
+    def _upload_result(self, resident: ResidentTask, completion: Completion) -> None:
+        """Uploads the exported checkpoint and adapter; then finishes or releases the task."""
+        state = completion.state
+        if state is not None and state.step <= resident.checkpoint_step:
+            state = None  # it is committed already
+        if state is None and completion.adapter is None:
+            return self._complete(resident, completion)
         task, early_stop = resident.planned, resident.early_stop
 
         def put() -> task_pb2.CheckpointCommitted | None:
             committed = self._put_checkpoint(task, early_stop, state) if state is not None else None
-            if ending.finished is not None and ending.adapter is not None:
-                self._put_adapter(task, ending.finished, ending.adapter, is_final=True)
+            if completion.finished is not None and completion.adapter is not None:
+                self._put_adapter(task, completion.finished, completion.adapter, is_final=True)
             return committed
 
-        def then(committed: task_pb2.CheckpointCommitted | None) -> None:
+        def on_done(committed: task_pb2.CheckpointCommitted | None) -> None:
             if committed is not None:
-                self._note(resident, committed)
-            self._depart(resident, ending)
+                self._record_checkpoint(resident, committed)
+            self._complete(resident, completion)
 
-        resident.errand = BackgroundCall(self._errands.send(put), then)
+        resident.background_call = BackgroundCall(self._background_io.submit(put), on_done)
 
     def _put_adapter(
         self, task: plan_pb2.PlannedTask, finished: plan_pb2.TaskFinished, files: Files, *, is_final: bool
     ) -> plan_pb2.TaskFinished:
-        """On a thread: writes into `finished` where it lies."""
+        """Uploads the adapter and writes its key and size into `finished`. Runs on a background thread."""
         with task_span("store adapter", task.task, task.trace_parent, **{"muxtune.step": finished.step}):
-            manifest = self._vault.put_adapter(task.task, task.attempt, finished.step, files, is_final)
+            manifest = self._checkpoints.put_adapter(task.task, task.attempt, finished.step, files, is_final)
         finished.adapter_key, finished.adapter_bytes = manifest.key, manifest.size_bytes
         return finished
 
-    def _depart(self, resident: ResidentTask, ending: Completion) -> None:
-        if ending.finished is None:
-            return self._release(resident, ending.reason)
-        self._report(resident, finished=ending.finished)
+    def _complete(self, resident: ResidentTask, completion: Completion) -> None:
+        if completion.finished is None:
+            return self._release(resident, completion.reason)
+        self._report(resident, finished=completion.finished)
         self._forget(resident)
 
     def _release(self, resident: ResidentTask, reason: str) -> None:
@@ -373,17 +388,8 @@ class TaskLifecycle:
     def _forget(self, resident: ResidentTask) -> None:
         if resident.name in self._executor.tasks:
             self._executor.detach(resident.name)
-        self._ended[resident.name] = self._held.pop(resident.name).attempt
+        self._ended[resident.name] = self._residents.pop(resident.name).attempt
 
     def _report(self, resident: ResidentTask, **result: object) -> None:
-        named = {"task": resident.name, "attempt": resident.attempt}
-        self._results.append(plan_pb2.TaskResult(**named, **result))  # type: ignore[arg-type]
-
-
-def exported_response(finished: plan_pb2.TaskFinished) -> execution_pb2.ExportAdapterResponse:
-    """What ExportAdapter answers."""
-    return execution_pb2.ExportAdapterResponse(
-        step=finished.step,
-        adapter_key=finished.adapter_key,
-        max_logit_difference=finished.max_logit_difference,
-    )
+        key = {"task": resident.name, "attempt": resident.attempt}
+        self._results.append(plan_pb2.TaskResult(**key, **result))  # type: ignore[arg-type]

@@ -140,6 +140,6 @@ def segments_by_bounds(
 def all_varlen() -> Iterator[None]:
     """Attention goes the way of flash attention, on this CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "why_not", lambda _, *asked: "not here" if any(asked) else None)
+        patch.setattr(attention, "fallback_reason", lambda _, *asked: "not here" if any(asked) else None)
         patch.setattr(attention, "varlen_attention", segments_by_bounds)
         yield

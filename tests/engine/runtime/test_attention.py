@@ -13,7 +13,7 @@ from torch import nn
 from engine.runtime import varlen_attention
 from engine.runtime.attention import packed_attention
 from engine.runtime.backbone import Backbone
-from engine.runtime.varlen_attention import Shared, why_not
+from engine.runtime.varlen_attention import AttentionCache, fallback_reason
 from tests.engine.runtime.tiny import CONFIGS, model_of
 from tests.thoroughness import examples
 
@@ -85,7 +85,7 @@ def test_flash_attention_is_asked_for_what_goes_by_segment_elsewhere(
     by_segment, _ = packed_attention(MODULE, q, k, v, None, scaling, sliding_window=window, cu_seqlens=bounds)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(varlen_attention, "varlen_attn", plain_varlen)
-        made = Shared().on_device(bounds, torch.device("cpu"))
+        made = AttentionCache().bounds_on(torch.device("cpu"), bounds)
         in_one = varlen_attention.varlen_attention(q, k, v, made, scaling, window)
     assert in_one.shape == by_segment.shape == (1, num_tokens, 2 * group, 8)
     torch.testing.assert_close(in_one, by_segment, rtol=1e-5, atol=1e-5)
@@ -93,16 +93,16 @@ def test_flash_attention_is_asked_for_what_goes_by_segment_elsewhere(
 
 def test_what_it_is_handed(as_on_a_gpu: list[tuple[Any, ...]]) -> None:
     q, k, v = (heads(count, 9, 8, torch.bfloat16, i) for i, count in enumerate((4, 2, 2)))
-    shared = Shared()
+    cache = AttentionCache()
     for window in (None, 3):
-        packed_attention(MODULE, q, k, v, None, 0.5, sliding_window=window, cu_seqlens=[0, 4, 9], shared=shared)
+        packed_attention(MODULE, q, k, v, None, 0.5, sliding_window=window, cu_seqlens=[0, 4, 9], attention_cache=cache)
     first, second = as_on_a_gpu
     assert first[-1] == {"scale": 0.5, "window_size": (-1, 0), "enable_gqa": True}
     assert second[-1] == {"scale": 0.5, "window_size": (2, 0), "enable_gqa": True}
     assert first[3].tolist() == [0, 4, 9] and first[5:7] == (5, 5)
     assert first[3] is second[3] is first[4]  # one copy to the device for all layers
     assert torch.equal(first[1], k[0].transpose(0, 1))  # as they are, not repeated for each query head
-    assert shared.paths == {"flash attention"}
+    assert cache.paths == {"flash attention"}
 
 
 @pytest.mark.parametrize(
@@ -121,9 +121,9 @@ def test_what_goes_by_segment_says_why(
     q, k, v = (heads(2, 5, width, dtype, i) for i in range(3))
     prefixes = {id(MODULE): {0: (heads(2, 1, width, dtype), heads(2, 1, width, dtype))}}
     chosen = {"prefixes": prefixes} if options.pop("prefix", False) else options
-    shared = Shared()
-    packed_attention(MODULE, q, k, v, None, cu_seqlens=[0, 2, 5], shared=shared, **chosen)
-    [path] = shared.paths
+    cache = AttentionCache()
+    packed_attention(MODULE, q, k, v, None, cu_seqlens=[0, 2, 5], attention_cache=cache, **chosen)
+    [path] = cache.paths
     assert path.startswith("by segment: ") and words in path and not as_on_a_gpu
 
 
@@ -132,9 +132,9 @@ def test_old_cards_and_builds_without_it_go_by_segment(
 ) -> None:
     q = heads(2, 5, 8, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert "8.0" in (why_not(q, None, False) or "")
+    assert "8.0" in (fallback_reason(q, None, False) or "")
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-    assert "built without" in (why_not(q, None, False) or "")
+    assert "built without" in (fallback_reason(q, None, False) or "")
 
 
 def test_a_backbone_says_which_way_it_goes() -> None:
@@ -150,13 +150,15 @@ def test_both_ways_are_one_on_a_device(dtype: torch.dtype, window: int | None) -
     bounds = [0, 1, 70, 71, 300]
     tensors = [heads(count, 300, 64, dtype, i).cuda().requires_grad_() for i, count in enumerate((8, 2, 2))]
     exact = [t.detach().float().requires_grad_() for t in tensors]  # float32 goes by segment
-    results, shared = [], Shared()
+    results, cache = [], AttentionCache()
     for q, k, v in (tensors, exact):
-        out, _ = packed_attention(MODULE, q, k, v, None, sliding_window=window, cu_seqlens=bounds, shared=shared)
+        out, _ = packed_attention(
+            MODULE, q, k, v, None, sliding_window=window, cu_seqlens=bounds, attention_cache=cache
+        )
         gradients = torch.autograd.grad((out * out.detach()).sum(), (q, k, v))
         results.append([out, *gradients])
-        shared.bounds = None
-    assert "flash attention" in shared.paths and len(shared.paths) == 2
+        cache.bounds = None
+    assert "flash attention" in cache.paths and len(cache.paths) == 2
     for own, reference in zip(*results, strict=True):
         error = (own.float() - reference).norm() / reference.norm()
         assert error < (1e-2 if dtype is torch.bfloat16 else 2e-3)

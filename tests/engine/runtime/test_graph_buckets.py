@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
 from engine.methods import Lora
-from engine.runtime.graph_buckets import GraphBucket, GraphInputs, form_of, packed, unpacked
+from engine.runtime.graph_buckets import GraphBucket, GraphInputs, bucket_of, pack_inputs, unpack_losses
 from tests.thoroughness import examples
 
 RANGES = st.lists(
@@ -18,8 +18,8 @@ RANGES = st.lists(
 )
 
 
-def runs_of(names: Any) -> Any:
-    """Tasks as far as a form looks at them."""
+def tasks_of(names: Any) -> Any:
+    """Tasks as far as a bucket looks at them."""
     method = Lora(1, 1.0, ("all-linear",))
     spec = SimpleNamespace(method=method)
     return {
@@ -48,21 +48,21 @@ def microbatch_of(ranges: Any, seed: int) -> Microbatch:
 def test_every_token_stands_in_its_form_and_its_loss_comes_back(ranges: Any, seed: int, has_left: bool) -> None:
     microbatch = microbatch_of(ranges, seed)
     names = [r.task for r in microbatch.ranges][: -1 if has_left and len(ranges) > 1 else None]
-    form = form_of(microbatch, runs_of(names))
-    assume(form is not None)  # else it would have grown too much
-    assert form is not None and [run.assignment.task for run in form.runs] == sorted(names)
-    inputs = GraphInputs(form, torch.device("cpu"))
-    inputs.write(packed(form, microbatch))
-    assert len(set(inputs.rows_M.tolist())) == form.num_rows
-    rows, losses = (t.tolist() for t in unpacked(form, microbatch, inputs.rows_M.double()))
-    told = dict(zip(rows, losses, strict=True))
+    bucket = bucket_of(microbatch, tasks_of(names))
+    assume(bucket is not None)  # else it would have grown too much
+    assert bucket is not None and [task.assignment.task for task in bucket.tasks] == sorted(names)
+    inputs = GraphInputs(bucket, torch.device("cpu"))
+    inputs.write(pack_inputs(bucket, microbatch))
+    assert len(set(inputs.rows_M.tolist())) == bucket.num_rows
+    rows, losses = (t.tolist() for t in unpack_losses(bucket, microbatch, inputs.rows_M.double()))
+    loss_of = dict(zip(rows, losses, strict=True))
     bounds = inputs.bounds_S.tolist()
-    assert bounds[0] == 0 and bounds[-1] == form.num_tokens and sorted(bounds) == bounds
-    assert max(np.diff(bounds)) <= form.num_range_tokens and len(told) == len(rows)
+    assert bounds[0] == 0 and bounds[-1] == bucket.num_tokens and sorted(bounds) == bounds
+    assert max(np.diff(bounds)) <= bucket.num_range_tokens and len(loss_of) == len(rows)
     for range_ in microbatch.ranges:
         if range_.task in names:
-            check(form, inputs, microbatch, range_, told, bounds)
-    assert len(told) == sum(
+            check(bucket, inputs, microbatch, range_, loss_of, bounds)
+    assert len(loss_of) == sum(
         int((microbatch.targets_T[r.start : r.start + r.num_tokens] != IGNORE).sum())
         for r in microbatch.ranges
         if r.task in names
@@ -70,21 +70,21 @@ def test_every_token_stands_in_its_form_and_its_loss_comes_back(ranges: Any, see
 
 
 def test_large_microbatches_and_those_that_would_grow_much_have_no_form() -> None:
-    def form(*lengths: int) -> GraphBucket | None:
+    def bucket(*lengths: int) -> GraphBucket | None:
         microbatch = microbatch_of([([n], 0) for n in lengths], 0)
-        return form_of(microbatch, runs_of([r.task for r in microbatch.ranges]))
+        return bucket_of(microbatch, tasks_of([r.task for r in microbatch.ranges]))
 
-    assert form(2049) is None and form(2, 200) is not None and form(2, 600) is None
-    found = form(1000, 900)
+    assert bucket(2049) is None and bucket(2, 200) is not None and bucket(2, 600) is None
+    found = bucket(1000, 900)
     assert found is not None and found.num_tokens == 2048
 
 
 def check(
-    form: GraphBucket, inputs: GraphInputs, microbatch: Microbatch, range_: Range, told: Any, bounds: list[int]
+    bucket: GraphBucket, inputs: GraphInputs, microbatch: Microbatch, range_: Range, loss_of: Any, bounds: list[int]
 ) -> None:
     """Its tokens, then the same over again, each sequence bounded, none of the copies with a weight."""
     span = next(span for span in inputs.spans if span.task == range_.task)
-    assert span.end - span.start == form.num_range_tokens >= range_.num_effective_tokens
+    assert span.end - span.start == bucket.num_range_tokens >= range_.num_effective_tokens
     assert span.device_step is not None and int(span.device_step) == range_.step
     assert span.device_positions_T is not None
     at, copy, places, ids, positions, rows, weights, targets = span.start, 0, *(
@@ -109,7 +109,7 @@ def check(
                 bears_loss = target != IGNORE and not copy
                 if bears_loss:
                     assert weight_of[at] == 1 / range_.num_step_target_tokens and target_of[at] == target
-                    assert told[place] == at
+                    assert loss_of[place] == at
                 else:
                     assert weight_of.get(at, 0) == 0 == target_of.get(at, 0)
                 at, place = at + 1, place + 1

@@ -5,7 +5,7 @@ import torch
 
 from engine.results import StepResult
 from engine.runtime import executor as module
-from engine.runtime.out_of_memory import OutOfMemoryError, in_short, is_out_of_memory
+from engine.runtime.out_of_memory import OutOfMemoryError, is_out_of_memory, summary
 from engine.runtime.task_state import TaskAssignment
 from tests.engine.runtime.tiny import CONFIGS, executor_with, model_of, pack_round, task_of
 
@@ -19,7 +19,7 @@ def refusal(ask) -> Exception:  # type: ignore[no-untyped-def]
 def test_the_cpus_allocators_refusal_is_known_and_told_with_its_bytes() -> None:
     error = refusal(lambda: torch.empty(1 << 50))
     assert is_out_of_memory(error)
-    assert in_short(error) == f"tried to allocate {4 << 50} bytes"
+    assert summary(error) == f"tried to allocate {4 << 50} bytes"
     assert is_out_of_memory(refusal(lambda: bytearray(1 << 60)))
 
 
@@ -29,7 +29,7 @@ def test_what_cuda_says_is_known() -> None:
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB of which 1 GiB is free."
     )
     error = torch.OutOfMemoryError(text)
-    assert is_out_of_memory(error) and in_short(error) == "Tried to allocate 2.00 GiB"
+    assert is_out_of_memory(error) and summary(error) == "Tried to allocate 2.00 GiB"
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
 
 
@@ -42,7 +42,7 @@ def test_a_task_that_finds_no_memory_is_not_attached_and_harms_nobody(monkeypatc
     tasks = [task_of(name, seed=seed, lengths=[7, 12, 3, 9], num_steps=3) for seed, name in enumerate("ab")]
     executor = executor_with(model_of(CONFIGS["llama-tied"]), tasks)
     with monkeypatch.context() as patched:
-        patched.setattr(module, "TaskRun", lambda *arguments: torch.empty(1 << 50))
+        patched.setattr(module, "TaskTrainingState", lambda *arguments: torch.empty(1 << 50))
         with pytest.raises(OutOfMemoryError, match=f"tried to allocate {4 << 50} bytes"):
             executor.attach(TaskAssignment("large", tasks[0].spec, 3))
     assert set(executor.tasks) == {"a", "b"}

@@ -62,15 +62,15 @@ def assert_equal_weights(mesh: Mesh, one: str, other: str) -> None:
 
 def run_with(plan: plan_pb2.ExecutorPlan, members: dict[str, PackedTask], allowed: int) -> tuple[set[str], int]:
     """A round of every hTask on a device that holds so many tokens: who fails, and how many tries found no memory."""
-    shortage, failed, num_shortages, index = OutOfMemoryPolicy(), set[str](), 0, 0
+    policy, failed, num_failures, index = OutOfMemoryPolicy(), set[str](), 0, 0
     while index < len(plan.htasks):
         htask = plan.htasks[index]
         going = [members[name] for name in htask.tasks if name not in failed]
-        stream = rounds(going, shortage.token_budget(htask), CHUNK) if going else iter(())
+        stream = rounds(going, policy.token_budget(htask), CHUNK) if going else iter(())
         for microbatch in stream:
             if microbatch.num_tokens > allowed:
-                num_shortages += 1
-                if (name := shortage.relieve(plan, index, microbatch)) is not None:
+                num_failures += 1
+                if (name := policy.reduce_memory(plan, index, microbatch)) is not None:
                     failed.add(name)
                 break
             if microbatch.is_last_in_round:
@@ -78,7 +78,7 @@ def run_with(plan: plan_pb2.ExecutorPlan, members: dict[str, PackedTask], allowe
                 break
         else:
             index += 1
-    return failed, num_shortages
+    return failed, num_failures
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -89,6 +89,6 @@ def test_it_always_comes_to_an_end_and_just_those_fail_that_cannot_fit(seed: int
     members = {name: PackedTask(name, dataset_of(name), training, 1, 0) for name in names}
     allowed = CHUNK * int(draw.integers(1, 4))
     plan = plan_pb2.ExecutorPlan(htasks=[plan_pb2.HTask(tasks=names, token_budget=256, chunk_tokens=CHUNK)])
-    failed, num_shortages = run_with(plan, members, allowed)
+    failed, num_failures = run_with(plan, members, allowed)
     assert failed == {name for name in names if longest(name) > allowed}
-    assert num_shortages <= 5 * len(names) + 2 * len(names)
+    assert num_failures <= 5 * len(names) + 2 * len(names)

@@ -59,9 +59,9 @@ POINTS = {
     "evaluation": Point(engine.Executor, "_forward_backward", evaluates_v, without=True),
     "attach": Point(engine, "TaskTrainingState", lambda assignment, backbone: "/v-" in assignment.task, without=True),
     "restore": Point(CheckpointState, "restore", lambda self, run: is_v(run), without=True),
-    "initial adapter": Point(export, "load_adapter", lambda folder, run, backbone: is_v(run), without=True),
+    "initial adapter": Point(export, "load_initial_adapter", lambda folder, run, backbone: is_v(run), without=True),
     "checkpoint": Point(CheckpointState, "of", is_v, always="released"),
-    "export": Point(export, "export", lambda backbone, run, folder: is_v(run)),
+    "export": Point(export, "export", lambda backbone, run, *others: is_v(run)),
     "bytes to the store": Point(CheckpointState, "files", lambda self: "/v-" in self.metadata["task"]),
     "bytes from the store": Point(CheckpointStore, "get_checkpoint", lambda self, task, recorded: "/v-" in task),
 }

@@ -99,13 +99,13 @@ def result(task: str, attempt: int, kind: str) -> plan_pb2.TaskResult:
 def test_a_dead_trainer_hands_back_what_it_held_and_nothing_else() -> None:
     attempts = AttemptTracker()
     attempts.start(plan(a=1, b=1, c=2, d=1))
-    attempts.note([result("a", 1, "finished"), result("b", 1, "step_done")])
+    attempts.record_results([result("a", 1, "finished"), result("b", 1, "step_done")])
     assert attempts.drop_stale(["d"], []) == ["d"]
-    assert {(r.task, r.attempt, r.WhichOneof("result")) for r in attempts.hand_back("died")} == {
+    assert {(r.task, r.attempt, r.WhichOneof("result")) for r in attempts.release_all("died")} == {
         ("b", 1, "released"),
         ("c", 2, "released"),
     }
-    assert attempts.hand_back("died") == []
+    assert attempts.release_all("died") == []
     assert [task.task for task in attempts.start(plan(a=1, b=2, c=2)).tasks] == ["b"]
 
 
@@ -115,7 +115,7 @@ def test_results_of_attempts_that_were_dropped_do_not_count() -> None:
     attempts.drop_all()
     attempts.start(plan(a=2))
     sent = [result("a", 1, "step_done"), result("b", 1, "finished"), result("a", 2, "step_done")]
-    assert attempts.note(sent) == [sent[2]]
+    assert attempts.record_results(sent) == [sent[2]]
 
 
 def test_a_stale_result_of_an_earlier_attempt_does_not_end_this_one() -> None:
@@ -123,47 +123,47 @@ def test_a_stale_result_of_an_earlier_attempt_does_not_end_this_one() -> None:
     attempts.start(plan(a=2, b=2))
     judged = [result("a", 1, "released"), result("b", 2, "step_done")]
     assert attempts.drop_stale(["a", "b", "unknown"], judged) == ["b", "unknown"]
-    assert [r.task for r in attempts.hand_back("died")] == ["a"]
+    assert [r.task for r in attempts.release_all("died")] == ["a"]
 
 
 def test_who_was_off_the_device_already_is_no_suspect() -> None:
     attempts = AttemptTracker()
     attempts.start(plan(a=1, b=1, c=1))
-    attempts.note_resident(["a", "b"])  # c has not arrived
-    attempts.note_resident(["b"])  # a has only to leave its checkpoint
+    attempts.record_resident(["a", "b"])  # c has not arrived
+    attempts.record_resident(["b"])  # a has only to leave its checkpoint
     attempts.start(plan(b=1, d=1))
-    attempts.note_resident(["b", "d"])
-    assert {r.task: r.released.num_suspects for r in attempts.hand_back("x")} == {"a": 0, "b": 3, "c": 3, "d": 3}
+    attempts.record_resident(["b", "d"])
+    assert {r.task: r.released.num_suspects for r in attempts.release_all("x")} == {"a": 0, "b": 3, "c": 3, "d": 3}
     attempts.start(plan(a=2))
-    assert [r.released.num_suspects for r in attempts.hand_back("x")] == [1]
+    assert [r.released.num_suspects for r in attempts.release_all("x")] == [1]
 
 
 def test_what_is_handed_back_says_how_many_may_be_why() -> None:
     attempts = AttemptTracker()
     attempts.start(plan(a=1, b=1, done=1))
-    attempts.note([result("done", 1, "finished")])
-    assert [(r.released.num_suspects, r.released.reason) for r in attempts.hand_back("died")] == [(2, "died")] * 2
+    attempts.record_results([result("done", 1, "finished")])
+    assert [(r.released.num_suspects, r.released.reason) for r in attempts.release_all("died")] == [(2, "died")] * 2
 
 
 def test_the_watchdog_barks_at_who_has_work_and_is_silent() -> None:
     watchdog = Watchdog(8.0)
-    watchdog.told(0.0)
+    watchdog.record_request(0.0)
     assert not any(watchdog.is_hung(float(now)) for now in range(0, 900, 2))  # it loads, whatever it was told
-    watchdog.heard(900.0)
+    watchdog.record_message(900.0)
     assert [watchdog.is_hung(float(now)) for now in range(900, 912, 2)][-1]
-    watchdog.started()
+    watchdog.record_start()
     assert watchdog.interval_seconds == 2.0
-    watchdog.heard(0.0, is_idle=True)
+    watchdog.record_message(0.0, is_idle=True)
     silent = [watchdog.is_hung(float(now)) for now in range(0, 40, 2)]
     assert not any(silent)  # it has nothing to do
-    watchdog.told(40.0)
+    watchdog.record_request(40.0)
     assert [watchdog.is_hung(float(now)) for now in range(40, 52, 2)] == [False] * 5 + [True]
-    watchdog.heard(52.0)
-    watchdog.told(57.0)  # told more while it works: no sign of its life
+    watchdog.record_message(52.0)
+    watchdog.record_request(57.0)  # told more while it works: no sign of its life
     assert [watchdog.is_hung(float(now)) for now in range(54, 64, 2)] == [False] * 4 + [True]
-    watchdog.heard(64.0)
+    watchdog.record_message(64.0)
     assert not watchdog.is_hung(4000.0)  # this process was stopped itself: what the trainer said is not read yet
-    watchdog.heard(4000.0, is_idle=True)
+    watchdog.record_message(4000.0, is_idle=True)
     assert not any(watchdog.is_hung(float(now)) for now in range(4002, 4100, 2))
 
 
@@ -230,23 +230,23 @@ def folders(store: ArtifactStore) -> list[str]:
 def test_no_checkpoint_is_deleted_by_whom_cannot_know_which_is_recorded(tmp_path: Path) -> None:
     """The last of them recorded may be any: an executor far ahead of its results once deleted it."""
     store = ArtifactStore.open(str(tmp_path))
-    vault = CheckpointStore(store)
-    recorded, *_ = [vault.put_checkpoint(TASK, 1, state(step), {}) for step in (10, 20, 30)]
-    vault.put_checkpoint(TASK, 2, state(15), {})
+    checkpoints = CheckpointStore(store)
+    recorded, *_ = [checkpoints.put_checkpoint(TASK, 1, state(step), {}) for step in (10, 20, 30)]
+    checkpoints.put_checkpoint(TASK, 2, state(15), {})
     assert folders(store) == ["00000010-1", "00000015-2", "00000020-1", "00000030-1"]
-    assert vault.get_checkpoint(TASK, recorded)[0].step == 10
+    assert checkpoints.get_checkpoint(TASK, recorded)[0].step == 10
 
 
 def test_a_corrupt_checkpoint_falls_back_to_one_before_it_never_after(tmp_path: Path) -> None:
     store = ArtifactStore.open(str(tmp_path))
-    vault = CheckpointStore(store)
-    vault.put_checkpoint(TASK, 1, state(10), {"early_stop": {"best": 1.0}})
-    recorded = vault.put_checkpoint(TASK, 1, state(20), {})
+    checkpoints = CheckpointStore(store)
+    checkpoints.put_checkpoint(TASK, 1, state(10), {"early_stop": {"best": 1.0}})
+    recorded = checkpoints.put_checkpoint(TASK, 1, state(20), {})
     (file,) = (tmp_path / f"{TASK}/checkpoints/00000020-1").rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    found, used = vault.get_checkpoint(TASK, recorded)
+    found, used = checkpoints.get_checkpoint(TASK, recorded)
     assert (found.step, found.metadata["early_stop"]) == (10, {"best": 1.0})
     assert (used.step, used.manifest_key) == (10, f"{TASK}/checkpoints/00000010-1/manifest.json")
     first = task_pb2.CheckpointCommitted(step=5, manifest_key=f"{TASK}/checkpoints/00000005-1/manifest.json")
     with pytest.raises(ArtifactCorruptError):
-        vault.get_checkpoint(TASK, first)
+        checkpoints.get_checkpoint(TASK, first)

@@ -80,13 +80,13 @@ def test_what_cannot_be_written_holds_up_nobody(trainer: TrainerThread, calm: by
 
 
 def test_a_task_that_waits_too_long_is_handed_back(trainer: TrainerThread, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task_lifecycle, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(task_lifecycle, "_MAX_WAIT_SECONDS", 0.0)
     trainer.store.gates.close("get tenants/t/tasks/v", is_away=True)
     recorded = task_pb2.CheckpointCommitted(step=2, manifest_key=f"{full('v')}/checkpoints/00000002-1/manifest.json")
     trainer.plan(planned("v", attempt=2, resume_from=recorded), NEIGHBOURS[1], htasks=TOGETHER)
     trainer.until_ended("v", "b")
     (released,) = trainer.of("v", "released")
-    assert released.reason.startswith("not taken in: away") and not released.num_suspects
+    assert released.reason.startswith("not attached: away") and not released.num_suspects
     assert len(trainer.steps("b")) == 12
 
 
