@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from engine.verification.__main__ import load_model, quiet
+from engine.verification.__main__ import load_model, silence_libraries
 from engine.verification.cases import METHODS
-from engine.verification.report import LOSS_GOAL, WEIGHT_GOAL, compare, left_out
+from engine.verification.report import LOSS_GOAL, WEIGHT_GOAL, compare, unsupported_methods
 
 
 def main() -> None:
@@ -23,9 +23,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--backbone", type=Path)
     arguments = parser.parse_args()
-    quiet()
+    silence_libraries()
     model = load_model(arguments.backbone)
-    missing = {each.method for each in left_out(model, list(METHODS))}
+    missing = {each.method for each in unsupported_methods(model, list(METHODS))}
     names = [name for name in METHODS if name not in missing]
     found = [dataclasses.asdict(f) | {"holds": f.holds} for f in compare(model, names, arguments.steps)]
     raw = report.origin("parity") | {"num_steps": arguments.steps, "findings": found}

@@ -33,7 +33,8 @@ class Probe:
     """A microbatch to time: `num_ranges` tasks, each with `num_sequences` sequences of `num_tokens` tokens.
 
     The tasks are LoRA of `rank` on one in `module_stride` linear operators, mostly few, so that the cost of tokens can
-    be told from the adapters'. One in `target_stride` positions bears loss. `has_step`: the optimizers step after it.
+    be separated from the adapters'. One in `target_stride` positions bears loss. `has_step`: the optimizers step after
+    it.
     """
 
     num_tokens: int

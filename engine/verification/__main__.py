@@ -1,5 +1,6 @@
-"""`python -m engine.verification`: one JSON object a finding or a method left out, and a last one that says whether all
-hold. For `muxtune verify`, which shows them as a table.
+"""Runs the verification: `python -m engine.verification` prints one JSON object per line for `muxtune verify`.
+
+Each object is a finding or a method that the backbone does not support. The last one says whether all findings hold.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from engine.verification.cases import METHODS, small_backbone
-from engine.verification.report import compare, left_out
+from engine.verification.report import compare, unsupported_methods
 
 
 def main() -> int:
@@ -25,12 +26,12 @@ def main() -> int:
     arguments = parser.parse_args()
     names = [name for name in arguments.methods.split(",") if name]
     if unknown := sorted(set(names) - set(METHODS)):
-        parser.error(f"--methods: {unknown[0]} is none of {', '.join(METHODS)}")
-    quiet()
+        parser.error(f"--methods: {unknown[0]} is unknown; choose from {', '.join(METHODS)}")
+    silence_libraries()
     model, all_hold = load_model(arguments.backbone), True
-    for missing in left_out(model, names):
-        names.remove(missing.method)
-        print(json.dumps({"left_out": missing.method, "reason": missing.reason}), flush=True)
+    for unsupported in unsupported_methods(model, names):
+        names.remove(unsupported.method)
+        print(json.dumps({"left_out": unsupported.method, "reason": unsupported.reason}), flush=True)
     for finding in compare(model, names, arguments.steps):
         all_hold &= finding.holds
         print(json.dumps({**dataclasses.asdict(finding), "holds": finding.holds}), flush=True)
@@ -38,15 +39,15 @@ def main() -> int:
     return 0 if all_hold else 1
 
 
-def quiet() -> None:
-    """No warnings and no progress bars of peft and transformers between the findings."""
+def silence_libraries() -> None:
+    """Hides the warnings and progress bars of peft and transformers, which would appear between the findings."""
     disable_progress_bar()
     logging.captureWarnings(True)
     warnings.simplefilter("ignore")
 
 
 def load_model(folder: Path | None) -> torch.nn.Module:
-    """None: the small backbone."""
+    """Loads the model in the folder; without a folder, makes the small backbone."""
     if folder is None:
         small: torch.nn.Module = small_backbone()
         return small

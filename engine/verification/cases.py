@@ -1,4 +1,4 @@
-"""What `muxtune verify` compares: a small backbone, ragged data, and one task of each method and option."""
+"""Cases of `muxtune verify`: a small backbone, rows of many lengths, and one task for each method and option."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -43,11 +43,11 @@ METHODS: dict[str, Method] = {
     "parallel": Bottleneck(3, ("mlp",), BottleneckPlacement.PARALLEL, Activation.GELU, scale=0.5),
     "bitfit": Selective(("all-biases",)),
 }
-# Low enough that training does not multiply rounding: at ten times these, HF PEFT in float32 is 1e-4 and more from
-# itself in float64.
+# The rates are so low that training does not amplify rounding: at ten times these, HF PEFT in float32 and in float64
+# differ by 1e-4 and more.
 RATES = {Optimizer.ADAMW: 1e-3, Optimizer.SGD: 1e-2}
-# Of AdamW, above the rounding of gradients: where one is next to zero, Adam with a smaller epsilon makes whole steps of
-# its rounding, in HF PEFT as here, and weights could not be compared.
+# AdamW's epsilon is above the rounding of gradients: with a smaller one, the rounding of a gradient near zero makes a
+# full step, in HF PEFT too, and weights could not be compared.
 EPSILON = 1e-5
 OPTIONS: dict[str, dict[str, Any]] = {
     f"{optimizer.value}, accumulation {accumulation}, {schedule.value}": dict(
@@ -66,7 +66,7 @@ _LENGTHS = ((7, 12, 3, 9), (31, 2, 10, 10, 4), (5, 5, 5), (64, 6, 2, 18), (17, 8
 
 
 def small_backbone() -> Any:
-    """A random Llama of two layers, with biases, whose norms and biases are not what they start as."""
+    """Returns a random Llama of two layers with biases. Its norms and biases differ from their initial values."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -81,7 +81,7 @@ def small_backbone() -> Any:
 
 
 def tasks(names: list[str], num_steps: int, vocab: int, **options: Any) -> Iterator[tuple[TaskAssignment, PackedTask]]:
-    """One task of each method, with data of its own: what the executor holds, what alignment packs."""
+    """Yields a task with its own data for each method: the executor's assignment, and the packed task of alignment."""
     for seed, name in enumerate(names):
         training = Training(num_steps=num_steps, global_batch_size=4, seed=seed, max_grad_norm=1.0, **options)
         spec = TaskSpec("verified", METHODS[name], "made up", training)
@@ -91,7 +91,7 @@ def tasks(names: list[str], num_steps: int, vocab: int, **options: Any) -> Itera
 
 
 def _dataset(lengths: tuple[int, ...], seed: int, vocab: int) -> TokenizedDataset:
-    """Random tokens; the second half of each row bears loss, but all of the first row."""
+    """Returns random tokens. The second half of each row bears loss, and all of the first row."""
     random = np.random.default_rng(seed)
     ids_S = random.integers(3, vocab, sum(lengths)).astype(np.int32)
     bears_loss_S = np.concatenate([np.arange(n) >= (n // 2 if row else 0) for row, n in enumerate(lengths)])

@@ -1,5 +1,4 @@
-"""A task trained alone on padded batches, by HF PEFT or, where that lacks the method, by plain torch: what a tenant
-would have got without muxtune.
+"""Trains a task alone on padded batches with HF PEFT, or with plain torch if PEFT does not have the method.
 
 Legend: B rows of a micro batch, L tokens of its longest.
 """
@@ -21,26 +20,27 @@ from engine.task import LrSchedule, Optimizer
 from engine.verification import plain
 
 
-def in_peft(folder: Path) -> bool:
-    """Whether peft has the method of the adapter in `folder`."""
+def is_peft_format(folder: Path) -> bool:
+    """Returns whether the adapter in `folder` has a format of PEFT."""
     config = json.loads((folder / "adapter_config.json").read_text())
     return not config["peft_type"].startswith("MUXTUNE_")
 
 
 def train_alone(model: Any, folder: Path, member: PackedTask) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """(loss of each step, the adapter's tensors as its file names them), from the adapter in `folder`."""
+    """Trains from the adapter in `folder`. Returns (loss of each step, the adapter's tensors by their names in the
+    file)."""
     model = copy.deepcopy(model)
-    if in_peft(folder):
+    if is_peft_format(folder):
         peft_model = _trainable(model, folder).to(next(model.parameters()).dtype)
         losses = _losses(peft_model, member)
         return losses, get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    tensors = plain.adapted(model, folder)
+    tensors = plain.apply_adapter(model, folder)
     losses = _losses(model, member)
     return losses, {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _losses(model: Any, member: PackedTask) -> list[float]:
-    """Of each step, trained as anyone would: micro batches, clip, optimizer, schedule."""
+    """Returns the loss of each step of the usual training: micro batches, clip, optimizer, schedule."""
     training, parameters = member.training, [p for p in model.parameters() if p.requires_grad]
     optimizer = _optimizer(parameters, member)
     name = "constant_with_warmup" if training.lr_schedule is LrSchedule.CONSTANT else training.lr_schedule.value
@@ -67,7 +67,7 @@ def _trainable(model: Any, folder: Path) -> Any:
     config = PeftConfig.from_pretrained(folder)
     if not config.is_prompt_learning:
         return PeftModel.from_pretrained(model, folder, is_trainable=True)
-    config.inference_mode = False  # peft does not load these as trainable
+    config.inference_mode = False  # peft does not load prompt learning as trainable
     peft_model: Any = get_peft_model(model, config)
     saved = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
     peft_model.prompt_encoder["default"].embedding.weight.data.copy_(saved)
@@ -82,7 +82,7 @@ def _optimizer(parameters: list[torch.nn.Parameter], member: PackedTask) -> torc
 
 
 def _loss_sum(model: Any, member: PackedTask, rows: list[int]) -> torch.Tensor:
-    """Over the targets of the rows; the first token of a row is one only if virtual tokens stand before it."""
+    """Returns the loss over the targets of the rows. A row's first token is a target only after virtual tokens."""
     pairs = [member.dataset.row(row) for row in rows]
     longest = max(len(ids) for ids, _ in pairs)
     ids_BL, mask_BL = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest)
@@ -91,5 +91,5 @@ def _loss_sum(model: Any, member: PackedTask, rows: list[int]) -> torch.Tensor:
         ids_BL[i, : len(ids)], mask_BL[i, : len(ids)] = torch.from_numpy(ids).long(), 1
         labels_BL[i, : len(ids)] = torch.from_numpy(ids).long().where(torch.from_numpy(bears_loss), IGNORE)
     logits = model(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False).logits
-    labels_BL = functional.pad(labels_BL, (logits.shape[1] - longest, 0), value=IGNORE)  # as PEFT: virtual tokens
+    labels_BL = functional.pad(labels_BL, (logits.shape[1] - longest, 0), value=IGNORE)  # virtual tokens, as in PEFT
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels_BL[:, 1:].flatten(), reduction="sum")

@@ -1,5 +1,5 @@
-"""Fused training against HF PEFT alone (plain torch where PEFT lacks the method), and against the same engine with no
-neighbour: worst differences by method.
+"""Compares fused training with each task alone: in HF PEFT, or in plain torch if PEFT does not have the method, and in
+this engine without neighbours. Reports the worst differences by method.
 """
 
 import copy
@@ -20,7 +20,7 @@ from engine.runtime.executor import Executor
 from engine.runtime.task_state import TaskAssignment
 from engine.verification import plain
 from engine.verification.cases import METHODS, OPTIONS, tasks
-from engine.verification.reference import in_peft, train_alone
+from engine.verification.reference import is_peft_format, train_alone
 
 LOSS_GOAL, WEIGHT_GOAL = 1e-5, 1e-4
 _TOKEN_BUDGET, _CHUNK_TOKENS = 256, 16
@@ -29,10 +29,10 @@ Losses = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Finding:
-    """Worst over a method's steps. `loss_difference` is relative, `weight_difference` absolute.
+    """Worst differences over a method's steps. `loss_difference` is relative, `weight_difference` absolute.
 
-    `own_rounding`: the reference's own losses in float32 against the same run in float64, relative: no difference from
-    it can be told below that. None where the reference is this engine.
+    `own_rounding`: relative difference of the reference's losses in float32 and in float64; smaller differences mean
+    nothing. None if the reference is this engine.
     """
 
     method: str
@@ -49,28 +49,28 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A method that this backbone cannot have, and why."""
+class UnsupportedMethod:
+    """A method that the backbone does not support, and the reason."""
 
     method: str
     reason: str
 
 
-def left_out(model: Any, names: list[str]) -> list[LeftOut]:
-    """Of the named methods, those the backbone refuses: no bias to train, an attention bounded by a window."""
+def unsupported_methods(model: Any, names: list[str]) -> list[UnsupportedMethod]:
+    """Returns the methods that the backbone does not support: it has no biases, or its attention has a window."""
     sites, refused = Backbone(copy.deepcopy(model)).sites, []
     for name in names:
         try:
             METHODS[name].shapes(sites)
         except InvalidInputError as error:
-            refused.append(LeftOut(name, str(error)))
+            refused.append(UnsupportedMethod(name, str(error)))
     return refused
 
 
 def compare(model: Any, names: list[str], num_steps: int) -> Iterator[Finding]:
-    """Under each optimizer, accumulation and schedule: all methods in one batch against each alone.
+    """Compares all methods in one batch with each alone, for each optimizer, accumulation and schedule.
 
-    The backbone must have what each method needs: see `left_out`.
+    The backbone must support the methods: see `unsupported_methods`.
     """
     for options, training in OPTIONS.items():
         vocab = model.config.get_text_config().vocab_size
@@ -81,19 +81,19 @@ def compare(model: Any, names: list[str], num_steps: int) -> Iterator[Finding]:
             for assignment, member in pairs:
                 name = assignment.task
                 exported = load_file(after / name / "adapter_model.safetensors")
-                against = "peft alone" if in_peft(before / name) else "torch alone"
-                theirs = train_alone(model, before / name, member)
+                against = "peft alone" if is_peft_format(before / name) else "torch alone"
+                reference = train_alone(model, before / name, member)
                 exact, _ = train_alone(copy.deepcopy(model).double(), before / name, member)
-                rounding = _worst(theirs[0], exact)
-                yield _finding(name, against, options, losses[name], exported, *theirs, rounding)
-                own = _train(model, [(assignment, member)], before / "alone", after / "alone")[name]
+                rounding = _worst(reference[0], exact)
+                yield _finding(name, against, options, losses[name], exported, *reference, rounding)
+                alone = _train(model, [(assignment, member)], before / "alone", after / "alone")[name]
                 weights = load_file(after / "alone" / name / "adapter_model.safetensors")
-                yield _finding(name, "muxtune alone", options, losses[name], exported, own, weights)
+                yield _finding(name, "muxtune alone", options, losses[name], exported, alone, weights)
 
 
 def _train(model: Any, pairs: list[tuple[TaskAssignment, PackedTask]], before: Path, after: Path) -> Losses:
-    """Trains the tasks and exports their adapters before and after. Return the losses of each step by task."""
-    executor = Executor(Backbone(copy.deepcopy(model)), tenant_loader=plain.adapted)
+    """Trains the tasks and exports their adapters before and after. Returns the losses of each step by task."""
+    executor = Executor(Backbone(copy.deepcopy(model)), tenant_loader=plain.apply_adapter)
     losses: Losses = {}
     for assignment, _ in pairs:
         executor.attach(assignment)
@@ -113,16 +113,16 @@ def _finding(
     name: str,
     against: str,
     options: str,
-    found: list[float],
+    losses: list[float],
     weights: dict[str, torch.Tensor],
-    expected: list[float],
-    theirs: dict[str, torch.Tensor],
+    expected_losses: list[float],
+    expected_weights: dict[str, torch.Tensor],
     own_rounding: float | None = None,
 ) -> Finding:
-    if weights.keys() != theirs.keys() or len(found) != len(expected):
-        raise RuntimeError(f"{name}: other tensors or steps than {against}")
-    weight = max((weights[key] - theirs[key]).abs().max().item() for key in weights)
-    return Finding(name, against, options, len(found), _worst(found, expected), weight, own_rounding)
+    if weights.keys() != expected_weights.keys() or len(losses) != len(expected_losses):
+        raise RuntimeError(f"{name} has other tensors or steps than {against}")
+    weight = max((weights[key] - expected_weights[key]).abs().max().item() for key in weights)
+    return Finding(name, against, options, len(losses), _worst(losses, expected_losses), weight, own_rounding)
 
 
 def _worst(losses: list[float], expected: list[float]) -> float:

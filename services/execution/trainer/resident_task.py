@@ -18,7 +18,7 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True)
 class RestoreState:
-    """What a task is restored from: a checkpoint, or the files of its initial adapter."""
+    """The state that a task is restored from: a checkpoint, or the files of its initial adapter."""
 
     state: CheckpointState | None = None
     used: task_pb2.CheckpointCommitted | None = None
@@ -27,7 +27,7 @@ class RestoreState:
 
 @dataclass
 class Completion:
-    """How a task ends: `finished` with its adapter, or released for `reason`. Once exported, it is off the device."""
+    """The end of a task: `finished` with its adapter, or released for `reason`. Once exported, it is off the device."""
 
     finished: plan_pb2.TaskFinished | None = None
     reason: str = ""

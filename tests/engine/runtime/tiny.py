@@ -25,7 +25,7 @@ from engine.runtime.executor import Executor
 from engine.runtime.task_state import TaskAssignment
 from engine.task import LrSchedule, Optimizer, TaskSpec, Training
 from engine.verification import plain
-from engine.verification.reference import in_peft
+from engine.verification.reference import is_peft_format
 from muxtune.adapters import load_adapter
 
 VOCAB = 97
@@ -186,9 +186,9 @@ def executor_with(model: Any, tasks: Sequence[TinyTask], packs_weights: bool = T
 def train_with_peft(model: Any, task: TinyTask, folder: Path) -> tuple[list[float], list[float], dict[str, Any]]:
     """HF PEFT alone, or plain torch where it lacks the method, from the adapter in `folder`, padded batches:
     (losses, gradient norms, final tensors)."""
-    if not in_peft(folder):
+    if not is_peft_format(folder):
         model = copy.deepcopy(model)
-        tensors = plain.adapted(model, folder)
+        tensors = plain.apply_adapter(model, folder)
         return *fit(model, task), {name: tensor.detach() for name, tensor in tensors.items()}
     peft_model = _loaded(copy.deepcopy(model), folder)
     losses, norms = fit(peft_model, task)

@@ -9,7 +9,7 @@ from engine.kernels.multi_lora import reference
 from engine.kernels.multi_lora.types import LowRank
 from engine.runtime.executor import Executor
 from engine.verification import cases, report
-from engine.verification.report import Finding, compare, left_out
+from engine.verification.report import Finding, compare, unsupported_methods
 from tests.engine.runtime.tiny import CONFIGS, model_of
 
 NAMES = ["lora", "prompt", "norms"]
@@ -65,9 +65,9 @@ def negated(gradients: LowRank, factor: str) -> LowRank:
     return gradients if own is None else gradients._replace(**{factor: -own})
 
 
-def test_what_a_backbone_cannot_have_is_left_out_and_told() -> None:
+def test_methods_that_a_backbone_does_not_support_are_left_out_with_the_reason() -> None:
     model = model_of(CONFIGS["mistral-window"])  # no biases, attention bounded by a window
-    missing = left_out(model, list(cases.METHODS))
+    missing = unsupported_methods(model, list(cases.METHODS))
     assert [each.method for each in missing] == ["biases", "prefix", "bitfit"]
     assert "no bias" in missing[2].reason and "bounded" in missing[1].reason
     names = [name for name in cases.METHODS if name not in {each.method for each in missing}]
