@@ -1,4 +1,4 @@
-"""Target modules are read as PEFT reads them."""
+"""Target modules match as in PEFT."""
 
 import pytest
 
@@ -16,7 +16,7 @@ LISTS = [
 
 
 @pytest.mark.parametrize("targets", LISTS)
-def test_as_peft(targets: list[str]) -> None:
+def test_lists_match_as_in_peft(targets: list[str]) -> None:
     tuners = pytest.importorskip("peft.tuners.tuners_utils")
     config = pytest.importorskip("peft").LoraConfig(target_modules=targets)
     expected = [name for name in NAMES if tuners.check_target_module_exists(config, name)]
@@ -24,12 +24,12 @@ def test_as_peft(targets: list[str]) -> None:
     assert matching_modules(targets, NAMES) == expected
 
 
-def test_all_linear_takes_all() -> None:
+def test_all_linear_matches_all() -> None:
     assert matching_modules(["all-linear"], NAMES) == NAMES
 
 
 @pytest.mark.parametrize("targets", [[], ["z_proj"], ["q_proj", "proj"], ["all-linear", "q_proj"], [""], ["q_pro"]])
-def test_what_names_nothing_is_refused_with_what_there_is(targets: list[str]) -> None:
+def test_a_target_without_a_match_is_refused_with_the_names_that_exist(targets: list[str]) -> None:
     with pytest.raises(InvalidInputError, match="q_proj, v_proj, up_proj") as caught:
         matching_modules(targets, NAMES)
     assert caught.value.violations[0].field == "spec.lora.target_modules"

@@ -1,4 +1,4 @@
-"""Templates render as transformers renders them, and reach nothing."""
+"""Templates render as in transformers and can access nothing else."""
 
 import pytest
 
@@ -23,7 +23,7 @@ TEMPLATES = [
     "{% if tools is not none %}T{% endif %}{% if documents is none %}D{% endif %}{% if not tools %}N{% endif %}",
     # aliases of reasoning
     "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }};{% endfor %}",
-    # generation blocks render as what stands in them
+    # generation blocks render as their content
     "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\n{% endfor %}",
     "{{ add_generation_prompt }}{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(messages[1].content|upper|trim) }}",
 ]
@@ -31,7 +31,7 @@ TEMPLATES = [
 
 @pytest.mark.parametrize("source", TEMPLATES)
 @pytest.mark.parametrize("prompt", [True, False])
-def test_as_transformers(source: str, prompt: bool) -> None:
+def test_templates_render_as_in_transformers(source: str, prompt: bool) -> None:
     reference = pytest.importorskip("transformers.utils.chat_template_utils")
     expected, _ = reference.render_jinja_template(
         [MESSAGES], chat_template=source, add_generation_prompt=prompt, **TOKENS
@@ -39,8 +39,8 @@ def test_as_transformers(source: str, prompt: bool) -> None:
     assert ChatTemplate(source, TOKENS).render(MESSAGES, add_generation_prompt=prompt) == expected[0]
 
 
-def test_a_template_that_asks_for_the_date_renders_the_same_tomorrow() -> None:
-    """Llama 3's asks as here; a task resumed on another day must see the data it saw before."""
+def test_a_template_with_the_date_renders_the_same_on_any_day() -> None:
+    """Llama 3's template prints the date; a task that resumes on another day must see the same data."""
     asks = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}26 Jul 2024{% endif %}"
     assert ChatTemplate(asks, {}).render([]) == "26 Jul 2024"
     assert ChatTemplate("{{ strftime_now('%H:%M:%S.%f') }}", {}).render([]) == "00:00:00.000000"
@@ -60,7 +60,7 @@ def test_a_template_that_asks_for_the_date_renders_the_same_tomorrow() -> None:
         "{% for m in messages %}{% for x in m.extra.a[0] %}{% endfor %}{% endfor %}",
     ],
 )
-def test_whatever_a_template_stumbles_over_is_refused_without_quoting(source: str) -> None:
+def test_any_error_of_a_template_refuses_the_row_without_quoting_it(source: str) -> None:
     with pytest.raises(TemplateRefusedError) as caught:
         ChatTemplate(source, {}).render(MESSAGES)
     assert "Grüße" not in str(caught.value)

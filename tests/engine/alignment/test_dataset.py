@@ -1,4 +1,4 @@
-"""Splits, order and truncation: pure functions of what they are given."""
+"""Splits, order and truncation are pure functions of their arguments."""
 
 import collections
 import json
@@ -50,7 +50,7 @@ def test_split_is_a_partition_by_the_seed(num_rows: int, training: Training) -> 
 
 @given(num_rows=st.integers(2, 60), training=trainings)
 @settings(deadline=None)
-def test_each_epoch_takes_every_training_row_once(num_rows: int, training: Training) -> None:
+def test_each_epoch_uses_every_training_row_once(num_rows: int, training: Training) -> None:
     train = split(num_rows, training).train
     steps_per_epoch = math.ceil(len(train) / training.global_batch_size)
     steps = num_steps(training, len(train))
@@ -81,7 +81,7 @@ def test_order_differs_by_epoch_and_seed_and_never_changes() -> None:
     assert first.batch(0).tolist() == reference.tolist()
 
 
-def test_steps_given_outlast_the_epoch() -> None:
+def test_num_steps_may_span_several_epochs() -> None:
     training = Training(1e-3, num_steps=7, global_batch_size=4)
     assert num_steps(training, 5) == 7
     assert [len(RowOrder(training, np.arange(5)).batch(step)) for step in range(7)] == [4, 1, 4, 1, 4, 1, 4]
@@ -92,13 +92,13 @@ def test_one_row_cannot_be_split() -> None:
         split(1, Training(1e-3, num_epochs=1, heldout_fraction=0.5))
 
 
-def test_rows_are_kept_flat(tokenizer: BackboneTokenizer) -> None:
+def test_rows_are_stored_flat(tokenizer: BackboneTokenizer) -> None:
     dataset = _tokenized(tokenizer, [{"text": "hello"}, {"prompt": "the fox", "completion": " jumps"}])
     assert dataset.num_rows == 2 and dataset.lines.tolist() == [1, 2]
     ids, bears_loss = dataset.row(1)
     assert tokenizer.decode(ids) == "the fox jumps<|im_end|>"
     assert dataset.num_targets(1) == bears_loss.sum()
-    assert dataset.num_targets(0) == len(dataset.row(0)[0]) - 1  # nothing predicts a row's first token
+    assert dataset.num_targets(0) == len(dataset.row(0)[0]) - 1  # no token precedes a row's first token
     assert dataset.num_bytes >= dataset.token_ids_S.nbytes
 
 
@@ -133,7 +133,7 @@ def test_every_row_refused(tokenizer: BackboneTokenizer) -> None:
         tokenize_dataset([], tokenizer, Training(1e-3, num_epochs=1))
 
 
-# Answers of which some have no token at all, and which follow each other with nothing between them.
+# Some answers have no token, and no text separates them.
 BARE = (
     "{% for m in messages %}{{ m.content if m.role == 'assistant' else m.content + ';' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '' }}{% endif %}"
@@ -145,7 +145,7 @@ BARE = (
     limit=st.integers(3, 12),
 )
 @settings(max_examples=examples(100), deadline=None)
-def test_what_bears_loss_is_kept_row_by_row(bare: BackboneTokenizer, chats: list[list[str]], limit: int) -> None:
+def test_loss_masks_are_stored_row_by_row(bare: BackboneTokenizer, chats: list[list[str]], limit: int) -> None:
     rows = [
         Row(i, "messages", {"messages": [{"role": "user", "content": "q"}]
                             + [{"role": "assistant", "content": content} for content in chat]})

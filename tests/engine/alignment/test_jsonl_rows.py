@@ -1,4 +1,4 @@
-"""What bears loss, against transformers' own assistant masks; and rows that are hostile."""
+"""Loss masks equal transformers' assistant masks; hostile rows are refused."""
 
 import json
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_white_space_in_an_answer_bears_loss(tmp_path: Path, trims: bool) -> Non
         ("end<|im_end|>\n<|im_start|>user\nforged", "end<|im_end|>\n<|im_start|>user\nforged<|im_end|>"),
     ],
 )
-def test_stop_token_closes_the_loss(tokenizer: BackboneTokenizer, answer: str, learned: str) -> None:
+def test_the_stop_token_ends_the_loss(tokenizer: BackboneTokenizer, answer: str, learned: str) -> None:
     row = tokenize(_row(messages=_chat([("user", "a"), ("assistant", answer)])), tokenizer)
     assert _learned(row, tokenizer) == learned
 
@@ -102,11 +102,11 @@ def test_special_text_in_an_answer_does_not_cut_its_loss_where_turns_have_no_sto
 @pytest.mark.parametrize(
     "template",
     [
-        # earlier turns change when another follows
+        # a following message changes earlier turns
         "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last else m.content|upper }}{% endfor %}",
-        # what opens a turn to come is not what opens the turn itself
+        # the generation prompt differs from the start of the turn
         CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"),
-        # refuses a conversation of that form
+        # refuses such a conversation
         "{{ raise_exception('" + SECRET + "') }}",
         "{{ messages[0].content.nothing.there }}",
     ],
@@ -119,7 +119,7 @@ def test_a_template_that_cannot_be_masked_refuses_the_row_with_the_reason(tmp_pa
     assert SECRET not in str(caught.value)
 
 
-# Qwen3's way: turns before the last question lose what was thought; those after it get a block for it.
+# As Qwen3: turns before the last question lose their reasoning; turns after it get a block for it.
 THINKING = (
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}"
@@ -133,12 +133,12 @@ THINKING = (
 
 
 @pytest.mark.parametrize("first", ["b", "<think>old</think>b", "b </s> b"])
-def test_turns_that_a_later_question_changes_are_still_told_exactly(tmp_path: Path, first: str) -> None:
+def test_turns_that_later_messages_change_are_masked_exactly(tmp_path: Path, first: str) -> None:
     tokenizer = BackboneTokenizer.load(write_tokenizer(tmp_path, THINKING))
     pairs = [("user", "a"), ("assistant", first), ("user", "c"), ("assistant", "<think>new</think>d  ")]
     row = tokenize(_row(messages=_chat(pairs)), tokenizer)
-    said = first.rpartition("</think>")[2]
-    assert _learned(row, tokenizer) == f"{said}<|im_end|><think>\nnew\n</think>\n\nd  <|im_end|>"
+    answer = first.rpartition("</think>")[2]
+    assert _learned(row, tokenizer) == f"{answer}<|im_end|><think>\nnew\n</think>\n\nd  <|im_end|>"
 
 
 def test_messages_without_a_template_are_refused(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_prompt_and_completion(tmp_path: Path, adds_bos: bool) -> None:
     assert not row.bears_loss_L[: -np.count_nonzero(row.bears_loss_L)].any()
 
 
-def test_text_bears_loss_throughout_and_ends(tokenizer: BackboneTokenizer) -> None:
+def test_text_bears_loss_throughout_with_its_end(tokenizer: BackboneTokenizer) -> None:
     for written in ("hello", "hello<|im_end|>"):
         row = tokenize(_row(text=written), tokenizer, parse_special_tokens=True)
         assert tokenizer.decode(row.token_ids_L) == "hello<|im_end|>"
@@ -164,7 +164,7 @@ def test_text_bears_loss_throughout_and_ends(tokenizer: BackboneTokenizer) -> No
 
 
 @pytest.mark.parametrize("fields", [{"text": ""}, {"prompt": "", "completion": ""}])
-def test_a_row_with_nothing_to_predict_is_refused(tokenizer: BackboneTokenizer, fields: dict[str, str]) -> None:
+def test_a_row_without_a_token_to_predict_is_refused(tokenizer: BackboneTokenizer, fields: dict[str, str]) -> None:
     with pytest.raises(RowRefusedError, match="no token bears loss"):
         tokenize(_row(**fields), tokenizer)
 
@@ -247,7 +247,7 @@ turns = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), texts), min_s
 
 @given(pairs=turns)
 @settings(max_examples=examples(100), deadline=None)
-def test_chatml_answers_are_learned_whole_and_nothing_else(
+def test_chatml_answers_bear_loss_completely_and_nothing_else_does(
     tokenizer: BackboneTokenizer, pairs: list[tuple[str, str]]
 ) -> None:
     chat = _chat([("user", "q"), *pairs, ("assistant", "z")])

@@ -1,4 +1,4 @@
-"""Rounds hold every sequence once, with its targets, order and offsets, whoever else is packed beside it."""
+"""Rounds contain every sequence once, with targets, order and offsets that do not depend on other tasks."""
 
 import collections
 import dataclasses
@@ -20,8 +20,10 @@ from tests.thoroughness import examples
 
 
 def _dataset(lengths: list[int], first_token: int) -> TokenizedDataset:
-    """Every token different, so that a sequence is known by its first; odd positions bear loss, of each third row the
-    first too."""
+    """Return rows of unique tokens, so that the first identifies a sequence.
+
+    Odd positions bear loss, and in each third row also the first position.
+    """
     num_tokens = sum(lengths)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     ids = np.arange(first_token, first_token + num_tokens, dtype=np.int32)
@@ -62,8 +64,8 @@ Sequences = dict[tuple[str, int, MicrobatchKind], list[tuple[int, tuple[int, ...
 
 
 def _sequences(microbatches: list[Microbatch], task: str | None = None) -> Sequences:
-    """By task, step and kind: each sequence as (offset in the task's stream, tokens, targets), by offset."""
-    found: Sequences = collections.defaultdict(list)
+    """Return sequences as (offset in the task's stream, tokens, targets), sorted, by task, step and kind."""
+    sequences_of: Sequences = collections.defaultdict(list)
     for microbatch in microbatches:
         for range_ in microbatch.ranges:
             if task not in (None, range_.task):
@@ -71,7 +73,7 @@ def _sequences(microbatches: list[Microbatch], task: str | None = None) -> Seque
             at = range_.start
             for segment in range_.segments:
                 part = slice(at, at + segment.num_tokens)
-                found[range_.task, range_.step, microbatch.kind].append(
+                sequences_of[range_.task, range_.step, microbatch.kind].append(
                     (
                         segment.stream_offset_tokens,
                         tuple(microbatch.token_ids_T[part].tolist()),
@@ -79,13 +81,15 @@ def _sequences(microbatches: list[Microbatch], task: str | None = None) -> Seque
                     )
                 )
                 at += segment.num_tokens
-    return {key: sorted(sequences) for key, sequences in found.items()}
+    return {key: sorted(sequences) for key, sequences in sequences_of.items()}
 
 
 def _expected(member: PackedTask) -> Sequences:
-    """From the definition: rows of each batch in order, each at the sum of the lengths before it, its virtual tokens
-    first, of which the last predicts its first token."""
-    found: Sequences = {}
+    """Return the sequences by definition: rows of each batch in order, each at the sum of the lengths before it.
+
+    Virtual tokens precede each row; the last of them predicts the row's first token.
+    """
+    sequences_of: Sequences = {}
     num_virtual = member.num_virtual_tokens
     parts = split(member.dataset.num_rows, member.training)
     for step in range(member.step, member.num_steps + 1):
@@ -104,13 +108,13 @@ def _expected(member: PackedTask) -> Sequences:
                 ]
                 sequences.append((offset, tuple(tokens), (*wanted[1:], IGNORE)))
                 offset += len(tokens)
-            found[member.task, step, kind] = sequences
-    return found
+            sequences_of[member.task, step, kind] = sequences
+    return sequences_of
 
 
 @given(members=members(), layout=layouts)
 @settings(max_examples=examples(150), deadline=None)
-def test_every_sequence_once_at_its_place_whoever_is_beside_it(
+def test_each_sequence_appears_once_and_does_not_depend_on_other_tasks(
     members: list[PackedTask], layout: tuple[int, int]
 ) -> None:
     microbatches = list(rounds(members, *layout))
@@ -146,21 +150,21 @@ def test_microbatches_are_well_formed(members: list[PackedTask], layout: tuple[i
 
 @given(members=members(), layout=layouts)
 @settings(max_examples=examples(100), deadline=None)
-def test_rounds_close_and_denominators_are_the_whole_batch(members: list[PackedTask], layout: tuple[int, int]) -> None:
+def test_rounds_end_and_denominators_count_the_whole_batch(members: list[PackedTask], layout: tuple[int, int]) -> None:
     microbatches = list(rounds(members, *layout))
     targets: collections.Counter[tuple[str, int, MicrobatchKind]] = collections.Counter()
-    said, open_ = {}, set()
+    denominators, closed = {}, set()
     for microbatch in microbatches:
         for range_ in microbatch.ranges:
             key = range_.task, range_.step, microbatch.kind
             part = slice(range_.start, range_.start + range_.num_tokens)
             targets[key] += int((microbatch.targets_T[part] != IGNORE).sum())
-            assert said.setdefault(key, range_.num_step_target_tokens) == range_.num_step_target_tokens
-            assert key not in open_, "a range after the one that said it was the last"
+            assert denominators.setdefault(key, range_.num_step_target_tokens) == range_.num_step_target_tokens
+            assert key not in closed, "a range follows one with is_last"
             if range_.is_last:
-                open_.add(key)
-    assert dict(targets) == said
-    assert set(said) == open_
+                closed.add(key)
+    assert dict(targets) == denominators
+    assert set(denominators) == closed
     numbers = [m.round for m in microbatches]
     assert numbers == sorted(numbers)
     for number in set(numbers):
@@ -171,14 +175,16 @@ def test_rounds_close_and_denominators_are_the_whole_batch(members: list[PackedT
 
 @given(members=members(), layout=layouts, skipped=st.integers(0, 3))
 @settings(max_examples=examples(50), deadline=None)
-def test_resuming_at_a_cursor_gives_the_rest(members: list[PackedTask], layout: tuple[int, int], skipped: int) -> None:
+def test_resuming_at_a_step_yields_the_remaining_microbatches(
+    members: list[PackedTask], layout: tuple[int, int], skipped: int
+) -> None:
     later = [dataclasses.replace(m, step=min(m.step + skipped, m.num_steps)) for m in members]
     whole, rest = _sequences(list(rounds(members, *layout))), _sequences(list(rounds(later, *layout)))
     first = {m.task: m.step for m in later}
     assert rest == {key: value for key, value in whole.items() if key[1] >= first[key[0]]}
 
 
-def test_small_batches_share_one_microbatch_and_padding_is_only_their_tails() -> None:
+def test_small_batches_share_one_microbatch_padded_only_at_tails() -> None:
     training = Training(1e-3, num_steps=1, global_batch_size=4, micro_batch_size=2)
     fused = [PackedTask(f"t{i}", _dataset([10, 10, 10, 10], 1000 * i), training, 1, 0) for i in range(3)]
     (microbatch,) = rounds(fused, token_budget=144, chunk_tokens=16)
@@ -186,7 +192,7 @@ def test_small_batches_share_one_microbatch_and_padding_is_only_their_tails() ->
     assert [len(range_.segments) for range_ in microbatch.ranges] == [4, 4, 4]
 
 
-def test_a_sequence_longer_than_the_budget_stands_alone() -> None:
+def test_a_sequence_longer_than_the_budget_gets_its_own_microbatch() -> None:
     training = Training(1e-3, num_steps=1, global_batch_size=3, micro_batch_size=3, shuffle=False)
     microbatches = list(
         rounds([PackedTask("t", _dataset([5, 50, 5], 1), training, 1, 0)], token_budget=16, chunk_tokens=8)
@@ -194,13 +200,13 @@ def test_a_sequence_longer_than_the_budget_stands_alone() -> None:
     assert sorted(m.num_tokens for m in microbatches) == [16, 56]
 
 
-def test_members_at_their_end_have_nothing_left() -> None:
+def test_finished_members_get_no_microbatch() -> None:
     training = Training(1e-3, num_steps=2, global_batch_size=1)
     assert list(rounds([PackedTask("t", _dataset([5, 5], 1), training, 2, 2)], 64, 8)) == []
 
 
 @pytest.mark.parametrize("num_rows", [4000])
-def test_a_long_evaluation_is_packed_in_good_time(num_rows: int) -> None:
+def test_a_long_evaluation_is_packed_quickly(num_rows: int) -> None:
     training = Training(1e-3, num_steps=1, micro_batch_size=4, heldout_fraction=0.9)
     member = PackedTask("t", _dataset([9] * num_rows, 1), training, 1, 1)
     assert sum(len(m.ranges[0].segments) for m in rounds([member], 128, 16)) == round(0.9 * num_rows)
@@ -208,7 +214,9 @@ def test_a_long_evaluation_is_packed_in_good_time(num_rows: int) -> None:
 
 @given(members=members(), layout=layouts)
 @settings(max_examples=examples(100), deadline=None)
-def test_no_microbatch_passes_what_the_memory_model_counts(members: list[PackedTask], layout: tuple[int, int]) -> None:
+def test_no_microbatch_exceeds_the_tokens_that_the_memory_model_counts(
+    members: list[PackedTask], layout: tuple[int, int]
+) -> None:
     prefixes = {member.task: member.num_prefix_tokens for member in members}
     specs = []
     for member in members:
@@ -222,8 +230,8 @@ def test_no_microbatch_passes_what_the_memory_model_counts(members: list[PackedT
         assert microbatch.num_tokens + beside <= counted + (layout[1] if beside else 0)
 
 
-def test_prefixes_of_many_tasks_do_not_pass_the_budget_together() -> None:
-    """Each task's tail hides some of its prefix, if both are padded as one: found by chance with two such tasks."""
+def test_prefixes_of_many_tasks_stay_within_the_budget() -> None:
+    """A prefix that is padded together with its task's tail would be counted in part only: a regression test."""
     training = Training(1e-3, num_steps=1, global_batch_size=1, micro_batch_size=1)
     many = [PackedTask(f"t{i}", _dataset([2, 2], 1000 * i), training, 1, 0, 0, 7) for i in range(12)]
     for microbatch in rounds(many, token_budget=64, chunk_tokens=16):

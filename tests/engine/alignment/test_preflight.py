@@ -1,4 +1,4 @@
-"""What a tenant is told before a task is created."""
+"""The preview of a dataset before a task is created."""
 
 import json
 
@@ -43,7 +43,7 @@ def test_counts(tokenizer: BackboneTokenizer, options: dict[str, int]) -> None:
         assert count == sum(low <= n < high for n in dataset.original_lengths)
 
 
-def test_samples_show_the_whole_row_and_what_bears_loss(tokenizer: BackboneTokenizer) -> None:
+def test_samples_show_the_whole_row_and_its_loss(tokenizer: BackboneTokenizer) -> None:
     training = Training(1e-3, num_epochs=1)
     dataset = tokenize_dataset(parse_lines(json.dumps(r).encode() for r in ROWS), tokenizer, training)
     chat, pair, *_ = preflight(dataset, tokenizer, training, num_samples=2).samples
@@ -58,7 +58,7 @@ def test_samples_show_the_whole_row_and_what_bears_loss(tokenizer: BackboneToken
 
 
 def test_pieces_join_to_the_row_with_a_decoder_that_drops_leading_spaces() -> None:
-    """As sentencepiece's does: a piece decoded apart would lose its first space."""
+    """A sentencepiece decoder drops the first space of each piece that is decoded separately."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {piece: i for i, piece in enumerate(["<unk>", "</s>", "▁a", "▁b", "▁c"])}

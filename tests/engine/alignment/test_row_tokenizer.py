@@ -1,4 +1,4 @@
-"""A whole dataset, rows of all shapes in batches of any size, against transformers one row at a time."""
+"""A dataset with rows of all shapes, in batches of any size, equals transformers' results for each row."""
 
 import json
 from collections.abc import Iterator
@@ -23,8 +23,8 @@ from tests.thoroughness import examples
 from tests.tiny_tokenizer import CHATML, write_tokenizer
 
 ANSWER = "{{ message['content'] + '<|im_end|>\n' }}"
-# CHATML with its answers marked: transformers makes a mask of that. Ours are told the plain one, and one that is no
-# plain loop, of which every prefix is rendered.
+# CHATML with its answers marked, for transformers' mask. Ours get CHATML, which is recognised by syntax, and LOOPED,
+# which is not, so that every prefix is rendered.
 MARKED = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}"
@@ -36,7 +36,7 @@ LOOPED = CHATML.replace("{% for", "{% set n = messages|length %}{% for")
 SPECIAL = ("<|im_start|>", "<|im_end|>", "</s>", "<s>", "<pad>")
 
 
-@pytest.fixture(scope="module", params=[CHATML, LOOPED], ids=["told by syntax", "rendered by prefix"])
+@pytest.fixture(scope="module", params=[CHATML, LOOPED], ids=["recognised by syntax", "rendered by prefix"])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[BackboneTokenizer, Any]:
     ours, theirs = (
         write_tokenizer(tmp_path_factory.mktemp("tiny"), template, adds_bos=True)
@@ -47,9 +47,9 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 HONEST = ["", " ", "the quick brown fox ", "\r\n", "\n\n", "a\x00b", "Grüße 日本 🙂", "e\u0301\u200d\u202e", '"\\u0022']
 honest = st.sampled_from(HONEST) | st.text(st.characters(exclude_categories=["Cs"]), max_size=9)
-said = st.lists(honest, max_size=6).map("".join)
+honest_text = st.lists(honest, max_size=6).map("".join)
 spelling = st.lists(honest | st.sampled_from(SPECIAL), max_size=6).map("".join)
-turn = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": said})
+turn = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": honest_text})
 spelled_turn = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": spelling})
 spelled_rows = st.fixed_dictionaries({"messages": st.lists(spelled_turn, max_size=3)}).map(
     lambda row: {"messages": [*row["messages"], {"role": "assistant", "content": "</s>z"}]}
@@ -64,10 +64,10 @@ rows = st.one_of(
 
 
 def expected(row: dict[str, Any], theirs: Any, parses: bool) -> tuple[list[int], list[int]]:
-    """Token ids, and a 1 for each that bears loss."""
+    """Return transformers' token ids, and a 1 for each token that bears loss."""
     if "messages" in row:
-        told = theirs.apply_chat_template(row["messages"], return_assistant_tokens_mask=True, return_dict=True)
-        return list(told["input_ids"]), list(told["assistant_masks"])
+        rendered = theirs.apply_chat_template(row["messages"], return_assistant_tokens_mask=True, return_dict=True)
+        return list(rendered["input_ids"]), list(rendered["assistant_masks"])
     eos, how = theirs.eos_token_id, {"split_special_tokens": not parses}
     prompt = theirs(row["prompt"], **how)["input_ids"] if "prompt" in row else []
     text = row["completion"] if "prompt" in row else row["text"]
@@ -84,7 +84,7 @@ def expected(row: dict[str, Any], theirs: Any, parses: bool) -> tuple[list[int],
     batch=st.sampled_from([(512, 1 << 16), (1, 1), (3, 1 << 16), (512, 40)]),
 )
 @settings(max_examples=examples(150), deadline=None)
-def test_a_dataset_is_read_as_transformers_reads_each_row(
+def test_a_dataset_has_the_tokens_of_transformers_for_each_row(
     both: tuple[BackboneTokenizer, Any],
     data: Any,
     limit: int,
@@ -94,7 +94,7 @@ def test_a_dataset_is_read_as_transformers_reads_each_row(
 ) -> None:
     ours, theirs = both
     file = b"".join(json.dumps(row, ensure_ascii=ascii).encode() + end for row, ascii, end in data)
-    kept, refused, lengths, num_cut, line = [], [], [], 0, 1
+    remaining, refused, lengths, num_cut, line = [], [], [], 0, 1
     for row, _, end in data:
         ids, bears_loss = expected(row, theirs, parses)
         learns = any(bears_loss[1:])
@@ -106,7 +106,7 @@ def test_a_dataset_is_read_as_transformers_reads_each_row(
         elif not any(bears_loss[1:limit]):
             refused.append((line, f"no token bears loss within max_sequence_tokens {limit}"))
         else:
-            kept.append((line, ids[:limit], bears_loss[:limit]))
+            remaining.append((line, ids[:limit], bears_loss[:limit]))
             num_cut += len(ids) > limit
         line += end.count(b"\n")
     training = Training(
@@ -115,16 +115,16 @@ def test_a_dataset_is_read_as_transformers_reads_each_row(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_tokenizer, "_BATCH_ROWS", batch[0])
         patch.setattr(row_tokenizer, "_BATCH_CHARACTERS", batch[1])
-        read = parse_lines(file.splitlines(keepends=True))
-        if not kept:
+        parsed_rows = parse_lines(file.splitlines(keepends=True))
+        if not remaining:
             with pytest.raises(InvalidInputError, match=f"line {refused[0][0]}: {refused[0][1]}"):
-                tokenize_dataset(read, ours, training)
+                tokenize_dataset(parsed_rows, ours, training)
             return
-        found = tokenize_dataset(read, ours, training)
-    assert [(line, *map(np.ndarray.tolist, found.row(i))) for i, line in enumerate(found.lines)] == kept
-    assert [(row.line, row.reason) for row in found.refused] == refused
-    assert found.original_lengths.tolist() == lengths
-    assert found.num_truncated == num_cut
+        actual = tokenize_dataset(parsed_rows, ours, training)
+    assert [(line, *map(np.ndarray.tolist, actual.row(i))) for i, line in enumerate(actual.lines)] == remaining
+    assert [(row.line, row.reason) for row in actual.refused] == refused
+    assert actual.original_lengths.tolist() == lengths
+    assert actual.num_truncated == num_cut
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.__name__)
@@ -136,28 +136,28 @@ def any_kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @given(data=st.data())
 @settings(max_examples=examples(60), deadline=None)
-def test_neighbours_change_nothing(any_kind: BackboneTokenizer, data: st.DataObject) -> None:
-    """Whatever tokens come of conversations that spell special ones, or of what a model makes special ones of."""
+def test_a_row_does_not_depend_on_its_neighbours(any_kind: BackboneTokenizer, data: st.DataObject) -> None:
+    """Also beside rows that spell special tokens and rows that a model turns into special tokens."""
     ours = any_kind
     forging = {"messages": [{"role": "user", "content": "a</s>b"}, {"role": "assistant", "content": "\ufb01</s>"}]}
     drawn = data.draw(st.lists(rows | spelled_rows | st.just(forging), min_size=1, max_size=8))
-    read = list(parse_lines(json.dumps(row).encode() for row in drawn))
+    parsed_rows = list(parse_lines(json.dumps(row).encode() for row in drawn))
     alone, refused = [], []
-    for row in read:
+    for row in parsed_rows:
         try:
             alone.append(tokenize(row, ours))
         except RowRefusedError as error:
             refused.append((row.line, str(error)))
-    together = list(tokenize_all(read, ours))
-    found = [part.row(index) for part in together for index in range(len(part.lines))]
-    assert [(row.line, row.token_ids_L.tolist(), row.bears_loss_L.tolist(), row.spells_special) for row in found] == [
+    together = list(tokenize_all(parsed_rows, ours))
+    actual = [part.row(index) for part in together for index in range(len(part.lines))]
+    assert [(row.line, row.token_ids_L.tolist(), row.bears_loss_L.tolist(), row.spells_special) for row in actual] == [
         (row.line, row.token_ids_L.tolist(), row.bears_loss_L.tolist(), row.spells_special) for row in alone
     ]
     assert [(row.line, row.reason) for part in together for row in part.refused] == refused
 
 
-def test_a_refusal_stands_between_the_rows_it_stood_between(both: tuple[BackboneTokenizer, Any]) -> None:
-    """Whatever refuses it: nothing to learn, or the limit; in one batch and in several."""
+def test_refusals_keep_the_order_of_rows(both: tuple[BackboneTokenizer, Any]) -> None:
+    """For rows without a target and rows over the limit, in one batch and in several."""
     ours, _ = both
     texts = ["", "a", "the quick brown fox " * 9, "", "b", "the lazy dog " * 9, "c", ""]
     data = [Row(line, "prompt_completion", {"prompt": text, "completion": text}) for line, text in enumerate(texts, 1)]
@@ -166,11 +166,11 @@ def test_a_refusal_stands_between_the_rows_it_stood_between(both: tuple[Backbone
     for size in (1, 2, 100):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(row_tokenizer, "_BATCH_ROWS", size)
-            found = tokenize_dataset(iter(data), ours, training)
-        assert [row.line for row in found.refused] == [3, 6] and found.lines.tolist() == [1, 2, 4, 5, 7, 8]
+            actual = tokenize_dataset(iter(data), ours, training)
+        assert [row.line for row in actual.refused] == [3, 6] and actual.lines.tolist() == [1, 2, 4, 5, 7, 8]
 
 
-def test_a_row_too_long_for_the_task_is_the_first_such(both: tuple[BackboneTokenizer, Any]) -> None:
+def test_the_first_row_that_is_too_long_is_reported(both: tuple[BackboneTokenizer, Any]) -> None:
     ours, _ = both
     data = [Row(line, "text", {"text": "the quick brown fox " * line}) for line in range(1, 30)]
     training = Training(1e-3, num_epochs=1, max_sequence_tokens=20, overlength=Overlength.REFUSE)
@@ -180,7 +180,7 @@ def test_a_row_too_long_for_the_task_is_the_first_such(both: tuple[BackboneToken
 
 
 def test_a_surrogate_that_the_template_writes_refuses_the_row(tmp_path: Path) -> None:
-    """Contents hold none; other fields may, and most templates write none of them."""
+    """Contents are checked before; other fields may contain one, and few templates write such a field."""
     template = "{% for m in messages %}{{ m.name }}:{{ m.content }}{% endfor %}"
     ours = BackboneTokenizer.load(write_tokenizer(tmp_path, template))
     line = rb'{"messages":[{"role":"user","content":"a","name":"\ud800"},{"role":"assistant","content":"b"}]}'
@@ -194,10 +194,10 @@ def test_a_surrogate_that_the_template_writes_refuses_the_row(tmp_path: Path) ->
     [(10, 10_000, 1 + row_tokenizer._BATCHES_AHEAD), (60, 100, 1 + 1), (300, 100, 1 + 1)],
     ids=["batches", "characters", "one row larger than all that may be ahead"],
 )
-def test_few_rows_are_held_at_once(
+def test_few_rows_are_in_memory_at_once(
     both: tuple[BackboneTokenizer, Any], monkeypatch: pytest.MonkeyPatch, num_characters: int, limit: int, most: int
 ) -> None:
-    """However many there are: those under work, and the one that waits for them."""
+    """In memory are the rows in work and the one that waits for them, however many rows the dataset has."""
     monkeypatch.setattr(row_tokenizer, "_BATCH_ROWS", 1)
     monkeypatch.setattr(row_tokenizer, "_CHARACTERS_AHEAD", limit)
     num_parsed = 0
@@ -213,7 +213,7 @@ def test_few_rows_are_held_at_once(
         assert num_parsed - num_done <= most
 
 
-def test_what_stops_the_rows_stops_the_reading(both: tuple[BackboneTokenizer, Any]) -> None:
+def test_an_error_of_the_rows_ends_tokenization(both: tuple[BackboneTokenizer, Any]) -> None:
     def stopped() -> Iterator[Row]:
         yield Row(1, "text", {"text": "the quick brown fox"})
         raise InvalidInputError("enough")

@@ -1,4 +1,4 @@
-"""Special tokens spelled out in `text`, `prompt` and `completion`: as transformers reads them, in both of its ways."""
+"""Special tokens spelled out in `text`, `prompt` and `completion` are encoded as by transformers, in both modes."""
 
 import json
 import unicodedata
@@ -29,7 +29,7 @@ def byte_level(folder: Path) -> Path:
 
 
 def byte_level_with_greedy_tokens(folder: Path) -> Path:
-    """A prefix space, NFC as Qwen has it, and special tokens that swallow the blanks around them."""
+    """Return a tokenizer with a prefix space, NFC as Qwen, and special tokens that swallow blanks around them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -39,12 +39,12 @@ def byte_level_with_greedy_tokens(folder: Path) -> Path:
     tokenizer.train_from_iterator(
         CORPUS, trainers.BpeTrainer(vocab_size=350, initial_alphabet=alphabet, special_tokens=specials)
     )
-    tokenizer.add_tokens(["<think>"])  # no special one: a token either way
+    tokenizer.add_tokens(["<think>"])  # not a special token: a token in both modes
     return saved(tokenizer, folder)
 
 
 def unigram(folder: Path) -> Path:
-    """As sentencepiece's: blanks become a letter of their own, one before the first word."""
+    """Return a tokenizer as sentencepiece's: blanks become a special letter, also before the first word."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -60,7 +60,7 @@ def unigram(folder: Path) -> Path:
 
 
 def byte_fallback(folder: Path) -> Path:
-    """As Llama 2's: BPE over text whose blanks are replaced, with bytes for what is in no piece."""
+    """Return a tokenizer as Llama 2's: BPE over text with replaced blanks, with bytes for unknown letters."""
     base = [f"<0x{byte:02X}>" for byte in range(256)]
     letters = sorted({*"".join(CORPUS).replace(" ", "▁"), "▁", "<", ">", "/", "|"})
     vocabulary = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", *base, *letters, "th", "the", "▁the"])}
@@ -127,20 +127,20 @@ def is_unigram(theirs: Any) -> bool:
 
 
 def forged(ids: list[int], theirs: Any, num_own: int) -> bool:
-    """Unigram has special tokens among its pieces: transformers makes them of text even where it splits them."""
+    """Return whether Unigram, with special tokens among its pieces, forges them from text where transformers splits."""
     special = set(theirs.added_tokens_decoder) - {theirs.convert_tokens_to_ids(token) for token in ("<unk>", "[UNK]")}
     plain = {i for i in special if not theirs.added_tokens_decoder[i].special}
     return sum(i in special - plain for i in ids) > num_own
 
 
 def closed(ids: list[int], eos: int) -> list[int]:
-    """A row ends with the tokenizer's end token, once."""
+    """Return the ids with the tokenizer's end token once at the end."""
     return ids if ids[-1:] == [eos] else [*ids, eos]
 
 
 @given(prompt=texts, completion=texts, parses=st.booleans())
 @settings(max_examples=examples(300), deadline=None)
-def test_rows_are_read_as_transformers_reads_them(
+def test_rows_have_the_tokens_of_transformers(
     both: tuple[BackboneTokenizer, Any], prompt: str, completion: str, parses: bool
 ) -> None:
     ours, theirs = both
@@ -164,30 +164,30 @@ def test_rows_are_read_as_transformers_reads_them(
         with pytest.raises(RowRefusedError, match="special token" if is_forged else "no token bears loss"):
             tokenize(pair, ours, parses)
         return
-    found = tokenize(pair, ours, parses)
-    assert found.token_ids_L.tolist() == head + tail
-    assert found.bears_loss_L.tolist() == [False] * len(head) + [True] * len(tail)
+    actual = tokenize(pair, ours, parses)
+    assert actual.token_ids_L.tolist() == head + tail
+    assert actual.bears_loss_L.tolist() == [False] * len(head) + [True] * len(tail)
 
 
 @given(text=texts)
 @settings(max_examples=examples(300), deadline=None)
-def test_no_special_token_comes_of_a_text_unless_asked_for(both: tuple[BackboneTokenizer, Any], text: str) -> None:
-    """Those that stand around any text are the tokenizer's own; <unk> is what it has no piece for."""
+def test_text_becomes_no_special_token_by_default(both: tuple[BackboneTokenizer, Any], text: str) -> None:
+    """The tokenizer itself adds some around any text; <unk> stands for text without a piece."""
     ours, theirs = both
     (row,) = parse_lines([json.dumps({"text": text + "a"}).encode()])
-    own = closed(theirs("a")["input_ids"], theirs.eos_token_id)
+    expected_ids = closed(theirs("a")["input_ids"], theirs.eos_token_id)
     special = set(theirs.all_special_ids) - {theirs.convert_tokens_to_ids(token) for token in ("<unk>", "[UNK]")}
     try:
-        found = tokenize(row, ours).token_ids_L.tolist()
+        actual = tokenize(row, ours).token_ids_L.tolist()
     except RowRefusedError as refused:
         assert "special token" in str(refused) and ours.special_pattern.search(unicodedata.normalize("NFKC", text))
         return
-    assert sum(i in special for i in found) == sum(i in special for i in own)
+    assert sum(i in special for i in actual) == sum(i in special for i in expected_ids)
 
 
 @given(rows=st.lists(texts, min_size=1, max_size=6))
 @settings(max_examples=examples(50), deadline=None)
-def test_preflight_counts_the_rows_that_spell_one(both: tuple[BackboneTokenizer, Any], rows: list[str]) -> None:
+def test_preflight_counts_rows_that_spell_special_tokens(both: tuple[BackboneTokenizer, Any], rows: list[str]) -> None:
     ours, theirs = both
     data = [Row(i, "text", {"text": f"{text} fox"}) for i, text in enumerate(rows)]
     data += [
@@ -205,14 +205,14 @@ def test_preflight_counts_the_rows_that_spell_one(both: tuple[BackboneTokenizer,
 
 
 @pytest.mark.parametrize("parses", [True, False])
-def test_messages_keep_them_as_text_either_way(tmp_path: Path, parses: bool) -> None:
+def test_special_tokens_in_messages_always_stay_text(tmp_path: Path, parses: bool) -> None:
     tokenizer = BackboneTokenizer.load(write_tokenizer(tmp_path))
     said = [{"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "b</s>"}]
     row = tokenize(Row(1, "messages", {"messages": said}), tokenizer, parses)
-    assert sum(i in tokenizer.special_ids for i in row.token_ids_L) == 4  # the template's: two turns, opened and closed
+    assert sum(i in tokenizer.special_ids for i in row.token_ids_L) == 4  # from the template: two turns, start and end
 
 
-def test_messages_that_spell_a_token_only_once_normalized_are_refused(tmp_path: Path) -> None:
+def test_messages_that_spell_a_token_after_normalization_are_refused(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(write_tokenizer(tmp_path) / "tokenizer.json"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.add_special_tokens([AddedToken("<|stop|>", special=True, normalized=True)])
@@ -230,7 +230,7 @@ def test_messages_that_spell_a_token_only_once_normalized_are_refused(tmp_path: 
 
 
 @pytest.mark.parametrize("said", ["a</s>b", "a\uff1c/s\uff1eb"], ids=["spelled", "spelled once normalized"])
-def test_messages_of_which_a_model_makes_special_tokens_are_refused(tmp_path: Path, said: str) -> None:
+def test_messages_that_a_model_turns_into_special_tokens_are_refused(tmp_path: Path, said: str) -> None:
     folder = unigram(tmp_path / "unigram")
     form = "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}"
     (folder / "chat_template.jinja").write_text(form + "{% if add_generation_prompt %}assistant: {% endif %}")

@@ -1,4 +1,4 @@
-"""Templates of one message after another: what one rendering tells, against a rendering of each prefix."""
+"""Templates that write one message after another: one rendering equals the renderings of all prefixes."""
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +9,7 @@ from tests.thoroughness import examples
 from tests.tiny_tokenizer import CHATML
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
-# Parts that a template may be made of; the first of each kind are told by their syntax, the others are not.
+# Parts of templates: the first of each kind are recognised by syntax, the others are not.
 BEFORE = ["", "{{ bos_token }}", "a {{ eos_token ~ 1 }}", "{% set x = messages[0].content %}", "{{ messages|length }}"]
 PLAIN = [
     "{{ m.content }}",
@@ -64,7 +64,7 @@ message = st.fixed_dictionaries(
     messages=st.lists(message, max_size=5),
 )
 @settings(max_examples=examples(500), deadline=None)
-def test_prefixes_are_those_that_are_rendered_alone(
+def test_prefixes_equal_separate_renderings(
     before: str, loop: str, inside: list[str], after: str, messages: list[dict[str, str]]
 ) -> None:
     source = "{% set n = namespace(count=0) %}" if any("n.count" in part for part in inside) else ""
@@ -102,10 +102,10 @@ def test_prefixes_are_those_that_are_rendered_alone(
         ("no loop", False),
     ],
 )
-def test_which_are_told_by_their_syntax(source: str, is_plain: bool) -> None:
-    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+def test_templates_are_recognised_by_syntax(source: str, is_plain: bool) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        assert (ChatTemplate(source, TOKENS).render_marked(said).starts is not None) == is_plain
+        assert (ChatTemplate(source, TOKENS).render_marked(messages).starts is not None) == is_plain
     except TemplateRefusedError:
         assert not is_plain
 

@@ -1,4 +1,4 @@
-"""Offsets from tokens' lengths, against those that tokenizers keeps as it encodes."""
+"""Offsets computed from tokens' lengths equal those that the tokenizers library records."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.tiny_tokenizer import write_tokenizer
 
 
 def bpe(**changes: object) -> Tokenizer:
-    """A byte-level BPE with special tokens of every kind; `changes` to its parts."""
+    """Return a byte-level BPE with special tokens of every kind and with `changes` to its parts."""
     tokenizer = Tokenizer(models.BPE(unk_token=changes.pop("unk_token", None)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -52,22 +52,22 @@ TOLD = {
 @pytest.mark.parametrize("tokenizer", TOLD.values(), ids=TOLD.keys())
 @given(text=texts | st.text(max_size=30))
 @settings(max_examples=examples(300), deadline=None)
-def test_offsets_are_those_of_tokenizers(tokenizer: Tokenizer, text: str) -> None:
+def test_offsets_equal_those_of_tokenizers(tokenizer: Tokenizer, text: str) -> None:
     theirs = tokenizer.encode(text, add_special_tokens=False)
     lengths = TokenLengths.of(tokenizer)
     assert lengths is not None
-    told = lengths.offsets(text, np.array(theirs.ids, np.int32))
-    if told is not None:
-        assert list(zip(*told, strict=True)) == theirs.offsets
-    elif text.isascii():  # then only a token that swallowed blanks, or a letter that there is no token for
+    computed = lengths.offsets(text, np.array(theirs.ids, np.int32))
+    if computed is not None:
+        assert list(zip(*computed, strict=True)) == theirs.offsets
+    elif text.isascii():  # then a token swallowed blanks, or a letter has no token
         assert "<|a|>" in text or any(not tokenizer.encode(letter).ids for letter in text)
 
 
 @pytest.mark.parametrize("tokenizer", TOLD.values(), ids=TOLD.keys())
 @given(parts=st.lists(texts | st.text(max_size=30), max_size=5))
 @settings(max_examples=examples(100), deadline=None)
-def test_offsets_of_texts_are_counted_through_all_of_them(tokenizer: Tokenizer, parts: list[str]) -> None:
-    """Whether they are told at once, or one by one as some of them can't be told by lengths."""
+def test_offsets_count_through_all_texts(tokenizer: Tokenizer, parts: list[str]) -> None:
+    """Whether computed for all texts at once, or one by one because lengths do not suffice for some."""
     ours, pieces = BackboneTokenizer(tokenizer, {}, None), [TextPiece(part, has_offsets=True) for part in parts]
     encoded, expected, num_characters = ours.encode(pieces), list[tuple[int, int]](), 0
     for part in parts:
@@ -75,8 +75,8 @@ def test_offsets_of_texts_are_counted_through_all_of_them(tokenizer: Tokenizer, 
         expected += [(num_characters + start, num_characters + end) for start, end in theirs]
         num_characters += len(part)
     ids_T = np.array([i for ids in encoded.ids for i in ids], np.int32)
-    found = ours.offsets(dict(enumerate(pieces)), encoded, ids_T)
-    assert list(zip(*found, strict=True)) == expected
+    actual = ours.offsets(dict(enumerate(pieces)), encoded, ids_T)
+    assert list(zip(*actual, strict=True)) == expected
 
 
 @pytest.mark.parametrize(
@@ -95,15 +95,15 @@ def test_offsets_of_texts_are_counted_through_all_of_them(tokenizer: Tokenizer, 
     ],
     ids=["prefix space", "white space", "NFKC", "lower case", "unknown", "removed"],
 )
-def test_a_tokenizer_that_changes_the_text_is_asked_instead(tokenizer: Tokenizer) -> None:
+def test_offsets_are_recorded_where_the_tokenizer_changes_the_text(tokenizer: Tokenizer) -> None:
     assert TokenLengths.of(tokenizer) is None
 
 
 @pytest.mark.parametrize("kind", [unigram, byte_fallback, word_piece])
-def test_other_models_are_asked_instead(tmp_path: Path, kind: Callable[[Path], Path]) -> None:
+def test_offsets_are_recorded_for_other_models(tmp_path: Path, kind: Callable[[Path], Path]) -> None:
     assert TokenLengths.of(Tokenizer.from_file(str(kind(tmp_path / "folder") / "tokenizer.json"))) is None
 
 
-def test_the_tests_own_tokenizer_is_told_by_lengths(tmp_path: Path) -> None:
-    """So that what other tests say of answers' tokens is said of this way to find them."""
+def test_the_tests_tokenizer_uses_lengths(tmp_path: Path) -> None:
+    """Other tests use that tokenizer: they test offsets by lengths with it."""
     assert TokenLengths.of(Tokenizer.from_file(str(write_tokenizer(tmp_path) / "tokenizer.json"))) is not None

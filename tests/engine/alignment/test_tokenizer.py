@@ -1,4 +1,4 @@
-"""Against transformers' own tokenizers and templates."""
+"""Tokens, templates and offsets equal those of transformers."""
 
 import importlib.util
 import json
@@ -65,23 +65,23 @@ def _assert_as_transformers(folder: Path) -> None:
     assert ours.decode(decoded) == theirs.decode(decoded)
 
 
-def test_smollm2_as_transformers_reads_it(smollm2: Path) -> None:
+def test_smollm2_tokenizes_as_in_transformers(smollm2: Path) -> None:
     _assert_as_transformers(smollm2)
 
 
-def test_smollm2_learns_the_answers_and_their_stop_token(smollm2: Path) -> None:
+def test_smollm2_answers_and_their_stop_tokens_bear_loss(smollm2: Path) -> None:
     tokenizer = BackboneTokenizer.load(smollm2)
     chat = [*CHATS[2][:2], {"role": "user", "content": "more?"}, {"role": "assistant", "content": "Yes:\n\n1. 日本 🙂"}]
     (row,) = parse_lines([json.dumps({"messages": chat}).encode()])
     tokenized = tokenize(row, tokenizer)
     text = tokenizer.decode(tokenized.token_ids_L)
-    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")  # the template's own
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")  # from the template
     learned = tokenizer.decode(tokenized.token_ids_L[tokenized.bears_loss_L])
     assert learned == " b\n<|im_end|>Yes:\n\n1. 日本 🙂<|im_end|>"
 
 
 @pytest.mark.parametrize("options", [{}, {"adds_bos": True, "eos": "</s>"}, {"trims": True}])
-def test_prepared_folder_as_transformers_reads_it(tmp_path: Path, options: dict[str, bool]) -> None:
+def test_a_prepared_folder_tokenizes_as_in_transformers(tmp_path: Path, options: dict[str, bool]) -> None:
     import transformers
 
     raw = write_tokenizer(tmp_path / "raw", **options)
@@ -91,8 +91,8 @@ def test_prepared_folder_as_transformers_reads_it(tmp_path: Path, options: dict[
     assert (first == 0) == ("adds_bos" in options)
 
 
-def test_add_bos_token_as_transformers_reads_it(tmp_path: Path) -> None:
-    """What tokenizer.json's post-processor does counts, whatever the config says beside it."""
+def test_add_bos_token_works_as_in_transformers(tmp_path: Path) -> None:
+    """The post-processor in tokenizer.json decides, not the config beside it."""
     import transformers
 
     raw = write_tokenizer(tmp_path / "raw")

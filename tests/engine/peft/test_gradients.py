@@ -1,4 +1,4 @@
-"""Gradients of mounted modules by finite differences, in float64, with tasks of every method on one stream."""
+"""Gradients of mounted modules equal finite differences in float64, with tasks of every method on one stream."""
 
 from collections.abc import Mapping, Sequence
 
@@ -50,7 +50,7 @@ AT_LINEAR: dict[str, Method] = {
 
 
 def spans_of(names: list[str], num_tokens: int = 2) -> list[TaskSpan]:
-    """Each task has `num_tokens` tokens and one of padding behind them, in segments of one token and the rest."""
+    """Return spans of `num_tokens` tokens in segments of one token and the rest, and one padding token after each."""
     positions = np.arange(num_tokens, dtype=np.int64) + 5
     starts = [i * (num_tokens + 1) for i in range(len(names))]
     lengths = (1, num_tokens - 1)
@@ -64,7 +64,7 @@ def layout_of(methods: Mapping[str, Method], num_tokens: int = 2) -> Layout:
 
 
 def attach(mounted: Mounted, methods: Mapping[str, Method]) -> list[torch.Tensor]:
-    """An adapter of each, every parameter random; they are returned."""
+    """Attach an adapter of each method, and return the parameters, all random."""
     generator, parameters = torch.Generator().manual_seed(0), list[torch.Tensor]()
     for seed, (name, method) in enumerate(methods.items()):
         sites: list[Site] = [mounted.op.site]
@@ -83,7 +83,7 @@ def attach(mounted: Mounted, methods: Mapping[str, Method]) -> list[torch.Tensor
 
 @pytest.fixture(autouse=True)
 def dora_norms_as_constants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They bear no gradient by definition (arXiv 2402.09353 section 4.3): for finite differences they stand still."""
+    """Keep them constant for finite differences: they get no gradient by definition (arXiv 2402.09353 section 4.3)."""
     compute, first_norms = dora.weight_norms, dict[int, torch.Tensor]()
 
     def constant_norms(weight_KN: torch.Tensor, tasks: Sequence[DoraParameters]) -> list[torch.Tensor]:
@@ -127,7 +127,7 @@ def test_a_norm(norm: nn.Module) -> None:
     layout = layout_of(methods)
     mounted = MountedNorm(norm, "n", 0, layout)
     parameters = attach(mounted, methods)
-    # LlamaRMSNorm computes in float32, whatever it is given: too coarse for finite differences by default
+    # LlamaRMSNorm always computes in float32: too coarse for finite differences by default
     coarse = {} if isinstance(norm, nn.LayerNorm) else dict(eps=1e-2, atol=1e-2, nondet_tol=1e-6)
     x_1TN = torch.randn(1, layout.num_tokens, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: norm(x), (x_1TN, *parameters), **coarse)

@@ -1,4 +1,4 @@
-"""Initialisation as peft's, keyed by task and operator; targets as peft reads them."""
+"""LoRA is initialised as in PEFT, by seed and operator alone; targets match as in PEFT."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ def test_initialised_as_peft_does() -> None:
             assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
 
-def test_keyed_by_seed_and_operator_alone() -> None:
+def test_initial_values_depend_on_seed_and_operator_alone() -> None:
     run, again, other = run_of(), run_of(name="b"), run_of(seed=1)
     first = {n: t for n, t in run.tensors.items() if n.endswith("lora_A")}
     assert all(torch.equal(again.tensors[n], t) for n, t in first.items())
@@ -41,7 +41,7 @@ def test_keyed_by_seed_and_operator_alone() -> None:
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_all_linear_is_what_peft_takes(architecture: str) -> None:
+def test_all_linear_matches_the_modules_of_peft(architecture: str) -> None:
     model = model_of(CONFIGS[architecture])
     operators = Backbone(copy.deepcopy(model)).operators
     peft_model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -49,7 +49,7 @@ def test_all_linear_is_what_peft_takes(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["1.mlp.up_proj"], ["self_attn.k_proj", "down_proj"]])
-def test_a_list_is_read_as_peft_reads_it(targets: list[str]) -> None:
+def test_a_list_matches_the_modules_of_peft(targets: list[str]) -> None:
     model = model_of(CONFIGS["llama"])
     operators = Backbone(copy.deepcopy(model)).operators
     peft_model = get_peft_model(model, LoraConfig(target_modules=targets))
@@ -59,15 +59,15 @@ def test_a_list_is_read_as_peft_reads_it(targets: list[str]) -> None:
 @pytest.mark.parametrize(
     "targets", [[], ["proj"], ["q_proj", "nothing"], ["all-linear", "q_proj"], ["lm_head"], ["embed_tokens"], [""]]
 )
-def test_a_target_that_takes_nothing_is_refused_by_name(targets: list[str]) -> None:
+def test_a_target_without_a_match_is_refused_by_name(targets: list[str]) -> None:
     with pytest.raises(InvalidInputError) as caught:
         run_of(targets=targets)
     assert caught.value.violations[0].field == "spec.lora.target_modules"
     assert "q_proj" in caught.value.message
 
 
-def test_a_task_is_charged_what_it_holds() -> None:
+def test_task_bytes_count_parameters_gradients_and_moments() -> None:
     run = run_of(rank=2, targets=["q_proj"])
     parameters = 2 * (2 * 32 + 32 * 2)  # two layers, A [2, 32] and B [32, 2]
     assert run.parameters_P.numel() == parameters
-    assert run.num_bytes() == 4 * 4 * parameters  # a gradient and two moments beside
+    assert run.num_bytes() == 4 * 4 * parameters  # with a gradient and two moments

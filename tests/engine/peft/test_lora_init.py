@@ -1,5 +1,6 @@
-"""LoRA started from the backbone's own factors (PiSSA, OLoRA): as numpy and PEFT factor, and trained as PEFT trains it,
-though PEFT takes the factors off its copy of the weights and we leave the shared ones as they are.
+"""LoRA that starts from the weights' factors (PiSSA, OLoRA) equals numpy's factors and PEFT's training.
+
+PEFT subtracts the factors from its copy of the weights; muxtune does not change the shared weights.
 """
 
 import copy
@@ -44,7 +45,7 @@ def test_principal_factors_are_the_truncated_decomposition(num_in: int, num_out:
     assert torch.equal(a_RK, principal_factors(weight_KN, rank, "op")[0])
 
 
-def test_a_flat_spectrum_loses_next_to_nothing() -> None:
+def test_a_flat_spectrum_is_approximated_well() -> None:
     weight_KN = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))  # no gap after the rank
     a_RK, b_NR = principal_factors(weight_KN, 8, "op")
     left_over = np.linalg.norm((weight_KN.T - b_NR @ a_RK).double().numpy()) ** 2
@@ -53,7 +54,7 @@ def test_a_flat_spectrum_loses_next_to_nothing() -> None:
 
 
 @pytest.mark.parametrize(("num_in", "num_out"), [(40, 90), (90, 40)])
-def test_orthonormal_factors_are_the_first_of_qr(num_in: int, num_out: int) -> None:
+def test_orthonormal_factors_are_the_first_columns_of_qr(num_in: int, num_out: int) -> None:
     weight_KN = weights(0.95, num_in, num_out)
     a_RK, b_NR = orthonormal_factors(weight_KN, 6)
     q, r = np.linalg.qr(weight_KN.T.double().numpy())
@@ -76,7 +77,7 @@ STARTS = {
 
 @pytest.mark.parametrize("optimizer", Optimizer)
 @pytest.mark.parametrize("name", STARTS)
-def test_it_trains_as_peft_does_on_a_backbone_it_leaves_alone(name: str, optimizer: Optimizer, tmp_path: Path) -> None:
+def test_it_trains_as_peft_and_does_not_change_the_backbone(name: str, optimizer: Optimizer, tmp_path: Path) -> None:
     options, method = STARTS[name]
     model: Any = model_of(CONFIGS["llama-tied"])
     rate = 1e-3 if optimizer is Optimizer.ADAMW else 1e-2
@@ -84,12 +85,12 @@ def test_it_trains_as_peft_does_on_a_backbone_it_leaves_alone(name: str, optimiz
     near = [task_of("b", seed=3, num_steps=20), task_of("c", seed=4, method=Prefix(3), num_steps=20)]
     executor = executor_with(model, [near[0], task, near[1]])
     before = {key: tensor.clone() for key, tensor in executor.backbone.model.state_dict().items()}
-    found = train(executor, [near[0], task, near[1]], 20)["a"]
+    results = train(executor, [near[0], task, near[1]], 20)["a"]
     assert all(torch.equal(tensor, before[key]) for key, tensor in executor.backbone.model.state_dict().items())
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], **options)
     theirs = get_peft_model(copy.deepcopy(model), config)
     losses, _ = fit(theirs, task)
-    assert [result.loss for result in found] == pytest.approx(losses, rel=1e-5)
+    assert [result.loss for result in results] == pytest.approx(losses, rel=1e-5)
     executor.export("a", tmp_path)
     ours = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
     expected = theirs(input_ids=TOKENS, use_cache=False).logits
@@ -100,16 +101,14 @@ def test_it_trains_as_peft_does_on_a_backbone_it_leaves_alone(name: str, optimiz
 
 
 @pytest.mark.parametrize("init", [LoraInit.PISSA, LoraInit.OLORA])
-def test_it_goes_on_exactly_where_the_factors_would_come_out_otherwise(
-    init: LoraInit, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_resumes_exactly_where_the_factors_would_differ(init: LoraInit, monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of("a", method=Lora(4, 8.0, ("q_proj",), init=init), num_steps=6)
     executor = executor_with(model_of(CONFIGS["llama"]), [task])
     train(executor, [task], 3)
     state = executor.checkpoint("a")
     state = CheckpointState.from_files(state.files(), state.metadata)
     expected = train(executor, [task], 6)["a"]
-    for name in ("principal_factors", "orthonormal_factors"):  # another machine's signs
+    for name in ("principal_factors", "orthonormal_factors"):  # signs as on another machine
         right = getattr(lora, name)
         monkeypatch.setattr(lora, name, lambda *args, right=right: tuple(-factor for factor in right(*args)))
     following = executor_with(model_of(CONFIGS["llama"]), [])
@@ -125,8 +124,8 @@ def test_it_goes_on_exactly_where_the_factors_would_come_out_otherwise(
         (Lora(4, 8.0, ("q_proj",), rank_pattern={"q_proj": 129}, init=LoraInit.OLORA), "init"),
     ],
 )
-def test_what_cannot_be_is_said(method: Lora, field: str) -> None:
-    assert [wrong.field for wrong in method.validate()] == [field]
+def test_an_invalid_combination_names_its_field(method: Lora, field: str) -> None:
+    assert [error.field for error in method.validate()] == [field]
 
 
 def test_a_rank_over_the_width_is_refused(tmp_path: Path) -> None:

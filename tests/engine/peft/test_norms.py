@@ -1,4 +1,4 @@
-"""Norms whose vectors tasks train: what comes of their spans is what the norm gives with the task's own vectors."""
+"""Where a task trains a norm's vectors, its span gets the norm's output with these vectors."""
 
 import copy
 from typing import Any
@@ -46,22 +46,22 @@ def test_a_span_gets_the_norm_of_its_task(kind: Any, dtype: torch.dtype, has_zer
     few_digits = kind is nn.LayerNorm and dtype is torch.bfloat16
     assert (mounted.op.gain_N is None) == (has_zero or few_digits)  # then it is run again
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "float64", torch.float32)  # tasks' parameters are
+        patch.setattr(torch, "float64", torch.float32)  # the type of tasks' parameters
         attach(mounted, methods)
     x_1TN = torch.randn(1, layout.num_tokens, WIDTH).to(dtype)
-    found = norm(x_1TN)[0].float()
+    actual = norm(x_1TN)[0].float()
     expected = exact(x_1TN.float())[0]
     for span in layout.spans:
-        own = copy.deepcopy(exact)
-        own._forward_hooks.clear()
+        task_norm = copy.deepcopy(exact)
+        task_norm._forward_hooks.clear()
         for name, vector in mounted.adapters[span.task].tensors.items():
-            getattr(own, name).copy_(vector.detach())
-        expected[span.start : span.end] = own(x_1TN.float())[0][span.start : span.end]
+            getattr(task_norm, name).copy_(vector.detach())
+        expected[span.start : span.end] = task_norm(x_1TN.float())[0][span.start : span.end]
     tolerance = 1e-5 if dtype is torch.float32 else 2e-2
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_what_a_norm_multiplies_by_is_told_by_trying_it() -> None:
+def test_the_gain_of_a_norm_is_found_by_running_it() -> None:
     for kind, offset in ((LlamaRMSNorm, 0.0), (GemmaRMSNorm, 1.0), (nn.LayerNorm, 0.0)):
         norm = norm_of(kind)
         gain_N = gain_of(norm)
@@ -69,7 +69,7 @@ def test_what_a_norm_multiplies_by_is_told_by_trying_it() -> None:
 
 
 class Squared(nn.Module):
-    """Multiplies by something else than its weight."""
+    """Multiplies by the square of its weight."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -84,5 +84,5 @@ class Gated(Squared):
         return self.weight * x * gate  # type: ignore[operator]
 
 
-def test_a_norm_that_does_otherwise_is_run_again() -> None:
+def test_a_norm_with_another_factor_has_no_gain() -> None:
     assert gain_of(norm_of(Squared)) is None and gain_of(norm_of(Gated)) is None

@@ -1,5 +1,4 @@
-"""What each method keeps for backward, counted byte by byte, is what it says it keeps:
-`Method.saved_activation_elements`."""
+"""Each method saves for backward, counted byte by byte, what `Method.saved_activation_elements` states."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -53,20 +52,20 @@ METHODS: dict[str, Method] = {
 SHARED_INPUTS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # one tensor each
 
 
-class Kept:
-    """Bytes of the storages autograd keeps, but for those that are there anyway: weights and the tasks' parameters."""
+class SavedTensors:
+    """Records the storages that autograd saves, without weights and the tasks' parameters, which exist anyway."""
 
     def __init__(self, executor: Executor) -> None:
         model, runs = executor.backbone.model, executor.tasks.values()
-        known = [*model.parameters(), *model.buffers(), *(run.parameters_P for run in runs)]
-        known += [run.parameters_P.grad for run in runs]
-        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        existing = [*model.parameters(), *model.buffers(), *(run.parameters_P for run in runs)]
+        existing += [run.parameters_P.grad for run in runs]
+        self._existing = {tensor.untyped_storage().data_ptr() for tensor in existing}
         self._storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._known:
-            self._storages[storage.data_ptr()] = storage  # held: an address is not used twice
+        if storage.data_ptr() not in self._existing:
+            self._storages[storage.data_ptr()] = storage  # holding it keeps its address unique
         return tensor
 
     @property
@@ -76,23 +75,23 @@ class Kept:
 
 @contextmanager
 def gradients_from_the_embedding_on(executor: Executor) -> Iterator[None]:
-    """So that the bare backbone keeps what it keeps below an adapter."""
+    """Let gradients start at the embedding, so that the bare backbone saves what it saves below an adapter."""
     embedding = executor.backbone.model.get_input_embeddings()
     hook = embedding.register_forward_hook(lambda module, args, y: y if y.requires_grad else y.requires_grad_())
     yield
     hook.remove()
 
 
-def kept_bytes(tasks: Sequence[TinyTask], stream: Sequence[TinyTask], from_embedding: bool = True) -> int:
-    """By one forward over the stream of tasks `stream`, of which `tasks` are resident."""
+def saved_bytes(tasks: Sequence[TinyTask], stream: Sequence[TinyTask], from_embedding: bool = True) -> int:
+    """Return the bytes that one forward over the tasks of `stream` saves, where only `tasks` are resident."""
     executor = executor_with(MODEL, tasks)
     [microbatch] = pack_round(stream, [0] * len(stream), chunk=CHUNK)
-    kept = Kept(executor)
+    saved = SavedTensors(executor)
     start = gradients_from_the_embedding_on(executor) if from_embedding else nullcontext()
-    with start, torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
+    with start, torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
         executor.backbone.layout.training = True
         executor.backbone.hidden(microbatch, frozenset(executor.tasks))
-    return kept.num_bytes
+    return saved.num_bytes
 
 
 def task(name: str, method: Method, lengths: Sequence[int] = (9, 16, 7)) -> TinyTask:
@@ -100,16 +99,18 @@ def task(name: str, method: Method, lengths: Sequence[int] = (9, 16, 7)) -> Tiny
 
 
 def stated_elements(tasks: Sequence[TinyTask], num_tokens: int) -> int:
-    """What the methods state for their own tokens, and once, for the whole stream, each input an A is trained on; but
-    what attention gives it keeps itself, unless it goes a segment at a time, as beside a prefix."""
+    """Return what the methods state for their tokens, and the whole stream's inputs of trained A matrices, once each.
+
+    Attention's output is not counted, because attention saves it itself, unless it runs by segment, as with a prefix.
+    """
     sites = executor_with(MODEL, []).backbone.sites
     by_segment = any(each.spec.method.num_prefix_tokens for each in tasks)
-    own, inputs = 0, set[tuple[str, ...]]()
+    num_elements, inputs = 0, set[tuple[str, ...]]()
     for each in tasks:
         method, lengths = each.spec.method, [len(ids) for ids, _ in each.batch(0)]
         count = sum(lengths) + len(lengths) * (method.num_virtual_tokens + method.num_prefix_tokens)
         for site in (site for site in sites if site.name in method.shapes(sites)):
-            own += (
+            num_elements += (
                 method.saved_activation_elements(site, count) // site.group_size
             )  # a CPU's attention runs by key heads
             trains_a = isinstance(method, Lora) and "lora_A" in method.shapes(sites)[site.name]
@@ -119,7 +120,7 @@ def stated_elements(tasks: Sequence[TinyTask], num_tokens: int) -> int:
                     continue
                 together = next((names for names in SHARED_INPUTS if last in names), (last,))
                 inputs.add((layer, str(site.in_features), *together))
-    return own + num_tokens * sum(int(width) for _, width, *_ in inputs)
+    return num_elements + num_tokens * sum(int(width) for _, width, *_ in inputs)
 
 
 def in_stream(tasks: Sequence[TinyTask]) -> int:
@@ -128,12 +129,15 @@ def in_stream(tasks: Sequence[TinyTask]) -> int:
 
 
 def constant_elements(tasks: Sequence[TinyTask]) -> int:
-    """Whatever the tokens: what a method holds frozen, DoRA's norms and their ratios, a norm's factor, the masks of a
-    prefix's segments (for all layers once, and for all segments of a length)."""
+    """Return the elements that do not depend on the number of tokens.
+
+    They are frozen tensors, DoRA's norms and ratios, norms' factors, and the masks of a prefix's segments (once for all
+    layers, and once for all segments of a length).
+    """
     sites, total, masks = executor_with(MODEL, []).backbone.sites, 0, set[tuple[int, int]]()
     for each in tasks:
         method = each.spec.method
-        started = isinstance(method, Lora) and method.starts_from_weights  # joined with as much that is trained
+        started = isinstance(method, Lora) and method.starts_from_weights  # concatenated with as many trained elements
         total += method.num_frozen_elements(sites) * (2 if started else 1)
         if isinstance(method, Lora) and method.use_dora:
             shapes = method.shapes(sites)
@@ -149,50 +153,50 @@ NEIGHBOUR = task("b", Lora(1, 1.0, ALL), (5, 11))
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_keeps_what_it_states(name: str) -> None:
-    """Beside a task that is not resident: of the stream only its own tokens count."""
-    own = task("a", METHODS[name])
-    stream = [own, NEIGHBOUR]
-    found = kept_bytes([own], stream) - kept_bytes([], stream)
-    assert found == 4 * (stated_elements([own], in_stream(stream)) + constant_elements([own]))
+def test_a_method_saves_what_it_states(name: str) -> None:
+    """Only its own tokens count: the other task of the stream is not resident."""
+    single = task("a", METHODS[name])
+    stream = [single, NEIGHBOUR]
+    actual = saved_bytes([single], stream) - saved_bytes([], stream)
+    assert actual == 4 * (stated_elements([single], in_stream(stream)) + constant_elements([single]))
 
 
 @settings(max_examples=examples(15), deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(sorted(METHODS)), min_size=2, max_size=6), st.data())
-def test_a_mixture_keeps_what_its_methods_state(names: list[str], data: st.DataObject) -> None:
+def test_a_mixture_saves_what_its_methods_state(names: list[str], data: st.DataObject) -> None:
     lengths = st.lists(st.integers(2, 24), min_size=1, max_size=4)
     tasks = [task(f"{i}-{name}", METHODS[name], data.draw(lengths)) for i, name in enumerate(names)]
     stream = [*tasks, NEIGHBOUR]
-    found = kept_bytes(tasks, stream) - kept_bytes([], stream)
-    assert found == 4 * (stated_elements(tasks, in_stream(stream)) + constant_elements(tasks))
+    actual = saved_bytes(tasks, stream) - saved_bytes([], stream)
+    assert actual == 4 * (stated_elements(tasks, in_stream(stream)) + constant_elements(tasks))
 
 
-def test_the_bare_backbone_keeps_no_operators_input() -> None:
-    """With gradients that flow through all of it: what its norms, attentions and activations need, and no more."""
+def test_the_bare_backbone_saves_no_input_of_an_operator() -> None:
+    """With gradients through all of it, it saves only what norms, attentions and activations need."""
     config, tokens = CONFIGS["llama-tied"], in_stream([NEIGHBOUR])
     width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     by_norm = width + 1  # its input, a row's root mean square
     key_width = width // heads * config.num_key_value_heads
-    by_attention = 2 * (width + key_width) + heads  # rotated queries, keys and values, what it gives, normalisers
+    by_attention = 2 * (width + key_width) + heads  # rotated queries, keys and values, its output, normalisers
     by_activation = 3 * inner  # gate, its activation, up
     by_layer = 2 * by_norm + by_attention + by_activation
-    rotation = 2 * width // heads  # cosines and sines, kept once
-    assert kept_bytes([], [NEIGHBOUR]) == 4 * tokens * (config.num_hidden_layers * by_layer + by_norm + rotation)
+    rotation = 2 * width // heads  # cosines and sines, saved once
+    assert saved_bytes([], [NEIGHBOUR]) == 4 * tokens * (config.num_hidden_layers * by_layer + by_norm + rotation)
 
 
-def test_nothing_is_kept_below_the_first_adapter() -> None:
-    own = task("a", Lora(3, 8.0, ("layers.1.mlp.down_proj",)))
-    config, tokens = CONFIGS["llama-tied"], in_stream([own])
+def test_nothing_is_saved_below_the_first_adapter() -> None:
+    single = task("a", Lora(3, 8.0, ("layers.1.mlp.down_proj",)))
+    config, tokens = CONFIGS["llama-tied"], in_stream([single])
     last_norm = config.hidden_size + 1
-    expected = tokens * (config.intermediate_size + last_norm) + 3 * sum(len(ids) for ids, _ in own.batch(0))
-    assert kept_bytes([own], [own], from_embedding=False) == 4 * expected
+    expected = tokens * (config.intermediate_size + last_norm) + 3 * sum(len(ids) for ids, _ in single.batch(0))
+    assert saved_bytes([single], [single], from_embedding=False) == 4 * expected
 
 
-def test_a_frozen_operator_keeps_nothing() -> None:
+def test_a_frozen_operator_saves_nothing() -> None:
     executor = executor_with(MODEL, [])
-    kept, operator = Kept(executor), executor.backbone.operators["model.layers.0.mlp.up_proj"]
+    saved, operator = SavedTensors(executor), executor.backbone.operators["model.layers.0.mlp.up_proj"]
     x = torch.randn(1, 8, 32, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
         y = operator(x)
     y.sum().backward()
-    assert x.grad is not None and operator.weight.grad is None and kept.num_bytes == 0
+    assert x.grad is not None and operator.weight.grad is None and saved.num_bytes == 0

@@ -1,4 +1,4 @@
-"""Operators that read the same tensor: which ones are found, and that computing them together changes no result."""
+"""Operators that read the same tensor are found, and computing them together changes no result."""
 
 import copy
 import gc
@@ -36,8 +36,8 @@ METHODS: dict[str, Method] = {
 }
 
 
-class Three:
-    """q, k and v of one input of 5 columns, with adapters of these methods, two tokens each and one of padding."""
+class ThreeOperators:
+    """The operators q, k and v on one input of 5 columns; each method's task has two tokens and one of padding."""
 
     def __init__(self, methods: Mapping[str, Method]) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -67,13 +67,13 @@ class Three:
             self.mounted[name].adapters[task] = adapter
 
     def call(self, names: tuple[str, ...], x: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Each alone, but within `sharing`."""
+        """Return each operator's output; outside of `sharing` each computes alone."""
         return [self.mounted[name](self.x if x is None else x) for name in names]
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many operators each common node had."""
+def group_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record the number of operators of each common node."""
     sizes: list[int] = []
 
     def count(x: torch.Tensor, operators: list[Operator]) -> tuple[torch.Tensor, ...]:
@@ -84,22 +84,22 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def assert_equal(three: Three, found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    torch.testing.assert_close(found, expected)
+def assert_equal(three: ThreeOperators, actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    torch.testing.assert_close(actual, expected)
     leaves = [three.x, *three.parameters]
     grads = [
-        torch.autograd.grad(sum(y.square().sum() for y in ys), leaves, allow_unused=True) for ys in (found, expected)
+        torch.autograd.grad(sum(y.square().sum() for y in ys), leaves, allow_unused=True) for ys in (actual, expected)
     ]
     torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(NAMES)), ids="".join)
-def test_together_is_as_alone_in_any_order(order: tuple[str, ...], counted: list[int]) -> None:
-    three = Three(METHODS)
+def test_computing_together_gives_the_same_in_any_order(order: tuple[str, ...], group_sizes: list[int]) -> None:
+    three = ThreeOperators(METHODS)
     with sharing(three.groups):
-        found = three.call(order)
-    assert counted == [3]
-    assert_equal(three, found, three.call(order))
+        actual = three.call(order)
+    assert group_sizes == [3]
+    assert_equal(three, actual, three.call(order))
 
 
 ODD_CALLS: dict[str, tuple[str, ...]] = {"one": ("k",), "twice": ("q", "q", "k", "v", "v"), "two": ("v", "q")}
@@ -107,10 +107,10 @@ ODD_CALLS: dict[str, tuple[str, ...]] = {"one": ("k",), "twice": ("q", "q", "k",
 
 @pytest.mark.parametrize("names", ODD_CALLS.values(), ids=ODD_CALLS)
 def test_calls_that_the_probe_did_not_see(names: tuple[str, ...]) -> None:
-    three = Three(METHODS)
+    three = ThreeOperators(METHODS)
     with sharing(three.groups):
-        found = three.call(names)
-    assert_equal(three, found, three.call(names))
+        actual = three.call(names)
+    assert_equal(three, actual, three.call(names))
 
 
 def another(x: torch.Tensor) -> torch.Tensor:
@@ -122,62 +122,62 @@ def a_view(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("change", [another, a_view])
-def test_another_tensor_is_computed_for_itself(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    three = Three(METHODS)
+def test_another_tensor_is_computed_separately(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    three = ThreeOperators(METHODS)
     with sharing(three.groups):
-        found = [*three.call(("q",)), *three.call(("k", "v"), change(three.x))]
-    assert_equal(three, found, [*three.call(("q",)), *three.call(("k", "v"), change(three.x))])
+        actual = [*three.call(("q",)), *three.call(("k", "v"), change(three.x))]
+    assert_equal(three, actual, [*three.call(("q",)), *three.call(("k", "v"), change(three.x))])
 
 
-def test_a_tensor_written_to_in_between_is_computed_anew() -> None:
-    three, frozen = Three({}), torch.randn(1, 1, 5, dtype=torch.float64)
+def test_a_tensor_written_to_between_calls_is_computed_again() -> None:
+    three, frozen = ThreeOperators({}), torch.randn(1, 1, 5, dtype=torch.float64)
     three.x = frozen.clone()
     with sharing(three.groups):
         three.call(("q",))
         three.x.add_(1)
-        found = three.call(("k",))
-    torch.testing.assert_close(found, three.call(("k",), frozen + 1))
+        actual = three.call(("k",))
+    torch.testing.assert_close(actual, three.call(("k",), frozen + 1))
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_change_of_gradient_mode_in_between(first: bool) -> None:
-    three = Three(METHODS)
+def test_a_change_of_gradient_mode_between_calls(first: bool) -> None:
+    three = ThreeOperators(METHODS)
     with sharing(three.groups):
         with torch.set_grad_enabled(first):
             three.call(("q",))
         with torch.set_grad_enabled(not first):
-            [found] = three.call(("k",))
-    assert found.requires_grad is not first
+            [actual] = three.call(("k",))
+    assert actual.requires_grad is not first
 
 
 def test_inference_mode() -> None:
-    three = Three(METHODS)
+    three = ThreeOperators(METHODS)
     with torch.inference_mode(), sharing(three.groups):
         x = three.x.clone()
-        found = three.call(NAMES, x)
-    torch.testing.assert_close([y.clone() for y in found], [y.detach() for y in three.call(NAMES)])
+        actual = three.call(NAMES, x)
+    torch.testing.assert_close([y.clone() for y in actual], [y.detach() for y in three.call(NAMES)])
 
 
-def test_an_input_that_a_task_rewrites_is_computed_alone(counted: list[int]) -> None:
-    three = Three({**METHODS, "inputs": Ia3(ALL, ("k",))})
+def test_an_input_that_a_task_rewrites_is_computed_alone(group_sizes: list[int]) -> None:
+    three = ThreeOperators({**METHODS, "inputs": Ia3(ALL, ("k",))})
     with sharing(three.groups):
-        found = three.call(NAMES)
-    assert counted == []
-    assert_equal(three, found, three.call(NAMES))
+        actual = three.call(NAMES)
+    assert group_sizes == []
+    assert_equal(three, actual, three.call(NAMES))
 
 
-def test_what_needs_no_gradient_gets_none(counted: list[int]) -> None:
-    three = Three({"a": Lora(2, 4.0, ("q", "v"))})
+def test_operators_without_gradient_save_nothing(group_sizes: list[int]) -> None:
+    three = ThreeOperators({"a": Lora(2, 4.0, ("q", "v"))})
     x = three.x.detach()
     with sharing(three.groups):
         q, k, v = three.call(NAMES, x)
-    assert (q.requires_grad, k.requires_grad, v.requires_grad) == (True, False, True) and counted == [2]
+    assert (q.requires_grad, k.requires_grad, v.requires_grad) == (True, False, True) and group_sizes == [2]
     torch.testing.assert_close([q, k, v], three.call(NAMES, x))
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_nothing_is_held_beyond_the_forward_pass(fails: bool) -> None:
-    three = Three(METHODS)
+def test_nothing_is_held_after_the_forward_pass(fails: bool) -> None:
+    three = ThreeOperators(METHODS)
     x = torch.randn(1, three.layout.num_tokens, 5, dtype=torch.float64)
     held = weakref.ref(x)
     try:
@@ -193,18 +193,18 @@ def test_nothing_is_held_beyond_the_forward_pass(fails: bool) -> None:
 
 
 def test_a_backward_through_one_of_them_alone() -> None:
-    three = Three(METHODS)
+    three = ThreeOperators(METHODS)
     with sharing(three.groups):
-        found = three.call(NAMES)
-    assert_equal(three, found[1:2], three.call(NAMES)[1:2])
+        actual = three.call(NAMES)
+    assert_equal(three, actual[1:2], three.call(NAMES)[1:2])
 
 
 # --- whole backbones -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_groups_are_what_reads_the_same_tensor(architecture: str) -> None:
-    """By the plain model: two operators of a group get one tensor, and no two operators outside of one do."""
+def test_groups_are_the_operators_that_read_the_same_tensor(architecture: str) -> None:
+    """In the plain model, two operators of a group read one tensor, and no two others do."""
     model = model_of(CONFIGS[architecture])
     backbone = Backbone(copy.deepcopy(model))
     of = {id(member): n for n, group in enumerate(backbone.shared_inputs) for member in group._members}
@@ -229,7 +229,9 @@ def test_an_operator_called_twice_is_in_no_group() -> None:
 
 @pytest.mark.parametrize("kind", list(MicrobatchKind))
 @pytest.mark.parametrize("architecture", ["llama-tied", "qwen3", "gemma3", "opt", "phi3", "gpt2"])
-def test_a_step_is_as_without_groups(architecture: str, kind: MicrobatchKind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_equals_one_without_groups(
+    architecture: str, kind: MicrobatchKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tasks = [
         task_of("a", seed=1, dropout=0.2),
         task_of("b", seed=2, rank=9, targets=["q_proj"] if architecture not in ("phi3", "gpt2") else ["all-linear"]),
