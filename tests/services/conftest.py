@@ -1,4 +1,4 @@
-"""A server behind our gate with a channel of the mesh, and the spans that were made."""
+"""Fixtures: a server with the interceptor, a channel of the mesh, and the spans that they record."""
 
 import asyncio
 import threading
@@ -20,7 +20,7 @@ SECRET = "mesh_of-the-test"
 
 
 class SpanLog(SpanProcessor):
-    """Every ended span, in order; `wait_for` blocks until one of a name and kind has ended."""
+    """Records every ended span, in order; `wait_for` blocks until one with a name and kind has ended."""
 
     def __init__(self) -> None:
         self._spans: list[ReadableSpan] = []
@@ -44,11 +44,11 @@ class SpanLog(SpanProcessor):
             return self.find(name, kind)[-1]
 
     async def ended(self, name: str, kind: SpanKind, count: int = 1) -> ReadableSpan:
-        """`wait_for` without stopping the loop that the server runs in."""
+        """Call `wait_for` without blocking the event loop that the server runs in."""
         return await asyncio.to_thread(self.wait_for, name, kind, count)
 
     async def both(self, method: str) -> tuple[ReadableSpan, ReadableSpan]:
-        """The client's and the server's span of the only call of `method`."""
+        """Return the client's and the server's span of the only call of `method`."""
         client, server = await self.ended(method, SpanKind.CLIENT), await self.ended(method, SpanKind.SERVER)
         assert len(self.find(method, SpanKind.CLIENT)) == len(self.find(method, SpanKind.SERVER)) == 1
         assert server.parent.span_id == client.context.span_id
@@ -64,7 +64,7 @@ class SpanLog(SpanProcessor):
 
 
 class Endless:
-    """Servicer methods that never end by themselves, and say when they did."""
+    """Servicer methods that end by cancellation only; events say when they began and ended."""
 
     def __init__(self) -> None:
         self.began, self.ended = asyncio.Event(), asyncio.Event()
@@ -85,7 +85,7 @@ class Endless:
             self.ended.set()
 
     async def flood(self, request, context):
-        """Blocked by flow control at a `yield` most of the time."""
+        """Stream without end; flow control blocks it at a `yield` most of the time."""
         self.began.set()
         try:
             while True:
@@ -101,7 +101,7 @@ def endless() -> Endless:
 
 @pytest.fixture(scope="session")
 def span_log() -> SpanLog:
-    """The process has one tracer provider for its life, whoever sets it first."""
+    """Record the spans of the process's one tracer provider, which can be set only once."""
     if not isinstance(trace.get_tracer_provider(), TracerProvider):
         trace.set_tracer_provider(TracerProvider())
     log = SpanLog()
@@ -117,7 +117,7 @@ def spans(span_log: SpanLog) -> Iterator[SpanLog]:
 
 
 class Mesh:
-    """A gated server whose servicers are the test's, and clients of it."""
+    """A server with the interceptor and the test's servicers, and clients of it."""
 
     secret = SECRET
 
@@ -139,7 +139,7 @@ StartMesh = Callable[..., Awaitable[Mesh]]
 
 @pytest.fixture
 async def start_mesh() -> AsyncIterator[StartMesh]:
-    """Starts a server with the given methods in place of AdmissionService's and ExecutionService's own."""
+    """Return a function that starts a server with some methods of AdmissionService and ExecutionService replaced."""
     async with AsyncExitStack() as stack:
 
         async def start(options: tuple[tuple[str, int], ...] = (), **methods: object) -> Mesh:

@@ -1,5 +1,4 @@
-"""A tracing backend that is down changes no call, and holds neither memory nor threads: nothing listens where it
-should be, or it takes what comes and never answers."""
+"""A tracing backend that is down, or that never answers, delays no call and costs no memory and no threads."""
 
 import gc
 import logging
@@ -42,7 +41,7 @@ def accepts_and_is_silent() -> Iterator[str]:
 
 @contextmanager
 def never_answers() -> Iterator[str]:
-    """Speaks gRPC, takes a batch, and answers when the block ends."""
+    """Serve a backend that accepts batches and answers when the block ends."""
     may_answer = threading.Event()
 
     class Stuck(trace_service_pb2_grpc.TraceServiceServicer):
@@ -66,7 +65,7 @@ every_way = pytest.mark.parametrize("away", [nothing_listens, accepts_and_is_sil
 
 @pytest.fixture
 def own_providers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process's global ones stay the test run's."""
+    """Keep the test run's global providers."""
     monkeypatch.setattr("opentelemetry.trace.set_tracer_provider", lambda provider: None)
     monkeypatch.setattr("opentelemetry.metrics.set_meter_provider", lambda provider: None)
     monkeypatch.setattr("services.telemetry._configure_logs", lambda name, level: None)
@@ -80,7 +79,7 @@ async def test_every_call_is_answered_while_the_first_batch_waits(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A call that waited for the exporter would wait for good where the backend never answers."""
+    """A call that waited for the exporter would wait forever for a backend that never answers."""
     others = set(threading.enumerate())
     with away() as endpoint:
         exporting = configure("admission", ServerSettings(mesh_secret="s", otlp_endpoint=endpoint))
@@ -119,7 +118,7 @@ def live_threads() -> int:
 def test_a_command_waits_for_nobody_long(
     away: Away, own_providers: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It sends its spans before it ends, as it has no other time to."""
+    """A command exports its spans before it ends, within a few seconds."""
     with away() as endpoint:
         monkeypatch.setenv("MUXTUNE_OTLP_ENDPOINT", endpoint)
         with traced(tmp_path) as provider:

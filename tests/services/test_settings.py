@@ -1,4 +1,4 @@
-"""Settings come from the environment, whole or with a sentence that names all that is wrong."""
+"""Settings are read from the environment; an error names every missing or invalid variable."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_defaults() -> None:
 
 
 def test_every_type_reads() -> None:
-    given = {
+    variables = {
         "MUXTUNE_READY_FILE": "/tmp/ready.json",
         "MUXTUNE_LEASE_SECONDS": "2.5",
         "MUXTUNE_IS_FAST": "true",
@@ -35,16 +35,16 @@ def test_every_type_reads() -> None:
         "MUXTUNE_PROMETHEUS_PORT": "",
         "UNRELATED": "x",
     }
-    settings = from_environment(Settings, {**REQUIRED, **given})
+    settings = from_environment(Settings, {**REQUIRED, **variables})
     assert settings.ready_file == Path("/tmp/ready.json")
     assert (settings.lease_seconds, settings.is_fast, settings.max_bytes) == (2.5, True, 1024)
     assert settings.prometheus_port is None
 
 
 def test_all_that_is_wrong_is_named() -> None:
-    wrong = {"MUXTUNE_MESH_SECRET": "s", "MUXTUNE_LEASE_SECONDS": "soon", "MUXTUNE_IS_FAST": "maybe"}
+    invalid = {"MUXTUNE_MESH_SECRET": "s", "MUXTUNE_LEASE_SECONDS": "soon", "MUXTUNE_IS_FAST": "maybe"}
     with pytest.raises(SettingsError) as caught:
-        from_environment(Settings, wrong)
+        from_environment(Settings, invalid)
     for part in ("MUXTUNE_DATABASE_URL is not set", "MUXTUNE_LEASE_SECONDS", "soon", "MUXTUNE_IS_FAST", "maybe"):
         assert part in str(caught.value)
 

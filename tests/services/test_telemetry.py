@@ -37,7 +37,7 @@ TASK = "tenants/a/tasks/b"
 
 @pytest.fixture(autouse=True)
 def own_providers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`configure` returns its providers; the process's global ones and its logs stay the test run's."""
+    """Keep the test run's global providers and logs; `configure` returns its providers."""
     monkeypatch.setattr("opentelemetry.trace.set_tracer_provider", lambda provider: None)
     monkeypatch.setattr("opentelemetry.metrics.set_meter_provider", lambda provider: None)
     monkeypatch.setattr("services.telemetry._configure_logs", lambda name, level: None)
@@ -113,7 +113,7 @@ def test_a_log_level_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer, metrics_service_pb2_grpc.MetricsServiceServicer):
-    """An OTLP receiver. Both services name their method Export: told apart by the request."""
+    """An OTLP receiver. Both services have a method Export; the request tells which one was called."""
 
     def __init__(self) -> None:
         self.spans, self.metrics = [], []
@@ -181,7 +181,7 @@ telemetry.shutdown()
 
 
 def read_otlp_json(line: str) -> trace_service_pb2.ExportTraceServiceRequest:
-    """By protobuf's own parser, which wants base64 where OTLP's JSON has hex."""
+    """Read with protobuf's parser, which expects base64 where OTLP's JSON has hexadecimal ids."""
 
     def with_base64(value):
         if isinstance(value, dict):
@@ -210,7 +210,7 @@ def test_processes_share_a_trace_file(tmp_path: Path) -> None:
 
 
 def test_a_file_holds_what_a_collector_would_get(tmp_path: Path) -> None:
-    """Against OpenTelemetry's own encoder: attributes of every kind, events, links, remote parents, two scopes."""
+    """Compare with OpenTelemetry's encoder: attributes of every kind, events, links, remote parents, two scopes."""
     kept = InMemorySpanExporter()
     provider = TracerProvider(resource=Resource({"service.name": "x", "ids": (1, 2)}))
     provider.add_span_processor(SimpleSpanProcessor(kept))
@@ -250,7 +250,7 @@ def test_a_file_holds_what_a_collector_would_get(tmp_path: Path) -> None:
 
 
 def spans_by_id(request: trace_service_pb2.ExportTraceServiceRequest) -> dict[bytes, tuple[str, str, str]]:
-    """Each span's text with those of its resource and scope."""
+    """Return each span with its resource and scope, by id."""
     return {
         span.span_id: (str(resource.resource), str(scope.scope), str(span))
         for resource in request.resource_spans

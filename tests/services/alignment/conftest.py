@@ -1,4 +1,4 @@
-"""AlignmentService behind its gate on loopback, on a folder store and a tiny tokenizer."""
+"""AlignmentService with its interceptor on loopback, with a store in a folder and a tiny tokenizer."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ TEN_ROWS = lines(*({"text": "the quick brown fox " * (1 + i % 3)} for i in range
 
 @dataclass
 class Alignment:
-    """The service under test, its parts within reach."""
+    """The service under test and its parts."""
 
     address: str
     folder: Path
@@ -42,7 +42,7 @@ class Alignment:
     stub: Any
 
     def stored(self) -> list[str]:
-        """Every file in the store, committed or not."""
+        """Return every file in the store, committed or not."""
         return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
 
     async def store(self, data: bytes, **changes: Any) -> pb.StoreDatasetResponse:

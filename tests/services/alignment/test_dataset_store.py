@@ -1,4 +1,4 @@
-"""Datasets in: whole and checked, or not at all."""
+"""Datasets are stored whole and checked, or not at all."""
 
 import asyncio
 import hashlib
@@ -192,7 +192,7 @@ async def test_inspection_reports_what_a_task_would_read(alignment: Alignment) -
 
 
 async def test_special_tokens_stay_text_unless_the_task_says_otherwise(alignment: Alignment) -> None:
-    """Both ways of the same bytes, one after the other: neither is answered with what was kept of the other."""
+    """The same bytes are tokenized both ways: neither result comes from the other's cache entry."""
     stored = await alignment.store(lines({"text": "a<|im_end|>b"}, {"text": "hello"}))
     for parses, num_warned, num_tokens in ((False, 1, 13), (True, 0, 4), (False, 1, 13)):  # text: a token a letter
         request = _inspect(stored.sha256)

@@ -1,4 +1,4 @@
-"""Datasets made to break the reader: refused by line, never quoted, in bounded memory and work."""
+"""Hostile datasets are refused by line number, never quoted, with bounded memory and work."""
 
 import hashlib
 import json
@@ -177,7 +177,7 @@ def test_a_tenant_is_no_way_out_of_its_folder(datasets: DatasetStore, tmp_path: 
 
 
 def test_a_link_in_the_store_leads_nowhere(tmp_path: Path) -> None:
-    """Nobody but an operator can put one there; if it is, what lies behind it is not the tenant's."""
+    """Only an operator can make a link there; the store does not follow it out of its folder."""
     (tmp_path / "secret").write_bytes(b"secret")
     store = ArtifactStore.open(str(tmp_path / "store"))
     (tmp_path / "store" / "tenants").mkdir()

@@ -1,4 +1,4 @@
-"""Microbatches out: what the engine packs, no further ahead than they are read, with the event loop alive."""
+"""Streams send the microbatches that the engine packs, not far ahead of the reader, without blocking the event loop."""
 
 import asyncio
 import itertools
@@ -135,7 +135,7 @@ async def test_counts_that_differ_from_the_datasets_are_refused(alignment: Align
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Microbatch]:
-    """Every microbatch the service has made, whether sent or not."""
+    """Collects every microbatch that the service makes, sent or not."""
     made: list[Microbatch] = []
 
     def counted(*arguments: Any) -> Any:
@@ -148,7 +148,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Microbatch]:
 
 
 async def test_never_far_ahead_of_its_reader(alignment: Alignment, made: list[Microbatch]) -> None:
-    """20,000 steps of about 100 KiB each: without backpressure they would be made in seconds, and never end."""
+    """Without backpressure the 20,000 steps of about 100 KiB each would be packed at once."""
     rows = lines(*({"text": "the quick brown fox " * 250} for _ in range(16)))
     sha256 = (await alignment.store(rows)).sha256
     member = _member(
@@ -278,7 +278,7 @@ async def process(tmp_path: Path) -> AsyncIterator[tuple[asyncio.subprocess.Proc
 async def test_healthy_while_it_tokenizes_and_stops_at_sigterm(
     process: tuple[asyncio.subprocess.Process, str],
 ) -> None:
-    """The event loop answers while a thread tokenizes for seconds; SIGTERM in the middle of it exits 0, soon."""
+    """Health answers while a thread tokenizes for seconds; SIGTERM meanwhile exits with 0, soon."""
     running, address = process
     rows = lines(*({"text": "the quick brown fox " * 40 + str(i)} for i in range(40_000)))
     async with open_channel(address, SECRET) as channel, grpc.aio.insecure_channel(address) as plain:

@@ -1,4 +1,4 @@
-"""Who computes, and when: whatever one tenant brings, others go on."""
+"""Tenants share computation fairly: no tenant's load stops the others."""
 
 import asyncio
 import itertools
@@ -23,74 +23,74 @@ HOG = "tenants/hog"
 
 @given(
     jobs=st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 5)), min_size=1, max_size=8),
-    num_at_once=st.integers(1, 3),
+    num_slots=st.integers(1, 3),
 )
 @settings(max_examples=examples(50), deadline=None)
-def test_few_at_once_and_no_two_of_one_tenant(jobs: list[tuple[str, int]], num_at_once: int) -> None:
-    turns, having, most = FairQueue(num_at_once, slice_seconds=0), Counter[str](), [0]
+def test_few_at_once_and_no_two_of_one_tenant(jobs: list[tuple[str, int]], num_slots: int) -> None:
+    queue, running, most = FairQueue(num_slots, slice_seconds=0), Counter[str](), [0]
     lock, done = threading.Lock(), list[str]()
 
     def work(tenant: str, num_slices: int) -> None:
-        with turns.slot(tenant) as turn:
+        with queue.slot(tenant) as slot:
             for _ in range(num_slices):
                 with lock:
-                    having[tenant] += 1
-                    most[0] = max(most[0], having.total())
-                    assert having[tenant] == 1
+                    running[tenant] += 1
+                    most[0] = max(most[0], running.total())
+                    assert running[tenant] == 1
                 threading.Event().wait(0.0001)
                 with lock:
-                    having[tenant] -= 1
-                turn.yield_to_waiting()
+                    running[tenant] -= 1
+                slot.yield_to_waiting()
         done.append(tenant)
 
     with ThreadPoolExecutor(len(jobs)) as threads:
         for future in [threads.submit(work, *job) for job in jobs]:
             future.result()
-    assert most[0] <= num_at_once and len(done) == len(jobs)
-    assert not turns.has_waiting and not turns._running
+    assert most[0] <= num_slots and len(done) == len(jobs)
+    assert not queue.has_waiting and not queue._running
 
 
 def test_a_tenant_with_many_jobs_gets_every_other_turn() -> None:
-    turns, order, ready = FairQueue(num_slots=1, slice_seconds=0), list[str](), threading.Barrier(6)
+    queue, order, ready = FairQueue(num_slots=1, slice_seconds=0), list[str](), threading.Barrier(6)
 
     def work(tenant: str) -> None:
         ready.wait()
-        with turns.slot(tenant) as turn:
+        with queue.slot(tenant) as slot:
             for _ in range(20):
                 order.append(tenant)
-                turn.yield_to_waiting()
+                slot.yield_to_waiting()
 
-    turns.acquire("first")  # until all of them wait
+    queue.acquire("first")  # until all of them wait
     with ThreadPoolExecutor(6) as threads:
         futures = [threads.submit(work, tenant) for tenant in (*["many"] * 4, "one", "other")]
-        while sum(map(len, turns._waiting.values())) < 6:
+        while sum(map(len, queue._waiting.values())) < 6:
             threading.Event().wait(0.001)
-        turns.release("first")
+        queue.release("first")
         for future in futures:
             future.result()
     together = order[: max(i for i, tenant in enumerate(order) if tenant == "one")]
     gaps = [len(list(group)) for tenant, group in itertools.groupby(together, lambda t: t == "one") if not tenant]
-    assert max(gaps) == 2, "between two of its turns each other tenant has one"
+    assert max(gaps) == 2, "between two of its queue each other tenant has one"
     assert Counter(order) == {"many": 80, "one": 20, "other": 20}
 
 
 def test_a_turn_lasts_while_nobody_waits_and_time_spent_waiting_is_not_counted() -> None:
     now = iter(range(0, 1000, 10))
-    turns = FairQueue(num_slots=1, slice_seconds=15, monotonic=lambda: float(next(now)))
-    with turns.slot("a") as turn:  # at 0
-        assert [turn.yield_to_waiting() for _ in range(3)] == [10, 20, 30]
-        other = threading.Thread(target=lambda: (turns.acquire("b"), turns.release("b")))
+    queue = FairQueue(num_slots=1, slice_seconds=15, monotonic=lambda: float(next(now)))
+    with queue.slot("a") as slot:  # at 0
+        assert [slot.yield_to_waiting() for _ in range(3)] == [10, 20, 30]
+        other = threading.Thread(target=lambda: (queue.acquire("b"), queue.release("b")))
         other.start()
-        while not turns.has_waiting:
+        while not queue.has_waiting:
             threading.Event().wait(0.001)
-        assert turn.yield_to_waiting() == 40  # handed on, and back at 50
+        assert slot.yield_to_waiting() == 40  # handed on, and back at 50
         other.join()
-        assert turn.yield_to_waiting() == 40 + 10
+        assert slot.yield_to_waiting() == 40 + 10
 
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Every batch of the hog's stands still in the tokenizer until `held` is set: work that never ends."""
+    """Block the hog's batches in the tokenizer until `held` is set, as work that does not end."""
     held, encode = threading.Event(), BackboneTokenizer.encode
 
     def encode_later(self: BackboneTokenizer, pieces: list[TextPiece]) -> EncodedPieces:
@@ -105,21 +105,21 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def arrived(alignment: Alignment, monkeypatch: pytest.MonkeyPatch) -> asyncio.Queue[str]:
-    """The tenant of every call that has come to the line for long work."""
+    """Collect the tenant of every call that requests long work."""
     arrived, run_long = asyncio.Queue[str](), alignment.servicer._threads.run_long
 
-    async def noted(tenant: str, *arguments: Any) -> Any:
+    async def record_and_run(tenant: str, *arguments: Any) -> Any:
         arrived.put_nowait(tenant)
         return await run_long(tenant, *arguments)
 
-    monkeypatch.setattr(alignment.servicer._threads, "run_long", noted)
+    monkeypatch.setattr(alignment.servicer._threads, "run_long", record_and_run)
     return arrived
 
 
 async def test_who_inspects_without_end_keeps_nobody_from_datasets_and_streams(
     alignment: Alignment, held: threading.Event, arrived: asyncio.Queue[str]
 ) -> None:
-    """A hundred datasets of one tenant are under work at once, as are calls that it has left; another's are read."""
+    """While one tenant has a hundred datasets in progress, cancelled calls included, another tenant's are served."""
     sha256 = (await alignment.store(lines({"text": "oink oink"}), tenant=HOG)).sha256
 
     def hog(limit: int) -> Any:

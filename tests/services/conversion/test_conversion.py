@@ -1,4 +1,4 @@
-"""Proto and dataclass say the same; what has the wrong form is refused, all of it at once."""
+"""Protos and dataclasses convert to each other without loss; all invalid fields are named at once."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What the gate tells the audit log, and when: before the caller knows, and though the caller has left."""
+"""The interceptor writes audit entries before the caller gets its answer, and even if the caller cancels."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -22,7 +22,7 @@ NAME = "tenants/a/tasks/t"
 
 @dataclass
 class Log:
-    """Takes an entry when it is let."""
+    """An audit log that blocks each entry until `may_write` is set."""
 
     entries: list[AuditEntry] = field(default_factory=list)
     asked: asyncio.Event = field(default_factory=asyncio.Event)

@@ -1,4 +1,4 @@
-"""Who gets in, seen over the wire; before anything of the request is looked at."""
+"""Authentication over the wire, before the request is read."""
 
 import asyncio
 
@@ -74,7 +74,7 @@ async def test_streams_are_gated_too(start_mesh) -> None:
 
 
 async def test_a_stream_ends_when_its_key_does(monkeypatch) -> None:
-    """Revoked while it is open: nothing more is written once the proof is due again."""
+    """The key is revoked while the stream is open: the next authentication ends it."""
     monkeypatch.setattr(interceptor, "_REAUTHENTICATE_SECONDS", 0.0)
     revoked, sent = asyncio.Event(), asyncio.Event()
 

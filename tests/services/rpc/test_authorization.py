@@ -1,4 +1,4 @@
-"""One table decides who may call what; an RPC that is not in it is refused."""
+"""One table decides which roles may call which RPC; an RPC that is not in it is refused."""
 
 import importlib
 import pkgutil
@@ -18,7 +18,7 @@ READING = ("Get", "List", "Watch", "Estimate", "Preflight", "Download")
 
 
 def methods() -> Iterator[MethodDescriptor]:
-    """Every RPC of every proto there is, health and reflection included."""
+    """Return every RPC of every proto, with health and reflection."""
     modules = [health_pb2, reflection_pb2]
     for found in pkgutil.iter_modules(muxtune.v1.__path__, "muxtune.v1."):
         if found.name.endswith("_pb2"):
@@ -38,7 +38,7 @@ def test_every_rpc_is_in_the_table_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("method", NAMES)
 def test_the_kinds_of_callers_do_not_mix(method: str) -> None:
-    """Clients call AdmissionService alone, and nobody else does; only health and reflection are anyone's."""
+    """Only clients call AdmissionService, and nothing else; only health and reflection are public."""
     roles, service = rule_for(method).roles, method.split("/")[1]
     assert roles
     assert bool(roles & CLIENTS) == (service == "muxtune.v1.AdmissionService")

@@ -1,4 +1,4 @@
-"""Mutual TLS between services, over real sockets: who gets in is who the CA says it is, whatever else is sent."""
+"""Mutual TLS between services over real sockets: only the certificate decides who the caller is."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -26,7 +26,7 @@ REMOVE = alignment_pb2.RemoveDatasetRequest(tenant="tenants/a", sha256="0" * 64)
 
 
 class Server:
-    """Alignment and the ledger in one, with the certificate in `certs`; `seen` are its callers."""
+    """A server of alignment and the ledger with the certificate in `certs`; `seen` are its callers."""
 
     def __init__(self, certs: Certificates, is_mutual: bool = True) -> None:
         self.seen: list[Principal] = []
@@ -63,8 +63,8 @@ async def alignment() -> AsyncIterator[Server]:
         yield running
 
 
-async def remove(address: str, trusted: ClientTls, **options: object) -> None:
-    async with open_channel(address, "", trusted) as channel:
+async def remove(address: str, client_tls: ClientTls, **options: object) -> None:
+    async with open_channel(address, "", client_tls) as channel:
         await alignment_pb2_grpc.AlignmentServiceStub(channel).RemoveDataset(REMOVE, **options)
 
 
@@ -97,9 +97,9 @@ async def test_what_a_peer_says_of_itself_in_metadata_is_ignored(alignment: Serv
 
 async def test_without_a_certificate_of_this_ca_there_is_no_connection(alignment: Server, tmp_path: Path) -> None:
     issue(tmp_path)  # a CA of somebody else, with all the right names
-    stranger = ClientTls(Certificates(tmp_path / "admission"), "alignment")
+    other_ca = ClientTls(Certificates(tmp_path / "admission"), "alignment")
     with pytest.raises(UnavailableError):
-        await remove(alignment.address, stranger)
+        await remove(alignment.address, other_ca)
     # Their certificate, our roots: the server does not take it.
     mixed = tmp_path / "mixed"
     mixed.mkdir()
@@ -121,7 +121,7 @@ async def test_without_a_certificate_of_this_ca_there_is_no_connection(alignment
 
 
 async def test_a_certificate_signed_by_a_service_is_worth_nothing(alignment: Server, tmp_path: Path) -> None:
-    """A stolen service key cannot make itself the operator: it is no CA."""
+    """A service's key cannot sign an operator's certificate: it is not a CA."""
     folder = tmp_path / "forged"
     folder.mkdir()
     stolen = certificates("scheduling").folder
@@ -137,7 +137,7 @@ async def test_a_certificate_signed_by_a_service_is_worth_nothing(alignment: Ser
 
 
 async def test_a_client_knows_a_service_by_its_name(alignment: Server) -> None:
-    """Whoever answers at alignment's address with another service's certificate gets no call."""
+    """A server at alignment's address with another service's certificate gets no call."""
     with pytest.raises(UnavailableError):
         await remove(alignment.address, trust("admission", "scheduling"))
     assert not alignment.seen
@@ -159,7 +159,7 @@ async def test_an_expired_certificate_opens_nothing(alignment: Server, tmp_path:
 
 
 async def test_certificates_are_replaced_without_a_restart(tmp_path: Path) -> None:
-    """A new CA on both sides: the running server and the open channel take it up; a stream under way goes on."""
+    """With a new CA on both sides the running server and the open channel use it; a running stream goes on."""
     issue(tmp_path)
     here = ClientTls(Certificates(tmp_path / "admission"), "alignment")
     scheduling = ClientTls(Certificates(tmp_path / "scheduling"), "alignment")
@@ -190,12 +190,12 @@ async def test_certificates_are_replaced_without_a_restart(tmp_path: Path) -> No
 
 async def test_half_replaced_files_change_nothing(tmp_path: Path) -> None:
     issue(tmp_path)
-    trusted = ClientTls(Certificates(tmp_path / "admission"), "alignment")
+    tls = ClientTls(Certificates(tmp_path / "admission"), "alignment")
     async with Server(Certificates(tmp_path / "alignment")) as server:
         (tmp_path / "alignment" / "tls.key").write_bytes((tmp_path / "scheduling" / "tls.key").read_bytes())
-        await remove(server.address, trusted)
+        await remove(server.address, tls)
         (tmp_path / "alignment" / "tls.crt").unlink()
-        await remove(server.address, trusted)
+        await remove(server.address, tls)
     with pytest.raises(UnavailableError, match="muxtune certs"):
         Certificates(tmp_path / "alignment").version()
 

@@ -17,7 +17,7 @@ from muxtune.v1 import (
     ledger_pb2,
     scheduling_pb2,
 )
-from services.rpc import client_channel as mesh_module
+from services.rpc import client_channel
 from services.rpc.client_channel import (
     DEADLINE_SECONDS,
     UPLOAD_DEADLINE_SECONDS,
@@ -30,7 +30,7 @@ GET = admission_pb2.GetTaskRequest()
 
 
 class Flaky:
-    """Fails the first `failures` calls."""
+    """A servicer that fails its first `failures` calls."""
 
     def __init__(self, failures: int, error: MuxtuneError) -> None:
         self.calls, self._failures, self._error = 0, failures, error
@@ -171,9 +171,9 @@ async def test_metadata_of_the_caller_is_kept(start_mesh, spans) -> None:
 
 
 async def test_an_idle_stream_outlives_many_pings(start_mesh, monkeypatch) -> None:
-    """A server of gRPC's own defaults ends such a stream in GOAWAY too_many_pings at the third, after four seconds."""
-    fast = [(k, 1000 if k == "grpc.keepalive_time_ms" else v) for k, v in mesh_module.channel_options()]
-    monkeypatch.setattr(mesh_module, "channel_options", lambda *of: fast)  # gRPC pings once a second at most
+    """A server with gRPC's defaults would end the stream with GOAWAY too_many_pings after four seconds."""
+    fast = [(k, 1000 if k == "grpc.keepalive_time_ms" else v) for k, v in client_channel.channel_options()]
+    monkeypatch.setattr(client_channel, "channel_options", lambda *of: fast)  # gRPC pings once a second at most
     may_end = asyncio.Event()
 
     async def run_plan(requests, context):

@@ -1,4 +1,4 @@
-"""One table, complete, and the same error on both ends of a real wire."""
+"""The table of errors is complete, and both ends of a call see the same error."""
 
 import asyncio
 import json
@@ -131,7 +131,7 @@ async def test_a_bug_tells_only_its_trace_id(start_mesh, spans, caplog) -> None:
 
 
 async def test_many_and_long_violations_still_arrive(start_mesh) -> None:
-    """gRPC refuses more than 8 KiB of trailing metadata: unshortened, the client would see no error of ours at all."""
+    """gRPC accepts at most 8 KiB of trailing metadata: an unshortened error would not arrive at all."""
     violations = [FieldViolation(f"spec.labels[{i}]", "ü" * 500) for i in range(200)]
     mesh = await start_mesh(GetTask=raising(InvalidInputError("long: " + "ü" * 9000, violations, where="ü" * 9000)))
     with pytest.raises(InvalidInputError) as caught:
@@ -169,7 +169,7 @@ async def test_garbage_details_do_not_hide_the_status(start_mesh) -> None:
 
 
 async def test_a_peers_error_passes_through_a_servicer(start_mesh) -> None:
-    """An error a servicer got from its own peer reaches the caller as it is, even through a plain stub."""
+    """An error that a servicer got from its own peer reaches the caller unchanged, also through a plain stub."""
     inner = await start_mesh(GetTask=raising(errors.WillNeverFitError("never", added_bytes=5)))
 
     async def forward(request, context):

@@ -1,4 +1,4 @@
-"""Too much at once is refused with when to come again, and a client that does not read holds nothing but its place."""
+"""Too many calls at once are refused with a retry time; a client that does not read uses only its place."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -20,17 +20,17 @@ SECRET, CHUNK = "mesh_s", b"x" * (1 << 20)
 
 
 class Slow(admission_pb2_grpc.AdmissionServiceServicer):
-    """Calls wait for the gate; a download never ends, and counts what it has made."""
+    """A servicer whose calls wait for `may_answer`, and whose download never ends and counts its chunks."""
 
     def __init__(self) -> None:
-        self.gate, self.num_waiting, self.num_chunks = asyncio.Event(), 0, 0
+        self.may_answer, self.num_waiting, self.num_chunks = asyncio.Event(), 0, 0
         self.is_waiting = asyncio.Condition()
 
     async def GetTask(self, request: pb.GetTaskRequest, context: Any) -> pb.GetTaskResponse:
         async with self.is_waiting:
             self.num_waiting += 1
             self.is_waiting.notify_all()
-        await self.gate.wait()
+        await self.may_answer.wait()
         return pb.GetTaskResponse()
 
     async def DownloadAdapter(self, request: Any, context: Any) -> AsyncIterator[pb.DownloadAdapterResponse]:
@@ -50,13 +50,13 @@ async def slow() -> Slow:
 
 @pytest.fixture
 async def address(slow: Slow) -> AsyncIterator[str]:
-    """Of a server that takes three calls and one stream at once."""
+    """Start a server that serves three calls and one stream at once; yield its address."""
     server = grpc.aio.server(interceptors=[RpcInterceptor(mesh_authenticator(SECRET), max_calls=3, max_streams=1)])
     admission_pb2_grpc.add_AdmissionServiceServicer_to_server(slow, server)
     bound = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     yield bound
-    slow.gate.set()
+    slow.may_answer.set()
     await server.stop(None)
 
 
@@ -73,13 +73,13 @@ async def test_calls_over_the_limit_are_refused_and_told_when_to_come_again(slow
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert retry_seconds(refused.value) > 0
         assert slow.num_waiting == 3
-        slow.gate.set()
+        slow.may_answer.set()
         await asyncio.gather(*held)
         await stub.GetTask(pb.GetTaskRequest())  # there is room again
 
 
 def retry_seconds(error: Any) -> float:
-    """What the answer's RetryInfo says."""
+    """Return the seconds in the error's RetryInfo."""
     info = error_details_pb2.RetryInfo()
     (packed,) = (d for d in rpc_status.from_call(error).details if d.Is(error_details_pb2.RetryInfo.DESCRIPTOR))
     assert packed.Unpack(info)
@@ -87,16 +87,16 @@ def retry_seconds(error: Any) -> float:
 
 
 async def test_who_does_not_read_holds_no_memory_and_leaves_its_place_when_it_goes(slow: Slow, address: str) -> None:
-    """An endless download of which one chunk is read: the server makes a few more, and then none."""
+    """Of an endless download one chunk is read: the server makes a few more and then stops."""
     async with open_channel(address, SECRET) as channel:
         stub = admission_pb2_grpc.AdmissionServiceStub(channel)
         unread = stub.DownloadAdapter(pb.DownloadAdapterRequest())
         await anext(unread)
-        made = -1
-        while made != slow.num_chunks:  # until it stands still
-            made = slow.num_chunks
+        num_chunks = -1
+        while num_chunks != slow.num_chunks:  # until no more are made
+            num_chunks = slow.num_chunks
             await asyncio.sleep(0.5)
-        assert made < 20
+        assert num_chunks < 20
         second = stub.DownloadAdapter(pb.DownloadAdapterRequest())
         with pytest.raises(OverloadedError):
             await anext(second)

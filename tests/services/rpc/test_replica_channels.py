@@ -1,4 +1,4 @@
-"""A channel to several replicas of which one serves: calls find it, wherever it moves."""
+"""A channel to several replicas sends calls to the one that leads, also after the lead moves."""
 
 import asyncio
 import random
@@ -22,10 +22,10 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 
 class Replica(ledger_pb2_grpc.LedgerServiceServicer):
-    """Refuses what it does not keep, as admission does."""
+    """A replica that refuses calls unless it leads the ledger, as admission does."""
 
     def __init__(self) -> None:
-        self.is_keeping, self.num_calls, self.num_refused = False, 0, 0
+        self.is_leading, self.num_calls, self.num_refused = False, 0, 0
         self._health = health_aio.HealthServicer()
         self._server = grpc.aio.server(interceptors=[RpcInterceptor(mesh_authenticator(SECRET))])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -33,32 +33,32 @@ class Replica(ledger_pb2_grpc.LedgerServiceServicer):
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
 
     async def start(self) -> None:
-        await self.keep(False)
+        await self.set_leading(False)
         await self._server.start()
 
     async def stop(self) -> None:
         await self._server.stop(None)
 
-    async def keep(self, is_keeping: bool, is_told: bool = True) -> None:
-        self.is_keeping = is_keeping
-        if is_told:
-            await self._health.set(LEDGER, SERVING if is_keeping else NOT_SERVING)
+    async def set_leading(self, is_leading: bool, reports_health: bool = True) -> None:
+        self.is_leading = is_leading
+        if reports_health:
+            await self._health.set(LEDGER, SERVING if is_leading else NOT_SERVING)
 
     async def EndLease(self, request: Any, context: Any) -> ledger_pb2.EndLeaseResponse:
-        if not self.is_keeping:
+        if not self.is_leading:
             self.num_refused += 1
-            raise UnavailableError("another keeps the ledger")
+            raise UnavailableError("another replica leads the ledger")
         self.num_calls += 1
         return ledger_pb2.EndLeaseResponse()
 
 
 @pytest.fixture
 async def replicas() -> AsyncIterator[list[Replica]]:
-    made = [Replica() for _ in range(3)]
-    for replica in made:
+    replicas = [Replica() for _ in range(3)]
+    for replica in replicas:
         await replica.start()
-    yield made
-    for replica in made:
+    yield replicas
+    for replica in replicas:
         await replica.stop()
 
 
@@ -67,7 +67,7 @@ def channel_to(replicas: list[Replica]) -> grpc.aio.Channel:
 
 
 async def test_calls_go_to_the_one_that_serves_and_no_other_is_asked(replicas: list[Replica]) -> None:
-    await replicas[1].keep(True)
+    await replicas[1].set_leading(True)
     async with channel_to(replicas) as channel:
         stub: Any = ledger_pb2_grpc.LedgerServiceStub(channel)
         for _ in range(50):
@@ -77,14 +77,14 @@ async def test_calls_go_to_the_one_that_serves_and_no_other_is_asked(replicas: l
 
 
 async def test_no_call_fails_while_the_ledger_moves(replicas: list[Replica]) -> None:
-    draw, keeper = random.Random(11), replicas[0]
-    await keeper.keep(True)
+    draw, leader = random.Random(11), replicas[0]
+    await leader.set_leading(True)
     async with channel_to(replicas) as channel:
         stub: Any = ledger_pb2_grpc.LedgerServiceStub(channel)
         for _ in range(15):
-            await keeper.keep(False)
-            keeper = draw.choice(replicas)
-            moving = asyncio.create_task(keeper.keep(True))
+            await leader.set_leading(False)
+            leader = draw.choice(replicas)
+            moving = asyncio.create_task(leader.set_leading(True))
             for _ in range(draw.randint(1, 10)):
                 await stub.EndLease(REQUEST)
             await moving
@@ -98,8 +98,8 @@ async def test_where_nobody_serves_a_call_is_unavailable_and_soon_answered_when_
         with pytest.raises(UnavailableError):
             await stub.EndLease(REQUEST)
         calling = asyncio.ensure_future(stub.EndLease(REQUEST, wait_for_ready=True, timeout=20))
-        await replicas[2].keep(True)
+        await replicas[2].set_leading(True)
         await calling
         await replicas[2].stop()
-        await replicas[0].keep(True)
+        await replicas[0].set_leading(True)
         await stub.EndLease(REQUEST)

@@ -1,4 +1,4 @@
-"""A service's process: ready file, health, reflection, a port that is taken, and a graceful end."""
+"""A service's process: ready file, health, reflection, an occupied port, and a graceful stop."""
 
 import asyncio
 import contextlib
@@ -143,7 +143,7 @@ async def test_a_process_from_ready_to_left(running: Running, settings: ServerSe
 
 
 async def serve_here(settings: ServerSettings, **options: object) -> tuple[asyncio.Task[None], asyncio.Event, str]:
-    """In this process, stopped by an event; returns when it is ready."""
+    """Serve in this process until the returned event is set; return when the server is ready."""
     stopping, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
 
     async def on_ready(address: str) -> None:
@@ -172,7 +172,7 @@ async def serve_here(settings: ServerSettings, **options: object) -> tuple[async
 
 @pytest.fixture(autouse=True)
 def own_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process the global providers and the logs stay the test run's."""
+    """Keep the test run's global providers and logs."""
     monkeypatch.setattr("opentelemetry.trace.set_tracer_provider", lambda provider: None)
     monkeypatch.setattr("opentelemetry.metrics.set_meter_provider", lambda provider: None)
     monkeypatch.setattr("services.telemetry._configure_logs", lambda name, level: None)
@@ -233,7 +233,7 @@ async def test_a_hook_that_fails_still_stops_the_server() -> None:
 
 @pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
 async def test_a_bomb_is_not_inflated(compression: grpc.Compression) -> None:
-    """64 MB of zeros come as 64 kB: it is what they would become that counts."""
+    """64 MB of zeros arrive as 64 kB: the decompressed size is limited."""
     serving, stopping, address = await serve_here(ServerSettings(mesh_secret="mesh_s"))
     bomb = admission_pb2.GetTaskRequest(name="0" * (64 << 20))
     metadata = [("authorization", "Bearer mesh_s")]

@@ -1,4 +1,4 @@
-"""The trainer's channel: the same deadlines, errors and spans, from threads."""
+"""The trainer's blocking channel has the same deadlines, errors and spans, in threads."""
 
 import asyncio
 import threading
@@ -16,7 +16,7 @@ CLIENT = SpanKind.CLIENT
 
 
 class Blocking:
-    """What the trainer does, in a thread: microbatches through a sync channel."""
+    """A client in a thread that streams through a blocking channel, as the trainer does."""
 
     def __init__(self, address: str, secret: str) -> None:
         self.channel = open_sync_channel(address, secret)

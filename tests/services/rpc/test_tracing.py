@@ -1,4 +1,4 @@
-"""However a call ends, both its spans end, at once and with the right status; and the two are one trace."""
+"""Both spans of a call end with it, however it ends, with the right status and in one trace."""
 
 import asyncio
 import gc
@@ -173,7 +173,7 @@ async def test_a_deadline(start_mesh, spans, endless) -> None:
 @pytest.mark.parametrize("kind", ["stream", "flood"])
 @pytest.mark.parametrize("how", ["cancel", "task", "abandon", "unread"])
 async def test_a_stream_nobody_reads_on(start_mesh, spans, endless, how: str, kind: str) -> None:
-    """Cancelled, its reader's task cancelled, left by `break`, never read: no garbage collection needed."""
+    """A stream that is cancelled, left by `break` or never read ends its span without garbage collection."""
     mesh = await start_mesh(DownloadAdapter=getattr(endless, kind))
     stub = await mesh.admission()
 

@@ -1,4 +1,4 @@
-"""Who proves nothing is held up by its address and counted; who proves something, behind the same address, is not."""
+"""Calls without a valid key are limited and counted by address; callers with a valid key at that address are not."""
 
 import asyncio
 import random
@@ -25,8 +25,8 @@ HERE, THERE = "ipv4:192.0.2.1:5000", "ipv4:198.51.100.7:5000"
 
 
 @dataclass
-class Door:
-    """Strangers before a list of good keys, at two refusals a second (four in a burst)."""
+class Service:
+    """A limiter before a list of valid keys, with two refusals a second (four in a burst)."""
 
     per_second: float = 2.0
     now: float = 100.0
@@ -50,8 +50,8 @@ class Door:
             raise UnauthenticatedError("unknown")
         return Principal("tenants/a", Role.TENANT, token)
 
-    async def knock(self, token: str | None, peer: str = HERE) -> type[MuxtuneError] | None:
-        """What it was refused with."""
+    async def call(self, token: str | None, peer: str = HERE) -> type[MuxtuneError] | None:
+        """Return the class of the error that the call got."""
         metadata = [] if token is None else [("authorization", f"Bearer {token}")]
         try:
             await self.limiter.authenticate(peer, METHOD, metadata, self.authenticate)
@@ -61,96 +61,96 @@ class Door:
 
 
 async def test_guesses_from_one_address_are_looked_up_no_more_than_so_often() -> None:
-    door = Door()
-    answers = [await door.knock(f"guess-{number}") for number in range(50)]
+    service = Service()
+    answers = [await service.call(f"guess-{number}") for number in range(50)]
     assert answers == [UnauthenticatedError] * 4 + [OverloadedError] * 46
-    assert len(door.looked_up) == 4
-    assert await door.knock("guess", THERE) is UnauthenticatedError  # another address
-    door.now += 1.0  # what RetryInfo promises
-    assert [await door.knock("guess") for _ in range(3)] == [UnauthenticatedError] * 2 + [OverloadedError]
+    assert len(service.looked_up) == 4
+    assert await service.call("guess", THERE) is UnauthenticatedError  # another address
+    service.now += 1.0  # what RetryInfo promises
+    assert [await service.call("guess") for _ in range(3)] == [UnauthenticatedError] * 2 + [OverloadedError]
 
 
 async def test_guesses_at_once_are_limited_as_guesses_in_turn() -> None:
-    door = Door()
-    answers = await asyncio.gather(*(door.knock(f"guess-{number}") for number in range(50)))
-    assert answers.count(UnauthenticatedError) == len(door.looked_up) == 4
+    service = Service()
+    answers = await asyncio.gather(*(service.call(f"guess-{number}") for number in range(50)))
+    assert answers.count(UnauthenticatedError) == len(service.looked_up) == 4
 
 
 async def test_who_was_good_before_is_not_held_up_by_neighbours() -> None:
-    door = Door(good={"good", "new"})
-    assert await door.knock("good") is None
+    service = Service(good={"good", "new"})
+    assert await service.call("good") is None
     for number in range(50):
-        await door.knock(f"guess-{number}")
-        assert await door.knock("good") is None
-    assert await door.knock("new") is OverloadedError  # for a second
-    door.now += 1.0
-    assert await door.knock("new") is None
-    assert await door.knock("new") is None
+        await service.call(f"guess-{number}")
+        assert await service.call("good") is None
+    assert await service.call("new") is OverloadedError  # for a second
+    service.now += 1.0
+    assert await service.call("new") is None
+    assert await service.call("new") is None
 
 
 async def test_good_calls_use_nothing_up() -> None:
-    door = Door(good={f"good-{number}" for number in range(100)})
-    assert not any([await door.knock(f"good-{number}") for number in range(100)])
+    service = Service(good={f"good-{number}" for number in range(100)})
+    assert not any([await service.call(f"good-{number}") for number in range(100)])
 
 
 async def test_a_revoked_key_is_a_strangers() -> None:
-    door = Door()
-    assert await door.knock("good") is None
-    door.good.clear()
-    assert [await door.knock("good") for _ in range(6)] == [UnauthenticatedError] * 5 + [OverloadedError]
+    service = Service()
+    assert await service.call("good") is None
+    service.good.clear()
+    assert [await service.call("good") for _ in range(6)] == [UnauthenticatedError] * 5 + [OverloadedError]
 
 
 @pytest.mark.parametrize("failure", [UnavailableError("away"), OverloadedError("a tenant's own limit")], ids=repr)
 async def test_what_is_not_the_callers_failing_uses_nothing_up_and_leaves_no_line(failure: MuxtuneError) -> None:
-    door = Door(failure=failure)
-    assert [await door.knock("good") for _ in range(20)] == [type(failure)] * 20
-    door.failure = None
-    assert await door.knock("other") is UnauthenticatedError
-    await door.limiter.write_audit_entries()
-    assert [entry.principal.subject for entry in door.entries] == ["nobody, 1 calls from 192.0.2.1"]
+    service = Service(failure=failure)
+    assert [await service.call("good") for _ in range(20)] == [type(failure)] * 20
+    service.failure = None
+    assert await service.call("other") is UnauthenticatedError
+    await service.limiter.write_audit_entries()
+    assert [entry.principal.subject for entry in service.entries] == ["nobody, 1 calls from 192.0.2.1"]
 
 
 async def test_calls_that_prove_nothing_are_lines_by_address_however_many() -> None:
-    door, draw, expected = Door(), random.Random(3), dict[str, int]()
+    service, draw, expected = Service(), random.Random(3), dict[str, int]()
     for _ in range(500):
         host = f"192.0.2.{draw.randrange(3)}"
-        await door.knock(draw.choice([None, "guess", ""]), f"ipv4:{host}:{draw.randrange(1 << 16)}")
+        await service.call(draw.choice([None, "guess", ""]), f"ipv4:{host}:{draw.randrange(1 << 16)}")
         expected[host] = expected.get(host, 0) + 1
-    await door.limiter.write_audit_entries()
-    assert {entry.principal.subject for entry in door.entries} == {
+    await service.limiter.write_audit_entries()
+    assert {entry.principal.subject for entry in service.entries} == {
         f"nobody, {count} calls from {host}" for host, count in expected.items()
     }
-    assert {(entry.method, entry.resource, entry.status_code) for entry in door.entries} == {
+    assert {(entry.method, entry.resource, entry.status_code) for entry in service.entries} == {
         (METHOD, "", "UNAUTHENTICATED")
     }
-    await door.limiter.write_audit_entries()
-    assert len(door.entries) == 3  # nothing new, no line
+    await service.limiter.write_audit_entries()
+    assert len(service.entries) == 3  # nothing new, no line
 
 
 async def test_a_flood_from_everywhere_has_an_end_in_lines_and_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rate_limit, "_MAX_BUCKETS", 50)
     monkeypatch.setattr(unauthenticated_limiter, "_MAX_TOKENS", 50)
-    door = Door(good={f"good-{number}" for number in range(200)})
+    service = Service(good={f"good-{number}" for number in range(200)})
     for number in range(200):
-        await door.knock(f"good-{number}")
+        await service.call(f"good-{number}")
     for number in range(3000):
-        await door.knock("guess", f"ipv4:10.0.{number % 256}.{number // 256}:1")
-    assert len(door.limiter._limit._buckets) == 50 == len(door.limiter._valid_digests)
-    await door.limiter.write_audit_entries()
-    assert len(door.entries) == 101
-    counts = [int(entry.principal.subject.split()[1]) for entry in door.entries]
+        await service.call("guess", f"ipv4:10.0.{number % 256}.{number // 256}:1")
+    assert len(service.limiter._limit._buckets) == 50 == len(service.limiter._valid_digests)
+    await service.limiter.write_audit_entries()
+    assert len(service.entries) == 101
+    counts = [int(entry.principal.subject.split()[1]) for entry in service.entries]
     assert sum(counts) == 3000
-    assert door.entries[-1].principal.subject.endswith("calls from elsewhere")
+    assert service.entries[-1].principal.subject.endswith("calls from elsewhere")
 
 
 async def test_what_was_counted_is_written_at_the_end_too() -> None:
-    door = Door()
-    running = asyncio.create_task(door.limiter.run())
-    await door.knock(None)
+    service = Service()
+    running = asyncio.create_task(service.limiter.run())
+    await service.call(None)
     await asyncio.sleep(0)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
-    assert len(door.entries) == 1
+    assert len(service.entries) == 1
 
 
 @pytest.mark.parametrize(
@@ -178,22 +178,24 @@ def test_no_peer_is_too_odd(peer: str) -> None:
 
 
 @pytest.fixture
-async def served() -> AsyncIterator[tuple[Door, str]]:
+async def served() -> AsyncIterator[tuple[Service, str]]:
     class Servicer(admission_pb2_grpc.AdmissionServiceServicer):
         async def GetTask(self, request: object, context: object) -> pb.GetTaskResponse:
             return pb.GetTaskResponse()
 
-    door = Door()
-    server = grpc.aio.server(interceptors=[RpcInterceptor(door.authenticate, unauthenticated_limiter=door.limiter)])
+    service = Service()
+    server = grpc.aio.server(
+        interceptors=[RpcInterceptor(service.authenticate, unauthenticated_limiter=service.limiter)]
+    )
     admission_pb2_grpc.add_AdmissionServiceServicer_to_server(Servicer(), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
-    yield door, address
+    yield service, address
     await server.stop(None)
 
 
-async def test_over_the_wire_ports_and_forwarding_headers_make_no_new_address(served: tuple[Door, str]) -> None:
-    door, address = served
+async def test_over_the_wire_ports_and_forwarding_headers_make_no_new_address(served: tuple[Service, str]) -> None:
+    service, address = served
     codes = []
     for number in range(8):
         forged = [("x-forwarded-for", f"203.0.113.{number}"), ("authorization", f"Bearer guess-{number}")]
@@ -202,5 +204,5 @@ async def test_over_the_wire_ports_and_forwarding_headers_make_no_new_address(se
             call = admission_pb2_grpc.AdmissionServiceStub(channel).GetTask(pb.GetTaskRequest(), metadata=forged)
             codes.append(await call.code())
     assert codes == [grpc.StatusCode.UNAUTHENTICATED] * 4 + [grpc.StatusCode.RESOURCE_EXHAUSTED] * 4
-    await door.limiter.write_audit_entries()
-    assert [entry.principal.subject for entry in door.entries] == ["nobody, 8 calls from 127.0.0.1"]
+    await service.limiter.write_audit_entries()
+    assert [entry.principal.subject for entry in service.entries] == ["nobody, 8 calls from 127.0.0.1"]

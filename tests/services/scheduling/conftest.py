@@ -3,10 +3,10 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from tests.services.scheduling.mesh_fakes import World
+from tests.services.scheduling.mesh_fakes import SchedulingMesh
 
 
 @pytest.fixture
-async def world() -> AsyncIterator[World]:
+async def mesh() -> AsyncIterator[SchedulingMesh]:
     async with AsyncExitStack() as stack:
-        yield World(stack)
+        yield SchedulingMesh(stack)

@@ -1,4 +1,4 @@
-"""A ledger and executors played by the test over loopback, as their protos promise, around a real scheduler."""
+"""Fakes of the ledger and of executors, served over loopback around a real scheduler."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -42,12 +42,12 @@ QUEUED, RUNNING, CANCELLING = (
 
 
 class Changes:
-    """Something that tests wait on instead of sleeping."""
+    """Lets a test wait for a condition instead of sleeping."""
 
     def __init__(self) -> None:
         self._condition = asyncio.Condition()
 
-    async def tell(self) -> None:
+    async def notify(self) -> None:
         async with self._condition:
             self._condition.notify_all()
 
@@ -57,7 +57,7 @@ class Changes:
 
 
 class FakeLedger(ledger_pb2_grpc.LedgerServiceServicer):
-    """`refusals`: raised by the next calls of a method, one each."""
+    """A ledger in memory. `refusals`: errors that the next calls of a method raise, one each."""
 
     def __init__(self, changes: Changes) -> None:
         self.changes = changes
@@ -81,10 +81,10 @@ class FakeLedger(ledger_pb2_grpc.LedgerServiceServicer):
     async def hint(self) -> None:
         for event in self._hints:
             event.set()
-        await self.changes.tell()
+        await self.changes.notify()
 
     async def hand_back(self, name: str) -> None:
-        """As RELEASED does: the attempt stays."""
+        """Take the task from its executor as the state RELEASED does: its attempt stays."""
         self.tasks[name].executor = ""
         self.tasks[name].task.state = QUEUED
         await self.hint()
@@ -104,7 +104,7 @@ class FakeLedger(ledger_pb2_grpc.LedgerServiceServicer):
     async def GetSnapshot(self, request: Any, context: Any) -> ledger_pb2.GetSnapshotResponse:
         self._refuse("GetSnapshot")
         self.num_snapshots += 1
-        await self.changes.tell()
+        await self.changes.notify()
         return ledger_pb2.GetSnapshotResponse(
             tasks=self.tasks.values(), executors=self.executors.values(), plan_version=self.plan_version
         )
@@ -128,7 +128,7 @@ class FakeLedger(ledger_pb2_grpc.LedgerServiceServicer):
             attempts.append(entry.task.attempt)
         self.plan_version = request.version
         self.plans.append(request)
-        await self.changes.tell()
+        await self.changes.notify()
         return ledger_pb2.CommitPlanResponse(attempts=attempts)
 
     async def CommitResults(self, request: Any, context: Any) -> ledger_pb2.CommitResultsResponse:
@@ -144,17 +144,17 @@ class FakeLedger(ledger_pb2_grpc.LedgerServiceServicer):
             else:
                 verdicts.append(ledger_pb2.RESULT_VERDICT_COMMITTED)
                 self.committed.append(result)
-        await self.changes.tell()
+        await self.changes.notify()
         return ledger_pb2.CommitResultsResponse(verdicts=verdicts)
 
     async def PutLease(self, request: ledger_pb2.PutLeaseRequest, context: Any) -> ledger_pb2.PutLeaseResponse:
-        executor, known = request.executor, self.executors.get(request.executor.name)
+        executor, present = request.executor, self.executors.get(request.executor.name)
         if executor.lease_term:
             self._check_lease(executor.name, executor.lease_term)
-            assert known is not None
-            known.draining = executor.draining
+            assert present is not None
+            present.draining = executor.draining
         else:
-            executor.lease_term = known.lease_term + 1 if known else 1
+            executor.lease_term = present.lease_term + 1 if present else 1
             self.executors[executor.name] = executor
         await self.hint()
         return ledger_pb2.PutLeaseResponse(lease_term=self.executors[executor.name].lease_term)
@@ -170,8 +170,8 @@ class FakeLedger(ledger_pb2_grpc.LedgerServiceServicer):
         return ledger_pb2.RecordAuditEventResponse()
 
     def _refuse(self, method: str) -> None:
-        if waiting := self.refusals.get(method):
-            raise waiting.pop(0)
+        if refusals := self.refusals.get(method):
+            raise refusals.pop(0)
 
     def _check_lease(self, name: str, term: int) -> None:
         if name not in self.executors or self.executors[name].lease_term != term:
@@ -179,7 +179,7 @@ class FakeLedger(ledger_pb2_grpc.LedgerServiceServicer):
 
 
 class FakeExecutor(execution_pb2_grpc.ExecutionServiceServicer):
-    """Keeps what it was told, sends again what was not acknowledged, as an executor does."""
+    """An executor that records its requests and, as a real one, sends unacknowledged results again."""
 
     def __init__(self, changes: Changes, name: str) -> None:
         self.changes, self.name = changes, name
@@ -200,7 +200,7 @@ class FakeExecutor(execution_pb2_grpc.ExecutionServiceServicer):
         return max((request.acknowledged_sequence for request in self.requests), default=0)
 
     def attempts(self) -> dict[str, int]:
-        """Of the newest plan."""
+        """Return the attempts of the newest plan's tasks."""
         return {task.task: task.attempt for task in self.plans[-1].tasks} if self.plans else {}
 
     def send(self, *results: plan_pb2.TaskResult) -> int:
@@ -237,7 +237,7 @@ class FakeExecutor(execution_pb2_grpc.ExecutionServiceServicer):
         finally:
             reading.cancel()
             self.num_open -= 1
-            await self.changes.tell()
+            await self.changes.notify()
 
     async def Drain(self, request: Any, context: Any) -> execution_pb2.DrainResponse:
         if self.refusals:
@@ -250,11 +250,11 @@ class FakeExecutor(execution_pb2_grpc.ExecutionServiceServicer):
             self.requests.append(request)
             done = request.acknowledged_sequence
             self._unacknowledged = [r for r in self._unacknowledged if r.sequence > done]
-            await self.changes.tell()
+            await self.changes.notify()
 
 
-class World:
-    """One ledger, executors by name, a scheduler that can be stopped and started."""
+class SchedulingMesh:
+    """A fake ledger, fake executors by name, and a real scheduler that can be stopped and started."""
 
     def __init__(self, stack: AsyncExitStack) -> None:
         self._stack = stack
@@ -289,7 +289,7 @@ class World:
 
     @asynccontextmanager
     async def scheduler(self) -> AsyncIterator[tuple[Scheduler, Any]]:
-        """A running one, and a stub of its SchedulingService."""
+        """Run a scheduler; yield it and a stub of its SchedulingService."""
         if not hasattr(self, "ledger_address"):
             add = ledger_pb2_grpc.add_LedgerServiceServicer_to_server
             self.ledger_address = await self.serve(add, self.ledger)
@@ -300,8 +300,8 @@ class World:
             add_service = scheduling_pb2_grpc.add_SchedulingServiceServicer_to_server
             self.address = await self.serve(add_service, SchedulingServicer(scheduler, ledger, 15.0))
             try:
-                async with open_channel(self.address, SECRET) as own:
-                    yield scheduler, scheduling_pb2_grpc.SchedulingServiceStub(own)
+                async with open_channel(self.address, SECRET) as client:
+                    yield scheduler, scheduling_pb2_grpc.SchedulingServiceStub(client)
             finally:
                 running.cancel()
                 await asyncio.gather(running, return_exceptions=True)

@@ -1,5 +1,4 @@
-"""An executor takes part under the name in its certificate, and scheduling speaks to who has it, and only an operator
-has it drained: over mutual TLS."""
+"""Executors act under the name in their certificate only, and only an operator may drain one; over mutual TLS."""
 
 import asyncio
 import logging
@@ -39,7 +38,7 @@ def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Mesh:
-    """A scheduler's servicer before a played ledger; executors that hold a certificate."""
+    """A scheduling servicer with a fake ledger, and executors with certificates."""
 
     def __init__(self, certs: Path, stack: AsyncExitStack) -> None:
         self.certs, self._stack = certs, stack
@@ -58,14 +57,14 @@ class Mesh:
         return address
 
     async def scheduling(self, name: str) -> Any:
-        """As whoever holds the certificate in that folder sees it."""
-        trust = ClientTls(Certificates(self.certs / name), "scheduling")
-        channel = await self._stack.enter_async_context(open_channel(self.address, "", trust))
+        """Return a stub that authenticates with the certificate in the folder."""
+        tls = ClientTls(Certificates(self.certs / name), "scheduling")
+        channel = await self._stack.enter_async_context(open_channel(self.address, "", tls))
         return scheduling_pb2_grpc.SchedulingServiceStub(channel)
 
 
 class Forwarding:
-    """The ledger as a stub has it, without a wire."""
+    """A stub that calls the ledger directly, without gRPC."""
 
     def __init__(self, ledger: FakeLedger) -> None:
         self._ledger = ledger
@@ -77,13 +76,13 @@ class Forwarding:
 @pytest.fixture
 async def mesh(certs: Path) -> AsyncIterator[Mesh]:
     async with AsyncExitStack() as stack:
-        made = Mesh(certs, stack)
-        ledger: Any = Forwarding(made.ledger)
-        trust = ClientTls(Certificates(certs / "scheduling"), "execution")
-        servicer = SchedulingServicer(Scheduler(ledger, "", PlannerConfig(256, 16), tls=trust), ledger, 15.0)
+        mesh = Mesh(certs, stack)
+        ledger: Any = Forwarding(mesh.ledger)
+        tls = ClientTls(Certificates(certs / "scheduling"), "execution")
+        servicer = SchedulingServicer(Scheduler(ledger, "", PlannerConfig(256, 16), tls=tls), ledger, 15.0)
         add = scheduling_pb2_grpc.add_SchedulingServiceServicer_to_server
-        made.address = await made.serve("scheduling", add, servicer)
-        yield made
+        mesh.address = await mesh.serve("scheduling", add, servicer)
+        yield mesh
 
 
 def register(name: str) -> scheduling_pb2.RegisterExecutorRequest:
@@ -124,7 +123,7 @@ async def test_its_name_is_looked_at_before_anything_else(mesh: Mesh) -> None:
 async def test_a_certificate_that_names_no_executor_or_two_is_refused(
     mesh: Mesh, tmp_path: Path, dns_names: tuple[str, ...]
 ) -> None:
-    """As `muxtune certs` made them before executors had names."""
+    """`muxtune certs` made such certificates before executors had names."""
     ca = x509.load_pem_x509_certificate((mesh.certs / "ca.crt").read_bytes())
     ca_key = certificate_authority._authority(mesh.certs)[0]
     key = ec.generate_private_key(ec.SECP256R1())
@@ -137,7 +136,7 @@ async def test_a_certificate_that_names_no_executor_or_two_is_refused(
 
 
 class Warnings(logging.Handler):
-    """What was warned of, for who waits for it."""
+    """Collects warnings, so that a test can wait for one."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -148,14 +147,14 @@ class Warnings(logging.Handler):
 
 
 async def test_scheduling_sends_no_plan_to_who_has_not_the_name(mesh: Mesh) -> None:
-    """B answers at the address that A registered: its certificate ends the handshake before anything is said."""
+    """B answers at the address that A registered: its certificate fails the handshake before any message."""
     player, log = FakeExecutor(mesh.changes, B), logging.getLogger("services.scheduling.executor_streams")
     address = await mesh.serve(B, execution_pb2_grpc.add_ExecutionServiceServicer_to_server, player)
-    trust, ledger = ClientTls(Certificates(mesh.certs / "scheduling"), "execution"), Forwarding(mesh.ledger)
+    tls, ledger = ClientTls(Certificates(mesh.certs / "scheduling"), "execution"), Forwarding(mesh.ledger)
     log.addHandler(warned := Warnings())
     try:
         executor = plan_pb2.Executor(name=A, address=address, incarnation="i1", lease_term=1)
-        stream = ExecutorStream(executor, 1, "", ledger, trust)  # type: ignore[arg-type]
+        stream = ExecutorStream(executor, 1, "", ledger, tls)  # type: ignore[arg-type]
         stream.requests.put_plan(plan_pb2.ExecutorPlan(executor=A, version=1))
         assert "Hostname" in await asyncio.wait_for(warned.messages.get(), 20)
         await stream.close()
@@ -163,14 +162,14 @@ async def test_scheduling_sends_no_plan_to_who_has_not_the_name(mesh: Mesh) -> N
         log.removeHandler(warned)
     assert not player.num_streams
     executor.name = B
-    stream = ExecutorStream(executor, 1, "", ledger, trust)  # type: ignore[arg-type]
+    stream = ExecutorStream(executor, 1, "", ledger, tls)  # type: ignore[arg-type]
     stream.requests.put_plan(plan_pb2.ExecutorPlan(executor=B, version=1))
     await mesh.changes.until(lambda: player.plans)
     await stream.close()
 
 
-async def drained(mesh: Mesh) -> tuple[FakeExecutor, Any]:
-    """B, with a lease; and a way to ask for its draining with a certificate."""
+async def executor_to_drain(mesh: Mesh) -> tuple[FakeExecutor, Any]:
+    """Return B, with a lease, and a function that requests its drain with a certificate."""
     player = FakeExecutor(mesh.changes, B)
     address = await mesh.serve(B, execution_pb2_grpc.add_ExecutionServiceServicer_to_server, player)
     mesh.ledger.executors[B] = plan_pb2.Executor(name=B, address=address, incarnation="i1", lease_term=1)
@@ -182,12 +181,12 @@ async def drained(mesh: Mesh) -> tuple[FakeExecutor, Any]:
     return player, drain
 
 
-def told(mesh: Mesh) -> list[tuple[str, str, str, str]]:
+def audit_entries(mesh: Mesh) -> list[tuple[str, str, str, str]]:
     return [(e.subject, e.method.rpartition("/")[2], e.resource, e.status_code) for e in mesh.ledger.audit]
 
 
 async def test_an_operator_has_an_executor_drained_and_the_audit_log_knows(mesh: Mesh) -> None:
-    player, drain = await drained(mesh)
+    player, drain = await executor_to_drain(mesh)
     await drain("operator")
     await drain("operator")
     with pytest.raises(NotFoundError, match="executors/none"):
@@ -196,25 +195,25 @@ async def test_an_operator_has_an_executor_drained_and_the_audit_log_knows(mesh:
     with pytest.raises(SupersededError):
         await drain("operator")
     assert player.num_drains == 2
-    assert told(mesh) == [
+    assert audit_entries(mesh) == [
         ("certificate operator", "DrainExecutor", executor, code)
         for executor, code in ((B, "OK"), (B, "OK"), ("executors/none", "NOT_FOUND"), (B, "ABORTED"))
     ]
 
 
 async def test_nobody_else_drains_and_no_operator_at_the_executor_itself(mesh: Mesh) -> None:
-    player, drain = await drained(mesh)
+    player, drain = await executor_to_drain(mesh)
     for who in (A, B, "admission", "alignment", "scheduling"):
         with pytest.raises(PermissionDeniedError):
             await drain(who)
     expected = [(f"certificate {who}", who) for who in ("admission", "alignment", "scheduling")]
     expected += [(f"certificate of {who}", who) for who in (A, B)]
-    assert {line[0] for line in told(mesh)} == {subject for subject, _ in expected}
-    assert {line[1:] for line in told(mesh)} == {("DrainExecutor", B, "PERMISSION_DENIED")}
+    assert {line[0] for line in audit_entries(mesh)} == {subject for subject, _ in expected}
+    assert {line[1:] for line in audit_entries(mesh)} == {("DrainExecutor", B, "PERMISSION_DENIED")}
     address = mesh.ledger.executors[B].address
     for who in ("operator", A, B):
-        trust = ClientTls(Certificates(mesh.certs / who), "execution")
-        async with open_channel(address, "", trust) as channel:
+        tls = ClientTls(Certificates(mesh.certs / who), "execution")
+        async with open_channel(address, "", tls) as channel:
             with pytest.raises(PermissionDeniedError):
                 await execution_pb2_grpc.ExecutionServiceStub(channel).Drain(execution_pb2.DrainRequest())
     assert not player.num_drains
@@ -225,11 +224,11 @@ async def test_who_is_refused_again_and_again_fills_no_log(mesh: Mesh) -> None:
     for _ in range(20):
         with pytest.raises(PermissionDeniedError):
             await a.RegisterExecutor(register(B))
-    assert told(mesh) == [(f"certificate of {A}", "RegisterExecutor", B, "PERMISSION_DENIED")]
+    assert audit_entries(mesh) == [(f"certificate of {A}", "RegisterExecutor", B, "PERMISSION_DENIED")]
 
 
 async def test_a_log_that_is_away_is_no_reason_not_to_drain(mesh: Mesh, caplog: pytest.LogCaptureFixture) -> None:
-    player, drain = await drained(mesh)
+    player, drain = await executor_to_drain(mesh)
     mesh.ledger.refusals["RecordAuditEvent"] = [UnavailableError("the database is away")]
     await drain("operator")
     assert player.num_drains == 1 and not mesh.ledger.audit

@@ -1,4 +1,4 @@
-"""Nonsense by hypothesis at every RPC of scheduling: a fair refusal each time, and the cycle goes on."""
+"""Fuzzes every RPC of scheduling: each call gets a documented status, and the cycle goes on."""
 
 from collections.abc import AsyncIterator
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from muxtune.v1 import plan_pb2, scheduling_pb2
 from tests.hostile_messages import FAIR, FUZZING, PATIENT, answer_of, messages
-from tests.services.scheduling.mesh_fakes import SECRET, World
+from tests.services.scheduling.mesh_fakes import SECRET, SchedulingMesh
 
 pytestmark = PATIENT
 
@@ -19,10 +19,10 @@ NAMES = ["executors/x", "i1", "tiny", "tenants/a/tasks/t", "q_proj"]
 
 
 @pytest.fixture
-async def address(world: World) -> AsyncIterator[str]:
-    await world.add_executor()
-    async with world.scheduler():
-        yield world.address
+async def address(mesh: SchedulingMesh) -> AsyncIterator[str]:
+    await mesh.add_executor()
+    async with mesh.scheduler():
+        yield mesh.address
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.full_name)
@@ -37,7 +37,7 @@ async def test_nonsense_is_refused_fairly(address: str, method: MethodDescriptor
 
 
 async def test_an_address_is_a_host_and_a_port(address: str) -> None:
-    """What gRPC would take for a socket, a resolver or a file is none."""
+    """Addresses that gRPC would read as a socket, a resolver or a file are refused."""
     register = next(m for m in METHODS if m.name == "RegisterExecutor")
     fine = plan_pb2.Executor(name="executors/y", incarnation="i", backbone=plan_pb2.Backbone(name="tiny"))
     cases = {text: grpc.StatusCode.INVALID_ARGUMENT for text in (

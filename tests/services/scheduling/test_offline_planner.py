@@ -1,4 +1,4 @@
-"""The planner without a mesh: it answers as the service does, and says what is wrong with a profile or a trace."""
+"""The planner without a mesh answers as the service does and names errors in a profile or a trace."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from engine.planning.types import PlannerConfig
 from muxtune.v1 import plan_pb2, scheduling_pb2
 from services.conversion.plan import planner_config_to_domain, planner_config_to_proto
 from services.scheduling.offline_planner import answers
-from tests.services.scheduling.mesh_fakes import BACKBONE, SPEC_OF_TASKS, World
+from tests.services.scheduling.mesh_fakes import BACKBONE, SPEC_OF_TASKS, SchedulingMesh
 
 COST = plan_pb2.CostProfile(fixed_seconds=0.1, token_seconds=0.01)
 GENERATED = {"num_tasks": 30, "rate": 0.5, "median_steps": 20.0, "seed": 1}
@@ -32,13 +32,13 @@ def hypothetical(name: str = "tenants/b/tasks/new", **fields: Any) -> scheduling
     return scheduling_pb2.HypotheticalTask(task=name, spec=SPEC_OF_TASKS, num_train_tokens=100, **fields)
 
 
-async def test_a_recorded_profile_answers_as_the_mesh_does(world: World) -> None:
-    executor = await world.add_executor(cost=COST)
-    async with world.scheduler() as (scheduler, scheduling):
-        task = await world.ledger.put_task(1)
-        await world.changes.until(lambda: executor.plans and len(scheduler.plan.explanations) == 1)
+async def test_a_recorded_profile_answers_as_the_mesh_does(mesh: SchedulingMesh) -> None:
+    executor = await mesh.add_executor(cost=COST)
+    async with mesh.scheduler() as (scheduler, scheduling):
+        task = await mesh.ledger.put_task(1)
+        await mesh.changes.until(lambda: executor.plans and len(scheduler.plan.explanations) == 1)
         recorded = (await scheduling.GetProfile(scheduling_pb2.GetProfileRequest())).profile
-        assert [known.task for known in recorded.tasks] == [task]
+        assert [recorded_task.task for recorded_task in recorded.tasks] == [task]
         assert recorded.executors[0].device.cost == COST
         online = await scheduling.SimulatePlan(scheduling_pb2.SimulatePlanRequest(tasks=[hypothetical()]))
     request = {

@@ -1,4 +1,4 @@
-"""A real scheduler between a ledger and executors that the test plays."""
+"""A real scheduler with a fake ledger and fake executors."""
 
 import asyncio
 import random
@@ -21,232 +21,232 @@ from services.conversion.plan import backbone_to_view
 from services.conversion.task import spec_to_domain
 from services.rpc.client_channel import open_channel
 from services.scheduling.__main__ import SchedulingSettings
-from tests.services.scheduling.mesh_fakes import BACKBONE, CANCELLING, QUEUED, SPEC_OF_TASKS, World, step_done
+from tests.services.scheduling.mesh_fakes import BACKBONE, CANCELLING, QUEUED, SPEC_OF_TASKS, SchedulingMesh, step_done
 
 
-async def test_what_is_admitted_runs_and_arrivals_and_departures_make_new_plans(world: World) -> None:
-    executor = await world.add_executor()
-    async with world.scheduler() as (_, scheduling):
-        first = await world.ledger.put_task(1)
-        await world.changes.until(lambda: executor.attempts() == {first: 1})
-        second = await world.ledger.put_task(2)
-        await world.changes.until(lambda: executor.attempts() == {first: 1, second: 1})
+async def test_what_is_admitted_runs_and_arrivals_and_departures_make_new_plans(mesh: SchedulingMesh) -> None:
+    executor = await mesh.add_executor()
+    async with mesh.scheduler() as (_, scheduling):
+        first = await mesh.ledger.put_task(1)
+        await mesh.changes.until(lambda: executor.attempts() == {first: 1})
+        second = await mesh.ledger.put_task(2)
+        await mesh.changes.until(lambda: executor.attempts() == {first: 1, second: 1})
         shown = await scheduling.GetPlan(scheduling_pb2.GetPlanRequest())
         assert {explanation.task for explanation in shown.explanations} == {first, second}
         assert shown.executors[0] == executor.plans[-1]
         assert all(explanation.reason for explanation in shown.explanations)
-        del world.ledger.tasks[first]
-        await world.ledger.hint()
-        await world.changes.until(lambda: executor.attempts() == {second: 1})
+        del mesh.ledger.tasks[first]
+        await mesh.ledger.hint()
+        await mesh.changes.until(lambda: executor.attempts() == {second: 1})
     versions = [plan.version for plan in executor.plans]
     assert versions == sorted(set(versions))
     assert executor.plans[-1].htasks[0].tasks == [second]
 
 
-async def test_nothing_new_sends_nothing(world: World) -> None:
-    executor = await world.add_executor()
-    async with world.scheduler():
-        await world.ledger.put_task(1)
-        await world.changes.until(lambda: executor.plans)
-        before = world.ledger.num_snapshots
+async def test_nothing_new_sends_nothing(mesh: SchedulingMesh) -> None:
+    executor = await mesh.add_executor()
+    async with mesh.scheduler():
+        await mesh.ledger.put_task(1)
+        await mesh.changes.until(lambda: executor.plans)
+        before = mesh.ledger.num_snapshots
         for _ in range(3):
-            await world.ledger.hint()
-            wanted = world.ledger.num_snapshots + 1
-            await world.changes.until(lambda wanted=wanted: world.ledger.num_snapshots >= wanted)
-        assert world.ledger.num_snapshots > before
-    assert len(world.ledger.plans) == len(executor.plans)
+            await mesh.ledger.hint()
+            wanted = mesh.ledger.num_snapshots + 1
+            await mesh.changes.until(lambda wanted=wanted: mesh.ledger.num_snapshots >= wanted)
+        assert mesh.ledger.num_snapshots > before
+    assert len(mesh.ledger.plans) == len(executor.plans)
 
 
-async def test_a_task_handed_back_gets_a_new_attempt_on_the_same_executor(world: World) -> None:
-    """The plan looks the same, attempt and all: it was once taken for running, and the task waited for ever."""
-    executor = await world.add_executor()
-    async with world.scheduler():
-        task = await world.ledger.put_task(1)
+async def test_a_task_handed_back_gets_a_new_attempt_on_the_same_executor(mesh: SchedulingMesh) -> None:
+    """The new plan equals the running one: it was once not sent, and the task waited forever."""
+    executor = await mesh.add_executor()
+    async with mesh.scheduler():
+        task = await mesh.ledger.put_task(1)
         for attempt in (1, 2, 3):
-            await world.changes.until(lambda attempt=attempt: executor.attempts() == {task: attempt})
-            await world.ledger.hand_back(task)
+            await mesh.changes.until(lambda attempt=attempt: executor.attempts() == {task: attempt})
+            await mesh.ledger.hand_back(task)
 
 
-async def test_a_cancellation_reaches_the_executor(world: World) -> None:
-    executor = await world.add_executor()
-    async with world.scheduler():
-        task = await world.ledger.put_task(1)
-        await world.changes.until(lambda: executor.plans)
-        world.ledger.tasks[task].task.state = CANCELLING
-        await world.ledger.hint()
-        await world.changes.until(lambda: executor.plans[-1].tasks[0].cancel)
+async def test_a_cancellation_reaches_the_executor(mesh: SchedulingMesh) -> None:
+    executor = await mesh.add_executor()
+    async with mesh.scheduler():
+        task = await mesh.ledger.put_task(1)
+        await mesh.changes.until(lambda: executor.plans)
+        mesh.ledger.tasks[task].task.state = CANCELLING
+        await mesh.ledger.hint()
+        await mesh.changes.until(lambda: executor.plans[-1].tasks[0].cancel)
         assert executor.attempts() == {task: 1}
 
 
-async def test_results_are_committed_before_they_are_acknowledged_and_in_order(world: World) -> None:
-    executor = await world.add_executor()
-    async with world.scheduler():
-        task = await world.ledger.put_task(1)
-        await world.changes.until(lambda: executor.plans)
-        world.ledger.refusals["CommitResults"] = [UnavailableError("away")] * 8  # more than the channel retries
+async def test_results_are_committed_before_they_are_acknowledged_and_in_order(mesh: SchedulingMesh) -> None:
+    executor = await mesh.add_executor()
+    async with mesh.scheduler():
+        task = await mesh.ledger.put_task(1)
+        await mesh.changes.until(lambda: executor.plans)
+        mesh.ledger.refusals["CommitResults"] = [UnavailableError("away")] * 8  # more than the channel retries
         sent = [step_done(task, 1, step) for step in range(1, 6)]
         last = [executor.send(result) for result in sent][-1]
-        await world.changes.until(lambda: executor.acknowledged == last)
-    assert world.ledger.committed == sent
+        await mesh.changes.until(lambda: executor.acknowledged == last)
+    assert mesh.ledger.committed == sent
     assert executor.num_streams > 1
     for request in executor.requests:
         assert request.acknowledged_sequence <= len(sent)
 
 
-async def test_stale_attempts_are_named_to_the_executor(world: World) -> None:
-    executor = await world.add_executor()
-    async with world.scheduler():
-        task = await world.ledger.put_task(1)
-        await world.changes.until(lambda: executor.plans)
+async def test_stale_attempts_are_named_to_the_executor(mesh: SchedulingMesh) -> None:
+    executor = await mesh.add_executor()
+    async with mesh.scheduler():
+        task = await mesh.ledger.put_task(1)
+        await mesh.changes.until(lambda: executor.plans)
         executor.send(step_done(task, 0, 1), step_done("tenants/a/tasks/gone", 7, 1), step_done(task, 1, 1))
-        await world.changes.until(lambda: executor.acknowledged == 1)
+        await mesh.changes.until(lambda: executor.acknowledged == 1)
     stale = [list(request.stale_tasks) for request in executor.requests if request.stale_tasks]
     assert stale == [sorted([task, "tenants/a/tasks/gone"])]
-    assert world.ledger.committed == [step_done(task, 1, 1)]
+    assert mesh.ledger.committed == [step_done(task, 1, 1)]
 
 
-async def test_a_broken_stream_gets_the_newest_plan_again(world: World) -> None:
-    executor = await world.add_executor()
-    async with world.scheduler():
-        task = await world.ledger.put_task(1)
-        await world.changes.until(lambda: executor.plans)
+async def test_a_broken_stream_gets_the_newest_plan_again(mesh: SchedulingMesh) -> None:
+    executor = await mesh.add_executor()
+    async with mesh.scheduler():
+        task = await mesh.ledger.put_task(1)
+        await mesh.changes.until(lambda: executor.plans)
         sequence = executor.send(step_done(task, 1, 1))
-        await world.changes.until(lambda: executor.acknowledged == sequence)
+        await mesh.changes.until(lambda: executor.acknowledged == sequence)
         executor.requests.clear()
         executor.cut()
-        await world.changes.until(lambda: executor.plans)
+        await mesh.changes.until(lambda: executor.plans)
         assert executor.attempts() == {task: 1}
         assert executor.requests[0].lease_term == 1
         assert executor.requests[0].acknowledged_sequence == sequence
 
 
-async def test_an_executor_that_has_not_heard_of_its_lease_is_asked_again(world: World) -> None:
-    executor = await world.add_executor()
+async def test_an_executor_that_has_not_heard_of_its_lease_is_asked_again(mesh: SchedulingMesh) -> None:
+    executor = await mesh.add_executor()
     executor.refusals = [LeaseLostError("mine is 0, not 1")] * 2
-    async with world.scheduler():
-        task = await world.ledger.put_task(1)
-        await world.changes.until(lambda: executor.attempts() == {task: 1})
+    async with mesh.scheduler():
+        task = await mesh.ledger.put_task(1)
+        await mesh.changes.until(lambda: executor.attempts() == {task: 1})
     assert executor.num_streams == 3
 
 
-async def test_a_lost_executors_stream_ends_and_a_new_lease_begins_anew(world: World) -> None:
-    executor = await world.add_executor()
-    async with world.scheduler():
-        task = await world.ledger.put_task(1)
-        await world.changes.until(lambda: executor.plans)
+async def test_a_lost_executors_stream_ends_and_a_new_lease_begins_anew(mesh: SchedulingMesh) -> None:
+    executor = await mesh.add_executor()
+    async with mesh.scheduler():
+        task = await mesh.ledger.put_task(1)
+        await mesh.changes.until(lambda: executor.plans)
         known = plan_pb2.Executor()
-        known.CopyFrom(world.ledger.executors.pop(executor.name))
-        await world.ledger.hand_back(task)
-        await world.changes.until(lambda: executor.num_open == 0)
+        known.CopyFrom(mesh.ledger.executors.pop(executor.name))
+        await mesh.ledger.hand_back(task)
+        await mesh.changes.until(lambda: executor.num_open == 0)
         executor.requests.clear()
         known.lease_term, known.incarnation = 2, "i2"
-        world.ledger.executors[executor.name] = known
-        await world.ledger.hint()
-        await world.changes.until(lambda: executor.attempts() == {task: 2})
+        mesh.ledger.executors[executor.name] = known
+        await mesh.ledger.hint()
+        await mesh.changes.until(lambda: executor.attempts() == {task: 2})
         assert executor.requests[0].lease_term == 2
         assert executor.requests[0].acknowledged_sequence == 0
 
 
-async def test_a_draining_executor_gets_nothing_new(world: World) -> None:
-    draining, other = await world.add_executor("executors/x"), await world.add_executor("executors/y")
-    world.ledger.executors["executors/x"].draining = True
-    async with world.scheduler():
-        task = await world.ledger.put_task(1)
-        await world.changes.until(lambda: other.attempts() == {task: 1})
+async def test_a_draining_executor_gets_nothing_new(mesh: SchedulingMesh) -> None:
+    draining, other = await mesh.add_executor("executors/x"), await mesh.add_executor("executors/y")
+    mesh.ledger.executors["executors/x"].draining = True
+    async with mesh.scheduler():
+        task = await mesh.ledger.put_task(1)
+        await mesh.changes.until(lambda: other.attempts() == {task: 1})
     assert draining.attempts() == {}
 
 
-async def test_a_ledger_that_is_away_is_waited_for(world: World) -> None:
-    executor = await world.add_executor()
+async def test_a_ledger_that_is_away_is_waited_for(mesh: SchedulingMesh) -> None:
+    executor = await mesh.add_executor()
     # gRPC itself tries calls again, five times; a stream is opened again by us, with pauses that grow.
     for method, times in {"GetSnapshot": 7, "WatchChanges": 3, "CommitPlan": 7}.items():
-        world.ledger.refusals[method] = [UnavailableError("away")] * times
-    async with world.scheduler():
-        task = await world.ledger.put_task(1)
-        await world.changes.until(lambda: executor.attempts() == {task: 1})
+        mesh.ledger.refusals[method] = [UnavailableError("away")] * times
+    async with mesh.scheduler():
+        task = await mesh.ledger.put_task(1)
+        await mesh.changes.until(lambda: executor.attempts() == {task: 1})
 
 
-async def test_one_started_again_goes_on_from_the_ledger(world: World) -> None:
-    executor = await world.add_executor()
-    async with world.scheduler():
-        task = await world.ledger.put_task(1)
-        await world.changes.until(lambda: executor.plans)
+async def test_one_started_again_goes_on_from_the_ledger(mesh: SchedulingMesh) -> None:
+    executor = await mesh.add_executor()
+    async with mesh.scheduler():
+        task = await mesh.ledger.put_task(1)
+        await mesh.changes.until(lambda: executor.plans)
     executor.requests.clear()
-    async with world.scheduler():
-        await world.changes.until(lambda: executor.plans)
+    async with mesh.scheduler():
+        await mesh.changes.until(lambda: executor.plans)
         assert executor.attempts() == {task: 1}  # the same attempt: nothing is started twice
-    assert [len(plan.starts) for plan in world.ledger.plans] == [1, 0]
+    assert [len(plan.starts) for plan in mesh.ledger.plans] == [1, 0]
 
 
-async def test_two_at_once_start_nothing_twice(world: World) -> None:
-    await world.add_executor("executors/x")
-    await world.add_executor("executors/y")
-    async with world.scheduler(), world.scheduler():
-        names = [await world.ledger.put_task(number) for number in range(12)]
-        await world.changes.until(lambda: all(entry.executor for entry in world.ledger.tasks.values()))
-    started = [start.task for plan in world.ledger.plans for start in plan.starts]
+async def test_two_at_once_start_nothing_twice(mesh: SchedulingMesh) -> None:
+    await mesh.add_executor("executors/x")
+    await mesh.add_executor("executors/y")
+    async with mesh.scheduler(), mesh.scheduler():
+        names = [await mesh.ledger.put_task(number) for number in range(12)]
+        await mesh.changes.until(lambda: all(entry.executor for entry in mesh.ledger.tasks.values()))
+    started = [start.task for plan in mesh.ledger.plans for start in plan.starts]
     assert sorted(started) == sorted(names)
 
 
-async def test_a_stale_cycle_begins_again(world: World) -> None:
-    executor = await world.add_executor()
-    world.ledger.refusals["CommitPlan"] = [SupersededError("another was faster")] * 2
-    async with world.scheduler():
-        task = await world.ledger.put_task(1)
-        await world.changes.until(lambda: executor.attempts() == {task: 1})
+async def test_a_stale_cycle_begins_again(mesh: SchedulingMesh) -> None:
+    executor = await mesh.add_executor()
+    mesh.ledger.refusals["CommitPlan"] = [SupersededError("another was faster")] * 2
+    async with mesh.scheduler():
+        task = await mesh.ledger.put_task(1)
+        await mesh.changes.until(lambda: executor.attempts() == {task: 1})
 
 
-async def test_what_fits_nowhere_waits_and_says_why(world: World) -> None:
-    await world.add_executor(memory_bytes=5000)
-    async with world.scheduler() as (_, scheduling):
-        task = await world.ledger.put_task(1)
+async def test_what_fits_nowhere_waits_and_says_why(mesh: SchedulingMesh) -> None:
+    await mesh.add_executor(memory_bytes=5000)
+    async with mesh.scheduler() as (_, scheduling):
+        task = await mesh.ledger.put_task(1)
         shown = scheduling_pb2.GetPlanResponse()
         while not shown.explanations:
             shown = await scheduling.GetPlan(scheduling_pb2.GetPlanRequest())
         assert [(e.task, e.executor) for e in shown.explanations] == [(task, "")]
         assert shown.explanations[0].reason
-    assert world.ledger.tasks[task].task.state == QUEUED
+    assert mesh.ledger.tasks[task].task.state == QUEUED
 
 
-async def test_any_sequence_of_events_keeps_the_rules(world: World) -> None:
-    """No task on two executors, none without an attempt of its own, versions that only grow."""
+async def test_any_sequence_of_events_keeps_the_rules(mesh: SchedulingMesh) -> None:
+    """No task runs on two executors, every start has a new attempt, versions only grow."""
     seed = random.randrange(1 << 30)
     draw = random.Random(seed)
-    executors = [await world.add_executor(f"executors/{name}") for name in "xyz"]
-    async with world.scheduler():
+    executors = [await mesh.add_executor(f"executors/{name}") for name in "xyz"]
+    async with mesh.scheduler():
         for number in range(40):
-            running = [name for name, entry in world.ledger.tasks.items() if entry.executor]
+            running = [name for name, entry in mesh.ledger.tasks.items() if entry.executor]
             match draw.choice(("arrive", "arrive", "leave", "back", "cut")):
                 case "arrive":
-                    await world.ledger.put_task(number)
+                    await mesh.ledger.put_task(number)
                 case "leave" if running:
-                    del world.ledger.tasks[draw.choice(running)]
-                    await world.ledger.hint()
+                    del mesh.ledger.tasks[draw.choice(running)]
+                    await mesh.ledger.hint()
                 case "back" if running:
-                    await world.ledger.hand_back(draw.choice(running))
+                    await mesh.ledger.hand_back(draw.choice(running))
                 case "cut":
                     draw.choice(executors).cut()
             await asyncio.sleep(0)  # lets what was begun go on, for as long or short as it likes
 
         def settled() -> bool:
-            entries = world.ledger.tasks
-            wanted = {name: {} for name in world.executors}
+            entries = mesh.ledger.tasks
+            wanted = {name: {} for name in mesh.executors}
             for name, entry in entries.items():
                 wanted.get(entry.executor, {})[name] = entry.task.attempt
             return all(entry.executor for entry in entries.values()) and all(
                 executor.attempts() == wanted[executor.name] for executor in executors
             )
 
-        await world.changes.until(settled)
+        await mesh.changes.until(settled)
     for executor in executors:
         versions = [plan.version for plan in executor.plans]
         assert versions == sorted(versions), f"seed {seed}"
-    attempts = [(start.task, start.expected_attempt) for plan in world.ledger.plans for start in plan.starts]
+    attempts = [(start.task, start.expected_attempt) for plan in mesh.ledger.plans for start in plan.starts]
     assert len(attempts) == len(set(attempts)), f"seed {seed}"
 
 
-async def test_leases_through_the_stubs(world: World) -> None:
-    async with world.scheduler() as (_, scheduling):
+async def test_leases_through_the_stubs(mesh: SchedulingMesh) -> None:
+    async with mesh.scheduler() as (_, scheduling):
         executor = plan_pb2.Executor(name="executors/x", address="127.0.0.1:1", incarnation="i1", backbone=BACKBONE)
         register = scheduling_pb2.RegisterExecutorRequest(executor=executor)
         answer = await scheduling.RegisterExecutor(register)
@@ -254,7 +254,7 @@ async def test_leases_through_the_stubs(world: World) -> None:
         assert answer.lease_duration.seconds == 15
         keep = scheduling_pb2.KeepLeaseRequest(executor="executors/x", incarnation="i1", lease_term=1, draining=True)
         assert (await scheduling.KeepLease(keep)).lease_duration.seconds == 15
-        assert world.ledger.executors["executors/x"].draining
+        assert mesh.ledger.executors["executors/x"].draining
         keep.lease_term = 9
         with pytest.raises(LeaseLostError):
             await scheduling.KeepLease(keep)
@@ -264,22 +264,22 @@ async def test_leases_through_the_stubs(world: World) -> None:
         end = scheduling_pb2.SchedulingServiceEndLeaseRequest(executor="executors/x", incarnation="i1")
         for _ in range(2):
             await scheduling.EndLease(end)
-        assert world.ledger.executors == {}
+        assert mesh.ledger.executors == {}
 
 
 @pytest.mark.parametrize("field", ["name", "address", "incarnation", "backbone"])
-async def test_an_executor_that_says_too_little_is_told_what(world: World, field: str) -> None:
+async def test_an_executor_that_says_too_little_is_told_what(mesh: SchedulingMesh, field: str) -> None:
     executor = plan_pb2.Executor(name="executors/x", address="127.0.0.1:1", incarnation="i1", backbone=BACKBONE)
     executor.ClearField(field)  # type: ignore[arg-type]
-    async with world.scheduler() as (_, scheduling):
+    async with mesh.scheduler() as (_, scheduling):
         with pytest.raises(InvalidInputError) as refused:
             await scheduling.RegisterExecutor(scheduling_pb2.RegisterExecutorRequest(executor=executor))
     assert [violation.field.split(".")[1] for violation in refused.value.violations] == [field]
 
 
-async def test_every_rpc_wants_the_mesh_secret(world: World) -> None:
-    async with world.scheduler():
-        async with open_channel(world.address, "mesh_wrong") as channel:
+async def test_every_rpc_wants_the_mesh_secret(mesh: SchedulingMesh) -> None:
+    async with mesh.scheduler():
+        async with open_channel(mesh.address, "mesh_wrong") as channel:
             stub = scheduling_pb2_grpc.SchedulingServiceStub(channel)
             for method, request in (
                 (stub.GetPlan, scheduling_pb2.GetPlanRequest()),
@@ -289,7 +289,7 @@ async def test_every_rpc_wants_the_mesh_secret(world: World) -> None:
             ):
                 with pytest.raises(UnauthenticatedError):
                     await method(request)
-        async with grpc.aio.insecure_channel(world.address) as bare:
+        async with grpc.aio.insecure_channel(mesh.address) as bare:
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await scheduling_pb2_grpc.SchedulingServiceStub(bare).GetPlan(scheduling_pb2.GetPlanRequest())
     assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
@@ -301,38 +301,38 @@ SPEC = spec_to_domain(SPEC_OF_TASKS)
 ROOM_FOR_THREE = total_bytes([SPEC] * 3, backbone_to_view(BACKBONE), 256)
 
 
-async def test_a_task_that_is_moved_starts_only_when_it_was_handed_back(world: World) -> None:
-    """Its old executor is told first, and may still commit what it has: nothing is lost."""
-    crowded = await world.add_executor("executors/a", cost=COST)
-    async with world.scheduler():
-        tasks = [await world.ledger.put_task(i) for i in range(4)]
-        await world.changes.until(lambda: len(crowded.attempts()) == 4)
-        idle = await world.add_executor("executors/b", cost=COST)
-        await world.changes.until(lambda: len(crowded.attempts()) == 2)
+async def test_a_task_that_is_moved_starts_only_when_it_was_handed_back(mesh: SchedulingMesh) -> None:
+    """The old executor gets its new plan first and may still commit its results: nothing is lost."""
+    crowded = await mesh.add_executor("executors/a", cost=COST)
+    async with mesh.scheduler():
+        tasks = [await mesh.ledger.put_task(i) for i in range(4)]
+        await mesh.changes.until(lambda: len(crowded.attempts()) == 4)
+        idle = await mesh.add_executor("executors/b", cost=COST)
+        await mesh.changes.until(lambda: len(crowded.attempts()) == 2)
         moved = set(tasks) - set(crowded.attempts())
         assert moved == set(tasks[2:])
         assert all(not plan.tasks for plan in idle.plans)
-        attempts = {task: world.ledger.tasks[task].task.attempt for task in moved}
+        attempts = {task: mesh.ledger.tasks[task].task.attempt for task in moved}
         assert set(attempts.values()) == {1}
         for task in moved:
-            await world.ledger.hand_back(task)
-        await world.changes.until(lambda: idle.attempts() == dict.fromkeys(moved, 2))
+            await mesh.ledger.hand_back(task)
+        await mesh.changes.until(lambda: idle.attempts() == dict.fromkeys(moved, 2))
 
 
-async def test_a_tenant_that_comes_late_gets_a_place_of_one_that_has_many(world: World) -> None:
-    executor = await world.add_executor(memory_bytes=ROOM_FOR_THREE, cost=COST)
-    async with world.scheduler():
-        flood = [await world.ledger.put_task(i) for i in range(4)]
-        await world.changes.until(lambda: set(executor.attempts()) == set(flood[:3]))
-        late = await world.ledger.put_task(9, tenant="b")
-        await world.changes.until(lambda: set(executor.attempts()) == {*flood[:2], late})
+async def test_a_tenant_that_comes_late_gets_a_place_of_one_that_has_many(mesh: SchedulingMesh) -> None:
+    executor = await mesh.add_executor(memory_bytes=ROOM_FOR_THREE, cost=COST)
+    async with mesh.scheduler():
+        flood = [await mesh.ledger.put_task(i) for i in range(4)]
+        await mesh.changes.until(lambda: set(executor.attempts()) == set(flood[:3]))
+        late = await mesh.ledger.put_task(9, tenant="b")
+        await mesh.changes.until(lambda: set(executor.attempts()) == {*flood[:2], late})
 
 
-async def test_a_plan_is_explained_task_by_task(world: World) -> None:
-    await world.add_executor(memory_bytes=ROOM_FOR_THREE, cost=COST, num_stages=2)
-    async with world.scheduler() as (scheduler, scheduling):
-        tasks = [await world.ledger.put_task(i) for i in range(4)]
-        await world.changes.until(lambda: len(scheduler.plan.explanations) == 4)
+async def test_a_plan_is_explained_task_by_task(mesh: SchedulingMesh) -> None:
+    await mesh.add_executor(memory_bytes=ROOM_FOR_THREE, cost=COST, num_stages=2)
+    async with mesh.scheduler() as (scheduler, scheduling):
+        tasks = [await mesh.ledger.put_task(i) for i in range(4)]
+        await mesh.changes.until(lambda: len(scheduler.plan.explanations) == 4)
         told = await scheduling.ExplainPlan(scheduling_pb2.ExplainPlanRequest(task=tasks[0]))
         assert told.explanation.executor == "executors/x" and tasks[0] in told.htask.tasks
         assert told.explanation.round_seconds >= told.explanation.alone_round_seconds > 0
@@ -345,12 +345,12 @@ async def test_a_plan_is_explained_task_by_task(world: World) -> None:
             await scheduling.ExplainPlan(scheduling_pb2.ExplainPlanRequest(task="tenants/a/tasks/none"))
 
 
-async def test_what_would_be_is_told_and_changes_nothing(world: World) -> None:
-    executor = await world.add_executor(cost=COST)
-    async with world.scheduler() as (scheduler, scheduling):
-        task = await world.ledger.put_task(1)
-        await world.changes.until(lambda: executor.plans and len(scheduler.plan.explanations) == 1)
-        spec = world.ledger.tasks[task].task.spec
+async def test_what_would_be_is_told_and_changes_nothing(mesh: SchedulingMesh) -> None:
+    executor = await mesh.add_executor(cost=COST)
+    async with mesh.scheduler() as (scheduler, scheduling):
+        task = await mesh.ledger.put_task(1)
+        await mesh.changes.until(lambda: executor.plans and len(scheduler.plan.explanations) == 1)
+        spec = mesh.ledger.tasks[task].task.spec
         new = scheduling_pb2.HypotheticalTask(task="tenants/b/tasks/new", spec=spec, num_train_tokens=100)
         told = await scheduling.SimulatePlan(scheduling_pb2.SimulatePlanRequest(tasks=[new]))
         by_name = {forecast.task: forecast for forecast in told.forecasts}

@@ -1,4 +1,4 @@
-"""The same behaviour of a folder and of S3 (moto's server answers conditional puts as S3 does)."""
+"""A folder and S3 behave alike (moto's server answers conditional puts as S3 does)."""
 
 import hashlib
 import json
@@ -110,7 +110,7 @@ def test_the_first_commit_stands(store: ArtifactStore) -> None:
 
 
 def test_a_writer_that_lost_the_race_harms_nothing(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both found the folder free; the other commits between this one's files and its manifest."""
+    """Two writers find the folder free; the other commits between this one's files and its manifest."""
     put_new = ArtifactStore.put_new
 
     def be_overtaken(self: ArtifactStore, key: str, data: bytes) -> bool:
