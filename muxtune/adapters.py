@@ -1,10 +1,10 @@
-"""Adapters of methods that PEFT does not have, on a plain transformers model: docs/ADAPTERS.md has the format.
+"""Applies adapters of methods that PEFT does not have to a plain transformers model; docs/ADAPTERS.md has the format.
 
     model = AutoModelForCausalLM.from_pretrained(...)
     handles = load_adapter(model, "folder")   # the model now answers as the tenant's
     for handle in handles: handle.remove()    # and as it did before
 
-Needs torch and safetensors; knows nothing of the engine, which checks every export with it.
+It needs torch and safetensors, and nothing of the engine.
 """
 
 import json
@@ -27,31 +27,33 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class AppliedAdapter:
-    """Undo with `remove`."""
+    """Part of an applied adapter; `remove` undoes it."""
 
     def __init__(self, undo: Callable[[], None]) -> None:
         self.remove = undo
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> list[AppliedAdapter]:
-    """Applies the folder's adapter to `model`. Raises ValueError for a folder of PEFT's, of a newer muxtune, or of
-    another model."""
+    """Apply the adapter in `folder` to `model`.
+
+    Raises ValueError for an adapter in PEFT's format, of another version of the format, or for another model.
+    """
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
     kind = str(config.get("peft_type", ""))
     if not kind.startswith("MUXTUNE_"):
         raise ValueError(f"{folder} is of type {kind}: load it with peft.PeftModel.from_pretrained")
     if config.get("format_version") != FORMAT_VERSION or kind not in _APPLY:
         raise ValueError(
-            f"{folder} is {kind} version {config.get('format_version')}: this muxtune reads {FORMAT_VERSION}"
+            f"{folder} is {kind} version {config.get('format_version')}: this muxtune reads version {FORMAT_VERSION}"
         )
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(Path(folder) / "adapter_model.safetensors").items():
         module, _, vector = name.rpartition(".")
         modules.setdefault(module, {})[vector] = tensor
-    known = dict(model.named_modules())
-    if odd := [name for name in modules if name not in known]:
-        raise ValueError(f"{folder} adapts {odd[0]}, which this model does not have")
-    return [_APPLY[kind](known[name], tensors, config) for name, tensors in modules.items()]
+    modules_of_model = dict(model.named_modules())
+    if missing := [name for name in modules if name not in modules_of_model]:
+        raise ValueError(f"{folder} adapts {missing[0]}, which this model does not have")
+    return [_APPLY[kind](modules_of_model[name], tensors, config) for name, tensors in modules.items()]
 
 
 def _apply_bottleneck(
@@ -60,7 +62,7 @@ def _apply_bottleneck(
     activation, reads_output = _ACTIVATIONS[config["activation"]], config["placement"] == "serial"
 
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
-        y = output[0] if isinstance(output, tuple) else output  # an attention also gives its weights
+        y = output[0] if isinstance(output, tuple) else output  # attention also returns its weights
         h = y if reads_output else args[0] if args else kwargs["hidden_states"]
         down, down_bias, up, up_bias = (
             tensors[name].to(h) for name in ("down_weight", "down_bias", "up_weight", "up_bias")

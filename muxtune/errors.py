@@ -1,4 +1,4 @@
-"""What a call can raise, rebuilt from the reason the service sent: decide by class or reason, never by text."""
+"""Errors that calls raise, rebuilt from the reason that the service sent: decide by class or reason, never by text."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ DOMAIN = "muxtune"
 
 
 class MuxtuneError(Exception):
-    """Base of all. `reason` is a value of `muxtune.v1.ErrorReason` without its prefix; "" if the service named none."""
+    """Base of all errors. `reason` is a value of `muxtune.v1.ErrorReason` without prefix, or "" if none was sent."""
 
     reason = ""
 
@@ -167,7 +167,7 @@ class NonFiniteError(MuxtuneError):
 
 
 class InternalError(MuxtuneError):
-    """A bug of the service; `metadata["trace_id"]` finds it."""
+    """The service failed in a way it did not foresee; its operators find it by `metadata["trace_id"]`."""
 
     reason = "INTERNAL"
 
@@ -175,40 +175,40 @@ class InternalError(MuxtuneError):
 _BY_CODE = {
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: UnavailableError,
-    grpc.StatusCode.CANCELLED: UnavailableError,  # the service gave up the call: it shuts down
+    grpc.StatusCode.CANCELLED: UnavailableError,  # the service cancelled the call, as it shuts down
     grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: QuotaExceededError,  # gRPC's own: a message over its size limit
+    grpc.StatusCode.RESOURCE_EXHAUSTED: QuotaExceededError,  # from gRPC itself: a message over its size limit
 }
 
 
-# What gRPC says where it found no connection, and what to do then: for people alone, no error's class depends on it.
-_CA_REMEDY = "set MUXTUNE_CA (or ca=...) to the file with its CA: `muxtune up` writes certs/ca.crt in its data folder"
-_NO_TLS = "no TLS is spoken there, or a certificate is asked for: it is not the clients' door of admission"
-_UNCONNECTED = ("failed to connect", "connections to all backends failing")  # gRPC, of one address and of several
+# Remedies by gRPC's text about a failed connection, for people; no error's class depends on a text.
+_CA_REMEDY = "Set MUXTUNE_CA (or ca=...) to the file of its CA: `muxtune up` writes certs/ca.crt in its data folder"
+_NO_TLS = "The server there does not speak TLS, or asks for a certificate: use admission's address for clients"
+_NOT_CONNECTED = ("failed to connect", "connections to all backends failing")  # of one address, of several
 _REMEDIES = {
-    "Socket closed": f"whoever listens there takes no plain text. A mesh speaks TLS: {_CA_REMEDY}",
-    "CERTIFICATE_VERIFY_FAILED": f"its certificate is of a CA that is not known here: {_CA_REMEDY}",
-    "Hostname Verification": "its certificate is for other addresses: `muxtune certs FOLDER --host NAME` makes another",
+    "Socket closed": f"The server there does not accept plain text; a mesh speaks TLS. {_CA_REMEDY}",
+    "CERTIFICATE_VERIFY_FAILED": f"The server's certificate is from an unknown CA. {_CA_REMEDY}",
+    "Hostname Verification": "The server's certificate is for other addresses: run `muxtune certs FOLDER --host NAME`",
     "Handshake read failed": _NO_TLS,
     "WRONG_VERSION_NUMBER": _NO_TLS,
-    "Connection refused": "nothing listens there: is the mesh up, and MUXTUNE_ADDRESS its admission's?",
+    "Connection refused": "Nothing listens there: start the mesh, or set MUXTUNE_ADDRESS to admission's address",
 }
 
 
 def by_reason() -> dict[str, type[MuxtuneError]]:
-    """Every class by its reason."""
-    found, waiting = {}, [MuxtuneError]
+    """Return the error classes by reason."""
+    classes, waiting = {}, [MuxtuneError]
     while waiting:
         cls = waiting.pop()
         waiting += cls.__subclasses__()
         if cls.reason:
-            found[cls.reason] = cls
-    return found
+            classes[cls.reason] = cls
+    return classes
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a failed call says: `reason` is "" where no ErrorInfo of ours came."""
+    """Status and details of a failed call. `reason` is "" if it has no ErrorInfo of muxtune."""
 
     code: grpc.StatusCode
     reason: str
@@ -219,7 +219,7 @@ class Failure:
 
 
 def read_failure(error: grpc.RpcError) -> Failure:
-    """The status and its google.rpc details."""
+    """Return the status of a failed call with its google.rpc details."""
     code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     text = (error.details() if hasattr(error, "details") else "") or code.name
     status = _read_status(error)
@@ -240,14 +240,14 @@ def read_failure(error: grpc.RpcError) -> Failure:
 
 
 def _remedy(text: str) -> str:
-    """A sentence where a connection could not be made; a call that broke off later was connected."""
-    if not any(said in text for said in _UNCONNECTED):
+    """Return what to do about a connection that could not be made; a call that broke off later was connected."""
+    if not any(words in text for words in _NOT_CONNECTED):
         return ""
-    return next((f". {remedy}" for said, remedy in _REMEDIES.items() if said in text), "")
+    return next((f". {remedy}" for words, remedy in _REMEDIES.items() if words in text), "")
 
 
 def _read_status(error: grpc.RpcError) -> status_pb2.Status | None:
-    """The google.rpc.Status of the call's trailers; None if there is none, or none that fits the call."""
+    """Return the google.rpc.Status in the call's trailers, or None if it is missing or does not fit the call."""
     if not hasattr(error, "trailing_metadata"):
         return None
     try:
@@ -257,7 +257,7 @@ def _read_status(error: grpc.RpcError) -> status_pb2.Status | None:
 
 
 def from_rpc_error(error: grpc.RpcError) -> MuxtuneError:
-    """The exception for a failed call."""
+    """Return the exception for a failed call."""
     failure = read_failure(error)
     cls = by_reason().get(failure.reason) or _BY_CODE.get(failure.code, MuxtuneError)
     return cls(
@@ -271,7 +271,7 @@ def from_rpc_error(error: grpc.RpcError) -> MuxtuneError:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """grpc.RpcError inside comes out as a MuxtuneError."""
+    """Raise a grpc.RpcError of the block as a MuxtuneError."""
     try:
         yield
     except grpc.RpcError as error:

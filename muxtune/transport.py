@@ -1,4 +1,4 @@
-"""What the blocking and the asyncio client share: channel options, files as chunks, folders from chunks, spans."""
+"""Channel options, credentials, spans and file transfer, shared by the blocking and the asyncio client."""
 
 import hashlib
 import ipaddress
@@ -22,11 +22,11 @@ from muxtune.v1 import admission_pb2, artifact_pb2
 
 CHUNK_BYTES = 1 << 20
 DEADLINE_SECONDS = 60.0
-ADMIT_SECONDS = 150.0  # admission may tokenize the whole dataset first
+ADMIT_SECONDS = 150.0  # as admission may tokenize the whole dataset first
 TRANSFER_SECONDS = 3600.0
-STREAM_BACKOFFS_SECONDS = (0.3, 1.0, 3.0, 5.0, None)  # between tries of what is streamed; None: give up
+STREAM_BACKOFFS_SECONDS = (0.3, 1.0, 3.0, 5.0, None)  # between attempts of a stream; None: give up
 STREAMED = ("UploadDataset", "UploadAdapter", "DownloadAdapter", "WatchTask")
-# Nine seconds in all, about: a service of one replica is back by then when it is restarted.
+# About nine seconds in all: time to restart a service that has one replica.
 _RETRY_POLICY = {
     "methodConfig": [
         {
@@ -36,22 +36,22 @@ _RETRY_POLICY = {
                 "initialBackoff": "0.3s",
                 "maxBackoff": "5s",
                 "backoffMultiplier": 3,
-                # CANCELLED is what gRPC itself tells who comes just as a server closes.
+                # gRPC ends a call with CANCELLED that reaches a server as it closes.
                 "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
         },
-        # Not streams: the client does it, whole. A client's stream cannot be sent again by gRPC; a server's that gRPC
-        # tries again hangs now and then, for good, when its server is killed (grpcio 1.85; tests/test_mesh_kills.py).
+        # Streams are repeated by the client itself. gRPC cannot repeat a stream of requests, and a stream of responses
+        # that it repeats sometimes hangs for good when its server is killed (grpcio 1.85; tests/test_mesh_kills.py).
         {"name": [{"service": "muxtune.v1.AdmissionService", "method": method} for method in STREAMED]},
     ],
-    "loadBalancingConfig": [{"round_robin": {}}],  # over admission's replicas
+    "loadBalancingConfig": [{"round_robin": {}}],  # admission's replicas in turn
 }
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.service_config", json.dumps(_RETRY_POLICY)),
-    ("grpc.keepalive_time_ms", 10_000),  # a replica that is cut off or paused is found out before calls time out
+    ("grpc.keepalive_time_ms", 10_000),  # a replica that hangs or is cut off is noticed before calls time out
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_receive_message_length", 16 << 20),
-    ("grpc.max_reconnect_backoff_ms", 1_000),  # what is there again is found within the retries' nine seconds
+    ("grpc.max_reconnect_backoff_ms", 1_000),  # within the nine seconds of retries
     ("grpc.dns_min_time_between_resolutions_ms", 2_000),  # replicas come and go
 ]
 _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
@@ -59,32 +59,34 @@ Rows = Iterable[Mapping[str, Any]]
 
 
 def watch_backoff(num_failures: int, was_heard: bool) -> float | None:
-    """Seconds until the watch is opened again after so many failures in a row; None: it never was there."""
+    """Return the seconds to wait after so many failures in a row; None: give up, as no event ever came."""
     last = len(STREAM_BACKOFFS_SECONDS) - 1
     backoff = STREAM_BACKOFFS_SECONDS[min(num_failures - 1, last)]
     return STREAM_BACKOFFS_SECONDS[last - 1] if backoff is None and was_heard else backoff
 
 
 class CallOptions(TypedDict):
-    """What every call carries."""
+    """Options of every call."""
 
     timeout: float
     metadata: tuple[tuple[str, str], ...]
 
 
 def address_and_key(address: str | None, api_key: str | None) -> tuple[str, str]:
-    """Arguments, or MUXTUNE_ADDRESS and MUXTUNE_API_KEY. Raises UnauthenticatedError if there is neither."""
+    """Return the arguments, or MUXTUNE_ADDRESS and MUXTUNE_API_KEY. Raises UnauthenticatedError if one is missing."""
     address = address or os.environ.get("MUXTUNE_ADDRESS", "")
     api_key = api_key or os.environ.get("MUXTUNE_API_KEY", "")
     if not address or not api_key:
-        raise UnauthenticatedError("no address or API key: pass them, or set MUXTUNE_ADDRESS and MUXTUNE_API_KEY")
+        raise UnauthenticatedError(
+            "Address or API key is missing: pass both, or set MUXTUNE_ADDRESS and MUXTUNE_API_KEY"
+        )
     return address, api_key
 
 
 def target(address: str) -> str:
-    """What gRPC dials for "host:port", whose name may stand for several replicas, or for a list, "ip:port,ip:port".
+    """Return gRPC's target for "host:port", a name that may resolve to several replicas, or for "ip:port,ip:port".
 
-    Raises InvalidInputError for a list of names: gRPC resolves one.
+    Raises InvalidInputError for a list of names, as gRPC resolves only one.
     """
     if "," not in address:
         return address
@@ -93,21 +95,21 @@ def target(address: str) -> str:
         versions = {ipaddress.ip_address(_host(replica)).version for replica in replicas}
     except ValueError as error:
         raise InvalidInputError(
-            f'address "{address}": {error}: each of a list must be IP:PORT; else give one name that resolves to all'
+            f'address "{address}": {error}. Each entry of a list must be IP:PORT; or pass one name that resolves to all'
         ) from error
     if len(versions) > 1:
-        raise InvalidInputError(f'address "{address}": IPv4 and IPv6 are mixed: give addresses of one kind')
+        raise InvalidInputError(f'address "{address}": IPv4 and IPv6 are mixed: pass addresses of one kind')
     return f"ipv{versions.pop()}:{','.join(replicas)}"
 
 
 def channel_options(address: str) -> list[tuple[str, Any]]:
-    """Of a list of replicas, the certificate of each must name the first: the list is no name."""
+    """Return the channel's options. Of a list of replicas, the certificate of each must name the first."""
     named = [("grpc.ssl_target_name_override", _host(address.split(",")[0]))] if "," in address else []
     return [*_OPTIONS, *named]
 
 
 def credentials(address: str, ca: Path | str | None) -> grpc.ChannelCredentials | None:
-    """TLS with the roots in `ca`, or in MUXTUNE_CA, or the system's; None (plain text) on loopback without one.
+    """Return TLS credentials with the CA in `ca`, in MUXTUNE_CA, or the system's; None on loopback without a CA.
 
     Raises InvalidInputError if the file cannot be read.
     """
@@ -118,7 +120,7 @@ def credentials(address: str, ca: Path | str | None) -> grpc.ChannelCredentials 
 
 
 def metadata(api_key: str) -> tuple[tuple[str, str], ...]:
-    """The key, and the trace this call belongs to."""
+    """Return the metadata of a call: the API key and the context of the trace."""
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
     return (("authorization", f"Bearer {api_key}"), *carrier.items())
@@ -126,7 +128,7 @@ def metadata(api_key: str) -> tuple[tuple[str, str], ...]:
 
 @contextmanager
 def call_span(method: str) -> Iterator[None]:
-    """The client's span around a call: the root of a task's trace, where OpenTelemetry is configured."""
+    """Trace a call, if OpenTelemetry is configured. The span of CreateTask is the root of the task's trace."""
     attributes = {"rpc.system.name": "grpc", "rpc.method": f"muxtune.v1.AdmissionService/{method}"}
     tracer = trace.get_tracer("muxtune.client")
     with tracer.start_as_current_span(attributes["rpc.method"], kind=SpanKind.CLIENT, attributes=attributes):
@@ -138,7 +140,7 @@ def new_request_id() -> str:
 
 
 def rows_as_bytes(rows: Path | str | bytes | Rows) -> bytes:
-    """JSON Lines from a path, from bytes as they are, or from dicts."""
+    """Return JSON Lines from a path, from bytes, or from dicts. Raises InvalidInputError if a file cannot be read."""
     if isinstance(rows, bytes):
         return rows
     if isinstance(rows, str | Path):
@@ -150,7 +152,7 @@ def rows_as_bytes(rows: Path | str | bytes | Rows) -> bytes:
 
 
 def file_parts(name: str, data: bytes) -> Iterator[artifact_pb2.FileHeader | artifact_pb2.FileChunk]:
-    """A file's header, then its chunks."""
+    """Yield a file's header, then its chunks."""
     yield artifact_pb2.FileHeader(file_name=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
     for offset in range(0, len(data), CHUNK_BYTES):
         yield artifact_pb2.FileChunk(offset=offset, data=data[offset : offset + CHUNK_BYTES])
@@ -176,9 +178,9 @@ def adapter_requests(header: artifact_pb2.UploadHeader, folder: Path) -> Iterato
 
 
 class FolderSink:
-    """Receives a folder's files beside `dest` and moves them there when all are whole and right, or not at all.
+    """Receives the files of an adapter beside `dest`, and moves them there if all arrived as announced.
 
-    Raises AlreadyExistsError where `dest` is there and is not an adapter's folder: nothing else is ever replaced.
+    Raises AlreadyExistsError if `dest` exists and is not the folder of an adapter; nothing else is ever replaced.
     """
 
     def __init__(self, dest: Path) -> None:
@@ -191,22 +193,24 @@ class FolderSink:
         self._num_files = 0
 
     def add(self, response: admission_pb2.DownloadAdapterResponse) -> None:
-        """Raises ChecksumMismatchError where what comes is not what was announced."""
+        """Receive a part. Raises ChecksumMismatchError if it does not fit the header of its file."""
         if response.WhichOneof("part") == "file":
             self._close_file()
             self._header, self._data = response.file, bytearray()
             if self._header.file_name not in _ADAPTER_FILES:
-                raise ChecksumMismatchError(f'"{self._header.file_name}" is no file of an adapter')
+                raise ChecksumMismatchError(f'"{self._header.file_name}" is not a file of an adapter')
         elif self._header is None or response.chunk.offset != len(self._data):
-            raise ChecksumMismatchError(f"a chunk at {response.chunk.offset} where {len(self._data)} was due")
+            raise ChecksumMismatchError(
+                f"a chunk at byte {response.chunk.offset} arrived instead of byte {len(self._data)}"
+            )
         else:
             self._data += response.chunk.data
 
     def close(self) -> Path:
-        """The folder in its place, replacing one that was there."""
+        """Move the folder to `dest`, replacing an adapter that is there, and return it."""
         self._close_file()
         if self._num_files == 0:
-            raise ChecksumMismatchError("no file came")
+            raise ChecksumMismatchError("the server sent no file")
         _check_replaceable(self._dest)
         if self._dest.exists():
             shutil.rmtree(self._dest)
@@ -217,12 +221,13 @@ class FolderSink:
     def _close_file(self) -> None:
         if self._header is None:
             return
-        found = hashlib.sha256(self._data).hexdigest()
-        if found != self._header.sha256 or len(self._data) != self._header.size_bytes:
+        header, sha256 = self._header, hashlib.sha256(self._data).hexdigest()
+        if sha256 != header.sha256 or len(self._data) != header.size_bytes:
             raise ChecksumMismatchError(
-                f"{self._header.file_name} came with {len(self._data)} bytes that are not its own"
+                f"{header.file_name}: received {len(self._data)} bytes with SHA-256 {sha256}, announced were "
+                f"{header.size_bytes} bytes with SHA-256 {header.sha256}: download it again"
             )
-        (self._partial / self._header.file_name).write_bytes(self._data)
+        (self._partial / header.file_name).write_bytes(self._data)
         self._num_files += 1
 
     def __enter__(self) -> "FolderSink":
@@ -235,7 +240,7 @@ class FolderSink:
 
 
 def is_loopback(address: str) -> bool:
-    """Of "host:port", or of all in a list."""
+    """Return whether an address, or each of a list, is on loopback."""
     hosts = [_host(replica) for replica in address.split(",")]
     try:
         return all(host == "localhost" or ipaddress.ip_address(host).is_loopback for host in hosts)
@@ -248,8 +253,8 @@ def _host(address: str) -> str:
 
 
 def _check_replaceable(dest: Path) -> None:
-    """An earlier download may be replaced, and an empty folder; nothing else."""
+    """Raise AlreadyExistsError unless `dest` is missing, an empty folder or an earlier download."""
     if not dest.exists() and not dest.is_symlink():
         return
     if dest.is_symlink() or not dest.is_dir() or {path.name for path in dest.iterdir()} - _ADAPTER_FILES:
-        raise AlreadyExistsError(f"{dest} is there and is no adapter's folder: choose another place")
+        raise AlreadyExistsError(f"{dest} exists and is not the folder of an adapter: choose another place")

@@ -1,7 +1,7 @@
-"""The private CA of a mesh, and what it signs: certificates of services, executors and the operator, in a folder each.
+"""Issues certificates of services, executors and the operator from a mesh's private CA, in a folder each.
 
-An executor's names it: beside "execution" it holds for "NAME.execution", which is who may register under that name, and
-whom scheduling expects where that name says it is.
+An executor's certificate names it: it is valid for "execution" and "NAME.execution". Only its holder may register under
+that name, and scheduling accepts no other server at that executor's address.
 """
 
 import datetime
@@ -21,41 +21,42 @@ from muxtune.errors import InvalidInputError
 from muxtune.resource_names import executor_host
 
 NAMES = ("admission", "scheduling", "alignment", "operator")
-EXECUTORS, DEFAULT_EXECUTOR = "executors", "local"  # as MUXTUNE_EXECUTOR_NAME's default
+EXECUTORS, DEFAULT_EXECUTOR = "executors", "local"  # the default of MUXTUNE_EXECUTOR_NAME
 CERTIFICATE, KEY, CA, CA_KEY = "tls.crt", "tls.key", "ca.crt", "ca.key"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 DAYS, _CA_DAYS, _RENEW_DAYS = 90, 3650, 30
-_BACKDATED = datetime.timedelta(minutes=5)  # clocks differ
+_BACKDATED = datetime.timedelta(minutes=5)  # as clocks differ
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # of a DNS name, RFC 1123
 
 
 def issue(
     folder: Path, hosts: Sequence[str] = LOOPBACK, days: float = DAYS, executors: Sequence[str] = ()
 ) -> list[Path]:
-    """Each folder gets tls.key, tls.crt and ca.crt, whole files only; the CA stays what it was. Executors that have a
-    folder get a new certificate, too; the first one is DEFAULT_EXECUTOR. Returns the folders.
+    """Issue a new certificate for each service, executor and the operator. Returns their folders.
 
-    Raises InvalidInputError for an executor's name that is none, and for half a CA.
+    Each folder gets tls.key, tls.crt and ca.crt; a file is written whole or not at all. The CA is created if there is
+    none. Executors that have a folder get a new certificate, too; without any, DEFAULT_EXECUTOR gets one. Raises
+    InvalidInputError for a name that an executor cannot have, and for a CA without its key.
     """
     for name in executors:
         if not _LABEL.fullmatch(name):
             raise InvalidInputError(
-                f'"{name}" names no executor: lower-case letters, digits and hyphens within, at most 63'
+                f'executor "{name}": use lower-case letters, digits, and hyphens between them, at most 63'
             )
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
-    authority, made = _authority(folder), []
+    authority, folders = _authority(folder), []
     for name in NAMES:
         alternatives = (name, *hosts) if name == "admission" else (name,)
-        made.append(_issue_one(folder, folder / name, name, alternatives, days, authority))
+        folders.append(_issue_one(folder, folder / name, name, alternatives, days, authority))
     for name in sorted({*executors, *_executors(folder)}) or [DEFAULT_EXECUTOR]:
         alternatives = ("execution", executor_host(name))
-        made.append(_issue_one(folder, folder / EXECUTORS / name, "execution", alternatives, days, authority))
-    return made
+        folders.append(_issue_one(folder, folder / EXECUTORS / name, "execution", alternatives, days, authority))
+    return folders
 
 
 def issue_where_due(folder: Path) -> None:
-    """At the start of `muxtune up`: when there are none yet, or one of them ends within a month."""
+    """Issue certificates if one is missing or expires within a month; `muxtune up` calls this at its start."""
     soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=_RENEW_DAYS)
     for name in (*NAMES, f"{EXECUTORS}/{DEFAULT_EXECUTOR}"):
         path = folder / name / CERTIFICATE
@@ -65,7 +66,7 @@ def issue_where_due(folder: Path) -> None:
 
 
 def _executors(folder: Path) -> list[str]:
-    """Those that have a folder."""
+    """Return the names of executors that have a folder."""
     return [path.name for path in (folder / EXECUTORS).glob("*") if _LABEL.fullmatch(path.name)]
 
 
@@ -88,16 +89,18 @@ def _issue_one(
 
 
 def _authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    """The CA's key and certificate, made if there are none. Raises InvalidInputError if only one is there."""
+    """Return the CA's key and certificate; create them if both are missing. Raises InvalidInputError if one is."""
     if (folder / CA).exists() != (folder / CA_KEY).exists():
-        raise InvalidInputError(f"{folder} has only one of {CA} and {CA_KEY}: bring the other, or take another folder")
+        raise InvalidInputError(
+            f"{folder} has only one of {CA} and {CA_KEY}: restore the other, or choose another folder"
+        )
     if not (folder / CA_KEY).exists():
         key = ec.generate_private_key(ec.SECP256R1())
         _write(folder / CA_KEY, _pem(key))
         _write(folder / CA, _self_signed(key).public_bytes(serialization.Encoding.PEM))
     loaded = serialization.load_pem_private_key((folder / CA_KEY).read_bytes(), None)
     if not isinstance(loaded, ec.EllipticCurvePrivateKey):
-        raise InvalidInputError(f"{folder / CA_KEY} is no elliptic-curve key: take another folder")
+        raise InvalidInputError(f"{folder / CA_KEY} is not an elliptic-curve key: choose another folder")
     return loaded, x509.load_pem_x509_certificate((folder / CA).read_bytes())
 
 
@@ -118,7 +121,10 @@ def _signed(
     days: float,
     alternatives: Sequence[str],
 ) -> x509.Certificate:
-    """Its common name says who shows it, its DNS names who is reached; the operator is nobody's server."""
+    """Return a certificate: its common name is the caller's role, its DNS names are the server's.
+
+    The operator's certificate is not valid for a server.
+    """
     ca_key, ca = authority
     uses = [ExtendedKeyUsageOID.CLIENT_AUTH] + ([] if role == "operator" else [ExtendedKeyUsageOID.SERVER_AUTH])
     return (
@@ -138,7 +144,7 @@ def _builder(
     issuer_key: ec.EllipticCurvePrivateKey,
     days: float,
 ) -> x509.CertificateBuilder:
-    """What RFC 5280 asks of both kinds."""
+    """Return a builder with the fields that RFC 5280 requires of every certificate."""
     authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key())
     now = datetime.datetime.now(datetime.UTC)
     return (
@@ -179,7 +185,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all; readable by its owner only."""
+    """Write a file whole or not at all, readable by its owner only."""
     number, partial = tempfile.mkstemp(dir=path.parent, prefix=".partial-")  # mode 0600
     with os.fdopen(number, "wb") as file:
         file.write(data)

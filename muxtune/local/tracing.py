@@ -1,4 +1,4 @@
-"""The command's own spans: the root of each task's trace, written beside the services' spans."""
+"""Exports the spans of the command and the demo, the roots of their tasks' traces."""
 
 import os
 from collections.abc import Iterator
@@ -17,8 +17,10 @@ _EXPORT_SECONDS = 1
 
 @contextmanager
 def traced(data: Path) -> Iterator[TracerProvider]:
-    """Spans go to MUXTUNE_OTLP_ENDPOINT, or to the data folder's trace file; flushed when the block ends, which waits a
-    moment for a backend and no longer."""
+    """Export spans of the block to MUXTUNE_OTLP_ENDPOINT, or to the data folder's trace file.
+
+    They are flushed when the block ends, which waits at most a second for the endpoint.
+    """
     endpoint = os.environ.get("MUXTUNE_OTLP_ENDPOINT", "")
     provider = TracerProvider(resource=Resource.create({"service.name": "muxtune-client"}))
     if endpoint:

@@ -17,7 +17,7 @@ from muxtune.errors import UnavailableError, from_rpc_error
 from muxtune.local.certificate_authority import issue
 from services.rpc.certificates import Certificates
 
-CA_REMEDY = r"set MUXTUNE_CA .*certs/ca\.crt"
+CA_REMEDY = r"Set MUXTUNE_CA .*certs/ca\.crt"
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ async def test_what_to_set_is_said(server: tuple[int, int, Path], tmp_path: Path
         (secure, None, CA_REMEDY),
         (secure, tmp_path / "other" / "ca.crt", CA_REMEDY),
         (secure, certs / "ca.crt", "muxtune certs FOLDER --host NAME"),  # it is of another address
-        (plain, certs / "ca.crt", "no TLS is spoken there"),
-        (closed, None, "nothing listens there.*MUXTUNE_ADDRESS"),
+        (plain, certs / "ca.crt", "does not speak TLS"),
+        (closed, None, "Nothing listens there.*MUXTUNE_ADDRESS"),
     ]
     asked = (asyncio.to_thread(message_of, f"127.0.0.1:{port}", ca) for port, ca, _ in cases)
     for said, (_, _, remedy) in zip(await asyncio.gather(*asked), cases, strict=True):
