@@ -1,4 +1,4 @@
-"""A device whose time is counted, not measured: the same seconds on any machine, however busy it is."""
+"""A device that counts its time instead of measuring it: the same seconds on any machine, busy or not."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ _BYTES_PER_SECOND = 10e9
 
 
 class CountedDevice(TorchDispatchMode):
-    """Every operator that runs under it takes a launch, its FLOPs as PyTorch counts them, and a pass over each tensor
-    that it reads and writes. Views are free."""
+    """Counts for every operator a launch, its FLOPs as PyTorch counts them, and a pass over each tensor that it reads
+    or writes. Views are free."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
-"""A CUDA graph in software, as strict as one: operators and launches are recorded with the tensors they got, a replay
-runs them again on the same memory. What the host decided or read while it was captured stays as it was.
+"""A CUDA graph in software, as strict as a real one: it records operators and launches with their tensors.
+
+A replay runs them again on the same memory. What the host decided or read during the capture does not change.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ _OPS = {
 
 
 class Tape(TorchDispatchMode):
-    """What has been recorded. `made`: tensors that were made meanwhile, in memory of their own."""
+    """Records operators. `made`: tensors that were created during the recording, in memory of their own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class Tape(TorchDispatchMode):
         name, kwargs = func._schema.name, kwargs or {}
         if name in READS_BACK:
             raise RuntimeError(f"{name} waits for the device, which a capture must not")
-        if name in _OPS:  # what it does is recorded, not that it was called
+        if name in _OPS:  # its operators are recorded, not its call
             with self:
                 return _OPS[name](*args, **kwargs)
         result = func(*args, **kwargs)
@@ -57,7 +58,7 @@ class Tape(TorchDispatchMode):
 
 
 class SoftwareRecording:
-    """An engine.runtime.cuda_graphs.Recording."""
+    """Implements engine.runtime.cuda_graphs.Recording in software."""
 
     def __init__(self, executor: Executor, launcher: HostLauncher | None) -> None:
         self._executor, self._launcher = executor, launcher
@@ -74,7 +75,7 @@ class SoftwareRecording:
         with self._recorded_launches():
             self._result = self.run(lambda: self._within_tape(work))
         for gradient_P, own_P in zip(gradients, before, strict=True):
-            gradient_P.copy_(own_P)  # on a device nothing would have run
+            gradient_P.copy_(own_P)  # on a device the capture would not have run anything
         poison(self._tape.made)
 
     def replay(self) -> torch.Tensor:
@@ -100,7 +101,7 @@ class SoftwareRecording:
 
 
 def poison(tensors: list[torch.Tensor]) -> None:
-    """What was in memory that nobody has written yet."""
+    """Fills memory that has not been written yet."""
     for tensor in tensors:
         if tensor.is_floating_point():
             tensor.detach().fill_(torch.nan)
@@ -119,7 +120,8 @@ def segments_by_bounds(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: tuple[torch.Tensor, int],
     scaling: float | None, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
-    """`varlen_attention`, with bounds read from the tensor alone. Beyond the longest segment nothing is computed."""
+    """Computes `varlen_attention` with bounds that are read from the tensor alone, and nothing beyond the longest
+    segment."""
     cu_seqlens_S, longest = bounds
     places_T = torch.arange(query.shape[2])
     segments_T = torch.searchsorted(cu_seqlens_S[1:].contiguous(), places_T.int(), right=True)
@@ -128,7 +130,7 @@ def segments_by_bounds(
     if window is not None:
         allowed_TT = allowed_TT & (distance_TT < window)
     repeated = (heads.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for heads in (key, value))
-    k, v = (heads[:, :, None].masked_fill(~allowed_TT[:, :, None], 0) for heads in repeated)  # no NaN but one's own
+    k, v = (heads[:, :, None].masked_fill(~allowed_TT[:, :, None], 0) for heads in repeated)  # no other segment's NaN
     scores = (query[:, :, :, None] * k).sum(-1) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     weights = torch.softmax(scores.masked_fill(~allowed_TT, -torch.inf), dim=-1)
     result = (weights[..., None] * v).sum(-2)
@@ -138,7 +140,7 @@ def segments_by_bounds(
 
 @contextmanager
 def all_varlen() -> Iterator[None]:
-    """Attention goes the way of flash attention, on this CPU."""
+    """Makes attention use the path of flash attention on this CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "fallback_reason", lambda _, *asked: "not here" if any(asked) else None)
         patch.setattr(attention, "varlen_attention", segments_by_bounds)

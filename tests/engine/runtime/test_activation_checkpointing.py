@@ -1,5 +1,4 @@
-"""Activation checkpointing changes what a step keeps, and nothing of what comes of it: the reference is the same engine
-without it, bit for bit."""
+"""Activation checkpointing changes what a step saves but not its results: they equal those without it bit for bit."""
 
 import copy
 from typing import Any
@@ -26,7 +25,8 @@ ON_ANY_MODEL = {
 
 
 def trained(model: Any, tasks: list[TinyTask], *, checkpoints: bool) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """(losses, parameters) of each task after two steps, one of them verified alone where the task asks for it."""
+    """Returns (losses, parameters) of each task after two steps, of which one is verified alone if the task asks for
+    it."""
     executor = Executor(Backbone(copy.deepcopy(model), activation_checkpointing=checkpoints))
     for task in tasks:
         executor.attach(task.assignment)
@@ -55,17 +55,17 @@ def test_on_every_architecture(name: str) -> None:
 
 
 def test_each_method_alone() -> None:
-    """Where nobody trains anything below a layer, its input bears no gradient."""
+    """A layer's input needs no gradient if no task trains anything below the layer."""
     model = model_of(CONFIGS["llama"])
     for name, method in {"last": Lora(4, 8.0, ("1.mlp.down_proj",), 0.2), "block": Bottleneck(4, ("1.mlp",))}.items():
         assert_equal(model, tasks_of({name: method}, 2))
 
 
 @pytest.mark.parametrize("checkpoints", [False, True])
-def test_each_layer_runs_twice_and_only_where_it_is_on(checkpoints: bool) -> None:
+def test_each_layer_runs_twice_only_with_checkpointing(checkpoints: bool) -> None:
     backbone = Backbone(model_of(CONFIGS["llama"]), activation_checkpointing=checkpoints)
     calls = []
-    for layer in backbone.model.model.layers:  # a sublayer of each: its hooks are inside of what runs again
+    for layer in backbone.model.model.layers:  # a sublayer of each layer: its hooks run again
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     executor, tasks = Executor(backbone), tasks_of({"lora": Lora(4, 8.0, ALL)}, 2)
     executor.attach(tasks[0].assignment)

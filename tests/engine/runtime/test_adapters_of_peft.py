@@ -1,4 +1,4 @@
-"""What peft itself wrote is taken as it is or refused by what does not fit; what we wrote merges where peft merges."""
+"""Adapters that peft wrote are loaded exactly or refused with the reason; exported ones merge wherever peft merges."""
 
 import json
 import warnings
@@ -65,7 +65,7 @@ def write(config: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_an_adapter_of_peft_is_taken_and_given_back_the_same(name: str, tmp_path: Path) -> None:
+def test_an_adapter_of_peft_is_loaded_and_exported_unchanged(name: str, tmp_path: Path) -> None:
     config, method = WRITTEN[name]
     write(config, tmp_path / "theirs")
     executor = executor_with(model_of(CONFIGS["llama-tied"]), [])
@@ -81,7 +81,7 @@ def test_an_adapter_of_peft_is_taken_and_given_back_the_same(name: str, tmp_path
 
 
 @pytest.mark.parametrize("written", WRITTEN)
-def test_an_adapter_is_refused_by_every_task_it_was_not_made_for(written: str, tmp_path: Path) -> None:
+def test_an_adapter_is_refused_by_every_task_that_it_does_not_fit(written: str, tmp_path: Path) -> None:
     write(WRITTEN[written][0], tmp_path)
     others: dict[str, Method] = {name: method for name, (_, method) in WRITTEN.items() if name != written}
     others |= {
@@ -101,7 +101,7 @@ def test_an_adapter_is_refused_by_every_task_it_was_not_made_for(written: str, t
 
 
 @pytest.mark.parametrize("name", [name for name in IN_PEFT if name not in ("prompt", "long-prompt", "prefix")])
-def test_what_is_exported_merges(name: str, tmp_path: Path) -> None:
+def test_exported_adapters_merge(name: str, tmp_path: Path) -> None:
     model = model_of(CONFIGS["llama-tied"])
     task = task_of("a", method=IN_PEFT[name], num_steps=3)
     executor = executor_with(model, [task])
@@ -116,7 +116,7 @@ def test_what_is_exported_merges(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_an_adapter_of_our_format_goes_on_a_model_and_off_again(name: str, tmp_path: Path) -> None:
+def test_an_adapter_of_our_format_is_applied_to_a_model_and_removed(name: str, tmp_path: Path) -> None:
     model = model_of(CONFIGS["llama-tied"])
     task = task_of("a", method=OWN[name], num_steps=3)
     executor = executor_with(model, [task])

@@ -1,4 +1,4 @@
-"""Which way attention over a packed stream goes, what flash attention is handed, and that both ways are the same."""
+"""Attention over a packed stream: which path it takes, the arguments of flash attention, and that both paths agree."""
 
 import itertools
 from collections.abc import Iterator
@@ -33,8 +33,8 @@ def plain_varlen(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """The contract of torch.nn.attention.varlen.varlen_attn by its docstring: (left, right) of keys seen beside one's
-    own, -1 for all; key heads shared by groups of query heads. One query at a time, in float64."""
+    """Implements the docstring of torch.nn.attention.varlen.varlen_attn one query at a time in float64: (left, right)
+    keys beside the query's own, -1 for all; groups of query heads share key heads."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and max_q == max_k == int(cu_seq_q.diff().max())
     assert enable_gqa or query.shape[1] == key.shape[1]
     left, right = window_size
@@ -51,7 +51,7 @@ def plain_varlen(
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
-    """Tensors pass for a GPU's that has flash attention; what it is handed is kept."""
+    """Makes tensors look like those of a GPU with flash attention, and records its arguments."""
     handed: list[tuple[Any, ...]] = []
 
     def noted(*args: Any, **options: Any) -> torch.Tensor:
@@ -77,7 +77,7 @@ def heads(num_heads: int, num_tokens: int, width: int, dtype: torch.dtype, seed:
     window=st.sampled_from([None, 1, 3]),
     scaling=st.sampled_from([None, 0.3]),
 )
-def test_flash_attention_is_asked_for_what_goes_by_segment_elsewhere(
+def test_flash_attention_computes_what_attention_by_segment_does(
     lengths: list[int], group: int, window: int | None, scaling: float | None
 ) -> None:
     bounds, num_tokens = [0, *itertools.accumulate(lengths)], sum(lengths)
@@ -91,7 +91,7 @@ def test_flash_attention_is_asked_for_what_goes_by_segment_elsewhere(
     torch.testing.assert_close(in_one, by_segment, rtol=1e-5, atol=1e-5)
 
 
-def test_what_it_is_handed(as_on_a_gpu: list[tuple[Any, ...]]) -> None:
+def test_arguments_of_flash_attention(as_on_a_gpu: list[tuple[Any, ...]]) -> None:
     q, k, v = (heads(count, 9, 8, torch.bfloat16, i) for i, count in enumerate((4, 2, 2)))
     cache = AttentionCache()
     for window in (None, 3):
@@ -101,7 +101,7 @@ def test_what_it_is_handed(as_on_a_gpu: list[tuple[Any, ...]]) -> None:
     assert second[-1] == {"scale": 0.5, "window_size": (2, 0), "enable_gqa": True}
     assert first[3].tolist() == [0, 4, 9] and first[5:7] == (5, 5)
     assert first[3] is second[3] is first[4]  # one copy to the device for all layers
-    assert torch.equal(first[1], k[0].transpose(0, 1))  # as they are, not repeated for each query head
+    assert torch.equal(first[1], k[0].transpose(0, 1))  # not repeated for each query head
     assert cache.paths == {"flash attention"}
 
 
@@ -115,7 +115,7 @@ def test_what_it_is_handed(as_on_a_gpu: list[tuple[Any, ...]]) -> None:
         (torch.bfloat16, 8, {"prefix": True}, "prefixes"),
     ],
 )
-def test_what_goes_by_segment_says_why(
+def test_attention_by_segment_has_a_reason(
     as_on_a_gpu: list[tuple[Any, ...]], dtype: torch.dtype, width: int, options: dict[str, Any], words: str
 ) -> None:
     q, k, v = (heads(2, 5, width, dtype, i) for i in range(3))
@@ -127,7 +127,7 @@ def test_what_goes_by_segment_says_why(
     assert path.startswith("by segment: ") and words in path and not as_on_a_gpu
 
 
-def test_old_cards_and_builds_without_it_go_by_segment(
+def test_without_flash_attention_segments_run_one_by_one(
     as_on_a_gpu: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q = heads(2, 5, 8, torch.bfloat16)
@@ -137,19 +137,19 @@ def test_old_cards_and_builds_without_it_go_by_segment(
     assert "built without" in (fallback_reason(q, None, False) or "")
 
 
-def test_a_backbone_says_which_way_it_goes() -> None:
+def test_a_backbone_reports_its_attention_path() -> None:
     assert Backbone(model_of(CONFIGS["llama"])).attention_paths == {"by segment: on cpu"}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_both_ways_are_one_on_a_device(dtype: torch.dtype, window: int | None) -> None:
+def test_both_paths_agree_on_a_device(dtype: torch.dtype, window: int | None) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     bounds = [0, 1, 70, 71, 300]
     tensors = [heads(count, 300, 64, dtype, i).cuda().requires_grad_() for i, count in enumerate((8, 2, 2))]
-    exact = [t.detach().float().requires_grad_() for t in tensors]  # float32 goes by segment
+    exact = [t.detach().float().requires_grad_() for t in tensors]  # float32 runs segment by segment
     results, cache = [], AttentionCache()
     for q, k, v in (tensors, exact):
         out, _ = packed_attention(

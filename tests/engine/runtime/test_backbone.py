@@ -1,4 +1,4 @@
-"""A backbone is taken only if it runs a packed stream exactly; its shadow costs no memory."""
+"""A backbone is accepted only if it runs a packed stream exactly; its shadow costs no memory."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ REFUSED: dict[str, hf.PretrainedConfig] = {
 
 @pytest.mark.parametrize("architecture", REFUSED)
 @pytest.mark.parametrize("deviation", [0.02, 0.2])
-def test_what_cannot_be_exact_is_refused(architecture: str, deviation: float) -> None:
+def test_a_backbone_that_cannot_be_exact_is_refused(architecture: str, deviation: float) -> None:
     config = REFUSED[architecture]
     config.initializer_range = deviation
     model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -40,7 +40,7 @@ def test_what_cannot_be_exact_is_refused(architecture: str, deviation: float) ->
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "opt"])
 def test_the_probe_sees_through_a_tiny_initialisation(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments that see each other must not pass because logits are small."""
+    """Segments that see each other must not pass the probe because logits are small."""
     from engine.runtime import attention
 
     whole = attention.itertools.pairwise
@@ -70,7 +70,7 @@ def test_quantised_operators_are_refused() -> None:
     with pytest.raises(BackboneUnsupportedError, match="Int8Linear"):
         Backbone(model)
 
-    class PackedLinear(torch.nn.Module):  # as GPTQ's and AWQ's: no nn.Linear that a target could name
+    class PackedLinear(torch.nn.Module):  # like those of GPTQ and AWQ: not an nn.Linear that a target could name
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("qweight", torch.zeros(48, 4, dtype=torch.int32))
@@ -84,8 +84,8 @@ def test_quantised_operators_are_refused() -> None:
 
 
 def test_rope_that_changes_with_the_longest_sequence_bounds_the_sequences() -> None:
-    """longrope and dynamic scaling read the longest position of the whole batch: beyond the original length one task's
-    sequence would change another's."""
+    """longrope and dynamic scaling read the longest position of the whole batch: a task's sequence beyond the original
+    length would change another task's."""
     rope = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
     config = hf.LlamaConfig(
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=64,
@@ -116,7 +116,7 @@ def test_the_shadow_shares_every_weight(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_loads_a_folder_in_the_dtype_asked_for(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_folder_loads_in_the_requested_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     model_of(CONFIGS["qwen3"]).save_pretrained(tmp_path)
     backbone = Backbone.load(tmp_path, dtype)
     assert (backbone.dtype, backbone.device.type) == (dtype, "cpu")
@@ -150,6 +150,6 @@ def test_a_folder_that_does_not_load_says_so(tmp_path: Path, what: str) -> None:
         Backbone.load(tmp_path)
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BackboneUnsupportedError, match="does not load"):
         Backbone.load(tmp_path / "absent")

@@ -1,4 +1,4 @@
-"""Calibration on an executor whose clock the test turns: it finds the prices, keeps its budget and leaves no trace."""
+"""Calibration on an executor with a clock of the test: it finds the costs, keeps its budget and leaves no trace."""
 
 import pytest
 
@@ -20,7 +20,7 @@ TRUTH = CostProfile(
 
 
 class Priced(Executor):
-    """Takes the time that known prices say, on a clock of its own."""
+    """Advances its own clock by the time that given costs predict."""
 
     now = 0.0
 
@@ -46,7 +46,7 @@ def test_shapes_never_timed_are_predicted(executor: Priced) -> None:
 
 
 @pytest.mark.parametrize("budget_seconds", [0.0, 3.0, 1000.0])
-def test_it_ends_in_time_and_leaves_no_trace(executor: Priced, budget_seconds: float) -> None:
+def test_calibration_keeps_its_budget_and_leaves_no_task(executor: Priced, budget_seconds: float) -> None:
     samples = calibrate(executor, budget_seconds, 4096, lambda: executor.now)
     assert executor.tasks == {}
     assert all(not mounted.adapters for mounted in executor.backbone.mounted.values())

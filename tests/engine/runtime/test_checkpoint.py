@@ -1,4 +1,4 @@
-"""A task resumed from its checkpoint's bytes goes on bit for bit; what does not fit is refused."""
+"""A task resumed from its checkpoint continues bit for bit; a checkpoint that does not fit is refused."""
 
 from typing import Any
 
@@ -57,7 +57,7 @@ def test_a_checkpoint_is_a_copy() -> None:
     assert all(torch.equal(state.tensors[name], before[name]) for name in before)
 
 
-def test_resuming_elsewhere_with_a_step_half_done_starts_that_step_anew() -> None:
+def test_resuming_within_a_step_restarts_that_step() -> None:
     model = model_of(CONFIGS["llama"])
     task = task_of("a")
     executor = executor_with(model, [task])
@@ -68,7 +68,7 @@ def test_resuming_elsewhere_with_a_step_half_done_starts_that_step_anew() -> Non
     assert (found.loss, found.grad_norm) == (expected.loss, expected.grad_norm)
 
 
-def test_what_cannot_be_read_or_does_not_fit_is_refused() -> None:
+def test_a_checkpoint_that_is_unreadable_or_does_not_fit_is_refused() -> None:
     model = model_of(CONFIGS["llama"])
     task = task_of("a", rank=4)
     executor = executor_with(model, [task])

@@ -1,6 +1,6 @@
-"""Microbatches replayed as graphs give what eager ones give; where a graph cannot be had, all train as without.
+"""Microbatches replayed as graphs give the results of eager ones; without a graph, every task trains eagerly.
 
-The graphs are software's (`software_graph`), as strict as CUDA's; on a GPU, CUDA's own.
+The graphs are in software (`software_graph`), as strict as CUDA's; on a GPU they are CUDA's.
 """
 
 import copy
@@ -50,7 +50,7 @@ def on_varlen_attention() -> Iterator[None]:
 
 
 class Counting(SoftwareRecording):
-    """`replays`: one for each, of all recordings."""
+    """Adds an entry to `replays` for each replay of any recording."""
 
     replays: list[None]
 
@@ -60,7 +60,7 @@ class Counting(SoftwareRecording):
 
 
 class Again(SoftwareRecording):
-    """Not recorded at all: the work itself, once more."""
+    """Records nothing: a replay runs the work again."""
 
     def capture(self, work: Callable[[], torch.Tensor]) -> None:
         self._work = work
@@ -118,7 +118,7 @@ def test_replays_give_an_eager_passs_bits(architecture: str) -> None:
     found = [trained(executor, tasks, range(8)) for executor in (replaying, again, plain)]
     assert told(found[0]) == told(found[1])
     assert_same_bits(replaying, again)
-    assert len(replays) >= 5  # of 16 microbatches, of which each form takes two
+    assert len(replays) >= 5  # of 16 microbatches: each bucket takes two
     for own, theirs in zip(told(found[0]), told(found[2]), strict=True):
         assert own[:2] == theirs[:2] and own[2:4] == pytest.approx(theirs[2:4], rel=1e-4) and own[4] == theirs[4]
     for name in "abc":
@@ -129,13 +129,13 @@ def test_replays_give_an_eager_passs_bits(architecture: str) -> None:
 def replaying_executor(
     model: Any, tasks: Sequence[TinyTask], launcher: HostLauncher | None = None, capacity: int = 8
 ) -> tuple[Executor, list[None]]:
-    """And what is appended to for each replay."""
+    """Returns an executor, and a list with an entry for each replay."""
     replays: list[None] = []
     return executor_of(model, tasks, type("", (Counting,), {"replays": replays}), launcher, capacity), replays
 
 
 def test_tasks_of_every_method_on_the_kernels(host_launcher: MakeHost) -> None:
-    """Tables with addresses of the capture's own memory included: they are written at its end."""
+    """Covers tables with addresses in the capture's memory, which are written at the end of the capture."""
     model, launcher = model_of(CONFIGS["llama-tied"]), host_launcher(0)
     tasks = tasks_of(METHODS, lambda i: [9, 12, 10, 13, 11, 9, 14, 12], global_batch_size=2)
     with on_kernels(launcher):
@@ -144,13 +144,13 @@ def test_tasks_of_every_method_on_the_kernels(host_launcher: MakeHost) -> None:
         results = [trained(executor, tasks, range(4)) for executor in (replaying, again)]
     assert told(results[0]) == told(results[1])
     assert_same_bits(replaying, again)
-    assert len(replays) == 2  # of four: seen, captured, proven, believed
+    assert len(replays) == 2  # of four: seen, captured, verified, used
     plain = executor_with(model, tasks)
-    for own, theirs in zip(told(results[0]), told(trained(plain, tasks, range(4))), strict=True):  # masks too are equal
+    for own, theirs in zip(told(results[0]), told(trained(plain, tasks, range(4))), strict=True):  # also masks
         assert own[:2] == theirs[:2] and own[2] == pytest.approx(theirs[2], rel=1e-4)
 
 
-def test_tasks_come_and_go_between_replays() -> None:
+def test_tasks_join_and_leave_between_replays() -> None:
     model, rows = model_of(CONFIGS["llama-tied"]), lambda i: [9, 12, 10, 13, 11, 9, 14, 12]
     tasks = tasks_of({name: Lora(3, 8.0, ALL) for name in "abc"}, rows, global_batch_size=2)
     a, b, c = tasks
@@ -161,11 +161,11 @@ def test_tasks_come_and_go_between_replays() -> None:
         executor.detach("b")
         executor.attach(c.assignment)
         found += trained(executor, [a, c], range(4))
-        executor.attach(b.assignment)  # anew, under the name of one whose graphs are gone
+        executor.attach(b.assignment)  # again, under the name of a task whose graphs were forgotten
         found += trained(executor, [b, a], range(4))
         found += trained(executor, [a, b, c], range(4))
         executor.detach("c")
-        found += trained(executor, [a, b, c], range(2))  # tokens of it are still in the stream
+        found += trained(executor, [a, b, c], range(2))  # its tokens are still in the stream
         results.append(told(found))
     assert results[0] == results[1] and len(replays) >= 4 * 2
     assert_same_bits(replaying, again)
@@ -178,7 +178,7 @@ def test_evaluations_are_replayed_too() -> None:
     found, expected = (
         trained(executor, tasks, range(4), kind=MicrobatchKind.EVALUATE) for executor in (replaying, plain)
     )
-    assert len(replays) == 6  # without dropout, which training has
+    assert len(replays) == 6  # they have no dropout, which training has
     for own, theirs in zip(found, expected, strict=True):
         assert isinstance(own, EvaluationResult) and isinstance(theirs, EvaluationResult)
         assert own.loss == pytest.approx(theirs.loss, rel=1e-6) and own.num_target_tokens == theirs.num_target_tokens
@@ -206,7 +206,7 @@ def test_attention_that_flash_attention_does_not_do_is_not_replayed() -> None:
 
 
 class Refusing(SoftwareRecording):
-    """Captures end as they do on a device."""
+    """Raises in captures the errors that a device raises."""
 
     error: Exception
 
@@ -220,7 +220,7 @@ class Refusing(SoftwareRecording):
     [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RuntimeError("capture invalidated")],
     ids=["memory", "invalid"],
 )
-def test_a_capture_that_fails_costs_nobody_anything(error: Exception) -> None:
+def test_a_failed_capture_changes_no_result(error: Exception) -> None:
     model, tasks = model_of(CONFIGS["llama-tied"]), tasks_of({"a": Lora(3, 8.0, ALL)}, lambda i: [9, 12, 10, 13])
     failing, again = (
         executor_of(model, tasks, type("", (Refusing,), {"error": error})),
@@ -234,7 +234,7 @@ def test_a_capture_that_fails_costs_nobody_anything(error: Exception) -> None:
 
 
 class Unable(SoftwareRecording):
-    """What a form asks for is refused, before or after the backward pass."""
+    """Refuses to run a bucket, before or after the backward pass."""
 
     is_late: bool
 
@@ -244,7 +244,7 @@ class Unable(SoftwareRecording):
         raise RuntimeError("this kernel takes no empty segments")
 
 
-def test_a_form_that_does_not_run_is_run_eagerly(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bucket_that_does_not_run_is_run_eagerly(caplog: pytest.LogCaptureFixture) -> None:
     model, tasks = model_of(CONFIGS["llama-tied"]), tasks_of({"a": Lora(3, 8.0, ALL)}, lambda i: [9, 12, 10, 13])
     unable = executor_of(model, tasks, type("", (Unable,), {"is_late": False}))
     plain = executor_with(model, tasks, packs_weights=False)
@@ -252,15 +252,15 @@ def test_a_form_that_does_not_run_is_run_eagerly(caplog: pytest.LogCaptureFixtur
     assert "empty segments" in caplog.text
 
 
-def test_what_has_written_gradients_is_not_run_again() -> None:
+def test_work_that_has_written_gradients_is_not_run_again() -> None:
     tasks = tasks_of({"a": Lora(3, 8.0, ALL)}, lambda i: [9, 12, 10, 13])
     executor = executor_of(model_of(CONFIGS["llama-tied"]), tasks, type("", (Unable,), {"is_late": True}))
     with pytest.raises(RuntimeError, match="empty segments"):
         trained(executor, tasks, range(3))
 
 
-def test_what_waits_for_the_device_is_not_captured(caplog: pytest.LogCaptureFixture) -> None:
-    """A model whose positions' embedding asks how long the longest sequence is, as some do."""
+def test_work_that_waits_for_the_device_is_not_captured(caplog: pytest.LogCaptureFixture) -> None:
+    """Some models' position embeddings read the length of the longest sequence, and so wait for the device."""
     model, tasks = model_of(CONFIGS["llama-tied"]), tasks_of({"a": Lora(3, 8.0, ALL)}, lambda i: [9, 12, 10, 13])
     executor, replays = replaying_executor(model, tasks)
     executor.backbone.model.register_forward_hook(lambda *_: None)
@@ -273,7 +273,8 @@ def test_what_waits_for_the_device_is_not_captured(caplog: pytest.LogCaptureFixt
 
 
 class Forgetful(SoftwareRecording):
-    """What differs between microbatches does not reach its replays: as where the host had decided something."""
+    """Replays with the inputs of the capture, as if the host had decided something that differs between
+    microbatches."""
 
     def capture(self, work: Callable[[], torch.Tensor]) -> None:
         super().capture(work)
@@ -288,7 +289,7 @@ class Forgetful(SoftwareRecording):
         return result
 
 
-def test_a_graph_that_gives_other_results_is_not_believed(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_graph_with_different_results_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
     model, tasks = model_of(CONFIGS["llama-tied"]), tasks_of({"a": Lora(3, 8.0, ALL)}, lambda i: [9, 12, 10, 13])
     wrong, again = executor_of(model, tasks, Forgetful), executor_of(model, tasks, Again)
     assert told(trained(wrong, tasks, range(2))) == told(trained(again, tasks, range(2)))
@@ -296,7 +297,7 @@ def test_a_graph_that_gives_other_results_is_not_believed(caplog: pytest.LogCapt
     assert_same_bits(wrong, again)
 
 
-def test_where_there_is_no_memory_to_compare_a_replay_all_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_to_verify_a_replay_all_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = tasks_of({"a": Lora(3, 8.0, ALL)}, lambda i: [9, 12, 10, 13])
     executor, replays = replaying_executor(model_of(CONFIGS["llama-tied"]), tasks)
     monkeypatch.setattr(cuda_graphs, "_copies", lambda _: torch.empty(1 << 50))
@@ -312,12 +313,12 @@ def test_graphs_are_few_and_idle_ones_make_room() -> None:
     trained(executor, tasks[:1], range(4))
     assert len(replays) == 2
     trained(executor, tasks[1:], range(14))
-    assert len(replays) == 2  # the other task's graph was in use a moment ago
+    assert len(replays) == 2  # the other task's graph was replayed recently
     trained(executor, tasks[1:], range(14, 20))
     assert len(replays) > 2 and len(executor._graphs) == 1  # type: ignore[arg-type]
 
 
-def test_a_shortage_gives_the_graphs_back() -> None:
+def test_a_lack_of_memory_releases_the_graphs() -> None:
     tasks = tasks_of({"a": Lora(3, 8.0, ALL)}, lambda i: [9, 12, 10, 13])
     executor, _ = replaying_executor(model_of(CONFIGS["llama-tied"]), tasks)
     trained(executor, tasks, range(2))
@@ -329,7 +330,7 @@ def test_a_shortage_gives_the_graphs_back() -> None:
 
 
 @pytest.mark.parametrize("step", [2, 4], ids=["while a graph is proven", "in a replay"])
-def test_a_sick_neighbour_ends_alone(step: int) -> None:
+def test_a_neighbour_that_is_not_finite_fails_alone(step: int) -> None:
     model, rows = model_of(CONFIGS["llama-tied"]), lambda i: [9, 12, 10, 13, 11, 9, 14, 12]
     tasks = tasks_of({"a": Lora(3, 8.0, ALL), "b": Lora(3, 8.0, ALL)}, rows, global_batch_size=2)
     (executor, replays), alone = replaying_executor(model, tasks), executor_of(model, tasks, Again)
@@ -346,7 +347,7 @@ def test_a_sick_neighbour_ends_alone(step: int) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_a_cpu_has_none_whatever_is_asked_for() -> None:
+def test_a_cpu_has_no_graphs() -> None:
     backbone = Backbone(model_of(CONFIGS["llama-tied"]))
     assert CudaGraphs.of(backbone, 4) is None and CudaGraphs.of(backbone, 0) is None
 

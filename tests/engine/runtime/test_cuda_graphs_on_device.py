@@ -1,4 +1,5 @@
-"""CUDA's own graphs: their replays give an eager pass's bits, beside threads that copy, and memory comes back."""
+"""CUDA graphs on a device: replays give the bits of an eager pass, also beside threads that copy; memory is
+released."""
 
 import copy
 import threading
@@ -26,7 +27,7 @@ METHODS = {
 
 
 class Again(CudaRecording):
-    """Not recorded: the work itself, once more, on the same stream."""
+    """Records nothing: a replay runs the work again on the same stream."""
 
     def capture(self, work: Callable[[], torch.Tensor]) -> None:
         self._work = work
@@ -36,7 +37,7 @@ class Again(CudaRecording):
 
 
 class Counting(CudaRecording):
-    """`replays`: one for each, of all recordings."""
+    """Adds an entry to `replays` for each replay of any recording."""
 
     replays: list[None]
 
@@ -81,14 +82,14 @@ def test_replays_give_an_eager_passs_bits(model: Any, names: list[str]) -> None:
     again, plain = executor_of(model, tasks, Again), executor_of(model, tasks, None)
     found, expected, eager = (trained(executor, tasks, range(8)) for executor in (replaying, again, plain))
     assert found == expected
-    assert len(replays) >= 4  # of eight: of at most two forms, each is seen and captured first
+    assert len(replays) >= 4  # of eight: at most two buckets, each of which is seen and captured first
     for name in names:
         assert torch.equal(replaying.tasks[name].parameters_P, again.tasks[name].parameters_P)
     for own, theirs in zip(found, eager, strict=True):
         assert own[:2] == theirs[:2] and own[2] == pytest.approx(theirs[2], rel=2e-2)
 
 
-def test_a_thread_that_copies_is_not_in_a_captures_way(model: Any) -> None:
+def test_a_thread_may_copy_during_a_capture(model: Any) -> None:
     tasks, replays = tasks_of(["lora", "miss"]), list[None]()
     executor = executor_of(model, tasks, type("", (Counting,), {"replays": replays}))
     is_done = threading.Event()
@@ -114,7 +115,7 @@ def test_a_thread_that_copies_is_not_in_a_captures_way(model: Any) -> None:
     assert not failures and len(replays) >= 4
 
 
-def test_memory_comes_back_and_graphs_are_made_again(model: Any) -> None:
+def test_memory_is_released_and_graphs_are_captured_again(model: Any) -> None:
     tasks, replays = tasks_of(list(METHODS)), list[None]()
     executor = executor_of(model, tasks, type("", (Counting,), {"replays": replays}))
     executor.run(pack_round(tasks, [0] * len(tasks))[0])

@@ -1,4 +1,4 @@
-"""An exported folder is what peft itself would write, checked before it counts; a foreign one fits or is refused."""
+"""An exported folder is what peft would write, and is checked; a folder that peft wrote is loaded or refused."""
 
 import json
 import warnings
@@ -24,7 +24,7 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
-def test_peft_takes_the_same_modules_and_loads_without_a_warning(targets: tuple[str, ...], tmp_path: Path) -> None:
+def test_peft_adapts_the_same_modules_and_loads_without_a_warning(targets: tuple[str, ...], tmp_path: Path) -> None:
     task = task_of("a", targets=targets, rank=3, alpha=12)
     executor = executor_with(model_of(CONFIGS["llama"]), [task])
     train(executor, [task], 2)
@@ -43,7 +43,7 @@ def test_peft_takes_the_same_modules_and_loads_without_a_warning(targets: tuple[
     assert (config["peft_type"], config["r"], config["task_type"]) == ("LORA", 3, "CAUSAL_LM")
 
 
-def test_an_export_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_with_other_logits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of("a")
     executor = executor_with(model_of(CONFIGS["llama"]), [task])
     train(executor, [task], 3)
@@ -60,7 +60,7 @@ def test_an_export_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch
     with pytest.raises(ExportMismatchError):
         executor.export("a", tmp_path / "wrong")
     monkeypatch.undo()
-    executor.export("a", tmp_path / "right")  # the failed one left nothing behind
+    executor.export("a", tmp_path / "right")  # the failed export left nothing behind
     with torch.no_grad():
         executor.tasks["a"].parameters_P.fill_(float("nan"))
     with pytest.raises(ExportMismatchError):
@@ -94,7 +94,7 @@ def attach(folder: Path, **changes: Any) -> Executor:
     return executor
 
 
-def test_an_adapter_of_peft_is_taken_as_it_is(folder: Path) -> None:
+def test_an_adapter_of_peft_is_loaded_exactly(folder: Path) -> None:
     executor = attach(folder)
     saved = load_file(folder / "adapter_model.safetensors")
     for name, tensor in executor.tasks["a"].tensors.items():

@@ -1,4 +1,4 @@
-"""The memory model against the bytes a step has at its peak, counted allocation by allocation."""
+"""Compares the memory model with a step's peak bytes, counted allocation by allocation."""
 
 import weakref
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ ALL = ("all-linear",)
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of storages that operations made and nobody has let go of, at their most. An operation's own scratch is not
-    seen."""
+    """Counts the largest number of bytes in storages that operations created and that are still alive. Scratch memory
+    within an operation is not counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        given = [leaf for leaf in leaves if not leaf.is_mkldnn]  # packed weights are there before
+        given = [leaf for leaf in leaves if not leaf.is_mkldnn]  # packed weights were allocated before
         result = func(*args, **(kwargs or {}))
         known = {tensor.untyped_storage().data_ptr() for tensor in given}
         for leaf in tree_leaves(result):
@@ -74,7 +74,7 @@ def llama(vocabulary: int, checkpoints: bool = False) -> Backbone:
 
 
 def step_bytes(backbone: Backbone, methods: Sequence[Method], num_tokens: int) -> tuple[int, list[TaskSpec]]:
-    """Weights and tasks as allocated, and the peak of what a step of them makes beside."""
+    """Returns the bytes of weights and tasks, and the peak of what a step allocates besides."""
     executor, random = Executor(backbone), np.random.default_rng(0)
     specs = [TaskSpec("b", method, "", Training(1e-3, num_steps=9)) for method in methods]
     ranges = []
@@ -107,8 +107,8 @@ METHODS = pytest.mark.parametrize(
 @pytest.mark.parametrize("vocabulary", [97, 6000])
 @METHODS
 def test_the_predicted_peak_is_within_a_tenth_and_never_under(methods: Sequence[Method], vocabulary: int) -> None:
-    """Within a tenth where logits make the peak, as with any real vocabulary; where a layer's gradients do, 15 %. The
-    twentieth that is the allocator's slack is part of the excess."""
+    """The tolerance is a tenth if logits cause the peak, as with any real vocabulary, and 15 % if a layer's gradients
+    do. It includes the twentieth for the allocator's slack."""
     backbone = llama(vocabulary)
     found, specs = step_bytes(backbone, methods, 128)
     predicted = total_bytes(specs, view_of(backbone), 128 * len(specs))
@@ -117,8 +117,8 @@ def test_the_predicted_peak_is_within_a_tenth_and_never_under(methods: Sequence[
 
 @pytest.mark.parametrize("vocabulary", [97, 6000])
 @METHODS
-def test_so_it_is_where_layers_run_again(methods: Sequence[Method], vocabulary: int) -> None:
-    """Within 15 %, and less than where they do not."""
+def test_the_predicted_peak_with_activation_checkpointing(methods: Sequence[Method], vocabulary: int) -> None:
+    """The prediction is within 15 %, and less than without checkpointing."""
     backbone = llama(vocabulary, checkpoints=True)
     found, specs = step_bytes(backbone, methods, 128)
     predicted = total_bytes(specs, view_of(backbone), 128 * len(specs))
@@ -136,7 +136,7 @@ def test_operators_that_read_one_tensor_are_found(name: str) -> None:
     assert set(groups) == {s.name for s in Backbone(model_of(CONFIGS[name])).sites if s.name in groups}
 
 
-def test_measuring_leaves_no_trace() -> None:
+def test_measuring_changes_nothing() -> None:
     backbone = Backbone(model_of(CONFIGS["llama"]))
     first = measure(backbone)
     assert measure(backbone) == first

@@ -1,4 +1,4 @@
-"""Microbatches in their forms hold the same sequences and losses, read back token by token."""
+"""Microbatches in their buckets hold the same sequences and losses, read back token by token."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ RANGES = st.lists(
 
 
 def tasks_of(names: Any) -> Any:
-    """Tasks as far as a bucket looks at them."""
+    """Returns tasks with the attributes that a bucket reads."""
     method = Lora(1, 1.0, ("all-linear",))
     spec = SimpleNamespace(method=method)
     return {
@@ -28,7 +28,7 @@ def tasks_of(names: Any) -> Any:
 
 
 def microbatch_of(ranges: Any, seed: int) -> Microbatch:
-    """Ranges of (lengths, tail), named by their place from the end: not in the stream's order."""
+    """Returns a microbatch of ranges of (lengths, tail). Their names are not in the stream's order."""
     random, start, made = np.random.default_rng(seed), 0, []
     for i, (lengths, tail) in enumerate(ranges):
         offsets = [int(random.integers(0, 1000)) for _ in lengths]
@@ -45,11 +45,11 @@ def microbatch_of(ranges: Any, seed: int) -> Microbatch:
 
 @settings(deadline=None, max_examples=examples(60))
 @given(ranges=RANGES, seed=st.integers(0, 2**31), has_left=st.booleans())
-def test_every_token_stands_in_its_form_and_its_loss_comes_back(ranges: Any, seed: int, has_left: bool) -> None:
+def test_every_token_is_in_its_bucket_and_its_loss_is_returned(ranges: Any, seed: int, has_left: bool) -> None:
     microbatch = microbatch_of(ranges, seed)
     names = [r.task for r in microbatch.ranges][: -1 if has_left and len(ranges) > 1 else None]
     bucket = bucket_of(microbatch, tasks_of(names))
-    assume(bucket is not None)  # else it would have grown too much
+    assume(bucket is not None)  # otherwise it would grow too much
     assert bucket is not None and [task.assignment.task for task in bucket.tasks] == sorted(names)
     inputs = GraphInputs(bucket, torch.device("cpu"))
     inputs.write(pack_inputs(bucket, microbatch))
@@ -69,7 +69,7 @@ def test_every_token_stands_in_its_form_and_its_loss_comes_back(ranges: Any, see
     )
 
 
-def test_large_microbatches_and_those_that_would_grow_much_have_no_form() -> None:
+def test_large_microbatches_and_those_that_would_grow_much_have_no_bucket() -> None:
     def bucket(*lengths: int) -> GraphBucket | None:
         microbatch = microbatch_of([([n], 0) for n in lengths], 0)
         return bucket_of(microbatch, tasks_of([r.task for r in microbatch.ranges]))
@@ -82,7 +82,8 @@ def test_large_microbatches_and_those_that_would_grow_much_have_no_form() -> Non
 def check(
     bucket: GraphBucket, inputs: GraphInputs, microbatch: Microbatch, range_: Range, loss_of: Any, bounds: list[int]
 ) -> None:
-    """Its tokens, then the same over again, each sequence bounded, none of the copies with a weight."""
+    """Checks that the range has its tokens, then the same repeated, with bounds at each sequence and no weight on
+    copies."""
     span = next(span for span in inputs.spans if span.task == range_.task)
     assert span.end - span.start == bucket.num_range_tokens >= range_.num_effective_tokens
     assert span.device_step is not None and int(span.device_step) == range_.step

@@ -1,4 +1,4 @@
-"""One task's trouble, absence or departure never reaches another."""
+"""A task's failure, absence or departure never affects another task."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Every method, trained in one batch with all the others, equals its reference training it alone."""
+"""Every method, trained in one batch with all others, equals its reference, which trains it alone."""
 
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ OWN: dict[str, Method] = {
     "bitfit": Selective(("all-biases",)),
     "mixed-vectors": Selective(("q_proj.bias", "post_attention_layernorm.weight")),
 }
-MORE: dict[str, Method] = {  # whose loss alone is no reference: masks of our own, or another parametrisation
+MORE: dict[str, Method] = {  # without a reference: masks differ, or the parametrisation
     "pissa": Lora(3, 8.0, ("q_proj", "up_proj"), init=LoraInit.PISSA),
     "olora": Lora(5, 4.0, ("v_proj", "down_proj"), init=LoraInit.OLORA),
     "lora-dropout": Lora(4, 8.0, ALL, 0.3),
@@ -94,9 +94,10 @@ def tasks_of(methods: dict[str, Method], num_steps: int, **training: object) -> 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_every_method_among_all_others_equals_its_reference_alone(options: dict[str, Any], tmp_path: Path) -> None:
-    """50 steps: losses of each to 1e-5, weights to 1e-4. HF PEFT, or plain torch for the methods it lacks.
+    """Compares losses of 50 steps to 1e-5 and weights to 1e-4 with HF PEFT, or plain torch for methods it does not
+    have.
 
-    The rates are such that float32 can tell: at ten times these, PEFT itself is 1e-4 from its own run in float64.
+    The rates are low enough for float32: at ten times these, PEFT in float32 and in float64 differ by 1e-4.
     """
     model = model_of(CONFIGS["llama-tied"])  # with biases
     is_adam = options["optimizer"] is Optimizer.ADAMW
@@ -165,7 +166,7 @@ def test_every_method_trains_and_exports_on_every_architecture_or_is_refused(arc
 @pytest.mark.parametrize(
     "optimizer", [dict(), dict(optimizer=Optimizer.SGD), dict(optimizer=Optimizer.SGD, momentum=0.9)]
 )
-def test_a_task_holds_the_bytes_that_the_memory_model_says(optimizer: dict[str, Any]) -> None:
+def test_a_task_holds_the_bytes_that_the_memory_model_predicts(optimizer: dict[str, Any]) -> None:
     tasks = tasks_of(IN_PEFT | OWN | MORE, 2, **optimizer)
     executor = executor_with(model_of(CONFIGS["llama-tied"]), tasks)
     train(executor, tasks, 1)

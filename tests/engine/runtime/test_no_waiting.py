@@ -1,4 +1,4 @@
-"""Between a microbatch and its losses nothing waits for the device: what would is seen on a CPU by its operator."""
+"""Between a microbatch and its losses nothing waits for the device: an operator that would is detected on a CPU."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _READS_BACK = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero",
 
 
 class ReadsBack(TorchDispatchMode):
-    """Operators run in its context whose result the host waits for, or whose shape does."""
+    """Records operators with a result, or a shape of it, that the host would wait for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,12 +31,12 @@ class ReadsBack(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_forward_and_backward_wait_for_nothing(architecture: str) -> None:
+def test_forward_and_backward_do_not_wait_for_the_device(architecture: str) -> None:
     tasks = [task_of("a"), task_of("b", dropout=0.2, seed=1)]
     check(architecture, tasks)
 
 
-def test_with_tasks_of_every_method_neither() -> None:
+def test_tasks_of_every_method_do_not_wait_for_the_device() -> None:
     check("llama-tied", [task_of(name, method=METHODS[name], seed=i) for i, name in enumerate(METHODS)])
 
 

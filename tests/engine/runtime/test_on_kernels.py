@@ -1,4 +1,4 @@
-"""A whole step as on a GPU, on this CPU: every kernel's own source, called as the executor calls it, against torch."""
+"""Runs a whole step on this CPU as on a GPU: every kernel's source, called as the executor calls it, against torch."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ METHODS: dict[str, Method] = {
 
 @contextmanager
 def on_kernels(launcher: Any) -> Iterator[None]:
-    """Tensors pass for a GPU's."""
+    """Makes tensors look like those of a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cupy_launcher, "launcher_of", lambda _: launcher)
         patch.setattr(torch.Tensor, "is_cuda", True)
@@ -50,7 +50,7 @@ def two_steps(executor: Executor, tasks: Any) -> list[StepResult]:
     return found  # type: ignore[return-value]
 
 
-GROUPABLE = [name for name in METHODS if name != "inputs"]  # which has every operator read something of its own
+GROUPABLE = [name for name in METHODS if name != "inputs"]  # there, every operator reads another tensor
 
 
 @pytest.mark.parametrize("names", [list(METHODS), GROUPABLE], ids=["alone", "in groups"])
@@ -74,12 +74,10 @@ def test_tasks_of_every_method_train_as_with_torch_alone(host_launcher: MakeHost
     num_microbatches = len(pack_round(tasks, [0] * len(tasks))) * 2
     assert counts["multi_adamw"] == counts["multi_grad_norm"] == num_microbatches
     num_nodes = len(on_them.backbone.operators)
-    if names == GROUPABLE:  # q, k and v are one; gate and up, too
+    if names == GROUPABLE:  # q, k and v share an input; gate and up, too
         num_nodes -= 3 * len(model.model.layers)
     assert counts["multi_lora_shrink_outer_fp32"] == num_nodes * num_microbatches
-    num_modules = len(
-        on_them.backbone.mounted
-    )  # at most one launch for each, whoever trains there: one before, one after
+    num_modules = len(on_them.backbone.mounted)  # at most one launch before and one after each, for all tasks
     assert 0 < counts["multi_affine_fp32"] <= 2 * num_modules * num_microbatches
 
 

@@ -1,4 +1,4 @@
-"""All tasks' optimizers stepped at once give what torch's own give each of them, step by step."""
+"""The optimizers of all tasks, stepped at once, give the results of torch's optimizers step by step."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from tests.thoroughness import examples
 
 @dataclass
 class Pair:
-    """One task's optimizer, and torch's over copies of the same parameters: one group for each factor of the rate."""
+    """Holds a task's optimizer, and torch's over copies of its parameters, with a group for each learning rate."""
 
     training: Training
     sizes: dict[float, int]
@@ -87,7 +87,7 @@ def test_equals_torchs_optimizers_step_by_step(tasks: list[tuple[Training, dict[
 
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": Optimizer.SGD, "momentum": 0.9}], ids=["adamw", "sgd"])
-def test_who_is_sick_is_left_as_it_was_and_changes_nobody(options: dict[str, Any]) -> None:
+def test_a_task_that_is_not_finite_is_not_stepped_and_changes_no_other(options: dict[str, Any]) -> None:
     def made() -> list[Pair]:
         return [Pair(Training(1.0, **options), {1.0: 7, 4.0: 5}, seed) for seed in range(4)]
 
@@ -97,7 +97,7 @@ def test_who_is_sick_is_left_as_it_was_and_changes_nobody(options: dict[str, Any
             pair.draw_gradients(1.0)
     sick[1].ours.gradients_P[6] = float("inf")
     before = [p.ours.parameters_P.clone() for p in sick]
-    norms = step_all([p.ours for p in sick], [0.1, 0.1, None, 0.1])  # the third has no rate: its loss was not finite
+    norms = step_all([p.ours for p in sick], [0.1, 0.1, None, 0.1])  # the third has no rate: its loss is not finite
     step_all([p.ours for p in healthy], [0.1] * 4)
     assert [norm == float("inf") for norm in norms] == [False, True, False, False]
     for i in (1, 2):
@@ -113,8 +113,8 @@ def test_who_is_sick_is_left_as_it_was_and_changes_nobody(options: dict[str, Any
     [{"weight_decay": 0.1}, {"optimizer": Optimizer.SGD, "momentum": 0.9}, {"optimizer": Optimizer.SGD}],
     ids=["adamw", "momentum", "sgd"],
 )
-def test_what_torchs_optimizers_kept_is_taken_and_given_under_its_names(options: dict[str, Any]) -> None:
-    """Checkpoints held torch's own state before: they still resume, and an older version would read ours."""
+def test_the_state_has_the_names_of_torchs_optimizers(options: dict[str, Any]) -> None:
+    """Older checkpoints hold torch's state: they still resume, and an older version could read ours."""
     pair = Pair(Training(1.0, max_grad_norm=0.0, **options), {1.0: 6, 16.0: 3}, 0)
     for _ in range(3):
         pair.draw_gradients(1.0)
@@ -136,7 +136,7 @@ def test_what_torchs_optimizers_kept_is_taken_and_given_under_its_names(options:
     assert torch.equal(pair.ours.parameters_P, torch.cat([p.detach() for p in pair.leaves]))
 
 
-def test_tasks_that_step_together_take_one_call_of_each_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_that_step_together_need_one_call_of_each_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: dict[str, list[int]] = {"multi_grad_norm": [], "multi_adamw": []}
     for name, counts in calls.items():
         entry = getattr(optimizers, name)

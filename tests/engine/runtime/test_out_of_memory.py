@@ -1,4 +1,4 @@
-"""Real allocators that are asked for more than there is."""
+"""Asks real allocators for more memory than there is."""
 
 import pytest
 import torch
@@ -16,15 +16,15 @@ def refusal(ask) -> Exception:  # type: ignore[no-untyped-def]
     return caught.value
 
 
-def test_the_cpus_allocators_refusal_is_known_and_told_with_its_bytes() -> None:
+def test_the_cpu_allocators_error_is_detected_with_its_bytes() -> None:
     error = refusal(lambda: torch.empty(1 << 50))
     assert is_out_of_memory(error)
     assert summary(error) == f"tried to allocate {4 << 50} bytes"
     assert is_out_of_memory(refusal(lambda: bytearray(1 << 60)))
 
 
-def test_what_cuda_says_is_known() -> None:
-    """Its text, as the allocator of torch 2 writes it; no GPU is needed to read it."""
+def test_cudas_errors_are_detected() -> None:
+    """The text is what the allocator of torch 2 writes; no GPU is needed to read it."""
     text = (
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB of which 1 GiB is free."
     )
@@ -33,12 +33,12 @@ def test_what_cuda_says_is_known() -> None:
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
 
 
-def test_other_failures_are_no_shortage() -> None:
+def test_other_failures_are_not_out_of_memory_errors() -> None:
     assert not is_out_of_memory(refusal(lambda: torch.ones(2) @ torch.ones(3)))
     assert not is_out_of_memory(ValueError("out of memory, said a user"))
 
 
-def test_a_task_that_finds_no_memory_is_not_attached_and_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_without_memory_is_not_attached_and_changes_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = [task_of(name, seed=seed, lengths=[7, 12, 3, 9], num_steps=3) for seed, name in enumerate("ab")]
     executor = executor_with(model_of(CONFIGS["llama-tied"]), tasks)
     with monkeypatch.context() as patched:
@@ -50,8 +50,8 @@ def test_a_task_that_finds_no_memory_is_not_attached_and_harms_nobody(monkeypatc
     assert all(isinstance(r, StepResult) for r in results)
 
 
-def test_a_microbatch_that_finds_no_memory_leaves_every_task_before_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tried again after a fresh start of the step, the result is that of an executor that never failed."""
+def test_a_microbatch_without_memory_leaves_every_task_before_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the step is restarted, the results are those of an executor that never failed."""
     tasks = [task_of(name, seed=seed, lengths=[7, 12, 3, 9], num_steps=3) for seed, name in enumerate("ab")]
     shaken, calm = (executor_with(model_of(CONFIGS["llama-tied"]), tasks) for _ in range(2))
     microbatches = pack_round(tasks, [0] * 2)
@@ -59,7 +59,7 @@ def test_a_microbatch_that_finds_no_memory_leaves_every_task_before_its_step(mon
         patched.setattr(module, "segment_cross_entropy", lambda *arguments: torch.empty(1 << 50))
         with pytest.raises(OutOfMemoryError) as caught:
             shaken.run(microbatches[0])
-    assert caught.value.__context__ is None and caught.value.__cause__ is None  # no frame holds on to its tensors
+    assert caught.value.__context__ is None and caught.value.__cause__ is None  # no frame keeps its tensors alive
     for run in shaken.tasks.values():
         run.restart_step()
     for executor in (shaken, calm):

@@ -87,7 +87,7 @@ def test_dropout_does_not_depend_on_how_a_batch_is_cut() -> None:
     assert losses[0] != pytest.approx([r.loss for r in train(executor_with(model, [dry]), [dry], 3)["a"]], rel=1e-4)
 
 
-def test_an_exported_adapter_goes_on_as_an_initial_adapter(tmp_path: Path) -> None:
+def test_an_exported_adapter_works_as_an_initial_adapter(tmp_path: Path) -> None:
     model = model_of(CONFIGS["gpt2"])
     first = task_of("first", seed=1)
     executor = executor_with(model, [first])

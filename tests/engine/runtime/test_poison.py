@@ -1,4 +1,5 @@
-"""A task of any method that is sick leaves its neighbours bit for bit, and is stopped before its optimizer writes."""
+"""A task with NaN or Inf, of any method, changes no bit of its neighbours and is stopped before its optimizer
+writes."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ def tasks_from(names: list[str], lengths: list[list[int]], **training: Any) -> l
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_a_sick_task_of_any_method_leaves_its_neighbours_bit_for_bit(name: str, value: float) -> None:
+def test_a_task_that_is_not_finite_changes_no_bit_of_its_neighbours(name: str, value: float) -> None:
     around = [n for n in ("lora-dropout", "prompt", "prefix", "ia3", "dora", "houlsby", "norms") if n != name]
     tasks = tasks_from([*around[:3], name, *around[3:]], [[7, 12, 3, 9]] * (len(around) + 1))
     sick, healthy = executor_with(MODEL, tasks), executor_with(MODEL, tasks)
@@ -63,8 +64,8 @@ KINDS = ["lora", "dora", "vera", "ia3", "miss", "prefix", "prompt", "norms", "bi
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("poison", ["learning rate", "NaN from the start", "one token"])
-def test_neighbours_live_on_as_beside_a_healthy_task_that_leaves_at_the_same_step(name: str, poison: str) -> None:
-    """Through the real alignment: rounds go on without the task that failed, packed anew."""
+def test_neighbours_continue_as_beside_a_healthy_task_that_leaves_at_the_same_step(name: str, poison: str) -> None:
+    """Uses the real alignment: rounds continue without the failed task, packed anew."""
     well = job("ill", 9, name, [7, 12, 3, 9, 30], Optimizer.ADAMW)
     ill = {"learning rate": with_rate(well, 1e30), "one token": of_one_token(well)}.get(poison, well)
     around = dict(zip(("lora-dropout", "prefix", "vera", "norms"), [*Optimizer, *Optimizer], strict=True))
@@ -73,7 +74,7 @@ def test_neighbours_live_on_as_beside_a_healthy_task_that_leaves_at_the_same_ste
     healthy = course([*others[:2], well, *others[2:]], False, leaves_after=sick.failed_after)
     assert poison != "one token" or sick.failed_after is None
     assert poison != "NaN from the start" or sick.failed_after == 0
-    assert poison != "learning rate" or sick.failed_after in (1, None)  # a norm may hide how large a vector is
+    assert poison != "learning rate" or sick.failed_after in (1, None)  # a norm may hide a large vector
     assert sick.results == healthy.results
     for other in others:
         assert torch.equal(*(run.executor.tasks[other.name].parameters_P for run in (sick, healthy))), other.name
@@ -82,12 +83,12 @@ def test_neighbours_live_on_as_beside_a_healthy_task_that_leaves_at_the_same_ste
 @dataclass
 class Course:
     executor: Executor
-    results: list[tuple[str, int, float]] = field(default_factory=list)  # of all but "ill"
-    failed_after: int | None = None  # steps of it done
+    results: list[tuple[str, int, float]] = field(default_factory=list)  # of all tasks but "ill"
+    failed_after: int | None = None  # steps that it has done
 
 
 def course(jobs: list[Job], starts_as_nan: bool, leaves_after: int | None = None) -> Course:
-    """All steps of all jobs; the task "ill" leaves where it fails, or with its step `leaves_after`."""
+    """Runs all steps of all jobs. The task "ill" leaves when it fails, or after step `leaves_after`."""
     run = Course(executor_with(MODEL, []))
     for each in jobs:
         run.executor.attach(each.assignment)

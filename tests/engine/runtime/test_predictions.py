@@ -1,5 +1,7 @@
-"""The cost model and the simulator against what an executor really runs, on a device that counts its operators' time.
-Real seconds of a machine are held against predictions in `benchmarks/planner.py`: a busy neighbour shows there."""
+"""Compares the cost model and the simulator with an executor on a device that counts its operators' time.
+
+`benchmarks/planner.py` compares predictions with the real seconds of a machine, where a busy neighbour shows.
+"""
 
 import dataclasses
 import statistics
@@ -36,7 +38,7 @@ def executor() -> Executor:
         vocab_size=2000, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=1024,
     )  # fmt: skip
-    return Executor(Backbone(model_of(config), packs_weights=False))  # whose products PyTorch counts
+    return Executor(Backbone(model_of(config), packs_weights=False))  # PyTorch counts the products of plain weights
 
 
 @pytest.fixture
@@ -56,11 +58,11 @@ def drawn(random: np.random.Generator) -> Probe:
     return Probe(tokens, sequences, ranges, rank, stride, targets, has_step=bool(random.integers(2)))
 
 
-def test_shapes_it_was_not_fitted_on_are_predicted(
+def test_shapes_outside_the_fit_are_predicted(
     executor: Executor, device: CountedDevice, start: list[CostSample]
 ) -> None:
-    """Half within 3 %, nineteen of twenty within a tenth: calibrated, then corrected by the first microbatches
-    that run, as an executor does, then asked for others."""
+    """Half of the predictions are within 3 %, nineteen of twenty within a tenth. The model is calibrated and corrected
+    by the first microbatches, as in an executor, before it predicts others."""
     random, ran = np.random.default_rng(1), list[CostSample]()
     with Bench(executor, device.clock) as bench:
         for _ in range(14 + 40):
@@ -73,7 +75,7 @@ def test_shapes_it_was_not_fitted_on_are_predicted(
 
 
 def tenants_tasks(random: np.random.Generator) -> list[tuple[TaskView, TokenizedDataset]]:
-    """Four ragged tasks of different lengths, ranks, targets, batches and numbers of steps."""
+    """Returns four tasks of different lengths, ranks, targets, batches and numbers of steps."""
     made = []
     for i, (most, batch, steps) in enumerate(((64, 8, 8), (128, 4, 10), (256, 4, 12), (64, 16, 14))):
         lengths = random.integers(8, most + 1, 64)
@@ -108,7 +110,7 @@ class Ran:
 def run_as_the_trainer_does(
     executor: Executor, device: CountedDevice, view: ExecutorView, tasks: Sequence[tuple[TaskView, TokenizedDataset]]
 ) -> Ran:
-    """Plans are made anew when a task ends."""
+    """Runs the tasks, with a new plan whenever a task ends."""
     for task, _ in tasks:
         executor.attach(TaskAssignment(task.name, task.spec, task.num_steps))
     data, ran = {task.name: data for task, data in tasks}, Ran([], [])
@@ -131,11 +133,9 @@ def run_as_the_trainer_does(
     return ran
 
 
-def test_the_simulator_tells_what_a_real_run_takes(
-    executor: Executor, device: CountedDevice, start: list[CostSample]
-) -> None:
-    """Round times, and when each of four tasks is done as rounds get shorter: by costs that the first rounds
-    corrected, as an executor does."""
+def test_the_simulator_predicts_a_real_run(executor: Executor, device: CountedDevice, start: list[CostSample]) -> None:
+    """Compares round times and the end of each of four tasks while rounds get shorter, with costs that the first rounds
+    corrected, as in an executor."""
     tasks = tenants_tasks(np.random.default_rng(2))
     ran = run_as_the_trainer_does(executor, device, view_of(executor, fit(start)), tasks)
     view = view_of(executor, refit(start, ran.samples))

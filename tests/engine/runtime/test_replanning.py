@@ -1,5 +1,6 @@
-"""A task gets what it gets alone, through the real alignment: whoever stands beside it, arrives, leaves and comes back,
-however rounds are packed, wherever it goes on. Data and dropout masks bit for bit, losses and weights to 1e-5.
+"""A task gets the same results as alone, through the real alignment, for any neighbours, packing and executor.
+
+Neighbours arrive, leave and come back. Data and dropout masks are equal bit for bit, losses and weights to 1e-5.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,8 +27,8 @@ from tests.thoroughness import examples
 MODEL = model_of(CONFIGS["llama-tied"])  # with biases
 METHODS = IN_PEFT | OWN | MORE
 STEPS = 5
-# Where a gradient is zero (a key's bias, a query that sees one token), Adam makes whole steps of its rounding, unless
-# epsilon is above that.
+# If a gradient is zero (a key's bias, a query that sees one token), Adam takes full steps of its rounding, unless
+# epsilon is above it.
 EPSILON = 1e-4
 
 
@@ -48,7 +49,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """Beside whom the watched task does how many steps, packed how, and whether on another executor."""
+    """Neighbours of the watched task for a number of steps, their packing, and whether they run on another executor."""
 
     neighbours: tuple[str, ...]
     num_rounds: int
@@ -59,7 +60,7 @@ class Plan:
 
 @dataclass
 class Seen:
-    """Of the watched task: its sequences by (kind, step, place in its own batch), tokens and targets; its results; its
+    """Records the watched task: its sequences by (kind, step, place in its batch), tokens and targets; its results; its
     dropout masks by (step, site, place); the digest of each step."""
 
     rows: dict[tuple[str, int, int], bytes] = field(default_factory=dict)
@@ -79,7 +80,7 @@ class Seen:
 
 
 def job(name: str, seed: int, method: str, lengths: Sequence[int], optimizer: Optimizer) -> Job:
-    """Rows of these lengths; a third of them bear no loss at all, as after an empty completion."""
+    """Returns rows of these lengths; a third of them bear no loss, as after an empty completion."""
     random = np.random.default_rng(seed)
     ids_S = random.integers(3, VOCAB, sum(lengths)).astype(np.int32)
     bears_loss_S = np.concatenate([random.random(n) < (0.6 if i % 3 != 1 else 0.0) for i, n in enumerate(lengths)])
@@ -102,7 +103,7 @@ def job(name: str, seed: int, method: str, lengths: Sequence[int], optimizer: Op
 
 
 def live(jobs: dict[str, Job], watched: str, plans: Sequence[Plan], monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """The watched task from its first step to its last, under one plan after another."""
+    """Runs the watched task from its first step to its last, under one plan after another."""
     seen, executor, left = Seen(), executor_with(MODEL, []), dict[str, CheckpointState]()
     seed = jobs[watched].assignment.spec.training.seed
 
@@ -171,7 +172,9 @@ def plans_of(draw: st.DrawFn, neighbours: list[str]) -> list[Plan]:
 
 @settings(max_examples=examples(80), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(names, st.sampled_from(list(Optimizer)), st.data())
-def test_whatever_is_planned_around_it(chosen: list[str], optimizer: Optimizer, data: st.DataObject) -> None:
+def test_a_task_does_not_depend_on_the_plan_around_it(
+    chosen: list[str], optimizer: Optimizer, data: st.DataObject
+) -> None:
     jobs = {f"{i}-{name}": job(f"{i}-{name}", i, name, data.draw(rows), optimizer) for i, name in enumerate(chosen)}
     watched, *neighbours = jobs
     plans = data.draw(plans_of(neighbours))
@@ -191,7 +194,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("lengths", HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.parametrize("watched", ["lora-dropout", "prefix", "vera-dropout", "rank-over-width", "houlsby"])
-def test_among_fifteen_of_all_kinds(watched: str, lengths: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_does_not_depend_on_fifteen_others(
+    watched: str, lengths: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     around = [name for name in sorted(METHODS) if name != watched][: len(lengths) - 1]
     jobs = {
         name: job(name, seed, name, own, Optimizer.ADAMW)

@@ -1,4 +1,4 @@
-"""A task may ask that steps of it be run again for it alone: it is told the difference, and nothing else changes."""
+"""A task may ask for steps to be run again for it alone: it gets the difference, and nothing else changes."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.engine.runtime.test_methods import IN_PEFT, OWN
 from tests.engine.runtime.tiny import CONFIGS, executor_with, model_of, task_of, train
 
 
-def test_every_other_step_is_verified_and_nothing_changes_by_it() -> None:
+def test_every_second_step_is_verified_without_changing_anything() -> None:
     model = model_of(CONFIGS["llama-tied"])
     neighbours = [task_of("b", seed=2, dropout=0.2, lengths=(30, 4), num_steps=6)]
     for i, method in enumerate((IN_PEFT | OWN).values()):
@@ -28,7 +28,7 @@ def test_every_other_step_is_verified_and_nothing_changes_by_it() -> None:
         assert torch.equal(*(executor.tasks["a"].parameters_P for executor in executors))
 
 
-def test_a_neighbour_that_leaks_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_neighbour_that_leaks_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = [task_of("a", verify_every_steps=1, num_steps=2), task_of("b", seed=2, lengths=(30, 4), num_steps=2)]
     executor = executor_with(model_of(CONFIGS["llama"]), tasks)
     right = Executor._target_rows

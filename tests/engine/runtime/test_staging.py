@@ -1,4 +1,5 @@
-"""Microbatches that are copied ahead: the same results, whenever the copy arrives; and no more than is there."""
+"""Microbatches that are copied ahead give the same results, whenever the copy arrives, and need no memory that is not
+available."""
 
 import copy
 import threading
@@ -16,7 +17,7 @@ TASKS = [task_of(name, seed=seed, lengths=[7, 12, 3, 9], num_steps=3) for seed, 
 
 
 class LateCopy:
-    """Copies on another thread, only once it is waited for: who reads too early reads what is no token."""
+    """Copies on another thread only once the copy is waited for: an early reader reads invalid tokens."""
 
     def __init__(self) -> None:
         self.num_begun = self.num_arrived = 0
@@ -36,7 +37,7 @@ class LateCopy:
 
 
 def results_of(executor: Executor, *, staged: bool) -> list[StepResult]:
-    """Three rounds; where staged, each round's microbatches are all under way before the first of them runs."""
+    """Runs three rounds. With staging, the copies of a round's microbatches all start before the first of them runs."""
     results = []
     for step in range(3):
         microbatches = pack_round(TASKS, [step] * 2)
@@ -46,7 +47,7 @@ def results_of(executor: Executor, *, staged: bool) -> list[StepResult]:
     return [result for result in results if isinstance(result, StepResult)]
 
 
-def test_staged_or_not_each_step_is_the_same() -> None:
+def test_staging_changes_no_step() -> None:
     model, late = model_of(CONFIGS["llama-tied"]), LateCopy()
     plain, ahead = executor_with(model, TASKS), Executor(Backbone(copy.deepcopy(model)), copy=late)
     for task in TASKS:
@@ -60,7 +61,7 @@ def test_staged_or_not_each_step_is_the_same() -> None:
         assert torch.equal(*(executor.tasks[name].parameters_P for executor in (plain, ahead)))
 
 
-def test_what_finds_no_room_ahead_is_copied_when_it_is_its_turn() -> None:
+def test_without_memory_ahead_a_microbatch_is_copied_at_its_turn() -> None:
     def no_room(host: torch.Tensor) -> Arrival:
         raise torch.OutOfMemoryError("Tried to allocate 2.00 MiB")
 
@@ -70,15 +71,15 @@ def test_what_finds_no_room_ahead_is_copied_when_it_is_its_turn() -> None:
     assert len(results_of(executor, staged=True)) == 6
 
 
-def test_where_there_is_no_device_nothing_is_copied() -> None:
+def test_without_a_device_nothing_is_copied() -> None:
     executor, (first, *_) = executor_with(model_of(CONFIGS["llama-tied"]), TASKS), pack_round(TASKS, [0] * 2)
     assert executor.stage(first) is first
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_copied_on_a_stream_of_its_own_while_the_device_is_busy() -> None:
-    """The copy is done although the computing stream has work left, and is read in order."""
+def test_a_separate_stream_copies_while_the_device_is_busy() -> None:
+    """The copy completes while the computing stream still has work, and is read in order."""
     device = torch.device("cuda")
     executor = Executor(Backbone(model_of(CONFIGS["llama-tied"]).to(device)))
     (first, *_) = pack_round(TASKS, [0] * 2)
@@ -89,7 +90,7 @@ def test_copied_on_a_stream_of_its_own_while_the_device_is_busy() -> None:
     assert isinstance(staged, StagedMicrobatch)
     assert executor._copy is not None
     executor._copy._stream.synchronize()  # type: ignore[attr-defined]
-    assert not torch.cuda.current_stream().query()  # still at it
+    assert not torch.cuda.current_stream().query()  # it still computes
     ids_T, targets_T = on_device(staged, device)
     assert torch.equal(ids_T.cpu(), torch.from_numpy(first.token_ids_T))
     assert torch.equal(targets_T.cpu(), torch.from_numpy(first.targets_T))

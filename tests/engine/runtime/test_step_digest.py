@@ -1,5 +1,5 @@
-"""The digest of a step: computed anew from the definition, changed by all that it is of and by nothing else; what it is
-of makes the dropout masks."""
+"""The digest of a step equals its definition, changes with each of its inputs and with nothing else, and its inputs
+determine the dropout masks."""
 
 import dataclasses
 import hashlib
@@ -31,7 +31,7 @@ def digests(subject: TinyTask, *neighbours: TinyTask) -> list[bytes]:
 
 
 def from_the_definition(subject: TinyTask, step: int) -> bytes:
-    """With plain lists, as a tenant could who knows tokens and targets."""
+    """Computes the digest with plain lists, as a tenant with tokens and targets could."""
     training, place = subject.spec.training, 0
     whole = hashlib.sha256(struct.pack("<QQd", training.seed, step, subject.spec.method.dropout))
     for ids, prompt in subject.batch(step):
@@ -45,12 +45,12 @@ def from_the_definition(subject: TinyTask, step: int) -> bytes:
 
 
 @pytest.mark.parametrize("method", [Lora(4, 8, ("all-linear",), 0.25), Prompt(3)])
-def test_it_is_what_its_definition_says(method: Any) -> None:
+def test_the_digest_equals_its_definition(method: Any) -> None:
     subject = task(method=method)
     assert digests(subject) == [from_the_definition(subject, step) for step in range(3)]
 
 
-def test_neighbours_and_microbatches_do_not_enter() -> None:
+def test_neighbours_and_microbatches_do_not_change_the_digest() -> None:
     alone = digests(task())
     beside = [task_of("b", seed=2, lengths=(30, 4)), task_of("c", seed=11, lengths=LENGTHS, dropout=0.25)]
     for size in (1, 2, 3, 4):
@@ -59,7 +59,7 @@ def test_neighbours_and_microbatches_do_not_enter() -> None:
     assert digests(others) == alone
 
 
-def test_microbatches_in_another_order_and_a_step_begun_again_do_not_enter() -> None:
+def test_the_order_of_microbatches_and_a_restarted_step_do_not_change_the_digest() -> None:
     subject = task(micro_batch_size=1)
     executor = executor_with(MODEL, [subject])
     first, *rest = pack_round([subject], [0])
@@ -76,19 +76,19 @@ def test_microbatches_in_another_order_and_a_step_begun_again_do_not_enter() -> 
 
 
 def changed(subject: TinyTask, row: int, position: int) -> TinyTask:
-    """One token is another."""
+    """Replaces one token."""
     rows = [list(ids) for ids, _ in subject.rows]
     rows[row][position] = rows[row][position] % 90 + 3
     prompts = [prompt for _, prompt in subject.rows]
     return dataclasses.replace(subject, rows=tuple(zip(map(tuple, rows), prompts, strict=True)))
 
 
-def test_each_thing_that_it_is_of_changes_it() -> None:
+def test_each_input_changes_the_digest() -> None:
     subject = task()
     swapped = dataclasses.replace(subject, rows=(subject.rows[1], subject.rows[0], *subject.rows[2:]))
     ids, prompt = subject.rows[1]
     masked = dataclasses.replace(subject, rows=(subject.rows[0], (ids, prompt + 1), *subject.rows[2:]))
-    cut = (subject.rows[0][0] + ids[:1], subject.rows[0][1]), (ids[1:], prompt)  # the same tokens, cut elsewhere
+    cut = (subject.rows[0][0] + ids[:1], subject.rows[0][1]), (ids[1:], prompt)  # the same tokens, split elsewhere
     others = [swapped, masked, dataclasses.replace(subject, rows=(*cut, *subject.rows[2:])), task(dropout=0.26)]
     others += [dataclasses.replace(task(seed=12), rows=subject.rows), changed(subject, 0, 0), changed(subject, 3, 8)]
     first = [digests(other)[0] for other in [subject, *others]]
@@ -104,9 +104,9 @@ def test_each_thing_that_it_is_of_changes_it() -> None:
         Vera(rank=4, target_modules=TARGETS, dropout=0.25),
     ],
 )
-def test_what_it_is_of_makes_the_masks(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Philox from its paper, from nothing but seed, step, rate and the sequences' places, beside the module that drops;
-    among neighbours that have the same modules and steps."""
+def test_the_digests_inputs_determine_the_masks(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compares the masks of a task with Philox from its paper, computed only from seed, step, rate and the sequences'
+    places. Neighbours have the same modules and steps."""
     found: dict[tuple[int, int, int, int], np.ndarray] = {}
 
     def noted(seed: int, step: int, site: int, positions_L: np.ndarray, width: int, rate: float) -> Any:
@@ -132,8 +132,8 @@ def test_what_it_is_of_makes_the_masks(method: Any, monkeypatch: pytest.MonkeyPa
             assert row[column] == reference_bit(11, step, site, place, column, width, 0.25)
 
 
-def test_resumes_do_not_enter() -> None:
-    """Here on another executor after each step."""
+def test_resumes_do_not_change_the_digest() -> None:
+    """The task resumes on another executor after each step."""
     subject, found, state = task(), [], None
     for step in range(3):
         executor = Executor(executor_with(MODEL, []).backbone)

@@ -67,7 +67,7 @@ CONFIGS: dict[str, hf.PretrainedConfig] = {
 def model_of(config: hf.PretrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    with torch.no_grad():  # norms and biases other than one and zero, so that leaving one out shows
+    with torch.no_grad():  # norms and biases other than one and zero, so that a missing one shows
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
@@ -77,7 +77,7 @@ def model_of(config: hf.PretrainedConfig, dtype: torch.dtype = torch.float32) ->
 
 @dataclass(frozen=True)
 class TinyTask:
-    """A task and its data: rows of (token ids, how many of the first bear no loss)."""
+    """A task and its data: rows of (token ids, number of first tokens without loss)."""
 
     name: str
     spec: TaskSpec
@@ -89,7 +89,7 @@ class TinyTask:
         return TaskAssignment(self.name, self.spec, self.num_steps)
 
     def batch(self, step: int) -> list[tuple[tuple[int, ...], int]]:
-        """The rows of a step, in order; the last of an epoch may be smaller."""
+        """Returns the rows of a step, in order; the last batch of an epoch may be smaller."""
         size = self.spec.training.global_batch_size
         per_epoch = -(-len(self.rows) // size)
         at = step % per_epoch * size
@@ -120,7 +120,7 @@ def task_of(
 
 
 def num_targets(task: TinyTask, step: int) -> int:
-    """The first token of a row is one only if virtual tokens stand before it."""
+    """Returns the targets of a step. A row's first token is a target only after virtual tokens."""
     first = 0 if task.spec.method.num_virtual_tokens else 1
     return sum(len(ids) - max(first, prompt) for ids, prompt in task.batch(step))
 
@@ -128,7 +128,7 @@ def num_targets(task: TinyTask, step: int) -> int:
 def pack_round(
     tasks: Sequence[TinyTask], steps: Sequence[int], chunk: int = 8, kind: MicrobatchKind = MicrobatchKind.TRAIN
 ) -> list[Microbatch]:
-    """One step of each task: microbatch i holds the i-th micro batch of every task that has one."""
+    """Packs one step of each task: microbatch i holds the i-th micro batch of every task that has one."""
     cuts = {}
     for task, step in zip(tasks, steps, strict=True):
         rows, size, at, placed = task.batch(step), task.spec.training.micro_batch_size, 0, []
@@ -163,7 +163,7 @@ def pack_round(
 
 
 def train(executor: Executor, tasks: Sequence[TinyTask], num_rounds: int) -> dict[str, list[StepResult]]:
-    """Rounds over attached tasks that have steps left; their results by task."""
+    """Runs rounds over attached tasks that have steps left. Returns their results by task."""
     results: dict[str, list[StepResult]] = {task.name: [] for task in tasks}
     for _ in range(num_rounds):
         left = [t for t in tasks if t.name in executor.tasks and executor.tasks[t.name].step < t.num_steps]
@@ -184,8 +184,8 @@ def executor_with(model: Any, tasks: Sequence[TinyTask], packs_weights: bool = T
 
 
 def train_with_peft(model: Any, task: TinyTask, folder: Path) -> tuple[list[float], list[float], dict[str, Any]]:
-    """HF PEFT alone, or plain torch where it lacks the method, from the adapter in `folder`, padded batches:
-    (losses, gradient norms, final tensors)."""
+    """Trains one task on padded batches from the adapter in `folder`, with HF PEFT or, if it lacks the method, with
+    plain torch. Returns (losses, gradient norms, final tensors)."""
     if not is_peft_format(folder):
         model = copy.deepcopy(model)
         tensors = plain.apply_adapter(model, folder)
@@ -196,7 +196,7 @@ def train_with_peft(model: Any, task: TinyTask, folder: Path) -> tuple[list[floa
 
 
 def fit(peft_model: Any, task: TinyTask) -> tuple[list[float], list[float]]:
-    """Trains what requires a gradient, as a tenant alone would, on padded batches: (losses, gradient norms)."""
+    """Trains what requires a gradient on padded batches, as a tenant would. Returns (losses, gradient norms)."""
     training = task.spec.training
     parameters = [p for p in peft_model.parameters() if p.requires_grad]
     factor = getattr(task.spec.method, "b_rate_factor", 1.0)

@@ -1,4 +1,4 @@
-"""`muxtune verify` holds for the engine as it is, and says so when a tenant's training is not its own."""
+"""`muxtune verify` passes for the engine, and fails if another task changes a tenant's training."""
 
 from itertools import chain
 
@@ -17,7 +17,7 @@ NAMES = ["lora", "prompt", "norms"]
 
 @pytest.fixture(autouse=True)
 def one_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    some = dict(list(cases.OPTIONS.items())[4:5])  # SGD: Adam would not see a gradient of another scale
+    some = dict(list(cases.OPTIONS.items())[4:5])  # SGD: Adam would hide a gradient of another scale
     monkeypatch.setattr(report, "OPTIONS", some)
 
 
@@ -31,10 +31,10 @@ def test_it_holds_for_every_method() -> None:
     assert {f.method for f in found if f.against == "torch alone"} == {"houlsby", "parallel", "bitfit"}
     assert all(f.own_rounding is None or 0 < f.own_rounding < 1e-5 for f in found)
     assert all(f.holds and f.num_steps == 3 for f in found)
-    assert any(f.loss_difference > 0 for f in found)  # two ways of computing, not one twice
+    assert any(f.loss_difference > 0 for f in found)  # two computations, not the same one twice
 
 
-def test_a_loss_averaged_over_the_whole_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_averaged_over_the_whole_batch_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Executor._target_rows
 
     def wrong(self: Executor, microbatch, resident):
@@ -47,7 +47,7 @@ def test_a_loss_averaged_over_the_whole_batch_is_seen(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("factor, num_steps", [("b_NR", 3), ("a_RK", 12)])  # B is zero at first, and A's gradient
-def test_a_gradient_that_is_wrong_is_seen(factor: str, num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_gradient_is_detected(factor: str, num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     right, first = reference.MultiLora.backward, reference._FIRST_FACTOR
 
     def wrong(ctx, *grads: torch.Tensor):

@@ -1,4 +1,4 @@
-"""What the tests of the executor share."""
+"""Fixtures of the executor's tests."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.services.execution.executor_mesh import VOCAB
 
 @pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama of a few thousand parameters."""
+    """Returns the folder of a random two-layer Llama with a few thousand parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

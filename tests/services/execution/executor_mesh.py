@@ -1,6 +1,6 @@
-"""A real executor (server and trainer, two processes) between a scheduling and an alignment that tests play themselves.
+"""Runs a real executor (server and trainer, two processes) between fakes of scheduling and alignment.
 
-Alignment's part packs real rounds (engine.alignment.packing) of made-up tokens; scheduling's part is the test.
+The fake alignment packs real rounds (engine.alignment.packing) of random tokens; the test acts as scheduling.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ BAD_VERSION = "bad"
 
 
 def dataset_of(version: str) -> TokenizedDataset:
-    """Twelve ragged rows drawn by the dataset's version."""
+    """Returns twelve rows of different lengths, drawn with the dataset's version as seed."""
     generator = np.random.default_rng(int.from_bytes(version.encode(), "little") % 2**32)
     lengths = generator.integers(4, 20, size=12)
     total = int(lengths.sum())
@@ -62,7 +62,8 @@ def dataset_of(version: str) -> TokenizedDataset:
 
 
 class FakeAlignment(alignment_pb2_grpc.AlignmentServiceServicer):
-    """`num_failures`: that many streams break off after one microbatch. `gate`: closed, no microbatch leaves."""
+    """Streams microbatches. `num_failures`: so many streams fail after one microbatch. `gate`: while closed, no
+    microbatch is sent."""
 
     def __init__(self) -> None:
         self.num_failures = 0
@@ -126,7 +127,7 @@ class FakeScheduling(scheduling_pb2_grpc.SchedulingServiceServicer):
 def planned(
     task: str, *, attempt: int = 1, num_steps: int = 4, version: str = "", **fields: Any
 ) -> plan_pb2.PlannedTask:
-    """A small LoRA task of tenant t; `training` overrides its hyperparameters."""
+    """Returns a small LoRA task of tenant t; `training` overrides its hyperparameters."""
     training = {"learning_rate": 0.01, "num_steps": num_steps, "global_batch_size": 4, "micro_batch_size": 2, "seed": 7}
     training |= fields.pop("training", {})
     spec = task_pb2.TaskSpec(
@@ -155,7 +156,7 @@ def kind_of(result: plan_pb2.TaskResult) -> str:
 
 
 class Stream:
-    """RunPlan as scheduling opens it: plans go in, results are gathered and (unless told not to) acknowledged."""
+    """Opens RunPlan as scheduling does: sends plans, collects results and, unless switched off, acknowledges them."""
 
     def __init__(self, channel: grpc.aio.Channel, lease_term: int, *, acknowledges: bool = True) -> None:
         self._lease_term, self._acknowledges = lease_term, acknowledges
@@ -184,7 +185,7 @@ class Stream:
         )
 
     async def until(self, condition: Callable[[], object]) -> None:
-        """Waits until the condition holds of what has come; fails with what has come if it never does."""
+        """Waits until the condition holds for the results. Fails with the results if it never does."""
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS), self._news:
                 await self._news.wait_for(lambda: condition() or self.reading.done())
@@ -200,7 +201,7 @@ class Stream:
             assert not self.of(task, "failed"), self.of(task, "failed")
 
     async def close(self) -> None:
-        """Breaks off, as a scheduling that is killed."""
+        """Cancels the stream, like a scheduling service that is killed."""
         self.reading.cancel()
         await asyncio.gather(self.reading, return_exceptions=True)
 
@@ -223,7 +224,7 @@ class Stream:
 
 @dataclass
 class Mesh:
-    """The executor's process and the fakes around it."""
+    """Holds the executor's process and the fakes around it."""
 
     settings: ExecutionSettings
     alignment: FakeAlignment
@@ -248,7 +249,7 @@ class Mesh:
         return Path(self.settings.artifact_url)
 
     def trainer_pid(self) -> int:
-        """The child of the executor's process that trains."""
+        """Returns the process id of the trainer."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
         return next(int(pid) for pid, command in commands.items() if b"services.execution.trainer\0" in command)
@@ -261,7 +262,7 @@ class Mesh:
 
 
 async def _registered(process: asyncio.subprocess.Process, scheduling: FakeScheduling, log: Path) -> str:
-    """The executor's address once it has registered; fails with its log if it ends or takes too long."""
+    """Returns the executor's address once it has registered. Fails with its log if it ends or takes too long."""
     registered, ended = asyncio.create_task(scheduling.registered.get()), asyncio.create_task(process.wait())
     await asyncio.wait({registered, ended}, timeout=TIMEOUT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     ended.cancel()
@@ -273,7 +274,7 @@ async def _registered(process: asyncio.subprocess.Process, scheduling: FakeSched
 
 @contextlib.asynccontextmanager
 async def running_mesh(folder: Path, backbone: Path, **overrides: Any) -> AsyncIterator[Mesh]:
-    """Starts it all, waits for the executor to register, and ends it all."""
+    """Starts an executor and its fakes, waits until it has registered, and ends them all."""
     alignment, scheduling = FakeAlignment(), FakeScheduling()
     server = grpc.aio.server(interceptors=[RpcInterceptor(mesh_authenticator(SECRET))])
     alignment_pb2_grpc.add_AlignmentServiceServicer_to_server(alignment, server)

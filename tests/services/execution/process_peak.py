@@ -1,5 +1,6 @@
-"""A trainer's life as far as memory is concerned, in a process of its own: prints the peak that Linux saw, and the one
-that the memory model foretold from what the process said of itself: `python process_peak.py FOLDER SPECS_JSON TOKENS`.
+"""Trains in a new process and prints two peaks of its memory: `python process_peak.py FOLDER SPECS_JSON TOKENS`.
+
+The first is what Linux measured, the second what the memory model predicts from the process's description of itself.
 """
 
 import json
@@ -37,7 +38,7 @@ def main(folder: str, ranks: list[int], num_tokens: int) -> None:
 
 
 def train(executor: Executor, specs: list[TaskSpec], num_tokens: int) -> None:
-    """Three steps of all tasks, each of one sequence of so many tokens."""
+    """Runs three steps of all tasks, each with one sequence of `num_tokens`."""
     for i, spec in enumerate(specs):
         executor.attach(TaskAssignment(str(i), spec, 9))
     for step in range(3):
@@ -50,7 +51,7 @@ def train(executor: Executor, specs: list[TaskSpec], num_tokens: int) -> None:
 
 
 def peak_bytes() -> int:
-    """The largest resident set this process ever had."""
+    """Returns the largest resident set of this process so far."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 

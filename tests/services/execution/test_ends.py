@@ -1,4 +1,4 @@
-"""How an executor ends, loses its trainer, or loses its lease: each on a process of its own."""
+"""An executor ends, loses its trainer, or loses its lease. Each test has its own process."""
 
 import asyncio
 import itertools
@@ -47,7 +47,7 @@ async def test_sigterm_checkpoints_releases_and_exits_with_zero(tmp_path: Path, 
 async def test_checkpoints_come_by_steps_and_by_time_and_at_the_end(
     settings: dict[str, float], interval: int, tmp_path: Path, tiny_backbone: Path
 ) -> None:
-    """Steps of a millisecond go on while the store has the one before: the next is then a step or more late."""
+    """Steps of a millisecond continue during an upload, so the next checkpoint is one or more steps late."""
     async with running_mesh(tmp_path, tiny_backbone, **settings) as mesh:
         stream = await mesh.open_stream()
         stream.send(plan_of(1, planned("d", num_steps=100)))
@@ -73,14 +73,14 @@ async def test_drain_releases_everything_and_the_trainer_dies_with_its_server(
         trainer = os.pidfd_open(mesh.trainer_pid())
         is_gone = asyncio.Event()
         asyncio.get_running_loop().add_reader(trainer, is_gone.set)
-        mesh.process.kill()  # with its server dead, no trainer stays behind
+        mesh.process.kill()  # no trainer outlives its server
         async with asyncio.timeout(20):
             await is_gone.wait()
         asyncio.get_running_loop().remove_reader(trainer)
         os.close(trainer)
 
 
-async def test_a_killed_trainer_is_restarted_and_its_tasks_are_handed_back(tmp_path: Path, tiny_backbone: Path) -> None:
+async def test_a_killed_trainer_is_restarted_and_its_tasks_are_released(tmp_path: Path, tiny_backbone: Path) -> None:
     async with running_mesh(tmp_path, tiny_backbone) as mesh:
         stream = await mesh.open_stream()
         mesh.alignment.pause_seconds = 0.02
@@ -98,7 +98,7 @@ async def test_a_killed_trainer_is_restarted_and_its_tasks_are_handed_back(tmp_p
         assert not stream.of("done", "released")
         recorded = stream.of("k", "checkpoint_committed")[-1]
         again = planned("k", attempt=2, num_steps=40, resume_from=recorded)
-        stream.send(plan_of(2, again, planned("done", num_steps=1)))  # made before it was known that one is done
+        stream.send(plan_of(2, again, planned("done", num_steps=1)))  # made before scheduling knew that one is done
         await stream.until_finished("k")
         assert len(stream.of("done", "finished")) == 1
         second = [r.step_done.step for r in stream.results if r.attempt == 2 and r.HasField("step_done")]
@@ -125,7 +125,7 @@ async def test_a_lost_lease_drops_the_tasks_and_registers_again(tmp_path: Path, 
         silent.send(plan_of(3, planned("unheard", num_steps=1)))
         await silent.until(lambda: silent.of("unheard", "finished"))
         await silent.close()
-        async with asyncio.timeout(20):  # nobody is there to acknowledge: it does not wait for anyone
+        async with asyncio.timeout(20):  # no stream can acknowledge, so the drain does not wait
             assert await mesh.stop() == 0
 
 
@@ -136,7 +136,7 @@ async def test_a_backbone_that_does_not_load_ends_the_service(tmp_path: Path) ->
             pass
 
 
-async def test_with_activation_checkpointing_the_planner_is_told_and_a_task_ends(
+async def test_with_activation_checkpointing_the_description_says_so_and_a_task_ends(
     tmp_path: Path, tiny_backbone: Path
 ) -> None:
     settings = {"calibration_seconds": 0.1, "activation_checkpointing": True}
@@ -151,7 +151,7 @@ async def test_with_activation_checkpointing_the_planner_is_told_and_a_task_ends
 
 
 @pytest.mark.parametrize("packs", [True, False])
-async def test_with_packed_weights_or_without_the_planner_is_told_and_a_task_ends(
+async def test_with_packed_weights_or_without_the_description_says_so_and_a_task_ends(
     tmp_path: Path, tiny_backbone: Path, packs: bool
 ) -> None:
     can = PackedWeight.of(torch.ones(2, 2)) is not None

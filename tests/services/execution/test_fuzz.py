@@ -1,4 +1,4 @@
-"""Nonsense by hypothesis at an executor's RPCs: a fair refusal each time, and the trainer lives."""
+"""Hypothesis sends nonsense to an executor's RPCs: each call gets a proper error, and the trainer survives."""
 
 import grpc
 from hypothesis import given
@@ -17,7 +17,7 @@ METHODS = [
 ]
 
 
-async def test_nonsense_is_refused_fairly(tmp_path, tiny_backbone) -> None:
+async def test_invalid_requests_get_proper_errors(tmp_path, tiny_backbone) -> None:
     async with running_mesh(tmp_path, tiny_backbone, calibration_seconds=0.0) as mesh:
         trainer = mesh.trainer_pid()
         async with grpc.aio.insecure_channel(mesh.address) as channel:
@@ -28,7 +28,7 @@ async def test_nonsense_is_refused_fairly(tmp_path, tiny_backbone) -> None:
         assert mesh.trainer_pid() == trainer
 
 
-async def test_plans_that_are_none_under_the_right_lease_leave_the_trainer_alive(tmp_path, tiny_backbone) -> None:
+async def test_invalid_plans_under_a_valid_lease_do_not_kill_the_trainer(tmp_path, tiny_backbone) -> None:
     async with running_mesh(tmp_path, tiny_backbone, calibration_seconds=0.0) as mesh:
         trainer, kind = mesh.trainer_pid(), execution_pb2.RunPlanRequest.DESCRIPTOR
         async with grpc.aio.insecure_channel(mesh.address) as channel:
@@ -45,7 +45,7 @@ async def test_plans_that_are_none_under_the_right_lease_leave_the_trainer_alive
 
 
 def drawn(strategy: st.SearchStrategy, count: int) -> list:
-    """Examples to be used under a loop that runs already."""
+    """Returns examples for use in a running event loop."""
     found: list = []
 
     @FUZZING

@@ -1,4 +1,4 @@
-"""A trainer that hangs is killed by its watchdog; its tasks are handed back with the cause and go on in the next."""
+"""The watchdog kills a trainer that hangs; its tasks are released with the cause and continue in the next trainer."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from tests.services.execution.executor_mesh import log_lines, plan_of, planned, 
 pytestmark = pytest.mark.timeout(120)
 
 
-async def test_a_stopped_trainer_is_killed_and_its_tasks_go_on(tmp_path: Path, tiny_backbone: Path) -> None:
+async def test_a_stopped_trainer_is_killed_and_its_tasks_continue(tmp_path: Path, tiny_backbone: Path) -> None:
     async with running_mesh(tmp_path, tiny_backbone, watchdog_seconds=2.0, calibration_seconds=0.1) as mesh:
         stream = await mesh.open_stream()
         mesh.alignment.pause_seconds = 0.02
@@ -27,10 +27,8 @@ async def test_a_stopped_trainer_is_killed_and_its_tasks_go_on(tmp_path: Path, t
         assert any("watchdog" in line["message"] for line in log_lines(mesh) if line["level"] == "ERROR")
 
 
-async def test_a_trainer_without_work_or_that_waits_for_its_data_is_left_alone(
-    tmp_path: Path, tiny_backbone: Path
-) -> None:
-    """Four times the watchdog's patience of each, and one and the same trainer at the end."""
+async def test_a_trainer_that_is_idle_or_waits_for_data_is_not_killed(tmp_path: Path, tiny_backbone: Path) -> None:
+    """The trainer does not change within four times the watchdog's limit, in each of the two states."""
     async with running_mesh(tmp_path, tiny_backbone, watchdog_seconds=0.8, calibration_seconds=0.1) as mesh:
         trainer = mesh.trainer_pid()
         stream = await mesh.open_stream()

@@ -1,4 +1,4 @@
-"""Tasks on a real executor: planned, trained, finished; resumed, cancelled, replanned, and failing alone."""
+"""Tasks on a real executor are planned, trained, finished, resumed, cancelled and replanned, and fail alone."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ async def mesh(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) ->
 
 
 class Versions:
-    """Plan versions only grow over the module's one executor."""
+    """Counts plan versions, which only grow on the executor that the module's tests share."""
 
     def __init__(self) -> None:
         self._last = 0
@@ -92,7 +92,7 @@ async def test_a_task_resumed_from_its_checkpoint_ends_with_the_same_weights(mes
     mesh.alignment.pause_seconds = 0.05
     stream.send(plan_of(versions.next(), planned("parts", num_steps=6, version="same")))
     await stream.until(lambda: stream.of("parts", "checkpoint_committed"))
-    stream.send(plan_of(versions.next()))  # leaves it out: checkpointed and handed back
+    stream.send(plan_of(versions.next()))  # without the task: it is checkpointed and released
     await stream.until(lambda: stream.of("parts", "released"))
     mesh.alignment.pause_seconds = 0.0
     recorded = stream.of("parts", "checkpoint_committed")[-1]
@@ -131,7 +131,7 @@ async def test_a_corrupt_checkpoint_falls_back_to_the_one_before_and_says_so(mes
     await stream.close()
 
 
-async def test_cancelling_keeps_what_was_trained(mesh: Mesh, versions: Versions, tiny_backbone: Path) -> None:
+async def test_a_cancelled_task_keeps_its_adapter(mesh: Mesh, versions: Versions, tiny_backbone: Path) -> None:
     stream = await mesh.open_stream()
     mesh.alignment.pause_seconds = 0.02
     stream.send(plan_of(versions.next(), planned("c", num_steps=1000), planned("n", num_steps=1000)))
@@ -143,7 +143,7 @@ async def test_cancelling_keeps_what_was_trained(mesh: Mesh, versions: Versions,
     assert finished.step == len(stream.of("c", "step_done"))
     load_adapter(mesh, finished.adapter_key, tiny_backbone)
     steps = len(stream.of("n", "step_done"))
-    await stream.until(lambda: len(stream.of("n", "step_done")) > steps)  # the neighbour goes on
+    await stream.until(lambda: len(stream.of("n", "step_done")) > steps)  # the neighbour continues
     stream.send(plan_of(versions.next(), planned("n", num_steps=1000, cancel=True)))
     await stream.until_finished("n")
     mesh.alignment.pause_seconds = 0.0
@@ -159,7 +159,7 @@ async def test_cancelled_before_its_first_step_a_task_leaves_no_adapter(mesh: Me
     await stream.close()
 
 
-async def test_what_is_wrong_with_one_task_fails_it_alone(mesh: Mesh, versions: Versions) -> None:
+async def test_a_bad_task_fails_alone(mesh: Mesh, versions: Versions) -> None:
     prefix = "tenants/t/tasks/corrupt/checkpoints/00000002-1"
     manifest = ArtifactStore.open(mesh.settings.artifact_url).commit_folder(
         prefix, {"state.safetensors": b"as committed"}, {"step": 2}
@@ -198,7 +198,8 @@ async def test_what_is_wrong_with_one_task_fails_it_alone(mesh: Mesh, versions: 
 
 
 def broken_adapter(mesh: Mesh, name: str) -> str:
-    """Manifest key of one whose weights are no safetensors as uploaded, and, "rotten", changed on the disk since."""
+    """Returns the manifest key of an adapter with weights that are no safetensors or, if "rotten", changed on the
+    disk."""
     prefix = f"tenants/t/adapters/{name}/1"
     files = {"adapter_config.json": b'{"peft_type": "LORA", "r": 4}', "adapter_model.safetensors": b"\xff" * 99}
     key: str = ArtifactStore.open(mesh.settings.artifact_url).commit_folder(prefix, files, {}).key
@@ -220,7 +221,7 @@ async def test_two_htasks_of_a_plan_interleave(mesh: Mesh, versions: Versions) -
     await stream.close()
 
 
-async def test_alignment_that_breaks_off_in_a_round_changes_no_loss(mesh: Mesh, versions: Versions) -> None:
+async def test_a_failing_alignment_stream_changes_no_loss(mesh: Mesh, versions: Versions) -> None:
     stream = await mesh.open_stream()
     accumulates = {"micro_batch_size": 1}
     stream.send(plan_of(versions.next(), planned("steady", version="x", training=accumulates)))
@@ -250,7 +251,7 @@ async def test_early_stop_ends_a_task_with_its_adapter(mesh: Mesh, versions: Ver
     await stream.close()
 
 
-async def test_an_adapter_is_exported_while_its_task_goes_on(
+async def test_an_adapter_is_exported_while_its_task_continues(
     mesh: Mesh, versions: Versions, tiny_backbone: Path
 ) -> None:
     stream = await mesh.open_stream()
@@ -280,7 +281,7 @@ async def test_a_broken_stream_loses_no_result_and_pauses_the_tasks(mesh: Mesh, 
     silent.send(plan)
     await silent.until(lambda: len(silent.of("held", "step_done")) >= 3)
     await silent.close()
-    await asyncio.sleep(1.0)  # enough for all thirty steps, if it went on
+    await asyncio.sleep(1.0)  # enough for all thirty steps, if it continued
     again = await mesh.open_stream()
     await again.until(lambda: len(again.of("held", "step_done")) >= 3)
     seen = len(again.of("held", "step_done"))
@@ -295,7 +296,7 @@ async def test_a_broken_stream_loses_no_result_and_pauses_the_tasks(mesh: Mesh, 
     await again.close()
 
 
-async def test_results_that_nobody_acknowledges_pause_the_tasks(mesh: Mesh, versions: Versions) -> None:
+async def test_unacknowledged_results_pause_the_tasks(mesh: Mesh, versions: Versions) -> None:
     stream = await mesh.open_stream(acknowledges=False)
     mesh.alignment.pause_seconds = 0.02
     stream.send(plan_of(versions.next(), planned("unheard", num_steps=40)))
@@ -312,7 +313,7 @@ async def test_results_that_nobody_acknowledges_pause_the_tasks(mesh: Mesh, vers
     await stream.close()
 
 
-async def test_health_is_open_and_everything_else_wants_the_secret(mesh: Mesh) -> None:
+async def test_health_is_open_and_everything_else_needs_the_secret(mesh: Mesh) -> None:
     async with grpc.aio.insecure_channel(mesh.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         answer = await health.Check(health_pb2.HealthCheckRequest(service="muxtune.v1.ExecutionService"))
@@ -335,7 +336,7 @@ async def test_the_newest_stream_wins_and_a_wrong_lease_is_refused(mesh: Mesh) -
     await new.close()
 
 
-async def test_stale_tasks_are_dropped_without_a_word(mesh: Mesh, versions: Versions) -> None:
+async def test_stale_tasks_are_dropped_without_a_result(mesh: Mesh, versions: Versions) -> None:
     stream = await mesh.open_stream()
     mesh.alignment.pause_seconds = 0.02
     stream.send(plan_of(versions.next(), planned("stale", num_steps=1000), planned("kept", num_steps=20)))
@@ -374,4 +375,4 @@ async def test_spans_join_the_tasks_own_traces_and_hold_no_tokens(mesh: Mesh, ve
 
     async with asyncio.timeout(30):
         while not is_whole():  # noqa: ASYNC110
-            await asyncio.sleep(0.2)  # a file that another process writes in batches
+            await asyncio.sleep(0.2)  # another process writes the file in batches

@@ -1,4 +1,5 @@
-"""Too little memory: microbatches halve, the task that does not fit leaves, then fails; no other result changes."""
+"""With too little memory, microbatches halve, and a task that does not fit leaves its hTask, then fails. No other
+result changes."""
 
 from pathlib import Path
 
@@ -17,7 +18,7 @@ CHUNK = 16
 
 
 @pytest.mark.timeout(120)
-async def test_what_fits_trains_on_with_the_same_result_and_what_does_not_fails_with_what_it_needs(
+async def test_tasks_that_fit_get_the_same_results_and_one_that_does_not_fails_with_its_tokens(
     tmp_path: Path, tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows have 4 to 19 tokens: in chunks of 16 some microbatches of one row hold 16 tokens, others 32."""
@@ -61,7 +62,8 @@ def assert_equal_weights(mesh: Mesh, one: str, other: str) -> None:
 
 
 def run_with(plan: plan_pb2.ExecutorPlan, members: dict[str, PackedTask], allowed: int) -> tuple[set[str], int]:
-    """A round of every hTask on a device that holds so many tokens: who fails, and how many tries found no memory."""
+    """Runs a round of every hTask on a device with room for `allowed` tokens. Returns the tasks that fail, and the
+    number of out-of-memory errors."""
     policy, failed, num_failures, index = OutOfMemoryPolicy(), set[str](), 0, 0
     while index < len(plan.htasks):
         htask = plan.htasks[index]
@@ -82,7 +84,7 @@ def run_with(plan: plan_pb2.ExecutorPlan, members: dict[str, PackedTask], allowe
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_it_always_comes_to_an_end_and_just_those_fail_that_cannot_fit(seed: int) -> None:
+def test_the_policy_terminates_and_fails_only_tasks_that_cannot_fit(seed: int) -> None:
     draw = np.random.default_rng(seed)
     names = [f"{seed}-{i}" for i in range(draw.integers(1, 6))]
     training = Training(learning_rate=1, num_steps=1, global_batch_size=12, micro_batch_size=int(draw.integers(1, 9)))

@@ -1,7 +1,7 @@
-"""Allocations that fail at random places of a real trainer's work for one task, v: it alone has the trouble.
+"""Allocations fail at random places of a real trainer's work for one task, v: no other task is affected.
 
-Its neighbours (a shares microbatches with it, b does not) are held bit for bit against a run in which it left at the
-same step, or had no trouble at all.
+Its neighbours (a shares microbatches with it, b does not) are compared bit for bit with a run in which v left at the
+same step or no allocation failed.
 """
 
 import inspect
@@ -36,13 +36,13 @@ LEAVES_AT = 3  # of five steps
 
 @dataclass(frozen=True)
 class Point:
-    """A place in the trainer's work: a function, and how to know by its arguments that it works for v."""
+    """A function of the trainer's work, and a predicate on its arguments that is true if it works for v."""
 
     owner: Any
     name: str
     is_turn: Callable[..., bool]
-    always: str = "failed"  # how v ends, where it fails again and again
-    without: bool = False  # v never trained then
+    always: str = "failed"  # how v ends if it fails every time
+    without: bool = False  # v never trains then
 
 
 def is_v(run: TaskTrainingState) -> bool:
@@ -65,7 +65,7 @@ POINTS = {
     "bytes to the store": Point(CheckpointState, "files", lambda self: "/v-" in self.metadata["task"]),
     "bytes from the store": Point(CheckpointStore, "get_checkpoint", lambda self, task, recorded: "/v-" in task),
 }
-ALWAYS = [name for name in POINTS if "bytes" not in name]  # those wait for ever, as for a store that is away
+ALWAYS = [name for name in POINTS if "bytes" not in name]  # those retry without end, as if the store were unavailable
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def chance() -> random.Random:
 
 
 class FailingAllocation(TorchDispatchMode):
-    """The one with the number `at`. `count`: of those before it."""
+    """Fails the allocation with number `at`. `count`: number of allocations before it."""
 
     def __init__(self, at: float, error: Exception) -> None:
         super().__init__()
@@ -97,8 +97,8 @@ class FailingAllocation(TorchDispatchMode):
 
 
 class Shaken:
-    """In place of a point's function: in v's first `num_failing` turns one of its allocations fails. With a `chance` it
-    is drawn among `num_allocations`; without, they are counted."""
+    """Replaces a point's function: one allocation fails in each of v's first `num_failing` calls. With a `chance` it is
+    drawn among `num_allocations`; without, the allocations are counted."""
 
     def __init__(self, point: Point, chance: random.Random | None, num_failing: float, num_allocations: int) -> None:
         self._point, self._chance, self._left = point, chance, num_failing
@@ -115,11 +115,11 @@ class Shaken:
             self.num_allocations = counting.count
             return result
         error = self._chance.choice([torch.OutOfMemoryError("Tried to allocate 2.00 GiB"), MemoryError()])
-        # Once it has failed, v is tried alone: at least half of what it and one neighbour asked for.
+        # After its first failure v runs alone, with at least half of the allocations of it and one neighbour.
         reached = (self.num_allocations + 1) // 2 if self.told else self.num_allocations
         at = self._chance.randrange(max(1, reached))
         self.told.append(f"allocation {at} of {self.num_allocations}: {type(error).__name__}")
-        if not self.num_allocations:  # not torch's: of bytes
+        if not self.num_allocations:  # bytes, which torch does not allocate
             raise error
         with FailingAllocation(at, error):
             return self._function(*arguments, **named)
@@ -129,14 +129,14 @@ class Shaken:
 def in_place(point: Point, function: Callable[..., Any]) -> Iterator[None]:
     is_class = isinstance(inspect.getattr_static(point.owner, point.name), classmethod)
     with pytest.MonkeyPatch.context() as patched:
-        wrapped: Any = lambda *arguments, **named: function(*arguments, **named)  # noqa: E731  # binds as a method does
+        wrapped: Any = lambda *arguments, **named: function(*arguments, **named)  # noqa: E731  # binds like a method
         patched.setattr(point.owner, point.name, staticmethod(wrapped) if is_class else wrapped)
         yield
 
 
 @dataclass
 class Outcome:
-    """Steps with their losses, and the adapter's bytes, of v, a and b; how v ended."""
+    """Steps with their losses and the adapters' bytes of v, a and b, and how v ended."""
 
     steps: dict[str, list[tuple[int, float]]]
     adapters: dict[str, bytes]
@@ -145,7 +145,7 @@ class Outcome:
 
 
 class Runs:
-    """Of the same three tasks, again and again."""
+    """Runs the same three tasks again and again."""
 
     def __init__(self, trainer: TrainerThread) -> None:
         self._trainer, self._count = trainer, 0
@@ -153,7 +153,7 @@ class Runs:
         self._calm: dict[str, tuple[Outcome, int]] = {}
 
     def calm(self, name: str) -> tuple[Outcome, int]:
-        """Without trouble, and how many allocations there are at that point."""
+        """Returns the outcome of a run without failures, and the number of allocations at that point."""
         if name not in self._calm:
             counting = Shaken(POINTS[name], None, 1, 0)
             with in_place(POINTS[name], counting):
@@ -169,7 +169,7 @@ class Runs:
         v_fields = self._fields(name)
         tasks = [planned(v, version="v", num_steps=5, **v_fields)] if with_v else []
         tasks += [planned(a, version="a", num_steps=7), planned(b, version="b", num_steps=9)]
-        alone = name == "evaluation"  # its microbatches halve first, and would those of its hTask
+        alone = name == "evaluation"  # its microbatches halve first, and would halve those of its hTask too
         together = [[v], [a], [b]] if alone else [[v, a], [b]]
         self._trainer.plan(*tasks, htasks=[[t for t in g if with_v or t != v] for g in together if with_v or g != [v]])
         names = (v, a, b) if with_v else (a, b)
@@ -217,14 +217,14 @@ def runs(trainer: TrainerThread) -> Runs:
 
 
 @pytest.mark.parametrize("name", POINTS)
-def test_a_shortage_that_passes_changes_nothing(name: str, runs: Runs, chance: random.Random) -> None:
+def test_a_temporary_lack_of_memory_changes_nothing(name: str, runs: Runs, chance: random.Random) -> None:
     calm, num_allocations = runs.calm(name)
     shaken = Shaken(POINTS[name], chance, 1, num_allocations)
     with in_place(POINTS[name], shaken):
         found = runs.run(name)
     assert shaken.told, "nothing failed"
     assert found.end == calm.end == "finished", (shaken.told, found.reason)
-    if name == "evaluation":  # its own microbatches halve: that shows in the last digits
+    if name == "evaluation":  # its microbatches halve, which shows in the last digits
         assert [loss for _, loss in found.steps.pop("v")] == pytest.approx(
             [loss for _, loss in calm.steps["v"]], rel=1e-6
         )
@@ -235,10 +235,10 @@ def test_a_shortage_that_passes_changes_nothing(name: str, runs: Runs, chance: r
 
 
 @pytest.mark.parametrize("name", ALWAYS)
-def test_a_shortage_that_stays_ends_one_task_and_its_neighbours_never_notice(
+def test_a_permanent_lack_of_memory_ends_one_task_alone(
     name: str, runs: Runs, chance: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It waits for room as long as they are there, and its patience ends when they are done."""
+    """v retries while the others train, and ends when they are done."""
     monkeypatch.setattr(ResidentTask, "has_waited", lambda self, seconds: runs.are_neighbours_done())
     calm, num_allocations = runs.calm(name)
     shaken = Shaken(POINTS[name], chance, math.inf, num_allocations)
@@ -261,7 +261,7 @@ def test_a_shortage_that_stays_ends_one_task_and_its_neighbours_never_notice(
 
 
 class Leaving:
-    """In place of `take_steps`: v leaves at its third step, for a reason of its own."""
+    """Replaces `take_steps`: v fails at its third step for another reason."""
 
     def __init__(self, take_steps: Callable[[Sequence[TaskTrainingState]], Any]) -> None:
         self._take_steps = take_steps

@@ -1,4 +1,4 @@
-"""The executor's parts by themselves: pipe, outbox, attempts, early stop, checkpoints in the store."""
+"""Tests the executor's parts alone: pipe, outbox, attempts, watchdog, early stop, checkpoint store."""
 
 import asyncio
 import socket
@@ -53,7 +53,7 @@ def _echo(trainer: BlockingPipe) -> None:
     "torn",
     [b"", b"P", b"P\x05\x00\x00\x00abc", b"?\x00\x00\x00\x00", b"P" + (MAX_FRAME_BYTES + 1).to_bytes(4, "little")],
 )
-async def test_a_pipe_that_ends_or_is_out_of_step_reads_as_its_end(torn: bytes) -> None:
+async def test_a_pipe_that_ends_or_holds_no_valid_frame_reads_as_its_end(torn: bytes) -> None:
     ours, theirs = socket.socketpair()
     theirs.sendall(torn)
     theirs.close()
@@ -96,7 +96,7 @@ def result(task: str, attempt: int, kind: str) -> plan_pb2.TaskResult:
     return message
 
 
-def test_a_dead_trainer_hands_back_what_it_held_and_nothing_else() -> None:
+def test_running_attempts_are_released_when_the_trainer_dies() -> None:
     attempts = AttemptTracker()
     attempts.start(plan(a=1, b=1, c=2, d=1))
     attempts.record_results([result("a", 1, "finished"), result("b", 1, "step_done")])
@@ -126,11 +126,11 @@ def test_a_stale_result_of_an_earlier_attempt_does_not_end_this_one() -> None:
     assert [r.task for r in attempts.release_all("died")] == ["a"]
 
 
-def test_who_was_off_the_device_already_is_no_suspect() -> None:
+def test_tasks_that_left_the_device_are_not_suspects() -> None:
     attempts = AttemptTracker()
     attempts.start(plan(a=1, b=1, c=1))
-    attempts.record_resident(["a", "b"])  # c has not arrived
-    attempts.record_resident(["b"])  # a has only to leave its checkpoint
+    attempts.record_resident(["a", "b"])  # c is not attached yet
+    attempts.record_resident(["b"])  # a only uploads its checkpoint
     attempts.start(plan(b=1, d=1))
     attempts.record_resident(["b", "d"])
     assert {r.task: r.released.num_suspects for r in attempts.release_all("x")} == {"a": 0, "b": 3, "c": 3, "d": 3}
@@ -138,17 +138,17 @@ def test_who_was_off_the_device_already_is_no_suspect() -> None:
     assert [r.released.num_suspects for r in attempts.release_all("x")] == [1]
 
 
-def test_what_is_handed_back_says_how_many_may_be_why() -> None:
+def test_released_results_count_the_suspects() -> None:
     attempts = AttemptTracker()
     attempts.start(plan(a=1, b=1, done=1))
     attempts.record_results([result("done", 1, "finished")])
     assert [(r.released.num_suspects, r.released.reason) for r in attempts.release_all("died")] == [(2, "died")] * 2
 
 
-def test_the_watchdog_barks_at_who_has_work_and_is_silent() -> None:
+def test_the_watchdog_detects_a_silent_trainer_that_has_work() -> None:
     watchdog = Watchdog(8.0)
     watchdog.record_request(0.0)
-    assert not any(watchdog.is_hung(float(now)) for now in range(0, 900, 2))  # it loads, whatever it was told
+    assert not any(watchdog.is_hung(float(now)) for now in range(0, 900, 2))  # it loads, whatever requests it gets
     watchdog.record_message(900.0)
     assert [watchdog.is_hung(float(now)) for now in range(900, 912, 2)][-1]
     watchdog.record_start()
@@ -159,10 +159,10 @@ def test_the_watchdog_barks_at_who_has_work_and_is_silent() -> None:
     watchdog.record_request(40.0)
     assert [watchdog.is_hung(float(now)) for now in range(40, 52, 2)] == [False] * 5 + [True]
     watchdog.record_message(52.0)
-    watchdog.record_request(57.0)  # told more while it works: no sign of its life
+    watchdog.record_request(57.0)  # a request while it works is not a message from it
     assert [watchdog.is_hung(float(now)) for now in range(54, 64, 2)] == [False] * 4 + [True]
     watchdog.record_message(64.0)
-    assert not watchdog.is_hung(4000.0)  # this process was stopped itself: what the trainer said is not read yet
+    assert not watchdog.is_hung(4000.0)  # this process was stopped too: the trainer's messages are not read yet
     watchdog.record_message(4000.0, is_idle=True)
     assert not any(watchdog.is_hung(float(now)) for now in range(4002, 4100, 2))
 
@@ -174,7 +174,7 @@ def training(patience: int, min_delta: float = 0.0) -> Training:
 def stops_at(losses: list[float], rule: Training) -> int | None:
     state = EarlyStop()
     for step, loss in enumerate(losses):
-        state = EarlyStop(**vars(state.after(rule, step, loss).after(rule, step, loss)))  # resumed: seen twice
+        state = EarlyStop(**vars(state.after(rule, step, loss).after(rule, step, loss)))  # resumed: counted twice
         if state.should_stop(rule):
             return step
     return None
@@ -206,7 +206,7 @@ def test_early_stop_is_the_first_run_of_patience_evaluations_over_the_best_befor
     assert stops_at(losses, training(patience)) == expected
 
 
-def test_the_part_of_its_time_that_an_executor_waits_for_data() -> None:
+def test_the_fraction_of_time_that_an_executor_waits_for_data() -> None:
     window = StepWindow()
     microbatch = Microbatch(0, MicrobatchKind.TRAIN, np.zeros(4, np.int32), np.zeros(4, np.int32), (), True)
     for _ in range(2000):
@@ -227,8 +227,8 @@ def folders(store: ArtifactStore) -> list[str]:
     return [key.split("/")[-2] for key in keys if key.endswith("manifest.json")]
 
 
-def test_no_checkpoint_is_deleted_by_whom_cannot_know_which_is_recorded(tmp_path: Path) -> None:
-    """The last of them recorded may be any: an executor far ahead of its results once deleted it."""
+def test_the_trainer_deletes_no_checkpoints(tmp_path: Path) -> None:
+    """Any of them may be the recorded one: an executor far ahead of its results once deleted it."""
     store = ArtifactStore.open(str(tmp_path))
     checkpoints = CheckpointStore(store)
     recorded, *_ = [checkpoints.put_checkpoint(TASK, 1, state(step), {}) for step in (10, 20, 30)]

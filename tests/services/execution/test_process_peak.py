@@ -1,5 +1,5 @@
-"""The memory model against the peak of a whole process: interpreter, libraries, weights, activations, and what malloc
-keeps of what was freed. A fresh process each, because a peak is never unlearnt."""
+"""Compares the memory model with the peak of a whole process: interpreter, libraries, weights, activations, and memory
+that malloc keeps after it was freed. Each case has a new process, because a process's peak never falls."""
 
 import json
 import subprocess
@@ -32,10 +32,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ("size", "ranks", "num_tokens"),
     [("small", [8, 16], 512), ("wide", [8, 16], 256), ("wide", [32], 1024)],
 )
-def test_the_peak_of_a_process_is_foretold(
+def test_the_peak_of_a_process_is_predicted(
     folders: dict[str, Path], size: str, ranks: list[int], num_tokens: int
 ) -> None:
-    """Within a tenth, and never under by more than three hundredths."""
+    """The prediction is within a tenth, and at most three hundredths too low."""
     script = Path(__file__).with_name("process_peak.py")
     command = [sys.executable, str(script), str(folders[size]), json.dumps(ranks), str(num_tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})

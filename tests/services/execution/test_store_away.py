@@ -1,7 +1,7 @@
-"""The artifact store or alignment away for one task, v, of a real trainer: it waits, its neighbours' rounds go on.
+"""The artifact store or alignment is unavailable for one task, v, of a real trainer: v waits, its neighbours continue.
 
-"Away" is a gate that the test opens when the neighbours are done: had they waited, they would never have been. It turns
-callers away, or lets them hang. Neighbours: a in v's hTask, b in another.
+A closed gate refuses calls or lets them hang. The test opens it when the neighbours are done: if they had waited for v,
+they would never be done. Neighbours: a in v's hTask, b in another.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def trainer(tmp_path: Path, tiny_backbone: Path) -> Iterator[TrainerThread]:
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> bytes:
-    """The adapter that v leaves where nothing is away."""
+    """Returns the adapter of v when nothing is unavailable."""
     with running_trainer(tmp_path_factory.mktemp("calm"), tiny_backbone) as running:
         running.plan(planned("v", num_steps=6), htasks=[["v"]])
         running.until_ended("v")
@@ -39,7 +39,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> bytes
 
 
 def assert_close(found: bytes, expected: bytes) -> None:
-    """To rounding: microbatches have other shapes beside neighbours."""
+    """Compares to rounding: beside neighbours microbatches have other shapes."""
     one, other = load(found), load(expected)
     assert one.keys() == other.keys()
     for name, tensor in one.items():
@@ -66,8 +66,8 @@ def test_a_task_whose_checkpoint_cannot_be_read_waits_for_it(
 
 
 @either_way
-def test_what_cannot_be_written_holds_up_nobody(trainer: TrainerThread, calm: bytes, is_away: bool) -> None:
-    """Checkpoints on the way, and at the end the adapter."""
+def test_uploads_that_fail_or_hang_delay_no_other_task(trainer: TrainerThread, calm: bytes, is_away: bool) -> None:
+    """The uploads are checkpoints during the training, and the adapter at the end."""
     trainer.store.gates.close("put tenants/t/", is_away=is_away)
     trainer.plan(planned("v", num_steps=6), *NEIGHBOURS, htasks=TOGETHER)
     trainer.until(lambda: [len(trainer.steps(name)) for name in "vab"] == [6, 12, 12])
@@ -79,7 +79,7 @@ def test_what_cannot_be_written_holds_up_nobody(trainer: TrainerThread, calm: by
     assert trainer.of("v", "checkpoint_committed")[-1].step == 6
 
 
-def test_a_task_that_waits_too_long_is_handed_back(trainer: TrainerThread, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_waits_too_long_is_released(trainer: TrainerThread, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_lifecycle, "_MAX_WAIT_SECONDS", 0.0)
     trainer.store.gates.close("get tenants/t/tasks/v", is_away=True)
     recorded = task_pb2.CheckpointCommitted(step=2, manifest_key=f"{full('v')}/checkpoints/00000002-1/manifest.json")
@@ -90,7 +90,7 @@ def test_a_task_that_waits_too_long_is_handed_back(trainer: TrainerThread, monke
     assert len(trainer.steps("b")) == 12
 
 
-def test_exports_that_hang_hold_up_nobody_and_come_in_their_order(trainer: TrainerThread) -> None:
+def test_exports_that_hang_delay_no_task_and_are_answered_in_order(trainer: TrainerThread) -> None:
     trainer.plan(planned("v", num_steps=10_000), planned("a", num_steps=10_000), htasks=TOGETHER)
     trainer.until(lambda: trainer.steps("v"))
     trainer.store.gates.close("put tenants/t/adapters/v")
@@ -106,13 +106,13 @@ def test_exports_that_hang_hold_up_nobody_and_come_in_their_order(trainer: Train
 
 
 @either_way
-def test_drained_with_the_store_away_a_task_is_handed_back(trainer: TrainerThread, is_away: bool) -> None:
+def test_a_drain_without_the_store_releases_the_task(trainer: TrainerThread, is_away: bool) -> None:
     trainer.plan(planned("v", num_steps=10_000), htasks=[["v"]])
     trainer.until(lambda: trainer.of("v", "checkpoint_committed"))
     trainer.store.gates.close("put tenants/t/", is_away=is_away)
     trainer.until(trainer.store.gates.reached.is_set)
     trainer.tell(Tag.DRAIN)
-    if not is_away:  # what hangs is waited for: the server ends the wait
+    if not is_away:  # the trainer waits for a hanging upload until its server ends the drain
         seen = len(trainer.steps("v"))
         assert not trainer.is_drained
         trainer.store.gates.open()
@@ -123,7 +123,7 @@ def test_drained_with_the_store_away_a_task_is_handed_back(trainer: TrainerThrea
         assert trainer.of("v", "checkpoint_committed")[-1].step >= seen
 
 
-def test_data_that_is_away_for_a_newcomer_does_not_hold_up_its_htask(trainer: TrainerThread, calm: bytes) -> None:
+def test_missing_data_of_a_new_task_does_not_delay_its_htask(trainer: TrainerThread, calm: bytes) -> None:
     trainer.plan(*NEIGHBOURS, htasks=[["a"], ["b"]])
     trainer.until(lambda: trainer.steps("a"))
     trainer.alignment.gates.close(full("v"), is_away=True)
@@ -138,8 +138,8 @@ def test_data_that_is_away_for_a_newcomer_does_not_hold_up_its_htask(trainer: Tr
 
 
 @either_way
-def test_an_htask_without_data_does_not_hold_up_the_others(trainer: TrainerThread, calm: bytes, is_away: bool) -> None:
-    """In the middle of its work: tasks that were served before, so none is set apart."""
+def test_an_htask_without_data_does_not_delay_the_others(trainer: TrainerThread, calm: bytes, is_away: bool) -> None:
+    """The stream hangs in the middle: its tasks were served before, so none is split off."""
     v, a = planned("v", num_steps=6), planned("a", num_steps=6)
     trainer.alignment.gates.close(full("v"), is_away=is_away)
     trainer.plan(v, a, NEIGHBOURS[1], htasks=TOGETHER)

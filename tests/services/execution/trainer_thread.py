@@ -1,6 +1,7 @@
-"""A real trainer on a thread of the test's own process, so that a test can get between it and the engine or the store.
+"""Runs a real trainer on a thread of the test's process, so that a test can patch its engine and its store.
 
-The test plays its server (at the other end of the pipe), alignment (which packs real rounds) and the artifact store.
+The test acts as its server (at the other end of the pipe), as alignment (which packs real rounds) and as artifact
+store.
 """
 
 import socket
@@ -30,7 +31,8 @@ Results = list[plan_pb2.TaskResult]
 
 
 class Gates:
-    """Closed for whatever names it, a gate holds back who comes; away, it turns them away. `reached`: someone came."""
+    """A gate that, while closed for a name, blocks callers with that name, or refuses them if `is_away`. `reached`: a
+    caller has come."""
 
     def __init__(self) -> None:
         self._open = threading.Event()
@@ -47,7 +49,7 @@ class Gates:
         self._open.set()
 
     def pass_through(self, name: str) -> None:
-        """Raises UnavailableError where it is away."""
+        """Waits at a closed gate. Raises UnavailableError if it `is_away`."""
         if self._open.is_set() or self._part not in name:
             return
         self.reached.set()
@@ -73,7 +75,7 @@ class GatedStore(ArtifactStore):
 class GatedAlignment(alignment_pb2_grpc.AlignmentServiceServicer):
     def __init__(self) -> None:
         self.gates = Gates()
-        self.members: list[set[str]] = []  # of each stream that was opened
+        self.members: list[set[str]] = []  # of each opened stream
 
     def StreamMicrobatches(self, request: Any, context: Any) -> Iterator[Any]:
         named = " ".join(member.task for member in request.members)
@@ -93,7 +95,7 @@ class GatedAlignment(alignment_pb2_grpc.AlignmentServiceServicer):
 
 
 class TrainerThread:
-    """Plans go in by `plan`; what comes back is gathered, and awaited by `until`."""
+    """Sends plans with `plan` and collects the results, for which `until` waits."""
 
     def __init__(self, pipe: BlockingPipe, store: GatedStore, alignment: GatedAlignment) -> None:
         self.store, self.alignment, self.results = store, alignment, Results()
@@ -105,7 +107,7 @@ class TrainerThread:
         threading.Thread(target=self._read, daemon=True).start()
 
     def plan(self, *tasks: plan_pb2.PlannedTask, htasks: list[list[str]]) -> None:
-        """`htasks`: of the tasks' short names."""
+        """Sends a plan. `htasks`: short names of the tasks in each."""
         self._version += 1
         groups = [plan_pb2.HTask(tasks=map(full, g), token_budget=128, chunk_tokens=16) for g in htasks]
         self.tell(Tag.PLAN, plan_pb2.ExecutorPlan(version=self._version, tasks=tasks, htasks=groups))
@@ -153,7 +155,7 @@ def full(task: str) -> str:
 
 @contextmanager
 def running_trainer(folder: Path, backbone: Path, **overrides: Any) -> Iterator[TrainerThread]:
-    """Ends it by closing its pipe; fails if it died of anything."""
+    """Runs a trainer and ends it by closing its pipe. Fails if the trainer raised an error."""
     store, alignment, died = GatedStore(folder / "store"), GatedAlignment(), list[BaseException]()
     server = grpc.server(ThreadPoolExecutor(16))
     alignment_pb2_grpc.add_AlignmentServiceServicer_to_server(alignment, server)
