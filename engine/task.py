@@ -70,7 +70,7 @@ class Overlength(enum.Enum):
 
 
 class Affects(enum.Flag):
-    """What a field of Training changes. Cache keys and estimates are made of the fields that affect them."""
+    """The effects of a field of Training. Cache keys and estimates use the fields that affect them."""
 
     TOKENS = enum.auto()  # the tokens of a dataset's rows
     DATA = enum.auto()  # the order, split and cut of rows, and how many steps there are
@@ -82,7 +82,7 @@ class Affects(enum.Flag):
 
 @dataclass(frozen=True)
 class Bound:
-    """The values that a field may have, and the sentence that says so."""
+    """The condition that a field's value must meet, and the remedy that an error states."""
 
     holds: Callable[[Any], bool]
     remedy: str
@@ -155,17 +155,17 @@ _EVERYTHING = ~Affects(0)
 
 
 def fields_affecting(affects: Affects) -> tuple[str, ...]:
-    """Names of Training's fields that change any of `affects`, in the order of declaration."""
+    """Return the names of Training's fields with any of these effects, in the order of declaration."""
     return tuple(field.name for field in fields(Training) if field.metadata["affects"] & affects)
 
 
 def values_affecting(training: Training, affects: Affects) -> tuple[Any, ...]:
-    """Their values in this training: a cache key of what depends on them."""
+    """Return the values of these fields: a cache key for results that depend on them."""
     return tuple(getattr(training, name) for name in fields_affecting(affects))
 
 
 def out_of_bounds(training: Training, affects: Affects = _EVERYTHING) -> Iterator[FieldError]:
-    """Fields whose value is not allowed, whatever the backbone, among those that change any of `affects`."""
+    """Yield the fields with any of these effects that have a value that no backbone allows."""
     for name in fields_affecting(affects):
         value, bound = getattr(training, name), Training.__dataclass_fields__[name].metadata["bound"]
         if value is not None and not bound.holds(value):

@@ -26,6 +26,8 @@ class LossSpan:
 
 @dataclass(frozen=True)
 class RenderedRow:
+    """A row as text, cut where the loss starts or ends."""
+
     line: int
     num_tokens: int
     pieces: tuple[LossSpan, ...]

@@ -1,14 +1,13 @@
-"""What a step was trained on, as one hash: two runs that show the same saw the same data in the same order, and dropped
-the same of it.
+"""The hash of a step's training data: steps with equal hashes trained on equal data in equal order with equal dropout.
 
     SHA-256 over  seed (uint64), steps done before (uint64), dropout rate (float64),
                   then the SHA-256 of each sequence of the global batch, in the batch's order:
                   tokens of the batch before it (uint64), its token ids (int32 each), its targets (int32 each)
 
-Little-endian all. Ids and targets are those of `Microbatch`: a sequence's virtual tokens among them, padding not. So
-it is a function of dataset version, backbone, spec and step: neither neighbours nor the cut into microbatches, neither
-their order nor a resume enters. Seed, step and rate with the tokens' places are all that keys dropout, beside the
-module that drops (engine/kernels/dropout.py).
+All values are little-endian. Ids and targets are those of `Microbatch`, with a sequence's virtual tokens and without
+padding. The hash is a function of dataset version, backbone, spec and step; it does not depend on neighbours, on how
+the batch is packed into microbatches, on their order or on a resume. Seed, step, rate and the tokens' positions are the
+key of dropout, together with the module that drops (engine/kernels/dropout.py).
 """
 
 import struct
@@ -19,13 +18,13 @@ from engine.task import Affects, Training, values_affecting
 
 
 class StepDigest:
-    """Gathers a step's sequences as its microbatches come: 32 bytes each."""
+    """Collects the hashes of a step's sequences, 32 bytes each, from its microbatches."""
 
     def __init__(self) -> None:
-        self._sequences: dict[int, bytes] = {}  # by place in the task's own stream
+        self._sequences: dict[int, bytes] = {}  # by position in the task's own stream
 
     def add(self, microbatch: Microbatch, range_: Range) -> None:
-        """The sequences of one of the task's ranges."""
+        """Add the sequences of one of the task's ranges."""
         start = range_.start
         for segment in range_.segments:
             part = slice(start, start + segment.num_tokens)

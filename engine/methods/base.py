@@ -17,6 +17,8 @@ Shapes = dict[str, dict[str, tuple[int, ...]]]  # by site, by tensor
 
 
 class SiteKind(enum.Enum):
+    """The kind of a module that adapters can be mounted on."""
+
     LINEAR = "linear"
     NORM = "norm"  # its weight, and its bias if it has one, are vectors of `out_features`
     EMBEDDING = "embedding"  # of tokens: vocabulary by `out_features`

@@ -55,7 +55,7 @@ class Layout:
         """Return the spans of tasks that have an adapter in `adapters`, each with it, in the stream's order."""
         return [(span, adapters[span.task]) for span in self.spans if span.task in adapters]
 
-    def set(self, microbatch: Microbatch, resident: frozenset[str]) -> None:
+    def lay_out(self, microbatch: Microbatch, resident: frozenset[str]) -> None:
         """Lay out `microbatch`; ranges of tasks that are not resident run through the bare backbone."""
         self._steps = {task: cell for task, cell in self._steps.items() if task in resident}
         ranges = [r for r in microbatch.ranges if r.task in resident and r.segments]
@@ -64,9 +64,9 @@ class Layout:
             positions_T[r.start : r.start + r.num_effective_tokens] = positions_of(r)
         device_positions_T = to_device(torch.from_numpy(positions_T), self.device)
         spans = tuple(TaskSpan.of(r, self._device_step(r), device_positions_T) for r in ranges)
-        self.lay(spans, microbatch.kind is MicrobatchKind.TRAIN)
+        self.lay_out_spans(spans, microbatch.kind is MicrobatchKind.TRAIN)
 
-    def lay(self, spans: tuple[TaskSpan, ...], training: bool) -> None:
+    def lay_out_spans(self, spans: tuple[TaskSpan, ...], training: bool) -> None:
         """Lay out these spans."""
         self.spans, self.training = spans, training
 

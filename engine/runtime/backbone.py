@@ -161,7 +161,7 @@ class Backbone:
     def hidden(self, microbatch: Microbatch, resident: frozenset[str]) -> torch.Tensor:
         """Returns the last hidden states [T, H] of the packed stream, with resident tasks' adapters on their own
         spans."""
-        self.layout.set(microbatch, resident)
+        self.layout.lay_out(microbatch, resident)
         lengths = [n for r in microbatch.ranges for n in _segment_lengths(r.num_tokens, r)]
         first_positions = [position for r in microbatch.ranges for position in self._first_positions(r)]
         token_ids_1T = on_device(microbatch, self.device)[0].long().unsqueeze(0)

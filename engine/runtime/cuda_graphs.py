@@ -202,7 +202,7 @@ class CudaGraphs:
         """Returns the losses [M] of the bucket's rows and adds gradients to the tasks' own. Reads only device
         memory."""
         backbone, has_no_loss_M = self._backbone, inputs.weights_M == 0
-        backbone.layout.lay(inputs.spans, bucket.trains)
+        backbone.layout.lay_out_spans(inputs.spans, bucket.trains)
         cache = AttentionCache(bounds=SegmentBounds(inputs.bounds_S.to(torch.int32), bucket.num_range_tokens))
         with torch.set_grad_enabled(bucket.trains):
             hidden_TH = backbone.packed_hidden(
