@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_timing import relative_error, timed
-from engine.kernels.grouped_gemm_device import Product, launched
+from engine.kernels.grouped_gemm_device import MatrixProduct, launch_products
 from engine.kernels.launch import Launcher
 
 
@@ -55,10 +55,10 @@ class Tensors:
 
 def ours(t: Tensors, launcher: Launcher) -> list[list[Tensor]]:
     each = list(zip(t.x, t.w, t.s, t.bias, t.ds, t.dx, t.dw, t.db, strict=True))
-    launched(launcher, [Product(x, w.T, s, 1.0, bias) for x, w, s, bias, *_ in each])
-    launched(launcher, [Product(ds, w, dx, 1.0) for _, w, _, _, ds, dx, *_ in each])
-    sums = [Product(t.ones[:, : len(ds)], ds, db, 1.0) for _, _, _, _, ds, _, _, db in each]
-    launched(launcher, [*(Product(ds.T, x, dw, 1.0) for x, _, _, _, ds, _, dw, _ in each), *sums])
+    launch_products(launcher, [MatrixProduct(x, w.T, s, 1.0, bias) for x, w, s, bias, *_ in each])
+    launch_products(launcher, [MatrixProduct(ds, w, dx, 1.0) for _, w, _, _, ds, dx, *_ in each])
+    sums = [MatrixProduct(t.ones[:, : len(ds)], ds, db, 1.0) for _, _, _, _, ds, _, _, db in each]
+    launch_products(launcher, [*(MatrixProduct(ds.T, x, dw, 1.0) for x, _, _, _, ds, _, dw, _ in each), *sums])
     return [t.s, t.dx, t.dw, [db[0] for db in t.db]]
 
 

@@ -37,7 +37,7 @@ def measured(own: list[int], launcher: Launcher, device: torch.device, rounds: i
         optimizer.state[parameter] = {"step": step, **moments}
 
     def ours() -> None:
-        multi_adamw.launched(launcher, groups, norms, is_finite)
+        multi_adamw.launch_multi_adamw(launcher, groups, norms, is_finite)
 
     def by_torch() -> None:
         for parameter, optimizer in zip(parameters, optimizers, strict=True):

@@ -16,11 +16,11 @@ def measured(own: list[int], launcher: Launcher, device: torch.device, rounds: i
     """Times of all tasks' norms. Raises AssertionError where one differs from float64's."""
     gradients = [torch.randn(size, device=device) for size in own]
     expected = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients])
-    norms, _ = multi_grad_norm.launched(launcher, gradients)
+    norms, _ = multi_grad_norm.launch_multi_grad_norm(launcher, gradients)
     error = float((norms.double() / expected - 1).abs().max())
     assert error < 1e-6, (own, error)
     runs = {
-        "ours": [lambda: multi_grad_norm.launched(launcher, gradients)],
+        "ours": [lambda: multi_grad_norm.launch_multi_grad_norm(launcher, gradients)],
         "torch": [lambda: [torch.linalg.vector_norm(g) for g in gradients]],
     }
     return {

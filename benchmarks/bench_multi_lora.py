@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from benchmarks.kernel_timing import timed
 from benchmarks.lorafusion import LoraFusion, NotDoneError
-from engine.kernels.launch import Launcher, Table, Tables
-from engine.kernels.multi_lora.descriptors import described_factors, described_uses, pairs_of
-from engine.kernels.multi_lora.device_products import GroupProducts, accumulates_into_base_gemm, with_addresses
+from engine.kernels.launch import CachingUploader, DeviceTable, Launcher
+from engine.kernels.multi_lora.descriptors import describe_factors, describe_uses, group_uses
+from engine.kernels.multi_lora.device_products import GroupProducts, accumulates_into_base_gemm, add_addresses
 from engine.kernels.multi_lora.launch_plan import LaunchPlan
 from engine.kernels.multi_lora.types import AdapterSlice, LowRank, Operator
 
@@ -83,15 +83,15 @@ class Inputs:
     operators: list[Operator]
     dys: list[Tensor]
     plan: LaunchPlan = field(init=False)
-    table: Table = field(init=False)
+    table: DeviceTable = field(init=False)
 
     def __post_init__(self) -> None:
-        pairs, rows = pairs_of(self.operators), described_factors(pairs_of(self.operators))
+        pairs, rows = group_uses(self.operators), describe_factors(group_uses(self.operators))
         widths = (self.x.shape[1], *(dy.shape[1] for dy in self.dys))
-        uses = described_uses(pairs, widths[0], widths[1:])
-        tables = Tables(self.x.device)
+        uses = describe_uses(pairs, widths[0], widths[1:])
+        tables = CachingUploader(self.x.device)
         self.plan = LaunchPlan(uses, rows, len(self.x), widths, self.x.dtype, tables)
-        self.table = tables.upload(with_addresses(rows, self.factors, []))
+        self.table = tables.upload(add_addresses(rows, self.factors, []))
 
     @property
     def factors(self) -> list[Tensor]:

@@ -13,8 +13,8 @@
 
 // Stores S or E as T; columns beyond the rank are zero.
 template <typename T, int P>
-DEVICE void store_shrunk(const Accumulator<P>& c, const LoraLaunch& launch, const LoraTile& tile, bool is_input, int token,
-                         int end_token) {
+DEVICE void store_shrunk(const Accumulator<P>& c, const LoraLaunch& launch, const LoraTile& tile, bool is_input,
+                         int token, int end_token) {
 #pragma unroll
     for (int octet = 0; octet < 2 * P; ++octet) {
         if (octet >= tile.num_octets) continue;
@@ -152,8 +152,8 @@ DEVICE void outer_item(const LoraLaunch& launch, const LoraItem& item) {
 
 constexpr int ONE_PASS_PAIRS = MUXTUNE_ONE_PASS_RANKS / PAIR;  // more ranks take two passes
 
-// One pass over dY [tokens x columns] of one use. dB of 64 columns is summed in registers along the tokens. E of all the
-// item's tokens is summed in shared memory along the columns; each thread stores its own fragments there.
+// One pass over dY [tokens x columns] of one use. dB of 64 columns is summed in registers along the tokens; E of all
+// the item's tokens in shared memory along the columns, where each thread stores its own fragments.
 template <typename T>
 struct ShrinkOuter {
     static constexpr int STAGES = stages<T>();
@@ -254,7 +254,7 @@ DEVICE void shrink_gain_item(const LoraLaunch& launch, const LoraItem& item) {
     }
 }
 
-// Sums dg of some outputs of use `item.tile`, a warp for each, and multiplies dB by the gain that `store_outer` left out.
+// Sums dg of some outputs of use `item.tile`, a warp for each; multiplies dB by the gain that `store_outer` left out.
 DEVICE void expand_gain_item(const LoraLaunch& launch, const LoraItem& item) {
     const LoraUse& use = launch.uses[item.tile];
     const LoraFactors& factors = launch.factors[item.tile];

@@ -108,8 +108,8 @@ DEVICE FactorView factor_of(const LoraLaunch& launch, const LoraTile& tile, int 
             (is_input ? first.is_a_rank_major : first.is_b_rank_major) != 0, launch.streams[stream].width};
 }
 
-// A tile of a factor on its way through registers, where floats become T. It lies as in memory: a row of the tile is one
-// rank (is_rank_major) or one column. It has at most 16 P ranks.
+// A tile of a factor on its way through registers, where floats become T. It lies as in memory: a row of the tile is
+// one rank (is_rank_major) or one column. It has at most 16 P ranks.
 template <typename T, int P = PAIRS>
 struct FactorTile {
     static constexpr int CHUNKS = PAIR * P * TILE / 4 / THREADS;

@@ -39,8 +39,8 @@ DEVICE int fragment_column(int pair, int half, int i) {
     return PAIR * pair + 8 * half + 2 * (thread_index() % 4) + i % 2;
 }
 
-// C += A B by one warp, with fragments of A [16 x STEP] and B [STEP x 16]. `is_row_major`: a row of the tile is a row of
-// A, or a column of B (the sum runs along it); else tiles are read transposed.
+// C += A B by one warp, with fragments of A [16 x STEP] and B [STEP x 16]. `is_row_major`: a row of the tile is a row
+// of A, or a column of B (the sum runs along it); else tiles are read transposed.
 template <typename T>
 struct WarpProduct {
     static constexpr int STEP = 16;
@@ -119,9 +119,11 @@ DEVICE void multiply_tiles(Accumulator<P>& c, const T* a, int a_stride, bool is_
     for (int k = 0; k < depth; k += WarpProduct<T>::STEP) {
         const auto fa = WarpProduct<T>::load_a(a, a_stride, m, k, is_a_row_major);
 #pragma unroll
-        for (int pair = 0; pair < P; ++pair)
-            if (pair < num_pairs)
-                WarpProduct<T>::multiply(c.v[pair], fa, WarpProduct<T>::load_b(b, b_stride, PAIR * pair, k, is_b_row_major));
+        for (int pair = 0; pair < P; ++pair) {
+            if (pair >= num_pairs) continue;
+            const auto fb = WarpProduct<T>::load_b(b, b_stride, PAIR * pair, k, is_b_row_major);
+            WarpProduct<T>::multiply(c.v[pair], fa, fb);
+        }
     }
 }
 

@@ -1,8 +1,8 @@
-"""From `cuda/*.cu` to cubins, by NVRTC: needs neither a GPU, nor a driver, nor the CUDA toolkit.
+"""Compiles `cuda/*.cu` to cubins by NVRTC, which needs neither a GPU, nor a driver, nor the CUDA toolkit.
 
-`python -m engine.kernels.compile sm_80 sm_90 ...` builds all of them for these architectures into build/kernels (of an
-installed package: beside it), from where they are taken as long as the sources stay as they are. What is not there is
-compiled at first use and kept there or, where that folder cannot be written, in the user's cache folder.
+`python -m engine.kernels.compile sm_80 sm_90 ...` builds all sources for these architectures into build/kernels (of an
+installed package: beside it). A cubin is used as long as its sources do not change. A missing one is compiled at first
+use and written to that folder or, if it is read-only, to the user's cache folder.
 """
 
 import hashlib
@@ -15,28 +15,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.kernels.constants import macros
+
 ROOT = Path(__file__).parents[2]
 INSTALLED = Path(__file__).parent / "cuda"  # where a wheel has the sources
 CUDA = INSTALLED if INSTALLED.is_dir() else ROOT / "cuda"
 PREBUILT = INSTALLED.with_name("cubins") if INSTALLED.is_dir() else ROOT / "build" / "kernels"
-OPTIONS = ("--std=c++17", "--ptxas-options=-v")
+OPTIONS = ("--std=c++17", "--ptxas-options=-v", *macros())
 
 
 class KernelCompileError(RuntimeError):
-    """A kernel does not compile: the compiler's own words."""
+    """Raised when a kernel does not compile, with the compiler's log."""
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """A cubin, and what the assembler said of it."""
+class CompiledSource:
+    """A cubin with the assembler's log."""
 
     cubin: bytes
     log: str
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What one kernel takes of a multiprocessor. A stack or spills are registers that did not suffice."""
+class KernelResources:
+    """Resources that one kernel uses of a multiprocessor. A stack or spills mean that registers did not suffice."""
 
     kernel: str
     registers: int
@@ -48,8 +50,8 @@ def sources() -> list[str]:
     return sorted(path.name for path in CUDA.glob("*.cu"))
 
 
-def compile_source(source: str, architecture: str) -> Compiled:
-    """`cuda/<source>` for one architecture (`sm_90`). Raises KernelCompileError."""
+def compile_source(source: str, architecture: str) -> CompiledSource:
+    """Compile `cuda/<source>` for one architecture (`sm_90`). Raises KernelCompileError."""
     from cuda.bindings import nvrtc  # only where kernels are compiled
 
     text = (CUDA / source).read_bytes()
@@ -60,7 +62,7 @@ def compile_source(source: str, architecture: str) -> Compiled:
         log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode().rstrip("\0")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise KernelCompileError(f"{source} for {architecture}: {log}")
-        return Compiled(_read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), log)
+        return CompiledSource(_read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), log)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
@@ -72,33 +74,33 @@ def compiler_version() -> str:
     return f"{major}.{minor}"
 
 
-def resources(log: str) -> list[Resources]:
-    """What the assembler's verbose log says of each kernel."""
-    found = []
+def resources(log: str) -> list[KernelResources]:
+    """Return the resources of each kernel in the assembler's verbose log."""
+    kernels = []
     for part in log.split("Compiling entry function '")[1:]:
         frame, stores, loads = map(int, _numbers(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", part))
         (registers,) = map(int, _numbers(r"Used (\d+) registers", part))
-        found.append(Resources(part.partition("'")[0], registers, frame, stores + loads))
-    return sorted(found, key=lambda item: item.kernel)
+        kernels.append(KernelResources(part.partition("'")[0], registers, frame, stores + loads))
+    return sorted(kernels, key=lambda kernel: kernel.kernel)
 
 
 def cubin(source: str, architecture: str) -> Path:
-    """The cubin's file: prebuilt, kept from before, or compiled now. Raises KernelCompileError."""
+    """Return the cubin's file: prebuilt, cached, or compiled now. Raises KernelCompileError."""
     name = _name(source, architecture)
     for folder in _folders():
         if (folder / name).is_file():
             return folder / name
-    return _keep(compile_source(source, architecture).cubin, name)
+    return _write(compile_source(source, architecture).cubin, name)
 
 
 def build(source: str, architecture: str) -> Path:
-    """The prebuilt cubin's file, compiled unless it is there. Raises KernelCompileError."""
+    """Return the prebuilt cubin's file, and compile it if it does not exist. Raises KernelCompileError."""
     file = PREBUILT / _name(source, architecture)
-    return file if file.is_file() else _keep(compile_source(source, architecture).cubin, file.name, [PREBUILT])
+    return file if file.is_file() else _write(compile_source(source, architecture).cubin, file.name, [PREBUILT])
 
 
 def digest(source: str) -> str:
-    """Of the source, what it includes, and the options: equal digests, equal cubins."""
+    """Hash the source, the headers and the options, constants included: equal digests mean equal cubins."""
     hashed = hashlib.sha256(repr(OPTIONS).encode())
     for path in [CUDA / source, *sorted(CUDA.glob("*.cuh"))]:
         hashed.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -114,10 +116,10 @@ def _folders() -> Iterator[Path]:
     yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "muxtune" / "kernels"
 
 
-def _keep(cubin_bytes: bytes, name: str, folders: Iterable[Path] | None = None) -> Path:
-    """Writes whole files only: another process may read at the same time."""
-    tried = list(folders or _folders())
-    for folder in tried:
+def _write(cubin_bytes: bytes, name: str, folders: Iterable[Path] | None = None) -> Path:
+    """Write the file to the first folder that can be written, at once: another process may read at the same time."""
+    candidates = list(folders or _folders())
+    for folder in candidates:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
@@ -126,11 +128,11 @@ def _keep(cubin_bytes: bytes, name: str, folders: Iterable[Path] | None = None) 
         except OSError:
             continue
         return folder / name
-    raise KernelCompileError(f"no folder to keep {name} in: {', '.join(map(str, tried))} cannot be written")
+    raise KernelCompileError(f"cannot write {name} to any of these folders: {', '.join(map(str, candidates))}")
 
 
-def _checked(answer: Any) -> Any:
-    status, *values = answer
+def _checked(result: Any) -> Any:
+    status, *values = result
     if int(status) != 0:
         raise KernelCompileError(f"NVRTC: {status}")
     return values[0] if len(values) == 1 else values
@@ -145,7 +147,7 @@ def _read(size_of: Any, read: Any, program: Any) -> bytes:
 def _numbers(pattern: str, text: str) -> Sequence[str]:
     match = re.search(pattern, text)
     if match is None:
-        raise KernelCompileError(f"the assembler's log has no {pattern!r}: {text[:500]}")
+        raise KernelCompileError(f"the assembler's log does not match {pattern!r}: {text[:500]}")
     return match.groups()
 
 

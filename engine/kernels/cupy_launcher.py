@@ -1,7 +1,7 @@
-"""Kernels on a GPU: cubins loaded and launched by CuPy, on torch's current stream, with torch's memory.
+"""Launches kernels on a GPU: CuPy loads cubins and launches them on torch's current stream, with torch's memory.
 
-CuPy is imported where the first kernel is launched: an installation without a GPU does not have it. It checks nothing
-of what it passes on; the entries do.
+CuPy is imported at the first launch: an installation without a GPU does not have it. It does not check arguments; the
+entries do.
 """
 
 import functools
@@ -12,19 +12,20 @@ import torch
 from numpy.typing import NDArray
 
 from engine.kernels.compile import cubin
-from engine.kernels.launch import THREADS, Kernel, Launcher, Table, Tables
+from engine.kernels.constants import THREADS
+from engine.kernels.launch import CachingUploader, DeviceTable, Kernel, Launcher
 
-_SHARED_BYTES_WITHOUT_ASKING = 48 << 10
+_DEFAULT_SHARED_BYTES = 48 << 10  # a kernel may use more if that is set for it
 
 
 @functools.cache
 def launcher_of(device: torch.device) -> Launcher:
-    """The launcher of a CUDA device; `device` has an index."""
+    """Return the launcher of a CUDA device; `device` has an index."""
     return CupyLauncher(device)
 
 
-class CupyLauncher(Tables):
-    """Launches on one device. A kernel is loaded at its first launch: before a graph is captured, run once."""
+class CupyLauncher(CachingUploader):
+    """Launches kernels on one device. A kernel is loaded at its first launch: run once before a graph is captured."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -45,20 +46,20 @@ class CupyLauncher(Tables):
         num_blocks: int,
         shared_bytes: int,
         struct: NDArray[Any],
-        tables: Sequence[Table],
+        tables: Sequence[DeviceTable],
         tensors: Sequence[torch.Tensor],
     ) -> None:
-        """What the struct points into is torch's memory of this stream: its allocator keeps the order, not we."""
+        """Launch the kernel. torch's allocator orders the reuse of the memory that the struct points into."""
         import cupy
 
         with torch.cuda.device(self.device):
             function = self._function(kernel, shared_bytes)
-            stream = torch.cuda.current_stream(self.device).cuda_stream  # asked for each time: a capture has its own
+            stream = torch.cuda.current_stream(self.device).cuda_stream  # read each time: a capture has its own
             with cupy.cuda.ExternalStream(stream, self.device.index):
                 function((num_blocks,), (THREADS,), (struct,), shared_mem=shared_bytes)
 
     def _function(self, kernel: Kernel, shared_bytes: int) -> Any:
-        """Loaded once, and allowed as much shared memory as it has been asked for with."""
+        """Return the kernel, loaded once, with permission for this much shared memory."""
         if kernel not in self._functions:
             import cupy
 
@@ -66,7 +67,7 @@ class CupyLauncher(Tables):
                 path = cubin(kernel.source, self.architecture)
                 self._modules[kernel.source] = cupy.RawModule(path=str(path))
             self._functions[kernel] = self._modules[kernel.source].get_function(kernel.name)
-            self._shared_bytes[kernel] = _SHARED_BYTES_WITHOUT_ASKING
+            self._shared_bytes[kernel] = _DEFAULT_SHARED_BYTES
         if shared_bytes > self._shared_bytes[kernel]:
             self._functions[kernel].max_dynamic_shared_size_bytes = shared_bytes
             self._shared_bytes[kernel] = shared_bytes

@@ -1,4 +1,4 @@
-"""Dropout masks keyed by what is dropped, never by where it stands in a batch.
+"""Dropout masks from a key of the dropped element, independent of its place in a batch.
 
 The bits of a site are Philox4x64-10 (Salmon et al., SC'11) with
     key     = (task seed, step * 2**32 + site)
@@ -17,28 +17,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.kernels.constants import DROPOUT_LANES
 from engine.kernels.transfer import to_device
-
-_LANES = 16
 
 
 def keep_mask(
     seed: int, step: int, site: int, positions_L: NDArray[np.int64], width: int, probability: float
 ) -> torch.Tensor:
-    """[L, K] bool: which elements stay. Equal for equal keys, on any machine and in any batch."""
-    num_blocks = -(-width // _LANES)
+    """Return the elements that stay, [L, K] bool. Equal keys give equal masks, on any machine and in any batch."""
+    num_blocks = -(-width // DROPOUT_LANES)
     key = np.array([seed % 2**64, ((step << 32) + site) % 2**64], dtype=np.uint64)
-    runs = np.split(positions_L, np.flatnonzero(np.diff(positions_L) != 1) + 1)  # consecutive: one call each
+    runs = np.split(
+        positions_L, np.flatnonzero(np.diff(positions_L) != 1) + 1
+    )  # of consecutive positions: one call each
     words = [np.empty(0, "<u8")] + [
         _blocks(key, int(run[0]) * num_blocks, len(run) * num_blocks) for run in runs if len(run)
     ]
-    lanes_LK = np.concatenate(words).view("<u2").reshape(len(positions_L), num_blocks * _LANES)[:, :width]
+    lanes_LK = np.concatenate(words).view("<u2").reshape(len(positions_L), num_blocks * DROPOUT_LANES)[:, :width]
     return torch.from_numpy(lanes_LK >= _threshold(probability))
 
 
 @dataclass(frozen=True)
 class DropoutMask:
-    """A mask [L, K] by its key: made when called, on `device`; the kernels make the same bits from the key."""
+    """A mask [L, K] by its key: a call makes it on `device`; the kernels make the same bits from the key."""
 
     seed: int
     step: int
@@ -47,7 +48,7 @@ class DropoutMask:
     width: int
     probability: float
     device: torch.device | str = "cpu"
-    device_step: torch.Tensor | None = None  # the step in the device's memory (int64), where its owner updates it
+    device_step: torch.Tensor | None = None  # int64 in the device's memory, updated by its owner
     device_positions_T: torch.Tensor | None = None  # int64, of the whole stream: kernels read those of their tokens
 
     def __call__(self) -> torch.Tensor:
@@ -56,17 +57,17 @@ class DropoutMask:
 
     @property
     def key(self) -> tuple[int, int]:
-        """Philox's two words."""
+        """The two words of Philox's key."""
         return self.seed % 2**64, ((self.step << 32) + self.site) % 2**64
 
     @property
     def threshold(self) -> int:
-        """The least lane that is kept; 0 keeps all."""
+        """The least value of a lane that is kept; 0 keeps all."""
         return _threshold(self.probability)
 
 
 def drop(x_LK: torch.Tensor, make_mask: Callable[[], torch.Tensor], scale: float) -> torch.Tensor:
-    """x where the mask keeps it, times `scale`; else 0. Nothing is saved for backward: the mask is made anew."""
+    """Return x times `scale` where the mask keeps it, else 0. Nothing is saved for backward: the mask is made again."""
     result: torch.Tensor = _Drop.apply(x_LK, make_mask, scale)  # type: ignore[no-untyped-call]
     return result
 
@@ -83,7 +84,7 @@ class _Drop(torch.autograd.Function):
 
 
 def keep_scale(probability: float) -> float:
-    """What kept elements are multiplied by: the inverse of the exact chance to stay."""
+    """Return the factor of kept elements: the inverse of the exact probability to be kept."""
     return 65536 / (65536 - _threshold(probability))
 
 
@@ -92,7 +93,7 @@ def _threshold(probability: float) -> int:
 
 
 def _blocks(key: NDArray[np.uint64], first: int, count: int) -> NDArray[np.uint64]:
-    """Blocks `first` to `first + count`, four words each. numpy increments its counter before each block."""
+    """Return blocks `first` to `first + count`, four words each. numpy increments its counter before each block."""
     counter = (first - 1) % 2**256
     words = np.array([(counter >> (64 * i)) % 2**64 for i in range(4)], dtype=np.uint64)
     return np.random.Philox(key=key, counter=words).random_raw(4 * count).astype("<u8", copy=False)

@@ -1,4 +1,4 @@
-"""grouped_gemm's products on a device: cuda/grouped_gemm.cu. Structs as declared there.
+"""Launches grouped_gemm's products on a device: cuda/grouped_gemm.cu, which declares the same structs.
 
 Legend: M rows, N columns, D depth of one product; U products.
 """
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.kernels.launch import POINTER, SUFFIXES, THREADS, Kernel, Launcher, Table, pack, struct_of
+from engine.kernels.constants import FACTOR_TILES, GROUPED_GEMM_BLOCKS, PAIR, STAGES, THREADS, TILE, VECTOR_BYTES
+from engine.kernels.launch import POINTER, SUFFIXES, DeviceTable, Kernel, Launcher, pack, struct_of
 
-TILE, PAIR = 64, 16  # of rows and columns: cuda/tile.cuh
 SPLIT_DEPTH = 1024  # terms summed by one item
 USE = struct_of(
     [(name, POINTER) for name in ("a", "b", "bias", "c")]
@@ -28,12 +28,12 @@ LAUNCH = struct_of(
     [(name, POINTER) for name in ("uses", "items", "partials", "counters")]
     + [("num_items", np.int32), ("unused", np.int32)]
 )
-_STAGES, _B_TILES, _BLOCKS_PER_MULTIPROCESSOR = 3, 2, 3
+_FLAG_BYTES = 16
 
 
 @dataclass(frozen=True)
-class Product:
-    """C [M, N] = scale (A [M, D] B [D, N] + bias [N]): C dense; A and B dense along one of their dimensions."""
+class MatrixProduct:
+    """C [M, N] = scale (A [M, D] B [D, N] + bias [N]), where C is dense, and A and B are dense along one dimension."""
 
     a_MD: torch.Tensor
     b_DN: torch.Tensor
@@ -42,20 +42,20 @@ class Product:
     bias_N: torch.Tensor | None = None
 
 
-def launched(launcher: Launcher, products: Sequence[Product]) -> None:
-    """All of them, in one launch: A of one type; B float32 and C of A's, or B of A's and C float32.
+def launch_products(launcher: Launcher, products: Sequence[MatrixProduct]) -> None:
+    """Compute all products in one launch. All A have one type; either B is float32 and C of A's type, or vice versa.
 
-    Raises ValueError where they are not.
+    Raises ValueError for other types.
     """
     if not products:
         return
-    dtype, where = products[0].a_MD.dtype, products[0].a_MD.device
+    dtype, device = products[0].a_MD.dtype, products[0].a_MD.device
     is_forward = products[0].c_MN.dtype == dtype
     b_dtype, c_dtype = (torch.float32, dtype) if is_forward else (dtype, torch.float32)
     rows = np.zeros(len(products), USE)
     for row, product in zip(rows, products, strict=True):
         if (product.a_MD.dtype, product.b_DN.dtype, product.c_MN.dtype) != (dtype, b_dtype, c_dtype):
-            raise ValueError(f"A, B and C are {dtype}, {b_dtype} and {c_dtype}, got {product.b_DN.dtype} for B")
+            raise ValueError(f"A, B and C must be {dtype}, {b_dtype} and {c_dtype}, got {product.b_DN.dtype} for B")
         row["a"], row["b"], row["c"] = (t.data_ptr() for t in (product.a_MD, product.b_DN, product.c_MN))
         row["bias"] = 0 if product.bias_N is None else product.bias_N.data_ptr()
         row["a_stride"], row["is_a_row_major"] = _layout(product.a_MD)
@@ -69,23 +69,23 @@ def launched(launcher: Launcher, products: Sequence[Product]) -> None:
     if not plan.num_items:
         return
     uses = launcher.get_or_create(("grouped_gemm uses", rows.tobytes()), lambda: launcher.upload(rows))
-    partials = torch.empty(plan.num_partials, dtype=torch.float32, device=where)
+    partials = torch.empty(plan.num_partials, dtype=torch.float32, device=device)
     struct = pack(
         LAUNCH, uses=uses, items=plan.items, partials=partials, counters=plan.counters, num_items=plan.num_items,
         unused=0,
     )  # fmt: skip
-    shared_bytes = (_STAGES + _B_TILES) * TILE * (TILE * dtype.itemsize + 16) + 16
-    num_blocks = min(plan.num_items, _BLOCKS_PER_MULTIPROCESSOR * launcher.num_multiprocessors)
+    shared_bytes = (STAGES + FACTOR_TILES) * TILE * (TILE * dtype.itemsize + VECTOR_BYTES) + _FLAG_BYTES
+    num_blocks = min(plan.num_items, GROUPED_GEMM_BLOCKS * launcher.num_multiprocessors)
     kernel = Kernel("grouped_gemm.cu", f"grouped_gemm_{'' if is_forward else 'weights_'}{SUFFIXES[dtype]}")
-    own = [(p.a_MD, p.b_DN, p.c_MN, p.bias_N) for p in products]
-    pointed = [partials, plan.counters, *(tensor for each in own for tensor in each if tensor is not None)]
+    operands = [tensor for p in products for tensor in (p.a_MD, p.b_DN, p.c_MN, p.bias_N) if tensor is not None]
+    pointed = [partials, plan.counters, *operands]
     launcher.launch(kernel, num_blocks, shared_bytes, struct, [uses, plan.items], pointed)
 
 
 def work_items(shapes_U3: NDArray[np.int64]) -> tuple[NDArray[np.void], int, int]:
-    """(items, counters, floats of all partial sums) of products (M, N, D): tiles of C, the depth cut by SPLIT_DEPTH.
+    """Return (items, counters, floats of all partial sums) of products (M, N, D).
 
-    A product of depth 0 has zeros written.
+    An item is a tile of C; the depth is split every SPLIT_DEPTH. A product of depth 0 has one that writes zeros.
     """
     tiles_U3 = -(-shapes_U3 // np.array([TILE, TILE, SPLIT_DEPTH]))
     tiles_U3[:, 2] = np.maximum(1, tiles_U3[:, 2])
@@ -109,9 +109,9 @@ def work_items(shapes_U3: NDArray[np.int64]) -> tuple[NDArray[np.void], int, int
 
 @dataclass(frozen=True)
 class _GroupedGemmPlan:
-    """Work items on the device, with the counters of split tiles, which are zero between launches."""
+    """Work items on the device. The counters of split tiles are zero between launches."""
 
-    items: Table
+    items: DeviceTable
     num_items: int
     num_partials: int
     counters: torch.Tensor
@@ -124,10 +124,10 @@ class _GroupedGemmPlan:
 
 
 def _layout(matrix: torch.Tensor) -> tuple[int, bool]:
-    """(elements from one line of memory to the next, whether a line is one row). Raises ValueError."""
+    """Return (elements from one line of memory to the next, whether a line is a row). Raises ValueError."""
     row_stride, column_stride = matrix.stride()
     if column_stride == 1 or matrix.shape[1] == 1:
         return row_stride, True
     if row_stride == 1 or matrix.shape[0] == 1:
         return column_stride, False
-    raise ValueError(f"a matrix of strides {matrix.stride()} is dense along neither dimension")
+    raise ValueError(f"a matrix must be dense along one dimension, got strides {matrix.stride()}")

@@ -1,6 +1,6 @@
-"""multi_affine's passes on a device: cuda/multi_affine.cu. Structs as declared there.
+"""Launches multi_affine on a device: cuda/multi_affine.cu, which declares the same structs.
 
-Legend: T tokens, N columns; S spans: the uses, and what lies between them, which is passed on as it is.
+Legend: T tokens, N columns; S spans: the uses, and the gaps between them, which are copied unchanged.
 """
 
 from collections.abc import Sequence
@@ -11,27 +11,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.kernels.launch import POINTER, SUFFIXES, THREADS, Kernel, Launcher, Table, pack, struct_of
+from engine.kernels.constants import MULTI_AFFINE_BLOCKS, THREADS, VECTOR_BYTES
+from engine.kernels.launch import POINTER, SUFFIXES, DeviceTable, Kernel, Launcher, pack, struct_of
 
 TOKENS = 128  # of one item
 USE = struct_of(
     [("gain", POINTER), ("shift", POINTER)]
-    + [(name, np.int64) for name in ("own_row", "dgain", "dshift", "partial")]
+    + [(name, np.int64) for name in ("saved_row", "dgain", "dshift", "partial")]
     + [("start", np.int32), ("num_tokens", np.int32)]
 )
 ITEM = struct_of(
     [(name, np.int32) for name in ("use", "token", "end_token", "column", "split", "num_splits", "counter", "unused")]
 )
 LAUNCH = struct_of(
-    [(name, POINTER) for name in ("uses", "items", "in", "own", "out", "gradients", "partials", "counters")]
-    + [(name, np.int64) for name in ("in_stride", "own_stride", "out_stride")]
+    [(name, POINTER) for name in ("uses", "items", "in", "saved", "out", "gradients", "partials", "counters")]
+    + [(name, np.int64) for name in ("in_stride", "saved_stride", "out_stride")]
     + [("num_items", np.int32), ("width", np.int32)]
 )
-_BLOCKS_PER_MULTIPROCESSOR = 6
 
 
 class AffineRows:
-    """The uses of one stream as structs. `wanted`: which vectors bear a gradient, in their order."""
+    """The uses of one stream as structs. `wanted`: whether each vector, in order, gets a gradient."""
 
     def __init__(
         self,
@@ -43,11 +43,11 @@ class AffineRows:
         self.bounds, self.vectors = bounds, vectors
         self.uses = np.zeros(len(kinds), USE)
         rest, flags = iter(vectors), iter(wanted or [False] * len(vectors))
-        num_kept = num_gradients = 0
+        num_saved = num_gradients = 0
         for i, (row, kind) in enumerate(zip(self.uses, kinds, strict=True)):
             row["start"], row["num_tokens"] = bounds[2 * i], bounds[2 * i + 1] - bounds[2 * i]
-            row["own_row"], row["dgain"], row["dshift"] = num_kept, -1, -1
-            num_kept += int(row["num_tokens"]) if kind & 1 else 0
+            row["saved_row"], row["dgain"], row["dshift"] = num_saved, -1, -1
+            num_saved += int(row["num_tokens"]) if kind & 1 else 0
             for bit, name in ((1, "gain"), (2, "shift")):
                 if kind & bit:
                     row[name] = next(rest).data_ptr()
@@ -56,7 +56,7 @@ class AffineRows:
                         num_gradients += 1
 
     def spans(self, num_tokens: int, width: int) -> NDArray[Any]:
-        """Uses and gaps, in the stream's order; gradients in floats."""
+        """Return uses and gaps in the stream's order; gradients' places count floats."""
         ends = [0, *self.bounds, num_tokens]
         gaps = np.zeros(len(self.uses) + 1, USE)
         gaps["dgain"] = gaps["dshift"] = -1
@@ -68,34 +68,34 @@ class AffineRows:
 
 
 def forward(launcher: Launcher, rows: AffineRows, x_TN: torch.Tensor, y_TN: torch.Tensor) -> None:
-    """Y, all of it."""
+    """Compute Y, all of it."""
     _run(launcher, "multi_affine", rows, x_TN, None, y_TN, None)
 
 
 def backward(
     launcher: Launcher,
     rows: AffineRows,
-    own: torch.Tensor,
+    saved: torch.Tensor,
     dy_TN: torch.Tensor,
     dx_TN: torch.Tensor | None,
     gradients: torch.Tensor,
 ) -> None:
-    """dX, all of it, if there is one, and the gradients. `own`: X's tokens of the uses that have a gain."""
-    _run(launcher, "multi_affine_backward", rows, dy_TN, own, dx_TN, gradients)
+    """Compute dX, all of it, if there is one, and the gradients. `saved`: X's tokens of the uses with a gain."""
+    _run(launcher, "multi_affine_backward", rows, dy_TN, saved, dx_TN, gradients)
 
 
 def _run(
     launcher: Launcher,
     name: str,
     rows: AffineRows,
-    given: torch.Tensor,
-    own: torch.Tensor | None,
+    input_TN: torch.Tensor,
+    saved: torch.Tensor | None,
     out: torch.Tensor | None,
     gradients: torch.Tensor | None,
 ) -> None:
-    num_tokens, width = given.shape
-    columns = THREADS * 16 // given.element_size()
-    spans, where = rows.spans(num_tokens, width), given.device
+    num_tokens, width = input_TN.shape
+    columns = THREADS * VECTOR_BYTES // input_TN.element_size()
+    spans, device = rows.spans(num_tokens, width), input_TN.device
     has_sums_S = (spans["dgain"] >= 0) | (spans["dshift"] >= 0)
     key = ("affine", spans["num_tokens"].tobytes(), has_sums_S.tobytes(), width, columns)
     plan = launcher.get_or_create(
@@ -105,25 +105,27 @@ def _run(
         return
     spans["partial"] = plan.partials_S
     uses = launcher.get_or_create(("affine uses", spans.tobytes()), lambda: launcher.upload(spans))
-    partials = torch.empty(plan.num_partials if gradients is not None else 0, dtype=torch.float32, device=where)
-    strides = {f"{key}_stride": 0 if t is None else t.stride(0) for key, t in (("own", own), ("out", out))}
+    partials = torch.empty(plan.num_partials if gradients is not None else 0, dtype=torch.float32, device=device)
+    strides = {f"{key}_stride": 0 if t is None else t.stride(0) for key, t in (("saved", saved), ("out", out))}
     struct = pack(
-        LAUNCH, uses=uses, items=plan.items, out=out, own=own, gradients=gradients, partials=partials,
-        counters=plan.counters, in_stride=given.stride(0), num_items=plan.num_items, width=width, **{"in": given},
+        LAUNCH, uses=uses, items=plan.items, out=out, saved=saved, gradients=gradients, partials=partials,
+        counters=plan.counters, in_stride=input_TN.stride(0), num_items=plan.num_items, width=width, **{"in": input_TN},
         **strides,
     )  # fmt: skip
-    num_blocks = min(plan.num_items, _BLOCKS_PER_MULTIPROCESSOR * launcher.num_multiprocessors)
-    pointed = [given, own, out, gradients, partials, plan.counters, *rows.vectors]
-    kernel = Kernel("multi_affine.cu", f"{name}_{SUFFIXES[given.dtype]}")
+    num_blocks = min(plan.num_items, MULTI_AFFINE_BLOCKS * launcher.num_multiprocessors)
+    pointed = [input_TN, saved, out, gradients, partials, plan.counters, *rows.vectors]
+    kernel = Kernel("multi_affine.cu", f"{name}_{SUFFIXES[input_TN.dtype]}")
     launcher.launch(kernel, num_blocks, 16, struct, [uses, plan.items], [t for t in pointed if t is not None])
 
 
 @dataclass(frozen=True)
 class _AffinePlan:
-    """Work items on the device, with the counters of split sums, which are zero between launches; shared by all modules
-    of one width in a microbatch. `partials_S`: floats before each span's partial sums."""
+    """Work items on the device, shared by all modules of one width in a microbatch.
 
-    items: Table
+    The counters of split sums are zero between launches. `partials_S`: floats before each span's partial sums.
+    """
+
+    items: DeviceTable
     num_items: int
     partials_S: NDArray[np.int64]
     num_partials: int
@@ -141,7 +143,7 @@ class _AffinePlan:
 def work_items(
     num_tokens_S: NDArray[Any], has_sums_S: NDArray[np.bool_], width: int, columns: int
 ) -> tuple[NDArray[Any], NDArray[np.int64], int]:
-    """(items, floats before each span's partial sums, floats of all). Sums are split every TOKENS.
+    """Return (items, floats before each span's partial sums, floats of all). Sums are split every TOKENS.
 
     A span without tokens has one item, which writes zeros as its gradients.
     """

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from engine.kernels.constants import MAX_OPERATORS
 from engine.kernels.multi_lora.dispatch import multi_lora
-from engine.kernels.multi_lora.types import MAX_OPERATORS, Operator
+from engine.kernels.multi_lora.types import Operator
 
 
 class SharedInputOperator(Protocol):

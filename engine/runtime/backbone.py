@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from engine.alignment.microbatch import Microbatch, Range
 from engine.errors import BackboneUnsupportedError
 from engine.kernels.packed_weight import PackedWeight
-from engine.kernels.segment_cross_entropy import Head
+from engine.kernels.segment_cross_entropy import OutputHead
 from engine.kernels.transfer import to_device
 from engine.peft.layout import Layout
 from engine.peft.mounted import (
@@ -62,7 +62,7 @@ class Backbone:
         self.attentions: dict[str, MountedAttention] = {}
         self.attention_paths = set[str]()  # see AttentionCache.paths
         softcap = getattr(model.config, "final_logit_softcapping", None)
-        self.head = Head(self.model.get_output_embeddings(), softcap)
+        self.head = OutputHead(self.model.get_output_embeddings(), softcap)
         if packs_weights:
             self._pack_weights()
         self.shared_inputs: list[SharedInput] = []

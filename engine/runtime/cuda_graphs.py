@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from engine.alignment.microbatch import Microbatch
 from engine.kernels.cupy_launcher import CupyLauncher, launcher_of
-from engine.kernels.launch import Memory
+from engine.kernels.launch import LruCache
 from engine.kernels.segment_cross_entropy import segment_cross_entropy
 from engine.runtime.backbone import Backbone
 from engine.runtime.graph_buckets import GraphBucket, GraphInputs, RowLosses, bucket_of, pack_inputs, unpack_losses
@@ -254,7 +254,7 @@ class CudaRecording:
     """Holds a torch.cuda.CUDAGraph and the tables that its kernels read."""
 
     def __init__(self, recorder: CudaRecorder) -> None:
-        self._recorder, self._memory = recorder, Memory(None)
+        self._recorder, self._cache = recorder, LruCache(None)
         self._graph = torch.cuda.CUDAGraph()
         self._result: torch.Tensor | None = None
 
@@ -262,7 +262,7 @@ class CudaRecording:
         """Runs the work on the stream of the capture, which creates its workspaces, kernels and tables."""
         stream, current = self._recorder.stream, torch.cuda.current_stream(self._recorder.device)
         stream.wait_stream(current)
-        with torch.cuda.stream(stream), self._recorder.launcher.remembering(self._memory):
+        with torch.cuda.stream(stream), self._recorder.launcher.using_cache(self._cache):
             result = work()
         current.wait_stream(stream)
         result.record_stream(current)
@@ -276,8 +276,8 @@ class CudaRecording:
         pool = next((graph.pool() for graph in recorder.captured), None)
         graph = torch.cuda.graph(self._graph, pool, recorder.stream, capture_error_mode="thread_local")
         with (
-            recorder.launcher.captured(),
-            recorder.launcher.remembering(self._memory),
+            recorder.launcher.capturing(),
+            recorder.launcher.using_cache(self._cache),
             torch.cuda.stream(recorder.stream),  # restores the stream also after a failed capture
             graph,
         ):

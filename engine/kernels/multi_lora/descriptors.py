@@ -1,8 +1,8 @@
-"""A group's uses as structs without addresses: where they lie, and what is known of their factors.
+"""Describes a group's uses and their factors as structs without addresses.
 
-Two kinds of rows, for they change at different times. Uses are as the microbatch lays them out, the same for all layers
-of equal widths; factors are one layer's, the same for all microbatches while the same tasks are there. Each is made
-once.
+There are two kinds of rows because they change at different times. Uses follow the microbatch's layout and are the same
+for all layers of equal widths. Factors belong to one layer and are the same for all microbatches while the same tasks
+run. Each is made once.
 Legend: U uses.
 """
 
@@ -17,53 +17,53 @@ from engine.kernels.multi_lora.structs import FACTORS, USE, Ints, Rows, padded
 from engine.kernels.multi_lora.types import AdapterSlice, LowRank, Operator
 
 GRADIENTS = ("da", "db", "dd", "dg")
-Wanted = tuple[bool, bool, bool, bool]  # which gradients of a use: those of A, B, d and g
+RequiredGradients = tuple[bool, bool, bool, bool]  # of a use: of A, B, d and g
 
 
-class Pair(NamedTuple):
-    """One use, of which operator of the group it is, and its factors."""
+class GroupUse(NamedTuple):
+    """One use in a group: the index of its operator, its slice, and its factors."""
 
     op: int
     use: AdapterSlice
     low_rank: LowRank
 
 
-def pairs_of(operators: Sequence[Operator]) -> list[Pair]:
+def group_uses(operators: Sequence[Operator]) -> list[GroupUse]:
     return [
-        Pair(index, use, low_rank)
+        GroupUse(index, use, low_rank)
         for index, operator in enumerate(operators)
         for use, low_rank in zip(operator.uses, operator.factors, strict=True)
     ]
 
 
-def described_uses(pairs: Sequence[Pair], width_in: int, widths_out: Sequence[int]) -> Rows:
-    """Gradients are laid out in one buffer for what requires one; dB is there for dg, too."""
-    rows = np.zeros(len(pairs), USE)
-    for row, (op, use, low_rank) in zip(rows, pairs, strict=True):
+def describe_uses(uses: Sequence[GroupUse], width_in: int, widths_out: Sequence[int]) -> Rows:
+    """Describe uses, with the places of required gradients in one buffer; dg needs dB too."""
+    rows = np.zeros(len(uses), USE)
+    for row, (op, use, low_rank) in zip(rows, uses, strict=True):
         row["start"], row["num_tokens"], row["rank"], row["op"] = use.start, use.end - use.start, len(low_rank.a_RK), op
         if isinstance(use.keep_mask, DropoutMask):
             row["threshold"] = use.keep_mask.threshold
     sizes_U = rows["num_tokens"] * padded(rows["rank"])
     rows["shrunk"] = np.cumsum(sizes_U) - sizes_U
-    _lay_out(rows, [wanted(pair.low_rank) for pair in pairs], width_in, widths_out)
+    _lay_out(rows, [required_gradients(use.low_rank) for use in uses], width_in, widths_out)
     return rows
 
 
-def positions_of(pairs: Sequence[Pair], num_tokens: int) -> Ints:
-    """[T], of each token in its task's own stream; 0 where nothing is dropped."""
+def positions_of(uses: Sequence[GroupUse], num_tokens: int) -> Ints:
+    """Return the position of each token in its task's own stream [T]; 0 without dropout."""
     positions_T = np.zeros(num_tokens, np.int64)
-    for _, use, _ in pairs:
+    for _, use, _ in uses:
         if isinstance(use.keep_mask, DropoutMask):
             positions_T[use.start : use.end] = use.keep_mask.positions_L
     return positions_T
 
 
-def wanted(low_rank: LowRank) -> Wanted:
+def required_gradients(low_rank: LowRank) -> RequiredGradients:
     a, b, d, g = (factor is not None and factor.requires_grad for factor in low_rank)
     return a, b, d, g
 
 
-def _lay_out(rows: Rows, flags_U: Sequence[Wanted], width_in: int, widths_out: Sequence[int]) -> None:
+def _lay_out(rows: Rows, flags_U: Sequence[RequiredGradients], width_in: int, widths_out: Sequence[int]) -> None:
     size = 0
     for row, (a, b, d, g) in zip(rows, flags_U, strict=True):
         rank, width_out = int(row["rank"]), widths_out[row["op"]]
@@ -74,7 +74,7 @@ def _lay_out(rows: Rows, flags_U: Sequence[Wanted], width_in: int, widths_out: S
 
 
 def num_gradients(rows: Rows, width_in: int, widths_out: Sequence[int]) -> int:
-    """Floats of all gradients."""
+    """Return the number of floats of all gradients."""
     widths_U = np.asarray(widths_out, np.int64)[rows["op"]]
     ranks_U = rows["rank"].astype(np.int64)
     sizes = (ranks_U * width_in, ranks_U * widths_U, ranks_U, widths_U)
@@ -82,26 +82,26 @@ def num_gradients(rows: Rows, width_in: int, widths_out: Sequence[int]) -> int:
 
 
 def are_laid_out(uses: Rows, factors: Rows) -> list[bool]:
-    """Of each factor that is there, a use's A, B, d and g in turn, whether its gradient has a place."""
-    is_there = np.stack([factors[name] != 0 for name in ("a", "b", "shrink_gain", "expand_gain")], axis=1)
-    flags: list[bool] = (np.stack([uses[name] >= 0 for name in GRADIENTS], axis=1)[is_there]).tolist()
+    """Return for each present factor, a use's A, B, d and g in turn, whether its gradient has a place."""
+    is_present = np.stack([factors[name] != 0 for name in ("a", "b", "shrink_gain", "expand_gain")], axis=1)
+    flags: list[bool] = (np.stack([uses[name] >= 0 for name in GRADIENTS], axis=1)[is_present]).tolist()
     return flags
 
 
 def layout_of(factors: Rows) -> Rows:
-    """Of described factors, what tiles depend on."""
+    """Return the part of described factors that tiles depend on."""
     return factors["is_a_rank_major"]
 
 
 def num_shrunk(rows: Rows) -> int:
-    """Elements of all shrunk rows S."""
+    """Return the number of elements of all shrunk rows S."""
     return int((rows["num_tokens"] * padded(rows["rank"])).sum())
 
 
-def described_factors(pairs: Sequence[Pair]) -> Rows:
-    """Scales, dropout keys and how the factors lie. A gain that is there is marked by a 1. Raises ValueError."""
-    rows = np.zeros(len(pairs), FACTORS)
-    for row, (_, use, low_rank) in zip(rows, pairs, strict=True):
+def describe_factors(uses: Sequence[GroupUse]) -> Rows:
+    """Describe scales, dropout keys and layouts of factors. A present gain is marked by a 1. Raises ValueError."""
+    rows = np.zeros(len(uses), FACTORS)
+    for row, (_, use, low_rank) in zip(rows, uses, strict=True):
         row["scale"], row["keep_scale"] = use.scale, use.keep_scale
         row["a"] = row["b"] = 1
         row["shrink_gain"] = low_rank.shrink_gain_R is not None
@@ -114,19 +114,20 @@ def described_factors(pairs: Sequence[Pair]) -> Rows:
 
 
 def _layout(factor_RW: torch.Tensor) -> tuple[int, bool]:
-    """(elements from one row of memory to the next, whether such a row is one rank). Raises ValueError."""
+    """Return (elements from one row of memory to the next, whether such a row is one rank). Raises ValueError."""
     rank_stride, column_stride = factor_RW.stride()
     if column_stride == 1 or factor_RW.shape[1] == 1:
         return rank_stride, True
     if rank_stride == 1 or factor_RW.shape[0] == 1:
         return column_stride, False
-    raise ValueError(f"a factor of strides {factor_RW.stride()} is contiguous neither along ranks nor along columns")
+    raise ValueError(f"a factor must be contiguous along ranks or columns, got strides {factor_RW.stride()}")
 
 
-def uses_key(pairs: Sequence[Pair]) -> tuple[Any, ...]:
-    """Equal for equal `described_uses`."""
+def uses_key(uses: Sequence[GroupUse]) -> tuple[Any, ...]:
+    """Return a key that is equal for equal results of `describe_uses`."""
     return tuple(
-        (op, use.start, use.end, len(low_rank.a_RK), wanted(low_rank), _threshold(use)) for op, use, low_rank in pairs
+        (op, use.start, use.end, len(low_rank.a_RK), required_gradients(low_rank), _threshold(use))
+        for op, use, low_rank in uses
     )
 
 
@@ -134,8 +135,8 @@ def _threshold(use: AdapterSlice) -> int | None:
     return use.keep_mask.threshold if isinstance(use.keep_mask, DropoutMask) else None
 
 
-def factors_key(pairs: Sequence[Pair]) -> tuple[Any, ...]:
-    """Equal for equal `described_factors` of the same shapes."""
+def factors_key(uses: Sequence[GroupUse]) -> tuple[Any, ...]:
+    """Return a key that is equal for equal results of `describe_factors` of the same shapes."""
     return tuple(
         (
             op,
@@ -147,12 +148,12 @@ def factors_key(pairs: Sequence[Pair]) -> tuple[Any, ...]:
                 for factor in low_rank
             ),
         )
-        for op, use, low_rank in pairs
+        for op, use, low_rank in uses
     )
 
 
 def gaps_of(uses: Rows, num_tokens: int) -> Ints:
-    """[n, 2]: tokens that none of these uses covers."""
+    """Return the ranges of tokens [n, 2] that none of these uses covers."""
     ends = {int(use["start"]): int(use["start"] + use["num_tokens"]) for use in uses if use["num_tokens"] > 0}
     gaps, last = [], 0
     for start, end in sorted([*ends.items(), (num_tokens, num_tokens)]):

@@ -1,4 +1,4 @@
-"""multi_lora in torch: the reference of the CUDA kernels, and the CPU path.
+"""multi_lora in torch: the reference of the CUDA kernels, and the path of a CPU.
 
 `dispatch` has the equations. Legend: T tokens, K inputs, N outputs, R rank, L tokens of one adapter slice.
 """
@@ -15,6 +15,8 @@ _NUM_FACTORS = len(LowRank._fields)
 
 
 class MultiLora(torch.autograd.Function):
+    """The autograd function of a group. Backward saves S of each use, and X if an A is trained."""
+
     @staticmethod
     def forward(
         ctx: Any, x_TK: torch.Tensor, operators: tuple[Operator, ...], *flat: torch.Tensor | None
@@ -39,15 +41,15 @@ class MultiLora(torch.autograd.Function):
         needed = _by_operator(operators, ctx.needs_input_grad[_FIRST_FACTOR:])
         dx_TK = _of_base(operators, grad_outputs) if ctx.needs_input_grad[0] else None
         grads: list[torch.Tensor | None] = []
-        for operator, dy_TN, own, needs in zip(operators, grad_outputs, factors, needed, strict=True):
-            for use, low_rank, needs_of in zip(operator.uses, own, needs, strict=True):
+        for operator, dy_TN, low_ranks, needs in zip(operators, grad_outputs, factors, needed, strict=True):
+            for use, low_rank, needs_of in zip(operator.uses, low_ranks, needs, strict=True):
                 s_LR = next(shrunk)
                 grads += _backward_of(x_TK, dy_TN, dx_TK, s_LR, use, low_rank, needs_of)
         return dx_TK, None, *grads
 
 
 def _add(x_TK: torch.Tensor, y_TN: torch.Tensor, use: AdapterSlice, low_rank: LowRank) -> torch.Tensor:
-    """Y[u] += the low-rank product. Returns S."""
+    """Add the low-rank product to Y[u]. Return S."""
     a_RK, b_NR, d_R, g_N = _cast(low_rank, x_TK.dtype)
     s_LR: torch.Tensor = _masked(x_TK[use.start : use.end], _mask(use), use) @ a_RK.T
     y_LN, gained_LR = y_TN[use.start : use.end], _gained(s_LR, d_R)
@@ -59,7 +61,7 @@ def _add(x_TK: torch.Tensor, y_TN: torch.Tensor, use: AdapterSlice, low_rank: Lo
 
 
 def _of_base(operators: Sequence[Operator], dys: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """dX [T, K] of the operators without their adapters."""
+    """Return dX [T, K] of the operators without their adapters."""
     dx_TK: torch.Tensor | None = None
     for operator, dy_TN in zip(operators, dys, strict=True):
         dx_TK = dx_TK if dy_TN is None else operator.gradient(dy_TN, dx_TK)
@@ -75,24 +77,24 @@ def _backward_of(
     low_rank: LowRank,
     needs: Any,
 ) -> list[Any]:
-    """The gradients of one use's factors; its part of dX is added to it. Nothing where nobody read this Y."""
+    """Return the gradients of one use's factors, and add its part of dX. Without a dY there are none."""
     if dy_TN is None:
         return [None] * _NUM_FACTORS
     part = slice(use.start, use.end)
-    ds_LR, own = _gradients(dy_TN[part], s_LR, low_rank, use, needs)
+    ds_LR, grads = _gradients(dy_TN[part], s_LR, low_rank, use, needs)
     mask_LK = _mask(use) if needs.a_RK or dx_TK is not None else None
     if needs.a_RK:
         assert x_TK is not None
-        own = own._replace(a_RK=ds_LR.T @ _masked(x_TK[part], mask_LK, use))
+        grads = grads._replace(a_RK=ds_LR.T @ _masked(x_TK[part], mask_LK, use))
     if dx_TK is not None:
         _add_masked_(dx_TK[part], ds_LR, low_rank.a_RK.to(dy_TN.dtype), mask_LK, use)
-    return [None if g is None or f is None else g.to(f.dtype) for g, f in zip(own, low_rank, strict=True)]
+    return [None if g is None or f is None else g.to(f.dtype) for g, f in zip(grads, low_rank, strict=True)]
 
 
 def _gradients(
     dy_LN: torch.Tensor, s_LR: torch.Tensor, low_rank: LowRank, use: AdapterSlice, needs: Any
 ) -> tuple[torch.Tensor, Any]:
-    """(gradient of S, those of B, d and g, each if needed, with A's left out)."""
+    """Return (gradient of S, gradients of B, d and g if needed, without that of A)."""
     _, b_NR, d_R, g_N = _cast(low_rank, dy_LN.dtype)
     gained_LN, gained_LR = _gained(dy_LN, g_N), _gained(s_LR, d_R)
     e_LR = (gained_LN @ b_NR).mul_(use.scale)
@@ -103,7 +105,7 @@ def _gradients(
 
 
 def _by_operator(operators: Sequence[Operator], flat: Sequence[Any]) -> list[list[Any]]:
-    """LowRanks of what was flattened, a list an operator."""
+    """Return the flat factors as LowRanks, one list for each operator."""
     each: Iterator[LowRank] = (LowRank(*flat[i : i + _NUM_FACTORS]) for i in range(0, len(flat), _NUM_FACTORS))
     return [[next(each) for _ in operator.uses] for operator in operators]
 

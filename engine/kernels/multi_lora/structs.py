@@ -1,4 +1,4 @@
-"""The structs that multi_lora's kernels read, as cuda/multi_lora.cuh and cuda/philox.cuh declare them."""
+"""The structs that multi_lora's kernels read, as cuda/multi_lora.cuh declares them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,12 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.kernels.constants import MAX_OPERATORS, OCTET, TILE
 from engine.kernels.launch import POINTER, struct_of
-from engine.kernels.multi_lora.types import MAX_OPERATORS
 
-TILE = 64  # tokens, columns or ranks: cuda/tile.cuh
-PAIR = 16  # the step of an accumulator's columns
-OCTET = 8  # ranks of one use side by side in a tile
 OCTETS = TILE // OCTET
 
 Ints = NDArray[np.int64]
@@ -53,5 +50,5 @@ LAUNCH = struct_of(
 
 
 def padded(ranks_U: Sequence[int] | Ints) -> Ints:
-    """Width of S's rows."""
+    """Return the width of S's rows: ranks rounded up to whole octets."""
     return -(-np.asarray(ranks_U, np.int64) // OCTET) * OCTET

@@ -1,8 +1,8 @@
 """multi_lora as torch operators, `muxtune::multi_lora` and `muxtune::multi_lora_backward`, with autograd and fakes.
 
-Uses and what is known of their factors travel as structs in CPU tensors of bytes (`multi_lora_uses`), factors as one
-flat list without the gains that are not there. What depends on the layout alone is made once and remembered by the
-launcher. Legend: T tokens, K inputs, N outputs, B bytes.
+Uses and descriptions of their factors are passed as structs in CPU tensors of bytes (`descriptors`), factors as one
+flat list without absent gains. The launcher caches everything that depends on the layout alone.
+Legend: T tokens, K inputs, N outputs, B bytes.
 """
 
 from collections.abc import Sequence
@@ -15,53 +15,53 @@ from torch._utils import _unflatten_dense_tensors
 
 from engine.kernels import cupy_launcher
 from engine.kernels.dropout import DropoutMask
-from engine.kernels.launch import Launcher, Table
+from engine.kernels.launch import DeviceTable, Launcher
 from engine.kernels.multi_lora.descriptors import (
-    Pair,
+    GroupUse,
     are_laid_out,
-    described_factors,
-    described_uses,
+    describe_factors,
+    describe_uses,
     factors_key,
+    group_uses,
     layout_of,
-    pairs_of,
     positions_of,
     uses_key,
 )
-from engine.kernels.multi_lora.device_products import GroupProducts, accumulates_into_base_gemm, with_addresses
+from engine.kernels.multi_lora.device_products import GroupProducts, accumulates_into_base_gemm, add_addresses
 from engine.kernels.multi_lora.launch_plan import LaunchPlan
 from engine.kernels.multi_lora.structs import FACTORS, USE, Rows
 from engine.kernels.multi_lora.types import LowRank, Operator, check
 from engine.kernels.transfer import to_device
 
-_NUM_PLANS = 64  # that a device keeps: of a microbatch of 16384 tokens in a Llama-3-8B four, 1 MB each
+_NUM_PLANS = 64  # cached on a device; a microbatch of 16384 tokens in a Llama-3-8B has four, of 1 MB each
 
 
 def run(x_TK: Tensor, operators: Sequence[Operator]) -> tuple[Tensor, ...]:
-    """Y of each operator, differentiable in x and the factors.
+    """Return Y of each operator, differentiable in x and the factors.
 
-    Raises ValueError where shapes and ranges do not fit, or a tensor is on another device or of another type.
+    Raises ValueError if shapes or ranges do not fit, or a tensor is on another device or of another type.
     """
     _check_frozen(x_TK, operators)
-    launcher, pairs = cupy_launcher.launcher_of(x_TK.device), pairs_of(operators)
+    launcher, uses = cupy_launcher.launcher_of(x_TK.device), group_uses(operators)
     widths = (x_TK.shape[1], *(operator.weight_KN.shape[1] for operator in operators))
-    factors_B, is_ready = launcher.get_or_create(
-        ("described factors", widths, factors_key(pairs)), lambda: _describe_factors(x_TK, operators, pairs)
+    factors_B, is_readable = launcher.get_or_create(
+        ("described factors", widths, factors_key(uses)), lambda: _describe_factors(x_TK, operators, uses)
     )
-    if not is_ready:
-        pairs = [pair._replace(low_rank=_ready(pair.low_rank)) for pair in pairs]
+    if not is_readable:
+        uses = [use._replace(low_rank=_readable_factors(use.low_rank)) for use in uses]
     uses_B = launcher.get_or_create(
-        ("described uses", len(x_TK), widths, uses_key(pairs)), lambda: _describe_uses(x_TK, operators, pairs, widths)
+        ("described uses", len(x_TK), widths, uses_key(uses)), lambda: _describe_uses(x_TK, operators, uses, widths)
     )
-    flat = [factor for pair in pairs for factor in pair.low_rank if factor is not None]
+    flat = [factor for use in uses for factor in use.low_rank if factor is not None]
     *results, _ = multi_lora_op(
         x_TK.contiguous(),
         [operator.weight_KN for operator in operators],
         [operator.bias_N for operator in operators],
         flat,
-        _steps(pairs, launcher, x_TK.device),
+        _steps(uses, launcher, x_TK.device),
         factors_B,
         uses_B,
-        _positions(pairs, x_TK),
+        _positions(uses, x_TK),
     )
     return tuple(results)
 
@@ -77,29 +77,31 @@ def _check_frozen(x_TK: Tensor, operators: Sequence[Operator]) -> None:
                 raise ValueError(f"{name} is on {frozen.device}, x_TK on {x_TK.device}")
 
 
-def _describe_factors(x_TK: Tensor, operators: Sequence[Operator], pairs: Sequence[Pair]) -> tuple[Tensor, bool]:
-    """(rows as bytes, whether the factors can be read as they are)."""
+def _describe_factors(x_TK: Tensor, operators: Sequence[Operator], uses: Sequence[GroupUse]) -> tuple[Tensor, bool]:
+    """Return (rows as bytes, whether the kernels can read the factors as they are)."""
     check(x_TK, operators)
-    for _, _, low_rank in pairs:
+    for _, _, low_rank in uses:
         for factor in low_rank:
             if factor is not None and factor.device != x_TK.device:
                 raise ValueError(f"a factor is on {factor.device}, x_TK on {x_TK.device}")
-    ready = [pair._replace(low_rank=_ready(pair.low_rank)) for pair in pairs]
-    is_ready = all(
-        own is theirs
-        for a, b in zip(pairs, ready, strict=True)
-        for own, theirs in zip(a.low_rank, b.low_rank, strict=True)
+    readable = [use._replace(low_rank=_readable_factors(use.low_rank)) for use in uses]
+    is_readable = all(
+        before is after
+        for a, b in zip(uses, readable, strict=True)
+        for before, after in zip(a.low_rank, b.low_rank, strict=True)
     )
-    return _bytes(described_factors(ready)), is_ready
+    return _bytes(describe_factors(readable)), is_readable
 
 
-def _describe_uses(x_TK: Tensor, operators: Sequence[Operator], pairs: Sequence[Pair], widths: Sequence[int]) -> Tensor:
+def _describe_uses(
+    x_TK: Tensor, operators: Sequence[Operator], uses: Sequence[GroupUse], widths: Sequence[int]
+) -> Tensor:
     check(x_TK, operators)
-    return _bytes(described_uses(pairs, widths[0], widths[1:]))
+    return _bytes(describe_uses(uses, widths[0], widths[1:]))
 
 
-def _ready(low_rank: LowRank) -> LowRank:
-    """In float32, and contiguous along one of its dimensions, as nearly all of them are already."""
+def _readable_factors(low_rank: LowRank) -> LowRank:
+    """Return factors in float32 and contiguous along one dimension, as nearly all are already."""
     a_RK, b_NR, *gains = low_rank
     return LowRank(_readable(a_RK), _readable(b_NR), *(None if gain is None else _readable(gain) for gain in gains))
 
@@ -109,23 +111,23 @@ def _readable(factor: Tensor) -> Tensor:
     return factor if 1 in factor.stride() or factor.numel() == 1 else factor.contiguous()
 
 
-def _steps(pairs: Sequence[Pair], launcher: Launcher, where: torch.device) -> list[Tensor]:
-    """The step of each use with dropout: in the memory that its owner updates, else in some that stays as it is."""
-    masks = [use.keep_mask for _, use, _ in pairs if isinstance(use.keep_mask, DropoutMask)]
-    return [_step_of(mask, launcher, where) if mask.device_step is None else mask.device_step for mask in masks]
+def _steps(uses: Sequence[GroupUse], launcher: Launcher, device: torch.device) -> list[Tensor]:
+    """Return the step of each use with dropout: in its owner's device memory, else a cached constant."""
+    masks = [use.keep_mask for _, use, _ in uses if isinstance(use.keep_mask, DropoutMask)]
+    return [_step_of(mask, launcher, device) if mask.device_step is None else mask.device_step for mask in masks]
 
 
-def _step_of(mask: DropoutMask, launcher: Launcher, where: torch.device) -> Tensor:
-    return launcher.get_or_create(("step", mask.step), lambda: torch.tensor(mask.step, device=where))
+def _step_of(mask: DropoutMask, launcher: Launcher, device: torch.device) -> Tensor:
+    return launcher.get_or_create(("step", mask.step), lambda: torch.tensor(mask.step, device=device))
 
 
-def _positions(pairs: Sequence[Pair], x_TK: Tensor) -> Tensor | None:
-    """[T] where there is dropout: in the memory that its owner updates, else made anew."""
-    masks = [use.keep_mask for _, use, _ in pairs if isinstance(use.keep_mask, DropoutMask)]
-    there = [mask.device_positions_T for mask in masks if mask.device_positions_T is not None]
-    if len(there) == len(masks):
-        return there[0] if there else None
-    return to_device(torch.from_numpy(positions_of(pairs, len(x_TK))), x_TK.device)
+def _positions(uses: Sequence[GroupUse], x_TK: Tensor) -> Tensor | None:
+    """Return positions [T] if there is dropout: from its owner's device memory, else a new tensor."""
+    masks = [use.keep_mask for _, use, _ in uses if isinstance(use.keep_mask, DropoutMask)]
+    on_device = [mask.device_positions_T for mask in masks if mask.device_positions_T is not None]
+    if len(on_device) == len(masks):
+        return on_device[0] if on_device else None
+    return to_device(torch.from_numpy(positions_of(uses, len(x_TK))), x_TK.device)
 
 
 @torch.library.custom_op("muxtune::multi_lora", mutates_args=())
@@ -139,20 +141,22 @@ def multi_lora_op(
     uses_B: Tensor,
     positions_T: Tensor | None,
 ) -> list[Tensor]:
-    """Y of each operator, and S."""
+    """Return Y of each operator, and S."""
     widths = [x_TK.shape[1], *(weight_KN.shape[1] for weight_KN in weights)]
     products = _products(x_TK, widths, factors, steps, factors_B, uses_B, positions_T)
     shrunk, used = products.shrink(x_TK), products.plan.used_ops
-    riding = [i in used and accumulates_into_base_gemm(widths[0], bias is not None) for i, bias in enumerate(biases)]
+    accumulating = [
+        i in used and accumulates_into_base_gemm(widths[0], bias is not None) for i, bias in enumerate(biases)
+    ]
     ys = [
         x_TK.new_empty(len(x_TK), weight_KN.shape[1]) if first else _base(x_TK, weight_KN, bias)
-        for first, weight_KN, bias in zip(riding, weights, biases, strict=True)
+        for first, weight_KN, bias in zip(accumulating, weights, biases, strict=True)
     ]
-    products.write([y_TN if first else None for first, y_TN in zip(riding, ys, strict=True)], biases, shrunk)
-    for first, y_TN, weight_KN in zip(riding, ys, weights, strict=True):
+    products.write([y_TN if first else None for first, y_TN in zip(accumulating, ys, strict=True)], biases, shrunk)
+    for first, y_TN, weight_KN in zip(accumulating, ys, weights, strict=True):
         if first:
             y_TN.addmm_(x_TK, weight_KN)
-    products.add([None if riding[i] or i not in used else y_TN for i, y_TN in enumerate(ys)], shrunk)
+    products.add([None if accumulating[i] or i not in used else y_TN for i, y_TN in enumerate(ys)], shrunk)
     return [*ys, shrunk]
 
 
@@ -173,7 +177,7 @@ def multi_lora_backward_op(
     uses_B: Tensor,
     positions_T: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(dX, empty if no weights are given; all gradients of factors, as the uses say)."""
+    """Return (dX, empty without weights; all gradients of factors, in the places that the uses describe)."""
     products = _products(
         dys[0], [width_in, *(dy.shape[1] for dy in dys)], factors, steps, factors_B, uses_B, positions_T
     )
@@ -200,22 +204,22 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    """Nothing is kept for the frozen weights; x where an A is trained."""
+    """Save x if an A is trained, and nothing for the frozen weights."""
     x_TK, weights, biases, factors, steps, factors_B, uses_B, positions_T = inputs
     ctx.biases_are_one = None in biases  # such a list counts as one argument without a gradient, not as several
     uses = _rows(uses_B, USE)
     ctx.width_in, ctx.wanted = x_TK.shape[1], [factor.requires_grad for factor in factors]
     ctx.lengths = len(weights) if x_TK.requires_grad else 0, len(factors)
-    kept_x = x_TK if (uses["da"] >= 0).any() else None
-    kept = [*(weights if x_TK.requires_grad else ()), *factors, *steps]
-    ctx.save_for_backward(kept_x, output[-1], factors_B, uses_B, positions_T, *kept)
+    saved_x = x_TK if (uses["da"] >= 0).any() else None
+    tensors = [*(weights if x_TK.requires_grad else ()), *factors, *steps]
+    ctx.save_for_backward(saved_x, output[-1], factors_B, uses_B, positions_T, *tensors)
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    x_TK, shrunk, factors_B, uses_B, positions_T, *kept = ctx.saved_tensors
+    x_TK, shrunk, factors_B, uses_B, positions_T, *tensors = ctx.saved_tensors
     num_weights, num_factors = ctx.lengths
-    weights, factors = kept[:num_weights], kept[num_weights : num_weights + num_factors]
-    steps, dys = kept[num_weights + num_factors :], [dy_TN.contiguous() for dy_TN in grads[:-1]]
+    weights, factors = tensors[:num_weights], tensors[num_weights : num_weights + num_factors]
+    steps, dys = tensors[num_weights + num_factors :], [dy_TN.contiguous() for dy_TN in grads[:-1]]
     dx_TK, gradients = multi_lora_backward_op(
         x_TK, dys, shrunk, weights, ctx.width_in, factors, steps, factors_B, uses_B, positions_T
     )
@@ -231,12 +235,12 @@ multi_lora_op.register_autograd(_backward, setup_context=_setup_context)
 def _views(
     gradients: Tensor, factors: Sequence[Tensor], uses: Rows, rows: Rows, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """A gradient for each of the flat `factors`, None where it is not wanted."""
+    """Return a gradient for each of the flat `factors`, None if it is not wanted."""
     laid_out = are_laid_out(uses, rows)
-    shaped = [factor for factor, is_there in zip(factors, laid_out, strict=True) if is_there]
+    shaped = [factor for factor, has_place in zip(factors, laid_out, strict=True) if has_place]
     views = iter(_unflatten_dense_tensors(gradients, shaped))  # type: ignore[no-untyped-call]  # one call, not hundreds
-    found = [next(views) if is_there else None for is_there in laid_out]
-    return [gradient if wants else None for gradient, wants in zip(found, wanted, strict=True)]
+    gradients_of_all = [next(views) if has_place else None for has_place in laid_out]
+    return [gradient if wants else None for gradient, wants in zip(gradients_of_all, wanted, strict=True)]
 
 
 def _products(
@@ -251,12 +255,12 @@ def _products(
     launcher = cupy_launcher.launcher_of(stream.device)
     rows, uses = _rows(factors_B, FACTORS), _rows(uses_B, USE)
     plan_key = (len(stream), tuple(widths), stream.dtype, uses.tobytes(), layout_of(rows).tobytes())
-    plans = launcher.part("multi_lora's plans", _NUM_PLANS)
+    plans = launcher.subcache("multi_lora plans", _NUM_PLANS)
     plan = plans.get_or_create(plan_key, lambda: LaunchPlan(uses, rows, len(stream), widths, stream.dtype, launcher))
     pointed = [*factors, *steps]
     addresses = tuple(tensor.data_ptr() for tensor in pointed)
-    table: Table = launcher.get_or_create(
-        ("factors", rows.tobytes(), addresses), lambda: launcher.upload(with_addresses(rows, factors, steps))
+    table: DeviceTable = launcher.get_or_create(
+        ("factors", rows.tobytes(), addresses), lambda: launcher.upload(add_addresses(rows, factors, steps))
     )
     return GroupProducts(launcher, plan, table, pointed, stream.dtype, positions_T)
 

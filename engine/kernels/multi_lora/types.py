@@ -1,5 +1,6 @@
-"""The arguments of multi_lora: linear operators that read one stream, and the low-rank adapters of tasks on them.
+"""The arguments of multi_lora: linear operators that read one stream, and the low-rank adapters that tasks use on them.
 
+A use is one task's adapter of one operator, on the task's own tokens of the stream.
 Legend: T tokens, K inputs, N outputs, R rank, L tokens of one adapter slice.
 """
 
@@ -9,14 +10,13 @@ from typing import NamedTuple
 
 import torch
 
+from engine.kernels.constants import MAX_OPERATORS
 from engine.kernels.packed_weight import PackedWeight
-
-MAX_OPERATORS = 8  # of a group: cuda/multi_lora.cuh
 
 
 @dataclass(frozen=True)
 class AdapterSlice:
-    """One task's adapter on tokens [start, end) of the stream. `mask` makes its dropout mask [L, K], or None."""
+    """One task's adapter on tokens [start, end) of the stream. `keep_mask` makes its dropout mask [L, K], if any."""
 
     start: int
     end: int
@@ -26,7 +26,7 @@ class AdapterSlice:
 
 
 class LowRank(NamedTuple):
-    """What one use multiplies by. Each gets a gradient where it requires one."""
+    """The factors of one use. Each gets a gradient if it requires one."""
 
     a_RK: torch.Tensor
     b_NR: torch.Tensor
@@ -35,8 +35,10 @@ class LowRank(NamedTuple):
 
 
 class Operator(NamedTuple):
-    """One linear operator of a group, and the adapters on it. `factors` holds one LowRank for each use, in order.
-    `packed`: W again, for a CPU."""
+    """One linear operator of a group, with its adapters: `factors` holds one LowRank for each of `uses`, in order.
+
+    `packed`: W packed for a CPU.
+    """
 
     weight_KN: torch.Tensor
     bias_N: torch.Tensor | None
@@ -45,22 +47,22 @@ class Operator(NamedTuple):
     packed: PackedWeight | None = None
 
     def base(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """X W + b."""
+        """Return X W + b."""
         if self.packed is not None:
             return self.packed.times(x_TK, self.bias_N)
         return x_TK @ self.weight_KN if self.bias_N is None else torch.addmm(self.bias_N, x_TK, self.weight_KN)
 
     def gradient(self, dy_TN: torch.Tensor, dx_TK: torch.Tensor | None) -> torch.Tensor:
-        """dY W^T, added to dX in place if there is one."""
+        """Return dY W^T, added to dX in place if there is one."""
         if self.packed is not None:
             return self.packed.gradient(dy_TN, dx_TK)
         return dy_TN @ self.weight_KN.T if dx_TK is None else dx_TK.addmm_(dy_TN, self.weight_KN.T)
 
 
 def check(x_TK: torch.Tensor, operators: Sequence[Operator]) -> None:
-    """Raises ValueError where the group's shapes and ranges do not fit."""
+    """Raise ValueError if the group's shapes or ranges do not fit."""
     if not 1 <= len(operators) <= MAX_OPERATORS:
-        raise ValueError(f"a group has 1 to {MAX_OPERATORS} operators, got {len(operators)}")
+        raise ValueError(f"a group must have 1 to {MAX_OPERATORS} operators, got {len(operators)}")
     for operator in operators:
         _check_shapes(x_TK, operator)
         _check_ranges([(use.start, use.end) for use in operator.uses], len(x_TK))
@@ -89,6 +91,6 @@ def _check_ranges(ranges: Sequence[tuple[int, int]], num_tokens: int) -> None:
     for start, end in sorted(ranges):
         if not last <= start <= end <= num_tokens:
             raise ValueError(
-                f"use [{start}, {end}) leaves the {num_tokens} tokens or overlaps another without being equal to it"
+                f"use [{start}, {end}) exceeds the {num_tokens} tokens, or overlaps another without being equal to it"
             )
         last = end

@@ -15,6 +15,7 @@ import pytest
 
 from engine.kernels import compile as kernels
 from engine.kernels import grouped_gemm_device, multi_adamw, multi_affine_device, multi_grad_norm, segment_cross_entropy
+from engine.kernels.constants import macros
 from engine.kernels.multi_lora import structs
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -62,7 +63,7 @@ def test_compiles_without_spills_into_the_registers_of_the_table(source: str, ar
 
 def kernel_names(source: str) -> set[str]:
     """As the preprocessor of the host's compiler leaves them: `KERNEL(name, ...)`."""
-    command = ["g++", "-E", "-P", "-x", "c++", "-DMUXTUNE_ON_HOST", f"-I{kernels.CUDA}"]
+    command = ["g++", "-E", "-P", "-x", "c++", "-DMUXTUNE_ON_HOST", *macros(), f"-I{kernels.CUDA}"]
     host = Path(__file__).parent / "host"
     done = subprocess.run(
         [*command, f"-I{host}", str(kernels.CUDA / source)], capture_output=True, text=True, check=True
@@ -73,7 +74,17 @@ def kernel_names(source: str) -> set[str]:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("source", kernels.sources())
 def test_compiles_with_nvcc(source: str, tmp_path: Path) -> None:
-    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-o", str(tmp_path / "out.cubin")]
+    command = [
+        "nvcc",
+        *macros(),
+        "-std=c++17",
+        "-arch=sm_90",
+        "-cubin",
+        "-Xptxas",
+        "-v",
+        "-o",
+        str(tmp_path / "out.cubin"),
+    ]
     done = subprocess.run([*command, str(kernels.CUDA / source)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
@@ -90,7 +101,7 @@ def test_structs_are_laid_out_as_their_kernels_read_them(tmp_path: Path) -> None
         assert declared and fields(declared[1]) == list(dtype.names or ())
     source = tmp_path / "layout.cpp"
     source.write_text("\n".join(lines))
-    command = ["g++", "-std=c++20", "-fsyntax-only", "-DMUXTUNE_ON_HOST", f"-I{kernels.CUDA}"]
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-DMUXTUNE_ON_HOST", *macros(), f"-I{kernels.CUDA}"]
     done = subprocess.run(
         [*command, f"-I{Path(__file__).parent / 'host'}", str(source)], capture_output=True, text=True, check=False
     )
@@ -136,7 +147,7 @@ def test_prebuilt_cubins_are_what_a_process_then_takes(
     monkeypatch.setattr(kernels, "CUDA", tmp_path)
     monkeypatch.setattr(kernels, "PREBUILT", tmp_path / "built")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kept = kernels._keep(
+    kept = kernels._write(
         b"not prebuilt", kernels._name("one.cu", "sm_90"), [tmp_path / "cache" / "muxtune" / "kernels"]
     )
     assert kernels.cubin("one.cu", "sm_90") == kept

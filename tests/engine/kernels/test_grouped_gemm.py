@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.kernels import cupy_launcher
 from engine.kernels import grouped_gemm as entry
-from engine.kernels.grouped_gemm_device import Product, launched
+from engine.kernels.grouped_gemm_device import MatrixProduct, launch_products
 from tests.engine.kernels.conftest import MakeLauncher
 from tests.engine.kernels.poison import poisoned_memory
 from tests.thoroughness import examples
@@ -218,4 +218,4 @@ def test_matrices_dense_along_no_dimension_are_refused(make_launcher: MakeLaunch
     launcher = make_launcher(0)
     a, b, c = (torch.zeros(8, 8, device=launcher.device) for _ in range(3))
     with pytest.raises(ValueError, match="strides"):
-        launched(launcher, [Product(a[::2, ::2], b[:4, :4], c[:4, :4].contiguous(), 1.0)])
+        launch_products(launcher, [MatrixProduct(a[::2, ::2], b[:4, :4], c[:4, :4].contiguous(), 1.0)])

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.kernels.launch import POINTER, THREADS, Kernel, pack, struct_of
+from engine.kernels.constants import THREADS
+from engine.kernels.launch import POINTER, Kernel, pack, struct_of
 from tests.engine.kernels.conftest import MakeHost
 from tests.engine.kernels.host.launcher import HostError, HostLauncher
 

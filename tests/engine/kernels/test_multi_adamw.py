@@ -66,8 +66,8 @@ def run(kind: str, make_launcher: MakeLauncher, groups: list[AdamWGroup]) -> tup
     else:
         launcher = make_launcher(1)
         there = [replace(group, **{n: getattr(group, n).to(launcher.device) for n in TENSORS}) for group in groups]
-        norms, is_finite = grad_norm.launched(launcher, [group.gradients_P for group in there])
-        adamw.launched(launcher, there, norms, is_finite)
+        norms, is_finite = grad_norm.launch_multi_grad_norm(launcher, [group.gradients_P for group in there])
+        adamw.launch_multi_adamw(launcher, there, norms, is_finite)
         for group, done in zip(groups, there, strict=True):
             for own, result in zip(group.tensors, done.tensors, strict=True):
                 own.copy_(result)
@@ -116,10 +116,10 @@ def test_a_place_in_memory_changes_no_bit(make_launcher: MakeLauncher, offset: i
         (group,) = groups_of([4099], 5)
         spaces = {name: torch.empty(start + 4099, device=launcher.device)[start:] for name in TENSORS}
         placed.append(replace(group, **{name: space.copy_(getattr(group, name)) for name, space in spaces.items()}))
-    norms = [grad_norm.launched(launcher, [group.gradients_P]) for group in placed]
+    norms = [grad_norm.launch_multi_grad_norm(launcher, [group.gradients_P]) for group in placed]
     assert all(torch.equal(a, b) for a, b in zip(*norms, strict=True))
     for group in placed:
-        adamw.launched(launcher, [group], *norms[0])
+        adamw.launch_multi_adamw(launcher, [group], *norms[0])
     assert all(torch.equal(a, b) for a, b in zip(*(group.tensors for group in placed), strict=True))
 
 

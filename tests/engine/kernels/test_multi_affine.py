@@ -212,7 +212,7 @@ def test_the_operator_is_what_torch_expects_of_one(at: Any) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     x, vector = torch.zeros(5, 8), torch.zeros(8)
     for uses, words in (
-        ([AffineUse(2, 6, vector, None)], "leaves the 5 tokens"),
+        ([AffineUse(2, 6, vector, None)], "exceeds the 5 tokens"),
         ([AffineUse(2, 4, vector, None), AffineUse(3, 5, vector, None)], "out of order"),
         ([AffineUse(0, 2, torch.zeros(7), None)], r"\(7,\)"),
     ):

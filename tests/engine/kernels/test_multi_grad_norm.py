@@ -24,7 +24,7 @@ def draw(size: int, seed: int, scale: float = 1.0) -> torch.Tensor:
 def run(kind: str, launcher: Any, gradients: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     if kind == "reference":
         return entry.multi_grad_norm(gradients)
-    norms, is_finite = entry.launched(launcher, [gradient.to(launcher.device) for gradient in gradients])
+    norms, is_finite = entry.launch_multi_grad_norm(launcher, [gradient.to(launcher.device) for gradient in gradients])
     return norms.cpu(), is_finite.cpu()
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from engine.kernels import segment_cross_entropy as kernel
-from engine.kernels.segment_cross_entropy import Head, segment_cross_entropy
+from engine.kernels.segment_cross_entropy import OutputHead, segment_cross_entropy
 from tests.engine.kernels.conftest import MakeLauncher
 
 
@@ -24,13 +24,13 @@ def test_equals_autograd(softcap: float | None, bias: bool, chunk_logits: int, m
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     expected = nn.functional.cross_entropy(z, targets.long(), reduction="none")
     (expected * weights).sum().backward()
-    losses, gradient = segment_cross_entropy(Head(linear, softcap), hidden.detach(), targets, weights)
+    losses, gradient = segment_cross_entropy(OutputHead(linear, softcap), hidden.detach(), targets, weights)
     torch.testing.assert_close(losses, expected.detach())
     torch.testing.assert_close(gradient, hidden.grad)
 
 
 def test_forward_only_and_no_rows() -> None:
-    head = Head(nn.Linear(4, 5).requires_grad_(False))
+    head = OutputHead(nn.Linear(4, 5).requires_grad_(False))
     losses, gradient = segment_cross_entropy(head, torch.randn(3, 4), torch.tensor([0, 4, 2]), None)
     assert losses.shape == (3,) and gradient is None
     losses, gradient = segment_cross_entropy(head, torch.randn(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0))
@@ -38,7 +38,7 @@ def test_forward_only_and_no_rows() -> None:
 
 
 def test_rows_do_not_reach_each_other() -> None:
-    head = Head(nn.Linear(4, 5).requires_grad_(False))
+    head = OutputHead(nn.Linear(4, 5).requires_grad_(False))
     hidden, targets = torch.randn(3, 4), torch.tensor([0, 4, 2])
     sick = hidden.clone()
     sick[1] = float("nan")

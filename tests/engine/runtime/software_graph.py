@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.kernels import grouped_gemm, multi_affine
-from engine.kernels.launch import Memory
+from engine.kernels.launch import LruCache
 from engine.kernels.multi_lora import torch_ops
 from engine.runtime import attention
 from engine.runtime.executor import Executor
@@ -62,11 +62,11 @@ class SoftwareRecording:
 
     def __init__(self, executor: Executor, launcher: HostLauncher | None) -> None:
         self._executor, self._launcher = executor, launcher
-        self._memory, self._tape = Memory(None), Tape()
+        self._memory, self._tape = LruCache(None), Tape()
         self._result: torch.Tensor | None = None
 
     def run(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-        with self._launcher.remembering(self._memory) if self._launcher else nullcontext():
+        with self._launcher.using_cache(self._memory) if self._launcher else nullcontext():
             return work()
 
     def capture(self, work: Callable[[], torch.Tensor]) -> None:
@@ -95,7 +95,7 @@ class SoftwareRecording:
             yield
             return
         launcher, launch = self._launcher, self._launcher.launch
-        with pytest.MonkeyPatch.context() as patch, launcher.captured():
+        with pytest.MonkeyPatch.context() as patch, launcher.capturing():
             patch.setattr(launcher, "launch", lambda *a: self._tape.steps.append(lambda: launch(*a)))
             yield
 

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.kernels.launch import THREADS, Kernel, Table, Tables
+from engine.kernels.constants import THREADS, macros
+from engine.kernels.launch import CachingUploader, DeviceTable, Kernel
 
 HERE = Path(__file__).parent
 CUDA = HERE.parents[3] / "cuda"
@@ -28,19 +29,20 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 def compiled(source: str, folder: Path) -> Path:
     """The server of `cuda/<source>`, built where `folder` does not have it yet."""
     parts = [CUDA / source, *sorted(CUDA.glob("*.cuh")), *sorted(HERE.glob("*.h")), HERE / "server.cpp"]
-    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in parts)).hexdigest()[:16]
+    texts = [*(path.read_bytes() for path in parts), " ".join(macros()).encode()]
+    digest = hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
     binary = folder / f"{Path(source).stem}-{sysconfig.get_platform()}-{digest}"
     if not binary.exists():
         unfinished = binary.with_suffix(f".{os.getpid()}")
-        macro = f'-DSOURCE="{source}"'
-        command = ["g++", *FLAGS, *SANITIZERS, f"-I{CUDA}", f"-I{HERE}", macro, str(HERE / "server.cpp")]
+        options = [*FLAGS, *SANITIZERS, f"-I{CUDA}", f"-I{HERE}", *macros(), f'-DSOURCE="{source}"']
+        command = ["g++", *options, str(HERE / "server.cpp")]
         done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         unfinished.rename(binary)
     return binary
 
 
-class HostLauncher(Tables):
+class HostLauncher(CachingUploader):
     """A Launcher. `seed` 0 runs threads in order, others in a random one."""
 
     num_multiprocessors, stream = 1, 0
@@ -57,7 +59,7 @@ class HostLauncher(Tables):
         num_blocks: int,
         shared_bytes: int,
         struct: NDArray[Any],
-        tables: Sequence[Table],
+        tables: Sequence[DeviceTable],
         tensors: Sequence[torch.Tensor],
     ) -> None:
         self.launched.append(kernel.name)
@@ -126,7 +128,7 @@ class _Storages:
         return int(inside[0]) + 1, address - int(self.starts[inside[0]])
 
 
-def _rows(table: Table) -> NDArray[Any]:
+def _rows(table: DeviceTable) -> NDArray[Any]:
     size = table.tensor_B.numel() // table.dtype.itemsize * table.dtype.itemsize
     return np.frombuffer(table.tensor_B[:size].numpy().tobytes(), table.dtype)
 

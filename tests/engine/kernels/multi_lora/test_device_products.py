@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.kernels.dropout import DropoutMask, keep_scale
-from engine.kernels.launch import Tables
-from engine.kernels.multi_lora.descriptors import Pair, are_laid_out, described_factors, described_uses, positions_of
-from engine.kernels.multi_lora.device_products import GroupProducts, with_addresses
+from engine.kernels.launch import CachingUploader
+from engine.kernels.multi_lora.descriptors import GroupUse, are_laid_out, describe_factors, describe_uses, positions_of
+from engine.kernels.multi_lora.device_products import GroupProducts, add_addresses
 from engine.kernels.multi_lora.launch_plan import LaunchPlan
 from engine.kernels.multi_lora.types import AdapterSlice, LowRank
 from tests.engine.kernels.conftest import MakeLauncher
@@ -61,7 +61,7 @@ class Problem:
         widths = (self.width_in, *self.widths_out)
         x, *ys = [torch.full((num_tokens, width), 7.0) for width in widths]
         dys = [torch.full((num_tokens, width), 7.0) for width in self.widths_out]
-        self.pairs: list[Pair] = []
+        self.pairs: list[GroupUse] = []
         self.owners: list[int] = []  # of each pair: the seed of its task
         start = 0
         for shape in self.shapes:
@@ -80,7 +80,7 @@ class Problem:
         self.biases = [bias if bias is None else bias.to(self.dtype) for bias in biases]
         self.x, self.ys, self.dys = x.to(self.dtype), [y.to(self.dtype) for y in ys], [dy.to(self.dtype) for dy in dys]
 
-    def _pair(self, shape: Shape, op: int, rank: int, start: int, generator: torch.Generator) -> Pair:
+    def _pair(self, shape: Shape, op: int, rank: int, start: int, generator: torch.Generator) -> GroupUse:
         def draw(*size: int) -> torch.Tensor:
             return torch.randn(size, generator=generator)
 
@@ -95,17 +95,17 @@ class Problem:
             mask = DropoutMask(shape.seed, STEP, SITE + op, positions, k, shape.dropout)
         scale = keep_scale(shape.dropout) if shape.dropout else 1.0
         use = AdapterSlice(start, start + shape.num_tokens, 0.25 + (shape.seed + op) % 3, mask, scale)
-        return Pair(op, use, LowRank(a, b, d, g))
+        return GroupUse(op, use, LowRank(a, b, d, g))
 
     def run(self, launcher: AnyLauncher, step: torch.Tensor | None = None) -> "Results":
         where = launcher.device
-        rows = described_factors(self.pairs)
-        uses = described_uses(self.pairs, self.width_in, self.widths_out)
+        rows = describe_factors(self.pairs)
+        uses = describe_uses(self.pairs, self.width_in, self.widths_out)
         flat = [f.detach().to(where) for pair in self.pairs for f in pair.low_rank if f is not None]
         step = torch.tensor(STEP, device=where) if step is None else step
         steps = [step for pair in self.pairs if pair.use.keep_mask is not None]
         plan = LaunchPlan(uses, rows, len(self.x), (self.width_in, *self.widths_out), self.dtype, launcher)
-        table = launcher.upload(with_addresses(rows, flat, steps))
+        table = launcher.upload(add_addresses(rows, flat, steps))
         positions_T = torch.from_numpy(positions_of(self.pairs, len(self.x))).to(where)
         products = GroupProducts(launcher, plan, table, [*flat, step], self.dtype, positions_T)
         x, dys = self.x.to(where), [dy.to(where) for dy in self.dys]
@@ -379,9 +379,9 @@ def test_every_launch_fits_the_shared_memory_that_all_architectures_have(dtype: 
     """99 KB a block on sm_86 and sm_89."""
     for rank in (1, 16, 17, 32, 33, 64, 65, 256):
         problem = Problem([Shape(600, (rank,) * 3, 0.1), Shape(600, (rank,) * 3, has_gains=True)], 40, (24,) * 3, dtype)
-        uses = described_uses(problem.pairs, 40, (24,) * 3)
-        rows = described_factors(problem.pairs)
-        plan = LaunchPlan(uses, rows, len(problem.x), (40, 24, 24, 24), dtype, Tables(torch.device("cpu")))
+        uses = describe_uses(problem.pairs, 40, (24,) * 3)
+        rows = describe_factors(problem.pairs)
+        plan = LaunchPlan(uses, rows, len(problem.x), (40, 24, 24, 24), dtype, CachingUploader(torch.device("cpu")))
         works = [plan.shrink_input, plan.shrink_output, plan.outer_input, plan.outer_output, plan.shrink_outer]
         works += [plan.expand_input, plan.expand_output((0, 1, 2), False), plan.shrink_gain, plan.expand_gain]
         assert max(work.shared_bytes for work in works) <= 99 << 10

@@ -9,7 +9,7 @@ import torch
 from engine.kernels import cupy_launcher
 from engine.kernels.dropout import DropoutMask, keep_scale
 from engine.kernels.multi_lora import dispatch, torch_ops
-from engine.kernels.multi_lora.descriptors import described_factors, described_uses, pairs_of
+from engine.kernels.multi_lora.descriptors import describe_factors, describe_uses, group_uses
 from engine.kernels.multi_lora.types import AdapterSlice, LowRank, Operator
 from tests.engine.kernels.conftest import MakeLauncher
 
@@ -166,8 +166,8 @@ def test_a_backward_pass_at_another_step_than_its_forward_pass_is_refused() -> N
 
 def test_torch_accepts_the_operators() -> None:
     operators = group(dropout=False)
-    pairs = pairs_of(operators)
-    rows = [described_factors(pairs), described_uses(pairs, WIDTH_IN, WIDTHS_OUT)]
+    pairs = group_uses(operators)
+    rows = [describe_factors(pairs), describe_uses(pairs, WIDTH_IN, WIDTHS_OUT)]
     raw = [torch.from_numpy(np.frombuffer(each.tobytes(), np.uint8).copy()).cpu() for each in rows]
     flat = [f.detach().clone().requires_grad_() for pair in pairs for f in pair.low_rank if f is not None]
     arguments = (
