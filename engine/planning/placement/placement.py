@@ -21,7 +21,7 @@ from engine.planning.placement.executor_state import ClusterState, ExecutorState
 
 MOVE_GAIN = 0.25
 _MAX_VICTIMS = 4
-_NEXT = "was next by its tenant's share, and the round is shortest there"
+_NEXT = "its tenant has the smallest share of device time, and the round is shortest here"
 _FULL = "waits for memory: every executor of its backbone is full"
 _QueueKey = tuple[str, str]  # tenant, backbone
 

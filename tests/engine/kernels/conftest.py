@@ -1,4 +1,4 @@
-"""Launchers: the kernels' own source on this CPU and, where there is one, a GPU. The same tests run on both."""
+"""Launchers that run the kernels' source on this CPU and, if there is one, on a GPU. The same tests run on both."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ MakeLauncher = Callable[[int], HostLauncher | CupyLauncher]
 
 @pytest.fixture(scope="session")
 def host_launcher(request: pytest.FixtureRequest) -> Iterator[MakeHost]:
-    """By seed of the order in which threads run. What is built is kept in pytest's cache."""
+    """Return launchers by the seed of the order in which threads run. Their servers are built in pytest's cache."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     folder = request.config.cache.mkdir("muxtune-kernels")  # type: ignore[union-attr]
@@ -33,7 +33,7 @@ def host_launcher(request: pytest.FixtureRequest) -> Iterator[MakeHost]:
 
 @pytest.fixture(scope="session", params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
 def make_launcher(request: pytest.FixtureRequest) -> MakeLauncher:
-    """By the same seed, which a GPU does not ask for: its order is its own."""
+    """Return launchers by the same seed, which a GPU ignores."""
     if request.param == "host":
         host: MakeHost = request.getfixturevalue("host_launcher")
         return host

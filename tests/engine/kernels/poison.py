@@ -1,4 +1,4 @@
-"""Memory that is allocated and not written shows as NaN: a fixture that the kernels' tests import."""
+"""A fixture of the kernels' tests that fills allocated memory with NaN, so that memory that is not written shows."""
 
 from typing import Any
 

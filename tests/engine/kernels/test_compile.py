@@ -1,4 +1,4 @@
-"""Every kernel compiles for every architecture we name, without spills; structs lie as their kernels read them."""
+"""Tests that every kernel compiles for every supported architecture without spills, and that structs match."""
 
 import json
 import os
@@ -46,7 +46,7 @@ STRUCTS = {
 
 
 def measured(source: str, architecture: str) -> dict[str, int]:
-    """Registers by kernel; none may spill."""
+    """Return registers by kernel; check that none spills."""
     found = kernels.resources(kernels.compile_source(source, architecture).log)
     assert all(item.stack_bytes == 0 and item.spill_bytes == 0 for item in found), found
     return {item.kernel: item.registers for item in found}
@@ -62,7 +62,7 @@ def test_compiles_without_spills_into_the_registers_of_the_table(source: str, ar
 
 
 def kernel_names(source: str) -> set[str]:
-    """As the preprocessor of the host's compiler leaves them: `KERNEL(name, ...)`."""
+    """Return the names in `KERNEL(name, ...)` after the host compiler's preprocessor."""
     command = ["g++", "-E", "-P", "-x", "c++", "-DMUXTUNE_ON_HOST", *macros(), f"-I{kernels.CUDA}"]
     host = Path(__file__).parent / "host"
     done = subprocess.run(
@@ -74,18 +74,9 @@ def kernel_names(source: str) -> set[str]:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("source", kernels.sources())
 def test_compiles_with_nvcc(source: str, tmp_path: Path) -> None:
-    command = [
-        "nvcc",
-        *macros(),
-        "-std=c++17",
-        "-arch=sm_90",
-        "-cubin",
-        "-Xptxas",
-        "-v",
-        "-o",
-        str(tmp_path / "out.cubin"),
-    ]
-    done = subprocess.run([*command, str(kernels.CUDA / source)], capture_output=True, text=True, check=False)
+    options = ["-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v", *macros(), "-o", str(tmp_path / "out.cubin")]
+    command = ["nvcc", *options, str(kernels.CUDA / source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
     assert all(item.spill_bytes == 0 for item in kernels.resources(done.stderr))
@@ -116,19 +107,19 @@ def offsets(name: str, dtype: np.dtype[Any]) -> list[str]:
 
 
 def fields(body: str) -> list[str]:
-    """Names declared in a struct's body, in order."""
+    """Return the names declared in a struct's body, in order."""
     text = re.sub(r"//[^\n]*|\[[^\]]*\]", "", body)
     return [name for line in text.split(";") for name in re.findall(r"(\w+)\s*(?=,|$)", line.strip())]
 
 
-def test_what_does_not_compile_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compile_error_has_the_compilers_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken.cu").write_text('extern "C" __global__ void f() { undeclared(); }')
     monkeypatch.setattr(kernels, "CUDA", tmp_path)
     with pytest.raises(kernels.KernelCompileError, match="undeclared"):
         kernels.compile_source("broken.cu", "sm_90")
 
 
-def test_a_kept_cubin_is_taken_until_its_source_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_cubin_is_used_until_its_source_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "one.cu").write_text('extern "C" __global__ void f() {}')
     monkeypatch.setattr(kernels, "CUDA", tmp_path)
     monkeypatch.setattr(kernels, "PREBUILT", tmp_path / "built")
@@ -140,7 +131,7 @@ def test_a_kept_cubin_is_taken_until_its_source_changes(tmp_path: Path, monkeypa
     assert kernels.digest("one.cu") != before
 
 
-def test_prebuilt_cubins_are_what_a_process_then_takes(
+def test_a_process_uses_prebuilt_cubins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "one.cu").write_text('extern "C" __global__ void f() {}')
@@ -165,7 +156,7 @@ def test_an_architecture_must_be_named(arguments: list[str]) -> None:
 
 
 def test_an_installed_package_has_the_sources_and_room_for_cubins(tmp_path: Path) -> None:
-    """As an image installs it: a wheel, without the checkout."""
+    """Installs a wheel without the checkout, as an image does."""
     built = subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
         cwd=kernels.ROOT, capture_output=True, text=True, check=False,

@@ -1,4 +1,4 @@
-"""Dropout bits against Philox4x64-10 written down from its paper; keyed by the token, not by its place."""
+"""Tests dropout bits against Philox4x64-10 as its paper defines it, keyed by the token, not by its place."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""grouped_gemm against float64: its kernel's own source, run on this CPU through its operator, and its reference."""
+"""Tests grouped_gemm against float64: its kernel, run on this CPU through its operator, and its reference."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ DTYPES = list(TOLERANCE)
 
 @dataclass(frozen=True)
 class Shape:
-    """One use: its tokens and widths; `by_column`: its weight lies transposed in memory."""
+    """A use: its tokens and widths; `by_column`: its weight is transposed in memory."""
 
     num_tokens: int
     width_in: int
@@ -36,13 +36,13 @@ class Shape:
 
 @dataclass
 class Results:
-    """By use: C, dA, dW, db."""
+    """Results by use: C, dA, dW, db."""
 
     of_use: list[tuple[torch.Tensor, ...]]
 
 
 class Problem:
-    """Drawn by each use's own seed, wherever it stands."""
+    """Uses in this order, each drawn by its own seed."""
 
     def __init__(self, shapes: list[Shape], dtype: torch.dtype) -> None:
         self.shapes, self.dtype = shapes, dtype
@@ -60,7 +60,7 @@ class Problem:
             self.biases.append(draw(shape.width_out))
 
     def run(self, launcher: Any, *, with_kernel: bool = True) -> Results:
-        """Forward and backward, through the operator or the reference."""
+        """Run forward and backward, by the operator or the reference."""
         where = launcher.device
         weights, biases = (
             [t.to(where, copy=True).requires_grad_() for t in own] for own in (self.weights, self.biases)
@@ -72,13 +72,13 @@ class Problem:
         c = function(a, tokens, weights, biases, [shape.scale for shape in self.shapes])
         c.backward(dc)
         assert a.grad is not None
-        cs = entry._ragged(c.detach().cpu(), tokens, [shape.width_out for shape in self.shapes])
-        das = entry._ragged(a.grad.cpu(), tokens, [shape.width_in for shape in self.shapes])
+        cs = entry._split_rows(c.detach().cpu(), tokens, [shape.width_out for shape in self.shapes])
+        das = entry._split_rows(a.grad.cpu(), tokens, [shape.width_in for shape in self.shapes])
         gradients = [(w.grad.cpu(), b.grad.cpu()) for w, b in zip(weights, biases, strict=True)]  # type: ignore[union-attr]
         return Results([(c, da, *own) for c, da, own in zip(cs, das, gradients, strict=True)])
 
     def expected(self, of: Any = torch.Tensor.double) -> Results:
-        """`of`: what is made of each tensor, and of the scale, first."""
+        """Compute the results directly. `of` converts each tensor, and the scale, first."""
         found = []
         for shape, *tensors in zip(self.shapes, self.a, self.dc, self.weights, self.biases, strict=True):
             a, dc, w, b = (of(tensor) for tensor in tensors)
@@ -93,7 +93,7 @@ def magnitude(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def at(make_launcher: MakeLauncher, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A launcher by seed, which the operator then takes."""
+    """Return a function that makes the operator use the launcher of a seed."""
 
     def take(seed: int) -> Any:
         launcher = make_launcher(seed)
@@ -171,7 +171,7 @@ def test_no_order_of_threads_and_blocks_changes_a_bit(at: Any) -> None:
             assert all(torch.equal(a, b) for a, b in zip(own, theirs, strict=True))
 
 
-def test_a_sick_neighbour_is_not_felt(at: Any) -> None:
+def test_a_neighbour_with_nan_changes_nothing(at: Any) -> None:
     problem = Problem([Shape(60, 40, 5, seed=1), Shape(30, 9, 30, seed=2), Shape(70, 16, 16, seed=3)], torch.bfloat16)
     healthy = problem.run(at(0)).of_use
     problem.a[1].fill_(float("nan"))
@@ -202,7 +202,7 @@ def test_the_operators_are_what_torch_expects_of_one(at: Any) -> None:
     torch.library.opcheck(entry.grouped_gemm_op, (a, [2], [weight], [bias], [0.5]))
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_arguments_that_do_not_fit_are_refused() -> None:
     a, weight, bias = torch.zeros(6), torch.zeros(4, 3), torch.zeros(4)
     for arguments, words in (
         ((a, [3], [weight], [bias], [1.0]), "9 elements"),

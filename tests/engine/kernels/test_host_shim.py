@@ -1,4 +1,4 @@
-"""The shim that runs kernels on this CPU finds planted faults: a pass of the kernels' tests means something."""
+"""Tests that the shim that runs kernels on this CPU finds planted faults."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""AdamW steps of many tasks, after their norms, against torch's own clip_grad_norm_ and AdamW, one task at a time."""
+"""Tests AdamW steps of many tasks, after their norms, against torch's clip_grad_norm_ and AdamW task by task."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def draw(size: int, seed: int) -> torch.Tensor:
 
 
 def groups_of(sizes: list[int], step: int) -> list[AdamWGroup]:
-    """Of each size one task, every hyperparameter its own."""
+    """Return one task of each size, each with its own hyperparameters."""
     return [
         AdamWGroup(
             task=i,
@@ -43,7 +43,7 @@ def groups_of(sizes: list[int], step: int) -> list[AdamWGroup]:
 
 
 def by_torch(group: AdamWGroup) -> tuple[torch.Tensor, ...]:
-    """(parameters, first, second moments) after torch's clip_grad_norm_ and AdamW."""
+    """Return (parameters, first moments, second moments) after torch's clip_grad_norm_ and AdamW."""
     parameter = torch.nn.Parameter(group.parameters_P.clone())
     parameter.grad = group.gradients_P.clone()
     betas, rate = (group.beta1, group.beta2), group.learning_rate
@@ -58,7 +58,7 @@ def by_torch(group: AdamWGroup) -> tuple[torch.Tensor, ...]:
 
 
 def run(kind: str, make_launcher: MakeLauncher, groups: list[AdamWGroup]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norms and a step, by the reference or by the kernels' own source."""
+    """Compute norms and a step, by the reference or by the kernels."""
     gradients = [group.gradients_P for group in groups]
     if kind == "reference":
         norms, is_finite = grad_norm.multi_grad_norm(gradients)
@@ -96,7 +96,7 @@ def test_equals_torch(make_launcher: MakeLauncher, kind: str, sizes: list[int], 
 
 @pytest.mark.parametrize("kind", ["reference", "kernel"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_sick_task_is_left_as_it_is_and_alone(make_launcher: MakeLauncher, kind: str, value: float) -> None:
+def test_only_the_task_with_nan_is_left_unchanged(make_launcher: MakeLauncher, kind: str, value: float) -> None:
     healthy, groups = groups_of([700, 300, 900], 3), groups_of([700, 300, 900], 3)
     groups[1].gradients_P[299] = value
     before = [tensor.clone() for tensor in groups[1].tensors]
@@ -110,7 +110,7 @@ def test_a_sick_task_is_left_as_it_is_and_alone(make_launcher: MakeLauncher, kin
 
 @pytest.mark.parametrize("offset", [1, 2, 4])
 def test_a_place_in_memory_changes_no_bit(make_launcher: MakeLauncher, offset: int) -> None:
-    """Whether arrays begin at 16 bytes or not, as LoRA+'s second group in a task's buffer."""
+    """Arrays may be aligned to 16 bytes or not, as LoRA+'s second group in a task's buffer."""
     launcher, placed = make_launcher(1), []
     for start in (0, offset):
         (group,) = groups_of([4099], 5)
@@ -130,7 +130,7 @@ def test_neighbours_do_not_change_a_bit(make_launcher: MakeLauncher) -> None:
     assert all(torch.equal(a, b) for a, b in zip(alone.tensors, beside[0].tensors, strict=True))
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_arguments_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="float32"):
         grad_norm.multi_grad_norm([torch.zeros(3).double()])
     (group,) = groups_of([4], 1)

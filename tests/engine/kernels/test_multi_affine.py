@@ -1,4 +1,4 @@
-"""multi_affine against float64: its kernel's own source, run on this CPU through its operator, and its reference."""
+"""Tests multi_affine against float64: its kernel, run on this CPU through its operator, and its reference."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ DTYPES = list(TOLERANCE)
 
 @dataclass(frozen=True)
 class Shape:
-    """One use: its tokens, and whether it has a gain and a shift."""
+    """A use: its tokens, and whether it has a gain and a shift."""
 
     num_tokens: int
     has_gain: bool = True
@@ -59,7 +59,7 @@ class Problem:
         self.x, self.dy = self.x.to(dtype), self.dy.to(dtype)
 
     def run(self, launcher: Any, *, with_kernel: bool = True) -> list[torch.Tensor | None]:
-        """Y, dX, and of each use dg and db."""
+        """Return Y, dX, and dg and db of each use."""
         where = launcher.device
         x = leaf(self.x, where)
         uses = [
@@ -96,7 +96,7 @@ def magnitude(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def at(make_launcher: MakeLauncher, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A launcher by seed, which the operator then takes."""
+    """Return a function that makes the operator use the launcher of a seed."""
 
     def take(seed: int) -> Any:
         launcher = make_launcher(seed)
@@ -163,7 +163,7 @@ def test_hostile_shapes(at: Any, problem: Problem) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_neighbours_do_not_change_a_bit_nor_does_the_order_of_threads(at: Any, dtype: torch.dtype) -> None:
+def test_neighbours_and_the_order_of_threads_change_no_bit(at: Any, dtype: torch.dtype) -> None:
     mine, others = Shape(300, seed=9), [Shape(n, seed=n) for n in (1, 70, 131)]
 
     def own_bits(shapes: list[Shape], gap: int, seed: int) -> list[Any]:
@@ -178,7 +178,7 @@ def test_neighbours_do_not_change_a_bit_nor_does_the_order_of_threads(at: Any, d
         assert all(torch.equal(a, b) for a, b in zip(alone, own_bits(shapes, gap, seed), strict=True))
 
 
-def test_a_sick_neighbour_is_not_felt(at: Any) -> None:
+def test_a_neighbour_with_nan_changes_nothing(at: Any) -> None:
     problem = Problem([Shape(60, seed=1), Shape(30, seed=2), Shape(70, seed=3)], 40, torch.bfloat16)
     healthy = problem.run(at(0))
     sick = slice(problem.uses[1].start, problem.uses[1].end)
@@ -193,7 +193,7 @@ def test_a_sick_neighbour_is_not_felt(at: Any) -> None:
     assert found[0][sick].isnan().all()  # type: ignore[index]
 
 
-def test_what_is_frozen_gets_no_gradient_and_nothing_is_kept_where_nothing_is_needed(at: Any) -> None:
+def test_frozen_vectors_get_no_gradient_and_nothing_is_saved_for_them(at: Any) -> None:
     launcher = at(0)
     x = torch.randn(5, 8, device=launcher.device)
     gain, shift = torch.randn(8, device=launcher.device), torch.randn(8, device=launcher.device).requires_grad_()
@@ -209,7 +209,7 @@ def test_the_operator_is_what_torch_expects_of_one(at: Any) -> None:
     torch.library.opcheck(entry.multi_affine_op, (x, [1, 4], [3], [gain, shift], True))
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_arguments_that_do_not_fit_are_refused() -> None:
     x, vector = torch.zeros(5, 8), torch.zeros(8)
     for uses, words in (
         ([AffineUse(2, 6, vector, None)], "exceeds the 5 tokens"),

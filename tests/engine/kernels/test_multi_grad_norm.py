@@ -1,4 +1,4 @@
-"""Gradient norms of many tasks against float64: the kernel's own source, run on this CPU, and the reference."""
+"""Tests gradient norms of many tasks against float64: the kernel, run on this CPU, and the reference."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ SIZES = st.lists(st.one_of(st.integers(0, 300), st.sampled_from([1, 128, 1000, 7
 @settings(max_examples=examples(10), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=SIZES, scale=st.sampled_from([1e-18, 1.0, 1e18]), seed=st.integers(0, 1))
 def test_equals_float64(make_launcher: MakeLauncher, kind: str, sizes: list[int], scale: float, seed: int) -> None:
-    """Also where the squares are beyond what a float holds, either way."""
+    """Squares may overflow or underflow a float."""
     gradients = [draw(size, i, scale) for i, size in enumerate(sizes)]
     expected = torch.stack([torch.linalg.vector_norm(gradient.double()) for gradient in gradients])
     norms, is_finite = run(kind, make_launcher(seed), gradients)
@@ -45,7 +45,7 @@ def test_equals_float64(make_launcher: MakeLauncher, kind: str, sizes: list[int]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_sick_task_alone_is_flagged(make_launcher: MakeLauncher, kind: str, value: float) -> None:
+def test_only_the_task_with_nan_is_flagged(make_launcher: MakeLauncher, kind: str, value: float) -> None:
     healthy = [draw(700, 0), draw(300, 1), draw(70000, 2)]
     sick = [healthy[0], healthy[1].clone().index_fill_(0, torch.tensor(299), value), healthy[2]]
     before, _ = run(kind, make_launcher(0), healthy)
@@ -64,7 +64,7 @@ def test_neither_neighbours_nor_the_order_of_threads_change_a_bit(make_launcher:
     assert all(torch.equal(alone, other) for other in beside)
 
 
-def test_nobody_has_no_norm() -> None:
+def test_no_tasks_have_no_norms() -> None:
     norms, is_finite = entry.multi_grad_norm([])
     assert norms.shape == is_finite.shape == (0,)
 
@@ -72,6 +72,6 @@ def test_nobody_has_no_norm() -> None:
 @pytest.mark.parametrize(
     ("gradient", "words"), [(torch.zeros(3).double(), "float64"), (torch.zeros(6)[::2], "contiguous")]
 )
-def test_what_does_not_fit_is_refused(gradient: torch.Tensor, words: str) -> None:
+def test_arguments_that_do_not_fit_are_refused(gradient: torch.Tensor, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         entry.multi_grad_norm([torch.zeros(2), gradient])

@@ -1,4 +1,4 @@
-"""Packed weights against float64: any shape, any rows, any layout of what is multiplied."""
+"""Tests packed weights against float64: any shape, any rows, any layout of the operands."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def packed(weight_KN: torch.Tensor) -> PackedWeight:
 
 
 def near(product: torch.Tensor, exact: torch.Tensor) -> bool:
-    """To what float32 can do in sums of up to 200 products of numbers near 1."""
+    """The tolerance is that of float32 in sums of up to 200 products of numbers near 1."""
     return product.dtype == torch.float32 and torch.allclose(product.double(), exact, rtol=1e-5, atol=1e-4)
 
 
@@ -74,7 +74,7 @@ def test_what_has_no_elements_is_not_packed(shape: tuple[int, int]) -> None:
 
 
 def test_a_group_of_operators_trains_alike_with_and_without() -> None:
-    """Values and all gradients, an operator without adapters and one that nobody reads among them."""
+    """Compares values and all gradients, also of an operator without adapters and of one with an unused result."""
     torch.manual_seed(0)
     weights, bias_N = [torch.randn(48, n) for n in (64, 64, 32)], torch.randn(64)
     factors = [torch.randn(8, 48, requires_grad=True), torch.randn(64, 8, requires_grad=True)]
@@ -118,7 +118,7 @@ print(resident() - before)
 
 
 def test_every_number_of_rows_does_not_leave_its_code_behind() -> None:
-    """oneDNN keeps about 0.6 MB of compiled code for each, 1,024 of them unless told otherwise: half a gigabyte."""
+    """oneDNN caches about 0.6 MB of compiled code for each, by default 1,024 of them: half a gigabyte."""
     environment = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
     command = [sys.executable, "-c", MANY_ROWS]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)

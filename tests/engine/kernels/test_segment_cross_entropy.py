@@ -1,4 +1,4 @@
-"""Losses and hidden gradients against autograd over all logits at once."""
+"""Tests losses and hidden gradients against autograd over all logits at once."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def test_rows_do_not_reach_each_other() -> None:
 
 
 def by_kernel(launcher: Any, wide: torch.Tensor, width: int, *rest: Any) -> torch.Tensor:
-    """Losses by the kernel; the first columns of `wide` become the gradient."""
+    """Return losses by the kernel; the first columns of `wide` become the gradient."""
     there = wide.to(launcher.device)
     moved = [value.to(launcher.device) if isinstance(value, torch.Tensor) else value for value in rest]
     losses = kernel.logits_gradient_(launcher, there[:, :width], *moved).cpu()

@@ -1,4 +1,4 @@
-"""Who may have killed an executor runs alone; everybody else goes on as the planner wants. Against random snapshots."""
+"""Tests on random snapshots that a suspect of a crash runs alone, and other tasks run as planned."""
 
 import random
 
@@ -68,7 +68,7 @@ def test_without_suspects_it_is_the_planners_plan() -> None:
     assert plan(snapshot, (), LIMITS, DemandEstimator(LIMITS)) == make_plan(snapshot, LIMITS)
 
 
-def test_neighbours_are_told_why_they_wait_and_not_for_whom() -> None:
+def test_a_neighbours_reason_to_wait_does_not_name_the_suspect() -> None:
     tasks = (task("tenants/a/tasks/mine", 0), task("tenants/b/tasks/suspect", 1))
     found = plan(Snapshot(tasks, executors(1)), {tasks[1].name}, LIMITS, DemandEstimator(LIMITS))
     (mine,) = (e for e in found.explanations if e.task == tasks[0].name)

@@ -1,4 +1,4 @@
-"""Every plan is within memory, complete, explained, and the same for the same snapshot."""
+"""Tests that every plan fits memory, is complete and explained, and is the same for the same snapshot."""
 
 import collections
 import dataclasses
@@ -110,7 +110,7 @@ def test_any_plan_is_within_memory_complete_and_explained(snapshot: Snapshot) ->
 
 
 def carried_out(snapshot: Snapshot) -> Snapshot:
-    """The plan as executors run it."""
+    """Return the snapshot after executors have carried out its plan."""
     made = plan(snapshot, LIMITS)
     placed = _placed(made)
     after = tuple(dataclasses.replace(task, executor=placed.get(task.name, "")) for task in snapshot.tasks)
@@ -130,7 +130,7 @@ def test_same_snapshot_same_plan(snapshot: Snapshot, random: object) -> None:
 @given(snapshots())
 @settings(max_examples=examples(100), deadline=None)
 def test_a_plan_carried_out_is_planned_again(snapshot: Snapshot) -> None:
-    """Sticky: when nothing changes, nobody moves."""
+    """If nothing changes, no task moves."""
     placed = _placed(plan(snapshot, LIMITS))
     after = carried_out(snapshot)
     assert _placed(plan(after, LIMITS)) == placed
@@ -186,7 +186,7 @@ COST = CostProfile(fixed_seconds=0.5, token_seconds=0.01)
 
 
 def room_for(count: int, name: str = "executors/0", **fields: object) -> ExecutorView:
-    """An executor that holds so many tasks of rank 256 and not one more."""
+    """Return an executor that holds `count` tasks of rank 256 and no more."""
     memory = total_bytes([_task(0, 256).spec] * count, BACKBONES["a"], 256)
     return ExecutorView(name, BACKBONES["a"], memory, cost=COST, **fields)  # type: ignore[arg-type]
 
@@ -245,7 +245,7 @@ def test_a_task_being_cancelled_is_let_finish() -> None:
 
 
 def test_a_large_task_is_not_overtaken_for_ever() -> None:
-    """It waits for two places; its tenant's small ones don't take the first that comes free."""
+    """It waits for two places; its tenant's small tasks do not take the first that becomes free."""
     residents = [_task(i, 256, executor="executors/0") for i in range(3)]
     large, small = _task(4, 256, target="all-linear"), _task(5, 16)
     made = plan(Snapshot((*residents, large, small), (room_for(4),)), LIMITS)
@@ -263,7 +263,7 @@ def test_an_idle_executor_takes_over_and_equal_ones_are_left_alone() -> None:
 
 
 def test_htasks_that_run_nearly_as_well_are_kept() -> None:
-    """Over four stages two hTasks are best; six are kept, nearly as good, until a microbatch costs more by itself."""
+    """On four stages two hTasks are best; six nearly as good ones stay until a microbatch's fixed cost rises."""
     tasks = tuple(_task(i, executor="executors/0", num_train_tokens=800 * (i + 1)) for i in range(6))
     running = tuple(HTask((task.name,), 256, 16) for task in tasks)
     for fixed_seconds, is_kept in ((0.5, True), (5.0, False)):
@@ -288,7 +288,7 @@ def test_rounds_get_shorter_as_neighbours_finish() -> None:
     assert left[long.name] == pytest.approx(5 * together + 5 * alone)
 
 
-def test_what_is_not_measured_is_not_told() -> None:
+def test_values_that_are_not_measured_are_none() -> None:
     executor = dataclasses.replace(room_for(2), cost=UNKNOWN_COST)
     (told,) = plan(Snapshot((_task(0),), (executor,)), LIMITS).explanations
     assert told.predicted_seconds_left is told.round_seconds is told.measured_step_seconds is None
@@ -299,7 +299,7 @@ def test_what_is_not_measured_is_not_told() -> None:
 
 
 def test_alone_a_task_would_have_no_packed_weights() -> None:
-    """They are this executor's own, and count against its memory only."""
+    """Packed weights belong to this executor, and count against its memory only."""
     plain = room_for(2)
     backbone = dataclasses.replace(plain.backbone, packed_weight_bytes=100 << 20)
     packed = dataclasses.replace(plain, backbone=backbone, memory_bytes=plain.memory_bytes + (100 << 20))
@@ -311,7 +311,7 @@ def test_alone_a_task_would_have_no_packed_weights() -> None:
     assert not any(plan(Snapshot(tasks, (tight,)), LIMITS).htasks.values())
 
 
-def test_a_deadline_that_will_be_missed_is_told() -> None:
+def test_a_deadline_that_will_be_missed_is_flagged() -> None:
     tasks = (_task(0, seconds_to_deadline=1.0), _task(1, seconds_to_deadline=1e6))
     made = plan(Snapshot(tasks, (room_for(2),)), LIMITS)
     assert {e.task: e.misses_deadline for e in made.explanations} == {tasks[0].name: True, tasks[1].name: False}

@@ -1,6 +1,6 @@
-"""Runs a kernel's own source on this CPU: what the entries launch on a GPU goes to a server built with sanitizers.
+"""Runs a kernel's source on this CPU: launches go to a server that is built with sanitizers.
 
-The server is one process for each source, started at its first launch. Tensors go over as bytes, each into an
+The server is one process for each source, started at its first launch. Tensors are sent as bytes, each into an
 allocation of its own, pointers in structs are translated, and what came of the tensors is copied back.
 """
 
@@ -27,7 +27,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def compiled(source: str, folder: Path) -> Path:
-    """The server of `cuda/<source>`, built where `folder` does not have it yet."""
+    """Return the server of `cuda/<source>`, built unless `folder` has it."""
     parts = [CUDA / source, *sorted(CUDA.glob("*.cuh")), *sorted(HERE.glob("*.h")), HERE / "server.cpp"]
     texts = [*(path.read_bytes() for path in parts), " ".join(macros()).encode()]
     digest = hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
@@ -43,7 +43,7 @@ def compiled(source: str, folder: Path) -> Path:
 
 
 class HostLauncher(CachingUploader):
-    """A Launcher. `seed` 0 runs threads in order, others in a random one."""
+    """A Launcher on the CPU. `seed` 0 runs threads in order, another in a random order."""
 
     num_multiprocessors, stream = 1, 0
 
@@ -106,11 +106,11 @@ class HostLauncher(CachingUploader):
 
 
 class HostError(AssertionError):
-    """A kernel did what it must not: the sanitizer's or the shim's own words."""
+    """Raised when a kernel commits a fault, with the message of the sanitizer or the shim."""
 
 
 class _Storages:
-    """The memory behind tensors, each once: buffer 1, 2, ... of a request."""
+    """The storages of tensors, each once: buffers 1, 2, ... of a request."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         found = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
@@ -122,7 +122,7 @@ class _Storages:
         return int(np.flatnonzero(self.starts == tensor.untyped_storage().data_ptr())[0]) + 1
 
     def find(self, address: int) -> tuple[int, int]:
-        """(buffer, offset) of an address."""
+        """Return (buffer, offset) of an address."""
         inside = np.flatnonzero((self.starts <= address) & ((address < self.ends) | (self.starts == address)))
         assert len(inside), "a struct points where no tensor of the launch is"
         return int(inside[0]) + 1, address - int(self.starts[inside[0]])
@@ -134,12 +134,12 @@ def _rows(table: DeviceTable) -> NDArray[Any]:
 
 
 def _pointers(buffer: int, rows: NDArray[Any], whole: _Storages) -> list[tuple[int, int, int, int]]:
-    """(buffer, offset, buffer pointed to, offset there) of every pointer that is not null."""
+    """Return (buffer, offset, buffer pointed to, offset in it) of every pointer that is not null."""
     return [(buffer, at, *whole.find(address)) for at, address in _addresses(rows) if address]
 
 
 def _addresses(rows: NDArray[Any]) -> list[tuple[int, int]]:
-    """(offset, address) of all pointers in structs, and in the arrays of structs that they hold."""
+    """Return (offset, address) of all pointers in structs, and in the arrays of structs that they hold."""
     places = []
     for name, field in (rows.dtype.fields or {}).items():
         kind, at = field[0], field[1]

@@ -1,4 +1,4 @@
-"""multi_lora's kernels, their own source run on this CPU, against float64: any rank, width, tokens, tasks, group."""
+"""Tests multi_lora's kernels, run on this CPU, against float64: any rank, width, tokens, tasks and group."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ STEP, SITE = 3, 1
 
 @dataclass(frozen=True)
 class Shape:
-    """One task: its tokens, its rank at each operator (0: no adapter there), dropout, and whether it has gains.
+    """A task: its tokens, its rank at each operator (0: no adapter), dropout, and whether it has gains.
 
-    `by_column`: its factors lie transposed in memory.
+    `by_column`: its factors are transposed in memory.
     """
 
     num_tokens: int
@@ -45,7 +45,7 @@ class Shape:
 class Problem:
     """A stream with these tasks in this order, `gap` foreign tokens before each; drawn by each task's own seed.
 
-    Y of the operators in `added` is there before, of the others their bias if `has_bias`.
+    Operators in `added` add to a given Y; the others write Y, with their bias if `has_bias`.
     """
 
     shapes: Sequence[Shape]
@@ -121,7 +121,7 @@ class Problem:
         return Results([y.cpu() for y in ys], dx.cpu(), own)
 
     def _views(self, gradients: torch.Tensor, laid_out: Sequence[bool]) -> list[list[torch.Tensor | None]]:
-        """Of each use, the gradients of A, B, d and g, or None."""
+        """Return the gradients of A, B, d and g of each use, or None."""
         flags = iter(laid_out)
         found, start = [], 0
         for pair in self.pairs:
@@ -137,7 +137,7 @@ class Problem:
         return found
 
     def expected(self, of: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.double) -> "Results":
-        """The equations of engine/kernels/multi_lora/dispatch.py in float64; `of` reads a tensor."""
+        """Compute the equations of engine/kernels/multi_lora/dispatch.py in float64; `of` reads a tensor."""
         ys, gradients = [self._before(op, of) for op in range(len(self.ys))], []
         dx = torch.zeros(self.x.shape).double()
         for op, use, low_rank in self.pairs:
@@ -163,7 +163,7 @@ class Problem:
         return torch.zeros(self.ys[op].shape).double() + (0 if bias is None else of(bias))
 
     def covered(self, op: int | None = None) -> torch.Tensor:
-        """[T] bool: by a use of this operator, or of any."""
+        """Return the tokens that a use of this operator, or of any, covers: [T] bool."""
         rows = torch.zeros(len(self.x), dtype=torch.bool)
         for pair in self.pairs:
             if op is None or pair.op == op:
@@ -180,7 +180,7 @@ class Results:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is allocated and not written shows as NaN."""
+    """Fill allocated memory with NaN, so that memory that is not written shows."""
     empty, empty_like = torch.empty, torch.empty_like
     monkeypatch.setattr(torch, "empty", lambda *a, **k: _poison(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poison(empty_like(*a, **k)))
@@ -195,7 +195,7 @@ def magnitude(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check(problem: Problem, launcher: AnyLauncher) -> None:
-    """Each element within a share of what its terms add up to without their signs: no cancellation hides or excuses."""
+    """Check each element's error against the sum of its terms' magnitudes, so that cancellation hides nothing."""
     found, expected, most = problem.run(launcher), problem.expected(), problem.expected(magnitude)
     for op, y in enumerate(found.ys):
         outside = ~problem.covered(op)
@@ -275,7 +275,7 @@ def test_hostile_shapes(make_launcher: MakeLauncher, problem: Problem) -> None:
 
 
 def own_bits(problem: Problem, results: Results, seed: int) -> list[torch.Tensor]:
-    """All that belongs to the task of this seed."""
+    """Return all results that belong to the task of this seed."""
     mine = [index for index, owner in enumerate(problem.owners) if owner == seed]
     part = slice(problem.pairs[mine[0]].use.start, problem.pairs[mine[0]].use.end)
     gradients = [g for index in mine for g in results.gradients[index] if g is not None]
@@ -313,7 +313,7 @@ def test_an_operator_in_a_group_gets_the_bits_it_gets_alone(make_launcher: MakeL
         )
 
 
-def test_a_sick_neighbour_is_not_felt(make_launcher: MakeLauncher) -> None:
+def test_a_neighbour_with_nan_changes_nothing(make_launcher: MakeLauncher) -> None:
     shapes = [Shape(60, (5, 3), seed=1), Shape(30, (9, 9), 0.1, seed=2), Shape(70, (16, 0), seed=3)]
     problem = Problem(shapes, 40, (24, 16), torch.bfloat16, gap=0)
     healthy = problem.run(make_launcher(0))
@@ -343,7 +343,7 @@ def launches(launcher: AnyLauncher, problem: Problem) -> list[str]:
 
 
 def test_a_group_is_few_launches(host_launcher: Callable[[int], AnyLauncher]) -> None:
-    """q, k and v in as many as one of them; ranks beyond one pass take two more."""
+    """q, k and v together need as many launches as one of them; ranks beyond one pass need two more."""
     one, three = (
         Problem([Shape(20, (8,) * n), Shape(9, (5,) * n, 0.1)], 24, (16,) * n, torch.bfloat16, added=()) for n in (1, 3)
     )
@@ -364,7 +364,7 @@ def test_a_group_is_few_launches(host_launcher: Callable[[int], AnyLauncher]) ->
 
 
 def test_the_step_of_a_mask_is_read_when_a_kernel_runs(make_launcher: MakeLauncher) -> None:
-    """So that a captured graph sees it change."""
+    """A captured graph sees the step change."""
     launcher = make_launcher(0)
     problem = Problem([Shape(40, (4, 6), 0.5)], 40, (24, 16), torch.float32)
     step = torch.tensor(STEP, device=launcher.device)
@@ -376,7 +376,7 @@ def test_the_step_of_a_mask_is_read_when_a_kernel_runs(make_launcher: MakeLaunch
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_launch_fits_the_shared_memory_that_all_architectures_have(dtype: torch.dtype) -> None:
-    """99 KB a block on sm_86 and sm_89."""
+    """A block of sm_86 and sm_89 has 99 KB."""
     for rank in (1, 16, 17, 32, 33, 64, 65, 256):
         problem = Problem([Shape(600, (rank,) * 3, 0.1), Shape(600, (rank,) * 3, has_gains=True)], 40, (24,) * 3, dtype)
         uses = describe_uses(problem.pairs, 40, (24,) * 3)

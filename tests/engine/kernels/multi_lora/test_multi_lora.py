@@ -1,4 +1,4 @@
-"""multi_lora against plain autograd, by finite differences, and by what it keeps for backward."""
+"""Tests multi_lora against plain autograd, by finite differences, and by the tensors that it saves for backward."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from engine.kernels.multi_lora.types import AdapterSlice, LowRank, Operator
 
 
 def make(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[LowRank]]:
-    """The second pair has gains; all four of it, and A and B of the first, are trained."""
+    """Return factors to train: A and B of the first pair, and A, B and gains of the second."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -131,7 +131,7 @@ def test_ranges_that_do_not_fit_are_refused(uses: list[AdapterSlice]) -> None:
 
 
 def group() -> tuple[torch.Tensor, list[Operator]]:
-    """Three operators of different widths on one X: uses with and without dropout and gains, the third without any."""
+    """Return three operators of different widths on one X: two with various uses, the third without any."""
     x, w, b, pairs = make()
     generator = torch.Generator().manual_seed(5)
     w2, w3 = (torch.randn(5, n, generator=generator, dtype=x.dtype) for n in (4, 2))

@@ -1,4 +1,4 @@
-"""The operators that a backbone on CUDA goes through, on this CPU: their autograd against the reference's."""
+"""Tests the operators that a backbone on CUDA uses, on this CPU: their autograd against the reference's."""
 
 from collections.abc import Iterator, Sequence
 
@@ -18,7 +18,7 @@ WIDTH_IN, WIDTHS_OUT, TOKENS = 40, (24, 16, 8), 90
 
 @pytest.fixture(autouse=True)
 def where(make_launcher: MakeLauncher, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """All tensors of a test are made on the launcher's device."""
+    """Create all tensors of a test on the launcher's device."""
     launcher = make_launcher(0)
     monkeypatch.setattr(cupy_launcher, "launcher_of", lambda _: launcher)
     with launcher.device:
@@ -43,7 +43,7 @@ def uses(dropout: bool = True) -> list[AdapterSlice]:
 
 
 def factors(width_out: int) -> list[LowRank]:
-    """LoRA, LoRA whose A is a frozen slice of something wider (as VeRA's) with gains, and a transposed B (as MiSS')."""
+    """Return factors of LoRA, of VeRA (A is a frozen slice, with gains), and of MiSS (B is transposed)."""
     wide = draw(5, WIDTH_IN + 3)
     found = [
         LowRank(draw(4, WIDTH_IN), draw(width_out, 4)),
@@ -57,7 +57,7 @@ def factors(width_out: int) -> list[LowRank]:
 
 
 def group(with_bias: bool = False, dropout: bool = True) -> list[Operator]:
-    """Three operators: all uses, two of them, none."""
+    """Return three operators: with all uses, with two, and with none."""
     chosen = ([0, 1, 2], [1, 2], [])
     return [
         Operator(
@@ -75,7 +75,7 @@ def trained(operators: Sequence[Operator]) -> list[torch.Tensor]:
 
 
 def reference(x: torch.Tensor, operators: Sequence[Operator]) -> tuple[torch.Tensor, ...]:
-    """The torch path, also for what is on a GPU."""
+    """Compute by the torch path, also for tensors on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "_on_device", lambda *_: False)
         return dispatch.multi_lora(x, operators)
@@ -98,7 +98,7 @@ def test_autograd_equals_the_references(
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_a_result_that_nobody_reads_counts_as_zero() -> None:
+def test_an_unused_result_has_a_zero_gradient() -> None:
     found, expected = [], []
     for entry, results in ((torch_ops.run, found), (reference, expected)):
         x, operators = draw(TOKENS, WIDTH_IN).requires_grad_(), group()
@@ -125,7 +125,7 @@ def test_factors_in_another_type_are_cast_and_their_gradients_cast_back() -> Non
     assert own.b_NR.grad is not None and own.b_NR.grad.dtype == torch.float64
 
 
-def test_x_is_kept_only_where_an_a_is_trained() -> None:
+def test_x_is_saved_only_if_an_a_is_trained() -> None:
     x, weight = draw(TOKENS, WIDTH_IN).requires_grad_(), draw(WIDTH_IN, 24)
     for trains_a in (True, False):
         own = LowRank(draw(4, WIDTH_IN).requires_grad_(trains_a), draw(24, 4).requires_grad_())
@@ -136,7 +136,7 @@ def test_x_is_kept_only_where_an_a_is_trained() -> None:
 
 
 def test_a_step_that_is_updated_in_place_uploads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a captured graph could not follow: once a layout is known, a new step is a new value in the same memory."""
+    """A captured graph could not follow an upload: with a known layout, a new step only changes a value in memory."""
     cell, operators = torch.tensor(1, device=here()), group()
     positions = np.arange(32)
 
@@ -184,7 +184,7 @@ def test_torch_accepts_the_operators() -> None:
     )
 
 
-def test_what_does_not_fit_together_is_refused() -> None:
+def test_tensors_that_do_not_fit_together_are_refused() -> None:
     x, [first, *_] = draw(TOKENS, WIDTH_IN), group()
     with pytest.raises(ValueError, match="weight_KN is"):
         torch_ops.run(x, [first._replace(weight_KN=first.weight_KN.double())])

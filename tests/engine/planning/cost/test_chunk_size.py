@@ -1,4 +1,4 @@
-"""The chunk: tails against tails counted, and padding on ragged mixes packed by alignment itself."""
+"""Tests the chunk: expected tails against counted ones, and padding of mixed tasks packed by alignment itself."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ MIXES = {
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=20), st.integers(1, 4), st.sampled_from(CHUNKS))
 @settings(max_examples=examples(60), deadline=None)
 def test_expected_tails_are_the_mean_over_all_draws(lengths: list[int], count: int, chunk: int) -> None:
-    """Every draw of so many sequences, one by one, where there are few enough; else 20,000 of them."""
+    """Compares with all draws of so many sequences if they are few; else with 20,000 of them."""
     if len(lengths) ** count <= 20_000:
         draws = np.stack(np.meshgrid(*[lengths] * count), -1).reshape(-1, count)
         tolerance = 1e-9
@@ -79,7 +79,7 @@ def dataset(shape: str, random: np.random.Generator) -> TokenizedDataset:
 def planned(
     mix: tuple[str, ...], global_batch: int, limits: PlannerConfig
 ) -> tuple[list[PackedTask], tuple[HTask, ...], float]:
-    """The tasks' data, their plan on one executor, and the padding it predicts."""
+    """Return the tasks' data, their plan on one executor, and the padding that it predicts."""
     random, members, tasks = np.random.default_rng(len(mix)), [], []
     for i, shape in enumerate(mix):
         data = dataset(shape, random)
@@ -99,7 +99,7 @@ def planned(
 
 
 def padding(members: list[PackedTask], htasks: tuple[HTask, ...]) -> float:
-    """Of all tokens that alignment packs."""
+    """Return the share of padding in all tokens that alignment packs."""
     by_name, whole, effective = {member.task: member for member in members}, 0, 0
     for htask in htasks:
         for microbatch in rounds([by_name[name] for name in htask.tasks], htask.token_budget, htask.chunk_tokens):
@@ -118,7 +118,7 @@ def test_mixes_as_the_papers_are_padded_by_under_three_percent(mix: str, global_
     assert predicted == pytest.approx(found, rel=0.4, abs=0.002)
 
 
-def test_a_chunk_given_is_taken_and_one_is_no_alignment() -> None:
+def test_a_configured_chunk_is_used_and_one_means_no_alignment() -> None:
     members, htasks, _ = planned(MIXES["all three"], 8, PlannerConfig(2048, chunk_tokens=64))
     assert {htask.chunk_tokens for htask in htasks} == {64}
     assert padding(members, htasks) > 0.05

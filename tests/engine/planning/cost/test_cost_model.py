@@ -1,4 +1,4 @@
-"""The cost model: its formula by hand, its loads against PEFT's, its fit against prices that are known."""
+"""Tests the cost model: its formula by hand, loads of methods by hand, its fit against known prices."""
 
 import itertools
 
@@ -99,7 +99,7 @@ def test_a_fit_is_monotone_even_of_nonsense() -> None:
 
 
 def test_a_refit_follows_the_machines_speed_and_what_was_never_tried() -> None:
-    """Calibrated on small microbatches without adapters' arithmetic; then the machine is 1.7 times as slow."""
+    """Calibrates on small microbatches without adapters' arithmetic; then the machine is 1.7 times as slow."""
     random = np.random.default_rng(3)
     small = [MicrobatchWork(n, n * n, n / 2, 4) for n in (16.0, 32.0, 64.0, 128.0)]
     start = [CostSample((part,), microbatch_seconds(PROFILE, [part])) for part in small]
@@ -111,7 +111,7 @@ def test_a_refit_follows_the_machines_speed_and_what_was_never_tried() -> None:
 
 
 @pytest.mark.parametrize("seconds", [None, 0.0, -1.0])
-def test_no_profile_from_nothing(seconds: float | None) -> None:
+def test_a_fit_without_usable_samples_is_refused(seconds: float | None) -> None:
     samples = [] if seconds is None else [CostSample((MicrobatchWork(1),), seconds)]
     with pytest.raises(ValueError, match="positive time"):
         fit(samples)
@@ -123,7 +123,7 @@ def test_no_profile_from_nothing(seconds: float | None) -> None:
 )
 @settings(max_examples=examples(200), deadline=None)
 def test_nonnegative_least_squares_as_trying_every_support(a: np.ndarray, b: np.ndarray) -> None:
-    """The minimum over x >= 0 is the least of the unbounded minima over all supports that are themselves >= 0."""
+    """The minimum over x >= 0 is the least unconstrained minimum, over all supports, that is itself >= 0."""
     found = nonnegative_least_squares(a, b)
     assert found.min() >= 0
     best = np.linalg.norm(b)

@@ -1,4 +1,4 @@
-"""The memory model against numbers worked out by hand and against PEFT's own count of parameters."""
+"""Tests the memory model against numbers worked out by hand and PEFT's count of parameters."""
 
 import dataclasses
 
@@ -68,7 +68,7 @@ def test_bytes_grow_with_what_costs_them() -> None:
     assert total_bytes([spec, spec], BACKBONE, 256) < 2 * separate_instance_bytes(spec, BACKBONE)
 
 
-def test_what_a_process_has_counts_once_and_in_no_comparison_with_separate_instances() -> None:
+def test_process_memory_counts_once_and_not_against_separate_instances() -> None:
     spec, larger = _spec(), dataclasses.replace(BACKBONE, process_bytes=10**8, allocator_slack=1.5)
     without = dataclasses.replace(larger, process_bytes=0)
     assert total_bytes([spec, spec], larger, 256) == total_bytes([spec, spec], without, 256) + 10**8

@@ -1,4 +1,4 @@
-"""Fusion against brute force over all partitions, against its bound, and against cases worked out by hand."""
+"""Tests fusion against brute force over all partitions, its lower bound, and cases worked out by hand."""
 
 import functools
 import itertools
@@ -47,7 +47,7 @@ def named(tasks: Sequence[StepCost]) -> list[StepCost]:
 
 
 def partitions(tasks: Sequence[StepCost]) -> Iterator[list[list[StepCost]]]:
-    """Every way to split the tasks into groups: Bell's number of them."""
+    """Yield every partition of the tasks into groups: Bell's number of them."""
     if not tasks:
         yield []
         return
@@ -58,7 +58,7 @@ def partitions(tasks: Sequence[StepCost]) -> Iterator[list[list[StepCost]]]:
 
 
 def choices_of(group: Sequence[StepCost], stage: StageModel) -> list[tuple[float, float]]:
-    """(work, latency) of every number of microbatches; none if a sequence is longer than any may be."""
+    """Return (work, latency) for every number of microbatches; nothing if a sequence is longer than any microbatch."""
     tokens = sum(task.num_tokens for task in group)
     heavy = [task.token_bytes for task in group if task.token_bytes and math.isfinite(stage.max_bytes)]
     held = min([stage.max_tokens, *(stage.max_bytes // token_bytes for token_bytes in heavy)])
@@ -74,7 +74,7 @@ def choices_of(group: Sequence[StepCost], stage: StageModel) -> list[tuple[float
 
 
 def period_of(options: Sequence[Sequence[tuple[float, float]]]) -> float:
-    """The least, over the latencies that could be the largest, of that and of the sum of the least work under it."""
+    """Return the least period: over all latencies, the larger of one and of the least work under it."""
     bounds = sorted({latency for choices in options for _, latency in choices})
     return min(
         max(sum(min((w for w, x in choices if x <= bound), default=math.inf) for choices in options), bound)
@@ -83,7 +83,7 @@ def period_of(options: Sequence[Sequence[tuple[float, float]]]) -> float:
 
 
 def period(partition: Sequence[Sequence[StepCost]], stage: StageModel) -> float:
-    """The docstring's formula with nothing clever."""
+    """Compute the formula of the docstring in the plainest way."""
     return period_of([choices_of(group, stage) for group in partition])
 
 
@@ -104,7 +104,7 @@ def test_few_tasks_are_fused_as_brute_force_does(tasks: list[StepCost], stage: S
 
 
 class Brute:
-    """Every partition of so many tasks, each looked at: rows of bit masks, one a group, padded with the empty group."""
+    """All partitions of so many tasks: rows of bit masks, one for each group, padded with the empty group."""
 
     def __init__(self, num_tasks: int) -> None:
         grown = [[]]
@@ -120,8 +120,10 @@ class Brute:
             row[: len(groups)] = groups
 
     def has_one_under(self, seconds: float, tasks: Sequence[StepCost], stage: StageModel) -> bool:
-        """Whether any partition has a shorter period. Left out are those whose least work or least latencies are not
-        under it, whatever the numbers of microbatches."""
+        """Whether any partition has a shorter period.
+
+        Partitions whose least work or latency is not under it, for any number of microbatches, are skipped.
+        """
         choices = [[(0.0, 0.0)], *(choices_of(pick(tasks, mask), stage) for mask in range(1, 1 << len(tasks)))]
         work_G = np.array([min((w for w, _ in options), default=math.inf) for options in choices])
         latency_G = np.array([min((x for _, x in options), default=math.inf) for options in choices])
@@ -137,7 +139,7 @@ BRUTES = {count: functools.cache(functools.partial(Brute, count)) for count in (
 @given(data=st.data())
 @settings(max_examples=examples(8), deadline=None)
 def test_up_to_ten_tasks_are_fused_as_brute_force_does(count: int, data: st.DataObject) -> None:
-    """All partitions: of ten tasks 115,975."""
+    """Compares with all partitions: 115,975 of ten tasks."""
     brute = BRUTES[count]()
     assert len(brute.groups_PK) == {8: 4140, 9: 21147, 10: 115975}[count]
     tasks, stage = named(data.draw(st.lists(TASKS, min_size=count, max_size=count))), data.draw(STAGES)
@@ -149,7 +151,7 @@ def test_up_to_ten_tasks_are_fused_as_brute_force_does(count: int, data: st.Data
 
 
 def tasks_of(random: np.random.Generator, shape: str, count: int) -> list[StepCost]:
-    """Even, heavy-tailed, or of few sizes that fill no microbatch alone."""
+    """Return tasks of even sizes, heavy-tailed sizes, or few sizes of which none fills a microbatch alone."""
     tokens = {
         "even": lambda: random.integers(16, 4000),
         "heavy": lambda: np.clip(np.exp(random.normal(6, 1.5)), 16, 20000),
@@ -165,7 +167,7 @@ def tasks_of(random: np.random.Generator, shape: str, count: int) -> list[StepCo
 @pytest.mark.parametrize("shape", ["even", "heavy", "lumpy"])
 @pytest.mark.parametrize("seed", range(6))
 def test_many_tasks_are_fused_as_well_as_long_random_search_does(shape: str, seed: int) -> None:
-    """The reference: the least of 30 random regroupings that only moves of one task make better, one by one."""
+    """The reference is the best of 30 random partitions, each improved by moves of single tasks."""
     random = np.random.default_rng(seed)
     tasks = tasks_of(random, shape, 14)
     profile = CostProfile(float(random.choice([0, 10, 200])), 1.0, float(random.choice([0, 100, 700])))
@@ -197,20 +199,20 @@ def of_numbers(tasks: list[StepCost], of: np.ndarray, stage: StageModel) -> floa
 
 @given(st.lists(TASKS, min_size=7, max_size=fusion.EXACT_TASKS), STAGES)
 @settings(max_examples=examples(50), deadline=None)
-def test_all_subsets_are_no_worse_than_intervals(tasks: list[StepCost], stage: StageModel) -> None:
+def test_all_subsets_are_no_worse_than_runs(tasks: list[StepCost], stage: StageModel) -> None:
     assert fuse(named(tasks), stage).period_seconds <= fuse_many(named(tasks), stage).period_seconds * 1.001
 
 
 def fuse_intervals(tasks: Sequence[StepCost], stage: StageModel) -> Fusion:
-    """Runs of the tasks sorted by tokens."""
+    """Return the best runs of the tasks sorted by tokens."""
     ordered = sorted(tasks, key=lambda task: task.num_tokens)
     return fusion._best_cover(ContiguousRuns(ordered, stage), stage)
 
 
 @given(st.lists(TASKS, min_size=1, max_size=5), STAGES)
 @settings(max_examples=examples(100), deadline=None)
-def test_intervals_of_an_order_are_all_tried(tasks: list[StepCost], stage: StageModel) -> None:
-    """The way of many tasks, on few: the best of all partitions into runs of the sorted tasks."""
+def test_all_runs_of_an_order_are_tried(tasks: list[StepCost], stage: StageModel) -> None:
+    """The algorithm for many tasks, used on few, finds the best partition into runs of the sorted tasks."""
     ordered = sorted(named(tasks), key=lambda task: task.num_tokens)
     cuts = itertools.chain.from_iterable(
         itertools.combinations(range(1, len(ordered)), count) for count in range(len(ordered))
@@ -229,7 +231,7 @@ def test_no_partition_is_under_the_bound(tasks: list[StepCost], stage: StageMode
 
 
 def check_partition(found: Fusion, tasks: Sequence[StepCost], stage: StageModel) -> None:
-    """Each task once, and no microbatch holds more than it may."""
+    """Check that each task appears once and no microbatch exceeds its limits."""
     assert sorted(task.name for group in found.groups for task in group.tasks) == sorted(map(str, range(len(tasks))))
     for group in found.groups:
         tokens = sum(task.num_tokens for task in group.tasks) / group.num_microbatches
@@ -238,7 +240,7 @@ def check_partition(found: Fusion, tasks: Sequence[StepCost], stage: StageModel)
 
 
 def test_on_one_stage_all_share_while_there_is_something_to_share() -> None:
-    """A fixed cost and idle tokens under the knee are paid once; nothing fills with one stage."""
+    """Fixed costs and idle tokens under the knee are paid once; one stage has no bubbles to fill."""
     profile = CostProfile(fixed_seconds=10.0, token_seconds=1.0, knee_tokens=100.0)
     tasks = [StepCost(str(i), 30) for i in range(4)]
     found = fuse(tasks, StageModel(profile, 1000))
@@ -277,7 +279,7 @@ def test_a_saturated_device_gains_nothing_from_fusion() -> None:
 
 
 def test_a_task_that_keeps_much_does_not_make_small_microbatches_for_all() -> None:
-    """One task keeps 10 bytes a token, so that only 100 of its tokens fit; fused, all would run by 100 tokens."""
+    """One task keeps 10 bytes a token, so only 100 of its tokens fit; fused, all would run 100 tokens at a time."""
     tasks = [StepCost("heavy", 100, token_bytes=10.0), *(StepCost(str(i), 500, token_bytes=1.0) for i in range(4))]
     stage = StageModel(CostProfile(fixed_seconds=50.0, token_seconds=1.0), 1000, max_bytes=1000.0)
     found = fuse(tasks, stage)

@@ -1,4 +1,4 @@
-"""The answer to a task that fits nowhere: its remedy is carried out, and then the task fits; one more would not."""
+"""Tests the remedy for a task that fits nowhere: with it the task fits, and with one more it would not."""
 
 import re
 from dataclasses import replace
@@ -40,7 +40,7 @@ def refusal(task: TaskSpec, *executors: ExecutorView) -> WillNeverFitError:
     return caught.value
 
 
-def test_the_largest_micro_batch_that_fits_is_told_with_its_bytes() -> None:
+def test_the_error_has_the_largest_micro_batch_that_fits_and_its_bytes() -> None:
     room = bytes_of(spec(micro=4)) + 10**6
     told = refusal(spec(), executor(room), executor(room // 2, "smaller"))
     needs, most, fits = (f"{value / 1e9:.1f} GB" for value in (bytes_of(spec()), room, bytes_of(spec(micro=4))))
@@ -51,7 +51,7 @@ def test_the_largest_micro_batch_that_fits_is_told_with_its_bytes() -> None:
     assert told.violations[0].field == "spec.training.micro_batch_size"
 
 
-def test_where_the_micro_batch_does_not_help_something_else_is_named() -> None:
+def test_the_error_names_another_field_if_the_micro_batch_does_not_help() -> None:
     long = spec(micro=1, tokens=4096)
     told = refusal(long, executor(bytes_of(replace(long, training=replace(long.training, max_sequence_tokens=1000)))))
     assert told.violations[0].field == "spec.training.max_sequence_tokens"
@@ -62,7 +62,7 @@ def test_where_the_micro_batch_does_not_help_something_else_is_named() -> None:
     assert told.violations[0].field == "spec.lora.rank" and ". Reduce micro batch to 1 and rank to 32 (" in told.message
 
 
-def test_where_nothing_of_the_task_helps_the_operator_is_named() -> None:
+def test_the_error_names_the_operator_if_no_change_of_the_task_helps() -> None:
     told = refusal(spec(), executor(bytes_of(spec(1, 1, 1)) - 10**6))
     assert re.search(r"ask its operator for microbatches of \d+ tokens or a larger executor", told.message)
     told = refusal(spec(), executor(BACKBONE.weight_bytes // 2))
@@ -72,7 +72,7 @@ def test_where_nothing_of_the_task_helps_the_operator_is_named() -> None:
     assert refusal(ia3, executor(100)).violations[0].field == "spec.backbone"
 
 
-def test_nothing_is_said_where_one_executor_holds_it_or_nobody_hosts_the_backbone() -> None:
+def test_a_task_passes_if_one_executor_holds_it_or_none_hosts_its_backbone() -> None:
     refuse_if_never_fits(spec(), [executor(100), executor(bytes_of(spec()), "f")], LIMITS)
     refuse_if_never_fits(spec(), [], LIMITS)
     refuse_if_never_fits(replace(spec(), backbone="other"), [executor(100)], LIMITS)

@@ -1,4 +1,4 @@
-"""The pipeline simulator against its own rules, 1F1B worked out by hand, and the period that fusion predicts."""
+"""Tests the pipeline simulator against its rules, 1F1B worked out by hand, and the period that fusion predicts."""
 
 import itertools
 import xml.etree.ElementTree as ElementTree
@@ -56,7 +56,7 @@ def test_a_timeline_keeps_every_rule(htasks: list[HTaskRound], pipeline: Pipelin
 
 
 def check_stage(operations: list[StageOperation], pipeline: Pipeline, stage: int) -> None:
-    """One thing at a time, and never more microbatches between forward and backward than there is room for."""
+    """Check that a stage runs one operation at a time, and holds at most as many microbatches as it may."""
     operations.sort(key=lambda o: o.start_seconds)
     in_flight = 0
     for one, following in itertools.pairwise(operations):
@@ -67,7 +67,7 @@ def check_stage(operations: list[StageOperation], pipeline: Pipeline, stage: int
 
 
 def check_boundaries(timeline: Timeline) -> None:
-    """On every stage, no microbatch of a round begins before the hTask's last round is done there, backward and all."""
+    """Check that on every stage a round begins after the hTask's last round has ended there, backward included."""
     ends: dict[tuple[str, int, int], float] = defaultdict(float)
     for o in timeline.operations:
         key = (o.scheduled.htask.name, o.scheduled.round, o.stage)
@@ -86,7 +86,7 @@ def test_one_round_of_1f1b_by_hand(stages: int, microbatches: int) -> None:
 
 
 def test_other_tasks_fill_the_bubbles_of_one() -> None:
-    """Eight tasks on four stages: one by one over a quarter of the time is lost, interleaved under a twentieth."""
+    """Eight tasks on four stages lose over a quarter of the time one by one, and under a twentieth interleaved."""
     htasks = [HTaskRound(f"task-{i}", 8, 1.0, 1.0) for i in range(8)]
     assert simulate(one_by_one(htasks, 10), Pipeline(4)).bubble_fraction > 0.25
     assert simulate(interleaved(htasks, 10), Pipeline(4)).bubble_fraction < 0.01
@@ -96,7 +96,7 @@ def test_other_tasks_fill_the_bubbles_of_one() -> None:
 
 
 def test_no_order_leaves_more_between_an_htasks_rounds() -> None:
-    """All orders of a cycle of 2 + 2 + 1 microbatches, in order within each hTask."""
+    """Tries all orders of a cycle of 2 + 2 + 1 microbatches, in order within each hTask."""
     counts = {"a": 2, "b": 2, "c": 1}
     rounds = [HTaskRound(name, count, 1.0, 1.0) for name, count in counts.items()]
     template = [microbatch.htask.name for microbatch in interleaved(rounds, 2)]
@@ -106,7 +106,7 @@ def test_no_order_leaves_more_between_an_htasks_rounds() -> None:
 
 
 def gap(order: list[str], name: str, count: int) -> int:
-    """Microbatches of others between the last of the first round and the first of the second."""
+    """Return the number of other hTasks' microbatches between the first round and the second."""
     places = [i for i, other in enumerate(order) if other == name]
     return places[count] - places[count - 1] - 1
 
@@ -114,8 +114,8 @@ def gap(order: list[str], name: str, count: int) -> int:
 @pytest.mark.parametrize("num_stages", [1, 2, 4, 8])
 @pytest.mark.parametrize("sizes", [(400,), (400, 400), (300, 400, 500), (100,) * 9, (1000, 100, 100)])
 def test_the_period_fusion_predicts_is_what_a_pipeline_takes(num_stages: int, sizes: tuple[int, ...]) -> None:
-    """Over many rounds, each task an hTask of its own. The prediction is a bound that is met within a tenth, but where
-    one hTask's own round is longer than all others' work: theirs then gets in its way, by up to a third."""
+    """Over many rounds, with each task an hTask, the prediction is a bound that is met within a tenth. If one hTask's
+    round is longer than all others' work, theirs delays it by up to a third."""
     stage = StageModel(CostProfile(fixed_seconds=5.0, token_seconds=1.0), 100, num_stages=num_stages)
     found = fuse_as([[StepCost(str(i), size)] for i, size in enumerate(sizes)], stage)
     htasks = [

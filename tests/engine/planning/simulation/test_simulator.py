@@ -1,4 +1,4 @@
-"""The simulator against timelines made by hand and laws that any schedule keeps; its baselines by their own words."""
+"""Tests the simulator against timelines worked out by hand and laws of any schedule; its baselines by definition."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ def executors(count: int, memory_mib: int = 4096) -> list[ExecutorView]:
 
 
 class Sharing:
-    """A policy that is easily worked out: all on one executor, a second a round for each."""
+    """A policy for calculation by hand: all tasks on one executor, a round takes one second for each."""
 
     def assign(self, tasks: Sequence[TaskView], executors: Sequence[ExecutorView]) -> Mapping[str, SimulatedAssignment]:
         names = tuple(sorted(task.name for task in tasks))
@@ -57,8 +57,8 @@ def test_processor_sharing_by_hand() -> None:
 
 
 def test_switching_costs_and_plans_are_shared() -> None:
-    """The first loses 3 s, three rounds: 12 are left when the second comes, who loses one and a half. That one's 11.5
-    rounds of 2 s end at 24; half a round, alone, is left of the first."""
+    """The first loses 3 s, three rounds: 12 are left when the second arrives and loses one and a half. Its 11.5 rounds
+    of 2 s end at 24; the first then has half a round left, alone."""
     run = simulate([Arrival(0, task(0, 10)), Arrival(1, task(1, 10))], executors(1), Sharing(), switch_seconds=3.0)
     assert run.num_plans == 4  # two arrivals, two ends
     late = simulate([Arrival(0, task(0, 10)), Arrival(1, task(1, 10))], executors(1), Sharing(), replan_seconds=5.0)
@@ -81,7 +81,7 @@ POLICIES = [PlannerPolicy, SeparateInstances, PaddedBatching]
     replan=st.sampled_from([0.0, 7.0]),
 )  # fmt: skip
 @settings(max_examples=examples(40), deadline=None)
-def test_whatever_comes_is_done_once_and_no_time_is_invented(  # type: ignore[no-untyped-def]
+def test_every_task_runs_once_and_no_faster_than_alone(  # type: ignore[no-untyped-def]
     policy, rows, count: int, memory_mib: int, replan: float
 ) -> None:
     come = [Arrival(at, task(i, steps, tokens, tenant)) for i, (at, steps, tokens, tenant) in enumerate(rows)]
@@ -111,7 +111,7 @@ def test_the_planner_beats_both_baselines_on_small_ragged_tasks() -> None:
 
 
 def test_an_instance_each_runs_its_own_slices_and_a_batch_pads_to_the_longest() -> None:
-    """8 sequences in slices of 2: four microbatches of their own; batched, 8 sequences of 64 tokens: two of 256."""
+    """8 sequences in slices of 2 are four microbatches; batched and padded to 64 tokens they are two of 256."""
     one = task(0, 1)
     padded = 100 + 7.5
     (own,) = SeparateInstances(LIMITS).assign([one], executors(1)).values()
@@ -136,8 +136,8 @@ def test_a_trace_is_the_same_again_and_has_the_shape_it_says() -> None:
     assert np.std(poisson) / np.mean(poisson) == pytest.approx(1.0, rel=0.1)
 
 
-def test_a_forecast_is_the_simulators_word_and_more_tasks_never_end_sooner() -> None:
-    """Two tasks, one executor, by hand as in the planner's own estimate; a third makes both later."""
+def test_a_forecast_is_simulated_and_more_tasks_never_end_sooner() -> None:
+    """Two tasks on one executor end as worked out by hand; a third task delays both."""
     tasks = (task(0, 10), task(1, 20))
     snapshot = Snapshot(tasks, tuple(executors(1)))
     together, alone = 0.5 + 0.01 * 215, 0.5 + 0.01 * 107.5
