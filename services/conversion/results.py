@@ -5,6 +5,8 @@ import dataclasses
 from engine.results import EvaluationResult, StepResult
 from muxtune.v1 import task_pb2
 
+ATTEMPT_ENDS = frozenset({"finished", "failed", "released"})  # kinds of result after which an attempt is over
+
 
 def step_to_proto(result: StepResult) -> task_pb2.StepDone:
     check = None

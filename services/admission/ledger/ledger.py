@@ -26,10 +26,9 @@ from services.admission.store.clock import now
 from services.admission.store.database import Database
 from services.admission.store.tables import executors, incarnations, plans
 from services.admission.store.tables import tasks as tasks_table
+from services.conversion.results import ATTEMPT_ENDS
 from services.rpc.audit import AuditEntry
 from services.rpc.authorization import Principal, Role
-
-_ENDS = ("finished", "failed", "released")
 
 
 class Ledger:
@@ -150,7 +149,7 @@ class Ledger:
             suspects = crash_tracker.suspects(connection, executor)
             verdicts = [result_commit.commit(connection, executor, result, self._max_crashes) for result in batch]
             is_cleared = suspects != crash_tracker.suspects(connection, executor)
-        return verdicts, is_cleared or any(result.WhichOneof("result") in _ENDS for result in batch)
+        return verdicts, is_cleared or any(result.WhichOneof("result") in ATTEMPT_ENDS for result in batch)
 
     def record_audit(self, event: operator_pb2.AuditEvent) -> None:
         """A line from scheduling. Raises InvalidInputError for one that does not say who or what."""

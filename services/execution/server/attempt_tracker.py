@@ -6,8 +6,7 @@ Pure: no pipe, no gRPC.
 from collections.abc import Iterable
 
 from muxtune.v1 import plan_pb2
-
-ENDS = frozenset({"finished", "failed", "released"})  # results after which an attempt is over
+from services.conversion.results import ATTEMPT_ENDS
 
 
 class AttemptTracker:
@@ -48,7 +47,7 @@ class AttemptTracker:
                 continue
             valid.append(result)
             kind = result.WhichOneof("result")
-            if kind in ENDS:
+            if kind in ATTEMPT_ENDS:
                 self._end(result.task, result.attempt)
         return valid
 

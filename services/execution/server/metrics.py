@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from muxtune.v1 import plan_pb2
-from services.execution.server.attempt_tracker import ENDS
+from services.conversion.results import ATTEMPT_ENDS
 from services.telemetry import meter
 
 
@@ -36,5 +36,5 @@ class ExecutorMetrics:
                 self._effective.add(step.effective_tokens, self._attributes)
                 self._padding.add(step.padding_tokens, self._attributes)
                 self._seconds.add(step.device_seconds, self._attributes)
-            elif kind in ENDS:
+            elif kind in ATTEMPT_ENDS:
                 self._ends.add(1, {**self._attributes, "muxtune.end": kind})
