@@ -14,6 +14,7 @@ from services.rpc.authentication import check_executor, current_principal
 from services.scheduling.plan_queries import explain, hypothetical_tasks, planner_profile, what_if
 from services.scheduling.scheduler import Scheduler
 
+# Without gRPC's other schemes, such as unix:, dns: and xds:.
 _ADDRESS = re.compile(r"([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 
 
@@ -35,9 +36,7 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
         violations = [
             FieldViolation(f"executor.{field}", "is missing") for field, value in required.items() if not value
         ]
-        if executor.address and not _ADDRESS.fullmatch(
-            executor.address
-        ):  # refuses gRPC's other schemes: unix:, dns:, xds:
+        if executor.address and not _ADDRESS.fullmatch(executor.address):
             violations.append(FieldViolation("executor.address", f'"{executor.address}" is not HOST:PORT'))
         if violations:
             raise InvalidInputError.of_fields(violations)

@@ -138,7 +138,7 @@ async def test_a_dataset_deleted_while_its_task_is_examined(
     admission: Admission, alignment: Alignment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = await admission.upload()
-    asked, go_on, inspect = asyncio.Event(), asyncio.Event(), alignment.servicer._catalog.inspect
+    asked, go_on, inspect = asyncio.Event(), asyncio.Event(), alignment.servicer._datasets.inspect
     loop = asyncio.get_running_loop()
 
     def slow(*arguments: Any) -> Any:
@@ -147,7 +147,7 @@ async def test_a_dataset_deleted_while_its_task_is_examined(
         asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(10)
         return report
 
-    monkeypatch.setattr(alignment.servicer._catalog, "inspect", slow)
+    monkeypatch.setattr(alignment.servicer._datasets, "inspect", slow)
     creating = asyncio.create_task(admission.create(dataset.name))
     await asked.wait()
     await admission.tenant().DeleteDataset(pb.DeleteDatasetRequest(name=dataset.name))
@@ -167,7 +167,7 @@ async def test_bytes_that_no_dataset_holds_go_with_a_sweep(
         raise UnavailableError("the store is away")
 
     with monkeypatch.context() as patched:
-        patched.setattr(alignment.servicer._catalog, "remove", away)
+        patched.setattr(alignment.servicer._datasets, "remove", away)
         await admission.tenant().DeleteDataset(pb.DeleteDatasetRequest(name=gone.name))
     assert admission.files() == both_files
     await admission.servicer.dataset_bytes.sweep()

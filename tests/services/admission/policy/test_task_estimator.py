@@ -18,13 +18,13 @@ from tests.services.admission.admission_mesh import Admission, Alignment, execut
 def inspected(alignment: Alignment, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """What alignment was asked to inspect."""
     asked: list[Any] = []
-    inspect = alignment.servicer._catalog.inspect
+    inspect = alignment.servicer._datasets.inspect
 
     def note(*arguments: Any) -> Any:
         asked.append(arguments)
         return inspect(*arguments)
 
-    monkeypatch.setattr(alignment.servicer._catalog, "inspect", note)
+    monkeypatch.setattr(alignment.servicer._datasets, "inspect", note)
     yield asked
 
 
@@ -121,7 +121,7 @@ async def test_a_dataset_that_changes_while_a_task_is_examined_is_seen(
         await delete()
         await admission.upload(lines([{"text": "another row"}] * 3), dataset_id="rows")
 
-    inspect, meanwhile = alignment.servicer._catalog.inspect, [replace(), delete()]
+    inspect, meanwhile = alignment.servicer._datasets.inspect, [replace(), delete()]
 
     def inspect_slowly(*arguments: Any) -> Any:
         report = inspect(*arguments)
@@ -129,7 +129,7 @@ async def test_a_dataset_that_changes_while_a_task_is_examined_is_seen(
             asyncio.run_coroutine_threadsafe(meanwhile.pop(0), loop).result(timeout=20)
         return report
 
-    monkeypatch.setattr(alignment.servicer._catalog, "inspect", inspect_slowly)
+    monkeypatch.setattr(alignment.servicer._datasets, "inspect", inspect_slowly)
     with refused(grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"):
         await admission.create(dataset)
     assert not meanwhile and admission.num_rows()["tasks"] == 0
