@@ -35,7 +35,7 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[Callable[[], None]] = []
-        self.made: list[torch.Tensor] = []
+        self.created: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func._schema.name, kwargs or {}
@@ -45,15 +45,15 @@ class Tape(TorchDispatchMode):
             with self:
                 return _OPS[name](*args, **kwargs)
         result = func(*args, **kwargs)
-        given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
-        fresh = [t for t in _tensors(result) if t.untyped_storage().data_ptr() not in given]
+        argument_storages = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        fresh = [t for t in _tensors(result) if t.untyped_storage().data_ptr() not in argument_storages]
         if func._schema.is_mutable:
             self.steps.append(lambda: func(*args, **kwargs))
         elif fresh and "empty" in name:
             self.steps.append(lambda: poison(fresh))
         elif fresh:
             self.steps.append(lambda: _rewrite(fresh, func(*args, **kwargs)))
-        self.made += fresh
+        self.created += fresh
         return result
 
 
@@ -76,7 +76,7 @@ class SoftwareRecording:
             self._result = self.run(lambda: self._within_tape(work))
         for gradient_P, own_P in zip(gradients, before, strict=True):
             gradient_P.copy_(own_P)  # on a device the capture would not have run anything
-        poison(self._tape.made)
+        poison(self._tape.created)
 
     def replay(self) -> torch.Tensor:
         assert self._result is not None
@@ -142,6 +142,6 @@ def segments_by_bounds(
 def all_varlen() -> Iterator[None]:
     """Makes attention use the path of flash attention on this CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "fallback_reason", lambda _, *asked: "not here" if any(asked) else None)
+        patch.setattr(attention, "fallback_reason", lambda _, *arguments: "not here" if any(arguments) else None)
         patch.setattr(attention, "varlen_attention", segments_by_bounds)
         yield

@@ -31,15 +31,15 @@ def trained(model: Any, tasks: list[TinyTask], *, checkpoints: bool) -> tuple[di
     for task in tasks:
         executor.attach(task.assignment)
     results = train(executor, tasks, 2)
-    losses = {name: [result.loss for result in own] for name, own in results.items()}
+    losses = {name: [result.loss for result in task_results] for name, task_results in results.items()}
     return losses, {name: run.parameters_P.detach().clone() for name, run in executor.tasks.items()}
 
 
 def assert_equal(model: Any, tasks: list[TinyTask]) -> None:
     (losses, parameters), (again, recomputed) = (trained(model, tasks, checkpoints=on) for on in (False, True))
-    assert losses == again and all(len(own) == 2 for own in losses.values())
-    for name, own in parameters.items():
-        assert torch.equal(own, recomputed[name]), name
+    assert losses == again and all(len(task_losses) == 2 for task_losses in losses.values())
+    for name, parameters_P in parameters.items():
+        assert torch.equal(parameters_P, recomputed[name]), name
 
 
 def test_all_methods_in_one_batch_train_bit_for_bit_the_same() -> None:

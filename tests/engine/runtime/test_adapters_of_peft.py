@@ -132,10 +132,10 @@ def test_an_adapter_of_our_format_is_applied_to_a_model_and_removed(name: str, t
     follower.attach(task.assignment, None, tmp_path)
     assert torch.equal(follower.tasks["a"].parameters_P, executor.tasks["a"].parameters_P)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    for change, said in (({"format_version": 2}, "version 2"), ({"peft_type": "LORA"}, "load it with peft")):
-        (tmp_path / said).mkdir()
-        (tmp_path / said / "adapter_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match=said):
-            load_adapter(model, tmp_path / said)
+    for change, text in (({"format_version": 2}, "version 2"), ({"peft_type": "LORA"}, "load it with peft")):
+        (tmp_path / text).mkdir()
+        (tmp_path / text / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=text):
+            load_adapter(model, tmp_path / text)
     with pytest.raises(ValueError, match="which this model does not have"):
         load_adapter(model_of(CONFIGS["gpt2"]), tmp_path)

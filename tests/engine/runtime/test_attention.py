@@ -54,14 +54,14 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...
     """Makes tensors look like those of a GPU with flash attention, and records its arguments."""
     handed: list[tuple[Any, ...]] = []
 
-    def noted(*args: Any, **options: Any) -> torch.Tensor:
+    def record(*args: Any, **options: Any) -> torch.Tensor:
         handed.append((*args, options))
         return plain_varlen(*args, **options)
 
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(varlen_attention, "varlen_attn", noted)
+    monkeypatch.setattr(varlen_attention, "varlen_attn", record)
     yield handed
 
 
@@ -85,8 +85,8 @@ def test_flash_attention_computes_what_attention_by_segment_does(
     by_segment, _ = packed_attention(MODULE, q, k, v, None, scaling, sliding_window=window, cu_seqlens=bounds)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(varlen_attention, "varlen_attn", plain_varlen)
-        made = AttentionCache().bounds_on(torch.device("cpu"), bounds)
-        in_one = varlen_attention.varlen_attention(q, k, v, made, scaling, window)
+        segment_bounds = AttentionCache().bounds_on(torch.device("cpu"), bounds)
+        in_one = varlen_attention.varlen_attention(q, k, v, segment_bounds, scaling, window)
     assert in_one.shape == by_segment.shape == (1, num_tokens, 2 * group, 8)
     torch.testing.assert_close(in_one, by_segment, rtol=1e-5, atol=1e-5)
 
@@ -120,9 +120,9 @@ def test_attention_by_segment_has_a_reason(
 ) -> None:
     q, k, v = (heads(2, 5, width, dtype, i) for i in range(3))
     prefixes = {id(MODULE): {0: (heads(2, 1, width, dtype), heads(2, 1, width, dtype))}}
-    chosen = {"prefixes": prefixes} if options.pop("prefix", False) else options
+    arguments = {"prefixes": prefixes} if options.pop("prefix", False) else options
     cache = AttentionCache()
-    packed_attention(MODULE, q, k, v, None, cu_seqlens=[0, 2, 5], attention_cache=cache, **chosen)
+    packed_attention(MODULE, q, k, v, None, cu_seqlens=[0, 2, 5], attention_cache=cache, **arguments)
     [path] = cache.paths
     assert path.startswith("by segment: ") and words in path and not as_on_a_gpu
 
@@ -159,6 +159,6 @@ def test_both_paths_agree_on_a_device(dtype: torch.dtype, window: int | None) ->
         results.append([out, *gradients])
         cache.bounds = None
     assert "flash attention" in cache.paths and len(cache.paths) == 2
-    for own, reference in zip(*results, strict=True):
-        error = (own.float() - reference).norm() / reference.norm()
+    for result, reference in zip(*results, strict=True):
+        error = (result.float() - reference).norm() / reference.norm()
         assert error < (1e-2 if dtype is torch.bfloat16 else 2e-3)

@@ -36,8 +36,8 @@ def test_resume_is_exact(training: dict[str, Any], at: int) -> None:
 
     second = executor_with(model, [])
     second.attach(task.assignment, state)
-    found = train(second, [task], 5)["a"]
-    assert [(r.step, r.loss, r.learning_rate, r.grad_norm) for r in found] == [
+    resumed = train(second, [task], 5)["a"]
+    assert [(r.step, r.loss, r.learning_rate, r.grad_norm) for r in resumed] == [
         (r.step, r.loss, r.learning_rate, r.grad_norm) for r in expected
     ]
     assert torch.equal(second.tasks["a"].parameters_P, first.tasks["a"].parameters_P)
@@ -64,8 +64,8 @@ def test_resuming_within_a_step_restarts_that_step() -> None:
     executor.run(pack_round([task], [0])[0])
     executor.tasks["a"].restart_step()
     expected = train(executor_with(model, [task]), [task], 1)["a"][0]
-    found = train(executor, [task], 1)["a"][0]
-    assert (found.loss, found.grad_norm) == (expected.loss, expected.grad_norm)
+    result = train(executor, [task], 1)["a"][0]
+    assert (result.loss, result.grad_norm) == (expected.loss, expected.grad_norm)
 
 
 def test_a_checkpoint_that_is_unreadable_or_does_not_fit_is_refused() -> None:

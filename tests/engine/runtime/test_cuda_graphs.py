@@ -96,12 +96,12 @@ def trained(executor: Executor, tasks: Sequence[TinyTask], steps: range, **kind:
     return [result for microbatch in microbatches for result in executor.run(microbatch)]
 
 
-def assert_same_bits(own: Executor, theirs: Executor) -> None:
-    for name, run in own.tasks.items():
+def assert_same_bits(ours: Executor, theirs: Executor) -> None:
+    for name, run in ours.tasks.items():
         assert torch.equal(run.parameters_P, theirs.tasks[name].parameters_P), name
 
 
-def told(results: Sequence[Result]) -> list[tuple[Any, ...]]:
+def values_of(results: Sequence[Result]) -> list[tuple[Any, ...]]:
     assert all(isinstance(result, StepResult) for result in results)
     return [(r.task, r.step, r.loss, r.grad_norm, r.num_target_tokens) for r in results]  # type: ignore[union-attr]
 
@@ -115,12 +115,12 @@ def test_replays_give_an_eager_passs_bits(architecture: str) -> None:
     replaying, again, plain = (
         executor_of(model, tasks, counting), executor_of(model, tasks, Again), executor_with(model, tasks),
     )  # fmt: skip
-    found = [trained(executor, tasks, range(8)) for executor in (replaying, again, plain)]
-    assert told(found[0]) == told(found[1])
+    results = [trained(executor, tasks, range(8)) for executor in (replaying, again, plain)]
+    assert values_of(results[0]) == values_of(results[1])
     assert_same_bits(replaying, again)
     assert len(replays) >= 5  # of 16 microbatches: each bucket takes two
-    for own, theirs in zip(told(found[0]), told(found[2]), strict=True):
-        assert own[:2] == theirs[:2] and own[2:4] == pytest.approx(theirs[2:4], rel=1e-4) and own[4] == theirs[4]
+    for ours, theirs in zip(values_of(results[0]), values_of(results[2]), strict=True):
+        assert ours[:2] == theirs[:2] and ours[2:4] == pytest.approx(theirs[2:4], rel=1e-4) and ours[4] == theirs[4]
     for name in "abc":
         ours, theirs_P = (executor.tasks[name].parameters_P for executor in (replaying, plain))
         torch.testing.assert_close(ours, theirs_P, rtol=1e-3, atol=1e-4)
@@ -142,12 +142,14 @@ def test_tasks_of_every_method_on_the_kernels(host_launcher: MakeHost) -> None:
         replaying, replays = replaying_executor(model, tasks, launcher)
         again = executor_of(model, tasks, Again, launcher)
         results = [trained(executor, tasks, range(4)) for executor in (replaying, again)]
-    assert told(results[0]) == told(results[1])
+    assert values_of(results[0]) == values_of(results[1])
     assert_same_bits(replaying, again)
     assert len(replays) == 2  # of four: seen, captured, verified, used
     plain = executor_with(model, tasks)
-    for own, theirs in zip(told(results[0]), told(trained(plain, tasks, range(4))), strict=True):  # also masks
-        assert own[:2] == theirs[:2] and own[2] == pytest.approx(theirs[2], rel=1e-4)
+    for ours, theirs in zip(
+        values_of(results[0]), values_of(trained(plain, tasks, range(4))), strict=True
+    ):  # also masks
+        assert ours[:2] == theirs[:2] and ours[2] == pytest.approx(theirs[2], rel=1e-4)
 
 
 def test_tasks_join_and_leave_between_replays() -> None:
@@ -157,16 +159,16 @@ def test_tasks_join_and_leave_between_replays() -> None:
     (replaying, replays), again = replaying_executor(model, tasks[:2]), executor_of(model, tasks[:2], Again)
     results: list[list[tuple[Any, ...]]] = []
     for executor in (replaying, again):
-        found = trained(executor, [a, b], range(4))
+        trained_results = trained(executor, [a, b], range(4))
         executor.detach("b")
         executor.attach(c.assignment)
-        found += trained(executor, [a, c], range(4))
+        trained_results += trained(executor, [a, c], range(4))
         executor.attach(b.assignment)  # again, under the name of a task whose graphs were forgotten
-        found += trained(executor, [b, a], range(4))
-        found += trained(executor, [a, b, c], range(4))
+        trained_results += trained(executor, [b, a], range(4))
+        trained_results += trained(executor, [a, b, c], range(4))
         executor.detach("c")
-        found += trained(executor, [a, b, c], range(2))  # its tokens are still in the stream
-        results.append(told(found))
+        trained_results += trained(executor, [a, b, c], range(2))  # its tokens are still in the stream
+        results.append(values_of(trained_results))
     assert results[0] == results[1] and len(replays) >= 4 * 2
     assert_same_bits(replaying, again)
     assert {task.assignment.task for bucket in replaying._graphs._graphs for task in bucket.tasks} == {"a", "b"}  # type: ignore[union-attr]
@@ -175,13 +177,13 @@ def test_tasks_join_and_leave_between_replays() -> None:
 def test_evaluations_are_replayed_too() -> None:
     model, tasks = model_of(CONFIGS["llama-tied"]), tasks_of({"a": Lora(3, 8.0, ALL, 0.3)}, lambda i: [9, 12, 10, 13])
     (replaying, replays), plain = replaying_executor(model, tasks), executor_with(model, tasks)
-    found, expected = (
+    replayed, expected = (
         trained(executor, tasks, range(4), kind=MicrobatchKind.EVALUATE) for executor in (replaying, plain)
     )
     assert len(replays) == 6  # they have no dropout, which training has
-    for own, theirs in zip(found, expected, strict=True):
-        assert isinstance(own, EvaluationResult) and isinstance(theirs, EvaluationResult)
-        assert own.loss == pytest.approx(theirs.loss, rel=1e-6) and own.num_target_tokens == theirs.num_target_tokens
+    for ours, theirs in zip(replayed, expected, strict=True):
+        assert isinstance(ours, EvaluationResult) and isinstance(theirs, EvaluationResult)
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-6) and ours.num_target_tokens == theirs.num_target_tokens
 
 
 @pytest.mark.parametrize(
@@ -227,10 +229,10 @@ def test_a_failed_capture_changes_no_result(error: Exception) -> None:
         executor_of(model, tasks, Again),
     )
     plain = executor_with(model, tasks)
-    results = [told(trained(executor, tasks, range(4))) for executor in (failing, again, plain)]
+    results = [values_of(trained(executor, tasks, range(4))) for executor in (failing, again, plain)]
     assert results[0][0] == results[1][0]
-    for own, theirs in zip(results[0], results[2], strict=True):
-        assert own[2] == pytest.approx(theirs[2], rel=1e-5)
+    for ours, theirs in zip(results[0], results[2], strict=True):
+        assert ours[2] == pytest.approx(theirs[2], rel=1e-5)
 
 
 class Unable(SoftwareRecording):
@@ -248,7 +250,7 @@ def test_a_bucket_that_does_not_run_is_run_eagerly(caplog: pytest.LogCaptureFixt
     model, tasks = model_of(CONFIGS["llama-tied"]), tasks_of({"a": Lora(3, 8.0, ALL)}, lambda i: [9, 12, 10, 13])
     unable = executor_of(model, tasks, type("", (Unable,), {"is_late": False}))
     plain = executor_with(model, tasks, packs_weights=False)
-    assert told(trained(unable, tasks, range(3))) == told(trained(plain, tasks, range(3)))
+    assert values_of(trained(unable, tasks, range(3))) == values_of(trained(plain, tasks, range(3)))
     assert "empty segments" in caplog.text
 
 
@@ -265,11 +267,11 @@ def test_work_that_waits_for_the_device_is_not_captured(caplog: pytest.LogCaptur
     executor, replays = replaying_executor(model, tasks)
     executor.backbone.model.register_forward_hook(lambda *_: None)
     base = executor.backbone.model.base_model
-    base.norm.register_forward_hook(lambda module, given, y: y * (1.0 if y.abs().max().item() > 0 else 2.0))
+    base.norm.register_forward_hook(lambda module, inputs, y: y * (1.0 if y.abs().max().item() > 0 else 2.0))
     plain = executor_with(model, tasks)
-    found, expected = (told(trained(executor, tasks, range(3))) for executor in (executor, plain))
+    values, expected = (values_of(trained(executor, tasks, range(3))) for executor in (executor, plain))
     assert not replays and "waits for the device" in caplog.text
-    assert [own[2] for own in found] == pytest.approx([theirs[2] for theirs in expected], rel=1e-5)
+    assert [ours[2] for ours in values] == pytest.approx([theirs[2] for theirs in expected], rel=1e-5)
 
 
 class Forgetful(SoftwareRecording):
@@ -292,7 +294,7 @@ class Forgetful(SoftwareRecording):
 def test_a_graph_with_different_results_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
     model, tasks = model_of(CONFIGS["llama-tied"]), tasks_of({"a": Lora(3, 8.0, ALL)}, lambda i: [9, 12, 10, 13])
     wrong, again = executor_of(model, tasks, Forgetful), executor_of(model, tasks, Again)
-    assert told(trained(wrong, tasks, range(2))) == told(trained(again, tasks, range(2)))
+    assert values_of(trained(wrong, tasks, range(2))) == values_of(trained(again, tasks, range(2)))
     assert "different results" in caplog.text
     assert_same_bits(wrong, again)
 
@@ -302,9 +304,9 @@ def test_without_memory_to_verify_a_replay_all_run_eagerly(monkeypatch: pytest.M
     executor, replays = replaying_executor(model_of(CONFIGS["llama-tied"]), tasks)
     monkeypatch.setattr(cuda_graphs, "_copies", lambda _: torch.empty(1 << 50))
     plain = executor_with(executor.backbone.shadow, tasks)
-    found, expected = (told(trained(own, tasks, range(4))) for own in (executor, plain))
+    values, expected = (values_of(trained(ours, tasks, range(4))) for ours in (executor, plain))
     assert not replays and len(executor._graphs) == 0  # type: ignore[arg-type]
-    assert [own[2] for own in found] == pytest.approx([theirs[2] for theirs in expected], rel=1e-5)
+    assert [ours[2] for ours in values] == pytest.approx([theirs[2] for theirs in expected], rel=1e-5)
 
 
 def test_graphs_are_few_and_idle_ones_make_room() -> None:
@@ -334,11 +336,11 @@ def test_a_neighbour_that_is_not_finite_fails_alone(step: int) -> None:
     model, rows = model_of(CONFIGS["llama-tied"]), lambda i: [9, 12, 10, 13, 11, 9, 14, 12]
     tasks = tasks_of({"a": Lora(3, 8.0, ALL), "b": Lora(3, 8.0, ALL)}, rows, global_batch_size=2)
     (executor, replays), alone = replaying_executor(model, tasks), executor_of(model, tasks, Again)
-    found = trained(executor, tasks, range(step))
+    results = trained(executor, tasks, range(step))
     with torch.no_grad():
         executor.tasks["b"].parameters_P.fill_(torch.nan)
-    found += trained(executor, tasks, range(step, 8))
-    failed = [result for result in found if isinstance(result, TaskFailure)]
+    results += trained(executor, tasks, range(step, 8))
+    failed = [result for result in results if isinstance(result, TaskFailure)]
     assert [result.task for result in failed] == ["b"] and len(replays) >= 3 and len(executor._graphs) == 1  # type: ignore[arg-type]
     trained(alone, tasks, range(step))
     alone.detach("b")

@@ -80,13 +80,13 @@ def test_replays_give_an_eager_passs_bits(model: Any, names: list[str]) -> None:
     tasks, replays = tasks_of(names), list[None]()
     replaying = executor_of(model, tasks, type("", (Counting,), {"replays": replays}))
     again, plain = executor_of(model, tasks, Again), executor_of(model, tasks, None)
-    found, expected, eager = (trained(executor, tasks, range(8)) for executor in (replaying, again, plain))
-    assert found == expected
+    replayed, expected, eager = (trained(executor, tasks, range(8)) for executor in (replaying, again, plain))
+    assert replayed == expected
     assert len(replays) >= 4  # of eight: at most two buckets, each of which is seen and captured first
     for name in names:
         assert torch.equal(replaying.tasks[name].parameters_P, again.tasks[name].parameters_P)
-    for own, theirs in zip(found, eager, strict=True):
-        assert own[:2] == theirs[:2] and own[2] == pytest.approx(theirs[2], rel=2e-2)
+    for ours, theirs in zip(replayed, eager, strict=True):
+        assert ours[:2] == theirs[:2] and ours[2] == pytest.approx(theirs[2], rel=2e-2)
 
 
 def test_a_thread_may_copy_during_a_capture(model: Any) -> None:

@@ -37,11 +37,11 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        given = [leaf for leaf in leaves if not leaf.is_mkldnn]  # packed weights were allocated before
+        arguments = [leaf for leaf in leaves if not leaf.is_mkldnn]  # packed weights were allocated before
         result = func(*args, **(kwargs or {}))
-        known = {tensor.untyped_storage().data_ptr() for tensor in given}
+        storages = {tensor.untyped_storage().data_ptr() for tensor in arguments}
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in known:
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in storages:
                 self._add(leaf.untyped_storage())
         return result
 
@@ -84,10 +84,10 @@ def step_bytes(backbone: Backbone, methods: Sequence[Method], num_tokens: int) -
     ids_T = random.integers(0, backbone.config.vocab_size, num_tokens * len(specs)).astype(np.int32)
     with Peak() as peak:
         executor.run(Microbatch(0, MicrobatchKind.TRAIN, ids_T, ids_T, tuple(ranges), False))
-    held = backbone.held_bytes() + sum(executor.task_bytes().values())
+    held_bytes = backbone.held_bytes() + sum(executor.task_bytes().values())
     for name in list(executor.tasks):
         executor.detach(name)
-    return held + peak.peak_bytes, specs
+    return held_bytes + peak.peak_bytes, specs
 
 
 METHODS = pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_the_predicted_peak_is_within_a_tenth_and_never_under(methods: Sequence[
     """The tolerance is a tenth if logits cause the peak, as with any real vocabulary, and 15 % if a layer's gradients
     do. It includes the twentieth for the allocator's slack."""
     backbone = llama(vocabulary)
-    found, specs = step_bytes(backbone, methods, 128)
+    peak_bytes, specs = step_bytes(backbone, methods, 128)
     predicted = total_bytes(specs, view_of(backbone), 128 * len(specs))
-    assert 0 <= predicted / found - 1 <= (0.10 if vocabulary > 1000 else 0.15)
+    assert 0 <= predicted / peak_bytes - 1 <= (0.10 if vocabulary > 1000 else 0.15)
 
 
 @pytest.mark.parametrize("vocabulary", [97, 6000])
@@ -120,10 +120,10 @@ def test_the_predicted_peak_is_within_a_tenth_and_never_under(methods: Sequence[
 def test_the_predicted_peak_with_activation_checkpointing(methods: Sequence[Method], vocabulary: int) -> None:
     """The prediction is within 15 %, and less than without checkpointing."""
     backbone = llama(vocabulary, checkpoints=True)
-    found, specs = step_bytes(backbone, methods, 128)
+    peak_bytes, specs = step_bytes(backbone, methods, 128)
     predicted = total_bytes(specs, view_of(backbone), 128 * len(specs))
-    assert 0 <= predicted / found - 1 <= 0.15
-    assert found < step_bytes(llama(vocabulary), methods, 128)[0]
+    assert 0 <= predicted / peak_bytes - 1 <= 0.15
+    assert peak_bytes < step_bytes(llama(vocabulary), methods, 128)[0]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "opt", "gemma2", "phi3", "qwen3"])

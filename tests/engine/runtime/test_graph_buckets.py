@@ -29,18 +29,20 @@ def tasks_of(names: Any) -> Any:
 
 def microbatch_of(ranges: Any, seed: int) -> Microbatch:
     """Returns a microbatch of ranges of (lengths, tail). Their names are not in the stream's order."""
-    random, start, made = np.random.default_rng(seed), 0, []
+    random, start, packed_ranges = np.random.default_rng(seed), 0, []
     for i, (lengths, tail) in enumerate(ranges):
         offsets = [int(random.integers(0, 1000)) for _ in lengths]
         segments = tuple(Segment(n, at) for n, at in zip(lengths, offsets, strict=True))
         name, size = str(9 - i), sum(lengths) + tail
-        made.append(Range(name, int(random.integers(0, 9)), start, size, segments, int(random.integers(1, 50)), True))
+        packed_ranges.append(
+            Range(name, int(random.integers(0, 9)), start, size, segments, int(random.integers(1, 50)), True)
+        )
         start += size
     ids_T = random.integers(1, 1000, start).astype(np.int32)
     targets_T = np.where(random.random(start) < 0.5, ids_T + 1, IGNORE).astype(np.int32)
-    for range_ in made:
+    for range_ in packed_ranges:
         targets_T[range_.start + range_.num_effective_tokens : range_.start + range_.num_tokens] = IGNORE
-    return Microbatch(0, MicrobatchKind.TRAIN, ids_T, targets_T, tuple(made), True)
+    return Microbatch(0, MicrobatchKind.TRAIN, ids_T, targets_T, tuple(packed_ranges), True)
 
 
 @settings(deadline=None, max_examples=examples(60))
@@ -75,8 +77,8 @@ def test_large_microbatches_and_those_that_would_grow_much_have_no_bucket() -> N
         return bucket_of(microbatch, tasks_of([r.task for r in microbatch.ranges]))
 
     assert bucket(2049) is None and bucket(2, 200) is not None and bucket(2, 600) is None
-    found = bucket(1000, 900)
-    assert found is not None and found.num_tokens == 2048
+    large = bucket(1000, 900)
+    assert large is not None and large.num_tokens == 2048
 
 
 def check(

@@ -30,14 +30,14 @@ def test_a_non_finite_task_is_quarantined_alone(architecture: str, value: float)
     tasks = [task_of("a", seed=1), task_of("sick", seed=2, dropout=0.2), task_of("c", seed=3)]
     executor, healthy = executor_with(model, tasks), executor_with(model, tasks)
     poison(executor, "sick", value)
-    found, expected = run_round(executor, tasks), run_round(healthy, tasks)
-    failure = found.pop("sick")
+    results, expected = run_round(executor, tasks), run_round(healthy, tasks)
+    failure = results.pop("sick")
     assert isinstance(failure, TaskFailure) and isinstance(failure.error, NonFiniteError)
     assert executor.tasks.keys() == {"a", "c"} and failure.step == 0
     assert all("sick" not in operator.adapters for operator in executor.backbone.operators.values())
     for name in ("a", "c"):
-        assert isinstance(found[name], StepResult)
-        assert found[name].loss == expected[name].loss  # type: ignore[attr-defined]
+        assert isinstance(results[name], StepResult)
+        assert results[name].loss == expected[name].loss  # type: ignore[attr-defined]
         assert torch.equal(executor.tasks[name].parameters_P, healthy.tasks[name].parameters_P)
 
 
@@ -110,8 +110,8 @@ def test_seconds_and_tokens_are_shared_out_and_add_up() -> None:
     executor = executor_with(model_of(CONFIGS["llama"]), tasks)
     ticks = itertools.count()
     executor._clock = lambda: float(next(ticks))
-    found = run_round(executor, tasks)
-    a, b = found["a"], found["b"]
+    results = run_round(executor, tasks)
+    a, b = results["a"], results["b"]
     assert isinstance(a, StepResult) and isinstance(b, StepResult)
     assert (a.num_effective_tokens, a.num_padding_tokens, b.num_effective_tokens, b.num_padding_tokens) == (
         16,

@@ -171,6 +171,6 @@ def test_a_task_holds_the_bytes_that_the_memory_model_predicts(optimizer: dict[s
     executor = executor_with(model_of(CONFIGS["llama-tied"]), tasks)
     train(executor, tasks, 1)
     backbone = BackboneView("tiny", 0, 2, 32, VOCAB, 128, 0, "float32", executor.backbone.sites)
-    held = executor.task_bytes()
+    num_bytes = executor.task_bytes()
     for task in tasks:
-        assert held[task.name] == adapter_bytes(task.spec, backbone), task.name
+        assert num_bytes[task.name] == adapter_bytes(task.spec, backbone), task.name

@@ -17,7 +17,7 @@ class ReadsBack(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.waiting: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
@@ -26,7 +26,7 @@ class ReadsBack(TorchDispatchMode):
             for index in (args[1] if isinstance(args[1], list | tuple) else ())
         )
         if name in _READS_BACK or is_masked:
-            self.found.append(name)
+            self.waiting.append(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -46,5 +46,5 @@ def check(architecture: str, tasks: Any) -> None:
     with ReadsBack() as mode:
         hidden_TH = executor.backbone.hidden(microbatch, frozenset(executor.tasks))
         hidden_TH.backward(torch.ones_like(hidden_TH))
-    assert mode.found == []
+    assert mode.waiting == []
     assert all(run.gradient_P.abs().sum() > 0 for run in executor.tasks.values())

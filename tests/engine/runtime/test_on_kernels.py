@@ -45,9 +45,9 @@ def on_kernels(launcher: Any) -> Iterator[None]:
 
 
 def two_steps(executor: Executor, tasks: Any) -> list[StepResult]:
-    found = [r for step in (0, 1) for m in pack_round(tasks, [step] * len(tasks)) for r in executor.run(m)]
-    assert all(isinstance(result, StepResult) for result in found)
-    return found  # type: ignore[return-value]
+    results = [r for step in (0, 1) for m in pack_round(tasks, [step] * len(tasks)) for r in executor.run(m)]
+    assert all(isinstance(result, StepResult) for result in results)
+    return results  # type: ignore[return-value]
 
 
 GROUPABLE = [name for name in METHODS if name != "inputs"]  # there, every operator reads another tensor
@@ -61,10 +61,10 @@ def test_tasks_of_every_method_train_as_with_torch_alone(host_launcher: MakeHost
     expected = two_steps(plain, tasks)
     before = len(launcher.launched)
     with on_kernels(launcher):
-        found = two_steps(on_them, tasks)
-    for own, theirs in zip(found, expected, strict=True):
-        assert own.task == theirs.task
-        assert own.loss == pytest.approx(theirs.loss, rel=1e-5) and own.grad_norm == pytest.approx(
+        results = two_steps(on_them, tasks)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert ours.task == theirs.task
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5) and ours.grad_norm == pytest.approx(
             theirs.grad_norm, rel=1e-3
         )
     for name in names:
@@ -87,10 +87,10 @@ def test_a_step_in_bf16_is_the_same_to_its_rounding(host_launcher: MakeHost) -> 
     plain, on_them = executor_with(model, tasks), executor_with(model, tasks)
     expected = two_steps(plain, tasks)
     with on_kernels(host_launcher(0)):
-        found = two_steps(on_them, tasks)
-    for own, theirs in zip(found, expected, strict=True):
-        assert own.task == theirs.task and own.loss == pytest.approx(theirs.loss, rel=2e-3)
-        assert own.grad_norm == pytest.approx(theirs.grad_norm, rel=2e-2)
+        results = two_steps(on_them, tasks)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert ours.task == theirs.task and ours.loss == pytest.approx(theirs.loss, rel=2e-3)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=2e-2)
     for name in METHODS:
         ours, theirs_P = (executor.tasks[name].parameters_P.detach() for executor in (on_them, plain))
         assert (ours - theirs_P).norm() <= 2e-2 * theirs_P.norm(), name

@@ -88,10 +88,10 @@ def test_equals_torchs_optimizers_step_by_step(tasks: list[tuple[Training, dict[
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": Optimizer.SGD, "momentum": 0.9}], ids=["adamw", "sgd"])
 def test_a_task_that_is_not_finite_is_not_stepped_and_changes_no_other(options: dict[str, Any]) -> None:
-    def made() -> list[Pair]:
+    def make_pairs() -> list[Pair]:
         return [Pair(Training(1.0, **options), {1.0: 7, 4.0: 5}, seed) for seed in range(4)]
 
-    sick, healthy = made(), made()
+    sick, healthy = make_pairs(), make_pairs()
     for pairs in (sick, healthy):
         for pair in pairs:
             pair.draw_gradients(1.0)
@@ -120,16 +120,16 @@ def test_the_state_has_the_names_of_torchs_optimizers(options: dict[str, Any]) -
         pair.draw_gradients(1.0)
         pair.step_theirs(0.01)
     pair.ours.parameters_P.copy_(torch.cat([p.detach() for p in pair.leaves]))
-    kept = {
+    saved = {
         f"{i}.{name}": value.clone()
         for i, leaf in enumerate(pair.leaves)
         for name, value in pair.theirs.state[leaf].items()
         if isinstance(value, torch.Tensor)
     }
-    assert pair.ours.shapes() == {name: tuple(value.shape) for name, value in kept.items()}
-    pair.ours.restore(kept, 3)
-    given = pair.ours.state()
-    assert given.keys() == kept.keys() and all(torch.equal(given[name], kept[name]) for name in kept)
+    assert pair.ours.shapes() == {name: tuple(value.shape) for name, value in saved.items()}
+    pair.ours.restore(saved, 3)
+    restored = pair.ours.state()
+    assert restored.keys() == saved.keys() and all(torch.equal(restored[name], saved[name]) for name in saved)
     pair.draw_gradients(1.0)
     step_all([pair.ours], [0.01])
     pair.step_theirs(0.01)

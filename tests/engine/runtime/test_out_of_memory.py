@@ -53,17 +53,17 @@ def test_a_task_without_memory_is_not_attached_and_changes_no_other(monkeypatch:
 def test_a_microbatch_without_memory_leaves_every_task_before_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the step is restarted, the results are those of an executor that never failed."""
     tasks = [task_of(name, seed=seed, lengths=[7, 12, 3, 9], num_steps=3) for seed, name in enumerate("ab")]
-    shaken, calm = (executor_with(model_of(CONFIGS["llama-tied"]), tasks) for _ in range(2))
+    failing, steady = (executor_with(model_of(CONFIGS["llama-tied"]), tasks) for _ in range(2))
     microbatches = pack_round(tasks, [0] * 2)
     with monkeypatch.context() as patched:
         patched.setattr(module, "segment_cross_entropy", lambda *arguments: torch.empty(1 << 50))
         with pytest.raises(OutOfMemoryError) as caught:
-            shaken.run(microbatches[0])
+            failing.run(microbatches[0])
     assert caught.value.__context__ is None and caught.value.__cause__ is None  # no frame keeps its tensors alive
-    for run in shaken.tasks.values():
+    for run in failing.tasks.values():
         run.restart_step()
-    for executor in (shaken, calm):
+    for executor in (failing, steady):
         for microbatch in microbatches:
             executor.run(microbatch)
     for name in "ab":
-        assert torch.equal(*(executor.tasks[name].parameters_P for executor in (shaken, calm)))
+        assert torch.equal(*(executor.tasks[name].parameters_P for executor in (failing, steady)))

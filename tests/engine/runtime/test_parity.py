@@ -71,8 +71,8 @@ def test_a_task_does_not_depend_on_its_neighbours_with_dropout_on() -> None:
     alone, *others = [executor_with(model, tasks) for tasks in ([task], near, far)]
     expected = train(alone, [task], 4)["a"]
     for executor, tasks in zip(others, (near, far), strict=True):
-        found = train(executor, tasks, 4)["a"]
-        assert [r.loss for r in found] == pytest.approx([r.loss for r in expected], rel=1e-5)
+        results = train(executor, tasks, 4)["a"]
+        assert [r.loss for r in results] == pytest.approx([r.loss for r in expected], rel=1e-5)
         difference = executor.tasks["a"].parameters_P - alone.tasks["a"].parameters_P
         assert difference.abs().max() < 1e-5
 
@@ -96,8 +96,8 @@ def test_an_exported_adapter_works_as_an_initial_adapter(tmp_path: Path) -> None
     second = task_of("second", seed=9)
     follower = Executor(Backbone(copy.deepcopy(model)))
     follower.attach(second.assignment, None, tmp_path)
-    found = follower.tasks["second"].tensors
+    tensors = follower.tasks["second"].tensors
     for name, tensor in executor.tasks["first"].tensors.items():
-        assert torch.equal(found[name], tensor)
+        assert torch.equal(tensors[name], tensor)
     losses, _, _ = train_with_peft(model, second, tmp_path)
     assert [r.loss for r in train(follower, [second], 3)["second"]] == pytest.approx(losses, rel=1e-5)

@@ -33,8 +33,8 @@ def tasks_from(names: list[str], lengths: list[list[int]], **training: Any) -> l
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_a_task_that_is_not_finite_changes_no_bit_of_its_neighbours(name: str, value: float) -> None:
-    around = [n for n in ("lora-dropout", "prompt", "prefix", "ia3", "dora", "houlsby", "norms") if n != name]
-    tasks = tasks_from([*around[:3], name, *around[3:]], [[7, 12, 3, 9]] * (len(around) + 1))
+    neighbours = [n for n in ("lora-dropout", "prompt", "prefix", "ia3", "dora", "houlsby", "norms") if n != name]
+    tasks = tasks_from([*neighbours[:3], name, *neighbours[3:]], [[7, 12, 3, 9]] * (len(neighbours) + 1))
     sick, healthy = executor_with(MODEL, tasks), executor_with(MODEL, tasks)
     ill = tasks[3].name
     with torch.no_grad():
@@ -68,8 +68,10 @@ def test_neighbours_continue_as_beside_a_healthy_task_that_leaves_at_the_same_st
     """Uses the real alignment: rounds continue without the failed task, packed anew."""
     well = job("ill", 9, name, [7, 12, 3, 9, 30], Optimizer.ADAMW)
     ill = {"learning rate": with_rate(well, 1e30), "one token": of_one_token(well)}.get(poison, well)
-    around = dict(zip(("lora-dropout", "prefix", "vera", "norms"), [*Optimizer, *Optimizer], strict=True))
-    others = [job(other, seed, other, [11, 4, 20, 6, 6, 9], kind) for seed, (other, kind) in enumerate(around.items())]
+    optimizers = dict(zip(("lora-dropout", "prefix", "vera", "norms"), [*Optimizer, *Optimizer], strict=True))
+    others = [
+        job(other, seed, other, [11, 4, 20, 6, 6, 9], kind) for seed, (other, kind) in enumerate(optimizers.items())
+    ]
     sick = course([*others[:2], ill, *others[2:]], poison == "NaN from the start")
     healthy = course([*others[:2], well, *others[2:]], False, leaves_after=sick.failed_after)
     assert poison != "one token" or sick.failed_after is None

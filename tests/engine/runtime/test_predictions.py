@@ -76,7 +76,7 @@ def test_shapes_outside_the_fit_are_predicted(
 
 def tenants_tasks(random: np.random.Generator) -> list[tuple[TaskView, TokenizedDataset]]:
     """Returns four tasks of different lengths, ranks, targets, batches and numbers of steps."""
-    made = []
+    tasks = []
     for i, (most, batch, steps) in enumerate(((64, 8, 8), (128, 4, 10), (256, 4, 12), (64, 16, 14))):
         lengths = random.integers(8, most + 1, 64)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -88,8 +88,8 @@ def tenants_tasks(random: np.random.Generator) -> list[tuple[TaskView, Tokenized
         tokens = int(steps * batch * lengths.mean())
         view = TaskView(f"t/tasks/{i}", "t", TaskSpec("b", method, "", training), i, steps,
                         num_train_tokens=tokens, length_quantiles=tuple(sorted(lengths.tolist())))  # fmt: skip
-        made.append((view, data))
-    return made
+        tasks.append((view, data))
+    return tasks
 
 
 def view_of(executor: Executor, cost: CostProfile) -> ExecutorView:

@@ -107,7 +107,7 @@ def live(jobs: dict[str, Job], watched: str, plans: Sequence[Plan], monkeypatch:
     seen, executor, left = Seen(), executor_with(MODEL, []), dict[str, CheckpointState]()
     seed = jobs[watched].assignment.spec.training.seed
 
-    def noted(task_seed: int, step: int, site: int, positions_L: np.ndarray, *rest: object) -> torch.Tensor:
+    def record(task_seed: int, step: int, site: int, positions_L: np.ndarray, *rest: object) -> torch.Tensor:
         mask_LK = right(task_seed, step, site, positions_L, *rest)  # type: ignore[arg-type]
         if task_seed == seed:
             for position, row in zip(positions_L.tolist(), mask_LK, strict=True):
@@ -116,7 +116,7 @@ def live(jobs: dict[str, Job], watched: str, plans: Sequence[Plan], monkeypatch:
 
     right = dropout.keep_mask
     with monkeypatch.context() as patch:
-        patch.setattr(dropout, "keep_mask", noted)
+        patch.setattr(dropout, "keep_mask", record)
         for plan in plans:
             names = [*plan.neighbours[::2], watched, *plan.neighbours[1::2]]
             for name in list(executor.tasks):
@@ -145,13 +145,13 @@ def _microbatches(members: list[PackedTask], plan: Plan) -> Iterator[Microbatch]
         yield microbatch
 
 
-def assert_same(found: Seen, alone: Seen) -> None:
-    assert found.rows == alone.rows and found.masks == alone.masks  # bit for bit
-    assert found.digests == alone.digests and len(set(alone.digests)) == STEPS
-    assert [result[:2] for result in found.results] == [result[:2] for result in alone.results]
+def assert_same(result_seen: Seen, alone: Seen) -> None:
+    assert result_seen.rows == alone.rows and result_seen.masks == alone.masks  # bit for bit
+    assert result_seen.digests == alone.digests and len(set(alone.digests)) == STEPS
+    assert [result[:2] for result in result_seen.results] == [result[:2] for result in alone.results]
     losses = [result[2] for result in alone.results]
-    assert [result[2] for result in found.results] == pytest.approx(losses, rel=1e-5, abs=1e-12)
-    assert (found.parameters_P - alone.parameters_P).abs().max() < 1e-5
+    assert [result[2] for result in result_seen.results] == pytest.approx(losses, rel=1e-5, abs=1e-12)
+    assert (result_seen.parameters_P - alone.parameters_P).abs().max() < 1e-5
 
 
 names = st.lists(st.sampled_from(sorted(METHODS)), min_size=1, max_size=15)
@@ -173,9 +173,11 @@ def plans_of(draw: st.DrawFn, neighbours: list[str]) -> list[Plan]:
 @settings(max_examples=examples(80), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(names, st.sampled_from(list(Optimizer)), st.data())
 def test_a_task_does_not_depend_on_the_plan_around_it(
-    chosen: list[str], optimizer: Optimizer, data: st.DataObject
+    method_names: list[str], optimizer: Optimizer, data: st.DataObject
 ) -> None:
-    jobs = {f"{i}-{name}": job(f"{i}-{name}", i, name, data.draw(rows), optimizer) for i, name in enumerate(chosen)}
+    jobs = {
+        f"{i}-{name}": job(f"{i}-{name}", i, name, data.draw(rows), optimizer) for i, name in enumerate(method_names)
+    }
     watched, *neighbours = jobs
     plans = data.draw(plans_of(neighbours))
     with pytest.MonkeyPatch.context() as patch:
@@ -197,13 +199,13 @@ HOSTILE = {
 def test_a_task_does_not_depend_on_fifteen_others(
     watched: str, lengths: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    around = [name for name in sorted(METHODS) if name != watched][: len(lengths) - 1]
+    neighbours = [name for name in sorted(METHODS) if name != watched][: len(lengths) - 1]
     jobs = {
-        name: job(name, seed, name, own, Optimizer.ADAMW)
-        for seed, (name, own) in enumerate(zip([watched, *around], lengths, strict=True))
+        name: job(name, seed, name, row_lengths, Optimizer.ADAMW)
+        for seed, (name, row_lengths) in enumerate(zip([watched, *neighbours], lengths, strict=True))
     }
     alone = live(jobs, watched, [Plan((), STEPS + 1, 512, 16, False)], monkeypatch)
-    one = Plan(tuple(around[:1]), 2, 128, 64, False)
-    fifteen = Plan(tuple(around), 2, 2048, 64, False)
-    few = Plan(tuple(around[3:7]), STEPS + 1 - 4, 256, 64, True)
+    one = Plan(tuple(neighbours[:1]), 2, 128, 64, False)
+    fifteen = Plan(tuple(neighbours), 2, 2048, 64, False)
+    few = Plan(tuple(neighbours[3:7]), STEPS + 1 - 4, 256, 64, True)
     assert_same(live(jobs, watched, [one, fifteen, few], monkeypatch), alone)

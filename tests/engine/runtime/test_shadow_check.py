@@ -17,14 +17,14 @@ def test_every_second_step_is_verified_without_changing_anything() -> None:
             for options in (dict(verify_every_steps=2), {})
         )
         executors = [executor_with(model, [task, *neighbours]) for task in (checked, plain)]
-        found, expected = (
+        results, expected = (
             train(executor, [task, *neighbours], 6)["a"]
             for executor, task in zip(executors, (checked, plain), strict=True)
         )
-        checks = [result.shadow_check for result in found]
+        checks = [result.shadow_check for result in results]
         assert [check is not None for check in checks] == [False, True] * 3
         assert all(check.loss_difference < 1e-5 and check.gradient_difference < 1e-4 for check in checks if check)
-        assert [result.loss for result in found] == [result.loss for result in expected]
+        assert [result.loss for result in results] == [result.loss for result in expected]
         assert torch.equal(*(executor.tasks["a"].parameters_P for executor in executors))
 
 

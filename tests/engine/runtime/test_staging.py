@@ -24,14 +24,14 @@ class LateCopy:
 
     def __call__(self, host: torch.Tensor) -> Arrival:
         self.num_begun += 1
-        there = torch.full_like(host, 1 << 30)
+        copy = torch.full_like(host, 1 << 30)
 
         def arrived() -> torch.Tensor:
-            copying = threading.Thread(target=lambda: there.copy_(host))
+            copying = threading.Thread(target=lambda: copy.copy_(host))
             copying.start()
             copying.join()
             self.num_arrived += 1
-            return there
+            return copy
 
         return arrived
 
@@ -52,8 +52,8 @@ def test_staging_changes_no_step() -> None:
     plain, ahead = executor_with(model, TASKS), Executor(Backbone(copy.deepcopy(model)), copy=late)
     for task in TASKS:
         ahead.attach(task.assignment)
-    expected, found = results_of(plain, staged=False), results_of(ahead, staged=True)
-    assert [(r.task, r.step, r.loss, r.grad_norm) for r in found] == [
+    expected, staged_results = results_of(plain, staged=False), results_of(ahead, staged=True)
+    assert [(r.task, r.step, r.loss, r.grad_norm) for r in staged_results] == [
         (r.task, r.step, r.loss, r.grad_norm) for r in expected
     ]
     assert len(expected) == 6 and late.num_begun == 6 and late.num_arrived >= 6

@@ -107,38 +107,38 @@ def test_each_input_changes_the_digest() -> None:
 def test_the_digests_inputs_determine_the_masks(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compares the masks of a task with Philox from its paper, computed only from seed, step, rate and the sequences'
     places. Neighbours have the same modules and steps."""
-    found: dict[tuple[int, int, int, int], np.ndarray] = {}
+    masks: dict[tuple[int, int, int, int], np.ndarray] = {}
 
-    def noted(seed: int, step: int, site: int, positions_L: np.ndarray, width: int, rate: float) -> Any:
+    def record(seed: int, step: int, site: int, positions_L: np.ndarray, width: int, rate: float) -> Any:
         mask_LK = right(seed, step, site, positions_L, width, rate)
         if seed == 11:
             assert rate == 0.25
-            found.update(
+            masks.update(
                 {(step, site, int(p), width): row.numpy() for p, row in zip(positions_L, mask_LK, strict=True)}
             )
         return mask_LK
 
     right = dropout.keep_mask
-    monkeypatch.setattr(dropout, "keep_mask", noted)
+    monkeypatch.setattr(dropout, "keep_mask", record)
     subject = task(method=method)
     digests(subject, task_of("b", seed=2, lengths=(30, 4), dropout=0.5))
     places = {step: range(sum(len(ids) for ids, _ in subject.batch(step))) for step in range(3)}
-    widths = {site: width for _, site, _, width in found}
-    assert {(step, site, place) for step, site, place, _ in found} == {
+    widths = {site: width for _, site, _, width in masks}
+    assert {(step, site, place) for step, site, place, _ in masks} == {
         (step, site, place) for site, step in itertools.product(widths, places) for place in places[step]
     }
-    for (step, site, place, width), row in found.items():
+    for (step, site, place, width), row in masks.items():
         for column in (0, 1, width // 2, width - 1):
             assert row[column] == reference_bit(11, step, site, place, column, width, 0.25)
 
 
 def test_resumes_do_not_change_the_digest() -> None:
     """The task resumes on another executor after each step."""
-    subject, found, state = task(), [], None
+    subject, resumed_digests, state = task(), [], None
     for step in range(3):
         executor = Executor(executor_with(MODEL, []).backbone)
         executor.attach(subject.assignment, state)
         [*_, done] = [result for microbatch in pack_round([subject], [step]) for result in executor.run(microbatch)]
-        found.append(done.input_digest)
+        resumed_digests.append(done.input_digest)
         state = executor.checkpoint("a")
-    assert found == digests(subject)
+    assert resumed_digests == digests(subject)

@@ -46,12 +46,12 @@ async def test_invalid_plans_under_a_valid_lease_do_not_kill_the_trainer(tmp_pat
 
 def drawn(strategy: st.SearchStrategy, count: int) -> list:
     """Returns examples for use in a running event loop."""
-    found: list = []
+    collected: list = []
 
     @FUZZING
     @given(strategy)
     def collect(example: object) -> None:
-        found.append(example)
+        collected.append(example)
 
     collect()
-    return found[:count]
+    return collected[:count]

@@ -103,8 +103,8 @@ async def test_a_task_resumed_from_its_checkpoint_ends_with_the_same_weights(mes
     await stream.until_finished("parts")
     assert [done.step for done in stream.of("parts", "step_done")] == [1, 2, 3, 4, 5, 6]
     (parts,) = stream.of("parts", "finished")
-    expected, found = weights(mesh, whole.adapter_key), weights(mesh, parts.adapter_key)
-    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    expected, resumed = weights(mesh, whole.adapter_key), weights(mesh, parts.adapter_key)
+    assert all(np.array_equal(expected[name], resumed[name]) for name in expected)
     await stream.close()
 
 
@@ -126,8 +126,8 @@ async def test_a_corrupt_checkpoint_falls_back_to_the_one_before_and_says_so(mes
     (resumed,) = stream.of("rotten", "resumed")
     assert resumed.checkpoint == before and f"step {last.step} cannot be read" in resumed.message
     (sound,), (rotten,) = stream.of("sound", "finished"), stream.of("rotten", "finished")
-    expected, found = weights(mesh, sound.adapter_key), weights(mesh, rotten.adapter_key)
-    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    expected, resumed = weights(mesh, sound.adapter_key), weights(mesh, rotten.adapter_key)
+    assert all(np.array_equal(expected[name], resumed[name]) for name in expected)
     await stream.close()
 
 
@@ -229,8 +229,8 @@ async def test_a_failing_alignment_stream_changes_no_loss(mesh: Mesh, versions: 
     mesh.alignment.num_failures = 2
     stream.send(plan_of(versions.next(), planned("shaken", version="x", training=accumulates)))
     await stream.until_finished("shaken")
-    steady, shaken = ([done.loss for done in stream.of(t, "step_done")] for t in ("steady", "shaken"))
-    assert shaken == pytest.approx(steady, rel=1e-6)
+    steady, interrupted = ([done.loss for done in stream.of(t, "step_done")] for t in ("steady", "shaken"))
+    assert interrupted == pytest.approx(steady, rel=1e-6)
     await stream.close()
 
 
@@ -368,10 +368,10 @@ async def test_spans_join_the_tasks_own_traces_and_hold_no_tokens(mesh: Mesh, ve
         return [span for scope in scopes for span in scope["spans"]]
 
     def is_whole() -> bool:
-        found = spans()
-        own = {span["name"] for span in found if span["traceId"] == trace_id}
-        is_linked = any(link["traceId"] == trace_id for span in found for link in span.get("links", []))
-        return is_linked and {"attach", "checkpoint", "export"} <= own
+        all_spans = spans()
+        task_spans = {span["name"] for span in all_spans if span["traceId"] == trace_id}
+        is_linked = any(link["traceId"] == trace_id for span in all_spans for link in span.get("links", []))
+        return is_linked and {"attach", "checkpoint", "export"} <= task_spans
 
     async with asyncio.timeout(30):
         while not is_whole():  # noqa: ASYNC110

@@ -40,8 +40,8 @@ async def test_tasks_that_fit_get_the_same_results_and_one_that_does_not_fails_w
         (failure,) = stream.of("large", "failed")
         assert failure.reason == errors_pb2.ERROR_REASON_WILL_NEVER_FIT
         assert "32 tokens" in failure.message and failure.metadata["tokens"] == "32"
-        (calm,), (fits,) = stream.of("calm", "finished"), stream.of("fits", "finished")
-        assert_equal_weights(mesh, calm.adapter_key, fits.adapter_key)
+        (unlimited,), (fits,) = stream.of("calm", "finished"), stream.of("fits", "finished")
+        assert_equal_weights(mesh, unlimited.adapter_key, fits.adapter_key)
         for done, wanted in zip(stream.of("fits", "step_done"), stream.of("calm", "step_done"), strict=True):
             assert done.loss == pytest.approx(wanted.loss, rel=1e-6)
             assert done.effective_tokens == wanted.effective_tokens

@@ -96,13 +96,13 @@ class FailingAllocation(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Shaken:
+class FailingPoint:
     """Replaces a point's function: one allocation fails in each of v's first `num_failing` calls. With a `chance` it is
     drawn among `num_allocations`; without, the allocations are counted."""
 
     def __init__(self, point: Point, chance: random.Random | None, num_failing: float, num_allocations: int) -> None:
         self._point, self._chance, self._left = point, chance, num_failing
-        self.num_allocations, self.told = num_allocations, list[str]()
+        self.num_allocations, self.failures = num_allocations, list[str]()
         self._function = getattr(point.owner, point.name)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
@@ -116,9 +116,9 @@ class Shaken:
             return result
         error = self._chance.choice([torch.OutOfMemoryError("Tried to allocate 2.00 GiB"), MemoryError()])
         # After its first failure v runs alone, with at least half of the allocations of it and one neighbour.
-        reached = (self.num_allocations + 1) // 2 if self.told else self.num_allocations
+        reached = (self.num_allocations + 1) // 2 if self.failures else self.num_allocations
         at = self._chance.randrange(max(1, reached))
-        self.told.append(f"allocation {at} of {self.num_allocations}: {type(error).__name__}")
+        self.failures.append(f"allocation {at} of {self.num_allocations}: {type(error).__name__}")
         if not self.num_allocations:  # bytes, which torch does not allocate
             raise error
         with FailingAllocation(at, error):
@@ -150,15 +150,15 @@ class Runs:
     def __init__(self, trainer: TrainerThread) -> None:
         self._trainer, self._count = trainer, 0
         self._neighbours = "", ""
-        self._calm: dict[str, tuple[Outcome, int]] = {}
+        self._undisturbed: dict[str, tuple[Outcome, int]] = {}
 
-    def calm(self, name: str) -> tuple[Outcome, int]:
+    def undisturbed(self, name: str) -> tuple[Outcome, int]:
         """Returns the outcome of a run without failures, and the number of allocations at that point."""
-        if name not in self._calm:
-            counting = Shaken(POINTS[name], None, 1, 0)
+        if name not in self._undisturbed:
+            counting = FailingPoint(POINTS[name], None, 1, 0)
             with in_place(POINTS[name], counting):
-                self._calm[name] = self.run(name), counting.num_allocations
-        return self._calm[name]
+                self._undisturbed[name] = self.run(name), counting.num_allocations
+        return self._undisturbed[name]
 
     def without(self, name: str) -> Outcome:
         return self.run(name, with_v=False)
@@ -206,8 +206,8 @@ class Runs:
         steps = {letter: trainer.steps(task) for letter, task in names.items()}
         adapters = {letter: trainer.adapter(t) for letter, t in names.items() if trainer.of(t, "finished")}
         for kind in ("finished", "failed", "released"):
-            if "v" in names and (told := trainer.of(names["v"], kind)):
-                return Outcome(steps, adapters, kind, told[0])
+            if "v" in names and (results := trainer.of(names["v"], kind)):
+                return Outcome(steps, adapters, kind, results[0])
         return Outcome(steps, adapters, "")
 
 
@@ -218,20 +218,20 @@ def runs(trainer: TrainerThread) -> Runs:
 
 @pytest.mark.parametrize("name", POINTS)
 def test_a_temporary_lack_of_memory_changes_nothing(name: str, runs: Runs, chance: random.Random) -> None:
-    calm, num_allocations = runs.calm(name)
-    shaken = Shaken(POINTS[name], chance, 1, num_allocations)
-    with in_place(POINTS[name], shaken):
-        found = runs.run(name)
-    assert shaken.told, "nothing failed"
-    assert found.end == calm.end == "finished", (shaken.told, found.reason)
+    undisturbed, num_allocations = runs.undisturbed(name)
+    failing = FailingPoint(POINTS[name], chance, 1, num_allocations)
+    with in_place(POINTS[name], failing):
+        outcome = runs.run(name)
+    assert failing.failures, "nothing failed"
+    assert outcome.end == undisturbed.end == "finished", (failing.failures, outcome.reason)
     if name == "evaluation":  # its microbatches halve, which shows in the last digits
-        assert [loss for _, loss in found.steps.pop("v")] == pytest.approx(
-            [loss for _, loss in calm.steps["v"]], rel=1e-6
+        assert [loss for _, loss in outcome.steps.pop("v")] == pytest.approx(
+            [loss for _, loss in undisturbed.steps["v"]], rel=1e-6
         )
-        del found.adapters["v"]
-    for letter in found.adapters:
-        assert found.steps[letter] == calm.steps[letter], shaken.told
-        assert found.adapters[letter] == calm.adapters[letter], shaken.told
+        del outcome.adapters["v"]
+    for letter in outcome.adapters:
+        assert outcome.steps[letter] == undisturbed.steps[letter], failing.failures
+        assert outcome.adapters[letter] == undisturbed.adapters[letter], failing.failures
 
 
 @pytest.mark.parametrize("name", ALWAYS)
@@ -240,24 +240,24 @@ def test_a_permanent_lack_of_memory_ends_one_task_alone(
 ) -> None:
     """v retries while the others train, and ends when they are done."""
     monkeypatch.setattr(ResidentTask, "has_waited", lambda self, seconds: runs.are_neighbours_done())
-    calm, num_allocations = runs.calm(name)
-    shaken = Shaken(POINTS[name], chance, math.inf, num_allocations)
-    with in_place(POINTS[name], shaken):
-        found = runs.run(name)
-    assert found.end == POINTS[name].always, shaken.told
-    if found.end == "failed":
-        assert found.reason.reason == errors_pb2.ERROR_REASON_WILL_NEVER_FIT
-    assert "memory" in (found.reason.message if found.end == "failed" else found.reason.reason)
-    expected = calm
+    undisturbed, num_allocations = runs.undisturbed(name)
+    failing = FailingPoint(POINTS[name], chance, math.inf, num_allocations)
+    with in_place(POINTS[name], failing):
+        outcome = runs.run(name)
+    assert outcome.end == POINTS[name].always, failing.failures
+    if outcome.end == "failed":
+        assert outcome.reason.reason == errors_pb2.ERROR_REASON_WILL_NEVER_FIT
+    assert "memory" in (outcome.reason.message if outcome.end == "failed" else outcome.reason.reason)
+    expected = undisturbed
     if POINTS[name].without:
         expected = runs.without(name)
     elif name in ("optimizer", "shadow check"):
         with in_place(POINTS["optimizer"], Leaving(engine.take_steps)):
             expected = runs.run(name)
-        assert [step for step, _ in found.steps["v"]] == list(range(1, LEAVES_AT))
+        assert [step for step, _ in outcome.steps["v"]] == list(range(1, LEAVES_AT))
     for neighbour in "ab":
-        assert found.steps[neighbour] == expected.steps[neighbour], shaken.told
-        assert found.adapters[neighbour] == expected.adapters[neighbour], shaken.told
+        assert outcome.steps[neighbour] == expected.steps[neighbour], failing.failures
+        assert outcome.adapters[neighbour] == expected.adapters[neighbour], failing.failures
 
 
 class Leaving:
@@ -268,5 +268,5 @@ class Leaving:
 
     def __call__(self, runs: Sequence[TaskTrainingState]) -> list[Any]:
         leaves = [is_v(run) and run.step == LEAVES_AT - 1 for run in runs]
-        taken = iter(self._take_steps([run for run, leaving in zip(runs, leaves, strict=True) if not leaving]))
-        return [NonFiniteError("it leaves") if leaving else next(taken) for leaving in leaves]
+        steps = iter(self._take_steps([run for run, leaving in zip(runs, leaves, strict=True) if not leaving]))
+        return [NonFiniteError("it leaves") if leaving else next(steps) for leaving in leaves]

@@ -244,8 +244,8 @@ def test_a_corrupt_checkpoint_falls_back_to_one_before_it_never_after(tmp_path: 
     recorded = checkpoints.put_checkpoint(TASK, 1, state(20), {})
     (file,) = (tmp_path / f"{TASK}/checkpoints/00000020-1").rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    found, used = checkpoints.get_checkpoint(TASK, recorded)
-    assert (found.step, found.metadata["early_stop"]) == (10, {"best": 1.0})
+    read, used = checkpoints.get_checkpoint(TASK, recorded)
+    assert (read.step, read.metadata["early_stop"]) == (10, {"best": 1.0})
     assert (used.step, used.manifest_key) == (10, f"{TASK}/checkpoints/00000010-1/manifest.json")
     first = task_pb2.CheckpointCommitted(step=5, manifest_key=f"{TASK}/checkpoints/00000005-1/manifest.json")
     with pytest.raises(ArtifactCorruptError):

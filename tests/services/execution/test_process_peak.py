@@ -16,16 +16,16 @@ SIZES = {"small": (256, 6, 4000, 704), "wide": (512, 8, 8000, 1376)}  # hidden, 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
+    folders = {}
     for name, (hidden, layers, vocabulary, intermediate) in SIZES.items():
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
             num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048,
         )  # fmt: skip
-        found[name] = tmp_path_factory.mktemp(name)
-        LlamaForCausalLM(config).save_pretrained(found[name])
-    return found
+        folders[name] = tmp_path_factory.mktemp(name)
+        LlamaForCausalLM(config).save_pretrained(folders[name])
+    return folders
 
 
 @pytest.mark.parametrize(
@@ -39,5 +39,5 @@ def test_the_peak_of_a_process_is_predicted(
     script = Path(__file__).with_name("process_peak.py")
     command = [sys.executable, str(script), str(folders[size]), json.dumps(ranks), str(num_tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert 0.97 <= found["predicted"] / found["peak"] <= 1.10, found
+    peaks = json.loads(done.stdout.splitlines()[-1])
+    assert 0.97 <= peaks["predicted"] / peaks["peak"] <= 1.10, peaks

@@ -30,17 +30,17 @@ def trainer(tmp_path: Path, tiny_backbone: Path) -> Iterator[TrainerThread]:
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> bytes:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> bytes:
     """Returns the adapter of v when nothing is unavailable."""
-    with running_trainer(tmp_path_factory.mktemp("calm"), tiny_backbone) as running:
+    with running_trainer(tmp_path_factory.mktemp("undisturbed"), tiny_backbone) as running:
         running.plan(planned("v", num_steps=6), htasks=[["v"]])
         running.until_ended("v")
         return running.adapter("v")
 
 
-def assert_close(found: bytes, expected: bytes) -> None:
+def assert_close(adapter: bytes, expected: bytes) -> None:
     """Compares to rounding: beside neighbours microbatches have other shapes."""
-    one, other = load(found), load(expected)
+    one, other = load(adapter), load(expected)
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         np.testing.assert_allclose(tensor, other[name], rtol=1e-5, atol=1e-6)
@@ -48,7 +48,7 @@ def assert_close(found: bytes, expected: bytes) -> None:
 
 @either_way
 def test_a_task_whose_checkpoint_cannot_be_read_waits_for_it(
-    trainer: TrainerThread, calm: bytes, is_away: bool
+    trainer: TrainerThread, undisturbed: bytes, is_away: bool
 ) -> None:
     trainer.plan(planned("v", num_steps=6), htasks=[["v"]])
     trainer.until(lambda: trainer.of("v", "checkpoint_committed"))
@@ -62,11 +62,13 @@ def test_a_task_whose_checkpoint_cannot_be_read_waits_for_it(
     assert trainer.store.gates.reached.is_set() and not trainer.steps("v")
     trainer.store.gates.open()
     trainer.until_ended("v")
-    assert_close(trainer.adapter("v"), calm)
+    assert_close(trainer.adapter("v"), undisturbed)
 
 
 @either_way
-def test_uploads_that_fail_or_hang_delay_no_other_task(trainer: TrainerThread, calm: bytes, is_away: bool) -> None:
+def test_uploads_that_fail_or_hang_delay_no_other_task(
+    trainer: TrainerThread, undisturbed: bytes, is_away: bool
+) -> None:
     """The uploads are checkpoints during the training, and the adapter at the end."""
     trainer.store.gates.close("put tenants/t/", is_away=is_away)
     trainer.plan(planned("v", num_steps=6), *NEIGHBOURS, htasks=TOGETHER)
@@ -75,7 +77,7 @@ def test_uploads_that_fail_or_hang_delay_no_other_task(trainer: TrainerThread, c
     assert not any(trainer.of(name, kind) for name in "vab" for kind in ("checkpoint_committed", "finished"))
     trainer.store.gates.open()
     trainer.until_ended("v", "a", "b")
-    assert_close(trainer.adapter("v"), calm)
+    assert_close(trainer.adapter("v"), undisturbed)
     assert trainer.of("v", "checkpoint_committed")[-1].step == 6
 
 
@@ -123,7 +125,7 @@ def test_a_drain_without_the_store_releases_the_task(trainer: TrainerThread, is_
         assert trainer.of("v", "checkpoint_committed")[-1].step >= seen
 
 
-def test_missing_data_of_a_new_task_does_not_delay_its_htask(trainer: TrainerThread, calm: bytes) -> None:
+def test_missing_data_of_a_new_task_does_not_delay_its_htask(trainer: TrainerThread, undisturbed: bytes) -> None:
     trainer.plan(*NEIGHBOURS, htasks=[["a"], ["b"]])
     trainer.until(lambda: trainer.steps("a"))
     trainer.alignment.gates.close(full("v"), is_away=True)
@@ -134,11 +136,13 @@ def test_missing_data_of_a_new_task_does_not_delay_its_htask(trainer: TrainerThr
     trainer.alignment.gates.open()
     trainer.until_ended("v")
     assert [step for step, _ in trainer.steps("a")] == list(range(1, 201))
-    assert_close(trainer.adapter("v"), calm)
+    assert_close(trainer.adapter("v"), undisturbed)
 
 
 @either_way
-def test_an_htask_without_data_does_not_delay_the_others(trainer: TrainerThread, calm: bytes, is_away: bool) -> None:
+def test_an_htask_without_data_does_not_delay_the_others(
+    trainer: TrainerThread, undisturbed: bytes, is_away: bool
+) -> None:
     """The stream hangs in the middle: its tasks were served before, so none is split off."""
     v, a = planned("v", num_steps=6), planned("a", num_steps=6)
     trainer.alignment.gates.close(full("v"), is_away=is_away)
@@ -149,4 +153,4 @@ def test_an_htask_without_data_does_not_delay_the_others(trainer: TrainerThread,
     trainer.alignment.gates.open()
     trainer.until_ended("v", "a")
     assert [step for step, _ in trainer.steps("v")] == list(range(1, 7))
-    assert_close(trainer.adapter("v"), calm)
+    assert_close(trainer.adapter("v"), undisturbed)

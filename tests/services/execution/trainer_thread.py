@@ -182,14 +182,14 @@ def running_trainer(folder: Path, backbone: Path, **overrides: Any) -> Iterator[
 
     thread = threading.Thread(target=train, daemon=True)
     thread.start()
-    told = TrainerThread(BlockingPipe(ours.detach()), store, alignment)
+    running = TrainerThread(BlockingPipe(ours.detach()), store, alignment)
     try:
-        assert told.ready.wait(TIMEOUT_SECONDS), died
-        yield told
+        assert running.ready.wait(TIMEOUT_SECONDS), died
+        yield running
     finally:
         store.gates.open()
         alignment.gates.open()
-        told._pipe._socket.shutdown(socket.SHUT_RDWR)
+        running._pipe._socket.shutdown(socket.SHUT_RDWR)
         thread.join(TIMEOUT_SECONDS)
         server.stop(None)
     assert not died and not thread.is_alive()
