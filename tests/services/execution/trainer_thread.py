@@ -101,6 +101,7 @@ class TrainerThread:
         self.store, self.alignment, self.results = store, alignment, Results()
         self._pipe, self._version, self.is_drained = pipe, 0, False
         self.exported: list[execution_pb2.ExportAdapterResponse] = []
+        self.described = execution_pb2.DescribeExecutorResponse()  # as the trainer did last
         self.data_wait_fraction = 0.0
         self._news = threading.Condition()
         self.ready = threading.Event()
@@ -142,6 +143,8 @@ class TrainerThread:
                     response = execution_pb2.RunPlanResponse.FromString(payload)
                     self.results += response.results
                     self.data_wait_fraction = response.device.data_wait_fraction
+                elif tag is Tag.DESCRIBED:
+                    self.described = execution_pb2.DescribeExecutorResponse.FromString(payload)
                 elif tag is Tag.EXPORTED:
                     self.exported.append(execution_pb2.ExportAdapterResponse.FromString(payload))
                 self.is_drained |= tag is Tag.DRAINED
