@@ -296,14 +296,12 @@ def test_a_second_mesh_on_the_same_data_is_refused(mesh: Mesh, backbone: Path) -
         Mesh(mesh.data, {"tiny": backbone}).start()
 
 
-def test_stopped_or_killed_it_goes_on_with_the_same_adapter(backbone: Path, tmp_path: Path) -> None:
+def test_stopped_or_killed_it_goes_on_with_the_same_adapter(client: Client, backbone: Path, tmp_path: Path) -> None:
     """Once undisturbed; once with the trainer killed, the scheduler killed, and the whole mesh stopped midway."""
     steps = 40
-    mesh = Mesh(tmp_path / "calm", {"tiny": backbone}, environment=QUICK)
-    with mesh, mesh.client() as client:
-        calm = client.create_task(spec(client.upload_dataset(ROWS).name, num_steps=steps))
-        calm_events = list(client.watch_task(calm.name))
-        client.download_adapter(calm.name, tmp_path / "calm-adapter")
+    calm = client.create_task(spec(client.upload_dataset(ROWS).name, num_steps=steps))
+    calm_events = list(client.watch_task(calm.name))
+    client.download_adapter(calm.name, tmp_path / "calm-adapter")
     mesh = Mesh(tmp_path / "rough", {"tiny": backbone}, environment=QUICK)
     with mesh, mesh.client() as client:
         rough = client.create_task(spec(client.upload_dataset(ROWS).name, num_steps=steps))

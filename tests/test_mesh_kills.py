@@ -21,6 +21,7 @@ from tests.mesh_load import NUM_STEPS, ROWS, Load, Outcome, Patience, outcome, s
 from tests.tiny_backbone import write_backbone
 
 NUM_KILLS, NUM_KILLS_APART = (200, 40) if long_mode() else (20, 6)
+THOROUGH = pytest.mark.thorough
 pytestmark = pytest.mark.timeout(NUM_KILLS * 15 + 300)
 
 
@@ -58,9 +59,10 @@ def mesh_of(backbone: Path, folder: Path, environment: dict[str, dict[str, str]]
         yield mesh
 
 
+@pytest.mark.parametrize("num_kills", [6, pytest.param(NUM_KILLS, marks=THOROUGH)])
 @pytest.mark.parametrize("settings", ["folder", "elsewhere"] if long_mode() else ["folder"], indirect=True)
 def test_killed_at_random_points_nothing_is_lost_and_every_adapter_is_the_same(
-    backbone: Path, settings: dict[str, str], tmp_path: Path
+    backbone: Path, settings: dict[str, str], num_kills: int, tmp_path: Path
 ) -> None:
     """Kills come faster than a trainer starts: from outside it looks as if each task alone killed its executor many
     times in a row, so that rule is off here. The next test has it on."""
@@ -71,10 +73,13 @@ def test_killed_at_random_points_nothing_is_lost_and_every_adapter_is_the_same(
 
     chaotic = environment(tmp_path, settings, MUXTUNE_MAX_CRASHES="1000")
     with mesh_of(backbone, tmp_path, chaotic) as mesh, mesh.client() as client:
-        kill_under_load(mesh, client, tmp_path, NUM_KILLS, kill_soon)
+        kill_under_load(mesh, client, tmp_path, num_kills, kill_soon)
 
 
-def test_kills_of_the_executor_that_leave_each_task_time_for_a_step_fail_none(backbone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_kills", [3, pytest.param(NUM_KILLS_APART, marks=THOROUGH)])
+def test_kills_of_the_executor_that_leave_each_task_time_for_a_step_fail_none(
+    backbone: Path, num_kills: int, tmp_path: Path
+) -> None:
     """With the rule of three crashes in a row as it is by default."""
 
     def kill_later(load: Load, chaos: Chaos) -> None:
@@ -83,7 +88,7 @@ def test_kills_of_the_executor_that_leave_each_task_time_for_a_step_fail_none(ba
         chaos.kill_executor()
 
     with mesh_of(backbone, tmp_path, environment(tmp_path, {})) as mesh, mesh.client() as client:
-        kill_under_load(mesh, client, tmp_path, NUM_KILLS_APART, kill_later)
+        kill_under_load(mesh, client, tmp_path, num_kills, kill_later)
 
 
 def kill_under_load(

