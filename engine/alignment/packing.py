@@ -59,7 +59,7 @@ class PlacedRow:
 
 
 @dataclass(frozen=True)
-class Slice:
+class BatchSlice:
     """At most `micro_batch_size` consecutive sequences of one task's batch."""
 
     member: PackedTask
@@ -114,7 +114,7 @@ def one_round(
     ]  # fmt: skip
 
 
-def pack(slices: Sequence[Slice], token_budget: int, chunk_tokens: int) -> list[list[Slice]]:
+def pack(slices: Sequence[BatchSlice], token_budget: int, chunk_tokens: int) -> list[list[BatchSlice]]:
     """Pack slices first-fit decreasing into bins of `token_budget` tokens with tails; a larger slice gets its own bin.
 
     Slices of one task keep their order inside a bin.
@@ -140,19 +140,19 @@ class _Bin:
         self.num_tokens_of: dict[str, int] = {}
         self.indices: list[int] = []
 
-    def num_tokens_with(self, slice_: Slice, chunk_tokens: int) -> int:
+    def num_tokens_with(self, slice_: BatchSlice, chunk_tokens: int) -> int:
         filled = self.num_tokens_of.get(slice_.member.task, 0)
         added = _padded(filled + slice_.num_tokens, chunk_tokens) - _padded(filled, chunk_tokens)
         return self.num_tokens + added + slice_.num_prefix_tokens
 
-    def add(self, index: int, slice_: Slice, chunk_tokens: int) -> None:
+    def add(self, index: int, slice_: BatchSlice, chunk_tokens: int) -> None:
         self.num_tokens = self.num_tokens_with(slice_, chunk_tokens)
         task = slice_.member.task
         self.num_tokens_of[task] = self.num_tokens_of.get(task, 0) + slice_.num_tokens
         self.indices.append(index)
 
 
-def _slices(member: PackedTask, step: int, rows: NDArray[np.int64], token_budget: int) -> list[Slice]:
+def _slices(member: PackedTask, step: int, rows: NDArray[np.int64], token_budget: int) -> list[BatchSlice]:
     """Cut a batch into slices of at most `micro_batch_size` sequences within the budget; a longer one gets its own."""
     offsets, num_virtual, num_prefix = member.dataset.offsets, member.num_virtual_tokens, member.num_prefix_tokens
     lengths = [int(offsets[r + 1] - offsets[r]) + num_virtual for r in rows]
@@ -166,18 +166,18 @@ def _slices(member: PackedTask, step: int, rows: NDArray[np.int64], token_budget
         if cuts[-1] and is_full:
             cuts.append([])
         cuts[-1].append(sequence)
-    return [Slice(member, step, tuple(cut), targets) for cut in cuts if cut]
+    return [BatchSlice(member, step, tuple(cut), targets) for cut in cuts if cut]
 
 
 def _build(
     number: int,
     kind: MicrobatchKind,
-    slices: Sequence[Slice],
+    slices: Sequence[BatchSlice],
     chunk_tokens: int,
     last: set[str],
     is_last_in_round: bool,
 ) -> Microbatch:
-    by_task: dict[str, list[Slice]] = {}
+    by_task: dict[str, list[BatchSlice]] = {}
     for slice_ in slices:
         by_task.setdefault(slice_.member.task, []).append(slice_)
     token_ids, targets, ranges, start = [], [], [], 0

@@ -22,7 +22,7 @@ from engine.peft.adapter import Adapter, BaseOp
 from engine.peft.dispatch import Uses, rewrite_input, rewrite_output
 from engine.peft.layout import Layout
 from engine.peft.shared_input import SharedInput
-from engine.peft.sublayer import MountedBlock
+from engine.peft.sublayer import MountedSublayer
 
 _MIN_GAIN = 1e-3  # of a norm: below it a 16-bit output may have lost digits
 
@@ -180,7 +180,7 @@ class MountedAttention:
         return prefixes
 
 
-Mounted = MountedLinear | MountedNorm | MountedEmbedding | MountedAttention | MountedBlock
+Mounted = MountedLinear | MountedNorm | MountedEmbedding | MountedAttention | MountedSublayer
 
 
 def mount_linears(model: Any, layout: Layout) -> dict[str, MountedLinear]:

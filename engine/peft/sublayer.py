@@ -16,7 +16,7 @@ from engine.peft.dispatch import rewrite_output
 from engine.peft.layout import Layout
 
 
-class MountedBlock:
+class MountedSublayer:
     """Rewrites a sublayer's output on the spans of tasks that have an adapter around it."""
 
     def __init__(self, base: nn.Module, name: str, index: int, widths: tuple[int, int], layout: Layout) -> None:
@@ -36,7 +36,7 @@ class MountedBlock:
 
 
 @contextmanager
-def observed_blocks(model: nn.Module, operators: Iterable[str]) -> Iterator[dict[str, tuple[int, int]]]:
+def observed_sublayers(model: nn.Module, operators: Iterable[str]) -> Iterator[dict[str, tuple[int, int]]]:
     """Record (K, N) of the sublayers that run in this context, by name.
 
     A sublayer is an innermost module that holds operators, reads hidden states [1, T, K] and returns [1, T, N].
@@ -72,10 +72,12 @@ def _is_stream(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 3 and value.shape[0] == 1
 
 
-def mount_blocks(model: nn.Module, layout: Layout, widths: Mapping[str, tuple[int, int]]) -> dict[str, MountedBlock]:
+def mount_sublayers(
+    model: nn.Module, layout: Layout, widths: Mapping[str, tuple[int, int]]
+) -> dict[str, MountedSublayer]:
     """Mount the sublayers that were observed, in the backbone's order."""
     names = [name for name, _ in model.named_modules() if name in widths]
     return {
-        name: MountedBlock(model.get_submodule(name), name, index, widths[name], layout)
+        name: MountedSublayer(model.get_submodule(name), name, index, widths[name], layout)
         for index, name in enumerate(names)
     }

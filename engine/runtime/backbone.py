@@ -29,7 +29,7 @@ from engine.peft.mounted import (
     mount_norms,
 )
 from engine.peft.shared_input import SharedInput, observed_inputs, sharing
-from engine.peft.sublayer import mount_blocks, observed_blocks
+from engine.peft.sublayer import mount_sublayers, observed_sublayers
 from engine.runtime import attention
 from engine.runtime.activation_checkpointing import ActivationCheckpointing
 from engine.runtime.staging import on_device
@@ -66,7 +66,7 @@ class Backbone:
         if packs_weights:
             self._pack_weights()
         self.shared_inputs: list[SharedInput] = []
-        with observed_blocks(self.model, self.operators) as widths, observed_inputs(self.operators) as groups:
+        with observed_sublayers(self.model, self.operators) as widths, observed_inputs(self.operators) as groups:
             calls = self._probe()
         self.shared_inputs = group_linears(self.operators, groups)
         self.activation_checkpointing = ActivationCheckpointing(self.model, lambda: sharing(self.shared_inputs))
@@ -79,7 +79,7 @@ class Backbone:
             **self.operators,
             **{name: norm for name, norm in norms.items() if norm.token_dim is not None},
             **mount_embedding(self.model, self.layout),
-            **mount_blocks(self.model, self.layout, widths),
+            **mount_sublayers(self.model, self.layout, widths),
             **self.attentions,
         }
         self.sites = tuple(mounted.op.site for mounted in self.mounted.values())

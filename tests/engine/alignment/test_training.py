@@ -1,7 +1,7 @@
-"""Each field of Training says what it affects, and what it says is true: caches are keyed by it.
+"""Each field of Training declares its effects correctly: cache keys are made of these declarations.
 
-A field that says too little gives stale tokens, a stale estimate or a wrong memory model; here every field is changed
-and everything it does not claim to affect is computed anew and compared.
+A missing declaration would give stale tokens, a stale estimate or wrong bytes. The tests change every field and compare
+all results that it does not declare to affect.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ OTHER: dict[str, Any] = {
 
 
 def changed(base: Training, name: str) -> Training | None:
-    """The same with another value of one field; None where the base does not use the field."""
+    """Return `base` with another value of one field, or None where `base` does not use the field."""
     value = getattr(base, name)
     if name in ("num_steps", "num_epochs") and value is None:
         return None
@@ -59,18 +59,18 @@ def changed(base: Training, name: str) -> Training | None:
 
 
 def cases(affects: Affects) -> list[Any]:
-    """(base, changed) for each field that does not claim to affect any of these."""
-    claimed = fields_affecting(affects)
+    """Return (base, changed) for each field that does not declare any of these effects."""
+    declared = fields_affecting(affects)
     return [
         pytest.param(base, other, id=f"{name}-{number}")
         for name in FIELDS
         for number, base in enumerate(BASES)
-        if name not in claimed and (other := changed(base, name)) is not None
+        if name not in declared and (other := changed(base, name)) is not None
     ]
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_every_field_says_what_it_affects_and_what_values_it_may_have(name: str) -> None:
+def test_every_field_declares_its_effects_and_bounds(name: str) -> None:
     metadata = FIELDS[name].metadata
     assert metadata["affects"] and callable(metadata["bound"].holds)
     for base in BASES:
@@ -88,7 +88,9 @@ def same(a: TokenizedDataset, b: TokenizedDataset) -> bool:
 
 
 @pytest.mark.parametrize(("base", "other"), cases(Affects.TOKENS))
-def test_what_does_not_affect_tokens_leaves_them(tokenizer: BackboneTokenizer, base: Training, other: Training) -> None:
+def test_fields_without_an_effect_on_tokens_do_not_change_them(
+    tokenizer: BackboneTokenizer, base: Training, other: Training
+) -> None:
     assert same(tokens(tokenizer, base), tokens(tokenizer, other))
     assert values_affecting(base, Affects.TOKENS) == values_affecting(other, Affects.TOKENS)
 
@@ -100,7 +102,7 @@ def microbatches(dataset: TokenizedDataset, training: Training) -> list[Any]:
 
 
 @pytest.mark.parametrize(("base", "other"), cases(Affects.TOKENS | Affects.DATA))
-def test_what_does_not_affect_data_leaves_order_split_and_report(
+def test_fields_without_an_effect_on_data_do_not_change_batches_and_preflight(
     tokenizer: BackboneTokenizer, base: Training, other: Training
 ) -> None:
     dataset = tokens(tokenizer, base)
@@ -109,19 +111,19 @@ def test_what_does_not_affect_data_leaves_order_split_and_report(
 
 
 @pytest.mark.parametrize(("base", "other"), cases(Affects.MEMORY))
-def test_what_does_not_affect_memory_leaves_bytes(base: Training, other: Training) -> None:
+def test_fields_without_an_effect_on_memory_do_not_change_bytes(base: Training, other: Training) -> None:
     a, b = (footprint(spec(training), BACKBONE) for training in (base, other))
     assert a == b
 
 
 @pytest.mark.parametrize(("base", "other"), cases(Affects.DATA | Affects.COST | Affects.MEMORY))
-def test_what_does_not_affect_cost_leaves_the_demand(base: Training, other: Training) -> None:
+def test_fields_without_an_effect_on_cost_do_not_change_the_demand(base: Training, other: Training) -> None:
     a, b = (demand(training) for training in (base, other))
     assert dataclasses.replace(a, task=b.task) == b
 
 
-def test_the_rows_and_models_here_can_tell(tokenizer: BackboneTokenizer) -> None:
-    """Each claimed effect on tokens and bytes shows: else the tests above could not find one that is not claimed."""
+def test_declared_effects_are_visible_in_these_rows_and_models(tokenizer: BackboneTokenizer) -> None:
+    """Each declared effect on tokens and bytes is visible here, so that the tests above find an undeclared one."""
     for name in fields_affecting(Affects.TOKENS):
         others = [(base, other) for base in BASES if (other := changed(base, name)) is not None]
         assert any(not same(tokens(tokenizer, base), tokens(tokenizer, other)) for base, other in others), name
@@ -130,7 +132,7 @@ def test_the_rows_and_models_here_can_tell(tokenizer: BackboneTokenizer) -> None
         assert any(footprint(spec(a), BACKBONE) != footprint(spec(b), BACKBONE) for a, b in others), name
 
 
-def test_an_estimate_is_remembered_over_what_steers_the_optimizer_alone() -> None:
+def test_only_fields_of_the_optimizer_alone_keep_a_cached_estimate() -> None:
     for name in FIELDS:
         for base in BASES:
             other = changed(base, name)

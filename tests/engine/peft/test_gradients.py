@@ -30,7 +30,7 @@ from engine.peft.dora import DoraParameters
 from engine.peft.layout import Layout, TaskSpan
 from engine.peft.mounted import Mounted, MountedAttention, MountedEmbedding, MountedLinear, MountedNorm
 from engine.peft.registry import adapter_class
-from engine.peft.sublayer import MountedBlock
+from engine.peft.sublayer import MountedSublayer
 from engine.runtime.attention import packed_attention
 
 ALL = ("all-linear",)
@@ -115,7 +115,7 @@ def test_a_sublayer() -> None:
     }
     block = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)).double().requires_grad_(False)
     layout = layout_of(methods)
-    parameters = attach(MountedBlock(block, "b", 0, (4, 4), layout), methods)
+    parameters = attach(MountedSublayer(block, "b", 0, (4, 4), layout), methods)
     x_1TK = torch.randn(1, layout.num_tokens, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: block(x), (x_1TK, *parameters))
 
