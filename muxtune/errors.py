@@ -172,7 +172,7 @@ class InternalError(MuxtuneError):
     reason = "INTERNAL"
 
 
-_BY_CODE = {
+BY_CODE = {
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: UnavailableError,
     grpc.StatusCode.CANCELLED: UnavailableError,  # the service cancelled the call, as it shuts down
@@ -259,7 +259,7 @@ def _read_status(error: grpc.RpcError) -> status_pb2.Status | None:
 def from_rpc_error(error: grpc.RpcError) -> MuxtuneError:
     """Return the exception for a failed call."""
     failure = read_failure(error)
-    cls = by_reason().get(failure.reason) or _BY_CODE.get(failure.code, MuxtuneError)
+    cls = by_reason().get(failure.reason) or BY_CODE.get(failure.code, MuxtuneError)
     return cls(
         failure.message,
         code=failure.code,

@@ -211,7 +211,7 @@ def test_an_operator_makes_keys_with_roles_and_ends_them(mesh: Mesh, monkeypatch
     monkeypatch.setenv("MUXTUNE_API_KEY", str(operator["secret"]))
     (mesh.data / "elsewhere").mkdir()
     elsewhere = ["--data", str(mesh.data / "elsewhere"), "--json"]
-    listed = CliRunner().invoke(app, ["key", "ls", "--tenant", "acme", *elsewhere])
+    listed = CliRunner().invoke(app, ["key", "list", "--tenant", "acme", *elsewhere])
     (key,) = (json.loads(line) for line in listed.stdout.splitlines())
     assert (key["role"], key["id"]) == ("KEY_ROLE_VIEWER", str(viewer["secret"]).split("_")[1])
     assert key["expire_time"] and "secret" not in key

@@ -16,7 +16,7 @@ from opentelemetry import trace
 
 from engine import errors
 from engine.errors import FieldViolation, InvalidInputError, MuxtuneError
-from muxtune.errors import DOMAIN, read_failure
+from muxtune.errors import BY_CODE, DOMAIN, read_failure
 from muxtune.v1 import errors_pb2
 
 _RETRY_SECONDS = 1
@@ -58,13 +58,7 @@ TABLE: Mapping[type[MuxtuneError], MappedError] = {
     errors.NonFiniteError: MappedError(_CODE.FAILED_PRECONDITION, "NON_FINITE"),
 }
 _BY_REASON = {mapped.reason: cls for cls, mapped in TABLE.items()}
-_BY_CODE = {
-    _CODE.UNAVAILABLE: errors.UnavailableError,
-    _CODE.DEADLINE_EXCEEDED: errors.UnavailableError,
-    _CODE.CANCELLED: errors.UnavailableError,  # the peer is shutting down
-    _CODE.RESOURCE_EXHAUSTED: errors.QuotaExceededError,  # from gRPC itself: a message over its size limit
-    _CODE.UNAUTHENTICATED: errors.UnauthenticatedError,
-}
+_BY_CODE = {code: _BY_REASON[error.reason] for code, error in BY_CODE.items()}
 
 
 def mapped(error: MuxtuneError) -> MappedError:

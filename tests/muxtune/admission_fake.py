@@ -1,4 +1,4 @@
-"""AdmissionService played by the test over loopback: answers as told, remembers what it was asked."""
+"""A fake AdmissionService on loopback: it answers as the test configures, and records every request."""
 
 import hashlib
 import threading
@@ -19,8 +19,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class Admission(admission_pb2_grpc.AdmissionServiceServicer):
-    """`failures`: raised by the next calls, one each. `events`: what a watch yields; `cuts`: a stream breaks after so
-    many. `download`: the responses of a download."""
+    """Fake servicer with its server. `failures` are raised by the next calls, one each. A watch yields `num_events`
+    events and breaks after each of `cuts`; `download` are the responses of a download."""
 
     def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
         self.failures: list[MuxtuneError] = []
@@ -131,7 +131,7 @@ class Admission(admission_pb2_grpc.AdmissionServiceServicer):
 
 
 def file_parts(name: str, data: bytes, announced: bytes | None = None) -> Iterator[pb.DownloadAdapterResponse]:
-    """A file of a download, in two chunks; `announced` is what its header speaks of."""
+    """Yield a file of a download in two chunks. `announced`: the contents that its header describes, if others."""
     promised = data if announced is None else announced
     digest = hashlib.sha256(promised).hexdigest()
     header = artifact_pb2.FileHeader(file_name=name, size_bytes=len(promised), sha256=digest)

@@ -1,4 +1,4 @@
-"""Both clients behind one awaitable face, and the admission they speak to."""
+"""Fixtures: both clients behind one awaitable interface, and the fake admission that they call."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -12,7 +12,7 @@ from tests.muxtune.admission_fake import KEY, Admission
 
 
 class Either:
-    """Calls the blocking client in a thread, or awaits the asyncio one; streams come as lists."""
+    """Calls the blocking client in a thread, or awaits the asyncio one; streams are returned as lists."""
 
     def __init__(self, client: Client | AsyncClient) -> None:
         self.client = client

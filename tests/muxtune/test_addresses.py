@@ -1,4 +1,4 @@
-"""What addresses mean, who is called, whose certificate is taken for whose; which ports a mesh chooses."""
+"""Addresses of clients: replicas, certificates and plain text; and the ports that a local mesh chooses."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack

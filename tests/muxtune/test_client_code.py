@@ -1,4 +1,4 @@
-"""The client's code that has its source elsewhere is what tools/client_code.py writes."""
+"""The files that tools/client_code.py writes are committed as it writes them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Both clients against an admission that fails, cuts and lies as told."""
+"""Both clients against a fake admission that fails, breaks streams and sends corrupt files."""
 
 import asyncio
 import hashlib

@@ -1,4 +1,4 @@
-"""The `muxtune` command as a shell sees it: output, JSON, one line an error, exit status."""
+"""The `muxtune` command as a shell sees it: output, JSON, one line per error, exit status."""
 
 import fcntl
 import json
@@ -232,7 +232,7 @@ def start_up(data: Path, tiny: Path) -> "subprocess.Popen[str]":
 
 
 def read_until(process: "subprocess.Popen[str]", words: str) -> list[str]:
-    """Kills the process after two minutes: what it did say is then in the failure."""
+    """Return the lines up to one with `words`. After two minutes the process is killed."""
     assert process.stdout is not None
     lines = []
     late = threading.Timer(120, process.kill)
@@ -253,7 +253,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def wait_gone(pids: list[int]) -> None:
-    """Zombies count as gone: whoever adopted them has not looked yet."""
+    """Wait until the processes are gone. A zombie counts as gone: its new parent has not reaped it yet."""
     deadline = time.monotonic() + 60
     left = list(pids)
     while left:
@@ -270,7 +270,7 @@ def is_alive(pid: int) -> bool:
 
 
 def test_up_hands_on_who_may_what_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An identity provider and limits in the environment are admission's; addresses and keys there nobody's."""
+    """Admission gets the environment's identity provider and limits; addresses and keys there are not passed on."""
     made: list[dict[str, dict[str, str]]] = []
 
     def stop_there(data: Path, backbones: object, endpoint: str, environment: dict[str, dict[str, str]]) -> None:

@@ -1,4 +1,4 @@
-"""The demo's tables at 80 columns: every value is whole, also where figures are as long as they get."""
+"""The demo's tables at 80 columns: no value is cut, even the longest."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""What docs/ADAPTERS.md shows of a task's YAML is understood as it stands."""
+"""The YAML examples in docs/ADAPTERS.md parse into the methods that they name."""
 
 import re
 from pathlib import Path

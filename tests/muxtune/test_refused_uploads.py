@@ -1,4 +1,4 @@
-"""Uploads that a server ends while a client still sends: the server's answer arrives, at whatever point it ended."""
+"""An upload that the server ends while the client still sends: the client gets the server's answer."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -28,7 +28,7 @@ REPETITIONS = 4
 
 
 class EarlyServer(admission_pb2_grpc.AdmissionServiceServicer):
-    """Reads `num_read` messages of an upload, then answers: with `refusal`, or with a response where it is None."""
+    """Reads `num_read` messages of an upload, then answers with `refusal`, or with a response if it is None."""
 
     def __init__(self) -> None:
         self.num_read, self.refusal = 0, None
@@ -97,7 +97,7 @@ async def test_the_servers_answer_arrives_wherever_it_ends_an_upload(
 async def test_an_early_response_is_an_answer_too(
     server: tuple[EarlyServer, str], chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As for a `request_id` that has its dataset already."""
+    """A server answers early if the `request_id` has created its dataset already."""
     monkeypatch.setattr(transport, "CHUNK_BYTES", chunk_bytes)
     servicer, address = server
     async with AsyncClient(address, KEY) as client:
@@ -109,7 +109,7 @@ async def test_an_early_response_is_an_answer_too(
 async def test_services_hear_each_other_too(
     server: tuple[EarlyServer, str], chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Admission forwards a tenant's upload to alignment, which refuses rows: the tenant must read why."""
+    """Admission forwards an upload to alignment; when alignment refuses a row, the tenant must get its reason."""
     monkeypatch.setattr(transport, "CHUNK_BYTES", chunk_bytes)
     servicer, address = server
     async with open_channel(address, "mesh_x") as channel:

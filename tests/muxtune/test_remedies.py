@@ -1,4 +1,4 @@
-"""A client that cannot connect says what to set: over real sockets, in Python and on the command line."""
+"""A client that cannot connect names the setting to change, in Python and on the command line."""
 
 import asyncio
 import re
@@ -22,7 +22,7 @@ CA_REMEDY = r"Set MUXTUNE_CA .*certs/ca\.crt"
 
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[tuple[int, int, Path]]:
-    """Ports with TLS and without, and the folder of the CA."""
+    """Yield a port with TLS, a port without, and the folder of the CA."""
     issue(tmp_path / "certs", hosts=["192.0.2.1"])
     server = grpc.aio.server()
     secure = Certificates(tmp_path / "certs" / "admission").for_server(is_mutual=False)
@@ -75,7 +75,7 @@ async def test_the_command_says_it_in_its_line(
 
 
 def test_a_call_that_broke_off_gets_no_advice_on_settings() -> None:
-    """Its connection was there: a service that is killed closes its sockets, too."""
+    """It had a connection: a service that is killed closes its sockets, too."""
 
     class Broken(grpc.RpcError):
         def code(self) -> grpc.StatusCode:
