@@ -116,8 +116,10 @@ def _segment(
 
 
 def _mask(length: int, num_prefix: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-    """Returns [L, P + L], 0 where a query may look and -inf elsewhere. Its type is `like`'s: SDPA would hold a bool
-    mask twice."""
+    """Returns [L, P + L], 0 where a query may look and -inf elsewhere.
+
+    Its type is `like`'s: SDPA would hold a bool mask twice.
+    """
     keys = torch.arange(-num_prefix, length, device=like.device)
     distance_LL = torch.arange(length, device=like.device)[:, None] - keys[None, :]
     allowed_LL = (distance_LL >= 0) & (distance_LL < (window or num_prefix + length))

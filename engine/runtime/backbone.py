@@ -94,8 +94,10 @@ class Backbone:
         activation_checkpointing: bool = False,
         packs_weights: bool = True,
     ) -> "Backbone":
-        """Loads a local Hugging Face folder without remote code. Raises BackboneUnsupportedError if it cannot be
-        exact."""
+        """Loads a local Hugging Face folder without remote code.
+
+        Raises BackboneUnsupportedError if it cannot be exact.
+        """
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -126,8 +128,11 @@ class Backbone:
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Returns the length of the longest sequence that is exact beside any neighbour: some rotary scalings change
-        for all sequences once one of them is longer than the model's original training length."""
+        """Returns the length of the longest sequence that is exact beside any neighbour.
+
+        Some rotary scalings change for all sequences once one of them is longer than the model's original training
+        length.
+        """
         config = self.config.get_text_config()
         longest = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
         rope = getattr(config, "rope_parameters", None) or {}
@@ -159,8 +164,10 @@ class Backbone:
         return self.weight_bytes() + self.packed_weight_bytes()
 
     def hidden(self, microbatch: Microbatch, resident: frozenset[str]) -> torch.Tensor:
-        """Returns the last hidden states [T, H] of the packed stream, with resident tasks' adapters on their own
-        spans."""
+        """Returns the last hidden states [T, H] of the packed stream.
+
+        Resident tasks' adapters apply to their own spans.
+        """
         self.layout.lay_out(microbatch, resident)
         lengths = [n for r in microbatch.ranges for n in _segment_lengths(r.num_tokens, r)]
         first_positions = [position for r in microbatch.ranges for position in self._first_positions(r)]
@@ -194,8 +201,10 @@ class Backbone:
         cache: AttentionCache,
         calls: list[AttentionCall] | None = None,
     ) -> torch.Tensor:
-        """Returns the last hidden states [T, H] under the current layout. `cu_seqlens` may be empty if `cache` has the
-        bounds on the device and the backbone `is_all_varlen`."""
+        """Returns the last hidden states [T, H] under the current layout.
+
+        `cu_seqlens` may be empty if `cache` has the bounds on the device and the backbone `is_all_varlen`.
+        """
         prefixes = {id(mounted.op.module): mounted.prefixes() for mounted in self.attentions.values()}
         self.layout.num_tokens = token_ids_1T.shape[1]
         base = self.model.base_model
@@ -214,8 +223,10 @@ class Backbone:
         return hidden[0]
 
     def _check_architecture(self) -> None:
-        """Refuses what the probe cannot see: layers that differ only on long sequences, and operators that do not
-        multiply by their weight. Raises BackboneUnsupportedError."""
+        """Refuses what the probe cannot see. Raises BackboneUnsupportedError.
+
+        These are layers that differ only on long sequences, and operators that do not multiply by their weight.
+        """
         kinds = set(getattr(self.config.get_text_config(), "layer_types", None) or ())
         if unknown := kinds - _LAYER_TYPES:
             raise self._unsupported(f"it has layers of type {', '.join(sorted(unknown))}")

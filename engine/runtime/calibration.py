@@ -49,8 +49,10 @@ class Probe:
 def calibrate(
     executor: Executor, budget_seconds: float, max_tokens: int, clock: Callable[[], float] = time.perf_counter
 ) -> list[CostSample]:
-    """Returns a sample with the median time of each probe. Takes about `budget_seconds`, or one pass over the
-    probes."""
+    """Returns a sample with the median time of each probe.
+
+    Takes about `budget_seconds`, or one pass over the probes.
+    """
     started = clock()
     with executor.eagerly(), Bench(executor, clock) as bench:  # each graph would be captured for one replay
         probes = _probes(bench, max_tokens, _LARGEST_SHARE * budget_seconds)
@@ -63,8 +65,10 @@ def calibrate(
 
 
 def _probes(bench: "Bench", max_tokens: int, largest_seconds: float) -> list[Probe]:
-    """Returns probes of four sizes, of which the largest takes about `largest_seconds`, and variations of the second
-    largest in one field each."""
+    """Returns probes of four sizes, and variations of the second largest in one field each.
+
+    The largest takes about `largest_seconds`.
+    """
     largest = _FIRST_TOKENS
     bench.seconds(Probe(largest))  # the first run is slower than those after it
     while 2 * largest <= max_tokens and bench.seconds(Probe(largest)) < largest_seconds / 2:

@@ -47,8 +47,10 @@ class CheckpointState:
 
     @classmethod
     def from_files(cls, files: dict[str, bytes], metadata: dict[str, Any]) -> "CheckpointState":
-        """Reads a checkpoint. Raises ArtifactCorruptError if the file or the step is missing, or the file is
-        incomplete."""
+        """Reads a checkpoint.
+
+        Raises ArtifactCorruptError if the file or the step is missing, or the file is incomplete.
+        """
         try:
             return cls(load(files[STATE_FILE]), {**metadata, "step": int(metadata["step"])})
         except (KeyError, ValueError, SafetensorError) as error:

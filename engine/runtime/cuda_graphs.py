@@ -107,8 +107,10 @@ class CudaGraphs:
         self._graphs.clear()
 
     def _may_capture(self, bucket: GraphBucket) -> bool:
-        """Returns whether the bucket may be captured: it was seen before, was not refused, and there is room or an idle
-        graph, which is removed."""
+        """Returns whether the bucket may be captured.
+
+        It must have been seen before and not refused, and there must be room or an idle graph, which is removed.
+        """
         if bucket not in self._seen:
             self._seen[bucket] = True
             if len(self._seen) > _MAX_SEEN_BUCKETS:
@@ -133,8 +135,9 @@ class CudaGraphs:
         return None if loss_M is None else loss_M.cpu()
 
     def _record(self, bucket: GraphBucket, values: NDArray[np.int64]) -> torch.Tensor | None:
-        """Runs this microbatch, then captures a graph of it. A failed capture costs only the graph: nothing has run
-        twice.
+        """Runs this microbatch, then captures a graph of it.
+
+        A failed capture costs only the graph: nothing has run twice.
 
         Returns None if the microbatch does not run in its bucket, which shows before any gradient is written.
         """
@@ -199,8 +202,10 @@ class CudaGraphs:
         self._graphs.clear()
 
     def _forward_backward(self, bucket: GraphBucket, inputs: GraphInputs) -> torch.Tensor:
-        """Returns the losses [M] of the bucket's rows and adds gradients to the tasks' own. Reads only device
-        memory."""
+        """Returns the losses [M] of the bucket's rows and adds gradients to the tasks' own.
+
+        Reads only device memory.
+        """
         backbone, has_no_loss_M = self._backbone, inputs.weights_M == 0
         backbone.layout.lay_out_spans(inputs.spans, bucket.trains)
         cache = AttentionCache(bounds=SegmentBounds(inputs.bounds_S.to(torch.int32), bucket.num_range_tokens))
@@ -235,8 +240,10 @@ def _swap(tensor: torch.Tensor, other: torch.Tensor, spare: torch.Tensor) -> tor
 
 
 class CudaRecorder:
-    """Creates recordings that share one stream and one memory pool: a replay's results are read before the next
-    replay."""
+    """Creates recordings that share one stream and one memory pool.
+
+    They may share them because a replay's results are read before the next replay.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
@@ -269,8 +276,11 @@ class CudaRecording:
         return result
 
     def capture(self, work: Work) -> None:
-        """Captures the work. Other threads may continue to copy (`thread_local`). Autograd nodes that are garbage would
-        bring another stream into the capture, so they are collected first."""
+        """Captures the work.
+
+        Other threads may continue to copy (`thread_local`). Autograd nodes that are garbage would bring another stream
+        into the capture, so they are collected first.
+        """
         recorder = self._recorder
         gc.collect()
         pool = next((graph.pool() for graph in recorder.captured), None)

@@ -77,8 +77,10 @@ class Executor:
         return self._finish_steps(complete) if trains else [self._finish_evaluation(r) for r in complete]
 
     def _forward_backward(self, microbatch: Microbatch, resident: frozenset[str]) -> RowLosses:
-        """Runs forward, loss and, if it trains, backward, which adds gradients to the tasks' own. Waits for the
-        device."""
+        """Runs forward, loss and, if it trains, backward, which adds gradients to the tasks' own.
+
+        Waits for the device.
+        """
         trains = microbatch.kind is MicrobatchKind.TRAIN
         rows_M, weights_M = self._target_rows(microbatch, resident)
         device_rows_M = to_device(rows_M, self.backbone.device)
@@ -155,8 +157,10 @@ class Executor:
         release_cache(self.backbone.device.type)
 
     def _target_rows(self, microbatch: Microbatch, resident: frozenset[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the rows [M] that bear a resident task's loss, on the host, and for each 1 / (targets of the task's
-        whole step), on the device."""
+        """Returns the rows [M] that bear a resident task's loss, on the host, and their weights, on the device.
+
+        A weight is 1 / (targets of the task's whole step).
+        """
         targets_T = torch.from_numpy(microbatch.targets_T)
         weights_T = torch.zeros(microbatch.num_tokens, dtype=torch.float64)
         for range_ in microbatch.ranges:

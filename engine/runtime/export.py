@@ -1,7 +1,6 @@
-"""Exports adapters as files, in PEFT's format if PEFT has the method, and checks them by loading them as the tenant
-will.
+"""Exports adapters as files and checks them by loading them as the tenant will.
 
-Legend: T probe tokens, V vocabulary.
+The format is PEFT's if PEFT has the method. Legend: T probe tokens, V vocabulary.
 """
 
 import json
@@ -93,8 +92,10 @@ def load_initial_adapter(folder: Path, task_state: "TaskTrainingState", backbone
 
 
 def _file_tensors(task_state: "TaskTrainingState", config: PeftConfig | dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Returns the file's tensors by their names: views of the task's tensors, unless the method shares or stacks
-    them."""
+    """Returns the file's tensors by their names.
+
+    They are views of the task's tensors, unless the method shares or stacks them.
+    """
     in_peft = isinstance(config, PeftConfig)
     prefix = _PREFIX if in_peft else ""
     tensors = {

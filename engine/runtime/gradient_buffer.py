@@ -37,8 +37,10 @@ class GradientBuffer:
         self.release()
 
     def release(self) -> None:
-        """Releases the pages of a gradient that is zero or may become zero. New pages, which are zero, are allocated by
-        `allocate` or when they are written to."""
+        """Releases the pages of a gradient that is zero or may become zero.
+
+        New pages, which are zero, are allocated by `allocate` or when they are written to.
+        """
         if self._pages is not None:
             self._pages.madvise(mmap.MADV_DONTNEED)
             self._is_allocated = False

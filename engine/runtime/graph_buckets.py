@@ -31,8 +31,10 @@ A = TypeVar("A")
 
 @dataclass(frozen=True)
 class GraphBucket:
-    """`tasks`: the tasks that train, by name. They are compared by identity: a graph holds their parameters'
-    addresses."""
+    """`tasks`: the tasks that train, by name.
+
+    They are compared by identity: a graph holds their parameters' addresses.
+    """
 
     kind: MicrobatchKind
     tasks: tuple[TaskTrainingState, ...]
@@ -92,8 +94,10 @@ def bucket_of(microbatch: Microbatch, tasks: Mapping[str, TaskTrainingState]) ->
 
 
 def is_replayable(state: TaskTrainingState, trains: bool) -> bool:
-    """Returns whether a graph can replay the task. Prompts and prefixes depend on where segments begin, and the host
-    makes some dropout masks (DoRA's)."""
+    """Returns whether a graph can replay the task.
+
+    Prompts and prefixes depend on where segments begin, and the host makes some dropout masks (DoRA's).
+    """
     method, adapters = state.assignment.spec.method, state.adapters.values()
     if method.num_virtual_tokens or method.num_prefix_tokens:
         return False

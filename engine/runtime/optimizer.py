@@ -70,8 +70,10 @@ class TaskOptimizer:
         ]  # fmt: skip
 
     def step_sgd(self, rate: float, norm: float) -> None:
-        """Computes v = momentum v + g' + decay p;  p -= lr v, with the clipped gradient g'. Sets the gradient to
-        zero."""
+        """Computes v = momentum v + g' + decay p;  p -= lr v, with the clipped gradient g'.
+
+        Sets the gradient to zero.
+        """
         training, p, g = self.training, self.parameters_P, self.gradients_P
         if training.max_grad_norm > 0:
             g.mul_(min(1.0, training.max_grad_norm / (norm + 1e-6)))

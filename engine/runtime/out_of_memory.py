@@ -16,8 +16,10 @@ class OutOfMemoryError(Exception):
 
 
 def within_memory(work: Callable[[], T]) -> T:
-    """Returns the result of `work`. Raises OutOfMemoryError without the frames that failed, which would keep their
-    tensors alive."""
+    """Returns the result of `work`.
+
+    Raises OutOfMemoryError without the frames that failed, which would keep their tensors alive.
+    """
     try:
         return work()
     except (RuntimeError, MemoryError) as error:

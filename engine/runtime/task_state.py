@@ -73,8 +73,9 @@ class TaskTrainingState:
         return self.gradient.values_P
 
     def _views(self, method: Method) -> tuple[dict[str, torch.Tensor], dict[float, slice]]:
-        """Returns the leaves by name, views of the flat buffer and of its gradient, and the parameters by their
-        multiplier of the learning rate.
+        """Returns views of the flat buffers by name, and slices of the parameters by learning rate multiplier.
+
+        The views are leaves: their gradients are views of the task's gradient.
         """
         sizes = {f"{site}.{key}": shape for site, keys in self.shapes.items() for key, shape in keys.items()}
         multipliers = {name: method.lr_multiplier(name.rpartition(".")[2]) for name in sizes}

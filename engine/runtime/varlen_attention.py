@@ -30,8 +30,10 @@ class SegmentBounds(NamedTuple):
 
 @dataclass
 class AttentionCache:
-    """Tensors that all layers share for one stream: masks, and the segments' bounds on the device. `paths`: the ways in
-    which attention was computed, with the reason."""
+    """Tensors that all layers share for one stream: masks, and the segments' bounds on the device.
+
+    `paths`: the ways in which attention was computed, with the reason.
+    """
 
     masks: Masks = field(default_factory=dict)
     bounds: SegmentBounds | None = None
@@ -73,8 +75,10 @@ def varlen_attention(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Computes [1, H, T, D] by [1, G, T, D] -> [1, T, H, D], causally within each segment, with at most `window`
-    keys."""
+    """Computes [1, H, T, D] by [1, G, T, D] -> [1, T, H, D].
+
+    Attention is causal within each segment, with at most `window` keys.
+    """
     q_THD, k_TGD, v_TGD = (heads[0].transpose(0, 1) for heads in (query, key, value))
     cu_seqlens_S, longest = bounds.cu_seqlens_S, bounds.max_segment_tokens
     result = varlen_attn(

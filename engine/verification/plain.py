@@ -31,8 +31,10 @@ class Bottlenecked(nn.Module):
 
 
 def apply_adapter(model: nn.Module, folder: Path) -> dict[str, nn.Parameter]:
-    """Applies the folder's adapter to `model` and makes only it trainable. Returns its tensors by their names in the
-    file."""
+    """Applies the folder's adapter to `model` and makes only it trainable.
+
+    Returns its tensors by their names in the file.
+    """
     model.requires_grad_(False)
     config = json.loads((folder / "adapter_config.json").read_text())
     dtype = next(model.parameters()).dtype

@@ -27,8 +27,10 @@ def is_peft_format(folder: Path) -> bool:
 
 
 def train_alone(model: Any, folder: Path, member: PackedTask) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Trains from the adapter in `folder`. Returns (loss of each step, the adapter's tensors by their names in the
-    file)."""
+    """Trains from the adapter in `folder`.
+
+    Returns (loss of each step, the adapter's tensors by their names in the file).
+    """
     model = copy.deepcopy(model)
     if is_peft_format(folder):
         peft_model = _trainable(model, folder).to(next(model.parameters()).dtype)

@@ -1,5 +1,6 @@
-"""Compares fused training with each task alone: in HF PEFT, or in plain torch if PEFT does not have the method, and in
-this engine without neighbours. Reports the worst differences by method.
+"""Compares fused training with each task alone and reports the worst differences by method.
+
+The references are HF PEFT, plain torch for methods that PEFT does not have, and this engine without neighbours.
 """
 
 import copy

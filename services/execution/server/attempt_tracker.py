@@ -19,8 +19,10 @@ class AttemptTracker:
         self._off_device: set[str] = set()  # running tasks that left the device: only their uploads are not done yet
 
     def start(self, plan: plan_pb2.ExecutorPlan) -> plan_pb2.ExecutorPlan:
-        """Returns the plan without attempts that ended here: scheduling may not have known that when it made the
-        plan."""
+        """Returns the plan without attempts that ended here, and records the others.
+
+        Scheduling may not have known of the ends when it made the plan.
+        """
         planned = {task.task for task in plan.tasks}  # later plans do not name ended attempts of the other tasks
         self._ended = {task: attempt for task, attempt in self._ended.items() if task in planned}
         running = [task for task in plan.tasks if self._ended.get(task.task, 0) < task.attempt]
@@ -39,8 +41,10 @@ class AttemptTracker:
         self._on_device = resident
 
     def record_results(self, results: Iterable[plan_pb2.TaskResult]) -> list[plan_pb2.TaskResult]:
-        """Records the trainer's results. Returns those of running attempts: the trainer may not know yet that an
-        attempt was dropped."""
+        """Records the trainer's results.
+
+        Returns those of running attempts: the trainer may not know yet that an attempt was dropped.
+        """
         valid = []
         for result in results:
             if self._running.get(result.task) != result.attempt:

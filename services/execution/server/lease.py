@@ -68,8 +68,11 @@ class LeaseKeeper:
         _log.info("The executor has lease term %d for %g s.", response.lease_term, self._lease_seconds)
 
     async def _renew(self) -> None:
-        """Renews the lease every third of its duration. Returns when the lease has expired, which admission notices
-        later than this executor. Raises LeaseLostError when scheduling says that the lease is lost."""
+        """Renews the lease every third of its duration.
+
+        Returns when the lease has expired, which admission notices later than this executor. Raises LeaseLostError when
+        scheduling says that the lease is lost.
+        """
         expiry = time.monotonic() + self._lease_seconds
         while (remaining := expiry - time.monotonic()) > 0:
             await asyncio.sleep(min(remaining, self._lease_seconds / 3))

@@ -100,8 +100,10 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         return self.description
 
     async def drain(self) -> None:
-        """Checkpoints and releases every task, and waits until scheduling has acknowledged it or `drain_seconds` are
-        over."""
+        """Checkpoints and releases every task, for at most `drain_seconds`.
+
+        Waits until scheduling has acknowledged the results, if it is connected.
+        """
         if not self.is_draining:
             self.is_draining = True
             await self.trainer.send(Tag.DRAIN)
@@ -131,8 +133,11 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
             self._stream.cancel()
 
     async def _check_lease(self, term: int) -> None:
-        """Raises LeaseLostError unless `term` is the lease's. Waits for a lease at first: scheduling may open a stream
-        before this executor has read the response that grants the lease."""
+        """Raises LeaseLostError unless `term` is the lease's.
+
+        Waits for a lease at first: scheduling may open a stream before this executor has read the response that grants
+        the lease.
+        """
         try:
             async with asyncio.timeout(_LEASE_WAIT_SECONDS):
                 await self._leased.wait()
@@ -204,8 +209,10 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
             await self._pause_or_resume()
 
     async def _on_death(self, cause: str) -> None:
-        """Releases the dead trainer's tasks, which scheduling plans again from their last checkpoints. A plan that the
-        trainer has not received waits for the next trainer."""
+        """Releases the dead trainer's tasks, which scheduling plans again from their last checkpoints.
+
+        A plan that the trainer has not received waits for the next trainer.
+        """
         self.ready.clear()
         await self._set_health(False)
         self._is_paused = False

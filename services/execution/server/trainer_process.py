@@ -25,8 +25,10 @@ _log = logging.getLogger(__name__)
 
 
 class TrainerProcess:
-    """Calls `on_frame` with each message of the trainer, in order, and `on_death` with the cause before each
-    restart."""
+    """Keeps the trainer running.
+
+    Calls `on_frame` with each message of the trainer, in order, and `on_death` with the cause before each restart.
+    """
 
     def __init__(
         self,

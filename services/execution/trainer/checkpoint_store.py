@@ -76,8 +76,10 @@ class CheckpointStore:
 
 @contextmanager
 def folder_of(files: Mapping[str, bytes]) -> Iterator[Path]:
-    """Writes the files into a temporary folder, which is removed with all its content at the end. Raises
-    UnavailableError if the disk is full."""
+    """Writes the files into a temporary folder, which is removed with all its content at the end.
+
+    Raises UnavailableError if the disk is full.
+    """
     try:
         with tempfile.TemporaryDirectory(prefix="muxtune-adapter-") as folder:
             for name, data in files.items():

@@ -1,5 +1,4 @@
-"""Calibrates the cost model on this executor when the trainer starts, and fits it again to the microbatches that
-run."""
+"""Calibrates the cost model when the trainer starts, and fits it again to the microbatches that run."""
 
 import logging
 from collections import deque
@@ -28,8 +27,10 @@ class CostCalibration:
         _log.info("The cost model is calibrated: %s", self.profile)
 
     def parts(self, microbatch: Microbatch) -> tuple[MicrobatchWork, ...]:
-        """Returns the microbatch's parts for the cost model. Call it before the microbatch runs, after which tasks may
-        have ended."""
+        """Returns the microbatch's parts for the cost model.
+
+        Call it before the microbatch runs, after which tasks may have ended.
+        """
         return parts_of(microbatch, self._executor)
 
     def add(self, microbatch: Microbatch, parts: tuple[MicrobatchWork, ...], seconds: float) -> None:

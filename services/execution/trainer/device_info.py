@@ -46,8 +46,10 @@ def used_bytes(kind: str) -> int:
 def describe_backbone(
     settings: ExecutionSettings, backbone: Backbone, footprint: BackboneFootprint, process_bytes: int
 ) -> plan_pb2.Backbone:
-    """Describes the backbone. `process_bytes`: memory of the process without the weights, after the backbone was loaded
-    and has run."""
+    """Describes the backbone.
+
+    `process_bytes`: memory of the process without the weights, after the backbone was loaded and has run.
+    """
     config = backbone.config.get_text_config()
     return plan_pb2.Backbone(
         name=settings.backbone_name,

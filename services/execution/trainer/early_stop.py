@@ -15,8 +15,10 @@ class EarlyStop:
     evaluated_step: int = -1
 
     def after(self, training: Training, step: int, loss: float) -> "EarlyStop":
-        """Returns the state after the evaluation at `step`. An evaluation that was counted before (the task was
-        resumed) changes nothing; NaN never improves."""
+        """Returns the state after the evaluation at `step`.
+
+        An evaluation that was counted before (the task was resumed) changes nothing; NaN never improves.
+        """
         if step <= self.evaluated_step:
             return self
         if math.isfinite(loss) and (self.best is None or loss < self.best - training.early_stop_min_delta):

@@ -37,8 +37,10 @@ class MicrobatchStream:
         threading.Thread(target=read, args=(self._read,), name="microbatches", daemon=True).start()
 
     def next(self, timeout_seconds: float) -> Microbatch | None:
-        """Returns the next microbatch; None after the last round. Raises alignment's error, or queue.Empty if no
-        microbatch comes in that time."""
+        """Returns the next microbatch; None after the last round.
+
+        Raises alignment's error, or queue.Empty if no microbatch comes in that time.
+        """
         item = self._staged.get(timeout=timeout_seconds)
         if isinstance(item, Exception):
             raise item

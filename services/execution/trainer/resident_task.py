@@ -38,8 +38,11 @@ class Completion:
 
 @dataclass
 class ResidentTask:
-    """A task in one attempt. It trains while it is attached to the engine; before and after, it waits for the store or
-    for memory, and delays no other task."""
+    """A task in one attempt.
+
+    It trains while it is attached to the engine; before and after, it waits for the store or for memory, and delays no
+    other task.
+    """
 
     planned: plan_pb2.PlannedTask
     spec: TaskSpec

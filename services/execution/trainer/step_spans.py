@@ -17,8 +17,10 @@ _TOTALS = ("microbatches", "effective_tokens", "padding_tokens", "run_seconds", 
 
 
 class StepWindow:
-    """Sums up microbatches for a span, and keeps two moving averages: the executor's throughput, and the fraction of
-    its time that it waits for microbatches."""
+    """Sums up microbatches for a span, and keeps two moving averages.
+
+    These are the executor's throughput, and the fraction of its time that it waits for microbatches.
+    """
 
     def __init__(self) -> None:
         self.tokens_per_second = 0.0

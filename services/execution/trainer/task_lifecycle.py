@@ -1,8 +1,7 @@
-"""Lifecycle of the trainer's tasks: restore, attach, checkpoint, export, release. Every end of a task reports its
-cause.
+"""Lifecycle of the trainer's tasks: restore, attach, checkpoint, export, release.
 
-A problem of one task (the store is unavailable, a checkpoint is corrupt, memory is short) never delays another task:
-artifact-store I/O runs in the background, and a task that cannot continue yet waits off the device.
+Every end of a task reports its cause. A problem of one task (the store is unavailable, a checkpoint is corrupt, memory
+is short) never delays another: I/O runs in the background, and a task that cannot continue yet waits off the device.
 """
 
 import logging
@@ -101,8 +100,7 @@ class TaskLifecycle:
         self.advance()
 
     def advance(self) -> None:
-        """Advances every task that can: handles completed background calls, attaches, ends. Never waits. Call it
-        between microbatches."""
+        """Advances every task that can go on, without waiting. Call it between microbatches."""
         for resident in list(self._residents.values()):
             if resident.background_call is not None and resident.background_call.is_done:
                 call, resident.background_call = resident.background_call, None
@@ -159,8 +157,7 @@ class TaskLifecycle:
                 self._attempt(resident, partial(self._checkpoint, resident))
 
     def export(self, name: str) -> "Future[plan_pb2.TaskFinished]":
-        """Exports the current adapter and uploads it in the background. Raises ExportMismatchError,
-        UnavailableError."""
+        """Exports the current adapter and uploads it in the background. Raises MuxtuneError."""
         resident = self._residents[name]
         try:
             finished, files = self._export_adapter(resident)
@@ -230,8 +227,7 @@ class TaskLifecycle:
             self._fail(resident, error)
 
     def _retry_or_fail(self, resident: ResidentTask, error: UnavailableError | OutOfMemoryError) -> None:
-        """Schedules a retry after the store was unavailable or memory was short. After too many, releases the task, or
-        fails it if it does not fit in memory with no other task."""
+        """Schedules a retry after a failure of the store or a lack of memory; ends the task after too many."""
         completion, reason = resident.completion, reason_of(error)
         may_retry = self._is_training(resident) or not resident.has_waited(_MAX_WAIT_SECONDS)
         if completion is not None and completion.finished is None:
@@ -316,8 +312,7 @@ class TaskLifecycle:
         self._advance_task(resident)
 
     def _export(self, resident: ResidentTask) -> None:
-        """Copies the task's state, and its adapter if it is finished, off the device, and detaches the task. A task
-        that was cancelled before its first step has neither."""
+        """Copies the task's state, and its adapter if it is finished, off the device, and detaches the task."""
         name, completion = resident.name, resident.completion
         assert completion is not None
         step, finished = self._executor.tasks[name].step, completion.finished

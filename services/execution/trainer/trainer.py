@@ -1,5 +1,4 @@
-"""The trainer's loop: adopts the newest plan between rounds, runs one microbatch of each hTask in turn, reports the
-round."""
+"""The trainer's loop: adopts the newest plan between rounds, runs hTasks' microbatches in turn, reports."""
 
 import logging
 import queue
@@ -204,8 +203,9 @@ class Trainer:
             return MicrobatchStream(self._channel, request, self._executor.stage, delay)
 
     def _handle_stream_error(self, index: int, error: MuxtuneError) -> None:
-        """Restarts the hTask's round after its stream failed. The stream is opened again later, at the members'
-        cursors.
+        """Restarts the hTask's round after its stream failed.
+
+        The stream is opened again later, at the members' cursors.
 
         A member that alignment has never served may be the cause, so those it has served do not wait for it. Bad data
         fails its task; to find that task, members are split off until one is alone.

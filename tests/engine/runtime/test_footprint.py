@@ -27,8 +27,10 @@ ALL = ("all-linear",)
 
 
 class Peak(TorchDispatchMode):
-    """Counts the largest number of bytes in storages that operations created and that are still alive. Scratch memory
-    within an operation is not counted."""
+    """Counts the largest number of bytes in storages that operations created and that are still alive.
+
+    Scratch memory within an operation is not counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()

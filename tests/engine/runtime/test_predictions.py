@@ -62,8 +62,10 @@ def drawn(random: np.random.Generator) -> Probe:
 def test_shapes_outside_the_fit_are_predicted(
     executor: Executor, device: CountedDevice, start: list[CostSample]
 ) -> None:
-    """Half of the predictions are within 3 %, nineteen of twenty within a tenth. The model is calibrated and corrected
-    by the first microbatches, as in an executor, before it predicts others."""
+    """Half of the predictions are within 3 %, nineteen of twenty within a tenth.
+
+    The model is calibrated and corrected by the first microbatches, as in an executor, before it predicts others.
+    """
     random, ran = np.random.default_rng(1), list[CostSample]()
     with Bench(executor, device.clock) as bench:
         for _ in range(14 + 40):

@@ -62,8 +62,10 @@ def dataset_of(version: str) -> TokenizedDataset:
 
 
 class FakeAlignment(alignment_pb2_grpc.AlignmentServiceServicer):
-    """Streams microbatches. `num_failures`: so many streams fail after one microbatch. `gate`: while closed, no
-    microbatch is sent."""
+    """Streams microbatches.
+
+    `num_failures`: so many streams fail after one microbatch. `gate`: while closed, no microbatch is sent.
+    """
 
     def __init__(self) -> None:
         self.num_failures = 0

@@ -1,5 +1,7 @@
-"""With too little memory, microbatches halve, and a task that does not fit leaves its hTask, then fails. No other
-result changes."""
+"""With too little memory, microbatches halve, and a task that does not fit leaves its hTask, then fails.
+
+No other result changes.
+"""
 
 from pathlib import Path
 
@@ -62,8 +64,10 @@ def assert_equal_weights(mesh: Mesh, one: str, other: str) -> None:
 
 
 def run_with(plan: plan_pb2.ExecutorPlan, members: dict[str, PackedTask], allowed: int) -> tuple[set[str], int]:
-    """Runs a round of every hTask on a device with room for `allowed` tokens. Returns the tasks that fail, and the
-    number of out-of-memory errors."""
+    """Runs a round of every hTask on a device with room for `allowed` tokens.
+
+    Returns the tasks that fail, and the number of out-of-memory errors.
+    """
     policy, failed, num_failures, index = OutOfMemoryPolicy(), set[str](), 0, 0
     while index < len(plan.htasks):
         htask = plan.htasks[index]

@@ -97,8 +97,10 @@ class FailingAllocation(TorchDispatchMode):
 
 
 class FailingPoint:
-    """Replaces a point's function: one allocation fails in each of v's first `num_failing` calls. With a `chance` it is
-    drawn among `num_allocations`; without, the allocations are counted."""
+    """Replaces a point's function: one allocation fails in each of v's first `num_failing` calls.
+
+    With a `chance` it is drawn among `num_allocations`; without, the allocations are counted.
+    """
 
     def __init__(self, point: Point, chance: random.Random | None, num_failing: float, num_allocations: int) -> None:
         self._point, self._chance, self._left = point, chance, num_failing

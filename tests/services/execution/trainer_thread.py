@@ -31,8 +31,10 @@ Results = list[plan_pb2.TaskResult]
 
 
 class Gates:
-    """A gate that, while closed for a name, blocks callers with that name, or refuses them if `is_away`. `reached`: a
-    caller has come."""
+    """A gate that, while closed for a name, blocks callers with that name, or refuses them if `is_away`.
+
+    `reached`: a caller has come.
+    """
 
     def __init__(self) -> None:
         self._open = threading.Event()
