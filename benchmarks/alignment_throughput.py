@@ -1,4 +1,4 @@
-"""Rows and tokens per second of alignment's reading of a dataset, beside `tokenizers` alone on the same texts.
+"""Measures rows and tokens per second of alignment's reading, beside `tokenizers` alone on the same texts.
 
     PYTHONPATH=. python benchmarks/alignment_throughput.py [--rows 20000]
 
@@ -73,9 +73,9 @@ def rows_of(count: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def measure(rows: list[dict[str, Any]], ours: BackboneTokenizer, peer: Tokenizer) -> dict[str, Any]:
-    """Seconds of each block by wall clock and of the CPU: ours, packing, the peer's."""
+    """Return seconds of each block, by wall clock and CPU: of our reading, of packing, of the peer."""
     training = Training(1e-3, num_epochs=1, max_sequence_tokens=8192, global_batch_size=64, micro_batch_size=64)
-    told: dict[str, list[list[float]]] = {"read": [], "pack": [], "tokenizers": []}
+    blocks: dict[str, list[list[float]]] = {"read": [], "pack": [], "tokenizers": []}
     num_tokens = 0
     for block in [rows[at : at + BLOCK_ROWS] for at in range(0, len(rows), BLOCK_ROWS)]:
         lines, texts = [json.dumps(row).encode() for row in block], [finished(row, ours) for row in block]
@@ -85,18 +85,18 @@ def measure(rows: list[dict[str, Any]], ours: BackboneTokenizer, peer: Tokenizer
             _, *alone = timed(lambda texts=texts: len(peer.encode_batch_fast(texts, add_special_tokens=False)))  # type: ignore[misc]
             if repeat:  # the first warms up
                 for name, seconds in (("read", read), ("pack", packed), ("tokenizers", alone)):
-                    told[name].append(seconds)
+                    blocks[name].append(seconds)
         num_tokens += len(dataset.token_ids_S)
     return {
         "num_rows": len(rows),
         "num_tokens": num_tokens,
-        "num_blocks": len(told["read"]) // REPEATS,
-        "seconds": told,
+        "num_blocks": len(blocks["read"]) // REPEATS,
+        "seconds": blocks,
     }
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
-    """What came of it, its seconds by the wall clock and of the CPU."""
+    """Return the result of the call and its seconds by wall clock and CPU."""
     started, used = time.perf_counter(), time.process_time()
     result = work()
     return result, time.perf_counter() - started, time.process_time() - used
@@ -110,7 +110,7 @@ def finished(row: Mapping[str, Any], ours: BackboneTokenizer) -> str:
 
 
 def pack(dataset: TokenizedDataset, training: Training) -> int:
-    """All microbatches of one epoch: their number."""
+    """Pack all microbatches of one epoch. Return their number."""
     num_steps = -(-dataset.num_rows // training.global_batch_size)
     member = PackedTask("task", dataset, training, num_steps, 0)
     return sum(len(one_round(step, [(member, step)], 8192, 64)) for step in range(num_steps))
@@ -118,12 +118,12 @@ def pack(dataset: TokenizedDataset, training: Training) -> int:
 
 def section(raw: Mapping[str, Any]) -> str:
     rows: list[list[object]] = []
-    for shape, told in raw["shapes"].items():
-        seconds = {name: np.array(values) for name, values in told["seconds"].items()}  # [blocks, (wall, CPU)]
+    for shape, figures in raw["shapes"].items():
+        seconds = {name: np.array(values) for name, values in figures["seconds"].items()}  # [blocks, (wall, CPU)]
         read, packed, alone = (np.median(seconds[name][:, 0]) for name in ("read", "pack", "tokenizers"))
         wall, cpu = (seconds["tokenizers"] / seconds["read"]).T
         low, ratio, high = np.percentile(wall, [25, 50, 75])
-        num_rows, num_tokens = (told[of] / told["num_blocks"] for of in ("num_rows", "num_tokens"))
+        num_rows, num_tokens = (figures[of] / figures["num_blocks"] for of in ("num_rows", "num_tokens"))
         rows.append([
             shape, f"{num_rows / read:,.0f}", f"{num_tokens / read:,.0f}",
             f"{num_tokens / alone:,.0f}", f"{num_tokens / packed:,.0f}",
@@ -141,7 +141,7 @@ def section(raw: Mapping[str, Any]) -> str:
     return f"""
 ## Alignment: reading a dataset beside the tokenizer alone
 
-{report.told(dict(raw))}
+{report.describe_origin(dict(raw))}
 {raw["rows"]} rows of each shape in blocks of {BLOCK_ROWS}, each {REPEATS} times; medians over all of them.
 
 {report.table(header, rows)}

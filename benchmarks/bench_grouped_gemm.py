@@ -1,4 +1,4 @@
-"""grouped_gemm against torch, a task at a time: the down product of bottleneck adapters, forward and both gradients."""
+"""Times grouped_gemm against torch, a task at a time: bottleneck adapters' down product, forward and gradients."""
 
 import itertools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from engine.kernels.launch import Launcher
 
 @dataclass(frozen=True)
 class Point:
-    """T tokens cut evenly among tasks, whose bottlenecks have these sizes in turn."""
+    """A point: T tokens divided evenly among tasks with bottlenecks of these sizes in turn."""
 
     num_tokens: int
     width: int
@@ -35,7 +35,7 @@ def points(is_small: bool = False) -> list[Point]:
 
 
 class Tensors:
-    """X and dX [L, K], S and dS [L, S], W [S, K], its gradient and the bias's, of each task."""
+    """Tensors of each task: X and dX [L, K], S and dS [L, S], W [S, K], its gradient and the bias's."""
 
     def __init__(self, point: Point, device: torch.device) -> None:
         bounds = [point.num_tokens * i // point.num_tasks for i in range(point.num_tasks + 1)]
@@ -63,7 +63,7 @@ def ours(t: Tensors, launcher: Launcher) -> list[list[Tensor]]:
 
 
 def by_torch(t: Tensors, of: Callable[[Tensor], Tensor] | None = None) -> list[list[Tensor]]:
-    """In the stream's type, or what `of` makes of everything."""
+    """Run torch in the stream's type, or in the type to which `of` converts everything."""
     results: list[list[Tensor]] = [[], [], [], []]
     for x, ds, w, bias in zip(t.x, t.ds, t.w, t.bias, strict=True):
         x, ds, w, bias = (of(v) if of else v.to(x.dtype) for v in (x, ds, w, bias))
@@ -73,7 +73,7 @@ def by_torch(t: Tensors, of: Callable[[Tensor], Tensor] | None = None) -> list[l
 
 
 def measured(point: Point, launcher: Launcher, device: torch.device, rounds: int, num_sets: int) -> dict[str, Any]:
-    """Errors and times. Raises AssertionError where an error is no rounding."""
+    """Return errors and times. Raises AssertionError if an error is more than rounding."""
     sets = [Tensors(point, device) for _ in range(num_sets)]
     reference = by_torch(sets[0], Tensor.double)
     right = [tensor for own in reference for tensor in own]

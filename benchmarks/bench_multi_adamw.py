@@ -1,4 +1,4 @@
-"""multi_adamw against torch: clip_grad_norm_'s factor and fused AdamW of each task in turn, by norms that are there."""
+"""Times multi_adamw against torch: clip_grad_norm_'s factor and fused AdamW of each task in turn, with given norms."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from engine.kernels.multi_adamw import AdamWGroup
 
 
 def sizes(is_small: bool = False) -> list[list[int]]:
-    """Parameters of each task: 1, 4, 16 and 64 tasks of LoRA ranks 8 to 64 on all linears of an 8B backbone."""
+    """Return parameters of each task: 1, 4, 16 and 64 tasks of LoRA ranks 8 to 64 on all linears of an 8B backbone."""
     if is_small:
         return [[100, 300]]
     rank_8 = 20_971_520
@@ -21,7 +21,7 @@ def sizes(is_small: bool = False) -> list[list[int]]:
 
 
 def measured(own: list[int], launcher: Launcher, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Times of one step of all tasks. Raises AssertionError where a parameter differs from torch's after the first."""
+    """Return times of one step of all tasks. Raises AssertionError if a parameter then differs from torch's."""
     groups = [
         AdamWGroup(i, *(torch.rand(size, device=device) for _ in range(4)), step=5, learning_rate=1e-4, max_norm=1.0)
         for i, size in enumerate(own)

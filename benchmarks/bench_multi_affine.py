@@ -1,4 +1,4 @@
-"""multi_affine against torch, a task at a time, and against a plain copy of the stream: forward and all gradients."""
+"""Times multi_affine against torch, a task at a time, and a plain copy of the stream: forward and all gradients."""
 
 import itertools
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from engine.kernels.multi_affine_device import AffineRows, backward, forward
 
 @dataclass(frozen=True)
 class Point:
-    """A stream [T, N] cut evenly among tasks, each with a factor and an offset."""
+    """A point: a stream [T, N] divided evenly among tasks, each with a gain and a shift."""
 
     num_tokens: int
     width: int
@@ -48,7 +48,7 @@ def ours(t: Tensors, launcher: Launcher) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_torch(t: Tensors, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Every vector in the stream's type, as an adapter alone would do it; or all in `dtype`."""
+    """Run torch with vectors in the stream's type, as an adapter alone would; or all in `dtype`."""
     ys, dxs, gradients = [], [], []
     for i, (start, end) in enumerate(t.pairs):
         x, dy, gain, shift = (
@@ -61,7 +61,7 @@ def by_torch(t: Tensors, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
 
 
 def measured(point: Point, launcher: Launcher, device: torch.device, rounds: int, num_sets: int) -> dict[str, Any]:
-    """Errors and times. Raises AssertionError where an error is no rounding."""
+    """Return errors and times. Raises AssertionError if an error is more than rounding."""
     sets = [Tensors(point, device) for _ in range(num_sets)]
     reference = by_torch(sets[0], torch.float64)
     errors = {

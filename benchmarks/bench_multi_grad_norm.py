@@ -1,4 +1,4 @@
-"""multi_grad_norm against torch's norm of each task's gradient in turn."""
+"""Times multi_grad_norm against torch's norm of each task's gradient in turn."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ __all__ = ["measured", "sizes"]
 
 
 def measured(own: list[int], launcher: Launcher, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Times of all tasks' norms. Raises AssertionError where one differs from float64's."""
+    """Return times of all tasks' norms. Raises AssertionError if one differs from float64's."""
     gradients = [torch.randn(size, device=device) for size in own]
     expected = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients])
     norms, _ = multi_grad_norm.launch_multi_grad_norm(launcher, gradients)

@@ -37,7 +37,7 @@ TOLERANCE = 2e-2  # of the norm of a result in bf16
 
 @dataclass(frozen=True)
 class Point:
-    """`groups` on T tokens, cut evenly among tasks of these ranks in turn."""
+    """A point: `groups` on T tokens, divided evenly among tasks of these ranks in turn."""
 
     name: str
     groups: tuple[Widths, ...]
@@ -51,19 +51,19 @@ class Point:
         return [self.ranks[i % len(self.ranks)] for i in range(self.num_tasks)]
 
     def extra_bytes(self) -> int:
-        """The fewest: X once forward, dY once, X once for dA; factors read and their gradients written."""
+        """Return the fewest bytes: X once forward, dY once, X once for dA; factors read and their gradients written."""
         size, ranks = self.dtype.itemsize, sum(self.task_ranks)
         streams = sum(self.num_tokens * (2 * k + sum(ns)) * size for k, ns in self.groups)
         return streams + sum(ranks * (k + n) * 4 * 3 for k, ns in self.groups for n in ns)
 
     def extra_flop(self) -> int:
-        """Six products of [L, R] with [R, K or N]."""
+        """Return the FLOPs of six products of [L, R] with [R, K or N]."""
         per_token = sum(self.task_ranks) / self.num_tasks
         return int(sum(6 * self.num_tokens * per_token * (k + n) for k, ns in self.groups for n in ns))
 
 
 def points(is_small: bool = False) -> list[Point]:
-    """What issue 4 asks for; small: one that a CPU can do, to try the script."""
+    """Return all points; `small`: one that a CPU can run, to try the script."""
     if is_small:
         return [Point("32x24, 8", ((32, (24, 8)),), 70, 3, (4, 8, 2))]
     mixed, found = (8, 16, 32, 64), []
@@ -77,7 +77,7 @@ def points(is_small: bool = False) -> list[Point]:
 
 @dataclass
 class Inputs:
-    """One group's tensors, drawn anew for each set, and what is made once a plan."""
+    """The tensors of one group, drawn anew for each set, with the tables made once a plan."""
 
     x: Tensor
     operators: list[Operator]
@@ -127,8 +127,8 @@ def frozen(given: Inputs) -> tuple[list[Tensor], Tensor]:
 
 
 def ours(given: Inputs, launcher: Launcher, first: bool | None = None) -> Result:
-    """`first`: whether Y's low-rank products are written before the base product; None: as `accumulates_into_base_gemm`
-    chooses."""
+    """Run our kernels. `first`: write Y's low-rank products before the base product; None: as
+    `accumulates_into_base_gemm` chooses."""
     products = GroupProducts(launcher, given.plan, given.table, given.factors, given.x.dtype)
     weights = [operator.weight_KN for operator in given.operators]
     shrunk = products.shrink(given.x)
@@ -149,7 +149,7 @@ def ours(given: Inputs, launcher: Launcher, first: bool | None = None) -> Result
 
 
 class BlockDiagonal:
-    """cuBLAS alone: every task's factors side by side, S masked. What is made once a step is made here."""
+    """Run cuBLAS alone: all tasks' factors side by side, S masked. Tensors made once a step are made here."""
 
     def __init__(self, given: Inputs) -> None:
         self.each = [self._beside(operator, given.x) for operator in given.operators]
@@ -180,7 +180,7 @@ class BlockDiagonal:
 
 
 class Peft:
-    """A LoRA linear of HF PEFT for each operator and task, on its own tokens, sharing the base weight."""
+    """Run a LoRA linear of HF PEFT for each operator and task, on its own tokens, sharing the base weight."""
 
     def __init__(self, given: Inputs) -> None:
         from peft.tuners.lora import LoraConfig
@@ -219,7 +219,7 @@ class Peft:
 
 
 def expected(given: Inputs) -> Result:
-    """In float64."""
+    """Compute the reference in float64."""
     x, ys, dx = given.x.double(), [], torch.zeros_like(given.x, dtype=torch.float64)
     gradients: list[Tensor] = []
     for operator, dy_TN in zip(given.operators, given.dys, strict=True):
@@ -237,7 +237,7 @@ def expected(given: Inputs) -> Result:
 
 
 def errors(found: Result, reference: Result) -> dict[str, float]:
-    """||found - reference|| / ||reference|| of Y and of a factor's gradient, each at worst, and of dX."""
+    """Return the worst relative errors of Y, of a factor's gradient, and of dX."""
 
     def relative(a: Tensor, b: Tensor) -> float:
         return float((a.double() - b).norm() / b.norm())
@@ -256,7 +256,7 @@ Contender = Callable[[Inputs], Callable[[Inputs], Result]]  # from inputs, what 
 
 
 def beside(peer: LoraFusion) -> Contender:
-    """A peer as a contender: its operators one by one, their dX added up."""
+    """Run a peer: its operators one by one, their dX added up."""
 
     def made(given: Inputs) -> Callable[[Inputs], Result]:
         runs = [peer.operator(given.x, o.weight_KN, o.uses, o.factors) for o in given.operators]
@@ -279,10 +279,10 @@ def measured(
     num_sets: int,
     peers: Mapping[str, Contender] | None = None,
 ) -> dict[str, Any]:
-    """Errors and times of one point, and which way of adding Y's low-rank products is faster beside the one chosen.
+    """Return errors and times of one point, and the faster way to add Y's low-rank products beside the chosen one.
 
     A peer that raises NotDoneError is left out, with its reason. Raises AssertionError where an error of ours is no
-    rounding; a peer's wrong results are told, and not timed.
+    rounding; a peer with wrong results is reported, and not timed.
     """
     sets = [[Inputs.drawn(point, group, device) for group in point.groups] for _ in range(num_sets)]
     own: dict[str, Contender] = {
@@ -324,7 +324,7 @@ def measured(
 def _calls(
     made: Sequence[Sequence[Callable[[Inputs], object]]], sets: Sequence[Sequence[Inputs]]
 ) -> list[Callable[[], object]]:
-    """One call for each set: all of its groups in turn."""
+    """Return one call for each set, which runs all of its groups in turn."""
     return [
         lambda many=many, own=own: [run(given) for run, given in zip(many, own, strict=True)]  # type: ignore[misc]
         for many, own in zip(made, sets, strict=True)

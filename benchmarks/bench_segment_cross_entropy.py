@@ -11,12 +11,12 @@ from engine.kernels.segment_cross_entropy import logits_gradient_
 
 
 def shapes(is_small: bool = False) -> list[tuple[int, int]]:
-    """Rows of a chunk, vocabulary."""
+    """A point: rows of a chunk, and vocabulary."""
     return [(5, 70)] if is_small else [(128, 128256), (512, 32000), (1024, 49152)]
 
 
 def measured(rows: int, vocabulary: int, launcher: Launcher, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Losses and gradient from bf16 logits, which a fresh copy gives each call (its time is told beside)."""
+    """Measure losses and gradient from bf16 logits; each call gets a fresh copy, which is timed separately."""
     sets = [torch.randn(rows, vocabulary, device=device).bfloat16() for _ in range(4)]
     targets = torch.randint(0, vocabulary, (rows,), device=device)
     weights = torch.full((rows,), 1 / rows, device=device)

@@ -78,9 +78,9 @@ async def measure(mesh: Mesh, seconds: float, callers: int) -> dict[str, list[di
             for block in range(BLOCKS + 1):
                 for name, call in calls.items():
                     server = mesh.processes["admission"].pid if name in PEERS else echo_process
-                    told = await run_block(call, seconds, callers, server)
+                    figures = await run_block(call, seconds, callers, server)
                     if block:
-                        found.setdefault(name, []).append(told)
+                        found.setdefault(name, []).append(figures)
     return found
 
 
@@ -189,21 +189,23 @@ def section(raw: Mapping[str, Any]) -> str:
         for name, blocks in raw["blocks"].items()
     }
     rows: list[list[object]] = []
-    for name, told in middle.items():
+    for name, figures in middle.items():
         goal = ""
         if name in PEERS:
             blocks = zip(raw["blocks"][name], raw["blocks"][PEERS[name]], strict=True)
             ratios = sorted(own["per_second"] / echo["per_second"] for own, echo in blocks)
             ratio = statistics.median(ratios)
             goal = f"{ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}; {'held' if ratio >= GOAL else 'failed'})"
-        cpu = [f"{told[part]:.0f}" for part in ("event_loop_us", "other_threads_us", "callers_us")]
-        rows.append([name, f"{told['per_second']:.0f}", f"{told['p50_ms']:.1f}", f"{told['p99_ms']:.1f}", goal, *cpu])
+        cpu = [f"{figures[part]:.0f}" for part in ("event_loop_us", "other_threads_us", "callers_us")]
+        rows.append(
+            [name, f"{figures['per_second']:.0f}", f"{figures['p50_ms']:.1f}", f"{figures['p99_ms']:.1f}", goal, *cpu]
+        )
     header = ["call", "per second", "p50 ms", "p99 ms", f"of the echo's rate (goal {GOAL})",
               "CPU of a call: event loop, microseconds", "server's other threads", "callers"]  # fmt: skip
     return f"""
 ## Control plane: admission beside a bare echo
 
-{report.told(dict(raw))}
+{report.describe_origin(dict(raw))}
 {raw["callers"]} callers, {BLOCKS} blocks of each call in turn; medians. A ratio is of neighbouring blocks.
 
 {report.table(header, rows)}

@@ -1,4 +1,4 @@
-"""What side_by_side.py wants to see, and whether it does: a goal that is missed is printed as failed."""
+"""Goals of side_by_side.py and their verdicts: a goal that is missed is printed as failed."""
 
 import operator
 import statistics
@@ -11,20 +11,20 @@ Summary = Mapping[str, Mapping[str, Any]]  # by system: a row of side_by_side.su
 
 @dataclass(frozen=True)
 class Goal:
-    """`figure` of a work at least `bound`, or at most."""
+    """A goal: the `figure` of a work is at least `bound`, or at most."""
 
     what: str
     bound: float
     figure: Callable[[Mapping[str, Any], Summary], float | None]
     is_at_most: bool = False
 
-    def told(self, work: Mapping[str, Any], summary: Summary) -> str:
-        found = self.figure(work, summary)
-        if found is None:
+    def verdict(self, work: Mapping[str, Any], summary: Summary) -> str:
+        value = self.figure(work, summary)
+        if value is None:
             return f"{self.what}: not measured"
-        is_held = (operator.le if self.is_at_most else operator.ge)(found, self.bound)
+        is_held = (operator.le if self.is_at_most else operator.ge)(value, self.bound)
         most = "at most " if self.is_at_most else ""
-        return f"{self.what} {found:.2f} of {most}{self.bound:g}: {'held' if is_held else 'FAILED'}"
+        return f"{self.what} {value:.2f} of {most}{self.bound:g}: {'held' if is_held else 'FAILED'}"
 
 
 def faster_than(system: str, bound: float) -> Goal:

@@ -1,4 +1,4 @@
-"""Systems in processes of their own: each task alone with its copy of the model, and the peak memory of any system."""
+"""Runs systems in separate processes: each task alone with its copy of the model, and any system for its peak bytes."""
 
 import ctypes
 import gc
@@ -24,7 +24,7 @@ _SPAWN = multiprocessing.get_context("spawn")  # CUDA wants it, and a fork would
 
 @dataclass(frozen=True)
 class Setting:
-    """What every process needs to build any system alike."""
+    """Settings with which any process builds the same system."""
 
     choice: Choice
     workload: Workload
@@ -50,23 +50,23 @@ class SeparateInstances(System):
 
     def __init__(self, setting: Setting) -> None:
         self.workers = {task.name: _Worker(_train_alone, setting, i) for i, task in enumerate(setting.workload.tasks)}
-        counts = [worker.told() for worker in self.workers.values()]  # a worker tells its tokens once it is ready
+        counts = [worker.receive() for worker in self.workers.values()]  # a worker sends its tokens once it is ready
         self.num_tokens = [sum(tokens) for tokens in zip(*counts, strict=True)]
 
     def run(self, round_: int) -> Losses:
         for worker in self.workers.values():
             worker.pipe.send(round_)
-        return {name: worker.told() for name, worker in self.workers.items()}
+        return {name: worker.receive() for name, worker in self.workers.items()}
 
     def close(self) -> int:
-        """Ends them. The sum of their peak bytes."""
+        """End all workers. Return the sum of their peak bytes."""
         for worker in self.workers.values():
             worker.pipe.send(None)
-        return sum(worker.last_told() for worker in self.workers.values())
+        return sum(worker.join() for worker in self.workers.values())
 
 
 class _Worker:
-    """A process of its own that does `work(*arguments, pipe)`; `pipe` here is the other end."""
+    """A separate process that runs `work(*arguments, pipe)`; `self.pipe` is the other end."""
 
     def __init__(self, work: Callable[..., None], *arguments: Any) -> None:
         self.pipe, theirs = _SPAWN.Pipe()
@@ -74,12 +74,12 @@ class _Worker:
         self.process.start()
         theirs.close()  # so that a dead worker is an EOFError here, not a wait for ever
 
-    def told(self) -> Any:
+    def receive(self) -> Any:
         return self.pipe.recv()
 
-    def last_told(self) -> int:
-        """The peak bytes with which it ends."""
-        peak: int = self.told()
+    def join(self) -> int:
+        """Wait for the process to end. Return its peak bytes."""
+        peak: int = self.receive()
         self.process.join()
         return peak
 
@@ -97,7 +97,7 @@ def _train_alone(setting: Setting, index: int, pipe: Connection) -> None:
 
 
 class Peak:
-    """The most memory that this process has held for its work: on a CPU the resident set as Linux counts it, the
+    """Measures the peak memory of this process for its work: on a CPU the resident set as Linux counts it, the
     allocator's freed pages included, less what it was when this was made; on a GPU what torch allocated."""
 
     def __init__(self, device: str) -> None:
@@ -122,15 +122,17 @@ def _status_bytes(field: str) -> int:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Of systems that run `num_rounds` rounds alone: on a CPU each in fresh processes; on a GPU in this one, on
-    `model`, which is thus loaded once."""
+    """Peak bytes of systems that each run `num_rounds` rounds alone.
+
+    On a CPU a system runs in fresh processes; on a GPU in this one, on `model`, which is thus loaded once.
+    """
 
     setting: Setting
     num_rounds: int
     model: Any
 
     def bytes_of(self, system: str) -> int:
-        """Of a system of SHARING or of "separate instances", the model's weights included."""
+        """Return the peak bytes of a system of SHARING or of "separate instances", the model's weights included."""
         setting = replace(self.setting, num_rounds=self.num_rounds)
         if system == "separate instances":
             instances = SeparateInstances(setting)
@@ -139,7 +141,7 @@ class Peaks:
             return instances.close()
         if setting.choice.device == "cuda":
             return _peak_here(setting, system, self.model)
-        return _Worker(_measure, setting, system).last_told()
+        return _Worker(_measure, setting, system).join()
 
 
 def _peak_here(setting: Setting, system: str, model: Any) -> int:
@@ -167,7 +169,7 @@ def _measure(setting: Setting, system: str, pipe: Connection) -> None:
 
 
 def release() -> None:
-    """Memory that nothing refers to any more, to the system."""
+    """Return unreferenced memory to the system."""
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc would keep it for this process
         libc.malloc_trim(0)
@@ -176,7 +178,7 @@ def release() -> None:
 
 
 def make_room() -> None:
-    """Between turns, where more than half of the memory is taken. Else each system finds what it freed in its turn
+    """Release memory between turns if more than half of it is in use. Else each system finds what it freed in its turn
     before, as it would alone."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if 2 * used_bytes(kind) > memory_bytes(kind):
@@ -184,7 +186,7 @@ def make_room() -> None:
 
 
 def build(setting: Setting, system: str, model: Any) -> System:
-    """A system of SHARING, on copies of `model` that share its weights, or "separate instances"."""
+    """Build a system of SHARING, on copies of `model` that share its weights, or "separate instances"."""
     if system in ENGINES:
         return setting.engine(sharing_copy(model), **ENGINES[system])
     if system == "batch and pad":

@@ -21,7 +21,7 @@ _MAX_TASKS, _TOKENS, _WIDTH = 4, 128, 256
 
 
 class NotDoneError(Exception):
-    """Why a peer cannot do a point."""
+    """Raised with the reason why a peer cannot run a point."""
 
 
 Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, list[Tensor]]]  # X, dY; Y, dX, gradients of A and B in turn
@@ -86,7 +86,7 @@ class LoraFusion:
 
 
 def refusal(x_TK: Tensor, weight_KN: Tensor, uses: Sequence[AdapterSlice]) -> str | None:
-    """What its kernels cannot do, if anything."""
+    """Return the reason why its kernels cannot run a point, if any."""
     lengths = [use.end - use.start for use in uses]
     if len(uses) > _MAX_TASKS:
         return f"LoRAFusion takes {_MAX_TASKS} adapters at most, not {len(uses)}"

@@ -4,7 +4,7 @@
 
 - **up**: `muxtune up` from its start to its announcement that it serves; the first time (certificates, backbone
   prepared) and again. Calibration is part of it (6 s by default, as users have it).
-- **first step**: CreateTask acknowledged until its watcher is told of step 1, on a mesh with nothing else to do.
+- **first step**: CreateTask acknowledged until its watcher receives step 1, on a mesh with nothing else to do.
 - **re-plan pause**: two tasks train, a third arrives. By the running task's steps (times as admission committed them):
   the time between two steps, less the device seconds of all tasks' steps in it, is idle. Optimizer steps and the report
   count as idle, so idle is never none; its median elsewhere is taken off. The pause is what is left, summed from the
@@ -65,8 +65,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="muxtune-bench-") as scratch:
         backbone = arguments.backbone or write_backbone(Path(scratch) / "backbone", **SHAPE)
         found = measure(Path(scratch), backbone, arguments)
-    told = {name: getattr(arguments, name) for name in ("repeats", "pairs", "steps", "threads")}
-    raw = report.origin("mesh_costs") | told | {"backbone": str(arguments.backbone or SHAPE), "found": found}
+    settings = {name: getattr(arguments, name) for name in ("repeats", "pairs", "steps", "threads")}
+    raw = report.origin("mesh_costs") | settings | {"backbone": str(arguments.backbone or SHAPE), "found": found}
     if arguments.no_write:
         print(section(raw))
     else:
@@ -287,7 +287,7 @@ def section(raw: Mapping[str, Any]) -> str:
     return f"""
 ## Costs of a mesh
 
-{report.told(dict(raw))}
+{report.describe_origin(dict(raw))}
 Backbone {raw["backbone"]}, torch on {raw["threads"]} threads; {raw["repeats"]} repeats, medians; tracing by
 {raw["pairs"]} pairs of turns of {raw["steps"]} steps (their sums, and the interval that holds it with 95 %),
 {found["tracing"]["spans"]} spans received.

@@ -55,7 +55,7 @@ def section(raw: dict[str, Any]) -> str:
     return f"""
 ## Parity: every method in one batch against each alone, {raw["num_steps"]} steps
 
-{report.told(raw)}
+{report.describe_origin(raw)}
 Worst of every step and of {num_options} combinations of optimizer, accumulation and schedule; losses relative,
 weights absolute. Goals: {LOSS_GOAL:g} and {WEIGHT_GOAL:g}.
 

@@ -1,4 +1,4 @@
-"""The planner measured: predictions on this CPU, fusion, pipelines, traces, padding, and its switches one by one.
+"""Measures the planner: predictions on this CPU, fusion, pipelines, traces, padding, and each switch.
 
     PYTHONPATH=. python benchmarks/planner.py [--quick] [--no-write]
 
@@ -59,7 +59,7 @@ DEVICE = CostProfile(fixed_seconds=0.05, token_seconds=1e-4, knee_tokens=512, sq
 
 
 def accuracy(quick: bool) -> dict[str, Any]:
-    """Relative errors on shapes never fitted."""
+    """Return relative errors on shapes never fitted."""
     torch.set_num_threads(1)
     config = transformers.LlamaConfig(
         vocab_size=2000, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
@@ -95,7 +95,7 @@ def random_tasks(random: np.random.Generator, count: int) -> list[StepCost]:
 
 
 def fusion_quality(quick: bool) -> dict[str, Any]:
-    """Of the way of many tasks against the exact one, and against the bound; seconds at 512 tasks on 8 executors."""
+    """Compare fusion of many tasks with the exact result and the bound; time 512 tasks on 8 executors."""
     random, over_exact, over_bound = np.random.default_rng(0), list[float](), list[float]()
     for _ in range(60 if quick else 400):
         stage = StageModel(
@@ -127,7 +127,7 @@ def fusion_quality(quick: bool) -> dict[str, Any]:
 
 
 def least_seconds(run: Callable[[], object]) -> float:
-    """Of five runs, the process's own."""
+    """Return the least CPU seconds of five runs."""
     timed = []
     for _ in range(5):
         started = time.process_time()
@@ -137,7 +137,7 @@ def least_seconds(run: Callable[[], object]) -> float:
 
 
 def bubbles() -> dict[str, float]:
-    """Eight tasks on four stages: equal, and from 0.7 to 2.1 s a microbatch, eight and four microbatches a round."""
+    """Simulate eight tasks on four stages: equal ones, and ones of 0.7 to 2.1 s a microbatch."""
     equal = [HTaskRound(f"task-{i}", 8, 1.0, 1.0) for i in range(8)]
     uneven = [HTaskRound(f"task-{i}", 4, 0.35 + i / 10, 0.35 + i / 10) for i in range(8)]
     found = {}
@@ -148,7 +148,7 @@ def bubbles() -> dict[str, float]:
 
 
 def traces(quick: bool) -> dict[str, Any]:
-    """Three policies on one trace, and ours on a large one."""
+    """Simulate three policies on one trace, and ours on a large one."""
     small, large = ((300, 6), (2000, 32)) if quick else ((1000, 16), (10_000, 128))
     limits = PlannerConfig()
     policies: dict[str, SchedulingPolicy] = {
@@ -161,7 +161,7 @@ def traces(quick: bool) -> dict[str, Any]:
 
 
 def simulated(num_tasks: int, num_devices: int, policy: SchedulingPolicy) -> dict[str, Any]:
-    """As many arrivals as keep our devices busy nine tenths of the time."""
+    """Simulate arrivals that keep our devices busy nine tenths of the time."""
     executors = [ExecutorView(f"e{i:03}", BACKBONE, 24 << 30, cost=DEVICE) for i in range(num_devices)]
     come = arrivals(TraceParameters(num_tasks, num_devices / 260, "b", burst=8.0, seed=2))
     limits, estimator, started = PlannerConfig(), DemandEstimator(PlannerConfig()), time.process_time()
@@ -189,7 +189,7 @@ def tasks_of(mix: tuple[str, ...], batch: int, steps: int = 12) -> list[tuple[Ta
 
 
 def padding(mix: tuple[str, ...], batch: int, chunk: int) -> dict[str, Any]:
-    """Packed by alignment with the planner's chunk (0) or a given one, and what padding to the longest would be."""
+    """Return alignment's padding with the planner's chunk (0) or a given one, and that of padding to the longest."""
     made, whole, effective = tasks_of(mix, batch), 0, 0
     views, data = tuple(view for view, _ in made), {view.name: data for view, data in made}
     executor = ExecutorView("e", BACKBONE, 80 << 30, cost=DEVICE)
@@ -204,7 +204,7 @@ def padding(mix: tuple[str, ...], batch: int, chunk: int) -> dict[str, Any]:
 
 
 def switches(batch: int) -> dict[str, float]:
-    """Seconds in which each of 16 ragged tasks takes a step of so many sequences, on four stages."""
+    """Return the seconds in which each of 16 tasks of mixed lengths takes a step of `batch` sequences, on 4 stages."""
     views = tuple(view for view, _ in tasks_of(tuple(CORPORA) * 5 + ("rte",), batch))
     executor = ExecutorView("e", BACKBONE, 80 << 30, cost=DEVICE, num_stages=4, hop_seconds=2e-3)
     variants = {
@@ -221,7 +221,7 @@ def switches(batch: int) -> dict[str, float]:
 
 
 def saturation() -> dict[str, Any]:
-    """By tokens fused: effective tokens a second of one microbatch, and what fusing two such halves saves."""
+    """Return by tokens: effective tokens a second of one microbatch, and the time that fusing two halves saves."""
     rows = []
     for tokens in (32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 8192):
         halves = [StepCost("a", tokens / 2, 1e-6 * tokens / 2), StepCost("b", tokens / 2, 1e-6 * tokens / 2)]
@@ -274,7 +274,7 @@ def section(raw: dict[str, Any]) -> str:
               "fairness", "simulated in, s of CPU"]  # fmt: skip
     padded = ["mix", "global batch", "chunk", "padding", "with 64", "to the longest"]
 
-    def told(what: str) -> str:
+    def verdict(what: str) -> str:
         return f"{a[what]:.1%} (at most {GOALS[what]:.0%}: {'held' if a[what] <= GOALS[what] else 'FAILED'})"
 
     split = [
@@ -283,11 +283,11 @@ def section(raw: dict[str, Any]) -> str:
     return f"""
 ## The planner
 
-{report.told(raw)}
+{report.describe_origin(raw)}
 The costs of all but the predictions are those of a made-up device (`DEVICE` in the script).
 
-**Predictions** on {a["shapes"]} shapes never fitted: median error {told("median_error")}, 95th percentile
-{told("p95_error")}.
+**Predictions** on {a["shapes"]} shapes never fitted: median error {verdict("median_error")}, 95th percentile
+{verdict("p95_error")}.
 
 **Fusion.** The way of many tasks on {f["instances"]} instances of 5 to 10 tasks, against the best of all partitions:
 worst {f["many_over_exact_worst"]:.1%} over, {f["many_over_exact_over_1_percent"]} of them over 1 %. 64 tasks on 4

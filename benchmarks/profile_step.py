@@ -52,7 +52,7 @@ def main() -> None:
             setting = Setting(choice, tasks, num_rounds, Path(scratch) / str(i), budget, tasks.chunk_tokens(budget),
                               torch.get_num_threads())  # fmt: skip
             profiled = profiles(setting, arguments.systems, arguments.rounds)
-            found.append({"model": model, "work": tasks.told, "systems": profiled,
+            found.append({"model": model, "work": tasks.label, "systems": profiled,
                           "product_flops_per_second": choice.product_flops_per_second()})  # fmt: skip
     raw = origin | {"rounds": arguments.rounds, "works": found}
     print(section(raw))
@@ -108,7 +108,7 @@ def _models(system: System) -> list[torch.nn.Module]:
 
 def section(raw: Mapping[str, Any]) -> str:
     device = raw["benchmark"].removeprefix("profile_")
-    parts = [f"## Where a step's time goes, {device}", report.told(dict(raw)), _CONVENTIONS]
+    parts = [f"## Where a step's time goes, {device}", report.describe_origin(dict(raw)), _CONVENTIONS]
     for work in raw["works"]:
         parts += [f"### {work['model']}: {work['work']}", table(work["systems"], work["product_flops_per_second"])]
     return "\n\n".join([*parts, f"Raw figures: `results/{raw['benchmark']}.json`."])
@@ -122,8 +122,8 @@ def table(systems: Mapping[str, Mapping[str, Any]], product_flops_per_second: fl
     ]  # fmt: skip
     rows.append(["all of it", *(f"{own['whole_seconds']:.2f} s" for own in systems.values())])
     reached = [own["frozen_flops"] / own["seconds"][FROZEN] for own in systems.values()]
-    told = (f"{flops / 1e12:.3g}, {flops / product_flops_per_second:.0%}" for flops in reached)
-    rows.append([f"{FROZEN}: TFLOP/s, of a plain product", *told])
+    cells = (f"{flops / 1e12:.3g}, {flops / product_flops_per_second:.0%}" for flops in reached)
+    rows.append([f"{FROZEN}: TFLOP/s, of a plain product", *cells])
     slower = [own["whole_seconds"] / own["tokens"] / (own["plain_seconds"] / own["plain_tokens"]) for own in
               systems.values()]  # fmt: skip
     rows.append(["a token takes, of one without the profiler", *(f"{ratio:.2f}" for ratio in slower)])

@@ -1,5 +1,5 @@
-"""Where a benchmark's figures go, and what is said of where they come from: raw figures as JSON in `results/`, a table
-between markers in RESULTS.md.
+"""Writes a benchmark's figures with their origin: raw figures as JSON in `results/`, a table between markers in
+RESULTS.md.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ PAGE = Path(__file__).parent / "RESULTS.md"
 
 
 def origin(name: str) -> dict[str, Any]:
-    """What stands in every report: when, from which commit, by which command, on what."""
+    """Return the origin that every report states: date, commit, command, machine and versions."""
     return {
         "benchmark": name,
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -39,8 +39,8 @@ def _versions() -> dict[str, str]:
     return found | {"trl": metadata.version("trl")} if importlib.util.find_spec("trl") else found
 
 
-def told(report: dict[str, Any]) -> str:
-    """The same in a sentence for the page."""
+def describe_origin(report: dict[str, Any]) -> str:
+    """Return the origin of a report in a sentence for the page."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return (
         f"`{report['command']}` (what is measured stands at its top), at commit {report['commit']}. {report['when']},\n"
@@ -54,14 +54,14 @@ def table(header: list[str], rows: list[list[object]]) -> str:
 
 
 def write(report: dict[str, Any], section: str) -> None:
-    """The raw figures and, on the page, their section."""
+    """Write the raw figures and, on the page, their section."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{report['benchmark']}.json").write_text(json.dumps(report, indent=1) + "\n")
     put_on_page(report["benchmark"], section)
 
 
 def put_on_page(name: str, section: str) -> None:
-    """`section` begins with its heading; the benchmark's former one is replaced."""
+    """Put the benchmark's section, which begins with its heading, in place of its former one."""
     opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
     page = PAGE.read_text() if PAGE.exists() else "# Results\n\n"
     if opening not in page:
@@ -71,7 +71,7 @@ def put_on_page(name: str, section: str) -> None:
 
 
 def _commit() -> str:
-    """With "-dirty" where the working tree holds more than other benchmarks' results."""
+    """Return the commit, with "-dirty" if the working tree has changes other than benchmarks' results."""
     own = [f":(exclude)benchmarks/{name}" for name in (PAGE.name, RESULTS.name, "plots")]
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *own)
     return (_git("describe", "--always") or "unknown") + ("-dirty" if changed else "")

@@ -117,7 +117,7 @@ def section(raw: dict[str, Any]) -> str:
     return f"""
 ## Shadow check: steps run again for one task alone, SmolLM2-135M
 
-{report.told(raw)}
+{report.describe_origin(raw)}
 {len(ratios)} rounds of nine tasks in float32. With every step of every task verified a round takes
 {median:.2f} times as long (median; {min(ratios):.2f} to {max(ratios):.2f}): `verify_every_steps: N` adds
 {median - 1:.2f} / N of a task's own step. Worst differences between the fused step and the step alone, relative:

@@ -105,7 +105,7 @@ def main() -> None:
                 measured.append(one_work(arguments, folder, Path(scratch) / str(i), *own))
                 clock.tick()
             else:
-                skipped.append(f"{own[0]}: {workload.told(*own[1:4])}")
+                skipped.append(f"{own[0]}: {workload.label(*own[1:4])}")
             works = in_order([*measured, *kept])
             raw = origin | {"load_average": os.getloadavg(), "work": works, "skipped": skipped}
             if not arguments.no_write:  # after each: what was measured stays, whatever becomes of the rest
@@ -126,7 +126,7 @@ def asked_for(arguments: argparse.Namespace) -> list[tuple[str, str, int, int, t
 
 
 def on_page(origin: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Work that was measured before, each with the origin of its figures; none where nothing was."""
+    """Return works measured before, each with the origin of its figures."""
     if not (path := report.RESULTS / f"{origin['benchmark']}.json").exists():
         return []
     raw = json.loads(path.read_text())
@@ -134,7 +134,7 @@ def on_page(origin: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def in_order(works: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As in this file; of those that are twice there the first."""
+    """Sort works as in this file; of duplicates keep the first."""
     order = [own[:4] for own in (*CPU_WORK, *CUDA_WORK)]
     by_name: dict[Any, dict[str, Any]] = {}
     for work in works:
@@ -151,7 +151,7 @@ class Clock:
         self._longest = 0.0
 
     def tick(self) -> None:
-        """A work has ended."""
+        """Record that a work has ended."""
         self._longest = max(self._longest, self._now() - self._ticked)
         self._ticked = self._now()
 
@@ -171,12 +171,12 @@ def one_work(
     budget = arguments.token_budget or TOKEN_BUDGETS[arguments.device]
     chunk = arguments.chunk or tasks.chunk_tokens(budget)
     setting = Setting(choice, tasks, num_rounds, scratch, budget, chunk, torch.get_num_threads())
-    print(f"{model}: {tasks.told}", flush=True)
+    print(f"{model}: {tasks.label}", flush=True)
     loaded = choice.load()
     seconds, read, left_out = speeds(setting, beside, loaded)
     peaks, alone, is_of_one = peak_bytes(setting, [n for n in seconds if n not in ABLATIONS], loaded)
     return {
-        "model": model, "work": tasks.told, "mix": mix, "num_tasks": num_tasks, "micro_batch_size": size,
+        "model": model, "work": tasks.label, "mix": mix, "num_tasks": num_tasks, "micro_batch_size": size,
         "token_budget": budget, "chunk_tokens": chunk, "seconds_by_round": seconds, "tokens_read": read,
         "effective_tokens": [tasks.num_tokens(r) for r in range(1, num_rounds)],
         "flops": [choice.flops(tasks.lengths(r)) for r in range(1, num_rounds)], "instances_are_of_one": is_of_one,
@@ -244,7 +244,7 @@ def measure(
 
 @contextmanager
 def leaving_out(name: str, left_out: dict[str, str]) -> Iterator[None]:
-    """A peer that fails, or has no library, is told as left out; the engine may not fail."""
+    """Leave out a peer that fails or has no library, with the reason; the engine may not fail."""
     try:
         yield
     except Exception as error:
@@ -284,7 +284,7 @@ def summary(work: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def section(raw: Mapping[str, Any]) -> str:
     device = raw["benchmark"].removeprefix("side_by_side_")
-    parts = [f"## Side by side, {device}", report.told(dict(raw)), _CONVENTIONS]
+    parts = [f"## Side by side, {device}", report.describe_origin(dict(raw)), _CONVENTIONS]
     parts += [f"![{what} of each system at each work](plots/{what}_{device}.png)" for what in ("speed", "bytes")]
     parts += [part for work in raw["work"] for part in section_of(work)]
     if raw["skipped"]:
@@ -321,13 +321,13 @@ def section_of(work: Mapping[str, Any]) -> list[str]:
         f" separate instances hold {fewer:.1f} times the engine's{measured}.",
     ]  # fmt: skip
     if "origin" in work:
-        parts.append(f"Measured before: {report.told(work['origin'])}")
+        parts.append(f"Measured before: {report.describe_origin(work['origin'])}")
     if work["left_out"]:
         parts.append(f"Left out: {'; '.join(f'{name}: {why}' for name, why in work['left_out'].items())}.")
     goals = GOALS.get((work["model"], work["mix"], work["num_tasks"], work["micro_batch_size"]), ())
     if goals:
         by_system = {row["system"]: row for row in summaries}
-        parts.append(f"Goals: {'; '.join(goal.told(work, by_system) for goal in goals)}.")
+        parts.append(f"Goals: {'; '.join(goal.verdict(work, by_system) for goal in goals)}.")
     return parts
 
 

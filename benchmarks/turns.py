@@ -26,7 +26,7 @@ class Counted(Protocol):
     times: list[float]
 
     def wait(self, count: int) -> None:
-        """Until there are so many."""
+        """Wait until there are so many steps."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def with_descendants(process: int) -> list[int]:
 
 
 def cpu_seconds_of(process: int) -> float:
-    """Of all its threads, by the kernel's clock."""
+    """Return the CPU seconds of all threads of a process, by the kernel's clock."""
     clock = ctypes.c_int()
     if error := _LIBC.clock_getcpuclockid(process, ctypes.byref(clock)):
         raise OSError(error, os.strerror(error))
@@ -86,7 +86,7 @@ class Cost:
     high: float
 
     def verdict(self, goal: float) -> str:
-        """Held or failed where all of the interval says so."""
+        """Return held or failed if all of the interval agrees."""
         if self.high < goal:
             return f"under {goal:.0%}: held"
         return f"under {goal:.0%}: {'FAILED' if self.low > goal else 'not told apart'}"

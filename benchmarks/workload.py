@@ -25,7 +25,7 @@ Rows = tuple[NDArray[np.int32], ...]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Log-normal lengths in tokens: half of them under `median`; cut to 4 and `cap`."""
+    """A corpus with log-normal lengths in tokens: half of them under `median`; clipped to 4 and `cap`."""
 
     name: str
     cap: int
@@ -47,7 +47,7 @@ MIXES = {name: (name,) for name in CORPORA} | {"mixed": tuple(CORPORA)}
 
 @dataclass(frozen=True)
 class Work:
-    """One task: its spec, and its rows, `spec.training.global_batch_size` a round."""
+    """One task: its spec and its rows, of which a round reads `spec.training.global_batch_size`."""
 
     name: str
     corpus: Corpus
@@ -71,7 +71,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Workload:
-    """Tasks that train at once, one optimizer step each a round."""
+    """Tasks that train together; each takes one optimizer step a round."""
 
     mix: str
     micro_batch_size: int
@@ -84,13 +84,13 @@ class Workload:
         return [len(row) for work in self.tasks for row in work.batch(round_)]
 
     def chunk_tokens(self, token_budget: int) -> int:
-        """As the planner chooses it without calibrated costs. A micro batch larger than the budget is cut."""
-        ragged = [self._ragged(work, token_budget) for work in self.tasks]
-        tokens = sum(task.num_tokens for task in ragged)
+        """Return the chunk that the planner chooses without calibrated costs. A micro batch over the budget is cut."""
+        sequences = [self._sequences(work, token_budget) for work in self.tasks]
+        tokens = sum(task.num_tokens for task in sequences)
         num_microbatches = math.ceil(tokens / token_budget)
-        return choose_chunk(ragged, num_microbatches, allowed_padding_tokens(tokens, num_microbatches))
+        return choose_chunk(sequences, num_microbatches, allowed_padding_tokens(tokens, num_microbatches))
 
-    def _ragged(self, work: Work, token_budget: int) -> SequenceLengths:
+    def _sequences(self, work: Work, token_budget: int) -> SequenceLengths:
         lengths = tuple(map(len, work.rows))
         tokens = sum(lengths) / self.num_rounds
         return SequenceLengths(lengths, self.micro_batch_size, math.ceil(tokens / token_budget), tokens)
@@ -100,11 +100,11 @@ class Workload:
         return len(self.tasks[0].rows) // self.micro_batch_size
 
     @property
-    def told(self) -> str:
-        return told(self.mix, len(self.tasks), self.micro_batch_size)
+    def label(self) -> str:
+        return label(self.mix, len(self.tasks), self.micro_batch_size)
 
 
-def told(mix: str, num_tasks: int, micro_batch_size: int) -> str:
+def label(mix: str, num_tasks: int, micro_batch_size: int) -> str:
     sequences = "1 sequence" if micro_batch_size == 1 else f"{micro_batch_size} sequences"
     return f"{mix}, {num_tasks} tasks of {sequences}"
 
@@ -112,7 +112,7 @@ def told(mix: str, num_tasks: int, micro_batch_size: int) -> str:
 def make(
     mix: str, num_tasks: int, micro_batch_size: int, num_rounds: int, vocabulary: int, targets: Targets
 ) -> Workload:
-    """Tasks take the mix's corpora, and ranks and targets, in turn. Equal arguments, equal work."""
+    """Make tasks that use the mix's corpora, ranks and targets in turn. Equal arguments give equal work."""
     random = np.random.default_rng(20260601)
     corpora = [CORPORA[name] for name in MIXES[mix]]
     tasks = []

@@ -16,8 +16,8 @@ from engine.kernels import cupy_launcher
 from engine.kernels.constants import SEGMENT_CROSS_ENTROPY_BLOCKS
 from engine.kernels.launch import POINTER, SUFFIXES, Kernel, Launcher, pack, struct_of
 from engine.kernels.packed_weight import PackedWeight
+from engine.planning.cost.memory_model import CHUNK_LOGITS
 
-_CHUNK_LOGITS = 1 << 24  # elements of one chunk of logits: 64 MiB in float32
 LAUNCH = struct_of(
     [(name, POINTER) for name in ("logits", "targets", "weights", "losses")]
     + [("stride", np.int64), ("num_rows", np.int32), ("vocabulary", np.int32)]
@@ -56,7 +56,7 @@ def segment_cross_entropy(
 
     Without weights the gradient is None.
     """
-    num_rows = max(1, _CHUNK_LOGITS // head.linear.weight.shape[0])
+    num_rows = max(1, CHUNK_LOGITS // head.linear.weight.shape[0])
     losses, gradients = [], []
     for start in range(0, hidden_MH.shape[0], num_rows):
         rows = slice(start, start + num_rows)

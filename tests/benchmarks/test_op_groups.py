@@ -111,7 +111,7 @@ def test_a_profile_is_told_with_its_shares() -> None:
     seconds = dict.fromkeys(GROUPS, 0.0) | {FROZEN: 3.0, IDLE: 1.0}
     own = {"seconds": seconds, "whole_seconds": 4.0, "plain_seconds": 1.0, "tokens": 100, "plain_tokens": 50,
            "frozen_flops": 6e12}  # fmt: skip
-    told = profile_step.table({"engine": own}, 8e12)
-    assert "| frozen GEMMs | 3.00 s, 75.0% |" in told and "| all of it | 4.00 s |" in told
-    assert "| a token takes, of one without the profiler | 2.00 |" in told
-    assert "| frozen GEMMs: TFLOP/s, of a plain product | 2, 25% |" in told
+    text = profile_step.table({"engine": own}, 8e12)
+    assert "| frozen GEMMs | 3.00 s, 75.0% |" in text and "| all of it | 4.00 s |" in text
+    assert "| a token takes, of one without the profiler | 2.00 |" in text
+    assert "| frozen GEMMs: TFLOP/s, of a plain product | 2, 25% |" in text

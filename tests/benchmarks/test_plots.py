@@ -25,13 +25,13 @@ def test_every_system_of_every_work_has_its_bar_and_figure(
     (tmp_path / "side_by_side_cpu.json").write_text(json.dumps(raw))
     paths = plots.draw("side_by_side_cpu")
     assert {path.name for path in paths} == {"speed_cpu.png", "speed_cpu.svg", "bytes_cpu.png", "bytes_cpu.svg"}
-    assert told(tmp_path / "plots/speed_cpu.svg", ["engine", "peft, longest", "214", "54", "107"]) == [num_works] * 5
-    assert told(tmp_path / "plots/bytes_cpu.svg", ["engine", "1.25", "3.50"]) == [num_works] * 3
+    assert counts(tmp_path / "plots/speed_cpu.svg", ["engine", "peft, longest", "214", "54", "107"]) == [num_works] * 5
+    assert counts(tmp_path / "plots/bytes_cpu.svg", ["engine", "1.25", "3.50"]) == [num_works] * 3
     first = [path.read_bytes() for path in paths]
     assert [path.read_bytes() for path in plots.draw("side_by_side_cpu")] == first  # no noise in the history
 
 
-def told(svg: Path, texts: list[str]) -> list[int]:
+def counts(svg: Path, texts: list[str]) -> list[int]:
     """How often each stands in the picture."""
     found = re.findall(r">([^<>]+)</text>", svg.read_text())
     return [found.count(text) for text in texts]

@@ -82,8 +82,8 @@ def test_a_peer_that_fails_is_left_out_of_what_follows() -> None:
     left_out = {"absent": "its library is not installed"}
     seconds = side_by_side.measure(systems, 5, 1e-4, left_out)
     assert set(seconds) == {"engine", "other"} == set(systems) and all(len(s) == 4 for s in seconds.values())
-    told = {"large": "it ran out of memory", "odd": "it failed: KeyError", "absent": "its library is not installed"}
-    assert left_out == told
+    reasons = {"large": "it ran out of memory", "odd": "it failed: KeyError", "absent": "its library is not installed"}
+    assert left_out == reasons
 
 
 @pytest.mark.parametrize("name", ["engine", "engine, fusion off"])
@@ -171,11 +171,11 @@ def test_flops_are_those_that_torch_counts(name: str, tmp_path: Path, monkeypatc
 def test_a_missed_goal_is_told() -> None:
     work = {"peak_bytes": {"engine": 300, "separate instances": 900}, "peak_bytes_alone": [50, 150]}
     fast = {"engine": {"teraflops": 10.0}, "batch and pad": {"ratio": 2.5}}
-    assert goals.faster_than("batch and pad", 2).told(work, fast).endswith("2.50 of 2: held")
-    assert goals.faster_than("peft, cap", 2).told(work, fast).endswith("not measured")
-    assert goals.bytes_of_one(1.5).told(work, fast).endswith("3.00 of at most 1.5: FAILED")
-    assert goals.fewer_than_instances(5.3).told(work, fast).endswith("3.00 of 5.3: FAILED")
-    assert goals.teraflops(500).told(work, fast).endswith("10.00 of 500: FAILED")
+    assert goals.faster_than("batch and pad", 2).verdict(work, fast).endswith("2.50 of 2: held")
+    assert goals.faster_than("peft, cap", 2).verdict(work, fast).endswith("not measured")
+    assert goals.bytes_of_one(1.5).verdict(work, fast).endswith("3.00 of at most 1.5: FAILED")
+    assert goals.fewer_than_instances(5.3).verdict(work, fast).endswith("3.00 of 5.3: FAILED")
+    assert goals.teraflops(500).verdict(work, fast).endswith("10.00 of 500: FAILED")
 
 
 def test_work_on_the_page_stays_with_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

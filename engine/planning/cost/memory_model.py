@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from engine.planning.types import BackboneView
 from engine.task import Optimizer, TaskSpec
 
-_CHUNK_LOGITS = 1 << 24  # elements: engine.kernels.segment_cross_entropy
+CHUNK_LOGITS = 1 << 24  # elements of one chunk of logits: 64 MiB in float32
 _AVERAGING_TOKENS = 1 << 10  # tokens over which bytes that a method saves are averaged
 
 
@@ -33,7 +33,7 @@ def activation_bytes(backbone: BackboneView, num_tokens: int, adapters_token_byt
     temporary too.
     """
     logit_bytes = 4 if backbone.element_bytes == 4 else 4 + backbone.element_bytes  # of the head's type, and float32
-    logits = logit_bytes * min(num_tokens * backbone.vocab_size, max(_CHUNK_LOGITS, backbone.vocab_size))
+    logits = logit_bytes * min(num_tokens * backbone.vocab_size, max(CHUNK_LOGITS, backbone.vocab_size))
     hidden = 3 * num_tokens * backbone.hidden_size * backbone.element_bytes
     saved, num_layers = backbone.token_bytes, max(1, backbone.num_layers)
     if backbone.recomputed_token_bytes:

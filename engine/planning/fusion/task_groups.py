@@ -43,7 +43,7 @@ class AllSubsets(CandidateGroups):
         self.longest_G = _fold([task.longest_tokens for task in tasks], np.maximum)
 
     def cover(self, work_G: Floats) -> Cover:
-        """best[s] = min over subsets g of s that hold its lowest task: work[g] + best[s - g]."""
+        """Solve best[s] = min over subsets g of s that hold its lowest task: work[g] + best[s - g]."""
         best_G, chosen_G = np.zeros_like(work_G), np.zeros(len(work_G), int)
         for sets, starts, parts in _subset_table(len(self._tasks)):
             rest = np.repeat(sets, np.diff([*starts, len(parts)])) ^ parts
@@ -92,7 +92,7 @@ class ContiguousRuns(CandidateGroups):
         self.longest_G = self._maxima([task.longest_tokens for task in tasks])
 
     def cover(self, work_G: Floats) -> Cover:
-        """best[j] = min over i < j: best[i] + work[i, j]."""
+        """Solve best[j] = min over i < j: best[i] + work[i, j]."""
         work_JI = np.ascontiguousarray(work_G.reshape(self._side, self._side).T)
         best_J, starts = np.zeros(self._side), [0] * self._side
         for j in range(1, self._side):

@@ -15,7 +15,7 @@ from tests.engine.kernels.conftest import MakeLauncher
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("chunk_logits", [1, 60, 1 << 24])
 def test_equals_autograd(softcap: float | None, bias: bool, chunk_logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "_CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(kernel, "CHUNK_LOGITS", chunk_logits)
     torch.manual_seed(0)
     linear = nn.Linear(6, 19, bias=bias, dtype=torch.float64).requires_grad_(False)
     hidden = (3 * torch.randn(8, 6, dtype=torch.float64)).requires_grad_()
