@@ -173,10 +173,8 @@ class Trainer:
         release_cache(self._device_kind)
         self._plan.htasks[index].tasks[:] = self._restart_round(index)
         if (name := self._oom_policy.reduce_memory(self._plan, index, microbatch)) is not None:
-            num_tokens, limit_bytes = microbatch.num_tokens, self._device().memory_bytes
-            message = (
-                f"A sequence of {num_tokens} tokens does not fit in {limit_bytes} bytes with no other task: {error}."
-            )
+            num_tokens, limit = microbatch.num_tokens, f"{self._device().memory_bytes} bytes of memory"
+            message = f"A sequence of {num_tokens} tokens does not fit in {limit} with no other task: {error}."
             remedy = "Shorten the sequences, or reduce `rank` or `target_modules`."
             self._lifecycle.fail(name, WillNeverFitError(f"{message} {remedy}", tokens=num_tokens))
 
