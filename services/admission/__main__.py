@@ -1,4 +1,4 @@
-"""The admission service: `python -m services.admission`, settings from MUXTUNE_* variables."""
+"""Starts the admission service: `python -m services.admission`, with settings from MUXTUNE_* variables."""
 
 import asyncio
 import os
@@ -22,19 +22,19 @@ from muxtune.v1 import (
     operator_pb2,
     operator_pb2_grpc,
 )
-from services.admission.api.oidc import Provider, TokenVerifier
+from services.admission.api.oidc import OidcProvider, TokenVerifier
 from services.admission.api.operator_rpcs import OperatorServicer
 from services.admission.api.servicer import AdmissionServicer, KeyServicer, LedgerServicer
-from services.admission.api.token_authenticator import authenticator
+from services.admission.api.token_authenticator import create_authenticator
 from services.admission.cleanup.garbage_collection_loop import GarbageCollectionLoop
 from services.admission.cleanup.garbage_collector import GarbageCollector
 from services.admission.ledger.ledger import Ledger
 from services.admission.ledger.limits_watcher import LimitsWatcher
 from services.admission.ledger.replicas import Replicas, SingleReplica
 from services.admission.ledger_leader import LEDGER_SERVICE, LedgerLeader
-from services.admission.policy.admission_controller import AdmissionController, Quota
+from services.admission.policy.admission_controller import AdmissionController, DefaultQuota
 from services.admission.store.api_keys import KeyStore
-from services.admission.store.audit_log import audited_in
+from services.admission.store.audit_log import create_audit_writer
 from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
 from services.rpc.authentication import Authenticate
@@ -50,14 +50,17 @@ from services.storage.artifact_store import ArtifactStore
 
 @dataclass(frozen=True, kw_only=True)
 class AdmissionSettings(ServerSettings):
-    """`database_url` as SQLAlchemy writes it: sqlite:///path or postgresql+psycopg://...
+    """Settings of the admission service. 0 means no limit for `max_*` but `max_crashes`, and for `*_per_second`.
 
-    `listen` is the clients', with the certificate in `public_certs` (default: `certs`); who shows one, services and
-    operators, comes to `internal_listen`. `oidc_*`: see services/admission/api/oidc.py; no issuer, no tokens.
-    `requests_per_second` are a tenant's; `refusals_per_second` those from one address that bring no valid key: 0 where
-    a proxy's address is everybody's. `max_upload_bytes` is of one adapter; the other `max_*` hold for tenants without a
-    quota of their own; 0: no limit. But a task fails that was alone on its executor when that died, `max_crashes` times
-    in a row with no new step since.
+    `database_url`: an SQLAlchemy URL, sqlite:///path or postgresql+psycopg://...
+    `listen`: address for clients, with the certificate in `public_certs` (default: `certs`).
+    `internal_listen`: address for services and operators, which present certificates.
+    `oidc_*`: the issuer of tenants' tokens (services/admission/api/oidc.py); without an issuer, tokens are refused.
+    `requests_per_second`: of one tenant.
+    `refusals_per_second`: unauthenticated calls from one address; set 0 behind a proxy, where all share an address.
+    `max_upload_bytes`: of one adapter. Other `max_*` are quotas of tenants without one of their own.
+    `max_crashes`: a task fails when its executors died so often in a row without a step between, and it was alone on
+    the last one.
     """
 
     database_url: str
@@ -89,8 +92,8 @@ class AdmissionSettings(ServerSettings):
             (self.internal_listen, certificates.for_server(is_mutual=True)),
         ]
 
-    def quota(self) -> Quota:
-        return Quota(
+    def quota(self) -> DefaultQuota:
+        return DefaultQuota(
             self.max_unfinished_tasks,
             PlannerConfig(self.token_budget, self.chunk_tokens),
             self.max_dataset_bytes,
@@ -100,15 +103,15 @@ class AdmissionSettings(ServerSettings):
         )
 
     def authenticate(self, keys: KeyStore) -> Authenticate:
-        """By API key, and by token of the issuer if one is set."""
+        """Return the function that authenticates API keys, and the issuer's tokens if an issuer is set."""
         verifier = None
         if self.oidc_issuer:
             algorithms = tuple(filter(None, map(str.strip, self.oidc_algorithms.split(","))))
-            provider = Provider(
+            provider = OidcProvider(
                 self.oidc_issuer, self.oidc_audience, self.oidc_keys, algorithms, self.oidc_tenant_claim
             )
             verifier = TokenVerifier(provider)
-        return authenticator(keys, self.mesh_secret, verifier, RateLimit(self.requests_per_second))
+        return create_authenticator(keys, self.mesh_secret, verifier, RateLimit(self.requests_per_second))
 
 
 async def main() -> None:
@@ -122,15 +125,16 @@ async def main() -> None:
     default = quota.to_proto()
     admitter = AdmissionController(database, artifacts, alignment, quota)
     servicer = AdmissionServicer(database, artifacts, alignment, admitter, notifier, settings.max_upload_bytes)
-    sweeping = GarbageCollectionLoop(GarbageCollector(database, artifacts), servicer.dataset_bytes.sweep)
-    ledger, limits = LedgerServicer(notifier, sweeping.add), LimitsWatcher(database, default, notifier)
-    take = partial(Ledger, database, quota=default, max_crashes=settings.max_crashes)
+    remove_datasets = servicer.dataset_objects.remove_all_unreferenced
+    collection = GarbageCollectionLoop(GarbageCollector(database, artifacts), remove_datasets)
+    ledger, limits = LedgerServicer(notifier, collection.add), LimitsWatcher(database, default, notifier)
+    acquire = partial(Ledger, database, quota=default, max_crashes=settings.max_crashes)
     health = health_aio.HealthServicer()
-    keeping = LedgerLeader(take, ledger, (ledger.announce_expiries, sweeping.run, limits.run), health)
+    leader = LedgerLeader(acquire, ledger, (ledger.watch_lease_deadlines, collection.run, limits.run), health)
     replicas = Replicas(database, notifier) if database.is_shared else SingleReplica()
     running: list[asyncio.Task[None]] = []
 
-    audit = audited_in(database)
+    audit = create_audit_writer(database)
     unauthenticated_limiter = UnauthenticatedCallLimiter(RateLimit(settings.refusals_per_second), audit)
 
     def register(server: grpc.aio.Server) -> list[str]:
@@ -143,8 +147,8 @@ async def main() -> None:
 
     async def start(address: str) -> None:
         await health.set(LEDGER_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
-        running.append(start_critical_task(replicas.run(keeping.keep), "replicas"))
-        running.append(start_critical_task(replicas.tell(), "word to other replicas"))
+        running.append(start_critical_task(replicas.run(leader.lead), "replicas"))
+        running.append(start_critical_task(replicas.publish_changes(), "notices to other replicas"))
         running.append(start_critical_task(unauthenticated_limiter.run(), "unauthenticated calls"))
 
     async def stop() -> None:
@@ -165,7 +169,7 @@ async def main() -> None:
         health=health,
         services_with_own_health=[LEDGER_SERVICE],
     )
-    await replicas.tell_now()
+    await replicas.publish_pending()
     await database.finish()
     database.close()
 

@@ -1,4 +1,4 @@
-"""What only the keeper of the ledger does: it serves LedgerService, ends leases, sweeps, and looks at limits."""
+"""The replica that leads the ledger: it serves LedgerService, ends leases, collects garbage and checks limits."""
 
 import asyncio
 import logging
@@ -14,30 +14,30 @@ from services.admission.api.servicer import LedgerServicer
 from services.admission.ledger.ledger import Ledger
 
 LEDGER_SERVICE = ledger_pb2.DESCRIPTOR.services_by_name["LedgerService"].full_name
-_LOOK_SECONDS = 1.0
+_CHECK_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
 class LedgerLeader:
-    """`works`: what runs meanwhile. The health of LedgerService tells clients where the ledger is kept."""
+    """`jobs` run while this process leads. LedgerService's health shows clients which replica leads."""
 
     def __init__(
         self,
-        take: Callable[[], Ledger],
+        acquire: Callable[[], Ledger],
         servicer: LedgerServicer,
-        works: Sequence[Callable[[], Coroutine[Any, Any, None]]],
+        jobs: Sequence[Callable[[], Coroutine[Any, Any, None]]],
         health: health_aio.HealthServicer,
     ) -> None:
-        self._take, self._servicer, self._works, self._health = take, servicer, works, health
+        self._acquire, self._servicer, self._jobs, self._health = acquire, servicer, jobs, health
 
-    async def keep(self) -> None:
-        """Until cancelled, or until another has taken the ledger. Raises what a work raises."""
-        ledger = await asyncio.to_thread(self._take)
-        _log.info("keeps the ledger in term %d", ledger.fence.term)
-        with self._servicer.keeping(ledger):
+    async def lead(self) -> None:
+        """Lead until cancelled, or until another process acquires the ledger. Raises what a job raises."""
+        ledger = await asyncio.to_thread(self._acquire)
+        _log.info("leads the ledger in term %d", ledger.fence.term)
+        with self._servicer.serve_ledger(ledger):
             await self._health.set(LEDGER_SERVICE, health_pb2.HealthCheckResponse.SERVING)
-            works = [*(work() for work in self._works), _until_superseded(ledger)]
-            running = [asyncio.create_task(work) for work in works]
+            jobs = [*(job() for job in self._jobs), _wait_until_superseded(ledger)]
+            running = [asyncio.create_task(job) for job in jobs]
             try:
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
@@ -47,15 +47,16 @@ class LedgerLeader:
                 for task in running:
                     task.cancel()
                 await asyncio.gather(*running, return_exceptions=True)
-                _log.info("keeps the ledger no more")
+                _log.info("no longer leads the ledger")
 
 
-async def _until_superseded(ledger: Ledger) -> None:
-    """A keeper that was slow to begin may have taken it from one that began meanwhile: then both begin again."""
+async def _wait_until_superseded(ledger: Ledger) -> None:
+    """Return when another process has acquired the ledger. A leader that was slow to start may have acquired it from
+    one that started meanwhile; then both start again."""
     while True:
-        await asyncio.sleep(_LOOK_SECONDS)
+        await asyncio.sleep(_CHECK_SECONDS)
         try:
             if not await asyncio.to_thread(ledger.fence.is_current):
                 return
         except UnavailableError as error:
-            _log.warning("whether the ledger is still ours is not known now: %s", error)
+            _log.warning("cannot check who leads the ledger, will be retried: %s", error)

@@ -1,4 +1,4 @@
-"""The RPCs of adapters. What each promises stands in protos/muxtune/v1/admission.proto."""
+"""RPCs of adapters. protos/muxtune/v1/admission.proto specifies each RPC."""
 
 import asyncio
 import logging
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 class AdapterRpcs:
-    """Part of AdmissionServicer."""
+    """Methods of AdmissionServicer on adapters."""
 
     _database: Database
     _artifacts: ArtifactStore
@@ -40,34 +40,38 @@ class AdapterRpcs:
     _max_upload_bytes: int
 
     async def UploadAdapter(self, request_iterator: Any, context: Any) -> pb.UploadAdapterResponse:
-        receipt, header = AdapterUpload(self._max_upload_bytes), None
+        upload, header = AdapterUpload(self._max_upload_bytes), None
         async for request in request_iterator:
             part = request.WhichOneof("part")
             if part == "header" and header is None:
                 header = request.header
                 tenant = authorize_parent(current_principal(), header.parent)
-                await asyncio.to_thread(self._check_room, tenant, header)
+                await asyncio.to_thread(self._check_quota, tenant, header)
             elif part == "file" and header is not None:
-                receipt.open(request.file)
+                upload.start_file(request.file)
             elif part == "chunk" and header is not None:
-                receipt.add(request.chunk)
+                upload.add_chunk(request.chunk)
             else:
-                raise InvalidInputError.of_field("part", f"{part} is out of order: header, then each file and chunks")
+                raise InvalidInputError.of_field(
+                    "part", f"{part} is out of order: send the header, then each file's header and its chunks"
+                )
         if header is None:
-            raise InvalidInputError.of_field("header", "is missing: nothing was sent")
+            raise InvalidInputError.of_field("header", "must come first, but nothing was sent")
         return pb.UploadAdapterResponse(
-            adapter=await asyncio.to_thread(self._store_adapter, tenant, header, receipt.close())
+            adapter=await asyncio.to_thread(self._store_adapter, tenant, header, upload.finish())
         )
 
     async def DownloadAdapter(
         self, request: pb.DownloadAdapterRequest, context: Any
     ) -> AsyncIterator[pb.DownloadAdapterResponse]:
-        manifest = await asyncio.to_thread(self._adapter_manifest, request.name)
+        manifest = await asyncio.to_thread(self._read_manifest, request.name)
         for name, entry in sorted(manifest.files.items()):
             try:
                 data = await asyncio.to_thread(self._artifacts.read_file, manifest, name)
             except ArtifactCorruptError:
-                await asyncio.to_thread(self._adapter_manifest, request.name)  # it was deleted meanwhile: it says so
+                await asyncio.to_thread(
+                    self._read_manifest, request.name
+                )  # raises if the adapter was deleted meanwhile
                 raise
             yield pb.DownloadAdapterResponse(
                 file=artifact_pb2.FileHeader(file_name=name, size_bytes=entry.size_bytes, sha256=entry.sha256)
@@ -78,12 +82,12 @@ class AdapterRpcs:
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Any) -> pb.ListAdaptersResponse:
         tenant = authorize_parent(current_principal(), request.parent)
-        size, query = page_tokens.size(request.page_size), ["adapters", tenant]
+        size, query = page_tokens.resolve_size(request.page_size), ["adapters", tenant]
         rows = await asyncio.to_thread(
-            self._adapter_page, tenant, page_tokens.start(query, request.page_token), size + 1
+            self._adapter_page, tenant, page_tokens.decode(query, request.page_token), size + 1
         )
         shown = rows[:size]
-        more = page_tokens.token(query, shown[-1].created, shown[-1].name) if len(rows) > size else ""
+        more = page_tokens.encode(query, shown[-1].created, shown[-1].name) if len(rows) > size else ""
         return pb.ListAdaptersResponse(
             adapters=[datasets_and_adapters.adapter_to_proto(row) for row in shown], next_page_token=more
         )
@@ -93,29 +97,31 @@ class AdapterRpcs:
         folder = await asyncio.to_thread(self._delete_adapter, name)
         try:
             await asyncio.to_thread(self._artifacts.delete_folder, folder)
-        except UnavailableError as error:  # the tenant's adapter is gone; its files go with a later sweep
-            _log.warning("files of %s stay for now: %s", name, error)
+        except UnavailableError as error:  # the adapter is deleted; garbage collection deletes its files later
+            _log.warning("files of %s not deleted yet: %s", name, error)
         return pb.DeleteAdapterResponse()
 
-    def _check_room(self, tenant: str, header: artifact_pb2.UploadHeader) -> None:
-        """Before anything is taken in; what may be there already is looked at when it is all here. Raises
-        QuotaExceededError."""
+    def _check_quota(self, tenant: str, header: artifact_pb2.UploadHeader) -> None:
+        """Check the quota before files are received, unless the adapter may exist already: its contents decide that
+        later. Raises QuotaExceededError."""
         name = str(ResourceName(tenant, "adapters", header.id))
         with self._database.read() as connection:
-            is_known = idempotency.is_known(connection, tenant, header.request_id)
-            if not is_known and not datasets_and_adapters.has_adapter(connection, name):
-                self._admitter.check_adapters(connection, tenant, 1)
+            is_repeated = idempotency.has_request(connection, tenant, header.request_id)
+            if not is_repeated and not datasets_and_adapters.has_adapter(connection, name):
+                self._admitter.check_adapter_bytes(connection, tenant, 1)
 
     def _store_adapter(
         self, tenant: str, header: artifact_pb2.UploadHeader, files: dict[str, bytes]
     ) -> artifact_pb2.Adapter:
-        digest = idempotency.body_hash(*(data for _, data in sorted(files.items())))
-        body = idempotency.body_hash(header.id.encode(), digest.encode())
+        digest = idempotency.hash_parts(*(data for _, data in sorted(files.items())))
+        body = idempotency.hash_parts(header.id.encode(), digest.encode())
         with self._database.read() as connection:
-            if made := idempotency.find(connection, tenant, header.request_id, "UploadAdapter", body):
-                return datasets_and_adapters.adapter_to_proto(datasets_and_adapters.adapter_row(connection, made))
+            if existing := idempotency.find_resource(connection, tenant, header.request_id, "UploadAdapter", body):
+                return datasets_and_adapters.adapter_to_proto(
+                    datasets_and_adapters.get_adapter_row(connection, existing)
+                )
             name = new_name(tenant, "adapters", header.id, "header.id")
-            datasets_and_adapters.existing_adapter(connection, name, digest)
+            datasets_and_adapters.find_same_adapter(connection, name, digest)
         folder = datasets_and_adapters.new_upload(name, digest)
         manifest = self._artifacts.commit_folder(folder, files, {})
         try:
@@ -123,40 +129,42 @@ class AdapterRpcs:
         except (AlreadyExistsError, QuotaExceededError, RequestIdReusedError):
             self._artifacts.delete_folder(folder)
             raise
-        if row.manifest_key != manifest.key:  # it is there already, under this name or of the same request
+        if row.manifest_key != manifest.key:  # the adapter exists already, by its name or by the same request
             self._artifacts.delete_folder(folder)
         return datasets_and_adapters.adapter_to_proto(row)
 
     def _record_adapter(
         self, tenant: str, name: str, request_id: str, body: str, digest: str, manifest: Manifest
     ) -> Any:
-        """The row that stands for it."""
+        """Store the adapter's row, unless the adapter exists already; return the row that is stored."""
         with self._database.write() as connection:
-            made = idempotency.find(connection, tenant, request_id, "UploadAdapter", body)
-            if made is None:
-                if datasets_and_adapters.existing_adapter(connection, name, digest) is None:
-                    self._admitter.check_adapters(connection, tenant, manifest.size_bytes)
+            existing = idempotency.find_resource(connection, tenant, request_id, "UploadAdapter", body)
+            if existing is None:
+                if datasets_and_adapters.find_same_adapter(connection, name, digest) is None:
+                    self._admitter.check_adapter_bytes(connection, tenant, manifest.size_bytes)
                     datasets_and_adapters.insert_adapter(connection, name, manifest.key, manifest.size_bytes)
-                idempotency.remember(connection, tenant, request_id, "UploadAdapter", body, name)
-            return datasets_and_adapters.adapter_row(connection, made or name)
+                idempotency.record_request(connection, tenant, request_id, "UploadAdapter", body, name)
+            return datasets_and_adapters.get_adapter_row(connection, existing or name)
 
     def _adapter_page(self, tenant: str, before: tuple[int, str] | None, limit: int) -> Any:
         with self._database.read() as connection:
-            return datasets_and_adapters.page(connection, adapters, tenant, before, limit)
+            return datasets_and_adapters.list_page(connection, adapters, tenant, before, limit)
 
     def _delete_adapter(self, name: str) -> str:
         with self._database.write() as connection:
             return datasets_and_adapters.delete_adapter(connection, name)
 
-    def _adapter_manifest(self, name: str) -> Manifest:
+    def _read_manifest(self, name: str) -> Manifest:
         principal = current_principal()
         with self._database.read() as connection:
             if is_task(name):
-                row = tasks.row_of(connection, authorize(principal, name, "tasks"))
+                row = tasks.get_row(connection, authorize(principal, name, "tasks"))
                 if not row.adapter:
                     raise IllegalTransitionError(
-                        f"{name} has no adapter, or not any more: it is {row.state}", task=name, state=row.state
+                        f"{name} has no adapter: it is {row.state}, or its adapter was deleted",
+                        task=name,
+                        state=row.state,
                     )
                 name = row.adapter
-            key = datasets_and_adapters.adapter_row(connection, authorize(principal, name, "adapters")).manifest_key
+            key = datasets_and_adapters.get_adapter_row(connection, authorize(principal, name, "adapters")).manifest_key
         return self._artifacts.read_manifest(key)

@@ -1,4 +1,4 @@
-"""The RPCs of datasets and backbones. What each promises stands in protos/muxtune/v1/admission.proto."""
+"""RPCs of datasets and backbones. protos/muxtune/v1/admission.proto specifies each RPC."""
 
 import asyncio
 import logging
@@ -27,31 +27,33 @@ _log = logging.getLogger(__name__)
 
 
 class DatasetRpcs:
-    """Part of AdmissionServicer."""
+    """Methods of AdmissionServicer on datasets and backbones."""
 
     _database: Database
     _artifacts: ArtifactStore
     _alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub"
     _admitter: AdmissionController
-    dataset_bytes: DatasetObjects
+    dataset_objects: DatasetObjects
 
     async def UploadDataset(self, request_iterator: Any, context: Any) -> pb.UploadDatasetResponse:
-        header, file, chunks = await _opening(request_iterator)
+        header, file, chunks = await _receive_headers(request_iterator)
         tenant = authorize_parent(current_principal(), header.parent)
-        body = idempotency.body_hash(header.id.encode(), file.sha256.encode())
-        name = await asyncio.to_thread(self._dataset_name, tenant, header, body)
-        known = await asyncio.to_thread(self._existing_dataset, name, header.request_id, body, file.sha256.lower())
-        if known is None:
-            await asyncio.to_thread(self._admitter.check_bytes, tenant, file.size_bytes)
-            async with self.dataset_bytes.lock(tenant, file.sha256.lower()):
-                stored = await self._alignment.StoreDataset(_forwarded(tenant, file, chunks))
+        body = idempotency.hash_parts(header.id.encode(), file.sha256.encode())
+        name = await asyncio.to_thread(self._choose_dataset_name, tenant, header, body)
+        dataset = await asyncio.to_thread(self._find_same_dataset, name, header.request_id, body, file.sha256.lower())
+        if dataset is None:
+            await asyncio.to_thread(self._admitter.check_dataset_upload, tenant, file.size_bytes)
+            async with self.dataset_objects.lock(tenant, file.sha256.lower()):
+                stored = await self._alignment.StoreDataset(_to_store_requests(tenant, file, chunks))
                 failpoint("dataset.stored")
                 try:
-                    known = await asyncio.to_thread(self._store_dataset, tenant, name, header.request_id, body, stored)
+                    dataset = await asyncio.to_thread(
+                        self._store_dataset, tenant, name, header.request_id, body, stored
+                    )
                 except MuxtuneError:
-                    await self.dataset_bytes.remove_unreferenced(tenant, stored.sha256)
+                    await self.dataset_objects.remove_unreferenced(tenant, stored.sha256)
                     raise
-        return pb.UploadDatasetResponse(dataset=known)
+        return pb.UploadDatasetResponse(dataset=dataset)
 
     async def GetDataset(self, request: pb.GetDatasetRequest, context: Any) -> pb.GetDatasetResponse:
         name = authorize(current_principal(), request.name, "datasets")
@@ -59,12 +61,12 @@ class DatasetRpcs:
 
     async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Any) -> pb.ListDatasetsResponse:
         tenant = authorize_parent(current_principal(), request.parent)
-        size, query = page_tokens.size(request.page_size), ["datasets", tenant]
+        size, query = page_tokens.resolve_size(request.page_size), ["datasets", tenant]
         rows = await asyncio.to_thread(
-            self._dataset_page, tenant, page_tokens.start(query, request.page_token), size + 1
+            self._dataset_page, tenant, page_tokens.decode(query, request.page_token), size + 1
         )
         shown = rows[:size]
-        more = page_tokens.token(query, shown[-1].created, shown[-1].name) if len(rows) > size else ""
+        more = page_tokens.encode(query, shown[-1].created, shown[-1].name) if len(rows) > size else ""
         return pb.ListDatasetsResponse(
             datasets=[datasets_and_adapters.dataset_to_proto(row) for row in shown], next_page_token=more
         )
@@ -84,58 +86,58 @@ class DatasetRpcs:
         principal = current_principal()
         name = authorize(principal, request.name, "datasets")
         dataset = await asyncio.to_thread(self._read_dataset, name)
-        async with self.dataset_bytes.lock(str(principal.tenant), dataset.sha256):
+        async with self.dataset_objects.lock(str(principal.tenant), dataset.sha256):
             await asyncio.to_thread(self._delete_dataset, name)
             try:
-                await self.dataset_bytes.remove_unreferenced(str(principal.tenant), dataset.sha256)
-            except UnavailableError as error:  # the tenant's dataset is gone; its bytes go with the next sweep
-                _log.warning("bytes of %s stay for now: %s", name, error)
+                await self.dataset_objects.remove_unreferenced(str(principal.tenant), dataset.sha256)
+            except UnavailableError as error:  # the dataset is deleted; garbage collection deletes its bytes later
+                _log.warning("bytes of %s not deleted yet: %s", name, error)
         return pb.DeleteDatasetResponse()
 
     async def ListBackbones(self, request: pb.ListBackbonesRequest, context: Any) -> pb.ListBackbonesResponse:
         executors = await asyncio.to_thread(self._executors)
-        return pb.ListBackbonesResponse(backbones=_summaries(executors))
+        return pb.ListBackbonesResponse(backbones=_summarize(executors))
 
-    def _dataset_name(self, tenant: str, header: artifact_pb2.UploadHeader, body: str) -> str:
+    def _choose_dataset_name(self, tenant: str, header: artifact_pb2.UploadHeader, body: str) -> str:
         with self._database.read() as connection:
-            made = idempotency.find(connection, tenant, header.request_id, "UploadDataset", body)
-        return made or new_name(tenant, "datasets", header.id, "header.id")
+            existing = idempotency.find_resource(connection, tenant, header.request_id, "UploadDataset", body)
+        return existing or new_name(tenant, "datasets", header.id, "header.id")
 
-    def _existing_dataset(self, name: str, request_id: str, body: str, sha256: str) -> dataset_pb2.Dataset | None:
+    def _find_same_dataset(self, name: str, request_id: str, body: str, sha256: str) -> dataset_pb2.Dataset | None:
         with self._database.read() as connection:
-            if datasets_and_adapters.existing_dataset(connection, name, sha256) is None:
+            if datasets_and_adapters.find_same_dataset(connection, name, sha256) is None:
                 return None
         tenant = tenant_of(name)
         with self._database.write() as connection:
-            if idempotency.find(connection, tenant, request_id, "UploadDataset", body) is None:
-                idempotency.remember(connection, tenant, request_id, "UploadDataset", body, name)
-            row = datasets_and_adapters.existing_dataset(connection, name, sha256)
+            if idempotency.find_resource(connection, tenant, request_id, "UploadDataset", body) is None:
+                idempotency.record_request(connection, tenant, request_id, "UploadDataset", body, name)
+            row = datasets_and_adapters.find_same_dataset(connection, name, sha256)
             return None if row is None else datasets_and_adapters.dataset_to_proto(row)
 
     def _store_dataset(
         self, tenant: str, name: str, request_id: str, body: str, stored: alignment_pb2.StoreDatasetResponse
     ) -> dataset_pb2.Dataset:
         with self._database.write() as connection:
-            made = idempotency.find(connection, tenant, request_id, "UploadDataset", body)
-            name = made or name
-            if datasets_and_adapters.existing_dataset(connection, name, stored.sha256) is None:
-                self.dataset_bytes.check_kept(connection, tenant, stored.sha256)
-                self._admitter.check_bytes_again(connection, tenant, stored.size_bytes)
+            existing = idempotency.find_resource(connection, tenant, request_id, "UploadDataset", body)
+            name = existing or name
+            if datasets_and_adapters.find_same_dataset(connection, name, stored.sha256) is None:
+                self.dataset_objects.check_stored(connection, tenant, stored.sha256)
+                self._admitter.check_dataset_bytes(connection, tenant, stored.size_bytes)
                 shapes = dict(stored.num_rows_by_shape)
                 datasets_and_adapters.insert_dataset(
                     connection, name, stored.sha256, stored.size_bytes, stored.num_rows, shapes
                 )
-            if not made:
-                idempotency.remember(connection, tenant, request_id, "UploadDataset", body, name)
-            return datasets_and_adapters.dataset_to_proto(datasets_and_adapters.dataset_row(connection, name))
+            if not existing:
+                idempotency.record_request(connection, tenant, request_id, "UploadDataset", body, name)
+            return datasets_and_adapters.dataset_to_proto(datasets_and_adapters.get_dataset_row(connection, name))
 
     def _read_dataset(self, name: str) -> dataset_pb2.Dataset:
         with self._database.read() as connection:
-            return datasets_and_adapters.dataset_to_proto(datasets_and_adapters.dataset_row(connection, name))
+            return datasets_and_adapters.dataset_to_proto(datasets_and_adapters.get_dataset_row(connection, name))
 
     def _dataset_page(self, tenant: str, before: tuple[int, str] | None, limit: int) -> Any:
         with self._database.read() as connection:
-            return datasets_and_adapters.page(connection, datasets, tenant, before, limit)
+            return datasets_and_adapters.list_page(connection, datasets, tenant, before, limit)
 
     def _delete_dataset(self, name: str) -> None:
         with self._database.write() as connection:
@@ -146,8 +148,9 @@ class DatasetRpcs:
             return live_executors(connection)
 
 
-async def _opening(request_iterator: Any) -> tuple[artifact_pb2.UploadHeader, artifact_pb2.FileHeader, Any]:
-    """The header and the file announced, and what follows. Raises InvalidInputError for another order."""
+async def _receive_headers(request_iterator: Any) -> tuple[artifact_pb2.UploadHeader, artifact_pb2.FileHeader, Any]:
+    """Return the upload's header, the file's header and the stream of chunks. Raises InvalidInputError if the order is
+    wrong."""
     parts = aiter(request_iterator)
     header = await anext(parts, None)
     if header is None or header.WhichOneof("part") != "header":
@@ -155,24 +158,24 @@ async def _opening(request_iterator: Any) -> tuple[artifact_pb2.UploadHeader, ar
     authorize_parent(current_principal(), header.header.parent)
     file = await anext(parts, None)
     if file is None or file.WhichOneof("part") != "file":
-        raise InvalidInputError.of_field("file", "must follow the header: size and SHA-256 of what comes")
+        raise InvalidInputError.of_field("file", "must follow the header, with the size and SHA-256 of the dataset")
     return header.header, file.file, parts
 
 
-async def _forwarded(
+async def _to_store_requests(
     tenant: str, file: artifact_pb2.FileHeader, chunks: Any
 ) -> AsyncIterator[alignment_pb2.StoreDatasetRequest]:
     yield alignment_pb2.StoreDatasetRequest(tenant=tenant)
     yield alignment_pb2.StoreDatasetRequest(file=file)
     async for request in chunks:
         if request.WhichOneof("part") != "chunk":
-            # Alignment refuses this one: raised here, an error would reach nobody (gRPC swallows it).
+            # Alignment refuses an empty part. An error raised here would be lost: gRPC swallows it.
             yield alignment_pb2.StoreDatasetRequest()
             return
         yield alignment_pb2.StoreDatasetRequest(chunk=request.chunk)
 
 
-def _summaries(executors: list[plan_pb2.Executor]) -> list[pb.BackboneSummary]:
+def _summarize(executors: list[plan_pb2.Executor]) -> list[pb.BackboneSummary]:
     by_name: dict[str, list[plan_pb2.Executor]] = {}
     for executor in executors:
         by_name.setdefault(executor.backbone.name, []).append(executor)

@@ -1,4 +1,4 @@
-"""Tokens of an OpenID Connect issuer (JWT, RFC 7519), verified with the issuer's published keys (JWKS, RFC 7517)."""
+"""Verifies tokens of an OpenID Connect issuer (JWT, RFC 7519) with its published keys (JWKS, RFC 7517)."""
 
 import json
 import logging
@@ -26,9 +26,9 @@ _ROLES = {"tenant": Role.TENANT, "viewer": Role.VIEWER}
 
 
 @dataclass(frozen=True)
-class Provider:
-    """The one issuer whose tokens are taken. `keys`: a JWKS file, or its https URL. `tenant_claim` names the claim with
-    the tenant's id, `role_claim` the one with "tenant" or "viewer" (missing: tenant)."""
+class OidcProvider:
+    """The only issuer whose tokens are accepted. `keys`: a JWKS file, or its https URL. `tenant_claim` names the claim
+    that holds the tenant's id, `role_claim` the claim that holds "tenant" or "viewer" (missing: tenant)."""
 
     issuer: str
     audience: str
@@ -38,26 +38,27 @@ class Provider:
     role_claim: str = "muxtune_role"
 
     def __post_init__(self) -> None:
-        """Exits for settings that would let anyone in: an algorithm without a public key, keys fetched in the clear."""
+        """Raises SettingsError for settings that would admit anyone: a symmetric algorithm, keys over plain http."""
         if not self.audience or not self.keys:
-            raise SettingsError("MUXTUNE_OIDC_ISSUER needs MUXTUNE_OIDC_AUDIENCE and MUXTUNE_OIDC_KEYS, too")
-        if wrong := set(self.algorithms) - _ALGORITHMS or not self.algorithms:
-            raise SettingsError(f"MUXTUNE_OIDC_ALGORITHMS: {wrong} is not among {', '.join(sorted(_ALGORITHMS))}")
+            raise SettingsError("MUXTUNE_OIDC_ISSUER needs MUXTUNE_OIDC_AUDIENCE and MUXTUNE_OIDC_KEYS: set both")
+        if unknown := set(self.algorithms) - _ALGORITHMS or not self.algorithms:
+            raise SettingsError(f"MUXTUNE_OIDC_ALGORITHMS: {unknown} must be among {', '.join(sorted(_ALGORITHMS))}")
         if self.keys.startswith("http://") and not is_loopback(self.keys.removeprefix("http://").split("/")[0]):
-            raise SettingsError(f"MUXTUNE_OIDC_KEYS: {self.keys} is not https")
+            raise SettingsError(f"MUXTUNE_OIDC_KEYS: {self.keys} must be an https URL or a file")
 
 
 class TokenVerifier:
-    """Synchronous. Keys are read again when an unknown one is named, at most once a minute."""
+    """Verifies tokens, synchronously. Reads the keys again for an unknown key id, at most once a minute."""
 
-    def __init__(self, provider: Provider, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, provider: OidcProvider, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._provider, self._monotonic = provider, monotonic
         self._keys: dict[str, jwt.PyJWK] = {}
         self._read_at = float("-inf")
-        self._told = RateLimit(0.1)  # by cause: strangers must not fill the log
+        self._log_limit = RateLimit(0.1)  # by cause: unauthenticated callers must not fill the log
 
-    def principal_of(self, token: str) -> Principal:
-        """Raises UnauthenticatedError, alike whatever is wrong, and UnavailableError where the keys cannot be read."""
+    def verify(self, token: str) -> Principal:
+        """Return the token's principal. Raises the same UnauthenticatedError for every defect, and UnavailableError if
+        the keys cannot be read."""
         provider = self._provider
         try:
             claims: Mapping[str, Any] = jwt.decode(
@@ -73,17 +74,17 @@ class TokenVerifier:
             tenant = check_tenant(tenant_name(tenant))
             role = _ROLES[str(claims.get(provider.role_claim, "tenant"))]
         except (jwt.PyJWTError, InvalidInputError, KeyError, ValueError, RecursionError) as error:
-            self._tell(type(error).__name__)
-            raise UnauthenticatedError("the token is not valid here: take a new one from the issuer") from error
+            self._log_refusal(type(error).__name__)
+            raise UnauthenticatedError("the token is invalid or expired: get a new one from the issuer") from error
         return Principal(tenant, role, f"oidc {claims['sub']}")
 
-    def _tell(self, cause: str) -> None:
-        """The operator, who may have set an audience wrong; the caller hears nothing of it."""
-        if self._told.try_acquire(cause):
-            _log.warning("a token was refused: %s", cause)
+    def _log_refusal(self, cause: str) -> None:
+        """Log the cause for the operator, whose settings may be wrong; the caller does not learn it."""
+        if self._log_limit.try_acquire(cause):
+            _log.warning("token refused: %s", cause)
 
     def _key(self, key_id: str) -> jwt.PyJWK:
-        """Raises KeyError for an unknown one."""
+        """Return the issuer's key. Raises KeyError for an unknown id."""
         if key_id not in self._keys and self._monotonic() - self._read_at >= _REFRESH_SECONDS:
             self._read_at = self._monotonic()
             self._keys = _read_keys(self._provider.keys)
@@ -91,7 +92,7 @@ class TokenVerifier:
 
 
 def _read_keys(source: str) -> dict[str, jwt.PyJWK]:
-    """By their id; keys of a kind we do not know, or not for signatures, are left out."""
+    """Return the signature keys of known kinds by their id."""
     try:
         if source.startswith(("https://", "http://")):
             with urllib.request.urlopen(source, timeout=_FETCH_SECONDS) as answer:
@@ -100,5 +101,5 @@ def _read_keys(source: str) -> dict[str, jwt.PyJWK]:
             data = Path(source).read_bytes()
         keys = jwt.PyJWKSet.from_dict(json.loads(data)).keys
     except (OSError, ValueError, jwt.PyJWTError) as error:
-        raise UnavailableError(f"the issuer's keys cannot be read: {type(error).__name__}") from error
+        raise UnavailableError(f"the issuer's keys cannot be read ({type(error).__name__}): try again") from error
     return {key.key_id: key for key in keys if key.key_id and key.public_key_use in (None, "sig")}

@@ -1,4 +1,4 @@
-"""OperatorService: quotas, accounts, audit log. What each RPC promises stands in protos/muxtune/v1/operator.proto."""
+"""OperatorService: quotas, usage and the audit log. protos/muxtune/v1/operator.proto specifies each RPC."""
 
 import asyncio
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from services.resource_names import check_tenant
 
 
 class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
-    """`default`: what holds for tenants without a quota of their own."""
+    """`default`: the quota of tenants without one of their own."""
 
     def __init__(self, database: Database, default: pb.Quota, notifier: ChangeNotifier) -> None:
         self._database, self._default, self._notifier = database, default, notifier
@@ -23,43 +23,43 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
     async def SetQuota(self, request: pb.SetQuotaRequest, context: Any) -> pb.SetQuotaResponse:
         tenant = check_tenant(request.tenant)
         quota = await asyncio.to_thread(self._set_quota, tenant, request.quota, request.update_mask.paths)
-        self._notifier.notify()  # tasks that waited may go on
+        self._notifier.notify()  # tasks that waited for a limit may continue
         return pb.SetQuotaResponse(quota=quota)
 
     async def GetQuota(self, request: pb.GetQuotaRequest, context: Any) -> pb.GetQuotaResponse:
         return pb.GetQuotaResponse(quota=await asyncio.to_thread(self._quota, check_tenant(request.tenant)))
 
     async def ListUsage(self, request: pb.ListUsageRequest, context: Any) -> pb.ListUsageResponse:
-        size, query = page_tokens.size(request.page_size), ["usage", request.tenant]
-        start = page_tokens.start(query, request.page_token)
+        size, query = page_tokens.resolve_size(request.page_size), ["usage", request.tenant]
+        start = page_tokens.decode(query, request.page_token)
         rows = await asyncio.to_thread(self._usage, request.tenant, start, size + 1)
         shown = rows[:size]
-        more = page_tokens.token(query, shown[-1].day, shown[-1].tenant) if len(rows) > size else ""
-        return pb.ListUsageResponse(days=[quotas.to_proto(row) for row in shown], next_page_token=more)
+        more = page_tokens.encode(query, shown[-1].day, shown[-1].tenant) if len(rows) > size else ""
+        return pb.ListUsageResponse(days=[quotas.usage_to_proto(row) for row in shown], next_page_token=more)
 
     async def ListAuditEvents(self, request: pb.ListAuditEventsRequest, context: Any) -> pb.ListAuditEventsResponse:
-        size = page_tokens.size(request.page_size)
+        size = page_tokens.resolve_size(request.page_size)
         rows = await asyncio.to_thread(self._events, request.tenant, request.after_sequence, size)
         return pb.ListAuditEventsResponse(events=[audit_log.to_proto(row) for row in rows])
 
-    def _set_quota(self, tenant: str, quota: pb.Quota, only: Sequence[str]) -> pb.Quota:
+    def _set_quota(self, tenant: str, quota: pb.Quota, fields: Sequence[str]) -> pb.Quota:
         with self._database.write() as connection:
-            quotas.set_quota(connection, tenant, quota, only)
-            return quotas.quota_of(connection, tenant, self._default)
+            quotas.set_quota(connection, tenant, quota, fields)
+            return quotas.get_quota(connection, tenant, self._default)
 
     def _quota(self, tenant: str) -> pb.Quota:
         with self._database.read() as connection:
-            return quotas.quota_of(connection, tenant, self._default)
+            return quotas.get_quota(connection, tenant, self._default)
 
     def _usage(self, tenant: str, before: tuple[int, str] | None, limit: int) -> Any:
         with self._database.read() as connection:
-            return quotas.page(connection, _plain(tenant), before, limit)
+            return quotas.list_usage(connection, _check_filter(tenant), before, limit)
 
     def _events(self, tenant: str, after_sequence: int, limit: int) -> Any:
         with self._database.read() as connection:
-            return audit_log.page(connection, _plain(tenant), after_sequence, limit)
+            return audit_log.list_page(connection, _check_filter(tenant), after_sequence, limit)
 
 
-def _plain(tenant: str) -> str:
-    """A filter of lists: empty, or a tenant's name. Raises InvalidInputError for anything else."""
+def _check_filter(tenant: str) -> str:
+    """Return a list's filter: empty, or a tenant's name. Raises InvalidInputError for anything else."""
     return check_tenant(tenant) if tenant else ""

@@ -1,4 +1,4 @@
-"""The three services admission serves: to clients, to operators, and to scheduling."""
+"""Servicers of AdmissionService (clients), KeyService (operators) and LedgerService (scheduling)."""
 
 import asyncio
 import logging
@@ -27,20 +27,20 @@ from services.admission.cleanup.dataset_objects import DatasetObjects
 from services.admission.ledger.ledger import Ledger
 from services.admission.policy.admission_controller import AdmissionController
 from services.admission.store.api_keys import KeyStore
-from services.admission.store.change_notifier import ANYTHING, ChangeNotifier
-from services.admission.store.clock import microseconds, timestamp
+from services.admission.store.change_notifier import ANY_CHANGE, ChangeNotifier
+from services.admission.store.clock import to_microseconds, to_timestamp
 from services.admission.store.database import Database
 from services.rpc.authorization import Role
 from services.storage.artifact_store import ArtifactStore
 
-_RECORDED = ("checkpoint_committed", "finished", "failed")
+_COLLECTED_RESULTS = ("checkpoint_committed", "finished", "failed")
 _MAX_LEASE_SECONDS = 86_400.0
-_HINT_SECONDS = 0.025  # what changes meanwhile is told in one: a word for each of many creates costs as much as they do
+_HINT_SECONDS = 0.025  # changes within it share one message: a message for each create costs as much as the create
 _log = logging.getLogger(__name__)
 
 
 class AdmissionServicer(TaskRpcs, DatasetRpcs, AdapterRpcs, admission_pb2_grpc.AdmissionServiceServicer):
-    """AdmissionService: the only address a client needs."""
+    """Serves clients: AdmissionService is the only one they call."""
 
     def __init__(
         self,
@@ -53,22 +53,22 @@ class AdmissionServicer(TaskRpcs, DatasetRpcs, AdapterRpcs, admission_pb2_grpc.A
     ) -> None:
         self._database, self._artifacts, self._alignment = database, artifacts, alignment
         self._admitter, self._notifier, self._max_upload_bytes = admitter, notifier, max_upload_bytes
-        self.dataset_bytes = DatasetObjects(database, artifacts, alignment)
+        self.dataset_objects = DatasetObjects(database, artifacts, alignment)
 
 
 class KeyServicer(key_pb2_grpc.KeyServiceServicer):
-    """KeyService: API keys, for operators."""
+    """Serves API keys to operators."""
 
     def __init__(self, keys: KeyStore) -> None:
         self._keys = keys
 
     async def CreateApiKey(self, request: key_pb2.CreateApiKeyRequest, context: Any) -> key_pb2.CreateApiKeyResponse:
-        expires = microseconds(request.expire_time, "expire_time") if request.HasField("expire_time") else None
-        row, secret = await asyncio.to_thread(self._keys.create, request.tenant, expires, _role(request.role))
+        expires = to_microseconds(request.expire_time, "expire_time") if request.HasField("expire_time") else None
+        row, secret = await asyncio.to_thread(self._keys.create, request.tenant, expires, _to_role(request.role))
         return key_pb2.CreateApiKeyResponse(key=_key_to_proto(row), secret=secret)
 
     async def ListApiKeys(self, request: key_pb2.ListApiKeysRequest, context: Any) -> key_pb2.ListApiKeysResponse:
-        rows = await asyncio.to_thread(self._keys.ls, request.tenant)
+        rows = await asyncio.to_thread(self._keys.list_keys, request.tenant)
         return key_pb2.ListApiKeysResponse(keys=[_key_to_proto(row) for row in rows])
 
     async def RevokeApiKey(self, request: key_pb2.RevokeApiKeyRequest, context: Any) -> key_pb2.RevokeApiKeyResponse:
@@ -77,49 +77,49 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
 
 
 class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
-    """LedgerService: the durable side of scheduling."""
+    """Serves the ledger to scheduling, while this replica leads it."""
 
     def __init__(self, notifier: ChangeNotifier, on_recorded: Callable[[Iterable[str]], None]) -> None:
         self._notifier, self._on_recorded = notifier, on_recorded
-        self._kept: Ledger | None = None
+        self._leading: Ledger | None = None
 
     @contextmanager
-    def keeping(self, ledger: Ledger) -> Iterator[None]:
-        """Serves it meanwhile; before and after, every call is UNAVAILABLE here, and goes to who keeps it."""
-        self._kept = ledger
+    def serve_ledger(self, ledger: Ledger) -> Iterator[None]:
+        """Serve this ledger within the block. Outside it every call is UNAVAILABLE; clients then call the leader."""
+        self._leading = ledger
         try:
             yield
         finally:
-            self._kept = None
-            self._notifier.wake([ANYTHING])  # its streams end
+            self._leading = None
+            self._notifier.wake([ANY_CHANGE])  # ends its streams
 
     @property
     def _ledger(self) -> Ledger:
-        if self._kept is None:
-            raise UnavailableError("this admission does not keep the ledger: another does, or will soon")
-        return self._kept
+        if self._leading is None:
+            raise UnavailableError("this admission does not lead the ledger: another one does, or will soon; try again")
+        return self._leading
 
     async def WatchChanges(
         self, request: ledger_pb2.WatchChangesRequest, context: Any
     ) -> AsyncIterator[ledger_pb2.WatchChangesResponse]:
         revision, ledger = 0, self._ledger
-        with self._notifier.waiting(ANYTHING) as changed:
-            while not self._notifier.is_closed and self._kept is ledger:
+        with self._notifier.subscribe(ANY_CHANGE) as changed:
+            while not self._notifier.is_closed and self._leading is ledger:
                 changed.clear()
                 revision += 1
                 yield ledger_pb2.WatchChangesResponse(revision=revision)
                 await asyncio.sleep(_HINT_SECONDS)
                 await changed.wait()
-        raise UnavailableError("this admission is stopping, or keeps the ledger no more")
+        raise UnavailableError("this admission is stopping or no longer leads the ledger: watch again")
 
     async def GetSnapshot(self, request: ledger_pb2.GetSnapshotRequest, context: Any) -> ledger_pb2.GetSnapshotResponse:
-        await self.end_expired()
+        await self.end_expired_leases()
         return await asyncio.to_thread(self._ledger.snapshot)
 
     async def CommitPlan(self, request: ledger_pb2.CommitPlanRequest, context: Any) -> ledger_pb2.CommitPlanResponse:
         started = [start.task for start in request.starts]
         commit = partial(self._ledger.commit_plan, request)
-        attempts = await self._notifier.after(commit, lambda _: self._notifier.notify_tasks(started))
+        attempts = await self._notifier.commit_and_notify(commit, lambda _: self._notifier.notify_tasks(started))
         return ledger_pb2.CommitPlanResponse(attempts=attempts)
 
     async def CommitResults(
@@ -127,93 +127,98 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
     ) -> ledger_pb2.CommitResultsResponse:
         results = list(request.results)
         commit = partial(self._ledger.commit_results, request.executor, request.lease_term, results)
-        verdicts, _ = await self._notifier.after(commit, lambda answer: self._tell_of(results, answer[1]))
+        verdicts, _ = await self._notifier.commit_and_notify(
+            commit, lambda committed: self._notify_of(results, committed[1])
+        )
         return ledger_pb2.CommitResultsResponse(verdicts=verdicts)
 
     async def RevokeAttempts(
         self, request: ledger_pb2.RevokeAttemptsRequest, context: Any
     ) -> ledger_pb2.RevokeAttemptsResponse:
-        revoke = partial(self._ledger.revoke, request.executor, list(request.tasks), request.reason)
-        taken = await self._notifier.after(revoke, self._notifier.notify)
-        return ledger_pb2.RevokeAttemptsResponse(num_revoked=len(taken))
+        revoke = partial(self._ledger.revoke_attempts, request.executor, list(request.tasks), request.reason)
+        revoked = await self._notifier.commit_and_notify(revoke, self._notifier.notify)
+        return ledger_pb2.RevokeAttemptsResponse(num_revoked=len(revoked))
 
     async def LeadScheduling(
         self, request: ledger_pb2.LeadSchedulingRequest, context: Any
     ) -> ledger_pb2.LeadSchedulingResponse:
         if not request.scheduler or not request.incarnation:
             field = "incarnation" if request.scheduler else "scheduler"
-            raise InvalidInputError.of_field(field, "is missing: it says who asks")
-        seconds = _lease_seconds(request.duration)
-        lead = partial(self._ledger.leadership.lead, request.scheduler, request.incarnation, seconds)
-        leader, incarnation, term = await asyncio.to_thread(lead)
+            raise InvalidInputError.of_field(field, "must name the scheduler and its incarnation")
+        seconds = _to_lease_seconds(request.duration)
+        acquire = partial(self._ledger.scheduler_lease.acquire, request.scheduler, request.incarnation, seconds)
+        leader, incarnation, term = await asyncio.to_thread(acquire)
         return ledger_pb2.LeadSchedulingResponse(leader=leader, incarnation=incarnation, leader_term=term)
 
     async def PutLease(self, request: ledger_pb2.PutLeaseRequest, context: Any) -> ledger_pb2.PutLeaseResponse:
-        seconds = _lease_seconds(request.duration)
+        seconds = _to_lease_seconds(request.duration)
 
-        def tell(put: tuple[int, list[str]]) -> None:
-            if request.executor.lease_term != put[0] or request.executor.draining:
-                self._notifier.notify(put[1])
+        def notify(result: tuple[int, list[str]]) -> None:
+            term, revoked = result
+            if request.executor.lease_term != term or request.executor.draining:
+                self._notifier.notify(revoked)
 
-        term, _ = await self._notifier.after(partial(self._ledger.put_lease, request.executor, seconds), tell)
+        term, _ = await self._notifier.commit_and_notify(
+            partial(self._ledger.put_lease, request.executor, seconds), notify
+        )
         return ledger_pb2.PutLeaseResponse(lease_term=term)
 
     async def EndLease(self, request: ledger_pb2.EndLeaseRequest, context: Any) -> ledger_pb2.EndLeaseResponse:
         end = partial(self._ledger.end_lease, request.executor, request.incarnation)
-        await self._notifier.after(end, self._notifier.notify)
+        await self._notifier.commit_and_notify(end, self._notifier.notify)
         return ledger_pb2.EndLeaseResponse()
 
     async def RecordAuditEvent(
         self, request: ledger_pb2.RecordAuditEventRequest, context: Any
     ) -> ledger_pb2.RecordAuditEventResponse:
-        await asyncio.to_thread(self._ledger.record_audit, request.event)
+        await asyncio.to_thread(self._ledger.record_audit_event, request.event)
         return ledger_pb2.RecordAuditEventResponse()
 
-    async def end_expired(self) -> None:
-        """Ends leases that ran out and takes their attempts back; tells their watchers and scheduling."""
-        await self._notifier.after(
-            self._ledger.end_expired, lambda taken: self._notifier.notify(taken) if taken else None
+    async def end_expired_leases(self) -> None:
+        """End expired leases, revoke their attempts, and wake the tasks' watchers and scheduling."""
+        await self._notifier.commit_and_notify(
+            self._ledger.end_expired_leases, lambda revoked: self._notifier.notify(revoked) if revoked else None
         )
 
-    async def announce_expiries(self) -> None:
-        """Hints at a new cycle whenever a lease runs out; runs until cancelled."""
+    async def watch_lease_deadlines(self) -> None:
+        """Wake scheduling whenever a lease expires; run until cancelled."""
         while True:
             deadline = self._ledger.next_deadline()
             await asyncio.sleep(1.0 if deadline is None else min(1.0, max(0.05, deadline - time.monotonic())))
             if deadline is not None and deadline <= time.monotonic():
-                with _retried_later("leases"):
-                    await self.end_expired()
+                with _log_and_retry_later("end of expired leases"):
+                    await self.end_expired_leases()
                     self._notifier.notify()
 
-    def _tell_of(self, results: Sequence[plan_pb2.TaskResult], changes_plan: bool) -> None:
-        """The watchers of these tasks; and scheduling where its plan may change: not at each step."""
+    def _notify_of(self, results: Sequence[plan_pb2.TaskResult], changes_plan: bool) -> None:
+        """Wake the watchers of these tasks and, if the plan may have to change, scheduling."""
         self._notifier.notify_tasks({result.task for result in results})
-        self._on_recorded({result.task for result in results if result.WhichOneof("result") in _RECORDED})
+        self._on_recorded({result.task for result in results if result.WhichOneof("result") in _COLLECTED_RESULTS})
         if changes_plan:
             self._notifier.notify()
 
 
 @contextmanager
-def _retried_later(what: str) -> Iterator[None]:
+def _log_and_retry_later(action: str) -> Iterator[None]:
     try:
         yield
     except MuxtuneError as error:
-        _log.warning("%s put off: %s", what, error)
+        _log.warning("%s failed and will be retried: %s", action, error)
 
 
 def _key_to_proto(row: Any) -> key_pb2.ApiKey:
     return key_pb2.ApiKey(
         id=row.id,
         tenant=row.tenant,
-        create_time=timestamp(row.created),
-        expire_time=timestamp(row.expires),
-        revoke_time=timestamp(row.revoked),
+        create_time=to_timestamp(row.created),
+        expire_time=to_timestamp(row.expires),
+        revoke_time=to_timestamp(row.revoked),
         role=key_pb2.KeyRole.Value(f"KEY_ROLE_{row.role.upper()}"),
     )
 
 
-def _role(role: key_pb2.KeyRole.ValueType) -> Role:
-    """Raises InvalidInputError for one that is not in the contract."""
+def _to_role(role: key_pb2.KeyRole.ValueType) -> Role:
+    """Return the role. Raises InvalidInputError for a number that the API does not define."""
     roles = {
         key_pb2.KEY_ROLE_UNSPECIFIED: Role.TENANT,
         key_pb2.KEY_ROLE_TENANT: Role.TENANT,
@@ -221,13 +226,13 @@ def _role(role: key_pb2.KeyRole.ValueType) -> Role:
         key_pb2.KEY_ROLE_OPERATOR: Role.OPERATOR,
     }
     if role not in roles:
-        raise InvalidInputError.of_field("role", f"{role} is no role: 1 tenant, 2 viewer, 3 operator")
+        raise InvalidInputError.of_field("role", f"{role} must be 1 (tenant), 2 (viewer) or 3 (operator)")
     return roles[role]
 
 
-def _lease_seconds(duration: Duration) -> float:
-    """Raises InvalidInputError."""
+def _to_lease_seconds(duration: Duration) -> float:
+    """Convert a lease's duration. Raises InvalidInputError outside 0 to a day."""
     seconds = duration.seconds + duration.nanos / 1e9
     if not 0 <= seconds <= _MAX_LEASE_SECONDS:
-        raise InvalidInputError.of_field("duration", f"{seconds:g} s must be 0 to {_MAX_LEASE_SECONDS:g}")
+        raise InvalidInputError.of_field("duration", f"{seconds:g} s must be 0 to {_MAX_LEASE_SECONDS:g} s")
     return seconds

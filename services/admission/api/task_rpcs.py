@@ -1,4 +1,4 @@
-"""The RPCs of tasks. What each promises stands in protos/muxtune/v1/admission.proto."""
+"""RPCs of tasks. protos/muxtune/v1/admission.proto specifies each RPC."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -13,7 +13,7 @@ from engine.task import TaskState
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import task_pb2
 from services.admission.api import page_tokens
-from services.admission.policy.admission_controller import Admissible, AdmissionController, Found
+from services.admission.policy.admission_controller import AdmissionController, AdmittedTask, ResolvedTask
 from services.admission.store import audit_log, idempotency, tasks
 from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
@@ -25,12 +25,12 @@ from services.rpc.authentication import current_principal
 from services.rpc.authorization import authorize, authorize_parent
 from services.telemetry import current_trace_parent
 
-_EVENTS_AT_ONCE = 256
+_MAX_EVENTS = 256
 T = TypeVar("T")
 
 
 class TaskRpcs:
-    """Part of AdmissionServicer."""
+    """Methods of AdmissionServicer on tasks."""
 
     _database: Database
     _notifier: ChangeNotifier
@@ -39,52 +39,55 @@ class TaskRpcs:
     async def CreateTask(self, request: pb.CreateTaskRequest, context: Any) -> pb.CreateTaskResponse:
         principal, trace_parent = current_principal(), current_trace_parent()
         tenant = authorize_parent(principal, request.parent)
-        body = idempotency.body_hash(request.task_id.encode(), request.spec.SerializeToString(deterministic=True))
-        examined: Admissible | None = None
+        body = idempotency.hash_parts(request.task_id.encode(), request.spec.SerializeToString(deterministic=True))
+        evaluated: AdmittedTask | None = None
 
-        def take(connection: sa.Connection) -> task_pb2.Task | Found:
-            """In one transaction: what is stored is what was examined, or the task is examined again."""
-            if made := idempotency.find(connection, tenant, request.request_id, "CreateTask", body):
-                return tasks.read(connection, made)
+        def create(connection: sa.Connection) -> task_pb2.Task | ResolvedTask:
+            """Store the task if it was evaluated as the database now resolves it; return what to evaluate otherwise."""
+            if existing := idempotency.find_resource(connection, tenant, request.request_id, "CreateTask", body):
+                return tasks.get_task(connection, existing)
             name = new_name(tenant, "tasks", request.task_id, "task_id")
-            found = self._admitter.look(connection, principal, request.spec)
-            is_examined = examined is not None and examined.found == found
-            admissible = examined if is_examined else self._admitter.recall(principal, found)
-            if admissible is None:
-                return found
-            idempotency.remember(connection, tenant, request.request_id, "CreateTask", body, name)
-            key = found.initial_adapter_key
-            return tasks.insert(connection, name, found.spec, admissible.estimate, key, trace_parent)
+            resolved = self._admitter.resolve(connection, principal, request.spec)
+            is_current = evaluated is not None and evaluated.resolved == resolved
+            admitted = evaluated if is_current else self._admitter.evaluate_from_cache(principal, resolved)
+            if admitted is None:
+                return resolved
+            idempotency.record_request(connection, tenant, request.request_id, "CreateTask", body, name)
+            key = resolved.initial_adapter_key
+            return tasks.insert(connection, name, resolved.spec, admitted.estimate, key, trace_parent)
 
-        while isinstance(done := await self._commit(take), Found):
-            examined = await self._admitter.examine(principal, done)
-        return pb.CreateTaskResponse(task=done)
+        while isinstance(result := await self._commit(create), ResolvedTask):
+            evaluated = await self._admitter.evaluate(principal, result)
+        return pb.CreateTaskResponse(task=result)
 
     async def EstimateTask(self, request: pb.EstimateTaskRequest, context: Any) -> pb.EstimateTaskResponse:
         principal = current_principal()
         authorize_parent(principal, request.parent)
-        found = await self._database.query(partial(self._admitter.look, principal=principal, spec=request.spec))
-        return pb.EstimateTaskResponse(estimate=(await self._admitter.examine(principal, found)).estimate)
+        resolved = await self._database.query(partial(self._admitter.resolve, principal=principal, spec=request.spec))
+        return pb.EstimateTaskResponse(estimate=(await self._admitter.evaluate(principal, resolved)).estimate)
 
     async def GetTask(self, request: pb.GetTaskRequest, context: Any) -> pb.GetTaskResponse:
         name = authorize(current_principal(), request.name, "tasks")
-        return pb.GetTaskResponse(task=await self._database.query(partial(tasks.read, name=name)))
+        return pb.GetTaskResponse(task=await self._database.query(partial(tasks.get_task, name=name)))
 
     async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
         tenant = authorize_parent(current_principal(), request.parent)
         states = [state_to_domain(state) for state in request.states]
-        size, query = page_tokens.size(request.page_size), ["tasks", tenant, *sorted(state.name for state in states)]
+        size, query = (
+            page_tokens.resolve_size(request.page_size),
+            ["tasks", tenant, *sorted(state.name for state in states)],
+        )
         rows = await asyncio.to_thread(
-            self._page, tenant, states, page_tokens.start(query, request.page_token), size + 1
+            self._page, tenant, states, page_tokens.decode(query, request.page_token), size + 1
         )
         shown = rows[:size]
-        more = page_tokens.token(query, shown[-1].created, shown[-1].name) if len(rows) > size else ""
+        more = page_tokens.encode(query, shown[-1].created, shown[-1].name) if len(rows) > size else ""
         return pb.ListTasksResponse(tasks=[tasks.to_proto(row) for row in shown], next_page_token=more)
 
     async def WatchTask(self, request: pb.WatchTaskRequest, context: Any) -> AsyncIterator[pb.WatchTaskResponse]:
         name = authorize(current_principal(), request.name, "tasks")
         sequence = request.after_sequence
-        with self._notifier.waiting(name) as changed:
+        with self._notifier.subscribe(name) as changed:
             while True:
                 changed.clear()
                 events, is_final = await self._database.query(partial(_events, name=name, after=sequence))
@@ -92,10 +95,10 @@ class TaskRpcs:
                     yield pb.WatchTaskResponse(event=event)
                     sequence = event.sequence
                     failpoint("watch.event")
-                if is_final and len(events) < _EVENTS_AT_ONCE:
+                if is_final and len(events) < _MAX_EVENTS:
                     return
                 if self._notifier.is_closed:
-                    raise UnavailableError("admission is stopping: watch again from your last sequence")
+                    raise UnavailableError("admission is stopping: watch again after your last sequence number")
                 if not events:
                     await changed.wait()
 
@@ -105,34 +108,34 @@ class TaskRpcs:
         return pb.CancelTaskResponse(task=task)
 
     async def _commit(self, change: Callable[[sa.Connection], T]) -> T:
-        """The change of a task and its entry in the audit log, in one transaction; then those who watch hear of it.
-        What returns something else than a task has changed none."""
+        """Commit the change of a task and its audit event in one transaction, then wake its watchers. A change that
+        returns something else than a task has changed none."""
         call = current_call()
 
-        def told(connection: sa.Connection) -> T:
-            done = change(connection)
-            if isinstance(done, task_pb2.Task):
-                audit_log.insert(connection, call.entry(done.name, grpc.StatusCode.OK.name))
-            return done
+        def change_and_audit(connection: sa.Connection) -> T:
+            result = change(connection)
+            if isinstance(result, task_pb2.Task):
+                audit_log.insert(connection, call.entry(result.name, grpc.StatusCode.OK.name))
+            return result
 
-        def tell(done: T) -> None:
-            if isinstance(done, task_pb2.Task):
-                self._notifier.notify([done.name])
+        def notify(result: T) -> None:
+            if isinstance(result, task_pb2.Task):
+                self._notifier.notify([result.name])
                 call.recorded_code = grpc.StatusCode.OK.name
 
-        return await self._database.commit(told, tell)
+        return await self._database.commit(change_and_audit, notify)
 
     def _page(self, tenant: str, states: list[TaskState], before: tuple[int, str] | None, limit: int) -> Any:
         with self._database.read() as connection:
-            return tasks.page(connection, tenant, states, before, limit)
+            return tasks.list_page(connection, tenant, states, before, limit)
 
 
 def _events(connection: sa.Connection, name: str, after: int) -> tuple[list[task_pb2.TaskEvent], bool]:
-    """The next ones, and whether the task has ended, which is read before its events."""
-    is_final = TaskState[tasks.row_of(connection, name).state].is_final
-    return tasks.events_after(connection, name, after, _EVENTS_AT_ONCE), is_final
+    """Return the next events and whether the task has ended. The state is read first: no event follows a final one."""
+    is_final = TaskState[tasks.get_row(connection, name).state].is_final
+    return tasks.list_events(connection, name, after, _MAX_EVENTS), is_final
 
 
 def _cancel(connection: sa.Connection, name: str) -> task_pb2.Task:
     tasks.cancel(connection, name)
-    return tasks.read(connection, name)
+    return tasks.get_task(connection, name)

@@ -1,4 +1,4 @@
-"""Who calls admission with a token: a tenant or operator by API key, a tenant by its identity provider's token."""
+"""Authenticates tokens: API keys of tenants and operators, tokens of an identity provider, the mesh secret."""
 
 import asyncio
 
@@ -10,22 +10,23 @@ from services.rpc.authorization import Principal, Role, rule_for
 from services.rpc.rate_limit import RateLimit
 
 
-def authenticator(
+def create_authenticator(
     keys: KeyStore,
     mesh_secret: str,
     verifier: TokenVerifier | None = None,
     limit: RateLimit | None = None,
 ) -> Authenticate:
-    """By what the token looks like: an API key, a JWT, else the mesh secret where services have no certificates."""
+    """Return the function that authenticates by the token's form: an API key, a JWT, or else the mesh secret, which
+    services without certificates use."""
     mesh = mesh_authenticator(mesh_secret)
 
     async def authenticate(method: str, token: str) -> Principal:
         if token.startswith("mxt_"):
-            principal = await keys.principal_of(token)
+            principal = await keys.authenticate(token)
         elif verifier is not None and token.count(".") == 2:
-            principal = await asyncio.to_thread(verifier.principal_of, token)
+            principal = await asyncio.to_thread(verifier.verify, token)
         elif Role.TENANT in rule_for(method).roles:
-            raise UnauthenticatedError("the API key is unknown, expired or revoked")  # the mesh is no tenant
+            raise UnauthenticatedError("the API key is unknown, expired or revoked")  # the mesh secret has no tenant
         else:
             return await mesh(method, token)
         if limit is not None and principal.tenant is not None:

@@ -1,8 +1,8 @@
-"""The bytes of datasets, in the artifact store by (tenant, SHA-256): there as long as a row of the database holds them.
+"""Bytes of datasets in the artifact store, by tenant and SHA-256; they remain while a row refers to them.
 
-An upload must not find bytes that a deletion or a sweep is about to remove, here or in another process. So who removes
-them is alone with them in the database; who writes a row makes sure, in the same transaction, that nobody is and that
-they are there.
+An upload must not rely on bytes that a deletion or the garbage collector is about to remove, in this process or in
+another. A removal therefore locks their key exclusively in the database; an upload locks it shared in the transaction
+that writes its row, and checks there that the bytes exist.
 """
 
 import asyncio
@@ -18,11 +18,11 @@ from services.admission.store.database import Database
 from services.storage.artifact_layout import ROOT, DatasetObject
 from services.storage.artifact_store import ArtifactStore
 
-_REMOVE_SECONDS = 5.0  # less than the database lets a transaction be silent
+_REMOVE_SECONDS = 5.0  # less than the database's limit of idle transactions
 
 
 class DatasetObjects:
-    """Alignment writes and removes them; admission says when."""
+    """Decides when alignment removes bytes; alignment writes and removes them."""
 
     def __init__(
         self,
@@ -32,28 +32,30 @@ class DatasetObjects:
     ) -> None:
         self._database, self._artifacts, self._alignment = database, artifacts, alignment
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        # Threads of its own: they wait for alignment, and no other call may wait for them.
+        # Separate threads: they wait for alignment, and no other call may wait for them.
         self._removals = ThreadPoolExecutor(4, "removal")
 
     def lock(self, tenant: str, sha256: str) -> asyncio.Lock:
-        """Held in this process while bytes are stored and their row is written, or the other way round."""
+        """Return the lock that this process holds while it stores bytes and writes their row, or deletes both."""
         return self._locks.setdefault(f"{tenant} {sha256}", asyncio.Lock())
 
-    def check_kept(self, connection: sa.Connection, tenant: str, sha256: str) -> None:
-        """In the transaction that writes their row. Raises UnavailableError where another process removes them."""
+    def check_stored(self, connection: sa.Connection, tenant: str, sha256: str) -> None:
+        """Check, in the transaction that writes the row, that the bytes exist and will remain. Raises UnavailableError
+        if another process removes them."""
         if not self._database.is_shared:
-            return  # their lock is enough
+            return  # the lock of this process suffices
         key = DatasetObject(tenant, sha256).key
         if not self._database.try_lock_shared(connection, key) or not self._artifacts.exists(key):
-            raise UnavailableError("these bytes were removed just now, with the last dataset that had them: send again")
+            raise UnavailableError("the last dataset with these bytes was deleted during the upload: upload again")
 
     async def remove_unreferenced(self, tenant: str, sha256: str) -> None:
-        """If no dataset holds them. Call with their lock held. Raises UnavailableError."""
+        """Remove the bytes unless a dataset refers to them. The caller holds `lock`. Raises UnavailableError."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._removals, self._remove_unreferenced, tenant, sha256, loop)
 
-    async def sweep(self) -> None:
-        """Removes what no dataset holds: an upload or a deletion was cut short. Raises UnavailableError."""
+    async def remove_all_unreferenced(self) -> None:
+        """Remove all bytes that no dataset refers to, after uploads or deletions that were cut short. Raises
+        UnavailableError."""
         keys = await asyncio.to_thread(self._artifacts.list, ROOT)
         for dataset in filter(None, map(DatasetObject.parse, keys)):
             async with self.lock(dataset.tenant, dataset.sha256):

@@ -1,5 +1,4 @@
-"""When files that nobody reads any more are deleted: everything at the start and every hour, a task's when something of
-it was recorded."""
+"""Runs the garbage collector: on everything at the start and every hour, on a task when a result is recorded."""
 
 import asyncio
 import logging
@@ -9,46 +8,46 @@ from collections.abc import Awaitable, Callable, Iterable
 from engine.errors import MuxtuneError
 from services.admission.cleanup.garbage_collector import GarbageCollector
 
-_EVERY_SECONDS, _RETRY_SECONDS = 3600.0, 5.0
+_INTERVAL_SECONDS, _RETRY_SECONDS = 3600.0, 5.0
 _log = logging.getLogger(__name__)
 
 
 class GarbageCollectionLoop:
-    """`sweep_datasets` removes bytes that no dataset holds. What cannot be deleted now is tried again."""
+    """`remove_datasets` removes the bytes that no dataset refers to. Failed deletions are tried again."""
 
-    def __init__(self, sweeper: GarbageCollector, sweep_datasets: Callable[[], Awaitable[None]]) -> None:
-        self._sweeper, self._sweep_datasets = sweeper, sweep_datasets
+    def __init__(self, collector: GarbageCollector, remove_datasets: Callable[[], Awaitable[None]]) -> None:
+        self._collector, self._remove_datasets = collector, remove_datasets
         self._names: set[str] = set()
         self._added = asyncio.Event()
 
     def add(self, names: Iterable[str]) -> None:
-        """Tasks of which something was recorded."""
+        """Collect these tasks soon."""
         self._names.update(names)
         if self._names:
             self._added.set()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run until cancelled."""
         due = time.monotonic()
         while True:
             try:
                 if time.monotonic() >= due:
-                    await self._sweep_all()
-                    due = time.monotonic() + _EVERY_SECONDS
-                await self._sweep_added()
+                    await self._collect_all()
+                    due = time.monotonic() + _INTERVAL_SECONDS
+                await self._collect_added()
                 await self._wait_until(due)
             except MuxtuneError as error:
-                _log.warning("sweep put off: %s", error)
+                _log.warning("garbage collection failed and will be retried: %s", error)
                 await asyncio.sleep(_RETRY_SECONDS)
 
-    async def _sweep_all(self) -> None:
-        num_folders = await asyncio.to_thread(self._sweeper.sweep_all)
-        await self._sweep_datasets()
-        _log.info("swept everything: %d folders went", num_folders)
+    async def _collect_all(self) -> None:
+        num_folders = await asyncio.to_thread(self._collector.collect_all)
+        await self._remove_datasets()
+        _log.info("garbage collection deleted %d folders", num_folders)
 
-    async def _sweep_added(self) -> None:
+    async def _collect_added(self) -> None:
         names = sorted(self._names)
-        await asyncio.to_thread(self._sweeper.sweep, names)
+        await asyncio.to_thread(self._collector.collect, names)
         self._names.difference_update(names)
 
     async def _wait_until(self, due: float) -> None:

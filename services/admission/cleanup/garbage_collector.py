@@ -1,8 +1,8 @@
-"""Checkpoints and adapters that nobody will read again, so they go. Synchronous, no gRPC.
+"""Deletes checkpoints and adapters that nothing will read again. Synchronous, no gRPC.
 
-Only admission deletes them: it alone knows which are recorded. Of an unfinished task's checkpoints the recorded one is
-kept, the one before it, and what the current attempt wrote since. An attempt that lost its lease may write at any time;
-what it wrote goes at the latest in the next sweep of everything.
+Only admission deletes them, because its database says which are recorded. An unfinished task keeps the recorded
+checkpoint, the one before it, and what the current attempt has written since. An attempt that lost its lease may still
+write; the next collection of everything deletes what it wrote.
 """
 
 from collections import defaultdict
@@ -29,23 +29,24 @@ from services.storage.artifact_layout import (
 from services.storage.artifact_store import ArtifactStore
 
 TaskFolder = CheckpointFolder | TrainedAdapterFolder
-_UPLOAD_MICROSECONDS = 86_400_000_000  # what has no row after a day gets none any more, though clocks jump
+_UPLOAD_MICROSECONDS = 86_400_000_000  # a day: an upload without a row is dead by then, even if clocks jump
 
 
 class GarbageCollector:
-    """Deletes folders of the artifact store; a key that artifact_layout does not parse is left alone.
+    """Deletes folders of the artifact store; leaves keys alone that artifact_layout does not parse.
 
-    Killed midway, the next sweep goes on. Raises UnavailableError."""
+    A collection that is killed midway is completed by the next one. Methods raise UnavailableError.
+    """
 
     def __init__(self, database: Database, artifacts: ArtifactStore) -> None:
         self._database, self._artifacts = database, artifacts
 
-    def sweep(self, names: Iterable[str]) -> int:
-        """Deletes what these tasks need no more; returns the number of folders deleted."""
-        return sum(self._sweep_task(name, self._folders(name)) for name in names)
+    def collect(self, names: Iterable[str]) -> int:
+        """Delete what these tasks no longer need; return the number of deleted folders."""
+        return sum(self._collect_task(name, self._list_folders(name)) for name in names)
 
-    def sweep_all(self) -> int:
-        """As `sweep`, for every task that has files, and for uploads that were cut short or deleted."""
+    def collect_all(self) -> int:
+        """Collect every task that has files, and uploads that were cut short or deleted."""
         by_task: defaultdict[str, set[TaskFolder]] = defaultdict(set)
         uploads: set[UploadedAdapterFolder] = set()
         for key in self._artifacts.list(ROOT):
@@ -54,20 +55,21 @@ class GarbageCollector:
                 by_task[folder.task].add(folder)
             elif folder is not None and folder.created_microseconds < now() - _UPLOAD_MICROSECONDS:
                 uploads.add(folder)
-        return sum(self._sweep_task(name, folders) for name, folders in by_task.items()) + self._sweep_uploads(uploads)
+        num_deleted = sum(self._collect_task(name, folders) for name, folders in by_task.items())
+        return num_deleted + self._collect_uploads(uploads)
 
-    def _sweep_uploads(self, uploads: set[UploadedAdapterFolder]) -> int:
+    def _collect_uploads(self, uploads: set[UploadedAdapterFolder]) -> int:
         with self._database.read() as connection:
             recorded = set(map(UploadedAdapterFolder.parse, connection.scalars(sa.select(adapters.c.manifest_key))))
         return self._delete(uploads - recorded)
 
-    def _folders(self, task: str) -> set[TaskFolder]:
+    def _list_folders(self, task: str) -> set[TaskFolder]:
         keys = self._artifacts.list(checkpoints_of(task)) + self._artifacts.list(adapter_of_task(task))
         folders = {CheckpointFolder.parse(key) or TrainedAdapterFolder.parse(key) for key in keys}
         return {folder for folder in folders if folder is not None}
 
-    def _sweep_task(self, name: str, folders: set[TaskFolder]) -> int:
-        # Read after the folders were listed: an attempt that began since then has none among them.
+    def _collect_task(self, name: str, folders: set[TaskFolder]) -> int:
+        # Read the row after listing the folders: no folder is of an attempt that began since.
         with self._database.read() as connection:
             row = connection.execute(sa.select(tasks).where(tasks.c.name == name)).one_or_none()
             query = sa.select(adapters.c.manifest_key).where(adapters.c.name == adapter_of_task(name))
@@ -76,7 +78,7 @@ class GarbageCollector:
             return 0
         checkpoints = {folder for folder in folders if isinstance(folder, CheckpointFolder)}
         trained = {folder for folder in folders if isinstance(folder, TrainedAdapterFolder)}
-        return self._delete(_idle_checkpoints(row, checkpoints) | _idle_adapters(row, trained, adapter_key))
+        return self._delete(_unneeded_checkpoints(row, checkpoints) | _unneeded_adapters(row, trained, adapter_key))
 
     def _delete(self, folders: Iterable[Folder]) -> int:
         keys = sorted(folder.key for folder in folders)
@@ -85,17 +87,17 @@ class GarbageCollector:
         return len(keys)
 
 
-def _idle_checkpoints(row: Any, folders: set[CheckpointFolder]) -> set[CheckpointFolder]:
+def _unneeded_checkpoints(row: Any, folders: set[CheckpointFolder]) -> set[CheckpointFolder]:
     if TaskState[row.state].is_final:
         return folders
     recorded = task_pb2.CheckpointCommitted.FromString(row.checkpoint or b"")
     earlier = sorted(folder for folder in folders if row.checkpoint and folder.step < recorded.step)
-    kept = {CheckpointFolder.parse(recorded.manifest_key), *earlier[-1:]}  # the last: if the recorded cannot be read
-    return {folder for folder in folders - kept if folder in earlier or folder.attempt < row.attempt}
+    needed = {CheckpointFolder.parse(recorded.manifest_key), *earlier[-1:]}  # the last one: the recorded may be corrupt
+    return {folder for folder in folders - needed if folder in earlier or folder.attempt < row.attempt}
 
 
-def _idle_adapters(row: Any, folders: set[TrainedAdapterFolder], manifest_key: str) -> set[TrainedAdapterFolder]:
-    """Adapters that were exported while their task trained are not deleted."""
+def _unneeded_adapters(row: Any, folders: set[TrainedAdapterFolder], manifest_key: str) -> set[TrainedAdapterFolder]:
+    """Return the adapters of attempts that ended; adapters exported during training remain."""
     is_final = TaskState[row.state].is_final
     others = {folder for folder in folders if folder.step is None} - {TrainedAdapterFolder.parse(manifest_key)}
     return {folder for folder in others if is_final or folder.attempt < row.attempt}

@@ -1,6 +1,6 @@
-"""Tasks that were on an executor when it died: one of them may be why, so each runs alone until it has done a step.
+"""Counts executors' deaths by task: any task may be the cause, so each runs alone until it completes a step.
 
-Who kills its executors alone as well, again and again, fails; nobody else does. Synchronous, no gRPC.
+A task fails only if its executors die several times in a row while it is alone. Synchronous, no gRPC.
 """
 
 from typing import Any
@@ -13,18 +13,18 @@ from services.admission.store import tasks
 from services.admission.store.tables import tasks as tasks_table
 
 
-def suspects(connection: sa.Connection, executor: str) -> set[str]:
-    """Of the tasks that the executor holds."""
+def list_suspects(connection: sa.Connection, executor: str) -> set[str]:
+    """Return those of the executor's tasks whose last executor died."""
     query = sa.select(tasks_table.c.name).where(tasks_table.c.executor == executor, tasks_table.c.crashes > 0)
     return set(connection.execute(query).scalars())
 
 
-def count(connection: sa.Connection, row: Any, reason: str, num_suspects: int, max_crashes: int) -> bool:
-    """Notes that the task's executor died, for this reason, with so many tasks; whether the task fails for it."""
+def record_crash(connection: sa.Connection, row: Any, reason: str, num_suspects: int, max_crashes: int) -> bool:
+    """Record that the task's executor died with `num_suspects` tasks; return whether the task fails because of it."""
     num_crashes = row.crashes + 1
     if num_suspects == 1 and num_crashes >= max_crashes:
         message = (
-            f"its executor died {num_crashes} times in a row before a step of it was done, and it was alone: {reason}"
+            f"its executors died {num_crashes} times in a row before a step, the last with no other task: {reason}"
         )
         failure = errors_pb2.TaskFailure(reason=errors_pb2.ERROR_REASON_INTERNAL, message=message)
         tasks.change_state(connection, row, TaskState.FAILED, message, failure=failure, crashes=num_crashes)

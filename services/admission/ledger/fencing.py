@@ -1,7 +1,7 @@
-"""Who keeps the ledger: of several processes on one database the one that took it last. Synchronous, no gRPC.
+"""Fencing of the ledger's leader: the process that acquired it last owns it; writes of earlier ones are refused.
 
-The fence is a term in the database that every transaction of a keeper is compared with: whoever was superseded, while
-it was paused or cut off, commits nothing any more.
+The fence is a term in the database. Every transaction of a leader compares its own term with it, so that a leader that
+was superseded while it was paused or cut off commits nothing. Synchronous, no gRPC.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _ROLE = "ledger"
 
 
 class FencedDatabase:
-    """A database whose writes count until the next FencedDatabase is made on it; making one takes the ledger."""
+    """Acquires the ledger of a database; its writes succeed until the next FencedDatabase acquires it."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -25,25 +25,29 @@ class FencedDatabase:
             self.term = _term(connection) + 1
             if self.term == 1:
                 connection.execute(sa.insert(leaderships).values(role=_ROLE))
-            ours = sa.update(leaderships).where(leaderships.c.role == _ROLE).values(term=self.term)
-            connection.execute(ours)
+            acquire = sa.update(leaderships).where(leaderships.c.role == _ROLE).values(term=self.term)
+            connection.execute(acquire)
 
     def read(self) -> AbstractContextManager[sa.Connection]:
         return self._database.read()
 
     def is_current(self) -> bool:
+        """Return whether no other process has acquired the ledger since."""
         with self.read() as connection:
             return _term(connection) == self.term
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """Raises UnavailableError where another has taken the ledger: since writers take turns, none can meanwhile."""
+        """Open a transaction. Raises UnavailableError if another process has acquired the ledger; none can during the
+        transaction, because there is one writer at a time."""
         with self._database.write() as connection:
             if (newest := _term(connection)) != self.term:
-                raise UnavailableError(f"another admission keeps the ledger, in term {newest}; {self.term} is over")
+                raise UnavailableError(
+                    f"another admission leads the ledger in term {newest}, this one did in {self.term}: try again"
+                )
             yield connection
 
 
 def _term(connection: sa.Connection) -> int:
-    """Of the newest keeper; 0: there was none."""
+    """Return the newest leader's term; 0 before the first one."""
     return connection.execute(sa.select(leaderships.c.term).where(leaderships.c.role == _ROLE)).scalar() or 0

@@ -1,4 +1,4 @@
-"""Tells scheduling when a limit was reached: a tenant's of the day, or a task's budget; and when a new day begins."""
+"""Notifies scheduling when a tenant reaches a daily limit, a task uses up its budget, or a new day begins."""
 
 import asyncio
 import logging
@@ -13,31 +13,32 @@ from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
 from services.admission.store.tables import tasks
 
-_EVERY_SECONDS = 1.0
+_INTERVAL_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
 class LimitsWatcher:
-    """A hint each time another set of tenants has to wait, or of tasks to be stopped."""
+    """Notifies whenever the set of tenants that must wait, or of tasks that must stop, changes."""
 
     def __init__(self, database: Database, default: operator_pb2.Quota, notifier: ChangeNotifier) -> None:
         self._database, self._default, self._notifier = database, default, notifier
-        self._seen = (frozenset[str](), frozenset[str]())
+        self._last = (frozenset[str](), frozenset[str]())
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run until cancelled."""
         while True:
             try:
-                await asyncio.to_thread(self.look)
+                await asyncio.to_thread(self.check)
             except MuxtuneError as error:
-                _log.warning("limits put off: %s", error)
-            await asyncio.sleep(_EVERY_SECONDS)
+                _log.warning("check of limits failed and will be retried: %s", error)
+            await asyncio.sleep(_INTERVAL_SECONDS)
 
-    def look(self) -> None:
+    def check(self) -> None:
+        """Compare the database with the last check, and notify of a difference."""
         with self._database.read() as connection:
-            waiting = frozenset(quotas.exhausted_tenants(connection, self._default))
+            waiting = frozenset(quotas.list_exhausted_tenants(connection, self._default))
             query = sa.select(tasks.c.name).where(tasks.c.state == TaskState.CANCELLING.name)
             stopping = frozenset(connection.execute(query).scalars())
-        if (waiting, stopping) != self._seen:
-            self._seen = (waiting, stopping)
+        if (waiting, stopping) != self._last:
+            self._last = (waiting, stopping)
             self._notifier.notify()

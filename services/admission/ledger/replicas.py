@@ -1,9 +1,9 @@
-"""Several admissions on one PostgreSQL: word of changes goes from each to all, and one of them keeps the ledger.
+"""Replicas of admission on one PostgreSQL: each notifies all others of changes, and one of them leads the ledger.
 
-Each holds one connection of its own, its session. It listens there (LISTEN), and asks there for an advisory lock, which
-the server frees when the session ends: who has it keeps the ledger. A process that is paused or cut off says nothing in
-its session, which the server then ends. Nothing depends on it for truth: word is a hint, and who keeps the ledger is
-fenced (services/admission/ledger/fencing.py).
+Each replica has a session, a connection of its own. On it the replica listens (LISTEN) and tries to get an advisory
+lock; the replica that holds the lock leads the ledger. A process that is paused or cut off is silent; the server then
+ends its session and frees the lock. Correctness does not depend on this: notices are hints, and the ledger is fenced
+(services/admission/ledger/fencing.py).
 """
 
 import asyncio
@@ -20,126 +20,129 @@ from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
 
 SESSION = "muxtune replica"  # as pg_stat_activity names it
-_CHANNEL, _EVERYTHING = "muxtune_changes", "*"
-_KEEPER_LOCK = 0x6D7579
-_TURN_SECONDS = 0.5  # how often a replica asks for the lock, or says that it still lives
-_SILENCE_SECONDS = 6  # after which the server ends a session
-_POLL_SECONDS = 10.0  # word is lost when its sender dies: everyone reads that often anyway
-_MAX_PAYLOAD_BYTES = 7_900  # NOTIFY takes less than 8000
-_MAX_NAME, _MAX_UNTOLD = 300, 1_000  # what executors say may name anything
+_CHANNEL, _ALL_NAMES = "muxtune_changes", "*"
+_LEADER_LOCK = 0x6D7579
+_HEARTBEAT_SECONDS = 0.5  # interval at which a replica tries to get the lock, or shows that it is alive
+_SESSION_TIMEOUT_SECONDS = 6  # of silence, after which the server ends a session
+_POLL_SECONDS = 10.0  # a notice is lost if its sender dies: waiters read that often anyway
+_MAX_PAYLOAD_BYTES = 7_900  # NOTIFY accepts less than 8000
+_MAX_NAME_CHARACTERS, _MAX_PENDING = 300, 1_000  # executors may send any names
 _log = logging.getLogger(__name__)
-Keep = Callable[[], Coroutine[Any, Any, None]]
+Lead = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Replicas:
-    """This process among the others. `run` and `tell` run until cancelled."""
+    """Connects this process to the other replicas. `run` and `publish_changes` run until cancelled."""
 
     def __init__(self, database: Database, notifier: ChangeNotifier) -> None:
-        self._database, self._notifier, self._own = database, notifier, uuid.uuid4().hex
-        self._untold: set[str] = set()
-        self._has_untold = asyncio.Event()
-        notifier.tell_others = self._note
+        self._database, self._notifier, self._replica_id = database, notifier, uuid.uuid4().hex
+        self._pending: set[str] = set()
+        self._has_pending = asyncio.Event()
+        notifier.publish = self._add_pending
 
-    async def run(self, keep: Keep) -> None:
-        """Listens, and runs `keep` as long as the lock is this process's; it ends by itself where its term is over."""
+    async def run(self, lead: Lead) -> None:
+        """Listen, and run `lead` while this process holds the lock; `lead` returns when its term is over."""
         while True:
             try:
                 async with self._open_session() as session:
-                    self._notifier.wake_all()  # what was said meanwhile was not heard
-                    await self._attend(session, keep)
+                    self._notifier.wake_all()  # notices were missed without a session
+                    await self._run_session(session, lead)
             except (psycopg.Error, TimeoutError, MuxtuneError) as error:
-                _log.warning("session at the database broke, a new one follows: %s", error)
-            await asyncio.sleep(_TURN_SECONDS)
+                _log.warning("session at the database lost, connecting again: %s", error)
+            await asyncio.sleep(_HEARTBEAT_SECONDS)
 
-    async def tell(self) -> None:
-        """Sends on what the notifier says, as it comes, however much there is in one go."""
+    async def publish_changes(self) -> None:
+        """Send the notifier's names to the other replicas, all that are pending at once."""
         while True:
-            await self._has_untold.wait()
-            await self.tell_now()
+            await self._has_pending.wait()
+            await self.publish_pending()
 
-    async def tell_now(self) -> None:
-        self._has_untold.clear()
-        names, self._untold = self._untold, set()
+    async def publish_pending(self) -> None:
+        """Send what is pending now; if that fails, have the others wake all their waiters later."""
+        self._has_pending.clear()
+        names, self._pending = self._pending, set()
         try:
-            await asyncio.to_thread(self._database.notify, _CHANNEL, list(_payloads(self._own, names)))
+            await asyncio.to_thread(self._database.notify, _CHANNEL, list(_format_payloads(self._replica_id, names)))
         except MuxtuneError as error:
-            _log.warning("others were not told, they will be: %s", error)
-            await asyncio.sleep(_TURN_SECONDS)
-            self._note([_EVERYTHING])
+            _log.warning("other replicas not notified, will be retried: %s", error)
+            await asyncio.sleep(_HEARTBEAT_SECONDS)
+            self._add_pending([_ALL_NAMES])
 
-    def _note(self, names: Iterable[str]) -> None:
-        self._untold.update(name for name in names if name.isascii() and name.isprintable() and len(name) < _MAX_NAME)
-        if len(self._untold) > _MAX_UNTOLD:
-            self._untold = {_EVERYTHING}
-        self._has_untold.set()
+    def _add_pending(self, names: Iterable[str]) -> None:
+        self._pending.update(
+            name for name in names if name.isascii() and name.isprintable() and len(name) < _MAX_NAME_CHARACTERS
+        )
+        if len(self._pending) > _MAX_PENDING:
+            self._pending = {_ALL_NAMES}
+        self._has_pending.set()
 
     @asynccontextmanager
     async def _open_session(self) -> "AsyncIterator[psycopg.AsyncConnection[Any]]":
-        async with asyncio.timeout(_SILENCE_SECONDS):
+        async with asyncio.timeout(_SESSION_TIMEOUT_SECONDS):
             session = await psycopg.AsyncConnection.connect(**self._database.connect_arguments(), autocommit=True)
         async with session:
-            async with asyncio.timeout(_SILENCE_SECONDS):
+            async with asyncio.timeout(_SESSION_TIMEOUT_SECONDS):
                 await session.execute(f"SET application_name = '{SESSION}'")
-                await session.execute(f"SET idle_session_timeout = '{_SILENCE_SECONDS}s'")
+                await session.execute(f"SET idle_session_timeout = '{_SESSION_TIMEOUT_SECONDS}s'")
                 await session.execute(f"LISTEN {_CHANNEL}")
             yield session
 
-    async def _attend(self, session: "psycopg.AsyncConnection[Any]", keep: Keep) -> None:
-        keeping: asyncio.Task[None] | None = None
+    async def _run_session(self, session: "psycopg.AsyncConnection[Any]", lead: Lead) -> None:
+        leading: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
         polled = loop.time()
         try:
-            while keeping is None or not keeping.done():
-                if await _is_locked(session, keeping is not None) and keeping is None:
-                    keeping = asyncio.create_task(keep(), name="keeper of the ledger")
-                async for word in session.notifies(timeout=_TURN_SECONDS):
-                    self._hear(word.payload)
+            while leading is None or not leading.done():
+                if await _hold_lock(session, leading is not None) and leading is None:
+                    leading = asyncio.create_task(lead(), name="ledger leader")
+                async for notice in session.notifies(timeout=_HEARTBEAT_SECONDS):
+                    self._receive(notice.payload)
                 if loop.time() - polled > _POLL_SECONDS:
                     polled = loop.time()
                     self._notifier.wake_all()
-            keeping.result()
-        finally:  # before the session is closed, and the lock free
-            if keeping is not None:
-                keeping.cancel()
-                await asyncio.gather(keeping, return_exceptions=True)
+            leading.result()
+        finally:  # before the session closes and frees the lock
+            if leading is not None:
+                leading.cancel()
+                await asyncio.gather(leading, return_exceptions=True)
 
-    def _hear(self, payload: str) -> None:
+    def _receive(self, payload: str) -> None:
         sender, *names = payload.split("\n")
-        if sender == self._own:
+        if sender == self._replica_id:
             return
-        if _EVERYTHING in names:
+        if _ALL_NAMES in names:
             self._notifier.wake_all()
         else:
             self._notifier.wake(names)
 
 
 class SingleReplica:
-    """The only process on its database: SQLite. It keeps the ledger from its start to its end, or until another is
-    started on that file by mistake."""
+    """Replaces Replicas on SQLite, which has one process. It leads the ledger until it ends, or until another process
+    is started on the same file by mistake."""
 
-    async def run(self, keep: Keep) -> None:
-        await keep()
+    async def run(self, lead: Lead) -> None:
+        await lead()
 
-    async def tell(self) -> None:
-        """Nobody is there."""
+    async def publish_changes(self) -> None:
+        """Do nothing: there is no other replica."""
 
-    async def tell_now(self) -> None:
-        """Nor here."""
+    async def publish_pending(self) -> None:
+        """Do nothing: there is no other replica."""
 
 
-async def _is_locked(session: "psycopg.AsyncConnection[Any]", is_ours: bool) -> bool:
-    """Asks for the lock where it is not ours yet; either way the server hears from us."""
-    async with asyncio.timeout(_SILENCE_SECONDS / 2):
-        if is_ours:
+async def _hold_lock(session: "psycopg.AsyncConnection[Any]", is_held: bool) -> bool:
+    """Return whether this session holds the lock, after trying to get it. Every call shows the server that we live."""
+    async with asyncio.timeout(_SESSION_TIMEOUT_SECONDS / 2):
+        if is_held:
             await session.execute("SELECT 1")
             return True
-        asked = await session.execute("SELECT pg_try_advisory_lock(%s)", (_KEEPER_LOCK,))
-        row = await asked.fetchone()
+        result = await session.execute("SELECT pg_try_advisory_lock(%s)", (_LEADER_LOCK,))
+        row = await result.fetchone()
         return bool(row and row[0])
 
 
-def _payloads(sender: str, names: Iterable[str]) -> Iterator[str]:
-    """The sender and the names, a line each, in as many payloads as they need."""
+def _format_payloads(sender: str, names: Iterable[str]) -> Iterator[str]:
+    """Yield payloads of the sender and the names, a line each, in as many payloads as they need."""
     payload = sender
     for name in names:
         if len(payload) + 1 + len(name) > _MAX_PAYLOAD_BYTES:

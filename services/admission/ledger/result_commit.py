@@ -1,4 +1,4 @@
-"""Committing what executors say of a task: each counts once, or not at all. Synchronous, no gRPC."""
+"""Commits executors' results of a task: each result counts once or not at all. Synchronous, no gRPC."""
 
 from typing import Any
 
@@ -18,35 +18,35 @@ from services.resource_names import adapter_of_task
 _RATE_WEIGHT = 0.2  # of the newest step in the moving average of tokens per second
 
 
-def commit(
+def commit_result(
     connection: sa.Connection, executor: str, result: plan_pb2.TaskResult, max_crashes: int
 ) -> pb.ResultVerdict.ValueType:
-    """COMMITTED, DUPLICATE (its step is recorded already) or STALE (the attempt was superseded)."""
+    """Return COMMITTED, DUPLICATE (the result is recorded already) or STALE (the attempt was superseded)."""
     row = connection.execute(sa.select(tasks_table).where(tasks_table.c.name == result.task)).one_or_none()
     if row is None or row.attempt != result.attempt or row.executor != executor:
-        ended = row is not None and TaskState[row.state].is_final and row.attempt == result.attempt
-        return pb.RESULT_VERDICT_DUPLICATE if ended else pb.RESULT_VERDICT_STALE
+        has_ended = row is not None and TaskState[row.state].is_final and row.attempt == result.attempt
+        return pb.RESULT_VERDICT_DUPLICATE if has_ended else pb.RESULT_VERDICT_STALE
     kind, suspects = result.WhichOneof("result"), result.released.num_suspects
-    if suspects and crash_tracker.count(connection, row, result.released.reason, suspects, max_crashes):
+    if suspects and crash_tracker.record_crash(connection, row, result.released.reason, suspects, max_crashes):
         return pb.RESULT_VERDICT_COMMITTED
     is_new = {
-        "step_done": _step_done,
-        "evaluated": _evaluated,
-        "checkpoint_committed": _checkpoint_committed,
-        "finished": _finished,
-        "failed": _failed,
-        "released": _released,
-        "resumed": _resumed,
+        "step_done": _commit_step,
+        "evaluated": _commit_evaluation,
+        "checkpoint_committed": _commit_checkpoint,
+        "finished": _finish,
+        "failed": _fail,
+        "released": _release,
+        "resumed": _resume,
     }[kind or "released"](connection, row, result)
     return pb.RESULT_VERDICT_COMMITTED if is_new else pb.RESULT_VERDICT_DUPLICATE
 
 
-def _step_done(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
+def _commit_step(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
     step, progress = result.step_done, task_pb2.TaskProgress.FromString(row.progress)
     if step.step <= progress.step:
         return False
-    moment = now()
-    _measure_rate(progress, step, row, moment)
+    time = now()
+    _measure_rate(progress, step, row, time)
     if not progress.HasField("first_loss"):
         progress.first_loss = step.loss
     progress.step, progress.last_loss = step.step, step.loss
@@ -54,32 +54,32 @@ def _step_done(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult)
     progress.padding_tokens += step.padding_tokens
     progress.device_seconds += step.device_seconds
     progress.num_neighbours = step.num_neighbours
-    _put_progress(connection, row, progress, progress_time=moment, crashes=0)
+    _put_progress(connection, row, progress, progress_time=time, crashes=0)
     tasks.append_event(connection, row.name, task_pb2.TaskEvent(step_done=step))
-    quotas.charge(connection, row.tenant, step)
-    why = quotas.spent(task_pb2.TaskSpec.FromString(row.spec).budget, progress)
-    if why and row.state == TaskState.RUNNING.name:
-        tasks.change_state(connection, row, TaskState.CANCELLING, why)
+    quotas.charge_step(connection, row.tenant, step)
+    reason = quotas.describe_spent_budget(task_pb2.TaskSpec.FromString(row.spec).budget, progress)
+    if reason and row.state == TaskState.RUNNING.name:
+        tasks.change_state(connection, row, TaskState.CANCELLING, reason)
     return True
 
 
-def _measure_rate(progress: task_pb2.TaskProgress, step: task_pb2.StepDone, row: Any, moment: int) -> None:
-    """By the wall clock, from commit to commit: what a user waits for."""
-    elapsed = (moment - (row.progress_time or row.started or moment)) / 1e6
+def _measure_rate(progress: task_pb2.TaskProgress, step: task_pb2.StepDone, row: Any, time: int) -> None:
+    """Update tokens per second and seconds left, by the wall clock from commit to commit, as a user sees them."""
+    elapsed = (time - (row.progress_time or row.started or time)) / 1e6
     if elapsed <= 0:
         return
-    # The first step's time holds its task's attaching and first evaluation: it says nothing of the steps to come.
+    # The first step's time includes attaching the task and its first evaluation: it does not predict later steps.
     weight = 1.0 if progress.step <= 1 else _RATE_WEIGHT
-    newest, old = step.effective_tokens / elapsed, progress.effective_tokens_per_second
-    progress.effective_tokens_per_second = old + weight * (newest - old)
+    newest, average = step.effective_tokens / elapsed, progress.effective_tokens_per_second
+    progress.effective_tokens_per_second = average + weight * (newest - average)
     if progress.step < 1 or progress.effective_tokens_per_second <= 0:
         return
     estimate = task_pb2.TaskEstimate.FromString(row.estimate)
-    left = estimate.num_train_tokens * max(0.0, 1 - step.step / max(1, estimate.num_steps))
-    progress.seconds_left = left / progress.effective_tokens_per_second
+    tokens_left = estimate.num_train_tokens * max(0.0, 1 - step.step / max(1, estimate.num_steps))
+    progress.seconds_left = tokens_left / progress.effective_tokens_per_second
 
 
-def _evaluated(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
+def _commit_evaluation(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
     evaluated, progress = result.evaluated, task_pb2.TaskProgress.FromString(row.progress)
     if evaluated.step <= row.evaluated_step:
         return False
@@ -91,7 +91,7 @@ def _evaluated(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult)
     return True
 
 
-def _checkpoint_committed(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
+def _commit_checkpoint(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
     checkpoint, progress = result.checkpoint_committed, task_pb2.TaskProgress.FromString(row.progress)
     if row.checkpoint and task_pb2.CheckpointCommitted.FromString(row.checkpoint).step >= checkpoint.step:
         return False
@@ -101,7 +101,7 @@ def _checkpoint_committed(connection: sa.Connection, row: Any, result: plan_pb2.
     return True
 
 
-def _finished(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
+def _finish(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
     finished = result.finished
     adapter = adapter_of_task(row.name) if finished.adapter_key else ""
     if adapter:
@@ -127,12 +127,12 @@ def _finished(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) 
     return True
 
 
-def _failed(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
+def _fail(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
     tasks.change_state(connection, row, TaskState.FAILED, result.failed.message, failure=result.failed)
     return True
 
 
-def _released(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
+def _release(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
     reason = result.released.reason or "released by its executor"
     if row.state == TaskState.RUNNING.name:
         tasks.change_state(connection, row, TaskState.QUEUED, reason, executor="")
@@ -141,15 +141,15 @@ def _released(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) 
     return True
 
 
-def _resumed(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
-    """The recorded checkpoint cannot be read: an earlier one takes its place, and the tenant is told."""
+def _resume(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
+    """Replace the recorded checkpoint, which cannot be read, by an earlier one, and report that to the tenant."""
     checkpoint = result.resumed.checkpoint
     if not row.checkpoint or task_pb2.CheckpointCommitted.FromString(row.checkpoint).step <= checkpoint.step:
         return False
     progress = task_pb2.TaskProgress.FromString(row.progress)
     progress.checkpoint_step = checkpoint.step
     _put_progress(connection, row, progress, checkpoint=checkpoint.SerializeToString())
-    tasks.tell(connection, row, result.resumed.message)
+    tasks.append_message(connection, row, result.resumed.message)
     return True
 
 

@@ -1,6 +1,6 @@
-"""Which scheduler leads: one at a time, under a term that only grows. Synchronous, no gRPC.
+"""The lease of the leading scheduler: one scheduler leads at a time, in a term that only grows. Synchronous, no gRPC.
 
-As leases of executors, this one runs on the monotonic clock, and lasts its whole duration again after a restart.
+As leases of executors do, it runs on the monotonic clock and lasts its whole duration again after a restart.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ _ROLE = "scheduling"
 
 
 class SchedulerLease:
-    """Its term stands in every plan that is committed, so that a leader who was superseded commits none."""
+    """Every committed plan carries the leader's term, so that a superseded leader commits none."""
 
     def __init__(self, database: FencedDatabase, monotonic: Callable[[], float]) -> None:
         self._database, self._monotonic = database, monotonic
@@ -24,8 +24,8 @@ class SchedulerLease:
             row = _row(connection)
         self._deadline = monotonic() + row.seconds if row is not None and row.holder else -1.0
 
-    def lead(self, holder: str, incarnation: str, seconds: float) -> tuple[str, str, int]:
-        """Who leads now, which start of it, and in which term. 0 seconds: it resigns, if it leads."""
+    def acquire(self, holder: str, incarnation: str, seconds: float) -> tuple[str, str, int]:
+        """Acquire or renew the lease if it is free; 0 seconds: resign. Return the leader, its incarnation and term."""
         with self._database.write() as connection:
             row = _row(connection)
             leader = ("", "", 0) if row is None else (row.holder, row.incarnation, row.term)
@@ -44,8 +44,8 @@ class SchedulerLease:
         return leader
 
 
-def check_leader(connection: sa.Connection, term: int) -> None:
-    """Raises SupersededError unless it is the newest leader's."""
+def check_leader_term(connection: sa.Connection, term: int) -> None:
+    """Raises SupersededError unless `term` is the newest leader's."""
     row = _row(connection)
     newest = 0 if row is None else row.term
     if term != newest:

@@ -1,4 +1,4 @@
-"""Files on their way in from a client, checked against what was announced, and a PEFT folder among them. Pure."""
+"""Receives the files of an uploaded PEFT adapter and checks them against what their headers announce. Pure."""
 
 import hashlib
 
@@ -15,43 +15,53 @@ _MAX_CONFIG_BYTES = 256 << 10
 
 
 class AdapterUpload:
-    """Collects a PEFT folder's files in memory, at most `max_bytes` of them."""
+    """Collects an adapter's files in memory, at most `max_bytes` in all."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._announced: dict[str, artifact_pb2.FileHeader] = {}
         self._files: dict[str, bytearray] = {}
 
-    def open(self, header: artifact_pb2.FileHeader) -> None:
-        """The next file. Raises InvalidInputError for one that is not of a PEFT folder, or stands twice."""
+    def start_file(self, header: artifact_pb2.FileHeader) -> None:
+        """Begin the next file. Raises InvalidInputError for an unexpected or repeated file, QuotaExceededError for too
+        many bytes."""
         if header.file_name not in _PEFT_FILES or header.file_name in self._files:
-            raise InvalidInputError.of_field("file.file_name", f'"{header.file_name}": send {", ".join(_PEFT_FILES)}')
+            raise InvalidInputError.of_field(
+                "file.file_name", f'"{header.file_name}" must be one of {", ".join(_PEFT_FILES)}, each once'
+            )
         if header.size_bytes < 0:
             raise InvalidInputError.of_field("file.size_bytes", f"{header.size_bytes} must not be negative")
         if sum(f.size_bytes for f in self._announced.values()) + header.size_bytes > self._max_bytes:
-            raise QuotaExceededError(f"the adapter is over {self._max_bytes} bytes", subject="adapter")
+            raise QuotaExceededError(
+                f"the adapter has more than {self._max_bytes} bytes: reduce its rank or target modules",
+                subject="adapter",
+            )
         self._announced[header.file_name] = header
         self._files[header.file_name] = bytearray()
 
-    def add(self, chunk: artifact_pb2.FileChunk) -> None:
-        """The next chunk of the file opened last. Raises ChecksumMismatchError if it does not follow."""
+    def add_chunk(self, chunk: artifact_pb2.FileChunk) -> None:
+        """Append a chunk to the file that began last. Raises ChecksumMismatchError for a wrong offset or length."""
         if not self._files:
-            raise InvalidInputError.of_field("chunk", "came before any file")
+            raise InvalidInputError.of_field("chunk", "must follow a file header")
         name = next(reversed(self._files))
         file = self._files[name]
         if chunk.offset != len(file) or len(file) + len(chunk.data) > self._announced[name].size_bytes:
-            raise ChecksumMismatchError(f"{name}: a chunk at {chunk.offset} where {len(file)} was due: send it again")
+            raise ChecksumMismatchError(
+                f"{name}: the chunk at offset {chunk.offset} does not continue the file at {len(file)}: upload again"
+            )
         file.extend(chunk.data)
 
-    def close(self) -> dict[str, bytes]:
-        """Raises ChecksumMismatchError or InvalidInputError unless it is a whole adapter folder."""
+    def finish(self) -> dict[str, bytes]:
+        """Return the files. Raises ChecksumMismatchError or InvalidInputError unless they are a valid adapter."""
         files = {name: bytes(data) for name, data in self._files.items()}
         for name, data in files.items():
             header = self._announced[name]
             if len(data) != header.size_bytes or hashlib.sha256(data).hexdigest() != header.sha256.lower():
-                raise ChecksumMismatchError(f"{name}: {len(data)} bytes came that are not the ones announced")
+                raise ChecksumMismatchError(
+                    f"{name}: the {len(data)} bytes received do not match the header's size and SHA-256: upload again"
+                )
         if missing := [name for name in _PEFT_FILES if name not in files]:
-            raise InvalidInputError.of_field("file", f"missing: {', '.join(missing)}")
+            raise InvalidInputError.of_field("file", f"{', '.join(missing)} must be sent, too")
         _check_config(files[CONFIG_FILE])
         check_safetensors(files[WEIGHTS_FILE], WEIGHTS_FILE)
         return files
@@ -60,7 +70,7 @@ class AdapterUpload:
 def _check_config(data: bytes) -> None:
     """Refuse a configuration that is not of a known method or that names code to import. Source: peft.PeftConfig."""
     if len(data) > _MAX_CONFIG_BYTES:
-        raise InvalidInputError.of_field(CONFIG_FILE, f"has {len(data)} bytes; at most {_MAX_CONFIG_BYTES}")
+        raise InvalidInputError.of_field(CONFIG_FILE, f"must have at most {_MAX_CONFIG_BYTES} bytes, has {len(data)}")
     try:
         config = parse_strict_json(data)
         method = _METHOD_OF[config["peft_type"]]

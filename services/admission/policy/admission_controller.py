@@ -1,6 +1,6 @@
-"""The decision to take a task: validate, look at the data, ask the memory model, count against the quota.
+"""Decides whether a task is admitted: validation, inspection of the data, the memory model, the tenant's quota.
 
-Nothing is stored here. Source of the order: authorize, then idempotency, then validation (AIP-211, AIP-155).
+Stores nothing. The order is authorization, then idempotency, then validation (AIP-211, AIP-155).
 """
 
 import asyncio
@@ -24,8 +24,8 @@ from services.admission.store.tables import datasets, executors
 from services.rpc.authorization import Principal, authorize, denied
 from services.storage.artifact_store import ArtifactStore
 
-# One statement: by itself each of the two takes as long.
-_STANDING = PreparedStatement(
+# One statement, because each of the two alone takes as long.
+_QUOTA_AND_VERSION = PreparedStatement(
     sa.select(
         sa.select(tables.quotas.c.quota)
         .where(tables.quotas.c.tenant == sa.bindparam("tenant"))
@@ -37,18 +37,17 @@ _STANDING = PreparedStatement(
         .label("version"),
     )
 )
-_EXECUTORS = PreparedStatement(
-    sa.select(executors.c.executor)
-)  # one that is away for now still says what its backbone takes
-_MAX_SPEC_BYTES = 256 << 10  # it is read again at every scheduling cycle
+# All that ever registered: one that is away for now still reports the limits of its backbone.
+_EXECUTORS = PreparedStatement(sa.select(executors.c.executor))
+_MAX_SPEC_BYTES = 256 << 10  # every scheduling cycle parses it again
 
 
 @dataclass(frozen=True)
-class Quota:
-    """What holds for tenants without limits of their own (0: none). `limits` are the planner's, for its models."""
+class DefaultQuota:
+    """Limits of tenants without limits of their own (0: no limit), and the planner's settings for its models."""
 
     max_unfinished_tasks: int
-    limits: PlannerConfig
+    planner: PlannerConfig
     max_dataset_bytes: int = 0
     max_tokens_per_day: int = 0
     max_device_seconds_per_day: float = 0.0
@@ -65,110 +64,115 @@ class Quota:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the store has of a task that is asked for: its spec with the dataset's version, the key of its initial
-    adapter's manifest, the executors there are (plan.Executor)."""
+class ResolvedTask:
+    """A requested task with what the database holds of it: the spec with the dataset's version, the key of the initial
+    adapter's manifest, and all executors (serialized plan.Executor)."""
 
     spec: task_pb2.TaskSpec
     initial_adapter_key: str
-    executors: Sequence[bytes] = field(compare=False)  # which tell of themselves faster than a task may be examined
+    executors: Sequence[bytes] = field(compare=False)  # they change faster than a task is evaluated
 
 
 @dataclass(frozen=True)
-class Admissible:
-    """A task that may be stored while the store has what was found, and what is expected of it."""
+class AdmittedTask:
+    """A task that may be stored as long as the database resolves it to the same, and its estimate."""
 
-    found: Found
+    resolved: ResolvedTask
     estimate: task_pb2.TaskEstimate
 
 
 class AdmissionController:
-    """Reads the store, asks alignment; decides."""
+    """Admits or refuses tasks, datasets and adapters: reads the database and asks alignment."""
 
     def __init__(
         self,
         database: Database,
         artifacts: ArtifactStore,
         alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub",
-        quota: Quota,
+        quota: DefaultQuota,
     ) -> None:
-        self._database, self._artifacts, self._quota = database, artifacts, quota
-        self._quota_proto, self._appraisals = quota.to_proto(), TaskEstimator(alignment, quota.limits)
+        self._database, self._artifacts = database, artifacts
+        self._quota_proto, self._estimator = quota.to_proto(), TaskEstimator(alignment, quota.planner)
 
-    async def examine(self, principal: Principal, found: Found) -> Admissible:
-        """Raises PermissionDeniedError, InvalidInputError or WillNeverFitError."""
-        domain, estimate = await self._appraisals.of(str(principal.tenant), found.spec, found.executors)
-        if key := found.initial_adapter_key:
+    async def evaluate(self, principal: Principal, task: ResolvedTask) -> AdmittedTask:
+        """Estimate the task and admit it. Raises PermissionDeniedError, InvalidInputError or WillNeverFitError."""
+        domain, estimate = await self._estimator.estimate(str(principal.tenant), task.spec, task.executors)
+        if key := task.initial_adapter_key:
             try:
                 await asyncio.to_thread(self._check_initial_adapter, domain, key)
-            except NotFoundError as error:  # deleted meanwhile
+            except NotFoundError as error:  # the adapter was deleted meanwhile
                 raise denied(domain.initial_adapter) from error
-        return _admissible(found, domain, estimate)
+        return _admit(task, domain, estimate)
 
-    def recall(self, principal: Principal, found: Found) -> Admissible | None:
-        """What `examine` would tell; None where it has to be asked."""
-        if found.initial_adapter_key:
+    def evaluate_from_cache(self, principal: Principal, task: ResolvedTask) -> AdmittedTask | None:
+        """Return what `evaluate` would, or None if that needs alignment or the artifact store."""
+        if task.initial_adapter_key:
             return None
-        known = self._appraisals.recall(str(principal.tenant), found.spec, found.executors)
-        return None if known is None else _admissible(found, *known)
+        cached = self._estimator.estimate_from_cache(str(principal.tenant), task.spec, task.executors)
+        return None if cached is None else _admit(task, *cached)
 
-    def look(self, connection: sa.Connection, principal: Principal, spec: task_pb2.TaskSpec) -> Found:
-        """What `examine` needs, and whether the quota has a place for the task. Raises PermissionDeniedError,
+    def resolve(self, connection: sa.Connection, principal: Principal, spec: task_pb2.TaskSpec) -> ResolvedTask:
+        """Read what `evaluate` needs, and check that the quota allows another task. Raises PermissionDeniedError,
         InvalidInputError or QuotaExceededError."""
         if (size := spec.ByteSize()) > _MAX_SPEC_BYTES:
-            raise InvalidInputError.of_field("spec", f"has {size} bytes; at most {_MAX_SPEC_BYTES}")
+            raise InvalidInputError.of_field("spec", f"must have at most {_MAX_SPEC_BYTES} bytes, has {size}")
         quotas.check_budget(spec.budget)
         resolved = task_pb2.TaskSpec()
         resolved.CopyFrom(spec)
         key, tenant = "", str(principal.tenant)
         dataset = authorize(principal, spec.dataset, "datasets") if spec.dataset else ""
-        version, quota = self._standing(connection, tenant, dataset)
+        version, quota = self._read_version_and_quota(connection, tenant, dataset)
         if dataset:
             if not version:
                 raise denied(dataset)
             if spec.dataset_version not in ("", version):
                 raise InvalidInputError.of_field(
-                    "spec.dataset_version", f'"{spec.dataset_version}" is not {version}, what {spec.dataset} holds'
+                    "spec.dataset_version",
+                    f'"{spec.dataset_version}" must be {version}, the version of {spec.dataset}, or empty',
                 )
             resolved.dataset_version = version
         if spec.initial_adapter:
             name = authorize(principal, spec.initial_adapter, "adapters")
-            key = datasets_and_adapters.adapter_row(connection, name).manifest_key
-        quotas.check_task(connection, tenant, quota)
-        return Found(resolved, key, [row.executor for row in _EXECUTORS.fetch_all(connection)])
+            key = datasets_and_adapters.get_adapter_row(connection, name).manifest_key
+        quotas.check_new_task(connection, tenant, quota)
+        return ResolvedTask(resolved, key, [row.executor for row in _EXECUTORS.fetch_all(connection)])
 
-    def _standing(self, connection: sa.Connection, tenant: str, dataset: str) -> tuple[str, operator_pb2.Quota]:
-        """The dataset's version, empty where there is none, and the tenant's quota."""
-        row = _STANDING.fetch_all(connection, tenant=tenant, dataset=dataset)[0]
-        return row.version or "", quotas.over(self._quota_proto, row.quota)
+    def _read_version_and_quota(
+        self, connection: sa.Connection, tenant: str, dataset: str
+    ) -> tuple[str, operator_pb2.Quota]:
+        """Return the dataset's version, empty if the dataset does not exist, and the tenant's quota."""
+        row = _QUOTA_AND_VERSION.fetch_all(connection, tenant=tenant, dataset=dataset)[0]
+        return row.version or "", quotas.merge_quota(self._quota_proto, row.quota)
 
-    def check_bytes(self, tenant: str, added_bytes: int) -> None:
-        """Before a dataset is taken in. Raises QuotaExceededError."""
+    def check_dataset_upload(self, tenant: str, added_bytes: int) -> None:
+        """Check the quota before a dataset is received. Raises QuotaExceededError."""
         with self._database.read() as connection:
-            quotas.check_datasets(connection, tenant, added_bytes, self._quota_proto)
+            self.check_dataset_bytes(connection, tenant, added_bytes)
 
-    def check_bytes_again(self, connection: sa.Connection, tenant: str, added_bytes: int) -> None:
-        """In the transaction that stores the dataset."""
-        quotas.check_datasets(connection, tenant, added_bytes, self._quota_proto)
+    def check_dataset_bytes(self, connection: sa.Connection, tenant: str, added_bytes: int) -> None:
+        """Check the quota in the transaction that stores the dataset. Raises QuotaExceededError."""
+        quotas.check_dataset_bytes(connection, tenant, added_bytes, self._quota_proto)
 
-    def check_adapters(self, connection: sa.Connection, tenant: str, added_bytes: int) -> None:
-        """Whether an adapter may be stored. Raises QuotaExceededError."""
-        quotas.check_adapters(connection, tenant, added_bytes, self._quota_proto)
+    def check_adapter_bytes(self, connection: sa.Connection, tenant: str, added_bytes: int) -> None:
+        """Check whether an adapter may be stored. Raises QuotaExceededError."""
+        quotas.check_adapter_bytes(connection, tenant, added_bytes, self._quota_proto)
 
     def _check_initial_adapter(self, spec: TaskSpec, key: str) -> None:
         manifest = self._artifacts.read_manifest(key)
         config = parse_strict_json(self._artifacts.read_file(manifest, CONFIG_FILE))
         try:
-            why = spec.method.incompatibility(config)
+            reason = spec.method.incompatibility(config)
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-            why = f"{CONFIG_FILE} has a field of another type than PEFT writes ({type(error).__name__})"
-        if why:
-            raise InvalidInputError.of_field("spec.initial_adapter", why)
+            reason = f"{CONFIG_FILE} has a field of another type than PEFT writes ({type(error).__name__})"
+        if reason:
+            raise InvalidInputError.of_field("spec.initial_adapter", reason)
 
 
-def _admissible(found: Found, domain: TaskSpec, estimate: task_pb2.TaskEstimate) -> Admissible:
+def _admit(task: ResolvedTask, domain: TaskSpec, estimate: task_pb2.TaskEstimate) -> AdmittedTask:
+    """Check the warm-up against the estimated number of steps. Raises InvalidInputError."""
     if domain.training.warmup_steps > estimate.num_steps:
         raise InvalidInputError.of_field(
-            "spec.training.warmup_steps", f"{domain.training.warmup_steps} of {estimate.num_steps} steps in all"
+            "spec.training.warmup_steps",
+            f"{domain.training.warmup_steps} must be at most the task's {estimate.num_steps} steps",
         )
-    return Admissible(found, estimate)
+    return AdmittedTask(task, estimate)

@@ -1,6 +1,6 @@
-"""What tenants may use, and what they used: quotas, and accounts by tenant and day (UTC). Synchronous, no gRPC.
+"""Quotas and usage of tenants; usage is recorded by tenant and day (UTC). Synchronous, no gRPC.
 
-Tokens and device seconds are those of committed steps, charged in the transaction that commits them: each counts once.
+A committed step is charged in the transaction that commits it, so that its tokens and device seconds count once.
 """
 
 import datetime
@@ -27,44 +27,46 @@ _NUM_UNFINISHED = PreparedStatement(
         tasks_table.c.tenant == sa.bindparam("tenant"), tasks_table.c.state.in_(map(sa.literal, UNFINISHED))
     )
 )
-_USED = PreparedStatement(
+_USAGE = PreparedStatement(
     sa.select(usage).where(usage.c.tenant == sa.bindparam("tenant"), usage.c.day == sa.bindparam("day"))
 )
 
 
 def today() -> int:
-    """Days since the epoch, UTC."""
+    """Return the number of days since the epoch, UTC."""
     return now() // _DAY_MICROSECONDS
 
 
-def quota_of(connection: sa.Connection, tenant: str, default: operator_pb2.Quota) -> operator_pb2.Quota:
-    """The tenant's own limits over the service's."""
+def get_quota(connection: sa.Connection, tenant: str, default: operator_pb2.Quota) -> operator_pb2.Quota:
+    """Return the tenant's limits; the service's apply where the tenant has none of its own."""
     row = _QUOTA.fetch_first(connection, tenant=tenant)
-    return over(default, row.quota if row else None)
+    return merge_quota(default, row.quota if row else None)
 
 
-def set_quota(connection: sa.Connection, tenant: str, quota: operator_pb2.Quota, only: Sequence[str] = ()) -> None:
-    """All of it, or `only` these limits. Raises InvalidInputError for a limit that is none."""
+def set_quota(connection: sa.Connection, tenant: str, quota: operator_pb2.Quota, fields: Sequence[str] = ()) -> None:
+    """Store all limits, or only those in `fields`. Raises InvalidInputError for a bad value or an unknown field."""
     for name in _LIMITS:
         value = getattr(quota, name)
         if not 0 <= value < math.inf:
-            raise InvalidInputError.of_field(f"quota.{name}", f"{value} must be finite and not negative; 0: no limit")
-    if unknown := set(only) - set(_LIMITS):
-        known = ", ".join(_LIMITS)
-        raise InvalidInputError.of_field("update_mask", f"{sorted(unknown)[0]!r:.100} is no limit: {known}")
+            raise InvalidInputError.of_field(
+                f"quota.{name}", f"{value} must be finite and not negative; 0 means no limit"
+            )
+    if unknown := set(fields) - set(_LIMITS):
+        description = f"{sorted(unknown)[0]!r:.100} must be one of {', '.join(_LIMITS)}"
+        raise InvalidInputError.of_field("update_mask", description)
     stored = connection.execute(sa.select(quotas.c.quota).where(quotas.c.tenant == tenant)).scalar()
-    kept = operator_pb2.Quota.FromString(stored or b"") if only else operator_pb2.Quota()
-    for name in only:
-        kept.ClearField(name)  # type: ignore[arg-type]
-    for name in only or _LIMITS:
+    merged = operator_pb2.Quota.FromString(stored or b"") if fields else operator_pb2.Quota()
+    for name in fields:
+        merged.ClearField(name)  # type: ignore[arg-type]
+    for name in fields or _LIMITS:
         if quota.HasField(name):  # type: ignore[arg-type]
-            setattr(kept, name, getattr(quota, name))
+            setattr(merged, name, getattr(quota, name))
     connection.execute(sa.delete(quotas).where(quotas.c.tenant == tenant))
-    connection.execute(sa.insert(quotas).values(tenant=tenant, quota=kept.SerializeToString()))
+    connection.execute(sa.insert(quotas).values(tenant=tenant, quota=merged.SerializeToString()))
 
 
-def charge(connection: sa.Connection, tenant: str, step: task_pb2.StepDone) -> None:
-    """Adds a committed step to the tenant's account of today."""
+def charge_step(connection: sa.Connection, tenant: str, step: task_pb2.StepDone) -> None:
+    """Add a committed step to the tenant's usage of today."""
     added = {
         "effective_tokens": step.effective_tokens,
         "padding_tokens": step.padding_tokens,
@@ -77,56 +79,60 @@ def charge(connection: sa.Connection, tenant: str, step: task_pb2.StepDone) -> N
         connection.execute(sa.insert(usage).values(**key, **added))
 
 
-def check_task(connection: sa.Connection, tenant: str, quota: operator_pb2.Quota) -> None:
-    """Whether a tenant with this quota may have another task now. Raises QuotaExceededError."""
-    most = quota.max_unfinished_tasks
-    if most and (count := _NUM_UNFINISHED.fetch_all(connection, tenant=tenant)[0].number) >= most:
-        raise QuotaExceededError(f"{tenant} has {count} unfinished tasks; at most {most}", subject=tenant)
+def check_new_task(connection: sa.Connection, tenant: str, quota: operator_pb2.Quota) -> None:
+    """Raises QuotaExceededError unless a tenant with this quota may create another task now."""
+    limit = quota.max_unfinished_tasks
+    if limit and (count := _NUM_UNFINISHED.fetch_all(connection, tenant=tenant)[0].number) >= limit:
+        raise QuotaExceededError(
+            f"{tenant} has {count} unfinished tasks; at most {limit}: wait for one or cancel one", subject=tenant
+        )
     has_limits = quota.max_tokens_per_day or quota.max_device_seconds_per_day
-    row = _USED.fetch_first(connection, tenant=tenant, day=today()) if has_limits else None
-    if row is not None and (why := _exhausted(row, quota)):
-        raise QuotaExceededError(f"{tenant} {why}: try again tomorrow (UTC)", subject=tenant)
-    _check_held(connection, adapters, tenant, 1, quota.max_adapter_bytes)  # room for the one it will leave
+    row = _USAGE.fetch_first(connection, tenant=tenant, day=today()) if has_limits else None
+    if row is not None and (reason := _describe_exhausted(row, quota)):
+        raise QuotaExceededError(f"{tenant} {reason}: try again tomorrow (UTC)", subject=tenant)
+    _check_total(connection, adapters, tenant, 1, quota.max_adapter_bytes)  # the task will leave an adapter
 
 
-def check_datasets(connection: sa.Connection, tenant: str, added_bytes: int, default: operator_pb2.Quota) -> None:
-    """Whether the tenant's datasets may grow by that. Raises QuotaExceededError."""
-    _check_held(connection, datasets, tenant, added_bytes, quota_of(connection, tenant, default).max_dataset_bytes)
+def check_dataset_bytes(connection: sa.Connection, tenant: str, added_bytes: int, default: operator_pb2.Quota) -> None:
+    """Raises QuotaExceededError unless the tenant's datasets may grow by `added_bytes`."""
+    _check_total(connection, datasets, tenant, added_bytes, get_quota(connection, tenant, default).max_dataset_bytes)
 
 
-def check_adapters(connection: sa.Connection, tenant: str, added_bytes: int, default: operator_pb2.Quota) -> None:
-    """Whether the tenant's adapters may grow by that. Raises QuotaExceededError."""
-    _check_held(connection, adapters, tenant, added_bytes, quota_of(connection, tenant, default).max_adapter_bytes)
+def check_adapter_bytes(connection: sa.Connection, tenant: str, added_bytes: int, default: operator_pb2.Quota) -> None:
+    """Raises QuotaExceededError unless the tenant's adapters may grow by `added_bytes`."""
+    _check_total(connection, adapters, tenant, added_bytes, get_quota(connection, tenant, default).max_adapter_bytes)
 
 
-def _check_held(connection: sa.Connection, table: sa.Table, tenant: str, added_bytes: int, most: int) -> None:
-    if not most:
+def _check_total(connection: sa.Connection, table: sa.Table, tenant: str, added_bytes: int, max_bytes: int) -> None:
+    if not max_bytes:
         return
     query = sa.select(sa.func.coalesce(sa.func.sum(table.c.size_bytes), 0)).where(table.c.tenant == tenant)
-    if (held := int(connection.execute(query).scalar_one())) + added_bytes > most:
+    if (total := int(connection.execute(query).scalar_one())) + added_bytes > max_bytes:
         raise QuotaExceededError(
-            f"{tenant} has {table.name} of {held} bytes; at most {most} in all, with what is to come: delete some",
+            f"{tenant} has {total} bytes of {table.name} and adds {added_bytes}; at most {max_bytes}: delete some",
             subject=tenant,
         )
 
 
-def exhausted_tenants(connection: sa.Connection, default: operator_pb2.Quota) -> set[str]:
-    """Who used up a limit of today."""
+def list_exhausted_tenants(connection: sa.Connection, default: operator_pb2.Quota) -> set[str]:
+    """Return the tenants that have used up a limit of today."""
     both = usage.join(quotas, quotas.c.tenant == usage.c.tenant, isouter=True)
     query = sa.select(usage, quotas.c.quota).select_from(both).where(usage.c.day == today())
-    return {row.tenant for row in connection.execute(query) if _exhausted(row, over(default, row.quota))}
+    return {
+        row.tenant for row in connection.execute(query) if _describe_exhausted(row, merge_quota(default, row.quota))
+    }
 
 
-def over(default: operator_pb2.Quota, own: bytes | None) -> operator_pb2.Quota:
-    """The service's limits with a tenant's own, as `quotas` has them, over them."""
-    found = operator_pb2.Quota()
-    found.CopyFrom(default)
-    found.MergeFromString(own or b"")
-    return found
+def merge_quota(default: operator_pb2.Quota, tenant_quota: bytes | None) -> operator_pb2.Quota:
+    """Return the service's limits, replaced by those that a tenant has of its own (a serialized Quota, or None)."""
+    merged = operator_pb2.Quota()
+    merged.CopyFrom(default)
+    merged.MergeFromString(tenant_quota or b"")
+    return merged
 
 
-def _exhausted(row: Any, quota: operator_pb2.Quota) -> str:
-    """Which limit of the day an account has used up; "" if none."""
+def _describe_exhausted(row: Any, quota: operator_pb2.Quota) -> str:
+    """Return a phrase on the limit of the day that the usage has reached, or ""."""
     if 0 < quota.max_tokens_per_day <= row.effective_tokens:
         return f"trained {row.effective_tokens} tokens today, of {quota.max_tokens_per_day}"
     if 0 < quota.max_device_seconds_per_day <= row.device_seconds:
@@ -135,26 +141,27 @@ def _exhausted(row: Any, quota: operator_pb2.Quota) -> str:
 
 
 def check_budget(budget: budget_pb2.Budget) -> None:
-    """Raises InvalidInputError for a limit that is none."""
+    """Raises InvalidInputError for a negative or infinite limit."""
     for name in ("max_tokens", "max_device_seconds"):
         value = getattr(budget, name)
         if not 0 <= value < math.inf:
             raise InvalidInputError.of_field(
-                f"spec.budget.{name}", f"{value} must be finite and not negative; 0: no limit"
+                f"spec.budget.{name}", f"{value} must be finite and not negative; 0 means no limit"
             )
 
 
-def spent(budget: budget_pb2.Budget, progress: task_pb2.TaskProgress) -> str:
-    """Which limit of a task's budget is used up, for its tenant; "" if none."""
+def describe_spent_budget(budget: budget_pb2.Budget, progress: task_pb2.TaskProgress) -> str:
+    """Return a sentence on the limit of the task's budget that is used up, or ""."""
     if 0 < budget.max_tokens <= progress.effective_tokens:
-        return f"its budget of {budget.max_tokens} tokens is used up"
+        return f"the budget of {budget.max_tokens} tokens is used up"
     if 0 < budget.max_device_seconds <= progress.device_seconds:
-        return f"its budget of {budget.max_device_seconds:g} device seconds is used up"
+        return f"the budget of {budget.max_device_seconds:g} device seconds is used up"
     return ""
 
 
-def page(connection: sa.Connection, tenant: str, before: tuple[int, str] | None, limit: int) -> Sequence[Any]:
-    """Accounts, newest day first, after the (day, tenant) of the page before."""
+def list_usage(connection: sa.Connection, tenant: str, before: tuple[int, str] | None, limit: int) -> Sequence[Any]:
+    """Return usage by day, newest first, of one tenant or (empty) of all. `before`: (day, tenant) of the last row of
+    the page before."""
     query = sa.select(usage).order_by(usage.c.day.desc(), usage.c.tenant.desc())
     if tenant:
         query = query.where(usage.c.tenant == tenant)
@@ -163,7 +170,7 @@ def page(connection: sa.Connection, tenant: str, before: tuple[int, str] | None,
     return connection.execute(query.limit(limit)).all()
 
 
-def to_proto(row: Any) -> operator_pb2.DayUsage:
+def usage_to_proto(row: Any) -> operator_pb2.DayUsage:
     return operator_pb2.DayUsage(
         tenant=row.tenant,
         date=(datetime.date(1970, 1, 1) + datetime.timedelta(days=row.day)).isoformat(),

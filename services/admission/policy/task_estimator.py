@@ -1,7 +1,7 @@
-"""What a task would be: its data as alignment reads it, its bytes and seconds as the planner's models foretell them.
+"""Estimates a task: alignment inspects its data, the planner's models predict its bytes and seconds.
 
-All of it is a function of the dataset's version, of what the task trains and how, and of its executors, so it is
-remembered: of a sweep over learning rates only the first task is looked at whole.
+The estimate is a function of the dataset's version, the spec and the executors, and it is cached: of a sweep over
+learning rates only the first task is inspected.
 """
 
 import time
@@ -19,86 +19,86 @@ from engine.planning.types import BackboneView, ExecutorView, PlannerConfig, Tas
 from engine.task import Affects, TaskSpec, Training, fields_affecting
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, dataset_pb2, plan_pb2, task_pb2
 from services.admission.policy.validation import validate
-from services.admission.store.idempotency import body_hash
+from services.admission.store.idempotency import hash_parts
 from services.conversion.plan import executor_to_view
 from services.conversion.task import spec_to_domain
 
 INSPECT_SECONDS = 120.0
-_REMEMBERED_SECONDS, _MOST_REMEMBERED = 60.0, 1024  # an alignment of another version may read otherwise
-_MOST_BYTES = 4096  # of a task whose method is remembered
-# What steers the optimizer changes neither data nor time nor bytes; nor does what is the tenant's own affair.
-_OWN = ("labels", "priority", "deadline", "budget", "initial_adapter", "dataset")
-_STEERING = tuple(
+_CACHE_SECONDS, _MAX_CACHED = 60.0, 1024  # an alignment of another version may read the data otherwise
+_MAX_CACHED_METHOD_BYTES = 4096  # the size of a task's spec up to which its method is cached
+# Fields that affect neither data nor time nor bytes.
+_IRRELEVANT_FIELDS = ("labels", "priority", "deadline", "budget", "initial_adapter", "dataset")
+_OPTIMIZER_FIELDS = tuple(
     field.name for field in fields(Training) if field.name not in fields_affecting(~Affects.OPTIMIZER)
 )  # fields that affect the optimizer alone
-_UNUSED = ("samples", "length_histogram", "refused_rows")  # of a report
+_UNUSED_REPORT_FIELDS = ("samples", "length_histogram", "refused_rows")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What is the same for all tasks that differ in what steers them. `method`: None where it is large."""
+class _CachedEstimate:
+    """Shared by tasks that differ in optimizer fields only. `method`: None where the method is large."""
 
     method: Method | None
     estimate: task_pb2.TaskEstimate
 
 
 class TaskEstimator:
-    """`limits` are the planner's, for its models."""
+    """Estimates tasks and refuses those that no executor can hold."""
 
-    def __init__(self, alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub", limits: PlannerConfig) -> None:
-        self._alignment, self._limits = alignment, limits
-        self._reports = _Remembered[dataset_pb2.PreflightReport]()
-        self._known = _Remembered[_Known]()
+    def __init__(self, alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub", config: PlannerConfig) -> None:
+        self._alignment, self._config = alignment, config
+        self._reports = _ExpiringCache[dataset_pb2.PreflightReport]()
+        self._estimates = _ExpiringCache[_CachedEstimate]()
 
-    def recall(
+    def estimate_from_cache(
         self, tenant: str, spec: task_pb2.TaskSpec, executors: Sequence[bytes]
     ) -> tuple[TaskSpec, task_pb2.TaskEstimate] | None:
-        """What `of` would tell, where a task that differs only in what steers it was looked at before."""
-        known = self._known.get(_key(tenant, _core(spec), executors))
-        if known is None:
+        """Return what `estimate` would, or None unless a task that differs in optimizer fields only is cached."""
+        cached = self._estimates.get(_cache_key(tenant, _without_irrelevant_fields(spec), executors))
+        if cached is None:
             return None
-        domain = spec_to_domain(spec, method=known.method)
-        validate(domain, [executor_view(executor).backbone for executor in executors], is_known=True)
+        domain = spec_to_domain(spec, method=cached.method)
+        validate(domain, [parse_executor(executor).backbone for executor in executors], is_method_valid=True)
         estimate = task_pb2.TaskEstimate()
-        estimate.CopyFrom(known.estimate)
+        estimate.CopyFrom(cached.estimate)
         return domain, estimate
 
-    async def of(
+    async def estimate(
         self, tenant: str, spec: task_pb2.TaskSpec, executors: Sequence[bytes]
     ) -> tuple[TaskSpec, task_pb2.TaskEstimate]:
-        """The task as the engine reads it, and what it would be. `spec` names its dataset's version; `executors`: each
-        a plan.Executor.
+        """Return the task as the engine's type, and its estimate. `spec` names the dataset's version; `executors` are
+        serialized plan.Executor messages.
 
-        Raises InvalidInputError, WillNeverFitError and what alignment refuses it with.
+        Raises InvalidInputError, WillNeverFitError and what alignment refuses the data with.
         """
-        if (known := self.recall(tenant, spec, executors)) is not None:
-            return known
-        domain, core = spec_to_domain(spec), _core(spec)
-        views = [executor_view(executor) for executor in executors]
+        if (cached := self.estimate_from_cache(tenant, spec, executors)) is not None:
+            return cached
+        domain, core = spec_to_domain(spec), _without_irrelevant_fields(spec)
+        views = [parse_executor(executor) for executor in executors]
         backbone = validate(domain, [view.backbone for view in views])
         hosts = [view for view in views if view.backbone.name == backbone.name]
-        refuse_if_never_fits(domain, hosts, self._limits)
-        estimate = self._estimate(await self._inspect(tenant, core), domain, backbone, hosts)
-        kept = task_pb2.TaskEstimate()
-        kept.CopyFrom(estimate)
-        method = domain.method if core.ByteSize() <= _MOST_BYTES else None
-        self._known.put(_key(tenant, core, executors), _Known(method, kept))
+        refuse_if_never_fits(domain, hosts, self._config)
+        estimate = self._predict(await self._inspect(tenant, core), domain, backbone, hosts)
+        copied = task_pb2.TaskEstimate()
+        copied.CopyFrom(estimate)
+        method = domain.method if core.ByteSize() <= _MAX_CACHED_METHOD_BYTES else None
+        self._estimates.put(_cache_key(tenant, core, executors), _CachedEstimate(method, copied))
         return domain, estimate
 
     async def _inspect(self, tenant: str, core: task_pb2.TaskSpec) -> dataset_pb2.PreflightReport:
         training = core.training.SerializeToString(deterministic=True)
         key = (tenant, core.dataset_version, core.backbone, training)
-        if (found := self._reports.get(key)) is not None:
-            return found
+        if (cached := self._reports.get(key)) is not None:
+            return cached
         options = dataset_pb2.PreflightOptions(backbone=core.backbone, training=core.training, num_samples=1)
         request = alignment_pb2.InspectDatasetRequest(tenant=tenant, sha256=core.dataset_version, options=options)
         report = (await self._alignment.InspectDataset(request, timeout=INSPECT_SECONDS)).report
-        for field in _UNUSED:
+        for field in _UNUSED_REPORT_FIELDS:
             report.ClearField(field)  # type: ignore[arg-type]
         return self._reports.put(key, report)
 
-    def _estimate(
+    def _predict(
         self,
         report: dataset_pb2.PreflightReport,
         spec: TaskSpec,
@@ -107,7 +107,7 @@ class TaskEstimator:
     ) -> task_pb2.TaskEstimate:
         task = TaskView("", "", spec, 0, report.num_steps, num_train_tokens=report.num_train_tokens,
                         length_quantiles=tuple(report.length_quantiles))  # fmt: skip
-        seconds = [seconds_alone(task, executor, self._limits) for executor in hosts if executor.can_predict]
+        seconds = [seconds_alone(task, executor, self._config) for executor in hosts if executor.can_predict]
         return task_pb2.TaskEstimate(
             num_train_rows=report.num_train_rows,
             num_heldout_rows=report.num_heldout_rows,
@@ -123,41 +123,41 @@ class TaskEstimator:
 
 
 @lru_cache(256)
-def executor_view(executor: bytes) -> ExecutorView:
-    """Of a plan.Executor as the store keeps it, read once for each change."""
+def parse_executor(executor: bytes) -> ExecutorView:
+    """Convert a serialized plan.Executor to the planner's type; parsed once for each change of the executor."""
     return executor_to_view(plan_pb2.Executor.FromString(executor))
 
 
-def _core(spec: task_pb2.TaskSpec) -> task_pb2.TaskSpec:
-    """The part of a task that its data, time and bytes depend on."""
+def _without_irrelevant_fields(spec: task_pb2.TaskSpec) -> task_pb2.TaskSpec:
+    """Return a copy with only those fields that the task's data, time and bytes depend on."""
     core = task_pb2.TaskSpec()
     core.CopyFrom(spec)
-    for field in _OWN:
+    for field in _IRRELEVANT_FIELDS:
         core.ClearField(field)  # type: ignore[arg-type]
-    for field in _STEERING:
+    for field in _OPTIMIZER_FIELDS:
         core.training.ClearField(field)  # type: ignore[arg-type]
     return core
 
 
-def _key(tenant: str, core: task_pb2.TaskSpec, executors: Sequence[bytes]) -> str:
-    return body_hash(tenant.encode(), core.SerializeToString(deterministic=True), *executors)
+def _cache_key(tenant: str, core: task_pb2.TaskSpec, executors: Sequence[bytes]) -> str:
+    return hash_parts(tenant.encode(), core.SerializeToString(deterministic=True), *executors)
 
 
-class _Remembered(Generic[T]):
-    """Values by key for a while; of too many the least recently used go."""
+class _ExpiringCache(Generic[T]):
+    """Keeps values for a minute; drops the least recently used ones when there are too many."""
 
     def __init__(self) -> None:
         self._values: OrderedDict[Hashable, tuple[T, float]] = OrderedDict()
 
     def get(self, key: Hashable) -> T | None:
-        value, until = self._values.get(key, (None, 0.0))
-        if value is None or until <= time.monotonic():
+        value, expiry = self._values.get(key, (None, 0.0))
+        if value is None or expiry <= time.monotonic():
             return None
         self._values.move_to_end(key)
         return value
 
     def put(self, key: Hashable, value: T) -> T:
-        self._values[key] = (value, time.monotonic() + _REMEMBERED_SECONDS)
-        while len(self._values) > _MOST_REMEMBERED:
+        self._values[key] = (value, time.monotonic() + _CACHE_SECONDS)
+        while len(self._values) > _MAX_CACHED:
             self._values.popitem(last=False)
         return value

@@ -1,4 +1,4 @@
-"""API keys: `mxt_<id>_<secret>`. Only a hash of the secret is kept; the secret itself is shown once."""
+"""API keys: `mxt_<id>_<secret>`. The database stores a hash of the secret; `create` shows the secret once."""
 
 import hashlib
 import hmac
@@ -19,24 +19,22 @@ from services.admission.store.tables import api_keys
 from services.resource_names import check_tenant
 from services.rpc.authorization import Principal, Role
 
-_SEEN_SECONDS, _MOST_SEEN = 1.0, 10_000
+_CACHE_SECONDS, _MAX_CACHED = 1.0, 10_000
 _ROW = PreparedStatement(sa.select(api_keys).where(api_keys.c.id == sa.bindparam("id")))
 
 
 class KeyStore:
-    """Synchronous; answers are rows of `api_keys`."""
+    """Creates, lists, revokes and verifies keys; returns rows of `api_keys`. Synchronous but for `authenticate`."""
 
     def __init__(self, database: Database, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._database, self._monotonic = database, monotonic
-        self._seen: dict[str, tuple[Principal, float]] = {}  # by the token's hash, and until when (monotonic)
+        self._cache: dict[str, tuple[Principal, float]] = {}  # token's hash -> (principal, monotonic expiry)
 
     def create(self, tenant: str, expires: int | None, role: Role = Role.TENANT) -> tuple[Any, str]:
-        """(row, the key to give to the client). An operator's key is of no tenant: `tenant` must be empty.
-
-        Raises InvalidInputError for that, and for a tenant that is none.
-        """
+        """Return (row, key for the client). Raises InvalidInputError for a malformed tenant, and for an operator's key
+        with a tenant."""
         if role is Role.OPERATOR and tenant:
-            raise InvalidInputError.of_field("tenant", f'"{tenant}": an operator\'s key has no tenant: leave it empty')
+            raise InvalidInputError.of_field("tenant", f'"{tenant}" must be empty for a key of an operator')
         key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32).replace("_", "-")
         row = {
             "id": key_id,
@@ -50,49 +48,54 @@ class KeyStore:
             connection.execute(sa.insert(api_keys).values(row))
             return self._row(connection, key_id), f"mxt_{key_id}_{secret}"
 
-    def ls(self, tenant: str) -> Sequence[Any]:
+    def list_keys(self, tenant: str) -> Sequence[Any]:
+        """Return the keys of the tenant, or of all tenants if it is empty."""
         with self._database.read() as connection:
             query = sa.select(api_keys).order_by(api_keys.c.created)
             return connection.execute(query.where(api_keys.c.tenant == tenant) if tenant else query).all()
 
     def revoke(self, key_id: str) -> Any:
-        """The first revocation stands. Raises NotFoundError."""
+        """Revoke the key; a second call keeps the time of the first. Raises NotFoundError."""
         with self._database.write() as connection:
             if self._row(connection, key_id).revoked is None:
                 connection.execute(sa.update(api_keys).where(api_keys.c.id == key_id).values(revoked=now()))
             row = self._row(connection, key_id)
-        self._seen = {}  # another one: who is asking the database right now remembers nothing
+        self._cache = {}  # a new one: reads in flight fill the old one
         return row
 
-    async def principal_of(self, token: str) -> Principal:
-        """Remembered for a second, so a key that another process revokes is good for a second more; what this one
-        revokes ends at once. Raises UnauthenticatedError, alike for malformed, unknown, wrong, expired and revoked
-        keys."""
-        seen, digest = self._seen, _hash(token)
-        if (found := seen.get(digest)) is not None and self._monotonic() < found[1]:
-            return found[0]
-        principal, seconds = await self._database.query(partial(_proved, token=token))
-        if len(seen) >= _MOST_SEEN:
-            seen.clear()
-        seen[digest] = (principal, self._monotonic() + min(seconds, _SEEN_SECONDS))
+    async def authenticate(self, token: str) -> Principal:
+        """Return the principal of an API key. Raises UnauthenticatedError, which does not show whether the key is
+        malformed, unknown, wrong, expired or revoked.
+
+        Results are cached for a second: a key that another process revokes remains valid for at most that long, one
+        that this process revokes ends at once.
+        """
+        cache, digest = self._cache, _hash(token)
+        cached = cache.get(digest)
+        if cached is not None and self._monotonic() < cached[1]:
+            return cached[0]
+        principal, seconds = await self._database.query(partial(_verify, token=token))
+        if len(cache) >= _MAX_CACHED:
+            cache.clear()
+        cache[digest] = (principal, self._monotonic() + min(seconds, _CACHE_SECONDS))
         return principal
 
     def _row(self, connection: sa.Connection, key_id: str) -> Any:
         row = _ROW.fetch_first(connection, id=key_id)
         if row is None:
-            raise NotFoundError(f'there is no API key "{key_id}"')
+            raise NotFoundError(f'API key "{key_id}" does not exist: check its id with ListApiKeys')
         return row
 
 
-def _proved(connection: sa.Connection, token: str) -> tuple[Principal, float]:
-    """Whose key it is, and for how many seconds at most."""
+def _verify(connection: sa.Connection, token: str) -> tuple[Principal, float]:
+    """Return the key's principal and the seconds until the key expires. Raises UnauthenticatedError."""
     prefix, key_id, secret = (*token.split("_", 2), "", "")[:3]
     row = _ROW.fetch_first(connection, id=key_id)
-    is_right = hmac.compare_digest(_hash(secret), row.secret_sha256 if row else _hash(""))
-    left = math.inf if row is None or row.expires is None else (row.expires - now()) / 1e6
-    if prefix != "mxt" or row is None or not is_right or row.revoked is not None or left <= 0:
+    is_secret_right = hmac.compare_digest(_hash(secret), row.secret_sha256 if row else _hash(""))
+    seconds_left = math.inf if row is None or row.expires is None else (row.expires - now()) / 1e6
+    if prefix != "mxt" or row is None or not is_secret_right or row.revoked is not None or seconds_left <= 0:
         raise UnauthenticatedError("the API key is unknown, expired or revoked")
-    return Principal(row.tenant or None, Role(row.role), f"key {key_id}"), left
+    return Principal(row.tenant or None, Role(row.role), f"key {key_id}"), seconds_left
 
 
 def _hash(secret: str) -> str:

@@ -1,4 +1,4 @@
-"""The audit log in the database: it only grows, held by triggers of the migration. Synchronous, no gRPC."""
+"""The audit log in the database. It only grows: the migration's triggers refuse updates and deletions."""
 
 import logging
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from muxtune.v1 import operator_pb2
-from services.admission.store.clock import now, timestamp
+from services.admission.store.clock import now, to_timestamp
 from services.admission.store.database import Database
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import audit_events
@@ -18,15 +18,18 @@ _INSERT = PreparedStatement(sa.insert(audit_events))
 _log = logging.getLogger(__name__)
 
 
-def audited_in(database: Database) -> Audit:
-    """What the gate calls. An entry that cannot be written is the operators' error, in the service's log, and not the
-    caller's, whose work is done by then; a call that stores something fails by itself where the database is away."""
+def create_audit_writer(database: Database) -> Audit:
+    """Return the function with which the interceptor records a call.
+
+    An entry that cannot be stored goes to the service's log and does not fail the call, whose work is done by then. A
+    call that stores something fails by itself while the database is unavailable.
+    """
 
     async def audit(entry: AuditEntry) -> None:
         try:
             await database.commit(partial(insert, entry=entry))
         except Exception:
-            _log.exception("audit: not recorded: %s", entry)
+            _log.exception("audit event not recorded: %s", entry)
 
     return audit
 
@@ -38,12 +41,13 @@ def insert(connection: sa.Connection, entry: AuditEntry) -> None:
         subject=entry.principal.subject,
         tenant=entry.principal.tenant or "",
         method=entry.method,
-        resource=entry.resource.replace("\0", ""),  # which PostgreSQL does not store
+        resource=entry.resource.replace("\0", ""),  # PostgreSQL cannot store it
         status_code=entry.status_code,
     )
 
 
-def page(connection: sa.Connection, tenant: str, after_sequence: int, limit: int) -> Sequence[Any]:
+def list_page(connection: sa.Connection, tenant: str, after_sequence: int, limit: int) -> Sequence[Any]:
+    """Return the events after that sequence number, of one tenant or (empty) of all."""
     query = sa.select(audit_events).where(audit_events.c.sequence > after_sequence).order_by(audit_events.c.sequence)
     if tenant:
         query = query.where(audit_events.c.tenant == tenant)
@@ -53,7 +57,7 @@ def page(connection: sa.Connection, tenant: str, after_sequence: int, limit: int
 def to_proto(row: Any) -> operator_pb2.AuditEvent:
     return operator_pb2.AuditEvent(
         sequence=row.sequence,
-        time=timestamp(row.time),
+        time=to_timestamp(row.time),
         subject=row.subject,
         tenant=row.tenant,
         method=row.method,

@@ -1,61 +1,61 @@
-"""Wakes those who wait for a change of a task, or of anything. Lives on the event loop; holds no events itself."""
+"""Wakes waiters when a task changes, or when anything does. Lives on the event loop and stores no events."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-ANYTHING = ""
+ANY_CHANGE = ""
 T = TypeVar("T")
 
 
 class ChangeNotifier:
-    """Waiters re-read the store after waking: a wake-up is a hint, so none can be lost or pile up. `tell_others` takes
-    the names on to other processes on the same database (services/admission/ledger/replicas.py)."""
+    """A wake-up is a hint: waiters read the store again, so that no wake-up can be lost or pile up. `publish` sends
+    the names to other processes on the same database (services/admission/ledger/replicas.py)."""
 
     def __init__(self) -> None:
         self._waiters: dict[str, set[asyncio.Event]] = {}
         self._closed = False
         self._commits: set[asyncio.Task[object]] = set()
-        self.tell_others: Callable[[Iterable[str]], None] | None = None
+        self.publish: Callable[[Iterable[str]], None] | None = None
 
-    async def after(self, commit: Callable[[], T], tell: Callable[[T], None]) -> T:
-        """Runs the commit in a thread, then `tell` of what it answered, though the caller be cancelled meanwhile: what
-        was committed for a caller who is gone has its watchers too."""
+    async def commit_and_notify(self, commit: Callable[[], T], on_committed: Callable[[T], None]) -> T:
+        """Run `commit` in a thread and pass its result to `on_committed`, even if the caller is cancelled meanwhile:
+        watchers must hear of every change."""
 
-        async def both() -> T:
-            done = await asyncio.to_thread(commit)
-            tell(done)
-            return done
+        async def run() -> T:
+            result = await asyncio.to_thread(commit)
+            on_committed(result)
+            return result
 
-        task = asyncio.create_task(both())
+        task = asyncio.create_task(run())
         self._commits.add(task)
         task.add_done_callback(self._commits.discard)
         return await asyncio.shield(task)
 
     def notify(self, names: Iterable[str] = ()) -> None:
-        """The named tasks changed, and scheduling should look."""
-        self.notify_tasks((*names, ANYTHING))
+        """Wake waiters of these tasks, and scheduling: its plan may have to change."""
+        self.notify_tasks((*names, ANY_CHANGE))
 
     def notify_tasks(self, names: Iterable[str]) -> None:
-        """The named tasks have new events; nothing that a plan depends on changed."""
+        """Wake waiters of these tasks only: they have new events that no plan depends on."""
         names = list(names)
         self.wake(names)
-        if self.tell_others is not None:
-            self.tell_others(names)
+        if self.publish is not None:
+            self.publish(names)
 
     def wake(self, names: Iterable[str]) -> None:
-        """Those who wait here."""
+        """Wake waiters of this process."""
         for name in names:
             for event in self._waiters.get(name, ()):
                 event.set()
 
     def wake_all(self) -> None:
-        """Whatever they wait for."""
+        """Wake all waiters of this process."""
         self.wake(list(self._waiters))
 
     def close(self) -> None:
-        """Wakes everyone for good: the service stops."""
+        """Wake all waiters for the last time: the service stops."""
         self._closed = True
         self.wake_all()
 
@@ -64,8 +64,8 @@ class ChangeNotifier:
         return self._closed
 
     @contextmanager
-    def waiting(self, name: str) -> Iterator[asyncio.Event]:
-        """An event that is set at each change; clear it before reading the store."""
+    def subscribe(self, name: str) -> Iterator[asyncio.Event]:
+        """Yield an event that is set at each change of the task. Clear it before reading the store."""
         event = asyncio.Event()
         self._waiters.setdefault(name, set()).add(event)
         try:

@@ -1,4 +1,4 @@
-"""Wall time as the database keeps it: integer microseconds since the epoch."""
+"""Wall-clock time as the database stores it: integer microseconds since the epoch."""
 
 import time
 
@@ -8,19 +8,20 @@ from engine.errors import InvalidInputError
 
 
 def now() -> int:
+    """Return the current time in microseconds since the epoch."""
     return time.time_ns() // 1000
 
 
-def microseconds(stamp: Timestamp, field: str) -> int:
-    """Raises InvalidInputError for a time out of protobuf's range (years 1 to 9999)."""
+def to_microseconds(timestamp: Timestamp, field: str) -> int:
+    """Convert a protobuf time. Raises InvalidInputError, naming the field, outside the years 1 to 9999."""
     try:
-        return stamp.ToMicroseconds()
+        return timestamp.ToMicroseconds()
     except ValueError as error:
-        raise InvalidInputError.of_field(field, f"is no time: {error}") from error
+        raise InvalidInputError.of_field(field, f"must be a time of the years 1 to 9999: {error}") from error
 
 
-def timestamp(microseconds: int | None) -> Timestamp | None:
-    """None stays None: an unset field."""
+def to_timestamp(microseconds: int | None) -> Timestamp | None:
+    """Convert a time of the database to protobuf; None stays None, which leaves a field unset."""
     if microseconds is None:
         return None
     result = Timestamp()

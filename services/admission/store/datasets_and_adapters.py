@@ -1,4 +1,4 @@
-"""Datasets and adapters as the store knows them: rows, names, who still needs them. Synchronous, no gRPC."""
+"""Datasets and adapters in the database: their rows, and which tasks still need them. Synchronous, no gRPC."""
 
 import json
 import secrets
@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from engine.errors import AlreadyExistsError, ResourceInUseError
 from muxtune.v1 import artifact_pb2, dataset_pb2
-from services.admission.store.clock import now, timestamp
+from services.admission.store.clock import now, to_timestamp
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import adapters, datasets
 from services.admission.store.tables import tasks as tasks_table
@@ -21,19 +21,22 @@ from services.storage.artifact_layout import UploadedAdapterFolder, folder_of_ma
 _DATASET = PreparedStatement(sa.select(datasets).where(datasets.c.name == sa.bindparam("name")))
 
 
-def dataset_row(connection: sa.Connection, name: str) -> Any:
-    """Raises PermissionDeniedError where there is none (AIP-211)."""
+def get_dataset_row(connection: sa.Connection, name: str) -> Any:
+    """Return the dataset's row. Raises PermissionDeniedError if the dataset does not exist (AIP-211)."""
     row = _DATASET.fetch_first(connection, name=name)
     if row is None:
         raise denied(name)
     return row
 
 
-def existing_dataset(connection: sa.Connection, name: str, sha256: str) -> Any | None:
-    """The dataset of that name if it holds these bytes, None if the name is free. Raises AlreadyExistsError."""
+def find_same_dataset(connection: sa.Connection, name: str, sha256: str) -> Any | None:
+    """Return the row of the dataset of that name, or None if the name is free. Raises AlreadyExistsError if the
+    dataset holds other bytes."""
     row = _DATASET.fetch_first(connection, name=name)
     if row is not None and row.sha256 != sha256:
-        raise AlreadyExistsError(f"{name} holds other bytes: choose another id, or delete it first", subject=name)
+        raise AlreadyExistsError(
+            f"{name} exists already with other bytes: choose another id, or delete it first", subject=name
+        )
     return row
 
 
@@ -54,8 +57,8 @@ def insert_dataset(
 
 
 def delete_dataset(connection: sa.Connection, name: str) -> None:
-    """Raises ResourceInUseError."""
-    dataset_row(connection, name)
+    """Delete the dataset's row. Raises ResourceInUseError while an unfinished task reads the dataset."""
+    get_dataset_row(connection, name)
     users = sa.select(tasks_table.c.name).where(tasks_table.c.dataset == name, tasks_table.c.state.in_(UNFINISHED))
     if user := connection.execute(users).scalars().first():
         raise ResourceInUseError(f"{name} is read by {user}: cancel it or wait for its end", subject=name)
@@ -63,13 +66,15 @@ def delete_dataset(connection: sa.Connection, name: str) -> None:
 
 
 def is_referenced(connection: sa.Connection, tenant: str, sha256: str) -> bool:
+    """Return whether a dataset of the tenant holds these bytes."""
     return connection.execute(sa.select(datasets).filter_by(tenant=tenant, sha256=sha256)).first() is not None
 
 
-def page(
+def list_page(
     connection: sa.Connection, table: sa.Table, tenant: str, before: tuple[int, str] | None, limit: int
 ) -> Sequence[Any]:
-    """Of the tenant's datasets or adapters, newest first, after the (created, name) of the page before."""
+    """Return the tenant's datasets or adapters, newest first. `before`: (created, name) of the last one of the page
+    before."""
     columns = table.c
     query = sa.select(table).where(columns.tenant == tenant)
     query = query.order_by(columns.created.desc(), columns.name.desc())
@@ -85,12 +90,12 @@ def dataset_to_proto(row: Any) -> dataset_pb2.Dataset:
         size_bytes=row.size_bytes,
         num_rows=row.num_rows,
         num_rows_by_shape=json.loads(row.shapes),
-        create_time=timestamp(row.created),
+        create_time=to_timestamp(row.created),
     )
 
 
-def adapter_row(connection: sa.Connection, name: str) -> Any:
-    """Raises PermissionDeniedError where there is none (AIP-211)."""
+def get_adapter_row(connection: sa.Connection, name: str) -> Any:
+    """Return the adapter's row. Raises PermissionDeniedError if the adapter does not exist (AIP-211)."""
     row = connection.execute(sa.select(adapters).where(adapters.c.name == name)).one_or_none()
     if row is None:
         raise denied(name)
@@ -101,20 +106,22 @@ def has_adapter(connection: sa.Connection, name: str) -> bool:
     return connection.execute(sa.select(adapters.c.name).where(adapters.c.name == name)).first() is not None
 
 
-def existing_adapter(connection: sa.Connection, name: str, digest: str) -> Any | None:
-    """The adapter of that name if it was uploaded with these contents, None if the name is free. Raises
-    AlreadyExistsError if another adapter, or a task that will leave one, has it."""
+def find_same_adapter(connection: sa.Connection, name: str, digest: str) -> Any | None:
+    """Return the row of the adapter of that name, or None if the name is free. Raises AlreadyExistsError if the adapter
+    has other contents, or if the name belongs to the adapter that a task leaves."""
     row = connection.execute(sa.select(adapters).where(adapters.c.name == name)).one_or_none()
     task = task_of_adapter(name)
     is_task = connection.execute(sa.select(tasks_table.c.name).where(tasks_table.c.name == task)).first()
     if is_task or (row is not None and not _is_upload_of(row, digest)):
-        raise AlreadyExistsError(f"{name} is taken: choose another id", subject=name)
+        raise AlreadyExistsError(
+            f"{name} exists already, or a task of that id will leave it: choose another id", subject=name
+        )
     return row
 
 
 def new_upload(name: str, digest: str) -> str:
-    """A folder for this upload alone, so that its files go with its row and with no other. It says when it was made: a
-    sweep leaves alone what may not have its row yet."""
+    """Return the key of a new folder for this upload alone, so that deleting its row may delete its files. The key
+    holds the current time: the garbage collector spares young folders, whose row may not exist yet."""
     return UploadedAdapterFolder(name, digest[:16], now(), secrets.token_hex(4)).key
 
 
@@ -124,8 +131,9 @@ def _is_upload_of(row: Any, digest: str) -> bool:
 
 
 def delete_adapter(connection: sa.Connection, name: str) -> str:
-    """The folder that its files are in. Its task, if one left it, has none from then on. Raises ResourceInUseError."""
-    row = adapter_row(connection, name)
+    """Delete the adapter's row and return the folder of its files. Raises ResourceInUseError while an unfinished task
+    starts from the adapter."""
+    row = get_adapter_row(connection, name)
     users = sa.select(tasks_table.c.name).where(
         tasks_table.c.tenant == row.tenant,
         tasks_table.c.initial_adapter_key == row.manifest_key,
@@ -133,8 +141,8 @@ def delete_adapter(connection: sa.Connection, name: str) -> str:
     )
     if user := connection.execute(users).scalars().first():
         raise ResourceInUseError(f"{user} starts from {name}: cancel it or wait for its end", subject=name)
-    left_by = tasks_table.c.name == task_of_adapter(name)
-    connection.execute(sa.update(tasks_table).where(left_by).values(adapter=""))
+    is_its_task = tasks_table.c.name == task_of_adapter(name)
+    connection.execute(sa.update(tasks_table).where(is_its_task).values(adapter=""))
     connection.execute(sa.delete(adapters).where(adapters.c.name == name))
     return folder_of_manifest(row.manifest_key)
 
@@ -152,4 +160,4 @@ def insert_adapter(connection: sa.Connection, name: str, manifest_key: str, size
 
 
 def adapter_to_proto(row: Any) -> artifact_pb2.Adapter:
-    return artifact_pb2.Adapter(name=row.name, size_bytes=row.size_bytes, create_time=timestamp(row.created))
+    return artifact_pb2.Adapter(name=row.name, size_bytes=row.size_bytes, create_time=to_timestamp(row.created))

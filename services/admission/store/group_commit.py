@@ -31,6 +31,7 @@ class GroupCommit:
         self._queue: deque[BatchedCall] = deque()
         self._worker: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, "changes")
+        self._late_rollback: Future[None] | None = None
         self._is_closed = False
 
     async def submit(self, function: Callable[..., Any], on_success: Callable[[Any], None] | None = None) -> Any:
@@ -82,15 +83,16 @@ class GroupCommit:
 
     async def _begin(self) -> tuple[Transaction, sa.Connection]:
         """Begin at once where no other writer is active; wait for it in the thread otherwise."""
-        transaction = self._begin_transaction(blocking=False)
-        with suppress(BlockingIOError):
-            return transaction, transaction.__enter__()
+        if self._late_rollback is None or self._late_rollback.done():  # the thread could not end what begins here
+            transaction = self._begin_transaction(blocking=False)
+            with suppress(BlockingIOError):
+                return transaction, transaction.__enter__()
         transaction = self._begin_transaction(blocking=True)
         entering = self._thread.submit(transaction.__enter__)
         try:
             return transaction, await asyncio.wrap_future(entering)
         except asyncio.CancelledError:
-            self._thread.submit(_roll_back_late, entering, transaction)
+            self._late_rollback = self._thread.submit(_roll_back_late, entering, transaction)
             raise
 
     async def _end(self, transaction: Transaction, error: Exception | None) -> Exception | None:

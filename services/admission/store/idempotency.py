@@ -1,4 +1,4 @@
-"""`request_id` (AIP-155): the same id with the same body gives the same answer; with another body it is refused."""
+"""Idempotent requests (AIP-155): a repeated `request_id` gets the same answer; with another body it is refused."""
 
 import hashlib
 import re
@@ -10,7 +10,7 @@ from services.admission.store.clock import now
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import requests
 
-_FOUND = PreparedStatement(
+_SELECT = PreparedStatement(
     sa.select(requests).where(
         requests.c.tenant == sa.bindparam("tenant"), requests.c.request_id == sa.bindparam("request_id")
     )
@@ -22,42 +22,46 @@ _INSERT = PreparedStatement(
 _ID = re.compile(r"[!-~]{1,128}")
 
 
-def body_hash(*parts: bytes) -> str:
-    """Of everything that the request asks for, its id left out."""
+def hash_parts(*parts: bytes) -> str:
+    """Return a hash of the parts, which keeps their boundaries."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 
 
-def find(connection: sa.Connection, tenant: str, request_id: str, method: str, body: str) -> str | None:
-    """Name of the resource that this request made before; None if it is new.
+def find_resource(connection: sa.Connection, tenant: str, request_id: str, method: str, body: str) -> str | None:
+    """Return the name of the resource that the request created before, or None if the request is new.
 
-    Raises RequestIdReusedError, and InvalidInputError for an id that is none.
+    `body`: hash of everything in the request but its id. Raises RequestIdReusedError for another body, and
+    InvalidInputError for a malformed id.
     """
     if not request_id:
         return None
     if not _ID.fullmatch(request_id):
-        raise InvalidInputError.of_field("request_id", "must be at most 128 visible ASCII characters: make it a UUID")
-    row = _FOUND.fetch_first(connection, tenant=tenant, request_id=request_id)
+        raise InvalidInputError.of_field("request_id", "must be at most 128 visible ASCII characters: use a UUID")
+    row = _SELECT.fetch_first(connection, tenant=tenant, request_id=request_id)
     if row is None:
         return None
     if (row.method, row.body_sha256) != (method, body):
-        raise RequestIdReusedError(f'request_id "{request_id}" was used before for another request: make a new one')
+        raise RequestIdReusedError(f'request_id "{request_id}" was used before for another request: use a new id')
     resource: str = row.resource
     return resource
 
 
-def is_known(connection: sa.Connection, tenant: str, request_id: str) -> bool:
-    """Whether a request of this id made something, whatever its body. An id that is none made nothing."""
+def has_request(connection: sa.Connection, tenant: str, request_id: str) -> bool:
+    """Return whether a request of this id created something, with any body. False for a malformed id."""
     if not _ID.fullmatch(request_id):
         return False
     query = sa.select(requests.c.request_id).filter_by(tenant=tenant, request_id=request_id)
     return connection.execute(query).first() is not None
 
 
-def remember(connection: sa.Connection, tenant: str, request_id: str, method: str, body: str, resource: str) -> bool:
-    """In the transaction that makes the resource. False, and nothing is changed, where the id was used before."""
+def record_request(
+    connection: sa.Connection, tenant: str, request_id: str, method: str, body: str, resource: str
+) -> bool:
+    """Record that the request created the resource, in the transaction that creates it. Return False and change nothing
+    if the id was used before."""
     if not request_id:
         return True
     values = {"tenant": tenant, "request_id": request_id, "method": method, "body_sha256": body}

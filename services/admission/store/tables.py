@@ -1,4 +1,4 @@
-"""The tables of the only database. Times are integer microseconds since the epoch; protos are stored as their bytes."""
+"""Tables of admission's database. Times are integer microseconds since the epoch; protos are stored as bytes."""
 
 from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table
 
@@ -9,7 +9,7 @@ api_keys = Table(
     metadata,
     Column("id", String, primary_key=True),
     Column("tenant", String, nullable=False, index=True),
-    Column("secret_sha256", String, nullable=False),  # of a random secret: no salt is needed
+    Column("secret_sha256", String, nullable=False),  # the secret is random: no salt is needed
     Column("role", String, nullable=False, server_default="tenant"),
     Column("created", BigInteger, nullable=False),
     Column("expires", BigInteger),
@@ -80,7 +80,7 @@ requests = Table(
     Column("request_id", String, primary_key=True),
     Column("method", String, nullable=False),
     Column("body_sha256", String, nullable=False),
-    Column("resource", String, nullable=False),  # name of what was made
+    Column("resource", String, nullable=False),  # name of what the request created
     Column("created", BigInteger, nullable=False),
 )
 
@@ -106,7 +106,7 @@ leaderships = Table(
     "leaderships",
     metadata,
     Column("role", String, primary_key=True),
-    Column("holder", String, nullable=False, server_default=""),  # empty: it resigned
+    Column("holder", String, nullable=False, server_default=""),  # empty after a resignation
     Column("incarnation", String, nullable=False, server_default=""),
     Column("term", BigInteger, nullable=False, server_default="0"),
     Column("seconds", Float, nullable=False, server_default="0"),
@@ -139,7 +139,7 @@ usage = Table(
     Index("usage_by_day", "day", "tenant"),
 )
 
-# Triggers of the migration refuse whatever is not an insert.
+# The migration's triggers refuse everything but inserts.
 audit_events = Table(
     "audit_events",
     metadata,

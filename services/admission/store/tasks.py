@@ -1,4 +1,4 @@
-"""Tasks and their events in the store. Every change of state goes through `change_state`, with its event, in one
+"""Tasks and their events in the database. `change_state` makes every change of state, with its event, in one
 transaction. Synchronous, no gRPC."""
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from engine.errors import AlreadyExistsError
 from engine.task import TaskState, check_transition
 from muxtune.v1 import errors_pb2, task_pb2
-from services.admission.store.clock import now, timestamp
+from services.admission.store.clock import now, to_timestamp
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import adapters, task_events, tasks
 from services.conversion.task import state_to_proto
@@ -18,7 +18,7 @@ from services.rpc.authorization import denied
 
 UNFINISHED = [state.name for state in TaskState if not state.is_final]
 _ROW = PreparedStatement(sa.select(tasks).where(tasks.c.name == sa.bindparam("name")))
-_TAKEN = PreparedStatement(
+_NAME_CONFLICTS = PreparedStatement(
     sa.select(tasks.c.name)
     .where(tasks.c.name == sa.bindparam("name"))
     .union_all(sa.select(adapters.c.name).where(adapters.c.name == sa.bindparam("adapter")))
@@ -34,7 +34,7 @@ _EVENTS_AFTER = PreparedStatement(
     sa.select(task_events.c.event)
     .where(task_events.c.task == sa.bindparam("name"), task_events.c.sequence > sa.bindparam("after"))
     .order_by(task_events.c.sequence)
-    .limit(sa.bindparam("most"))
+    .limit(sa.bindparam("limit"))
 )
 
 
@@ -46,11 +46,11 @@ def insert(
     initial_adapter_key: str,
     trace_parent: str,
 ) -> task_pb2.Task:
-    """A new task in QUEUED with its first event. Raises AlreadyExistsError if the id is taken."""
-    if _TAKEN.fetch_first(connection, name=name, adapter=adapter_of_task(name)):
-        raise AlreadyExistsError(f"{name} (or the adapter it would leave) exists already: choose another id")
+    """Store a new task in QUEUED with its first event. Raises AlreadyExistsError if its id is in use."""
+    if _NAME_CONFLICTS.fetch_first(connection, name=name, adapter=adapter_of_task(name)):
+        raise AlreadyExistsError(f"{name}, or an adapter of that id, exists already: choose another id")
     created, progress = now(), task_pb2.TaskProgress(num_steps=estimate.num_steps)
-    time = timestamp(created)
+    time = to_timestamp(created)
     values = {
         "name": name,
         "tenant": tenant_of(name),
@@ -75,21 +75,21 @@ def insert(
     )  # fmt: skip
 
 
-def row_of(connection: sa.Connection, name: str) -> Any:
-    """Raises PermissionDeniedError where there is none (AIP-211)."""
+def get_row(connection: sa.Connection, name: str) -> Any:
+    """Return the task's row. Raises PermissionDeniedError if the task does not exist (AIP-211)."""
     row = _ROW.fetch_first(connection, name=name)
     if row is None:
         raise denied(name)
     return row
 
 
-def read(connection: sa.Connection, name: str) -> task_pb2.Task:
-    """Raises PermissionDeniedError where there is none (AIP-211)."""
-    return to_proto(row_of(connection, name))
+def get_task(connection: sa.Connection, name: str) -> task_pb2.Task:
+    """Return the task. Raises PermissionDeniedError if it does not exist (AIP-211)."""
+    return to_proto(get_row(connection, name))
 
 
 def append_event(connection: sa.Connection, name: str, event: task_pb2.TaskEvent) -> None:
-    """Gives the event its sequence and time."""
+    """Store the event with the task's next sequence number and the current time."""
     sequence = connection.execute(_NEXT_SEQUENCE, {"task": name}).scalar_one()
     event.sequence = sequence
     event.time.FromMicroseconds(now())
@@ -105,7 +105,7 @@ def change_state(
     failure: errors_pb2.TaskFailure | None = None,
     **columns: Any,
 ) -> None:
-    """Raises IllegalTransitionError where `state` may not follow."""
+    """Set the task's state and append the event of it. Raises IllegalTransitionError if `state` may not follow."""
     check_transition(row.name, TaskState[row.state], state)
     values: dict[str, Any] = {"state": state.name, **columns}
     if state.is_final:
@@ -123,16 +123,16 @@ def change_state(
     append_event(connection, row.name, task_pb2.TaskEvent(state_changed=changed))
 
 
-def tell(connection: sa.Connection, row: Any, message: str) -> None:
-    """An event that changes nothing: what the tenant should know."""
+def append_message(connection: sa.Connection, row: Any, message: str) -> None:
+    """Append an event that shows the tenant a message and leaves the task's state as it is."""
     state = state_to_proto(TaskState[row.state])
-    told = task_pb2.StateChanged(state=state, message=message, attempt=row.attempt)
-    append_event(connection, row.name, task_pb2.TaskEvent(state_changed=told))
+    unchanged = task_pb2.StateChanged(state=state, message=message, attempt=row.attempt)
+    append_event(connection, row.name, task_pb2.TaskEvent(state_changed=unchanged))
 
 
 def cancel(connection: sa.Connection, name: str) -> None:
-    """See CancelTask: at once where nothing was trained, CANCELLING where an adapter is to be exported."""
-    row = row_of(connection, name)
+    """Cancel the task: at once where nothing was trained; CANCELLING comes first where an adapter is to be exported."""
+    row = get_row(connection, name)
     if row.state in (TaskState.CANCELLING.name, TaskState.CANCELLED.name):
         return
     is_idle = row.state == TaskState.QUEUED.name and row.checkpoint is None
@@ -140,15 +140,17 @@ def cancel(connection: sa.Connection, name: str) -> None:
     change_state(connection, row, following, "cancelled by the tenant")
 
 
-def events_after(connection: sa.Connection, name: str, sequence: int, limit: int) -> list[task_pb2.TaskEvent]:
-    rows = _EVENTS_AFTER.fetch_all(connection, name=name, after=sequence, most=limit)
+def list_events(connection: sa.Connection, name: str, sequence: int, limit: int) -> list[task_pb2.TaskEvent]:
+    """Return the task's events after that sequence number."""
+    rows = _EVENTS_AFTER.fetch_all(connection, name=name, after=sequence, limit=limit)
     return [task_pb2.TaskEvent.FromString(row.event) for row in rows]
 
 
-def page(
+def list_page(
     connection: sa.Connection, tenant: str, states: Sequence[TaskState], before: tuple[int, str] | None, limit: int
 ) -> Sequence[Any]:
-    """Newest first, after the (created, name) of the page before."""
+    """Return the tenant's tasks in these states (none: in any), newest first. `before`: (created, name) of the last
+    task of the page before."""
     query = sa.select(tasks).where(tasks.c.tenant == tenant).order_by(tasks.c.created.desc(), tasks.c.name.desc())
     if states:
         query = query.where(tasks.c.state.in_([state.name for state in states]))
@@ -158,7 +160,7 @@ def page(
 
 
 def to_proto(row: Any) -> task_pb2.Task:
-    """A row as the contract shows it."""
+    """Convert a row of `tasks` to the API's Task."""
     return task_pb2.Task(
         name=row.name,
         spec=task_pb2.TaskSpec.FromString(row.spec),
@@ -167,9 +169,9 @@ def to_proto(row: Any) -> task_pb2.Task:
         progress=task_pb2.TaskProgress.FromString(row.progress),
         adapter=row.adapter,
         estimate=task_pb2.TaskEstimate.FromString(row.estimate),
-        create_time=timestamp(row.created),
-        start_time=timestamp(row.started),
-        end_time=timestamp(row.ended),
+        create_time=to_timestamp(row.created),
+        start_time=to_timestamp(row.started),
+        end_time=to_timestamp(row.ended),
         trace_parent=row.trace_parent,
         attempt=row.attempt,
     )

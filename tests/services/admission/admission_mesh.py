@@ -36,12 +36,12 @@ from muxtune.v1 import (
 )
 from services.admission.api.operator_rpcs import OperatorServicer
 from services.admission.api.servicer import AdmissionServicer, KeyServicer, LedgerServicer
-from services.admission.api.token_authenticator import authenticator
+from services.admission.api.token_authenticator import create_authenticator
 from services.admission.ledger.ledger import Ledger
 from services.admission.ledger.limits_watcher import LimitsWatcher
-from services.admission.policy.admission_controller import AdmissionController, Quota
+from services.admission.policy.admission_controller import AdmissionController, DefaultQuota
 from services.admission.store.api_keys import KeyStore
-from services.admission.store.audit_log import audited_in
+from services.admission.store.audit_log import create_audit_writer
 from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
 from services.admission.store.tables import metadata
@@ -168,19 +168,19 @@ class Admission:
         self.artifacts, self.notifier = ArtifactStore.open(str(self.folder)), ChangeNotifier()
         self._to_alignment = open_channel(self._alignment_address, SECRET)
         alignment = alignment_pb2_grpc.AlignmentServiceStub(self._to_alignment)
-        quota = Quota(self.quota, PlannerConfig(256, 1))
+        quota = DefaultQuota(self.quota, PlannerConfig(256, 1))
         self.key_store, ledger = KeyStore(self.database), LedgerServicer(self.notifier, lambda names: None)
         self._keeping = ExitStack()
-        self._keeping.enter_context(ledger.keeping(Ledger(self.database, self.clock, quota=quota.to_proto())))
+        self._keeping.enter_context(ledger.serve_ledger(Ledger(self.database, self.clock, quota=quota.to_proto())))
         self.admitter = AdmissionController(self.database, self.artifacts, alignment, quota)
         self.limits = LimitsWatcher(self.database, quota.to_proto(), self.notifier)
         servicer = self.servicer = AdmissionServicer(
             self.database, self.artifacts, alignment, self.admitter, self.notifier, MAX_UPLOAD_BYTES
         )
-        limit, audit = RateLimit(self.requests_per_second), audited_in(self.database)
+        limit, audit = RateLimit(self.requests_per_second), create_audit_writer(self.database)
         self.unauthenticated_limiter = UnauthenticatedCallLimiter(RateLimit(self.refusals_per_second), audit)
         gate = RpcInterceptor(
-            authenticator(self.key_store, SECRET, None, limit),
+            create_authenticator(self.key_store, SECRET, None, limit),
             audit=audit,
             unauthenticated_limiter=self.unauthenticated_limiter,
         )

@@ -121,7 +121,7 @@ async def test_a_tasks_adapter_goes_and_its_task_stays(admission: Admission) -> 
     assert (task.state, task.adapter) == (task_pb2.TASK_STATE_SUCCEEDED, "")
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "ILLEGAL_TRANSITION") as refusal:
         await download(admission, task.name)
-    assert "not any more" in refusal.message
+    assert "its adapter was deleted" in refusal.message
     with refused(grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS"):  # a task's name stays its own
         await upload(admission, "t")
 
@@ -146,14 +146,14 @@ async def test_one_deleted_while_a_task_that_starts_from_it_is_examined(
     admission: Admission, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, dataset = await upload(admission, "one"), await admission.upload()
-    asked, go_on, inspect = asyncio.Event(), asyncio.Event(), admission.admitter._appraisals._inspect
+    asked, go_on, inspect = asyncio.Event(), asyncio.Event(), admission.admitter._estimator._inspect
 
     async def slow(*arguments: object) -> object:
         asked.set()
         await go_on.wait()
         return await inspect(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(admission.admitter._appraisals, "_inspect", slow)
+    monkeypatch.setattr(admission.admitter._estimator, "_inspect", slow)
     creating = asyncio.create_task(admission.create(dataset.name, initial_adapter=adapter.name))
     await asked.wait()
     await delete(admission, adapter.name)
@@ -279,14 +279,14 @@ async def test_files_that_could_not_go_then_go_with_a_sweep(
     admission.artifacts.commit_folder(cut_short, adapter_files(), {})
     admission.artifacts.commit_folder(f"tenants/acme/adapters/before/uploaded-{'0' * 16}", adapter_files(), {})
     assert sorted(await listed(admission)) == sorted(kept)
-    sweeper = GarbageCollector(admission.database, admission.artifacts)
-    sweeper.sweep_all()
+    collector = GarbageCollector(admission.database, admission.artifacts)
+    collector.collect_all()
     left = set(adapters_files(admission)) - set(kept_files)
     # Those of the upload may still get their row, for a day; the task's adapter, and what older versions left, cannot.
     assert {path.split("/")[3] for path in left} == {"gone", "never"}
     tomorrow = garbage_collector.now() + 86_400_000_001
     monkeypatch.setattr(garbage_collector, "now", lambda: tomorrow)
-    assert sweeper.sweep_all() == 2 and sweeper.sweep_all() == 0
+    assert collector.collect_all() == 2 and collector.collect_all() == 0
     assert adapters_files(admission) == kept_files
     for name in kept:
         assert await download(admission, name)
@@ -303,5 +303,5 @@ async def test_a_sweep_takes_nothing_for_an_upload_that_is_none(admission: Admis
     for folder, name in itertools.product(("adapters/a", "tasks/a"), names):
         admission.artifacts.put_new(f"tenants/acme/{folder}/{name}/file", b"x")
     before = admission.files()
-    assert GarbageCollector(admission.database, ArtifactStore.open(str(admission.folder))).sweep_all() == 0
+    assert GarbageCollector(admission.database, ArtifactStore.open(str(admission.folder))).collect_all() == 0
     assert admission.files() == before

@@ -81,17 +81,17 @@ async def test_a_key_that_another_process_revokes_is_good_for_a_second_at_most(a
     seconds = [0.0]
     here, other = KeyStore(admission.database, lambda: seconds[0]), KeyStore(admission.database)
     row, token = here.create("tenants/acme", None)
-    assert (await here.principal_of(token)).tenant == "tenants/acme"
+    assert (await here.authenticate(token)).tenant == "tenants/acme"
     other.revoke(row.id)
     seconds[0] = 1.0
     for store in (here, other):
         with pytest.raises(UnauthenticatedError):
-            await store.principal_of(token)
+            await store.authenticate(token)
     row, token = here.create("tenants/acme", None)
-    await here.principal_of(token)
+    await here.authenticate(token)
     here.revoke(row.id)  # its own end at once
     with pytest.raises(UnauthenticatedError):
-        await here.principal_of(token)
+        await here.authenticate(token)
 
 
 async def test_a_key_is_remembered_no_longer_than_it_is_good(
@@ -101,23 +101,23 @@ async def test_a_key_is_remembered_no_longer_than_it_is_good(
     monkeypatch.setattr(api_key_store, "now", lambda: start + int(seconds[0] * 1e6))
     store = KeyStore(admission.database, lambda: seconds[0])
     _, token = store.create("tenants/acme", start + 500_000)
-    await store.principal_of(token)
+    await store.authenticate(token)
     seconds[0] = 0.4
-    await store.principal_of(token)
+    await store.authenticate(token)
     seconds[0] = 0.5
     with pytest.raises(UnauthenticatedError):
-        await store.principal_of(token)
+        await store.authenticate(token)
 
 
 async def test_a_key_revoked_while_it_is_looked_up_is_not_remembered(admission: Admission) -> None:
     store = KeyStore(admission.database)
     row, token = store.create("tenants/acme", None)
-    looking = asyncio.ensure_future(store.principal_of(token))
+    looking = asyncio.ensure_future(store.authenticate(token))
     await asyncio.sleep(0)
     store.revoke(row.id)
     await asyncio.gather(looking, return_exceptions=True)
     with pytest.raises(UnauthenticatedError):
-        await store.principal_of(token)
+        await store.authenticate(token)
 
 
 async def test_a_key_expires(admission: Admission) -> None:

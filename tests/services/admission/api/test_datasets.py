@@ -170,7 +170,7 @@ async def test_bytes_that_no_dataset_holds_go_with_a_sweep(
         patched.setattr(alignment.servicer._datasets, "remove", away)
         await admission.tenant().DeleteDataset(pb.DeleteDatasetRequest(name=gone.name))
     assert admission.files() == both_files
-    await admission.servicer.dataset_bytes.sweep()
+    await admission.servicer.dataset_objects.remove_all_unreferenced()
     assert admission.files() == [f"tenants/acme/datasets/{kept.sha256}.jsonl"]
 
 

@@ -105,4 +105,4 @@ async def test_a_spec_has_an_end(admission: Admission) -> None:
     assert code is grpc.StatusCode.OK, text
     asked.lora.target_modules.extend(["q_proj"] * 300_000)
     code, text, _ = await answer_of(admission.channel, method, pb.EstimateTaskRequest(spec=asked), token)
-    assert code is grpc.StatusCode.INVALID_ARGUMENT and "spec: has" in text
+    assert code is grpc.StatusCode.INVALID_ARGUMENT and "spec: must have at most" in text

@@ -19,8 +19,8 @@ from engine.errors import OverloadedError, UnauthenticatedError, UnavailableErro
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import key_pb2
 from services.admission.__main__ import AdmissionSettings
-from services.admission.api.oidc import Provider, TokenVerifier
-from services.admission.api.token_authenticator import authenticator
+from services.admission.api.oidc import OidcProvider, TokenVerifier
+from services.admission.api.token_authenticator import create_authenticator
 from services.admission.store.api_keys import KeyStore
 from services.rpc.authorization import Role
 from services.rpc.rate_limit import RateLimit
@@ -44,9 +44,9 @@ def jwks(**keys: Any) -> str:
 
 
 @pytest.fixture
-def provider(tmp_path: Path) -> Provider:
+def provider(tmp_path: Path) -> OidcProvider:
     (tmp_path / "jwks.json").write_text(jwks(one=RSA_KEY, two=EC_KEY))
-    return Provider(ISSUER, AUDIENCE, str(tmp_path / "jwks.json"))
+    return OidcProvider(ISSUER, AUDIENCE, str(tmp_path / "jwks.json"))
 
 
 def token(key: Any = RSA_KEY, key_id: str | None = "one", algorithm: str = "RS256", **changes: Any) -> str:
@@ -60,12 +60,12 @@ def unsigned(**claims: Any) -> str:
     return ".".join(base64.urlsafe_b64encode(json.dumps(p).encode()).rstrip(b"=").decode() for p in parts) + "."
 
 
-def test_a_token_of_the_issuer_is_its_tenants(provider: Provider) -> None:
+def test_a_token_of_the_issuer_is_its_tenants(provider: OidcProvider) -> None:
     verifier = TokenVerifier(provider)
     for made in (token(), token(EC_KEY, "two", "ES256"), token(tenant="tenants/acme"), token(aud=["x", AUDIENCE])):
-        principal = verifier.principal_of(made)
+        principal = verifier.verify(made)
         assert (principal.tenant, principal.role, principal.subject) == ("tenants/acme", Role.TENANT, "oidc ada")
-    assert verifier.principal_of(token(muxtune_role="viewer")).role is Role.VIEWER
+    assert verifier.verify(token(muxtune_role="viewer")).role is Role.VIEWER
 
 
 FORGED: dict[str, Callable[[], str]] = {
@@ -102,23 +102,23 @@ def hmac_token() -> str:
 
 
 @pytest.mark.parametrize("forged", FORGED.values(), ids=FORGED.keys())
-def test_a_forged_token_is_nobodys_and_all_answer_alike(provider: Provider, forged: Callable[[], str]) -> None:
-    with pytest.raises(UnauthenticatedError, match="the token is not valid here: take a new one"):
-        TokenVerifier(provider).principal_of(forged())
+def test_a_forged_token_is_nobodys_and_all_answer_alike(provider: OidcProvider, forged: Callable[[], str]) -> None:
+    with pytest.raises(UnauthenticatedError, match="the token is invalid or expired: get a new one"):
+        TokenVerifier(provider).verify(forged())
 
 
 def test_the_operator_is_told_why_and_no_more_than_now_and_then(
-    provider: Provider, caplog: pytest.LogCaptureFixture
+    provider: OidcProvider, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing of the token is: it may be whole, and good elsewhere."""
     verifier = TokenVerifier(provider)
     for _ in range(20):
         for forged in (token(aud="secret-audience"), token(iss="https://secret.example"), token(tenant="Secret Inc.")):
             with pytest.raises(UnauthenticatedError):
-                verifier.principal_of(forged)
+                verifier.verify(forged)
     causes = [record.getMessage() for record in caplog.records]
     wrong = ("InvalidAudienceError", "InvalidIssuerError", "InvalidInputError")
-    assert causes == [f"a token was refused: {cause}" for cause in wrong]
+    assert causes == [f"token refused: {cause}" for cause in wrong]
     assert "secret" not in caplog.text.lower()
 
 
@@ -140,22 +140,22 @@ def test_a_new_key_of_the_issuer_is_found_and_unknown_ones_cause_no_storm(tmp_pa
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Issuer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/keys"
-        verifier = TokenVerifier(Provider(ISSUER, AUDIENCE, url), lambda: seconds[0])
-        verifier.principal_of(token())
+        verifier = TokenVerifier(OidcProvider(ISSUER, AUDIENCE, url), lambda: seconds[0])
+        verifier.verify(token())
         for number in range(20):
             with pytest.raises(UnauthenticatedError):
-                verifier.principal_of(token(key_id=f"unknown-{number}"))
+                verifier.verify(token(key_id=f"unknown-{number}"))
         assert len(asked) == 1
         Issuer.keys = jwks(new=EC_KEY)
         seconds[0] = 61.0
-        verifier.principal_of(token(EC_KEY, "new", "ES256"))
+        verifier.verify(token(EC_KEY, "new", "ES256"))
         with pytest.raises(UnauthenticatedError):  # withdrawn by its issuer
-            verifier.principal_of(token())
+            verifier.verify(token())
         assert len(asked) == 2
         server.shutdown()
     seconds[0] = 200.0
     with pytest.raises(UnavailableError, match="issuer's keys"):
-        verifier.principal_of(token(key_id="unknown"))
+        verifier.verify(token(key_id="unknown"))
 
 
 @pytest.mark.parametrize(
@@ -172,21 +172,21 @@ def test_a_new_key_of_the_issuer_is_found_and_unknown_ones_cause_no_storm(tmp_pa
 )
 def test_a_provider_that_would_let_anyone_in_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="MUXTUNE_OIDC"):
-        Provider(**{"issuer": ISSUER, "audience": AUDIENCE, "keys": "https://issuer.example/keys", **wrong})
+        OidcProvider(**{"issuer": ISSUER, "audience": AUDIENCE, "keys": "https://issuer.example/keys", **wrong})
 
 
-async def test_keys_and_tokens_stand_side_by_side(admission: Admission, provider: Provider) -> None:
-    authenticate = authenticator(admission.key_store, "", TokenVerifier(provider))
+async def test_keys_and_tokens_stand_side_by_side(admission: Admission, provider: OidcProvider) -> None:
+    authenticate = create_authenticator(admission.key_store, "", TokenVerifier(provider))
     key = admission.key_store.create("tenants/acme", None)[1]
     assert (await authenticate("/x/Y", key)).tenant == (await authenticate("/x/Y", token())).tenant == "tenants/acme"
     for nobody in ("", "x", "mesh_of-the-tests", token(aud="other"), key + "x"):
         with pytest.raises(UnauthenticatedError):
             await authenticate("/x/Y", nobody)
     with pytest.raises(UnauthenticatedError):  # no issuer, no tokens
-        await authenticator(admission.key_store, "")("/x/Y", token())
+        await create_authenticator(admission.key_store, "")("/x/Y", token())
 
 
-async def test_the_services_settings_name_the_issuer(admission: Admission, provider: Provider) -> None:
+async def test_the_services_settings_name_the_issuer(admission: Admission, provider: OidcProvider) -> None:
     given = {
         "MUXTUNE_DATABASE_URL": "sqlite:///x", "MUXTUNE_ARTIFACT_URL": "x", "MUXTUNE_ALIGNMENT_ADDRESS": "x:1",
         "MUXTUNE_OIDC_ISSUER": ISSUER, "MUXTUNE_OIDC_AUDIENCE": AUDIENCE, "MUXTUNE_OIDC_KEYS": provider.keys,
@@ -250,7 +250,7 @@ def seconds() -> Iterator[list[float]]:
 async def test_a_tenant_that_calls_too_often_waits_and_others_do_not(
     admission: Admission, seconds: list[float]
 ) -> None:
-    authenticate = authenticator(admission.key_store, "", None, RateLimit(5, lambda: seconds[0]))
+    authenticate = create_authenticator(admission.key_store, "", None, RateLimit(5, lambda: seconds[0]))
     a, b = (admission.key_store.create(f"tenants/{name}", None)[1] for name in "ab")
     for _ in range(10):
         await authenticate("/x/Y", a)
@@ -280,7 +280,7 @@ async def test_a_tenant_over_its_rate_is_told_when_to_come_again(admission: Admi
 
 async def test_the_limit_holds_whatever_key_is_used(admission: Admission, seconds: list[float]) -> None:
     keys = KeyStore(admission.database)
-    authenticate = authenticator(keys, "", None, RateLimit(1, lambda: seconds[0]))
+    authenticate = create_authenticator(keys, "", None, RateLimit(1, lambda: seconds[0]))
     made = [keys.create("tenants/acme", None)[1] for _ in range(3)]
     for key in made[:2]:
         await authenticate("/x/Y", key)

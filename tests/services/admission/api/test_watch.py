@@ -174,8 +174,8 @@ async def test_a_watcher_that_does_not_read_holds_no_memory_and_misses_nothing(
     num_events, task = 3000, await running_task(admission)
     with admission.database.write() as connection:
         for _ in range(num_events - 2):
-            tasks.tell(connection, tasks.row_of(connection, task), "x" * 8000)
-    num_read, right = 0, tasks.events_after
+            tasks.append_message(connection, tasks.get_row(connection, task), "x" * 8000)
+    num_read, right = 0, tasks.list_events
 
     def counted(*arguments: Any) -> list[task_pb2.TaskEvent]:
         nonlocal num_read
@@ -183,7 +183,7 @@ async def test_a_watcher_that_does_not_read_holds_no_memory_and_misses_nothing(
         num_read += len(events)
         return events
 
-    monkeypatch.setattr(tasks, "events_after", counted)
+    monkeypatch.setattr(tasks, "list_events", counted)
     slow = admission.tenant().WatchTask(pb.WatchTaskRequest(name=task), timeout=240)
     seen = [(await anext(aiter(slow))).event.sequence]
     before = -1

@@ -81,7 +81,7 @@ def test_what_a_resumed_task_may_read_stays_and_all_else_goes(
     for checkpoint in written:
         put_checkpoint(artifacts, name, *checkpoint)
     put_task(database, name, TaskState.RUNNING, last_attempt, recorded)
-    GarbageCollector(database, artifacts).sweep_all()
+    GarbageCollector(database, artifacts).collect_all()
     left = checkpoints(artifacts, name)
     before = [checkpoint for checkpoint in written if recorded and checkpoint[0] < recorded[0]]
     since = {checkpoint for checkpoint in written if checkpoint[1] == last_attempt and checkpoint not in before}
@@ -100,15 +100,15 @@ def test_of_ended_tasks_only_the_adapter_that_is_recorded_stays(database: Databa
         key = "tenants/a/adapters/succeeded/3/manifest.json"
         row = {"name": "tenants/a/adapters/succeeded", "tenant": "tenants/a", "manifest_key": key}
         connection.execute(sa.insert(adapters).values(**row, size_bytes=1, created=0))
-    sweeper = GarbageCollector(database, artifacts)
-    sweeper.sweep([f"tenants/a/tasks/{state.value}" for state in TaskState])
+    collector = GarbageCollector(database, artifacts)
+    collector.collect([f"tenants/a/tasks/{state.value}" for state in TaskState])
     going_on = {"queued", "running", "cancelling"}
     assert {key.split("/")[3] for key in artifacts.list("tenants/a/tasks")} == going_on
     manifests = {key for key in artifacts.list("tenants/a/adapters") if key.endswith("/manifest.json")}
     left = {(parts[3], parts[4]) for parts in (key.split("/") for key in manifests)}
     others = {(state.value, kept) for state in TaskState for kept in ("3-step-00000002", "uploaded-ab")}
     assert left == others | {(task, "3") for task in (*going_on, "succeeded")}
-    assert sweeper.sweep_all() == 0
+    assert collector.collect_all() == 0
 
 
 def test_what_a_lost_attempt_writes_after_all_has_ended_goes_with_the_next_sweep(
@@ -116,12 +116,12 @@ def test_what_a_lost_attempt_writes_after_all_has_ended_goes_with_the_next_sweep
 ) -> None:
     name = "tenants/a/tasks/t"
     put_task(database, name, TaskState.SUCCEEDED, 2, None)
-    sweeper = GarbageCollector(database, artifacts)
-    assert sweeper.sweep_all() == 0
+    collector = GarbageCollector(database, artifacts)
+    assert collector.collect_all() == 0
     put_checkpoint(artifacts, name, 7, 1)
     artifacts.put(f"{name}/checkpoints/00000009-1/ab12/state.safetensors", b"its writer was killed before the manifest")
     artifacts.put("tenants/a/datasets/of-another-kind", b"stays")
-    assert sweeper.sweep_all() == 2
+    assert collector.collect_all() == 2
     assert artifacts.list("tenants") == ["tenants/a/datasets/of-another-kind"]
 
 
@@ -136,12 +136,12 @@ def test_a_sweep_cut_short_is_done_by_the_next(
         artifacts.delete(f"{prefix}/manifest.json")
         raise UnavailableError("the store is away")
 
-    sweeper = GarbageCollector(database, artifacts)
+    collector = GarbageCollector(database, artifacts)
     with monkeypatch.context() as patched:
         patched.setattr(artifacts, "delete_folder", away)
         with pytest.raises(UnavailableError):
-            sweeper.sweep_all()
-    assert sweeper.sweep_all() == 1
+            collector.collect_all()
+    assert collector.collect_all() == 1
     assert artifacts.list(f"{name}/checkpoints") == []
 
 

@@ -27,8 +27,8 @@ def _writes(ledger: Ledger) -> Iterator[Callable[[], object]]:
         ledger_pb2.CommitPlanRequest(executor="executors/one", lease_term=1, version=9, starts=[started])
     )
     yield lambda: ledger.commit_results("executors/one", 1, [plan_pb2.TaskResult(task=TASK, attempt=1)])
-    yield lambda: ledger.revoke("executors/one", [TASK], "why not")
-    yield lambda: ledger.leadership.lead("a", "a1", 6.0)
+    yield lambda: ledger.revoke_attempts("executors/one", [TASK], "why not")
+    yield lambda: ledger.scheduler_lease.acquire("a", "a1", 6.0)
 
 
 async def test_what_a_superseded_keeper_would_commit_is_refused_and_nothing_of_it_stays(admission: Admission) -> None:
@@ -44,8 +44,8 @@ async def test_what_a_superseded_keeper_would_commit_is_refused_and_nothing_of_i
             return [connection.execute(sa.select(table)).all() for table in tables]
 
     before = stored()
-    for write in (*_writes(stale), stale.end_expired):
-        with pytest.raises(UnavailableError, match="another admission keeps the ledger"):
+    for write in (*_writes(stale), stale.end_expired_leases):
+        with pytest.raises(UnavailableError, match="another admission leads the ledger"):
             write()
     assert stored() == before
     with refused(grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"):  # the server's own is superseded too

@@ -17,8 +17,8 @@ from muxtune.v1 import admission_pb2 as pb
 from services.admission.ledger import replicas as replicas_module
 from services.admission.ledger.fencing import FencedDatabase
 from services.admission.ledger.replicas import SESSION, Replicas
-from services.admission.store import database as database_module
-from services.admission.store.change_notifier import ANYTHING, ChangeNotifier
+from services.admission.store import postgresql
+from services.admission.store.change_notifier import ANY_CHANGE, ChangeNotifier
 from services.admission.store.database import Database
 from tests.services.admission.admission_mesh import (
     TEN_ROWS,
@@ -38,7 +38,7 @@ TASK = "tenants/acme/tasks/t"
 @pytest.fixture(autouse=True)
 def no_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replicas_module, "_POLL_SECONDS", 1e9)
-    monkeypatch.setattr(replicas_module, "_TURN_SECONDS", 0.05)
+    monkeypatch.setattr(replicas_module, "_HEARTBEAT_SECONDS", 0.05)
 
 
 class Replica:
@@ -48,24 +48,27 @@ class Replica:
         self.database, self.notifier = Database(url), ChangeNotifier()
         self.replicas = Replicas(self.database, self.notifier)
         self.terms: list[int] = []
-        self.is_keeping = asyncio.Event()
+        self.is_leading = asyncio.Event()
         self.fence: FencedDatabase | None = None
         self._may_go_on = asyncio.Event()
 
-    async def keep(self) -> None:
+    async def lead(self) -> None:
         fence = await asyncio.to_thread(FencedDatabase, self.database)
         self.terms.append(fence.term)
         self.fence = fence
-        self.is_keeping.set()
+        self.is_leading.set()
         try:
             while await asyncio.to_thread(fence.is_current):  # noqa: ASYNC110  # nobody else tells
                 await asyncio.sleep(0.05)
         finally:
-            self.is_keeping.clear()
+            self.is_leading.clear()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Replica"]:
-        works = [asyncio.create_task(self.replicas.run(self.keep)), asyncio.create_task(self.replicas.tell())]
+        works = [
+            asyncio.create_task(self.replicas.run(self.lead)),
+            asyncio.create_task(self.replicas.publish_changes()),
+        ]
         try:
             yield self
         finally:
@@ -86,7 +89,7 @@ async def pair(database_url: str) -> AsyncIterator[list[Replica]]:
         for _ in range(2):
             made.append(await stack.enter_async_context(Replica(database_url).running()))
             async with asyncio.timeout(SECONDS):
-                await made[0].is_keeping.wait()
+                await made[0].is_leading.wait()
         await _until(lambda: _num_listening(database_url) == 2)
         yield made
 
@@ -123,9 +126,9 @@ def _cut(url: str, pids: list[int]) -> None:
 async def test_word_of_a_change_reaches_the_other_and_no_one_elses_waiters(pair: list[Replica]) -> None:
     here, there = pair
     with (
-        there.notifier.waiting(TASK) as changed,
-        there.notifier.waiting(TASK + "2") as other,
-        there.notifier.waiting(ANYTHING) as anything,
+        there.notifier.subscribe(TASK) as changed,
+        there.notifier.subscribe(TASK + "2") as other,
+        there.notifier.subscribe(ANY_CHANGE) as anything,
     ):
         here.notifier.notify_tasks([TASK])
         await asyncio.wait_for(changed.wait(), SECONDS)
@@ -140,9 +143,9 @@ async def test_however_many_change_at_once_all_are_told(pair: list[Replica], num
     here, there = pair
     names = [f"tenants/{'a' * 60}/tasks/t-{i}" for i in range(num_names)]
     with (
-        there.notifier.waiting(names[0]) as first,
-        there.notifier.waiting(names[num_names // 2]) as middle,
-        there.notifier.waiting(names[-1]) as last,
+        there.notifier.subscribe(names[0]) as first,
+        there.notifier.subscribe(names[num_names // 2]) as middle,
+        there.notifier.subscribe(names[-1]) as last,
     ):
         here.notifier.notify_tasks(names)
         for changed in (first, middle, last):
@@ -153,7 +156,7 @@ async def test_names_that_are_none_stop_nobody_from_telling(pair: list[Replica])
     here, there = pair
     for hostile in ("\0", "a\nb", "t" * 100_000, "\ud800", "é" * 200, "'; DROP TABLE tasks; --"):
         here.notifier.notify_tasks([hostile])
-    with there.notifier.waiting(TASK) as changed:
+    with there.notifier.subscribe(TASK) as changed:
         here.notifier.notify_tasks([TASK])
         await asyncio.wait_for(changed.wait(), SECONDS)
 
@@ -162,7 +165,7 @@ async def test_who_could_not_listen_for_a_while_looks_at_everything_again(
     pair: list[Replica], database_url: str
 ) -> None:
     here, there = pair
-    with here.notifier.waiting(TASK) as one, there.notifier.waiting(ANYTHING) as another:
+    with here.notifier.subscribe(TASK) as one, there.notifier.subscribe(ANY_CHANGE) as another:
         _cut(database_url, _sessions(database_url))
         for changed in (one, another):
             await asyncio.wait_for(changed.wait(), SECONDS)
@@ -175,7 +178,7 @@ async def test_one_keeps_the_ledger_and_another_takes_it_when_its_session_is_cut
     draw = random.Random(5)
     for _ in range(20):
         _cut(database_url, draw.sample(found := _sessions(database_url), k=min(len(found), draw.randint(1, 2))))
-        await _until(lambda: any(replica.is_keeping.is_set() and _is_current(replica) for replica in pair))
+        await _until(lambda: any(replica.is_leading.is_set() and _is_current(replica) for replica in pair))
     terms = [term for replica in pair for term in replica.terms]
     assert len(set(terms)) == len(terms) > 5 and all(replica.terms == sorted(replica.terms) for replica in pair)
 
@@ -196,8 +199,8 @@ async def test_a_keeper_whose_term_was_taken_by_one_that_was_slow_begins_again(
 
 async def test_who_stops_hands_the_ledger_on(database_url: str, pair: list[Replica]) -> None:
     async with Replica(database_url).running() as third:
-        assert not third.is_keeping.is_set()
-    assert pair[0].is_keeping.is_set() and not pair[1].terms
+        assert not third.is_leading.is_set()
+    assert pair[0].is_leading.is_set() and not pair[1].terms
 
 
 async def test_a_task_created_at_one_is_watched_to_its_end_at_another(
@@ -210,7 +213,7 @@ async def test_a_task_created_at_one_is_watched_to_its_end_at_another(
         stack.push_async_callback(other.close)
         for one in (admission, other):
             replicas, idle = Replicas(one.database, one.notifier), asyncio.Event()
-            for work in (replicas.run(lambda idle=idle: idle.wait()), replicas.tell()):  # type: ignore[misc]
+            for work in (replicas.run(lambda idle=idle: idle.wait()), replicas.publish_changes()):  # type: ignore[misc]
                 stack.callback(asyncio.create_task(work).cancel)
         task = (await admission.create((await admission.upload()).name)).name
         watch, events = other.with_token(admission._keys["acme"]), []
@@ -263,7 +266,7 @@ async def test_bytes_that_another_process_is_removing_are_not_taken_for_a_datase
 def test_who_falls_silent_amid_a_transaction_holds_nobody_up(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database_module, "_SILENCE_SECONDS", 1)
+    monkeypatch.setattr(postgresql, "_IDLE_TRANSACTION_SECONDS", 1)
     paused, other = Database(database_url), Database(database_url)
     paused.migrate()
     may_go_on, began, ended = threading.Event(), threading.Event(), []

@@ -247,7 +247,7 @@ class Store(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1.0, 4.0, 11.0]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
-        self.ledger.end_expired()
+        self.ledger.end_expired_leases()
         for name, host in self.executors.items():
             if not host.has_left and host.deadline <= self.now:
                 self.lose(name, is_crash=True)
@@ -276,7 +276,7 @@ class Store(RuleBasedStateMachine):
                 seen = Task(row.state, row.attempt, row.executor, found.progress.step, kept, row.crashes)
                 seen.num_events = row.last_sequence
                 assert seen == self.tasks[row.name], row.name
-                events = tasks.events_after(connection, row.name, 0, 1000)
+                events = tasks.list_events(connection, row.name, 0, 1000)
                 assert [event.sequence for event in events] == list(range(1, row.last_sequence + 1))
                 states = [event.state_changed.state for event in events if event.HasField("state_changed")]
                 names = [task_pb2.TaskState.Name(state).removeprefix("TASK_STATE_") for state in states]

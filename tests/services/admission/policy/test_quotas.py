@@ -11,8 +11,8 @@ from google.rpc import error_details_pb2
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import budget_pb2, key_pb2, ledger_pb2, operator_pb2, task_pb2
 from services.admission.policy import quotas
-from services.admission.store.audit_log import audited_in
-from services.admission.store.change_notifier import ANYTHING
+from services.admission.store.audit_log import create_audit_writer
+from services.admission.store.change_notifier import ANY_CHANGE
 from services.rpc.audit import AuditEntry
 from services.rpc.authorization import Principal, Role
 from tests.services.admission.admission_mesh import (
@@ -126,16 +126,16 @@ async def test_a_day_used_up_makes_tasks_wait_and_tomorrow_they_go_on(
     for name in (task.name, cancelled.name):
         await admission.run(name)
     await set_quota(admission, **limit)
-    admission.limits.look()
-    with admission.notifier.waiting(ANYTHING) as hinted:
+    admission.limits.check()
+    with admission.notifier.subscribe(ANY_CHANGE) as hinted:
         await admission.commit(step(task.name, 1, 1))
         hinted.clear()
-        admission.limits.look()
+        admission.limits.check()
         assert not hinted.is_set() and await planned(admission) == {task.name, cancelled.name}
         await admission.commit(step(task.name, 1, 2))
         await admission.tenant().CancelTask(pb.CancelTaskRequest(name=cancelled.name))
         hinted.clear()
-        admission.limits.look()
+        admission.limits.check()
         assert hinted.is_set()
         # What is being cancelled still gets its adapter exported; the rest waits.
         assert await planned(admission) == {cancelled.name}
@@ -146,7 +146,7 @@ async def test_a_day_used_up_makes_tasks_wait_and_tomorrow_they_go_on(
         tomorrow = quotas.today() + 1
         monkeypatch.setattr(quotas, "today", lambda: tomorrow)
         hinted.clear()
-        admission.limits.look()
+        admission.limits.check()
         assert hinted.is_set() and await planned(admission) == {task.name, cancelled.name}
     await admission.create(task.spec.dataset)
 
@@ -162,8 +162,8 @@ async def test_a_budget_stops_its_task_politely(admission: Admission, limit: dic
         await admission.commit(step(name, 1, 1), step(name, 1, 2))
     read = (await admission.tenant().GetTask(pb.GetTaskRequest(name=task.name))).task
     assert read.state == task_pb2.TASK_STATE_CANCELLING and read.spec.budget == budget
-    with admission.notifier.waiting(ANYTHING) as hinted:
-        admission.limits.look()
+    with admission.notifier.subscribe(ANY_CHANGE) as hinted:
+        admission.limits.check()
         assert hinted.is_set()
     other = (await admission.tenant().GetTask(pb.GetTaskRequest(name=neighbour.name))).task
     assert other.state == task_pb2.TASK_STATE_RUNNING
@@ -315,5 +315,5 @@ async def test_an_entry_is_stored_whatever_its_text(admission: Admission) -> Non
     entry = AuditEntry(
         Principal("tenants/a", Role.TENANT, "oidc x\n'; DROP TABLE audit_events; --"), "/a/B", "\0\n", "OK"
     )
-    await audited_in(admission.database)(entry)
+    await create_audit_writer(admission.database)(entry)
     assert (await audit_lines(admission))[-1] == ("oidc", "tenants/a", "B", "\n", "OK")
