@@ -71,8 +71,14 @@ class ExecutorState:
 
     def alone_bytes(self, demand: TaskDemand) -> int:
         """Return the bytes of the task in a process of its own, as `memory_model.separate_instance_bytes` does."""
-        need, backbone = demand.footprint, self.view.backbone
-        whole = resident_bytes(backbone, need.adapter_bytes, need.saved_token_bytes, need.input_mask, need.slice_tokens)
+        footprint, backbone = demand.footprint, self.view.backbone
+        whole = resident_bytes(
+            backbone,
+            footprint.adapter_bytes,
+            footprint.saved_token_bytes,
+            footprint.input_mask,
+            footprint.slice_tokens,
+        )
         return whole - backbone.process_bytes - backbone.packed_weight_bytes
 
     def microbatch_tokens(self, usage: ResourceUsage) -> int:
@@ -124,15 +130,15 @@ class ExecutorState:
         return self._usage + self._usage_alone(joining) if joining else self._usage
 
     def _usage_alone(self, demand: TaskDemand) -> ResourceUsage:
-        need = demand.footprint
+        footprint = demand.footprint
         return ResourceUsage(
             demand.step.num_tokens,
             extra_seconds(self.profile, demand.step),
-            need.adapter_bytes,
-            need.saved_token_bytes,
-            need.input_mask,
-            need.sequence_tokens,
-            need.slice_tokens,
+            footprint.adapter_bytes,
+            footprint.saved_token_bytes,
+            footprint.input_mask,
+            footprint.sequence_tokens,
+            footprint.slice_tokens,
         )
 
 

@@ -23,22 +23,22 @@ def task(name: str, age: int, executor: str = "") -> TaskView:
     return TaskView(name, "tenants/a", SPEC, age, 5, num_train_tokens=100, executor=executor)
 
 
-def residents(found: Plan) -> dict[str, set[str]]:
-    return {name: set(found.tasks_of(name)) for name in found.htasks if found.tasks_of(name)}
+def residents(result: Plan) -> dict[str, set[str]]:
+    return {name: set(result.tasks_of(name)) for name in result.htasks if result.tasks_of(name)}
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_no_suspect_has_company_and_nobody_waits_while_an_executor_is_free(seed: int) -> None:
     draw = random.Random(seed)
     count, num_draining = draw.randint(1, 4), draw.randint(0, 1)
-    hosts = executors(count, num_draining)
-    homes = ["", *(host.name for host in hosts)]
+    views = executors(count, num_draining)
+    homes = ["", *(view.name for view in views)]
     tasks = tuple(task(f"tenants/a/tasks/t{i}", i, draw.choice(homes)) for i in range(draw.randint(1, 6)))
     suspects = {t.name for t in tasks if draw.random() < 0.5}
-    found = plan(Snapshot(tasks, hosts), suspects, LIMITS, DemandEstimator(LIMITS))
-    placed = residents(found)
-    assert all(len(there) == 1 for there in placed.values() if there & suspects)
-    running = {name for there in placed.values() for name in there}
+    result = plan(Snapshot(tasks, views), suspects, LIMITS, DemandEstimator(LIMITS))
+    placed = residents(result)
+    assert all(len(residents_there) == 1 for residents_there in placed.values() if residents_there & suspects)
+    running = {name for residents_there in placed.values() for name in residents_there}
     innocents, num_ready = {t.name for t in tasks} - suspects, count - num_draining
     num_alone = len(running & suspects)
     if num_ready == 0:
@@ -48,18 +48,18 @@ def test_no_suspect_has_company_and_nobody_waits_while_an_executor_is_free(seed:
     else:
         assert innocents <= running
         assert num_alone == min(len(suspects), num_ready - bool(innocents))
-    assert sorted(e.task for e in found.explanations) == sorted(t.name for t in tasks)
-    assert all(e.reason and bool(e.executor) == (e.task in running) for e in found.explanations)
+    assert sorted(e.task for e in result.explanations) == sorted(t.name for t in tasks)
+    assert all(e.reason and bool(e.executor) == (e.task in running) for e in result.explanations)
 
 
 def test_a_suspect_that_runs_stays_where_it_is_and_its_plan_is_stable() -> None:
-    hosts = executors(3)
+    views = executors(3)
     tasks = tuple(task(f"tenants/a/tasks/t{i}", i) for i in range(4))
     suspects = {tasks[1].name, tasks[3].name}
-    first = plan(Snapshot(tasks, hosts), suspects, LIMITS, DemandEstimator(LIMITS))
-    homes = {name: executor for executor, there in residents(first).items() for name in there}
+    first = plan(Snapshot(tasks, views), suspects, LIMITS, DemandEstimator(LIMITS))
+    homes = {name: executor for executor, residents_there in residents(first).items() for name in residents_there}
     settled = tuple(task(t.name, t.age, homes[t.name]) for t in tasks)
-    again = plan(Snapshot(settled, hosts, first.htasks), suspects, LIMITS, DemandEstimator(LIMITS))
+    again = plan(Snapshot(settled, views, first.htasks), suspects, LIMITS, DemandEstimator(LIMITS))
     assert residents(again) == residents(first)
 
 
@@ -70,6 +70,6 @@ def test_without_suspects_it_is_the_planners_plan() -> None:
 
 def test_a_neighbours_reason_to_wait_does_not_name_the_suspect() -> None:
     tasks = (task("tenants/a/tasks/mine", 0), task("tenants/b/tasks/suspect", 1))
-    found = plan(Snapshot(tasks, executors(1)), {tasks[1].name}, LIMITS, DemandEstimator(LIMITS))
-    (mine,) = (e for e in found.explanations if e.task == tasks[0].name)
+    result = plan(Snapshot(tasks, executors(1)), {tasks[1].name}, LIMITS, DemandEstimator(LIMITS))
+    (mine,) = (e for e in result.explanations if e.task == tasks[0].name)
     assert "alone" in mine.reason and "suspect" not in mine.reason

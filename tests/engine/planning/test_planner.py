@@ -77,44 +77,44 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     return Snapshot(tasks, executors, tenant_weights=draw(st.sampled_from([{}, {"tenants/u": 3.0}])))
 
 
-def _placed(made: Plan) -> dict[str, str]:
-    return {task: executor for executor in made.htasks for task in made.tasks_of(executor)}
+def _placed(result: Plan) -> dict[str, str]:
+    return {task: executor for executor in result.htasks for task in result.tasks_of(executor)}
 
 
 @given(snapshots())
 @settings(max_examples=examples(300), deadline=None)
 def test_any_plan_is_within_memory_complete_and_explained(snapshot: Snapshot) -> None:
-    made = plan(snapshot, LIMITS)
+    result = plan(snapshot, LIMITS)
     by_name = {task.name: task for task in snapshot.tasks}
-    counts = collections.Counter(task for executor in made.htasks for task in made.tasks_of(executor))
+    counts = collections.Counter(task for executor in result.htasks for task in result.tasks_of(executor))
     assert not counts or max(counts.values()) == 1
     for executor in snapshot.executors:
-        residents = [by_name[name] for name in made.tasks_of(executor.name)]
+        residents = [by_name[name] for name in result.tasks_of(executor.name)]
         if residents:
             assert not executor.is_draining
             assert {task.spec.backbone for task in residents} == {executor.backbone.name}
             specs = [task.spec for task in residents]
-            for htask in made.htasks[executor.name]:
+            for htask in result.htasks[executor.name]:
                 assert htask.token_budget % htask.chunk_tokens == 0
                 assert total_bytes(specs, executor.backbone, htask.token_budget) <= executor.memory_bytes
-    placed = _placed(made)
-    explained = {e.task: e for e in made.explanations}
-    assert len(made.explanations) == len(explained) == len(snapshot.tasks)
+    placed = _placed(result)
+    explained = {e.task: e for e in result.explanations}
+    assert len(result.explanations) == len(explained) == len(snapshot.tasks)
     for name, explanation in explained.items():
         assert explanation.executor == placed.get(name, "")
         assert explanation.reason
         if explanation.executor:
-            (mine,) = [set(h.tasks) for h in made.htasks[explanation.executor] if name in h.tasks]
+            (mine,) = [set(h.tasks) for h in result.htasks[explanation.executor] if name in h.tasks]
             assert set(explanation.neighbours) == mine - {name}
             assert explanation.predicted_bytes > 0
 
 
 def carried_out(snapshot: Snapshot) -> Snapshot:
     """Return the snapshot after executors have carried out its plan."""
-    made = plan(snapshot, LIMITS)
-    placed = _placed(made)
+    result = plan(snapshot, LIMITS)
+    placed = _placed(result)
     after = tuple(dataclasses.replace(task, executor=placed.get(task.name, "")) for task in snapshot.tasks)
-    return dataclasses.replace(snapshot, tasks=after, running=made.htasks)
+    return dataclasses.replace(snapshot, tasks=after, running=result.htasks)
 
 
 @given(snapshots(), st.randoms())
@@ -140,18 +140,18 @@ def test_a_plan_carried_out_is_planned_again(snapshot: Snapshot) -> None:
 def test_a_resident_that_fits_nowhere_holds_back_no_other_task() -> None:
     """It was queued for one more plan, ahead of its tenant's other tasks, and none of them was placed."""
     too_large = _task(1, rank=256, target="all-linear", seconds_to_deadline=10.0, executor="executors/0")
-    made = plan(Snapshot((_task(0, rank=4), too_large), (_executor("executors/0", 60),)), LIMITS)
-    assert _placed(made) == {_task(0).name: "executors/0"}
-    assert {e.task: e.reason for e in made.explanations}[too_large.name].startswith("spec.lora")
+    result = plan(Snapshot((_task(0, rank=4), too_large), (_executor("executors/0", 60),)), LIMITS)
+    assert _placed(result) == {_task(0).name: "executors/0"}
+    assert {e.task: e.reason for e in result.explanations}[too_large.name].startswith("spec.lora")
 
 
 def test_oldest_first_and_the_rest_waits_with_the_reason() -> None:
     tasks = tuple(_task(i, rank=256, age=9 - i) for i in range(9))
-    made = plan(Snapshot(tasks, (room_for(4),)), LIMITS)
-    resident = made.tasks_of("executors/0")
+    result = plan(Snapshot(tasks, (room_for(4),)), LIMITS)
+    resident = result.tasks_of("executors/0")
     assert 0 < len(resident) < 9
     assert list(resident) == [task.name for task in sorted(tasks, key=lambda t: t.age)][: len(resident)]
-    waiting = [e for e in made.explanations if not e.executor]
+    waiting = [e for e in result.explanations if not e.executor]
     first, *others = [e.reason for e in waiting]
     assert first == "waits for memory: every executor of its backbone is full"
     assert set(others) == {f"waits behind {waiting[0].task}"}
@@ -160,17 +160,17 @@ def test_oldest_first_and_the_rest_waits_with_the_reason() -> None:
 def test_newcomers_go_to_the_executor_with_fewest_tasks() -> None:
     residents = [_task(i, executor="executors/0") for i in range(2)]
     snapshot = Snapshot((*residents, _task(5), _task(6)), (_executor("executors/0"), _executor("executors/1")))
-    made = plan(snapshot, LIMITS)
-    assert made.tasks_of("executors/1") == (_task(5).name, _task(6).name)
+    result = plan(snapshot, LIMITS)
+    assert result.tasks_of("executors/1") == (_task(5).name, _task(6).name)
 
 
 def test_a_resident_stays_before_an_older_newcomer() -> None:
     resident = _task(7, rank=256, executor="executors/0")
     memory = total_bytes([resident.spec], BACKBONES["a"], 256)
     snapshot = Snapshot((_task(1, rank=256), resident), (ExecutorView("executors/0", BACKBONES["a"], memory),))
-    made = plan(snapshot, LIMITS)
-    assert made.tasks_of("executors/0") == (resident.name,)
-    assert {e.task: e.reason for e in made.explanations}[resident.name] == "stays where it runs"
+    result = plan(snapshot, LIMITS)
+    assert result.tasks_of("executors/0") == (resident.name,)
+    assert {e.task: e.reason for e in result.explanations}[resident.name] == "stays where it runs"
 
 
 def test_reasons_to_wait_are_precise() -> None:
@@ -191,22 +191,22 @@ def room_for(count: int, name: str = "executors/0", **fields: object) -> Executo
     return ExecutorView(name, BACKBONES["a"], memory, cost=COST, **fields)  # type: ignore[arg-type]
 
 
-def who(made: Plan, executor: str = "executors/0") -> set[str]:
-    return set(made.tasks_of(executor))
+def who(result: Plan, executor: str = "executors/0") -> set[str]:
+    return set(result.tasks_of(executor))
 
 
-def tenants(made: Plan) -> dict[str, int]:
-    return collections.Counter(task.rpartition("/tasks/")[0] for task in _placed(made))
+def tenants(result: Plan) -> dict[str, int]:
+    return collections.Counter(task.rpartition("/tasks/")[0] for task in _placed(result))
 
 
 def test_a_tenants_flood_does_not_keep_another_out() -> None:
     flood = [_task(i, 256, tenant="tenants/flood", executor="executors/0") for i in range(4)]
     waiting = [_task(10 + i, 256, tenant="tenants/flood") for i in range(4)]
     late = [_task(20 + i, 256, tenant="tenants/late") for i in range(4)]
-    made = plan(Snapshot((*flood, *waiting, *late), (room_for(4),)), LIMITS)
-    assert tenants(made) == {"tenants/flood": 2, "tenants/late": 2}
-    assert {task.name for task in flood[:2]} <= who(made)  # the newest gave way
-    reasons = {e.task: e.reason for e in made.explanations}
+    result = plan(Snapshot((*flood, *waiting, *late), (room_for(4),)), LIMITS)
+    assert tenants(result) == {"tenants/flood": 2, "tenants/late": 2}
+    assert {task.name for task in flood[:2]} <= who(result)  # the newest gave way
+    reasons = {e.task: e.reason for e in result.explanations}
     assert reasons[flood[3].name] == f"gave way to {late[0].name}"
     assert reasons[late[0].name] == f"takes the place of {flood[3].name}"
     assert plan(Snapshot((*flood, *late), (room_for(4),)), dataclasses.replace(LIMITS, preempts=False)).tasks_of(
@@ -216,8 +216,8 @@ def test_a_tenants_flood_does_not_keep_another_out() -> None:
 
 def test_weights_divide_device_time_among_tenants() -> None:
     tasks = [_task(i, 256, tenant=f"tenants/{'ab'[i % 2]}") for i in range(16)]
-    made = plan(Snapshot(tuple(tasks), (room_for(8),), tenant_weights={"tenants/a": 3.0}), LIMITS)
-    assert tenants(made) == {"tenants/a": 6, "tenants/b": 2}
+    result = plan(Snapshot(tuple(tasks), (room_for(8),), tenant_weights={"tenants/a": 3.0}), LIMITS)
+    assert tenants(result) == {"tenants/a": 6, "tenants/b": 2}
 
 
 def test_a_tenants_own_priority_then_deadline_then_age() -> None:
@@ -248,9 +248,9 @@ def test_a_large_task_is_not_overtaken_for_ever() -> None:
     """It waits for two places; its tenant's small tasks do not take the first that becomes free."""
     residents = [_task(i, 256, executor="executors/0") for i in range(3)]
     large, small = _task(4, 256, target="all-linear"), _task(5, 16)
-    made = plan(Snapshot((*residents, large, small), (room_for(4),)), LIMITS)
-    assert who(made) == {task.name for task in residents}
-    assert {e.task: e.reason for e in made.explanations}[small.name] == f"waits behind {large.name}"
+    result = plan(Snapshot((*residents, large, small), (room_for(4),)), LIMITS)
+    assert who(result) == {task.name for task in residents}
+    assert {e.task: e.reason for e in result.explanations}[small.name] == f"waits behind {large.name}"
 
 
 def test_an_idle_executor_takes_over_and_equal_ones_are_left_alone() -> None:
@@ -258,8 +258,8 @@ def test_an_idle_executor_takes_over_and_equal_ones_are_left_alone() -> None:
     both = (room_for(8), room_for(8, "executors/1"))
     assert {len(who(plan(Snapshot(tasks, both), LIMITS), e.name)) for e in both} == {2}
     uneven = tuple(dataclasses.replace(t, executor=f"executors/{int(i > 2)}") for i, t in enumerate(tasks))
-    made = plan(Snapshot((*uneven, _task(4, executor="executors/1")), both), LIMITS)
-    assert _placed(made)[tasks[2].name] == "executors/0"  # three and two: a move would not pay
+    result = plan(Snapshot((*uneven, _task(4, executor="executors/1")), both), LIMITS)
+    assert _placed(result)[tasks[2].name] == "executors/0"  # three and two: a move would not pay
 
 
 def test_htasks_that_run_nearly_as_well_are_kept() -> None:
@@ -281,8 +281,8 @@ def test_rounds_get_shorter_as_neighbours_finish() -> None:
         _task(i, step=10 - left, num_steps=10, executor="executors/0", num_train_tokens=tokens)
         for i, left, tokens in ((0, 5, 1000), (1, 10, 2000))
     )
-    made = plan(Snapshot((short, long), (room_for(8),)), LIMITS)
-    left = {e.task: e.predicted_seconds_left for e in made.explanations}
+    result = plan(Snapshot((short, long), (room_for(8),)), LIMITS)
+    left = {e.task: e.predicted_seconds_left for e in result.explanations}
     together, alone = 2 * 0.5 + 0.01 * 315, 0.5 + 0.01 * 207.5
     assert left[short.name] == pytest.approx(5 * together)
     assert left[long.name] == pytest.approx(5 * together + 5 * alone)
@@ -290,12 +290,12 @@ def test_rounds_get_shorter_as_neighbours_finish() -> None:
 
 def test_values_that_are_not_measured_are_none() -> None:
     executor = dataclasses.replace(room_for(2), cost=UNKNOWN_COST)
-    (told,) = plan(Snapshot((_task(0),), (executor,)), LIMITS).explanations
-    assert told.predicted_seconds_left is told.round_seconds is told.measured_step_seconds is None
+    (explanation,) = plan(Snapshot((_task(0),), (executor,)), LIMITS).explanations
+    assert explanation.predicted_seconds_left is explanation.round_seconds is explanation.measured_step_seconds is None
     measured = _task(0, step=4, device_seconds=6.0, num_effective_tokens=90, num_padding_tokens=10)
-    (told,) = plan(Snapshot((measured,), (room_for(2),)), LIMITS).explanations
-    assert (told.measured_step_seconds, told.padding_fraction) == (1.5, 0.1)
-    assert told.alone_bytes > told.predicted_bytes > 0
+    (explanation,) = plan(Snapshot((measured,), (room_for(2),)), LIMITS).explanations
+    assert (explanation.measured_step_seconds, explanation.padding_fraction) == (1.5, 0.1)
+    assert explanation.alone_bytes > explanation.predicted_bytes > 0
 
 
 def test_alone_a_task_would_have_no_packed_weights() -> None:
@@ -313,5 +313,5 @@ def test_alone_a_task_would_have_no_packed_weights() -> None:
 
 def test_a_deadline_that_will_be_missed_is_flagged() -> None:
     tasks = (_task(0, seconds_to_deadline=1.0), _task(1, seconds_to_deadline=1e6))
-    made = plan(Snapshot(tasks, (room_for(2),)), LIMITS)
-    assert {e.task: e.misses_deadline for e in made.explanations} == {tasks[0].name: True, tasks[1].name: False}
+    result = plan(Snapshot(tasks, (room_for(2),)), LIMITS)
+    assert {e.task: e.misses_deadline for e in result.explanations} == {tasks[0].name: True, tasks[1].name: False}

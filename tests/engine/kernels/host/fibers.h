@@ -1,7 +1,7 @@
-// The threads of a block as fibers of one CPU thread: each runs until it waits for its block or its warp.
+// Runs the threads of a block as fibers of one CPU thread: each runs until it waits for its block or its warp.
 //
-// Whatever waits for good is a deadlock and aborts. With a seed, fibers take turns in random order, so that a missing
-// barrier shows as a wrong result: no order is one that a GPU could not take.
+// A wait that never ends is a deadlock and aborts. With a seed, fibers run in random order, so that a missing barrier
+// shows as a wrong result: a GPU could use any of these orders.
 #pragma once
 #include <cstdio>
 #include <cstdlib>
@@ -21,7 +21,7 @@
 }
 
 #ifdef __x86_64__
-// Saves what the ABI says a callee must keep, changes stacks, and returns there.
+// Saves the registers that the ABI makes a callee preserve, switches stacks, and returns on the other one.
 extern "C" void switch_stack(void** save, void* to);
 asm(R"(
 .text
@@ -62,9 +62,9 @@ struct Fiber {
     unsigned collectives = 0;  // of its warp, so far
 };
 
-// What the lanes of a warp exchange. Two slots take turns: a lane is never more than one exchange ahead of another.
+// Values that the lanes of a warp exchange. Two slots alternate: a lane is at most one exchange ahead of another.
 struct WarpExchange {
-    alignas(16) unsigned char given[2][WARP_SIZE][64], taken[2][WARP_SIZE][64];
+    alignas(16) unsigned char inputs[2][WARP_SIZE][64], outputs[2][WARP_SIZE][64];
     int kind[2], arrived = 0;
 };
 
@@ -95,23 +95,23 @@ class Block {
         wait(State::AT_BLOCK);
     }
 
-    // Every lane gives `size` bytes; the last to come runs `compute` over all of them; each gets its own answer.
+    // Every lane contributes `size` bytes; the last to arrive runs `compute` over all of them; each lane gets its result.
     template <typename Compute>
-    const void* exchange(int kind, const void* given, std::size_t size, const Compute& compute) {
+    const void* exchange(int kind, const void* inputs, std::size_t size, const Compute& compute) {
         WarpExchange& warp = warps_[current / WARP_SIZE];
         const int lane = current % WARP_SIZE, slot = fibers_[current].collectives++ % 2;
         if (warp.arrived == 0) warp.kind[slot] = kind;
         if (warp.kind[slot] != kind) fail("lanes of a warp are at different collective instructions");
-        std::memcpy(warp.given[slot][lane], given, size);
+        std::memcpy(warp.inputs[slot][lane], inputs, size);
         if (++warp.arrived < WARP_SIZE) {
             wait(State::AT_WARP);
         } else {
             warp.arrived = 0;
-            compute(warp.given[slot], warp.taken[slot]);
+            compute(warp.inputs[slot], warp.outputs[slot]);
             for (int i = current - lane; i < current - lane + WARP_SIZE; ++i)
                 if (i != current) fibers_[i].state = State::READY;
         }
-        return warp.taken[slot][lane];
+        return warp.outputs[slot][lane];
     }
 
   private:

@@ -1,7 +1,7 @@
-// The functions of cuda/common.cuh in software: what a kernel's own source calls when MUXTUNE_ON_HOST is set.
+// The functions of cuda/common.cuh in software: a kernel's source calls them if MUXTUNE_ON_HOST is set.
 //
-// Shared memory and device memory are the host's, so that its sanitizers watch every access. A copy by cp.async leaves
-// poison behind until it is waited for; collective instructions check that all lanes take part in the same one.
+// Shared memory and device memory are the host's, so that sanitizers check every access. A copy by cp.async leaves
+// poison until it is waited for; collective instructions check that all lanes run the same one.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -102,17 +102,17 @@ float half_of(u32 two, int i) {
     return to_float(T{static_cast<u16>(two >> (16 * i))});
 }
 
-// Operands of all lanes gathered into matrices, the product, and each lane's share of it again (PTX ISA, mma).
+// Gathers all lanes' operands into matrices, multiplies them, and returns each lane's share (PTX ISA, mma).
 template <int depth, typename At>
-__attribute__((no_sanitize("address", "undefined"))) void multiply_fragments(Slots& given, Slots& taken, const At& at) {
+__attribute__((no_sanitize("address", "undefined"))) void multiply_fragments(Slots& inputs, Slots& outputs, const At& at) {
     float a[16][depth], b[8][depth];
-    const auto* operands = reinterpret_cast<const MmaOperands*>(given);
+    const auto* operands = reinterpret_cast<const MmaOperands*>(inputs);
     for (int lane = 0; lane < WARP_SIZE; ++lane) {
         const auto& own = operands[lane];
         at(own, lane / 4, lane % 4, a, b);
     }
     for (int lane = 0; lane < WARP_SIZE; ++lane) {
-        float* d = reinterpret_cast<float*>(taken[lane]);
+        float* d = reinterpret_cast<float*>(outputs[lane]);
         for (int i = 0; i < 4; ++i) {
             const float* row = a[lane / 4 + 8 * (i / 2)];
             const float* column = b[2 * (lane % 4) + i % 2];
@@ -128,7 +128,7 @@ void mma(Kind kind, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, const At& 
     MmaOperands own{};
     for (int i = 0; i < 4; ++i) own.a[i] = a[i], own.c[i] = c[i];
     own.b[0] = b0, own.b[1] = b1;
-    const auto compute = [&](Slots& given, Slots& taken) { multiply_fragments<depth>(given, taken, at); };
+    const auto compute = [&](Slots& inputs, Slots& outputs) { multiply_fragments<depth>(inputs, outputs, at); };
     std::memcpy(c, block.exchange(kind, &own, sizeof own, compute), sizeof c);
 }
 template <typename T>
@@ -155,14 +155,14 @@ inline void mma_1688(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 
 inline void ldmatrix(Kind kind, u32 (&r)[4], const void* row) {
     if (reinterpret_cast<std::uintptr_t>(row) % 16) fail("ldmatrix: a row is not aligned to 16 bytes");
-    const auto compute = [kind](Slots& given, Slots& taken) {
+    const auto compute = [kind](Slots& inputs, Slots& outputs) {
         for (int matrix = 0; matrix < 4; ++matrix)
             for (int i = 0; i < 64; ++i) {
                 const int line = i / 8, at = i % 8;
                 const u16* from;
-                std::memcpy(&from, given[8 * matrix + line], sizeof from);
+                std::memcpy(&from, inputs[8 * matrix + line], sizeof from);
                 const int row = kind == LDMATRIX ? line : at, column = kind == LDMATRIX ? at : line;
-                std::memcpy(taken[4 * row + column / 2] + 4 * matrix + 2 * (column % 2), from + at, 2);
+                std::memcpy(outputs[4 * row + column / 2] + 4 * matrix + 2 * (column % 2), from + at, 2);
             }
     };
     std::memcpy(r, block.exchange(kind, &row, sizeof row, compute), sizeof r);
@@ -193,8 +193,8 @@ inline void device_fence() {}
 inline int increment(int* counter) { return (*counter)++; }
 template <typename T>
 T shuffle_xor(T value, int mask) {
-    const auto compute = [mask](Slots& given, Slots& taken) {
-        for (int lane = 0; lane < WARP_SIZE; ++lane) std::memcpy(taken[lane], given[lane ^ mask], sizeof(T));
+    const auto compute = [mask](Slots& inputs, Slots& outputs) {
+        for (int lane = 0; lane < WARP_SIZE; ++lane) std::memcpy(outputs[lane], inputs[lane ^ mask], sizeof(T));
     };
     T result;
     std::memcpy(&result, block.exchange(SHUFFLE + 1 + mask, &value, sizeof value, compute), sizeof result);
@@ -212,7 +212,7 @@ inline void cp_async_16(void* to, const void* from, int num_bytes) {
     if (num_bytes < 0 || num_bytes > 16) fail("cp.async: more than 16 bytes");
     std::memset(to, 0xff, 16);
     const Copy copy{to, from, num_bytes};
-    if (block.is_random && block.random() % 2) return perform(copy);  // it may come at any time until waited for
+    if (block.is_random && block.random() % 2) return perform(copy);  // it may complete at any time until waited for
     launched.copies[block.current].back().push_back(copy);
 }
 inline void cp_async_commit() { launched.copies[block.current].emplace_back(); }

@@ -1,4 +1,4 @@
-// Kernels with one fault each, and one without: what the host shim must find, and must let pass.
+// Kernels with one fault each, which the host shim must find, and one without a fault, which must pass.
 #include "tile.cuh"
 
 struct PlantedLaunch {

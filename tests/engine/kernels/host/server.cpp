@@ -1,6 +1,6 @@
-// Runs kernels on this CPU for the tests: requests on standard input, what became of the buffers on standard output.
+// Runs kernels on this CPU for the tests: reads requests from standard input, writes the buffers to standard output.
 //
-// Every buffer is an allocation of its own, so that a byte beside it is an error of the address sanitizer. Built with
+// Every buffer is a separate allocation, so that the address sanitizer finds any access beside it. Built with
 // -DSOURCE='"x.cu"'. A request, in order:
 //     u32 length of the kernel's name, the name;  u32 blocks, threads, shared bytes, seed (0: fibers in order)
 //     u32 buffers;  for each: u64 bytes, its bytes (the launch's struct is buffer 0)

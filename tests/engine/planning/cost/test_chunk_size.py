@@ -91,11 +91,11 @@ def planned(
         tokens = int(12 * global_batch * np.diff(data.offsets).mean())
         tasks.append(TaskView(members[-1].task, "t", spec, i, 12, num_train_tokens=tokens,
                               length_quantiles=tuple(quantiles.astype(int).tolist())))  # fmt: skip
-    made = plan(Snapshot(tuple(tasks), (ExecutorView("e", BACKBONE, 1 << 40, cost=COST),)), limits)
+    result = plan(Snapshot(tuple(tasks), (ExecutorView("e", BACKBONE, 1 << 40, cost=COST),)), limits)
     parts = [(e.predicted_padding_fraction or 0.0, task.num_train_tokens)
-             for e, task in zip(made.explanations, tasks, strict=True)]  # fmt: skip
+             for e, task in zip(result.explanations, tasks, strict=True)]  # fmt: skip
     padding = sum(fraction / (1 - fraction) * tokens for fraction, tokens in parts)
-    return members, made.htasks["e"], padding / (padding + sum(tokens for _, tokens in parts))
+    return members, result.htasks["e"], padding / (padding + sum(tokens for _, tokens in parts))
 
 
 def padding(members: list[PackedTask], htasks: tuple[HTask, ...]) -> float:
@@ -113,9 +113,9 @@ def padding(members: list[PackedTask], htasks: tuple[HTask, ...]) -> float:
 def test_mixes_as_the_papers_are_padded_by_under_three_percent(mix: str, global_batch: int) -> None:
     members, htasks, predicted = planned(MIXES[mix], global_batch, PlannerConfig(2048))
     assert {htask.chunk_tokens for htask in htasks} <= set(CHUNKS)
-    found = padding(members, htasks)
-    assert 0 < found < 0.03
-    assert predicted == pytest.approx(found, rel=0.4, abs=0.002)
+    counted = padding(members, htasks)
+    assert 0 < counted < 0.03
+    assert predicted == pytest.approx(counted, rel=0.4, abs=0.002)
 
 
 def test_a_configured_chunk_is_used_and_one_means_no_alignment() -> None:

@@ -124,12 +124,12 @@ def test_a_fit_without_usable_samples_is_refused(seconds: float | None) -> None:
 @settings(max_examples=examples(200), deadline=None)
 def test_nonnegative_least_squares_as_trying_every_support(a: np.ndarray, b: np.ndarray) -> None:
     """The minimum over x >= 0 is the least unconstrained minimum, over all supports, that is itself >= 0."""
-    found = nonnegative_least_squares(a, b)
-    assert found.min() >= 0
+    solution = nonnegative_least_squares(a, b)
+    assert solution.min() >= 0
     best = np.linalg.norm(b)
     for size in range(1, 5):
         for support in itertools.combinations(range(4), size):
             x = np.linalg.lstsq(a[:, support], b, rcond=None)[0]
             if x.min() >= 0:
                 best = min(best, np.linalg.norm(a[:, support] @ x - b))
-    assert np.linalg.norm(a @ found - b) <= best + 1e-6 * max(1.0, float(best))
+    assert np.linalg.norm(a @ solution - b) <= best + 1e-6 * max(1.0, float(best))

@@ -98,9 +98,9 @@ def least(tasks: Sequence[StepCost], stage: StageModel) -> float:
 @given(st.lists(TASKS, min_size=1, max_size=6), STAGES)
 @settings(max_examples=examples(150), deadline=None)
 def test_few_tasks_are_fused_as_brute_force_does(tasks: list[StepCost], stage: StageModel) -> None:
-    found = fuse(named(tasks), stage)
-    assert found.period_seconds == pytest.approx(least(named(tasks), stage), rel=0.01)
-    check_partition(found, tasks, stage)
+    result = fuse(named(tasks), stage)
+    assert result.period_seconds == pytest.approx(least(named(tasks), stage), rel=0.01)
+    check_partition(result, tasks, stage)
 
 
 class Brute:
@@ -143,11 +143,11 @@ def test_up_to_ten_tasks_are_fused_as_brute_force_does(count: int, data: st.Data
     brute = BRUTES[count]()
     assert len(brute.groups_PK) == {8: 4140, 9: 21147, 10: 115975}[count]
     tasks, stage = named(data.draw(st.lists(TASKS, min_size=count, max_size=count))), data.draw(STAGES)
-    found, many = fuse(tasks, stage), fuse_many(tasks, stage)
-    assert period([group.tasks for group in found.groups], stage) == pytest.approx(found.period_seconds, rel=2e-3)
-    assert brute.has_one_under(1.01 * found.period_seconds, tasks, stage)
-    assert not brute.has_one_under(0.99 * found.period_seconds, tasks, stage)
-    assert many.period_seconds <= 1.03 * found.period_seconds  # as more tasks are fused
+    result, many = fuse(tasks, stage), fuse_many(tasks, stage)
+    assert period([group.tasks for group in result.groups], stage) == pytest.approx(result.period_seconds, rel=2e-3)
+    assert brute.has_one_under(1.01 * result.period_seconds, tasks, stage)
+    assert not brute.has_one_under(0.99 * result.period_seconds, tasks, stage)
+    assert many.period_seconds <= 1.03 * result.period_seconds  # as more tasks are fused
 
 
 def tasks_of(random: np.random.Generator, shape: str, count: int) -> list[StepCost]:
@@ -172,9 +172,9 @@ def test_many_tasks_are_fused_as_well_as_long_random_search_does(shape: str, see
     tasks = tasks_of(random, shape, 14)
     profile = CostProfile(float(random.choice([0, 10, 200])), 1.0, float(random.choice([0, 100, 700])))
     stage = StageModel(profile, 1024, random.choice([math.inf, 1024.0]), int(random.choice([1, 2, 4, 8])), 20.0)
-    found = fuse(tasks, stage)
-    check_partition(found, tasks, stage)
-    assert found.period_seconds <= climbed(tasks, stage, random) * 1.01
+    result = fuse(tasks, stage)
+    check_partition(result, tasks, stage)
+    assert result.period_seconds <= climbed(tasks, stage, random) * 1.01
 
 
 def climbed(tasks: list[StepCost], stage: StageModel, random: np.random.Generator) -> float:
@@ -225,15 +225,15 @@ def test_all_runs_of_an_order_are_tried(tasks: list[StepCost], stage: StageModel
 @given(st.lists(TASKS, min_size=1, max_size=40), STAGES)
 @settings(max_examples=examples(100), deadline=None)
 def test_no_partition_is_under_the_bound(tasks: list[StepCost], stage: StageModel) -> None:
-    found = fuse(named(tasks), stage)
-    assert found.period_seconds >= lower_bound_seconds(named(tasks), stage) * (1 - 1e-9)
-    check_partition(found, tasks, stage)
+    result = fuse(named(tasks), stage)
+    assert result.period_seconds >= lower_bound_seconds(named(tasks), stage) * (1 - 1e-9)
+    check_partition(result, tasks, stage)
 
 
-def check_partition(found: Fusion, tasks: Sequence[StepCost], stage: StageModel) -> None:
+def check_partition(result: Fusion, tasks: Sequence[StepCost], stage: StageModel) -> None:
     """Check that each task appears once and no microbatch exceeds its limits."""
-    assert sorted(task.name for group in found.groups for task in group.tasks) == sorted(map(str, range(len(tasks))))
-    for group in found.groups:
+    assert sorted(task.name for group in result.groups for task in group.tasks) == sorted(map(str, range(len(tasks))))
+    for group in result.groups:
         tokens = sum(task.num_tokens for task in group.tasks) / group.num_microbatches
         assert tokens <= stage.max_tokens * (1 + 1e-9)
         assert tokens * max(task.token_bytes for task in group.tasks) <= stage.max_bytes * (1 + 1e-9)
@@ -243,9 +243,9 @@ def test_on_one_stage_all_share_while_there_is_something_to_share() -> None:
     """Fixed costs and idle tokens under the knee are paid once; one stage has no bubbles to fill."""
     profile = CostProfile(fixed_seconds=10.0, token_seconds=1.0, knee_tokens=100.0)
     tasks = [StepCost(str(i), 30) for i in range(4)]
-    found = fuse(tasks, StageModel(profile, 1000))
-    assert len(found.groups) == 1
-    assert found.period_seconds == 10 + 120
+    result = fuse(tasks, StageModel(profile, 1000))
+    assert len(result.groups) == 1
+    assert result.period_seconds == 10 + 120
     assert fuse_as([[task] for task in tasks], StageModel(profile, 1000)).period_seconds == 4 * (10 + 100)
 
 
@@ -255,9 +255,9 @@ def test_on_four_stages_all_in_one_would_wait_for_itself() -> None:
     tasks = [StepCost("a", 300), StepCost("b", 300)]
     stage = StageModel(FLAT, 100, num_stages=4)
     assert fuse_as([tasks], stage).period_seconds == pytest.approx(150 * (1 + 3 / 12))
-    found = fuse(tasks, stage)
-    assert [len(group.tasks) for group in found.groups] == [1, 1]
-    assert found.period_seconds == pytest.approx(150, rel=1e-3)
+    result = fuse(tasks, stage)
+    assert [len(group.tasks) for group in result.groups] == [1, 1]
+    assert result.period_seconds == pytest.approx(150, rel=1e-3)
 
 
 def test_without_interleaving_rounds_run_one_after_another() -> None:
@@ -282,9 +282,9 @@ def test_a_task_that_keeps_much_does_not_make_small_microbatches_for_all() -> No
     """One task keeps 10 bytes a token, so only 100 of its tokens fit; fused, all would run 100 tokens at a time."""
     tasks = [StepCost("heavy", 100, token_bytes=10.0), *(StepCost(str(i), 500, token_bytes=1.0) for i in range(4))]
     stage = StageModel(CostProfile(fixed_seconds=50.0, token_seconds=1.0), 1000, max_bytes=1000.0)
-    found = fuse(tasks, stage)
-    assert sorted(len(group.tasks) for group in found.groups) == [1, 4]
-    assert found.period_seconds == (50 + 100) + (2 * 50 + 2000)
+    result = fuse(tasks, stage)
+    assert sorted(len(group.tasks) for group in result.groups) == [1, 4]
+    assert result.period_seconds == (50 + 100) + (2 * 50 + 2000)
 
 
 def test_a_sequence_that_no_microbatch_holds_is_refused() -> None:

@@ -42,32 +42,34 @@ def refusal(task: TaskSpec, *executors: ExecutorView) -> WillNeverFitError:
 
 def test_the_error_has_the_largest_micro_batch_that_fits_and_its_bytes() -> None:
     room = bytes_of(spec(micro=4)) + 10**6
-    told = refusal(spec(), executor(room), executor(room // 2, "smaller"))
+    error = refusal(spec(), executor(room), executor(room // 2, "smaller"))
     needs, most, fits = (f"{value / 1e9:.1f} GB" for value in (bytes_of(spec()), room, bytes_of(spec(micro=4))))
-    assert told.message == (
+    assert error.message == (
         f"spec.training.micro_batch_size: needs {needs}, the executors of this backbone have at most {most}. "
         f"Reduce micro batch to 4 (needs {fits})."
     )
-    assert told.violations[0].field == "spec.training.micro_batch_size"
+    assert error.violations[0].field == "spec.training.micro_batch_size"
 
 
 def test_the_error_names_another_field_if_the_micro_batch_does_not_help() -> None:
     long = spec(micro=1, tokens=4096)
-    told = refusal(long, executor(bytes_of(replace(long, training=replace(long.training, max_sequence_tokens=1000)))))
-    assert told.violations[0].field == "spec.training.max_sequence_tokens"
+    error = refusal(long, executor(bytes_of(replace(long, training=replace(long.training, max_sequence_tokens=1000)))))
+    assert error.violations[0].field == "spec.training.max_sequence_tokens"
     room = bytes_of(spec(micro=1, rank=32))
-    told = refusal(spec(micro=1, rank=256), executor(room))
-    assert told.violations[0].field == "spec.lora.rank" and ". Reduce rank to 32 (" in told.message
-    told = refusal(spec(micro=16, rank=256), executor(room))
-    assert told.violations[0].field == "spec.lora.rank" and ". Reduce micro batch to 1 and rank to 32 (" in told.message
+    error = refusal(spec(micro=1, rank=256), executor(room))
+    assert error.violations[0].field == "spec.lora.rank" and ". Reduce rank to 32 (" in error.message
+    error = refusal(spec(micro=16, rank=256), executor(room))
+    assert (
+        error.violations[0].field == "spec.lora.rank" and ". Reduce micro batch to 1 and rank to 32 (" in error.message
+    )
 
 
 def test_the_error_names_the_operator_if_no_change_of_the_task_helps() -> None:
-    told = refusal(spec(), executor(bytes_of(spec(1, 1, 1)) - 10**6))
-    assert re.search(r"ask its operator for microbatches of \d+ tokens or a larger executor", told.message)
-    told = refusal(spec(), executor(BACKBONE.weight_bytes // 2))
-    assert told.message.endswith("No change of the task alone helps: ask its operator for a larger executor.")
-    assert told.violations[0].field == "spec.backbone"
+    error = refusal(spec(), executor(bytes_of(spec(1, 1, 1)) - 10**6))
+    assert re.search(r"ask its operator for microbatches of \d+ tokens or a larger executor", error.message)
+    error = refusal(spec(), executor(BACKBONE.weight_bytes // 2))
+    assert error.message.endswith("No change of the task alone helps: ask its operator for a larger executor.")
+    assert error.violations[0].field == "spec.backbone"
     ia3 = replace(spec(), method=Ia3(("q_proj",), ()))
     assert refusal(ia3, executor(100)).violations[0].field == "spec.backbone"
 
@@ -83,20 +85,20 @@ def test_a_task_passes_if_one_executor_holds_it_or_none_hosts_its_backbone() -> 
 def test_a_remedy_works_and_one_more_would_not(micro: int, tokens: int, rank: int, share: float) -> None:
     task = spec(micro, tokens, rank)
     room = BACKBONE.weight_bytes + int(share * (bytes_of(task) - BACKBONE.weight_bytes)) - 1
-    told = refusal(task, executor(room))
-    found = re.search(r"Reduce (micro batch to 1 and )?(.+) to (\d+) \(", told.message)
-    if found is None:
-        assert "ask its operator" in told.message
+    error = refusal(task, executor(room))
+    match = re.search(r"Reduce (micro batch to 1 and )?(.+) to (\d+) \(", error.message)
+    if match is None:
+        assert "ask its operator" in error.message
         assert all(bytes_of(spec(*least)) > room for least in ((1, tokens, rank), (1, 1, rank), (1, tokens, 1)))
         return
-    micro, value = (1 if found[1] else micro), int(found[3])
+    micro, value = (1 if match[1] else micro), int(match[3])
 
     def changed(number: int) -> TaskSpec:
         return {
             "micro batch": spec(number, tokens, rank),
             "max_sequence_tokens": spec(micro, number, rank),
             "rank": spec(micro, tokens, number),
-        }[found[2]]
+        }[match[2]]
 
     assert bytes_of(changed(value)) <= room < bytes_of(changed(value + 1))
     refuse_if_never_fits(changed(value), [executor(room)], LIMITS)

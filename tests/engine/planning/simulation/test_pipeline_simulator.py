@@ -117,16 +117,16 @@ def test_the_period_fusion_predicts_is_what_a_pipeline_takes(num_stages: int, si
     """Over many rounds, with each task an hTask, the prediction is a bound that is met within a tenth. If one hTask's
     round is longer than all others' work, theirs delays it by up to a third."""
     stage = StageModel(CostProfile(fixed_seconds=5.0, token_seconds=1.0), 100, num_stages=num_stages)
-    found = fuse_as([[StepCost(str(i), size)] for i, size in enumerate(sizes)], stage)
+    fusion = fuse_as([[StepCost(str(i), size)] for i, size in enumerate(sizes)], stage)
     htasks = [
         HTaskRound(str(i), g.num_microbatches, g.microbatch_seconds / 2, g.microbatch_seconds / 2)
-        for i, g in enumerate(found.groups)
+        for i, g in enumerate(fusion.groups)
     ]
     rounds = 40
     simulated = simulate(interleaved(htasks, rounds), Pipeline(num_stages, num_extra=1)).seconds
-    assert simulated >= (rounds - 1) * found.period_seconds * (1 - 1e-9)
-    is_own_round = found.period_seconds > 1.05 * sum(group.work_seconds for group in found.groups)
-    assert simulated / rounds == pytest.approx(found.period_seconds, rel=0.33 if is_own_round else 0.1)
+    assert simulated >= (rounds - 1) * fusion.period_seconds * (1 - 1e-9)
+    is_own_round = fusion.period_seconds > 1.05 * sum(group.work_seconds for group in fusion.groups)
+    assert simulated / rounds == pytest.approx(fusion.period_seconds, rel=0.33 if is_own_round else 0.1)
 
 
 def test_the_picture_is_xml_and_shows_every_operation() -> None:

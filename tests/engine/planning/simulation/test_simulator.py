@@ -84,25 +84,25 @@ POLICIES = [PlannerPolicy, SeparateInstances, PaddedBatching]
 def test_every_task_runs_once_and_no_faster_than_alone(  # type: ignore[no-untyped-def]
     policy, rows, count: int, memory_mib: int, replan: float
 ) -> None:
-    come = [Arrival(at, task(i, steps, tokens, tenant)) for i, (at, steps, tokens, tenant) in enumerate(rows)]
-    run = simulate(come, executors(count, memory_mib), policy(LIMITS), replan_seconds=replan)
-    assert sorted([o.task.name for o in run.outcomes] + list(run.never_placed)) == sorted(a.task.name for a in come)
+    arriving = [Arrival(at, task(i, steps, tokens, tenant)) for i, (at, steps, tokens, tenant) in enumerate(rows)]
+    run = simulate(arriving, executors(count, memory_mib), policy(LIMITS), replan_seconds=replan)
+    assert sorted([o.task.name for o in run.outcomes] + list(run.never_placed)) == sorted(a.task.name for a in arriving)
     assert run.never_placed == ()
     for outcome in run.outcomes:
         alone = outcome.task.num_steps * (COST.fixed_seconds + COST.token_seconds * outcome.task.tokens_per_step)
         assert outcome.finished_seconds >= outcome.started_seconds + alone * (1 - 1e-6)
         assert outcome.started_seconds >= outcome.arrived_seconds
     if run.outcomes:
-        first, last = min(a.seconds for a in come), max(o.finished_seconds for o in run.outcomes)
+        first, last = min(a.seconds for a in arriving), max(o.finished_seconds for o in run.outcomes)
         assert sum(o.device_seconds for o in run.outcomes) <= count * (last - first) * (1 + 1e-6)
 
 
 def test_the_planner_beats_both_baselines_on_small_ragged_tasks() -> None:
-    come = arrivals(TraceParameters(60, rate=0.05, backbone="a", burst=3, median_steps=30, seed=3))
+    arriving = arrivals(TraceParameters(60, rate=0.05, backbone="a", burst=3, median_steps=30, seed=3))
     cost = CostProfile(fixed_seconds=0.5, token_seconds=1e-3, knee_tokens=500)
     view = [ExecutorView(e.name, BACKBONE, 600 << 20, cost=cost) for e in executors(2)]
     done = {
-        policy.__name__: simulate(come, view, policy(PlannerConfig(2048, 16)), replan_seconds=5.0)  # type: ignore[abstract]
+        policy.__name__: simulate(arriving, view, policy(PlannerConfig(2048, 16)), replan_seconds=5.0)  # type: ignore[abstract]
         for policy in POLICIES
     }
     mean = {name: np.mean([o.completion_seconds for o in run.outcomes]) for name, run in done.items()}
@@ -124,13 +124,13 @@ def test_an_instance_each_runs_its_own_slices_and_a_batch_pads_to_the_longest() 
 
 def test_a_trace_is_the_same_again_and_has_the_shape_it_says() -> None:
     trace = TraceParameters(4000, rate=2.0, backbone="a", burst=5.0, seed=1)
-    come = arrivals(trace)
-    assert come == arrivals(trace) != arrivals(TraceParameters(4000, rate=2.0, backbone="a", burst=5.0, seed=2))
-    times = [arrival.seconds for arrival in come]
+    arriving = arrivals(trace)
+    assert arriving == arrivals(trace) != arrivals(TraceParameters(4000, rate=2.0, backbone="a", burst=5.0, seed=2))
+    times = [arrival.seconds for arrival in arriving]
     assert times == sorted(times)
     assert 4000 / times[-1] == pytest.approx(2.0, rel=0.2)
     assert sum(a == b for a, b in itertools.pairwise(times)) / 4000 == pytest.approx(4 / 5, rel=0.1)
-    steps = sorted((arrival.task.num_steps for arrival in come), reverse=True)
+    steps = sorted((arrival.task.num_steps for arrival in arriving), reverse=True)
     assert sum(steps[:400]) > 0.4 * sum(steps)  # a tenth of the tasks has nearly half of the work
     poisson = np.diff([arrival.seconds for arrival in arrivals(TraceParameters(4000, rate=2.0, backbone="a"))])
     assert np.std(poisson) / np.mean(poisson) == pytest.approx(1.0, rel=0.1)
@@ -141,11 +141,11 @@ def test_a_forecast_is_simulated_and_more_tasks_never_end_sooner() -> None:
     tasks = (task(0, 10), task(1, 20))
     snapshot = Snapshot(tasks, tuple(executors(1)))
     together, alone = 0.5 + 0.01 * 215, 0.5 + 0.01 * 107.5
-    told = forecast(snapshot, LIMITS)
-    assert told[tasks[0].name] == pytest.approx(10 * together, rel=0.1)
-    assert told[tasks[1].name] == pytest.approx(10 * together + 10 * alone, rel=0.1)
+    before = forecast(snapshot, LIMITS)
+    assert before[tasks[0].name] == pytest.approx(10 * together, rel=0.1)
+    assert before[tasks[1].name] == pytest.approx(10 * together + 10 * alone, rel=0.1)
     more = forecast(Snapshot((*tasks, task(2, 30)), snapshot.executors), LIMITS)
-    assert all(more[name] > seconds for name, seconds in told.items())
+    assert all(more[name] > seconds for name, seconds in before.items())
     assert forecast(Snapshot(tasks, (ExecutorView("e", BACKBONE, 1 << 32),)), LIMITS) == {}
     assert forecast(Snapshot(tasks, ()), LIMITS) == {}
 
@@ -153,7 +153,7 @@ def test_a_forecast_is_simulated_and_more_tasks_never_end_sooner() -> None:
 def test_a_picture_shows_all_stages() -> None:
     view = ExecutorView("e", BACKBONE, 1 << 32, cost=COST, num_stages=3, hop_seconds=0.01)
     snapshot = Snapshot(tuple(task(i, 5, 300) for i in range(5)), (view,))
-    made = plan(snapshot, LIMITS)
-    drawn = picture(snapshot, made.htasks["e"], "e", LIMITS)
+    result = plan(snapshot, LIMITS)
+    drawn = picture(snapshot, result.htasks["e"], "e", LIMITS)
     assert all(f"stage {stage}" in drawn for stage in range(3))
-    assert ("one hTask after another" in drawn) is (len(made.htasks["e"]) > 1)
+    assert ("one hTask after another" in drawn) is (len(result.htasks["e"]) > 1)
