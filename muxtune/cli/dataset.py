@@ -11,7 +11,7 @@ from muxtune.cli.spec import read_training
 from muxtune.v1 import dataset_pb2, task_pb2
 
 app = typer.Typer(
-    help="Upload, list, check and delete datasets: JSON Lines with messages, prompt/completion or text.",
+    help="Upload, list, get, check and delete datasets: JSON Lines with messages, prompt/completion or text.",
     no_args_is_help=True,
 )
 
