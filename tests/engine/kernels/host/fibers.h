@@ -95,7 +95,7 @@ class Block {
         wait(State::AT_BLOCK);
     }
 
-    // Every lane contributes `size` bytes; the last to arrive runs `compute` over all of them; each lane gets its result.
+    // Every lane contributes `size` bytes. The last to arrive runs `compute` over all; each lane gets its own result.
     template <typename Compute>
     const void* exchange(int kind, const void* inputs, std::size_t size, const Compute& compute) {
         WarpExchange& warp = warps_[current / WARP_SIZE];

@@ -104,7 +104,8 @@ float half_of(u32 two, int i) {
 
 // Gathers all lanes' operands into matrices, multiplies them, and returns each lane's share (PTX ISA, mma).
 template <int depth, typename At>
-__attribute__((no_sanitize("address", "undefined"))) void multiply_fragments(Slots& inputs, Slots& outputs, const At& at) {
+__attribute__((no_sanitize("address", "undefined"))) void multiply_fragments(Slots& inputs, Slots& outputs,
+                                                                             const At& at) {
     float a[16][depth], b[8][depth];
     const auto* operands = reinterpret_cast<const MmaOperands*>(inputs);
     for (int lane = 0; lane < WARP_SIZE; ++lane) {
