@@ -121,7 +121,7 @@ def row(point: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
 
 
 def _choice(point: Mapping[str, Any]) -> list[str]:
-    """Of two ways of ours, the one that the shape chose and the one that was faster."""
+    """Compare the variant that the shape chooses with the faster of the two."""
     return [f"chosen: {', '.join(point['chosen'])}, faster: {point['faster']}"] if "chosen" in point else []
 
 
@@ -131,7 +131,7 @@ def _beside(name: str, milliseconds: float, times: Mapping[str, Any]) -> str:
 
 
 def _share(milliseconds: float, times: Mapping[str, Any]) -> str:
-    """What it adds to the frozen operator."""
+    """Return the time added to the frozen operator."""
     return f"{100 * (milliseconds / times['frozen']['ms'] - 1):+.1f}%"
 
 

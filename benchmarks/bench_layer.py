@@ -46,7 +46,7 @@ class Point:
 
     @property
     def lengths(self) -> list[int]:
-        """Of one task's sequences."""
+        """Return the bounds of one task's sequences."""
         whole, rest = divmod(self.task_tokens, self.sequence_tokens)
         return [self.sequence_tokens] * whole + ([rest] if rest else [])
 
@@ -106,7 +106,7 @@ class Layer:
         return hidden_TH.detach()
 
     def gradients(self) -> list[Tensor]:
-        """Of each task, all of it; they are zero again afterwards."""
+        """Return each task's whole gradient; the gradients are zero again afterwards."""
         found = []
         for name in self.names:
             own = self.executor.tasks[name].gradient_P

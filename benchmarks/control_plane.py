@@ -125,7 +125,7 @@ async def run_block(call: Call, seconds: float, callers: int, server: int) -> di
 
 
 def cpu_microseconds(server: int) -> dict[str, float]:
-    """Of the server's main thread, which runs its event loop, of its others, and of all threads here."""
+    """Return CPU seconds of the server's event-loop thread, of its other threads, and of this process."""
     loop = int(Path(f"/proc/{server}/task/{server}/schedstat").read_text().split()[0]) / 1e3
     others = 1e6 * cpu_seconds_of(server) - loop
     return {"event_loop_us": loop, "other_threads_us": others, "callers_us": 1e6 * time.process_time()}

@@ -1,4 +1,4 @@
-"""How kernels are timed: medians by events over rotating inputs, replays of a graph, launch cost, the card's rates.
+"""Times kernels: medians by events over rotating inputs, replays of a graph, launch cost, the card's rates.
 
 A variant is a list of calls, one for each of several sets of inputs, so that a run does not find its inputs in the
 cache. Variants of one point are timed in turn, in rounds, so that a ratio compares neighbours in time. Times are
@@ -96,7 +96,7 @@ def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What this card does: bytes/s of a large copy (read and written), bf16 FLOP/s of a large product."""
+    """Measure the limits of this card: bytes/s of a large copy (read and written), bf16 FLOP/s of a large product."""
     if device.type != "cuda":
         return {"bytes_per_second": float("nan"), "flop_per_second": float("nan")}
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device).random_()

@@ -1,4 +1,4 @@
-"""What a mesh costs beside its training: starts, re-plans, waits for data, tracing. Real processes, one run.
+"""Measures the cost of a mesh beside its training: starts, re-plans, waits for data, tracing. Real processes, one run.
 
     PYTHONPATH=. python benchmarks/mesh_costs.py [--repeats 7] [--pairs 40] [--backbone FOLDER] [--threads 1]
 

@@ -65,8 +65,9 @@ class Choice:
         return _TARGETS[self.config.model_type]
 
     def flops(self, lengths: Iterable[int]) -> float:
-        """What one optimizer step on sequences of these lengths takes: 4 FLOPs for each weight of a linear and token
-        (forward, and backward to the inputs alone, for the weights are frozen), and causal attention. No adapters.
+        """Count the operations of one optimizer step on sequences of these lengths: 4 FLOPs for each weight of a linear
+        and token (forward, and backward to the inputs alone, for the weights are frozen), and causal attention. No
+        adapters.
         """
         tokens, squares = 0, 0
         for length in lengths:
@@ -74,11 +75,11 @@ class Choice:
         return self.linear_flops(tokens) + 6.0 * self._attention_width * squares
 
     def linear_flops(self, num_tokens: int) -> float:
-        """Of the linear layers alone, forward and backward, on so many tokens."""
+        """Count the operations of the linear layers, forward and backward, on this number of tokens."""
         return 4.0 * self._num_linear_weights * num_tokens
 
     def product_flops_per_second(self) -> float:
-        """Of a plain product of two square matrices, the fastest of ten: about what the device gives at most."""
+        """Measure a plain product of two square matrices, the fastest of ten: about what the device gives at most."""
         size = 2048 if self.device == "cpu" else 8192
         a, b, product = (torch.randn(size, size, device=self.device, dtype=self.dtype) for _ in range(3))
         seconds = []
@@ -97,7 +98,7 @@ class Choice:
 
     @property
     def _attention_width(self) -> int:
-        """Of all layers' heads together; half of the square is masked: 2 FLOPs forward, 4 backward."""
+        """Count the operations of all attention heads; half of the square is masked: 2 FLOPs forward, 4 backward."""
         width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         return int(self.config.num_hidden_layers * self.config.num_attention_heads * width)
 

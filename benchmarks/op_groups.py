@@ -70,7 +70,7 @@ def _in_range(function: Callable[..., Any], group: str) -> Callable[..., Any]:
 
 
 def _grouped(models: Iterable[torch.nn.Module]) -> Iterator[tuple[torch.nn.Module, str]]:
-    """What is in none of the others' modules is norms, activations, residuals: of the model itself."""
+    """Operations outside the other groups' modules are norms, activations, residuals: of the model itself."""
     for model in models:
         yield model, ELEMENTWISE
         for module in model.modules():
@@ -81,7 +81,7 @@ def _grouped(models: Iterable[torch.nn.Module]) -> Iterator[tuple[torch.nn.Modul
 
 
 def frozen_shapes(model: torch.nn.Module) -> set[Shape]:
-    """Of the weights of its linear operators, either way round. To be asked before anything is mounted."""
+    """Return the shapes of its linear operators' weights, in both orders. To be asked before anything is mounted."""
     weights = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)]
     return {shape for weight in weights for shape in (weight, weight[::-1])}
 
@@ -89,8 +89,9 @@ def frozen_shapes(model: torch.nn.Module) -> set[Shape]:
 def seconds_by_group(
     events: Collection[Any], whole_seconds: float, frozen: Collection[Shape], is_device: bool
 ) -> dict[str, float]:
-    """Of GROUPS, `whole_seconds` together. `events` of a profile with shapes. On a CPU an operator's own seconds; where
-    `is_device`, those of the kernels it launched, and `IDLE` is when the device ran none."""
+    """Return the seconds of each of GROUPS; their sum is `whole_seconds`. `events` of a profile with shapes. On a CPU
+    an operator's own seconds; where `is_device`, those of the kernels it launched, and `IDLE` is when the device ran
+    none."""
     forward = _groups_of_nodes(events)
     seconds = dict.fromkeys(GROUPS, 0.0)
     for event in events:

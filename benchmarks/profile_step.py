@@ -1,4 +1,4 @@
-"""Where a training step's time goes: torch's profiler over rounds of side_by_side.py's work, by part of the step.
+"""Profiles a training step: torch's profiler over rounds of side_by_side.py's work, by part of the step.
 
     PYTHONPATH=. python benchmarks/profile_step.py [--works 1] [--systems engine "peft, longest"]   (CPU)
     PYTHONPATH=. python benchmarks/profile_step.py --device cuda [--works 2]

@@ -1,4 +1,5 @@
-"""What the shadow check costs and finds: steps run again for one task alone, of every method, on SmolLM2-135M.
+"""Measures the cost and the findings of the shadow check: steps run again for one task alone, of every method, on
+SmolLM2-135M.
 
     PYTHONPATH=. python benchmarks/shadow_check.py [--backbone FOLDER_OR_GGUF] [--rounds 5] [--threads N]
 

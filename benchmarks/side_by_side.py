@@ -143,7 +143,8 @@ def in_order(works: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Clock:
-    """Whether another work would likely end within `seconds`: it is taken to last as long as the longest so far."""
+    """Return whether another work would likely end within `seconds`: it is taken to last as long as the longest so
+    far."""
 
     def __init__(self, seconds: float, now: Callable[[], float] = time.perf_counter) -> None:
         self._seconds, self._now = seconds, now

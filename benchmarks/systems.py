@@ -1,4 +1,4 @@
-"""Who trains the workload in side_by_side.py: muxtune's engine and what a user would pick instead.
+"""The systems that train the workload in side_by_side.py: muxtune's engine and what a user would pick instead.
 
 A system takes one optimizer step of every task a round and tells their losses. All see equal rows and start from the
 same adapters, which the engine exports and PEFT loads. Peers get what their users would give them: SDPA attention, base

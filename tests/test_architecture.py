@@ -101,6 +101,43 @@ def test_budgets_and_names() -> None:
     assert offenders(OURS, over_budget) == {}
 
 
+# The blocking client and the client's errors are written from muxtune/aio.py and engine/errors.py: the same names.
+_COPIES = ("muxtune/client.py", "muxtune/errors.py")
+_FRAGMENT = re.compile(r"(What|Whatever|Who|Whoever|Whose|Whom|Where|Why|When|How|Which|Of|Those|Whether)\b")
+
+
+def class_names(paths: Sequence[Path]) -> dict[str, list[str]]:
+    """Files that define each public class."""
+    files: dict[str, list[str]] = {}
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                files.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    return files
+
+
+def test_a_class_name_means_one_thing() -> None:
+    paths = [path for path in sources("engine", "services", "muxtune") if not path.as_posix().endswith(_COPIES)]
+    assert {name: files for name, files in class_names(paths).items() if len(files) > 1} == {}
+
+
+def fragments(text: str) -> list[str]:
+    """First lines of docstrings that are no sentences: a question's half, or without a full stop."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            paragraph = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
+            sentence = re.split(r"(?<=[.:!])\s", paragraph)[0]
+            if sentence and (_FRAGMENT.match(sentence.strip("`")) or not sentence.endswith((".", ":", "!"))):
+                found.append(sentence)
+    return found
+
+
+def test_docstrings_begin_with_a_sentence() -> None:
+    paths = sources("engine", "services", "muxtune", "tools", "benchmarks")
+    assert offenders(paths, lambda path: fragments(path.read_text())) == {}
+
+
 CUDA = sorted((ROOT / "cuda").glob("*.cu*")) + sorted((ROOT / "tests" / "engine" / "kernels" / "host").glob("*.[ch]*"))
 
 
@@ -290,6 +327,8 @@ def test_the_checks_can_fail(tmp_path: Path) -> None:
     assert method_checks("type(m) is Ia3 or issubclass(type(m), (int, Prompt))") == ["Ia3", "Prompt"]
     assert mutable_globals("cache = {}\nLIMITS = {}\n") == ["cache"]
     assert mutable_globals("def f():\n    global state\n") == ["state"]
+    assert fragments('"""Of its tasks."""') and fragments('def f():\n    """whether it holds"""')
+    assert fragments('"""Return the tasks."""') == []
     assert unwelcome("see https://py" + "pi.org/simple and " + "/ro" + "ot/x.txt")
     made = ['f"{tenant}/tasks/{i}"', 'f"tenants/{i}"', 'name.replace("/tasks/", "/adapters/")', 'key.split("/")',
             're.compile(r"(tenants/[^/]+)/x")', 'f"{task}/checkpoints/{i}"', 'key = "/manifest.json"']  # fmt: skip

@@ -142,7 +142,7 @@ class Adapter(ABC):
 
     @property
     def is_target(self) -> bool:
-        """Whether the config's `target_modules` contain its module."""
+        """Return whether the config's `target_modules` contain its module."""
         return True
 
     @classmethod

@@ -24,7 +24,7 @@ class SharedInputOperator(Protocol):
 
     @property
     def rewrites_input(self) -> bool:
-        """Whether an adapter of this microbatch changes what it reads."""
+        """Return whether an adapter of this microbatch changes what it reads."""
 
     def operator(self) -> Operator:
         """Return the arguments of multi_lora for this microbatch."""

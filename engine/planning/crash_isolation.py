@@ -56,7 +56,7 @@ def _place_alone(snapshot: Snapshot, suspects: Collection[str], config: PlannerC
 def _is_last_of_several(
     executor: ExecutorView, ready: list[ExecutorView], snapshot: Snapshot, suspects: Collection[str]
 ) -> bool:
-    """Whether it is the last of its backbone's executors without a suspect, while other tasks want one."""
+    """Return whether it is the last of its backbone's executors without a suspect, while other tasks want one."""
     backbone = executor.backbone.name
     num_all = sum(e.backbone.name == backbone and not e.is_draining for e in snapshot.executors)
     num_left = sum(e.backbone.name == backbone for e in ready)

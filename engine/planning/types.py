@@ -139,7 +139,7 @@ class ExecutorView:
 
     @property
     def can_predict(self) -> bool:
-        """Whether seconds of `profile` are real ones."""
+        """Return whether seconds of `profile` are real ones."""
         return self.cost.is_known or self.effective_tokens_per_second > 0
 
 

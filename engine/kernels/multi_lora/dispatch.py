@@ -46,7 +46,7 @@ def multi_lora(x_TK: torch.Tensor, operators: Sequence[Operator]) -> tuple[torch
 
 
 def _on_device(x_TK: torch.Tensor, operators: Sequence[Operator]) -> bool:
-    """Whether the kernels run it. The reference runs float64, and masks that are not made from a dropout key."""
+    """Return whether the kernels run it. The reference runs float64, and masks that are not made from a dropout key."""
     if not (x_TK.is_cuda and x_TK.dtype in SUFFIXES):
         return False
     masks = [use.keep_mask for operator in operators for use in operator.uses]

@@ -47,11 +47,11 @@ class ExecutorState:
         self._usage = ResourceUsage()
 
     def fits(self, joining: TaskDemand, leaving: Collection[str] = ()) -> bool:
-        """Whether all tasks fit into memory after the change, the largest microbatch included."""
+        """Return whether all tasks fit into memory after the change, the largest microbatch included."""
         return self.bytes_of(self._usage_after(joining, leaving)) <= self.view.memory_bytes
 
     def fits_alone(self, demand: TaskDemand) -> bool:
-        """Whether the task fits into memory without neighbours."""
+        """Return whether the task fits into memory without neighbours."""
         return self.bytes_of(self._usage_alone(demand)) <= self.view.memory_bytes
 
     def load_seconds(self, joining: TaskDemand | None = None, leaving: Collection[str] = ()) -> float:

@@ -149,7 +149,7 @@ def _eviction_candidates(placement: Placement, executor: ExecutorState, demand: 
 
 
 def _is_fair(cluster: ClusterState, executor: ExecutorState, demand: TaskDemand, victims: list[str]) -> bool:
-    """Whether every other tenant that gives way keeps at least the share of the tenant that it gives way to."""
+    """Return whether every other tenant that gives way keeps at least the share of the tenant that it gives way to."""
     losers = {executor.residents[name].task.tenant for name in victims} - {demand.task.tenant}
     gained = cluster.share_after(demand.task.tenant, executor, demand, victims)
     return all(cluster.share_after(loser, executor, demand, victims) >= gained for loser in losers)

@@ -111,7 +111,7 @@ class Database:
 
     @property
     def is_shared(self) -> bool:
-        """Whether other processes may use the same database."""
+        """Return whether other processes may use the same database."""
         return self._dialect.is_shared
 
     def connect_arguments(self) -> dict[str, Any]:
