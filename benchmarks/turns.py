@@ -31,14 +31,14 @@ class Counted(Protocol):
 
 @dataclass(frozen=True)
 class Turn:
-    """Of one step: seconds that passed, and CPU seconds of all processes."""
+    """Figures of one step: seconds that passed, and CPU seconds of all processes."""
 
     wall_seconds: float
     cpu_seconds: float
 
 
 def turn(steps: Counted, processes: Sequence[int], num_steps: int, settle_seconds: float = _SETTLE_SECONDS) -> Turn:
-    """Of the first `num_steps` that begin after the time to settle."""
+    """Return the first `num_steps` steps that begin after the warm-up."""
     begun, count = time.perf_counter(), len(steps.times)
     while time.perf_counter() - begun < settle_seconds:
         count += 1
@@ -79,7 +79,7 @@ def cpu_seconds_of(process: int) -> float:
 
 @dataclass(frozen=True)
 class Cost:
-    """What is more with it on, as a part of what is without; with the interval that holds it with 95 %."""
+    """Return the relative increase when it is on, with its 95 % confidence interval."""
 
     middle: float
     low: float
