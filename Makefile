@@ -28,8 +28,9 @@ demo: $(READY) ## train five tasks of three tenants on one backbone, in under fi
 up: $(READY) ## start the four services on loopback; stop with Ctrl-C, and `make up` resumes all tasks
 	muxtune up --data $(DATA)
 
-# Two workers: most of the seconds of the mesh's tests are waits.
-PYTEST := python -m pytest -n 2 --dist loadgroup
+# A file's tests stay on one worker, so that what they share is started once.
+WORKERS ?= 2
+PYTEST := python -m pytest -n $(WORKERS) --dist loadfile
 THOROUGH := --hypothesis-profile=thorough
 
 test: $(READY) ## the tests that need no GPU, in ten minutes

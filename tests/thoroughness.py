@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-_SHARE = 5  # one of so many examples, and of so many seeds, is part of `make test`
+_SHARE = 5  # of so many examples one is part of `make test`
 
 
 def is_thorough() -> bool:
@@ -19,9 +19,6 @@ def examples(number: int) -> int:
     return number if is_thorough() else max(5, number // _SHARE)
 
 
-def seeds(number: int, first: int = 0) -> Sequence[Any]:
-    """Parameters 0 to `number` - 1; those from `first` on (by default: from a fifth of them on) are thorough."""
-    return [
-        pytest.param(seed, marks=[pytest.mark.thorough] if seed >= (first or max(1, number // _SHARE)) else [])
-        for seed in range(number)
-    ]
+def seeds(number: int, first: int) -> Sequence[Any]:
+    """Parameters 0 to `number` - 1; all but the `first` are thorough."""
+    return [pytest.param(seed, marks=[pytest.mark.thorough] if seed >= first else []) for seed in range(number)]

@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from benchmarks import mesh_costs
 from benchmarks.switched_spans import Switched
 from benchmarks.turns import Cost, Turn, cost_of, cpu_seconds_of, take_turns, turn, with_descendants
+from tests.thoroughness import seeds
 
 PARENT = """
 import subprocess, sys
@@ -80,7 +81,7 @@ def test_spans_are_recorded_while_the_switch_is_on(tmp_path: Path) -> None:
             assert span.is_recording() is is_on
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", seeds(5, 2))
 def test_the_interval_holds_what_is_there(seed: int) -> None:
     random = np.random.default_rng(seed)
     shared = random.lognormal(0, 0.3, 400)  # what slows both of a pair

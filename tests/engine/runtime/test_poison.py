@@ -62,8 +62,17 @@ def test_a_task_that_is_not_finite_changes_no_bit_of_its_neighbours(name: str, v
 KINDS = ["lora", "dora", "vera", "ia3", "miss", "prefix", "prompt", "norms", "bitfit", "houlsby"]
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("poison", ["learning rate", "NaN from the start", "one token"])
+POISONS = ["learning rate", "NaN from the start", "one token"]
+
+
+@pytest.mark.parametrize(
+    ("name", "poison"),
+    [
+        pytest.param(name, poison, marks=[] if i % 3 == j else pytest.mark.thorough)
+        for i, name in enumerate(KINDS)
+        for j, poison in enumerate(POISONS)
+    ],
+)
 def test_neighbours_continue_as_beside_a_healthy_task_that_leaves_at_the_same_step(name: str, poison: str) -> None:
     """Uses the real alignment: rounds continue without the failed task, packed anew."""
     well = job("ill", 9, name, [7, 12, 3, 9, 30], Optimizer.ADAMW)

@@ -15,6 +15,7 @@ from services.execution.trainer.oom_policy import OutOfMemoryPolicy
 from services.failpoints import TOKENS, VARIABLE
 from services.storage.artifact_store import ArtifactStore
 from tests.services.execution.executor_mesh import Mesh, dataset_of, plan_of, planned, running_mesh
+from tests.thoroughness import seeds
 
 CHUNK = 16
 
@@ -87,7 +88,7 @@ def run_with(plan: plan_pb2.ExecutorPlan, members: dict[str, PackedTask], allowe
     return failed, num_failures
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", seeds(40, 20))
 def test_the_policy_terminates_and_fails_only_tasks_that_cannot_fit(seed: int) -> None:
     draw = np.random.default_rng(seed)
     names = [f"{seed}-{i}" for i in range(draw.integers(1, 6))]

@@ -26,6 +26,7 @@ from services.storage.artifact_layout import (
     parse_folder,
 )
 from services.storage.artifact_store import ArtifactStore
+from tests.thoroughness import seeds
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def checkpoints(artifacts: ArtifactStore, name: str) -> set[tuple[int, int]]:
     return {tuple(map(int, key.split("/")[-2].split("-"))) for key in keys}  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", seeds(30, 10))
 def test_what_a_resumed_task_may_read_stays_and_all_else_goes(
     database: Database, artifacts: ArtifactStore, seed: int
 ) -> None:

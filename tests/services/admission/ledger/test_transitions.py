@@ -21,6 +21,7 @@ from tests.services.admission.admission_mesh import (
     refused,
     step,
 )
+from tests.thoroughness import seeds
 
 FINAL = {"SUCCEEDED", "FAILED", "CANCELLED"}
 EXECUTORS = ("executors/one", "executors/two")
@@ -216,7 +217,7 @@ class Life:
 
 
 @pytest.mark.parametrize("database_url", BOTH_DATABASES, indirect=True)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3, 1))
 async def test_random_lives_are_the_models(admission: Admission, seed: int) -> None:
     life = Life(admission, seed)
     await life.begin(4)
