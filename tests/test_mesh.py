@@ -34,7 +34,11 @@ SECRET_WORD = "xylophonic"  # stands in every row; must stand in no span and no 
 ROWS = [{"prompt": f"{SECRET_WORD} {i}", "completion": " jumps over" * (1 + i % 5)} for i in range(24)]
 QUICK = {
     "*": {"MUXTUNE_LOG_LEVEL": "DEBUG"},
-    "execution": {"MUXTUNE_NUM_THREADS": "1", "MUXTUNE_CHECKPOINT_STEPS": "3"},
+    "execution": {
+        "MUXTUNE_NUM_THREADS": "1",
+        "MUXTUNE_CHECKPOINT_STEPS": "3",
+        "MUXTUNE_CALIBRATION_SECONDS": "0.1",
+    },
 }
 
 

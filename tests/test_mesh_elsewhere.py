@@ -9,6 +9,7 @@ from muxtune.v1 import task_pb2
 from tests.elsewhere import elsewhere
 from tests.tiny_backbone import write_backbone
 
+QUICK = {"MUXTUNE_NUM_THREADS": "1", "MUXTUNE_CHECKPOINT_STEPS": "3", "MUXTUNE_CALIBRATION_SECONDS": "0.1"}
 ROWS = [{"prompt": f"fox {i}", "completion": " jumps over" * (1 + i % 4)} for i in range(16)]
 
 
@@ -24,7 +25,7 @@ def test_a_task_lives_through_a_restart_on_postgresql_and_s3(tmp_path: Path) -> 
 
 def train_with_a_restart(folder: Path, everywhere: dict[str, str]) -> None:
     backbone = write_backbone(folder / "tiny")
-    environment = {"*": everywhere, "execution": {"MUXTUNE_NUM_THREADS": "1", "MUXTUNE_CHECKPOINT_STEPS": "3"}}
+    environment = {"*": everywhere, "execution": QUICK}
     spec = task_pb2.TaskSpec(
         backbone="tiny",
         lora=task_pb2.Lora(rank=4, target_modules=["q_proj", "v_proj"]),

@@ -16,6 +16,7 @@ from muxtune.local.mesh import Mesh
 from muxtune.v1 import method_pb2, task_pb2
 from tests.tiny_backbone import write_backbone
 
+QUICK = {"MUXTUNE_NUM_THREADS": "1", "MUXTUNE_CHECKPOINT_STEPS": "3", "MUXTUNE_CALIBRATION_SECONDS": "0.1"}
 ROWS = [{"prompt": f"fox {i}", "completion": " jumps over" * (1 + i % 5)} for i in range(24)]
 TOKENS = torch.arange(3, 11).unsqueeze(0)
 
@@ -31,7 +32,9 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    options = {"execution": {"MUXTUNE_NUM_THREADS": "1", "MUXTUNE_CHECKPOINT_STEPS": "3"}}
+    options = {
+        "execution": {"MUXTUNE_NUM_THREADS": "1", "MUXTUNE_CHECKPOINT_STEPS": "3", "MUXTUNE_CALIBRATION_SECONDS": "0.1"}
+    }
     mesh = Mesh(tmp_path_factory.mktemp("mesh"), {"tiny": backbone}, None, options)
     with mesh, mesh.client() as connected:
         yield connected

@@ -40,6 +40,8 @@ class Machine:
         own |= {"MUXTUNE_LISTEN": f"127.0.0.1:{grpc_port}", "MUXTUNE_PROMETHEUS_PORT": str(metrics_port)}
         if service == "admission":
             own["MUXTUNE_INTERNAL_LISTEN"] = f"127.0.0.1:{self.internal_port}"
+        if service == "execution":
+            own["MUXTUNE_CALIBRATION_SECONDS"] = "0.1"
         return self.outside(own | {"MUXTUNE_CERTS": str(self.certs(service))})
 
     def operator(self) -> dict[str, str]:

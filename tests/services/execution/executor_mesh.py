@@ -294,6 +294,7 @@ async def running_mesh(folder: Path, backbone: Path, **overrides: Any) -> AsyncI
             "backbone": f"tiny={backbone}",
             "num_threads": 1,
             "checkpoint_steps": 2,
+            "calibration_seconds": 0.1,
             **overrides,
         }
     )
