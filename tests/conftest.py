@@ -1,10 +1,26 @@
-"""How the tests run as a whole: their threads, and how much is drawn by hypothesis."""
+"""How the tests run as a whole: their threads, how much is drawn by hypothesis, and clients that try again at once."""
 
+import copy
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: pytest's workers are the ones to share cores
 
+import pytest
 from hypothesis import settings
+
+from muxtune import aio, client, transport
 
 settings.register_profile("thorough", deadline=None)  # `make test-all`; see tests/thoroughness.py
 settings.register_profile("default", deadline=None)
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many attempts as ever, milliseconds apart."""
+    policy = copy.deepcopy(transport._RETRY_POLICY)
+    policy["methodConfig"][0]["retryPolicy"] |= {"initialBackoff": "0.01s", "maxBackoff": "0.01s"}  # type: ignore[index]
+    monkeypatch.setattr(transport, "_OPTIONS", [("grpc.service_config", json.dumps(policy)), *transport._OPTIONS[1:]])
+    backoffs = [None if seconds is None else 0.01 for seconds in transport.STREAM_BACKOFFS_SECONDS]
+    for module in (transport, client, aio):
+        monkeypatch.setattr(module, "STREAM_BACKOFFS_SECONDS", tuple(backoffs))

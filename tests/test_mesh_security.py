@@ -121,6 +121,7 @@ def test_a_service_is_no_tenant_whatever_key_it_brings(mesh: Mesh) -> None:
                 assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED, name
 
 
+@pytest.mark.usefixtures("quick_retries")
 def test_a_client_that_does_not_know_the_ca_sends_no_key(mesh: Mesh, tmp_path: Path) -> None:
     issue(tmp_path)
     for ca in (None, tmp_path / "ca.crt"):

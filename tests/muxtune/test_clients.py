@@ -54,6 +54,7 @@ def test_the_two_clients_are_twins() -> None:
     assert face(Client) == face(AsyncClient)
 
 
+@pytest.mark.usefixtures("quick_retries")
 @pytest.mark.parametrize("kind", all_errors(), ids=lambda kind: kind.__name__)
 async def test_every_domain_error_arrives_as_its_namesake(
     call: Either, admission: Admission, kind: type[engine.errors.MuxtuneError]
@@ -133,6 +134,7 @@ async def test_a_watch_begins_where_it_is_told(call: Either, admission: Admissio
     assert (await call("wait_task", NAME)).state == task_pb2.TASK_STATE_SUCCEEDED
 
 
+@pytest.mark.usefixtures("quick_retries")
 async def test_nobody_there_is_said_and_not_waited_for(tmp_path: Path) -> None:
     with Client("127.0.0.1:1", KEY) as client:
         async with AsyncClient("127.0.0.1:1", KEY) as asynchronous:

@@ -17,6 +17,7 @@ from muxtune.errors import UnavailableError, from_rpc_error
 from muxtune.local.certificate_authority import issue
 from services.rpc.certificates import Certificates
 
+pytestmark = pytest.mark.usefixtures("quick_retries")
 CA_REMEDY = r"Set MUXTUNE_CA .*certs/ca\.crt"
 
 
