@@ -194,9 +194,9 @@ def test_an_executor_stopped_past_its_lease_changes_nothing_when_it_goes_on(
         until_step(client, name, 20)
         os.kill(server, signal.SIGCONT)
         events = check(client, name, expected, tmp_path / "adapter")
-    assert "lease ran out" in messages(events)
+    assert "lease expired" in messages(events)
     log = mesh.log_of("execution").read_text()
-    assert "lease ran out" in log or "does not hold lease" in log
+    assert "The lease expired" in log or "does not hold the lease" in log
     until_registered(client)
     check(client, client.create_task(spec(dataset, 3)).name, expected, tmp_path / "after")  # it serves again
 
@@ -218,7 +218,7 @@ def test_an_executor_cut_off_past_its_lease_gives_its_tasks_up_and_comes_back(
     until_step(client, name, 12)
     proxies.tell("hold")  # and nobody hears of it but by the lease
     for event in client.watch_task(name):
-        if "lease ran out" in event.state_changed.message:
+        if "lease expired" in event.state_changed.message:
             break
     proxies.tell("heal")
     events = check(client, name, expected, tmp_path / "adapter")
@@ -317,7 +317,7 @@ def test_a_task_that_kills_its_executor_fails_alone(
             os.kill(trainer_of(mesh), signal.SIGKILL)
             until_away(mesh)
         time.sleep(_POLL_SECONDS)
-    assert "it was alone" in client.get_task(poison).failure.message  # after two deaths, or more with both there
+    assert "with no other task" in client.get_task(poison).failure.message  # after two deaths, or more with both there
     check(client, good, expected, tmp_path / "adapter")
 
 
