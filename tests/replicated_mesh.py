@@ -122,15 +122,15 @@ class ReplicatedMesh:
     def await_serving(self, *names: str) -> None:
         _await(lambda: all(self.is_serving(name) for name in names), f"{names} to serve")
 
-    def await_keeper(self, *among: str) -> str:
-        """The one that keeps the ledger."""
+    def await_leader(self, *among: str) -> str:
+        """Return the replica that leads the ledger."""
         found: list[str] = []
 
         def look() -> bool:
             found[:] = [name for name in among or NAMES if self.is_serving(name, LEDGER_SERVICE)]
             return len(found) == 1
 
-        _await(look, f"one of {among or NAMES} to keep the ledger")
+        _await(look, f"one of {among or NAMES} to lead the ledger")
         return found[0]
 
 

@@ -69,7 +69,7 @@ def test_killed_paused_cut_and_restarted_at_random_nothing_is_lost(
         for peril in each_once + chance.choices(_PERILS, k=NUM_PERILS - len(_PERILS)):
             load.begin()
             time.sleep(chance.uniform(0, 2.0))
-            print(f"{peril.__name__} at {time.monotonic():.1f} s, {mesh.await_keeper()} keeps the ledger", flush=True)
+            print(f"{peril.__name__} at {time.monotonic():.1f} s, {mesh.await_leader()} leads the ledger", flush=True)
             peril(mesh, chance)
         for name in NAMES:
             mesh.await_serving(name)
@@ -81,23 +81,23 @@ def test_killed_paused_cut_and_restarted_at_random_nothing_is_lost(
         assert load.datasets.items() <= stored.items()
 
 
-def _kill_keeper(mesh: ReplicatedMesh, chance: random.Random) -> None:
-    mesh.kill(mesh.await_keeper())
+def _kill_leader(mesh: ReplicatedMesh, chance: random.Random) -> None:
+    mesh.kill(mesh.await_leader())
 
 
 def _kill_either(mesh: ReplicatedMesh, chance: random.Random) -> None:
     mesh.kill(chance.choice(NAMES))
 
 
-def _pause_keeper(mesh: ReplicatedMesh, chance: random.Random) -> None:
-    keeper = mesh.await_keeper()
-    (other,) = set(NAMES) - {keeper}
-    mesh.signal(keeper, signal.SIGSTOP)
+def _pause_leader(mesh: ReplicatedMesh, chance: random.Random) -> None:
+    leader = mesh.await_leader()
+    (other,) = set(NAMES) - {leader}
+    mesh.signal(leader, signal.SIGSTOP)
     try:
-        mesh.await_keeper(other)
+        mesh.await_leader(other)
         time.sleep(chance.uniform(0, 1.0))
     finally:
-        mesh.signal(keeper, signal.SIGCONT)
+        mesh.signal(leader, signal.SIGCONT)
 
 
 def _cut_sessions(mesh: ReplicatedMesh, chance: random.Random) -> None:
@@ -127,7 +127,7 @@ def _restart(mesh: ReplicatedMesh, chance: random.Random) -> None:
 
 
 _PERILS: list[Callable[[ReplicatedMesh, random.Random], None]] = [
-    _kill_keeper, _kill_either, _pause_keeper, _cut_sessions, _cut_everything, _kill_at_commit, _restart,
+    _kill_leader, _kill_either, _pause_leader, _cut_sessions, _cut_everything, _kill_at_commit, _restart,
 ]  # fmt: skip
 
 
@@ -152,16 +152,16 @@ class Watch:
         return self.events
 
 
-def test_while_the_keeper_is_paused_all_goes_on_and_what_it_does_late_counts_for_nothing(
+def test_while_the_leader_is_paused_all_goes_on_and_what_it_does_late_counts_for_nothing(
     mesh: ReplicatedMesh, expected: list[Outcome], tmp_path: Path
 ) -> None:
     mesh.await_serving(*NAMES)
-    keeper = mesh.await_keeper()
-    (other,) = set(NAMES) - {keeper}
-    with _ledger_at(mesh, keeper) as ledger, mesh.client() as both, mesh.client(other) as client:
+    leader = mesh.await_leader()
+    (other,) = set(NAMES) - {leader}
+    with _ledger_at(mesh, leader) as ledger, mesh.client() as both, mesh.client(other) as client:
         created = both.create_task(specs(ROWS_NAME)[0]).name
         watches = [Watch(both, created) for _ in range(2)]  # calls take turns: one at each
-        mesh.signal(keeper, signal.SIGSTOP)
+        mesh.signal(leader, signal.SIGSTOP)
         try:
             late = ledger.PutLease.future(_lease_of("executors/late"), timeout=300)  # waits at the paused one's door
             found = outcome(client, created, tmp_path, Patience())
@@ -170,11 +170,11 @@ def test_while_the_keeper_is_paused_all_goes_on_and_what_it_does_late_counts_for
             assert {both.get_task(created).state for _ in range(4)} == {task_pb2.TASK_STATE_SUCCEEDED}
             assert not late.done()
         finally:
-            mesh.signal(keeper, signal.SIGCONT)
+            mesh.signal(leader, signal.SIGCONT)
         check(found, expected[0], may_be_cancelled=False)
         check(again, expected[1], may_be_cancelled=False)
         assert late.code() is grpc.StatusCode.UNAVAILABLE, late
-        mesh.await_keeper(other)
+        mesh.await_leader(other)
         with mesh.postgres() as connection:
             stored = connection.execute("SELECT count(*) FROM executors WHERE name = 'executors/late'").fetchone()
         assert stored == (0,)
@@ -209,13 +209,13 @@ def test_the_command_takes_both_addresses(mesh: ReplicatedMesh) -> None:
         assert ROWS_NAME in listed
         keys = _command(["key", "ls", "--json"], operator | {"MUXTUNE_CERTS": str(mesh.mesh.certs / "operator")})
         assert mesh.mesh.api_key.split("_")[1] in keys
-        assert _keeps_by_command(mesh, (set(NAMES) - {name}).pop())
+        assert _leads_by_command(mesh, (set(NAMES) - {name}).pop())
         mesh.start(name)
 
 
-def _keeps_by_command(mesh: ReplicatedMesh, name: str) -> bool:
-    """What an operator asks to find the keeper; once there is one."""
-    mesh.await_keeper(name)
+def _leads_by_command(mesh: ReplicatedMesh, name: str) -> bool:
+    """Return whether the replica leads, as an operator finds out by command."""
+    mesh.await_leader(name)
     certs = {"MUXTUNE_CERTS": str(mesh.mesh.certs / "operator")}
     command = [sys.executable, "-m", "services.rpc.health", mesh.internal[name], "admission", LEDGER_SERVICE]
     return subprocess.run(command, env={**os.environ, **certs}, check=False).returncode == 0

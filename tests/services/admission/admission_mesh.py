@@ -1,4 +1,4 @@
-"""Admission's three services behind their gate on loopback, with the real alignment service behind them.
+"""Runs admission's services on loopback behind their interceptor, with the real alignment service behind them.
 
 What outlives a restart (database, artifacts, alignment) lies in `Admission`; the service itself can be stopped and
 started again at will. Callers use the generated stubs and get gRPC's own statuses.
@@ -70,7 +70,7 @@ TEN_ROWS = lines(ROWS)
 
 
 class Caller:
-    """A generated stub that carries a key, with a deadline on every call."""
+    """Wraps a generated stub: every call carries a key and a deadline."""
 
     def __init__(self, stub: Any, token: str) -> None:
         self._stub, self._metadata = stub, (("authorization", f"Bearer {token}"),)
@@ -97,7 +97,7 @@ class Clock:
 
 @dataclass
 class Refusal:
-    """What a call was refused with."""
+    """Holds the status and the details of a refused call."""
 
     message: str = ""
     details: list[Message] = field(default_factory=list)
@@ -110,7 +110,7 @@ class Refusal:
 
 @contextmanager
 def refused(code: grpc.StatusCode, reason: str) -> Iterator[Refusal]:
-    """The block must end with this status and this ErrorInfo reason."""
+    """Check that the block ends with this status and this ErrorInfo reason."""
     refusal = Refusal()
     with pytest.raises(grpc.RpcError) as caught:
         yield refusal
@@ -134,7 +134,7 @@ def refused(code: grpc.StatusCode, reason: str) -> Iterator[Refusal]:
 
 @dataclass
 class Alignment:
-    """The real service; `inspecting` may hold its answers back."""
+    """Runs the real alignment service."""
 
     servicer: AlignmentServicer
     server: grpc.aio.Server
@@ -153,7 +153,7 @@ class Alignment:
 
 
 class Admission:
-    """The service under test. `clock` drives its leases."""
+    """Runs the service under test; `clock` drives its leases."""
 
     def __init__(self, database_url: str, folder: Path, alignment: str) -> None:
         self.database_url, self.folder, self.clock, self.quota = database_url, folder, Clock(), 1000
@@ -170,8 +170,8 @@ class Admission:
         alignment = alignment_pb2_grpc.AlignmentServiceStub(self._to_alignment)
         quota = DefaultQuota(self.quota, PlannerConfig(256, 1))
         self.key_store, ledger = KeyStore(self.database), LedgerServicer(self.notifier, lambda names: None)
-        self._keeping = ExitStack()
-        self._keeping.enter_context(ledger.serve_ledger(Ledger(self.database, self.clock, quota=quota.to_proto())))
+        self._serving = ExitStack()
+        self._serving.enter_context(ledger.serve_ledger(Ledger(self.database, self.clock, quota=quota.to_proto())))
         self.admitter = AdmissionController(self.database, self.artifacts, alignment, quota)
         self.limits = LimitsWatcher(self.database, quota.to_proto(), self.notifier)
         servicer = self.servicer = AdmissionServicer(
@@ -198,10 +198,10 @@ class Admission:
         self.started.set()
 
     async def stop(self) -> None:
-        """As SIGTERM ends it: watchers are sent away, then the server stops."""
+        """Stop as on SIGTERM: end the watches, then stop the server."""
         self.started.clear()
         self.notifier.close()
-        self._keeping.close()
+        self._serving.close()
         await self._server.stop(TIMEOUT_SECONDS)
         await self._to_alignment.close()
         self.database.close()
@@ -211,13 +211,13 @@ class Admission:
         await self.start()
 
     async def close(self) -> None:
-        """Channels last: closing one cancels the calls that a stopped server would have answered."""
+        """Stop, then close the channels: closing them first would cancel calls that the server still answers."""
         await self.stop()
         for channel in self._channels:
             await channel.close()
 
     def tenant(self, name: str = "acme") -> Any:
-        """AdmissionService as `tenants/{name}` calls it."""
+        """Return AdmissionService with a key of `tenants/{name}`."""
         if name not in self._keys:
             self._keys[name] = self.key_store.create(f"tenants/{name}", None)[1]
         return self.with_token(self._keys[name])
@@ -239,11 +239,11 @@ class Admission:
         return self._channel
 
     def files(self) -> list[str]:
-        """Every file of the artifact store, committed or not."""
+        """Return all files of the artifact store, committed or not."""
         return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
 
     def num_rows(self) -> dict[str, int]:
-        """Rows by table, keys and the audit log left out."""
+        """Return the number of rows by table, without keys and the audit log."""
         with self.database.read() as connection:
             counts = {
                 table.name: connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()
@@ -254,7 +254,7 @@ class Admission:
         return counts
 
     async def upload(self, data: bytes = TEN_ROWS, dataset_id: str = "", **options: Any) -> Any:
-        """The dataset, uploaded by the tenant acme."""
+        """Upload a dataset as the tenant acme."""
         return (await self.tenant().UploadDataset(dataset_parts(data, dataset_id, **options))).dataset
 
     async def create(self, dataset: str, task_id: str = "", **options: Any) -> task_pb2.Task:
@@ -262,12 +262,12 @@ class Admission:
         return (await self.tenant().CreateTask(request)).task
 
     async def register(self, name: str = "executors/one", incarnation: str = "i1", seconds: int = 30) -> int:
-        """Its lease term."""
+        """Register an executor; return its lease term."""
         term: int = (await self.ledger().PutLease(lease(executor(name, incarnation), seconds))).lease_term
         return term
 
     async def run(self, *tasks: str, lease_term: int = 1, executor: str = "executors/one") -> list[int]:
-        """Plans the tasks on the executor, all else as the snapshot says; the attempts."""
+        """Commit a plan that starts the tasks on the executor; return their attempts."""
         snapshot = await self.ledger().GetSnapshot(ledger_pb2.GetSnapshotRequest())
         seen = {found.task.name: found.task.attempt for found in snapshot.tasks}
         starts = [ledger_pb2.AttemptStart(task=task, expected_attempt=seen[task]) for task in tasks]
@@ -277,7 +277,7 @@ class Admission:
         return list((await self.ledger().CommitPlan(request)).attempts)
 
     async def commit(self, *results: Any, lease_term: int = 1, executor: str = "executors/one") -> list[str]:
-        """The verdicts, without their prefix."""
+        """Commit results; return the verdicts without their prefix."""
         request = ledger_pb2.CommitResultsRequest(executor=executor, lease_term=lease_term, results=results)
         verdicts = (await self.ledger().CommitResults(request)).verdicts
         return [ledger_pb2.ResultVerdict.Name(v).removeprefix("RESULT_VERDICT_") for v in verdicts]
@@ -287,7 +287,7 @@ class Admission:
         return str(task_pb2.TaskState.Name(found)).removeprefix("TASK_STATE_")
 
     async def events(self, task: str, after: int = 0) -> list[task_pb2.TaskEvent]:
-        """All there are of a task that has ended."""
+        """Return all events of a task that has ended."""
         watch = self.tenant().WatchTask(pb.WatchTaskRequest(name=task, after_sequence=after))
         return [answer.event async for answer in watch]
 
@@ -295,7 +295,7 @@ class Admission:
 def dataset_parts(
     data: bytes, dataset_id: str = "", *, request_id: str = "", parent: str = "", chunk_bytes: int = 100, **file: Any
 ) -> Iterator[pb.UploadDatasetRequest]:
-    """An upload as it should be; `size_bytes` and `sha256` may lie."""
+    """Yield the messages of a valid upload; `size_bytes` and `sha256` may be replaced by wrong ones."""
     header = artifact_pb2.UploadHeader(id=dataset_id, request_id=request_id, parent=parent)
     yield pb.UploadDatasetRequest(header=header)
     announced = {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **file}
@@ -306,7 +306,7 @@ def dataset_parts(
 
 
 def adapter_files(rank: int = 4, alpha: float = 8, fill: int = 0) -> dict[str, bytes]:
-    """A PEFT folder of one tensor, the safetensors format written by hand."""
+    """Return the files of a PEFT adapter of one tensor, with safetensors written by hand."""
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj"]}
     header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     weights = len(header).to_bytes(8, "little") + header + bytes([fill]) * 8
@@ -327,7 +327,7 @@ def adapter_parts(
 
 
 def spec(dataset: str, **changes: Any) -> task_pb2.TaskSpec:
-    """A LoRA task of four steps on the backbone "tiny". Keywords of Training go there, others to the spec."""
+    """Return a LoRA task of four steps on the backbone "tiny". Keywords replace fields of the training or the spec."""
     training: dict[str, Any] = {
         "learning_rate": 0.01,
         "num_steps": 4,
@@ -350,7 +350,7 @@ def spec(dataset: str, **changes: Any) -> task_pb2.TaskSpec:
 def executor(
     name: str = "executors/one", incarnation: str = "i1", memory_bytes: int = 1 << 30, lease_term: int = 0
 ) -> plan_pb2.Executor:
-    """One that hosts "tiny", two layers of two operators."""
+    """Return an executor of the backbone "tiny", which has two layers of two operators."""
     modules = [
         plan_pb2.AdaptableModule(name=f"model.layers.{layer}.self_attn.{part}_proj", in_features=32, out_features=32)
         for layer in range(2)

@@ -1,4 +1,4 @@
-"""Admission on SQLite, and on PostgreSQL where a module asks for both."""
+"""Fixtures: admission on SQLite, and on PostgreSQL where a module needs both."""
 
 import shutil
 from collections.abc import AsyncIterator, Iterator
@@ -24,7 +24,7 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture(scope="session")
 def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database's file with all tables and no row."""
+    """Return the file of a database with all tables and no rows."""
     path = tmp_path_factory.mktemp("migrated") / "muxtune.db"
     migrate(f"sqlite:///{path}")
     return path
@@ -32,7 +32,7 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def migrated_postgresql(postgres: Postgres) -> str:
-    """The URL of a database with all tables and no row."""
+    """Return the URL of a database with all tables and no rows."""
     url = postgres.new_database()
     migrate(url)
     return url
@@ -46,8 +46,8 @@ def migrate(url: str) -> None:
 
 @pytest.fixture
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A copy of a migrated database: SQLite's in a file; `parametrize("database_url", DATABASES, indirect=True)` takes
-    PostgreSQL as well."""
+    """Return the URL of a copy of a migrated database: SQLite in a file, or PostgreSQL as well by
+    `parametrize("database_url", DATABASES, indirect=True)`."""
     if getattr(request, "param", "sqlite") == "postgresql":
         url: str = request.getfixturevalue("postgres").new_database(request.getfixturevalue("migrated_postgresql"))
         return url
@@ -69,7 +69,7 @@ async def alignment(tmp_path: Path, tokenizer: Path) -> AsyncIterator[Alignment]
 
 @pytest.fixture
 async def admission(database_url: str, tmp_path: Path, alignment: Alignment) -> AsyncIterator[Admission]:
-    """With one executor of the backbone "tiny" registered: executors/one, lease term 1."""
+    """Run admission with one executor of the backbone "tiny" registered: executors/one, lease term 1."""
     running = Admission(database_url, tmp_path / "artifacts", alignment.address)
     await running.start()
     await running.register()

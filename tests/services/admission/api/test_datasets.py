@@ -1,4 +1,4 @@
-"""Datasets, adapters and backbones over the wire; and who may name what."""
+"""RPCs of datasets, adapters and backbones, and the names that each tenant may use."""
 
 import asyncio
 import hashlib
@@ -36,7 +36,7 @@ PRECONDITION, LOST = grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DATA_L
 
 
 async def download(admission: Admission, name: str) -> dict[str, bytes]:
-    """The files, checked as a client should: in order, size and SHA-256 as announced."""
+    """Download an adapter, checking order, size and SHA-256 as a client should."""
     files: dict[str, bytes] = {}
     headers: dict[str, Any] = {}
     last = ""
@@ -242,7 +242,7 @@ async def test_a_drained_executor_is_told_to_scheduling(admission: Admission) ->
 
 
 def every_call_that_names(name: str) -> list[tuple[str, Any]]:
-    """The RPCs of AdmissionService that name a resource, with the name given in that field."""
+    """Return requests of all RPCs of AdmissionService that name a resource, with this name."""
     return [
         ("GetTask", pb.GetTaskRequest(name=name)),
         ("WatchTask", pb.WatchTaskRequest(name=name)),

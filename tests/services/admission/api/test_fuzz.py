@@ -1,4 +1,4 @@
-"""Nonsense by hypothesis at every RPC of admission: a fair refusal each time, no bug's INTERNAL, no hang, no flood."""
+"""Hypothesis sends nonsense to every RPC of admission: each call is refused, none ends as INTERNAL or hangs."""
 
 import grpc
 import pytest
@@ -25,7 +25,7 @@ NAMES = ["tenants/acme", "tenants/acme/tasks/t", "tenants/acme/datasets/d", "ten
 
 
 async def furnish(admission: Admission) -> str:
-    """Something to stumble over; the tenant's key."""
+    """Create resources that requests may hit; return the tenant's key."""
     dataset = await admission.upload(TEN_ROWS, "d")
     await admission.create(dataset.name, "t")
     await admission.tenant().UploadAdapter(adapter_parts(adapter_files(), "a"))
@@ -67,7 +67,7 @@ async def prepared(admission: Admission, method: MethodDescriptor) -> str:
 @FUZZING
 @given(data=st.data())
 async def test_a_right_request_with_one_wrong_field(admission: Admission, data: st.DataObject) -> None:
-    """Nonsense rarely gets past the first check; a good task with something odd in it goes as far as it can."""
+    """Nonsense rarely passes the first check; a valid task with one odd field gets further."""
     await prepared(admission, METHODS[0])
     good = spec("tenants/acme/datasets/d")
     odd = data.draw(messages(good.DESCRIPTOR, NAMES))

@@ -1,4 +1,4 @@
-"""Tasks over the wire: created, read, listed, estimated, cancelled; and every way in which they are refused."""
+"""RPCs of tasks: create, get, list, estimate and cancel, and all refusals."""
 
 import asyncio
 import base64
@@ -32,7 +32,7 @@ both = pytest.mark.parametrize("database_url", DATABASES, indirect=True)
 
 
 async def names_of(admission: Admission, **filters: Any) -> list[list[str]]:
-    """Pages of names."""
+    """Return the names of all pages."""
     pages, token = [], ""
     while True:
         answer = await admission.tenant().ListTasks(pb.ListTasksRequest(page_token=token, **filters))
@@ -79,7 +79,7 @@ async def test_an_estimate_warns_of_rows_that_spell_special_tokens(admission: Ad
 
 
 async def test_an_estimate_of_seconds_is_the_cost_models(admission: Admission) -> None:
-    """Four steps, each a fixed cost and its tokens; of two executors the faster's."""
+    """The estimate is four steps of a fixed cost and their tokens, on the faster of two executors."""
     dataset, asked = await admission.upload(), pb.EstimateTaskRequest(spec=spec("tenants/acme/datasets/d"))
     asked.spec.dataset = dataset.name
     for name, fixed in (("executors/one", 3.0), ("executors/two", 5.0)):
@@ -118,7 +118,7 @@ async def test_tasks_made_while_pages_are_read_disturb_none(admission: Admission
 
 
 def forged(token: str, **changes: Any) -> str:
-    """The token with some of its parts replaced."""
+    """Return the token with some parts replaced."""
     created, name, bound = json.loads(base64.urlsafe_b64decode(token))
     parts = {"created": created, "name": name, "bound": bound, **changes}
     return base64.urlsafe_b64encode(json.dumps(list(parts.values())).encode()).decode()

@@ -1,5 +1,5 @@
-"""Two tenants, every RPC: nothing of one reaches the other, in answers, error texts, logs or spans; and another's name
-and one that does not exist cost and answer alike (AIP-211)."""
+"""Two tenants call every RPC: nothing of one reaches the other in responses, error texts, logs or spans. The name of
+another tenant's resource and a missing name cost the same and get the same response (AIP-211)."""
 
 import logging
 from collections.abc import AsyncIterator, Iterator
@@ -50,7 +50,7 @@ class Two:
 
 @pytest.fixture
 async def two(admission: Admission) -> AsyncIterator[Two]:
-    """The rival has a dataset, a running task beside one of acme's, an adapter it uploaded and one it trained."""
+    """Create two tenants. The rival has a dataset, a running task beside one of acme's, and two adapters."""
     rival = admission.tenant("rival")
     rows = lines([{"text": f"{ROW_OF_RIVAL} " * 4}] * 5)
     dataset = (await rival.UploadDataset(dataset_parts(rows, "wombat-data"))).dataset.name
@@ -69,7 +69,7 @@ async def two(admission: Admission) -> AsyncIterator[Two]:
 
 
 def leaks(text: str, sent: Any) -> list[str]:
-    """What of the rival's stands in the text and was not in the request already."""
+    """Return strings of the rival that are in the text and not in the request."""
     asked = str(sent)
     secrets = (ROW_OF_RIVAL, LABEL_OF_RIVAL, "wombat", "rival", "running")
     return [word for word in secrets if word in text and word not in asked]
@@ -96,7 +96,7 @@ async def test_whatever_is_asked_nothing_of_the_other_tenant_is_told(
 
 
 def names_in(message: Message) -> Iterator[str]:
-    """Values of every `name`, `dataset`, `adapter`, `initial_adapter` and `task` in it."""
+    """Yield the values of all fields `name`, `dataset`, `adapter`, `initial_adapter` and `task`."""
     for field, value in message.ListFields():
         parts = value if field.is_repeated else [value]
         for part in parts:
@@ -108,7 +108,7 @@ def names_in(message: Message) -> Iterator[str]:
 
 @contextmanager
 def statements(admission: Admission) -> Iterator[list[str]]:
-    """The SQL of the block but the audit log's own, and the key's, read once a second whatever is named."""
+    """Record the block's SQL without that of the audit log and of the key, which is read once a second."""
     found: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
@@ -123,8 +123,8 @@ def statements(admission: Admission) -> Iterator[list[str]]:
         sa.event.remove(engine, "before_cursor_execute", note)
 
 
-def asking(kind: str, name: str) -> Iterator[tuple[str, Message]]:
-    """Every RPC with that name in it, wherever a name can stand."""
+def requests_naming(kind: str, name: str) -> Iterator[tuple[str, Message]]:
+    """Yield requests of every RPC with that name, in every field that takes a name."""
     if kind == "tasks":
         yield "GetTask", pb.GetTaskRequest(name=name)
         yield "WatchTask", pb.WatchTaskRequest(name=name)
@@ -153,11 +153,13 @@ def asking(kind: str, name: str) -> Iterator[tuple[str, Message]]:
 
 @pytest.mark.parametrize("there", THEIRS)
 async def test_anothers_name_and_a_missing_one_cost_and_answer_alike(two: Two, there: str) -> None:
-    """The same status, the same text but for the name, the same statements to the database, one after the other."""
+    """Status, text (but for the name) and the sequence of database statements are the same."""
     kind = ([*there.split("/"), "", "parent"])[2] or "parent"
     missing = there.replace("wombat", "vombat") if "wombat" in there else "tenants/nobody"
     number = 0
-    for (name, asked), (_, asked_missing) in zip(asking(kind, there), asking(kind, missing), strict=True):
+    for (name, asked), (_, asked_missing) in zip(
+        requests_naming(kind, there), requests_naming(kind, missing), strict=True
+    ):
         method = next(m for m in METHODS if m.name == name)
         answers = []
         for sent, said in ((asked, there), (asked_missing, missing)):
@@ -180,7 +182,7 @@ async def test_anothers_name_and_a_missing_one_cost_and_answer_alike(two: Two, t
 )  # fmt: skip
 async def test_what_is_no_name_of_ours_is_nobodys(two: Two, name: str) -> None:
     before = two.admission.files()
-    for method, sent in asking("tasks", name):
+    for method, sent in requests_naming("tasks", name):
         code, _, _ = await two.ask(next(m for m in METHODS if m.name == method), sent)
         assert code is grpc.StatusCode.PERMISSION_DENIED
     assert two.admission.files() == before
@@ -206,7 +208,7 @@ async def test_a_request_id_of_another_tenant_is_new_here(two: Two) -> None:
 
 
 async def test_the_bytes_of_a_dataset_are_no_way_to_anothers(two: Two) -> None:
-    """Addressed by its hash, under the tenant: who knows the hash has nothing, and who has the bytes learns nothing."""
+    """Bytes are addressed by tenant and hash: the hash or the bytes of another tenant's dataset give nothing."""
     theirs = await two.admission.tenant("rival").GetDataset(
         pb.GetDatasetRequest(name="tenants/rival/datasets/wombat-data")
     )

@@ -1,4 +1,4 @@
-"""Who a token makes its bearer: API keys by role, tokens of an identity provider, and how often a tenant may call."""
+"""Authentication by API keys and by tokens of an identity provider; the rate limit of a tenant."""
 
 import base64
 import http.server
@@ -33,7 +33,7 @@ RSA_KEY, EC_KEY = rsa.generate_private_key(65537, 2048), ec.generate_private_key
 
 
 def jwks(**keys: Any) -> str:
-    """The public halves, as an issuer publishes them."""
+    """Return the public keys as an issuer publishes them."""
     algorithms = {"rsa": jwt.algorithms.RSAAlgorithm, "ec": jwt.algorithms.ECAlgorithm}
     found = []
     for key_id, key in keys.items():
@@ -110,7 +110,7 @@ def test_a_forged_token_is_nobodys_and_all_answer_alike(provider: OidcProvider, 
 def test_the_operator_is_told_why_and_no_more_than_now_and_then(
     provider: OidcProvider, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing of the token is: it may be whole, and good elsewhere."""
+    """The log holds no part of the token, which may be valid elsewhere."""
     verifier = TokenVerifier(provider)
     for _ in range(20):
         for forged in (token(aud="secret-audience"), token(iss="https://secret.example"), token(tenant="Secret Inc.")):

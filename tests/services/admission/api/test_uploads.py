@@ -1,4 +1,4 @@
-"""Hostile uploads: each has its precise status and leaves neither row nor file."""
+"""Hostile uploads end with a precise status and leave neither rows nor files."""
 
 import asyncio
 import hashlib
@@ -39,7 +39,7 @@ Parts = Iterable[Any]
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where uploads wait until they are whole."""
+    """Return the folder of incomplete uploads."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -113,21 +113,21 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
 
 
 class Untouched:
-    """What the store holds must be afterwards what it was before."""
+    """Checks that the block leaves the store as it was."""
 
     def __init__(self, admission: Admission, temporary: Path) -> None:
         self._admission, self._temporary = admission, temporary
 
-    def look(self) -> tuple[Any, ...]:
+    def snapshot(self) -> tuple[Any, ...]:
         return self._admission.num_rows(), self._admission.files(), sorted(self._temporary.iterdir())
 
     def __enter__(self) -> None:
-        self._before = self.look()
+        self._before = self.snapshot()
         assert not self._before[2]
 
     def __exit__(self, *exception: object) -> None:
         if exception[0] is None:
-            assert self.look() == self._before
+            assert self.snapshot() == self._before
 
 
 @pytest.mark.parametrize("case", OUT_OF_ORDER)
@@ -196,7 +196,7 @@ async def test_a_client_that_leaves_midway(admission: Admission, temporary: Path
 
     untouched, tenant = Untouched(admission, temporary), admission.tenant()
     with untouched:
-        before = untouched.look()
+        before = untouched.snapshot()
         if kind == "dataset":
             method, parts = tenant.UploadDataset, half(dataset_parts(TEN_ROWS))
         else:
@@ -212,13 +212,13 @@ async def test_a_client_that_leaves_midway(admission: Admission, temporary: Path
                 await call
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
         async with asyncio.timeout(TIMEOUT_SECONDS):
-            while untouched.look() != before:
+            while untouched.snapshot() != before:
                 await tenant.ListDatasets(pb.ListDatasetsRequest())
     assert (await admission.upload()).num_rows == 10
 
 
 async def test_a_refusal_comes_while_the_client_still_sends(admission: Admission, temporary: Path) -> None:
-    """The first chunk is wrong already; the client never gets to its end."""
+    """The first chunk is wrong; the client never reaches its end."""
     never = asyncio.Event()
 
     async def endless() -> AsyncIterator[Any]:
@@ -283,7 +283,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def broken_adapters() -> Iterator[tuple[str, str, Parts]]:
-    """(case, reason, parts)"""
+    """Yield (case, reason, parts) of adapter uploads that must be refused."""
     good = list(adapter_parts(adapter_files()))
     first_chunk = good[2]
     yield "nothing", "INVALID_INPUT", []

@@ -1,4 +1,4 @@
-"""Watching a task: every event once, in order, from any sequence, whatever happens meanwhile."""
+"""A watch shows every event once, in order, from any sequence number, whatever happens meanwhile."""
 
 import asyncio
 import random
@@ -37,7 +37,7 @@ async def running_task(admission: Admission) -> str:
 
 
 class Watcher:
-    """Reads a task's events as they come; called again from the last sequence whenever the stream breaks."""
+    """Reads a task's events; watches again from the last sequence number whenever the stream breaks."""
 
     def __init__(self, admission: Admission, task: str, after: int = 0) -> None:
         self.events: list[task_pb2.TaskEvent] = []
@@ -71,7 +71,7 @@ class Watcher:
             await self._changed.wait_for(lambda: any(e.state_changed.state == number for e in self.events))
 
     async def ended(self) -> list[int]:
-        """The sequences seen, once the stream has ended by itself."""
+        """Wait for the end of the stream; return the sequence numbers seen."""
         await asyncio.wait_for(self._reading, TIMEOUT_SECONDS)
         return [event.sequence for event in self.events]
 
@@ -142,7 +142,7 @@ async def test_watchers_go_on_over_a_restart(admission: Admission) -> None:
 async def test_a_commit_whose_caller_is_gone_meanwhile_reaches_the_watchers(
     admission: Admission, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The scheduler was killed while admission wrote its last results: their watchers once waited for ever."""
+    """Watchers once waited forever when the scheduler was killed while admission stored its last results."""
     task = await running_task(admission)
     watcher = Watcher(admission, task)
     await watcher.has(2)
@@ -170,7 +170,7 @@ async def test_a_commit_whose_caller_is_gone_meanwhile_reaches_the_watchers(
 async def test_a_watcher_that_does_not_read_holds_no_memory_and_misses_nothing(
     admission: Admission, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Events of 24 MB, of which it reads one: the service takes a few more out of its database, and then none."""
+    """The watcher reads one of 24 MB of events; the service reads a few more from its database, then none."""
     num_events, task = 3000, await running_task(admission)
     with admission.database.write() as connection:
         for _ in range(num_events - 2):
@@ -230,7 +230,7 @@ async def let_lease_expire_and_renew_another(admission: Admission) -> None:
     await admission.ledger().GetSnapshot(ledger_pb2.GetSnapshotRequest())
 
 
-async def start_anew(admission: Admission) -> None:
+async def restart_executor(admission: Admission) -> None:
     await admission.ledger().PutLease(lease(executor(incarnation="i2")))
 
 
@@ -239,14 +239,14 @@ async def revoke_all(admission: Admission) -> None:
     assert (await admission.ledger().RevokeAttempts(request)).num_revoked == 1
 
 
-LOSSES = [end_lease, let_lease_expire, let_lease_expire_and_renew_another, start_anew, revoke_all]
+LOSSES = [end_lease, let_lease_expire, let_lease_expire_and_renew_another, restart_executor, revoke_all]
 
 
 @pytest.mark.parametrize("lose", LOSSES, ids=lambda lose: lose.__name__)
 async def test_watchers_hear_when_a_task_loses_its_executor(
     admission: Admission, lose: Callable[[Admission], Awaitable[None]]
 ) -> None:
-    """QUEUED again; and a task being cancelled with nothing trained has ended: its watchers must too."""
+    """The task is QUEUED again; a task that was being cancelled with nothing trained ends, and its watches do, too."""
     task = await running_task(admission)
     watcher = Watcher(admission, task)
     await watcher.has(2)
@@ -275,13 +275,13 @@ async def test_scheduling_hears_of_arrivals_and_ends_but_not_of_steps(admission:
     dataset = (await admission.upload()).name
     changes = admission.ledger().WatchChanges(ledger_pb2.WatchChangesRequest())
 
-    async def is_told() -> None:
+    async def is_notified() -> None:
         async with asyncio.timeout(TIMEOUT_SECONDS):
             await changes.read()
 
-    await is_told()
+    await is_notified()
     task = (await admission.create(dataset)).name
-    await is_told()
+    await is_notified()
     await admission.run(task)
     await admission.commit(step(task, 1, 1), checkpoint(task, 1, 1))
     unheard = asyncio.ensure_future(changes.read())
@@ -291,7 +291,7 @@ async def test_scheduling_hears_of_arrivals_and_ends_but_not_of_steps(admission:
     await admission.commit(released)
     await asyncio.wait_for(unheard, TIMEOUT_SECONDS)
     await admission.tenant().CancelTask(pb.CancelTaskRequest(name=task))
-    await is_told()
+    await is_notified()
     changes.cancel()
 
 

@@ -1,4 +1,4 @@
-"""Files go when nobody will read them again, and not before."""
+"""The garbage collector deletes files when nothing will read them again, and not before."""
 
 import contextlib
 import random
@@ -42,7 +42,7 @@ def artifacts(tmp_path: Path) -> ArtifactStore:
 
 
 def put_task(database: Database, name: str, state: TaskState, attempt: int, recorded: tuple[int, int] | None) -> None:
-    """`recorded`: step and attempt of its checkpoint."""
+    """Store a task; `recorded` are the step and the attempt of its checkpoint."""
     checkpoint = None
     if recorded:
         key = f"{name}/checkpoints/{recorded[0]:08d}-{recorded[1]}/manifest.json"
@@ -58,7 +58,7 @@ def put_checkpoint(artifacts: ArtifactStore, name: str, step: int, attempt: int)
 
 
 def checkpoints(artifacts: ArtifactStore, name: str) -> set[tuple[int, int]]:
-    """(step, attempt) of those that read."""
+    """Return (step, attempt) of the readable checkpoints."""
     keys = [key for key in artifacts.list(f"{name}/checkpoints") if key.endswith("/manifest.json")]
     for key in keys:
         artifacts.read_folder(key)
@@ -69,7 +69,7 @@ def checkpoints(artifacts: ArtifactStore, name: str) -> set[tuple[int, int]]:
 def test_what_a_resumed_task_may_read_stays_and_all_else_goes(
     database: Database, artifacts: ArtifactStore, seed: int
 ) -> None:
-    """Attempts write at rising steps, some of it is recorded; those before the current one may have written since."""
+    """Attempts write checkpoints at rising steps, of which some are recorded; earlier attempts may still write."""
     draw, written, recorded = random.Random(seed), set[tuple[int, int]](), None
     name, step, last_attempt = "tenants/a/tasks/t", 0, draw.randint(1, 4)
     for attempt in range(1, last_attempt + 1):
@@ -188,7 +188,7 @@ DELETABLE = re.compile(
 @given(st.sets(object_keys, max_size=20))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_sweep_never_deletes_a_key_that_does_not_parse(database: Database, keys: set[str]) -> None:
-    """Where everything that parses may go: the task has ended and no adapter is recorded."""
+    """Everything that parses may be deleted here: the task has ended and no adapter is recorded."""
     with database.write() as connection:
         connection.execute(sa.delete(tasks))
     put_task(database, ENDED, TaskState.FAILED, 2, None)
@@ -197,14 +197,14 @@ def test_a_sweep_never_deletes_a_key_that_does_not_parse(database: Database, key
         with contextlib.suppress(ValueError):  # no store takes "a//b"
             obstore.put(memory, key, b"x")
     stored = ArtifactStore(memory).list(ROOT)
-    num_deleted = GarbageCollector(database, ArtifactStore(memory)).sweep_all()
+    num_deleted = GarbageCollector(database, ArtifactStore(memory)).collect_all()
     deleted = set(stored) - set(ArtifactStore(memory).list(ROOT))
-    assert deleted == {key for key in stored if may_go(key)}
+    assert deleted == {key for key in stored if may_be_deleted(key)}
     assert [key for key in deleted if not DELETABLE.fullmatch(key)] == []
     assert num_deleted == len({parse_folder(key) for key in deleted})
 
 
-def may_go(key: str) -> bool:
+def may_be_deleted(key: str) -> bool:
     folder = parse_folder(key)
     if isinstance(folder, TrainedAdapterFolder):
         return folder.task == ENDED and folder.step is None

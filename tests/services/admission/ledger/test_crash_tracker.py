@@ -1,4 +1,4 @@
-"""Executors that die: whoever was there is suspected, and only who is alone and does it again and again fails."""
+"""Executors that die: all their tasks are suspected; a task fails only if it was alone, several times in a row."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ async def create(admission: Admission, *ids: str) -> list[str]:
 
 
 def died(attempts: dict[str, int]) -> list[plan_pb2.TaskResult]:
-    """What an executor reports whose trainer died with these tasks."""
+    """Return the results of an executor whose trainer died with these tasks."""
     released = plan_pb2.TaskReleased(reason="its trainer ended with status -9", num_suspects=len(attempts))
     return [plan_pb2.TaskResult(task=t, attempt=e, released=released) for t, e in attempts.items()]
 
@@ -47,7 +47,7 @@ async def test_the_task_that_kills_its_trainer_fails_and_those_beside_it_do_not(
 
 
 async def test_steps_done_before_clear_nobody(admission: Admission) -> None:
-    """After a crash the steps since the last checkpoint come again: they are no proof."""
+    """After a crash the steps since the last checkpoint are repeated: they do not clear the task."""
     (task,) = await create(admission, "t")
     await admission.run(task)
     await admission.commit(step(task, 1, 1), step(task, 1, 2))
@@ -61,7 +61,7 @@ async def test_steps_done_before_clear_nobody(admission: Admission) -> None:
 
 
 async def test_whole_executors_that_die_count_as_well(admission: Admission) -> None:
-    """By a lease that ran out, or by a new start of one that did not say good-bye; not by one that did."""
+    """An expired lease and a restart without EndLease count; a restart after EndLease does not."""
     (task,) = await create(admission, "t")
     await admission.run(task)
     assert await admission.register(incarnation="i2") == 2

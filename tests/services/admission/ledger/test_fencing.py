@@ -1,4 +1,4 @@
-"""Who was superseded as keeper of the ledger commits nothing: on both databases, whatever it would commit."""
+"""A superseded leader of the ledger commits nothing, on both databases, whatever it tries to commit."""
 
 from collections.abc import Callable, Iterator
 
@@ -17,7 +17,7 @@ TASK = "tenants/acme/tasks/t"
 
 
 def _writes(ledger: Ledger) -> Iterator[Callable[[], object]]:
-    """Everything a keeper may commit."""
+    """Yield all commits of a leader."""
     started = ledger_pb2.AttemptStart(task=TASK, expected_attempt=0)
     yield ledger.snapshot
     yield lambda: ledger.put_lease(executor("executors/one", "i1"), 30)
@@ -31,7 +31,7 @@ def _writes(ledger: Ledger) -> Iterator[Callable[[], object]]:
     yield lambda: ledger.scheduler_lease.acquire("a", "a1", 6.0)
 
 
-async def test_what_a_superseded_keeper_would_commit_is_refused_and_nothing_of_it_stays(admission: Admission) -> None:
+async def test_what_a_superseded_leader_would_commit_is_refused_and_nothing_of_it_stays(admission: Admission) -> None:
     task = (await admission.create((await admission.upload()).name, "t")).name
     assert task == TASK and await admission.run(task) == [1]
     stale, clock = Ledger(admission.database, admission.clock), admission.clock

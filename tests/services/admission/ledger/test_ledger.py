@@ -1,4 +1,4 @@
-"""Leases, plans, attempts and results: each compared where it is committed, each counted once; on both databases."""
+"""Leases, plans, attempts and results are compared where they are committed and counted once, on both databases."""
 
 import asyncio
 import itertools
@@ -58,7 +58,7 @@ def released(task: str, attempt: int) -> plan_pb2.TaskResult:
 
 
 async def states(admission: Admission, task: str) -> list[str]:
-    """Of a task that has ended, from its events."""
+    """Return the states of a task that has ended, from its events."""
     changes = [event.state_changed for event in await admission.events(task) if event.HasField("state_changed")]
     return [task_pb2.TaskState.Name(change.state).removeprefix("TASK_STATE_") for change in changes]
 
@@ -79,7 +79,7 @@ async def test_the_snapshot_holds_all_that_a_cycle_needs(admission: Admission) -
 
 
 async def test_of_two_schedulers_plans_one_counts(admission: Admission) -> None:
-    """Both saw the same snapshot: same version, same attempts."""
+    """Both schedulers plan from the same snapshot, with the same version and attempts."""
     first, second = await create(admission, 2)
     await admission.register(TWO, "j1")
     plans = [plan(1, (first, 0), (second, 0)), plan(1, (second, 0), name=TWO), plan(1, (first, 0), name=TWO)]

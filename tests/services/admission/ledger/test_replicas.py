@@ -1,5 +1,5 @@
-"""Several admissions on one PostgreSQL: word of changes reaches all, one keeps the ledger, who was superseded commits
-nothing. Polling is switched off: what is heard here is heard by NOTIFY, or by a session that is opened anew."""
+"""Replicas of admission on one PostgreSQL: notices of changes reach all, one leads the ledger, a superseded leader
+commits nothing. Polling is switched off, so that notices come by NOTIFY or by a new session."""
 
 import asyncio
 import random
@@ -42,7 +42,7 @@ def no_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Replica:
-    """One process's part, without its servers. `terms`: in which it kept the ledger."""
+    """Runs one replica without its servers; `terms` are those in which it led the ledger."""
 
     def __init__(self, url: str) -> None:
         self.database, self.notifier = Database(url), ChangeNotifier()
@@ -58,7 +58,7 @@ class Replica:
         self.fence = fence
         self.is_leading.set()
         try:
-            while await asyncio.to_thread(fence.is_current):  # noqa: ASYNC110  # nobody else tells
+            while await asyncio.to_thread(fence.is_current):  # noqa: ASYNC110  # nothing else reports it
                 await asyncio.sleep(0.05)
         finally:
             self.is_leading.clear()
@@ -80,7 +80,7 @@ class Replica:
 
 @pytest.fixture
 async def pair(database_url: str) -> AsyncIterator[list[Replica]]:
-    """Two, the first of which keeps the ledger; both listen."""
+    """Run two replicas that listen; the first one leads the ledger."""
     database = Database(database_url)
     database.migrate()
     database.close()
@@ -96,12 +96,12 @@ async def pair(database_url: str) -> AsyncIterator[list[Replica]]:
 
 async def _until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(SECONDS):
-        while not await asyncio.to_thread(holds):  # noqa: ASYNC110  # the server tells nobody
+        while not await asyncio.to_thread(holds):  # noqa: ASYNC110  # the server does not notify of it
             await asyncio.sleep(0.02)
 
 
 def _sessions(url: str) -> list[int]:
-    """Process ids of the sessions that listen, as the server knows them."""
+    """Return the server's process ids of the sessions that listen."""
     database = Database(url)
     try:
         with database.read() as connection:
@@ -174,7 +174,7 @@ async def test_who_could_not_listen_for_a_while_looks_at_everything_again(
 async def test_one_keeps_the_ledger_and_another_takes_it_when_its_session_is_cut(
     pair: list[Replica], database_url: str
 ) -> None:
-    """Twenty times over: soon there is one again whose writes count; no two ever kept it in one term."""
+    """Twenty times: soon one replica leads again and its writes succeed; no two led in one term."""
     draw = random.Random(5)
     for _ in range(20):
         _cut(database_url, draw.sample(found := _sessions(database_url), k=min(len(found), draw.randint(1, 2))))
@@ -189,7 +189,7 @@ def _is_current(replica: Replica) -> bool:
     return False
 
 
-async def test_a_keeper_whose_term_was_taken_by_one_that_was_slow_begins_again(
+async def test_a_leader_whose_term_was_taken_by_one_that_was_slow_begins_again(
     pair: list[Replica], database_url: str
 ) -> None:
     late = await asyncio.to_thread(FencedDatabase, Database(database_url))
@@ -206,7 +206,7 @@ async def test_who_stops_hands_the_ledger_on(database_url: str, pair: list[Repli
 async def test_a_task_created_at_one_is_watched_to_its_end_at_another(
     admission: Admission, alignment: Alignment, postgres: Postgres, tmp_path: Path
 ) -> None:
-    """With sessions cut all the while: what was not heard is read when the session is there again."""
+    """Sessions are cut all the time: missed notices are made good when the session is back."""
     other = Admission(admission.database_url, tmp_path / "artifacts", alignment.address)
     async with AsyncExitStack() as stack:
         await other.start()
@@ -239,7 +239,7 @@ async def test_a_task_created_at_one_is_watched_to_its_end_at_another(
 async def test_bytes_that_another_process_is_removing_are_not_taken_for_a_datasets(
     admission: Admission, alignment: Alignment, tmp_path: Path
 ) -> None:
-    """Deleted at one while it is uploaded at the other, again and again: what was acknowledged has its bytes."""
+    """One replica deletes a dataset while the other receives it, many times: acknowledged datasets have their bytes."""
     other = Admission(admission.database_url, tmp_path / "artifacts", alignment.address)
     await other.start()
     try:

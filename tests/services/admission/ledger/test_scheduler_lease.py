@@ -1,4 +1,4 @@
-"""Two schedulers at once: one leads, and no other commits a plan. On both databases."""
+"""Of two schedulers one leads, and the other commits no plan, on both databases."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ STALE = (grpc.StatusCode.ABORTED, "SUPERSEDED")
 
 
 async def lead(admission: Admission, scheduler: str, seconds: int = 6, start: int = 1) -> tuple[str, int]:
-    """Who leads (scheduler and number of its start), and in which term."""
+    """Try to lead; return the leader (scheduler and number of its start) and the term."""
     request = ledger_pb2.LeadSchedulingRequest(scheduler=scheduler, incarnation=f"{scheduler}{start}")
     request.duration.FromSeconds(seconds)
     answer: Any = await admission.ledger().LeadScheduling(request)

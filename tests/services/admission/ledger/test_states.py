@@ -1,5 +1,5 @@
-"""Whatever happens, in whatever order, a task's state is what the contract's model says: hypothesis looks for a course
-of events after which it is not. Under the service, on its store: time is virtual, wall clocks jump."""
+"""After any sequence of actions a task's state equals that of a model of the API: hypothesis searches for a sequence
+after which it does not. The tests call the ledger directly; time is virtual, and the wall clock jumps."""
 
 import shutil
 import tempfile
@@ -30,7 +30,7 @@ KINDS = ["step", "same step", "checkpoint", "finished", "failed", "released", "d
 
 @dataclass
 class Task:
-    """What it should be."""
+    """Models what the task should be."""
 
     state: str = "QUEUED"
     attempt: int = 0
@@ -46,7 +46,7 @@ class Task:
             self.executor = ""
 
     def die(self, num_suspects: int) -> bool:
-        """Whether it fails for it."""
+        """Record a crash; return whether the task fails."""
         self.crashes += 1
         if num_suspects == 1 and self.crashes >= MAX_CRASHES:
             self.become("FAILED")
@@ -71,7 +71,7 @@ class Attempt:
 
 
 class Store(RuleBasedStateMachine):
-    """Rules do to the store and to the model the same; invariants compare them."""
+    """Applies the same actions to the store and to the model; invariants compare them."""
 
     names, attempts = Bundle("names"), Bundle("attempts")
 
@@ -103,7 +103,7 @@ class Store(RuleBasedStateMachine):
         return not found.has_left and found.lease_term == lease_term and found.deadline > self.now
 
     def lose(self, name: str, *, is_crash: bool) -> None:
-        """The executor's attempts are taken back."""
+        """Revoke the executor's attempts in the model."""
         held = [task for task in self.tasks.values() if task.executor == name]
         for task in held:
             if is_crash and task.die(len(held)):
@@ -140,7 +140,7 @@ class Store(RuleBasedStateMachine):
 
     @rule(target=attempts, name=names, where=st.sampled_from(EXECUTORS), is_late=st.booleans())
     def plan(self, name: str, where: str, is_late: bool):  # type: ignore[no-untyped-def]
-        """One that was made from an older snapshot starts nothing."""
+        """Commit a plan; a plan from an older snapshot starts nothing."""
         task, host = self.tasks[name], self.executors[where]
         version = self.ledger.snapshot().plan_version + 1
         start = ledger_pb2.AttemptStart(task=name, expected_attempt=task.attempt - is_late)
@@ -164,7 +164,7 @@ class Store(RuleBasedStateMachine):
 
     @rule(attempt=attempts, kind=st.sampled_from(KINDS))
     def report(self, attempt: Attempt, kind: str) -> None:
-        """Of any attempt there ever was, long superseded ones too."""
+        """Commit a result of any attempt, superseded ones included."""
         task = self.tasks[attempt.task]
         assume(kind != "checkpoint" or task.step > 0)  # nothing trained, nothing to write
         result = self.result(attempt, kind)
@@ -197,7 +197,7 @@ class Store(RuleBasedStateMachine):
         return plan_pb2.TaskResult(task=name, attempt=number, released=released)
 
     def apply(self, task: Task, kind: str) -> bool:
-        """To the model; whether it is news."""
+        """Apply the result to the model; return whether it is new."""
         if kind == "step":
             task.step, task.crashes, task.num_events = task.step + 1, 0, task.num_events + 1
         elif kind == "same step" or (kind == "checkpoint" and task.checkpoint and task.checkpoint >= task.step):
@@ -215,7 +215,7 @@ class Store(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(EXECUTORS))
     def start_executor(self, name: str) -> None:
-        """Anew: what the start before it held is taken back."""
+        """Restart the executor: attempts of its earlier start are revoked."""
         host = self.executors[name]
         host.num_starts += 1
         attempt, _ = self.ledger.put_lease(executor(name, f"i{host.num_starts}"), LEASE_SECONDS)
@@ -255,12 +255,12 @@ class Store(RuleBasedStateMachine):
 
     @rule(jump=st.sampled_from([-HOUR, HOUR]))
     def jump(self, jump: int) -> None:
-        """Of the wall clock: no lease and no order depends on it."""
+        """Move the wall clock, on which no lease and no order depends."""
         self.wall_offset += jump
 
     @rule()
     def restart_admission(self) -> None:
-        """Its leases get their whole time again."""
+        """Restart admission: leases last their whole duration again."""
         self.database.close()
         self.database = Database(f"sqlite:///{self.folder / 'a.db'}")
         self.ledger = Ledger(self.database, lambda: self.now, max_crashes=MAX_CRASHES)

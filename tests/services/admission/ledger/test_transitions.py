@@ -1,4 +1,4 @@
-"""Random lives of tasks against a model written from the contract's words, not from the code."""
+"""Random lives of tasks are compared with a model of the API's specification."""
 
 import asyncio
 import itertools
@@ -42,7 +42,7 @@ def test_final_states_are_final_and_the_rest_can_end() -> None:
 
 @dataclass
 class Model:
-    """What a task should be, by the contract."""
+    """Models a task by the API's specification."""
 
     state: str = "QUEUED"
     attempt: int = 0
@@ -66,7 +66,7 @@ class Model:
 
 
 class Life:
-    """Draws what happens next, does it to the service and to the model, and compares."""
+    """Draws the next action, applies it to the service and to the model, and compares them."""
 
     def __init__(self, admission: Admission, seed: int) -> None:
         self.admission, self.draw = admission, random.Random(seed)
@@ -110,7 +110,7 @@ class Life:
         if model.state == "QUEUED":
             model.become("RUNNING")
 
-    async def say(self, model: Model, result: plan_pb2.TaskResult) -> str:
+    async def report(self, model: Model, result: plan_pb2.TaskResult) -> str:
         holder = model.executor or EXECUTORS[0]
         (verdict,) = await self.admission.commit(result, lease_term=self.leases[holder], executor=holder)
         return verdict
@@ -118,7 +118,7 @@ class Life:
     async def work(self, name: str, model: Model) -> None:
         number = model.step + self.draw.choice((0, 1, 1))
         is_checkpoint = self.draw.random() < 0.3
-        verdict = await self.say(model, (checkpoint if is_checkpoint else step)(name, model.attempt, number))
+        verdict = await self.report(model, (checkpoint if is_checkpoint else step)(name, model.attempt, number))
         if not model.executor:
             assert verdict == ("DUPLICATE" if model.state in FINAL else "STALE")
             return
@@ -131,7 +131,7 @@ class Life:
 
     async def stale(self, name: str, model: Model) -> None:
         results = (step(name, model.attempt - 1, model.step + 1), finished(name, model.attempt - 1, "old"))
-        assert await self.say(model, self.draw.choice(results)) == "STALE"
+        assert await self.report(model, self.draw.choice(results)) == "STALE"
 
     async def end(self, name: str, model: Model) -> None:
         if not model.executor:
@@ -141,7 +141,7 @@ class Life:
         done = finished(name, model.attempt, "k" if model.step else "", cancelled=model.state == "CANCELLING")
         result = plan_pb2.TaskResult(task=name, attempt=model.attempt, failed=failure) if fails else done
         holder = model.executor
-        assert await self.say(model, result) == "COMMITTED"
+        assert await self.report(model, result) == "COMMITTED"
         model.become("FAILED" if fails else "CANCELLED" if model.state == "CANCELLING" else "SUCCEEDED")
         again = await self.admission.commit(result, lease_term=self.leases[holder], executor=holder)
         assert again == ["DUPLICATE"]
@@ -160,7 +160,7 @@ class Life:
         if not model.executor:
             return
         result = plan_pb2.TaskResult(task=name, attempt=model.attempt, released=plan_pb2.TaskReleased())
-        assert await self.say(model, result) == "COMMITTED"
+        assert await self.report(model, result) == "COMMITTED"
         model.executor = ""
         if model.state == "RUNNING":
             model.become("QUEUED")
@@ -173,7 +173,7 @@ class Life:
             model.lose_executor()
 
     async def lose(self, name: str, model: Model) -> None:
-        """An executor starts anew, its lease runs out, or admission itself is started again."""
+        """Restart an executor, let its lease expire, or restart admission."""
         how = self.draw.choice(("anew", "expired", "restart"))
         if how == "restart":
             await self.admission.restart()
@@ -198,7 +198,7 @@ class Life:
         assert found.HasField("end_time") == (model.state in FINAL)
 
     async def finish(self) -> None:
-        """Brings every task to its end; its history then is the model's, and legal."""
+        """Finish every task and compare its history with the model's."""
         for name, model in self.models.items():
             if model.state not in FINAL and not model.executor:
                 await self.start(name, model)
@@ -245,7 +245,7 @@ async def call_something(admission: Admission, draw: random.Random, task: str) -
 
 
 async def test_random_lives_at_once_stay_legal(admission: Admission) -> None:
-    """Nobody takes turns: only what must hold in any order is asked."""
+    """Actions run concurrently: the test checks only what must hold in any order."""
     draw, dataset = random.Random(11), (await admission.upload()).name
     tasks = [(await admission.create(dataset, f"t{i}")).name for i in range(5)]
 

@@ -1,4 +1,4 @@
-"""Adapters from strangers: what lies, bombs or would run code is refused at the door; what is fine trains."""
+"""Uploaded adapters that lie, exhaust memory or would run code are refused; valid ones train."""
 
 import hashlib
 import json
@@ -96,7 +96,7 @@ async def test_weights_that_lie_are_refused_and_leave_nothing(admission: Admissi
 
 
 def configs() -> Iterator[tuple[str, dict[str, Any]]]:
-    """(field, what is wrong)"""
+    """Yield (field, configuration) of adapters that must be refused."""
     fine = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     code = {"base_model_class": "LlamaForCausalLM", "parent_library": "os"}
     yield f"{CONFIG_FILE}.auto_map", {**fine, "auto_map": code}
@@ -132,7 +132,7 @@ KEYS = ("target_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "b
 @FUZZING
 @given(st.dictionaries(st.sampled_from(KEYS), ODD, max_size=4))
 async def test_a_configuration_of_odd_types_is_refused_fairly(admission: Admission, odd: dict[str, Any]) -> None:
-    """Whatever gets through the upload is compared with the task it should begin."""
+    """A configuration that passes the upload is compared with the task that starts from it."""
     if not getattr(admission, "dataset", ""):
         admission.dataset = (await admission.upload()).name  # type: ignore[attr-defined]
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **odd}
@@ -166,7 +166,7 @@ def test_what_the_safetensors_library_writes_passes(shapes: dict[str, tuple[str,
 @FUZZING
 @given(st.binary(max_size=60), st.integers(0, 200), st.integers(0, 255))
 def test_what_passes_loads_in_the_safetensors_library(tail: bytes, place: int, value: int) -> None:
-    """A good file with a byte changed and bytes added: if we take it, so does the library that trains with it."""
+    """A valid file with a changed byte and added bytes: what admission accepts, the safetensors library loads."""
     data = bytearray(save({"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float16)}))
     data[place % len(data)] = value
     damaged = bytes(data) + tail

@@ -1,4 +1,4 @@
-"""What tenants may use, what they used, and who did what: quotas, budgets, accounts, the audit log."""
+"""Quotas, budgets, usage and the audit log."""
 
 import math
 import random
@@ -38,8 +38,8 @@ async def set_quota(admission: Admission, tenant: str = "acme", **limits: float)
     await admission.operator().SetQuota(operator_pb2.SetQuotaRequest(tenant=f"tenants/{tenant}", quota=quota))
 
 
-async def planned(admission: Admission) -> set[str]:
-    """What scheduling sees."""
+async def list_planned(admission: Admission) -> set[str]:
+    """Return the tasks that scheduling sees."""
     return {entry.task.name for entry in (await admission.ledger().GetSnapshot(ledger_pb2.GetSnapshotRequest())).tasks}
 
 
@@ -120,7 +120,7 @@ async def test_tasks_at_once(admission: Admission) -> None:
 async def test_a_day_used_up_makes_tasks_wait_and_tomorrow_they_go_on(
     admission: Admission, monkeypatch: pytest.MonkeyPatch, limit: dict[str, float]
 ) -> None:
-    """A step has ten tokens and half a second: two use the day up."""
+    """A step has ten tokens and half a second: two steps use up the day's limit."""
     task = await admission.create((await admission.upload()).name)
     cancelled = await admission.create(task.spec.dataset)
     for name in (task.name, cancelled.name):
@@ -131,14 +131,14 @@ async def test_a_day_used_up_makes_tasks_wait_and_tomorrow_they_go_on(
         await admission.commit(step(task.name, 1, 1))
         hinted.clear()
         admission.limits.check()
-        assert not hinted.is_set() and await planned(admission) == {task.name, cancelled.name}
+        assert not hinted.is_set() and await list_planned(admission) == {task.name, cancelled.name}
         await admission.commit(step(task.name, 1, 2))
         await admission.tenant().CancelTask(pb.CancelTaskRequest(name=cancelled.name))
         hinted.clear()
         admission.limits.check()
         assert hinted.is_set()
         # What is being cancelled still gets its adapter exported; the rest waits.
-        assert await planned(admission) == {cancelled.name}
+        assert await list_planned(admission) == {cancelled.name}
         with refused(*EXHAUSTED) as refusal:
             await admission.create(task.spec.dataset)
         assert "tomorrow" in refusal.message
@@ -147,7 +147,7 @@ async def test_a_day_used_up_makes_tasks_wait_and_tomorrow_they_go_on(
         monkeypatch.setattr(quotas, "today", lambda: tomorrow)
         hinted.clear()
         admission.limits.check()
-        assert hinted.is_set() and await planned(admission) == {task.name, cancelled.name}
+        assert hinted.is_set() and await list_planned(admission) == {task.name, cancelled.name}
     await admission.create(task.spec.dataset)
 
 
@@ -185,7 +185,7 @@ async def test_a_budget_that_is_none_is_refused(admission: Admission) -> None:
 
 
 async def test_accounts_are_the_sum_of_committed_steps(admission: Admission, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against sums kept here, over steps sent twice, stale ones, three days and two tenants."""
+    """The test keeps its own sums, over repeated and stale steps, three days and two tenants."""
     random_numbers = random.Random(5)
     first_day, expected = quotas.today(), {}
     dataset = await admission.upload()

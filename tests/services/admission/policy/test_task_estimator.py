@@ -1,4 +1,4 @@
-"""What admission remembers of tasks it has looked at: never an answer that a fresh look would not give."""
+"""Admission's cached estimates always equal those of a new inspection."""
 
 import asyncio
 import random
@@ -16,7 +16,7 @@ from tests.services.admission.admission_mesh import Admission, Alignment, execut
 
 @pytest.fixture
 def inspected(alignment: Alignment, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """What alignment was asked to inspect."""
+    """Record the arguments of alignment's inspections."""
     asked: list[Any] = []
     inspect = alignment.servicer._datasets.inspect
 
@@ -34,7 +34,7 @@ async def estimate(admission: Admission, asked: task_pb2.TaskSpec) -> task_pb2.T
 
 
 async def test_estimates_are_those_of_a_service_that_remembers_nothing(admission: Admission) -> None:
-    """Random neighbours of one task, asked of a service that has seen others and then of one just started."""
+    """Random variants of a task are estimated by a service with a cache and by one that has just started."""
     draw = random.Random(7)
     datasets = [
         (await admission.upload(lines([{"text": f"row {i} " * (1 + i % 4)} for i in range(n)]))).name for n in (9, 20)
@@ -111,7 +111,7 @@ async def test_an_executor_that_changes_is_looked_at_anew(admission: Admission) 
 async def test_a_dataset_that_changes_while_a_task_is_examined_is_seen(
     admission: Admission, alignment: Alignment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other rows under its name, and then none, while alignment reads them."""
+    """The dataset is replaced, then deleted, while alignment inspects it."""
     dataset, loop = (await admission.upload(dataset_id="rows")).name, asyncio.get_running_loop()
 
     async def delete() -> None:

@@ -1,4 +1,4 @@
-"""The database under the service: migrations, transactions, connections that break; on both kinds."""
+"""Migrations, transactions and broken connections, on both databases."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ both = pytest.mark.parametrize("database_url", BOTH_DATABASES, indirect=True)
 
 @pytest.fixture
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database: migrations are under test here."""
+    """Return an empty database: these tests migrate it."""
     if request.param == "postgresql":
         url: str = request.getfixturevalue("postgres").new_database()
         return url
@@ -121,7 +121,7 @@ def test_a_write_that_raises_leaves_nothing(database_url: str) -> None:
 
 @both
 def test_writers_take_turns_over_processes_connections(database_url: str) -> None:
-    """Each reads the highest version and writes the next: two `Database`s stand for two processes."""
+    """Each writer reads the highest version and writes the next; two `Database`s stand for two processes."""
     databases = [Database(database_url) for _ in range(2)]
     databases[0].migrate()
     barrier = threading.Barrier(4)

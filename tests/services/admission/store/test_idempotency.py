@@ -1,4 +1,4 @@
-"""`request_id` (AIP-155): once and the same answer, or refused; at once, over restarts, on both databases."""
+"""Repeated requests (AIP-155) get the same answer or are refused: concurrently, over restarts, on both databases."""
 
 import asyncio
 import uuid

@@ -1,4 +1,4 @@
-"""Statements that go to SQLite's driver as text: what they store and give is SQLAlchemy's, on both databases."""
+"""Prepared statements store and return what SQLAlchemy does, on both databases."""
 
 import random
 import sqlite3
@@ -73,10 +73,10 @@ def test_numbers_of_accounts_come_back_as_they_went(database: Database) -> None:
 @both
 def test_what_a_column_counts_by_itself_is_counted(database: Database) -> None:
     insert = PreparedStatement(sa.insert(audit_events))
-    told = {"time": 1, "subject": "s", "tenant": "t", "method": "m", "resource": "r", "status_code": "OK"}
+    values = {"time": 1, "subject": "s", "tenant": "t", "method": "m", "resource": "r", "status_code": "OK"}
     with database.write() as connection:
         for _ in range(3):
-            insert.execute(connection, **told)
+            insert.execute(connection, **values)
         assert connection.execute(sa.select(audit_events.c.sequence)).scalars().all() == [1, 2, 3]
 
 

@@ -1,4 +1,4 @@
-"""Many callers' questions and changes at once, on both databases: one transaction, and each caller alone in it."""
+"""Reads and changes of many callers share a transaction and do not affect each other, on both databases."""
 
 import asyncio
 import os
@@ -37,7 +37,7 @@ def versions(connection: sa.Connection) -> list[int]:
     return list(connection.execute(sa.select(plans.c.version).order_by(plans.c.version)).scalars())
 
 
-def stored(database: Database) -> list[int]:
+def read_versions(database: Database) -> list[int]:
     with database.read() as connection:
         return versions(connection)
 
@@ -47,12 +47,12 @@ def put(connection: sa.Connection, version: int) -> int:
     return version
 
 
-def putting(version: int) -> Callable[[sa.Connection], int]:
+def put_later(version: int) -> Callable[[sa.Connection], int]:
     return lambda connection: put(connection, version)
 
 
 @contextmanager
-def counted_commits(database: Database) -> Iterator[list[int]]:
+def count_commits(database: Database) -> Iterator[list[int]]:
     commits: list[int] = []
 
     def note(_connection: Any) -> None:
@@ -63,8 +63,8 @@ def counted_commits(database: Database) -> Iterator[list[int]]:
     sa.event.remove(database._engine, "commit", note)
 
 
-class Held:
-    """A change (or question) that is begun and waits to be let go; what is asked meanwhile is one batch."""
+class HeldCall:
+    """A change or a read that begins and waits to be released; calls made meanwhile form one batch."""
 
     def __init__(self) -> None:
         self._loop, self._begun, self._go = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
@@ -82,22 +82,22 @@ class Held:
         async with asyncio.timeout(TIMEOUT_SECONDS):
             await self._begun.wait()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         self._go.set()
 
 
 @contextmanager
-def held_commit(database: Database) -> Iterator[Held]:
-    """The next transaction is held just before it is committed."""
-    held = Held()
+def hold_next_commit(database: Database) -> Iterator[HeldCall]:
+    """Hold the next transaction just before it commits."""
+    held = HeldCall()
     sa.event.listen(database._engine, "commit", lambda _connection: held.hold(), once=True)
     yield held
-    held.let_go()
+    held.release()
 
 
-async def held_with(database: Database, rest: list[Any]) -> list[Any]:
-    """The outcomes of `rest`, all waiting while another is committed."""
-    with held_commit(database) as held:
+async def commit_behind_another(database: Database, rest: list[Any]) -> list[Any]:
+    """Return the outcomes of `rest`, which all wait while another call commits."""
+    with hold_next_commit(database) as held:
         first = asyncio.ensure_future(database.commit(lambda connection: connection.execute(sa.select(1)).scalar()))
         await held.begun()
         waiting = [asyncio.ensure_future(one) for one in rest]
@@ -111,7 +111,7 @@ async def held_with(database: Database, rest: list[Any]) -> list[Any]:
 async def test_those_that_fail_leave_nothing_and_the_others_see_each_other_in_order(
     database: Database, seed: int
 ) -> None:
-    """Against a list: what a change sees is what those before it left."""
+    """A list is the model: a change sees what earlier changes left."""
     draw, model, expected = random.Random(seed), list[int](), list[Any]()
     changes: list[Any] = []
     for version in range(1, 41):
@@ -132,17 +132,17 @@ async def test_those_that_fail_leave_nothing_and_the_others_see_each_other_in_or
         expected.append(list(model) if failure is None else failure)
         if failure is None:
             model.append(version)
-    with counted_commits(database) as commits:
-        outcomes = await held_with(database, changes)
+    with count_commits(database) as commits:
+        outcomes = await commit_behind_another(database, changes)
     assert len(commits) == 2
     for outcome, right in zip(outcomes, expected, strict=True):
         assert isinstance(outcome, right) if isinstance(right, type) else outcome == right
-    assert stored(database) == model
+    assert read_versions(database) == model
 
 
 @both
 async def test_answers_are_the_askers_own_and_one_that_fails_spoils_no_other(database: Database) -> None:
-    await database.commit(putting(1))
+    await database.commit(put_later(1))
 
     def wrong(connection: sa.Connection) -> None:
         connection.execute(sa.text("SELECT nothing FROM nowhere"))
@@ -150,13 +150,13 @@ async def test_answers_are_the_askers_own_and_one_that_fails_spoils_no_other(dat
     asked = [
         database.query(wrong if n % 3 == 0 else lambda connection, n=n: (n, versions(connection))) for n in range(30)
     ]
-    held = Held()
+    held = HeldCall()
     first = asyncio.ensure_future(database.query(held)) if database.is_shared else None
     if first is not None:
         await held.begun()
     waiting = [asyncio.ensure_future(one) for one in asked]
     await asyncio.sleep(0)  # each has asked
-    held.let_go()
+    held.release()
     assert first is None or await first == "held"
     outcomes = list(await asyncio.gather(*waiting, return_exceptions=True))
     for n, outcome in enumerate(outcomes):
@@ -165,16 +165,16 @@ async def test_answers_are_the_askers_own_and_one_that_fails_spoils_no_other(dat
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 async def test_who_hangs_reading_holds_up_no_change_and_no_event_loop(database: Database) -> None:
-    await database.commit(putting(1))
-    held = Held()
+    await database.commit(put_later(1))
+    held = HeldCall()
     hung = asyncio.ensure_future(database.query(held))
     await held.begun()
     with database.read() as connection:  # nor does an open cursor
         cursor = connection.execute(sa.select(plans.c.version))
-        assert [await database.commit(putting(version)) for version in (2, 3)] == [2, 3]
+        assert [await database.commit(put_later(version)) for version in (2, 3)] == [2, 3]
         assert cursor.scalars().all() == [1]
-    assert not hung.done() and stored(database) == [1, 2, 3]
-    held.let_go()
+    assert not hung.done() and read_versions(database) == [1, 2, 3]
+    held.release()
     assert await hung == "held"
 
 
@@ -185,7 +185,7 @@ async def test_writers_in_threads_get_their_turn_among_many_changes(database: Da
     async def flood(start: int) -> int:
         number = start
         while not done:
-            await database.commit(putting(number))
+            await database.commit(put_later(number))
             number += 100
         return (number - start) // 100
 
@@ -199,29 +199,29 @@ async def test_writers_in_threads_get_their_turn_among_many_changes(database: Da
             await asyncio.to_thread(write, version)
     done = True
     num_flooded = sum(await asyncio.gather(*floods))
-    assert len(stored(database)) == num_flooded + 3
+    assert len(read_versions(database)) == num_flooded + 3
 
 
 @both
 async def test_who_leaves_before_the_turn_changes_nothing_and_after_it_is_told_of(database: Database) -> None:
-    told = list[Any]()
+    notified = list[Any]()
 
     def fails(connection: sa.Connection) -> None:
         put(connection, 2)
         raise NotFoundError("mine")
 
-    with held_commit(database) as held:
-        begun = asyncio.ensure_future(database.commit(putting(3), told.append))
+    with hold_next_commit(database) as held:
+        begun = asyncio.ensure_future(database.commit(put_later(3), notified.append))
         await held.begun()
-        gone = asyncio.ensure_future(database.commit(putting(1), told.append))
-        failed = asyncio.ensure_future(database.commit(fails, told.append))
+        gone = asyncio.ensure_future(database.commit(put_later(1), notified.append))
+        failed = asyncio.ensure_future(database.commit(fails, notified.append))
         await asyncio.sleep(0)
         for call in (begun, gone):
             call.cancel()
         await asyncio.gather(begun, gone, return_exceptions=True)
     with pytest.raises(NotFoundError):
         await failed
-    assert await database.commit(versions) == [3] == told
+    assert await database.commit(versions) == [3] == notified
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
@@ -235,11 +235,11 @@ async def test_a_connection_that_breaks_fails_all_of_its_transaction(
         postgres.break_connections(database_url)
         versions(connection)
 
-    changes = [database.commit(change) for change in (putting(1), breaks, putting(3))]
-    outcomes = await held_with(database, changes)
+    changes = [database.commit(change) for change in (put_later(1), breaks, put_later(3))]
+    outcomes = await commit_behind_another(database, changes)
     assert [type(outcome) for outcome in outcomes] == [UnavailableError] * 3
-    assert stored(database) == []
-    assert await database.commit(putting(4)) == 4
+    assert read_versions(database) == []
+    assert await database.commit(put_later(4)) == 4
 
 
 async def test_a_disk_that_is_full_fails_all_and_takes_more_once_there_is_room(database: Database) -> None:
@@ -248,18 +248,18 @@ async def test_a_disk_that_is_full_fails_all_and_takes_more_once_there_is_room(d
         for version in range(100, 10_000):
             put(connection, version)
 
-    outcomes = await held_with(database, [database.commit(c) for c in (putting(1), fills, putting(2))])
+    outcomes = await commit_behind_another(database, [database.commit(c) for c in (put_later(1), fills, put_later(2))])
     assert isinstance(outcomes[1], UnavailableError)
     kept = [number for number, outcome in ((1, outcomes[0]), (2, outcomes[2])) if outcome == number]
-    assert stored(database) == kept  # who was told so
+    assert read_versions(database) == kept  # who was notified so
     database._engine.dispose()
-    assert await database.commit(putting(3)) == 3
+    assert await database.commit(put_later(3)) == 3
 
 
 async def test_another_process_that_writes_holds_up_no_event_loop(database: Database, database_url: str) -> None:
     with closing(sqlite3.connect(database_url.removeprefix("sqlite:///"), isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        waiting = asyncio.ensure_future(database.commit(putting(1)))
+        waiting = asyncio.ensure_future(database.commit(put_later(1)))
         for _ in range(100):
             assert await database.query(versions) == []
             await asyncio.sleep(0)
@@ -272,31 +272,31 @@ def test_an_event_loop_that_ends_amid_a_change_leaves_the_database_to_others(tmp
     database.migrate()
 
     async def leave_as_it_begins() -> None:
-        asyncio.ensure_future(database.commit(putting(1)))  # noqa: RUF006
+        asyncio.ensure_future(database.commit(put_later(1)))  # noqa: RUF006
         for _ in range(20):  # by then it waits in its thread
             await asyncio.sleep(0)
 
     async def leave_as_it_is_committed() -> None:
-        with held_commit(database) as held:
-            asyncio.ensure_future(database.commit(putting(2)))  # noqa: RUF006
+        with hold_next_commit(database) as held:
+            asyncio.ensure_future(database.commit(put_later(2)))  # noqa: RUF006
             await held.begun()
 
     with database.write():
         asyncio.run(leave_as_it_begins())
     asyncio.run(leave_as_it_is_committed())
-    assert asyncio.run(database.commit(putting(3))) == 3
-    assert stored(database) == [2, 3]
+    assert asyncio.run(database.commit(put_later(3))) == 3
+    assert read_versions(database) == [2, 3]
     database.close()
 
 
 async def test_after_the_end_there_is_no_more(database: Database) -> None:
-    waiting = [asyncio.ensure_future(database.commit(putting(version))) for version in range(1, 6)]
+    waiting = [asyncio.ensure_future(database.commit(put_later(version))) for version in range(1, 6)]
     await asyncio.sleep(0)
     await database.finish()
     database.close()
     assert await asyncio.gather(*waiting) == [1, 2, 3, 4, 5]
     with pytest.raises(UnavailableError):
-        await database.commit(putting(6))
+        await database.commit(put_later(6))
 
 
 KILLED = """
@@ -336,6 +336,6 @@ async def test_what_a_kill_interrupts_was_acknowledged_to_none_and_is_there_whol
     assert process.returncode == -signal.SIGKILL
     assert process.stdout.split() == [b"1"]
     # Those that came before the thread first looked are one transaction, and it was the first to die.
-    left = stored(database)
+    left = read_versions(database)
     assert left[0] == 1 and left == list(range(1, 1 + len(left)))
     assert len(left) > 1 if failpoint == "commit.after" else len(left) == 1

@@ -1,4 +1,4 @@
-"""Disks that are full or read-only: UNAVAILABLE, nothing half done, and all is well again once there is room."""
+"""Full and read-only disks: calls are UNAVAILABLE, nothing is half done, and all works once there is room."""
 
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ READ_ONLY = "query_only = ON"
 
 @contextmanager
 def pragma(admission: Admission, text: str) -> Iterator[None]:
-    """On every connection of the database."""
+    """Apply a pragma to every connection of the database within the block."""
 
     def configure(connection: Any, record: Any) -> None:
         connection.execute(f"PRAGMA {text}")
@@ -75,7 +75,7 @@ async def test_an_upload_without_room_for_it_is_unavailable_and_leaves_nothing(
 
 
 async def test_an_artifact_store_that_is_away_is_unavailable_and_comes_back(admission: Admission) -> None:
-    """A file stands where the store's folder was."""
+    """A file replaces the folder of the store."""
     dataset = (await admission.upload()).name
     away = admission.folder.with_name("away")
     admission.folder.rename(away)
