@@ -42,7 +42,7 @@ from muxtune.transport import (
 )
 from muxtune.upload_status import upload_response
 from muxtune.v1 import admission_pb2 as pb
-from muxtune.v1 import admission_pb2_grpc, artifact_pb2, dataset_pb2, task_pb2
+from muxtune.v1 import admission_pb2_grpc, artifact_pb2, dataset_pb2, event_pb2, task_pb2
 
 
 class _Page(Protocol):
@@ -129,7 +129,7 @@ class AsyncClient:
             for task in page.tasks:
                 yield task
 
-    async def watch_task(self, name: str, after_sequence: int = 0) -> AsyncIterator[task_pb2.TaskEvent]:
+    async def watch_task(self, name: str, after_sequence: int = 0) -> AsyncIterator[event_pb2.TaskEvent]:
         """Iterate over a task's events after `after_sequence` until it ends, each once.
 
         A stream that breaks is opened again after the last event.

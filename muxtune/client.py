@@ -42,7 +42,7 @@ from muxtune.transport import (
     watch_backoff,
 )
 from muxtune.v1 import admission_pb2 as pb
-from muxtune.v1 import admission_pb2_grpc, artifact_pb2, dataset_pb2, task_pb2
+from muxtune.v1 import admission_pb2_grpc, artifact_pb2, dataset_pb2, event_pb2, task_pb2
 
 
 class _Page(Protocol):
@@ -125,7 +125,7 @@ class Client:
         for page in self._pages(self._stub.ListTasks, pb.ListTasksRequest(page_size=page_size, states=states)):
             yield from page.tasks
 
-    def watch_task(self, name: str, after_sequence: int = 0) -> Iterator[task_pb2.TaskEvent]:
+    def watch_task(self, name: str, after_sequence: int = 0) -> Iterator[event_pb2.TaskEvent]:
         """Iterate over a task's events after `after_sequence` until it ends, each once.
 
         A stream that breaks is opened again after the last event.

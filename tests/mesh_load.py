@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from muxtune.client import Client
 from muxtune.errors import UnavailableError
 from muxtune.task_states import FINAL_STATES
-from muxtune.v1 import task_pb2
+from muxtune.v1 import event_pb2, task_pb2
 
 NUM_STEPS, NUM_AT_ONCE = 40, 3
 END_SECONDS = 120.0
@@ -49,10 +49,10 @@ class Outcome:
     """What a task left: all its events as they were watched, and its adapter."""
 
     task: task_pb2.Task
-    events: list[task_pb2.TaskEvent]
+    events: list[event_pb2.TaskEvent]
     adapter: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def of(self, kind: str) -> list[task_pb2.StepDone]:
+    def of(self, kind: str) -> list[event_pb2.StepDone]:
         return [getattr(event, kind) for event in self.events if event.WhichOneof("event") == kind]
 
 
@@ -76,7 +76,7 @@ class Patience:
 
 def outcome(client: Client, name: str, folder: Path, patiently: Patience) -> Outcome:
     """Watches the task to its end, whatever breaks meanwhile."""
-    events: list[task_pb2.TaskEvent] = []
+    events: list[event_pb2.TaskEvent] = []
 
     def watch() -> None:
         events.extend(client.watch_task(name, events[-1].sequence if events else 0))

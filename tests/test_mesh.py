@@ -27,7 +27,7 @@ from muxtune.errors import (
 )
 from muxtune.local.mesh import Mesh, MeshError
 from muxtune.transport import metadata
-from muxtune.v1 import admission_pb2, admission_pb2_grpc, artifact_pb2, task_pb2
+from muxtune.v1 import admission_pb2, admission_pb2_grpc, artifact_pb2, event_pb2, task_pb2
 from tests.tiny_backbone import write_backbone
 
 SECRET_WORD = "xylophonic"  # stands in every row; must stand in no span and no log
@@ -112,7 +112,7 @@ def spec(dataset: str, **training: object) -> task_pb2.TaskSpec:
     )
 
 
-def losses(events: list[task_pb2.TaskEvent]) -> list[float]:
+def losses(events: list[event_pb2.TaskEvent]) -> list[float]:
     return [event.step_done.loss for event in events if event.WhichOneof("event") == "step_done"]
 
 
@@ -334,7 +334,7 @@ def test_stopped_or_killed_it_goes_on_with_the_same_adapter(client: Client, back
         torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-7)
 
 
-def watch_until(client: Client, name: str, step: int, after: int = 0) -> list[task_pb2.TaskEvent]:
+def watch_until(client: Client, name: str, step: int, after: int = 0) -> list[event_pb2.TaskEvent]:
     seen = []
     for event in client.watch_task(name, after):
         seen.append(event)

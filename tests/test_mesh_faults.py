@@ -24,7 +24,7 @@ from muxtune.client import Client
 from muxtune.errors import UnavailableError
 from muxtune.local.certificate_authority import issue
 from muxtune.local.mesh import OPERATOR_ENDPOINTS, START_ORDER, STOP_ORDER, Mesh, free_addresses
-from muxtune.v1 import execution_pb2, execution_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc, task_pb2
+from muxtune.v1 import event_pb2, execution_pb2, execution_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc, task_pb2
 from tests.fault_proxy import FaultProxy
 from tests.mesh_chaos import trainer_of
 from tests.tiny_backbone import write_backbone
@@ -127,7 +127,7 @@ def calm(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dic
     return dataset, load_file(folder / "adapter_model.safetensors")
 
 
-def check(client: Client, name: str, expected: dict[str, torch.Tensor], folder: Path) -> list[task_pb2.TaskEvent]:
+def check(client: Client, name: str, expected: dict[str, torch.Tensor], folder: Path) -> list[event_pb2.TaskEvent]:
     """SUCCEEDED once, each step once, the adapter as expected; its events."""
     events = list(client.watch_task(name))
     assert client.get_task(name).state == task_pb2.TASK_STATE_SUCCEEDED
@@ -145,7 +145,7 @@ def until_step(client: Client, name: str, step: int) -> None:
             return
 
 
-def messages(events: list[task_pb2.TaskEvent]) -> str:
+def messages(events: list[event_pb2.TaskEvent]) -> str:
     return "\n".join(event.state_changed.message for event in events if event.WhichOneof("event") == "state_changed")
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from muxtune.client import Client
 from muxtune.local.mesh import secure_channel
-from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, task_pb2
+from muxtune.v1 import event_pb2, ledger_pb2, ledger_pb2_grpc, plan_pb2, task_pb2
 from services.admission.ledger_leader import LEDGER_SERVICE
 from tests.mesh_chaos import long_mode, printed_seed
 from tests.mesh_load import ROWS, Load, Outcome, Patience, outcome, specs
@@ -136,7 +136,7 @@ class Watch:
 
     def __init__(self, client: Client, task: str) -> None:
         self._client, self._task, self._began = client, task, threading.Event()
-        self.events: list[task_pb2.TaskEvent] = []
+        self.events: list[event_pb2.TaskEvent] = []
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
         assert self._began.wait(WAIT_SECONDS)
@@ -146,7 +146,7 @@ class Watch:
             self.events.append(event)
             self._began.set()
 
-    def end(self) -> list[task_pb2.TaskEvent]:
+    def end(self) -> list[event_pb2.TaskEvent]:
         self._thread.join(WAIT_SECONDS)
         assert not self._thread.is_alive()
         return self.events

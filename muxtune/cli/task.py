@@ -10,7 +10,7 @@ from muxtune.cli.dataset import warn_of_special_text
 from muxtune.cli.spec import read_settings, read_spec
 from muxtune.cli.training_options import with_training_options
 from muxtune.task_states import state_name
-from muxtune.v1 import task_pb2
+from muxtune.v1 import event_pb2, task_pb2
 
 app = typer.Typer(help="Create, list, get, watch and cancel fine-tuning tasks.", no_args_is_help=True)
 NameArgument = Annotated[str, typer.Argument(help="tenants/TENANT/tasks/ID")]
@@ -122,7 +122,7 @@ def cancel(name: NameArgument, data: DataOption = DEFAULT_DATA, json: JsonOption
         console.print(f"{task.name} is {state_name(task.state)}")
 
 
-def describe(event: task_pb2.TaskEvent) -> str:
+def describe(event: event_pb2.TaskEvent) -> str:
     """Return an event as one line."""
     kind = event.WhichOneof("event")
     if kind == "step_done":

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from muxtune.v1 import artifact_pb2 as _artifact_pb2
 from muxtune.v1 import dataset_pb2 as _dataset_pb2
+from muxtune.v1 import event_pb2 as _event_pb2
 from muxtune.v1 import task_pb2 as _task_pb2
 import builtins as _builtins
 import sys
@@ -238,11 +239,11 @@ class WatchTaskResponse(_message.Message):
 
     EVENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def event(self) -> _task_pb2.TaskEvent: ...
+    def event(self) -> _event_pb2.TaskEvent: ...
     def __init__(
         self,
         *,
-        event: _task_pb2.TaskEvent | None = ...,
+        event: _event_pb2.TaskEvent | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from muxtune.v1 import event_pb2 as _event_pb2
 from muxtune.v1 import operator_pb2 as _operator_pb2
 from muxtune.v1 import plan_pb2 as _plan_pb2
 from muxtune.v1 import task_pb2 as _task_pb2
@@ -150,7 +151,7 @@ class SnapshotTask(_message.Message):
     @_builtins.property
     def task(self) -> _task_pb2.Task: ...
     @_builtins.property
-    def checkpoint(self) -> _task_pb2.CheckpointCommitted:
+    def checkpoint(self) -> _event_pb2.CheckpointCommitted:
         """The last recorded checkpoint."""
 
     def __init__(
@@ -158,7 +159,7 @@ class SnapshotTask(_message.Message):
         *,
         task: _task_pb2.Task | None = ...,
         executor: _builtins.str = ...,
-        checkpoint: _task_pb2.CheckpointCommitted | None = ...,
+        checkpoint: _event_pb2.CheckpointCommitted | None = ...,
         initial_adapter_key: _builtins.str = ...,
         num_crashes: _builtins.int = ...,
     ) -> None: ...

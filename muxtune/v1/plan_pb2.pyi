@@ -10,6 +10,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from muxtune.v1 import errors_pb2 as _errors_pb2
+from muxtune.v1 import event_pb2 as _event_pb2
 from muxtune.v1 import task_pb2 as _task_pb2
 import builtins as _builtins
 import sys
@@ -122,7 +123,7 @@ class PlannedTask(_message.Message):
     @_builtins.property
     def spec(self) -> _task_pb2.TaskSpec: ...
     @_builtins.property
-    def resume_from(self) -> _task_pb2.CheckpointCommitted:
+    def resume_from(self) -> _event_pb2.CheckpointCommitted:
         """The last recorded checkpoint. Unset starts from the beginning."""
 
     def __init__(
@@ -132,7 +133,7 @@ class PlannedTask(_message.Message):
         spec: _task_pb2.TaskSpec | None = ...,
         attempt: _builtins.int = ...,
         num_steps: _builtins.int = ...,
-        resume_from: _task_pb2.CheckpointCommitted | None = ...,
+        resume_from: _event_pb2.CheckpointCommitted | None = ...,
         initial_adapter_key: _builtins.str = ...,
         trace_parent: _builtins.str = ...,
         cancel: _builtins.bool = ...,
@@ -293,11 +294,11 @@ class TaskResult(_message.Message):
     task: _builtins.str
     attempt: _builtins.int
     @_builtins.property
-    def step_done(self) -> _task_pb2.StepDone: ...
+    def step_done(self) -> _event_pb2.StepDone: ...
     @_builtins.property
-    def evaluated(self) -> _task_pb2.Evaluated: ...
+    def evaluated(self) -> _event_pb2.Evaluated: ...
     @_builtins.property
-    def checkpoint_committed(self) -> _task_pb2.CheckpointCommitted: ...
+    def checkpoint_committed(self) -> _event_pb2.CheckpointCommitted: ...
     @_builtins.property
     def finished(self) -> Global___TaskFinished: ...
     @_builtins.property
@@ -311,9 +312,9 @@ class TaskResult(_message.Message):
         *,
         task: _builtins.str = ...,
         attempt: _builtins.int = ...,
-        step_done: _task_pb2.StepDone | None = ...,
-        evaluated: _task_pb2.Evaluated | None = ...,
-        checkpoint_committed: _task_pb2.CheckpointCommitted | None = ...,
+        step_done: _event_pb2.StepDone | None = ...,
+        evaluated: _event_pb2.Evaluated | None = ...,
+        checkpoint_committed: _event_pb2.CheckpointCommitted | None = ...,
         finished: Global___TaskFinished | None = ...,
         failed: _errors_pb2.TaskFailure | None = ...,
         released: Global___TaskReleased | None = ...,
@@ -339,11 +340,11 @@ class TaskResumed(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     message: _builtins.str
     @_builtins.property
-    def checkpoint(self) -> _task_pb2.CheckpointCommitted: ...
+    def checkpoint(self) -> _event_pb2.CheckpointCommitted: ...
     def __init__(
         self,
         *,
-        checkpoint: _task_pb2.CheckpointCommitted | None = ...,
+        checkpoint: _event_pb2.CheckpointCommitted | None = ...,
         message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015

@@ -3,16 +3,16 @@
 import dataclasses
 
 from engine.results import EvaluationResult, StepResult
-from muxtune.v1 import task_pb2
+from muxtune.v1 import event_pb2
 
 ATTEMPT_ENDS = frozenset({"finished", "failed", "released"})  # kinds of result after which an attempt is over
 
 
-def step_to_proto(result: StepResult) -> task_pb2.StepDone:
+def step_to_proto(result: StepResult) -> event_pb2.StepDone:
     check = None
     if result.shadow_check is not None:
-        check = task_pb2.ShadowCheck(**dataclasses.asdict(result.shadow_check))
-    return task_pb2.StepDone(
+        check = event_pb2.ShadowCheck(**dataclasses.asdict(result.shadow_check))
+    return event_pb2.StepDone(
         shadow_check=check,
         step=result.step,
         loss=result.loss,
@@ -27,5 +27,5 @@ def step_to_proto(result: StepResult) -> task_pb2.StepDone:
     )
 
 
-def evaluation_to_proto(result: EvaluationResult) -> task_pb2.Evaluated:
-    return task_pb2.Evaluated(step=result.step, loss=result.loss, target_tokens=result.num_target_tokens)
+def evaluation_to_proto(result: EvaluationResult) -> event_pb2.Evaluated:
+    return event_pb2.Evaluated(step=result.step, loss=result.loss, target_tokens=result.num_target_tokens)

@@ -11,7 +11,7 @@ from grpc_status import rpc_status
 
 from engine.errors import MuxtuneError
 from muxtune.v1 import admission_pb2 as pb
-from muxtune.v1 import admission_pb2_grpc, artifact_pb2, dataset_pb2, task_pb2
+from muxtune.v1 import admission_pb2_grpc, artifact_pb2, dataset_pb2, event_pb2, task_pb2
 from services.rpc.errors import to_status
 
 KEY = "mxt_1_right"
@@ -125,7 +125,7 @@ class Admission(admission_pb2_grpc.AdmissionServiceServicer):
         self._noted(request, context)
         until = self.cuts.pop(0) if self.cuts else 0
         for number in range(request.after_sequence + 1, self.num_events + 1):
-            yield pb.WatchTaskResponse(event=task_pb2.TaskEvent(sequence=number))
+            yield pb.WatchTaskResponse(event=event_pb2.TaskEvent(sequence=number))
             if number == until:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
 

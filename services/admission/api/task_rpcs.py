@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from engine.errors import UnavailableError
 from engine.task import TaskState
 from muxtune.v1 import admission_pb2 as pb
-from muxtune.v1 import task_pb2
+from muxtune.v1 import event_pb2, task_pb2
 from services.admission.api import page_tokens
 from services.admission.policy.admission_controller import AdmissionController, AdmittedTask, ResolvedTask
 from services.admission.store import audit_log, idempotency, tasks
@@ -130,7 +130,7 @@ class TaskRpcs:
             return tasks.list_page(connection, tenant, states, before, limit)
 
 
-def _events(connection: sa.Connection, name: str, after: int) -> tuple[list[task_pb2.TaskEvent], bool]:
+def _events(connection: sa.Connection, name: str, after: int) -> tuple[list[event_pb2.TaskEvent], bool]:
     """Return the next events and whether the task has ended. The state is read first: no event follows a final one."""
     is_final = TaskState[tasks.get_row(connection, name).state].is_final
     return tasks.list_events(connection, name, after, _MAX_EVENTS), is_final

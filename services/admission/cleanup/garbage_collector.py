@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from engine.task import TaskState
-from muxtune.v1 import task_pb2
+from muxtune.v1 import event_pb2
 from services.admission.store.clock import now
 from services.admission.store.database import Database
 from services.admission.store.tables import adapters, tasks
@@ -90,7 +90,7 @@ class GarbageCollector:
 def _unneeded_checkpoints(row: Any, folders: set[CheckpointFolder]) -> set[CheckpointFolder]:
     if TaskState[row.state].is_final:
         return folders
-    recorded = task_pb2.CheckpointCommitted.FromString(row.checkpoint or b"")
+    recorded = event_pb2.CheckpointCommitted.FromString(row.checkpoint or b"")
     earlier = sorted(folder for folder in folders if row.checkpoint and folder.step < recorded.step)
     needed = {CheckpointFolder.parse(recorded.manifest_key), *earlier[-1:]}  # the last one: the recorded may be corrupt
     return {folder for folder in folders - needed if folder in earlier or folder.attempt < row.attempt}

@@ -15,8 +15,8 @@ import sqlalchemy as sa
 
 from engine.errors import InvalidInputError, LeaseLostError, SupersededError
 from engine.task import TaskState
+from muxtune.v1 import event_pb2, operator_pb2, plan_pb2
 from muxtune.v1 import ledger_pb2 as pb
-from muxtune.v1 import operator_pb2, plan_pb2, task_pb2
 from services.admission.ledger import crash_tracker, result_commit
 from services.admission.ledger.fencing import FencedDatabase
 from services.admission.ledger.scheduler_lease import SchedulerLease, check_leader_term
@@ -267,7 +267,7 @@ def _snapshot_task(row: Any) -> pb.SnapshotTask:
     return pb.SnapshotTask(
         task=tasks.to_proto(row),
         executor=row.executor,
-        checkpoint=task_pb2.CheckpointCommitted.FromString(row.checkpoint) if row.checkpoint else None,
+        checkpoint=event_pb2.CheckpointCommitted.FromString(row.checkpoint) if row.checkpoint else None,
         initial_adapter_key=row.initial_adapter_key,
         num_crashes=row.crashes,
     )

@@ -5,8 +5,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from engine.task import TaskState
+from muxtune.v1 import event_pb2, plan_pb2, task_pb2
 from muxtune.v1 import ledger_pb2 as pb
-from muxtune.v1 import plan_pb2, task_pb2
 from services.admission.ledger import crash_tracker
 from services.admission.policy import quotas
 from services.admission.store import tasks
@@ -55,7 +55,7 @@ def _commit_step(connection: sa.Connection, row: Any, result: plan_pb2.TaskResul
     progress.device_seconds += step.device_seconds
     progress.num_neighbours = step.num_neighbours
     _put_progress(connection, row, progress, progress_time=time, crashes=0)
-    tasks.append_event(connection, row.name, task_pb2.TaskEvent(step_done=step))
+    tasks.append_event(connection, row.name, event_pb2.TaskEvent(step_done=step))
     quotas.charge_step(connection, row.tenant, step)
     reason = quotas.describe_spent_budget(task_pb2.TaskSpec.FromString(row.spec).budget, progress)
     if reason and row.state == TaskState.RUNNING.name:
@@ -63,7 +63,7 @@ def _commit_step(connection: sa.Connection, row: Any, result: plan_pb2.TaskResul
     return True
 
 
-def _measure_rate(progress: task_pb2.TaskProgress, step: task_pb2.StepDone, row: Any, time: int) -> None:
+def _measure_rate(progress: task_pb2.TaskProgress, step: event_pb2.StepDone, row: Any, time: int) -> None:
     """Update tokens per second and seconds left, by the wall clock from commit to commit, as a user sees them."""
     elapsed = (time - (row.progress_time or row.started or time)) / 1e6
     if elapsed <= 0:
@@ -87,17 +87,17 @@ def _commit_evaluation(connection: sa.Connection, row: Any, result: plan_pb2.Tas
         progress.first_heldout_loss = evaluated.loss
     progress.last_heldout_loss = evaluated.loss
     _put_progress(connection, row, progress, evaluated_step=evaluated.step)
-    tasks.append_event(connection, row.name, task_pb2.TaskEvent(evaluated=evaluated))
+    tasks.append_event(connection, row.name, event_pb2.TaskEvent(evaluated=evaluated))
     return True
 
 
 def _commit_checkpoint(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
     checkpoint, progress = result.checkpoint_committed, task_pb2.TaskProgress.FromString(row.progress)
-    if row.checkpoint and task_pb2.CheckpointCommitted.FromString(row.checkpoint).step >= checkpoint.step:
+    if row.checkpoint and event_pb2.CheckpointCommitted.FromString(row.checkpoint).step >= checkpoint.step:
         return False
     progress.checkpoint_step = checkpoint.step
     _put_progress(connection, row, progress, checkpoint=checkpoint.SerializeToString())
-    tasks.append_event(connection, row.name, task_pb2.TaskEvent(checkpoint_committed=checkpoint))
+    tasks.append_event(connection, row.name, event_pb2.TaskEvent(checkpoint_committed=checkpoint))
     return True
 
 
@@ -144,7 +144,7 @@ def _release(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -
 def _resume(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
     """Replace the recorded checkpoint, which cannot be read, by an earlier one, and report that to the tenant."""
     checkpoint = result.resumed.checkpoint
-    if not row.checkpoint or task_pb2.CheckpointCommitted.FromString(row.checkpoint).step <= checkpoint.step:
+    if not row.checkpoint or event_pb2.CheckpointCommitted.FromString(row.checkpoint).step <= checkpoint.step:
         return False
     progress = task_pb2.TaskProgress.FromString(row.progress)
     progress.checkpoint_step = checkpoint.step

@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from engine.errors import InvalidInputError, QuotaExceededError
-from muxtune.v1 import budget_pb2, operator_pb2, task_pb2
+from muxtune.v1 import budget_pb2, event_pb2, operator_pb2, task_pb2
 from services.admission.store.clock import now
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import adapters, datasets, quotas, usage
@@ -65,7 +65,7 @@ def set_quota(connection: sa.Connection, tenant: str, quota: operator_pb2.Quota,
     connection.execute(sa.insert(quotas).values(tenant=tenant, quota=merged.SerializeToString()))
 
 
-def charge_step(connection: sa.Connection, tenant: str, step: task_pb2.StepDone) -> None:
+def charge_step(connection: sa.Connection, tenant: str, step: event_pb2.StepDone) -> None:
     """Add a committed step to the tenant's usage of today."""
     added = {
         "effective_tokens": step.effective_tokens,

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from engine.errors import AlreadyExistsError
 from engine.task import TaskState, check_transition
-from muxtune.v1 import errors_pb2, task_pb2
+from muxtune.v1 import errors_pb2, event_pb2, task_pb2
 from services.admission.store.clock import now, to_timestamp
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import adapters, task_events, tasks
@@ -66,8 +66,8 @@ def insert(
     }
     _INSERT.execute(connection, **values)
     state = task_pb2.TASK_STATE_QUEUED
-    changed = task_pb2.StateChanged(state=state, message="acknowledged")
-    event = task_pb2.TaskEvent(sequence=1, time=time, state_changed=changed)
+    changed = event_pb2.StateChanged(state=state, message="acknowledged")
+    event = event_pb2.TaskEvent(sequence=1, time=time, state_changed=changed)
     _INSERT_EVENT.execute(connection, task=name, sequence=1, event=event.SerializeToString())
     return task_pb2.Task(
         name=name, spec=spec, state=state, progress=progress, estimate=estimate, create_time=time,
@@ -88,7 +88,7 @@ def get_task(connection: sa.Connection, name: str) -> task_pb2.Task:
     return to_proto(get_row(connection, name))
 
 
-def append_event(connection: sa.Connection, name: str, event: task_pb2.TaskEvent) -> None:
+def append_event(connection: sa.Connection, name: str, event: event_pb2.TaskEvent) -> None:
     """Store the event with the task's next sequence number and the current time."""
     sequence = connection.execute(_NEXT_SEQUENCE, {"task": name}).scalar_one()
     event.sequence = sequence
@@ -113,21 +113,21 @@ def change_state(
     if failure is not None:
         values["failure"] = failure.SerializeToString()
     connection.execute(sa.update(tasks).where(tasks.c.name == row.name).values(values))
-    changed = task_pb2.StateChanged(
+    changed = event_pb2.StateChanged(
         state=state_to_proto(state),
         message=message,
         failure=failure,
         adapter=columns.get("adapter", ""),
         attempt=columns.get("attempt", row.attempt),
     )
-    append_event(connection, row.name, task_pb2.TaskEvent(state_changed=changed))
+    append_event(connection, row.name, event_pb2.TaskEvent(state_changed=changed))
 
 
 def append_message(connection: sa.Connection, row: Any, message: str) -> None:
     """Append an event that shows the tenant a message and leaves the task's state as it is."""
     state = state_to_proto(TaskState[row.state])
-    unchanged = task_pb2.StateChanged(state=state, message=message, attempt=row.attempt)
-    append_event(connection, row.name, task_pb2.TaskEvent(state_changed=unchanged))
+    unchanged = event_pb2.StateChanged(state=state, message=message, attempt=row.attempt)
+    append_event(connection, row.name, event_pb2.TaskEvent(state_changed=unchanged))
 
 
 def cancel(connection: sa.Connection, name: str) -> None:
@@ -140,10 +140,10 @@ def cancel(connection: sa.Connection, name: str) -> None:
     change_state(connection, row, following, "cancelled by the tenant")
 
 
-def list_events(connection: sa.Connection, name: str, sequence: int, limit: int) -> list[task_pb2.TaskEvent]:
+def list_events(connection: sa.Connection, name: str, sequence: int, limit: int) -> list[event_pb2.TaskEvent]:
     """Return the task's events after that sequence number."""
     rows = _EVENTS_AFTER.fetch_all(connection, name=name, after=sequence, limit=limit)
-    return [task_pb2.TaskEvent.FromString(row.event) for row in rows]
+    return [event_pb2.TaskEvent.FromString(row.event) for row in rows]
 
 
 def list_page(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from engine.errors import ArtifactCorruptError, NotFoundError, UnavailableError
 from engine.runtime.checkpoint import CheckpointState
-from muxtune.v1 import task_pb2
+from muxtune.v1 import event_pb2
 from services.storage.artifact_layout import (
     CheckpointFolder,
     TrainedAdapterFolder,
@@ -35,16 +35,16 @@ class CheckpointStore:
 
     def put_checkpoint(
         self, task: str, attempt: int, state: CheckpointState, extra: dict[str, Any]
-    ) -> task_pb2.CheckpointCommitted:
+    ) -> event_pb2.CheckpointCommitted:
         """Commits a checkpoint. Earlier ones stay: admission knows which one is recorded, and deletes the others."""
         folder = CheckpointFolder(task, state.step, attempt)
         metadata = {**state.metadata, **extra, "attempt": attempt}
         manifest = self._store.commit_folder(folder.key, state.files(), metadata)
-        return task_pb2.CheckpointCommitted(step=state.step, manifest_key=manifest.key, size_bytes=manifest.size_bytes)
+        return event_pb2.CheckpointCommitted(step=state.step, manifest_key=manifest.key, size_bytes=manifest.size_bytes)
 
     def get_checkpoint(
-        self, task: str, recorded: task_pb2.CheckpointCommitted
-    ) -> tuple[CheckpointState, task_pb2.CheckpointCommitted]:
+        self, task: str, recorded: event_pb2.CheckpointCommitted
+    ) -> tuple[CheckpointState, event_pb2.CheckpointCommitted]:
         """Returns the recorded checkpoint, or the newest readable one before it, and which one that is.
 
         A later checkpoint is never used: its steps were not recorded. Raises ArtifactCorruptError, UnavailableError.
@@ -55,7 +55,7 @@ class CheckpointStore:
                 manifest, files = self._store.read_folder(key)
                 state = CheckpointState.from_files(files, dict(manifest.metadata))
                 size = manifest.size_bytes
-                return state, task_pb2.CheckpointCommitted(step=state.step, manifest_key=key, size_bytes=size)
+                return state, event_pb2.CheckpointCommitted(step=state.step, manifest_key=key, size_bytes=size)
             except (NotFoundError, ArtifactCorruptError) as error:
                 _log.error("Checkpoint %s of %s cannot be used: %s", key, task, error)
         raise ArtifactCorruptError(f"no checkpoint of {task} can be read", task=task)

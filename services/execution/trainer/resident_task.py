@@ -8,7 +8,7 @@ from engine.errors import MuxtuneError
 from engine.runtime.checkpoint import CheckpointState
 from engine.runtime.out_of_memory import OutOfMemoryError
 from engine.task import TaskSpec
-from muxtune.v1 import plan_pb2, task_pb2
+from muxtune.v1 import event_pb2, plan_pb2
 from services.backoff import Backoff
 from services.execution.trainer.background_io import BackgroundCall
 from services.execution.trainer.early_stop import EarlyStop
@@ -21,7 +21,7 @@ class RestoreState:
     """The state that a task is restored from: a checkpoint, or the files of its initial adapter."""
 
     state: CheckpointState | None = None
-    used: task_pb2.CheckpointCommitted | None = None
+    used: event_pb2.CheckpointCommitted | None = None
     initial_adapter: Files | None = None
 
 

@@ -19,7 +19,7 @@ from engine.runtime.executor import Executor
 from engine.runtime.out_of_memory import OutOfMemoryError
 from engine.runtime.task_state import TaskAssignment
 from engine.task import evaluation_is_due
-from muxtune.v1 import alignment_pb2, plan_pb2, task_pb2
+from muxtune.v1 import alignment_pb2, event_pb2, plan_pb2
 from services.conversion.results import evaluation_to_proto, step_to_proto
 from services.conversion.task import spec_to_domain
 from services.execution.trainer.background_io import BackgroundCall, BackgroundIo
@@ -291,13 +291,13 @@ class TaskLifecycle:
 
     def _put_checkpoint(
         self, task: plan_pb2.PlannedTask, early_stop: EarlyStop, state: CheckpointState
-    ) -> task_pb2.CheckpointCommitted:
+    ) -> event_pb2.CheckpointCommitted:
         """Uploads a checkpoint. Runs on a background thread."""
         with task_span("checkpoint", task.task, task.trace_parent, **{"muxtune.step": state.step}):
             extra = {"early_stop": vars(early_stop), "trace_parent": current_trace_parent()}
             return self._checkpoints.put_checkpoint(task.task, task.attempt, state, extra)
 
-    def _record_checkpoint(self, resident: ResidentTask, committed: task_pb2.CheckpointCommitted) -> None:
+    def _record_checkpoint(self, resident: ResidentTask, committed: event_pb2.CheckpointCommitted) -> None:
         resident.checkpoint_step, resident.checkpoint_time = committed.step, time.monotonic()
         resident.reset_retry()
         self._report(resident, checkpoint_committed=committed)
@@ -344,13 +344,13 @@ class TaskLifecycle:
             return self._complete(resident, completion)
         task, early_stop = resident.planned, resident.early_stop
 
-        def put() -> task_pb2.CheckpointCommitted | None:
+        def put() -> event_pb2.CheckpointCommitted | None:
             committed = self._put_checkpoint(task, early_stop, state) if state is not None else None
             if completion.finished is not None and completion.adapter is not None:
                 self._put_adapter(task, completion.finished, completion.adapter, is_final=True)
             return committed
 
-        def on_done(committed: task_pb2.CheckpointCommitted | None) -> None:
+        def on_done(committed: event_pb2.CheckpointCommitted | None) -> None:
             if committed is not None:
                 self._record_checkpoint(resident, committed)
             self._complete(resident, completion)

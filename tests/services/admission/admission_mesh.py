@@ -27,6 +27,7 @@ from muxtune.v1 import (
     admission_pb2_grpc,
     alignment_pb2_grpc,
     artifact_pb2,
+    event_pb2,
     key_pb2_grpc,
     ledger_pb2,
     ledger_pb2_grpc,
@@ -286,7 +287,7 @@ class Admission:
         found = (await self.tenant().GetTask(pb.GetTaskRequest(name=task))).task.state
         return str(task_pb2.TaskState.Name(found)).removeprefix("TASK_STATE_")
 
-    async def events(self, task: str, after: int = 0) -> list[task_pb2.TaskEvent]:
+    async def events(self, task: str, after: int = 0) -> list[event_pb2.TaskEvent]:
         """Return all events of a task that has ended."""
         watch = self.tenant().WatchTask(pb.WatchTaskRequest(name=task, after_sequence=after))
         return [answer.event async for answer in watch]
@@ -374,16 +375,16 @@ def lease(holder: plan_pb2.Executor, seconds: int = 30) -> ledger_pb2.PutLeaseRe
 
 
 def step(task: str, attempt: int, number: int, loss: float = 1.0) -> plan_pb2.TaskResult:
-    done = task_pb2.StepDone(step=number, loss=loss, effective_tokens=10, padding_tokens=2, device_seconds=0.5)
+    done = event_pb2.StepDone(step=number, loss=loss, effective_tokens=10, padding_tokens=2, device_seconds=0.5)
     return plan_pb2.TaskResult(task=task, attempt=attempt, step_done=done)
 
 
 def evaluated(task: str, attempt: int, number: int, loss: float = 2.0) -> plan_pb2.TaskResult:
-    return plan_pb2.TaskResult(task=task, attempt=attempt, evaluated=task_pb2.Evaluated(step=number, loss=loss))
+    return plan_pb2.TaskResult(task=task, attempt=attempt, evaluated=event_pb2.Evaluated(step=number, loss=loss))
 
 
 def checkpoint(task: str, attempt: int, number: int) -> plan_pb2.TaskResult:
-    committed = task_pb2.CheckpointCommitted(step=number, manifest_key=f"{task}/checkpoints/{number:08d}-{attempt}")
+    committed = event_pb2.CheckpointCommitted(step=number, manifest_key=f"{task}/checkpoints/{number:08d}-{attempt}")
     return plan_pb2.TaskResult(task=task, attempt=attempt, checkpoint_committed=committed)
 
 

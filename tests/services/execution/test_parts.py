@@ -15,7 +15,7 @@ from engine.alignment.microbatch import Microbatch, MicrobatchKind
 from engine.errors import ArtifactCorruptError
 from engine.runtime.checkpoint import CheckpointState
 from engine.task import Training
-from muxtune.v1 import execution_pb2, plan_pb2, task_pb2
+from muxtune.v1 import event_pb2, execution_pb2, plan_pb2
 from services.execution.server.attempt_tracker import AttemptTracker
 from services.execution.server.outbox import Outbox
 from services.execution.server.watchdog import Watchdog
@@ -247,6 +247,6 @@ def test_a_corrupt_checkpoint_falls_back_to_one_before_it_never_after(tmp_path: 
     read, used = checkpoints.get_checkpoint(TASK, recorded)
     assert (read.step, read.metadata["early_stop"]) == (10, {"best": 1.0})
     assert (used.step, used.manifest_key) == (10, f"{TASK}/checkpoints/00000010-1/manifest.json")
-    first = task_pb2.CheckpointCommitted(step=5, manifest_key=f"{TASK}/checkpoints/00000005-1/manifest.json")
+    first = event_pb2.CheckpointCommitted(step=5, manifest_key=f"{TASK}/checkpoints/00000005-1/manifest.json")
     with pytest.raises(ArtifactCorruptError):
         checkpoints.get_checkpoint(TASK, first)

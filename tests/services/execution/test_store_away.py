@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from muxtune.v1 import execution_pb2, task_pb2
+from muxtune.v1 import event_pb2, execution_pb2
 from services.execution.trainer import task_lifecycle
 from services.execution.trainer_pipe import Tag
 from tests.services.execution.executor_mesh import planned
@@ -84,7 +84,7 @@ def test_uploads_that_fail_or_hang_delay_no_other_task(
 def test_a_task_that_waits_too_long_is_released(trainer: TrainerThread, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_lifecycle, "_MAX_WAIT_SECONDS", 0.0)
     trainer.store.gates.close("get tenants/t/tasks/v", is_away=True)
-    recorded = task_pb2.CheckpointCommitted(step=2, manifest_key=f"{full('v')}/checkpoints/00000002-1/manifest.json")
+    recorded = event_pb2.CheckpointCommitted(step=2, manifest_key=f"{full('v')}/checkpoints/00000002-1/manifest.json")
     trainer.plan(planned("v", attempt=2, resume_from=recorded), NEIGHBOURS[1], htasks=TOGETHER)
     trainer.until_ended("v", "b")
     (released,) = trainer.of("v", "released")

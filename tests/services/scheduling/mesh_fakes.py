@@ -10,6 +10,7 @@ import grpc
 from engine.errors import LeaseLostError, MuxtuneError, SupersededError
 from engine.planning.types import PlannerConfig
 from muxtune.v1 import (
+    event_pb2,
     execution_pb2,
     execution_pb2_grpc,
     ledger_pb2,
@@ -308,4 +309,4 @@ class SchedulingMesh:
 
 
 def step_done(task: str, attempt: int, step: int) -> plan_pb2.TaskResult:
-    return plan_pb2.TaskResult(task=task, attempt=attempt, step_done=task_pb2.StepDone(step=step, loss=1.0))
+    return plan_pb2.TaskResult(task=task, attempt=attempt, step_done=event_pb2.StepDone(step=step, loss=1.0))

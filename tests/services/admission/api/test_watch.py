@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from muxtune.v1 import admission_pb2 as pb
-from muxtune.v1 import ledger_pb2, plan_pb2, task_pb2
+from muxtune.v1 import event_pb2, ledger_pb2, plan_pb2, task_pb2
 from services.admission.ledger.ledger import Ledger
 from services.admission.store import tasks
 from tests.services.admission.admission_mesh import (
@@ -40,7 +40,7 @@ class Watcher:
     """Reads a task's events; watches again from the last sequence number whenever the stream breaks."""
 
     def __init__(self, admission: Admission, task: str, after: int = 0) -> None:
-        self.events: list[task_pb2.TaskEvent] = []
+        self.events: list[event_pb2.TaskEvent] = []
         self.num_streams = 0
         self._admission, self._task, self._last = admission, task, after
         self._changed = asyncio.Condition()
@@ -177,7 +177,7 @@ async def test_a_watcher_that_does_not_read_holds_no_memory_and_misses_nothing(
             tasks.append_message(connection, tasks.get_row(connection, task), "x" * 8000)
     num_read, right = 0, tasks.list_events
 
-    def counted(*arguments: Any) -> list[task_pb2.TaskEvent]:
+    def counted(*arguments: Any) -> list[event_pb2.TaskEvent]:
         nonlocal num_read
         events = right(*arguments)
         num_read += len(events)

@@ -14,7 +14,7 @@ from obstore.store import MemoryStore
 
 from engine.errors import UnavailableError
 from engine.task import TaskState
-from muxtune.v1 import task_pb2
+from muxtune.v1 import event_pb2
 from services.admission.cleanup.garbage_collector import GarbageCollector
 from services.admission.store.database import Database
 from services.admission.store.tables import adapters, tasks
@@ -46,7 +46,7 @@ def put_task(database: Database, name: str, state: TaskState, attempt: int, reco
     checkpoint = None
     if recorded:
         key = f"{name}/checkpoints/{recorded[0]:08d}-{recorded[1]}/manifest.json"
-        checkpoint = task_pb2.CheckpointCommitted(step=recorded[0], manifest_key=key).SerializeToString()
+        checkpoint = event_pb2.CheckpointCommitted(step=recorded[0], manifest_key=key).SerializeToString()
     row = {"name": name, "tenant": "tenants/a", "created": 0, "state": state.name, "dataset": "d"}
     row |= {"checkpoint": checkpoint, "attempt": attempt, "spec": b"", "estimate": b"", "progress": b""}
     with database.write() as connection:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from muxtune.v1 import admission_pb2 as pb
-from muxtune.v1 import errors_pb2, ledger_pb2, plan_pb2, task_pb2
+from muxtune.v1 import errors_pb2, event_pb2, ledger_pb2, plan_pb2
 from tests.services.admission.admission_mesh import DATABASES, Admission, executor, lease, step
 
 pytestmark = pytest.mark.parametrize("database_url", DATABASES, indirect=True)
@@ -93,7 +93,7 @@ async def test_a_cancelled_task_fails_rather_than_kill_executors_for_ever(admiss
 
 
 def checkpoint(task: str, attempt: int) -> plan_pb2.TaskResult:
-    committed = task_pb2.CheckpointCommitted(
+    committed = event_pb2.CheckpointCommitted(
         step=1, manifest_key=f"{task}/checkpoints/00000001-{attempt}/manifest.json"
     )
     return plan_pb2.TaskResult(task=task, attempt=attempt, checkpoint_committed=committed)

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from muxtune.v1 import admission_pb2 as pb
-from muxtune.v1 import errors_pb2, ledger_pb2, plan_pb2, task_pb2
+from muxtune.v1 import errors_pb2, event_pb2, ledger_pb2, plan_pb2, task_pb2
 from tests.services.admission.admission_mesh import (
     BOTH_DATABASES,
     Admission,
@@ -320,7 +320,7 @@ async def test_a_task_that_fell_back_to_an_earlier_checkpoint_goes_on_from_that_
 ) -> None:
     task = await running(admission)
     await admission.commit(*(checkpoint(task, 1, number) for number in (2, 4)))
-    fell_back = task_pb2.CheckpointCommitted(step=2, manifest_key=f"{task}/checkpoints/00000002-1")
+    fell_back = event_pb2.CheckpointCommitted(step=2, manifest_key=f"{task}/checkpoints/00000002-1")
     resumed = plan_pb2.TaskResumed(checkpoint=fell_back, message="the checkpoint of step 4 cannot be read")
     result = plan_pb2.TaskResult(task=task, attempt=1, resumed=resumed)
     assert await admission.commit(result, result) == ["COMMITTED", "DUPLICATE"]

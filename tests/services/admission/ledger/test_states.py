@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
 from engine.errors import IllegalTransitionError, LeaseLostError, SupersededError
-from muxtune.v1 import errors_pb2, ledger_pb2, plan_pb2, task_pb2
+from muxtune.v1 import errors_pb2, event_pb2, ledger_pb2, plan_pb2, task_pb2
 from services.admission.ledger.ledger import Ledger
 from services.admission.store import tasks
 from services.admission.store.database import Database
@@ -272,7 +272,7 @@ class Store(RuleBasedStateMachine):
         with self.database.read() as connection:
             for row in connection.execute(sa.select(tasks.tasks)):
                 found = tasks.to_proto(row)
-                kept = task_pb2.CheckpointCommitted.FromString(row.checkpoint or b"").step
+                kept = event_pb2.CheckpointCommitted.FromString(row.checkpoint or b"").step
                 seen = Task(row.state, row.attempt, row.executor, found.progress.step, kept, row.crashes)
                 seen.num_events = row.last_sequence
                 assert seen == self.tasks[row.name], row.name
