@@ -8,8 +8,10 @@ from contextlib import contextmanager
 
 
 class FairQueue:
-    """Runs at most `num_slots` jobs at once and one of each tenant, so that a tenant with long jobs leaves room for
-    others. A job that had its slot for `slice_seconds` yields it to waiting jobs and queues again. Thread-safe."""
+    """Runs at most `num_slots` jobs at once and one of each tenant. Thread-safe.
+
+    A job that had its slot for `slice_seconds` yields it to waiting jobs and queues again.
+    """
 
     def __init__(
         self, num_slots: int = 2, slice_seconds: float = 0.1, monotonic: Callable[[], float] = time.monotonic
@@ -33,8 +35,11 @@ class FairQueue:
         return bool(self._waiting)
 
     def acquire(self, tenant: str, *, in_exchange: bool = False) -> None:
-        """Wait for a slot. `in_exchange`: first release the tenant's present slot, in the same step, so that the tenant
-        gets its place in the rotation before any other."""
+        """Wait for a slot.
+
+        `in_exchange`: release the tenant's present slot in the same step, so that its place in the rotation is counted
+        from this moment.
+        """
         granted = threading.Event()
         with self._lock:
             self._waiting.setdefault(tenant, deque()).append(granted)

@@ -34,8 +34,10 @@ class Certificates:
         return tuple(number for stat in stats for number in (stat.st_mtime_ns, stat.st_ino, stat.st_size))
 
     def read(self) -> tuple[bytes, bytes, bytes]:
-        """Return (key, chain, roots) in PEM. Raises UnavailableError if key and certificate do not match, as during a
-        replacement."""
+        """Return (key, chain, roots) in PEM.
+
+        Raises UnavailableError if key and certificate do not match, as during a replacement.
+        """
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.folder / CERTIFICATE, self.folder / KEY)
             key, chain, roots = ((self.folder / name).read_bytes() for name in (KEY, CERTIFICATE, CA))
@@ -81,8 +83,10 @@ class ClientTls:
 
 
 class RotatingChannel(Generic[Channel]):  # Python 3.11 has no other way
-    """A channel that is replaced when the certificates are. Running calls stay on the channel they began on; a replaced
-    channel is closed at the next replacement."""
+    """A channel that is replaced when the certificates are.
+
+    Running calls stay on the channel they began on; a replaced channel is closed at the next replacement.
+    """
 
     def __init__(self, connect: Callable[[], Channel], tls: ClientTls | None) -> None:
         self._connect, self._tls = connect, tls

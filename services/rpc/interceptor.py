@@ -110,8 +110,10 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         return make(serve, _tolerant_deserializer(handler), handler.response_serializer)
 
     def _serve_stream(self, handler: Any) -> Handler:
-        """Return a handler that writes the servicer's responses, and authenticates again now and then: the caller's
-        key may have been revoked."""
+        """Return a handler that writes the servicer's responses.
+
+        It authenticates again from time to time, because the caller's key may have been revoked.
+        """
         servicer_method = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
         async def serve(call: ServerCall) -> None:

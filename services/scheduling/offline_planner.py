@@ -1,7 +1,7 @@
-"""Runs the planner without a mesh on a recorded profile: `python -m services.scheduling.offline_planner <
-REQUEST.json`.
+"""Runs the planner without a mesh on a recorded profile.
 
-The request is one JSON object. Answers are JSON, one a line; an error is one line on stderr with exit status 1.
+Usage: `python -m services.scheduling.offline_planner < REQUEST.json`. The request is one JSON object.
+Answers are JSON, one a line; an error is one line on stderr with exit status 1.
 
     {"profile": PlannerProfile, "tasks": [HypotheticalTask, ...]}     one answer, as SimulatePlan's
     {"profile": PlannerProfile, "trace": TRACE, "num_devices": 128}   a summary for each policy on that many executors

@@ -220,8 +220,11 @@ class Scheduler:
 
 
 def _tasks_held_by_others(executor: plan_pb2.Executor, snapshot: ledger_pb2.GetSnapshotResponse) -> set[str]:
-    """Return the tasks that other executors still hold: they start here once they were handed back with their progress
-    at the end of a round. A draining executor is left out: it hands its tasks back by itself, or is gone."""
+    """Return the tasks that other executors still hold.
+
+    They start here once they were handed back with their progress at the end of a round. A draining executor is left
+    out: it hands its tasks back by itself, or is gone.
+    """
     others = {e.name for e in snapshot.executors if e.name != executor.name and not e.draining}
     return {entry.task.name for entry in snapshot.tasks if entry.executor in others}
 

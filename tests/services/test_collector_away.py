@@ -115,7 +115,7 @@ def live_threads() -> int:
 
 
 @every_way
-def test_a_command_waits_for_nobody_long(
+def test_a_command_does_not_wait_long_for_the_collector(
     away: Away, own_providers: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A command exports its spans before it ends, within a few seconds."""

@@ -41,7 +41,7 @@ def test_every_type_reads() -> None:
     assert settings.prometheus_port is None
 
 
-def test_all_that_is_wrong_is_named() -> None:
+def test_all_invalid_variables_are_named() -> None:
     invalid = {"MUXTUNE_MESH_SECRET": "s", "MUXTUNE_LEASE_SECONDS": "soon", "MUXTUNE_IS_FAST": "maybe"}
     with pytest.raises(SettingsError) as caught:
         from_environment(Settings, invalid)

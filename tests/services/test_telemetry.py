@@ -106,7 +106,7 @@ def test_logs_are_json_lines_with_the_trace(spans) -> None:
     assert line["message"] == "line\n3 ü"
 
 
-def test_a_log_level_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_log_level_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     with pytest.raises(SettingsError, match=r"MUXTUNE_LOG_LEVEL.*LOUD"):
         configure("test", ServerSettings(mesh_secret="s", log_level="LOUD"))
@@ -154,7 +154,7 @@ def test_a_collector_gets_spans_and_metrics(collector: Collector) -> None:
     assert [metric.name for metric in collector.metrics] == ["muxtune.things"]
 
 
-def test_a_collector_that_is_away_blocks_nobody() -> None:
+def test_a_collector_that_is_down_blocks_nothing() -> None:
     exporting = configure("x", ServerSettings(mesh_secret="s", otlp_endpoint="http://127.0.0.1:1"))
     tracer = exporting.tracer_provider.get_tracer("x")
     started = time.monotonic()

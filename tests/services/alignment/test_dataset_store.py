@@ -40,7 +40,7 @@ def _inspect(sha256: str = SHA, **fields: Any) -> pb.InspectDatasetRequest:
     return pb.InspectDatasetRequest(tenant=TENANT, sha256=sha256, options=options)
 
 
-async def test_stored_whole_under_the_tenant_and_counted(alignment: Alignment) -> None:
+async def test_a_dataset_is_stored_under_its_tenant_and_counted(alignment: Alignment) -> None:
     data = lines({"text": "a"}, {"prompt": "a", "completion": "b"}, {"text": "c"}) + b"\n\n"
     answer = await alignment.store(data, chunk_bytes=5)
     assert (answer.sha256, answer.size_bytes, answer.num_rows) == (hashlib.sha256(data).hexdigest(), len(data), 3)
@@ -106,13 +106,13 @@ async def test_hostile_uploads_are_refused_and_leave_no_trace(
     assert (await alignment.store(TEN_ROWS)).num_rows == 10  # and the service goes on
 
 
-async def test_a_malformed_line_is_told_by_number(alignment: Alignment) -> None:
+async def test_a_malformed_line_is_named_by_number(alignment: Alignment) -> None:
     with pytest.raises(MalformedDatasetError) as caught:
         await alignment.store(lines({"text": "a"}) * 3 + b"{\n" + lines({"text": "b"}))
     assert caught.value.metadata["line"] == "4"
 
 
-async def test_a_client_that_leaves_midway_leaves_nothing(
+async def test_an_upload_that_is_cancelled_leaves_nothing(
     alignment: Alignment, monkeypatch: Any, tmp_path: Path
 ) -> None:
     spool = tmp_path / "spool"
@@ -139,7 +139,7 @@ async def test_a_client_that_leaves_midway_leaves_nothing(
     assert alignment.stored() == []
 
 
-async def test_removed_bytes_are_gone_with_what_was_made_of_them(alignment: Alignment) -> None:
+async def test_removed_bytes_are_gone_with_their_tokenized_forms(alignment: Alignment) -> None:
     await alignment.store(TEN_ROWS)
     await alignment.stub.InspectDataset(_inspect())
     for _ in range(2):  # removing what is not there answers OK
@@ -149,13 +149,13 @@ async def test_removed_bytes_are_gone_with_what_was_made_of_them(alignment: Alig
         await alignment.stub.InspectDataset(_inspect())
 
 
-async def test_another_tenants_bytes_are_not_there(alignment: Alignment) -> None:
+async def test_another_tenants_bytes_are_not_found(alignment: Alignment) -> None:
     await alignment.store(TEN_ROWS, tenant="tenants/other")
     with pytest.raises(NotFoundError):
         await alignment.stub.InspectDataset(_inspect())
 
 
-async def test_bytes_that_changed_in_the_store_are_told(alignment: Alignment) -> None:
+async def test_bytes_that_changed_in_the_store_are_detected(alignment: Alignment) -> None:
     await alignment.store(TEN_ROWS)
     (alignment.folder / alignment.stored()[0]).write_bytes(TEN_ROWS.replace(b"quick", b"slick"))
     with pytest.raises(ArtifactCorruptError):
@@ -218,9 +218,7 @@ async def test_special_tokens_stay_text_unless_the_task_says_otherwise(alignment
         ("overlength", 99),
     ],
 )
-async def test_inspection_refuses_what_it_cannot_compute_naming_the_field(
-    alignment: Alignment, field: str, value: float
-) -> None:
+async def test_inspection_names_the_invalid_field(alignment: Alignment, field: str, value: float) -> None:
     await alignment.store(TEN_ROWS)
     request = _inspect()
     request.options.training.MergeFrom(training())
@@ -230,7 +228,7 @@ async def test_inspection_refuses_what_it_cannot_compute_naming_the_field(
     assert [v.field for v in caught.value.violations] == [f"options.training.{field}"]
 
 
-async def test_inspection_refuses_an_unknown_backbone_and_a_name_that_is_none(alignment: Alignment) -> None:
+async def test_inspection_refuses_an_unknown_backbone_and_an_invalid_name(alignment: Alignment) -> None:
     await alignment.store(TEN_ROWS)
     request = _inspect()
     request.options.backbone = "huge"

@@ -40,7 +40,7 @@ def received(*chunks: bytes) -> DatasetUpload:
     return upload
 
 
-def test_a_line_without_end_is_read_no_further_than_it_may_be_long(datasets: DatasetStore) -> None:
+def test_an_endless_line_is_read_up_to_the_limit(datasets: DatasetStore) -> None:
     megabyte = b"x" * (1 << 20)
     upload = received(b'{"text": "', *[megabyte] * (LINE_BYTES >> 20), b'"}')
     tracemalloc.start()
@@ -51,7 +51,7 @@ def test_a_line_without_end_is_read_no_further_than_it_may_be_long(datasets: Dat
     upload.discard()
 
 
-def test_a_million_empty_rows_are_none(datasets: DatasetStore) -> None:
+def test_a_million_empty_rows_are_refused(datasets: DatasetStore) -> None:
     for empty in (b"\n", b" \n", b"\r\n", b"\t\n"):
         upload = received(empty * 1_000_000)
         with pytest.raises(MalformedDatasetError, match="empty"):
@@ -120,7 +120,7 @@ def test_a_token_bomb_is_cut_where_the_task_says(datasets: DatasetStore, text: s
     assert dataset.num_bytes < 10_000
 
 
-def test_a_dataset_that_is_slow_on_purpose_is_given_up(tmp_path: Path) -> None:
+def test_a_dataset_that_tokenizes_too_slowly_is_refused(tmp_path: Path) -> None:
     seconds = iter(range(1000))
     store = ArtifactStore.open(str(tmp_path / "store"))
     tokenizer = {"tiny": write_tokenizer(tmp_path / "tiny")}
@@ -168,7 +168,7 @@ def test_a_key_stays_in_the_store(tmp_path: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tenants/../x", "tenants/", "tenants/a/b", "x", "", "tenants/..", "tenants/a\0"])
-def test_a_tenant_is_no_way_out_of_its_folder(datasets: DatasetStore, tmp_path: Path, name: str) -> None:
+def test_a_tenant_name_cannot_lead_out_of_its_folder(datasets: DatasetStore, tmp_path: Path, name: str) -> None:
     upload = received(b'{"text":"fine"}')
     with pytest.raises(InvalidInputError):
         datasets.store(name, upload)
@@ -176,7 +176,7 @@ def test_a_tenant_is_no_way_out_of_its_folder(datasets: DatasetStore, tmp_path: 
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
-def test_a_link_in_the_store_leads_nowhere(tmp_path: Path) -> None:
+def test_a_symbolic_link_in_the_store_is_not_followed(tmp_path: Path) -> None:
     """Only an operator can make a link there; the store does not follow it out of its folder."""
     (tmp_path / "secret").write_bytes(b"secret")
     store = ArtifactStore.open(str(tmp_path / "store"))

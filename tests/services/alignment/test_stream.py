@@ -119,7 +119,7 @@ SHA = "0" * 64
         (_request(pb.Member(task=TASK, dataset_version=SHA, num_steps=1)), InvalidInputError, "num_steps"),
     ],
 )
-async def test_what_cannot_be_streamed_is_refused(
+async def test_an_invalid_stream_request_is_refused(
     alignment: Alignment, request_: Any, error: type[Exception], text: str
 ) -> None:
     with pytest.raises(error, match=text):
@@ -212,7 +212,7 @@ async def test_a_bad_member_does_not_harm_other_streams(alignment: Alignment) ->
     assert results[0] == results[2] and isinstance(results[1], NotFoundError)
 
 
-async def test_one_tokenization_serves_all_who_ask_at_once(
+async def test_concurrent_requests_share_one_tokenization(
     alignment: Alignment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from services.alignment import dataset_store as catalog_module
@@ -305,7 +305,7 @@ async def test_healthy_while_it_tokenizes_and_stops_at_sigterm(
         assert time.monotonic() - started < 10
 
 
-async def test_a_folder_without_a_tokenizer_is_told_at_start(tmp_path: Path) -> None:
+async def test_a_folder_without_a_tokenizer_is_refused_at_start(tmp_path: Path) -> None:
     async with asyncio.timeout(60):
         process, address = await _start(tmp_path)
         assert process.stderr is not None

@@ -26,7 +26,7 @@ HOG = "tenants/hog"
     num_slots=st.integers(1, 3),
 )
 @settings(max_examples=examples(50), deadline=None)
-def test_few_at_once_and_no_two_of_one_tenant(jobs: list[tuple[str, int]], num_slots: int) -> None:
+def test_few_jobs_run_at_once_and_one_of_each_tenant(jobs: list[tuple[str, int]], num_slots: int) -> None:
     queue, running, most = FairQueue(num_slots, slice_seconds=0), Counter[str](), [0]
     lock, done = threading.Lock(), list[str]()
 
@@ -74,7 +74,7 @@ def test_a_tenant_with_many_jobs_gets_every_other_turn() -> None:
     assert Counter(order) == {"many": 80, "one": 20, "other": 20}
 
 
-def test_a_turn_lasts_while_nobody_waits_and_time_spent_waiting_is_not_counted() -> None:
+def test_a_slot_is_kept_while_no_job_waits_and_waiting_is_not_counted() -> None:
     now = iter(range(0, 1000, 10))
     queue = FairQueue(num_slots=1, slice_seconds=15, monotonic=lambda: float(next(now)))
     with queue.slot("a") as slot:  # at 0
@@ -116,7 +116,7 @@ def arrived(alignment: Alignment, monkeypatch: pytest.MonkeyPatch) -> asyncio.Qu
     return arrived
 
 
-async def test_who_inspects_without_end_keeps_nobody_from_datasets_and_streams(
+async def test_endless_inspections_do_not_block_other_tenants(
     alignment: Alignment, held: threading.Event, arrived: asyncio.Queue[str]
 ) -> None:
     """While one tenant has a hundred datasets in progress, cancelled calls included, another tenant's are served."""

@@ -78,21 +78,21 @@ def test_every_field_of_training_is_on_both_sides() -> None:
     assert domain == {field.name for field in task_pb2.Training.DESCRIPTOR.fields}
 
 
-def test_what_is_unset_has_the_default_the_protos_name() -> None:
+def test_unset_fields_have_the_protos_defaults() -> None:
     spec = task_pb2.TaskSpec(lora=task_pb2.Lora(rank=8), training=task_pb2.Training(learning_rate=1e-3, num_steps=5))
     domain = task_conversion.spec_to_domain(spec)
     assert domain.method == Lora(rank=8, alpha=8.0, target_modules=(), dropout=0.0)
     assert domain.training == Training(learning_rate=1e-3, num_steps=5)
 
 
-def test_zero_is_kept_where_unset_means_something_else() -> None:
+def test_zero_differs_from_unset_where_the_proto_has_presence() -> None:
     message = task_pb2.Training(num_epochs=0, beta1=0.0, beta2=0.0, epsilon=0.0, max_grad_norm=0.0, shuffle=False)
     training = task_conversion.training_to_domain(message)
     assert (training.beta1, training.beta2, training.epsilon, training.max_grad_norm) == (0, 0, 0, 0)
     assert training.shuffle is False and training.num_epochs == 0 and training.num_steps is None
 
 
-def test_all_of_a_wrong_form_is_named_at_once() -> None:
+def test_all_invalid_fields_are_named_at_once() -> None:
     training = task_pb2.Training(lr_schedule=77, optimizer=88, overlength=99)
     with pytest.raises(InvalidInputError) as caught:
         task_conversion.spec_to_domain(task_pb2.TaskSpec(training=training))
@@ -165,7 +165,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_microbatch_that_does_not_fit_itself_is_refused(damage) -> None:
+def test_an_inconsistent_microbatch_is_refused(damage) -> None:
     message = microbatch_conversion.microbatch_to_proto(microbatch())
     damage(message)
     with pytest.raises(InvalidInputError):

@@ -101,7 +101,7 @@ async def test_the_entry_is_written_before_the_caller_hears(
     assert entry.principal.subject == ("key 2" if token == "viewer" else "key 1")
 
 
-async def test_a_caller_who_leaves_does_not_take_the_entry_along(served: Served) -> None:
+async def test_the_entry_is_written_although_the_caller_cancels(served: Served) -> None:
     call = served.stub.CancelTask(pb.CancelTaskRequest(name="forever"), metadata=metadata(), timeout=20)
     await served.servicer.began.wait()
     call.cancel()
@@ -111,7 +111,7 @@ async def test_a_caller_who_leaves_does_not_take_the_entry_along(served: Served)
     assert served.log.entries == [AuditEntry(TENANT, "/muxtune.v1.AdmissionService/CancelTask", "forever", "CANCELLED")]
 
 
-async def test_reads_leave_no_line_and_uploads_say_what_they_made(served: Served) -> None:
+async def test_reads_leave_no_entry_and_uploads_name_the_dataset(served: Served) -> None:
     served.log.may_write.set()
     await served.stub.GetTask(pb.GetTaskRequest(name=NAME), metadata=metadata(), timeout=20)
     upload = iter([pb.UploadDatasetRequest(chunk=artifact_pb2.FileChunk(data=b"secret row"))])
@@ -121,7 +121,7 @@ async def test_reads_leave_no_line_and_uploads_say_what_they_made(served: Served
 
 
 @given(st.text(max_size=300), st.text(max_size=20), st.binary(max_size=50))
-def test_a_resource_is_a_name_and_never_what_else_was_said(name: str, label: str, data: bytes) -> None:
+def test_a_resource_is_a_name_and_no_other_text_of_the_request(name: str, label: str, data: bytes) -> None:
     spec = task_pb2.TaskSpec(labels={"secret": label}, backbone="secret")
     assert resource_name_in(pb.CreateTaskRequest(parent=name, spec=spec)) == name[:200]
     chunk = artifact_pb2.FileChunk(data=data)

@@ -57,7 +57,7 @@ async def test_with_the_secret_all_is_served(start_mesh, scheme: str) -> None:
     assert await code_for(mesh.address, [("authorization", f"{scheme} {mesh.secret}")]) is grpc.StatusCode.OK
 
 
-async def test_streams_are_gated_too(start_mesh) -> None:
+async def test_streams_are_authenticated_too(start_mesh) -> None:
     async def stream(request, context):
         yield admission_pb2.DownloadAdapterResponse()
 
@@ -73,7 +73,7 @@ async def test_streams_are_gated_too(start_mesh) -> None:
         await stub.UploadDataset(iter([admission_pb2.UploadDatasetRequest()]))
 
 
-async def test_a_stream_ends_when_its_key_does(monkeypatch) -> None:
+async def test_a_stream_ends_after_its_key_is_revoked(monkeypatch) -> None:
     """The key is revoked while the stream is open: the next authentication ends it."""
     monkeypatch.setattr(interceptor, "_REAUTHENTICATE_SECONDS", 0.0)
     revoked, sent = asyncio.Event(), asyncio.Event()
@@ -134,7 +134,7 @@ async def test_the_secret_is_compared_whole() -> None:
             await authenticate("/x/Y", wrong)
 
 
-async def test_no_secret_is_no_way_in() -> None:
+async def test_an_empty_secret_accepts_nothing() -> None:
     with pytest.raises(UnauthenticatedError):
         await mesh_authenticator("")("/x/Y", "")
 

@@ -50,13 +50,13 @@ def test_the_kinds_of_callers_do_not_mix(method: str) -> None:
 
 
 @pytest.mark.parametrize("role", list(Role))
-def test_what_is_not_in_the_table_is_refused(role: Role) -> None:
+def test_a_method_outside_the_table_is_refused(role: Role) -> None:
     for method in ("/muxtune.v1.AdmissionService/Nonsense", "", "GetTask", "/muxtune.v1.AdmissionService/gettask"):
         with pytest.raises(PermissionDeniedError):
             check_access(method, role)
 
 
-def test_a_role_gets_what_the_table_says_and_no_more() -> None:
+def test_a_role_may_call_what_the_table_allows_and_no_more() -> None:
     for method in NAMES:
         for role in set(Role) - {Role.MESH, Role.ANYONE}:
             if role in rule_for(method).roles:

@@ -88,7 +88,7 @@ async def test_only_the_peers_in_the_table_get_in(alignment: Server, name: str) 
     ],
     ids=["a key", "a tenant", "a certificate"],
 )
-async def test_what_a_peer_says_of_itself_in_metadata_is_ignored(alignment: Server, forged: object) -> None:
+async def test_a_peers_metadata_is_ignored(alignment: Server, forged: object) -> None:
     await remove(alignment.address, trust("admission", "alignment"), metadata=forged)
     assert alignment.seen == [Principal(None, alignment.seen[0].role, "certificate admission")]
     with pytest.raises(PermissionDeniedError):
@@ -120,7 +120,7 @@ async def test_without_a_certificate_of_this_ca_there_is_no_connection(alignment
     assert not alignment.seen
 
 
-async def test_a_certificate_signed_by_a_service_is_worth_nothing(alignment: Server, tmp_path: Path) -> None:
+async def test_a_certificate_signed_by_a_service_is_refused(alignment: Server, tmp_path: Path) -> None:
     """A service's key cannot sign an operator's certificate: it is not a CA."""
     folder = tmp_path / "forged"
     folder.mkdir()
@@ -143,7 +143,7 @@ async def test_a_client_knows_a_service_by_its_name(alignment: Server) -> None:
     assert not alignment.seen
 
 
-async def test_the_public_door_takes_no_certificate_for_a_proof() -> None:
+async def test_the_public_port_ignores_client_certificates() -> None:
     async with Server(certificates("alignment"), is_mutual=False) as public:
         with pytest.raises(MuxtuneError, match="no API key"):
             await remove(public.address, trust("admission", "alignment"))
@@ -200,7 +200,7 @@ async def test_half_replaced_files_change_nothing(tmp_path: Path) -> None:
         Certificates(tmp_path / "alignment").version()
 
 
-async def test_a_channel_outlives_a_folder_that_is_half_replaced(alignment: Server, tmp_path: Path) -> None:
+async def test_a_channel_survives_a_half_replaced_folder(alignment: Server, tmp_path: Path) -> None:
     here = tmp_path / "admission"
     here.mkdir()
     for name in ("tls.crt", "tls.key", "ca.crt"):
@@ -226,7 +226,7 @@ async def test_health_wants_a_certificate_and_no_role(alignment: Server) -> None
         assert answer
 
 
-def test_settings_that_would_let_anyone_in_are_refused() -> None:
+def test_settings_without_authentication_are_refused() -> None:
     folder = certificates("alignment").folder
     for wrong, said in (
         ({}, "MUXTUNE_CERTS"),

@@ -65,7 +65,7 @@ async def test_unavailable_is_retried_and_then_raised(start_mesh) -> None:
     assert hopeless.calls == 5
 
 
-async def test_a_server_stream_is_opened_again_by_who_reads_it(start_mesh) -> None:
+async def test_the_reader_reopens_a_server_stream(start_mesh) -> None:
     flaky = Flaky(1, UnavailableError("not yet"))
     mesh = await start_mesh(DownloadAdapter=flaky.stream)
     stub = await mesh.admission()
@@ -131,7 +131,7 @@ async def test_every_unary_call_has_a_deadline(start_mesh) -> None:
     assert left["stream"] is None
 
 
-async def test_nobody_there_is_unavailable_within_seconds() -> None:
+async def test_a_missing_server_is_unavailable_within_seconds() -> None:
     started = time.monotonic()
     async with open_channel("127.0.0.1:1", "mesh_x") as channel:
         with pytest.raises(UnavailableError):
@@ -139,7 +139,7 @@ async def test_nobody_there_is_unavailable_within_seconds() -> None:
     assert time.monotonic() - started < 10
 
 
-async def test_who_can_wait_gets_the_answer_of_a_service_that_comes_later(start_mesh, unused_tcp_port: int) -> None:
+async def test_wait_for_ready_gets_the_answer_of_a_later_start(start_mesh, unused_tcp_port: int) -> None:
     async def get(request, context):
         return admission_pb2.GetTaskResponse()
 
@@ -188,7 +188,7 @@ async def test_an_idle_stream_outlives_many_pings(start_mesh, monkeypatch) -> No
     assert [response.sequence async for response in call] == [2]
 
 
-async def test_a_message_over_the_limit_is_no_overload(start_mesh) -> None:
+async def test_a_message_over_the_size_limit_is_not_an_overload(start_mesh) -> None:
     async def get(request, context):
         return admission_pb2.GetTaskResponse(task={"name": "x" * (MAX_MESSAGE_BYTES + 1)})
 
@@ -198,7 +198,7 @@ async def test_a_message_over_the_limit_is_no_overload(start_mesh) -> None:
     assert not isinstance(caught.value, OverloadedError | UnavailableError)
 
 
-def test_translated_errors_leave_others_alone() -> None:
+def test_translation_leaves_other_errors_alone() -> None:
     with pytest.raises(KeyError), translate_rpc_errors():
         raise KeyError("x")
     with pytest.raises(MuxtuneError), translate_rpc_errors():

@@ -58,7 +58,7 @@ def test_users_find_every_reason_under_the_same_class_name() -> None:
             assert by_reason[row.reason] == cls.__name__
 
 
-def test_a_subclass_elsewhere_takes_the_row_of_its_base() -> None:
+def test_a_subclass_has_the_row_of_its_base() -> None:
     class Special(errors.LeaseLostError):
         pass
 
@@ -105,7 +105,7 @@ def details_of(error: MuxtuneError) -> dict[type, object]:
     return found
 
 
-def test_details_stand_beside_the_info() -> None:
+def test_details_accompany_the_error_info() -> None:
     quota = details_of(errors.QuotaExceededError("too many", subject="tenants/a"))
     assert quota[error_details_pb2.QuotaFailure].violations[0].subject == "tenants/a"
     state = details_of(errors.IllegalTransitionError("no", task="tenants/a/tasks/b", state="SUCCEEDED"))
@@ -116,7 +116,7 @@ def test_details_stand_beside_the_info() -> None:
     assert details_of(errors.NotFoundError("x"))[error_details_pb2.ErrorInfo].domain == "muxtune"
 
 
-async def test_a_bug_tells_only_its_trace_id(start_mesh, spans, caplog) -> None:
+async def test_an_unexpected_error_shows_only_its_trace_id(start_mesh, spans, caplog) -> None:
     row = "the tenant's secret row"
     mesh = await start_mesh(GetTask=raising(KeyError(row)))
     with caplog.at_level(logging.ERROR), pytest.raises(MuxtuneError) as caught:
@@ -141,7 +141,7 @@ async def test_many_and_long_violations_still_arrive(start_mesh) -> None:
     assert caught.value.message.endswith("...")
 
 
-async def test_what_is_not_ours_is_read_by_its_code(start_mesh) -> None:
+async def test_a_foreign_error_is_mapped_by_its_code(start_mesh) -> None:
     async def abort(request, context):
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a proxy says no")
 
@@ -183,7 +183,7 @@ async def test_a_peers_error_passes_through_a_servicer(start_mesh) -> None:
     assert caught.value.metadata == {"added_bytes": "5"}
 
 
-async def test_cancellation_is_nobodys_error(start_mesh) -> None:
+async def test_cancellation_is_not_an_error(start_mesh) -> None:
     began, ended = asyncio.Event(), asyncio.Event()
 
     async def wait(request, context):

@@ -60,7 +60,7 @@ async def address(slow: Slow) -> AsyncIterator[str]:
     await server.stop(None)
 
 
-async def test_calls_over_the_limit_are_refused_and_told_when_to_come_again(slow: Slow, address: str) -> None:
+async def test_calls_over_the_limit_are_refused_with_a_retry_time(slow: Slow, address: str) -> None:
     async with open_channel(address, SECRET) as channel, grpc.aio.insecure_channel(address) as bare:
         stub, plain = (admission_pb2_grpc.AdmissionServiceStub(c) for c in (channel, bare))
         held = [asyncio.ensure_future(stub.GetTask(pb.GetTaskRequest())) for _ in range(3)]
@@ -86,7 +86,7 @@ def retry_seconds(error: Any) -> float:
     return info.retry_delay.ToTimedelta().total_seconds()
 
 
-async def test_who_does_not_read_holds_no_memory_and_leaves_its_place_when_it_goes(slow: Slow, address: str) -> None:
+async def test_an_unread_stream_uses_bounded_memory_and_frees_its_place(slow: Slow, address: str) -> None:
     """Of an endless download one chunk is read: the server makes a few more and then stops."""
     async with open_channel(address, SECRET) as channel:
         stub = admission_pb2_grpc.AdmissionServiceStub(channel)

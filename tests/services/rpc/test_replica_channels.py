@@ -66,7 +66,7 @@ def channel_to(replicas: list[Replica]) -> grpc.aio.Channel:
     return open_channel(",".join(replica.address for replica in replicas), SECRET, health_service=LEDGER)
 
 
-async def test_calls_go_to_the_one_that_serves_and_no_other_is_asked(replicas: list[Replica]) -> None:
+async def test_calls_go_to_the_leading_replica_only(replicas: list[Replica]) -> None:
     await replicas[1].set_leading(True)
     async with channel_to(replicas) as channel:
         stub: Any = ledger_pb2_grpc.LedgerServiceStub(channel)
@@ -90,7 +90,7 @@ async def test_no_call_fails_while_the_ledger_moves(replicas: list[Replica]) -> 
             await moving
 
 
-async def test_where_nobody_serves_a_call_is_unavailable_and_soon_answered_when_somebody_does(
+async def test_calls_without_a_leader_are_unavailable_until_one_leads(
     replicas: list[Replica],
 ) -> None:
     async with channel_to(replicas) as channel:

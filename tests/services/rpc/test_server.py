@@ -99,7 +99,7 @@ async def running(settings: ServerSettings) -> AsyncIterator[Running]:
     await process.wait()
 
 
-async def test_a_process_from_ready_to_left(running: Running, settings: ServerSettings) -> None:
+async def test_a_process_from_start_to_stop(running: Running, settings: ServerSettings) -> None:
     async with grpc.aio.insecure_channel(running.address) as plain, open_channel(running.address, "mesh_s") as channel:
         # Ready means serving: health says so for the server and for its service, without a key.
         health = health_pb2_grpc.HealthStub(plain)
@@ -232,7 +232,7 @@ async def test_a_hook_that_fails_still_stops_the_server() -> None:
 
 
 @pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
-async def test_a_bomb_is_not_inflated(compression: grpc.Compression) -> None:
+async def test_a_compression_bomb_is_not_inflated(compression: grpc.Compression) -> None:
     """64 MB of zeros arrive as 64 kB: the decompressed size is limited."""
     serving, stopping, address = await serve_here(ServerSettings(mesh_secret="mesh_s"))
     bomb = admission_pb2.GetTaskRequest(name="0" * (64 << 20))
@@ -247,7 +247,7 @@ async def test_a_bomb_is_not_inflated(compression: grpc.Compression) -> None:
     await serving
 
 
-async def test_metadata_has_an_end() -> None:
+async def test_metadata_size_is_limited() -> None:
     serving, stopping, address = await serve_here(ServerSettings(mesh_secret="mesh_s"))
     async with grpc.aio.insecure_channel(address) as channel:
         stub = admission_pb2_grpc.AdmissionServiceStub(channel)

@@ -62,7 +62,7 @@ async def test_a_sync_channel(start_mesh, spans, endless) -> None:
     client.channel.close()
 
 
-async def test_a_sync_stream_that_is_left(start_mesh, spans, endless) -> None:
+async def test_an_abandoned_sync_stream(start_mesh, spans, endless) -> None:
     mesh = await start_mesh(DownloadAdapter=endless.stream)
     client = Blocking(mesh.address, mesh.secret)
     assert await asyncio.to_thread(client.read, 1) == 1

@@ -119,7 +119,7 @@ async def test_a_callers_trace_goes_on_and_its_baggage_does_not(start_mesh, span
     assert "baggage" not in seen
 
 
-async def test_who_is_not_let_in_leaves_spans_too(start_mesh, spans) -> None:
+async def test_unauthenticated_calls_have_spans(start_mesh, spans) -> None:
     mesh = await start_mesh()
     with pytest.raises(MuxtuneError):
         await (await mesh.admission("mesh_wrong")).GetTask(GET)
@@ -172,7 +172,7 @@ async def test_a_deadline(start_mesh, spans, endless) -> None:
 
 @pytest.mark.parametrize("kind", ["stream", "flood"])
 @pytest.mark.parametrize("how", ["cancel", "task", "abandon", "unread"])
-async def test_a_stream_nobody_reads_on(start_mesh, spans, endless, how: str, kind: str) -> None:
+async def test_an_abandoned_stream(start_mesh, spans, endless, how: str, kind: str) -> None:
     """A stream that is cancelled, left by `break` or never read ends its span without garbage collection."""
     mesh = await start_mesh(DownloadAdapter=getattr(endless, kind))
     stub = await mesh.admission()
@@ -221,7 +221,7 @@ async def test_the_readers_own_spans_are_not_the_streams_children(start_mesh, sp
             assert trace.get_current_span() is reader
 
 
-async def test_a_server_that_goes_away(start_mesh, spans) -> None:
+async def test_a_server_that_stops(start_mesh, spans) -> None:
     server = grpc.aio.server()
 
     async def download(request, context):
@@ -246,7 +246,7 @@ async def test_a_server_that_goes_away(start_mesh, spans) -> None:
     assert client.status.status_code is StatusCode.ERROR
 
 
-async def test_a_stream_of_hours_ends_its_span_when_established(start_mesh, spans) -> None:
+async def test_a_long_stream_ends_its_span_when_established(start_mesh, spans) -> None:
     may_end = asyncio.Event()
 
     async def run_plan(requests, context):
@@ -273,7 +273,7 @@ async def test_a_stream_of_hours_ends_its_span_when_established(start_mesh, span
         assert end.links[0].context.span_id == side.context.span_id and end.attributes["muxtune.stream_seconds"] > 0
 
 
-async def test_a_silent_stream_of_hours_is_established_soon(start_mesh, spans, monkeypatch) -> None:
+async def test_a_silent_long_stream_is_established_soon(start_mesh, spans, monkeypatch) -> None:
     monkeypatch.setattr(tracing, "_ESTABLISHED_SECONDS", 0.05)
 
     async def run_plan(requests, context):
@@ -289,7 +289,7 @@ async def test_a_silent_stream_of_hours_is_established_soon(start_mesh, spans, m
     assert codes == {"CANCELLED"}
 
 
-async def test_a_stream_of_hours_refused_at_once_shows_why(start_mesh, spans) -> None:
+async def test_a_long_stream_refused_at_once_shows_the_error(start_mesh, spans) -> None:
     async def run_plan(requests, context):
         raise NotFoundError("no such executor")
         yield
@@ -302,7 +302,7 @@ async def test_a_stream_of_hours_refused_at_once_shows_why(start_mesh, spans) ->
     spans.check(server, "NOT_FOUND", is_error=False)
 
 
-async def test_a_servicer_that_writes_by_itself(start_mesh, spans) -> None:
+async def test_a_servicer_that_writes_to_the_context(start_mesh, spans) -> None:
     async def download(request, context):
         await context.write(PIECE)
         await context.write(PIECE)

@@ -60,7 +60,7 @@ class Service:
         return None
 
 
-async def test_guesses_from_one_address_are_looked_up_no_more_than_so_often() -> None:
+async def test_guesses_from_one_address_are_limited() -> None:
     service = Service()
     answers = [await service.call(f"guess-{number}") for number in range(50)]
     assert answers == [UnauthenticatedError] * 4 + [OverloadedError] * 46
@@ -70,13 +70,13 @@ async def test_guesses_from_one_address_are_looked_up_no_more_than_so_often() ->
     assert [await service.call("guess") for _ in range(3)] == [UnauthenticatedError] * 2 + [OverloadedError]
 
 
-async def test_guesses_at_once_are_limited_as_guesses_in_turn() -> None:
+async def test_concurrent_guesses_are_limited() -> None:
     service = Service()
     answers = await asyncio.gather(*(service.call(f"guess-{number}") for number in range(50)))
     assert answers.count(UnauthenticatedError) == len(service.looked_up) == 4
 
 
-async def test_who_was_good_before_is_not_held_up_by_neighbours() -> None:
+async def test_a_known_key_is_not_limited_by_its_address() -> None:
     service = Service(good={"good", "new"})
     assert await service.call("good") is None
     for number in range(50):
@@ -88,12 +88,12 @@ async def test_who_was_good_before_is_not_held_up_by_neighbours() -> None:
     assert await service.call("new") is None
 
 
-async def test_good_calls_use_nothing_up() -> None:
+async def test_valid_calls_are_not_counted() -> None:
     service = Service(good={f"good-{number}" for number in range(100)})
     assert not any([await service.call(f"good-{number}") for number in range(100)])
 
 
-async def test_a_revoked_key_is_a_strangers() -> None:
+async def test_a_revoked_key_is_limited() -> None:
     service = Service()
     assert await service.call("good") is None
     service.good.clear()
@@ -101,7 +101,7 @@ async def test_a_revoked_key_is_a_strangers() -> None:
 
 
 @pytest.mark.parametrize("failure", [UnavailableError("away"), OverloadedError("a tenant's own limit")], ids=repr)
-async def test_what_is_not_the_callers_failing_uses_nothing_up_and_leaves_no_line(failure: MuxtuneError) -> None:
+async def test_failures_of_the_service_are_not_counted(failure: MuxtuneError) -> None:
     service = Service(failure=failure)
     assert [await service.call("good") for _ in range(20)] == [type(failure)] * 20
     service.failure = None
@@ -110,7 +110,7 @@ async def test_what_is_not_the_callers_failing_uses_nothing_up_and_leaves_no_lin
     assert [entry.principal.subject for entry in service.entries] == ["nobody, 1 calls from 192.0.2.1"]
 
 
-async def test_calls_that_prove_nothing_are_lines_by_address_however_many() -> None:
+async def test_unauthenticated_calls_are_one_entry_per_address() -> None:
     service, draw, expected = Service(), random.Random(3), dict[str, int]()
     for _ in range(500):
         host = f"192.0.2.{draw.randrange(3)}"
@@ -127,7 +127,7 @@ async def test_calls_that_prove_nothing_are_lines_by_address_however_many() -> N
     assert len(service.entries) == 3  # nothing new, no line
 
 
-async def test_a_flood_from_everywhere_has_an_end_in_lines_and_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_calls_from_many_addresses_use_bounded_entries_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rate_limit, "_MAX_BUCKETS", 50)
     monkeypatch.setattr(unauthenticated_limiter, "_MAX_TOKENS", 50)
     service = Service(good={f"good-{number}" for number in range(200)})
@@ -143,7 +143,7 @@ async def test_a_flood_from_everywhere_has_an_end_in_lines_and_in_memory(monkeyp
     assert service.entries[-1].principal.subject.endswith("calls from elsewhere")
 
 
-async def test_what_was_counted_is_written_at_the_end_too() -> None:
+async def test_counted_calls_are_written_at_the_end() -> None:
     service = Service()
     running = asyncio.create_task(service.limiter.run())
     await service.call(None)
@@ -172,7 +172,7 @@ def test_addresses_without_ports(peer: str, address: str) -> None:
 
 
 @given(st.text())
-def test_no_peer_is_too_odd(peer: str) -> None:
+def test_any_peer_name_gives_an_address(peer: str) -> None:
     for text in (peer, f"ipv4:{peer}", f"ipv6:{peer}", f"ipv6:[{peer}]:1"):
         assert isinstance(client_address(text), str)
 
@@ -194,7 +194,7 @@ async def served() -> AsyncIterator[tuple[Service, str]]:
     await server.stop(None)
 
 
-async def test_over_the_wire_ports_and_forwarding_headers_make_no_new_address(served: tuple[Service, str]) -> None:
+async def test_ports_and_forwarding_headers_do_not_change_the_address(served: tuple[Service, str]) -> None:
     service, address = served
     codes = []
     for number in range(8):

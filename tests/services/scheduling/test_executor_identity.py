@@ -106,12 +106,12 @@ async def test_an_executor_registers_under_its_own_name_alone(mesh: Mesh) -> Non
 
 
 @pytest.mark.parametrize("name", ["", "gpu-a", "executors/GPU-A", "executors/gpu-a/", "executors/gpu-a.execution"])
-async def test_what_is_almost_its_name_is_anothers(mesh: Mesh, name: str) -> None:
+async def test_a_similar_name_is_refused(mesh: Mesh, name: str) -> None:
     with pytest.raises(PermissionDeniedError):
         await (await mesh.scheduling(A)).RegisterExecutor(register(name))
 
 
-async def test_its_name_is_looked_at_before_anything_else(mesh: Mesh) -> None:
+async def test_the_name_is_checked_first(mesh: Mesh) -> None:
     broken = plan_pb2.Executor(name=B, address="unix:/etc/passwd")
     request = scheduling_pb2.RegisterExecutorRequest(executor=broken)
     for mine, refusal in ((A, PermissionDeniedError), (B, InvalidInputError)):
@@ -146,7 +146,7 @@ class Warnings(logging.Handler):
         self.messages.put_nowait(record.getMessage())
 
 
-async def test_scheduling_sends_no_plan_to_who_has_not_the_name(mesh: Mesh) -> None:
+async def test_scheduling_sends_no_plan_to_another_certificate(mesh: Mesh) -> None:
     """B answers at the address that A registered: its certificate fails the handshake before any message."""
     player, log = FakeExecutor(mesh.changes, B), logging.getLogger("services.scheduling.executor_streams")
     address = await mesh.serve(B, execution_pb2_grpc.add_ExecutionServiceServicer_to_server, player)
@@ -185,7 +185,7 @@ def audit_entries(mesh: Mesh) -> list[tuple[str, str, str, str]]:
     return [(e.subject, e.method.rpartition("/")[2], e.resource, e.status_code) for e in mesh.ledger.audit]
 
 
-async def test_an_operator_has_an_executor_drained_and_the_audit_log_knows(mesh: Mesh) -> None:
+async def test_an_operators_drain_is_in_the_audit_log(mesh: Mesh) -> None:
     player, drain = await executor_to_drain(mesh)
     await drain("operator")
     await drain("operator")
@@ -201,7 +201,7 @@ async def test_an_operator_has_an_executor_drained_and_the_audit_log_knows(mesh:
     ]
 
 
-async def test_nobody_else_drains_and_no_operator_at_the_executor_itself(mesh: Mesh) -> None:
+async def test_only_an_operator_drains_and_only_through_scheduling(mesh: Mesh) -> None:
     player, drain = await executor_to_drain(mesh)
     for who in (A, B, "admission", "alignment", "scheduling"):
         with pytest.raises(PermissionDeniedError):
@@ -219,7 +219,7 @@ async def test_nobody_else_drains_and_no_operator_at_the_executor_itself(mesh: M
     assert not player.num_drains
 
 
-async def test_who_is_refused_again_and_again_fills_no_log(mesh: Mesh) -> None:
+async def test_repeated_refusals_do_not_fill_the_log(mesh: Mesh) -> None:
     a = await mesh.scheduling(A)
     for _ in range(20):
         with pytest.raises(PermissionDeniedError):
@@ -227,7 +227,7 @@ async def test_who_is_refused_again_and_again_fills_no_log(mesh: Mesh) -> None:
     assert audit_entries(mesh) == [(f"certificate of {A}", "RegisterExecutor", B, "PERMISSION_DENIED")]
 
 
-async def test_a_log_that_is_away_is_no_reason_not_to_drain(mesh: Mesh, caplog: pytest.LogCaptureFixture) -> None:
+async def test_drain_works_without_the_audit_log(mesh: Mesh, caplog: pytest.LogCaptureFixture) -> None:
     player, drain = await executor_to_drain(mesh)
     mesh.ledger.refusals["RecordAuditEvent"] = [UnavailableError("the database is away")]
     await drain("operator")

@@ -78,14 +78,14 @@ def test_a_trace_is_simulated_under_three_policies() -> None:
         ({"profile": profile(), "tasks": [MessageToDict(scheduling_pb2.HypotheticalTask(task="x"))]}, "tasks[0]"),
     ],
 )
-def test_what_is_wrong_is_named(request_: dict[str, Any], words: str) -> None:
+def test_an_invalid_profile_or_trace_is_named(request_: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         list(answers(request_))
     assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(("text", "words"), [("{", "error: "), ('{"profile": {"executors": 3}}', "error: ")])
-def test_as_a_process_it_says_what_is_wrong_in_a_line(text: str, words: str) -> None:
+def test_the_process_prints_one_error_line(text: str, words: str) -> None:
     command = [sys.executable, "-m", "services.scheduling.offline_planner"]
     root = Path(__file__).parents[3]
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, cwd=root)
@@ -93,7 +93,7 @@ def test_as_a_process_it_says_what_is_wrong_in_a_line(text: str, words: str) -> 
     assert done.stderr.startswith(words) and len(done.stderr.splitlines()) == 1
 
 
-def test_settings_of_the_planner_survive_the_way_there_and_back() -> None:
+def test_planner_settings_convert_back() -> None:
     for limits in (
         PlannerConfig(),
         PlannerConfig(512, 16, fuses=False),

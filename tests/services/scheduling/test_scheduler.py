@@ -24,7 +24,7 @@ from services.scheduling.__main__ import SchedulingSettings
 from tests.services.scheduling.mesh_fakes import BACKBONE, CANCELLING, QUEUED, SPEC_OF_TASKS, SchedulingMesh, step_done
 
 
-async def test_what_is_admitted_runs_and_arrivals_and_departures_make_new_plans(mesh: SchedulingMesh) -> None:
+async def test_admitted_tasks_run_and_each_change_makes_a_new_plan(mesh: SchedulingMesh) -> None:
     executor = await mesh.add_executor()
     async with mesh.scheduler() as (_, scheduling):
         first = await mesh.ledger.put_task(1)
@@ -43,7 +43,7 @@ async def test_what_is_admitted_runs_and_arrivals_and_departures_make_new_plans(
     assert executor.plans[-1].htasks[0].tasks == [second]
 
 
-async def test_nothing_new_sends_nothing(mesh: SchedulingMesh) -> None:
+async def test_an_unchanged_plan_is_not_sent_again(mesh: SchedulingMesh) -> None:
     executor = await mesh.add_executor()
     async with mesh.scheduler():
         await mesh.ledger.put_task(1)
@@ -120,7 +120,7 @@ async def test_a_broken_stream_gets_the_newest_plan_again(mesh: SchedulingMesh) 
         assert executor.requests[0].acknowledged_sequence == sequence
 
 
-async def test_an_executor_that_has_not_heard_of_its_lease_is_asked_again(mesh: SchedulingMesh) -> None:
+async def test_the_stream_is_retried_until_the_executor_knows_its_lease(mesh: SchedulingMesh) -> None:
     executor = await mesh.add_executor()
     executor.refusals = [LeaseLostError("mine is 0, not 1")] * 2
     async with mesh.scheduler():
@@ -129,7 +129,7 @@ async def test_an_executor_that_has_not_heard_of_its_lease_is_asked_again(mesh: 
     assert executor.num_streams == 3
 
 
-async def test_a_lost_executors_stream_ends_and_a_new_lease_begins_anew(mesh: SchedulingMesh) -> None:
+async def test_a_lost_executors_stream_ends_and_a_new_lease_opens_one(mesh: SchedulingMesh) -> None:
     executor = await mesh.add_executor()
     async with mesh.scheduler():
         task = await mesh.ledger.put_task(1)
@@ -156,7 +156,7 @@ async def test_a_draining_executor_gets_nothing_new(mesh: SchedulingMesh) -> Non
     assert draining.attempts() == {}
 
 
-async def test_a_ledger_that_is_away_is_waited_for(mesh: SchedulingMesh) -> None:
+async def test_the_scheduler_waits_for_an_unavailable_ledger(mesh: SchedulingMesh) -> None:
     executor = await mesh.add_executor()
     # gRPC itself tries calls again, five times; a stream is opened again by us, with pauses that grow.
     for method, times in {"GetSnapshot": 7, "WatchChanges": 3, "CommitPlan": 7}.items():
@@ -166,7 +166,7 @@ async def test_a_ledger_that_is_away_is_waited_for(mesh: SchedulingMesh) -> None
         await mesh.changes.until(lambda: executor.attempts() == {task: 1})
 
 
-async def test_one_started_again_goes_on_from_the_ledger(mesh: SchedulingMesh) -> None:
+async def test_a_restarted_scheduler_continues_from_the_ledger(mesh: SchedulingMesh) -> None:
     executor = await mesh.add_executor()
     async with mesh.scheduler():
         task = await mesh.ledger.put_task(1)
@@ -178,7 +178,7 @@ async def test_one_started_again_goes_on_from_the_ledger(mesh: SchedulingMesh) -
     assert [len(plan.starts) for plan in mesh.ledger.plans] == [1, 0]
 
 
-async def test_two_at_once_start_nothing_twice(mesh: SchedulingMesh) -> None:
+async def test_two_schedulers_start_nothing_twice(mesh: SchedulingMesh) -> None:
     await mesh.add_executor("executors/x")
     await mesh.add_executor("executors/y")
     async with mesh.scheduler(), mesh.scheduler():
@@ -188,7 +188,7 @@ async def test_two_at_once_start_nothing_twice(mesh: SchedulingMesh) -> None:
     assert sorted(started) == sorted(names)
 
 
-async def test_a_stale_cycle_begins_again(mesh: SchedulingMesh) -> None:
+async def test_a_stale_cycle_is_repeated(mesh: SchedulingMesh) -> None:
     executor = await mesh.add_executor()
     mesh.ledger.refusals["CommitPlan"] = [SupersededError("another was faster")] * 2
     async with mesh.scheduler():
@@ -196,7 +196,7 @@ async def test_a_stale_cycle_begins_again(mesh: SchedulingMesh) -> None:
         await mesh.changes.until(lambda: executor.attempts() == {task: 1})
 
 
-async def test_what_fits_nowhere_waits_and_says_why(mesh: SchedulingMesh) -> None:
+async def test_a_task_that_fits_nowhere_waits_with_a_reason(mesh: SchedulingMesh) -> None:
     await mesh.add_executor(memory_bytes=5000)
     async with mesh.scheduler() as (_, scheduling):
         task = await mesh.ledger.put_task(1)
@@ -268,7 +268,7 @@ async def test_leases_through_the_stubs(mesh: SchedulingMesh) -> None:
 
 
 @pytest.mark.parametrize("field", ["name", "address", "incarnation", "backbone"])
-async def test_an_executor_that_says_too_little_is_told_what(mesh: SchedulingMesh, field: str) -> None:
+async def test_missing_fields_of_an_executor_are_named(mesh: SchedulingMesh, field: str) -> None:
     executor = plan_pb2.Executor(name="executors/x", address="127.0.0.1:1", incarnation="i1", backbone=BACKBONE)
     executor.ClearField(field)  # type: ignore[arg-type]
     async with mesh.scheduler() as (_, scheduling):
@@ -319,7 +319,7 @@ async def test_a_task_that_is_moved_starts_only_when_it_was_handed_back(mesh: Sc
         await mesh.changes.until(lambda: idle.attempts() == dict.fromkeys(moved, 2))
 
 
-async def test_a_tenant_that_comes_late_gets_a_place_of_one_that_has_many(mesh: SchedulingMesh) -> None:
+async def test_a_late_tenant_gets_a_place_of_a_tenant_with_many(mesh: SchedulingMesh) -> None:
     executor = await mesh.add_executor(memory_bytes=ROOM_FOR_THREE, cost=COST)
     async with mesh.scheduler():
         flood = [await mesh.ledger.put_task(i) for i in range(4)]
@@ -345,7 +345,7 @@ async def test_a_plan_is_explained_task_by_task(mesh: SchedulingMesh) -> None:
             await scheduling.ExplainPlan(scheduling_pb2.ExplainPlanRequest(task="tenants/a/tasks/none"))
 
 
-async def test_what_would_be_is_told_and_changes_nothing(mesh: SchedulingMesh) -> None:
+async def test_a_simulated_plan_changes_nothing(mesh: SchedulingMesh) -> None:
     executor = await mesh.add_executor(cost=COST)
     async with mesh.scheduler() as (scheduler, scheduling):
         task = await mesh.ledger.put_task(1)
@@ -377,7 +377,7 @@ def test_tenants_weights_are_a_setting(text: str, weights: dict[str, float]) -> 
 
 
 @pytest.mark.parametrize("text", ["tenants/a", "tenants/a=", "tenants/a=-1", "tenants/a=inf", "tenants/a=nan"])
-def test_a_weight_that_does_not_read_ends_the_service(text: str) -> None:
+def test_an_invalid_weight_ends_the_service(text: str) -> None:
     with pytest.raises(SystemExit, match="MUXTUNE_TENANT_WEIGHTS"):
         SchedulingSettings(mesh_secret="s", admission_address="a:1", tenant_weights=text).weights()
 

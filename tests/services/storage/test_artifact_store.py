@@ -109,7 +109,7 @@ def test_the_first_commit_stands(store: ArtifactStore) -> None:
     assert store.read_folder(first.key)[1] == FILES
 
 
-def test_a_writer_that_lost_the_race_harms_nothing(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_that_lost_the_race_changes_nothing(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two writers find the folder free; the other commits between this one's files and its manifest."""
     put_new = ArtifactStore.put_new
 
@@ -142,7 +142,7 @@ def test_a_crash_before_the_manifest_leaves_nothing_visible(
 
 
 @pytest.mark.parametrize("damage", [lambda d: d[:-1], lambda d: b"", lambda d: d[:5] + b"?" + d[6:]])
-def test_damage_is_found(store: ArtifactStore, damage) -> None:
+def test_damage_is_detected(store: ArtifactStore, damage) -> None:
     manifest = store.commit_folder(PREFIX, FILES, {})
     [key] = [key for key in store.list(PREFIX) if key.endswith("/adapter.safetensors")]
     store.put(key, damage(FILES["adapter.safetensors"]))
@@ -180,7 +180,7 @@ def test_a_forged_manifest_reads_nothing_outside(store: ArtifactStore) -> None:
         store.read_folder(f"{PREFIX}/{MANIFEST}")
 
 
-def test_a_store_that_is_away_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ArtifactStore.open(f"file://{tmp_path}/store")
 
     def fail(*args: object, **kwargs: object) -> None:
