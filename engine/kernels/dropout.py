@@ -68,11 +68,11 @@ class DropoutMask:
 
 def drop(x_LK: torch.Tensor, make_mask: Callable[[], torch.Tensor], scale: float) -> torch.Tensor:
     """Return x times `scale` where the mask keeps it, else 0. Nothing is saved for backward: the mask is made again."""
-    result: torch.Tensor = _Drop.apply(x_LK, make_mask, scale)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _Dropout.apply(x_LK, make_mask, scale)  # type: ignore[no-untyped-call]
     return result
 
 
-class _Drop(torch.autograd.Function):
+class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_LK: torch.Tensor, make_mask: Callable[[], torch.Tensor], scale: float) -> torch.Tensor:
         ctx.make_mask, ctx.scale = make_mask, scale

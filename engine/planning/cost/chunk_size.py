@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.planning.types import MAX_CHUNK_TOKENS, UNKNOWN_COST, CostProfile
 
-CHUNKS = tuple(1 << power for power in reversed(range(MAX_CHUNK_TOKENS.bit_length())))
+CHUNK_SIZES = tuple(1 << power for power in reversed(range(MAX_CHUNK_TOKENS.bit_length())))
 _MAX_TOKEN_SHARE = 0.025  # of a round's tokens
 _MAX_COST_SHARE = 0.01  # of a round's seconds
 
@@ -45,10 +45,10 @@ class SequenceLengths:
 
 def choose_chunk(tasks: Sequence[SequenceLengths], num_microbatches: int, allowed_tokens: float) -> int:
     """Return the largest chunk whose padding in a round is at most `allowed_tokens`."""
-    fitting = (
-        chunk for chunk in CHUNKS if sum(t.padding_tokens(num_microbatches, chunk) for t in tasks) <= allowed_tokens
-    )
-    return next(fitting, CHUNKS[-1])
+    for chunk in CHUNK_SIZES:
+        if sum(task.padding_tokens(num_microbatches, chunk) for task in tasks) <= allowed_tokens:
+            return chunk
+    return CHUNK_SIZES[-1]
 
 
 def allowed_padding_tokens(

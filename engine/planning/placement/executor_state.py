@@ -59,8 +59,8 @@ class ExecutorState:
         return self.round_seconds(self._usage_after(joining, leaving))
 
     def round_seconds(self, usage: ResourceUsage) -> float:
-        number = max(1, math.ceil(usage.num_tokens / self.microbatch_tokens(usage)))
-        seconds = base_seconds(self.profile, usage.num_tokens, number) + usage.extra_seconds
+        num_microbatches = max(1, math.ceil(usage.num_tokens / self.microbatch_tokens(usage)))
+        seconds = base_seconds(self.profile, usage.num_tokens, num_microbatches) + usage.extra_seconds
         return seconds / self.view.num_stages if usage.num_tokens else 0.0
 
     def bytes_of(self, usage: ResourceUsage) -> int:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from engine.alignment.dataset import TokenizedDataset
 from engine.alignment.packing import PackedTask, rounds
 from engine.methods import Lora
-from engine.planning.cost.chunk_size import CHUNKS, SequenceLengths, allowed_padding_tokens, choose_chunk
+from engine.planning.cost.chunk_size import CHUNK_SIZES, SequenceLengths, allowed_padding_tokens, choose_chunk
 from engine.planning.planner import plan
 from engine.planning.types import (
     BackboneView,
@@ -37,7 +37,7 @@ MIXES = {
 }
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=20), st.integers(1, 4), st.sampled_from(CHUNKS))
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=20), st.integers(1, 4), st.sampled_from(CHUNK_SIZES))
 @settings(max_examples=examples(60), deadline=None)
 def test_expected_tails_are_the_mean_over_all_draws(lengths: list[int], count: int, chunk: int) -> None:
     """Compares with all draws of so many sequences if they are few; else with 20,000 of them."""
@@ -112,7 +112,7 @@ def padding(members: list[PackedTask], htasks: tuple[HTask, ...]) -> float:
 @pytest.mark.parametrize("mix", MIXES)
 def test_mixes_as_the_papers_are_padded_by_under_three_percent(mix: str, global_batch: int) -> None:
     members, htasks, predicted = planned(MIXES[mix], global_batch, PlannerConfig(2048))
-    assert {htask.chunk_tokens for htask in htasks} <= set(CHUNKS)
+    assert {htask.chunk_tokens for htask in htasks} <= set(CHUNK_SIZES)
     counted = padding(members, htasks)
     assert 0 < counted < 0.03
     assert predicted == pytest.approx(counted, rel=0.4, abs=0.002)
