@@ -18,6 +18,7 @@ import sqlalchemy as sa
 
 from engine.errors import NotFoundError, UnavailableError
 from services.admission.store.database import Database
+from services.admission.store.group_commit import GroupCommit
 from services.admission.store.tables import plans
 from tests.services.admission.admission_mesh import BOTH_DATABASES, TIMEOUT_SECONDS
 
@@ -287,6 +288,39 @@ def test_an_event_loop_that_ends_amid_a_change_leaves_the_database_to_others(tmp
     assert asyncio.run(database.commit(put_later(3))) == 3
     assert read_versions(database) == [2, 3]
     database.close()
+
+
+def test_a_second_event_loop_waits_until_the_first_ones_transaction_is_rolled_back() -> None:
+    """It once began at once, and the only thread could not end its transaction: it still waited to begin another."""
+    may_begin, blocking_modes = threading.Event(), list[bool]()
+    connection = sa.create_engine("sqlite://", connect_args={"check_same_thread": False}).connect()
+
+    @contextmanager
+    def begin(*, blocking: bool) -> Iterator[sa.Connection]:
+        blocking_modes.append(blocking)
+        if not blocking:
+            raise BlockingIOError
+        assert may_begin.wait(TIMEOUT_SECONDS)
+        yield connection
+
+    commits = GroupCommit(begin)
+
+    async def leave() -> None:
+        asyncio.ensure_future(commits.submit(lambda _: 1))  # noqa: RUF006
+        for _ in range(20):  # by then it waits in the thread
+            await asyncio.sleep(0)
+
+    async def follow() -> Any:
+        following = asyncio.ensure_future(commits.submit(lambda _: 2))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert blocking_modes.count(False) == 1
+        may_begin.set()
+        return await following
+
+    asyncio.run(leave())
+    assert asyncio.run(follow()) == 2
+    commits.close()
 
 
 async def test_after_the_end_there_is_no_more(database: Database) -> None:
