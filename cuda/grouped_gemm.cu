@@ -108,7 +108,7 @@ DEVICE void gemm_item(const GemmLaunch& launch, const GemmItem& item) {
     KERNEL(name, GemmLaunch, MUXTUNE_GROUPED_GEMM_BLOCKS) {                    \
         for (int i = block_index(); i < launch.num_items; i += num_blocks()) { \
             gemm_item<T, B, C>(launch, launch.items[i]);                       \
-            block_barrier(); /* the next item reuses the shared memory */     \
+            block_barrier(); /* the next item reuses the shared memory */      \
         }                                                                      \
     }
 GROUPED_GEMM_KERNEL(grouped_gemm_bf16, bf16, float, bf16)

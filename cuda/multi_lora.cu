@@ -276,7 +276,7 @@ DEVICE void expand_gain_item(const LoraLaunch& launch, const LoraItem& item) {
     KERNEL(name, LoraLaunch, MUXTUNE_MULTI_LORA_BLOCKS) {                      \
         for (int i = block_index(); i < launch.num_items; i += num_blocks()) { \
             run_item(launch, launch.items[i]);                                 \
-            block_barrier(); /* the next item reuses the shared memory */     \
+            block_barrier(); /* the next item reuses the shared memory */      \
         }                                                                      \
     }
 #define MULTI_LORA_KERNELS(suffix, T)                                      \

@@ -94,11 +94,11 @@ DEVICE void cross_entropy_row(const CrossEntropyLaunch& launch, int row, Normali
     });
 }
 
-#define SEGMENT_CROSS_ENTROPY_KERNEL(suffix, T)                                           \
+#define SEGMENT_CROSS_ENTROPY_KERNEL(suffix, T)                                                        \
     KERNEL(segment_cross_entropy_##suffix, CrossEntropyLaunch, MUXTUNE_SEGMENT_CROSS_ENTROPY_BLOCKS) { \
-        Normaliser* const shared = reinterpret_cast<Normaliser*>(shared_memory());        \
-        for (int row = block_index(); row < launch.num_rows; row += num_blocks())         \
-            cross_entropy_row<T>(launch, row, shared);                                    \
+        Normaliser* const shared = reinterpret_cast<Normaliser*>(shared_memory());                     \
+        for (int row = block_index(); row < launch.num_rows; row += num_blocks())                      \
+            cross_entropy_row<T>(launch, row, shared);                                                 \
     }
 SEGMENT_CROSS_ENTROPY_KERNEL(bf16, bf16)
 SEGMENT_CROSS_ENTROPY_KERNEL(fp16, fp16)

@@ -8,6 +8,7 @@
 
 constexpr int TILE = MUXTUNE_TILE;                       // tokens, columns or ranks
 constexpr int PAIR = MUXTUNE_PAIR, PAIRS = TILE / PAIR;  // columns of an accumulator that are computed together
+static_assert(MUXTUNE_FACTOR_TILES == 2, "kernels alternate between two tiles of the operand from registers");
 
 template <typename T>
 constexpr DEVICE int vector_length() {

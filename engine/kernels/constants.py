@@ -1,6 +1,6 @@
 """Constants that the kernels in `cuda/` share with the Python that prepares their launches.
 
-Each stands here alone: whoever compiles a kernel passes `macros()`, and the CUDA source reads `TILE` as MUXTUNE_TILE.
+This is their only definition. Compilers get them as `macros()`; the CUDA source reads `TILE` as MUXTUNE_TILE.
 """
 
 WARP = 32  # threads of a warp
@@ -12,7 +12,7 @@ PAIR = 16  # columns of an accumulator that are computed together
 OCTET = 8  # ranks of one use side by side in a tile
 STAGES = 3  # tiles on their way into shared memory
 FLOAT_STAGES = 2  # the same of floats, which have twice the bytes: some architectures have 99 KB a block (sm_86, sm_89)
-FACTOR_TILES = 2  # of the operand that comes through registers
+FACTOR_TILES = 2  # tiles of the operand that comes through registers: one is read while the next is written
 ONE_PASS_RANKS = 32  # ranks up to which multi_lora sums E and dB in one pass over dY
 MAX_OPERATORS = 8  # operators of one multi_lora call
 DROPOUT_LANES = 16  # 16-bit lanes of one Philox block
