@@ -1,15 +1,12 @@
 """Converts states, specs and training settings of tasks between protobuf and the engine's dataclasses."""
 
-import dataclasses
-from typing import Any
-
-from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from engine.errors import FieldViolation, InvalidInputError
 from engine.methods.base import Method
 from engine.task import TaskSpec, TaskState, Training
 from muxtune.v1 import task_pb2
+from services.conversion.fields import fields_to_domain, fields_to_proto
 from services.conversion.method import method_to_domain, method_to_proto
 
 
@@ -75,40 +72,9 @@ def _raise_any(violations: list[FieldViolation]) -> None:
 
 
 def _training(message: task_pb2.Training, path: str, violations: list[FieldViolation]) -> Training:
-    """Copy each field from the proto's field of the same name.
-
-    A field that is unset, or 0 where the proto cannot distinguish 0 from unset, gets the dataclass's default.
-    """
     if message.WhichOneof("duration") is None:
         violations.append(FieldViolation(f"{path}.duration", "is missing: set num_steps or num_epochs"))
-    present = {
-        descriptor.name for descriptor, _ in message.ListFields()
-    }  # without fields that are 0 and have no presence
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(Training):
-        value, descriptor = getattr(message, field.name), message.DESCRIPTOR.fields_by_name[field.name]
-        is_set = field.name in present
-        if is_set and descriptor.enum_type is not None:
-            value = _enum_member(type(field.default), descriptor.enum_type, value, f"{path}.{field.name}", violations)
-        values[field.name] = value if is_set or field.default is dataclasses.MISSING else field.default
-    return Training(**values)
-
-
-def _enum_member(
-    enum: Any, descriptor: EnumDescriptor, number: int, path: str, violations: list[FieldViolation]
-) -> Any:
-    """Return the member of `enum` with the name of the proto's value; with a violation, its first if there is none."""
-    members = {number: enum[name] for name, number in _numbers_by_name(descriptor).items()}
-    if number not in members:
-        choices = ", ".join(f"{number} ({member.name})" for number, member in members.items())
-        violations.append(FieldViolation(path, f"{number} is unknown; use one of {choices}"))
-    return members.get(number, next(iter(enum)))
-
-
-def _numbers_by_name(descriptor: EnumDescriptor) -> dict[str, int]:
-    """Return an enum's numbers by name, without the name's prefix and without the unspecified value."""
-    prefix = descriptor.values_by_number[0].name.removesuffix("UNSPECIFIED")
-    return {value.name.removeprefix(prefix): value.number for value in descriptor.values if value.number}
+    return Training(**fields_to_domain(message, Training, path, violations))
 
 
 def spec_to_proto(spec: TaskSpec) -> task_pb2.TaskSpec:
@@ -130,11 +96,5 @@ def spec_to_proto(spec: TaskSpec) -> task_pb2.TaskSpec:
 
 def training_to_proto(training: Training) -> task_pb2.Training:
     """Return the message, with every field set, that `training_to_domain` converts back to `training`."""
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(training):
-        value, descriptor = getattr(training, field.name), task_pb2.Training.DESCRIPTOR.fields_by_name[field.name]
-        if value is not None:
-            values[field.name] = (
-                value if descriptor.enum_type is None else _numbers_by_name(descriptor.enum_type)[value.name]
-            )
-    return task_pb2.Training(**values)
+    result: task_pb2.Training = fields_to_proto(training, task_pb2.Training)
+    return result
