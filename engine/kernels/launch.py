@@ -72,7 +72,7 @@ class Launcher(Uploader, Protocol):
         """Return the cached value of `key`, created by `make` at first: tables that many launches read."""
 
     def subcache(self, name: str, capacity: int) -> "LruCache":
-        """Return a cache of its own for some values, with its own capacity."""
+        """Return a separate cache for some values, with its own capacity."""
 
 
 class LruCache:
@@ -99,7 +99,7 @@ class LruCache:
 class CachingUploader:
     """The part that all launchers share: a cache of tables, and their upload to the device.
 
-    A recorded graph has a cache of its own that lives as long as the graph: no table that its launches read is ever
+    A recorded graph has a separate cache that lives as long as the graph: no table that its launches read is ever
     dropped. While a graph is captured no copy runs: tables uploaded then are written after the capture.
     """
 

@@ -1,4 +1,4 @@
-"""The place of each task's tokens in the microbatch being run. One object, owned by the backbone, read by every
+"""The place of each task's tokens in the microbatch that is running. One object, owned by the backbone, read by every
 mounted operator: there is no module-level state."""
 
 from collections.abc import Mapping

@@ -24,7 +24,7 @@ class SharedInputOperator(Protocol):
 
     @property
     def rewrites_input(self) -> bool:
-        """Return whether an adapter of this microbatch changes what it reads."""
+        """Return whether an adapter of this microbatch changes the operator's input."""
 
     def operator(self) -> Operator:
         """Return the arguments of multi_lora for this microbatch."""

@@ -36,7 +36,7 @@ def plan(snapshot: Snapshot, suspects: Collection[str], config: PlannerConfig, e
 def _place_alone(snapshot: Snapshot, suspects: Collection[str], config: PlannerConfig) -> Iterator[tuple[str, Plan]]:
     """Yield an executor and the plan of one suspect alone there: a suspect that runs there, else the oldest waiting.
 
-    If a backbone has several executors, the last one is left to tasks that are no suspects.
+    If a backbone has several executors, one of them is left to the tasks that are not suspects.
     """
     waiting = [task for task in snapshot.tasks if task.name in suspects]
     waiting.sort(key=lambda task: (task.age, task.name))
@@ -56,7 +56,7 @@ def _place_alone(snapshot: Snapshot, suspects: Collection[str], config: PlannerC
 def _is_last_of_several(
     executor: ExecutorView, ready: list[ExecutorView], snapshot: Snapshot, suspects: Collection[str]
 ) -> bool:
-    """Return whether it is the last of its backbone's executors without a suspect, while other tasks want one."""
+    """Return whether it is the only one of its backbone's executors left for tasks that are not suspects."""
     backbone = executor.backbone.name
     num_all = sum(e.backbone.name == backbone and not e.is_draining for e in snapshot.executors)
     num_left = sum(e.backbone.name == backbone for e in ready)

@@ -18,7 +18,7 @@ KEEP_WITHIN = 1.05  # running hTasks are kept while their period is within this 
 
 @dataclass(frozen=True)
 class Decision:
-    """A plan before it is explained. `refused`: tasks that no executor can run, with the reason."""
+    """A plan without its explanations. `refused`: tasks that no executor can run, with the reason."""
 
     cluster: ClusterState
     placement: Placement
@@ -27,7 +27,7 @@ class Decision:
 
 
 def plan(snapshot: Snapshot, config: PlannerConfig, estimator: DemandEstimator | None = None) -> Plan:
-    """Return one scheduling decision, explained. An `estimator` that lives from plan to plan only serves as a cache."""
+    """Return one scheduling decision, explained. An `estimator` kept from plan to plan is only a cache."""
     decision = decide(snapshot, config, estimator or DemandEstimator(config))
     placement, executors = decision.placement, decision.cluster.executors.values()
     waiting = {name: reason for name, (_, reason) in placement.waiting.items()} | decision.refused
@@ -40,24 +40,25 @@ def plan(snapshot: Snapshot, config: PlannerConfig, estimator: DemandEstimator |
 
 
 def decide(snapshot: Snapshot, config: PlannerConfig, estimator: DemandEstimator) -> Decision:
-    """Return one scheduling decision."""
+    """Decide in three steps: which tasks stay, where the others run, and which tasks of an executor share an hTask."""
     cluster = ClusterState(
         (ExecutorState(e, config) for e in snapshot.executors if not e.is_draining), snapshot.tenant_weights
     )
-    # 1. A running task stays where it is. A task that no executor can run is refused.
+    # 1. A task that no executor can run is refused. A running task stays on its executor, the oldest first.
     newcomers, refused = list[TaskDemand](), dict[str, str]()
     for task in sorted(snapshot.tasks, key=lambda task: (task.age, task.name)):
         demand = _estimate(task, cluster, config, estimator)
         if isinstance(demand, str):
             refused[task.name] = demand
-        elif not _stays(demand, cluster):
+        elif not _keep_running(demand, cluster):
             newcomers.append(demand)
     cluster.count_shares()
-    # 2. The other tasks are placed by fairness, where the round will be shortest, or wait.
+    # 2. Fairness decides which of the other tasks run, each where the round will be shortest. The rest wait.
     placement = place(cluster, newcomers, config.preempts)
-    # 3. On each executor, tasks are fused into hTasks.
+    # 3. On each executor, tasks are fused into hTasks; hTasks that run nearly as well are kept.
     htasks = {
-        name: _htasks(executor, snapshot.running.get(name, ()), config) for name, executor in cluster.executors.items()
+        name: _choose_htasks(executor, snapshot.running.get(name, ()), config)
+        for name, executor in cluster.executors.items()
     }
     estimator.forget_all_but({task.name for task in snapshot.tasks})
     return Decision(cluster, placement, htasks, refused)
@@ -74,13 +75,13 @@ def _estimate(
         demand = estimator.estimate(task, executors[0].view.backbone)
         if not any(executor.fits_alone(demand) for executor in executors):
             refuse_if_never_fits(task.spec, [executor.view for executor in executors], config)
-    except InvalidInputError as error:  # it was admitted for an executor that has left, or for other operators
+    except InvalidInputError as error:  # the task was admitted for an executor that has left, or for other operators
         return str(error)
     return demand
 
 
-def _stays(demand: TaskDemand, cluster: ClusterState) -> bool:
-    """Keep a running task where it is if it still fits there. Called for the oldest task first."""
+def _keep_running(demand: TaskDemand, cluster: ClusterState) -> bool:
+    """Add a running task to its executor if it still fits there. Return whether it was added."""
     executor = cluster.executors.get(demand.task.executor)
     if executor is None or executor.view.backbone.name != demand.task.spec.backbone or not executor.fits(demand):
         return False
@@ -88,7 +89,7 @@ def _stays(demand: TaskDemand, cluster: ClusterState) -> bool:
     return True
 
 
-def _htasks(executor: ExecutorState, running: tuple[HTask, ...], config: PlannerConfig) -> tuple[HTask, ...]:
+def _choose_htasks(executor: ExecutorState, running: tuple[HTask, ...], config: PlannerConfig) -> tuple[HTask, ...]:
     """Return the best hTasks, or the running ones if they serve the same tasks nearly as well (hysteresis)."""
     if not executor.residents:
         return ()
@@ -107,16 +108,16 @@ def _htasks(executor: ExecutorState, running: tuple[HTask, ...], config: Planner
 def _in_order(fusion: Fusion, executor: ExecutorState, config: PlannerConfig) -> tuple[HTask, ...]:
     """Return hTasks in the order of the pipeline's template: their microbatches' sizes rise, then fall."""
     rising = sorted(fusion.groups, key=lambda group: (group.microbatch_seconds, group.tasks[0].name))
-    return tuple(_htask(group, executor, config) for group in rising[::2] + rising[1::2][::-1])
+    return tuple(_build_htask(group, executor, config) for group in rising[::2] + rising[1::2][::-1])
 
 
-def _htask(group: FusedGroup, executor: ExecutorState, config: PlannerConfig) -> HTask:
+def _build_htask(group: FusedGroup, executor: ExecutorState, config: PlannerConfig) -> HTask:
     chunk = config.chunk_tokens or _chunk(group, executor)
     return HTask(_by_age(group.tasks, executor), _token_budget(group, executor, chunk), chunk)
 
 
 def _chunk(group: FusedGroup, executor: ExecutorState) -> int:
-    """Return the largest chunk whose padding costs little of the hTask's round."""
+    """Return the largest chunk that adds little padding to the hTask's round."""
     sequences = [executor.residents[task.name].sequences for task in group.tasks]
     num_tokens = sum(lengths.num_tokens for lengths in sequences)
     seconds = group.work_seconds * executor.view.num_stages

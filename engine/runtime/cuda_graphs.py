@@ -78,9 +78,9 @@ class CudaGraphs:
         return len(self._graphs)
 
     def run(self, microbatch: Microbatch, tasks: Mapping[str, TaskTrainingState]) -> RowLosses | None:
-        """Runs the microbatch in its bucket, and adds gradients to the tasks' own if it trains.
+        """Runs the microbatch in its bucket. A training microbatch adds to the tasks' gradients.
 
-        Returns None, and has not begun, if the caller must run it eagerly. Raises OutOfMemoryError.
+        Returns None, before anything has run, if the caller must run it eagerly. Raises OutOfMemoryError.
         """
         bucket = None if self._is_off else bucket_of(microbatch, tasks)
         if bucket is None:
@@ -165,9 +165,9 @@ class CudaGraphs:
         return loss_M
 
     def _verify(self, graph: _Graph) -> torch.Tensor | None:
-        """Replays the graph and runs the same eagerly, uses the eager results, and compares the two.
+        """Replays the graph, runs the same eagerly, and compares. The eager results are the ones that count.
 
-        Returns None, and has not begun, if there is no memory to compare them. Results that are not finite verify
+        Returns None, before anything has run, if memory is too short to compare. Results that are not finite verify
         nothing.
         """
         gradients = [state.gradient_P for state in graph.bucket.tasks] if graph.bucket.trains else []
@@ -202,7 +202,7 @@ class CudaGraphs:
         self._graphs.clear()
 
     def _forward_backward(self, bucket: GraphBucket, inputs: GraphInputs) -> torch.Tensor:
-        """Returns the losses [M] of the bucket's rows and adds gradients to the tasks' own.
+        """Returns the losses [M] of the bucket's rows. A training bucket adds to the tasks' gradients.
 
         Reads only device memory.
         """

@@ -1,5 +1,8 @@
 """Runs microbatches of many tasks on one backbone: the fused training step.
 
+`Executor.run` is the whole step: forward, loss and backward of all tasks together (`_forward_backward`), sums over each
+task's step (`_accumulate`), then clip, optimizer and schedule of each task with a complete step (`_finish_steps`).
+
 Legend: T tokens of the packed stream, H hidden, M target positions of the microbatch.
 """
 
@@ -30,7 +33,7 @@ StepOutcome = OptimizerStep | MuxtuneError  # an error ends the task
 
 
 class Executor:
-    """Holds resident tasks and runs their microbatches. Not thread-safe: only one caller, between microbatches."""
+    """Holds resident tasks and runs their microbatches. Not thread-safe: one thread makes all calls but `stage`."""
 
     def __init__(
         self,
@@ -44,70 +47,24 @@ class Executor:
         """`graphs`: replays small microbatches where it can; None: every microbatch runs eagerly.
         `tenant_loader`: loads exports in formats that PEFT does not have, to check them; None: such an export raises.
         """
-        self.backbone, self._graphs, self._is_eager = backbone, graphs, False
+        self.backbone, self._graphs = backbone, graphs
+        self._is_eager = False
         self._tenant_loader = tenant_loader
         self.tasks: dict[str, TaskTrainingState] = {}
         self._clock, self._copy = clock, copy or copier_to(backbone.device)
 
-    def stage(self, microbatch: Microbatch) -> Microbatch:
-        """Starts to copy the microbatch to the device while others run there. Optional; on any thread."""
-        return microbatch if self._copy is None else stage(microbatch, self._copy)
-
-    def run(self, microbatch: Microbatch) -> list[Result]:
-        """Runs forward, loss and backward, then clip, optimizer and schedule of each task whose step is complete.
-
-        Raises OutOfMemoryError before any task has taken its step: the caller must restart the steps of its tasks.
-        """
-        started = self._clock()
-        resident = frozenset(self.tasks)
-        trains = microbatch.kind is MicrobatchKind.TRAIN
-
-        def forward_backward() -> None:
-            graphs = None if self._is_eager else self._graphs
-            replayed = None if graphs is None else graphs.run(microbatch, self.tasks)
-            losses = replayed or self._forward_backward(microbatch, resident)
-            self._accumulate(microbatch, losses, self._clock() - started)
-
-        try:
-            within_memory(forward_backward)
-        except OutOfMemoryError:
-            self._release_caches()
-            raise
-        complete = [r for r in microbatch.ranges if r.is_last and r.task in resident]
-        return self._finish_steps(complete) if trains else [self._finish_evaluation(r) for r in complete]
-
-    def _forward_backward(self, microbatch: Microbatch, resident: frozenset[str]) -> RowLosses:
-        """Runs forward, loss and, if it trains, backward, which adds gradients to the tasks' own.
-
-        Waits for the device.
-        """
-        trains = microbatch.kind is MicrobatchKind.TRAIN
-        rows_M, weights_M = self._target_rows(microbatch, resident)
-        device_rows_M = to_device(rows_M, self.backbone.device)
-        targets_M = on_device(microbatch, self.backbone.device)[1][device_rows_M]
-        with torch.set_grad_enabled(trains):
-            hidden_TH = self.backbone.hidden(microbatch, resident)
-        loss_M, dhidden_MH = segment_cross_entropy(
-            self.backbone.head, hidden_TH.detach()[device_rows_M], targets_M, weights_M if trains else None
-        )
-        if dhidden_MH is not None and hidden_TH.requires_grad:
-            for name in resident.intersection(range_.task for range_ in microbatch.ranges):
-                self.tasks[name].gradient.allocate()
-            torch.autograd.backward(hidden_TH, torch.zeros_like(hidden_TH).index_copy_(0, device_rows_M, dhidden_MH))
-        return RowLosses(rows_M, loss_M.double().cpu())
-
     def attach(
         self, assignment: TaskAssignment, state: CheckpointState | None = None, initial_adapter: Path | None = None
     ) -> None:
-        """Mounts the task's adapters: new ones, from an initial adapter, or exactly as a checkpoint has them.
+        """Mounts the task's adapters: new, from an initial adapter, or exactly as in a checkpoint.
 
-        Raises InvalidInputError (target modules or an initial adapter that does not fit), ArtifactCorruptError or
-        OutOfMemoryError, and mounts nothing then.
+        Raises InvalidInputError (the target modules or the initial adapter do not fit), ArtifactCorruptError or
+        OutOfMemoryError; then it mounts nothing.
         """
         if assignment.task in self.tasks:
             raise ValueError(f"{assignment.task} is attached already")
 
-        def make() -> TaskTrainingState:
+        def build() -> TaskTrainingState:
             task_state = TaskTrainingState(assignment, self.backbone)
             if state is not None:
                 state.restore(task_state)
@@ -115,13 +72,13 @@ class Executor:
                 export.load_initial_adapter(initial_adapter, task_state, self.backbone)
             return task_state
 
-        task_state = retry_after_release(make, self._release_caches)
+        task_state = retry_after_release(build, self._release_caches)
         for name, adapter in task_state.adapters.items():
             self.backbone.mounted[name].adapters[assignment.task] = adapter
         self.tasks[assignment.task] = task_state
 
     def detach(self, task: str) -> None:
-        """Unmounts the task and releases its memory. Its tokens that come later run through the bare backbone."""
+        """Unmounts the task and releases its memory. In later microbatches its tokens pass the backbone alone."""
         task_state = self.tasks.pop(task)
         if self._graphs is not None:
             self._graphs.forget(task_state)
@@ -150,11 +107,52 @@ class Executor:
         finally:
             self._is_eager = False
 
-    def _release_caches(self) -> None:
-        """Releases the graphs and the allocator's cache."""
-        if self._graphs is not None:
-            self._graphs.clear()
-        release_cache(self.backbone.device.type)
+    def stage(self, microbatch: Microbatch) -> Microbatch:
+        """Starts to copy the microbatch to the device while others run there. Optional; on any thread."""
+        return microbatch if self._copy is None else stage(microbatch, self._copy)
+
+    def run(self, microbatch: Microbatch) -> list[Result]:
+        """Runs forward, loss and backward, then clip, optimizer and schedule of each task with a complete step.
+
+        Raises OutOfMemoryError before any task has taken its step: the caller must restart the steps of its tasks.
+        """
+        started = self._clock()
+        resident = frozenset(self.tasks)
+        trains = microbatch.kind is MicrobatchKind.TRAIN
+
+        def forward_backward() -> None:
+            graphs = None if self._is_eager else self._graphs
+            replayed = None if graphs is None else graphs.run(microbatch, self.tasks)
+            losses = replayed or self._forward_backward(microbatch, resident)
+            self._accumulate(microbatch, losses, self._clock() - started)
+
+        try:
+            within_memory(forward_backward)
+        except OutOfMemoryError:
+            self._release_caches()
+            raise
+        complete = [r for r in microbatch.ranges if r.is_last and r.task in resident]
+        return self._finish_steps(complete) if trains else [self._finish_evaluation(r) for r in complete]
+
+    def _forward_backward(self, microbatch: Microbatch, resident: frozenset[str]) -> RowLosses:
+        """Runs forward and loss, and backward for a training microbatch, which adds to the tasks' gradients.
+
+        Waits for the device.
+        """
+        trains = microbatch.kind is MicrobatchKind.TRAIN
+        rows_M, weights_M = self._target_rows(microbatch, resident)
+        device_rows_M = to_device(rows_M, self.backbone.device)
+        targets_M = on_device(microbatch, self.backbone.device)[1][device_rows_M]
+        with torch.set_grad_enabled(trains):
+            hidden_TH = self.backbone.hidden(microbatch, resident)
+        loss_M, dhidden_MH = segment_cross_entropy(
+            self.backbone.head, hidden_TH.detach()[device_rows_M], targets_M, weights_M if trains else None
+        )
+        if dhidden_MH is not None and hidden_TH.requires_grad:
+            for name in resident.intersection(range_.task for range_ in microbatch.ranges):
+                self.tasks[name].gradient.allocate()
+            torch.autograd.backward(hidden_TH, torch.zeros_like(hidden_TH).index_copy_(0, device_rows_M, dhidden_MH))
+        return RowLosses(rows_M, loss_M.double().cpu())
 
     def _target_rows(self, microbatch: Microbatch, resident: frozenset[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the rows [M] that bear a resident task's loss, on the host, and their weights, on the device.
@@ -170,27 +168,27 @@ class Executor:
         return rows_M, to_device(weights_T[rows_M], self.backbone.device)
 
     def _accumulate(self, microbatch: Microbatch, losses: RowLosses, seconds: float) -> None:
-        """Adds the microbatch to the steps of its tasks."""
+        """Adds losses, token counts, seconds and digests of the microbatch to its tasks' current steps."""
         loss_T = torch.zeros(microbatch.num_tokens, dtype=torch.float64)
         loss_T[losses.rows_M] = losses.loss_M
         names = {r.task for r in microbatch.ranges}
         for range_ in microbatch.ranges:
             if (task_state := self.tasks.get(range_.task)) is None:
                 continue
-            total, targets_L = task_state.accumulated, microbatch.targets_T[_slice(range_)]
-            total.loss += loss_T[_slice(range_)].sum().item() / max(1, range_.num_step_target_tokens)
-            total.num_target_tokens += int((targets_L != IGNORE).sum())
-            total.num_effective_tokens += range_.num_effective_tokens
-            total.num_padding_tokens += range_.num_tokens - range_.num_effective_tokens
-            total.seconds += seconds * range_.num_tokens / microbatch.num_tokens
-            total.neighbours |= names - {range_.task}
+            totals, targets_L = task_state.accumulated, microbatch.targets_T[_slice(range_)]
+            totals.loss += loss_T[_slice(range_)].sum().item() / max(1, range_.num_step_target_tokens)
+            totals.num_target_tokens += int((targets_L != IGNORE).sum())
+            totals.num_effective_tokens += range_.num_effective_tokens
+            totals.num_padding_tokens += range_.num_tokens - range_.num_effective_tokens
+            totals.seconds += seconds * range_.num_tokens / microbatch.num_tokens
+            totals.neighbours |= names - {range_.task}
             if microbatch.kind is MicrobatchKind.TRAIN:
-                total.digest.add(microbatch, range_)
+                totals.digest.add(microbatch, range_)
                 if task_state.is_verified:
-                    total.alone.append(microbatch.alone(range_))
+                    totals.alone.append(microbatch.alone(range_))
 
     def _finish_steps(self, complete: Sequence[Range]) -> list[Result]:
-        """Runs clip, optimizer and schedule of all tasks at once. A task whose step is not finite fails alone."""
+        """Runs clip, optimizer and schedule of all tasks at once. A task fails if its loss or gradient is not finite."""
         results: list[Result] = []
         checked: list[tuple[Range, ShadowCheck | None]] = []
         for range_ in complete:
@@ -199,7 +197,9 @@ class Executor:
             except WillNeverFitError as error:
                 results.append(self._fail(range_, error))
         outcomes = self._take_steps([self.tasks[range_.task] for range_, _ in checked])
-        return results + [self._finish_step(*each, outcome) for each, outcome in zip(checked, outcomes, strict=True)]
+        for (range_, shadow_check), outcome in zip(checked, outcomes, strict=True):
+            results.append(self._finish_step(range_, shadow_check, outcome))
+        return results
 
     def _take_steps(self, task_states: Sequence[TaskTrainingState]) -> Sequence[StepOutcome]:
         """Steps all tasks at once; one after the other if that runs out of memory."""
@@ -210,6 +210,7 @@ class Executor:
         return [self._take_step(task_state) for task_state in task_states]
 
     def _take_step(self, task_state: TaskTrainingState) -> StepOutcome:
+        """Steps one task; returns WillNeverFitError if even that runs out of memory."""
         try:
             return within_memory(lambda: take_steps([task_state]))[0]
         except OutOfMemoryError as error:
@@ -217,8 +218,42 @@ class Executor:
                 f"optimizer step {task_state.step + 1}", task_state, error, "Reduce `rank` or `target_modules`."
             )
 
+    def _finish_step(
+        self, range_: Range, shadow_check: ShadowCheck | None, outcome: StepOutcome
+    ) -> StepResult | TaskFailure:
+        task_state = self.tasks[range_.task]
+        if isinstance(outcome, MuxtuneError):
+            return self._fail(range_, outcome)
+        totals, task_state.accumulated = task_state.accumulated, StepAccumulator()
+        return StepResult(
+            task=range_.task,
+            step=task_state.step,
+            loss=totals.loss,
+            learning_rate=outcome.learning_rate,
+            grad_norm=outcome.grad_norm,
+            num_effective_tokens=totals.num_effective_tokens,
+            num_target_tokens=totals.num_target_tokens,
+            num_padding_tokens=totals.num_padding_tokens,
+            seconds=totals.seconds,
+            num_neighbours=len(totals.neighbours),
+            input_digest=totals.digest.of(task_state.training, range_.step, task_state.assignment.spec.method.dropout),
+            shadow_check=shadow_check,
+        )
+
+    def _finish_evaluation(self, range_: Range) -> EvaluationResult | TaskFailure:
+        task_state = self.tasks[range_.task]
+        totals, task_state.accumulated = task_state.accumulated, StepAccumulator()
+        if not math.isfinite(totals.loss):
+            error = NonFiniteError(f"held-out loss after step {range_.step} is {totals.loss}", step=range_.step)
+            return self._fail(range_, error)
+        return EvaluationResult(range_.task, range_.step, totals.loss, totals.num_target_tokens)
+
+    def _fail(self, range_: Range, error: MuxtuneError) -> TaskFailure:
+        self.detach(range_.task)
+        return TaskFailure(range_.task, range_.step, error)
+
     def _verify_step(self, task_state: TaskTrainingState) -> ShadowCheck | None:
-        """Runs the shadow check of the step in flight if one is due. Raises WillNeverFitError."""
+        """Runs the shadow check of the current step if it is due. Raises WillNeverFitError."""
         if not task_state.accumulated.alone:
             return None
         try:
@@ -227,34 +262,8 @@ class Executor:
             part = f"repetition of step {task_state.step + 1} that verifies it"
             raise _will_never_fit(part, task_state, error, "Set `verify_every_steps` to 0.") from None
 
-    def _fail(self, range_: Range, error: MuxtuneError) -> TaskFailure:
-        self.detach(range_.task)
-        return TaskFailure(range_.task, range_.step, error)
-
-    def _finish_step(
-        self, range_: Range, shadow_check: ShadowCheck | None, outcome: StepOutcome
-    ) -> StepResult | TaskFailure:
-        task_state = self.tasks[range_.task]
-        if isinstance(outcome, MuxtuneError):
-            return self._fail(range_, outcome)
-        done, task_state.accumulated = task_state.accumulated, StepAccumulator()
-        return StepResult(
-            task=range_.task,
-            step=task_state.step,
-            loss=done.loss,
-            learning_rate=outcome.learning_rate,
-            grad_norm=outcome.grad_norm,
-            num_effective_tokens=done.num_effective_tokens,
-            num_target_tokens=done.num_target_tokens,
-            num_padding_tokens=done.num_padding_tokens,
-            seconds=done.seconds,
-            num_neighbours=len(done.neighbours),
-            input_digest=done.digest.of(task_state.training, range_.step, task_state.assignment.spec.method.dropout),
-            shadow_check=shadow_check,
-        )
-
     def _run_alone(self, task_state: TaskTrainingState) -> ShadowCheck:
-        """Runs the step again without neighbours in the batch, and restores the gradient of the fused step."""
+        """Runs the step again without neighbours and compares. Restores the gradient of the fused step."""
         started, gradient_P = self._clock(), task_state.gradient_P
         fused_P, loss = gradient_P.clone(), 0.0
         try:
@@ -269,13 +278,11 @@ class Executor:
         task_state.accumulated.seconds += self._clock() - started
         return ShadowCheck(_relative(task_state.accumulated.loss - loss, loss), _relative(difference, norm))
 
-    def _finish_evaluation(self, range_: Range) -> EvaluationResult | TaskFailure:
-        task_state = self.tasks[range_.task]
-        done, task_state.accumulated = task_state.accumulated, StepAccumulator()
-        if not math.isfinite(done.loss):
-            error = NonFiniteError(f"held-out loss after step {range_.step} is {done.loss}", step=range_.step)
-            return self._fail(range_, error)
-        return EvaluationResult(range_.task, range_.step, done.loss, done.num_target_tokens)
+    def _release_caches(self) -> None:
+        """Releases the graphs and the allocator's cache."""
+        if self._graphs is not None:
+            self._graphs.clear()
+        release_cache(self.backbone.device.type)
 
 
 def _will_never_fit(

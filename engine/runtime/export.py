@@ -35,7 +35,7 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.1, tor
 
 @dataclass(frozen=True)
 class ExportReport:
-    """`max_logit_difference`: largest difference between the probe's logits of the training model and of the export."""
+    """An exported adapter. `max_logit_difference`: between the training model and the export, on a fixed probe."""
 
     folder: Path
     num_bytes: int

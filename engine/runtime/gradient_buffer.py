@@ -1,4 +1,4 @@
-"""Gradient of a task, which occupies memory on a CPU only while a step is in flight.
+"""Gradient of a task, which occupies memory on a CPU only during a step.
 
 Its address stays the same: the parameters' gradients are views of it. Legend: P parameters of the task.
 """
@@ -13,7 +13,7 @@ _HUGE_PAGE_BYTES = 2 << 20
 
 
 class GradientBuffer:
-    """`values_P`: [P] float32, zero at first. Raises MemoryError, or torch's error, if memory is short."""
+    """The gradient `values_P`, [P] float32, zero at first. Raises MemoryError, or torch's error, if memory is short."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._pages = _pages(size * torch.float32.itemsize) if device.type == "cpu" and size else None

@@ -31,9 +31,9 @@ A = TypeVar("A")
 
 @dataclass(frozen=True)
 class GraphBucket:
-    """`tasks`: the tasks that train, by name.
+    """The shapes and tasks for which one graph is captured. `tasks`: the resident tasks of the microbatch, by name.
 
-    They are compared by identity: a graph holds their parameters' addresses.
+    Tasks are compared by identity, because a graph holds their parameters' addresses.
     """
 
     kind: MicrobatchKind

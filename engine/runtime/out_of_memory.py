@@ -1,4 +1,4 @@
-"""Detects that memory is short, and raises one error for the many of CUDA, its libraries and the CPU."""
+"""Detects the out-of-memory errors of CUDA, its libraries and the CPU, and raises one class for all of them."""
 
 import re
 from collections.abc import Callable
@@ -12,7 +12,7 @@ _PHRASES = ("out of memory", "can't allocate memory", "not enough memory", "ALLO
 
 
 class OutOfMemoryError(Exception):
-    """The device has no memory for an allocation. The text says which."""
+    """The device has too little memory for an allocation. The text names the allocation."""
 
 
 def within_memory(work: Callable[[], T]) -> T:

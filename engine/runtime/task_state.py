@@ -36,7 +36,7 @@ class TaskAssignment:
 
 @dataclass
 class StepAccumulator:
-    """Totals over the microbatches of the step in flight."""
+    """Totals over the microbatches of the current step, which is not complete yet."""
 
     loss: float = 0.0
     num_effective_tokens: int = 0
@@ -103,12 +103,12 @@ class TaskTrainingState:
 
     @property
     def is_verified(self) -> bool:
-        """Returns whether the step in flight is to be run again for the task alone."""
+        """Returns whether the current step is to be run again for the task alone."""
         every = self.training.verify_every_steps
         return every > 0 and (self.step + 1) % every == 0
 
     def restart_step(self) -> None:
-        """Discards the step in flight: its microbatches will come again."""
+        """Discards the current step: its microbatches will come again."""
         self.gradient.clear()
         self.accumulated = StepAccumulator()
 
@@ -130,7 +130,7 @@ class OptimizerStep(NamedTuple):
 def take_steps(states: Sequence[TaskTrainingState]) -> list[OptimizerStep | NonFiniteError]:
     """Runs clip, optimizer and schedule of all tasks at once.
 
-    A task whose loss or gradient is NaN or Inf gets the error that ends it, and nothing of it is written.
+    A task with a loss or gradient of NaN or Inf is left unchanged, and its result is the error that ends it.
     """
     rates = [learning_rate(state.training, state.step, state.assignment.num_steps) for state in states]
     pairs = list(zip(states, rates, strict=True))

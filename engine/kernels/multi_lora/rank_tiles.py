@@ -1,7 +1,7 @@
 """Packs the ranks of uses side by side into tiles of 64, so that one pass over a stream serves several uses.
 
 On the input side uses of different operators on the same tokens share tiles, eight ranks at a time, and so share the
-pass over X. A use with dropout does not: each site has a mask of its own, and a masked copy of X's tile in shared
+pass over X. A use with dropout does not: each site has another mask, and a masked copy of X's tile in shared
 memory for each would cost 9 KB a member and one more barrier, on top of the bits that each has to draw anyway. It gets
 tiles of its own; their items are adjacent to those of its neighbours, so that X comes from the L2 cache: 64 tokens by
 1024 columns are 128 KB, and 132 of them in flight 17 MB.
@@ -56,7 +56,7 @@ def input_tiles(uses: Rows, factors: Rows, widths: Sequence[int], chosen: Iterab
 
 
 def output_tiles(uses: Rows, widths: Sequence[int], chosen: Iterable[int]) -> RankTiles:
-    """Return tiles of B of the `chosen` uses, each use in tiles of its own."""
+    """Return tiles of B of the `chosen` uses. Uses do not share tiles."""
     sums = [_octet_rows(uses, [index]) for index in chosen]
     return _tiles(uses, sums, widths, lambda index: 1 + int(uses[index]["op"]))
 

@@ -77,7 +77,7 @@ def _backward_of(
     low_rank: LowRank,
     needs: Any,
 ) -> list[Any]:
-    """Return the gradients of one use's factors, and add its part of dX. Without a dY there are none."""
+    """Return the gradients of one use's factors, and add its part of dX. Without a dY all are None."""
     if dy_TN is None:
         return [None] * _NUM_FACTORS
     part = slice(use.start, use.end)

@@ -1,4 +1,4 @@
-"""The alignment chunk of an hTask: the largest power of two whose padding stays within the tokens that are allowed.
+"""Chooses the alignment chunk of an hTask: the largest power of two that causes no more padding than allowed.
 
 A large chunk means few shapes for kernels, pipeline stages and graph captures, and full tiles; it costs padding at the
 tail of each range. How much padding is cheap follows from the cost model. Of k sequences drawn from a task's lengths

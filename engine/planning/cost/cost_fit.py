@@ -29,7 +29,7 @@ class CostSample:
 
 
 def fit(samples: Sequence[CostSample]) -> CostProfile:
-    """Return the profile that explains the samples best. Raises ValueError if there is none, or one took no time."""
+    """Return the profile that explains the samples best. Raises ValueError without samples, or if one took 0 s."""
     if not samples or min(sample.seconds for sample in samples) <= 0:
         raise ValueError("a cost profile needs at least one sample, each with a positive time")
     wholes = [total(sample.parts) for sample in samples]

@@ -44,7 +44,7 @@ def activation_bytes(backbone: BackboneView, num_tokens: int, adapters_token_byt
 
 
 def saved_bytes(spec: TaskSpec, backbone: BackboneView, num_tokens: int) -> int:
-    """Return the bytes that the task's method saves for backward beside the backbone, if all T tokens are its own."""
+    """Return the bytes that the task's method saves for backward beside the backbone, for T tokens of the task."""
     adapted = spec.method.shapes(backbone.sites)
     elements = sum(
         spec.method.saved_activation_elements(site, num_tokens) for site in backbone.sites if site.name in adapted
@@ -54,7 +54,7 @@ def saved_bytes(spec: TaskSpec, backbone: BackboneView, num_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class TaskFootprint:
-    """Memory that a task demands of an executor. `saved_token_bytes`: saved for backward by each token of its own.
+    """Memory that a task demands of an executor. `saved_token_bytes`: saved for backward per token of the task.
 
     `input_mask`: operators' inputs (a mask of `BackboneView.inputs`) that are saved for every token of a microbatch,
     once for all tasks that need them.
@@ -126,7 +126,7 @@ def resident_bytes(
 
 
 def separate_instance_bytes(spec: TaskSpec, backbone: BackboneView) -> int:
-    """Return the bytes of the task in a process of its own, with a backbone and a microbatch of its own.
+    """Return the bytes of a separate process that trains this task alone, with its copy of the backbone.
 
     Left out are the bytes that any process has, with or without a backbone, and weights that only this engine packs.
     """

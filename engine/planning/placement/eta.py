@@ -29,7 +29,7 @@ def seconds_left(executor: ExecutorState, demands: Sequence[TaskDemand]) -> dict
 def seconds_alone(
     task: TaskView, executor: ExecutorView, config: PlannerConfig, estimator: DemandEstimator | None = None
 ) -> float:
-    """Return the seconds of all the task's steps left, without neighbours on an executor whose costs are known."""
+    """Return the seconds of the task's remaining steps, alone on an executor with measured costs."""
     state = ExecutorState(executor, config)
     demand = (estimator or DemandEstimator(config)).estimate(task, executor.backbone)
     return task.num_steps_left * state.round_seconds(state.usage_of(demand))

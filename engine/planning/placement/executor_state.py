@@ -70,7 +70,7 @@ class ExecutorState:
         )
 
     def alone_bytes(self, demand: TaskDemand) -> int:
-        """Return the bytes of the task in a process of its own, as `memory_model.separate_instance_bytes` does."""
+        """Return the bytes of a separate process for the task, as `memory_model.separate_instance_bytes` does."""
         footprint, backbone = demand.footprint, self.view.backbone
         whole = resident_bytes(
             backbone,

@@ -58,7 +58,7 @@ class _Change:
 
 
 def _changes(spec: TaskSpec) -> Iterator[_Change]:
-    """Yield possible changes in a tenant's order of preference: of no result, of the data, of the adapter."""
+    """Yield possible changes. First those that keep the result, then changes of the data, then of the adapter."""
     training, method = spec.training, spec.method
     yield _Change("spec.training.micro_batch_size", "micro batch", training.micro_batch_size,
                   lambda value: replace(spec, training=replace(training, micro_batch_size=value)))  # fmt: skip

@@ -44,7 +44,7 @@ class PlannerPolicy:
 
 @dataclass
 class SeparateInstances:
-    """Baseline: every task is a process with a backbone of its own.
+    """Baseline: every task is a separate process with its own copy of the backbone.
 
     An executor runs as many as its memory holds, oldest first; they take turns, each with its own slices as they are.
     """
