@@ -1,12 +1,12 @@
-"""Measures rows and tokens per second of alignment's reading, beside `tokenizers` alone on the same texts.
+"""Measures how many rows and tokens per second alignment reads, beside `tokenizers` alone on the same texts.
 
     PYTHONPATH=. python benchmarks/alignment_throughput.py [--rows 20000]
 
-Alignment parses JSON Lines, checks every row, renders chat templates, encodes, finds what bears loss, and packs rows
-into microbatches; the peer is `encode_batch_fast` of the finished texts, rendered beforehand, on as many threads as it
-takes (all cores). Each frees within its time what it made and does not give. SmolLM2's tokenizer, rows of words of our
-own of log-normal length (median 40 words). In turn, block by block, so that a ratio compares neighbours in time; where
-others use the machine, the ratio of CPU seconds says more.
+Alignment parses JSON Lines, checks every row, renders chat templates, encodes, finds the tokens that bear loss, and
+packs rows into microbatches. The peer is `encode_batch_fast` on the rendered texts, with its default of one thread per
+core. The time of each includes freeing its temporary memory. The tokenizer is SmolLM2's; rows are words of WORDS, of
+log-normal length (median 40 words). The two run in turn, block by block, so that a ratio compares runs close in time.
+If other processes use the machine, the ratio of CPU seconds is the more reliable one.
 """
 
 import argparse
@@ -73,12 +73,12 @@ def rows_of(count: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def measure(rows: list[dict[str, Any]], ours: BackboneTokenizer, peer: Tokenizer) -> dict[str, Any]:
-    """Return seconds of each block, by wall clock and CPU: of our reading, of packing, of the peer."""
+    """Return the seconds of each block, by wall clock and CPU: alignment's reading, its packing, and the peer."""
     training = Training(1e-3, num_epochs=1, max_sequence_tokens=8192, global_batch_size=64, micro_batch_size=64)
     blocks: dict[str, list[list[float]]] = {"read": [], "pack": [], "tokenizers": []}
     num_tokens = 0
     for block in [rows[at : at + BLOCK_ROWS] for at in range(0, len(rows), BLOCK_ROWS)]:
-        lines, texts = [json.dumps(row).encode() for row in block], [finished(row, ours) for row in block]
+        lines, texts = [json.dumps(row).encode() for row in block], [rendered(row, ours) for row in block]
         for repeat in range(REPEATS + 1):
             dataset, *read = timed(lambda lines=lines: tokenize_dataset(parse_lines(lines), ours, training))  # type: ignore[misc]
             _, *packed = timed(lambda dataset=dataset: pack(dataset, training))  # type: ignore[misc]
@@ -102,7 +102,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
     return result, time.perf_counter() - started, time.process_time() - used
 
 
-def finished(row: Mapping[str, Any], ours: BackboneTokenizer) -> str:
+def rendered(row: Mapping[str, Any], ours: BackboneTokenizer) -> str:
     if "messages" in row:
         assert ours.template is not None
         return ours.template.render(row["messages"])

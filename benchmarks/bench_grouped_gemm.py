@@ -24,7 +24,7 @@ class Point:
     dtype: torch.dtype = torch.bfloat16
 
     @property
-    def own_sizes(self) -> list[int]:
+    def task_sizes(self) -> list[int]:
         return [self.sizes[i % len(self.sizes)] for i in range(self.num_tasks)]
 
 
@@ -45,11 +45,11 @@ class Tensors:
             return torch.randn(size, device=device).to(dtype)
 
         self.x = [draw(length, point.width) for length in lengths]
-        self.ds = [draw(length, size) for length, size in zip(lengths, point.own_sizes, strict=True)]
-        self.w = [draw(size, point.width, dtype=torch.float32) / point.width**0.5 for size in point.own_sizes]
-        self.bias = [draw(size, dtype=torch.float32) for size in point.own_sizes]
-        self.dx, self.s, self.dw = ([torch.empty_like(t) for t in own] for own in (self.x, self.ds, self.w))
-        self.db = [torch.empty(1, size, device=device) for size in point.own_sizes]
+        self.ds = [draw(length, size) for length, size in zip(lengths, point.task_sizes, strict=True)]
+        self.w = [draw(size, point.width, dtype=torch.float32) / point.width**0.5 for size in point.task_sizes]
+        self.bias = [draw(size, dtype=torch.float32) for size in point.task_sizes]
+        self.dx, self.s, self.dw = ([torch.empty_like(t) for t in tensors] for tensors in (self.x, self.ds, self.w))
+        self.db = [torch.empty(1, size, device=device) for size in point.task_sizes]
         self.ones = torch.ones(1, max(lengths), device=device, dtype=point.dtype)
 
 
@@ -67,8 +67,8 @@ def by_torch(t: Tensors, of: Callable[[Tensor], Tensor] | None = None) -> list[l
     results: list[list[Tensor]] = [[], [], [], []]
     for x, ds, w, bias in zip(t.x, t.ds, t.w, t.bias, strict=True):
         x, ds, w, bias = (of(v) if of else v.to(x.dtype) for v in (x, ds, w, bias))
-        for own, result in zip(results, (torch.addmm(bias, x, w.T), ds @ w, ds.T @ x, ds.sum(0)), strict=True):
-            own.append(result)
+        for outputs, output in zip(results, (torch.addmm(bias, x, w.T), ds @ w, ds.T @ x, ds.sum(0)), strict=True):
+            outputs.append(output)
     return results
 
 
@@ -76,10 +76,10 @@ def measured(point: Point, launcher: Launcher, device: torch.device, rounds: int
     """Return errors and times. Raises AssertionError if an error is more than rounding."""
     sets = [Tensors(point, device) for _ in range(num_sets)]
     reference = by_torch(sets[0], Tensor.double)
-    right = [tensor for own in reference for tensor in own]
+    right = [tensor for tensors in reference for tensor in tensors]
     errors = {
-        name: max(relative_error(a, b) for a, b in zip(itertools.chain(*found), right, strict=True))
-        for name, found in (("ours", ours(sets[0], launcher)), ("torch", by_torch(sets[0])))
+        name: max(relative_error(a, b) for a, b in zip(itertools.chain(*results), right, strict=True))
+        for name, results in (("ours", ours(sets[0], launcher)), ("torch", by_torch(sets[0])))
     }
     assert errors["ours"] < 2e-2, (point, errors)
     runs = {
@@ -87,8 +87,8 @@ def measured(point: Point, launcher: Launcher, device: torch.device, rounds: int
         "torch": [lambda t=t: by_torch(t) for t in sets],
     }
     streams = 3 * point.num_tokens * point.width * point.dtype.itemsize  # X twice, dX
-    factors = 3 * 4 * sum(point.own_sizes) * point.width
-    per_token = sum(point.own_sizes) / point.num_tasks
+    factors = 3 * 4 * sum(point.task_sizes) * point.width
+    per_token = sum(point.task_sizes) / point.num_tasks
     return {
         "point": f"bottlenecks of {point.width}",
         "tokens": point.num_tokens,

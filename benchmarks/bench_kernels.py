@@ -1,12 +1,12 @@
-"""All kernels checked and timed on a GPU, in one command: `make bench-kernels`, or
+"""Checks and times all kernels on a GPU, in one command: `make bench-kernels`, or
 
     PYTHONPATH=. python benchmarks/bench_kernels.py [--only NAME ...] [--lorafusion FOLDER] [--out FOLDER]
 
-Writes kernels.json (raw figures, with hardware, versions, commit, date, command and the card's own ceilings) and
-kernels.md (one table) into FOLDER (default benchmarks/results) after every point, so that a run that is cut off leaves
-what it has; at the end the table goes into RESULTS.md, too. Beside each time stand its two floors on this card, by
-bytes and by FLOPs: of what adapters add where the frozen operator is timed, too, of all of it elsewhere.
-`--lorafusion`: a clone of its repository, to be run beside.
+Writes kernels.json (raw figures, with hardware, versions, commit, date, command and the card's measured limits) and
+kernels.md (one table) into FOLDER (default benchmarks/results) after every point, so that an interrupted run keeps its
+results; at the end it copies the table into RESULTS.md. Each time is shown with its two lower bounds on this card, by
+bytes and by FLOPs. If the frozen operator is timed too, the bounds are those of the adapters' additional work.
+`--lorafusion`: a clone of LoRAFusion's repository, which is then timed too.
 """
 
 import argparse
@@ -43,7 +43,7 @@ Jobs = dict[str, list[Callable[[], dict[str, Any]]]]
 def jobs(
     launcher: Launcher, device: torch.device, rounds: int, is_small: bool, peers: Mapping[str, Any] | None = None
 ) -> Jobs:
-    """By name, one call for each point."""
+    """Return by kernel one call for each point."""
     sets, at = (1 if is_small else 3), (launcher, device, rounds)
     cross_entropy = bench_segment_cross_entropy
     return {
@@ -66,12 +66,12 @@ def jobs(
 
 
 def run(chosen: Jobs, device: torch.device, out: Path, minutes: float) -> dict[str, Any]:
-    """Everything, until the minutes are over; the record says what was left out."""
+    """Run all points until the minutes are over. The record has the number of points that were left out."""
     torch.manual_seed(0)
     ends = time.monotonic() + 60 * minutes
     record: dict[str, Any] = {"ceilings": ceilings(device), "points": [], "left_out": 0}
     out.mkdir(parents=True, exist_ok=True)
-    for kernel, measure in [(name, measure) for name, own in chosen.items() for measure in own]:
+    for kernel, measure in [(name, measure) for name, measures in chosen.items() for measure in measures]:
         if time.monotonic() > ends:
             record["left_out"] += 1
             continue
@@ -86,7 +86,7 @@ def run(chosen: Jobs, device: torch.device, out: Path, minutes: float) -> dict[s
 
 
 def page(record: Mapping[str, Any]) -> str:
-    """The table, and where it comes from."""
+    """Return the table with its origin."""
     where, limits = record["environment"], record["ceilings"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
     lines = [HEADER, ["---"] * len(HEADER), *(row(point, limits) for point in record["points"])]
@@ -100,7 +100,7 @@ def page(record: Mapping[str, Any]) -> str:
 
 
 def row(point: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
-    """One line of the table, under HEADER."""
+    """Return one line of the table, under HEADER."""
     times, ours = point["times"], point["times"]["ours"]
     spent, prefix = ours["ms"], ""
     if "frozen" in times:
@@ -140,7 +140,7 @@ def _or_dash(times: Mapping[str, float], name: str, digits: int) -> str:
 
 
 def _errors(errors: Mapping[str, Any]) -> list[str]:
-    """The worst of each."""
+    """Return the worst error of each variant."""
     worst = {name: max(value.values()) if isinstance(value, dict) else value for name, value in errors.items()}
     return [f"{name} {value:.1e}" for name, value in worst.items()]
 
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lorafusion", type=Path, metavar="FOLDER", help="a clone of its repository")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--minutes", type=float, default=20.0)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         sys.exit(
             "bench-kernels needs a CUDA device, and torch sees none. The kernels' tests run without: make test-kernels"
@@ -161,15 +161,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        peers = {"lorafusion": bench_multi_lora.beside(LoraFusion(given.lorafusion))} if given.lorafusion else None
+        peers = {"lorafusion": bench_multi_lora.beside(LoraFusion(options.lorafusion))} if options.lorafusion else None
     except NotDoneError as error:
         sys.exit(f"--lorafusion: {error}")
-    all_jobs = jobs(launcher_of(device), device, given.rounds, False, peers)
-    if unknown := set(given.only or ()) - set(all_jobs):
+    all_jobs = jobs(launcher_of(device), device, options.rounds, False, peers)
+    if unknown := set(options.only or ()) - set(all_jobs):
         parser.error(f"--only {', '.join(sorted(unknown))}: there are {', '.join(all_jobs)}")
-    chosen = {name: own for name, own in all_jobs.items() if name in (given.only or all_jobs)}
-    record = run(chosen, device, given.out, given.minutes)
-    if given.out == report.RESULTS and record["points"]:
+    chosen = {name: measures for name, measures in all_jobs.items() if name in (options.only or all_jobs)}
+    record = run(chosen, device, options.out, options.minutes)
+    if options.out == report.RESULTS and record["points"]:
         report.put_on_page("kernels", f"## Kernels\n\n{page(record)}")
 
 

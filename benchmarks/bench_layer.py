@@ -1,8 +1,8 @@
-"""One whole Llama-3-8B layer, forward and backward: frozen alone, with the adapters of many tasks, and by HF PEFT.
+"""Times one whole Llama-3-8B layer, forward and backward: frozen, with the adapters of many tasks, and by HF PEFT.
 
-`ours` is the engine's own way: norms, attention, feed-forward and all seven linears of one packed stream, LoRA on each.
-`frozen` is the same with nobody resident, gradients from the embedding on; `peft` runs HF PEFT's layer on each task's
-sequences in turn. Sequences are of 1024 tokens. Results are checked against PEFT's in float32 on the same weights.
+`ours` is the engine: norms, attention, feed-forward and all seven linears on one packed stream, with LoRA on each.
+`frozen` is the same without resident tasks, with gradients from the embedding on; `peft` runs HF PEFT's layer on each
+task's sequences in turn. Sequences have 1024 tokens. Results are compared with PEFT's in float32 on the same weights.
 """
 
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def _model(point: Point, device: torch.device) -> Any:
 
 
 class Layer:
-    """The layer mounted, its tasks attached, and a stream of theirs."""
+    """A mounted layer with attached tasks, and a packed stream of their tokens."""
 
     def __init__(self, point: Point, device: torch.device) -> None:
         self.point, model = point, _model(point, device)
@@ -107,12 +107,12 @@ class Layer:
 
     def gradients(self) -> list[Tensor]:
         """Return each task's whole gradient; the gradients are zero again afterwards."""
-        found = []
+        gradients = []
         for name in self.names:
-            own = self.executor.tasks[name].gradient_P
-            found.append(own.clone())
-            own.zero_()
-        return found
+            gradient_P = self.executor.tasks[name].gradient_P
+            gradients.append(gradient_P.clone())
+            gradient_P.zero_()
+        return gradients
 
 
 class Peft:
@@ -139,20 +139,20 @@ class Peft:
             embedding.register_forward_hook(lambda module, args, y: y if y.requires_grad else y.requires_grad_())
 
     def __call__(self) -> tuple[Tensor, list[Tensor]]:
-        """(hidden states, each task's gradient in the order of its flat buffer)."""
+        """Return (hidden states, each task's gradient in the order of its flat buffer)."""
         hidden, gradients, start = [], [], 0
         device = self.layer.dh_TH.device
         for model, leaves in zip(self.models, self.leaves, strict=True):
-            own = [torch.zeros_like(leaf) for leaf in leaves]
+            task_gradients = [torch.zeros_like(leaf) for leaf in leaves]
             for length in self.layer.point.lengths:
                 ids = torch.from_numpy(self.layer.ids_T[start : start + length]).long().to(device).unsqueeze(0)
                 states = model(input_ids=ids, use_cache=False).last_hidden_state
                 dh = self.layer.dh_TH[start : start + length].to(states.dtype).unsqueeze(0)
-                for total, part in zip(own, torch.autograd.grad(states, leaves, dh), strict=True):
+                for total, part in zip(task_gradients, torch.autograd.grad(states, leaves, dh), strict=True):
                     total += part
                 hidden.append(states.detach()[0])
                 start += length
-            gradients.append(torch.cat([g.flatten() for g in own]))
+            gradients.append(torch.cat([g.flatten() for g in task_gradients]))
         return torch.cat(hidden), gradients
 
 
@@ -163,27 +163,27 @@ def _as(model: Any, dtype: torch.dtype) -> Any:
 
 
 def measured(point: Point, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Errors against PEFT in float32, and times. Raises AssertionError where ours is no rounding."""
-    layer, nobody = Layer(point, device), frozenset[str]()
-    everybody = frozenset(layer.names)
+    """Return errors against PEFT in float32, and times. Raises AssertionError if ours is larger than rounding."""
+    layer, no_tasks = Layer(point, device), frozenset[str]()
+    all_tasks = frozenset(layer.names)
     reference = Peft(layer, torch.float32)()
-    hidden = layer.run(everybody)
-    found: dict[str, tuple[Tensor, list[Tensor]]] = {
+    hidden = layer.run(all_tasks)
+    results: dict[str, tuple[Tensor, list[Tensor]]] = {
         "ours": (hidden, layer.gradients()),
         "peft": (peft := Peft(layer))(),
     }
-    wrong = {
+    errors = {
         name: {
-            "hidden": relative_error(own[0], reference[0]),
-            "factors": max(relative_error(a, b) for a, b in zip(own[1], reference[1], strict=True)),
+            "hidden": relative_error(result[0], reference[0]),
+            "factors": max(relative_error(a, b) for a, b in zip(result[1], reference[1], strict=True)),
         }
-        for name, own in found.items()
+        for name, result in results.items()
     }
-    assert all(value < _TOLERANCE for value in wrong["ours"].values()), (point, wrong)
-    del reference, found
+    assert all(value < _TOLERANCE for value in errors["ours"].values()), (point, errors)
+    del reference, results
     runs: dict[str, list[Callable[[], object]]] = {
-        "frozen": [lambda: layer.run(nobody)],
-        "ours": [lambda: layer.run(everybody)],
+        "frozen": [lambda: layer.run(no_tasks)],
+        "ours": [lambda: layer.run(all_tasks)],
         "peft": [peft],
     }
     size, parameters = point.dtype.itemsize, sum(k * n for k, n in point.widths())
@@ -195,7 +195,7 @@ def measured(point: Point, device: torch.device, rounds: int) -> dict[str, Any]:
         "tokens": point.num_tokens,
         "tasks": point.num_tasks,
         "ranks": sorted(set(point.task_ranks)),
-        "errors": wrong,
+        "errors": errors,
         "extra_bytes": extra,
         "extra_flop": int(sum(6 * point.num_tokens * per_token * (k + n) for k, n in point.widths())),
         "frozen_flop": 4 * point.num_tokens * parameters + attention,

@@ -20,14 +20,14 @@ def sizes(is_small: bool = False) -> list[list[int]]:
     return [[rank_8 * 2], mixed, [rank_8 * (1 + i % 4) for i in range(16)], [rank_8 // 2] * 64]
 
 
-def measured(own: list[int], launcher: Launcher, device: torch.device, rounds: int) -> dict[str, Any]:
+def measured(task_sizes: list[int], launcher: Launcher, device: torch.device, rounds: int) -> dict[str, Any]:
     """Return times of one step of all tasks. Raises AssertionError if a parameter then differs from torch's."""
     groups = [
         AdamWGroup(i, *(torch.rand(size, device=device) for _ in range(4)), step=5, learning_rate=1e-4, max_norm=1.0)
-        for i, size in enumerate(own)
+        for i, size in enumerate(task_sizes)
     ]
     norms = torch.stack([torch.linalg.vector_norm(group.gradients_P) for group in groups])
-    is_finite = torch.ones(len(own), dtype=torch.int32, device=device)
+    is_finite = torch.ones(len(task_sizes), dtype=torch.int32, device=device)
     parameters = [nn.Parameter(group.parameters_P.clone()) for group in groups]
     optimizers = [torch.optim.AdamW([p], lr=1e-4, weight_decay=0.0, fused=device.type == "cuda") for p in parameters]
     for parameter, optimizer, group in zip(parameters, optimizers, groups, strict=True):
@@ -50,13 +50,13 @@ def measured(own: list[int], launcher: Launcher, device: torch.device, rounds: i
         optimizer.step()
     pairs = zip(groups, parameters, strict=True)
     error = max(float((group.parameters_P - p.detach()).abs().max()) for group, p in pairs)
-    assert error < 1e-6, (own, error)
+    assert error < 1e-6, (task_sizes, error)
     return {
         "point": "clip, AdamW",
-        "parameters": sum(own),
-        "tasks": len(own),
-        "bytes": 32 * sum(own),
-        "flop": 15 * sum(own),
+        "parameters": sum(task_sizes),
+        "tasks": len(task_sizes),
+        "bytes": 32 * sum(task_sizes),
+        "flop": 15 * sum(task_sizes),
         "errors": {"ours": error},
         "times": timed({"ours": [ours], "torch": [by_torch]}, rounds, device),
     }

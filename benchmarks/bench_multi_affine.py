@@ -65,8 +65,8 @@ def measured(point: Point, launcher: Launcher, device: torch.device, rounds: int
     sets = [Tensors(point, device) for _ in range(num_sets)]
     reference = by_torch(sets[0], torch.float64)
     errors = {
-        name: max(relative_error(a, b) for a, b in zip(found, reference, strict=True))
-        for name, found in (("ours", ours(sets[0], launcher)), ("torch", by_torch(sets[0])))
+        name: max(relative_error(a, b) for a, b in zip(results, reference, strict=True))
+        for name, results in (("ours", ours(sets[0], launcher)), ("torch", by_torch(sets[0])))
     }
     assert errors["ours"] < 1e-2, (point, errors)
     runs = {

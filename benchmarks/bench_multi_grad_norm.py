@@ -12,23 +12,23 @@ from engine.kernels.launch import Launcher
 __all__ = ["measured", "sizes"]
 
 
-def measured(own: list[int], launcher: Launcher, device: torch.device, rounds: int) -> dict[str, Any]:
+def measured(task_sizes: list[int], launcher: Launcher, device: torch.device, rounds: int) -> dict[str, Any]:
     """Return times of all tasks' norms. Raises AssertionError if one differs from float64's."""
-    gradients = [torch.randn(size, device=device) for size in own]
+    gradients = [torch.randn(size, device=device) for size in task_sizes]
     expected = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients])
     norms, _ = multi_grad_norm.launch_multi_grad_norm(launcher, gradients)
     error = float((norms.double() / expected - 1).abs().max())
-    assert error < 1e-6, (own, error)
+    assert error < 1e-6, (task_sizes, error)
     runs = {
         "ours": [lambda: multi_grad_norm.launch_multi_grad_norm(launcher, gradients)],
         "torch": [lambda: [torch.linalg.vector_norm(g) for g in gradients]],
     }
     return {
         "point": "gradient norms",
-        "parameters": sum(own),
-        "tasks": len(own),
-        "bytes": 4 * sum(own),
-        "flop": 2 * sum(own),
+        "parameters": sum(task_sizes),
+        "tasks": len(task_sizes),
+        "bytes": 4 * sum(task_sizes),
+        "flop": 2 * sum(task_sizes),
         "errors": {"ours": error},
         "times": timed(runs, rounds, device),
     }

@@ -1,10 +1,10 @@
-"""multi_lora against the frozen operators, cuBLAS with a block-diagonal S, and HF PEFT's LoRA linear.
+"""Times multi_lora against the frozen operators, cuBLAS with a block-diagonal S, and HF PEFT's LoRA linear.
 
 Forward and backward, for groups of operators that read the same X. All get equal inputs and are checked against float64
 before they are timed. `first` writes the low-rank products of Y before the base product, which accumulates onto them;
-`after` adds them to its result; `ours` is what `accumulates_into_base_gemm` chooses. `cublas` does all tasks' low-rank
-products in dense products of the whole stream, S masked to its own task's ranks; `peft` runs a LoRA linear of HF PEFT
-on each task's tokens; `frozen` is the base operators alone: (ms / frozen - 1) is what adapters add.
+`after` adds them to its result; `ours` is the choice of `accumulates_into_base_gemm`. `cublas` computes all tasks'
+low-rank products as dense products of the whole stream, with S masked to each task's ranks; `peft` runs a LoRA linear
+of HF PEFT on each task's tokens; `frozen` is the base operators alone: (ms / frozen - 1) is what adapters add.
 """
 
 import itertools
@@ -66,18 +66,18 @@ def points(is_small: bool = False) -> list[Point]:
     """Return all points; `small`: one that a CPU can run, to try the script."""
     if is_small:
         return [Point("32x24, 8", ((32, (24, 8)),), 70, 3, (4, 8, 2))]
-    mixed, found = (8, 16, 32, 64), []
+    mixed, all_points = (8, 16, 32, 64), []
     for tokens in (4096, 16384):
         for tasks in (1, 4, 16, 64):
-            found += [Point(name, (group,), tokens, tasks, mixed) for name, group in GROUPS.items()]
-        found += [Point("llama-3-8b layer", LAYER, tokens, tasks, mixed) for tasks in (1, 4, 16, 64)]
-        found.append(Point("llama-3-8b layer", LAYER, tokens, 16, (16,)))  # the goal's
-    return found
+            all_points += [Point(name, (group,), tokens, tasks, mixed) for name, group in GROUPS.items()]
+        all_points += [Point("llama-3-8b layer", LAYER, tokens, tasks, mixed) for tasks in (1, 4, 16, 64)]
+        all_points.append(Point("llama-3-8b layer", LAYER, tokens, 16, (16,)))  # the goal's
+    return all_points
 
 
 @dataclass
 class Inputs:
-    """The tensors of one group, drawn anew for each set, with the tables made once a plan."""
+    """The tensors of one group, drawn anew for each set, with the tables computed once per plan."""
 
     x: Tensor
     operators: list[Operator]
@@ -119,40 +119,40 @@ class Inputs:
 Result = tuple[list[Tensor], Tensor, list[Tensor]]  # Y of each operator, dX, gradients of A and B in turn
 
 
-def frozen(given: Inputs) -> tuple[list[Tensor], Tensor]:
-    dx = given.dys[-1] @ given.operators[-1].weight_KN.T
-    for operator, dy in zip(given.operators[:-1], given.dys, strict=False):
+def frozen(inputs: Inputs) -> tuple[list[Tensor], Tensor]:
+    dx = inputs.dys[-1] @ inputs.operators[-1].weight_KN.T
+    for operator, dy in zip(inputs.operators[:-1], inputs.dys, strict=False):
         dx.addmm_(dy, operator.weight_KN.T)
-    return [given.x @ operator.weight_KN for operator in given.operators], dx
+    return [inputs.x @ operator.weight_KN for operator in inputs.operators], dx
 
 
-def ours(given: Inputs, launcher: Launcher, first: bool | None = None) -> Result:
+def ours(inputs: Inputs, launcher: Launcher, first: bool | None = None) -> Result:
     """Run our kernels. `first`: write Y's low-rank products before the base product; None: as
     `accumulates_into_base_gemm` chooses."""
-    products = GroupProducts(launcher, given.plan, given.table, given.factors, given.x.dtype)
-    weights = [operator.weight_KN for operator in given.operators]
-    shrunk = products.shrink(given.x)
-    if accumulates_into_base_gemm(given.x.shape[1], False) if first is None else first:
-        ys = [dy.new_empty(dy.shape) for dy in given.dys]
+    products = GroupProducts(launcher, inputs.plan, inputs.table, inputs.factors, inputs.x.dtype)
+    weights = [operator.weight_KN for operator in inputs.operators]
+    shrunk = products.shrink(inputs.x)
+    if accumulates_into_base_gemm(inputs.x.shape[1], False) if first is None else first:
+        ys = [dy.new_empty(dy.shape) for dy in inputs.dys]
         products.write(ys, [None] * len(ys), shrunk)
         for y, weight in zip(ys, weights, strict=True):
-            y.addmm_(given.x, weight)
+            y.addmm_(inputs.x, weight)
     else:
-        ys = [given.x @ weight for weight in weights]
+        ys = [inputs.x @ weight for weight in weights]
         products.add(ys, shrunk)
-    dx = torch.empty_like(given.x)
-    flat = products.backward(given.x, given.dys, shrunk, dx)
-    for dy, weight in zip(given.dys, weights, strict=True):
+    dx = torch.empty_like(inputs.x)
+    flat = products.backward(inputs.x, inputs.dys, shrunk, dx)
+    for dy, weight in zip(inputs.dys, weights, strict=True):
         dx.addmm_(dy, weight.T)
-    sizes = [factor.numel() for factor in given.factors]
-    return ys, dx, [p.view(f.shape) for p, f in zip(flat.split(sizes), given.factors, strict=True)]
+    sizes = [factor.numel() for factor in inputs.factors]
+    return ys, dx, [p.view(f.shape) for p, f in zip(flat.split(sizes), inputs.factors, strict=True)]
 
 
 class BlockDiagonal:
-    """Run cuBLAS alone: all tasks' factors side by side, S masked. Tensors made once a step are made here."""
+    """Run cuBLAS alone: all tasks' factors side by side, S masked. `__init__` is not timed: it runs once per step."""
 
-    def __init__(self, given: Inputs) -> None:
-        self.each = [self._beside(operator, given.x) for operator in given.operators]
+    def __init__(self, inputs: Inputs) -> None:
+        self.each = [self._beside(operator, inputs.x) for operator in inputs.operators]
 
     @staticmethod
     def _beside(operator: Operator, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
@@ -165,14 +165,14 @@ class BlockDiagonal:
             first += rank
         return a.detach(), b.detach(), mask, ranks
 
-    def __call__(self, given: Inputs) -> Result:
-        ys, dx = frozen(given)
+    def __call__(self, inputs: Inputs) -> Result:
+        ys, dx = frozen(inputs)
         gradients: list[Tensor] = []
-        for y, dy, (a, b, mask, ranks) in zip(ys, given.dys, self.each, strict=True):
-            s = (given.x @ a.T).mul_(mask)
+        for y, dy, (a, b, mask, ranks) in zip(ys, inputs.dys, self.each, strict=True):
+            s = (inputs.x @ a.T).mul_(mask)
             y.addmm_(s, b.T)
             e = (dy @ b).mul_(mask)
-            db, da = dy.T @ s, e.T @ given.x
+            db, da = dy.T @ s, e.T @ inputs.x
             dx.addmm_(e, a)
             pairs = zip(da.split(ranks), db.split(ranks, dim=1), strict=True)
             gradients += [gradient for pair in pairs for gradient in pair]
@@ -182,47 +182,47 @@ class BlockDiagonal:
 class Peft:
     """Run a LoRA linear of HF PEFT for each operator and task, on its own tokens, sharing the base weight."""
 
-    def __init__(self, given: Inputs) -> None:
+    def __init__(self, inputs: Inputs) -> None:
         from peft.tuners.lora import LoraConfig
         from peft.tuners.lora.layer import Linear
 
         self.layers: list[list[nn.Module]] = []
-        for operator in given.operators:
+        for operator in inputs.operators:
             k, n = operator.weight_KN.shape
             base = nn.Linear(k, n, bias=False, device="meta")
             base.weight = nn.Parameter(operator.weight_KN.T, requires_grad=False)
-            own = []
+            layers = []
             for use, low_rank in zip(operator.uses, operator.factors, strict=True):
                 rank = len(low_rank.a_RK)
                 config = LoraConfig(r=rank, lora_alpha=use.scale * rank)
                 layer: Any = Linear(base, "task", config, r=rank, lora_alpha=use.scale * rank)
-                layer.lora_A["task"].weight = nn.Parameter(low_rank.a_RK.to(given.x.dtype))
-                layer.lora_B["task"].weight = nn.Parameter(low_rank.b_NR.to(given.x.dtype))
-                own.append(layer)
-            self.layers.append(own)
+                layer.lora_A["task"].weight = nn.Parameter(low_rank.a_RK.to(inputs.x.dtype))
+                layer.lora_B["task"].weight = nn.Parameter(low_rank.b_NR.to(inputs.x.dtype))
+                layers.append(layer)
+            self.layers.append(layers)
 
-    def __call__(self, given: Inputs) -> Result:
-        ys, dx = [], torch.zeros_like(given.x)
+    def __call__(self, inputs: Inputs) -> Result:
+        ys, dx = [], torch.zeros_like(inputs.x)
         gradients: list[Tensor] = []
-        for operator, dy, layers in zip(given.operators, given.dys, self.layers, strict=True):
+        for operator, dy, layers in zip(inputs.operators, inputs.dys, self.layers, strict=True):
             parts = []
             for use, layer in zip(operator.uses, layers, strict=True):
-                x = given.x[use.start : use.end].detach().requires_grad_()
+                x = inputs.x[use.start : use.end].detach().requires_grad_()
                 y = layer(x)
                 leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
-                part, *own = torch.autograd.grad(y, leaves, dy[use.start : use.end])
+                part, *factor_gradients = torch.autograd.grad(y, leaves, dy[use.start : use.end])
                 parts.append(y.detach())
                 dx[use.start : use.end] += part
-                gradients += own
+                gradients += factor_gradients
             ys.append(torch.cat(parts))
         return ys, dx, gradients
 
 
-def expected(given: Inputs) -> Result:
+def expected(inputs: Inputs) -> Result:
     """Compute the reference in float64."""
-    x, ys, dx = given.x.double(), [], torch.zeros_like(given.x, dtype=torch.float64)
+    x, ys, dx = inputs.x.double(), [], torch.zeros_like(inputs.x, dtype=torch.float64)
     gradients: list[Tensor] = []
-    for operator, dy_TN in zip(given.operators, given.dys, strict=True):
+    for operator, dy_TN in zip(inputs.operators, inputs.dys, strict=True):
         weight, dy = operator.weight_KN.double(), dy_TN.double()
         y = x @ weight
         dx += dy @ weight.T
@@ -236,7 +236,7 @@ def expected(given: Inputs) -> Result:
     return ys, dx, gradients
 
 
-def errors(found: Result, reference: Result) -> dict[str, float]:
+def errors(result: Result, reference: Result) -> dict[str, float]:
     """Return the worst relative errors of Y, of a factor's gradient, and of dX."""
 
     def relative(a: Tensor, b: Tensor) -> float:
@@ -246,29 +246,29 @@ def errors(found: Result, reference: Result) -> dict[str, float]:
         return max(relative(a, b) for a, b in zip(some, others, strict=True))
 
     return {
-        "y": worst(found[0], reference[0]),
-        "dx": relative(found[1], reference[1]),
-        "factors": worst(found[2], reference[2]),
+        "y": worst(result[0], reference[0]),
+        "dx": relative(result[1], reference[1]),
+        "factors": worst(result[2], reference[2]),
     }
 
 
-Contender = Callable[[Inputs], Callable[[Inputs], Result]]  # from inputs, what is timed on them
+Contender = Callable[[Inputs], Callable[[Inputs], Result]]  # prepares a run for inputs; the run is timed
 
 
 def beside(peer: LoraFusion) -> Contender:
-    """Run a peer: its operators one by one, their dX added up."""
+    """Return a contender that runs the peer's operators one by one and adds up their dX."""
 
-    def made(given: Inputs) -> Callable[[Inputs], Result]:
-        runs = [peer.operator(given.x, o.weight_KN, o.uses, o.factors) for o in given.operators]
+    def prepare(inputs: Inputs) -> Callable[[Inputs], Result]:
+        runs = [peer.operator(inputs.x, o.weight_KN, o.uses, o.factors) for o in inputs.operators]
 
-        def run(own: Inputs) -> Result:
-            parts = [one(own.x, dy) for one, dy in zip(runs, own.dys, strict=True)]
+        def run(inputs: Inputs) -> Result:
+            parts = [one(inputs.x, dy) for one, dy in zip(runs, inputs.dys, strict=True)]
             dx = sum((part for _, part, _ in parts[1:]), start=parts[0][1])
             return [y for y, _, _ in parts], dx, [gradient for *_, of in parts for gradient in of]
 
         return run
 
-    return made
+    return prepare
 
 
 def measured(
@@ -281,37 +281,37 @@ def measured(
 ) -> dict[str, Any]:
     """Return errors and times of one point, and the faster way to add Y's low-rank products beside the chosen one.
 
-    A peer that raises NotDoneError is left out, with its reason. Raises AssertionError where an error of ours is no
-    rounding; a peer with wrong results is reported, and not timed.
+    A peer that raises NotDoneError is left out, with its reason. A peer with wrong results is reported and not timed.
+    Raises AssertionError if an error of ours is larger than rounding.
     """
     sets = [[Inputs.drawn(point, group, device) for group in point.groups] for _ in range(num_sets)]
-    own: dict[str, Contender] = {
-        "ours": lambda given: lambda given: ours(given, launcher),
-        "first": lambda given: lambda given: ours(given, launcher, True),
-        "after": lambda given: lambda given: ours(given, launcher, False),
+    ours_by_variant: dict[str, Contender] = {
+        "ours": lambda _: lambda inputs: ours(inputs, launcher),
+        "first": lambda _: lambda inputs: ours(inputs, launcher, True),
+        "after": lambda _: lambda inputs: ours(inputs, launcher, False),
     }
-    runs: dict[str, list[Callable[[], object]]] = {"frozen": _calls([[frozen] * len(of) for of in sets], sets)}
-    reference, wrong, left_out = expected(sets[0][0]), dict[str, dict[str, float]](), dict[str, str]()
-    for name, make in {**own, "cublas": BlockDiagonal, "peft": Peft, **(peers or {})}.items():
+    runs: dict[str, list[Callable[[], object]]] = {"frozen": _calls([[frozen] * len(groups) for groups in sets], sets)}
+    reference, errors_by_name, left_out = expected(sets[0][0]), dict[str, dict[str, float]](), dict[str, str]()
+    for name, prepare in {**ours_by_variant, "cublas": BlockDiagonal, "peft": Peft, **(peers or {})}.items():
         try:
-            made = [[make(given) for given in of] for of in sets]
-            wrong[name] = errors(made[0][0](sets[0][0]), reference)
+            runs_of_sets = [[prepare(inputs) for inputs in groups] for groups in sets]
+            errors_by_name[name] = errors(runs_of_sets[0][0](sets[0][0]), reference)
         except NotDoneError as error:
             left_out[name] = str(error)
             continue
-        is_right = all(value < TOLERANCE for value in wrong[name].values())
-        assert is_right or name not in own, (point, name, wrong[name])
+        is_right = all(value < TOLERANCE for value in errors_by_name[name].values())
+        assert is_right or name not in ours_by_variant, (point, name, errors_by_name[name])
         if is_right:
-            runs[name] = _calls(made, sets)
+            runs[name] = _calls(runs_of_sets, sets)
         else:
-            left_out[name] = f"wrong results: {wrong[name]}"
+            left_out[name] = f"wrong results: {errors_by_name[name]}"
     times = timed(runs, rounds, device)
     return {
         "point": point.name,
         "tokens": point.num_tokens,
         "tasks": point.num_tasks,
         "ranks": sorted(set(point.task_ranks)),
-        "errors": wrong,
+        "errors": errors_by_name,
         "extra_bytes": point.extra_bytes(),
         "extra_flop": point.extra_flop(),
         "chosen": sorted({"first" if accumulates_into_base_gemm(k, False) else "after" for k, _ in point.groups}),
@@ -322,10 +322,10 @@ def measured(
 
 
 def _calls(
-    made: Sequence[Sequence[Callable[[Inputs], object]]], sets: Sequence[Sequence[Inputs]]
+    runs_of_sets: Sequence[Sequence[Callable[[Inputs], object]]], sets: Sequence[Sequence[Inputs]]
 ) -> list[Callable[[], object]]:
     """Return one call for each set, which runs all of its groups in turn."""
     return [
-        lambda many=many, own=own: [run(given) for run, given in zip(many, own, strict=True)]  # type: ignore[misc]
-        for many, own in zip(made, sets, strict=True)
+        lambda runs=runs, groups=groups: [run(inputs) for run, inputs in zip(runs, groups, strict=True)]  # type: ignore[misc]
+        for runs, groups in zip(runs_of_sets, sets, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""segment_cross_entropy against torch's cross_entropy on float32 logits and its backward."""
+"""Times segment_cross_entropy against torch's cross_entropy on float32 logits and its backward."""
 
 from typing import Any
 
@@ -22,9 +22,9 @@ def measured(rows: int, vocabulary: int, launcher: Launcher, device: torch.devic
     weights = torch.full((rows,), 1 / rows, device=device)
 
     def ours(z: Tensor) -> Tensor:
-        own = z.clone()
-        logits_gradient_(launcher, own, targets, weights, None)
-        return own
+        logits = z.clone()
+        logits_gradient_(launcher, logits, targets, weights, None)
+        return logits
 
     def by_torch(z: Tensor) -> Tensor:
         leaf = z.float().requires_grad_()

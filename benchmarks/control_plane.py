@@ -1,13 +1,13 @@
-"""Admission beside a bare grpc.aio echo in the same run: requests per second and latencies of create, get and watch.
+"""Measures admission beside a bare grpc.aio echo: requests per second and latencies of create, get and watch.
 
     PYTHONPATH=. python benchmarks/control_plane.py [--seconds 1.5] [--callers 16]
 
-A mesh as `muxtune up` starts it (TLS, SQLite that syncs each commit, spans to a file), without a tenant's limits, and
-with its scheduler suspended so that no training takes the CPU. The echo, in a process of its own, answers over TLS too,
-with as many bytes as GetTask does. `--callers` coroutines call one after another through one channel; blocks of all
-calls alternate. CPU is that of a call, by the kernel's clocks: of the server's event loop, of its other threads, and of
-the callers' process. Create makes the tasks of a sweep: one dataset, each another learning rate. Watch is a new stream
-read to its first event.
+The mesh is as `muxtune up` starts it (TLS, SQLite that syncs each commit, spans to a file), without limits of tenants,
+and with its scheduler suspended so that no training uses the CPU. The echo runs in a separate process and also answers
+over TLS, with as many bytes as GetTask. `--callers` coroutines each send one call after another through one channel;
+blocks of all calls alternate in the same run. CPU is stated per call, by the kernel's clocks: of the server's event
+loop, of its other threads, and of the callers' process. Create creates the tasks of a sweep: one dataset, and another
+learning rate for each task. Watch opens a stream and reads its first event.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 async def measure(mesh: Mesh, seconds: float, callers: int) -> dict[str, list[dict[str, float]]]:
-    """By call, what each block measured; the first block of each warms up."""
+    """Return by call the figures of each block. The first block of each call warms up and is not returned."""
     with mesh.client() as client:
         spec = task_pb2.TaskSpec(
             backbone="tiny", dataset=client.upload_dataset([{"text": "a row to learn from"}] * 8).name,
@@ -68,7 +68,7 @@ async def measure(mesh: Mesh, seconds: float, callers: int) -> dict[str, list[di
         )  # fmt: skip
         task = client.create_task(spec)
     trust = grpc.ssl_channel_credentials(mesh.ca.read_bytes())
-    found: dict[str, list[dict[str, float]]] = {}
+    blocks_by_call: dict[str, list[dict[str, float]]] = {}
     with suspended(mesh, "scheduling"), echoing(mesh) as (address, echo_process):
         async with (
             grpc.aio.secure_channel(mesh.addresses["admission"], trust) as admission,
@@ -80,8 +80,8 @@ async def measure(mesh: Mesh, seconds: float, callers: int) -> dict[str, list[di
                     server = mesh.processes["admission"].pid if name in PEERS else echo_process
                     figures = await run_block(call, seconds, callers, server)
                     if block:
-                        found.setdefault(name, []).append(figures)
-    return found
+                        blocks_by_call.setdefault(name, []).append(figures)
+    return blocks_by_call
 
 
 def calls_of(mesh: Mesh, admission: Any, echo: Any, task: task_pb2.Task) -> dict[str, Call]:
@@ -108,24 +108,29 @@ def calls_of(mesh: Mesh, admission: Any, echo: Any, task: task_pb2.Task) -> dict
 
 
 async def run_block(call: Call, seconds: float, callers: int, server: int) -> dict[str, float]:
-    """Calls a second, milliseconds of the median and the slowest hundredth, and microseconds of CPU for a call."""
-    taken: list[float] = []
+    """Return calls per second, median and 99th percentile in milliseconds, and microseconds of CPU per call."""
+    latencies: list[float] = []
     cpu, started = cpu_microseconds(server), time.perf_counter()
 
     async def caller() -> None:
         while (now := time.perf_counter()) - started < seconds:
             await call()
-            taken.append(time.perf_counter() - now)
+            latencies.append(time.perf_counter() - now)
 
     await asyncio.gather(*(caller() for _ in range(callers)))
     whole = time.perf_counter() - started
-    of_call = {part: (after - cpu[part]) / len(taken) for part, after in cpu_microseconds(server).items()}
-    hundredths = statistics.quantiles(taken, n=100, method="inclusive")
-    return {"per_second": len(taken) / whole, "p50_ms": 1e3 * hundredths[49], "p99_ms": 1e3 * hundredths[98], **of_call}
+    of_call = {part: (after - cpu[part]) / len(latencies) for part, after in cpu_microseconds(server).items()}
+    hundredths = statistics.quantiles(latencies, n=100, method="inclusive")
+    return {
+        "per_second": len(latencies) / whole,
+        "p50_ms": 1e3 * hundredths[49],
+        "p99_ms": 1e3 * hundredths[98],
+        **of_call,
+    }
 
 
 def cpu_microseconds(server: int) -> dict[str, float]:
-    """Return CPU seconds of the server's event-loop thread, of its other threads, and of this process."""
+    """Return CPU microseconds of the server's event-loop thread, of its other threads, and of this process."""
     loop = int(Path(f"/proc/{server}/task/{server}/schedstat").read_text().split()[0]) / 1e3
     others = 1e6 * cpu_seconds_of(server) - loop
     return {"event_loop_us": loop, "other_threads_us": others, "callers_us": 1e6 * time.process_time()}
@@ -143,7 +148,7 @@ def suspended(mesh: Mesh, service: str) -> Iterator[None]:
 
 @contextmanager
 def echoing(mesh: Mesh) -> Iterator[tuple[str, int]]:
-    """The address and the process of an echo that shows admission's certificate."""
+    """Yield the address and the process id of an echo server that uses admission's certificate."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(target=_serve_echo, args=(mesh.certs / "admission", theirs), daemon=True)
@@ -193,7 +198,7 @@ def section(raw: Mapping[str, Any]) -> str:
         goal = ""
         if name in PEERS:
             blocks = zip(raw["blocks"][name], raw["blocks"][PEERS[name]], strict=True)
-            ratios = sorted(own["per_second"] / echo["per_second"] for own, echo in blocks)
+            ratios = sorted(block["per_second"] / echo["per_second"] for block, echo in blocks)
             ratio = statistics.median(ratios)
             goal = f"{ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}; {'held' if ratio >= GOAL else 'failed'})"
         cpu = [f"{figures[part]:.0f}" for part in ("event_loop_us", "other_threads_us", "callers_us")]

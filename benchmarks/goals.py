@@ -11,7 +11,7 @@ Summary = Mapping[str, Mapping[str, Any]]  # by system: a row of side_by_side.su
 
 @dataclass(frozen=True)
 class Goal:
-    """A goal: the `figure` of a work is at least `bound`, or at most."""
+    """A goal: the `figure` of a workload is at least `bound`, or at most."""
 
     what: str
     bound: float
@@ -50,7 +50,7 @@ def _over(work: Mapping[str, Any], system: str, base: str) -> float | None:
     return peaks[system] / peaks[base] if system in peaks and base in peaks else None
 
 
-# model, mix, tasks, sequences of a micro batch. On a GPU as measured for the paper's side; a CPU has goals of its own.
+# model, mix, tasks, sequences of a micro batch. Those of a GPU follow the paper; those of a CPU are ours.
 GOALS: Mapping[tuple[str, str, int, int], tuple[Goal, ...]] = {
     ("smollm2", "mixed", 8, 4): (faster_than("peft, longest", 1.4), faster_than("peft, cap", 1.9), bytes_of_one(1.5)),
     ("llama-2-7b", "mixed", 8, 8): (faster_than("peft, longest", 2.5), faster_than("batch and pad", 2.0)),

@@ -24,7 +24,7 @@ _SPAWN = multiprocessing.get_context("spawn")  # CUDA wants it, and a fork would
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings with which any process builds the same system."""
+    """The settings from which every process builds the same system."""
 
     choice: Choice
     workload: Workload
@@ -97,8 +97,11 @@ def _train_alone(setting: Setting, index: int, pipe: Connection) -> None:
 
 
 class Peak:
-    """Measures the peak memory of this process for its work: on a CPU the resident set as Linux counts it, the
-    allocator's freed pages included, less what it was when this was made; on a GPU what torch allocated."""
+    """Measures the peak memory of this process.
+
+    On a CPU it is the growth of the resident set since this object was created, as Linux counts it, with pages that the
+    allocator has freed and kept. On a GPU it is the memory that torch allocated.
+    """
 
     def __init__(self, device: str) -> None:
         self.device, self.before = device, _status_bytes("VmRSS")

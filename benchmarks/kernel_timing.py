@@ -22,8 +22,10 @@ Calls = Sequence[Callable[[], object]]
 
 
 def timed(variants: Mapping[str, Calls], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """For each variant: median and quartiles, host microseconds of a call; milliseconds and host microseconds of a call
-    in a graph's replay where it can be captured."""
+    """Return for each variant median and quartiles, and host microseconds of a call.
+
+    If a graph can be captured: also milliseconds and host microseconds of a call in its replay.
+    """
     for calls in variants.values():
         for call in (*calls, *calls):  # compiles, loads, fills the allocator
             call()
@@ -56,7 +58,7 @@ def _one(call: Callable[[], object], device: torch.device) -> float:
 
 
 def launch_cost(calls: Calls, device: torch.device) -> float:
-    """Microseconds of host time for one call, whatever the device still has to do."""
+    """Return the microseconds of host time for one call, without waiting for the device."""
     values = []
     for call in [*calls, *calls]:
         if device.type == "cuda":
@@ -68,7 +70,7 @@ def launch_cost(calls: Calls, device: torch.device) -> float:
 
 
 def replayed(calls: Calls, rounds: int) -> dict[str, float]:
-    """`graph_ms` and `graph_launch_us` of a call within a captured graph; empty where none can be (stderr says why)."""
+    """Return `graph_ms` and `graph_launch_us` of a call in a captured graph; {} if capture fails (see stderr)."""
     graph = torch.cuda.CUDAGraph()
     try:
         side = torch.cuda.Stream()
@@ -90,9 +92,9 @@ def replayed(calls: Calls, rounds: int) -> dict[str, float]:
     return {"graph_ms": milliseconds, "graph_launch_us": launch_cost([graph.replay], device) / len(calls)}
 
 
-def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
-    """||found - reference|| / ||reference||, in float64."""
-    return float((found.double() - reference.double()).norm() / reference.double().norm())
+def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return ||result - reference|| / ||reference||, in float64."""
+    return float((result.double() - reference.double()).norm() / reference.double().norm())
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
@@ -108,7 +110,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions, commit, date and command of a run."""
+    """Return hardware, versions, commit, date and command of a run."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for module in ("cupy", "peft"):
         versions[module] = getattr(sys.modules.get(module), "__version__", None)

@@ -1,8 +1,9 @@
-"""LoRAFusion's Triton kernels (arXiv 2510.00206) beside ours: its repository is the user's own checkout, never ours.
+"""Runs LoRAFusion's Triton kernels (arXiv 2510.00206) as a peer, from a clone of its repository that the user provides.
 
 `python benchmarks/bench_kernels.py --lorafusion FOLDER`, where FOLDER is a clone of github.com/CentML/lorafusion, with
-triton, loguru and numpy installed. Of megatron it needs a name only, for what is not used here. What its kernels
-cannot do is refused with the reason, not run: they read beyond their rows or answer wrongly there.
+triton, loguru and numpy installed. It imports megatron, but only for functions that are not used here, so an empty
+module replaces it. Points that its kernels cannot run are refused with the reason: on these the kernels read out of
+bounds or return wrong results.
 """
 
 import importlib
@@ -28,11 +29,11 @@ Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, list[Tensor]]]  # X, dY; 
 
 
 class LoraFusion:
-    """Its multi-LoRA linear operator. Raises NotDoneError where its repository does not load."""
+    """LoRAFusion's multi-LoRA linear operator. Raises NotDoneError if its repository does not load."""
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "lorafusion" / "ops" / "multi_lora.py").is_file():
-            raise NotDoneError(f"{folder} is no clone of github.com/CentML/lorafusion: it has no lorafusion/ops")
+            raise NotDoneError(f"{folder} is not a clone of github.com/CentML/lorafusion: it has no lorafusion/ops")
         sys.path.insert(0, str(folder))
         try:
             importlib.import_module("megatron.core")
@@ -49,14 +50,14 @@ class LoraFusion:
 
     @staticmethod
     def _tune_for_hopper(config: Any, card: str) -> None:
-        """A Hopper card that it has no settings for, as an H200, gets those of its H100."""
+        """Use LoRAFusion's settings of the H100 for a Hopper card without settings, such as an H200."""
         if card not in config.HARDWARE_CONFIGS and torch.cuda.get_device_capability() == (9, 0):
             config.HARDWARE_CONFIGS[card] = config.H100_CONFIG
 
     def operator(
         self, x_TK: Tensor, weight_KN: Tensor, uses: Sequence[AdapterSlice], factors: Sequence[LowRank]
     ) -> Run:
-        """One linear operator, forward and backward, for streams like `x_TK`. Raises NotDoneError."""
+        """Return one linear operator, forward and backward, for streams like `x_TK`. Raises NotDoneError."""
         if why := refusal(x_TK, weight_KN, uses):
             raise NotDoneError(why)
         lengths, ranks = [use.end - use.start for use in uses], [len(low_rank.a_RK) for low_rank in factors]
@@ -102,7 +103,7 @@ def refusal(x_TK: Tensor, weight_KN: Tensor, uses: Sequence[AdapterSlice]) -> st
 
 
 def _stand_in(name: str, **attributes: Any) -> None:
-    """A module of this name, and its parents, that hold nothing else."""
+    """Create an empty module of this name with these attributes, and its parents."""
     parent = None
     for end in [i for i, letter in enumerate(name + ".") if letter == "."]:
         module = sys.modules.setdefault(name[:end], types.ModuleType(name[:end]))

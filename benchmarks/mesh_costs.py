@@ -1,18 +1,19 @@
-"""Measures the cost of a mesh beside its training: starts, re-plans, waits for data, tracing. Real processes, one run.
+"""Measures what a mesh costs beside training: start, re-planning, waiting for data, tracing. It runs real processes.
 
     PYTHONPATH=. python benchmarks/mesh_costs.py [--repeats 7] [--pairs 40] [--backbone FOLDER] [--threads 1]
 
-- **up**: `muxtune up` from its start to its announcement that it serves; the first time (certificates, backbone
-  prepared) and again. Calibration is part of it (6 s by default, as users have it).
-- **first step**: CreateTask acknowledged until its watcher receives step 1, on a mesh with nothing else to do.
-- **re-plan pause**: two tasks train, a third arrives. By the running task's steps (times as admission committed them):
-  the time between two steps, less the device seconds of all tasks' steps in it, is idle. Optimizer steps and the report
-  count as idle, so idle is never none; its median elsewhere is taken off. The pause is what is left, summed from the
-  arrival's acknowledgement to the newcomer's first step, against the median round before it.
-- **wait for data**: part of the executor's time with work in which nothing ran, as DescribeExecutor says, each repeat.
-- **tracing**: one task on a mesh that sends its spans to an OTLP receiver (a process of its own), by turns of `--steps`
-  steps in which spans are recorded and in which none is (`turns.py`, `switched_spans.py`). Seconds of a step, and CPU
-  seconds of all processes of the mesh, with tracing over without; intervals of 95 % by bootstrap of the pairs of turns.
+- **up**: from the start of `muxtune up` to the line that says that it serves; the first time (it creates certificates
+  and prepares the backbone) and again. It includes calibration (6 s, the default).
+- **first step**: from the answer of CreateTask until its watcher receives step 1, on a mesh without other tasks.
+- **re-plan pause**: two tasks train, a third arrives. The idle time between two steps of a running task is their
+  distance (of the times at which admission committed them) without the device seconds of all tasks' steps in between.
+  Optimizer steps and reports count as idle, so the usual idle time, its median before the arrival, is subtracted. The
+  pause is the sum of the rest, from the answer to the arrival until the new task's first step, compared with the median
+  round before it.
+- **wait for data**: the fraction of time in which the executor had tasks but ran none, from DescribeExecutor.
+- **tracing**: one task on a mesh that sends its spans to an OTLP receiver in a separate process. Turns of `--steps`
+  steps with and without recorded spans alternate (`turns.py`, `switched_spans.py`). Ratios, with tracing to without, of
+  the seconds of a step and of the CPU seconds of all processes; 95 % intervals by bootstrap of the pairs of turns.
 """
 
 import argparse
@@ -64,9 +65,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="muxtune-bench-") as scratch:
         backbone = arguments.backbone or write_backbone(Path(scratch) / "backbone", **SHAPE)
-        found = measure(Path(scratch), backbone, arguments)
+        figures = measure(Path(scratch), backbone, arguments)
     settings = {name: getattr(arguments, name) for name in ("repeats", "pairs", "steps", "threads")}
-    raw = report.origin("mesh_costs") | settings | {"backbone": str(arguments.backbone or SHAPE), "found": found}
+    raw = report.origin("mesh_costs") | settings | {"backbone": str(arguments.backbone or SHAPE), "found": figures}
     if arguments.no_write:
         print(section(raw))
     else:
@@ -83,25 +84,25 @@ def measure(scratch: Path, backbone: Path, arguments: argparse.Namespace) -> dic
         "*": {"PYTHONPATH": path, "MUXTUNE_TRACING_SWITCH": str(switch)},
         "execution": {"MUXTUNE_NUM_THREADS": str(arguments.threads), "MUXTUNE_CHECKPOINT_STEPS": "100000"},
     }
-    found: dict[str, Any] = {"up": [seconds_of_up(scratch / "up", backbone) for _ in range(2)]}
+    figures: dict[str, Any] = {"up": [seconds_of_up(scratch / "up", backbone) for _ in range(2)]}
     with (
         receiving() as receiver,
         Mesh(scratch / "mesh", {NAME: backbone}, receiver.endpoint, environment=environment) as mesh,
         mesh.client() as client,
     ):
         dataset = client.upload_dataset(ROWS).name
-        found["first_step"] = [seconds_to_first_step(client, dataset) for _ in range(arguments.repeats)]
-        found |= replans(mesh, client, dataset, arguments.repeats)
+        figures["first_step"] = [seconds_to_first_step(client, dataset) for _ in range(arguments.repeats)]
+        figures |= replans(mesh, client, dataset, arguments.repeats)
         steps = Steps(client, client.create_task(spec(dataset, 1_000_000, 1)).name)
         steps.wait(WARM_STEPS)
         processes = [process for service in mesh.processes.values() for process in with_descendants(service.pid)]
         before = receiver.num_spans()
         pairs = take_turns(partial(write, switch), lambda: turn(steps, processes, arguments.steps), arguments.pairs)
         turns = [[vars(each) for each in pair] for pair in pairs]
-        found["tracing"] = {"pairs": turns, "spans": receiver.num_spans() - before}
+        figures["tracing"] = {"pairs": turns, "spans": receiver.num_spans() - before}
         client.cancel_task(steps.task)
         steps.join()
-    return found
+    return figures
 
 
 def write(switch: Path, is_on: bool) -> None:
@@ -117,7 +118,7 @@ def seconds_of_up(data: Path, backbone: Path) -> float:
         lines: list[str] = []
         for line in process.stdout:
             lines.append(line)
-            if len(lines) == 2:  # "starting on ...", and then what serves where
+            if len(lines) == 2:  # "starting on ...", then the line with the addresses
                 break
         seconds = time.perf_counter() - started
         process.send_signal(signal.SIGTERM)
@@ -148,7 +149,7 @@ def seconds_to_first_step(client: Client, dataset: str) -> float:
 
 
 class Steps(threading.Thread):
-    """Follows a task: seconds at which its steps were committed, and what each took of the device."""
+    """Follows a task: records when each step was committed, and its device seconds."""
 
     def __init__(self, client: Client, task: str) -> None:
         super().__init__(daemon=True)
@@ -169,11 +170,11 @@ class Steps(threading.Thread):
     def wait(self, count: int) -> None:
         with self._news:
             if not self._news.wait_for(lambda: len(self.times) >= count, timeout=600):
-                raise SystemExit(f"{self.task} took no {count} steps in ten minutes")
+                raise SystemExit(f"{self.task} did not complete {count} steps in ten minutes")
 
 
 def replans(mesh: Mesh, client: Client, dataset: str, repeats: int) -> dict[str, Any]:
-    """`pauses`: of each arrival, [pause, median round before it], seconds. `waits`: as DescribeExecutor says."""
+    """Return `pauses`: for each arrival [pause, median round before it] in seconds; and `waits`: of each repeat."""
     running = [Steps(client, client.create_task(spec(dataset, 100_000, seed)).name) for seed in (2, 3)]
     newcomers: list[tuple[float, Steps]] = []
     waits = []
@@ -192,7 +193,7 @@ def replans(mesh: Mesh, client: Client, dataset: str, repeats: int) -> dict[str,
 
 
 class Rounds:
-    """Times between the steps of one task, and what of each was idle."""
+    """The times between the steps of one task, and the idle part of each."""
 
     def __init__(self, times: Sequence[float], tasks: Sequence[Steps]) -> None:
         self._ends = times[1:]
@@ -267,20 +268,20 @@ def _serve_receiver(pipe: Connection) -> None:
 
 
 def section(raw: Mapping[str, Any]) -> str:
-    found = raw["found"]
-    shares = [pause / round_ for pause, round_ in found["pauses"]]
+    figures = raw["found"]
+    shares = [pause / round_ for pause, round_ in figures["pauses"]]
     wall, cpu = (
-        cost_of([(one[what], other[what]) for one, other in found["tracing"]["pairs"]])
+        cost_of([(one[what], other[what]) for one, other in figures["tracing"]["pairs"]])
         for what in ("wall_seconds", "cpu_seconds")
     )
     rows: list[list[object]] = [
-        ["muxtune up, the first time", f"{found['up'][0]:.1f} s", "", ""],
-        ["muxtune up, again", f"{found['up'][1]:.1f} s", "", ""],
-        ["first step after CreateTask", *spread(found["first_step"], "{:.2f} s"), ""],
-        ["a round before an arrival", *spread([round_ for _, round_ in found["pauses"]], "{:.3f} s"), ""],
-        ["pause at an arrival", *spread([pause for pause, _ in found["pauses"]], "{:.3f} s"), ""],
+        ["muxtune up, the first time", f"{figures['up'][0]:.1f} s", "", ""],
+        ["muxtune up, again", f"{figures['up'][1]:.1f} s", "", ""],
+        ["first step after CreateTask", *spread(figures["first_step"], "{:.2f} s"), ""],
+        ["a round before an arrival", *spread([round_ for _, round_ in figures["pauses"]], "{:.3f} s"), ""],
+        ["pause at an arrival", *spread([pause for pause, _ in figures["pauses"]], "{:.3f} s"), ""],
         ["the same, in rounds", *spread(shares, "{:.2f}"), verdict(shares, GOALS["pause"], "under {:.0f}")],
-        ["executor waits for data", *spread(found["waits"], "{:.2%}"), verdict(found["waits"], GOALS["wait"])],
+        ["executor waits for data", *spread(figures["waits"], "{:.2%}"), verdict(figures["waits"], GOALS["wait"])],
         ["tracing costs, of a step's seconds", *interval(wall), wall.verdict(GOALS["tracing"])],
         ["tracing costs, of all processes' CPU seconds", *interval(cpu), cpu.verdict(GOALS["tracing"])],
     ]
@@ -290,7 +291,7 @@ def section(raw: Mapping[str, Any]) -> str:
 {report.describe_origin(dict(raw))}
 Backbone {raw["backbone"]}, torch on {raw["threads"]} threads; {raw["repeats"]} repeats, medians; tracing by
 {raw["pairs"]} pairs of turns of {raw["steps"]} steps (their sums, and the interval that holds it with 95 %),
-{found["tracing"]["spans"]} spans received.
+{figures["tracing"]["spans"]} spans received.
 
 {report.table(["what", "median", "lowest to highest", "goal"], rows)}
 

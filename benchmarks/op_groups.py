@@ -1,9 +1,10 @@
-"""To which part of a training step an operator of a torch profile belongs, by what called it, and each part's time.
+"""Divides the time of a torch profile among the parts of a training step.
 
-Modules and functions are wrapped in ranges while a profile is taken (`in_ranges`). An operator belongs to the innermost
-range around it; one of backward to that of the operator which made its node, by autograd's sequence number. Whatever
-its range, a matrix product by a frozen weight is a frozen GEMM: its second matrix has the shape of one. (A task's rows,
-as many as a weight has, would pass for one in the gradient of A.) So is any by a packed weight.
+Modules and functions are wrapped in ranges while the profiler runs (`in_ranges`). An operator belongs to the innermost
+range around it; an operator of backward to the range of the forward operator with the same autograd sequence number.
+In any range, a product with a frozen weight is a frozen GEMM: it is recognised by the shape of its second matrix. (In
+the gradient of A, a task's tokens would be mistaken for a weight if there were as many as a weight has rows.) Products
+with packed weights are frozen GEMMs too.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -34,7 +35,7 @@ Shape = tuple[int, ...]
 
 @contextmanager
 def in_ranges(models: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """The models' modules, and what computes losses and steps, in ranges of their group."""
+    """Wrap the models' modules, and the functions of losses and optimizer steps, in ranges of their groups."""
     functions = (
         (executor, "segment_cross_entropy", LOSS), (executor, "take_steps", OPTIMIZER),
         (systems, "_take_step", OPTIMIZER), (torch.nn.functional, "cross_entropy", LOSS),
@@ -70,7 +71,7 @@ def _in_range(function: Callable[..., Any], group: str) -> Callable[..., Any]:
 
 
 def _grouped(models: Iterable[torch.nn.Module]) -> Iterator[tuple[torch.nn.Module, str]]:
-    """Operations outside the other groups' modules are norms, activations, residuals: of the model itself."""
+    """Yield modules with their groups. The rest of a model is norms, activations and residuals: ELEMENTWISE."""
     for model in models:
         yield model, ELEMENTWISE
         for module in model.modules():
@@ -81,7 +82,7 @@ def _grouped(models: Iterable[torch.nn.Module]) -> Iterator[tuple[torch.nn.Modul
 
 
 def frozen_shapes(model: torch.nn.Module) -> set[Shape]:
-    """Return the shapes of its linear operators' weights, in both orders. To be asked before anything is mounted."""
+    """Return the shapes of its linear operators' weights, in both orders. Call it before adapters are mounted."""
     weights = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)]
     return {shape for weight in weights for shape in (weight, weight[::-1])}
 
@@ -89,14 +90,16 @@ def frozen_shapes(model: torch.nn.Module) -> set[Shape]:
 def seconds_by_group(
     events: Collection[Any], whole_seconds: float, frozen: Collection[Shape], is_device: bool
 ) -> dict[str, float]:
-    """Return the seconds of each of GROUPS; their sum is `whole_seconds`. `events` of a profile with shapes. On a CPU
-    an operator's own seconds; where `is_device`, those of the kernels it launched, and `IDLE` is when the device ran
-    none."""
+    """Return the seconds of each of GROUPS; their sum is `whole_seconds`. The profile must have shapes.
+
+    On a CPU an operator counts with its self time. If `is_device`, it counts with the kernels that it launched, and
+    IDLE is the time in which the device ran no kernel.
+    """
     forward = _groups_of_nodes(events)
     seconds = dict.fromkeys(GROUPS, 0.0)
     for event in events:
-        if (own := _own_seconds(event, is_device)) > 0:
-            seconds[_group_of(event, forward, frozen)] += own
+        if (event_seconds := _own_seconds(event, is_device)) > 0:
+            seconds[_group_of(event, forward, frozen)] += event_seconds
     return seconds | {IDLE: whole_seconds - sum(seconds.values())}
 
 
@@ -109,7 +112,7 @@ def _own_seconds(event: Any, is_device: bool) -> float:
 
 
 def _groups_of_nodes(events: Iterable[Any]) -> Mapping[int, str]:
-    """By sequence number: of the last operator that began with it, for those before it made no node."""
+    """Return groups by sequence number. The last operator with a number counts: earlier ones created no node."""
     groups = {}
     for event in sorted(events, key=lambda event: event.time_range.start):
         if event.sequence_nr is not None and event.sequence_nr >= 0 and (group := _range_of(event)) is not None:
@@ -118,7 +121,7 @@ def _groups_of_nodes(events: Iterable[Any]) -> Mapping[int, str]:
 
 
 def _range_of(event: Any) -> str | None:
-    """The innermost range, or None if there is none within the same node of backward."""
+    """Return the group of the innermost range within the same backward node, or None."""
     while event is not None and not event.name.startswith(_BACKWARD):
         if event.name.startswith(_PREFIX):
             return str(event.name.removeprefix(_PREFIX))

@@ -1,10 +1,10 @@
-"""Worst differences of fused training by method: what `muxtune verify` shows, for the page.
+"""Measures the worst differences of fused training by method, as `muxtune verify` does, and writes them to RESULTS.md.
 
     PYTHONPATH=. python benchmarks/parity.py [--steps 50] [--backbone FOLDER]
 
-All methods in one batch, float32, under {AdamW, SGD} x {accumulation 1, 4} x {constant, cosine with warm-up}, ragged
-data; each against HF PEFT training it alone (plain torch where PEFT lacks the method) and against this engine training
-it alone. "Its own rounding" is the reference's losses against its own run in float64.
+All methods train in one batch, in float32, under {AdamW, SGD} x {accumulation 1, 4} x {constant, cosine with warm-up},
+on rows of many lengths. Each is compared with HF PEFT training it alone (plain torch if PEFT lacks the method) and with
+this engine training it alone. "Its own rounding" compares the reference's losses with those of its run in float64.
 """
 
 import argparse
@@ -27,8 +27,8 @@ def main() -> None:
     model = load_model(arguments.backbone)
     missing = {each.method for each in unsupported_methods(model, list(METHODS))}
     names = [name for name in METHODS if name not in missing]
-    found = [dataclasses.asdict(f) | {"holds": f.holds} for f in compare(model, names, arguments.steps)]
-    raw = report.origin("parity") | {"num_steps": arguments.steps, "findings": found}
+    findings = [dataclasses.asdict(f) | {"holds": f.holds} for f in compare(model, names, arguments.steps)]
+    raw = report.origin("parity") | {"num_steps": arguments.steps, "findings": findings}
     report.write(raw, section(raw))
 
 
@@ -46,12 +46,12 @@ def section(raw: dict[str, Any]) -> str:
     ]
     rows = []
     for method in dict.fromkeys(finding["method"] for finding in raw["findings"]):
-        own = [f for f in raw["findings"] if f["method"] == method]
-        outside = [f for f in own if f["against"] != "muxtune alone"]
-        alone = [f for f in own if f["against"] == "muxtune alone"]
+        findings = [f for f in raw["findings"] if f["method"] == method]
+        outside = [f for f in findings if f["against"] != "muxtune alone"]
+        alone = [f for f in findings if f["against"] == "muxtune alone"]
         columns = [worst(outside, "loss_difference"), worst(outside, "weight_difference")]
         columns += [worst(outside, "own_rounding"), worst(alone, "loss_difference"), worst(alone, "weight_difference")]
-        rows.append([method, outside[0]["against"], *columns, "yes" if all(f["holds"] for f in own) else "NO"])
+        rows.append([method, outside[0]["against"], *columns, "yes" if all(f["holds"] for f in findings) else "NO"])
     return f"""
 ## Parity: every method in one batch against each alone, {raw["num_steps"]} steps
 

@@ -2,14 +2,18 @@
 
     PYTHONPATH=. python benchmarks/planner.py [--quick] [--no-write]
 
-Predictions: a small Llama on one thread, timed by CPU seconds; calibrated, corrected by 24 microbatches of random
-shapes as an executor does, then asked for 60 others. Fusion: random tasks against the best of all partitions (up to
-10), and against the bound below any partition (64 on 4 stages). Pipelines: 8 tasks on 4 stages, 20 rounds. Traces:
-1,000 tasks on 16 devices under three policies, 10,000 on 128 under ours, in bursts of 8. Padding: tasks with lengths as
-of the paper's datasets (`workload.CORPORA`), packed by alignment itself. Switches: 16 such tasks on 4 stages, under a
-light and a heavy load. Saturation: two tasks fused on one device, and eight on four stages, over their tokens. All
-seconds are the process's own. Costs of all but the predictions are those of `DEVICE`, which small microbatches leave
-idle, and which is made up.
+- Predictions: a small Llama on one thread, timed by CPU seconds; calibrated, refitted with 24 microbatches of random
+  shapes as on an executor, and compared on 60 others.
+- Fusion: random tasks against the best of all partitions (up to 10 tasks), and against a lower bound of every partition
+  (64 tasks on 4 stages).
+- Pipelines: 8 tasks on 4 stages, 20 rounds.
+- Traces: 1,000 tasks on 16 devices under three policies, 10,000 on 128 under ours, in bursts of 8.
+- Padding: tasks with lengths like the paper's datasets (`workload.CORPORA`), packed by alignment.
+- Switches: 16 such tasks on 4 stages, under a light and a heavy load.
+- Saturation: two tasks fused on one device, and eight on four stages, over their tokens.
+
+All seconds are CPU seconds of this process. All but the predictions use the costs of `DEVICE`, a hypothetical device
+that small microbatches leave idle.
 """
 
 import argparse
@@ -59,7 +63,7 @@ DEVICE = CostProfile(fixed_seconds=0.05, token_seconds=1e-4, knee_tokens=512, sq
 
 
 def accuracy(quick: bool) -> dict[str, Any]:
-    """Return relative errors on shapes never fitted."""
+    """Return relative errors on shapes that the fit has not seen."""
     torch.set_num_threads(1)
     config = transformers.LlamaConfig(
         vocab_size=2000, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
@@ -140,11 +144,11 @@ def bubbles() -> dict[str, float]:
     """Simulate eight tasks on four stages: equal ones, and ones of 0.7 to 2.1 s a microbatch."""
     equal = [HTaskRound(f"task-{i}", 8, 1.0, 1.0) for i in range(8)]
     uneven = [HTaskRound(f"task-{i}", 4, 0.35 + i / 10, 0.35 + i / 10) for i in range(8)]
-    found = {}
+    fractions = {}
     for name, loads, pipeline in (("equal", equal, Pipeline(4)), ("uneven", uneven, Pipeline(4, 0.02, 2))):
-        found[f"{name}, interleaved"] = run_pipeline(interleaved(loads, 20), pipeline).bubble_fraction
-        found[f"{name}, 1F1B task by task"] = run_pipeline(one_by_one(loads, 20), pipeline).bubble_fraction
-    return found
+        fractions[f"{name}, interleaved"] = run_pipeline(interleaved(loads, 20), pipeline).bubble_fraction
+        fractions[f"{name}, 1F1B task by task"] = run_pipeline(one_by_one(loads, 20), pipeline).bubble_fraction
+    return fractions
 
 
 def traces(quick: bool) -> dict[str, Any]:
@@ -156,8 +160,8 @@ def traces(quick: bool) -> dict[str, Any]:
         "one instance a task": SeparateInstances(limits),
         "batch everything": PaddedBatching(limits),
     }
-    found = {name: simulated(*small, policy) for name, policy in policies.items()}
-    return found | {"muxtune, large": simulated(*large, PlannerPolicy(limits))}
+    results = {name: simulated(*small, policy) for name, policy in policies.items()}
+    return results | {"muxtune, large": simulated(*large, PlannerPolicy(limits))}
 
 
 def simulated(num_tasks: int, num_devices: int, policy: SchedulingPolicy) -> dict[str, Any]:
@@ -172,7 +176,7 @@ def simulated(num_tasks: int, num_devices: int, policy: SchedulingPolicy) -> dic
 
 
 def tasks_of(mix: tuple[str, ...], batch: int, steps: int = 12) -> list[tuple[TaskView, TokenizedDataset]]:
-    random, made = np.random.default_rng(len(mix)), []
+    random, tasks = np.random.default_rng(len(mix)), []
     for i, shape in enumerate(mix):
         lengths = CORPORA[shape].lengths(random, 400)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -184,14 +188,14 @@ def tasks_of(mix: tuple[str, ...], batch: int, steps: int = 12) -> list[tuple[Ta
         spec = TaskSpec("b", Lora(8, 8.0, ("q_proj", "v_proj")), "", training)
         view = TaskView(f"t/tasks/{i:02}", "t", spec, i, steps, num_train_tokens=int(steps * batch * lengths.mean()),
                         length_quantiles=tuple(quantiles.tolist()))  # fmt: skip
-        made.append((view, data))
-    return made
+        tasks.append((view, data))
+    return tasks
 
 
 def padding(mix: tuple[str, ...], batch: int, chunk: int) -> dict[str, Any]:
-    """Return alignment's padding with the planner's chunk (0) or a given one, and that of padding to the longest."""
-    made, whole, effective = tasks_of(mix, batch), 0, 0
-    views, data = tuple(view for view, _ in made), {view.name: data for view, data in made}
+    """Return alignment's padding with this chunk (0: the planner's), and the padding to the longest sequence."""
+    tasks, whole, effective = tasks_of(mix, batch), 0, 0
+    views, data = tuple(view for view, _ in tasks), {view.name: data for view, data in tasks}
     executor = ExecutorView("e", BACKBONE, 80 << 30, cost=DEVICE)
     (htask,) = plan(Snapshot(views, (executor,)), PlannerConfig(chunk_tokens=chunk)).htasks["e"]
     members = [PackedTask(v.name, data[v.name], v.spec.training, v.num_steps, 0) for v in views]
@@ -215,13 +219,13 @@ def switches(batch: int) -> dict[str, float]:
         "chunks of 64 for all": PlannerConfig(chunk_tokens=64),
         "alignment off (chunk 1)": PlannerConfig(chunk_tokens=1),
     }
-    found = {n: PlannerPolicy(limits).assign(views, [executor])["e"].round_seconds for n, limits in variants.items()}
+    seconds = {n: PlannerPolicy(limits).assign(views, [executor])["e"].round_seconds for n, limits in variants.items()}
     whole = PaddedBatching(PlannerConfig()).assign(views, [executor])["e"].round_seconds
-    return found | {"one batch, padded to the longest": whole}
+    return seconds | {"one batch, padded to the longest": whole}
 
 
 def saturation() -> dict[str, Any]:
-    """Return by tokens: effective tokens a second of one microbatch, and the time that fusing two halves saves."""
+    """Return by tokens the effective tokens per second of a microbatch, and the time that fusing two halves saves."""
     rows = []
     for tokens in (32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 8192):
         halves = [StepCost("a", tokens / 2, 1e-6 * tokens / 2), StepCost("b", tokens / 2, 1e-6 * tokens / 2)]
@@ -240,29 +244,29 @@ def saturation() -> dict[str, Any]:
     return {"rows": rows, "knee_tokens": DEVICE.knee_tokens}
 
 
-def padding_rows(found: dict[str, Any]) -> list[list[object]]:
+def padding_rows(results: dict[str, Any]) -> list[list[object]]:
     rows: list[list[object]] = []
     for mix, batch in itertools.product(MIXES, (8, 32)):
-        chosen, whole = found[f"{mix}, {batch}, chosen"], found[f"{mix}, {batch}, 64"]
+        chosen, whole = results[f"{mix}, {batch}, chosen"], results[f"{mix}, {batch}, 64"]
         rows.append([mix, batch, chosen["chunk"], f"{chosen['padding']:.2%}", f"{whole['padding']:.2%}",
                      f"{chosen['padding_to_longest']:.1%}"])  # fmt: skip
     return rows
 
 
-def trace_rows(found: dict[str, Any]) -> list[list[object]]:
+def trace_rows(results: dict[str, Any]) -> list[list[object]]:
     return [
         [name, row["num_tasks"], row["devices"], f"{row['effective_tokens_per_second']:.0f}",
          f"{row['mean_completion_seconds']:.0f}", f"{row['p95_completion_seconds']:.0f}",
          f"{row['mean_slowdown']:.2f}", f"{row['fairness']:.2f}", f"{row['cpu_seconds']:.1f}"]
-        for name, row in found.items()
+        for name, row in results.items()
     ]  # fmt: skip
 
 
-def switch_table(found: dict[str, dict[str, float]]) -> str:
-    header = ["planner", *(f"{what}, {load}" for load in found for what in ("period, s", "of all on"))]
+def switch_table(results: dict[str, dict[str, float]]) -> str:
+    header = ["planner", *(f"{what}, {load}" for load in results for what in ("period, s", "of all on"))]
     rows: list[list[object]] = []
-    for name in found["light"]:
-        periods = [(own[name], own["all on"]) for own in found.values()]
+    for name in results["light"]:
+        periods = [(seconds[name], seconds["all on"]) for seconds in results.values()]
         rows.append([name, *(cell for s, base in periods for cell in (f"{s:.3f}", f"{s / base:.2f}"))])
     return report.table(header, rows)
 

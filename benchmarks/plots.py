@@ -1,6 +1,6 @@
-"""The plots of RESULTS.md and the README, from the raw figures in `results/`, as PNG and SVG in `plots/`.
+"""Draws the plots of RESULTS.md and the README from the raw figures in `results/`, as PNG and SVG in `plots/`.
 
-PYTHONPATH=. python benchmarks/plots.py      (all whose figures are there; a benchmark that is run draws its own anew)
+PYTHONPATH=. python benchmarks/plots.py      (draws all; each benchmark also redraws its plots when it runs)
 """
 
 import json
@@ -27,7 +27,7 @@ _STYLE = {
 
 
 def draw(benchmark: str) -> list[Path]:
-    """Every plot of a benchmark, from its raw figures. The files written."""
+    """Draw every plot of a benchmark from its raw figures. Return the written files."""
     raw = json.loads((RESULTS / f"{benchmark}.json").read_text())
     PLOTS.mkdir(exist_ok=True)
     paths = []
@@ -42,7 +42,7 @@ def draw(benchmark: str) -> list[Path]:
 
 
 def side_by_side(raw: Mapping[str, Any]) -> dict[str, Figure]:
-    """Effective tokens a second, and peak bytes, of each system at each work."""
+    """Draw effective tokens per second, and peak bytes, of each system on each workload."""
     device = raw["benchmark"].removeprefix("side_by_side_")
     speed, memory = ({}, {})
     for work in raw["work"]:
@@ -59,7 +59,7 @@ def side_by_side(raw: Mapping[str, Any]) -> dict[str, Figure]:
 
 
 def _bars(panels: Mapping[str, Mapping[str, float]], unit: str, digits: str) -> Figure:
-    """A panel for each work, a bar for each system, the value at its end."""
+    """Draw a panel for each workload, with a bar for each system and the value at its end."""
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     most = max(map(len, panels.values()))
@@ -83,7 +83,7 @@ def _color(system: str) -> str:
 
 
 def planner(raw: Mapping[str, Any]) -> dict[str, Figure]:
-    """Throughput and what fusion saves, over the tokens of a microbatch; the planner with parts of it off."""
+    """Draw throughput and fusion's savings over the tokens of a microbatch, and the planner with parts switched off."""
     rows = raw["saturation"]["rows"]
     tokens = [row["tokens"] for row in rows]
     figure, rate = pyplot.subplots(figsize=(6.4, 3.2))
@@ -101,8 +101,8 @@ def planner(raw: Mapping[str, Any]) -> dict[str, Figure]:
         rate.axvline(knee, color="#bbb")
         rate.annotate("knee", (knee, 0), (3, 4), textcoords="offset points")
     panels = {
-        f"16 ragged tasks on 4 stages, {load} load (simulated)": {n: s / own["all on"] for n, s in own.items()}
-        for load, own in raw["switches"].items()
+        f"16 ragged tasks on 4 stages, {load} load (simulated)": {n: s / seconds["all on"] for n, s in seconds.items()}
+        for load, seconds in raw["switches"].items()
     }
     off = _bars(panels, "time until each took a step, of all on", "{:.2f}")
     return {"saturation": figure, "switches": off}

@@ -1,4 +1,4 @@
-"""Profiles a training step: torch's profiler over rounds of side_by_side.py's work, by part of the step.
+"""Profiles a training step by its parts, with torch's profiler, over rounds of side_by_side.py's work.
 
     PYTHONPATH=. python benchmarks/profile_step.py [--works 1] [--systems engine "peft, longest"]   (CPU)
     PYTHONPATH=. python benchmarks/profile_step.py --device cuda [--works 2]
@@ -42,7 +42,7 @@ def main() -> None:
     is_cpu = arguments.device == "cpu"
     listed = side_by_side.CPU_WORK if is_cpu else side_by_side.CUDA_WORK
     works = [listed[number - 1] for number in arguments.works or ((1,) if is_cpu else (2,))]
-    origin, found = report.origin(f"profile_{arguments.device}"), list[dict[str, Any]]()
+    origin, works = report.origin(f"profile_{arguments.device}"), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory(prefix="muxtune-bench-") as scratch:
         folder = smollm2(arguments.backbone, Path(scratch))
         for i, (model, mix, num_tasks, size, _) in enumerate(works):
@@ -52,9 +52,9 @@ def main() -> None:
             setting = Setting(choice, tasks, num_rounds, Path(scratch) / str(i), budget, tasks.chunk_tokens(budget),
                               torch.get_num_threads())  # fmt: skip
             profiled = profiles(setting, arguments.systems, arguments.rounds)
-            found.append({"model": model, "work": tasks.label, "systems": profiled,
+            works.append({"model": model, "work": tasks.label, "systems": profiled,
                           "product_flops_per_second": choice.product_flops_per_second()})  # fmt: skip
-    raw = origin | {"rounds": arguments.rounds, "works": found}
+    raw = origin | {"rounds": arguments.rounds, "works": works}
     print(section(raw))
     if not arguments.no_write:
         report.write(raw, section(raw))
@@ -66,17 +66,17 @@ def profiles(setting: Setting, names: list[str], num_rounds: int) -> dict[str, d
     engine = setting.engine(sharing_copy(model))
     engine.export(setting.adapters)
     del engine
-    found = {}
+    by_system = {}
     for name in names:
         release()
-        own = profiled(build(setting, name, model), num_rounds, frozen, setting.choice.device == "cuda")
-        found[name] = own | {"frozen_flops": setting.choice.linear_flops(own["tokens"])}
-        print(f"{name}: {found[name]['seconds']}", flush=True)
-    return found
+        figures = profiled(build(setting, name, model), num_rounds, frozen, setting.choice.device == "cuda")
+        by_system[name] = figures | {"frozen_flops": setting.choice.linear_flops(figures["tokens"])}
+        print(f"{name}: {by_system[name]['seconds']}", flush=True)
+    return by_system
 
 
 def profiled(system: System, num_rounds: int, frozen: set[op_groups.Shape], is_device: bool) -> dict[str, Any]:
-    """Rounds: some to warm up, `num_rounds` as they are, and the others in the profiler."""
+    """Run warm-up rounds, `num_rounds` without the profiler, and as many with it. Return seconds and tokens."""
     for round_ in range(_WARM_ROUNDS):
         system.run(round_)
     plain_seconds = _seconds(system, range(_WARM_ROUNDS, _WARM_ROUNDS + num_rounds))
@@ -116,16 +116,18 @@ def section(raw: Mapping[str, Any]) -> str:
 
 def table(systems: Mapping[str, Mapping[str, Any]], product_flops_per_second: float) -> str:
     rows: list[list[object]] = [
-        [group, *(f"{own['seconds'][group]:.2f} s, {own['seconds'][group] / own['whole_seconds']:.1%}"
-                  for own in systems.values())]
+        [group, *(f"{figures['seconds'][group]:.2f} s, {figures['seconds'][group] / figures['whole_seconds']:.1%}"
+                  for figures in systems.values())]
         for group in GROUPS
     ]  # fmt: skip
-    rows.append(["all of it", *(f"{own['whole_seconds']:.2f} s" for own in systems.values())])
-    reached = [own["frozen_flops"] / own["seconds"][FROZEN] for own in systems.values()]
+    rows.append(["all of it", *(f"{figures['whole_seconds']:.2f} s" for figures in systems.values())])
+    reached = [figures["frozen_flops"] / figures["seconds"][FROZEN] for figures in systems.values()]
     cells = (f"{flops / 1e12:.3g}, {flops / product_flops_per_second:.0%}" for flops in reached)
     rows.append([f"{FROZEN}: TFLOP/s, of a plain product", *cells])
-    slower = [own["whole_seconds"] / own["tokens"] / (own["plain_seconds"] / own["plain_tokens"]) for own in
-              systems.values()]  # fmt: skip
+    slower = [
+        figures["whole_seconds"] / figures["tokens"] / (figures["plain_seconds"] / figures["plain_tokens"])
+        for figures in systems.values()
+    ]
     rows.append(["a token takes, of one without the profiler", *(f"{ratio:.2f}" for ratio in slower)])
     return report.table(["part of the step", *systems], rows)
 

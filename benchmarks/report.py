@@ -35,8 +35,8 @@ def origin(name: str) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    return found | {"trl": metadata.version("trl")} if importlib.util.find_spec("trl") else found
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    return versions | {"trl": metadata.version("trl")} if importlib.util.find_spec("trl") else versions
 
 
 def describe_origin(report: dict[str, Any]) -> str:
@@ -72,8 +72,8 @@ def put_on_page(name: str, section: str) -> None:
 
 def _commit() -> str:
     """Return the commit, with "-dirty" if the working tree has changes other than benchmarks' results."""
-    own = [f":(exclude)benchmarks/{name}" for name in (PAGE.name, RESULTS.name, "plots")]
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *own)
+    excluded = [f":(exclude)benchmarks/{name}" for name in (PAGE.name, RESULTS.name, "plots")]
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *excluded)
     return (_git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 

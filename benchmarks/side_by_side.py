@@ -1,14 +1,14 @@
-"""muxtune beside what a user would pick instead, on the same work in the same run.
+"""Compares muxtune with the systems that a user would choose instead, on the same workload in the same run.
 
     PYTHONPATH=. python benchmarks/side_by_side.py                  (CPU: SmolLM2-135M, and a small shape in many mixes)
     PYTHONPATH=. python benchmarks/side_by_side.py --device cuda    (one GPU, bf16: Llama and GPT shapes)
 
-A round is one optimizer step (forward, backward, clip, AdamW) of every task; `workload.py` says of what, `systems.py`
-and `instances.py` who trains it and with which settings. Systems take each round in turn, in rotating order, so that a
-ratio compares neighbours in time; the first round warms up and is not counted; a round's losses must be equal across
-all systems. Peak memory is measured over two rounds of each system alone: on a CPU in processes of their own, on a GPU
-in one, by torch's counters. A peer that finds no memory, fails or is not installed is left out and said to be; so is
-work that `--seconds` has no time for.
+A round is one optimizer step (forward, backward, clip, AdamW) of every task. `workload.py` defines the tasks,
+`systems.py` and `instances.py` the systems with their settings. Systems run each round in turn, in rotating order, so
+that a ratio compares runs close in time; the first round warms up and is not counted; a round's losses must be equal
+across all systems. Peak memory is measured over two rounds of each system alone: on a CPU in a separate process each,
+on a GPU in one process, by torch's counters. A peer that runs out of memory, fails or is not installed is left out and
+listed with the reason; so are workloads for which `--seconds` leaves no time.
 """
 
 import argparse
@@ -74,59 +74,63 @@ ROUNDS = {
 }
 _ROUNDS = 5
 _MOST_ALONE = 8  # tasks that the engine trains alone for their peak bytes, evenly spread from the first to the last
-_PEAK_ROUNDS = 2  # the second one's step is the first that finds the optimizer's state
+_PEAK_ROUNDS = 2  # in the second round the optimizer's state exists from the start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--model", choices=NAMES, help="only the work on this one")
-    parser.add_argument("--mix", choices=workload.MIXES, help="only the work of this mix")
-    parser.add_argument("--tasks", type=int, help="only the work of so many tasks")
-    parser.add_argument("--works", type=int, nargs="+", help="only these, counted from 1 in CPU_WORK or CUDA_WORK")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start no work that would likely end later")
+    parser.add_argument("--model", choices=NAMES, help="only workloads on this model")
+    parser.add_argument("--mix", choices=workload.MIXES, help="only workloads of this mix")
+    parser.add_argument("--tasks", type=int, help="only workloads of this number of tasks")
+    parser.add_argument(
+        "--works", type=int, nargs="+", help="only these workloads, counted from 1 in CPU_WORK or CUDA_WORK"
+    )
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no workload that would likely end later")
     parser.add_argument("--backbone", type=Path, help="SmolLM2 as a Hugging Face folder or GGUF file")
-    parser.add_argument("--rounds", type=int, help="counted ones of each work (default: ROUNDS in this file)")
+    parser.add_argument("--rounds", type=int, help="counted rounds of each workload (default: ROUNDS in this file)")
     parser.add_argument("--token-budget", type=int, default=0, help="tokens of a microbatch (512; on a GPU 8192)")
     parser.add_argument("--chunk", type=int, default=0, help="tokens; default: what the planner would choose")
-    parser.add_argument("--keep", action="store_true", help="work on the page that is not measured now stays there")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the workloads on the page that this run does not measure"
+    )
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device; without one: --device cpu")
-    if not (work := asked_for(arguments)):
-        raise SystemExit("no such work: see CPU_WORK and CUDA_WORK in this file")
+    if not (work := selected_work(arguments)):
+        raise SystemExit("no workload matches the options: see CPU_WORK and CUDA_WORK in this file")
     origin, measured = report.origin(f"side_by_side_{arguments.device}"), list[dict[str, Any]]()
-    clock, skipped, kept = Clock(arguments.seconds), list[str](), on_page(origin) if arguments.keep else []
+    clock, skipped, earlier = Clock(arguments.seconds), list[str](), on_page(origin) if arguments.keep else []
     with tempfile.TemporaryDirectory(prefix="muxtune-bench-") as scratch:
         folder = smollm2(arguments.backbone, Path(scratch))
-        for i, own in enumerate(work):
+        for i, row in enumerate(work):
             if clock.has_time:
-                measured.append(one_work(arguments, folder, Path(scratch) / str(i), *own))
+                measured.append(one_work(arguments, folder, Path(scratch) / str(i), *row))
                 clock.tick()
             else:
-                skipped.append(f"{own[0]}: {workload.label(*own[1:4])}")
-            works = in_order([*measured, *kept])
+                skipped.append(f"{row[0]}: {workload.label(*row[1:4])}")
+            works = in_order([*measured, *earlier])
             raw = origin | {"load_average": os.getloadavg(), "work": works, "skipped": skipped}
-            if not arguments.no_write:  # after each: what was measured stays, whatever becomes of the rest
+            if not arguments.no_write:  # after each workload: a later failure loses no result
                 report.write(raw, section(raw))
                 plots.draw(raw["benchmark"])
     if arguments.no_write:
         print(section(raw))
 
 
-def asked_for(arguments: argparse.Namespace) -> list[tuple[str, str, int, int, tuple[str, ...]]]:
-    asked = (arguments.model, arguments.mix, arguments.tasks)
+def selected_work(arguments: argparse.Namespace) -> list[tuple[str, str, int, int, tuple[str, ...]]]:
+    wanted = (arguments.model, arguments.mix, arguments.tasks)
     return [
-        own
-        for number, own in enumerate(CPU_WORK if arguments.device == "cpu" else CUDA_WORK, 1)
+        row
+        for number, row in enumerate(CPU_WORK if arguments.device == "cpu" else CUDA_WORK, 1)
         if number in (arguments.works or (number,))
-        and all(one in (None, theirs) for one, theirs in zip(asked, own, strict=False))
+        and all(one in (None, theirs) for one, theirs in zip(wanted, row, strict=False))
     ]
 
 
 def on_page(origin: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return works measured before, each with the origin of its figures."""
+    """Return the workloads on the page, each with the origin of its figures."""
     if not (path := report.RESULTS / f"{origin['benchmark']}.json").exists():
         return []
     raw = json.loads(path.read_text())
@@ -135,7 +139,7 @@ def on_page(origin: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def in_order(works: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Sort works as in this file; of duplicates keep the first."""
-    order = [own[:4] for own in (*CPU_WORK, *CUDA_WORK)]
+    order = [row[:4] for row in (*CPU_WORK, *CUDA_WORK)]
     by_name: dict[Any, dict[str, Any]] = {}
     for work in works:
         by_name.setdefault((work["model"], work["mix"], work["num_tasks"], work["micro_batch_size"]), work)
@@ -143,8 +147,7 @@ def in_order(works: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Clock:
-    """Return whether another work would likely end within `seconds`: it is taken to last as long as the longest so
-    far."""
+    """Estimates whether another workload would end within `seconds`, if it takes as long as the longest so far."""
 
     def __init__(self, seconds: float, now: Callable[[], float] = time.perf_counter) -> None:
         self._seconds, self._now = seconds, now
@@ -152,7 +155,7 @@ class Clock:
         self._longest = 0.0
 
     def tick(self) -> None:
-        """Record that a work has ended."""
+        """Record that a workload has ended."""
         self._longest = max(self._longest, self._now() - self._ticked)
         self._ticked = self._now()
 
@@ -165,7 +168,7 @@ def one_work(
     arguments: argparse.Namespace, folder: Path, scratch: Path, model: str, mix: str, num_tasks: int, size: int,
     beside: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Speed of all systems in turn, then each one's peak bytes, and those of the engine with each task alone."""
+    """Measure the speed of all systems in turn, the peak bytes of each, and of the engine with each task alone."""
     choice = Choice(model, folder, arguments.device)
     num_rounds = (arguments.rounds or ROUNDS.get((model, mix, num_tasks, size), _ROUNDS)) + 1
     tasks = workload.make(mix, num_tasks, size, num_rounds, choice.vocabulary, choice.targets)
@@ -186,18 +189,20 @@ def one_work(
 
 
 def peak_bytes(setting: Setting, systems: Sequence[str], model: Any) -> tuple[dict[str, float], list[float], bool]:
-    """(of each system, of the engine with each task alone, whether "separate instances" are N times the mean of the
-    first and the last)."""
+    """Return the peak bytes of each system, and of the engine with each task alone.
+
+    The third result says whether "separate instances" is N times the mean of the first and the last task instead.
+    """
     tasks = setting.workload.tasks
 
     def alone(system: str, most: int) -> list[float]:
         numbers = sorted({round(i * (len(tasks) - 1) / (most - 1)) for i in range(most)})
-        own = [replace(setting, workload=replace(setting.workload, tasks=(tasks[number],))) for number in numbers]
-        return [float(Peaks(one, _PEAK_ROUNDS, model).bytes_of(system)) for one in own]
+        settings = [replace(setting, workload=replace(setting.workload, tasks=(tasks[number],))) for number in numbers]
+        return [float(Peaks(one, _PEAK_ROUNDS, model).bytes_of(system)) for one in settings]
 
     whole = Peaks(setting, _PEAK_ROUNDS, model)
     peaks: dict[str, float] = {name: whole.bytes_of(name) for name in systems}
-    if is_of_one := "separate instances" not in peaks:  # so many do not fit
+    if is_of_one := "separate instances" not in peaks:  # N instances do not fit
         peaks["separate instances"] = len(tasks) * statistics.mean(alone("peft, longest", 2))
     return peaks, alone("engine", _MOST_ALONE), is_of_one
 
@@ -205,7 +210,7 @@ def peak_bytes(setting: Setting, systems: Sequence[str], model: Any) -> tuple[di
 def speeds(
     setting: Setting, beside: Sequence[str], model: Any
 ) -> tuple[dict[str, list[float]], dict[str, list[int]], dict[str, str]]:
-    """(seconds, tokens read) by system and counted round, and why a peer is in neither."""
+    """Return seconds and tokens read, by system and counted round, and the reasons why peers were left out."""
     engine = setting.engine(sharing_copy(model))
     engine.export(setting.adapters)
     systems: dict[str, System] = {"engine": engine}
@@ -224,8 +229,10 @@ def speeds(
 def measure(
     systems: dict[str, System], num_rounds: int, tolerance: float, left_out: dict[str, str]
 ) -> dict[str, list[float]]:
-    """Seconds by system and round, the first round left out. A peer that fails moves from `systems` to `left_out`.
-    Exits if a round's losses differ."""
+    """Return seconds by system and round, without the first round. Exits if a round's losses differ.
+
+    A peer that fails moves from `systems` to `left_out`.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for round_ in range(num_rounds):
         losses, names = {}, list(systems)
@@ -233,7 +240,7 @@ def measure(
         for name in names[turn:] + names[:turn]:
             started = time.perf_counter()
             with leaving_out(name, left_out):
-                losses[name] = systems[name].run(round_)  # tells losses as numbers: it has ended
+                losses[name] = systems[name].run(round_)  # returns losses as numbers, so the device has finished
                 seconds[name].append(time.perf_counter() - started)
             if name in left_out:
                 del systems[name], seconds[name]
@@ -257,23 +264,25 @@ def leaving_out(name: str, left_out: dict[str, str]) -> Iterator[None]:
 
 
 def check_equal(losses: Mapping[str, Losses], round_: int, tolerance: float) -> None:
-    own = losses["engine"]
+    expected = losses["engine"]
     for system, other in losses.items():
-        worst = max(abs(other[task] / loss - 1) for task, loss in own.items())
+        worst = max(abs(other[task] / loss - 1) for task, loss in expected.items())
         if not worst <= tolerance:
-            raise SystemExit(f"round {round_}: losses of {system!r} differ by {worst:.2g}: {other}, engine {own}")
+            raise SystemExit(f"round {round_}: losses of {system!r} differ by {worst:.2g}: {other}, engine {expected}")
 
 
 def summary(work: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """By system: effective tokens per second (median and quartiles), how much faster the engine is (median of ratios
-    within a round, least, most), tokens read for an effective one, TFLOP/s by `Choice.flops`, peak bytes, seconds of
-    all counted rounds."""
+    """Return for each system:
+
+    effective tokens per second (median and quartiles), the engine's speed-up (median of the ratios within a round,
+    least, most), tokens read per effective token, TFLOP/s by `Choice.flops`, peak bytes, seconds of all counted rounds.
+    """
     rows = []
-    own, tokens = work["seconds_by_round"]["engine"], work["effective_tokens"]
+    engine_seconds, tokens = work["seconds_by_round"]["engine"], work["effective_tokens"]
     for name, seconds in work["seconds_by_round"].items():
         rates = [t / s for t, s in zip(tokens, seconds, strict=True)]
         low, middle, high = statistics.quantiles(rates, n=4, method="inclusive")
-        ratios = [theirs / ours for ours, theirs in zip(own, seconds, strict=True)]
+        ratios = [theirs / ours for ours, theirs in zip(engine_seconds, seconds, strict=True)]
         rows.append({
             "system": name, "rate": middle, "low": low, "high": high, "ratio": statistics.median(ratios),
             "least": min(ratios), "most": max(ratios), "read": sum(work["tokens_read"][name]) / sum(tokens),
@@ -295,7 +304,7 @@ def section(raw: Mapping[str, Any]) -> str:
 
 
 def section_of(work: Mapping[str, Any]) -> list[str]:
-    """Heading, table, what else was found, goals."""
+    """Return the heading, the table, remarks and the goals of a workload."""
     header = ["system", "tokens read per effective", "effective tokens/s", "engine is faster by", "seconds to the end",
               "TFLOP/s", "peak MB"]  # fmt: skip
     summaries = summary(work)
@@ -308,7 +317,7 @@ def section_of(work: Mapping[str, Any]) -> list[str]:
         ]
         for row in summaries
     ]  # fmt: skip
-    own, alone = work["peak_bytes"]["engine"], work["peak_bytes_alone"]
+    fused, alone = work["peak_bytes"]["engine"], work["peak_bytes_alone"]
     ends = statistics.mean((alone[0], alone[-1]))
     fewer = work["peak_bytes"]["separate instances"] / work["peak_bytes"]["engine"]
     measured = " (two were measured, so many would not fit)" if work["instances_are_of_one"] else ""
@@ -316,9 +325,9 @@ def section_of(work: Mapping[str, Any]) -> list[str]:
     parts = [
         f"### {work['model']}: {work['work']}" + (f" ({load})" if load else ""), report.table(header, rows),
         f"Microbatches of at most {work['token_budget']} tokens, chunk {work['chunk_tokens']}. The engine with all"
-        f" {work['num_tasks']} tasks holds {own / statistics.mean(alone):.2f} times the bytes of one alone (mean of"
-        f" {len(alone)}, of {min(alone) / 1e6:.0f} to {max(alone) / 1e6:.0f} MB) and {own / ends:.2f} times the mean of"
-        " the first and the last;"
+        f" {work['num_tasks']} tasks holds {fused / statistics.mean(alone):.2f} times the bytes of one alone (mean of"
+        f" {len(alone)}, of {min(alone) / 1e6:.0f} to {max(alone) / 1e6:.0f} MB) and {fused / ends:.2f} times the mean"
+        " of the first and the last;"
         f" separate instances hold {fewer:.1f} times the engine's{measured}.",
     ]  # fmt: skip
     if "origin" in work:

@@ -1,7 +1,7 @@
-"""Spans of every process of a mesh, switched on and off as it runs: they are recorded while the first byte of the file
-that MUXTUNE_TRACING_SWITCH names is not zero.
+"""Switches the spans of a running mesh on and off: they are recorded while the first byte of the file that
+MUXTUNE_TRACING_SWITCH names is not zero.
 
-mesh_costs.py has every process of its mesh import this as it starts.
+mesh_costs.py makes every process of its mesh import this module at its start.
 """
 
 import mmap

@@ -1,8 +1,8 @@
-"""The systems that train the workload in side_by_side.py: muxtune's engine and what a user would pick instead.
+"""The systems that side_by_side.py compares: muxtune's engine, and those that a user would choose instead.
 
-A system takes one optimizer step of every task a round and tells their losses. All see equal rows and start from the
-same adapters, which the engine exports and PEFT loads. Peers get what their users would give them: SDPA attention, base
-weights shared where they live in one process, no dropout, no cache, torch's fused AdamW, batches made beforehand.
+In each round a system takes one optimizer step of every task and returns the losses. All read equal rows and start from
+the same adapters, which the engine exports and PEFT loads. Peers have good settings: SDPA attention, base weights
+shared within a process, no dropout, no cache, torch's fused AdamW, batches built beforehand.
 
 Legend: B sequences, T tokens of each, V vocabulary.
 """
@@ -31,7 +31,7 @@ MAX_GRAD_NORM = 1.0
 
 
 class System(ABC):
-    """`num_tokens`: tokens that each round's forward passes read, padding included."""
+    """A system under comparison. `num_tokens`: tokens that each round's forward passes read, padding included."""
 
     num_tokens: list[int]
 
@@ -113,8 +113,8 @@ class BatchAndPad(System):
             self.model.load_adapter(adapters / work.name, work.name)
         self.tasks, self.optimizers = workload.tasks, {}
         for work in workload.tasks:
-            own = [p.requires_grad_() for n, p in self.model.named_parameters() if f".{work.name}." in n]
-            self.optimizers[work.name] = _adamw(own, work)
+            parameters = [p.requires_grad_() for n, p in self.model.named_parameters() if f".{work.name}." in n]
+            self.optimizers[work.name] = _adamw(parameters, work)
         self.model.eval()
         self.names = [work.name for work in workload.tasks for _ in range(workload.micro_batch_size)]
         self.batches = [
@@ -153,11 +153,11 @@ def _take_step(optimizer: torch.optim.AdamW) -> None:
 
 def _batch(rows: Rows | list[Any], padding: str, cap: int, device: torch.device) -> Batch:
     if padding == "flattened":
-        made = DataCollatorWithFlattening(return_tensors="pt")([{"input_ids": row.tolist()} for row in rows])
-        return {name: tensor.to(device) for name, tensor in made.items()}
+        arrays = DataCollatorWithFlattening(return_tensors="pt")([{"input_ids": row.tolist()} for row in rows])
+        return {name: tensor.to(device) for name, tensor in arrays.items()}
     width = cap if padding == "cap" else max(map(len, rows))
     ids, labels = np.zeros((len(rows), width), np.int64), np.full((len(rows), width), -100, np.int64)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = labels[i, : len(row)] = row
-    made = {"input_ids": ids, "labels": labels, "attention_mask": (labels != -100).astype(np.int64)}
-    return {name: torch.from_numpy(array).to(device) for name, array in made.items()}
+    arrays = {"input_ids": ids, "labels": labels, "attention_mask": (labels != -100).astype(np.int64)}
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}

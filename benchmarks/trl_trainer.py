@@ -1,8 +1,9 @@
-"""TRL's SFTTrainer as a system of side_by_side.py, padding-free, each task in its own training loop.
+"""Runs TRL's SFTTrainer as a system of side_by_side.py, padding-free, each task in its own training loop.
 
-Settings are those of HF PEFT's peers, and else TRL's own: its chunked loss, which holds no logits of a whole batch, and
-on a GPU its autocast to bf16. Its loop makes batches as it goes, which is in its seconds; a loop ends a round where it
-tells the step's loss (`on_log`), and stays there until it is asked for the next. Needs trl and greenlet.
+Settings are those of the HF PEFT peers, otherwise TRL's defaults: its chunked loss, which never holds the logits of a
+whole batch, and on a GPU its autocast to bf16. Its loop builds batches while it runs, which is part of its seconds. A
+loop ends a round when it logs the step's loss (`on_log`), and pauses there until the next round. Needs trl and
+greenlet.
 """
 
 from pathlib import Path
@@ -19,14 +20,14 @@ NAME = "trl, padding free"
 
 
 def load() -> None:
-    """Imports what it is made of."""
+    """Imports trl and greenlet; raises ModuleNotFoundError without them."""
     import datasets  # noqa: F401
     import greenlet  # noqa: F401
     from trl import SFTTrainer  # noqa: F401
 
 
 class Trl(System):
-    """One after another, on models that share the base weights."""
+    """Trains the tasks one after another, on models that share the base weights."""
 
     def __init__(self, model: Any, workload: Workload, num_rounds: int, adapters: Path) -> None:
         self.loops = [_Loop(sharing_copy(model), work, num_rounds, adapters) for work in workload.tasks]
@@ -37,10 +38,10 @@ class Trl(System):
 
 
 class _Loop(TrainerCallback):  # type: ignore[misc]
-    """`trainer.train()` in a greenlet, which hands each step's loss to `step` and goes on where that is called again.
+    """Runs `trainer.train()` in a greenlet: it returns each step's loss to `step` and continues at the next call.
 
-    No thread: libgomp keeps a team for every thread that computes, and its threads spin no more once they are more
-    than the CPUs. Beside threads of this class every system of the process took 1.4 to 1.7 times as long.
+    It is not a thread, because libgomp keeps a team of threads for every thread that computes, and they stop spinning
+    once they are more than the CPUs: with threads every system of the process took 1.4 to 1.7 times as long.
     """
 
     def __init__(self, model: Any, work: Work, num_rounds: int, adapters: Path) -> None:
@@ -84,7 +85,7 @@ def _trainer(model: Any, work: Work, num_rounds: int, adapters: Path) -> Any:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Rows are tokens already: it gives no more than the id of a pad that nothing is padded with."""
+    """A tokenizer that only has the id of the padding token, which is never used: rows are tokens already."""
     from tokenizers import Tokenizer, models
 
     words = Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>"))

@@ -1,8 +1,8 @@
-"""Turns with something switched on and off in one running mesh, and what a step costs more with it.
+"""Measures how much more a step costs when a feature is switched on in a running mesh, in pairs of turns: on and off.
 
-Turns of a pair are seconds apart, in the same processes: two meshes that do the same can differ by more than what is
-looked for. After a switch some seconds pass before a turn is measured, for work that is put off (spans leave a process
-once a second) is done in the turn that it belongs to.
+The two turns of a pair are seconds apart, in the same processes, because two equal meshes can differ by more than the
+effect that is measured. After a switch some seconds pass before a turn is measured, so that delayed work (a process
+sends its spans once a second) counts in its own turn.
 """
 
 import ctypes
@@ -21,12 +21,12 @@ _LIBC = ctypes.CDLL(None)
 
 
 class Counted(Protocol):
-    """A thread that follows a task's steps."""
+    """A thread that counts a task's steps."""
 
     times: list[float]
 
     def wait(self, count: int) -> None:
-        """Wait until there are so many steps."""
+        """Wait until the task has done this many steps."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def turn(steps: Counted, processes: Sequence[int], num_steps: int, settle_second
 
 
 def take_turns(switch: Callable[[bool], None], measured: Callable[[], Turn], num_pairs: int) -> list[tuple[Turn, Turn]]:
-    """Pairs (on, off), one before the first not counted; who begins changes from pair to pair."""
+    """Return pairs (on, off), without the first. Pairs begin with on and with off in turn."""
     pairs = []
     for number in range(num_pairs + 1):
         turns = {}
@@ -62,11 +62,11 @@ def take_turns(switch: Callable[[bool], None], measured: Callable[[], Turn], num
 
 
 def with_descendants(process: int) -> list[int]:
-    found = [process]
+    processes = [process]
     for task in Path(f"/proc/{process}/task").iterdir():
         for child in (task / "children").read_text().split():
-            found += with_descendants(int(child))
-    return found
+            processes += with_descendants(int(child))
+    return processes
 
 
 def cpu_seconds_of(process: int) -> float:
@@ -93,7 +93,7 @@ class Cost:
 
 
 def cost_of(pairs: Sequence[tuple[float, float]]) -> Cost:
-    """From pairs (on, off): of their sums, so that what comes rarely counts; the interval by bootstrap of the pairs."""
+    """Return the cost from pairs (on, off): the ratio of their sums, which counts rare costs; interval by bootstrap."""
     values = np.array(pairs)
     chosen = np.random.default_rng(0).integers(0, len(values), (_RESAMPLES, len(values)))
     sums = values[chosen].sum(axis=1)

@@ -1,7 +1,7 @@
-"""The tasks that side_by_side.py runs: lengths, ranks and targets mixed as the MuxTune paper does.
+"""Creates the tasks that side_by_side.py runs, with lengths, ranks and targets mixed as in the MuxTune paper.
 
 The paper's datasets are SST-2, OpenBookQA and RTE, cut at 64, 128 and 256 tokens. Rows here are random tokens; their
-lengths are drawn from log-normal distributions of our own (`CORPORA`), short questions to long ones, not fitted to the
+lengths are drawn from log-normal distributions (`CORPORA`) of short to long questions that we chose, not fitted to the
 datasets. Every position bears loss.
 """
 
@@ -117,10 +117,12 @@ def make(
     corpora = [CORPORA[name] for name in MIXES[mix]]
     tasks = []
     for i in range(num_tasks):
-        corpus, rank, own = corpora[i % len(corpora)], RANKS[i % len(RANKS)], targets[i // 2 % len(targets)]
+        corpus, rank, target_modules = corpora[i % len(corpora)], RANKS[i % len(RANKS)], targets[i // 2 % len(targets)]
         lengths = corpus.lengths(random, num_rounds * micro_batch_size)
         rows = tuple(random.integers(0, vocabulary, length).astype(np.int32) for length in lengths)
-        tasks.append(Work(f"task-{i}", corpus, _spec(corpus, rank, own, num_rounds, micro_batch_size, i), rows))
+        tasks.append(
+            Work(f"task-{i}", corpus, _spec(corpus, rank, target_modules, num_rounds, micro_batch_size, i), rows)
+        )
     return Workload(mix, micro_batch_size, tuple(tasks))
 
 

@@ -188,7 +188,7 @@ class Executor:
                     totals.alone.append(microbatch.alone(range_))
 
     def _finish_steps(self, complete: Sequence[Range]) -> list[Result]:
-        """Runs clip, optimizer and schedule of all tasks at once. A task fails if its loss or gradient is not finite."""
+        """Runs clip, optimizer and schedule of all tasks at once. A task fails alone if its loss or gradient is NaN."""
         results: list[Result] = []
         checked: list[tuple[Range, ShadowCheck | None]] = []
         for range_ in complete:

@@ -115,7 +115,7 @@ def test_lorafusion_is_refused_what_it_cannot_do(
 
 
 def test_a_folder_that_is_no_lorafusion_is_said_to_be_none(tmp_path: Path) -> None:
-    with pytest.raises(NotDoneError, match="no clone"):
+    with pytest.raises(NotDoneError, match="not a clone"):
         LoraFusion(tmp_path)
 
 
