@@ -79,7 +79,7 @@ class AsyncClient:
     ) -> dataset_pb2.Dataset:
         """Upload a dataset: the path of a JSON Lines file, its bytes, or rows as dicts.
 
-        An upload that the connection breaks is sent again from its start.
+        If the connection breaks, the upload is sent again from its start.
         """
         data = await asyncio.to_thread(rows_as_bytes, rows)
         header = artifact_pb2.UploadHeader(id=dataset_id, request_id=request_id or new_request_id())
@@ -165,7 +165,7 @@ class AsyncClient:
     ) -> artifact_pb2.Adapter:
         """Upload a PEFT folder, for tasks to continue from as `initial_adapter`.
 
-        An upload that the connection breaks is sent again from its start.
+        If the connection breaks, the upload is sent again from its start.
         """
         header = artifact_pb2.UploadHeader(id=adapter_id, request_id=request_id or new_request_id())
         requests = await asyncio.to_thread(list, adapter_requests(header, Path(folder)))
@@ -173,7 +173,7 @@ class AsyncClient:
         return (await self._upload("UploadAdapter", upload, lambda: iter(requests))).adapter
 
     async def download_adapter(self, name: str, dest: Path | str) -> Path:
-        """Download the checked PEFT folder of an adapter or a task. It appears at `dest` whole or not at all."""
+        """Download the checked PEFT folder of an adapter or a task. It appears at `dest` complete or not at all."""
 
         async def attempt() -> Path:
             with call_span("DownloadAdapter"), raising(), FolderSink(Path(dest)) as sink:

@@ -167,7 +167,7 @@ class NonFiniteError(MuxtuneError):
 
 
 class InternalError(MuxtuneError):
-    """The service failed in a way it did not foresee; its operators find it by `metadata["trace_id"]`."""
+    """The service failed unexpectedly; its operators find the cause by `metadata["trace_id"]`."""
 
     reason = "INTERNAL"
 
@@ -240,7 +240,7 @@ def read_failure(error: grpc.RpcError) -> Failure:
 
 
 def _remedy(text: str) -> str:
-    """Return what to do about a connection that could not be made; a call that broke off later was connected."""
+    """Return the remedy for a connection that was never established, or "" for any other failure."""
     if not any(words in text for words in _NOT_CONNECTED):
         return ""
     return next((f". {remedy}" for words, remedy in _REMEDIES.items() if words in text), "")

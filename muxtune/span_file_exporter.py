@@ -1,8 +1,8 @@
 """Writes spans to a file as OTLP JSON lines, the default where no collector is configured.
 
 Each line is one ExportTraceServiceRequest with IDs in hex, by the OTLP file exporter specification, and one append, so
-that several processes may share a file. It does without protobuf, whose JSON takes 0.3 ms a span in the process that
-serves calls: three times as long as creating the span.
+that several processes may share a file. It does not use protobuf: its JSON takes 0.3 ms a span in the process
+that serves calls, three times as long as creating the span.
 """
 
 import json

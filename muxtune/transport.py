@@ -207,7 +207,7 @@ class FolderSink:
             self._data += response.chunk.data
 
     def close(self) -> Path:
-        """Move the folder to `dest`, replacing an adapter that is there, and return it."""
+        """Move the folder to `dest`, replacing an existing adapter, and return it."""
         self._close_file()
         if self._num_files == 0:
             raise ChecksumMismatchError("the server sent no file")

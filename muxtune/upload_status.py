@@ -1,7 +1,7 @@
 """The server's own status of an upload that it ends while an asyncio client still sends.
 
-A message that cannot be sent any more makes grpc.aio put a status of its own over the server's, which had arrived
-already: INTERNAL, "Internal error from Core" (grpc/grpc#36066, in grpcio 1.85). Blocking calls are not concerned.
+If a message can no longer be sent, grpc.aio replaces the server's status, which has arrived already, by INTERNAL,
+"Internal error from Core" (grpc/grpc#36066, in grpcio 1.85). Blocking calls are not affected.
 """
 
 from collections.abc import Coroutine
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 async def upload_response(call: "grpc.aio.StreamUnaryCall[Any, Response]") -> Response:
     """Return the response of an upload. Raises grpc.aio.AioRpcError with the status that the server sent.
 
-    Pass the call as soon as it is made: grpc.aio reports each status once, when it sets it.
+    Pass the call as soon as it is created: grpc.aio reports each status once, when it sets it.
     """
     statuses: list[grpc.aio.AioRpcError] = []
     call.add_done_callback(lambda done: statuses.append(_status(done)))

@@ -37,7 +37,7 @@ class ResourceName:
 
     @classmethod
     def parse(cls, text: str) -> "ResourceName | None":
-        """Return the name that `text` spells, or None if it spells none."""
+        """Return the name in `text`, or None if it is not a resource name."""
         if (match := _RESOURCE.fullmatch(text)) is None:
             return None
         return cls(match[1], cast(Collection, match[2]), match[3])
@@ -63,7 +63,7 @@ def task_of_adapter(adapter: str) -> str:
 
 
 def tenant_of(name: str) -> str:
-    """Return the tenant that the name begins with, or "" if it begins with none.
+    """Return the tenant that the name begins with, or "".
 
     Ids are not checked: a hypothetical task of `muxtune plan whatif` may have any.
     """
@@ -79,7 +79,7 @@ def tenant_name(tenant: str) -> str:
 def check_tenant(tenant: str) -> str:
     """Return `tenant`. Raises InvalidInputError unless it is "tenants/{id}"."""
     if not is_tenant(tenant):
-        raise InvalidInputError.of_field("tenant", f'"{tenant}" is no tenant: write "tenants/{{id}}"')
+        raise InvalidInputError.of_field("tenant", f'"{tenant}" is not a tenant: write "tenants/{{id}}"')
     return tenant
 
 
@@ -90,7 +90,7 @@ def new_name(tenant: str, collection: Collection, requested_id: str, field: str)
     """
     if requested_id and not re.fullmatch(_ID, requested_id):
         raise InvalidInputError.of_field(
-            field, f'"{requested_id}" is no id: lower-case letters, digits and hyphens, a letter first, at most 63'
+            field, f'"{requested_id}" is not an id: use 1 to 63 lower-case letters, digits, hyphens, a letter first'
         )
     return str(ResourceName(tenant, collection, requested_id or f"{collection[0]}-{secrets.token_hex(6)}"))
 
@@ -105,7 +105,7 @@ def executor_host(executor: str) -> str:
 
 
 def executor_of_host(host: str) -> str | None:
-    """Return the executor that a certificate's host names, or None if it names none."""
+    """Return the executor that a certificate's host names, or None if it is not an executor's."""
     if not host.endswith(_EXECUTOR_HOST_SUFFIX):
         return None
     return executor_name(host.removesuffix(_EXECUTOR_HOST_SUFFIX))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from muxtune.cli.context import DEFAULT_DATA, DataOption, IdOption, JsonOption, client_of, console, print_json, table
+from muxtune.cli.context import DEFAULT_DATA, DataOption, IdOption, JsonOption, console, open_client, print_json, table
 
 app = typer.Typer(help="Upload, list, download and delete adapters, as PEFT folders.", no_args_is_help=True)
 
@@ -14,11 +14,11 @@ app = typer.Typer(help="Upload, list, download and delete adapters, as PEFT fold
 @app.command("pull", hidden=True)
 def download(
     name: Annotated[str, typer.Argument(help="Name of a task or an adapter.")],
-    dest: Annotated[Path, typer.Argument(help="Folder to create; an adapter that is there is replaced.")],
+    dest: Annotated[Path, typer.Argument(help="Folder to create; an existing adapter in it is replaced.")],
     data: DataOption = DEFAULT_DATA,
 ) -> None:
-    """Download an adapter, checked and whole or not at all. Load it with peft.PeftModel.from_pretrained."""
-    with client_of(data) as client:
+    """Download and check an adapter, completely or not at all. Load it with peft.PeftModel.from_pretrained."""
+    with open_client(data) as client:
         folder = client.download_adapter(name, dest)
         files = ", ".join(sorted(path.name for path in folder.iterdir()))
         console.print(f"{folder}: {files}")
@@ -33,7 +33,7 @@ def upload(
     json: JsonOption = False,
 ) -> None:
     """Upload an adapter, for tasks to continue from (their initial_adapter)."""
-    with client_of(data) as client:
+    with open_client(data) as client:
         adapter = client.upload_adapter(folder, id)
         if json:
             return print_json([adapter])
@@ -44,7 +44,7 @@ def upload(
 @app.command("ls", hidden=True)
 def list_(data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
     """List uploaded and trained adapters, newest first."""
-    with client_of(data) as client:
+    with open_client(data) as client:
         adapters = list(client.list_adapters())
         if json:
             return print_json(adapters)
@@ -59,6 +59,6 @@ def delete(
     data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Delete an adapter that no unfinished task starts from."""
-    with client_of(data) as client:
+    with open_client(data) as client:
         client.delete_adapter(name)
         console.print(f"{name} is deleted")

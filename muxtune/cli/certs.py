@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from muxtune.cli.context import console, errors_as_lines
+from muxtune.cli.context import console, print_errors
 from muxtune.local.certificate_authority import CA, DAYS, LOOPBACK, issue
 
 
@@ -25,7 +25,7 @@ def certs(
 
     Keep ca.key away from the services: with it, a process can pose as any of them.
     """
-    with errors_as_lines():
+    with print_errors():
         folders = issue(folder, [*LOOPBACK, *(host or ())], days, executor or ())
     console.print(f"{folder / CA}: MUXTUNE_CA of clients")
     for path in folders:

@@ -21,7 +21,7 @@ from muxtune.local.mesh import OPERATOR_ENDPOINTS, MeshError, read_state, secure
 from muxtune.local.tracing import traced
 from muxtune.transport import metadata
 
-# The terminal wraps lines, not we: a path in a log or a pipe stays whole, and "[a]" in it is no markup.
+# Print text unchanged: no line breaks in a path that goes to a file or a pipe, and "[a]" in it is not markup of rich.
 _PLAIN: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False}
 console, error_console = Console(**_PLAIN), Console(stderr=True, **_PLAIN)
 DataOption = Annotated[Path, typer.Option("--data", help="Data folder of the mesh that `muxtune up` started.")]
@@ -31,12 +31,12 @@ DEFAULT_DATA = Path(os.environ.get("MUXTUNE_DATA", "muxtune-data"))
 
 
 @contextmanager
-def client_of(data: Path) -> Iterator[Client]:
+def open_client(data: Path) -> Iterator[Client]:
     """Yield a client of the mesh in MUXTUNE_ADDRESS with MUXTUNE_API_KEY, or else of the data folder's mesh.
 
     Errors inside end the command with a line each.
     """
-    with errors_as_lines(), traced(data):
+    with print_errors(), traced(data):
         state = read_state(data)
         local_address = state.get("addresses", {}).get("admission")
         address = os.environ.get("MUXTUNE_ADDRESS") or local_address
@@ -58,7 +58,7 @@ def operator_channel(data: Path, service: str) -> Iterator[tuple[grpc.Channel, t
     The certificate is the operator's, in MUXTUNE_CERTS or the data folder of `muxtune up`. Without a certificate, it is
     a channel to admission's public address with an operator's API key.
     """
-    with errors_as_lines():
+    with print_errors():
         address, certs = operator_access(data, service)
         if address and certs.is_dir():
             with secure_channel(address, certs, service) as channel:
@@ -82,7 +82,7 @@ def operator_access(data: Path, service: str) -> tuple[str, Path]:
 
 
 @contextmanager
-def errors_as_lines() -> Iterator[None]:
+def print_errors() -> Iterator[None]:
     """Print an error inside to standard error, one line per field, and exit with status 1."""
     try:
         yield

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from muxtune.cli.context import DEFAULT_DATA, DataOption, IdOption, JsonOption, client_of, console, print_json, table
+from muxtune.cli.context import DEFAULT_DATA, DataOption, IdOption, JsonOption, console, open_client, print_json, table
 from muxtune.cli.spec import read_training
 from muxtune.v1 import dataset_pb2, task_pb2
 
@@ -28,7 +28,7 @@ def upload(
     json: JsonOption = False,
 ) -> None:
     """Upload a dataset. Every line is checked before anything is stored."""
-    with client_of(data) as client:
+    with open_client(data) as client:
         dataset = client.upload_dataset(file, id)
         if json:
             return print_json([dataset])
@@ -39,7 +39,7 @@ def upload(
 @app.command("ls", hidden=True)
 def list_(data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
     """List datasets, newest first."""
-    with client_of(data) as client:
+    with open_client(data) as client:
         datasets = list(client.list_datasets())
         if json:
             return print_json(datasets)
@@ -50,7 +50,7 @@ def list_(data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
 @app.command(epilog="Example: muxtune dataset get tenants/default/datasets/replies --json")
 def get(name: NameArgument, data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
     """Show one dataset: rows by shape, bytes, SHA-256."""
-    with client_of(data) as client:
+    with open_client(data) as client:
         dataset = client.get_dataset(name)
         if json:
             return print_json([dataset])
@@ -69,7 +69,7 @@ def check(
 ) -> None:
     """Show how a task would read a dataset: rendered rows, tokens that bear loss, lengths, refused rows."""
     default = task_pb2.Training(num_epochs=1, max_sequence_tokens=max_sequence_tokens)
-    with client_of(data) as client:
+    with open_client(data) as client:
         training = read_training(file) if file else default
         report = client.preflight_dataset(name, backbone, training, samples)
         if json:
@@ -81,7 +81,7 @@ def check(
 @app.command("rm", hidden=True)
 def delete(name: NameArgument, data: DataOption = DEFAULT_DATA) -> None:
     """Delete a dataset that no unfinished task reads."""
-    with client_of(data) as client:
+    with open_client(data) as client:
         client.delete_dataset(name)
         console.print(f"{name} is deleted")
 

@@ -15,7 +15,7 @@ _DRAIN_SECONDS = 120.0
 
 @app.callback()
 def executors() -> None:
-    """Keeps `drain` a command of its own: typer drops the name of an only command."""
+    """Makes `drain` a subcommand: typer omits the name of a single command."""
 
 
 @app.command(epilog="Example: muxtune executor drain gpu-0")
@@ -23,11 +23,11 @@ def drain(
     name: Annotated[str, typer.Argument(help="MUXTUNE_EXECUTOR_NAME of the executor.")],
     data: DataOption = DEFAULT_DATA,
 ) -> None:
-    """Drain an executor before it is stopped: it checkpoints and hands back its tasks, and takes no more."""
+    """Drain an executor before it is stopped: it checkpoints and releases its tasks, and accepts no new ones."""
     full_name = executor_name(name)
     with operator_channel(data, "scheduling") as (channel, metadata), raising():
         stub = scheduling_pb2_grpc.SchedulingServiceStub(channel)
         stub.DrainExecutor(
             scheduling_pb2.DrainExecutorRequest(executor=full_name), timeout=_DRAIN_SECONDS, metadata=metadata
         )
-    console.print(f"{full_name} has handed back its tasks and takes no more until it is restarted")
+    console.print(f"{full_name} has released its tasks and accepts no new ones until it is restarted")

@@ -9,7 +9,7 @@ import typer
 
 from muxtune.cli import adapter, dataset, executor, key, plan, task, tenant
 from muxtune.cli.certs import certs
-from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, console, error_console, errors_as_lines
+from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, console, error_console, print_errors
 from muxtune.local.mesh import DEFAULT_BACKBONE, Mesh, default_backbone, stopped_by_signals
 
 app = typer.Typer(
@@ -44,7 +44,7 @@ def up(
 
     MUXTUNE_OIDC_* (an identity provider) and MUXTUNE_MAX_* (limits of tenants) are passed on to admission.
     """
-    with errors_as_lines(), stopped_by_signals():
+    with print_errors(), stopped_by_signals():
         mesh = Mesh(data, _backbones(backbone), otlp_endpoint, {"admission": _policies()})
         try:
             console.print(f"starting on {data} ...")
@@ -71,7 +71,7 @@ def demo(
     """Train five tasks of three tenants at once on one backbone, and show their results."""
     from muxtune.local.demo import run_demo
 
-    with errors_as_lines(), stopped_by_signals():
+    with print_errors(), stopped_by_signals():
         try:
             if not run_demo(data, console):
                 raise typer.Exit(1)

@@ -29,7 +29,7 @@ def simulate(profile: dict[str, Any], trace: dict[str, Any], num_devices: int) -
 
 def format_summary(row: dict[str, Any]) -> str:
     """Return a policy's summary as text."""
-    left_out = f", {row['num_never_placed']} fit nowhere" if row["num_never_placed"] else ""
+    left_out = f", {row['num_never_placed']} fit on no executor" if row["num_never_placed"] else ""
     mean, median, most = (row[f"{name}_completion_seconds"] for name in ("mean", "median", "p95"))
     return (
         f"{row['policy']}: {row['num_tasks']} tasks in {row['seconds']:.0f} s{left_out}, "

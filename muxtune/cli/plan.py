@@ -14,10 +14,10 @@ from muxtune.cli.context import (
     DEFAULT_DATA,
     DataOption,
     JsonOption,
-    client_of,
     console,
-    errors_as_lines,
+    open_client,
     operator_channel,
+    print_errors,
     print_json,
     table,
 )
@@ -65,7 +65,7 @@ def explain(
         answer = call.ExplainPlan(scheduling_pb2.ExplainPlanRequest(task=task))
         if json:
             return print_json([answer])
-        for label, text in _explained(answer):
+        for label, text in _explanation_rows(answer):
             console.print(f"{label + ':':10} {text}")
 
 
@@ -81,11 +81,11 @@ def whatif(
     json: JsonOption = False,
 ) -> None:
     """Show the plan, and when each task would end, if these tasks were created too. Nothing is changed."""
-    with errors_as_lines():
+    with print_errors():
         if profile is not None:
-            answer = offline.whatif(profile, [_guessed(path, mean_tokens) for path in specs])
+            answer = offline.whatif(profile, [_guess_task(path, mean_tokens) for path in specs])
         else:
-            tasks = _estimated(specs, data)
+            tasks = _estimate_tasks(specs, data)
             with _scheduling(data) as call:
                 answer = call.SimulatePlan(scheduling_pb2.SimulatePlanRequest(tasks=tasks))
         if json:
@@ -139,10 +139,10 @@ def simulate(
     json: JsonOption = False,
 ) -> None:
     """Run the planner and two simpler policies over an arrival trace, on simulated executors."""
-    with errors_as_lines():
+    with print_errors():
         if (trace is None) == (generate == 0):
             raise InvalidInputError("Pass either --trace FILE or --generate NUMBER")
-        recorded = offline.read_profile(profile) if profile else _profile(data)
+        recorded = offline.read_profile(profile) if profile else _fetch_profile(data)
         fields: dict[str, Any] = {
             "num_tasks": generate,
             "rate": rate,
@@ -176,30 +176,30 @@ def _scheduling(data: Path) -> Iterator[_PlanRpc]:
         yield _PlanRpc(scheduling_pb2_grpc.SchedulingServiceStub(channel), metadata)
 
 
-def _profile(data: Path) -> dict[str, Any]:
+def _fetch_profile(data: Path) -> dict[str, Any]:
     with _scheduling(data) as call:
         answer = call.GetProfile(scheduling_pb2.GetProfileRequest())
         fields: dict[str, Any] = MessageToDict(answer.profile, preserving_proto_field_name=True)
         return fields
 
 
-def _estimated(specs: list[Path], data: Path) -> list[scheduling_pb2.HypotheticalTask]:
+def _estimate_tasks(specs: list[Path], data: Path) -> list[scheduling_pb2.HypotheticalTask]:
     """Return the tasks of the specs with admission's estimates, which read the datasets."""
     tasks = []
-    with client_of(data) as client:
+    with open_client(data) as client:
         for path in specs:
             spec = read_spec(path)
             estimate = client.estimate_task(spec)
             tasks.append(
                 scheduling_pb2.HypotheticalTask(
-                    task=_name(path, spec.dataset), spec=spec, num_steps=estimate.num_steps,
+                    task=_task_name(path, spec.dataset), spec=spec, num_steps=estimate.num_steps,
                     num_train_tokens=estimate.num_train_tokens, length_quantiles=estimate.length_quantiles,
                 )
             )  # fmt: skip
     return tasks
 
 
-def _guessed(path: Path, mean_tokens: float) -> scheduling_pb2.HypotheticalTask:
+def _guess_task(path: Path, mean_tokens: float) -> scheduling_pb2.HypotheticalTask:
     """Return the task of a spec without reading its dataset: its sequences have `mean_tokens` tokens."""
     spec = read_spec(path)
     training = spec.training
@@ -208,21 +208,21 @@ def _guessed(path: Path, mean_tokens: float) -> scheduling_pb2.HypotheticalTask:
             f"{path}: training.num_steps is not set: set it, as epochs cannot be counted without a dataset"
         )
     return scheduling_pb2.HypotheticalTask(
-        task=_name(path, spec.dataset), spec=spec, num_steps=training.num_steps, mean_tokens=mean_tokens
+        task=_task_name(path, spec.dataset), spec=spec, num_steps=training.num_steps, mean_tokens=mean_tokens
     )
 
 
-def _name(path: Path, dataset: str) -> str:
+def _task_name(path: Path, dataset: str) -> str:
     return task_name(tenant_of(dataset) or tenant_name("whatif"), f"whatif-{path.stem}")
 
 
-def _explained(answer: scheduling_pb2.ExplainPlanResponse) -> Iterator[tuple[str, str]]:
+def _explanation_rows(answer: scheduling_pb2.ExplainPlanResponse) -> Iterator[tuple[str, str]]:
     e = answer.explanation
     yield "where", e.executor or "waits"
     yield "why", e.reason
     if not e.executor:
         return
-    yield "beside", _beside(e)
+    yield "beside", _format_neighbours(e)
     if answer.HasField("htask"):
         yield "hTask", f"{answer.htask.token_budget} tokens a microbatch, chunks of {answer.htask.chunk_tokens}"
     yield (
@@ -230,13 +230,13 @@ def _explained(answer: scheduling_pb2.ExplainPlanResponse) -> Iterator[tuple[str
         f"predicted {_seconds(e, 'predicted_step_seconds')}, measured {_seconds(e, 'measured_step_seconds')}",
     )
     yield "a round", f"{_seconds(e, 'round_seconds')}, alone it would be {_seconds(e, 'alone_round_seconds')}"
-    yield "bytes", f"adds {_bytes(e.predicted_bytes)}, an instance of its own would take {_bytes(e.alone_bytes)}"
-    yield "padding", f"predicted {_share(e, 'predicted_padding_fraction')}, so far {_share(e, 'padding_fraction')}"
+    yield "bytes", f"adds {_bytes(e.predicted_bytes)}, a separate instance would take {_bytes(e.alone_bytes)}"
+    yield "padding", f"predicted {_percent(e, 'predicted_padding_fraction')}, so far {_percent(e, 'padding_fraction')}"
     late = ", after its deadline" if e.misses_deadline else ""
     yield "done in", f"{_seconds(e, 'predicted_seconds_left')}{late}"
 
 
-def _beside(e: plan_pb2.TaskExplanation) -> str:
+def _format_neighbours(e: plan_pb2.TaskExplanation) -> str:
     tenant = tenant_of(e.task)
     of_tenant = [name for name in e.neighbours if tenant_of(name) == tenant]
     num_others = len(e.neighbours) - len(of_tenant)
@@ -250,13 +250,13 @@ def _show_explanations(explanations: Iterable[plan_pb2.TaskExplanation]) -> None
 
 def _seconds(message: Any, field: str) -> str:
     if not message.HasField(field):
-        return "not known"
+        return "unknown"
     seconds = getattr(message, field)
     return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:.3g} s"  # never 3.65e+03
 
 
-def _share(message: Any, field: str) -> str:
-    return f"{getattr(message, field):.1%}" if message.HasField(field) else "not known"
+def _percent(message: Any, field: str) -> str:
+    return f"{getattr(message, field):.1%}" if message.HasField(field) else "unknown"
 
 
 def _bytes(number: int) -> str:

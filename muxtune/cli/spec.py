@@ -31,7 +31,7 @@ def read_spec(file: Path | None, flags: Mapping[str, Any] | None = None) -> task
     for path, value in (flags or {}).items():
         _put(fields, path, value)
     if isinstance(fields.get("deadline"), str):
-        fields["deadline"] = _in_utc(fields["deadline"])
+        fields["deadline"] = _add_utc(fields["deadline"])
     try:
         return ParseDict(fields, task_pb2.TaskSpec())
     except ParseError as error:
@@ -57,10 +57,10 @@ def read_settings(texts: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _in_utc(text: str) -> str:
+def _add_utc(text: str) -> str:
     """Return a time as protobuf's JSON writes it; without a zone it is UTC, as in YAML.
 
-    A text that is not a time is returned as it is, for protobuf to refuse.
+    A text that is not a time is returned unchanged; protobuf refuses it.
     """
     try:
         moment = datetime.fromisoformat(text)
@@ -79,7 +79,7 @@ def _put(fields: dict[str, Any], path: str, value: Any) -> None:
         if not isinstance(fields, dict):
             raise InvalidInputError(f"{path}: {name} is not a mapping of fields")
     other = {"num_steps": "num_epochs", "num_epochs": "num_steps"}.get(last, "")
-    fields.pop(other, None)  # one of the two: what the flag says replaces what the file said
+    fields.pop(other, None)  # fields of one oneof: the flag's field replaces the file's
     fields[last] = value
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from muxtune.cli.context import DEFAULT_DATA, DataOption, IdOption, JsonOption, client_of, console, print_json, table
+from muxtune.cli.context import DEFAULT_DATA, DataOption, IdOption, JsonOption, console, open_client, print_json, table
 from muxtune.cli.dataset import warn_of_special_text
 from muxtune.cli.spec import read_settings, read_spec
 from muxtune.cli.training_options import with_training_options
@@ -50,7 +50,7 @@ def create(
         "lora.target_modules": target or None,
         **{f"training.{name}": value for name, value in (training or {}).items()},
     }
-    with client_of(data) as client:
+    with open_client(data) as client:
         set_flags = {path: value for path, value in flags.items() if value is not None}
         spec = read_spec(file, set_flags | read_settings(set_ or []))
         if dry_run:
@@ -72,12 +72,12 @@ def list_(
     json: JsonOption = False,
 ) -> None:
     """List tasks, newest first."""
-    with client_of(data) as client:
-        tasks = list(client.list_tasks([_state(text) for text in state or ()]))
+    with open_client(data) as client:
+        tasks = list(client.list_tasks([_parse_state(text) for text in state or ()]))
         if json:
             return print_json(tasks)
         rows = (
-            (t.name, state_name(t.state), f"{t.progress.step}/{t.progress.num_steps}", _loss(t), _left(t))
+            (t.name, state_name(t.state), f"{t.progress.step}/{t.progress.num_steps}", _loss(t), _seconds_left(t))
             for t in tasks
         )
         table("", ("name", "state", "step", "loss", "left"), rows)
@@ -87,7 +87,7 @@ def list_(
 @app.command("show", hidden=True)
 def get(name: NameArgument, data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
     """Show one task: spec, state, progress, failure."""
-    with client_of(data) as client:
+    with open_client(data) as client:
         task = client.get_task(name)
         if json:
             return print_json([task])
@@ -102,7 +102,7 @@ def watch(
     json: JsonOption = False,
 ) -> None:
     """Show a task's events until it ends. The exit status is 0 if it SUCCEEDED."""
-    with client_of(data) as client:
+    with open_client(data) as client:
         for event in client.watch_task(name, after):
             if json:
                 print_json([event])
@@ -115,7 +115,7 @@ def watch(
 @app.command(epilog="Example: muxtune task cancel tenants/default/tasks/replies")
 def cancel(name: NameArgument, data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
     """Stop a task; the adapter trained so far is kept."""
-    with client_of(data) as client:
+    with open_client(data) as client:
         task = client.cancel_task(name)
         if json:
             return print_json([task])
@@ -141,7 +141,7 @@ def describe(event: event_pb2.TaskEvent) -> str:
     return f"{state_name(event.state_changed.state)}: {event.state_changed.message}"
 
 
-def _state(text: str) -> "task_pb2.TaskState.ValueType":
+def _parse_state(text: str) -> "task_pb2.TaskState.ValueType":
     try:
         return task_pb2.TaskState.Value(f"TASK_STATE_{text.upper()}")
     except ValueError as error:
@@ -153,7 +153,7 @@ def _loss(task: task_pb2.Task) -> str:
     return f"{task.progress.last_loss:.4f}" if task.progress.HasField("last_loss") else "-"
 
 
-def _left(task: task_pb2.Task) -> str:
+def _seconds_left(task: task_pb2.Task) -> str:
     return f"{task.progress.seconds_left:.0f} s" if task.progress.HasField("seconds_left") else "-"
 
 

@@ -1,4 +1,4 @@
-"""Command-line options for the fields of Training, made from the proto: a new field gets its option by itself."""
+"""Command-line options for the fields of Training, derived from the proto: each new field gets an option."""
 
 import functools
 import inspect

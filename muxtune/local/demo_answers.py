@@ -2,8 +2,8 @@
 
     python -m muxtune.local.demo_answers JOBS.json
 
-A process of its own, so that the client needs no torch. JOBS.json: {"backbone": folder, "jobs": [{"adapter", "prompt",
-"is_chat"}]}. Prints one JSON object a job: {"before", "after", "max_logit_change"}.
+Runs as a separate process, so that the client needs no torch. JOBS.json: {"backbone": folder, "jobs": [{"adapter",
+"prompt", "is_chat"}]}. Prints one JSON object a job: {"before", "after", "max_logit_change"}.
 """
 
 import json

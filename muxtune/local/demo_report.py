@@ -1,4 +1,4 @@
-"""The demo's tables: progress while its tasks train, then their losses, tokens and bytes, whole at 80 columns."""
+"""The demo's tables: progress while its tasks train, then their losses, tokens and bytes. They fit into 80 columns."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +44,7 @@ class DemoTask:
 
 @contextmanager
 def progress(console: Console) -> Iterator[Callable[[Sequence[DemoTask]], None]]:
-    """Yields a function that shows the tasks: as a live table on a terminal, else as a line for each that moved."""
+    """Yields a function that shows the tasks: a live table on a terminal, else a line for each task that progressed."""
     if console.is_terminal:
         with Live(console=console, refresh_per_second=2) as live:
             yield lambda tasks: live.update(progress_table(tasks))
@@ -119,7 +119,7 @@ def print_report(
     if packed_bytes:
         console.print(
             f"Beside them {packed_bytes / _GIB:.2f} GiB of weights are packed for this CPU, for speed; "
-            "MUXTUNE_PACK_WEIGHTS=false does without."
+            "MUXTUNE_PACK_WEIGHTS=false turns this off."
         )
     for task, answer in zip(tasks, answers, strict=False):
         console.print(f"\n{task.name}: {task.prompt!r}")
@@ -141,7 +141,7 @@ def _progress_cells(task: DemoTask) -> tuple[str, str, str, str, str, str]:
 
 
 def _from_to(first: float, last: float) -> str:
-    """Return "2.31 -> 1.20", or one figure where there was no second."""
+    """Return "2.31 -> 1.20", or one number if the two are equal."""
     return f"{first:.2f} -> {last:.2f}" if last != first else f"{first:.2f}"
 
 

@@ -46,7 +46,7 @@ _PORTS = range(10_240, 32_768)
 
 
 class MeshError(Exception):
-    """The mesh cannot start, or a service has ended; the message says which and why."""
+    """The mesh cannot start, or a service has ended; the message names the service and the cause."""
 
 
 @dataclass
@@ -236,7 +236,7 @@ class Mesh:
         deadline = time.monotonic() + _READY_SECONDS
         for service in START_ORDER:
             while not self._is_serving(service):
-                self._refuse_dead()
+                self._raise_if_dead()
                 if time.monotonic() > deadline:
                     raise MeshError(
                         f"{service} is not healthy after {_READY_SECONDS:.0f} s: see {self.log_of(service)}"
@@ -261,12 +261,12 @@ class Mesh:
         deadline = time.monotonic() + _READY_SECONDS
         with self.client() as client:
             while not any(backbone.num_executors for backbone in client.list_backbones()):
-                self._refuse_dead()
+                self._raise_if_dead()
                 if time.monotonic() > deadline:
                     raise MeshError(f"the executor did not register: see {self.log_of('execution')}")
                 time.sleep(0.1)
 
-    def _refuse_dead(self) -> None:
+    def _raise_if_dead(self) -> None:
         if dead := self.dead_services():
             raise MeshError("; ".join(self._describe_end(name, code) for name, code in dead.items()))
 

@@ -56,11 +56,11 @@ class AdmissionSettings(ServerSettings):
     `listen`: address for clients, with the certificate in `public_certs` (default: `certs`).
     `internal_listen`: address for services and operators, which present certificates.
     `oidc_*`: the issuer of tenants' tokens (services/admission/api/oidc.py); without an issuer, tokens are refused.
-    `requests_per_second`: of one tenant.
-    `refusals_per_second`: unauthenticated calls from one address; set 0 behind a proxy, where all share an address.
-    `max_upload_bytes`: of one adapter. Other `max_*` are quotas of tenants without one of their own.
-    `max_crashes`: a task fails when its executors died so often in a row without a step between, and it was alone on
-    the last one.
+    `requests_per_second`: maximum calls of one tenant.
+    `refusals_per_second`: maximum unauthenticated calls from one address; 0 behind a proxy, where all share an address.
+    `max_upload_bytes`: maximum size of one adapter. The other `max_*` are the quota of tenants that have no quota set.
+    `max_crashes`: a task fails when this many of its executors died in a row before it completed a step, and it ran
+    alone on the last one.
     """
 
     database_url: str

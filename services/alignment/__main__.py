@@ -25,8 +25,8 @@ _SEPARATOR = re.compile(r",(?=[A-Za-z0-9._-]+=)")
 class AlignmentSettings(ServerSettings):
     """Settings of the alignment service.
 
-    `backbones`: NAME=FOLDER, separated by commas; `services.execution.prepare_backbone` makes such a folder. Its path
-    may contain commas: a comma separates only before the next NAME=.
+    `backbones`: NAME=FOLDER, separated by commas; `services.execution.prepare_backbone` writes such a folder. A path
+    may contain commas: only a comma before NAME= separates.
     """
 
     artifact_url: str

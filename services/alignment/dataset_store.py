@@ -71,7 +71,7 @@ class DatasetUpload:
         if offset != self._size:
             raise ChecksumMismatchError(f"A chunk has offset {offset}, not {self._size}. Upload the dataset again.")
         if self._size + len(data) > self._announced[0]:
-            raise ChecksumMismatchError(f"More than the announced {self._announced[0]} bytes came. Upload again.")
+            raise ChecksumMismatchError(f"More bytes arrived than the announced {self._announced[0]}. Upload it again.")
         self._hash.update(data)
         self._size += len(data)
         with _temporary_file_errors():
@@ -128,7 +128,7 @@ class DatasetStore:
         self._closing = threading.Event()
 
     def close(self) -> None:
-        """Make work in progress end soon, with UnavailableError."""
+        """End work in progress soon; its callers get UnavailableError."""
         self._closing.set()
 
     def store(self, tenant: str, upload: DatasetUpload) -> StoredDataset:
@@ -174,7 +174,7 @@ class DatasetStore:
                 self._tokenizing.pop(key, None)
 
     def cached(self, tenant: str, sha256: str, backbone: str, training: Training) -> TokenizedDataset | None:
-        """Return what is in the cache; None if `tokenized` would have to work."""
+        """Return the tokenized dataset if it is in the cache, else None."""
         return self._cached(_tokenized_key(tenant, sha256, backbone, training))
 
     def _cached(self, key: TokenizedKey) -> TokenizedDataset | None:
@@ -213,7 +213,7 @@ class DatasetStore:
 
     @contextmanager
     def _downloaded(self, tenant: str, sha256: str) -> Iterator[IO[bytes]]:
-        """Open the dataset's bytes as a temporary file, so that memory holds no dataset whole."""
+        """Open the dataset's bytes as a temporary file, so that memory never holds a whole dataset."""
         digest = hashlib.sha256()
         with _temporary_file_errors():
             file = tempfile.TemporaryFile(prefix="dataset-")  # noqa: SIM115  # closed below

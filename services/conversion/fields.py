@@ -54,7 +54,7 @@ def _has_default(field: "dataclasses.Field[Any]") -> bool:
 def _enum_member(
     kind: type[enum.Enum], descriptor: Any, number: int, path: str, violations: list[FieldViolation]
 ) -> enum.Enum:
-    """Return the member with the name of the proto's value; with a violation, the first one if there is none."""
+    """Return the enum member named like the proto's value; for an unknown value append a violation and return any."""
     members = {number: kind[name] for name, number in _numbers_by_name(descriptor).items()}
     if number not in members:
         choices = ", ".join(f"{number} ({member.name})" for number, member in members.items())

@@ -10,7 +10,7 @@ from services.conversion.fields import fields_to_domain, fields_to_proto
 
 
 def method_to_domain(spec: task_pb2.TaskSpec, path: str, violations: list[FieldViolation]) -> Method | None:
-    """Return the method; None, and append to `violations`, if it is missing."""
+    """Return the method. If it is missing, append a violation and return None."""
     name = spec.WhichOneof("method")
     if name is None or name not in METHODS:
         violations.append(FieldViolation(f"{path}.method", f"is missing; set one of {', '.join(METHODS)}"))

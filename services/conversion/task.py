@@ -48,7 +48,7 @@ def spec_to_domain(spec: task_pb2.TaskSpec, path: str = "spec", method: Method |
 
 
 def _deadline(spec: task_pb2.TaskSpec, path: str, violations: list[FieldViolation]) -> int:
-    """Return microseconds since 1970; 0 if there is no deadline or, with a violation, an invalid one."""
+    """Return microseconds since 1970; 0 without a deadline. An invalid one appends a violation."""
     try:
         return spec.deadline.ToMicroseconds() if spec.HasField("deadline") else 0
     except ValueError:

@@ -3,7 +3,7 @@
 SOURCE is a GGUF file or a Hugging Face folder. DEST becomes a Hugging Face folder with config.json, safetensors,
 tokenizer.json and tokenizer_config.json (the chat template is in it or in a file beside it), which alignment and
 execution read. Only local files are read, and remote code never runs. DEST appears complete or not at all. A SOURCE
-that has all these files is linked, not copied: it must stay where it is.
+that has all these files is linked, not copied: do not move it afterwards.
 """
 
 import argparse

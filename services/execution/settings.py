@@ -15,7 +15,7 @@ class ExecutionSettings(ServerSettings):
     `backbone`: NAME=FOLDER; services.execution.prepare_backbone writes such a folder.
     `executor_name`: the name in the executor's certificate (`muxtune certs FOLDER --executor NAME`).
     `advertise_address`: where scheduling reaches this executor; by default, where it listens.
-    `device`: by default cuda if there is one. `num_threads`: torch's threads on a CPU; by default one for each core.
+    `device`: by default cuda if it is available. `num_threads`: torch's threads on a CPU; by default one for each core.
     `memory_bytes`: how much memory the executor may use; by default all of the device's.
     `activation_checkpointing`: the backbone's layers keep only their inputs and run again in backward, which needs less
     memory and more time and gives the same adapters.

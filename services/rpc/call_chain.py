@@ -146,7 +146,7 @@ class ConcurrencyLimit:
 
 
 class Authentication:
-    """Finds the caller's principal: by its certificate, or else by its token."""
+    """Authenticates the caller by its certificate, or else by its token."""
 
     def __init__(self, authenticate: Authenticate, limiter: UnauthenticatedCallLimiter) -> None:
         self._authenticate, self._limiter = authenticate, limiter

@@ -97,7 +97,7 @@ class RotatingChannel(Generic[Channel]):  # Python 3.11 has no other way
     def renew(self) -> Channel | None:
         """Connect again if the certificates changed, and return the channel to close, if any.
 
-        The present channel stays while the files are no valid certificate.
+        The present channel stays while the files are not a valid certificate.
         """
         try:
             if self._tls is None or (version := self._tls.certificates.version()) == self._version:

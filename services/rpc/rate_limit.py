@@ -32,7 +32,7 @@ class RateLimit:
         return left >= 1
 
     def refund(self, subject: str) -> None:
-        """Take back one call that was counted."""
+        """Return one counted call to the subject's bucket."""
         if self.per_second:
             self._store(subject, self._calls_left(subject) + 1)
 

@@ -46,8 +46,8 @@ async def serve(
 ) -> None:
     """Serve until SIGTERM, SIGINT or `stopping`; then report NOT_SERVING, run `on_stop`, and end calls after the grace.
 
-    `register` adds servicers and returns their full names. The health of `services_with_own_health` is left to the
-    caller, which passes its `health` servicer. Exits with an error message if a port is taken.
+    `register` adds servicers and returns their full names. The caller sets the health of `services_with_own_health`
+    itself, through the `health` servicer that it passes. Exits with an error message if a port is taken.
     """
     parent = os.getppid()
     telemetry = configure(service_name, settings)

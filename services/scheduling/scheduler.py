@@ -122,7 +122,7 @@ class Scheduler:
         self.ledger_snapshot, self.snapshot, self.plan = snapshot, view, Plan(plan.htasks, tuple(explanations))
 
     async def drain(self, name: str) -> None:
-        """Return when the executor has handed back its tasks. Raises NotFoundError if it has no lease."""
+        """Return when the executor has released its tasks. Raises NotFoundError if it has no lease."""
         snapshot = await self._ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest())
         executor = next((executor for executor in snapshot.executors if executor.name == name), None)
         if executor is None:
@@ -188,7 +188,7 @@ class Scheduler:
     def _is_running(self, draft: plan_pb2.ExecutorPlan) -> bool:
         """Return whether the executor was sent an equal plan; such a plan is not sent again.
 
-        The caller first gives a new attempt to a task that was handed back and planned there again.
+        The caller first gives a new attempt to a task that was released and planned there again.
         """
         running = self._running.get(draft.executor)
         return running is not None and _signature(running) == _signature(draft)
@@ -222,8 +222,8 @@ class Scheduler:
 def _tasks_held_by_others(executor: plan_pb2.Executor, snapshot: ledger_pb2.GetSnapshotResponse) -> set[str]:
     """Return the tasks that other executors still hold.
 
-    They start here once they were handed back with their progress at the end of a round. A draining executor is left
-    out: it hands its tasks back by itself, or is gone.
+    They start here after they were released at the end of a round. Tasks of a draining executor are not included: it
+    releases them by itself, or is gone.
     """
     others = {e.name for e in snapshot.executors if e.name != executor.name and not e.draining}
     return {entry.task.name for entry in snapshot.tasks if entry.executor in others}

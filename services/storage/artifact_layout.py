@@ -8,8 +8,8 @@
     {folder}/manifest.json                                        commits the folder
     {folder}/{first 16 digits of the file's SHA-256}/{file}       file of a folder
 
-Tenants, tasks and adapters are written as in services/resource_names.py. `parse` is strict: it returns None for every
-key that lies in nothing that the class makes, and the garbage collector leaves such a key alone.
+Tenants, tasks and adapters are written as in services/resource_names.py. `parse` is strict: it returns None for a
+key that no object of the class contains, and the garbage collector never deletes such a key.
 """
 
 import re
@@ -34,14 +34,14 @@ _UPLOADED = re.compile(
 
 @dataclass(frozen=True)
 class DatasetObject:
-    """Bytes of a tenant's dataset, by their hash. Raises InvalidInputError for what is no tenant or no SHA-256."""
+    """Bytes of a tenant's dataset, by their hash. Raises InvalidInputError for an invalid tenant or SHA-256."""
 
     tenant: str
     sha256: str
 
     def __post_init__(self) -> None:
         if not is_tenant(self.tenant) or not _SHA256.fullmatch(self.sha256):
-            raise InvalidInputError.of_field("sha256", f'"{self.sha256}" of "{self.tenant}" names no dataset')
+            raise InvalidInputError.of_field("sha256", f'"{self.sha256}" of "{self.tenant}" is not a dataset')
 
     @property
     def key(self) -> str:
@@ -156,6 +156,6 @@ def file_key(folder: str, name: str, sha256: str) -> str:
 
 
 def check_key(key: str) -> None:
-    """Raises InvalidInputError for an absolute path, "." or "..", and a character that no key has."""
+    """Raises InvalidInputError for an absolute path, "." or "..", and an invalid character."""
     if not _KEY.fullmatch(key) or ".." in key.split("/") or "." in key.split("/"):
-        raise InvalidInputError.of_field("key", f'"{key}" is no key of the artifact store')
+        raise InvalidInputError.of_field("key", f'"{key}" is not a key of the artifact store')

@@ -102,8 +102,8 @@ class AdapterRpcs:
         return pb.DeleteAdapterResponse()
 
     def _check_quota(self, tenant: str, header: artifact_pb2.UploadHeader) -> None:
-        """Check the quota before files are received, unless the adapter may exist already: its contents decide that
-        later. Raises QuotaExceededError."""
+        """Check the quota before files are received. An upload that may repeat an earlier one is checked after its
+        files are known. Raises QuotaExceededError."""
         name = str(ResourceName(tenant, "adapters", header.id))
         with self._database.read() as connection:
             is_repeated = idempotency.has_request(connection, tenant, header.request_id)

@@ -15,7 +15,7 @@ from services.resource_names import check_tenant
 
 
 class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
-    """`default`: the quota of tenants without one of their own."""
+    """Serves quotas, usage and the audit log. `default`: the quota of tenants that have none set."""
 
     def __init__(self, database: Database, default: pb.Quota, notifier: ChangeNotifier) -> None:
         self._database, self._default, self._notifier = database, default, notifier

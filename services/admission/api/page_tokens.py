@@ -1,6 +1,6 @@
 """Page tokens: the start of the next page, bound to the query of the page before.
 
-The binding detects mistakes, not forgeries: wherever a page begins, it holds only what its caller may see.
+The binding detects mistakes, not forgeries: a forged token shows its caller nothing that the caller may not see.
 """
 
 import base64

@@ -35,7 +35,7 @@ from services.storage.artifact_store import ArtifactStore
 
 _COLLECTED_RESULTS = ("checkpoint_committed", "finished", "failed")
 _MAX_LEASE_SECONDS = 86_400.0
-_HINT_SECONDS = 0.025  # changes within it share one message: a message for each create costs as much as the create
+_HINT_SECONDS = 0.025  # changes in this time share one message: a message for each new task costs as much as the task
 _log = logging.getLogger(__name__)
 
 
@@ -96,7 +96,9 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
     @property
     def _ledger(self) -> Ledger:
         if self._leading is None:
-            raise UnavailableError("this admission does not lead the ledger: another one does, or will soon; try again")
+            raise UnavailableError(
+                "this replica of admission does not lead the ledger: another one does or will soon; try again"
+            )
         return self._leading
 
     async def WatchChanges(
@@ -110,7 +112,7 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
                 yield ledger_pb2.WatchChangesResponse(revision=revision)
                 await asyncio.sleep(_HINT_SECONDS)
                 await changed.wait()
-        raise UnavailableError("this admission is stopping or no longer leads the ledger: watch again")
+        raise UnavailableError("this replica of admission is stopping or no longer leads the ledger: watch again")
 
     async def GetSnapshot(self, request: ledger_pb2.GetSnapshotRequest, context: Any) -> ledger_pb2.GetSnapshotResponse:
         await self.end_expired_leases()

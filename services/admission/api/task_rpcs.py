@@ -43,7 +43,7 @@ class TaskRpcs:
         evaluated: AdmittedTask | None = None
 
         def create(connection: sa.Connection) -> task_pb2.Task | ResolvedTask:
-            """Store the task if it was evaluated as the database now resolves it; return what to evaluate otherwise."""
+            """Store the task if nothing changed since its evaluation; otherwise return the task to evaluate again."""
             if existing := idempotency.find_resource(connection, tenant, request.request_id, "CreateTask", body):
                 return tasks.get_task(connection, existing)
             name = new_name(tenant, "tasks", request.task_id, "task_id")
@@ -109,7 +109,7 @@ class TaskRpcs:
 
     async def _commit(self, change: Callable[[sa.Connection], T]) -> T:
         """Commit the change of a task and its audit event in one transaction, then wake its watchers. A change that
-        returns something else than a task has changed none."""
+        does not return a task has changed no task."""
         call = current_call()
 
         def change_and_audit(connection: sa.Connection) -> T:

@@ -69,7 +69,7 @@ class GarbageCollector:
         return {folder for folder in folders if folder is not None}
 
     def _collect_task(self, name: str, folders: set[TaskFolder]) -> int:
-        # Read the row after listing the folders: no folder is of an attempt that began since.
+        # Read the row after listing the folders, so that no listed folder belongs to a later attempt.
         with self._database.read() as connection:
             row = connection.execute(sa.select(tasks).where(tasks.c.name == name)).one_or_none()
             query = sa.select(adapters.c.manifest_key).where(adapters.c.name == adapter_of_task(name))
@@ -92,7 +92,8 @@ def _unneeded_checkpoints(row: Any, folders: set[CheckpointFolder]) -> set[Check
         return folders
     recorded = event_pb2.CheckpointCommitted.FromString(row.checkpoint or b"")
     earlier = sorted(folder for folder in folders if row.checkpoint and folder.step < recorded.step)
-    needed = {CheckpointFolder.parse(recorded.manifest_key), *earlier[-1:]}  # the last one: the recorded may be corrupt
+    # The one before it, too, because the recorded one may be corrupt.
+    needed = {CheckpointFolder.parse(recorded.manifest_key), *earlier[-1:]}
     return {folder for folder in folders - needed if folder in earlier or folder.attempt < row.attempt}
 
 

@@ -14,7 +14,7 @@ from services.admission.store.tables import tasks as tasks_table
 
 
 def list_suspects(connection: sa.Connection, executor: str) -> set[str]:
-    """Return those of the executor's tasks whose last executor died."""
+    """Return the executor's suspects: tasks that have not completed a step since an executor died with them."""
     query = sa.select(tasks_table.c.name).where(tasks_table.c.executor == executor, tasks_table.c.crashes > 0)
     return set(connection.execute(query).scalars())
 

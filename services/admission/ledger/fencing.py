@@ -38,8 +38,8 @@ class FencedDatabase:
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """Open a transaction. Raises UnavailableError if another process has acquired the ledger; none can during the
-        transaction, because there is one writer at a time."""
+        """Open a transaction. Raises UnavailableError if another process has acquired the ledger. No process can
+        acquire it during the transaction, because there is one writer at a time."""
         with self._database.write() as connection:
             if (newest := _term(connection)) != self.term:
                 raise UnavailableError(

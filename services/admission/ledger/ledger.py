@@ -34,8 +34,8 @@ from services.rpc.authorization import Principal, Role
 class Ledger:
     """Creating a Ledger acquires it: commits of earlier Ledgers raise UnavailableError from then on.
 
-    `monotonic` is the clock of leases. `quota` applies to tenants without one of their own. A task fails when executors
-    died with it `max_crashes` times in a row without a step between, and it was alone on the last one.
+    `monotonic` is the clock of leases. `quota` applies to tenants that have none set. A task fails when `max_crashes`
+    of its executors died in a row before it completed a step, and it ran alone on the last one.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Ledger:
 
     def put_lease(self, executor: plan_pb2.Executor, seconds: float) -> tuple[int, list[str]]:
         """Register an incarnation (lease term 0) or renew its lease. Return the term, and the tasks whose attempts were
-        revoked from the incarnation before. Raises LeaseLostError; see PutLease."""
+        revoked from the previous incarnation. Raises LeaseLostError; see PutLease."""
         with self._database.write() as connection:
             row, term = self._row(connection, executor.name), executor.lease_term
             revoked: list[str] = []

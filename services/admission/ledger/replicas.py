@@ -23,8 +23,8 @@ SESSION = "muxtune replica"  # as pg_stat_activity names it
 _CHANNEL, _ALL_NAMES = "muxtune_changes", "*"
 _LEADER_LOCK = 0x6D7579
 _HEARTBEAT_SECONDS = 0.5  # interval at which a replica tries to get the lock, or shows that it is alive
-_SESSION_TIMEOUT_SECONDS = 6  # of silence, after which the server ends a session
-_POLL_SECONDS = 10.0  # a notice is lost if its sender dies: waiters read that often anyway
+_SESSION_TIMEOUT_SECONDS = 6  # the server ends a session that is silent for longer
+_POLL_SECONDS = 10.0  # interval at which all waiters read the database, because a notice is lost if its sender dies
 _MAX_PAYLOAD_BYTES = 7_900  # NOTIFY accepts less than 8000
 _MAX_NAME_CHARACTERS, _MAX_PENDING = 300, 1_000  # executors may send any names
 _log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class SingleReplica:
 
 
 async def _hold_lock(session: "psycopg.AsyncConnection[Any]", is_held: bool) -> bool:
-    """Return whether this session holds the lock, after trying to get it. Every call shows the server that we live."""
+    """Try to get the lock; return whether this session holds it. Each call shows the server that we are connected."""
     async with asyncio.timeout(_SESSION_TIMEOUT_SECONDS / 2):
         if is_held:
             await session.execute("SELECT 1")

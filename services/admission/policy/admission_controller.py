@@ -24,7 +24,7 @@ from services.admission.store.tables import datasets, executors
 from services.rpc.authorization import Principal, authorize, denied
 from services.storage.artifact_store import ArtifactStore
 
-# One statement, because each of the two alone takes as long.
+# One statement for both: its time is the time of one.
 _QUOTA_AND_VERSION = PreparedStatement(
     sa.select(
         sa.select(tables.quotas.c.quota)
@@ -37,7 +37,7 @@ _QUOTA_AND_VERSION = PreparedStatement(
         .label("version"),
     )
 )
-# All that ever registered: one that is away for now still reports the limits of its backbone.
+# All executors that ever registered: also one without a lease has the limits of its backbone.
 _EXECUTORS = PreparedStatement(sa.select(executors.c.executor))
 _MAX_SPEC_BYTES = 256 << 10  # every scheduling cycle parses it again
 
@@ -65,7 +65,7 @@ class DefaultQuota:
 
 @dataclass(frozen=True)
 class ResolvedTask:
-    """A requested task with what the database holds of it: the spec with the dataset's version, the key of the initial
+    """A requested task with the rows that it refers to: the spec with the dataset's version, the key of the initial
     adapter's manifest, and all executors (serialized plan.Executor)."""
 
     spec: task_pb2.TaskSpec
@@ -75,7 +75,7 @@ class ResolvedTask:
 
 @dataclass(frozen=True)
 class AdmittedTask:
-    """A task that may be stored as long as the database resolves it to the same, and its estimate."""
+    """A task and its estimate. It may be stored while `resolve` still returns an equal ResolvedTask."""
 
     resolved: ResolvedTask
     estimate: task_pb2.TaskEstimate
@@ -105,7 +105,7 @@ class AdmissionController:
         return _admit(task, domain, estimate)
 
     def evaluate_from_cache(self, principal: Principal, task: ResolvedTask) -> AdmittedTask | None:
-        """Return what `evaluate` would, or None if that needs alignment or the artifact store."""
+        """Return the result of `evaluate`, or None if that would call alignment or the artifact store."""
         if task.initial_adapter_key:
             return None
         cached = self._estimator.estimate_from_cache(str(principal.tenant), task.spec, task.executors)

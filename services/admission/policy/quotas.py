@@ -38,7 +38,7 @@ def today() -> int:
 
 
 def get_quota(connection: sa.Connection, tenant: str, default: operator_pb2.Quota) -> operator_pb2.Quota:
-    """Return the tenant's limits; the service's apply where the tenant has none of its own."""
+    """Return the tenant's limits; the service's default applies to each limit that the tenant has not set."""
     row = _QUOTA.fetch_first(connection, tenant=tenant)
     return merge_quota(default, row.quota if row else None)
 
@@ -124,7 +124,7 @@ def list_exhausted_tenants(connection: sa.Connection, default: operator_pb2.Quot
 
 
 def merge_quota(default: operator_pb2.Quota, tenant_quota: bytes | None) -> operator_pb2.Quota:
-    """Return the service's limits, replaced by those that a tenant has of its own (a serialized Quota, or None)."""
+    """Return the service's limits, replaced by those that the tenant has set (a serialized Quota, or None)."""
     merged = operator_pb2.Quota()
     merged.CopyFrom(default)
     merged.MergeFromString(tenant_quota or b"")
@@ -132,11 +132,11 @@ def merge_quota(default: operator_pb2.Quota, tenant_quota: bytes | None) -> oper
 
 
 def _describe_exhausted(row: Any, quota: operator_pb2.Quota) -> str:
-    """Return a phrase on the limit of the day that the usage has reached, or ""."""
+    """Return the daily limit that the usage has reached, as a phrase, or ""."""
     if 0 < quota.max_tokens_per_day <= row.effective_tokens:
-        return f"trained {row.effective_tokens} tokens today, of {quota.max_tokens_per_day}"
+        return f"has trained {row.effective_tokens} tokens today; at most {quota.max_tokens_per_day}"
     if 0 < quota.max_device_seconds_per_day <= row.device_seconds:
-        return f"used {row.device_seconds:.0f} device seconds today, of {quota.max_device_seconds_per_day:g}"
+        return f"has used {row.device_seconds:.0f} device seconds today; at most {quota.max_device_seconds_per_day:g}"
     return ""
 
 
@@ -151,7 +151,7 @@ def check_budget(budget: budget_pb2.Budget) -> None:
 
 
 def describe_spent_budget(budget: budget_pb2.Budget, progress: task_pb2.TaskProgress) -> str:
-    """Return a sentence on the limit of the task's budget that is used up, or ""."""
+    """Return the limit of the task's budget that is used up, as a sentence, or ""."""
     if 0 < budget.max_tokens <= progress.effective_tokens:
         return f"the budget of {budget.max_tokens} tokens is used up"
     if 0 < budget.max_device_seconds <= progress.device_seconds:

@@ -24,7 +24,7 @@ from services.conversion.plan import executor_to_view
 from services.conversion.task import spec_to_domain
 
 INSPECT_SECONDS = 120.0
-_CACHE_SECONDS, _MAX_CACHED = 60.0, 1024  # an alignment of another version may read the data otherwise
+_CACHE_SECONDS, _MAX_CACHED = 60.0, 1024  # after an upgrade alignment may read the data differently
 _MAX_CACHED_METHOD_BYTES = 4096  # the size of a task's spec up to which its method is cached
 # Fields that affect neither data nor time nor bytes.
 _IRRELEVANT_FIELDS = ("labels", "priority", "deadline", "budget", "initial_adapter", "dataset")
@@ -54,7 +54,7 @@ class TaskEstimator:
     def estimate_from_cache(
         self, tenant: str, spec: task_pb2.TaskSpec, executors: Sequence[bytes]
     ) -> tuple[TaskSpec, task_pb2.TaskEstimate] | None:
-        """Return what `estimate` would, or None unless a task that differs in optimizer fields only is cached."""
+        """Return the result of `estimate` if a task that differs in optimizer fields only is cached, else None."""
         cached = self._estimates.get(_cache_key(tenant, _without_irrelevant_fields(spec), executors))
         if cached is None:
             return None
@@ -70,7 +70,7 @@ class TaskEstimator:
         """Return the task as the engine's type, and its estimate. `spec` names the dataset's version; `executors` are
         serialized plan.Executor messages.
 
-        Raises InvalidInputError, WillNeverFitError and what alignment refuses the data with.
+        Raises InvalidInputError, WillNeverFitError, and alignment's error if it refuses the data.
         """
         if (cached := self.estimate_from_cache(tenant, spec, executors)) is not None:
             return cached

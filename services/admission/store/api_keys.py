@@ -60,7 +60,7 @@ class KeyStore:
             if self._row(connection, key_id).revoked is None:
                 connection.execute(sa.update(api_keys).where(api_keys.c.id == key_id).values(revoked=now()))
             row = self._row(connection, key_id)
-        self._cache = {}  # a new one: reads in flight fill the old one
+        self._cache = {}  # a new dict, because reads in flight still fill the old one
         return row
 
     async def authenticate(self, token: str) -> Principal:

@@ -35,14 +35,14 @@ class Dialect(Protocol):
     engine: sa.Engine
 
     def begin(self, *, blocking: bool) -> AbstractContextManager[sa.Connection]:
-        """Open a transaction of the only writer, over all processes. Raises BlockingIOError where it would have to
-        wait although `blocking` is false."""
+        """Open a transaction of the only writer, over all processes. With `blocking` false, raises BlockingIOError
+        instead of waiting."""
 
     def lock_exclusively(self, connection: sa.Connection, key: str) -> None:
         """Wait until no other process has locked the key; lock it until the transaction ends."""
 
     def try_lock_shared(self, connection: sa.Connection, key: str) -> bool:
-        """Lock the key against exclusive locks until the transaction ends; return False where one exists."""
+        """Lock the key against exclusive locks until the transaction ends; return False if one exists."""
 
     def notify(self, channel: str, payloads: Iterable[str]) -> None:
         """Send the payloads to all processes that listen on the channel."""
@@ -72,8 +72,8 @@ class Database:
         self._writes = self._dialect.queue_writes(self.write)
 
     def migrate(self, revision: str = "head") -> None:
-        """Bring the schema to this code's revision, or to an older one, from nothing if need be. The migration is one
-        transaction, and of several services one migrates at a time."""
+        """Migrate the schema to `revision`, also from an empty database. The migration is one transaction, and only one
+        process migrates at a time."""
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS))
         with self.write() as connection:
@@ -87,8 +87,8 @@ class Database:
 
     @contextmanager
     def write(self, *, blocking: bool = True) -> Iterator[sa.Connection]:
-        """Commit when the block ends, roll back if it raises. Raises BlockingIOError where it would have to wait for
-        another writer although `blocking` is false."""
+        """Commit when the block ends, roll back if it raises. With `blocking` false, raises BlockingIOError instead of
+        waiting for another writer."""
         with (
             self._translate_errors(),
             self._hold_write_lock(blocking),
@@ -100,13 +100,13 @@ class Database:
 
     @contextmanager
     def lock_exclusively(self, key: str) -> Iterator[sa.Connection]:
-        """Open a transaction that reads, while no other process holds a lock of the key. Waits for those that do."""
+        """Wait until no process holds a lock of the key, then open a reading transaction that locks it exclusively."""
         with self._translate_errors(), self._engine.begin() as connection:
             self._dialect.lock_exclusively(connection, key)
             yield connection
 
     def try_lock_shared(self, connection: sa.Connection, key: str) -> bool:
-        """Keep exclusive locks of the key away until the transaction ends; return False where one exists."""
+        """Lock the key against exclusive locks until the transaction ends; return False if one exists."""
         return self._dialect.try_lock_shared(connection, key)
 
     @property
@@ -168,7 +168,7 @@ class Database:
 
 
 def _to_unavailable(error: Exception) -> UnavailableError | None:
-    """Return the error that callers receive; None where the database itself works."""
+    """Return the error that callers receive; None if the database itself works."""
     if isinstance(error, sa.exc.TimeoutError):
         return UnavailableError("the database is busy: no connection became free in time; try again")
     cause: BaseException | None = error

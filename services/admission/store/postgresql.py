@@ -14,7 +14,7 @@ _IDLE_TRANSACTION_SECONDS = 10
 
 
 class PostgresqlDialect:
-    """Batches reads and changes each on a thread, so that many calls share one way to the server."""
+    """Batches reads and changes each on a thread, so that many calls share one thread switch and one connection."""
 
     is_shared = True
     driver_errors: tuple[type[Exception], ...] = ()

@@ -1,7 +1,7 @@
-"""Prepared statements of the busiest calls, compiled once: SQLAlchemy takes four times as long to run one as SQLite.
+"""Prepared statements of the busiest calls, compiled once: SQLAlchemy takes four times as long as SQLite to run one.
 
-On SQLite the driver gets the compiled text. On PostgreSQL, where the way to the server takes longer than that,
-SQLAlchemy runs the statement.
+On SQLite the driver gets the compiled text. On PostgreSQL SQLAlchemy runs the statement, because the round trip to
+the server takes longer than that.
 """
 
 from collections import namedtuple

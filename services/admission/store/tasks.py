@@ -149,7 +149,7 @@ def list_events(connection: sa.Connection, name: str, sequence: int, limit: int)
 def list_page(
     connection: sa.Connection, tenant: str, states: Sequence[TaskState], before: tuple[int, str] | None, limit: int
 ) -> Sequence[Any]:
-    """Return the tenant's tasks in these states (none: in any), newest first. `before`: (created, name) of the last
+    """Return the tenant's tasks in these states (empty: in any), newest first. `before`: (created, name) of the last
     task of the page before."""
     query = sa.select(tasks).where(tasks.c.tenant == tenant).order_by(tasks.c.created.desc(), tasks.c.name.desc())
     if states:

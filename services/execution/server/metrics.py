@@ -10,7 +10,7 @@ from services.telemetry import meter
 class ExecutorMetrics:
     """Counts tokens, steps, device seconds and ended attempts by backbone.
 
-    There are thousands of tenants and tasks, so they are no attributes; each task's progress has its own counts.
+    Tenants and tasks are not attributes, because there are thousands; each task's progress has separate counts.
     """
 
     def __init__(self, backbone: str) -> None:

@@ -1,6 +1,6 @@
 """Detects a trainer that hangs while it has work. Pure: the caller passes the time."""
 
-_MAX_OVERSLEEP = 3.0  # intervals between two checks: this process was stopped too, and has unread messages
+_MAX_OVERSLEEP = 3.0  # in intervals; after a longer sleep this process was stopped too, and has unread messages
 
 
 class Watchdog:

@@ -68,15 +68,15 @@ HOSTILE: list[tuple[str, Any, type[Exception], str]] = [
         "longer",
         upload(TEN_ROWS + b"\n", size_bytes=len(TEN_ROWS), sha256=SHA),
         ChecksumMismatchError,
-        "More than the announced",
+        "than the announced",
     ),
     ("other bytes", upload(TEN_ROWS, sha256="0" * 64), ChecksumMismatchError, "SHA-256"),
     ("no checksum", upload(TEN_ROWS, sha256=""), ChecksumMismatchError, "announced"),
-    ("negative size", upload(TEN_ROWS, size_bytes=-1), ChecksumMismatchError, "More than the announced"),
+    ("negative size", upload(TEN_ROWS, size_bytes=-1), ChecksumMismatchError, "than the announced"),
     ("over the limit", upload(b"x", size_bytes=MAX_DATASET_BYTES + 1), QuotaExceededError, str(MAX_DATASET_BYTES)),
     ("no tenant", upload(TEN_ROWS, tenant=""), InvalidInputError, "out of order"),
-    ("a tenant that climbs", upload(TEN_ROWS, tenant="tenants/../../etc"), InvalidInputError, "names no dataset"),
-    ("a tenant that is a dot", upload(TEN_ROWS, tenant="tenants/.."), InvalidInputError, "names no dataset"),
+    ("a tenant that climbs", upload(TEN_ROWS, tenant="tenants/../../etc"), InvalidInputError, "is not a dataset"),
+    ("a tenant that is a dot", upload(TEN_ROWS, tenant="tenants/.."), InvalidInputError, "is not a dataset"),
     ("nothing", [], InvalidInputError, "missing"),
     ("a chunk first", [chunk(0, b"x")], InvalidInputError, "out of order"),
     ("an empty message", [pb.StoreDatasetRequest()], InvalidInputError, "out of order"),
@@ -235,7 +235,7 @@ async def test_inspection_refuses_an_unknown_backbone_and_an_invalid_name(alignm
     with pytest.raises(InvalidInputError, match="available: tiny"):
         await alignment.stub.InspectDataset(request)
     for sha256 in ("", "../secret", SHA.upper(), "0" * 63):
-        with pytest.raises(InvalidInputError, match="names no dataset"):
+        with pytest.raises(InvalidInputError, match="is not a dataset"):
             await alignment.stub.InspectDataset(_inspect(sha256))
 
 

@@ -112,7 +112,7 @@ def test_only_a_manifest_has_a_folder(key: str) -> None:
 @pytest.mark.parametrize(("tenant", "sha256"), [("tenants/..", "0" * 64), ("", "0" * 64), ("tenants/a", "../x"),
                                                 ("tenants/a", "A" * 64), ("tenants/a\n", "0" * 64)])  # fmt: skip
 def test_a_dataset_needs_a_tenant_and_a_hash(tenant: str, sha256: str) -> None:
-    with pytest.raises(InvalidInputError, match="names no dataset"):
+    with pytest.raises(InvalidInputError, match="is not a dataset"):
         DatasetObject(tenant, sha256)
 
 

@@ -1,4 +1,4 @@
-"""Quotas and accounts of tenants; an audit log that only grows"""
+"""Create quotas and usage of tenants, and an append-only audit log."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -45,7 +45,7 @@ def upgrade() -> None:
 
 
 def _guards(dialect: str) -> list[str]:
-    """Triggers that refuse whatever is not an insert."""
+    """Return triggers that refuse everything but inserts."""
     if dialect == "sqlite":
         return [
             f"CREATE TRIGGER audit_events_no_{verb.lower()} BEFORE {verb} ON audit_events "

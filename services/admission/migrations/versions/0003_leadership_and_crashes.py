@@ -1,4 +1,4 @@
-"""Which scheduler leads, and how often a task's executors died"""
+"""Store the leading scheduler, and the number of times that a task's executors died."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,5 +1,4 @@
-"""Tasks from before `parse_special_tokens` read their rows' special tokens as such, and go on so: to its end each reads
-the same tokens, though a new task's default is otherwise"""
+"""Set `parse_special_tokens` on existing tasks, so that they read the same tokens as before; its default is false."""
 
 import sqlalchemy as sa
 from alembic import op
