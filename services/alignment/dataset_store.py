@@ -27,7 +27,7 @@ from engine.errors import (
     UnavailableError,
 )
 from engine.task import Affects, Training, values_affecting
-from services.alignment.tenant_fairness import ComputeSlot, FairQueue
+from services.alignment.fair_queue import ComputeSlot, FairQueue
 from services.storage.artifact_layout import DatasetObject
 from services.storage.artifact_store import ArtifactStore
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TypeVar, TypeVarTuple
 from weakref import WeakValueDictionary
 
-_NUM_LONG_THREADS, _NUM_SHORT_THREADS = 64, 8  # most long threads wait for a slot of tenant_fairness.FairQueue
+_NUM_LONG_THREADS, _NUM_SHORT_THREADS = 64, 8  # most long threads wait for a slot of fair_queue.FairQueue
 _NUM_LONG_CALLS_PER_TENANT = 4
 
 T = TypeVar("T")

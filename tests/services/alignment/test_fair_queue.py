@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from engine.alignment.tokenizer import BackboneTokenizer, EncodedPieces, TextPiece
 from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import dataset_pb2
-from services.alignment.tenant_fairness import FairQueue
+from services.alignment.fair_queue import FairQueue
 from tests.services.alignment.conftest import TASK, TEN_ROWS, TENANT, Alignment, lines, training
 from tests.thoroughness import examples
 
