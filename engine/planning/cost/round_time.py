@@ -70,14 +70,42 @@ class RoundTimes:
 
 def round_times(tokens_X: Floats, extra_X: Floats, held_X: Floats, longest_X: Floats, stage: StageModel) -> RoundTimes:
     """Return the round times of hTasks with these totals of tokens and extra seconds; a microbatch holds `held_X`."""
-    fewest_X = np.maximum(1, np.ceil(tokens_X / np.maximum(held_X, 1) - 1e-9))
-    number_XJ: Floats = fewest_X[..., None] + np.arange(2.0 * stage.num_stages - 1)
-    profile, other_stages = stage.profile, stage.num_stages - 1
-    busy_XJ = np.maximum(tokens_X[..., None], number_XJ * profile.knee_tokens)
-    base_XJ = profile.fixed_seconds * number_XJ + profile.token_seconds * busy_XJ
-    work_XJ = (base_XJ + extra_X[..., None]) / stage.num_stages
-    latency_XJ = work_XJ * (1 + other_stages / number_XJ) + 2 * other_stages * stage.hop_seconds
+    number_XJ: Floats = fewest_microbatches(tokens_X, held_X)[..., None] + np.arange(2.0 * stage.num_stages - 1)
+    work_XJ, latency_XJ = _work_and_latency(number_XJ, tokens_X, extra_X, stage)
     if not stage.interleaves:
         work_XJ = latency_XJ.copy()
     work_XJ[held_X < longest_X] = np.inf
     return RoundTimes(number_XJ, work_XJ, latency_XJ)
+
+
+def fewest_microbatches(tokens_X: Floats, held_X: Floats) -> Floats:
+    """Return the fewest microbatches that hold these tokens."""
+    fewest_X: Floats = np.maximum(1, np.ceil(tokens_X / np.maximum(held_X, 1) - 1e-9))
+    return fewest_X
+
+
+def least_latency(tokens_X: Floats, extra_X: Floats, fewest_X: Floats, most: float, stage: StageModel) -> Floats:
+    """Return the least latency [X] over all numbers of microbatches from `fewest_X` to `most`.
+
+    Below and above the knee, latency is a n + b + c / n in the number n: convex, and so is the larger of the two. Its
+    least is at an end, at the least of either, or where they meet; n is whole, so next to it.
+    """
+    profile, other_stages = stage.profile, stage.num_stages - 1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        below_X = np.sqrt(other_stages * (profile.token_seconds * tokens_X + extra_X) / profile.fixed_seconds)
+        per_microbatch = profile.fixed_seconds + profile.token_seconds * profile.knee_tokens
+        above_X = np.sqrt(other_stages * extra_X / per_microbatch)
+        knee_X = tokens_X / profile.knee_tokens
+    whole = [np.nan_to_num(round_(x), nan=most) for x in (below_X, above_X, knee_X) for round_ in (np.floor, np.ceil)]
+    number_XJ = np.stack([fewest_X, np.full_like(fewest_X, most), *whole], axis=-1)
+    _, latency_XJ = _work_and_latency(np.clip(number_XJ, fewest_X[..., None], most), tokens_X, extra_X, stage)
+    least_X: Floats = latency_XJ.min(axis=-1)
+    return least_X
+
+
+def _work_and_latency(number_XJ: Floats, tokens_X: Floats, extra_X: Floats, stage: StageModel) -> tuple[Floats, Floats]:
+    profile, other_stages = stage.profile, stage.num_stages - 1
+    busy_XJ = np.maximum(tokens_X[..., None], number_XJ * profile.knee_tokens)
+    base_XJ = profile.fixed_seconds * number_XJ + profile.token_seconds * busy_XJ
+    work_XJ = (base_XJ + extra_X[..., None]) / stage.num_stages
+    return work_XJ, work_XJ * (1 + other_stages / number_XJ) + 2 * other_stages * stage.hop_seconds

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.planning.cost.cost_model import base_seconds
-from engine.planning.cost.round_time import StageModel, StepCost, round_times
+from engine.planning.cost.round_time import StageModel, StepCost, fewest_microbatches, least_latency, round_times
 from engine.planning.fusion.local_search import improve_partition, shuffle_keeping_groups
 from engine.planning.fusion.task_groups import AllSubsets, CandidateGroups, ContiguousRuns, FixedPartition
 
@@ -83,8 +83,8 @@ def fuse_as(partition: Sequence[Sequence[StepCost]], stage: StageModel) -> Fusio
 def lower_bound_seconds(tasks: Sequence[StepCost], stage: StageModel) -> float:
     """Return a lower bound of every partition's period.
 
-    All tokens pass every stage in at least the fewest microbatches possible, and an hTask's round takes at least as
-    long as that of any one of its tasks alone.
+    All tokens pass every stage in at least the fewest microbatches possible. An hTask's round takes at least as long as
+    that of any one of its tasks alone, with any number of microbatches that the hTask may have.
     """
     if not tasks:
         return 0.0
@@ -92,8 +92,10 @@ def lower_bound_seconds(tasks: Sequence[StepCost], stage: StageModel) -> float:
     fewest = max(1, math.ceil(tokens / max(stage.held_tokens(task.token_bytes) for task in tasks) - 1e-9))
     work = base_seconds(stage.profile, tokens, fewest) + sum(task.extra_seconds for task in tasks)
     alone = FixedPartition([[task] for task in tasks], stage)
-    rounds = round_times(alone.tokens_G, alone.extra_G, alone.held_G, alone.longest_G, stage)
-    return max(work / stage.num_stages, float(rounds.latency_XJ.min(axis=1).max()))
+    fewest_G = fewest_microbatches(alone.tokens_G, alone.held_G)
+    most = float(fewest_microbatches(np.array(tokens), alone.held_G.min())) + 2 * (stage.num_stages - 1)
+    latency_G = least_latency(alone.tokens_G, alone.extra_G, fewest_G, most, stage)
+    return max(work / stage.num_stages, float(latency_G.max()))
 
 
 def _alternate(tasks: Sequence[StepCost]) -> list[StepCost]:

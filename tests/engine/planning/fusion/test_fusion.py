@@ -222,6 +222,14 @@ def test_all_runs_of_an_order_are_tried(tasks: list[StepCost], stage: StageModel
     assert fuse_intervals(ordered, stage).period_seconds == pytest.approx(best, rel=0.01)
 
 
+def test_the_bound_allows_the_microbatches_of_an_htask_to_each_of_its_tasks() -> None:
+    """Together these two may have four microbatches, the larger alone three: the bound was above their period."""
+    tasks = named([StepCost("", 16, longest_tokens=16, token_bytes=2.0), StepCost("", 497, longest_tokens=16)])
+    stage = StageModel(CostProfile(0.0, 1.0, 0.0), 1024, 1024.0, num_stages=2)
+    assert fuse(tasks, stage).period_seconds == pytest.approx(320.625)
+    assert lower_bound_seconds(tasks, stage) <= 320.625
+
+
 @given(st.lists(TASKS, min_size=1, max_size=40), STAGES)
 @settings(max_examples=examples(100), deadline=None)
 def test_no_partition_is_under_the_bound(tasks: list[StepCost], stage: StageModel) -> None:
