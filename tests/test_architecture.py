@@ -199,12 +199,12 @@ def test_no_module_level_state() -> None:
     assert offenders(paths, lambda path: mutable_globals(path.read_text())) == {}
 
 
-def test_cuda_is_no_package() -> None:
+def test_cuda_is_not_a_package() -> None:
     """An __init__.py there would shadow NVIDIA's `cuda` namespace, which CuPy imports."""
     assert not (ROOT / "cuda" / "__init__.py").exists()
 
 
-def test_tests_are_no_packages() -> None:
+def test_tests_are_not_packages() -> None:
     assert list((ROOT / "tests").rglob("__init__.py")) == []
 
 

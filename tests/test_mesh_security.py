@@ -69,7 +69,7 @@ def test_keys_lie_where_their_owner_alone_reads_them(mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize("service", START_ORDER)
-def test_nobody_gets_in_in_plain_text_or_without_a_certificate(mesh: Mesh, service: str) -> None:
+def test_no_connection_in_plain_text_or_without_a_certificate(mesh: Mesh, service: str) -> None:
     roots = grpc.ssl_channel_credentials(mesh.ca.read_bytes())
     options = [("grpc.ssl_target_name_override", service)]
     doors = [mesh.addresses[service]] if service != "admission" else [mesh.addresses["admission_internal"]]
@@ -103,7 +103,7 @@ def test_the_public_door_describes_nothing_and_serves_clients_alone(mesh: Mesh) 
         nobody.list_backbones()
 
 
-def test_a_service_is_no_tenant_whatever_key_it_brings(mesh: Mesh) -> None:
+def test_a_service_is_not_a_tenant_with_any_key(mesh: Mesh) -> None:
     """At the inner door the certificate counts alone: neither a tenant's key nor a name in metadata adds anything."""
     brought = (("authorization", f"Bearer {mesh.api_key}"), ("x-muxtune-tenant", "tenants/default"))
     for name in ("executors/local", "alignment", "operator", "scheduling"):
@@ -221,7 +221,7 @@ def test_an_operator_makes_keys_with_roles_and_ends_them(mesh: Mesh, monkeypatch
         client.list_tasks().__next__()
 
 
-def test_plans_are_the_operators(mesh: Mesh) -> None:
+def test_only_the_operator_reads_plans(mesh: Mesh) -> None:
     with mesh.operator_channel("scheduling") as channel:
         scheduling_pb2_grpc.SchedulingServiceStub(channel).GetPlan(scheduling_pb2.GetPlanRequest(), timeout=10)
         with pytest.raises(grpc.RpcError) as refused:

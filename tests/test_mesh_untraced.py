@@ -11,7 +11,7 @@ ROWS = [{"prompt": f"fox {i}", "completion": " jumps over" * (1 + i % 4)} for i 
 QUICK = {"execution": {"MUXTUNE_NUM_THREADS": "1", "MUXTUNE_CALIBRATION_SECONDS": "0.1"}}
 
 
-def test_tasks_end_as_ever_and_every_service_stops_when_told(tmp_path: Path) -> None:
+def test_tasks_end_and_services_stop_with_a_silent_collector(tmp_path: Path) -> None:
     backbone = write_backbone(tmp_path / "tiny")
     with accepts_and_is_silent() as endpoint:
         mesh = Mesh(tmp_path / "mesh", {"tiny": backbone}, otlp_endpoint=endpoint, environment=QUICK)

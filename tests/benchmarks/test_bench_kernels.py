@@ -62,13 +62,13 @@ def test_a_peer_is_timed_where_it_is_right_and_else_left_out_with_the_reason(hos
     assert point["left_out"]["wrong"].startswith("wrong results")
 
 
-def test_what_the_time_does_not_suffice_for_is_counted(host_launcher: MakeHost, tmp_path: Path) -> None:
+def test_points_without_time_left_are_counted(host_launcher: MakeHost, tmp_path: Path) -> None:
     jobs = small_jobs(host_launcher)
     record = bench_kernels.run(jobs, CPU, tmp_path, minutes=0)
     assert record["points"] == [] and record["left_out"] == len(jobs)
 
 
-def test_a_line_tells_the_floors_that_the_card_itself_sets() -> None:
+def test_a_line_has_the_lower_bounds_of_the_card() -> None:
     point = {
         "kernel": "multi_lora", "point": "p", "tokens": 64, "tasks": 2, "extra_bytes": 2e9, "extra_flop": 1e12,
         "errors": {"ours": {"y": 1e-3, "dx": 2e-3}}, "left_out": {"peer": "why"},
@@ -105,7 +105,7 @@ def test_without_a_device_it_says_so() -> None:
         ([128, 256], (256, 512), torch.bfloat16, None),
     ],
 )
-def test_lorafusion_is_refused_what_it_cannot_do(
+def test_points_that_lorafusion_cannot_run_are_refused(
     lengths: list[int], widths: tuple[int, int], dtype: torch.dtype, words: str | None
 ) -> None:
     bounds = [0, *itertools.accumulate(lengths)]
@@ -114,7 +114,7 @@ def test_lorafusion_is_refused_what_it_cannot_do(
     assert why is None if words is None else words in (why or "")
 
 
-def test_a_folder_that_is_no_lorafusion_is_said_to_be_none(tmp_path: Path) -> None:
+def test_a_folder_without_lorafusion_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotDoneError, match="not a clone"):
         LoraFusion(tmp_path)
 
@@ -138,7 +138,7 @@ class PlainOps:
         return torch.cat([x @ linear_w.T + alpha * (x @ a.T) @ b.T for x, a, b, alpha in each]).unsqueeze(0)
 
 
-def test_lorafusion_is_given_the_work_that_ours_is() -> None:
+def test_lorafusion_gets_the_same_work_as_ours() -> None:
     peer = LoraFusion.__new__(LoraFusion)
     peer._ops, peer._block = PlainOps, 128
     point = bench_multi_lora.Point("p", ((256, (512, 256)),), 256, 2, (8, 16))

@@ -48,7 +48,7 @@ def turns(wall: float, cpu: float) -> list[Any]:
     return [[{"wall_seconds": 2.0 * wall * by, "cpu_seconds": cpu * by}, plain] for by in noise]
 
 
-def test_goals_that_are_held_and_failed_are_told_as_such() -> None:
+def test_goals_are_reported_as_held_or_failed() -> None:
     held = section(raw())
     assert held.count(": held") == 4 and "FAILED" not in held
     assert section(raw(pauses=[[0.6, 0.5]] * 3)).count("FAILED") == 1

@@ -107,7 +107,7 @@ def test_backward_belongs_to_the_part_that_made_its_node() -> None:
     assert device[FROZEN] == 4.0 and sum(device.values()) == 100.0
 
 
-def test_a_profile_is_told_with_its_shares() -> None:
+def test_a_profile_is_reported_with_its_shares() -> None:
     seconds = dict.fromkeys(GROUPS, 0.0) | {FROZEN: 3.0, IDLE: 1.0}
     own = {"seconds": seconds, "whole_seconds": 4.0, "plain_seconds": 1.0, "tokens": 100, "plain_tokens": 50,
            "frozen_flops": 6e12}  # fmt: skip

@@ -116,7 +116,7 @@ def test_no_work_is_started_that_would_likely_end_after_the_time() -> None:
     assert side_by_side.Clock(math.inf, lambda: now[0]).has_time
 
 
-def test_what_was_not_measured_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_lists_what_was_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a page: work skipped, a system left out, the load, seconds to the end."""
     work = {
         "model": "small", "work": "rte, 2 tasks", "mix": "rte", "num_tasks": 2, "micro_batch_size": 8,
@@ -168,7 +168,7 @@ def test_flops_are_those_that_torch_counts(name: str, tmp_path: Path, monkeypatc
     assert counter.get_total_flops() == choice.flops([length]) + masked_half
 
 
-def test_a_missed_goal_is_told() -> None:
+def test_a_missed_goal_is_reported() -> None:
     work = {"peak_bytes": {"engine": 300, "separate instances": 900}, "peak_bytes_alone": [50, 150]}
     fast = {"engine": {"teraflops": 10.0}, "batch and pad": {"ratio": 2.5}}
     assert goals.faster_than("batch and pad", 2).verdict(work, fast).endswith("2.50 of 2: held")

@@ -82,7 +82,7 @@ def test_spans_are_recorded_while_the_switch_is_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", seeds(5, 2))
-def test_the_interval_holds_what_is_there(seed: int) -> None:
+def test_the_interval_contains_the_true_cost(seed: int) -> None:
     random = np.random.default_rng(seed)
     shared = random.lognormal(0, 0.3, 400)  # what slows both of a pair
     pairs = [(1.03 * s * random.normal(1, 0.02), s * random.normal(1, 0.02)) for s in shared]

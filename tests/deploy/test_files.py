@@ -64,7 +64,7 @@ def test_the_specification_is_alive() -> None:
         ComposeSpecification(**wrong)
 
 
-def test_what_must_be_set_is_asked_for() -> None:
+def test_a_missing_required_variable_is_an_error() -> None:
     for missing in FILLED:
         with pytest.raises(AssertionError, match=missing):
             compose({name: value for name, value in FILLED.items() if name != missing})
@@ -98,7 +98,7 @@ def test_ports_agree(service: str) -> None:
     assert set(re.findall(rf"\b{service}:(\d+)", everywhere)) <= called
 
 
-def test_nobody_holds_another_ones_key() -> None:
+def test_no_container_mounts_the_key_of_another() -> None:
     services = compose(FILLED)["services"]
     held = {name: [v for v in service.get("volumes", []) if v.startswith(("ca:", "certs-"))]
             for name, service in services.items()}  # fmt: skip
@@ -110,7 +110,7 @@ def test_nobody_holds_another_ones_key() -> None:
     assert not any(INTERNAL_PORT in str(port) for port in published)
 
 
-def test_images_run_as_nobody_in_particular() -> None:
+def test_images_run_as_an_unprivileged_user() -> None:
     for service in (*SERVICES, "execution-cuda"):
         assert last_of(service, "USER") == "10001:10001"
         assert last_of(service, "STOPSIGNAL") == "SIGTERM"

@@ -75,7 +75,7 @@ def test_two_admissions_are_replaced_one_after_the_other_and_scheduling_sees_bot
     assert all(WORKLOADS[name]["spec"]["replicas"] == 1 for name in SERVICES if name != "admission")
 
 
-def test_nobody_holds_another_ones_key_and_nothing_runs_as_root() -> None:
+def test_no_pod_mounts_the_key_of_another_and_none_runs_as_root() -> None:
     for service in SERVICES:
         spec = pod(service)
         held = [v["secret"]["secretName"] for v in spec["volumes"] if "secret" in v]

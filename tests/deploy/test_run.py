@@ -140,6 +140,6 @@ def test_prometheus_finds_metrics_where_it_looks(machine: Machine) -> None:
         assert wanted in page
 
 
-def test_the_check_fails_where_nobody_serves(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_health_check_fails_without_a_server(capfd: pytest.CaptureFixture[str]) -> None:
     assert not is_serving(f"127.0.0.1:{free_ports(1)[0]}")
     assert "UNAVAILABLE" in capfd.readouterr().err

@@ -29,7 +29,7 @@ PORTS_OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
         ("[::1]:7401,[2001:db8::2]:7401", "ipv6:[::1]:7401,[2001:db8::2]:7401"),
     ],
 )
-def test_what_an_address_stands_for(address: str, dialled: str) -> None:
+def test_an_address_becomes_a_grpc_target(address: str, dialled: str) -> None:
     assert target(address) == dialled
 
 
@@ -61,7 +61,7 @@ def addresses(admissions: list[Admission]) -> str:
     return ",".join(admission.address for admission in admissions)
 
 
-def test_both_are_called_and_either_may_go(pair: list[Admission]) -> None:
+def test_both_replicas_are_called_and_either_may_stop(pair: list[Admission]) -> None:
     with Client(addresses(pair), KEY) as client:
         while not all(admission.requests for admission in pair):
             client.list_backbones()
@@ -70,7 +70,7 @@ def test_both_are_called_and_either_may_go(pair: list[Admission]) -> None:
             assert client.list_backbones()[0].name == "tiny"
 
 
-async def test_a_watch_goes_on_at_the_other_where_it_was(pair: list[Admission]) -> None:
+async def test_a_watch_continues_at_the_other_replica(pair: list[Admission]) -> None:
     for admission, cut in zip(pair, (3, 7), strict=True):
         admission.num_events, admission.cuts = 10, [cut, cut + 1]
     async with AsyncClient(addresses(pair), KEY) as client:

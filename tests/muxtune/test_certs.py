@@ -37,7 +37,7 @@ def roots(folder: Path) -> Store:
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_each_is_verified_as_what_it_is(folder: Path, name: str) -> None:
+def test_each_certificate_is_valid_for_its_role_only(folder: Path, name: str) -> None:
     certificate, role = load(folder / name / "tls.crt"), FOLDERS[name]
     client = PolicyBuilder().store(roots(folder)).build_client_verifier().verify(certificate, [])
     assert client.subjects is not None and x509.DNSName(role) in client.subjects
@@ -68,7 +68,7 @@ def test_each_executor_has_a_certificate_of_its_own_name(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["", "Local", "a.b", "a/b", "..", "-a", "a-", "a" * 64, "ä", "*", "a\n"])
-def test_what_names_no_executor_gets_no_certificate(tmp_path: Path, name: str) -> None:
+def test_an_invalid_executor_name_gets_no_certificate(tmp_path: Path, name: str) -> None:
     done = CliRunner().invoke(app, ["certs", str(tmp_path / "made"), "--executor", name])
     assert done.exit_code == 1 and f'executor "{name}": use lower-case letters' in done.output
     assert not (tmp_path / "made").exists()
@@ -119,7 +119,7 @@ def test_a_start_renews_what_ends_soon_and_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["ca.crt", "ca.key"])
-def test_half_a_ca_is_no_reason_to_make_another(tmp_path: Path, missing: str) -> None:
+def test_half_a_ca_is_refused_and_not_replaced(tmp_path: Path, missing: str) -> None:
     issue(tmp_path)
     os.remove(tmp_path / missing)
     done = CliRunner().invoke(app, ["certs", str(tmp_path)])

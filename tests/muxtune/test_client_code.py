@@ -8,5 +8,5 @@ from tools.client_code import GENERATED
 
 
 @pytest.mark.parametrize("path", GENERATED, ids=lambda path: path.name)
-def test_what_is_written_is_up_to_date(path: Path) -> None:
+def test_generated_client_code_is_up_to_date(path: Path) -> None:
     assert path.read_text() == GENERATED[path](), "run `python tools/client_code.py`"

@@ -128,14 +128,14 @@ async def test_a_watch_cut_anywhere_neither_loses_nor_repeats(call: Either, admi
     assert len(admission.requests) == 4
 
 
-async def test_a_watch_begins_where_it_is_told(call: Either, admission: Admission) -> None:
+async def test_a_watch_begins_at_the_requested_sequence(call: Either, admission: Admission) -> None:
     admission.num_events = 9
     assert [event.sequence for event in await call("watch_task", NAME, 6)] == [7, 8, 9]
     assert (await call("wait_task", NAME)).state == task_pb2.TASK_STATE_SUCCEEDED
 
 
 @pytest.mark.usefixtures("quick_retries")
-async def test_nobody_there_is_said_and_not_waited_for(tmp_path: Path) -> None:
+async def test_a_missing_server_is_unavailable_without_waiting(tmp_path: Path) -> None:
     with Client("127.0.0.1:1", KEY) as client:
         async with AsyncClient("127.0.0.1:1", KEY) as asynchronous:
             watched = asyncio.to_thread(lambda: list(client.watch_task(NAME)))
@@ -167,7 +167,7 @@ async def test_an_upload_that_breaks_is_sent_again_whole(call: Either, admission
         assert admission.uploads[0] == admission.uploads[1]
 
 
-async def test_what_cannot_be_read_is_said_before_anything_is_sent(call: Either, admission: Admission) -> None:
+async def test_an_unreadable_file_is_refused_before_anything_is_sent(call: Either, admission: Admission) -> None:
     with pytest.raises(errors.InvalidInputError, match="no-such-file"):
         await call("upload_dataset", "no-such-file.jsonl")
     with pytest.raises(errors.InvalidInputError, match=CONFIG):
@@ -216,7 +216,7 @@ def everything_below(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "link"])
-async def test_a_download_never_replaces_what_is_no_adapter(
+async def test_a_download_never_replaces_a_folder_that_is_not_an_adapter(
     call: Either, admission: Admission, tmp_path: Path, what: str
 ) -> None:
     precious = tmp_path / "precious"

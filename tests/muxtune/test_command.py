@@ -193,7 +193,7 @@ def test_a_refusal_is_one_line_and_no_traceback(admission: Admission) -> None:
     assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
 
 
-def test_no_mesh_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_error_without_a_mesh_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("MUXTUNE_ADDRESS", "MUXTUNE_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     done = run("task", "list", "--data", str(tmp_path))
@@ -269,7 +269,9 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_up_hands_on_who_may_what_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_up_passes_only_identity_and_limit_settings_to_admission(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Admission gets the environment's identity provider and limits; addresses and keys there are not passed on."""
     made: list[dict[str, dict[str, str]]] = []
 

@@ -18,7 +18,7 @@ def test_every_method_is_shown() -> None:
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_a_line_asks_for_what_it_says(line: str, tmp_path: Path) -> None:
+def test_an_example_line_selects_its_method(line: str, tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text(f"backbone: smollm2\n{line}\n")
     wrong: list = []
     method = method_to_domain(read_spec(tmp_path / "task.yaml", {}), "spec", wrong)

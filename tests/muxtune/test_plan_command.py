@@ -139,7 +139,7 @@ def test_a_trace_made_or_read_is_simulated(profile: str, tmp_path: Path) -> None
     assert told.exit_code == 0 and "muxtune: 2 tasks in " in told.output
 
 
-def test_what_is_wrong_is_a_line_and_exit_status_one(profile: str, tmp_path: Path) -> None:
+def test_an_error_is_one_line_and_exit_status_one(profile: str, tmp_path: Path) -> None:
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     trace = tmp_path / "trace.jsonl"
@@ -172,7 +172,7 @@ def test_a_deadline_needs_no_quotes(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["2026-12-01", "soon", "2026-13-01T10:00:00Z"])
-def test_a_deadline_that_is_no_moment_is_refused(text: str, tmp_path: Path) -> None:
+def test_an_invalid_deadline_is_refused(text: str, tmp_path: Path) -> None:
     file = tmp_path / "spec.yaml"
     file.write_text(f"deadline: {text}\n")
     with pytest.raises(InvalidInputError, match="deadline"):

@@ -39,7 +39,7 @@ def message_of(address: str, ca: Path | None) -> str:
     return refused.value.message
 
 
-async def test_what_to_set_is_said(server: tuple[int, int, Path], tmp_path: Path) -> None:
+async def test_connection_errors_name_the_setting(server: tuple[int, int, Path], tmp_path: Path) -> None:
     secure, plain, certs = server
     issue(tmp_path / "other")
     with socket.socket() as probe:
@@ -57,13 +57,13 @@ async def test_what_to_set_is_said(server: tuple[int, int, Path], tmp_path: Path
         assert re.search(remedy, said), said
 
 
-async def test_the_asyncio_client_says_it_too(server: tuple[int, int, Path]) -> None:
+async def test_connection_errors_of_the_asyncio_client_name_the_setting(server: tuple[int, int, Path]) -> None:
     async with AsyncClient(f"127.0.0.1:{server[0]}", "mxt_0_x") as client:
         with pytest.raises(UnavailableError, match=CA_REMEDY):
             await client.list_backbones()
 
 
-async def test_the_command_says_it_in_its_line(
+async def test_connection_errors_of_the_command_name_the_setting(
     server: tuple[int, int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MUXTUNE_ADDRESS", f"127.0.0.1:{server[0]}")

@@ -59,7 +59,7 @@ def test_a_task_and_the_adapter_that_it_leaves_share_their_id(tenant: str, resou
 
 
 @given(st.text())
-def test_an_id_that_breaks_the_rules_makes_no_name(text: str) -> None:
+def test_an_invalid_id_is_refused_in_a_name(text: str) -> None:
     if ResourceName.parse(f"tenants/a/tasks/{text}") is None and text:
         with pytest.raises(InvalidInputError):
             names.new_name("tenants/a", "tasks", text, "id")

@@ -69,7 +69,7 @@ def test_other_types_are_not_packed(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
-def test_what_has_no_elements_is_not_packed(shape: tuple[int, int]) -> None:
+def test_empty_weights_are_not_packed(shape: tuple[int, int]) -> None:
     assert PackedWeight.of(torch.ones(shape)) is None
 
 

@@ -81,7 +81,7 @@ def adapters_files(admission: Admission) -> list[str]:
 
 
 @both
-async def test_all_are_listed_newest_first_page_by_page(admission: Admission) -> None:
+async def test_adapters_are_listed_newest_first_in_pages(admission: Admission) -> None:
     expected = [(await upload(admission, f"a{number}")).name for number in range(5)]
     expected = [await train(admission, "t"), *reversed(expected)]
     await admission.tenant("other").UploadAdapter(adapter_parts(adapter_files(), "theirs"))
@@ -95,7 +95,7 @@ async def test_all_are_listed_newest_first_page_by_page(admission: Admission) ->
 
 
 @both
-async def test_a_deleted_one_is_gone_with_its_files_and_its_name_is_free(admission: Admission) -> None:
+async def test_a_deleted_adapter_loses_its_files_and_frees_its_name(admission: Admission) -> None:
     kept = await upload(admission, "kept")
     kept_files = adapters_files(admission)
     first = await upload(admission, "one")
@@ -113,7 +113,7 @@ async def test_a_deleted_one_is_gone_with_its_files_and_its_name_is_free(admissi
 
 
 @both
-async def test_a_tasks_adapter_goes_and_its_task_stays(admission: Admission) -> None:
+async def test_deleting_a_tasks_adapter_keeps_the_task(admission: Admission) -> None:
     name = await train(admission, "t")
     await delete(admission, name)
     assert not adapters_files(admission) and await listed(admission) == []
@@ -127,7 +127,7 @@ async def test_a_tasks_adapter_goes_and_its_task_stays(admission: Admission) -> 
 
 
 @both
-async def test_one_that_an_unfinished_task_starts_from_stays(admission: Admission) -> None:
+async def test_an_adapter_that_an_unfinished_task_starts_from_is_not_deleted(admission: Admission) -> None:
     uploaded, trained = (await upload(admission, "one")).name, await train(admission, "t")
     for name in (uploaded, trained):
         task = await admission.create("tenants/acme/datasets/d", initial_adapter=name)
@@ -142,7 +142,7 @@ async def test_one_that_an_unfinished_task_starts_from_stays(admission: Admissio
         await delete(admission, name)
 
 
-async def test_one_deleted_while_a_task_that_starts_from_it_is_examined(
+async def test_an_adapter_deleted_while_a_task_that_starts_from_it_is_validated(
     admission: Admission, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, dataset = await upload(admission, "one"), await admission.upload()
@@ -164,7 +164,7 @@ async def test_one_deleted_while_a_task_that_starts_from_it_is_examined(
     assert admission.num_rows()["tasks"] == 0
 
 
-async def test_a_download_of_one_that_goes_says_so(admission: Admission) -> None:
+async def test_a_download_of_an_adapter_deleted_meanwhile_is_an_error(admission: Admission) -> None:
     adapter = await upload(admission, "one")
     read, has_begun = admission.artifacts.read_file, []
 
@@ -260,7 +260,7 @@ async def test_uploads_and_deletions_at_once_never_leave_a_row_without_its_files
         assert not adapters_files(admission)
 
 
-async def test_files_that_could_not_go_then_go_with_a_sweep(
+async def test_files_that_could_not_be_deleted_are_deleted_by_a_sweep(
     admission: Admission, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a deletion without a store and an upload that was cut short; files with a row remain."""
@@ -292,7 +292,7 @@ async def test_files_that_could_not_go_then_go_with_a_sweep(
         assert await download(admission, name)
 
 
-async def test_a_sweep_takes_nothing_for_an_upload_that_is_none(admission: Admission) -> None:
+async def test_a_sweep_does_not_mistake_other_folders_for_uploads(admission: Admission) -> None:
     names = (
         "uploaded-",
         "uploaded-zz",

@@ -132,7 +132,7 @@ async def test_a_key_expires(admission: Admission) -> None:
             await use(admission, past.secret)
 
 
-async def test_a_tenant_or_time_that_is_none_is_refused(admission: Admission) -> None:
+async def test_an_invalid_tenant_or_time_is_refused(admission: Admission) -> None:
     for tenant in (
         "",
         "acme",

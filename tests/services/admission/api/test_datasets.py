@@ -115,7 +115,7 @@ async def test_preflight_refuses_what_no_task_could_read(admission: Admission) -
 
 
 @both
-async def test_a_dataset_goes_when_no_unfinished_task_reads_it(admission: Admission) -> None:
+async def test_a_dataset_is_deleted_once_no_unfinished_task_reads_it(admission: Admission) -> None:
     dataset = await admission.upload(TEN_ROWS, "one")
     same = await admission.upload(TEN_ROWS, "two")
     task = await admission.create(dataset.name)
@@ -157,7 +157,7 @@ async def test_a_dataset_deleted_while_its_task_is_examined(
     assert admission.num_rows()["tasks"] == 0
 
 
-async def test_bytes_that_no_dataset_holds_go_with_a_sweep(
+async def test_bytes_without_a_dataset_are_deleted_by_a_sweep(
     admission: Admission, alignment: Alignment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept, gone = await admission.upload(), await admission.upload(lines(ROWS[:2]))
@@ -174,7 +174,7 @@ async def test_bytes_that_no_dataset_holds_go_with_a_sweep(
     assert admission.files() == [f"tenants/acme/datasets/{kept.sha256}.jsonl"]
 
 
-async def test_what_alignment_holds_up_is_unavailable_and_nothing_is_stored(
+async def test_calls_are_unavailable_without_alignment_and_store_nothing(
     admission: Admission, alignment: Alignment
 ) -> None:
     dataset = await admission.upload()
@@ -231,7 +231,7 @@ async def test_backbones_are_what_live_executors_describe(admission: Admission) 
     assert (await admission.create((await admission.upload()).name)).state == task_pb2.TASK_STATE_QUEUED
 
 
-async def test_a_drained_executor_is_told_to_scheduling(admission: Admission) -> None:
+async def test_scheduling_is_notified_of_a_drained_executor(admission: Admission) -> None:
     draining = executor(lease_term=1)
     draining.draining = True
     draining.device.effective_tokens_per_second = 7
@@ -330,7 +330,7 @@ def every_call_of(service: str) -> list[tuple[str, Any]]:
     return [(method.name, GetMessageClass(method.input_type)()) for method in methods]
 
 
-async def test_a_call_without_any_metadata_is_told_what_to_send(admission: Admission) -> None:
+async def test_the_error_of_a_call_without_metadata_names_what_to_send(admission: Admission) -> None:
     stub = admission.with_token("")._stub
     with refused(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED") as refusal:
         await stub.ListTasks(pb.ListTasksRequest(), timeout=10)

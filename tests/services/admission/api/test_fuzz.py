@@ -66,7 +66,7 @@ async def prepared(admission: Admission, method: MethodDescriptor) -> str:
 
 @FUZZING
 @given(data=st.data())
-async def test_a_right_request_with_one_wrong_field(admission: Admission, data: st.DataObject) -> None:
+async def test_a_valid_request_with_one_invalid_field(admission: Admission, data: st.DataObject) -> None:
     """Nonsense rarely passes the first check; a valid task with one odd field gets further."""
     await prepared(admission, METHODS[0])
     good = spec("tenants/acme/datasets/d")

@@ -107,7 +107,7 @@ async def test_pages_list_every_task_once_newest_first(admission: Admission) -> 
     assert not other.tasks
 
 
-async def test_tasks_made_while_pages_are_read_disturb_none(admission: Admission) -> None:
+async def test_tasks_created_while_pages_are_read_do_not_change_them(admission: Admission) -> None:
     dataset = await admission.upload()
     for i in range(4):
         await admission.create(dataset.name, f"t{i}")
@@ -210,7 +210,7 @@ async def test_all_wrong_fields_are_named_at_once(admission: Admission) -> None:
     assert {"spec.training.learning_rate", "spec.training.beta1", "spec.lora.rank"} <= set(refusal.fields)
 
 
-async def test_an_id_that_is_none_is_refused(admission: Admission) -> None:
+async def test_an_invalid_task_id_is_refused(admission: Admission) -> None:
     dataset = await admission.upload()
     for task_id in ("A", "1a", "a_b", "a-", "a" * 64, "a/b", "a\n", "ä", "a\0"):
         with refused(INVALID, "INVALID_INPUT") as refusal:

@@ -78,7 +78,7 @@ def leaks(text: str, sent: Any) -> list[str]:
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 @FUZZING
 @given(data=st.data())
-async def test_whatever_is_asked_nothing_of_the_other_tenant_is_told(
+async def test_no_call_reveals_anything_of_another_tenant(
     two: Two, method: MethodDescriptor, caplog: pytest.LogCaptureFixture, data: st.DataObject
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -180,7 +180,7 @@ async def test_anothers_name_and_a_missing_one_cost_and_answer_alike(two: Two, t
      "tenants/acme/tasks/*",
      "tenants/acme/tasks/\u0442", "tenants\\acme\\tasks\\t"],
 )  # fmt: skip
-async def test_what_is_no_name_of_ours_is_nobodys(two: Two, name: str) -> None:
+async def test_an_invalid_name_is_denied_as_a_missing_one(two: Two, name: str) -> None:
     before = two.admission.files()
     for method, sent in requests_naming("tasks", name):
         code, _, _ = await two.ask(next(m for m in METHODS if m.name == method), sent)

@@ -102,12 +102,12 @@ def hmac_token() -> str:
 
 
 @pytest.mark.parametrize("forged", FORGED.values(), ids=FORGED.keys())
-def test_a_forged_token_is_nobodys_and_all_answer_alike(provider: OidcProvider, forged: Callable[[], str]) -> None:
+def test_every_forged_token_gets_the_same_refusal(provider: OidcProvider, forged: Callable[[], str]) -> None:
     with pytest.raises(UnauthenticatedError, match="the token is invalid or expired: get a new one"):
         TokenVerifier(provider).verify(forged())
 
 
-def test_the_operator_is_told_why_and_no_more_than_now_and_then(
+def test_the_reason_is_logged_for_the_operator_at_a_limited_rate(
     provider: OidcProvider, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The log holds no part of the token, which may be valid elsewhere."""
@@ -265,7 +265,7 @@ async def test_a_tenant_that_calls_too_often_waits_and_others_do_not(
         await authenticate("/x/Y", a)
 
 
-async def test_a_tenant_over_its_rate_is_told_when_to_come_again(admission: Admission) -> None:
+async def test_a_tenant_over_its_rate_gets_a_retry_time(admission: Admission) -> None:
     admission.requests_per_second = 0.01
     await admission.restart()
     acme = admission.tenant()

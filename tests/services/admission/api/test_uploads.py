@@ -326,14 +326,14 @@ def tensors(*spans: Any) -> bytes:
     return len(head).to_bytes(8, "little") + head + b"\0" * 8
 
 
-async def test_adapters_that_are_none(admission: Admission, temporary: Path) -> None:
+async def test_invalid_adapters_are_refused(admission: Admission, temporary: Path) -> None:
     for case, reason, parts in broken_adapters():
         with Untouched(admission, temporary), refused(INVALID, reason) as refusal:
             await admission.tenant().UploadAdapter(iter(parts))
         assert refusal.message, case
 
 
-async def test_an_adapter_over_the_limit_however_it_counts(admission: Admission, temporary: Path) -> None:
+async def test_an_adapter_over_the_size_limit_is_refused(admission: Admission, temporary: Path) -> None:
     begin = adapter("header")
     for sizes in ((MAX_UPLOAD_BYTES + 1,), (MAX_UPLOAD_BYTES, 1), (10, 2**62)):
         files = [

@@ -66,7 +66,7 @@ def checkpoints(artifacts: ArtifactStore, name: str) -> set[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("seed", seeds(30, 10))
-def test_what_a_resumed_task_may_read_stays_and_all_else_goes(
+def test_checkpoints_that_a_resumed_task_may_read_are_kept_and_others_deleted(
     database: Database, artifacts: ArtifactStore, seed: int
 ) -> None:
     """Attempts write checkpoints at rising steps, of which some are recorded; earlier attempts may still write."""
@@ -90,7 +90,7 @@ def test_what_a_resumed_task_may_read_stays_and_all_else_goes(
     assert left == needed
 
 
-def test_of_ended_tasks_only_the_adapter_that_is_recorded_stays(database: Database, artifacts: ArtifactStore) -> None:
+def test_only_the_recorded_adapter_of_an_ended_task_is_kept(database: Database, artifacts: ArtifactStore) -> None:
     for state in TaskState:
         name = f"tenants/a/tasks/{state.value}"
         put_task(database, name, state, 3, (2, 3))
@@ -112,9 +112,7 @@ def test_of_ended_tasks_only_the_adapter_that_is_recorded_stays(database: Databa
     assert collector.collect_all() == 0
 
 
-def test_what_a_lost_attempt_writes_after_all_has_ended_goes_with_the_next_sweep(
-    database: Database, artifacts: ArtifactStore
-) -> None:
+def test_files_of_a_lost_attempt_are_deleted_by_the_next_sweep(database: Database, artifacts: ArtifactStore) -> None:
     name = "tenants/a/tasks/t"
     put_task(database, name, TaskState.SUCCEEDED, 2, None)
     collector = GarbageCollector(database, artifacts)

@@ -46,7 +46,7 @@ async def test_the_task_that_kills_its_trainer_fails_and_those_beside_it_do_not(
     assert "died 5 times" in failure.message and "status -9" in failure.message
 
 
-async def test_steps_done_before_clear_nobody(admission: Admission) -> None:
+async def test_steps_before_the_crash_do_not_clear_a_suspect(admission: Admission) -> None:
     """After a crash the steps since the last checkpoint are repeated: they do not clear the task."""
     (task,) = await create(admission, "t")
     await admission.run(task)
@@ -60,7 +60,7 @@ async def test_steps_done_before_clear_nobody(admission: Admission) -> None:
     assert await admission.state(task) == "FAILED"
 
 
-async def test_whole_executors_that_die_count_as_well(admission: Admission) -> None:
+async def test_crashes_of_whole_executors_count_too(admission: Admission) -> None:
     """An expired lease and a restart without EndLease count; a restart after EndLease does not."""
     (task,) = await create(admission, "t")
     await admission.run(task)

@@ -31,7 +31,7 @@ def _writes(ledger: Ledger) -> Iterator[Callable[[], object]]:
     yield lambda: ledger.scheduler_lease.acquire("a", "a1", 6.0)
 
 
-async def test_what_a_superseded_leader_would_commit_is_refused_and_nothing_of_it_stays(admission: Admission) -> None:
+async def test_a_superseded_leader_commits_nothing(admission: Admission) -> None:
     task = (await admission.create((await admission.upload()).name, "t")).name
     assert task == TASK and await admission.run(task) == [1]
     stale, clock = Ledger(admission.database, admission.clock), admission.clock

@@ -78,7 +78,7 @@ async def test_the_snapshot_holds_all_that_a_cycle_needs(admission: Admission) -
     assert seen.plan_version == 1
 
 
-async def test_of_two_schedulers_plans_one_counts(admission: Admission) -> None:
+async def test_only_one_of_two_schedulers_plans_is_committed(admission: Admission) -> None:
     """Both schedulers plan from the same snapshot, with the same version and attempts."""
     first, second = await create(admission, 2)
     await admission.register(TWO, "j1")
@@ -174,7 +174,7 @@ async def test_a_resumed_attempt_repeats_no_step(admission: Admission) -> None:
     assert (await snapshot(admission)).plan_version == 2
 
 
-async def test_a_failure_is_told_as_it_was(admission: Admission) -> None:
+async def test_a_failure_is_reported_unchanged(admission: Admission) -> None:
     task = await running(admission)
     assert await admission.commit(failed(task, 1), failed(task, 1)) == ["COMMITTED", "DUPLICATE"]
     answer = (await admission.tenant().GetTask(pb.GetTaskRequest(name=task))).task
@@ -315,7 +315,7 @@ async def test_a_cancel_that_races_the_end_leaves_one_end(admission: Admission) 
                 assert answer.code() is grpc.StatusCode.FAILED_PRECONDITION and "CANCELLING" not in seen
 
 
-async def test_a_task_that_fell_back_to_an_earlier_checkpoint_goes_on_from_that_one_and_its_tenant_is_told(
+async def test_a_fall_back_to_an_earlier_checkpoint_is_reported_to_the_tenant(
     admission: Admission,
 ) -> None:
     task = await running(admission)

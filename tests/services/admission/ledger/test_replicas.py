@@ -123,7 +123,7 @@ def _cut(url: str, pids: list[int]) -> None:
     database.close()
 
 
-async def test_word_of_a_change_reaches_the_other_and_no_one_elses_waiters(pair: list[Replica]) -> None:
+async def test_a_change_reaches_only_the_subscribers_of_its_task_on_the_other_replica(pair: list[Replica]) -> None:
     here, there = pair
     with (
         there.notifier.subscribe(TASK) as changed,
@@ -139,7 +139,7 @@ async def test_word_of_a_change_reaches_the_other_and_no_one_elses_waiters(pair:
 
 
 @pytest.mark.parametrize("num_names", [900, 5000])
-async def test_however_many_change_at_once_all_are_told(pair: list[Replica], num_names: int) -> None:
+async def test_many_changes_at_once_reach_all_subscribers(pair: list[Replica], num_names: int) -> None:
     here, there = pair
     names = [f"tenants/{'a' * 60}/tasks/t-{i}" for i in range(num_names)]
     with (
@@ -152,7 +152,7 @@ async def test_however_many_change_at_once_all_are_told(pair: list[Replica], num
             await asyncio.wait_for(changed.wait(), SECONDS)
 
 
-async def test_names_that_are_none_stop_nobody_from_telling(pair: list[Replica]) -> None:
+async def test_invalid_names_do_not_stop_notifications(pair: list[Replica]) -> None:
     here, there = pair
     for hostile in ("\0", "a\nb", "t" * 100_000, "\ud800", "é" * 200, "'; DROP TABLE tasks; --"):
         here.notifier.notify_tasks([hostile])
@@ -161,9 +161,7 @@ async def test_names_that_are_none_stop_nobody_from_telling(pair: list[Replica])
         await asyncio.wait_for(changed.wait(), SECONDS)
 
 
-async def test_who_could_not_listen_for_a_while_looks_at_everything_again(
-    pair: list[Replica], database_url: str
-) -> None:
+async def test_a_replica_that_lost_its_session_wakes_all_subscribers(pair: list[Replica], database_url: str) -> None:
     here, there = pair
     with here.notifier.subscribe(TASK) as one, there.notifier.subscribe(ANY_CHANGE) as another:
         _cut(database_url, _sessions(database_url))
@@ -197,7 +195,7 @@ async def test_a_leader_whose_term_was_taken_by_one_that_was_slow_begins_again(
     assert not late.is_current()
 
 
-async def test_who_stops_hands_the_ledger_on(database_url: str, pair: list[Replica]) -> None:
+async def test_a_leader_that_stops_hands_the_ledger_to_another_replica(database_url: str, pair: list[Replica]) -> None:
     async with Replica(database_url).running() as third:
         assert not third.is_leading.is_set()
     assert pair[0].is_leading.is_set() and not pair[1].terms
@@ -263,7 +261,7 @@ async def test_bytes_that_another_process_is_removing_are_not_taken_for_a_datase
         await other.close()
 
 
-def test_who_falls_silent_amid_a_transaction_holds_nobody_up(
+def test_a_process_that_stops_within_a_transaction_does_not_block_others(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(postgresql, "_IDLE_TRANSACTION_SECONDS", 1)

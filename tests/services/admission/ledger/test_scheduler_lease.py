@@ -21,7 +21,7 @@ async def lead(admission: Admission, scheduler: str, seconds: int = 6, start: in
     return answer.incarnation, answer.leader_term
 
 
-async def test_who_asks_first_leads_and_the_other_takes_over_when_the_lease_has_run_out(admission: Admission) -> None:
+async def test_the_first_scheduler_leads_and_another_takes_over_when_the_lease_expires(admission: Admission) -> None:
     assert await lead(admission, "a") == ("a1", 1)
     admission.clock.seconds += 5
     assert await lead(admission, "b") == ("a1", 1)
@@ -33,7 +33,7 @@ async def test_who_asks_first_leads_and_the_other_takes_over_when_the_lease_has_
     assert await lead(admission, "a") == ("b1", 2)
 
 
-async def test_who_resigns_makes_room_at_once_and_nobody_else_can_resign_for_it(admission: Admission) -> None:
+async def test_a_leader_that_resigns_is_replaced_at_once_and_no_other_can_resign_for_it(admission: Admission) -> None:
     assert await lead(admission, "b", 0) == ("", 0)
     assert await lead(admission, "a") == ("a1", 1)
     assert await lead(admission, "b", 0) == ("a1", 1)
@@ -77,7 +77,7 @@ def plan(start: ledger_pb2.AttemptStart, leader_term: int) -> ledger_pb2.CommitP
     )
 
 
-async def test_who_asks_must_say_who_it_is(admission: Admission) -> None:
+async def test_a_scheduler_must_name_itself_to_lead(admission: Admission) -> None:
     for request in (ledger_pb2.LeadSchedulingRequest(scheduler="a"), ledger_pb2.LeadSchedulingRequest(incarnation="i")):
         with refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_INPUT") as refusal:
             await admission.ledger().LeadScheduling(request)

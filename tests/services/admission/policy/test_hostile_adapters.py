@@ -158,14 +158,14 @@ async def test_a_configuration_of_odd_types_is_refused_fairly(admission: Admissi
         max_size=4,
     )
 )
-def test_what_the_safetensors_library_writes_passes(shapes: dict[str, tuple[str, list[int]]]) -> None:
+def test_files_of_the_safetensors_library_are_accepted(shapes: dict[str, tuple[str, list[int]]]) -> None:
     data = save({name: np.ones(shape, dtype) for name, (dtype, shape) in shapes.items()}, {"format": "pt"})
     check_safetensors(data, "file")
 
 
 @FUZZING
 @given(st.binary(max_size=60), st.integers(0, 200), st.integers(0, 255))
-def test_what_passes_loads_in_the_safetensors_library(tail: bytes, place: int, value: int) -> None:
+def test_accepted_files_load_in_the_safetensors_library(tail: bytes, place: int, value: int) -> None:
     """A valid file with a changed byte and added bytes: what admission accepts, the safetensors library loads."""
     data = bytearray(save({"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float16)}))
     data[place % len(data)] = value

@@ -176,7 +176,7 @@ async def test_a_budget_stops_its_task_politely(admission: Admission, limit: dic
     assert events[-1].state_changed.state == task_pb2.TASK_STATE_CANCELLING
 
 
-async def test_a_budget_that_is_none_is_refused(admission: Admission) -> None:
+async def test_an_invalid_budget_is_refused(admission: Admission) -> None:
     dataset = (await admission.upload()).name
     for field, value in (("max_tokens", -1), ("max_device_seconds", math.nan), ("max_device_seconds", -0.5)):
         with refused(*INVALID) as refusal:
@@ -228,7 +228,7 @@ async def audit_lines(admission: Admission, **fields: object) -> list[tuple[str,
     return [(e.subject.split()[0], e.tenant, e.method.split("/")[2], e.resource, e.status_code) for e in events]
 
 
-async def test_the_audit_log_tells_who_did_what_and_what_came_of_it(admission: Admission) -> None:
+async def test_the_audit_log_has_caller_method_and_status(admission: Admission) -> None:
     dataset = (await admission.upload(dataset_id="d")).name
     task = await admission.create(dataset, "t")
     await admission.tenant().GetTask(pb.GetTaskRequest(name=task.name))  # reads leave no line
@@ -264,7 +264,7 @@ async def test_the_audit_log_tells_who_did_what_and_what_came_of_it(admission: A
         )
 
 
-async def test_calls_that_prove_nothing_are_in_the_audit_log(admission: Admission) -> None:
+async def test_unauthenticated_calls_are_in_the_audit_log(admission: Admission) -> None:
     admission.refusals_per_second = 1.0
     await admission.restart()
     nobody, codes = admission.with_token("mxt_0_x"), []

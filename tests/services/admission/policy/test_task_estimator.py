@@ -69,7 +69,9 @@ async def test_estimates_are_those_of_a_service_that_remembers_nothing(admission
         assert await estimate(admission, one) == before
 
 
-async def test_of_a_sweep_only_the_first_is_inspected(admission: Admission, inspected: list[Any]) -> None:
+async def test_only_the_first_task_of_a_parameter_sweep_is_inspected(
+    admission: Admission, inspected: list[Any]
+) -> None:
     dataset = (await admission.upload()).name
     made = [await admission.create(dataset, learning_rate=rate, labels={"rate": str(rate)}) for rate in (0.1, 0.2, 0.3)]
     assert len(inspected) == 1
@@ -79,7 +81,7 @@ async def test_of_a_sweep_only_the_first_is_inspected(admission: Admission, insp
     assert len(inspected) == 2
 
 
-async def test_what_is_remembered_lets_nothing_wrong_in(admission: Admission) -> None:
+async def test_a_cached_estimate_does_not_skip_validation(admission: Admission) -> None:
     dataset = (await admission.upload()).name
     await admission.create(dataset)
     for wrong, field in (

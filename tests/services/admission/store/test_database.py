@@ -51,7 +51,7 @@ def test_migrations_make_the_tables_that_the_code_reads(database_url: str) -> No
 
 
 @both
-def test_tasks_from_before_special_tokens_were_a_choice_go_on_as_they_were(database_url: str) -> None:
+def test_tasks_older_than_the_special_tokens_option_keep_their_behaviour(database_url: str) -> None:
     old = task_pb2.TaskSpec(backbone="tiny", training=task_pb2.Training(learning_rate=1e-3, num_steps=7, seed=3))
     database = Database(database_url)
     database.migrate("0003_leadership")

@@ -79,7 +79,7 @@ async def test_another_body_is_refused_whatever_it_is(admission: Admission, requ
         await admission.restart()
 
 
-async def test_of_several_bodies_at_once_one_wins(admission: Admission, request_id: str) -> None:
+async def test_one_of_several_bodies_at_once_wins(admission: Admission, request_id: str) -> None:
     dataset = (await admission.upload()).name
     calls = [create(admission, dataset, request_id, seed=i % 5) for i in range(20)]
     answers = await asyncio.gather(*calls, return_exceptions=True)
@@ -117,7 +117,7 @@ async def test_an_upload_sent_again_is_one_dataset(admission: Admission, request
             await admission.upload(data, dataset_id, request_id=request_id)
 
 
-async def test_an_upload_of_what_is_there_uses_its_id_too(admission: Admission, request_id: str) -> None:
+async def test_an_upload_of_existing_contents_uses_its_request_id_too(admission: Admission, request_id: str) -> None:
     first = await admission.upload(TEN_ROWS, "one")
     assert await admission.upload(TEN_ROWS, "one", request_id=request_id) == first
     with refused(*REUSED):
@@ -145,7 +145,7 @@ async def test_an_adapter_sent_again_is_one_adapter(admission: Admission, reques
                 await upload_adapter(admission, request_id, adapter_id, **changes)
 
 
-async def test_ids_that_are_none_are_refused(admission: Admission) -> None:
+async def test_invalid_request_ids_are_refused(admission: Admission) -> None:
     dataset = (await admission.upload()).name
     before = admission.num_rows(), admission.files()
     for bad in ("a\0b", "a b", "ä", "\n", "x" * 129):

@@ -37,7 +37,7 @@ def database(database_url: str) -> Iterator[Database]:
 
 
 @both
-def test_what_is_stored_is_what_sqlalchemy_reads_and_the_other_way_round(database: Database) -> None:
+def test_stored_values_equal_those_of_sqlalchemy_in_both_directions(database: Database) -> None:
     insert = PreparedStatement(sa.insert(task_events))
     select = PreparedStatement(
         sa.select(task_events).where(task_events.c.task == sa.bindparam("task")).order_by(task_events.c.sequence)
@@ -71,7 +71,7 @@ def test_numbers_of_accounts_come_back_as_they_went(database: Database) -> None:
 
 
 @both
-def test_what_a_column_counts_by_itself_is_counted(database: Database) -> None:
+def test_an_automatic_column_is_numbered(database: Database) -> None:
     insert = PreparedStatement(sa.insert(audit_events))
     values = {"time": 1, "subject": "s", "tenant": "t", "method": "m", "resource": "r", "status_code": "OK"}
     with database.write() as connection:

@@ -109,9 +109,7 @@ async def commit_behind_another(database: Database, rest: list[Any]) -> list[Any
 
 @both
 @pytest.mark.parametrize("seed", range(3))
-async def test_those_that_fail_leave_nothing_and_the_others_see_each_other_in_order(
-    database: Database, seed: int
-) -> None:
+async def test_failed_changes_leave_nothing_and_later_changes_see_earlier_ones(database: Database, seed: int) -> None:
     """A list is the model: a change sees what earlier changes left."""
     draw, model, expected = random.Random(seed), list[int](), list[Any]()
     changes: list[Any] = []
@@ -142,7 +140,7 @@ async def test_those_that_fail_leave_nothing_and_the_others_see_each_other_in_or
 
 
 @both
-async def test_answers_are_the_askers_own_and_one_that_fails_spoils_no_other(database: Database) -> None:
+async def test_each_caller_gets_its_own_answer_and_a_failed_read_affects_no_other(database: Database) -> None:
     await database.commit(put_later(1))
 
     def wrong(connection: sa.Connection) -> None:
@@ -165,7 +163,7 @@ async def test_answers_are_the_askers_own_and_one_that_fails_spoils_no_other(dat
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-async def test_who_hangs_reading_holds_up_no_change_and_no_event_loop(database: Database) -> None:
+async def test_a_read_that_hangs_blocks_no_change_and_no_event_loop(database: Database) -> None:
     await database.commit(put_later(1))
     held = HeldCall()
     hung = asyncio.ensure_future(database.query(held))
@@ -204,7 +202,7 @@ async def test_writers_in_threads_get_their_turn_among_many_changes(database: Da
 
 
 @both
-async def test_who_leaves_before_the_turn_changes_nothing_and_after_it_is_told_of(database: Database) -> None:
+async def test_a_caller_cancelled_before_its_turn_changes_nothing_and_later_is_notified(database: Database) -> None:
     notified = list[Any]()
 
     def fails(connection: sa.Connection) -> None:
@@ -323,7 +321,7 @@ def test_a_second_event_loop_waits_until_the_first_ones_transaction_is_rolled_ba
     commits.close()
 
 
-async def test_after_the_end_there_is_no_more(database: Database) -> None:
+async def test_no_change_is_accepted_after_the_end(database: Database) -> None:
     waiting = [asyncio.ensure_future(database.commit(put_later(version))) for version in range(1, 6)]
     await asyncio.sleep(0)
     await database.finish()
@@ -355,7 +353,7 @@ asyncio.run(main())
 
 @both
 @pytest.mark.parametrize("failpoint", ["commit.before", "commit.after"])
-async def test_what_a_kill_interrupts_was_acknowledged_to_none_and_is_there_whole_or_not(
+async def test_a_killed_transaction_is_unacknowledged_and_committed_wholly_or_not_at_all(
     database: Database, database_url: str, failpoint: str, tmp_path: Path
 ) -> None:
     armed = tmp_path / "armed"
