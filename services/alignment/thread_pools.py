@@ -35,7 +35,7 @@ class ThreadPools:
         await limit.acquire()
 
         def release(_: object) -> None:  # when the work ends, even if its caller was cancelled long before
-            with suppress(RuntimeError):  # the loop is closed: nobody waits
+            with suppress(RuntimeError):  # the loop is closed, and no caller waits
                 loop.call_soon_threadsafe(limit.release)
 
         future = self._long.submit(work, *arguments)

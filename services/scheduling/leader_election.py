@@ -20,7 +20,7 @@ class LeaderElection:
     """Takes part in the election by asking the ledger for the leader's lease, three times in its `lease_seconds`.
 
     `scheduler`: a name that no other running scheduler has. While the ledger is unavailable the leader stays leader:
-    nobody else can become leader then, and nothing that a scheduler does is committed.
+    no other scheduler can become leader then, and nothing that a scheduler does is committed.
     """
 
     def __init__(self, ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub", scheduler: str, lease_seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Out-of-memory policy: 1. halve the microbatch; 2. move the task out of its hTask; 3. fail it. Pure."""
+"""Out-of-memory policy: halves the microbatch, then moves the task out of its hTask, then fails it. Pure."""
 
 from engine.alignment.microbatch import Microbatch
 from muxtune.v1 import plan_pb2
