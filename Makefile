@@ -28,8 +28,9 @@ demo: $(READY) ## train five tasks of three tenants on one backbone, in under fi
 up: $(READY) ## start the four services on loopback; stop with Ctrl-C, and `make up` resumes all tasks
 	muxtune up --data $(DATA)
 
-# A file's tests stay on one worker, so that what they share is started once.
-WORKERS ?= 2
+# A file's tests stay on one worker, so that what they share is started once. Tests of meshes wait most of their time:
+# three workers for two cores.
+WORKERS ?= 3
 PYTEST := python -m pytest -n $(WORKERS) --dist loadfile
 THOROUGH := --hypothesis-profile=thorough
 

@@ -20,7 +20,7 @@ _LEAKED: list[bytearray] = []
 _CACHED_FUNCTION = type(lru_cache(lambda: None))
 _PART = 10_000  # objects whose referents are asked for at once
 # Caches that many tasks fill and that hold little: smaller, so that they are full before memory is judged.
-_SMALLER = {"services.admission.policy.task_estimator": {"_MOST_REMEMBERED": 8}}
+_SMALLER = {"services.admission.policy.task_estimator": {"_MAX_CACHED": 8}}
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -84,6 +84,7 @@ def _bytes_by_type() -> dict[str, int]:
 def _count(number: int, frame: FrameType | None) -> None:
     for module, values in _SMALLER.items():
         if module in sys.modules:
+            assert values.keys() <= vars(sys.modules[module]).keys(), f"{module} has other names"
             vars(sys.modules[module]).update(values)
     planted = Path(_FOLDER, "planted")
     if planted.exists():
