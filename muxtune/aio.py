@@ -66,9 +66,9 @@ class AsyncClient:
 
     def __init__(self, address: str | None = None, api_key: str | None = None, ca: Path | str | None = None) -> None:
         address, self._api_key = address_and_key(address, api_key)
-        secure, dialled, options = credentials(address, ca), target(address), channel_options(address)
+        secure, server, options = credentials(address, ca), target(address), channel_options(address)
         self._channel = (
-            grpc.aio.secure_channel(dialled, secure, options) if secure else grpc.aio.insecure_channel(dialled, options)
+            grpc.aio.secure_channel(server, secure, options) if secure else grpc.aio.insecure_channel(server, options)
         )
         self._stub: admission_pb2_grpc.AdmissionServiceAsyncStub = admission_pb2_grpc.AdmissionServiceStub(
             self._channel
@@ -211,7 +211,7 @@ class AsyncClient:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
 

@@ -63,13 +63,13 @@ def _add_utc(text: str) -> str:
     A text that is not a time is returned unchanged; protobuf refuses it.
     """
     try:
-        moment = datetime.fromisoformat(text)
+        parsed = datetime.fromisoformat(text)
     except ValueError:
         return text
     if len(text) <= len("2026-01-31"):
         return text  # a date without a time
-    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return aware.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    zoned = parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+    return zoned.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 def _put(fields: dict[str, Any], path: str, value: Any) -> None:

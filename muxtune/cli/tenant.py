@@ -85,8 +85,8 @@ def audit(
         if json:
             return print_json(events)
         for e in events:
-            who = f"{e.subject} of {e.tenant}" if e.tenant else e.subject
-            what = f"{e.method.rpartition('/')[2]} {e.resource or '-'}: {e.status_code}"
-            line = f"{e.sequence} {e.time.ToDatetime():%Y-%m-%d %H:%M:%S} {who}: {what}"
+            caller = f"{e.subject} of {e.tenant}" if e.tenant else e.subject
+            action = f"{e.method.rpartition('/')[2]} {e.resource or '-'}: {e.status_code}"
+            line = f"{e.sequence} {e.time.ToDatetime():%Y-%m-%d %H:%M:%S} {caller}: {action}"
             # A name that a caller chose cannot start a line.
             console.print("".join(c if c.isprintable() else "?" for c in line))

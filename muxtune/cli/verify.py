@@ -44,12 +44,12 @@ def _show(findings: list[dict[str, Any]], steps: int) -> None:
     rows = []
     for method in dict.fromkeys(finding["method"] for finding in findings):
         of_method = [finding for finding in findings if finding["method"] == method]
-        outside = [finding for finding in of_method if finding["own_rounding"] is not None]
-        inside = [finding for finding in of_method if finding["own_rounding"] is None]
-        columns = [_worst(outside, key) for key in ("loss_difference", "weight_difference", "own_rounding")]
-        columns += [_worst(inside, key) for key in ("loss_difference", "weight_difference")]
+        against_reference = [finding for finding in of_method if finding["own_rounding"] is not None]
+        against_engine = [finding for finding in of_method if finding["own_rounding"] is None]
+        columns = [_worst(against_reference, key) for key in ("loss_difference", "weight_difference", "own_rounding")]
+        columns += [_worst(against_engine, key) for key in ("loss_difference", "weight_difference")]
         holds = "yes" if all(finding["holds"] for finding in of_method) else "NO"
-        rows.append((method, outside[0]["against"].removesuffix(" alone"), *columns, holds))
+        rows.append((method, against_reference[0]["against"].removesuffix(" alone"), *columns, holds))
     table(title, header, rows)
     num_options = len({finding["options"] for finding in findings})
     console.print(

@@ -57,10 +57,10 @@ def issue(
 
 def issue_where_due(folder: Path) -> None:
     """Issue certificates if one is missing or expires within a month; `muxtune up` calls this at its start."""
-    soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=_RENEW_DAYS)
+    renew_before = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=_RENEW_DAYS)
     for name in (*NAMES, f"{EXECUTORS}/{DEFAULT_EXECUTOR}"):
         path = folder / name / CERTIFICATE
-        if not path.exists() or x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc < soon:
+        if not path.exists() or x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc < renew_before:
             issue(folder, executors=[DEFAULT_EXECUTOR])
             return
 

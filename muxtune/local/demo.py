@@ -33,13 +33,13 @@ def demo_tasks() -> list[DemoTask]:
     question = "Hello, the courier left a rain cape in the rain. What now?"
     note = "Fernwood firmware 6.1\n\nWhat is new:\n"
 
-    def training(rate: float, steps: int, batch: int, longest: int, **more: float) -> task_pb2.Training:
+    def training(rate: float, steps: int, batch: int, max_tokens: int, **more: float) -> task_pb2.Training:
         return task_pb2.Training(
             learning_rate=rate,
             num_steps=steps,
             global_batch_size=batch,
             micro_batch_size=4,
-            max_sequence_tokens=longest,
+            max_sequence_tokens=max_tokens,
             warmup_steps=2,
             heldout_fraction=0.1,
             seed=1,

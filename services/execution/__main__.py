@@ -29,11 +29,11 @@ async def main() -> None:
     async def set_health(is_healthy: bool) -> None:
         """Sets the health status of the process and of ExecutionService, which does not serve without a trainer."""
         states = health_pb2.HealthCheckResponse
-        for which in ("", name):
-            await health.set(which, states.SERVING if is_healthy else states.NOT_SERVING)
+        for service in ("", name):
+            await health.set(service, states.SERVING if is_healthy else states.NOT_SERVING)
 
     servicer = ExecutionServicer(settings, set_health)
-    keepers: list[LeaseKeeper] = []
+    lease_keepers: list[LeaseKeeper] = []
     running: list[asyncio.Task[None]] = [start_critical_task(servicer.trainer.run(), "trainer")]
 
     def register(server: grpc.aio.Server) -> list[str]:
@@ -46,15 +46,15 @@ async def main() -> None:
         await asyncio.wait({ready, running[0]}, return_when=asyncio.FIRST_COMPLETED)
         if running[0].done():
             raise SystemExit(f"the trainer could not start on {settings.backbone}: see its log above for the cause")
-        keepers.append(LeaseKeeper(settings, address, scheduling, servicer))
-        running.append(start_critical_task(keepers[0].run(), "lease"))
+        lease_keepers.append(LeaseKeeper(settings, address, scheduling, servicer))
+        running.append(start_critical_task(lease_keepers[0].run(), "lease"))
 
     async def stop() -> None:
         await servicer.drain()
         for task in running[1:]:
             task.cancel()
         if servicer.lease_term:
-            await keepers[0].end()
+            await lease_keepers[0].end()
         await servicer.trainer.stop(_TRAINER_STOP_SECONDS)
 
     await serve(

@@ -109,10 +109,10 @@ async def map_errors(call: ServerCall, proceed: Handler) -> Any:
     """Set the call's status code; turn an exception into the refusal to send."""
     try:
         response = await proceed(call)
-        call.code = _code_set_on(call.context)
+        call.code = _status_code_of(call.context)
         return response
     except grpc.aio.AbortError:
-        call.code = _code_set_on(call.context)
+        call.code = _status_code_of(call.context)
         raise
     except asyncio.CancelledError:
         seconds_left = call.context.time_remaining()
@@ -187,7 +187,7 @@ async def annotate_span(call: ServerCall, proceed: Handler) -> Any:
     return await proceed(call)
 
 
-def _code_set_on(context: Any) -> grpc.StatusCode:
+def _status_code_of(context: Any) -> grpc.StatusCode:
     """Return the code that the servicer set on the context; OK if it set none."""
     code = context.code()
     return code if isinstance(code, grpc.StatusCode) else _CODES.get(code or 0, grpc.StatusCode.UNKNOWN)

@@ -36,7 +36,7 @@ class AdapterRpcs:
 
     _database: Database
     _artifacts: ArtifactStore
-    _admitter: AdmissionController
+    _controller: AdmissionController
     _max_upload_bytes: int
 
     async def UploadAdapter(self, request_iterator: Any, context: Any) -> pb.UploadAdapterResponse:
@@ -108,7 +108,7 @@ class AdapterRpcs:
         with self._database.read() as connection:
             is_repeated = idempotency.has_request(connection, tenant, header.request_id)
             if not is_repeated and not datasets_and_adapters.has_adapter(connection, name):
-                self._admitter.check_adapter_bytes(connection, tenant, 1)
+                self._controller.check_adapter_bytes(connection, tenant, 1)
 
     def _store_adapter(
         self, tenant: str, header: artifact_pb2.UploadHeader, files: dict[str, bytes]
@@ -141,7 +141,7 @@ class AdapterRpcs:
             existing = idempotency.find_resource(connection, tenant, request_id, "UploadAdapter", body)
             if existing is None:
                 if datasets_and_adapters.find_same_adapter(connection, name, digest) is None:
-                    self._admitter.check_adapter_bytes(connection, tenant, manifest.size_bytes)
+                    self._controller.check_adapter_bytes(connection, tenant, manifest.size_bytes)
                     datasets_and_adapters.insert_adapter(connection, name, manifest.key, manifest.size_bytes)
                 idempotency.record_request(connection, tenant, request_id, "UploadAdapter", body, name)
             return datasets_and_adapters.get_adapter_row(connection, existing or name)

@@ -32,7 +32,7 @@ class DatasetRpcs:
     _database: Database
     _artifacts: ArtifactStore
     _alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub"
-    _admitter: AdmissionController
+    _controller: AdmissionController
     dataset_objects: DatasetObjects
 
     async def UploadDataset(self, request_iterator: Any, context: Any) -> pb.UploadDatasetResponse:
@@ -42,7 +42,7 @@ class DatasetRpcs:
         name = await asyncio.to_thread(self._choose_dataset_name, tenant, header, body)
         dataset = await asyncio.to_thread(self._find_same_dataset, name, header.request_id, body, file.sha256.lower())
         if dataset is None:
-            await asyncio.to_thread(self._admitter.check_dataset_upload, tenant, file.size_bytes)
+            await asyncio.to_thread(self._controller.check_dataset_upload, tenant, file.size_bytes)
             async with self.dataset_objects.lock(tenant, file.sha256.lower()):
                 stored = await self._alignment.StoreDataset(_to_store_requests(tenant, file, chunks))
                 failpoint("dataset.stored")
@@ -122,7 +122,7 @@ class DatasetRpcs:
             name = existing or name
             if datasets_and_adapters.find_same_dataset(connection, name, stored.sha256) is None:
                 self.dataset_objects.check_stored(connection, tenant, stored.sha256)
-                self._admitter.check_dataset_bytes(connection, tenant, stored.size_bytes)
+                self._controller.check_dataset_bytes(connection, tenant, stored.size_bytes)
                 shapes = dict(stored.num_rows_by_shape)
                 datasets_and_adapters.insert_dataset(
                     connection, name, stored.sha256, stored.size_bytes, stored.num_rows, shapes

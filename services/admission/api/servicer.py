@@ -47,12 +47,12 @@ class AdmissionServicer(TaskRpcs, DatasetRpcs, AdapterRpcs, admission_pb2_grpc.A
         database: Database,
         artifacts: ArtifactStore,
         alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub",
-        admitter: AdmissionController,
+        controller: AdmissionController,
         notifier: ChangeNotifier,
         max_upload_bytes: int,
     ) -> None:
         self._database, self._artifacts, self._alignment = database, artifacts, alignment
-        self._admitter, self._notifier, self._max_upload_bytes = admitter, notifier, max_upload_bytes
+        self._controller, self._notifier, self._max_upload_bytes = controller, notifier, max_upload_bytes
         self.dataset_objects = DatasetObjects(database, artifacts, alignment)
 
 
@@ -130,7 +130,7 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
         results = list(request.results)
         commit = partial(self._ledger.commit_results, request.executor, request.lease_term, results)
         verdicts, _ = await self._notifier.commit_and_notify(
-            commit, lambda committed: self._notify_of(results, committed[1])
+            commit, lambda committed: self._notify_watchers(results, committed[1])
         )
         return ledger_pb2.CommitResultsResponse(verdicts=verdicts)
 
@@ -192,7 +192,7 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
                     await self.end_expired_leases()
                     self._notifier.notify()
 
-    def _notify_of(self, results: Sequence[plan_pb2.TaskResult], changes_plan: bool) -> None:
+    def _notify_watchers(self, results: Sequence[plan_pb2.TaskResult], changes_plan: bool) -> None:
         """Wake the watchers of these tasks and, if the plan may have to change, scheduling."""
         self._notifier.notify_tasks({result.task for result in results})
         self._on_recorded({result.task for result in results if result.WhichOneof("result") in _COLLECTED_RESULTS})

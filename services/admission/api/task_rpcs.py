@@ -34,7 +34,7 @@ class TaskRpcs:
 
     _database: Database
     _notifier: ChangeNotifier
-    _admitter: AdmissionController
+    _controller: AdmissionController
 
     async def CreateTask(self, request: pb.CreateTaskRequest, context: Any) -> pb.CreateTaskResponse:
         principal, trace_parent = current_principal(), current_trace_parent()
@@ -47,9 +47,9 @@ class TaskRpcs:
             if existing := idempotency.find_resource(connection, tenant, request.request_id, "CreateTask", body):
                 return tasks.get_task(connection, existing)
             name = new_name(tenant, "tasks", request.task_id, "task_id")
-            resolved = self._admitter.resolve(connection, principal, request.spec)
+            resolved = self._controller.resolve(connection, principal, request.spec)
             is_current = evaluated is not None and evaluated.resolved == resolved
-            admitted = evaluated if is_current else self._admitter.evaluate_from_cache(principal, resolved)
+            admitted = evaluated if is_current else self._controller.evaluate_from_cache(principal, resolved)
             if admitted is None:
                 return resolved
             idempotency.record_request(connection, tenant, request.request_id, "CreateTask", body, name)
@@ -57,14 +57,14 @@ class TaskRpcs:
             return tasks.insert(connection, name, resolved.spec, admitted.estimate, key, trace_parent)
 
         while isinstance(result := await self._commit(create), ResolvedTask):
-            evaluated = await self._admitter.evaluate(principal, result)
+            evaluated = await self._controller.evaluate(principal, result)
         return pb.CreateTaskResponse(task=result)
 
     async def EstimateTask(self, request: pb.EstimateTaskRequest, context: Any) -> pb.EstimateTaskResponse:
         principal = current_principal()
         authorize_parent(principal, request.parent)
-        resolved = await self._database.query(partial(self._admitter.resolve, principal=principal, spec=request.spec))
-        return pb.EstimateTaskResponse(estimate=(await self._admitter.evaluate(principal, resolved)).estimate)
+        resolved = await self._database.query(partial(self._controller.resolve, principal=principal, spec=request.spec))
+        return pb.EstimateTaskResponse(estimate=(await self._controller.evaluate(principal, resolved)).estimate)
 
     async def GetTask(self, request: pb.GetTaskRequest, context: Any) -> pb.GetTaskResponse:
         name = authorize(current_principal(), request.name, "tasks")

@@ -91,9 +91,9 @@ def _verify(connection: sa.Connection, token: str) -> tuple[Principal, float]:
     """Return the key's principal and the seconds until the key expires. Raises UnauthenticatedError."""
     prefix, key_id, secret = (*token.split("_", 2), "", "")[:3]
     row = _ROW.fetch_first(connection, id=key_id)
-    is_secret_right = hmac.compare_digest(_hash(secret), row.secret_sha256 if row else _hash(""))
+    is_secret_correct = hmac.compare_digest(_hash(secret), row.secret_sha256 if row else _hash(""))
     seconds_left = math.inf if row is None or row.expires is None else (row.expires - now()) / 1e6
-    if prefix != "mxt" or row is None or not is_secret_right or row.revoked is not None or seconds_left <= 0:
+    if prefix != "mxt" or row is None or not is_secret_correct or row.revoked is not None or seconds_left <= 0:
         raise UnauthenticatedError("the API key is unknown, expired or revoked")
     return Principal(row.tenant or None, Role(row.role), f"key {key_id}"), seconds_left
 

@@ -66,8 +66,8 @@ class GroupCommit:
                 _deliver(self._next_batch(), error)
             else:
                 calls = self._next_batch()
-                error_of_all = _run_all(calls, connection)
-                _deliver(calls, await self._end(transaction, error_of_all))
+                batch_error = _run_all(calls, connection)
+                _deliver(calls, await self._end(transaction, batch_error))
 
     async def _collect(self) -> None:
         """Let the event loop run until no further call comes: two thread switches cost as much as several changes."""

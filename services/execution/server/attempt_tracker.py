@@ -59,14 +59,14 @@ class AttemptTracker:
         """Forgets every running attempt: the lease is lost."""
         self._running.clear()
 
-    def drop_stale(self, tasks: Iterable[str], judged: Iterable[plan_pb2.TaskResult]) -> list[str]:
+    def drop_stale(self, tasks: Iterable[str], acknowledged: Iterable[plan_pb2.TaskResult]) -> list[str]:
         """Forgets superseded attempts among `tasks`, whose results admission found stale. Returns their tasks.
 
-        `judged`: the results that admission has judged. A stale result of an earlier attempt, sent again over a new
-        stream, does not end the running attempt.
+        `acknowledged`: the results that the request acknowledges. A stale result of an earlier attempt, sent again over
+        a new stream, does not end the running attempt.
         """
         attempts: dict[str, int] = {}
-        for result in judged:
+        for result in acknowledged:
             attempts[result.task] = max(result.attempt, attempts.get(result.task, 0))
         running = ((task, self._running.get(task, 0)) for task in tasks)
         stale = [task for task, attempt in running if attempts.get(task, attempt) >= attempt]

@@ -113,7 +113,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
                     await self._drained.wait()
                 await self.outbox.close()
                 if self._stream is not None:
-                    await _first_of(self.outbox.wait_empty(), self._stream_ended.wait())
+                    await _wait_for_first(self.outbox.wait_empty(), self._stream_ended.wait())
         except TimeoutError:
             _log.warning("The drain was not complete after %g s.", self._settings.drain_seconds)
 
@@ -152,8 +152,8 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
             await self._accept_request(request)
 
     async def _accept_request(self, request: pb.RunPlanRequest) -> None:
-        judged = self.outbox.results_up_to(request.acknowledged_sequence)
-        if stale := self._attempts.drop_stale(request.stale_tasks, judged):
+        acknowledged = self.outbox.results_up_to(request.acknowledged_sequence)
+        if stale := self._attempts.drop_stale(request.stale_tasks, acknowledged):
             await self.trainer.send(Tag.STALE, pb.RunPlanRequest(stale_tasks=stale))
         await self.outbox.acknowledge(request.acknowledged_sequence)
         if request.HasField("plan") and not self.is_draining:
@@ -231,7 +231,7 @@ def _to_error(failure: errors_pb2.TaskFailure) -> MuxtuneError:
     return _BY_REASON.get(errors_pb2.ErrorReason.Name(failure.reason), MuxtuneError)(failure.message)
 
 
-async def _first_of(*waits: Coroutine[Any, Any, Any]) -> None:
+async def _wait_for_first(*waits: Coroutine[Any, Any, Any]) -> None:
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

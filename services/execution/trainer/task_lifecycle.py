@@ -141,8 +141,8 @@ class TaskLifecycle:
                 self._end(resident, Completion(plan_pb2.TaskFinished()))
             elif resident.early_stop.should_stop(training):
                 best = resident.early_stop.best
-                under = "finite" if best is None else f"under {best:.4f}"
-                message = f"early stop after {result.step} steps: the held-out loss is no longer {under}"
+                bound = "finite" if best is None else f"under {best:.4f}"
+                message = f"early stop after {result.step} steps: the held-out loss is no longer {bound}"
                 self._end(resident, Completion(plan_pb2.TaskFinished(message=message)))
 
     def close_round(self) -> None:

@@ -210,14 +210,14 @@ class Trainer:
         """
         _log.warning("The stream of hTask %d failed: %s", index, error)
         members = self._restart_round(index)
-        newcomers = [name for name in members if name not in self._served]
+        unserved = [name for name in members if name not in self._served]
         if isinstance(error, _BAD_DATA) and len(members) == 1:
             self._lifecycle.fail(members[0], error)
         elif isinstance(error, _BAD_DATA):
             self._split_off(index, members[1:])
-        elif 0 < len(newcomers) < len(members):
-            self._split_off(index, newcomers)
-            self._interrupted.update(newcomers)
+        elif 0 < len(unserved) < len(members):
+            self._split_off(index, unserved)
+            self._interrupted.update(unserved)
         else:
             self._interrupted.update(members)
 

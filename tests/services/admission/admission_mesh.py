@@ -173,10 +173,10 @@ class Admission:
         self.key_store, ledger = KeyStore(self.database), LedgerServicer(self.notifier, lambda names: None)
         self._serving = ExitStack()
         self._serving.enter_context(ledger.serve_ledger(Ledger(self.database, self.clock, quota=quota.to_proto())))
-        self.admitter = AdmissionController(self.database, self.artifacts, alignment, quota)
+        self.controller = AdmissionController(self.database, self.artifacts, alignment, quota)
         self.limits = LimitsWatcher(self.database, quota.to_proto(), self.notifier)
         servicer = self.servicer = AdmissionServicer(
-            self.database, self.artifacts, alignment, self.admitter, self.notifier, MAX_UPLOAD_BYTES
+            self.database, self.artifacts, alignment, self.controller, self.notifier, MAX_UPLOAD_BYTES
         )
         limit, audit = RateLimit(self.requests_per_second), create_audit_writer(self.database)
         self.unauthenticated_limiter = UnauthenticatedCallLimiter(RateLimit(self.refusals_per_second), audit)

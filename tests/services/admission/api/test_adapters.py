@@ -146,14 +146,14 @@ async def test_an_adapter_deleted_while_a_task_that_starts_from_it_is_validated(
     admission: Admission, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, dataset = await upload(admission, "one"), await admission.upload()
-    asked, go_on, inspect = asyncio.Event(), asyncio.Event(), admission.admitter._estimator._inspect
+    asked, go_on, inspect = asyncio.Event(), asyncio.Event(), admission.controller._estimator._inspect
 
     async def slow(*arguments: object) -> object:
         asked.set()
         await go_on.wait()
         return await inspect(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(admission.admitter._estimator, "_inspect", slow)
+    monkeypatch.setattr(admission.controller._estimator, "_inspect", slow)
     creating = asyncio.create_task(admission.create(dataset.name, initial_adapter=adapter.name))
     await asked.wait()
     await delete(admission, adapter.name)
