@@ -18,10 +18,10 @@ def ca_folder() -> Path:
 
 
 def certificates(name: str) -> Certificates:
-    """Of a service; "execution" is executors/local."""
+    """Return the certificates of a service; "execution" is executors/local."""
     return Certificates(ca_folder() / ("executors/local" if name == "execution" else name))
 
 
 def trust(name: str, peer: str) -> ClientTls:
-    """How `name` comes to `peer`."""
+    """Return the TLS settings with which `name` connects to `peer`."""
     return ClientTls(certificates(name), peer)

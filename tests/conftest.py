@@ -1,4 +1,4 @@
-"""How the tests run as a whole: their threads, how much is drawn by hypothesis, and clients that try again at once."""
+"""Settings of the whole test run: threads, the number of hypothesis's examples, and fast retries of clients."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ settings.register_profile("default", deadline=None)
 
 @pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many attempts as ever, milliseconds apart."""
+    """Make clients retry as often as by default, but milliseconds apart."""
     policy = copy.deepcopy(transport._RETRY_POLICY)
     policy["methodConfig"][0]["retryPolicy"] |= {"initialBackoff": "0.01s", "maxBackoff": "0.01s"}  # type: ignore[index]
     monkeypatch.setattr(transport, "_OPTIONS", [("grpc.service_config", json.dumps(policy)), *transport._OPTIONS[1:]])

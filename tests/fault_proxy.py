@@ -1,4 +1,4 @@
-"""A TCP proxy that can cut, refuse and hold connections: what networks do between two services."""
+"""A TCP proxy that can cut, refuse and hold connections between two services, as a faulty network does."""
 
 import asyncio
 from contextlib import suppress
@@ -7,7 +7,7 @@ _CHUNK_BYTES = 1 << 16
 
 
 class FaultProxy:
-    """Between clients and `target` ("host:port"). Open until told otherwise."""
+    """Forwards connections of clients to `target` ("host:port")."""
 
     def __init__(self, target: str) -> None:
         self._host, _, port = target.rpartition(":")
@@ -18,18 +18,18 @@ class FaultProxy:
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def start(self) -> str:
-        """Its own address."""
+        """Start the proxy and return its address."""
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     def cut(self) -> None:
-        """Resets every connection, and each new one."""
+        """Reset all connections, and every new one."""
         self._is_refusing = True
         for writer in self._writers:
             writer.transport.abort()
 
     def hold(self) -> None:
-        """Nothing gets through any more, and nobody is told: a cable pulled."""
+        """Forward nothing, and keep connections open: like a pulled cable."""
         self._may_flow.clear()
 
     def heal(self) -> None:
@@ -45,12 +45,12 @@ class FaultProxy:
         if self._is_refusing:
             return writer.transport.abort()
         try:
-            there, back = await asyncio.open_connection(self._host, self._port)
+            target_reader, target_writer = await asyncio.open_connection(self._host, self._port)
         except OSError:
             return writer.transport.abort()
-        self._writers |= {writer, back}
-        await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
-        self._writers -= {writer, back}
+        self._writers |= {writer, target_writer}
+        await asyncio.gather(self._pump(reader, target_writer), self._pump(target_reader, writer))
+        self._writers -= {writer, target_writer}
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):

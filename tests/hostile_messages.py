@@ -1,4 +1,4 @@
-"""Messages that nobody would send in good faith, drawn by hypothesis from the contracts' own descriptors."""
+"""Hostile messages, drawn by hypothesis from the descriptors of the protos."""
 
 import os
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def texts(names: Sequence[str]) -> st.SearchStrategy[str]:
 
 
 def messages(kind: Descriptor, names: Sequence[str], depth: int = _MAX_DEPTH) -> st.SearchStrategy[Message]:
-    """Any message of that kind; strings are often one of `names`."""
+    """Return a strategy for any message of that type. Many of its strings are one of `names`."""
 
     @st.composite
     def build(draw: st.DrawFn) -> Message:

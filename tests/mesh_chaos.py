@@ -1,4 +1,4 @@
-"""A mesh whose processes are killed at random while clients go on; a supervisor starts them again."""
+"""Kills processes of a mesh at random while clients keep working; a supervisor restarts them."""
 
 import os
 import random
@@ -15,7 +15,7 @@ from muxtune.local.mesh import START_ORDER, Mesh
 from services.failpoints import NAMES, VARIABLE
 
 TRAINER = "trainer"
-_ARMED_SECONDS = 2.0  # a failpoint that nobody passes in that time is disarmed
+_ARMED_SECONDS = 2.0  # a failpoint that no process passes in that time is disarmed
 _POLL_SECONDS = 0.05
 
 
@@ -24,14 +24,14 @@ def long_mode() -> bool:
 
 
 def printed_seed() -> int:
-    """MUXTUNE_SEED, or a new one; pytest shows it where the test fails."""
+    """Return MUXTUNE_SEED, or a new seed. It is printed: pytest shows it if the test fails."""
     seed = int(os.environ.get("MUXTUNE_SEED") or random.SystemRandom().randrange(1 << 32))
     print(f"MUXTUNE_SEED={seed}")
     return seed
 
 
 def trainer_of(mesh: Mesh) -> int:
-    """Process id of the executor's trainer; 0 while there is none."""
+    """Return the process id of the executor's trainer; 0 if it does not run."""
     server = mesh.processes["execution"].pid
     try:
         children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
@@ -42,7 +42,7 @@ def trainer_of(mesh: Mesh) -> int:
 
 @dataclass
 class Chaos:
-    """Kills by `random`; `killed` counts by service or failpoint."""
+    """Kills processes chosen by `random`. `killed`: number of kills by service or failpoint."""
 
     mesh: Mesh
     random: random.Random
@@ -52,7 +52,7 @@ class Chaos:
 
     @contextmanager
     def supervised(self) -> Iterator["Chaos"]:
-        """Starts what has died again, until the block ends; then all of them serve."""
+        """Restart dead services until the block ends; then wait until all of them serve."""
         thread = threading.Thread(target=self._supervise, name="supervisor")
         thread.start()
         try:
@@ -65,7 +65,7 @@ class Chaos:
         self.mesh.await_health()
 
     def kill_somewhere(self) -> None:
-        """One kill point: a process at any moment, all of them at once, or whoever passes a point of the code."""
+        """Kill one process at any moment, all of them at once, or the process that passes a failpoint next."""
         target = self.random.choices(
             ["failpoint", "admission", "scheduling", "alignment", "execution", TRAINER, "all"], [8, 2, 2, 2, 2, 2, 1]
         )[0]
@@ -74,7 +74,7 @@ class Chaos:
         self._kill_and_count(target)
 
     def kill_executor(self) -> None:
-        """Its server or its trainer, at any moment."""
+        """Kill the executor's server or its trainer, at any moment."""
         self._kill_and_count(self.random.choice(["execution", TRAINER]))
 
     def _kill_and_count(self, target: str) -> None:
@@ -82,7 +82,7 @@ class Chaos:
             self.killed[target] += 1
 
     def kill(self, service: str) -> bool:
-        """At once, if it lives; whether it did. The trainer dies with its server."""
+        """Kill a process. Return whether it was running. The trainer dies with its server."""
         pid = trainer_of(self.mesh) if service == TRAINER else self.mesh.processes[service].pid
         if not pid or (service != TRAINER and self.mesh.processes[service].poll() is not None):
             return False

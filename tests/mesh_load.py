@@ -1,4 +1,4 @@
-"""What tenants do while a mesh is killed at: tasks unlike each other, watched to their ends."""
+"""The load of tenants on a mesh while its processes are killed: different tasks, watched to their ends."""
 
 import functools
 import random
@@ -26,10 +26,10 @@ T = TypeVar("T")
 
 
 def specs(dataset: str) -> list[task_pb2.TaskSpec]:
-    """Unlike in rank, batch, dropout, targets, schedule; one is evaluated as it goes."""
+    """Return tasks that differ in rank, batch, dropout, targets and schedule. One is evaluated during training."""
     common = {"num_steps": NUM_STEPS, "max_sequence_tokens": 64}
     modules = ["q_proj", "down_proj"]
-    made = [
+    variants = [
         (task_pb2.Lora(rank=4, alpha=8, dropout=0.1, target_modules=modules),
          {"learning_rate": 0.01, "global_batch_size": 4, "seed": 3}),
         (task_pb2.Lora(rank=8, alpha=8, dropout=0.3, target_modules=["all-linear"]),
@@ -39,14 +39,14 @@ def specs(dataset: str) -> list[task_pb2.TaskSpec]:
          {"learning_rate": 0.05, "optimizer": task_pb2.OPTIMIZER_SGD, "momentum": 0.9, "global_batch_size": 3}),
     ]  # fmt: skip
     return [
-        task_pb2.TaskSpec(backbone="tiny", dataset=dataset, lora=lora, training=task_pb2.Training(**common, **own))
-        for lora, own in made
+        task_pb2.TaskSpec(backbone="tiny", dataset=dataset, lora=lora, training=task_pb2.Training(**common, **fields))
+        for lora, fields in variants
     ]
 
 
 @dataclass
 class Outcome:
-    """What a task left: all its events as they were watched, and its adapter."""
+    """The outcome of a task: all its events as they were watched, and its adapter."""
 
     task: task_pb2.Task
     events: list[event_pb2.TaskEvent]
@@ -57,7 +57,7 @@ class Outcome:
 
 
 class Patience:
-    """Asks until it is answered: services are away longer than the client's own retries last. `give_up` ends that."""
+    """Repeats a call until it succeeds: services can be down longer than the client retries. `give_up` ends this."""
 
     def __init__(self) -> None:
         self._is_over = threading.Event()
@@ -75,23 +75,23 @@ class Patience:
 
 
 def outcome(client: Client, name: str, folder: Path, patiently: Patience) -> Outcome:
-    """Watches the task to its end, whatever breaks meanwhile."""
+    """Watch the task to its end, with a new watch after every failure."""
     events: list[event_pb2.TaskEvent] = []
 
     def watch() -> None:
         events.extend(client.watch_task(name, events[-1].sequence if events else 0))
 
     patiently(watch)
-    found = Outcome(patiently(lambda: client.get_task(name)), events)
-    if found.task.adapter:
+    result = Outcome(patiently(lambda: client.get_task(name)), events)
+    if result.task.adapter:
         dest = folder / name.replace("/", "-")
         patiently(lambda: client.download_adapter(name, dest))
-        found.adapter = load_file(dest / "adapter_model.safetensors")
-    return found
+        result.adapter = load_file(dest / "adapter_model.safetensors")
+    return result
 
 
 class Load:
-    """Tenants' part: keeps a few tasks unfinished, uploads, cancels now and then, and notes what was acknowledged."""
+    """Acts as tenants: keeps a few tasks unfinished, uploads, sometimes cancels, and records what was acknowledged."""
 
     def __init__(self, client: Client, chance: random.Random, folder: Path) -> None:
         self._client, self._chance, self._folder = client, chance, folder
@@ -101,7 +101,7 @@ class Load:
         self.cancelled: set[str] = set()
 
     def begin(self) -> None:
-        """One dataset, and as many tasks as there are to be."""
+        """Upload one dataset, and create tasks until NUM_AT_ONCE are unfinished."""
         rows = [{"text": f"row {self._chance.random()}"} for _ in range(3)]
         request = f"upload-{len(self.datasets)}"
         stored = self._patiently(lambda: self._client.upload_dataset(rows, request_id=request))
@@ -121,7 +121,7 @@ class Load:
             self.cancelled.add(task.name)
 
     def until_each_has_done_a_step(self) -> None:
-        """Waits until every unfinished task has done a step from now on, or ended."""
+        """Wait until every unfinished task has done a further step, or ended."""
         for task in self._patiently(lambda: list(self._client.list_tasks())):
             if task.state not in FINAL_STATES:
                 self._patiently(functools.partial(self._until_past, task.name, task.progress.step))
@@ -132,7 +132,7 @@ class Load:
                 return
 
     def end(self) -> list[tuple[int, Outcome]]:
-        """Waits for all that was begun."""
+        """Wait for the end of all tasks."""
         deadline = time.monotonic() + END_SECONDS
         try:
             return [(number, watching.result(deadline - time.monotonic())) for number, watching in self.tasks.values()]

@@ -1,4 +1,4 @@
-"""A mesh with two admissions, "a" and "b", on one PostgreSQL. They can be killed, paused, cut off, started again."""
+"""A mesh with two admissions, "a" and "b", on one PostgreSQL. They can be killed, paused, cut off and restarted."""
 
 import json
 import os
@@ -26,7 +26,7 @@ _WAIT_SECONDS = 60.0
 
 
 class ReplicatedMesh:
-    """`environment`: as `Mesh` takes it. Clients know one admission or both; scheduling knows both."""
+    """Runs the mesh; `environment` is that of `Mesh`. Clients know one admission or both; scheduling knows both."""
 
     def __init__(
         self, folder: Path, backbone: Path, url: str, environment: Mapping[str, Mapping[str, str]] | None = None
@@ -59,7 +59,7 @@ class ReplicatedMesh:
             self._b.wait()
 
     def client(self, *names: str) -> Client:
-        """Which knows these admissions."""
+        """Return a client that knows these admissions, by default both."""
         return Client(",".join(self.public[name] for name in names or NAMES), self.mesh.api_key, self.mesh.ca)
 
     def process(self, name: str) -> "subprocess.Popen[bytes]":
@@ -68,7 +68,7 @@ class ReplicatedMesh:
         return process
 
     def start(self, name: str) -> None:
-        """Where it was; does not wait."""
+        """Start an admission at its former addresses, without waiting until it serves."""
         if name == "a":
             return self.mesh.respawn("admission")
         settings = self.mesh._settings("admission", {"tiny": self.mesh.backbone_folder("tiny")})
@@ -82,20 +82,20 @@ class ReplicatedMesh:
         self.process(name).send_signal(number)
 
     def kill(self, name: str) -> None:
-        """As `kill -9` does, and starts it again."""
+        """Kill an admission with SIGKILL and start it again."""
         self.signal(name, signal.SIGKILL)
         self.process(name).wait()
         self.start(name)
 
     def restart(self, name: str) -> None:
-        """As a rolling restart does: SIGTERM, its end, its start, until it serves again."""
+        """Restart an admission as a rolling restart does: SIGTERM, wait for its end, start, wait until it serves."""
         self.signal(name, signal.SIGTERM)
         assert self.process(name).wait(_WAIT_SECONDS) == 0
         self.start(name)
         self.await_serving(name)
 
     def cut(self, *, only_sessions: bool = False) -> int:
-        """Ends the connections of all admissions to the database; how many."""
+        """End the connections of all admissions to the database. Return their number."""
         query = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
         query += " AND pid <> pg_backend_pid()"
         if only_sessions:
@@ -124,14 +124,14 @@ class ReplicatedMesh:
 
     def await_leader(self, *among: str) -> str:
         """Return the replica that leads the ledger."""
-        found: list[str] = []
+        leaders: list[str] = []
 
-        def look() -> bool:
-            found[:] = [name for name in among or NAMES if self.is_serving(name, LEDGER_SERVICE)]
-            return len(found) == 1
+        def has_one_leader() -> bool:
+            leaders[:] = [name for name in among or NAMES if self.is_serving(name, LEDGER_SERVICE)]
+            return len(leaders) == 1
 
-        _await(look, f"one of {among or NAMES} to lead the ledger")
-        return found[0]
+        _await(has_one_leader, f"one of {among or NAMES} to lead the ledger")
+        return leaders[0]
 
 
 def _await(holds: Callable[[], bool], what: str) -> None:

@@ -1,4 +1,4 @@
-"""The rules of the house, held by tests: who may import whom, budgets, names, what must never be committed."""
+"""Tests the rules of the code base: imports, budgets, names, and texts that must never be committed."""
 
 import ast
 import re
@@ -23,7 +23,7 @@ STDLIB_ONLY = (
 
 
 def sources(*folders: str) -> list[Path]:
-    """Python files of ours: generated stubs and migrations left out."""
+    """Return the Python files in these folders, without generated stubs and migrations."""
     found = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
     skipped = ("muxtune/v1/", "services/admission/migrations/versions/")
     return sorted(path for path in found if not path.relative_to(ROOT).as_posix().startswith(skipped))
@@ -33,7 +33,7 @@ OURS = sources("engine", "services", "muxtune", "tests", "benchmarks", "examples
 
 
 def test_import_rules() -> None:
-    """The contracts of import-linter in pyproject.toml."""
+    """Checks the contracts of import-linter in pyproject.toml."""
     done = subprocess.run(
         [Path(sys.executable).parent / "lint-imports", "--no-cache"],
         cwd=ROOT,
@@ -45,7 +45,7 @@ def test_import_rules() -> None:
 
 
 def foreign_imports(text: str) -> set[str]:
-    """Top-level packages imported that are neither the standard library nor the engine's own words."""
+    """Return imported packages that are neither of the standard library nor the engine's shared types."""
     names = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -63,7 +63,7 @@ def test_shared_words_need_only_the_standard_library() -> None:
 
 
 def test_only_execution_loads_torch() -> None:
-    """Not by any path: each of the other services is imported in a process of its own."""
+    """Imports each of the other services in a separate process, so that no indirect import is missed."""
     modules = [
         "services.admission.__main__",
         "services.scheduling.__main__",
@@ -85,7 +85,7 @@ def long_functions(text: str) -> Iterator[tuple[str, int]]:
 
 
 def offenders(paths: Sequence[Path], check: Callable[[Path], list[str]]) -> dict[str, list[str]]:
-    """What the check finds, by file; files without a finding are left out."""
+    """Return the findings of the check by file, without files that have none."""
     assert paths
     return {path.relative_to(ROOT).as_posix(): found for path in paths if (found := check(path))}
 
@@ -107,7 +107,7 @@ _FRAGMENT = re.compile(r"(What|Whatever|Who|Whoever|Whose|Whom|Where|Why|When|Ho
 
 
 def class_names(paths: Sequence[Path]) -> dict[str, list[str]]:
-    """Files that define each public class."""
+    """Return by public class the files that define it."""
     files: dict[str, list[str]] = {}
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -122,7 +122,7 @@ def test_a_class_name_means_one_thing() -> None:
 
 
 def fragments(text: str) -> list[str]:
-    """First lines of docstrings that are no sentences: a question's half, or without a full stop."""
+    """Return first sentences of docstrings that are fragments: half a question, or without a full stop."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -142,7 +142,7 @@ CUDA = sorted((ROOT / "cuda").glob("*.cu*")) + sorted((ROOT / "tests" / "engine"
 
 
 def long_cuda_functions(text: str) -> Iterator[tuple[str, int]]:
-    """Blocks that open at a line of no or four columns' indentation and close at the same: functions, in our layout."""
+    """Yield functions over the budget: blocks that open and close at an indentation of 0 or 4 columns."""
     opened: dict[int, tuple[int, str]] = {}
     for number, line in enumerate(text.splitlines()):
         indent = len(line) - len(line.lstrip())
@@ -172,7 +172,7 @@ def test_proto_budget() -> None:
 
 
 def mutable_globals(text: str) -> list[str]:
-    """Module-level names in lower case bound to something that can change: state shared by whoever imports it."""
+    """Return module-level names in lower case with a mutable value: state that all importers share."""
     found = []
     for node in ast.parse(text).body:
         target = (
@@ -242,7 +242,7 @@ def method_checks(text: str) -> list[str]:
     return [name for words in mentioned for name in words if name in names]
 
 
-def test_methods_are_asked_by_hooks() -> None:
+def test_methods_are_used_by_hooks_only() -> None:
     """A new method needs no change outside engine/methods and engine/peft: nothing else asks for its class."""
     folders = (ROOT / "engine" / "methods", ROOT / "engine" / "peft")
     paths = [path for path in sources("engine", "services", "muxtune") if path.parent not in folders]
@@ -260,7 +260,7 @@ def tracked_texts() -> Iterator[tuple[str, str]]:
 
 
 def unwelcome(text: str) -> list[str]:
-    """Hosts of package registries and absolute paths of somebody's machine."""
+    """Return hosts of package registries and absolute paths of a developer's machine."""
     registries = r"(?:py" + r"pi\.org|files\.python" + r"hosted\.org|registry\.np" + r"mjs\.org)"
     return re.findall(registries + r"|(?:^|[\s\"'=(])(?:/home/\w+|/root|/work)/[\w./-]+", text)
 
@@ -282,8 +282,10 @@ _CUTS = {"partition", "rpartition", "split", "rsplit"}
 
 
 def names_made_or_cut(text: str, *, allows_slash: bool = False) -> list[str]:
-    """String literals that belong to a resource name or a key, and cuts at a slash. Docstrings, and texts for readers
-    with a space or a PLACEHOLDER, are left out."""
+    """Return string literals that are parts of a resource name or a key, and splits at a slash.
+
+    Docstrings, and texts for readers with a space or a PLACEHOLDER, are left out.
+    """
     found, tree = [], ast.parse(text)
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
@@ -297,7 +299,7 @@ def names_made_or_cut(text: str, *, allows_slash: bool = False) -> list[str]:
 
 
 def test_names_and_keys_are_made_and_parsed_in_one_place() -> None:
-    """Anywhere else, a change of one alone would make the garbage collector blind or destructive."""
+    """With two places, a change of one of them would make the garbage collector miss files or delete the wrong ones."""
     found = {}
     for path in sources("engine", "services", "muxtune"):
         name = path.relative_to(ROOT).as_posix()

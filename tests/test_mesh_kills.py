@@ -1,5 +1,5 @@
-"""kill -9 of any service at random points, under load: nothing acknowledged is lost, nothing counts twice, and every
-task ends with the adapter of a mesh that was left alone. MUXTUNE_TESTS=long makes it 200 points."""
+"""Kills services at random points under load: nothing acknowledged is lost, nothing counts twice, and every task ends
+with the same adapter as in a mesh without kills. MUXTUNE_TESTS=long makes it 200 points."""
 
 import random
 import time
@@ -15,9 +15,9 @@ from muxtune.local.mesh import Mesh
 from muxtune.task_states import FINAL_STATES
 from muxtune.v1 import task_pb2
 from services.failpoints import VARIABLE
-from tests.elsewhere import elsewhere
 from tests.mesh_chaos import Chaos, long_mode, printed_seed
 from tests.mesh_load import NUM_STEPS, ROWS, Load, Outcome, Patience, outcome, specs
+from tests.platform_storage import platform_storage
 from tests.tiny_backbone import write_backbone
 
 NUM_KILLS, NUM_KILLS_APART = (200, 40) if long_mode() else (20, 6)
@@ -32,12 +32,12 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
-    """Of all services, by where their state is kept: in the mesh's own folder, or elsewhere."""
+    """Yield settings of all services: their state is in the folder of the mesh, or in a platform's storage."""
     if request.param == "folder":
         yield {}
         return
-    with elsewhere() as found:
-        yield found
+    with platform_storage() as variables:
+        yield variables
 
 
 def environment(folder: Path, settings: dict[str, str], **admission: str) -> dict[str, dict[str, str]]:
@@ -54,18 +54,18 @@ def environment(folder: Path, settings: dict[str, str], **admission: str) -> dic
 
 @contextmanager
 def mesh_of(backbone: Path, folder: Path, environment: dict[str, dict[str, str]]) -> Iterator[Mesh]:
-    """In a folder of an awkward name."""
+    """Run a mesh in a folder whose name has special characters."""
     with Mesh(folder / "of 100%41? #1" / "mesh", {"tiny": backbone}, environment=environment) as mesh:
         yield mesh
 
 
 @pytest.mark.parametrize("num_kills", [6, pytest.param(NUM_KILLS, marks=THOROUGH)])
-@pytest.mark.parametrize("settings", ["folder", "elsewhere"] if long_mode() else ["folder"], indirect=True)
+@pytest.mark.parametrize("settings", ["folder", "platform"] if long_mode() else ["folder"], indirect=True)
 def test_killed_at_random_points_nothing_is_lost_and_every_adapter_is_the_same(
     backbone: Path, settings: dict[str, str], num_kills: int, tmp_path: Path
 ) -> None:
-    """Kills come faster than a trainer starts: from outside it looks as if each task alone killed its executor many
-    times in a row, so that rule is off here. The next test has it on."""
+    """Kills come faster than a trainer starts, so each task would seem to kill its executor many times in a row. The
+    rule that fails such tasks is off here and on in the next test."""
 
     def kill_soon(load: Load, chaos: Chaos) -> None:
         time.sleep(chaos.random.uniform(0, 1.0))
@@ -80,7 +80,7 @@ def test_killed_at_random_points_nothing_is_lost_and_every_adapter_is_the_same(
 def test_kills_of_the_executor_that_leave_each_task_time_for_a_step_fail_none(
     backbone: Path, num_kills: int, tmp_path: Path
 ) -> None:
-    """With the rule of three crashes in a row as it is by default."""
+    """The limit of three crashes in a row has its default."""
 
     def kill_later(load: Load, chaos: Chaos) -> None:
         load.until_each_has_done_a_step()
@@ -94,7 +94,7 @@ def test_kills_of_the_executor_that_leave_each_task_time_for_a_step_fail_none(
 def kill_under_load(
     mesh: Mesh, client: Client, folder: Path, num_kills: int, kill: Callable[[Load, Chaos], None]
 ) -> None:
-    """First three tasks that are left alone, then the same again and again while processes are killed."""
+    """Run three tasks without kills, then the same tasks again and again while processes are killed."""
     seed = printed_seed()
     client.upload_dataset(ROWS, "rows")
     calm = [client.create_task(spec).name for spec in specs("tenants/default/datasets/rows")]
@@ -120,8 +120,8 @@ def kill_under_load(
 
 
 def check(found: Outcome, expected: Outcome, may_be_cancelled: bool) -> float:
-    """Every step once and in order, on the same data under the same dropout, bit for bit; losses and the adapter to
-    1e-6. Answers the largest difference of a parameter."""
+    """Check that every step is there once and in order, with the same data and dropout bit for bit, and the losses and
+    the adapter to 1e-6. Return the largest difference of a parameter."""
     states = [change.state for change in found.of("state_changed")]
     told = (found.task, found.of("state_changed"))
     assert [event.sequence for event in found.events] == list(range(1, len(found.events) + 1))

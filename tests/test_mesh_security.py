@@ -60,7 +60,7 @@ def operate(mesh: Mesh, *arguments: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_keys_lie_where_their_owner_alone_reads_them(mesh: Mesh) -> None:
+def test_keys_are_readable_by_their_owner_only_and_not_in_logs(mesh: Mesh) -> None:
     for path in (*mesh.certs.rglob("*.key"), mesh.data / "mesh.json"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     assert len(list(mesh.certs.rglob("*.key"))) == 6
@@ -84,7 +84,7 @@ def test_no_connection_in_plain_text_or_without_a_certificate(mesh: Mesh, servic
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_the_public_door_describes_nothing_and_serves_clients_alone(mesh: Mesh) -> None:
+def test_the_public_port_has_no_reflection_and_serves_clients_only(mesh: Mesh) -> None:
     with mesh.client() as client:
         request = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
         with pytest.raises(grpc.RpcError) as refused:
@@ -170,7 +170,7 @@ def test_a_days_quota_pauses_a_task_and_a_budget_ends_one(mesh: Mesh) -> None:
     assert [line["status_code"] for line in lines] == ["OK", "OK", "RESOURCE_EXHAUSTED", "OK", "OK"]
 
 
-def test_tenants_in_one_microbatch_learn_nothing_of_each_other(mesh: Mesh) -> None:
+def test_tenants_in_one_microbatch_reveal_nothing_to_each_other(mesh: Mesh) -> None:
     """Neither in what they read, nor in the explanation of their place; nor rows in any span or log."""
     names = ("one-tenant", "another-tenant")
     clients = {name: mesh.client(mesh.create_key(f"tenants/{name}")) for name in names}

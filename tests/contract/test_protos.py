@@ -88,7 +88,7 @@ def edit(copy: Path, name: str, old: str, new: str) -> None:
     path.write_text(path.read_text().replace(old, new, 1))
 
 
-def test_every_proto_is_looked_at_here() -> None:
+def test_every_proto_is_tested_here() -> None:
     assert {Path(file.name).name for file in FILES} == {path.name for path in SOURCES}
 
 

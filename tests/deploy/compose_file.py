@@ -1,4 +1,4 @@
-"""deploy/ as the tests read it: compose.yaml with its variables filled in as Docker does, the Dockerfile by stage."""
+"""Parses deploy/ for the tests: compose.yaml with its variables replaced as by Docker, the Dockerfile by stage."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ SERVICES = ("alignment", "admission", "scheduling", "execution")
 
 
 def filled_in(text: str, variables: Mapping[str, str]) -> str:
-    """`${NAME}`, `${NAME:-default}` and `${NAME:?message}`, as the Compose specification reads them."""
+    """Replace `${NAME}`, `${NAME:-default}` and `${NAME:?message}` as the Compose specification defines."""
 
     def value(match: re.Match[str]) -> str:
         name, operator, rest = match["name"], match["operator"], match["rest"]
@@ -33,7 +33,7 @@ def compose(variables: Mapping[str, str], name: str = "compose.yaml") -> dict[st
 
 @dataclass
 class Stage:
-    """One FROM of the Dockerfile."""
+    """One stage of the Dockerfile: a FROM and its instructions."""
 
     base: str
     instructions: list[tuple[str, str]] = field(default_factory=list)
@@ -54,11 +54,11 @@ def stages() -> dict[str, Stage]:
 
 
 def image_of(target: str) -> list[tuple[str, str]]:
-    """Every instruction that a target's image went through, from its first base on."""
-    known, chain = stages(), []
-    while target in known:
-        chain.append(known[target])
-        target = known[target].base
+    """Return all instructions of a target's image, those of its base stages first."""
+    stage_by_name, chain = stages(), []
+    while target in stage_by_name:
+        chain.append(stage_by_name[target])
+        target = stage_by_name[target].base
     return [instruction for stage in reversed(chain) for instruction in stage.instructions]
 
 

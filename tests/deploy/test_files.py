@@ -1,4 +1,4 @@
-"""What stands in deploy/ is well-formed, and names only settings, ports, targets and files that there are."""
+"""The files in deploy/ are well-formed, and name only settings, ports, targets and files that exist."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""deploy/kubernetes.yaml: of the API's own schema, and of one mind with the images and the services' settings."""
+"""deploy/kubernetes.yaml follows the API's schema, and agrees with the images and the services' settings."""
 
 import dataclasses
 from typing import Any
@@ -65,7 +65,7 @@ def test_each_address_is_a_services() -> None:
 
 
 def test_two_admissions_are_replaced_one_after_the_other_and_scheduling_sees_both() -> None:
-    """On PostgreSQL (docs/adr/0011); what keeps its place, or nothing at all, is one."""
+    """Admission has two replicas, because its state is in PostgreSQL (docs/adr/0011). All others have one."""
     spec = WORKLOADS["admission"]["spec"]
     assert spec["replicas"] == 2 and spec["minReadySeconds"] == 10
     assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
@@ -87,7 +87,7 @@ def test_no_pod_mounts_the_key_of_another_and_none_runs_as_root() -> None:
         assert limits["readOnlyRootFilesystem"] and limits["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_from_outside_only_the_clients_door_is_open() -> None:
+def test_only_the_clients_port_is_open_from_outside() -> None:
     policies = of_kind("NetworkPolicy")
     assert policies["nobody"]["spec"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
     open_to_all = [

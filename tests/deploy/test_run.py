@@ -1,5 +1,5 @@
-"""The compose file run for real, without Docker: each container's command with the environment it would have, host
-names and volumes replaced by loopback and a temporary folder."""
+"""Runs the compose file without Docker: each container's command with its environment, and with loopback and a
+temporary folder in place of host names and volumes."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.tiny_backbone import write_backbone
 
 
 class Machine:
-    """Loopback ports for the containers' host names, a folder for their volumes."""
+    """Replaces the containers' host names by loopback ports, and their volumes by a folder."""
 
     def __init__(self, folder: Path, source: Path) -> None:
         self.folder = folder
@@ -33,7 +33,7 @@ class Machine:
         self.source = source
 
     def environment(self, service: str) -> dict[str, str]:
-        """As in the container, with paths and addresses of this machine."""
+        """Return the container's environment with paths and addresses of this machine."""
         inside = environment_of_image(service) | self.services[service]["environment"]
         own = {name: self.here(str(value)) for name, value in inside.items() if name.startswith("MUXTUNE_")}
         grpc_port, metrics_port = self.ports[service]

@@ -46,7 +46,7 @@ def all_errors() -> list[type[engine.errors.MuxtuneError]]:
     return sorted((cls for cls in found if cls.__module__ == "engine.errors"), key=lambda cls: cls.__name__)
 
 
-def test_the_two_clients_are_twins() -> None:
+def test_the_two_clients_have_the_same_methods() -> None:
     def face(cls: type) -> dict[str, list[str]]:
         methods = inspect.getmembers(cls, inspect.isfunction)
         return {name: list(inspect.signature(m).parameters) for name, m in methods if not name.startswith("_")}
@@ -202,7 +202,7 @@ async def test_a_download_appears_whole_and_replaces_an_earlier_one(
     ],
     ids=["nothing", "longer", "corrupt", "cut off", "backwards", "climbs", "dots", "absolute", "nameless", "headless"],
 )
-async def test_a_lying_download_is_refused_and_leaves_nothing(
+async def test_a_corrupt_download_is_refused_and_leaves_nothing(
     call: Either, admission: Admission, tmp_path: Path, responses: list[pb.DownloadAdapterResponse]
 ) -> None:
     admission.download = responses

@@ -75,7 +75,7 @@ def check(raised: errors.MuxtuneError, refusal: MuxtuneError) -> None:
 
 @pytest.mark.parametrize("chunk_bytes", CHUNKS_BYTES)
 @pytest.mark.parametrize("client", ["blocking", "asyncio"])
-async def test_the_servers_answer_arrives_wherever_it_ends_an_upload(
+async def test_the_servers_answer_arrives_at_any_point_of_an_upload(
     server: tuple[EarlyServer, str], adapter: Path, client: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transport, "CHUNK_BYTES", chunk_bytes)
@@ -106,7 +106,7 @@ async def test_an_early_response_is_an_answer_too(
 
 
 @pytest.mark.parametrize("chunk_bytes", CHUNKS_BYTES)
-async def test_services_hear_each_other_too(
+async def test_services_get_the_early_answer_of_a_peer(
     server: tuple[EarlyServer, str], chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Admission forwards an upload to alignment; when alignment refuses a row, the tenant must get its reason."""

@@ -28,7 +28,7 @@ def residents(result: Plan) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_no_suspect_has_company_and_nobody_waits_while_an_executor_is_free(seed: int) -> None:
+def test_suspects_run_alone_and_no_task_waits_while_an_executor_is_free(seed: int) -> None:
     draw = random.Random(seed)
     count, num_draining = draw.randint(1, 4), draw.randint(0, 1)
     views = executors(count, num_draining)

@@ -88,7 +88,7 @@ def metadata(token: str = "tenant") -> list[tuple[str, str]]:
     [("x", "tenant", "OK", NAME), ("wrong", "tenant", "INVALID_ARGUMENT", "wrong"),
      ("x", "viewer", "PERMISSION_DENIED", "x")],
 )  # fmt: skip
-async def test_the_entry_is_written_before_the_caller_hears(
+async def test_the_entry_is_written_before_the_caller_gets_its_answer(
     served: Served, name: str, token: str, code: str, resource: str
 ) -> None:
     call = served.stub.CancelTask(pb.CancelTaskRequest(name=name), metadata=metadata(token), timeout=20)

@@ -93,7 +93,7 @@ async def test_an_abort_and_a_code_that_was_set(start_mesh, spans) -> None:
     spans.check(server, "OUT_OF_RANGE", is_error=False)
 
 
-async def test_a_callers_trace_goes_on_and_its_baggage_does_not(start_mesh, spans) -> None:
+async def test_a_callers_trace_continues_and_its_baggage_does_not(start_mesh, spans) -> None:
     seen = {}
 
     async def inner(request, context):

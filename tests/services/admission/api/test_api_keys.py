@@ -38,7 +38,7 @@ async def listed(admission: Admission, tenant: str = "") -> list[str]:
     return [key.id for key in answer.keys]
 
 
-async def test_a_key_opens_its_tenants_door_over_restarts(admission: Admission) -> None:
+async def test_a_key_authenticates_its_tenant_after_a_restart(admission: Admission) -> None:
     first, second = await make(admission), await make(admission)
     other = await make(admission, "tenants/other")
     assert first.key.tenant == "tenants/acme" and first.secret.startswith(f"mxt_{first.key.id}_")
@@ -63,7 +63,7 @@ async def test_the_secret_is_nowhere_in_the_store(admission: Admission) -> None:
         await use(admission, mixed)
 
 
-async def test_a_revoked_key_opens_nothing_and_the_first_revocation_stands(admission: Admission) -> None:
+async def test_a_revoked_key_is_refused_and_keeps_its_first_revocation(admission: Admission) -> None:
     made, kept = await make(admission), await make(admission)
     request = key_pb2.RevokeApiKeyRequest(id=made.key.id)
     first = await admission.keys().RevokeApiKey(request)
@@ -94,9 +94,7 @@ async def test_a_key_that_another_process_revokes_is_good_for_a_second_at_most(a
         await here.authenticate(token)
 
 
-async def test_a_key_is_remembered_no_longer_than_it_is_good(
-    admission: Admission, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_key_is_not_cached_beyond_its_expiry(admission: Admission, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds, start = [0.0], clock.now()
     monkeypatch.setattr(api_key_store, "now", lambda: start + int(seconds[0] * 1e6))
     store = KeyStore(admission.database, lambda: seconds[0])
@@ -109,7 +107,7 @@ async def test_a_key_is_remembered_no_longer_than_it_is_good(
         await store.authenticate(token)
 
 
-async def test_a_key_revoked_while_it_is_looked_up_is_not_remembered(admission: Admission) -> None:
+async def test_a_key_revoked_while_it_is_looked_up_is_not_cached(admission: Admission) -> None:
     store = KeyStore(admission.database)
     row, token = store.create("tenants/acme", None)
     looking = asyncio.ensure_future(store.authenticate(token))

@@ -188,7 +188,7 @@ async def test_an_invalid_name_is_denied_as_a_missing_one(two: Two, name: str) -
     assert two.admission.files() == before
 
 
-async def test_a_page_token_of_another_tenant_shows_nothing_of_it(two: Two) -> None:
+async def test_a_page_token_of_another_tenant_reveals_nothing(two: Two) -> None:
     rival = two.admission.tenant("rival")
     token = (await rival.ListTasks(pb.ListTasksRequest(page_size=1))).next_page_token
     assert token

@@ -122,7 +122,7 @@ def test_the_reason_is_logged_for_the_operator_at_a_limited_rate(
     assert "secret" not in caplog.text.lower()
 
 
-def test_a_new_key_of_the_issuer_is_found_and_unknown_ones_cause_no_storm(tmp_path: Path) -> None:
+def test_a_new_key_of_the_issuer_is_fetched_and_unknown_keys_at_a_limited_rate(tmp_path: Path) -> None:
     asked: list[str] = []
 
     class Issuer(http.server.BaseHTTPRequestHandler):

@@ -271,7 +271,7 @@ async def test_a_lost_executor_is_worth_a_scheduling_cycle(
     assert await admission.state(task) == "QUEUED"
 
 
-async def test_scheduling_hears_of_arrivals_and_ends_but_not_of_steps(admission: Admission) -> None:
+async def test_scheduling_is_notified_of_arrivals_and_ends_but_not_of_steps(admission: Admission) -> None:
     dataset = (await admission.upload()).name
     changes = admission.ledger().WatchChanges(ledger_pb2.WatchChangesRequest())
 

@@ -99,7 +99,7 @@ def checkpoint(task: str, attempt: int) -> plan_pb2.TaskResult:
     return plan_pb2.TaskResult(task=task, attempt=attempt, checkpoint_committed=committed)
 
 
-async def test_scheduling_hears_when_a_suspect_is_cleared(admission: Admission) -> None:
+async def test_scheduling_is_notified_when_a_suspect_is_cleared(admission: Admission) -> None:
     (task,) = await create(admission, "t")
     await admission.run(task)
     await admission.commit(*died({task: 1}))

@@ -41,7 +41,7 @@ async def test_a_leader_that_resigns_is_replaced_at_once_and_no_other_can_resign
     assert await lead(admission, "b") == ("b1", 2)
 
 
-async def test_a_leader_started_anew_in_its_place_goes_on_under_a_new_term(admission: Admission) -> None:
+async def test_a_restarted_leader_leads_under_a_new_term(admission: Admission) -> None:
     assert await lead(admission, "a") == ("a1", 1)
     assert await lead(admission, "a", start=2) == ("a2", 2)
 

@@ -218,7 +218,7 @@ class Life:
 
 @pytest.mark.parametrize("database_url", BOTH_DATABASES, indirect=True)
 @pytest.mark.parametrize("seed", seeds(3, 1))
-async def test_random_lives_are_the_models(admission: Admission, seed: int) -> None:
+async def test_random_lives_match_the_model(admission: Admission, seed: int) -> None:
     life = Life(admission, seed)
     await life.begin(4)
     for _ in range(120):

@@ -85,7 +85,7 @@ async def upload(admission: Admission, **files: bytes) -> Any:
     )
 
 
-async def test_weights_that_lie_are_refused_and_leave_nothing(admission: Admission) -> None:
+async def test_corrupt_weights_are_refused_and_leave_nothing(admission: Admission) -> None:
     before = admission.files()
     for case, weights in LYING.items():
         with refused(*INVALID) as refusal:

@@ -152,7 +152,9 @@ async def test_a_day_used_up_makes_tasks_wait_and_tomorrow_they_go_on(
 
 
 @pytest.mark.parametrize("limit", [{"max_tokens": 20}, {"max_device_seconds": 1.0}], ids=str)
-async def test_a_budget_stops_its_task_politely(admission: Admission, limit: dict[str, float]) -> None:
+async def test_a_task_over_its_budget_is_cancelled_without_an_error(
+    admission: Admission, limit: dict[str, float]
+) -> None:
     dataset = (await admission.upload()).name
     budget = budget_pb2.Budget(**limit)
     task = await admission.create(dataset, budget=budget)

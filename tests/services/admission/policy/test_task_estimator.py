@@ -33,7 +33,7 @@ async def estimate(admission: Admission, asked: task_pb2.TaskSpec) -> task_pb2.T
     return answer.estimate
 
 
-async def test_estimates_are_those_of_a_service_that_remembers_nothing(admission: Admission) -> None:
+async def test_cached_estimates_equal_those_of_a_service_without_a_cache(admission: Admission) -> None:
     """Random variants of a task are estimated by a service with a cache and by one that has just started."""
     draw = random.Random(7)
     datasets = [
@@ -98,7 +98,7 @@ async def test_a_cached_estimate_does_not_skip_validation(admission: Admission) 
         await rival.CreateTask(pb.CreateTaskRequest(spec=spec(dataset)))
 
 
-async def test_an_executor_that_changes_is_looked_at_anew(admission: Admission) -> None:
+async def test_estimates_follow_a_changed_executor(admission: Admission) -> None:
     dataset = (await admission.upload()).name
     seconds, changed = (await estimate(admission, spec(dataset))).seconds, executor(lease_term=1)
     changed.device.effective_tokens_per_second /= 2

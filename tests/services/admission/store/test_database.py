@@ -165,7 +165,7 @@ def test_a_database_that_cannot_be_reached_is_unavailable(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-async def test_broken_connections_are_made_anew(admission: Admission, request: pytest.FixtureRequest) -> None:
+async def test_broken_connections_are_replaced(admission: Admission, request: pytest.FixtureRequest) -> None:
     postgres = request.getfixturevalue("postgres")
     task = await admission.create((await admission.upload()).name)
     await admission.run(task.name)

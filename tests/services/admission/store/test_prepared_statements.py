@@ -81,7 +81,7 @@ def test_an_automatic_column_is_numbered(database: Database) -> None:
 
 
 @both
-def test_a_transaction_that_raises_leaves_nothing_of_them(database: Database) -> None:
+def test_a_transaction_that_raises_stores_nothing(database: Database) -> None:
     insert, select = PreparedStatement(sa.insert(requests)), PreparedStatement(sa.select(requests))
     row = {"tenant": "t", "request_id": "r", "method": "m", "body_sha256": "b", "resource": "x", "created": 1}
     with pytest.raises((sqlite3.IntegrityError, sa.exc.IntegrityError)), database.write() as connection:

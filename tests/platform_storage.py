@@ -1,4 +1,4 @@
-"""Where platforms keep a mesh's state, for its tests: rows in PostgreSQL, artifacts in S3 (by moto)."""
+"""Runs the storage of a platform for tests of a mesh: PostgreSQL for rows, S3 (by moto) for artifacts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +11,8 @@ from tests.services.admission.postgres import NoPostgresError, running_postgres
 
 
 @contextmanager
-def elsewhere() -> Iterator[dict[str, str]]:
-    """Settings for all services. Skips the test where no PostgreSQL can start."""
+def platform_storage() -> Iterator[dict[str, str]]:
+    """Yield the settings of all services. Skips the test if no PostgreSQL can start."""
     try:
         with running_postgres() as postgres, running_s3() as url:
             yield {"MUXTUNE_DATABASE_URL": postgres.new_database(), "MUXTUNE_ARTIFACT_URL": url}
@@ -22,7 +22,7 @@ def elsewhere() -> Iterator[dict[str, str]]:
 
 @contextmanager
 def running_s3() -> Iterator[str]:
-    """The URL of a folder in a bucket "muxtune"; who is in the block or started in it has the keys."""
+    """Yield the URL of a folder in the bucket "muxtune". Within the block the environment has its credentials."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

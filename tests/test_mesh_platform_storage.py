@@ -1,4 +1,4 @@
-"""The four processes with their state where platforms keep it: rows in PostgreSQL, artifacts in S3 (by moto)."""
+"""The four processes with the storage of a platform: rows in PostgreSQL, artifacts in S3 (by moto)."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import boto3
 
 from muxtune.local.mesh import Mesh
 from muxtune.v1 import task_pb2
-from tests.elsewhere import elsewhere
+from tests.platform_storage import platform_storage
 from tests.tiny_backbone import write_backbone
 
 QUICK = {"MUXTUNE_NUM_THREADS": "1", "MUXTUNE_CHECKPOINT_STEPS": "3", "MUXTUNE_CALIBRATION_SECONDS": "0.1"}
@@ -14,7 +14,7 @@ ROWS = [{"prompt": f"fox {i}", "completion": " jumps over" * (1 + i % 4)} for i 
 
 
 def test_a_task_lives_through_a_restart_on_postgresql_and_s3(tmp_path: Path) -> None:
-    with elsewhere() as settings:
+    with platform_storage() as settings:
         train_with_a_restart(tmp_path, settings)
         keys = [item["Key"] for item in boto3.client("s3").list_objects_v2(Bucket="muxtune")["Contents"]]
     assert not (tmp_path / "mesh" / "admission.db").exists()
