@@ -1,4 +1,4 @@
-"""The whole mesh, four processes on loopback, as a platform team would meet it: with the client, on a tiny backbone."""
+"""Tests the whole mesh, four processes on loopback with a tiny backbone, through the client."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ QUICK = {
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """An OTLP receiver: what Jaeger would be."""
+    """An OTLP receiver, in place of Jaeger."""
 
     def __init__(self) -> None:
         self.requests: list[trace_service_pb2.ExportTraceServiceRequest] = []
@@ -301,7 +301,7 @@ def test_a_second_mesh_on_the_same_data_is_refused(mesh: Mesh, backbone: Path) -
 
 
 def test_stopped_or_killed_it_goes_on_with_the_same_adapter(client: Client, backbone: Path, tmp_path: Path) -> None:
-    """Once undisturbed; once with the trainer killed, the scheduler killed, and the whole mesh stopped midway."""
+    """Runs once undisturbed, and once with the trainer killed, the scheduler killed, and the whole mesh stopped."""
     steps = 40
     calm = client.create_task(spec(client.upload_dataset(ROWS).name, num_steps=steps))
     calm_events = list(client.watch_task(calm.name))

@@ -1,5 +1,5 @@
-"""Who lost its lease writes nothing that counts; one scheduler leads; a task that kills executors fails alone. With
-real processes: stopped and continued, cut off, killed, doubled, restarted."""
+"""An executor without a lease commits nothing; one scheduler leads; a task that kills executors fails alone. Processes
+are real: they are stopped and continued, cut off, killed, doubled and restarted."""
 
 import asyncio
 import json
@@ -51,7 +51,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Proxies:
-    """Fault proxies on an event loop of their own."""
+    """Runs fault proxies on a separate event loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -86,7 +86,7 @@ def proxies() -> Iterator[Proxies]:
 
 @pytest.fixture(scope="module")
 def mesh(backbone: Path, proxies: Proxies, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    """Its executor and its scheduling hear of each other through the proxies only."""
+    """Run a mesh whose executor and scheduling are connected only by the proxies."""
     data = tmp_path_factory.mktemp("fencing") / "mesh"
     doors = (*START_ORDER, *OPERATOR_ENDPOINTS.values())
     addresses = free_addresses(doors)
@@ -119,7 +119,7 @@ def spec(dataset: str, seed: int, num_steps: int = STEPS) -> task_pb2.TaskSpec:
 
 @pytest.fixture(scope="module")
 def calm(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, torch.Tensor]]:
-    """A dataset, and the adapter that seed 3 leaves where nothing happens."""
+    """Return a dataset, and the adapter that seed 3 gives in an undisturbed run."""
     with mesh.client() as client:
         dataset = client.upload_dataset(ROWS).name
         task = client.wait_task(client.create_task(spec(dataset, 3)).name)
@@ -128,7 +128,7 @@ def calm(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dic
 
 
 def check(client: Client, name: str, expected: dict[str, torch.Tensor], folder: Path) -> list[event_pb2.TaskEvent]:
-    """SUCCEEDED once, each step once, the adapter as expected; its events."""
+    """Check that the task SUCCEEDED once with each step once and the expected adapter. Return its events."""
     events = list(client.watch_task(name))
     assert client.get_task(name).state == task_pb2.TASK_STATE_SUCCEEDED
     steps = [event.step_done.step for event in events if event.WhichOneof("event") == "step_done"]
@@ -151,7 +151,7 @@ def messages(events: list[event_pb2.TaskEvent]) -> str:
 
 @contextmanager
 def another(mesh: Mesh, service: str, **settings: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """One more process of a service, beside the mesh's own."""
+    """Run a second process of a service beside that of the mesh."""
     folders = {name: mesh.backbone_folder(name) for name in mesh.backbones}
     own = {**(EXECUTION if service == "execution" else QUICK[service]), "MUXTUNE_LISTEN": "127.0.0.1:0", **settings}
     environment = {**os.environ, **mesh._settings(service, folders), **own}
@@ -177,7 +177,7 @@ def current_plan(mesh: Mesh) -> scheduling_pb2.GetPlanResponse:
 def test_an_executor_stopped_past_its_lease_changes_nothing_when_it_goes_on(
     mesh: Mesh, client: Client, calm: tuple[str, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    """Its task goes to another executor. Continued, its trainer runs on, writes checkpoints, and none of it counts."""
+    """Its task moves to another executor. After SIGCONT its trainer still trains and writes checkpoints, in vain."""
     dataset, expected = calm
     name = client.create_task(spec(dataset, 3)).name
     until_step(client, name, 8)
@@ -202,7 +202,7 @@ def test_an_executor_stopped_past_its_lease_changes_nothing_when_it_goes_on(
 
 
 def until_registered(client: Client) -> None:
-    """The mesh's own executor has its lease again, and is the only one."""
+    """Wait until the mesh's executor has a lease again and is the only one."""
     name = client.create_task(spec(next(iter(client.list_datasets())).name, 1, num_steps=1)).name
     assert client.wait_task(name).state == task_pb2.TASK_STATE_SUCCEEDED
 
@@ -248,7 +248,7 @@ def test_of_two_schedulers_one_leads_and_the_other_takes_over(
 def test_with_the_store_away_tasks_pause_and_go_on(
     mesh: Mesh, client: Client, calm: tuple[str, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    """A file stands where the folder was, until after the last step: checkpoints and the adapter have to wait."""
+    """A file replaces the store's folder until after the last step: checkpoints and the adapter have to wait."""
     dataset, expected = calm
     name = client.create_task(spec(dataset, 3)).name
     until_step(client, name, 8)
@@ -268,7 +268,7 @@ def test_with_the_store_away_tasks_pause_and_go_on(
 def test_a_rolling_restart_under_load_loses_no_request(
     mesh: Mesh, client: Client, calm: tuple[str, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    """Each service is told to end and started again; clients have nothing but the client's own retries."""
+    """Each service gets SIGTERM and is started again; only the client's retries cover the gap."""
     dataset, expected = calm
     long = client.create_task(spec(dataset, 3)).name
     until_step(client, long, 2)
@@ -306,7 +306,7 @@ def restart(mesh: Mesh, service: str) -> None:
 def test_a_task_that_kills_its_executor_fails_alone(
     mesh: Mesh, client: Client, calm: tuple[str, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    """The test plays the poison: it kills the trainer whenever the task is in its hands."""
+    """The test acts as the task's fault: it kills the trainer whenever it runs the task."""
     dataset, expected = calm
     good = client.create_task(spec(dataset, 3)).name
     until_step(client, good, 2)
@@ -322,7 +322,7 @@ def test_a_task_that_kills_its_executor_fails_alone(
 
 
 def describe(mesh: Mesh) -> execution_pb2.DescribeExecutorResponse | None:
-    """None while the backbone is loading."""
+    """Return the executor's description; None while the backbone is loading."""
     try:
         request = execution_pb2.DescribeExecutorRequest()
         return call(mesh, execution_pb2_grpc.ExecutionServiceStub, "execution", "DescribeExecutor", request)

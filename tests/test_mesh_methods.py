@@ -1,4 +1,4 @@
-"""Every method through the whole mesh: asked for by stubs, trained beside the others, loaded as its tenant would."""
+"""Every method through the whole mesh: created by the stubs, trained beside the others, loaded as by its tenant."""
 
 import json
 from collections.abc import Iterator

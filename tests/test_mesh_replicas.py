@@ -1,5 +1,5 @@
-"""Two admissions on one PostgreSQL, clients at both: whichever is killed, paused, cut off or restarted, nothing that
-was acknowledged is lost and every task ends with the adapter of a calm run. MUXTUNE_TESTS=long: 60 perils, not 7."""
+"""Two admissions on one PostgreSQL, with clients of both: either is killed, paused, cut off or restarted. Nothing
+acknowledged is lost, and every task ends with the adapter of an undisturbed run. MUXTUNE_TESTS=long: 60 faults."""
 
 import os
 import random
@@ -28,8 +28,8 @@ from tests.services.admission.postgres import NoPostgresError, running_postgres
 from tests.test_mesh_kills import check, environment
 from tests.tiny_backbone import write_backbone
 
-NUM_PERILS = 60 if long_mode() else 7  # each once
-pytestmark = pytest.mark.timeout(NUM_PERILS * 40 + 600)
+NUM_FAULTS = 60 if long_mode() else 7  # each once
+pytestmark = pytest.mark.timeout(NUM_FAULTS * 40 + 600)
 WAIT_SECONDS = 120.0
 FOUND_SECONDS = 10.0  # as in deploy/kubernetes.yaml: no event says that clients have found a replica that is back
 ROWS_NAME = "tenants/default/datasets/rows"
@@ -52,7 +52,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicatedMesh]:
 
 @pytest.fixture(scope="module")
 def expected(mesh: ReplicatedMesh) -> list[Outcome]:
-    """What a calm run leaves, by number of the spec. Created at one admission, watched at the other."""
+    """Return the outcomes of an undisturbed run by number of the spec. Tasks are created at a and watched at b."""
     with mesh.client("a") as here, mesh.client("b") as there:
         names = [here.create_task(spec).name for spec in specs(ROWS_NAME)]
         return [outcome(there, name, mesh.folder / "calm", Patience()) for name in names]
@@ -65,12 +65,12 @@ def test_killed_paused_cut_and_restarted_at_random_nothing_is_lost(
     with mesh.client() as client, mesh.client("b", "a") as other:
         before = {task.name for task in client.list_tasks()}
         load = Load(client, chance, tmp_path)
-        each_once = chance.sample(_PERILS, len(_PERILS))
-        for peril in each_once + chance.choices(_PERILS, k=NUM_PERILS - len(_PERILS)):
+        each_once = chance.sample(_FAULTS, len(_FAULTS))
+        for fault in each_once + chance.choices(_FAULTS, k=NUM_FAULTS - len(_FAULTS)):
             load.begin()
             time.sleep(chance.uniform(0, 2.0))
-            print(f"{peril.__name__} at {time.monotonic():.1f} s, {mesh.await_leader()} leads the ledger", flush=True)
-            peril(mesh, chance)
+            print(f"{fault.__name__} at {time.monotonic():.1f} s, {mesh.await_leader()} leads the ledger", flush=True)
+            fault(mesh, chance)
         for name in NAMES:
             mesh.await_serving(name)
         for number, found in load.end():
@@ -109,7 +109,7 @@ def _cut_everything(mesh: ReplicatedMesh, chance: random.Random) -> None:
 
 
 def _kill_at_commit(mesh: ReplicatedMesh, chance: random.Random) -> None:
-    """Whoever commits next dies before or after it."""
+    """Kill the admission that commits next, before or after the commit."""
     armed = Path(mesh.mesh.environment["*"]["MUXTUNE_FAILPOINTS"]) / f"commit.{chance.choice(['before', 'after'])}"
     armed.touch()
     deadline = time.monotonic() + 20
@@ -126,13 +126,13 @@ def _restart(mesh: ReplicatedMesh, chance: random.Random) -> None:
     mesh.restart(chance.choice(NAMES))
 
 
-_PERILS: list[Callable[[ReplicatedMesh, random.Random], None]] = [
+_FAULTS: list[Callable[[ReplicatedMesh, random.Random], None]] = [
     _kill_leader, _kill_either, _pause_leader, _cut_sessions, _cut_everything, _kill_at_commit, _restart,
 ]  # fmt: skip
 
 
 class Watch:
-    """A task's events as one stream sees them."""
+    """Collects a task's events from one stream."""
 
     def __init__(self, client: Client, task: str) -> None:
         self._client, self._task, self._began = client, task, threading.Event()
@@ -182,7 +182,7 @@ def test_while_the_leader_is_paused_all_goes_on_and_what_it_does_late_counts_for
 
 @contextmanager
 def _ledger_at(mesh: ReplicatedMesh, name: str) -> Iterator[Any]:
-    """LedgerService at one admission, as scheduling may call it, with no retries; connected."""
+    """Yield a connected stub of LedgerService at one admission, as scheduling uses it, without retries."""
     with secure_channel(mesh.internal[name], mesh.mesh.certs / "scheduling", "admission") as channel:
         ledger = ledger_pb2_grpc.LedgerServiceStub(channel)
         ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest(), timeout=20)
@@ -198,7 +198,7 @@ def _lease_of(name: str) -> ledger_pb2.PutLeaseRequest:
 
 
 def test_the_command_takes_both_addresses(mesh: ReplicatedMesh) -> None:
-    """A tenant's and an operator's, with either replica gone."""
+    """Commands of a tenant and of an operator work while either replica is down."""
     tenant = {"MUXTUNE_ADDRESS": ",".join(mesh.public.values()), "MUXTUNE_API_KEY": mesh.mesh.api_key}
     operator = {"MUXTUNE_ADMISSION_ADDRESS": ",".join(mesh.internal.values())}
     for name in NAMES:
@@ -214,7 +214,7 @@ def test_the_command_takes_both_addresses(mesh: ReplicatedMesh) -> None:
 
 
 def _leads_by_command(mesh: ReplicatedMesh, name: str) -> bool:
-    """Return whether the replica leads, as an operator finds out by command."""
+    """Return whether the replica leads, by an operator's command."""
     mesh.await_leader(name)
     certs = {"MUXTUNE_CERTS": str(mesh.mesh.certs / "operator")}
     command = [sys.executable, "-m", "services.rpc.health", mesh.internal[name], "admission", LEDGER_SERVICE]
@@ -232,12 +232,12 @@ def _command(arguments: list[str], environment: dict[str, str]) -> str:
 def test_a_rolling_restart_under_load_fails_no_call(
     num_rounds: int, mesh: ReplicatedMesh, expected: list[Outcome], tmp_path: Path
 ) -> None:
-    """No call of a client that knows both: the client's own retries cover it."""
+    """A client that knows both replicas covers the restart by its retries."""
     stopping = threading.Event()
     with mesh.client() as client:
 
         def call(number: int) -> int:
-            """Calls of every kind, one after another, until told to stop; how many."""
+            """Make calls of every kind in turn until stopped. Return their number."""
             chance, count = random.Random(number), 0
             while not stopping.is_set():
                 _call_something(client, chance, f"{number}-{count}", tmp_path, expected[0].task)

@@ -1,4 +1,4 @@
-"""What the planner foretells of a running mesh, held against what then happens: four processes, wall time."""
+"""Compares the planner's predictions for a running mesh of four processes with the times that follow."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ ROWS = [{"text": " ".join(["a row of words to learn from"] * (1 + i % 5))} for i
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    """A backbone large enough that a round is its microbatches, not what surrounds them."""
+    """Run a mesh with a backbone so large that microbatches take most of a round."""
     folder = tmp_path_factory.mktemp("rounds")
     backbone = write_backbone(folder / "backbone", hidden_size=192, intermediate_size=512, num_hidden_layers=6)
     environment = {"execution": {"MUXTUNE_NUM_THREADS": "1", "MUXTUNE_CHECKPOINT_STEPS": "1000"}}
@@ -24,9 +24,9 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
 
 
 def test_rounds_and_the_end_come_as_the_planner_says(mesh: Mesh) -> None:
-    """Three ragged tasks. Asked again and again, when costs have been corrected by what ran. Another process may take
-    the machine from the trainer between a prediction and what it is held against: the closest counts, within a third.
-    How close predictions come on a quiet machine is what benchmarks/planner.py measures."""
+    """Three tasks of different lengths. Predictions are read repeatedly, once costs were corrected by measured rounds.
+    Other processes may slow the trainer after a prediction, so the closest one counts and must be within a third;
+    benchmarks/planner.py measures the errors of predictions."""
     with mesh.client() as client:
         dataset = client.upload_dataset(ROWS).name
         names = [client.create_task(spec(dataset, i)).name for i in range(3)]

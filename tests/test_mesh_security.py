@@ -1,5 +1,5 @@
-"""The four processes as `muxtune up` starts them: certificates from the first start on, limits that hold while tasks
-train, and two tenants of whom neither learns anything of the other."""
+"""The four processes as `muxtune up` starts them: certificates from the first start, limits that hold while tasks
+train, and two tenants that learn nothing of each other."""
 
 import json
 import stat
@@ -54,7 +54,7 @@ def spec(dataset: str, num_steps: int = 8, **fields: object) -> task_pb2.TaskSpe
 
 
 def operate(mesh: Mesh, *arguments: str) -> list[dict[str, object]]:
-    """What an operator's command prints."""
+    """Return the output of an operator's command."""
     done = CliRunner().invoke(app, [*arguments, "--data", str(mesh.data), "--json"])
     assert done.exit_code == 0, done.output
     return [json.loads(line) for line in done.stdout.splitlines()]

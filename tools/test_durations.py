@@ -15,9 +15,9 @@ PAGE = Path(__file__).parents[1] / "tests" / "DURATIONS.md"
 Table = dict[str, dict[str, float]]  # by file or group, then by column
 HEAD = """# How long the tests take
 
-`tools/test_durations.py` writes this page from JUnit reports. The seconds of all workers are added up, fixtures
-included: two workers need about half of them by the clock. "before" was measured beside other work: a quiet machine took
-32 minutes. So was "make test", beside less of it.
+`tools/test_durations.py` writes this page from JUnit reports. The seconds are sums over all workers, with
+fixtures: two workers need about half of that time. The columns "before" and "make test" were measured while other work
+used the machine, "before" while more of it did: without other work it took 32 minutes.
 """
 
 

@@ -1,4 +1,4 @@
-"""What mesh_costs.py makes of what it measured: pauses that are known, goals held and failed."""
+"""mesh_costs.py computes pauses and verdicts of goals from its measurements."""
 
 import random
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from benchmarks.mesh_costs import Rounds, section
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_pause_is_what_was_idle_beside_the_usual(seed: int) -> None:
-    """Rounds of two tasks that differ in length; from one on a third joins, after a pause that is known."""
+    """Two tasks with rounds of different lengths; a third joins after a pause of known length."""
     chance = random.Random(seed)
     pause, usual = chance.uniform(0.05, 3.0), chance.uniform(0.001, 0.02)
     one, two, third = (SimpleNamespace(times=[], device_seconds=[]) for _ in range(3))
@@ -42,7 +42,7 @@ def raw(**changes: Any) -> dict[str, Any]:
 
 
 def turns(wall: float, cpu: float) -> list[Any]:
-    """Pairs whose ratios lie about these, by a thousandth."""
+    """Return pairs with these ratios, to a thousandth."""
     noise = [1.001 if i % 2 else 0.999 for i in range(20)]
     plain = {"wall_seconds": 2.0, "cpu_seconds": 1.0}
     return [[{"wall_seconds": 2.0 * wall * by, "cpu_seconds": cpu * by}, plain] for by in noise]

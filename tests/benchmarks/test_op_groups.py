@@ -1,4 +1,4 @@
-"""Parts of a profiled step: each operator in the part that called it, all of the time in one of them."""
+"""Each operator of a profiled step counts in the part that called it, and the parts add up to the whole time."""
 
 from collections import Counter
 from pathlib import Path
@@ -31,7 +31,7 @@ def setting_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
 
 @pytest.mark.parametrize("name", ["engine", "peft, longest", "batch and pad"])
 def test_every_product_is_where_it_belongs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted, not timed: of a round of all tasks, by hand."""
+    """Compares the products of a round of all tasks with numbers worked out by hand."""
     setting = setting_of(tmp_path, monkeypatch)
     model = setting.choice.load()
     frozen = op_groups.frozen_shapes(model)
@@ -61,7 +61,7 @@ def test_every_product_is_where_it_belongs(name: str, tmp_path: Path, monkeypatc
 
 
 class Events:
-    """A profile made by hand: each event 1 s of its own, on the host and on the device."""
+    """A profile made by hand: each event takes 1 s of self time, on the host and on the device."""
 
     def __init__(self) -> None:
         self.all: list[Any] = []

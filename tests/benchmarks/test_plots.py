@@ -1,4 +1,4 @@
-"""Plots show the figures that they are given."""
+"""Plots show the figures of the raw results."""
 
 import json
 import re
@@ -32,6 +32,6 @@ def test_every_system_of_every_work_has_its_bar_and_figure(
 
 
 def counts(svg: Path, texts: list[str]) -> list[int]:
-    """How often each stands in the picture."""
+    """Return how often each text is in the picture."""
     found = re.findall(r">([^<>]+)</text>", svg.read_text())
     return [found.count(text) for text in texts]

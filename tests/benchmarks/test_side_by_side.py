@@ -1,4 +1,4 @@
-"""All systems of the side-by-side train the same: else their times say nothing."""
+"""All systems of side_by_side.py do the same training, so that their times can be compared."""
 
 import importlib.util
 import json
@@ -93,7 +93,7 @@ def test_the_engine_may_not_fail(name: str) -> None:
 
 
 def test_a_peak_on_a_gpu_is_the_weights_and_what_grew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's counters stand for a GPU: what others have left is not counted, and weights that are tied once."""
+    """A fake of torch's counters replaces a GPU: leftovers of other systems do not count, tied weights count once."""
     setting = setting_of("llama-2-7b", "sst2", 2, tmp_path, monkeypatch)
     model = setting.choice.load()
     setting.engine(sharing_copy(model)).export(setting.adapters)
@@ -117,7 +117,7 @@ def test_no_work_is_started_that_would_likely_end_after_the_time() -> None:
 
 
 def test_the_page_lists_what_was_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a page: work skipped, a system left out, the load, seconds to the end."""
+    """The page has skipped workloads, a system that was left out, the load, and the seconds to the end."""
     work = {
         "model": "small", "work": "rte, 2 tasks", "mix": "rte", "num_tasks": 2, "micro_batch_size": 8,
         "token_budget": 256, "chunk_tokens": 8, "seconds_by_round": {"engine": [1.25, 2.0, 3.0]},
@@ -136,7 +136,7 @@ def test_the_page_lists_what_was_not_measured(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_workload_is_aligned_by_the_planners_chunk() -> None:
-    """It grows where sequences do, and little is padding: also where a micro batch does not fit into one microbatch."""
+    """The chunk grows with the sequences, and padding is small, also if a micro batch needs several microbatches."""
     chunks = {}
     for mix in ("sst2", "rte"):
         tasks = workload.make(mix, 8, 8, 6, 64, [["q_proj"]])
@@ -179,7 +179,7 @@ def test_a_missed_goal_is_reported() -> None:
 
 
 def test_work_on_the_page_stays_with_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In its own place, and goes where the same work is measured again."""
+    """An earlier workload keeps its place, and is replaced if it is measured again."""
     works = [{"model": m, "mix": x, "num_tasks": n, "micro_batch_size": s} for m, x, n, s, _ in side_by_side.CPU_WORK]
     old = {"benchmark": "side_by_side_cpu", "commit": "old", "work": [*works[:3], works[5] | {"origin": "older"}]}
     (tmp_path / "side_by_side_cpu.json").write_text(json.dumps(old))

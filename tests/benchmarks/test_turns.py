@@ -1,4 +1,4 @@
-"""Turns with something on and off: what a turn counts, and what is said of the difference is what the figures bear."""
+"""Turns with a feature on and off: what a turn counts, and the verdict on the difference."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def test_a_mesh_is_its_processes_and_theirs() -> None:
 
 
 class Steps:
-    """A step a call, or what a test says that the others have done meanwhile."""
+    """Counts one step for each call, or as many as the test sets."""
 
     def __init__(self, extra: int) -> None:
         self.times: list[float] = []

@@ -1,4 +1,4 @@
-"""Every RPC of every service is called by some test, and every reason of an error arrives somewhere."""
+"""Every RPC of every service is called by a test, and every error reason has a class on both sides."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The contracts: they lint, do not break, carry everything they declare, and their stubs are fresh."""
+"""The protos pass the linter, do not break clients, carry every declared field, and their stubs are up to date."""
 
 import os
 import shutil
@@ -77,7 +77,7 @@ def buf(*arguments: object, cwd: Path = PROTOS) -> subprocess.CompletedProcess[s
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The protos, to be damaged."""
+    """Return a copy of the protos, which a test may damage."""
     shutil.copytree(PROTOS, tmp_path / "protos")
     return tmp_path / "protos"
 
@@ -152,7 +152,7 @@ def test_stubs_are_fresh(tmp_path: Path) -> None:
 
 
 def scalar(field: FieldDescriptor) -> Any:
-    """A value that is not the default and shows a loss of bits."""
+    """Return a value that is not the default and shows a loss of bits."""
     kinds: dict[int, Any] = {
         FieldDescriptor.CPPTYPE_INT32: -(2**31),
         FieldDescriptor.CPPTYPE_INT64: 2**62 + 1,
@@ -170,7 +170,7 @@ def scalar(field: FieldDescriptor) -> Any:
 
 
 def fill(message: Message, depth: int = 6) -> Message:
-    """Every field set; of a oneof, the last arm."""
+    """Set every field; of a oneof, the last one."""
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
         if field.message_type is not None and field.message_type.full_name == "google.protobuf.FieldMask":
@@ -216,7 +216,7 @@ def test_every_enum_begins_with_unspecified() -> None:
 
 
 def test_every_rpc_says_its_statuses() -> None:
-    """Each service names the statuses of all its RPCs, and no RPC shares its messages with another."""
+    """Each service lists the statuses of all its RPCs, and no two RPCs share a message."""
     seen: set[str] = set()
     for path in SOURCES:
         text = path.read_text()

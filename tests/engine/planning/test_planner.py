@@ -138,7 +138,7 @@ def test_a_plan_carried_out_is_planned_again(snapshot: Snapshot) -> None:
 
 
 def test_a_resident_that_fits_nowhere_holds_back_no_other_task() -> None:
-    """It was queued for one more plan, ahead of its tenant's other tasks, and none of them was placed."""
+    """A regression test: the task was once queued before its tenant's other tasks, and none of them was placed."""
     too_large = _task(1, rank=256, target="all-linear", seconds_to_deadline=10.0, executor="executors/0")
     result = plan(Snapshot((_task(0, rank=4), too_large), (_executor("executors/0", 60),)), LIMITS)
     assert _placed(result) == {_task(0).name: "executors/0"}
@@ -245,7 +245,7 @@ def test_a_task_being_cancelled_is_let_finish() -> None:
 
 
 def test_a_large_task_is_not_overtaken_for_ever() -> None:
-    """It waits for two places; its tenant's small tasks do not take the first that becomes free."""
+    """The large task needs two places; its tenant's small tasks do not get the first one that becomes free."""
     residents = [_task(i, 256, executor="executors/0") for i in range(3)]
     large, small = _task(4, 256, target="all-linear"), _task(5, 16)
     result = plan(Snapshot((*residents, large, small), (room_for(4),)), LIMITS)

@@ -1,4 +1,4 @@
-"""A device that counts its time instead of measuring it: the same seconds on any machine, busy or not."""
+"""A fake device that computes its time from counted work: the same seconds on any machine, busy or not."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """Runs a kernel's source on this CPU: launches go to a server that is built with sanitizers.
 
 The server is one process for each source, started at its first launch. Tensors are sent as bytes, each into an
-allocation of its own, pointers in structs are translated, and what came of the tensors is copied back.
+separate allocation, pointers in structs are translated, and the tensors are copied back afterwards.
 """
 
 import hashlib
