@@ -71,7 +71,7 @@ class Engine(System):
 
 
 class OneAfterAnother(System):
-    """HF PEFT, each task on a model of its own that shares the base weights. `padding`: longest, cap or flattened."""
+    """HF PEFT with one model for each task; they share the base weights. `padding`: longest, cap or flattened."""
 
     def __init__(self, model: Any, workload: Workload, num_rounds: int, adapters: Path, padding: str) -> None:
         self.trainers = [

@@ -199,7 +199,7 @@ async def test_the_asyncio_client_does_the_same(mesh: Mesh, tmp_path: Path) -> N
 
 
 def test_one_trace_crosses_all_services_and_holds_no_row(client: Client, mesh: Mesh, collector: Collector) -> None:
-    rows = ROWS[1:]  # which nobody has looked at before: what alignment found is remembered
+    rows = ROWS[1:]  # new rows: alignment caches the result of rows that it has inspected
     task = client.wait_task(client.create_task(spec(client.upload_dataset(rows).name)).name)
     trace_id = bytes.fromhex(task.trace_parent.split("-")[1])
 

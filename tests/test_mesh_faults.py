@@ -216,7 +216,7 @@ def test_an_executor_cut_off_past_its_lease_gives_its_tasks_up_and_comes_back(
     proxies.tell("cut")  # for less than its lease: the same attempt goes on
     proxies.tell("heal")
     until_step(client, name, 12)
-    proxies.tell("hold")  # and nobody hears of it but by the lease
+    proxies.tell("hold")  # no service notices until the lease expires
     for event in client.watch_task(name):
         if "lease expired" in event.state_changed.message:
             break

@@ -244,8 +244,8 @@ class Executor:
         task_state = self.tasks[range_.task]
         totals, task_state.accumulated = task_state.accumulated, StepAccumulator()
         if not math.isfinite(totals.loss):
-            error = NonFiniteError(f"held-out loss after step {range_.step} is {totals.loss}", step=range_.step)
-            return self._fail(range_, error)
+            message = f"The held-out loss after step {range_.step} is {totals.loss}. Lower the learning rate."
+            return self._fail(range_, NonFiniteError(message, step=range_.step))
         return EvaluationResult(range_.task, range_.step, totals.loss, totals.num_target_tokens)
 
     def _fail(self, range_: Range, error: MuxtuneError) -> TaskFailure:

@@ -1,4 +1,4 @@
-"""`muxtune certs`: certificates that a verifier who is not ours takes for what they say, and for nothing else."""
+"""`muxtune certs` issues certificates that independent verifiers accept for their role and for nothing else."""
 
 import datetime
 import os

@@ -118,7 +118,7 @@ def _polish(starts: Sequence[Fusion], tasks: Sequence[StepCost], stage: StageMod
 
 
 def _reorder(fusion: Fusion, stage: StageModel, random: np.random.Generator) -> Fusion:
-    """Return the best runs of a new order. They are no worse than before: the old groups are runs of it too."""
+    """Return the best runs of a new order. They are not worse than before: the old groups are runs of it too."""
     return _best_cover(ContiguousRuns(shuffle_keeping_groups(fusion.partition, random), stage), stage)
 
 

@@ -1,4 +1,4 @@
-"""Tests a launcher's cache, and the cache of its own that a recorded graph has."""
+"""Tests a launcher's cache, and the separate cache of a recorded graph."""
 
 import numpy as np
 import pytest

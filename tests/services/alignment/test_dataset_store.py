@@ -134,7 +134,7 @@ async def test_an_upload_that_is_cancelled_leaves_nothing(
         with pytest.raises(asyncio.CancelledError):
             await call
     async with asyncio.timeout(10):
-        while list(spool.iterdir()):  # noqa: ASYNC110  # the server tells nobody
+        while list(spool.iterdir()):  # noqa: ASYNC110  # the server has no notification
             await asyncio.sleep(0.01)
     assert alignment.stored() == []
 

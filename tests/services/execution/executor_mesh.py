@@ -78,7 +78,7 @@ class FakeAlignment(alignment_pb2_grpc.AlignmentServiceServicer):
         self.requests.append(request)
         for member in request.members:
             if member.dataset_version == BAD_VERSION:
-                raise InvalidInputError.of_field("members.dataset_version", "of one member is no good")
+                raise InvalidInputError.of_field("members.dataset_version", "of one member is invalid")
         members = [
             PackedTask(
                 m.task, dataset_of(m.dataset_version), training_to_domain(m.training), m.num_steps, m.cursor_step

@@ -198,7 +198,7 @@ async def test_a_bad_task_fails_alone(mesh: Mesh, versions: Versions) -> None:
 
 
 def broken_adapter(mesh: Mesh, name: str) -> str:
-    """Returns the manifest key of an adapter with weights that are no safetensors or, if "rotten", changed on the
+    """Returns the manifest key of an adapter with weights that are not safetensors or, if "rotten", changed on the
     disk."""
     prefix = f"tenants/t/adapters/{name}/1"
     files = {"adapter_config.json": b'{"peft_type": "LORA", "r": 4}', "adapter_model.safetensors": b"\xff" * 99}

@@ -57,7 +57,7 @@ class Gates:
         self.reached.set()
         if self._is_away:
             raise UnavailableError("away, says a test")
-        assert self._open.wait(TIMEOUT_SECONDS), "nobody opened the gate"
+        assert self._open.wait(TIMEOUT_SECONDS), "the test did not open the gate"
 
 
 class GatedStore(ArtifactStore):

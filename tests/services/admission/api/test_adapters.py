@@ -191,7 +191,7 @@ async def test_adapters_of_all_kinds_count_in_bytes(admission: Admission) -> Non
         await upload(admission, "two", fill=2)
     assert refusal.has(error_details_pb2.QuotaFailure) and str(2 * SIZE + 5) in refusal.message
     assert (admission.files(), admission.num_rows()) == (files, rows)
-    await upload(admission, "one")  # what is there already is no more
+    await upload(admission, "one")  # existing contents add no bytes
     assert admission.files() == files
     await admission.tenant("other").UploadAdapter(adapter_parts(adapter_files()))
     await delete(admission, name)

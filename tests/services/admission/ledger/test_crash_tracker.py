@@ -33,7 +33,7 @@ async def test_the_task_that_kills_its_trainer_fails_and_those_beside_it_do_not(
     for attempt in (1, 2, 3, 4):
         await admission.run(poison, good)
         await admission.commit(*died({poison: attempt, good: attempt}))
-    assert await crashes(admission) == {"poison": 4, "good": 4}  # never alone: nobody fails
+    assert await crashes(admission) == {"poison": 4, "good": 4}  # never alone, so no task fails
     await admission.run(good)
     await admission.commit(step(good, 5, 1))
     assert await crashes(admission) == {"poison": 4, "good": 0}

@@ -99,7 +99,7 @@ async def test_datasets_of_all_names_count_in_bytes(admission: Admission) -> Non
         await admission.upload(b'{"text": "x"}\n', "three")
     assert refusal.has(error_details_pb2.QuotaFailure) and str(2 * len(TEN_ROWS)) in refusal.message
     assert admission.files() == before
-    await admission.upload(TEN_ROWS, "two")  # what is there already is no more
+    await admission.upload(TEN_ROWS, "two")  # existing contents add no bytes
     await admission.tenant("other").UploadDataset(dataset_parts(TEN_ROWS))
     await admission.tenant().DeleteDataset(pb.DeleteDatasetRequest(name=first.name))
     await admission.upload(b'{"text": "x"}\n', "three")
@@ -245,7 +245,9 @@ async def test_the_audit_log_has_caller_method_and_status(admission: Admission) 
         )
     key = (await admission.keys().CreateApiKey(key_pb2.CreateApiKeyRequest(tenant="tenants/acme"))).key
     await admission.keys().RevokeApiKey(key_pb2.RevokeApiKeyRequest(id=key.id))
-    with refused(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"):  # nobody: counted, and told of once a minute
+    with refused(
+        grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"
+    ):  # unauthenticated calls are counted and logged once a minute
         await admission.with_token("mxt_0_x").CancelTask(pb.CancelTaskRequest(name=task.name))
     acme, rival = ("key", "tenants/acme"), ("key", "tenants/rival")
     assert await audit_lines(admission) == [

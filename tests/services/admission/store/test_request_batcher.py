@@ -250,7 +250,7 @@ async def test_a_disk_that_is_full_fails_all_and_takes_more_once_there_is_room(d
     outcomes = await commit_behind_another(database, [database.commit(c) for c in (put_later(1), fills, put_later(2))])
     assert isinstance(outcomes[1], UnavailableError)
     kept = [number for number, outcome in ((1, outcomes[0]), (2, outcomes[2])) if outcome == number]
-    assert read_versions(database) == kept  # who was notified so
+    assert read_versions(database) == kept  # those whose callers were notified of success
     database._engine.dispose()
     assert await database.commit(put_later(3)) == 3
 
