@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from engine.errors import (
@@ -82,15 +83,9 @@ class AdapterRpcs:
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Any) -> pb.ListAdaptersResponse:
         tenant = authorize_parent(current_principal(), request.parent)
-        size, query = page_tokens.resolve_size(request.page_size), ["adapters", tenant]
-        rows = await asyncio.to_thread(
-            self._adapter_page, tenant, page_tokens.decode(query, request.page_token), size + 1
-        )
-        shown = rows[:size]
-        more = page_tokens.encode(query, shown[-1].created, shown[-1].name) if len(rows) > size else ""
-        return pb.ListAdaptersResponse(
-            adapters=[datasets_and_adapters.adapter_to_proto(row) for row in shown], next_page_token=more
-        )
+        rows, token = await page_tokens.read_page(request, ["adapters", tenant], partial(self._adapter_page, tenant))
+        adapters = [datasets_and_adapters.adapter_to_proto(row) for row in rows]
+        return pb.ListAdaptersResponse(adapters=adapters, next_page_token=token)
 
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Any) -> pb.DeleteAdapterResponse:
         name = authorize(current_principal(), request.name, "adapters")

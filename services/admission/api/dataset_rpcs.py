@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from engine.errors import InvalidInputError, MuxtuneError, UnavailableError
@@ -61,15 +62,9 @@ class DatasetRpcs:
 
     async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Any) -> pb.ListDatasetsResponse:
         tenant = authorize_parent(current_principal(), request.parent)
-        size, query = page_tokens.resolve_size(request.page_size), ["datasets", tenant]
-        rows = await asyncio.to_thread(
-            self._dataset_page, tenant, page_tokens.decode(query, request.page_token), size + 1
-        )
-        shown = rows[:size]
-        more = page_tokens.encode(query, shown[-1].created, shown[-1].name) if len(rows) > size else ""
-        return pb.ListDatasetsResponse(
-            datasets=[datasets_and_adapters.dataset_to_proto(row) for row in shown], next_page_token=more
-        )
+        rows, token = await page_tokens.read_page(request, ["datasets", tenant], partial(self._dataset_page, tenant))
+        datasets = [datasets_and_adapters.dataset_to_proto(row) for row in rows]
+        return pb.ListDatasetsResponse(datasets=datasets, next_page_token=token)
 
     async def PreflightDataset(self, request: pb.PreflightDatasetRequest, context: Any) -> pb.PreflightDatasetResponse:
         principal = current_principal()

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from muxtune.v1 import operator_pb2 as pb
@@ -30,12 +31,10 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         return pb.GetQuotaResponse(quota=await asyncio.to_thread(self._quota, check_tenant(request.tenant)))
 
     async def ListUsage(self, request: pb.ListUsageRequest, context: Any) -> pb.ListUsageResponse:
-        size, query = page_tokens.resolve_size(request.page_size), ["usage", request.tenant]
-        start = page_tokens.decode(query, request.page_token)
-        rows = await asyncio.to_thread(self._usage, request.tenant, start, size + 1)
-        shown = rows[:size]
-        more = page_tokens.encode(query, shown[-1].day, shown[-1].tenant) if len(rows) > size else ""
-        return pb.ListUsageResponse(days=[quotas.usage_to_proto(row) for row in shown], next_page_token=more)
+        rows, token = await page_tokens.read_page(
+            request, ["usage", request.tenant], partial(self._usage, request.tenant), lambda row: (row.day, row.tenant)
+        )
+        return pb.ListUsageResponse(days=[quotas.usage_to_proto(row) for row in rows], next_page_token=token)
 
     async def ListAuditEvents(self, request: pb.ListAuditEventsRequest, context: Any) -> pb.ListAuditEventsResponse:
         size = page_tokens.resolve_size(request.page_size)

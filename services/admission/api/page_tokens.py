@@ -1,16 +1,45 @@
-"""Page tokens: the start of the next page, bound to the query of the page before.
+"""Pages of lists, and their tokens: the start of the next page, bound to the query of the page before.
 
 The binding detects mistakes, not forgeries: a forged token shows its caller nothing that the caller may not see.
 """
 
+import asyncio
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from engine.errors import InvalidInputError
 
 DEFAULT_SIZE, MAX_SIZE = 50, 1000
+
+Position = tuple[int, str]  # of a row in its list: when it was created, and its name
+
+
+class PageRequest(Protocol):
+    @property
+    def page_size(self) -> int: ...
+
+    @property
+    def page_token(self) -> str: ...
+
+
+async def read_page(
+    request: PageRequest,
+    query: Sequence[str],
+    read: Callable[[Position | None, int], Sequence[Any]],
+    position: Callable[[Any], Position] = lambda row: (row.created, row.name),
+) -> tuple[Sequence[Any], str]:
+    """Return the rows of the requested page, and the token of the page after it; "" if there is none.
+
+    `read` returns at most so many rows after a position, in a thread. Raises InvalidInputError as `resolve_size` and
+    `decode`.
+    """
+    size = resolve_size(request.page_size)
+    rows = await asyncio.to_thread(read, decode(query, request.page_token), size + 1)
+    page = rows[:size]
+    return page, encode(query, *position(page[-1])) if len(rows) > size else ""
 
 
 def resolve_size(page_size: int) -> int:

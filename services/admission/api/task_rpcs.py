@@ -1,6 +1,5 @@
 """RPCs of tasks. protos/muxtune/v1/admission.proto specifies each RPC."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -73,16 +72,9 @@ class TaskRpcs:
     async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
         tenant = authorize_parent(current_principal(), request.parent)
         states = [state_to_domain(state) for state in request.states]
-        size, query = (
-            page_tokens.resolve_size(request.page_size),
-            ["tasks", tenant, *sorted(state.name for state in states)],
-        )
-        rows = await asyncio.to_thread(
-            self._page, tenant, states, page_tokens.decode(query, request.page_token), size + 1
-        )
-        shown = rows[:size]
-        more = page_tokens.encode(query, shown[-1].created, shown[-1].name) if len(rows) > size else ""
-        return pb.ListTasksResponse(tasks=[tasks.to_proto(row) for row in shown], next_page_token=more)
+        query = ["tasks", tenant, *sorted(state.name for state in states)]
+        rows, token = await page_tokens.read_page(request, query, partial(self._page, tenant, states))
+        return pb.ListTasksResponse(tasks=[tasks.to_proto(row) for row in rows], next_page_token=token)
 
     async def WatchTask(self, request: pb.WatchTaskRequest, context: Any) -> AsyncIterator[pb.WatchTaskResponse]:
         name = authorize(current_principal(), request.name, "tasks")
