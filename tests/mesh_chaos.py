@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from muxtune.local.mesh import START_ORDER, Mesh
+from muxtune.local.mesh import START_ORDER, Mesh, MeshError
 from services.failpoints import NAMES, VARIABLE
 
 TRAINER = "trainer"
@@ -60,9 +60,7 @@ class Chaos:
         finally:
             self._stopping.set()
             thread.join()
-        for service in self.mesh.dead_services():
-            self.mesh.respawn(service)
-        self.mesh.await_health()
+        self._restart_dead_until_healthy()
 
     def kill_somewhere(self) -> None:
         """Kill one process at any moment, all of them at once, or the process that passes a failpoint next."""
@@ -103,6 +101,18 @@ class Chaos:
     @property
     def _failpoints(self) -> Path:
         return Path(self.mesh.environment["*"][VARIABLE])
+
+    def _restart_dead_until_healthy(self) -> None:
+        """Restart what a kill ended, also if the process took until now to die of it. Raises MeshError."""
+        while True:
+            for service in self.mesh.dead_services():
+                self.mesh.respawn(service)
+            try:
+                return self.mesh.await_health()
+            except MeshError:
+                late = set(self.mesh.dead_services().values())
+                if late != {-signal.SIGKILL}:
+                    raise
 
     def _supervise(self) -> None:
         while not self._stopping.wait(_POLL_SECONDS):
