@@ -106,8 +106,8 @@ def _scalar(field: FieldDescriptor, names: Sequence[str]) -> st.SearchStrategy[A
     if field.cpp_type == _F.CPPTYPE_BOOL:
         return st.booleans()
     if field.cpp_type == _F.CPPTYPE_ENUM:
-        known = [value.number for value in field.enum_type.values]
-        return st.sampled_from([*known, 999, -1, 2**31 - 1])
+        numbers = [value.number for value in field.enum_type.values]
+        return st.sampled_from([*numbers, 999, -1, 2**31 - 1])
     if field.type == _F.TYPE_BYTES:
         return st.binary(max_size=200)
     return texts(names)

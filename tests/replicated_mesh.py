@@ -37,10 +37,10 @@ class ReplicatedMesh:
         folder.mkdir(parents=True)
         addresses = {"admission": self.public["a"], "admission_internal": self.internal["a"]}
         (folder / "mesh.json").write_text(json.dumps({"addresses": addresses}))
-        own = {name: dict(settings) for name, settings in (environment or {}).items()}
-        own.setdefault("admission", {})["MUXTUNE_DATABASE_URL"] = url
-        own.setdefault("scheduling", {})["MUXTUNE_ADMISSION_ADDRESS"] = ",".join(self.internal.values())
-        self.mesh = Mesh(folder, {"tiny": backbone}, environment=own)
+        by_service = {name: dict(settings) for name, settings in (environment or {}).items()}
+        by_service.setdefault("admission", {})["MUXTUNE_DATABASE_URL"] = url
+        by_service.setdefault("scheduling", {})["MUXTUNE_ADMISSION_ADDRESS"] = ",".join(self.internal.values())
+        self.mesh = Mesh(folder, {"tiny": backbone}, environment=by_service)
         self._b: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "ReplicatedMesh":
@@ -73,10 +73,10 @@ class ReplicatedMesh:
             return self.mesh.respawn("admission")
         settings = self.mesh._settings("admission", {"tiny": self.mesh.backbone_folder("tiny")})
         settings |= {"MUXTUNE_LISTEN": self.public["b"], "MUXTUNE_INTERNAL_LISTEN": self.internal["b"]}
-        own = {**self.mesh.environment.get("*", {}), **self.mesh.environment["admission"]}
+        environment = {**self.mesh.environment.get("*", {}), **self.mesh.environment["admission"]}
         with self.mesh.log_of("admission-b").open("ab") as log:
             command = [sys.executable, "-m", "services.admission"]
-            self._b = subprocess.Popen(command, env={**os.environ, **settings, **own}, stdout=log, stderr=log)
+            self._b = subprocess.Popen(command, env={**os.environ, **settings, **environment}, stdout=log, stderr=log)
 
     def signal(self, name: str, number: signal.Signals) -> None:
         self.process(name).send_signal(number)

@@ -24,9 +24,9 @@ STDLIB_ONLY = (
 
 def sources(*folders: str) -> list[Path]:
     """Return the Python files in these folders, without generated stubs and migrations."""
-    found = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    paths = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
     skipped = ("muxtune/v1/", "services/admission/migrations/versions/")
-    return sorted(path for path in found if not path.relative_to(ROOT).as_posix().startswith(skipped))
+    return sorted(path for path in paths if not path.relative_to(ROOT).as_posix().startswith(skipped))
 
 
 OURS = sources("engine", "services", "muxtune", "tests", "benchmarks", "examples", "deploy")
@@ -52,8 +52,8 @@ def foreign_imports(text: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module or "")
-    own = {"engine.errors", "engine.methods.base", "engine.methods", "engine.target_modules", "engine.task"}
-    names = {name for name in names if name not in own and not name.startswith("engine.methods.")}
+    shared = {"engine.errors", "engine.methods.base", "engine.methods", "engine.target_modules", "engine.task"}
+    names = {name for name in names if name not in shared and not name.startswith("engine.methods.")}
     return {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
 
 
@@ -87,14 +87,14 @@ def long_functions(text: str) -> Iterator[tuple[str, int]]:
 def offenders(paths: Sequence[Path], check: Callable[[Path], list[str]]) -> dict[str, list[str]]:
     """Return the findings of the check by file, without files that have none."""
     assert paths
-    return {path.relative_to(ROOT).as_posix(): found for path in paths if (found := check(path))}
+    return {path.relative_to(ROOT).as_posix(): findings for path in paths if (findings := check(path))}
 
 
 def over_budget(path: Path) -> list[str]:
     text = path.read_text()
-    found = [f"{name}: {length} lines" for name, length in long_functions(text)]
-    found += [f"{lines} lines"] if (lines := len(text.splitlines())) > MAX_FILE_LINES else []
-    return found + (["a forbidden name"] if path.stem in FORBIDDEN_NAMES else [])
+    findings = [f"{name}: {length} lines" for name, length in long_functions(text)]
+    findings += [f"{lines} lines"] if (lines := len(text.splitlines())) > MAX_FILE_LINES else []
+    return findings + (["a forbidden name"] if path.stem in FORBIDDEN_NAMES else [])
 
 
 def test_budgets_and_names() -> None:
@@ -123,14 +123,14 @@ def test_a_class_name_means_one_thing() -> None:
 
 def fragments(text: str) -> list[str]:
     """Return first sentences of docstrings that are fragments: half a question, or without a full stop."""
-    found = []
+    sentences = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             paragraph = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
             sentence = re.split(r"(?<=[.:!])\s", paragraph)[0]
             if sentence and (_FRAGMENT.match(sentence.strip("`")) or not sentence.endswith((".", ":", "!"))):
-                found.append(sentence)
-    return found
+                sentences.append(sentence)
+    return sentences
 
 
 def test_docstrings_begin_with_a_sentence() -> None:
@@ -156,10 +156,10 @@ def long_cuda_functions(text: str) -> Iterator[tuple[str, int]]:
 
 def cuda_over_budget(path: Path) -> list[str]:
     text = path.read_text()
-    found = [f"{name}: {length} lines" for name, length in long_cuda_functions(text)]
-    found += [f"{lines} lines"] if (lines := len(text.splitlines())) > MAX_FILE_LINES else []
-    found += [f"a line of {width} columns"] if (width := max(map(len, text.splitlines()))) > 120 else []
-    return found + (["a forbidden name"] if path.stem in FORBIDDEN_NAMES - {"common"} else [])
+    findings = [f"{name}: {length} lines" for name, length in long_cuda_functions(text)]
+    findings += [f"{lines} lines"] if (lines := len(text.splitlines())) > MAX_FILE_LINES else []
+    findings += [f"a line of {width} columns"] if (width := max(map(len, text.splitlines()))) > 120 else []
+    return findings + (["a forbidden name"] if path.stem in FORBIDDEN_NAMES - {"common"} else [])
 
 
 def test_cuda_budgets_and_names() -> None:
@@ -173,7 +173,7 @@ def test_proto_budget() -> None:
 
 def mutable_globals(text: str) -> list[str]:
     """Return module-level names in lower case with a mutable value: state that all importers share."""
-    found = []
+    names = []
     for node in ast.parse(text).body:
         target = (
             node.targets[0]
@@ -190,8 +190,8 @@ def mutable_globals(text: str) -> list[str]:
             and not target.id.lstrip("_").isupper()
             and target.id != "__all__"
         ):
-            found.append(target.id)
-    return found + [name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Global) for name in node.names]
+            names.append(target.id)
+    return names + [name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Global) for name in node.names]
 
 
 def test_no_module_level_state() -> None:
@@ -266,8 +266,8 @@ def unwelcome(text: str) -> list[str]:
 
 
 def test_nothing_of_this_machine_is_committed() -> None:
-    found = {name: hits for name, text in tracked_texts() if (hits := unwelcome(text))}
-    assert found == {}
+    hits_by_file = {name: hits for name, text in tracked_texts() if (hits := unwelcome(text))}
+    assert hits_by_file == {}
 
 
 NAMES_AND_KEYS = ("services/resource_names.py", "services/storage/artifact_layout.py", "muxtune/resource_names.py")
@@ -286,26 +286,26 @@ def names_made_or_cut(text: str, *, allows_slash: bool = False) -> list[str]:
 
     Docstrings, and texts for readers with a space or a PLACEHOLDER, are left out.
     """
-    found, tree = [], ast.parse(text)
+    findings, tree = [], ast.parse(text)
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
             is_for_readers = re.search(r"\s|\b[A-Z]{2,}\b", node.value)
-            found += [node.value] if _NAME_PART.search(node.value) and not is_for_readers else []
+            findings += [node.value] if _NAME_PART.search(node.value) and not is_for_readers else []
         is_cut = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _CUTS
         if is_cut and not allows_slash and any(isinstance(a, ast.Constant) and a.value == "/" for a in node.args):
-            found.append(ast.unparse(node))
-    return found
+            findings.append(ast.unparse(node))
+    return findings
 
 
 def test_names_and_keys_are_made_and_parsed_in_one_place() -> None:
     """With two places, a change of one of them would make the garbage collector miss files or delete the wrong ones."""
-    found = {}
+    findings = {}
     for path in sources("engine", "services", "muxtune"):
         name = path.relative_to(ROOT).as_posix()
         if name not in NAMES_AND_KEYS:
-            found[name] = names_made_or_cut(path.read_text(), allows_slash=name in OTHER_SLASHES)
-    assert {name: texts for name, texts in found.items() if texts} == {}
+            findings[name] = names_made_or_cut(path.read_text(), allows_slash=name in OTHER_SLASHES)
+    assert {name: texts for name, texts in findings.items() if texts} == {}
 
 
 def test_the_checks_can_fail(tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_the_checks_can_fail(tmp_path: Path) -> None:
     assert fragments('"""Of its tasks."""') and fragments('def f():\n    """whether it holds"""')
     assert fragments('"""Return the tasks."""') == []
     assert unwelcome("see https://py" + "pi.org/simple and " + "/ro" + "ot/x.txt")
-    made = ['f"{tenant}/tasks/{i}"', 'f"tenants/{i}"', 'name.replace("/tasks/", "/adapters/")', 'key.split("/")',
-            're.compile(r"(tenants/[^/]+)/x")', 'f"{task}/checkpoints/{i}"', 'key = "/manifest.json"']  # fmt: skip
-    assert [code for code in made if not names_made_or_cut(code)] == []
+    snippets = ['f"{tenant}/tasks/{i}"', 'f"tenants/{i}"', 'name.replace("/tasks/", "/adapters/")', 'key.split("/")',
+                're.compile(r"(tenants/[^/]+)/x")', 'f"{task}/checkpoints/{i}"', 'key = "/manifest.json"']  # fmt: skip
+    assert [code for code in snippets if not names_made_or_cut(code)] == []
     assert names_made_or_cut('"""tenants/a/tasks/t"""\nhelp("tenants/TENANT", "Example: see tenants/a")') == []

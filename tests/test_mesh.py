@@ -61,12 +61,12 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
     def spans(self) -> list[tuple[str, object]]:
         """(service, span) of everything received."""
-        found = []
+        spans = []
         for request in self.requests:
             for resource in request.resource_spans:
                 service = next(a.value.string_value for a in resource.resource.attributes if a.key == "service.name")
-                found += [(service, span) for scope in resource.scope_spans for span in scope.spans]
-        return found
+                spans += [(service, span) for scope in resource.scope_spans for span in scope.spans]
+        return spans
 
     def wait_for(self, predicate) -> None:
         with self._changed:
@@ -183,19 +183,19 @@ async def test_the_asyncio_client_does_the_same(mesh: Mesh, tmp_path: Path) -> N
     async with AsyncClient(mesh.addresses["admission"], mesh.api_key, mesh.ca) as client:
         dataset = await client.upload_dataset(ROWS)
         assert (await client.get_dataset(dataset.name)).num_rows == len(ROWS)
-        assert dataset.name in [found.name async for found in client.list_datasets(page_size=1)]
-        asked = spec(dataset.name)
-        estimate = await client.estimate_task(asked)
-        task = await client.create_task(asked, request_id="twice")
-        assert (await client.create_task(asked, request_id="twice")).name == task.name
+        assert dataset.name in [listed.name async for listed in client.list_datasets(page_size=1)]
+        task_spec = spec(dataset.name)
+        estimate = await client.estimate_task(task_spec)
+        task = await client.create_task(task_spec, request_id="twice")
+        assert (await client.create_task(task_spec, request_id="twice")).name == task.name
         events = [event async for event in client.watch_task(task.name)]
         assert [event.sequence for event in events] == list(range(1, len(events) + 1))
         assert len(losses(events)) == estimate.num_steps
         folder = await client.download_adapter(task.name, tmp_path / "adapter")
         assert (await client.upload_adapter(folder)).size_bytes > 0
         with pytest.raises(InvalidInputError, match="rank"):
-            asked.lora.rank = 1000
-            await client.create_task(asked)
+            task_spec.lora.rank = 1000
+            await client.create_task(task_spec)
 
 
 def test_one_trace_crosses_all_services_and_holds_no_row(client: Client, mesh: Mesh, collector: Collector) -> None:
@@ -237,11 +237,11 @@ def test_one_trace_crosses_all_services_and_holds_no_row(client: Client, mesh: M
     ],
 )
 def test_a_bad_spec_is_refused_by_field_and_leaves_nothing(client: Client, field: str, change) -> None:
-    asked = spec(client.upload_dataset(ROWS, "bad-specs").name)
-    change(asked)
+    task_spec = spec(client.upload_dataset(ROWS, "bad-specs").name)
+    change(task_spec)
     before = len(list(client.list_tasks()))
     with pytest.raises(InvalidInputError) as refused:
-        client.create_task(asked)
+        client.create_task(task_spec)
     assert [violation.field for violation in refused.value.violations] == [field]
     assert len(list(client.list_tasks())) == before
 
@@ -276,14 +276,14 @@ def test_another_tenants_names_and_missing_ones_answer_alike(client: Client, mes
     dataset = client.upload_dataset(ROWS).name
     task = client.wait_task(client.create_task(spec(dataset, num_steps=1)).name)
     with mesh.client(mesh.create_key("tenants/rival")) as rival:
-        for call, there, missing in (
+        for call, existing, missing in (
             (rival.get_task, task.name, f"{task.name}0"),
             (rival.cancel_task, task.name, f"{task.name}0"),
             (rival.get_dataset, dataset, f"{dataset}0"),
             (lambda name: next(rival.watch_task(name)), task.name, f"{task.name}0"),
         ):
             answers = []
-            for name in (there, missing):
+            for name in (existing, missing):
                 with pytest.raises(PermissionDeniedError) as denied:
                     call(name)
                 answers.append(str(denied.value).replace(name, "NAME"))

@@ -133,9 +133,9 @@ def check(client: Client, name: str, expected: dict[str, torch.Tensor], folder: 
     assert client.get_task(name).state == task_pb2.TASK_STATE_SUCCEEDED
     steps = [event.step_done.step for event in events if event.WhichOneof("event") == "step_done"]
     assert steps == list(range(1, STEPS + 1))
-    found = load_file(client.download_adapter(name, folder) / "adapter_model.safetensors")
+    adapter = load_file(client.download_adapter(name, folder) / "adapter_model.safetensors")
     for key, tensor in expected.items():
-        torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(adapter[key], tensor, rtol=0, atol=1e-6)
     return events
 
 
@@ -153,8 +153,12 @@ def messages(events: list[event_pb2.TaskEvent]) -> str:
 def another(mesh: Mesh, service: str, **settings: str) -> Iterator["subprocess.Popen[bytes]"]:
     """Run a second process of a service beside that of the mesh."""
     folders = {name: mesh.backbone_folder(name) for name in mesh.backbones}
-    own = {**(EXECUTION if service == "execution" else QUICK[service]), "MUXTUNE_LISTEN": "127.0.0.1:0", **settings}
-    environment = {**os.environ, **mesh._settings(service, folders), **own}
+    overrides = {
+        **(EXECUTION if service == "execution" else QUICK[service]),
+        "MUXTUNE_LISTEN": "127.0.0.1:0",
+        **settings,
+    }
+    environment = {**os.environ, **mesh._settings(service, folders), **overrides}
     with mesh.log_of(f"another-{service}").open("ab") as log:
         process = subprocess.Popen([sys.executable, "-m", f"services.{service}"], env=environment, stderr=log)
     try:
@@ -275,12 +279,12 @@ def test_a_rolling_restart_under_load_loses_no_request(
     is_over, created = threading.Event(), list[str]()
 
     def call_on() -> None:
-        with mesh.client() as own:
+        with mesh.client() as thread_client:
             while not is_over.wait(0.3):
-                created.append(own.create_task(spec(dataset, 1, num_steps=1)).name)
-                assert own.get_dataset(dataset).num_rows == len(ROWS)
-                assert created[-1] in {task.name for task in own.list_tasks()}
-                own.delete_dataset(own.upload_dataset([{"text": created[-1]}]).name)
+                created.append(thread_client.create_task(spec(dataset, 1, num_steps=1)).name)
+                assert thread_client.get_dataset(dataset).num_rows == len(ROWS)
+                assert created[-1] in {task.name for task in thread_client.list_tasks()}
+                thread_client.delete_dataset(thread_client.upload_dataset([{"text": created[-1]}]).name)
 
     with ThreadPoolExecutor(2) as pool:
         calling = [pool.submit(call_on) for _ in range(2)]

@@ -108,10 +108,10 @@ def kill_under_load(
         print(f"{dict(chaos.killed)} in {time.monotonic() - started:.0f} s; restarted {dict(chaos.num_restarts)}")
         outcomes = load.end()
     print(f"{len(outcomes)} tasks, the last ended after {time.monotonic() - started:.0f} s")
-    worst = max((check(found, expected[number], found.task.name in load.cancelled) for number, found in outcomes))
+    worst = max((check(actual, expected[number], actual.task.name in load.cancelled) for number, actual in outcomes))
     print(f"largest difference of a parameter {worst:.1e}")
-    for _, found in outcomes:
-        assert list(client.watch_task(found.task.name)) == found.events  # what was shown once is there for good
+    for _, actual in outcomes:
+        assert list(client.watch_task(actual.task.name)) == actual.events  # what was shown once is there for good
     assert {task.name for task in client.list_tasks()} == {*load.tasks, *calm}
     stored = {dataset.name: dataset.sha256 for dataset in client.list_datasets()}
     assert load.datasets.items() <= stored.items()
@@ -119,28 +119,28 @@ def kill_under_load(
         assert client.preflight_dataset(name, "tiny", task_pb2.Training(learning_rate=1, num_steps=1)).num_rows == 3
 
 
-def check(found: Outcome, expected: Outcome, may_be_cancelled: bool) -> float:
+def check(actual: Outcome, expected: Outcome, may_be_cancelled: bool) -> float:
     """Check that every step is there once and in order, with the same data and dropout bit for bit, and the losses and
     the adapter to 1e-6. Return the largest difference of a parameter."""
-    states = [change.state for change in found.of("state_changed")]
-    told = (found.task, found.of("state_changed"))
-    assert [event.sequence for event in found.events] == list(range(1, len(found.events) + 1))
-    assert sum(state in FINAL_STATES for state in states) == 1, told
+    states = [change.state for change in actual.of("state_changed")]
+    history = (actual.task, actual.of("state_changed"))
+    assert [event.sequence for event in actual.events] == list(range(1, len(actual.events) + 1))
+    assert sum(state in FINAL_STATES for state in states) == 1, history
     allowed = {task_pb2.TASK_STATE_SUCCEEDED} | ({task_pb2.TASK_STATE_CANCELLED} if may_be_cancelled else set())
-    assert found.task.state in allowed, told
-    steps, wanted = found.of("step_done"), expected.of("step_done")
-    assert [done.step for done in steps] == list(range(1, len(steps) + 1)), told
+    assert actual.task.state in allowed, history
+    steps, wanted = actual.of("step_done"), expected.of("step_done")
+    assert [done.step for done in steps] == list(range(1, len(steps) + 1)), history
     for done, calm in zip(steps, wanted, strict=False):
         assert done.input_digest == calm.input_digest and len(calm.input_digest) == 32
         assert (done.effective_tokens, done.learning_rate) == (calm.effective_tokens, calm.learning_rate)
-        assert done.loss == pytest.approx(calm.loss, rel=1e-6), told
-    if found.task.state == task_pb2.TASK_STATE_CANCELLED:
-        assert bool(found.adapter) == bool(steps), told
+        assert done.loss == pytest.approx(calm.loss, rel=1e-6), history
+    if actual.task.state == task_pb2.TASK_STATE_CANCELLED:
+        assert bool(actual.adapter) == bool(steps), history
         return 0.0
-    assert len(steps) == len(wanted) == NUM_STEPS, told
+    assert len(steps) == len(wanted) == NUM_STEPS, history
     evaluations = [(done.step, pytest.approx(done.loss, rel=1e-6)) for done in expected.of("evaluated")]
-    assert [(done.step, done.loss) for done in found.of("evaluated")] == evaluations, told
-    assert found.adapter.keys() == expected.adapter.keys() and all(t.any() for t in expected.adapter.values())
+    assert [(done.step, done.loss) for done in actual.of("evaluated")] == evaluations, history
+    assert actual.adapter.keys() == expected.adapter.keys() and all(t.any() for t in expected.adapter.values())
     for name, tensor in expected.adapter.items():
-        torch.testing.assert_close(found.adapter[name], tensor, rtol=0, atol=1e-6)
-    return max((found.adapter[name] - tensor).abs().max().item() for name, tensor in expected.adapter.items())
+        torch.testing.assert_close(actual.adapter[name], tensor, rtol=0, atol=1e-6)
+    return max((actual.adapter[name] - tensor).abs().max().item() for name, tensor in expected.adapter.items())

@@ -41,8 +41,8 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicatedMesh]:
     try:
         with running_postgres() as server:
             url = server.new_database()
-            own = environment(folder, {}, MUXTUNE_MAX_CRASHES="1000")  # kills come faster than a trainer starts
-            with ReplicatedMesh(folder / "mesh", write_backbone(folder / "tiny"), url, own) as running:
+            settings = environment(folder, {}, MUXTUNE_MAX_CRASHES="1000")  # kills come faster than a trainer starts
+            with ReplicatedMesh(folder / "mesh", write_backbone(folder / "tiny"), url, settings) as running:
                 with running.client() as client:
                     client.upload_dataset(ROWS, "rows")
                 yield running
@@ -53,9 +53,9 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicatedMesh]:
 @pytest.fixture(scope="module")
 def expected(mesh: ReplicatedMesh) -> list[Outcome]:
     """Return the outcomes of an undisturbed run by number of the spec. Tasks are created at a and watched at b."""
-    with mesh.client("a") as here, mesh.client("b") as there:
-        names = [here.create_task(spec).name for spec in specs(ROWS_NAME)]
-        return [outcome(there, name, mesh.folder / "calm", Patience()) for name in names]
+    with mesh.client("a") as creator, mesh.client("b") as watcher:
+        names = [creator.create_task(spec).name for spec in specs(ROWS_NAME)]
+        return [outcome(watcher, name, mesh.folder / "calm", Patience()) for name in names]
 
 
 def test_killed_paused_cut_and_restarted_at_random_nothing_is_lost(
@@ -73,9 +73,9 @@ def test_killed_paused_cut_and_restarted_at_random_nothing_is_lost(
             fault(mesh, chance)
         for name in NAMES:
             mesh.await_serving(name)
-        for number, found in load.end():
-            check(found, expected[number], found.task.name in load.cancelled)
-            assert list(other.watch_task(found.task.name)) == found.events
+        for number, actual in load.end():
+            check(actual, expected[number], actual.task.name in load.cancelled)
+            assert list(other.watch_task(actual.task.name)) == actual.events
         assert {task.name for task in client.list_tasks()} == before | set(load.tasks)
         stored = {dataset.name: dataset.sha256 for dataset in other.list_datasets()}
         assert load.datasets.items() <= stored.items()
@@ -164,14 +164,14 @@ def test_while_the_leader_is_paused_all_goes_on_and_what_it_does_late_counts_for
         mesh.signal(leader, signal.SIGSTOP)
         try:
             late = ledger.PutLease.future(_lease_of("executors/late"), timeout=300)  # waits at the paused one's door
-            found = outcome(client, created, tmp_path, Patience())
-            assert [watch.end() for watch in watches] == [found.events] * 2
+            actual = outcome(client, created, tmp_path, Patience())
+            assert [watch.end() for watch in watches] == [actual.events] * 2
             again = outcome(client, client.create_task(specs(ROWS_NAME)[1]).name, tmp_path, Patience())
             assert {both.get_task(created).state for _ in range(4)} == {task_pb2.TASK_STATE_SUCCEEDED}
             assert not late.done()
         finally:
             mesh.signal(leader, signal.SIGCONT)
-        check(found, expected[0], may_be_cancelled=False)
+        check(actual, expected[0], may_be_cancelled=False)
         check(again, expected[1], may_be_cancelled=False)
         assert late.code() is grpc.StatusCode.UNAVAILABLE, late
         mesh.await_leader(other)

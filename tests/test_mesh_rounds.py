@@ -31,17 +31,17 @@ def test_rounds_and_the_end_come_as_the_planner_says(mesh: Mesh) -> None:
         dataset = client.upload_dataset(ROWS).name
         names = [client.create_task(spec(dataset, i)).name for i in range(3)]
         seconds: dict[int, float] = {}
-        told: dict[int, plan_pb2.TaskExplanation] = {}
+        explanations: dict[int, plan_pb2.TaskExplanation] = {}
         for event in client.watch_task(names[0]):
             if event.WhichOneof("event") != "step_done":
                 continue
             seconds[event.step_done.step] = event.time.ToNanoseconds() / 1e9
             if event.step_done.step in ASKED_AT:
-                told[event.step_done.step] = explanation(mesh, names[0])
+                explanations[event.step_done.step] = explanation(mesh, names[0])
         assert client.get_task(names[0]).state == task_pb2.TASK_STATE_SUCCEEDED
-    assert all(len(explained.neighbours) == 2 for explained in told.values())
-    rounds = [told[step].round_seconds * WINDOW / (seconds[step + WINDOW] - seconds[step]) for step in ASKED_AT]
-    ends = [told[step].predicted_seconds_left / (seconds[NUM_STEPS] - seconds[step]) for step in ASKED_AT]
+    assert all(len(explained.neighbours) == 2 for explained in explanations.values())
+    rounds = [explanations[step].round_seconds * WINDOW / (seconds[step + WINDOW] - seconds[step]) for step in ASKED_AT]
+    ends = [explanations[step].predicted_seconds_left / (seconds[NUM_STEPS] - seconds[step]) for step in ASKED_AT]
     assert min(max(ratio, 1 / ratio) for ratio in rounds) < 2, rounds
     assert min(max(ratio, 1 / ratio) for ratio in ends) < 2, ends
 

@@ -63,10 +63,10 @@ def count(mesh: Mesh, folder: Path) -> dict[str, Count]:
     until(lambda: all(report.exists() for report in reports.values()), lambda: f"a census of every process in {folder}")
     counts = {}
     for name, pid in pids.items():
-        found = json.loads(reports[name].read_text())
+        census = json.loads(reports[name].read_text())
         num_files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
         num_threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
-        counts[name] = Count(found["malloc"], found["by_type"], num_files, num_threads)
+        counts[name] = Count(census["malloc"], census["by_type"], num_files, num_threads)
     return counts
 
 
@@ -75,7 +75,7 @@ def growth(counts: Sequence[Mapping[str, Count]], num_tasks: int) -> list[str]:
 
     Of each type of Python's objects the smallest growth counts: a leak grows alike in all batches, and noise does not.
     """
-    found = []
+    findings = []
     for name in counts[0]:
         of = [each[name] for each in counts]
         by_type = {
@@ -88,14 +88,14 @@ def growth(counts: Sequence[Mapping[str, Count]], num_tasks: int) -> list[str]:
         print(f"{name}: a task {python:.0f} bytes of Python, {malloc:.0f} of malloc; {[each.num_files for each in of]}",
               f"files, {[each.num_threads for each in of]} threads; {most}")  # fmt: skip
         if python > MAX_PYTHON_BYTES:
-            found.append(f"{name}: objects of Python, {python:.0f} bytes a task; most of them {most}")
+            findings.append(f"{name}: objects of Python, {python:.0f} bytes a task; most of them {most}")
         if malloc > MAX_MALLOC_BYTES:
-            found.append(f"{name}: memory of malloc, {malloc:.0f} bytes a task")
+            findings.append(f"{name}: memory of malloc, {malloc:.0f} bytes a task")
         if of[-1].num_files > of[0].num_files + MAX_MORE_FILES:
-            found.append(f"{name}: open files")
+            findings.append(f"{name}: open files")
         if of[-1].num_threads > of[0].num_threads + MAX_MORE_THREADS:
-            found.append(f"{name}: threads")
-    return found
+            findings.append(f"{name}: threads")
+    return findings
 
 
 def spec(dataset: str, chance: random.Random) -> task_pb2.TaskSpec:
@@ -183,8 +183,8 @@ def test_a_mesh_at_work_does_not_grow_and_leaves_nothing_behind(num_tasks: int, 
         for batch in range(NUM_BATCHES):
             (folder / "planted").write_text(str((batch + 1) * num_tasks))
             counts.append(count(mesh, folder))
-        found = growth(counts[-NUM_BATCHES - 1 :], num_tasks)
-        assert [line.partition(":")[0] for line in found if "bytearray" in line] == [*START_ORDER, TRAINER]
+        findings = growth(counts[-NUM_BATCHES - 1 :], num_tasks)
+        assert [line.partition(":")[0] for line in findings if "bytearray" in line] == [*START_ORDER, TRAINER]
         until_swept(mesh)
 
 

@@ -73,10 +73,10 @@ def grid(first: str, columns: list[str], rows: list[tuple[str, dict[str, float]]
 def main(column: str, report: str) -> None:
     table = read_table(PAGE.read_text()) if PAGE.exists() else {}
     columns = [name for name in dict.fromkeys(name for of in table.values() for name in of) if name != column]
-    kept: Table = {file: {name: of[name] for name in columns if name in of} for file, of in table.items()}
+    updated: Table = {file: {name: of[name] for name in columns if name in of} for file, of in table.items()}
     for file, seconds in seconds_by_file(Path(report)).items():
-        kept.setdefault(file, {})[column] = seconds
-    PAGE.write_text(write_table({file: of for file, of in kept.items() if of}, [*columns, column]))
+        updated.setdefault(file, {})[column] = seconds
+    PAGE.write_text(write_table({file: of for file, of in updated.items() if of}, [*columns, column]))
 
 
 if __name__ == "__main__":

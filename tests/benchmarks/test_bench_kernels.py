@@ -42,18 +42,18 @@ def test_every_kernel_is_checked_timed_and_written(host_launcher: MakeHost, tmp_
 
 def test_a_wrong_kernel_is_not_timed(host_launcher: MakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = bench_multi_lora.ours
-    monkeypatch.setattr(bench_multi_lora, "ours", lambda given, *rest: (given.dys, *right(given, *rest)[1:]))
+    monkeypatch.setattr(bench_multi_lora, "ours", lambda inputs, *rest: (inputs.dys, *right(inputs, *rest)[1:]))
     with pytest.raises(AssertionError, match="32x24, 8"):
         bench_kernels.run(small_jobs(host_launcher), CPU, tmp_path, minutes=5)
 
 
 def test_a_peer_is_timed_where_it_is_right_and_else_left_out_with_the_reason(host_launcher: MakeHost) -> None:
-    def unable(given: Inputs) -> Any:
+    def unable(inputs: Inputs) -> Any:
         raise NotDoneError("not these widths")
 
     peers = {
         "right": bench_multi_lora.BlockDiagonal,
-        "wrong": lambda given: lambda own: (own.dys, own.x, bench_multi_lora.expected(own)[2]),
+        "wrong": lambda _: lambda inputs: (inputs.dys, inputs.x, bench_multi_lora.expected(inputs)[2]),
         "unable": unable,
     }
     point = small_jobs(host_launcher, peers)["multi_lora"][0]()
@@ -76,8 +76,8 @@ def test_a_line_has_the_lower_bounds_of_the_card() -> None:
             "frozen": {"ms": 10.0}, "ours": {"ms": 13.0, "launch_us": 7.0, "graph_ms": 12.5}, "peft": {"ms": 15.0},
         },
     }  # fmt: skip
-    found = bench_kernels.row(point, {"bytes_per_second": 2e12, "flop_per_second": 5e14})
-    assert found[4:11] == [
+    cells = bench_kernels.row(point, {"bytes_per_second": 2e12, "flop_per_second": 5e14})
+    assert cells[4:11] == [
         "13.000 (+30.0%)",
         "12.500",
         "7",
@@ -86,7 +86,7 @@ def test_a_line_has_the_lower_bounds_of_the_card() -> None:
         "1.50",
         "frozen 10.000; peft 15.000 (+50.0%)",
     ]
-    assert found[11:] == ["ours 2.0e-03", "peer: why"]
+    assert cells[11:] == ["ours 2.0e-03", "peer: why"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -123,18 +123,21 @@ class PlainOps:
     """LoRAFusion's two functions by the names and shapes that its source gives them, in plain torch."""
 
     @staticmethod
-    def prepare_multi_lora_batch_info(**given: Any) -> Any:
-        assert given["dropout_p_list"] == [0.0] * len(given["lora_rank_list"])
+    def prepare_multi_lora_batch_info(**arguments: Any) -> Any:
+        assert arguments["dropout_p_list"] == [0.0] * len(arguments["lora_rank_list"])
         info = dict.fromkeys(("block_to_lookup_table", "block_to_dropout_p", "enable_dropout", "same_dropout_p_value"))
-        lengths = given["seq_len_list"]
+        lengths = arguments["seq_len_list"]
         return SimpleNamespace(
-            padded_seq_len_list=lengths, block_to_alpha=given["alpha_list"], max_r=max(given["lora_rank_list"]), **info
+            padded_seq_len_list=lengths,
+            block_to_alpha=arguments["alpha_list"],
+            max_r=max(arguments["lora_rank_list"]),
+            **info,
         )
 
     @staticmethod
-    def fused_linear_multi_lora(padded_x: Any, linear_w: Any, **given: Any) -> Any:
-        parts = padded_x[0].split(given["seq_len_list"])
-        each = zip(parts, given["lora_a_list"], given["lora_b_list"], given["block_to_alpha"], strict=True)
+    def fused_linear_multi_lora(padded_x: Any, linear_w: Any, **arguments: Any) -> Any:
+        parts = padded_x[0].split(arguments["seq_len_list"])
+        each = zip(parts, arguments["lora_a_list"], arguments["lora_b_list"], arguments["block_to_alpha"], strict=True)
         return torch.cat([x @ linear_w.T + alpha * (x @ a.T) @ b.T for x, a, b, alpha in each]).unsqueeze(0)
 
 
@@ -142,6 +145,6 @@ def test_lorafusion_gets_the_same_work_as_ours() -> None:
     peer = LoraFusion.__new__(LoraFusion)
     peer._ops, peer._block = PlainOps, 128
     point = bench_multi_lora.Point("p", ((256, (512, 256)),), 256, 2, (8, 16))
-    given = Inputs.drawn(point, point.groups[0], CPU)
-    found = bench_multi_lora.beside(peer)(given)(given)
-    assert all(e < 2e-2 for e in bench_multi_lora.errors(found, bench_multi_lora.expected(given)).values())
+    inputs = Inputs.drawn(point, point.groups[0], CPU)
+    results = bench_multi_lora.beside(peer)(inputs)(inputs)
+    assert all(e < 2e-2 for e in bench_multi_lora.errors(results, bench_multi_lora.expected(inputs)).values())

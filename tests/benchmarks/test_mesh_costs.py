@@ -25,20 +25,20 @@ def test_a_pause_is_what_was_idle_beside_the_usual(seed: int) -> None:
         for member, took in zip(members, seconds, strict=True):
             member.times.append(now + chance.uniform(0.0, 1e-4))  # committed one after the other
             member.device_seconds.append(took)
-    found, round_seconds = Rounds(one.times, [one, two, third]).pause(arrival, third.times[0])
-    assert found == pytest.approx(pause, abs=0.01)
+    measured_pause, round_seconds = Rounds(one.times, [one, two, third]).pause(arrival, third.times[0])
+    assert measured_pause == pytest.approx(pause, abs=0.01)
     assert 0.4 < round_seconds < 0.85
 
 
 def raw(**changes: Any) -> dict[str, Any]:
-    found = {
+    samples = {
         "up": [9.0, 8.0], "first_step": [0.3, 0.4, 0.5], "pauses": [[0.1, 0.5], [0.2, 0.5], [0.3, 0.5]],
         "waits": [0.001, 0.002, 0.003], "tracing": {"pairs": turns(1.004, 1.002), "spans": 7},
     }  # fmt: skip
     origin = {
         "command": "c", "commit": "x", "when": "w", "machine": "m", "load_average": [0.0], "versions": {"torch": "2"},
     }  # fmt: skip
-    return origin | {"repeats": 3, "pairs": 20, "steps": 9, "threads": 1, "backbone": "b", "found": found | changes}
+    return origin | {"repeats": 3, "pairs": 20, "steps": 9, "threads": 1, "backbone": "b", "found": samples | changes}
 
 
 def turns(wall: float, cpu: float) -> list[Any]:

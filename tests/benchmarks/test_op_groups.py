@@ -45,16 +45,16 @@ def test_every_product_is_where_it_belongs(name: str, tmp_path: Path, monkeypatc
         system.run(1)
     events = profiler.events()
     forward = op_groups._groups_of_nodes(events)
-    found = Counter(
+    counts = Counter(
         op_groups._group_of(event, forward, frozen)
         for event in events
         if event.name in op_groups._PRODUCTS - {"aten::linear"} | {op_groups._BY_PACKED}  # linear calls another
     )
     streams = TASKS if name == "peft, longest" else 1
     per_layer = 7
-    assert found[FROZEN] == streams * (2 * (LAYERS * per_layer + 1) - 3)  # the first q, k and v pass nothing back
+    assert counts[FROZEN] == streams * (2 * (LAYERS * per_layer + 1) - 3)  # the first q, k and v pass nothing back
     adapters = LAYERS * (2 + 2 + 4)  # q and v of two tasks; q, k, v and o of the third
-    assert found[ADAPTERS] >= 6 * adapters - 3 * (1 + 2) and set(found) == {FROZEN, ADAPTERS}
+    assert counts[ADAPTERS] >= 6 * adapters - 3 * (1 + 2) and set(counts) == {FROZEN, ADAPTERS}
     seconds = op_groups.seconds_by_group(events, 10.0, frozen, is_device=False)
     assert sum(seconds.values()) == pytest.approx(10.0) and tuple(seconds) == GROUPS
     assert all(seconds[group] > 0 for group in (ADAPTERS, ATTENTION, ELEMENTWISE, LOSS, OPTIMIZER, COPIES, IDLE))
@@ -109,9 +109,9 @@ def test_backward_belongs_to_the_part_that_made_its_node() -> None:
 
 def test_a_profile_is_reported_with_its_shares() -> None:
     seconds = dict.fromkeys(GROUPS, 0.0) | {FROZEN: 3.0, IDLE: 1.0}
-    own = {"seconds": seconds, "whole_seconds": 4.0, "plain_seconds": 1.0, "tokens": 100, "plain_tokens": 50,
-           "frozen_flops": 6e12}  # fmt: skip
-    text = profile_step.table({"engine": own}, 8e12)
+    engine_profile = {"seconds": seconds, "whole_seconds": 4.0, "plain_seconds": 1.0, "tokens": 100, "plain_tokens": 50,
+                      "frozen_flops": 6e12}  # fmt: skip
+    text = profile_step.table({"engine": engine_profile}, 8e12)
     assert "| frozen GEMMs | 3.00 s, 75.0% |" in text and "| all of it | 4.00 s |" in text
     assert "| a token takes, of one without the profiler | 2.00 |" in text
     assert "| frozen GEMMs: TFLOP/s, of a plain product | 2, 25% |" in text

@@ -33,5 +33,5 @@ def test_every_system_of_every_work_has_its_bar_and_figure(
 
 def counts(svg: Path, texts: list[str]) -> list[int]:
     """Return how often each text is in the picture."""
-    found = re.findall(r">([^<>]+)</text>", svg.read_text())
-    return [found.count(text) for text in texts]
+    labels = re.findall(r">([^<>]+)</text>", svg.read_text())
+    return [labels.count(text) for text in texts]

@@ -185,8 +185,8 @@ def test_work_on_the_page_stays_with_its_origin(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "side_by_side_cpu.json").write_text(json.dumps(old))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert side_by_side.on_page({"benchmark": "side_by_side_cuda"}) == []
-    kept = side_by_side.on_page({"benchmark": "side_by_side_cpu", "commit": "new"})
-    page = side_by_side.in_order([works[4] | {"is": "new"}, works[1] | {"is": "new"}, *kept])
+    earlier_works = side_by_side.on_page({"benchmark": "side_by_side_cpu", "commit": "new"})
+    page = side_by_side.in_order([works[4] | {"is": "new"}, works[1] | {"is": "new"}, *earlier_works])
     former = {"origin": {"benchmark": "side_by_side_cpu", "commit": "old"}}
     assert page == [
         former | works[0], works[1] | {"is": "new"}, former | works[2], works[4] | {"is": "new"},

@@ -51,9 +51,9 @@ class Steps:
 @pytest.mark.parametrize("extra", [0, 3])
 def test_a_turn_counts_all_steps_that_were_taken_in_it(extra: int) -> None:
     steps = Steps(extra)
-    found = turn(steps, [threading_process()], 5, settle_seconds=0.0)
+    measurement = turn(steps, [threading_process()], 5, settle_seconds=0.0)
     assert steps.waits == [5] and len(steps.times) == 5 + extra
-    assert 0 < found.cpu_seconds <= found.wall_seconds * 1.5
+    assert 0 < measurement.cpu_seconds <= measurement.wall_seconds * 1.5
     settled = Steps(extra)
     turn(settled, [threading_process()], 5, settle_seconds=0.05)
     assert len(settled.waits) > 1 and settled.waits[-1] == settled.waits[-2] + extra + 5

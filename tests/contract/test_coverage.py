@@ -36,7 +36,7 @@ def test_every_rpc_is_called_through_a_stub(service: str, method: str) -> None:
 
 
 def test_every_reason_has_an_error_on_both_sides() -> None:
-    known = errors_pb2.ErrorReason.DESCRIPTOR.values_by_name
-    reasons = {name.removeprefix("ERROR_REASON_") for name in known} - {"UNSPECIFIED"}
+    names = errors_pb2.ErrorReason.DESCRIPTOR.values_by_name
+    reasons = {name.removeprefix("ERROR_REASON_") for name in names} - {"UNSPECIFIED"}
     assert reasons == {mapped.reason for mapped in TABLE.values()}
     assert reasons == set(errors.by_reason())

@@ -58,13 +58,13 @@ ENVIRONMENT = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 
 def all_messages() -> list[Descriptor]:
-    found, waiting = [], [message for file in FILES for message in file.message_types_by_name.values()]
+    messages, waiting = [], [message for file in FILES for message in file.message_types_by_name.values()]
     while waiting:
         message = waiting.pop()
         if not message.GetOptions().map_entry:
-            found.append(message)
+            messages.append(message)
             waiting += message.nested_types
-    return sorted(found, key=lambda message: message.full_name)
+    return sorted(messages, key=lambda message: message.full_name)
 
 
 def run(*command: object, cwd: Path = PROTOS) -> subprocess.CompletedProcess[str]:

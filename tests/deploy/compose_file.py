@@ -40,17 +40,17 @@ class Stage:
 
 
 def stages() -> dict[str, Stage]:
-    found: dict[str, Stage] = {}
+    stages_by_name: dict[str, Stage] = {}
     current: Stage | None = None
     text = re.sub(r"\\\n\s*", " ", (DEPLOY / "Dockerfile").read_text())
     for line in text.splitlines():
         word, _, rest = line.strip().partition(" ")
         if word == "FROM":
             base, _, name = rest.partition(" AS ")
-            current = found[name] = Stage(base)
+            current = stages_by_name[name] = Stage(base)
         elif word and not word.startswith("#") and current is not None:
             current.instructions.append((word, rest.strip()))
-    return found
+    return stages_by_name
 
 
 def image_of(target: str) -> list[tuple[str, str]]:
@@ -68,4 +68,4 @@ def environment_of_image(target: str) -> dict[str, str]:
 
 
 def last_of(target: str, word: str) -> str:
-    return [rest for found, rest in image_of(target) if found == word][-1]
+    return [rest for instruction, rest in image_of(target) if instruction == word][-1]

@@ -70,18 +70,18 @@ def test_a_missing_required_variable_is_an_error() -> None:
             compose({name: value for name, value in FILLED.items() if name != missing})
     example = (DEPLOY / ".env.example").read_text()
     assert all(re.search(rf"^{name}=$", example, re.MULTILINE) for name in FILLED)
-    asked = set(re.findall(r"\$\{(\w+)", "".join(path.read_text() for path in DEPLOY.glob("compose*.yaml"))))
-    assert asked == set(re.findall(r"^(?:# )?(MUXTUNE_\w+)=", example, re.MULTILINE))
+    variables = set(re.findall(r"\$\{(\w+)", "".join(path.read_text() for path in DEPLOY.glob("compose*.yaml"))))
+    assert variables == set(re.findall(r"^(?:# )?(MUXTUNE_\w+)=", example, re.MULTILINE))
 
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_every_variable_is_a_setting_and_every_setting_is_given(service: str) -> None:
-    known = {f"MUXTUNE_{field.name.upper()}" for field in dataclasses.fields(SETTINGS[service])}
+    setting_names = {f"MUXTUNE_{field.name.upper()}" for field in dataclasses.fields(SETTINGS[service])}
     images = [service, "execution-cuda"] if service == "execution" else [service]
     for target in images:
         environment = environment_of_image(target) | compose(FILLED)["services"][service]["environment"]
         ours = {name for name in environment if name.startswith("MUXTUNE_")}
-        assert ours <= known
+        assert ours <= setting_names
         from_environment(SETTINGS[service], {name: str(value) for name, value in environment.items()})
 
 
@@ -117,20 +117,20 @@ def test_images_run_as_an_unprivileged_user() -> None:
 
 
 def test_every_target_of_compose_is_a_stage_and_every_copy_is_there() -> None:
-    known = stages()
+    stages_by_name = stages()
     for name in ("compose.yaml", "compose.cuda.yaml"):
         for service in compose(FILLED, name)["services"].values():
             if build := service.get("build"):
-                assert build["target"] in known
+                assert build["target"] in stages_by_name
                 assert (DEPLOY / build["context"]).resolve() == ROOT
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
-    for word, rest in (instruction for stage in known.values() for instruction in stage.instructions):
+    for word, rest in (instruction for stage in stages_by_name.values() for instruction in stage.instructions):
         if word == "COPY" and "--from=" not in rest and rest.split()[0] != "constraints.txt":
             for path in rest.split()[:-1]:
                 assert (ROOT / path).exists()
                 assert f"!{path}" in ignored
         elif word == "COPY" and "--from=" in rest:
-            assert rest.split()[0].removeprefix("--from=") in known
+            assert rest.split()[0].removeprefix("--from=") in stages_by_name
 
 
 def test_only_execution_has_torch() -> None:
@@ -149,13 +149,13 @@ def test_prometheus_asks_every_service() -> None:
 
 
 def test_volumes_are_writable_for_the_images_user() -> None:
-    made = " ".join(rest for word, rest in image_of("admission") if word == "RUN")
-    assert "install -d -o muxtune -g muxtune" in made
+    commands = " ".join(rest for word, rest in image_of("admission") if word == "RUN")
+    assert "install -d -o muxtune -g muxtune" in commands
     for service in (*SERVICES, "prepare", "certs", "operator"):
         for volume in compose(FILLED)["services"][service].get("volumes", []):
             name, path = volume.split(":")[:2]
             if name in compose(FILLED)["volumes"]:
-                assert path in made
+                assert path in commands
 
 
 def test_the_wheel_holds_everything_the_images_run(tmp_path: Path) -> None:

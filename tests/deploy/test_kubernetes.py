@@ -23,8 +23,8 @@ WORKLOADS = of_kind("Deployment", "StatefulSet")
 
 
 def pod(service: str) -> dict[str, Any]:
-    found: dict[str, Any] = WORKLOADS[service]["spec"]["template"]["spec"]
-    return found
+    spec: dict[str, Any] = WORKLOADS[service]["spec"]["template"]["spec"]
+    return spec
 
 
 @pytest.mark.parametrize("object_", OBJECTS, ids=lambda o: f"{o['kind']} {o['metadata']['name']}")
@@ -42,11 +42,11 @@ def test_the_schema_is_alive() -> None:
 def test_every_setting_is_given_and_every_port_agrees(service: str) -> None:
     (container,) = pod(service)["containers"]
     config = of_kind("ConfigMap")["muxtune"]["data"]
-    own = {entry["name"]: str(entry.get("value", "pod-0")) for entry in container.get("env", [])}
-    environment = environment_of_image(service) | config | own | (SECRETS if service == "admission" else {})
+    variables = {entry["name"]: str(entry.get("value", "pod-0")) for entry in container.get("env", [])}
+    environment = environment_of_image(service) | config | variables | (SECRETS if service == "admission" else {})
     settings = from_environment(SETTINGS[service], environment)
-    known = {f"MUXTUNE_{field.name.upper()}" for cls in SETTINGS.values() for field in dataclasses.fields(cls)}
-    assert {name for name in (*config, *own) if name.startswith("MUXTUNE_")} <= known
+    setting_names = {f"MUXTUNE_{field.name.upper()}" for cls in SETTINGS.values() for field in dataclasses.fields(cls)}
+    assert {name for name in (*config, *variables) if name.startswith("MUXTUNE_")} <= setting_names
     port = int(settings.listen.rpartition(":")[2])
     ports = {entry["containerPort"] for entry in container["ports"]} - {9464}
     assert ports == ({port, int(INTERNAL_PORT)} if service == "admission" else {port})

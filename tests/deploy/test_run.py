@@ -25,8 +25,8 @@ class Machine:
 
     def __init__(self, folder: Path, source: Path) -> None:
         self.folder = folder
-        given = {"MUXTUNE_BACKBONE_SOURCE": str(source), "MUXTUNE_BACKBONE_NAME": "tiny"}
-        self.services = compose(given)["services"]
+        variables = {"MUXTUNE_BACKBONE_SOURCE": str(source), "MUXTUNE_BACKBONE_NAME": "tiny"}
+        self.services = compose(variables)["services"]
         ports = iter(free_ports(2 * len(SERVICES) + 2))
         self.ports = {service: (next(ports), next(ports)) for service in SERVICES}
         self.internal_port, self.closed_port = ports
@@ -35,23 +35,27 @@ class Machine:
     def environment(self, service: str) -> dict[str, str]:
         """Return the container's environment with paths and addresses of this machine."""
         inside = environment_of_image(service) | self.services[service]["environment"]
-        own = {name: self.here(str(value)) for name, value in inside.items() if name.startswith("MUXTUNE_")}
+        variables = {name: self.here(str(value)) for name, value in inside.items() if name.startswith("MUXTUNE_")}
         grpc_port, metrics_port = self.ports[service]
-        own |= {"MUXTUNE_LISTEN": f"127.0.0.1:{grpc_port}", "MUXTUNE_PROMETHEUS_PORT": str(metrics_port)}
+        variables |= {"MUXTUNE_LISTEN": f"127.0.0.1:{grpc_port}", "MUXTUNE_PROMETHEUS_PORT": str(metrics_port)}
         if service == "admission":
-            own["MUXTUNE_INTERNAL_LISTEN"] = f"127.0.0.1:{self.internal_port}"
+            variables["MUXTUNE_INTERNAL_LISTEN"] = f"127.0.0.1:{self.internal_port}"
         if service == "execution":
-            own["MUXTUNE_CALIBRATION_SECONDS"] = "0.1"
-        return self.outside(own | {"MUXTUNE_CERTS": str(self.certs(service))})
+            variables["MUXTUNE_CALIBRATION_SECONDS"] = "0.1"
+        return self.outside(variables | {"MUXTUNE_CERTS": str(self.certs(service))})
 
     def operator(self) -> dict[str, str]:
         """As in the operator's container."""
         inside = self.services["operator"]["environment"]
-        own = {name: self.here(str(value)) for name, value in inside.items()}
-        return self.outside(own | {"MUXTUNE_CERTS": str(self.certs("operator"))})
+        variables = {name: self.here(str(value)) for name, value in inside.items()}
+        return self.outside(variables | {"MUXTUNE_CERTS": str(self.certs("operator"))})
 
-    def outside(self, own: dict[str, str]) -> dict[str, str]:
-        return {**{k: v for k, v in os.environ.items() if not k.startswith("MUXTUNE_")}, **own, "PYTHONPATH": str(ROOT)}
+    def outside(self, variables: dict[str, str]) -> dict[str, str]:
+        return {
+            **{k: v for k, v in os.environ.items() if not k.startswith("MUXTUNE_")},
+            **variables,
+            "PYTHONPATH": str(ROOT),
+        }
 
     def certs(self, name: str) -> Path:
         """What the volume certs-{name} holds."""
@@ -113,11 +117,11 @@ def test_the_order_is_the_one_compose_keeps(machine: Machine) -> None:
 
 
 def test_a_key_made_by_the_operator_trains_a_task(machine: Machine, tmp_path: Path) -> None:
-    made = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "muxtune.cli.main", "key", "create", "acme", "--json"],
         env=machine.operator(), cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    key = json.loads(made.stdout)["secret"]
+    key = json.loads(completed.stdout)["secret"]
     with Client(f"localhost:{machine.ports['admission'][0]}", key, machine.folder / "ca" / "ca.crt") as client:
         dataset = client.upload_dataset([{"prompt": f"fox {i}", "completion": " jumps"} for i in range(8)])
         while not any(backbone.num_executors for backbone in client.list_backbones()):

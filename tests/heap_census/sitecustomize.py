@@ -91,9 +91,9 @@ def _count(number: int, frame: FrameType | None) -> None:
         _LEAKED.extend(bytearray(1000) for _ in range(int(planted.read_text()) - len(_LEAKED)))
     _empty_caches()
     by_type = _bytes_by_type()
-    found = {"malloc": _malloc_bytes(), "by_type": by_type}
+    census = {"malloc": _malloc_bytes(), "by_type": by_type}
     partial = Path(_FOLDER, f"{os.getpid()}.partial")
-    partial.write_text(json.dumps(found))
+    partial.write_text(json.dumps(census))
     partial.rename(partial.with_suffix(".json"))
 
 

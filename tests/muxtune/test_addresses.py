@@ -102,10 +102,10 @@ def test_a_mesh_keeps_its_ports_and_chooses_others_only_where_they_are_taken() -
     doors = [f"door {number}" for number in range(200)]
     first = free_addresses(doors)
     assert len(set(first.values())) == len(doors)
-    with ExitStack() as taken:
+    with ExitStack() as servers:
         for door in doors[:10]:
             host, port = first[door].split(":")
-            taken.enter_context(create_server((host, int(port))))
+            servers.enter_context(create_server((host, int(port))))
         second = free_addresses(doors, first)
     assert all(second[door] != first[door] for door in doors[:10])
     assert all(second[door] == first[door] for door in doors[10:])

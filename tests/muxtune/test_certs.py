@@ -21,11 +21,11 @@ FOLDERS = {**{name: name for name in NAMES}, "executors/local": "execution"}  # 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("certs") / "made by it"
-    done = CliRunner().invoke(app, ["certs", str(made), "--host", "muxtune.example.com", "--host", "192.0.2.7"])
+    certs = tmp_path_factory.mktemp("certs") / "made by it"
+    done = CliRunner().invoke(app, ["certs", str(certs), "--host", "muxtune.example.com", "--host", "192.0.2.7"])
     assert done.exit_code == 0, done.output
-    assert all(str(made / name) in done.output for name in FOLDERS)
-    return made
+    assert all(str(certs / name) in done.output for name in FOLDERS)
+    return certs
 
 
 def load(path: Path) -> x509.Certificate:
@@ -106,14 +106,14 @@ def test_another_run_renews_under_the_same_ca(tmp_path: Path) -> None:
 
 def test_a_start_renews_what_ends_soon_and_nothing_else(tmp_path: Path) -> None:
     issue_where_due(tmp_path)
-    made = {path: path.read_bytes() for path in tmp_path.rglob("tls.crt")}
-    assert len(made) == len(FOLDERS)
+    certificates = {path: path.read_bytes() for path in tmp_path.rglob("tls.crt")}
+    assert len(certificates) == len(FOLDERS)
     issue_where_due(tmp_path)
-    assert made == {path: path.read_bytes() for path in made}
+    assert certificates == {path: path.read_bytes() for path in certificates}
     issue(tmp_path, days=29)
     issue_where_due(tmp_path)
-    assert len({load(path).serial_number for path in made}) == len(made)
-    for path in made:
+    assert len({load(path).serial_number for path in certificates}) == len(certificates)
+    for path in certificates:
         left = load(path).not_valid_after_utc - datetime.datetime.now(datetime.UTC)
         assert left > datetime.timedelta(days=80)
 

@@ -38,12 +38,12 @@ UNARY = {
 
 
 def all_errors() -> list[type[engine.errors.MuxtuneError]]:
-    found, waiting = [], [engine.errors.MuxtuneError]
+    classes, waiting = [], [engine.errors.MuxtuneError]
     while waiting:
         cls = waiting.pop()
         waiting += cls.__subclasses__()
-        found.append(cls)
-    return sorted((cls for cls in found if cls.__module__ == "engine.errors"), key=lambda cls: cls.__name__)
+        classes.append(cls)
+    return sorted((cls for cls in classes if cls.__module__ == "engine.errors"), key=lambda cls: cls.__name__)
 
 
 def test_the_two_clients_have_the_same_methods() -> None:
@@ -85,7 +85,7 @@ async def test_fields_and_waiting_times_arrive(call: Either, admission: Admissio
 @pytest.mark.parametrize("method", UNARY)
 async def test_every_call_has_key_and_deadline(call: Either, admission: Admission, method: str) -> None:
     await call(method, *UNARY[method])
-    assert all(found["authorization"] == f"Bearer {KEY}" for found in admission.metadata)
+    assert all(metadata["authorization"] == f"Bearer {KEY}" for metadata in admission.metadata)
     assert all(0 < left < 3600 for left in admission.deadlines)
 
 
@@ -139,8 +139,8 @@ async def test_a_missing_server_is_unavailable_without_waiting(tmp_path: Path) -
     with Client("127.0.0.1:1", KEY) as client:
         async with AsyncClient("127.0.0.1:1", KEY) as asynchronous:
             watched = asyncio.to_thread(lambda: list(client.watch_task(NAME)))
-            found = await asyncio.gather(watched, asynchronous.get_task(NAME), return_exceptions=True)
-    assert [type(error) for error in found] == [errors.UnavailableError] * 2
+            outcomes = await asyncio.gather(watched, asynchronous.get_task(NAME), return_exceptions=True)
+    assert [type(error) for error in outcomes] == [errors.UnavailableError] * 2
 
 
 @pytest.mark.parametrize("size", [1, (1 << 20) - 20, 3 << 20])

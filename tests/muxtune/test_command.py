@@ -249,7 +249,7 @@ def read_until(process: "subprocess.Popen[str]", words: str) -> list[str]:
 
 def descendants(pid: int) -> list[int]:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [found for child in children for found in (int(child), *descendants(int(child)))]
+    return [descendant for child in children for descendant in (int(child), *descendants(int(child)))]
 
 
 def wait_gone(pids: list[int]) -> None:
@@ -273,19 +273,19 @@ def test_up_passes_only_identity_and_limit_settings_to_admission(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Admission gets the environment's identity provider and limits; addresses and keys there are not passed on."""
-    made: list[dict[str, dict[str, str]]] = []
+    environments: list[dict[str, dict[str, str]]] = []
 
     def stop_there(data: Path, backbones: object, endpoint: str, environment: dict[str, dict[str, str]]) -> None:
-        made.append(environment)
+        environments.append(environment)
         raise MeshError("enough")
 
     monkeypatch.setattr(main, "Mesh", stop_there)
-    given = {"MUXTUNE_OIDC_ISSUER": "https://issuer.example", "MUXTUNE_MAX_ADAPTER_BYTES": "9"}
-    for name, value in {**given, "MUXTUNE_ADDRESS": "x:1", "MUXTUNE_API_KEY": "k", "MUXTUNE_CERTS": "/c"}.items():
+    variables = {"MUXTUNE_OIDC_ISSUER": "https://issuer.example", "MUXTUNE_MAX_ADAPTER_BYTES": "9"}
+    for name, value in {**variables, "MUXTUNE_ADDRESS": "x:1", "MUXTUNE_API_KEY": "k", "MUXTUNE_CERTS": "/c"}.items():
         monkeypatch.setenv(name, value)
     done = CliRunner().invoke(app, ["up", "--data", str(tmp_path), "--backbone", f"tiny={tmp_path}"])
     assert done.exit_code == 1 and "enough" in done.output
-    assert made == [{"admission": given}]
+    assert environments == [{"admission": variables}]
 
 
 @pytest.mark.parametrize(

@@ -127,16 +127,16 @@ def test_a_recorded_profile_answers_whatif_later_without_a_mesh(mesh: None, tmp_
 
 
 def test_a_trace_made_or_read_is_simulated(profile: str, tmp_path: Path) -> None:
-    made = run("simulate", "--generate", "20", "--steps", "5", "--profile", profile, "--devices", "2", "--json")
-    assert made.exit_code == 0, made.output
-    rows = [json.loads(line) for line in made.output.splitlines()]
+    generated = run("simulate", "--generate", "20", "--steps", "5", "--profile", profile, "--devices", "2", "--json")
+    assert generated.exit_code == 0, generated.output
+    rows = [json.loads(line) for line in generated.output.splitlines()]
     assert [row["policy"] for row in rows] == ["muxtune", "one instance a task", "batch everything"]
     assert all(row["num_tasks"] == 20 for row in rows)
     trace = tmp_path / "trace.jsonl"
     line = {"seconds": 0, "tenant": "a", "steps": 10, "batch": 4, "max_sequence_tokens": 64, "rank": 4}
     trace.write_text("\n".join([json.dumps(line), "", json.dumps(line | {"seconds": 3})]))
-    told = run("simulate", "--trace", str(trace), "--profile", profile)
-    assert told.exit_code == 0 and "muxtune: 2 tasks in " in told.output
+    replayed = run("simulate", "--trace", str(trace), "--profile", profile)
+    assert replayed.exit_code == 0 and "muxtune: 2 tasks in " in replayed.output
 
 
 def test_an_error_is_one_line_and_exit_status_one(profile: str, tmp_path: Path) -> None:

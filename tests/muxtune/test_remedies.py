@@ -52,8 +52,8 @@ async def test_connection_errors_name_the_setting(server: tuple[int, int, Path],
         (plain, certs / "ca.crt", "does not speak TLS"),
         (closed, None, "Nothing listens there.*MUXTUNE_ADDRESS"),
     ]
-    asked = (asyncio.to_thread(message_of, f"127.0.0.1:{port}", ca) for port, ca, _ in cases)
-    for said, (_, _, remedy) in zip(await asyncio.gather(*asked), cases, strict=True):
+    calls = (asyncio.to_thread(message_of, f"127.0.0.1:{port}", ca) for port, ca, _ in cases)
+    for said, (_, _, remedy) in zip(await asyncio.gather(*calls), cases, strict=True):
         assert re.search(remedy, said), said
 
 

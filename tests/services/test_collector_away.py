@@ -28,9 +28,9 @@ MAX_SPANS = 2048 + 512  # of the queue, and of the batch that is on its way
 
 @contextmanager
 def nothing_listens() -> Iterator[str]:
-    with socket.socket() as taken:  # bound, so that nobody else can listen there
-        taken.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+    with socket.socket() as reserved:  # bound, so that nobody else can listen there
+        reserved.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{reserved.getsockname()[1]}"
 
 
 @contextmanager

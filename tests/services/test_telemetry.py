@@ -211,9 +211,9 @@ def test_processes_share_a_trace_file(tmp_path: Path) -> None:
 
 def test_a_file_holds_what_a_collector_would_get(tmp_path: Path) -> None:
     """Compare with OpenTelemetry's encoder: attributes of every kind, events, links, remote parents, two scopes."""
-    kept = InMemorySpanExporter()
+    memory_exporter = InMemorySpanExporter()
     provider = TracerProvider(resource=Resource({"service.name": "x", "ids": (1, 2)}))
-    provider.add_span_processor(SimpleSpanProcessor(kept))
+    provider.add_span_processor(SimpleSpanProcessor(memory_exporter))
     one, other = provider.get_tracer("one", "1.2"), provider.get_tracer("other")
     remote = extract({"traceparent": f"00-{'a' * 32}-{'0' * 15}1-01", "tracestate": "vendor=x,more=y"})
     values = [
@@ -243,10 +243,10 @@ def test_a_file_holds_what_a_collector_would_get(tmp_path: Path) -> None:
             one.start_span("", kind=kind).end()
     path = tmp_path / "trace.jsonl"
     exporter = FileSpanExporter(path)
-    exporter.export(kept.get_finished_spans())
+    exporter.export(memory_exporter.get_finished_spans())
     exporter.shutdown()
     read = read_otlp_json(path.read_text())
-    assert spans_by_id(read) == spans_by_id(encode_spans(kept.get_finished_spans()))
+    assert spans_by_id(read) == spans_by_id(encode_spans(memory_exporter.get_finished_spans()))
 
 
 def spans_by_id(request: trace_service_pb2.ExportTraceServiceRequest) -> dict[bytes, tuple[str, str, str]]:

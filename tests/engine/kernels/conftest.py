@@ -19,15 +19,15 @@ def host_launcher(request: pytest.FixtureRequest) -> Iterator[MakeHost]:
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     folder = request.config.cache.mkdir("muxtune-kernels")  # type: ignore[union-attr]
-    made: dict[int, HostLauncher] = {}
+    launchers: dict[int, HostLauncher] = {}
 
     def make(seed: int = 0) -> HostLauncher:
-        if seed not in made:
-            made[seed] = HostLauncher(folder, seed)
-        return made[seed]
+        if seed not in launchers:
+            launchers[seed] = HostLauncher(folder, seed)
+        return launchers[seed]
 
     yield make
-    for launcher in made.values():
+    for launcher in launchers.values():
         launcher.close()
 
 

@@ -10,8 +10,8 @@ import torch
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, names in ((torch, ("empty", "empty_like")), (torch.Tensor, ("new_empty",))):
         for name in names:
-            made = getattr(owner, name)
-            monkeypatch.setattr(owner, name, lambda *a, made=made, **k: _poison(made(*a, **k)))
+            allocate = getattr(owner, name)
+            monkeypatch.setattr(owner, name, lambda *a, allocate=allocate, **k: _poison(allocate(*a, **k)))
 
 
 def _poison(tensor: Any) -> Any:

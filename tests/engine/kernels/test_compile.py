@@ -48,9 +48,9 @@ STRUCTS = {
 
 def measured(source: str, architecture: str) -> dict[str, int]:
     """Return registers by kernel; check that none spills."""
-    found = kernels.resources(kernels.compile_source(source, architecture).log)
-    assert all(item.stack_bytes == 0 and item.spill_bytes == 0 for item in found), found
-    return {item.kernel: item.registers for item in found}
+    resources = kernels.resources(kernels.compile_source(source, architecture).log)
+    assert all(item.stack_bytes == 0 and item.spill_bytes == 0 for item in resources), resources
+    return {item.kernel: item.registers for item in resources}
 
 
 @pytest.mark.parametrize("architecture", BY_ARCHITECTURE)
@@ -142,10 +142,10 @@ def test_a_process_uses_prebuilt_cubins(
     monkeypatch.setattr(kernels, "CUDA", tmp_path)
     monkeypatch.setattr(kernels, "PREBUILT", tmp_path / "built")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kept = kernels._write(
+    cached = kernels._write(
         b"not prebuilt", kernels._name("one.cu", "sm_90"), [tmp_path / "cache" / "muxtune" / "kernels"]
     )
-    assert kernels.cubin("one.cu", "sm_90") == kept
+    assert kernels.cubin("one.cu", "sm_90") == cached
     kernels.main(["sm_80", "sm_90"])  # whatever the cache holds
     built = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert [path.parent for path in built] == [tmp_path / "built"] * 2

@@ -63,7 +63,7 @@ class Problem:
         """Run forward and backward, by the operator or the reference."""
         where = launcher.device
         weights, biases = (
-            [t.to(where, copy=True).requires_grad_() for t in own] for own in (self.weights, self.biases)
+            [t.to(where, copy=True).requires_grad_() for t in tensors] for tensors in (self.weights, self.biases)
         )
         a = torch.cat([t.flatten() for t in self.a]).to(where).requires_grad_()
         dc = torch.cat([t.flatten() for t in self.dc]).to(where)
@@ -75,16 +75,16 @@ class Problem:
         cs = entry._split_rows(c.detach().cpu(), tokens, [shape.width_out for shape in self.shapes])
         das = entry._split_rows(a.grad.cpu(), tokens, [shape.width_in for shape in self.shapes])
         gradients = [(w.grad.cpu(), b.grad.cpu()) for w, b in zip(weights, biases, strict=True)]  # type: ignore[union-attr]
-        return Results([(c, da, *own) for c, da, own in zip(cs, das, gradients, strict=True)])
+        return Results([(c, da, *pair) for c, da, pair in zip(cs, das, gradients, strict=True)])
 
     def expected(self, of: Any = torch.Tensor.double) -> Results:
         """Compute the results directly. `of` converts each tensor, and the scale, first."""
-        found = []
+        of_use = []
         for shape, *tensors in zip(self.shapes, self.a, self.dc, self.weights, self.biases, strict=True):
             a, dc, w, b = (of(tensor) for tensor in tensors)
             s = of(torch.tensor(shape.scale))
-            found.append((s * (a @ w.T + b), s * (dc @ w), s * (dc.T @ a), s * dc.sum(0)))
-        return Results(found)
+            of_use.append((s * (a @ w.T + b), s * (dc @ w), s * (dc.T @ a), s * dc.sum(0)))
+        return Results(of_use)
 
 
 def magnitude(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,9 +104,9 @@ def at(make_launcher: MakeLauncher, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def check(problem: Problem, launcher: Any, **how: bool) -> None:
-    found, expected, most = problem.run(launcher, **how), problem.expected(), problem.expected(magnitude)
-    for own, reference, bounds in zip(found.of_use, expected.of_use, most.of_use, strict=True):
-        for tensor, right, bound in zip(own, reference, bounds, strict=True):
+    actual, expected, most = problem.run(launcher, **how), problem.expected(), problem.expected(magnitude)
+    for tensors, reference, bounds in zip(actual.of_use, expected.of_use, most.of_use, strict=True):
+        for tensor, right, bound in zip(tensors, reference, bounds, strict=True):
             assert tensor.shape == right.shape
             excess = (tensor.double() - right).abs() - SMALLEST.get(problem.dtype, 0.0)
             error = (excess / (bound + 1e-30)).max().item() if tensor.numel() else 0.0
@@ -167,8 +167,8 @@ def test_no_order_of_threads_and_blocks_changes_a_bit(at: Any) -> None:
     problem = Problem([Shape(70, 1100, 20), Shape(3, 5, 72, seed=1)], torch.bfloat16)
     first, *others = [problem.run(at(seed)).of_use for seed in (0, 1, 2)]
     for other in others:
-        for own, theirs in zip(first, other, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(own, theirs, strict=True))
+        for tensors, theirs in zip(first, other, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(tensors, theirs, strict=True))
 
 
 def test_a_neighbour_with_nan_changes_nothing(at: Any) -> None:
@@ -176,10 +176,10 @@ def test_a_neighbour_with_nan_changes_nothing(at: Any) -> None:
     healthy = problem.run(at(0)).of_use
     problem.a[1].fill_(float("nan"))
     problem.dc[1].fill_(float("inf"))
-    found = problem.run(at(0)).of_use
+    with_nan = problem.run(at(0)).of_use
     for i in (0, 2):
-        assert all(torch.equal(a, b) for a, b in zip(healthy[i], found[i], strict=True))
-    assert found[1][0].isnan().all()
+        assert all(torch.equal(a, b) for a, b in zip(healthy[i], with_nan[i], strict=True))
+    assert with_nan[1][0].isnan().all()
 
 
 def test_only_what_is_wanted_is_computed(at: Any) -> None:

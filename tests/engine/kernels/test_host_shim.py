@@ -14,18 +14,18 @@ LAUNCH = struct_of([("in", POINTER), ("out", POINTER), ("size", np.int32), ("unu
 
 
 def run(launcher: HostLauncher, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    given, taken = torch.randn(THREADS), torch.full((THREADS,), float("nan"))
-    struct = pack(LAUNCH, **{"in": given, "out": taken, "size": THREADS, "unused": 0})
-    launcher.launch(Kernel(SOURCE, f"planted_{name}"), 1, 4 * THREADS, struct, [], [given, taken])
-    return given, taken
+    inputs, outputs = torch.randn(THREADS), torch.full((THREADS,), float("nan"))
+    struct = pack(LAUNCH, **{"in": inputs, "out": outputs, "size": THREADS, "unused": 0})
+    launcher.launch(Kernel(SOURCE, f"planted_{name}"), 1, 4 * THREADS, struct, [], [inputs, outputs])
+    return inputs, outputs
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_sound_kernels_pass(host_launcher: MakeHost, seed: int) -> None:
-    given, taken = run(host_launcher(seed), "sound")
-    assert torch.equal(taken, given.roll(-1))
-    given, taken = run(host_launcher(seed), "copy")
-    assert torch.equal(taken, given)
+    inputs, outputs = run(host_launcher(seed), "sound")
+    assert torch.equal(outputs, inputs.roll(-1))
+    inputs, outputs = run(host_launcher(seed), "copy")
+    assert torch.equal(outputs, inputs)
 
 
 FAULTS = {
@@ -46,10 +46,10 @@ def test_faults_abort_and_say_why(host_launcher: MakeHost, name: str, words: str
 
 
 def test_a_missing_barrier_shows_as_a_wrong_result(host_launcher: MakeHost) -> None:
-    given, taken = run(host_launcher(1), "missing_barrier")
-    assert not torch.equal(taken, given.roll(-1))
+    inputs, outputs = run(host_launcher(1), "missing_barrier")
+    assert not torch.equal(outputs, inputs.roll(-1))
 
 
 def test_a_copy_read_before_it_is_waited_for_is_poison(host_launcher: MakeHost) -> None:
-    _, taken = run(host_launcher(0), "missing_wait")
-    assert taken.isnan().all()
+    _, outputs = run(host_launcher(0), "missing_wait")
+    assert outputs.isnan().all()

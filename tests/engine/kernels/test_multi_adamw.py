@@ -65,12 +65,12 @@ def run(kind: str, make_launcher: MakeLauncher, groups: list[AdamWGroup]) -> tup
         adamw.multi_adamw(groups, norms, is_finite)
     else:
         launcher = make_launcher(1)
-        there = [replace(group, **{n: getattr(group, n).to(launcher.device) for n in TENSORS}) for group in groups]
-        norms, is_finite = grad_norm.launch_multi_grad_norm(launcher, [group.gradients_P for group in there])
-        adamw.launch_multi_adamw(launcher, there, norms, is_finite)
-        for group, done in zip(groups, there, strict=True):
-            for own, result in zip(group.tensors, done.tensors, strict=True):
-                own.copy_(result)
+        on_device = [replace(group, **{n: getattr(group, n).to(launcher.device) for n in TENSORS}) for group in groups]
+        norms, is_finite = grad_norm.launch_multi_grad_norm(launcher, [group.gradients_P for group in on_device])
+        adamw.launch_multi_adamw(launcher, on_device, norms, is_finite)
+        for group, done in zip(groups, on_device, strict=True):
+            for tensor, result in zip(group.tensors, done.tensors, strict=True):
+                tensor.copy_(result)
     return norms.cpu(), is_finite.cpu()
 
 

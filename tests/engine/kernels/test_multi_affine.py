@@ -107,19 +107,19 @@ def at(make_launcher: MakeLauncher, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def check(problem: Problem, launcher: Any, **how: bool) -> None:
-    found, expected, most = problem.run(launcher, **how), problem.expected(), problem.expected(magnitude)
-    for own, reference, bound in zip(found, expected, most, strict=True):
-        assert (own is None) == (reference is None)
-        if own is not None and reference is not None and bound is not None:
-            excess = (own.double() - reference).abs() - SMALLEST.get(problem.dtype, 0.0)
-            error = (excess / (bound + 1e-30)).max().item() if own.numel() else 0.0
+    actual, expected, most = problem.run(launcher, **how), problem.expected(), problem.expected(magnitude)
+    for tensor, reference, bound in zip(actual, expected, most, strict=True):
+        assert (tensor is None) == (reference is None)
+        if tensor is not None and reference is not None and bound is not None:
+            excess = (tensor.double() - reference).abs() - SMALLEST.get(problem.dtype, 0.0)
+            error = (excess / (bound + 1e-30)).max().item() if tensor.numel() else 0.0
             assert error <= TOLERANCE[problem.dtype], f"{error:.2e}"  # a NaN fails, too
     outside = torch.ones(len(problem.x), dtype=torch.bool)
     for use in problem.uses:
         outside[use.start : use.end] = False
-    for own, stream in zip(found[:2], (problem.x, problem.dy), strict=True):
-        assert own is not None and torch.equal(own[outside], stream[outside])
-        assert torch.equal(own[outside].signbit(), stream[outside].signbit())  # -0 stays -0
+    for tensor, stream in zip(actual[:2], (problem.x, problem.dy), strict=True):
+        assert tensor is not None and torch.equal(tensor[outside], stream[outside])
+        assert torch.equal(tensor[outside].signbit(), stream[outside].signbit())  # -0 stays -0
 
 
 SHAPES = st.builds(
@@ -183,24 +183,24 @@ def test_a_neighbour_with_nan_changes_nothing(at: Any) -> None:
     healthy = problem.run(at(0))
     sick = slice(problem.uses[1].start, problem.uses[1].end)
     problem.x[sick], problem.dy[sick] = float("nan"), float("inf")
-    found = problem.run(at(0))
+    with_nan = problem.run(at(0))
     for i in (0, 2):
         part = slice(problem.uses[i].start, problem.uses[i].end)
-        for before, after in zip(healthy[:2], found[:2], strict=True):
+        for before, after in zip(healthy[:2], with_nan[:2], strict=True):
             assert before is not None and after is not None and torch.equal(before[part], after[part])
         for k in (2 + 2 * i, 3 + 2 * i):
-            assert torch.equal(healthy[k], found[k])  # type: ignore[arg-type]
-    assert found[0][sick].isnan().all()  # type: ignore[index]
+            assert torch.equal(healthy[k], with_nan[k])  # type: ignore[arg-type]
+    assert with_nan[0][sick].isnan().all()  # type: ignore[index]
 
 
 def test_frozen_vectors_get_no_gradient_and_nothing_is_saved_for_them(at: Any) -> None:
     launcher = at(0)
     x = torch.randn(5, 8, device=launcher.device)
     gain, shift = torch.randn(8, device=launcher.device), torch.randn(8, device=launcher.device).requires_grad_()
-    y, kept = entry.multi_affine_op(x, [1, 4], [3], [gain, shift], False)
+    y, saved = entry.multi_affine_op(x, [1, 4], [3], [gain, shift], False)
     y.sum().backward()
     torch.testing.assert_close(shift.grad, torch.full_like(shift, 3.0))
-    assert gain.grad is None and kept.shape == (0, 8)
+    assert gain.grad is None and saved.shape == (0, 8)
 
 
 def test_the_operator_is_what_torch_expects_of_one(at: Any) -> None:

@@ -20,9 +20,9 @@ SIZES, ROOT = st.integers(1, 200), Path(__file__).parents[3]
 
 
 def packed(weight_KN: torch.Tensor) -> PackedWeight:
-    own = PackedWeight.of(weight_KN)
-    assert own is not None
-    return own
+    weight = PackedWeight.of(weight_KN)
+    assert weight is not None
+    return weight
 
 
 def near(product: torch.Tensor, exact: torch.Tensor) -> bool:
@@ -42,21 +42,21 @@ def test_products_are_those_of_the_plain_weight(
     wide = 2 if is_strided else 1
     x_TK = torch.randn(num_tokens, wide * num_in, generator=generator)[:, ::wide]
     dy_TN = torch.randn(num_tokens, wide * num_out, generator=generator)[:, ::wide]
-    dx_TK, own = torch.randn(num_tokens, num_in, generator=generator), packed(weight_KN)
+    dx_TK, weight = torch.randn(num_tokens, num_in, generator=generator), packed(weight_KN)
     y_TN = x_TK.double() @ weight_KN.double() + (0 if bias_N is None else bias_N.double())
     gradient_TK = dy_TN.double() @ weight_KN.double().T
-    assert near(own.times(x_TK, bias_N), y_TN)
-    assert near(own.gradient(dy_TN), gradient_TK)
+    assert near(weight.times(x_TK, bias_N), y_TN)
+    assert near(weight.gradient(dy_TN), gradient_TK)
     both_TK = dx_TK.double() + gradient_TK
-    assert own.gradient(dy_TN, dx_TK) is dx_TK
+    assert weight.gradient(dy_TN, dx_TK) is dx_TK
     assert near(dx_TK, both_TK)
 
 
 def test_it_may_be_written_to_afterwards_without_effect() -> None:
     weight_KN, x_TK = torch.randn(40, 50), torch.randn(6, 40)
-    own, expected = packed(weight_KN), x_TK.double() @ weight_KN.double()
+    weight, expected = packed(weight_KN), x_TK.double() @ weight_KN.double()
     weight_KN.zero_()
-    assert near(own.times(x_TK, None), expected)
+    assert near(weight.times(x_TK, None), expected)
 
 
 def test_its_bytes_are_at_least_two_weights() -> None:
@@ -78,12 +78,12 @@ def test_a_group_of_operators_trains_alike_with_and_without() -> None:
     torch.manual_seed(0)
     weights, bias_N = [torch.randn(48, n) for n in (64, 64, 32)], torch.randn(64)
     factors = [torch.randn(8, 48, requires_grad=True), torch.randn(64, 8, requires_grad=True)]
-    x_TK, own = torch.randn(70, 48, requires_grad=True), LowRank(*factors)
+    x_TK, low_rank = torch.randn(70, 48, requires_grad=True), LowRank(*factors)
     results = []
     for packs in (False, True):
         uses = (
-            ([AdapterSlice(5, 30, 0.5), AdapterSlice(30, 70, 2.0)], [own, own]),
-            ([AdapterSlice(5, 30, 1.0)], [own]),
+            ([AdapterSlice(5, 30, 0.5), AdapterSlice(30, 70, 2.0)], [low_rank, low_rank]),
+            ([AdapterSlice(5, 30, 1.0)], [low_rank]),
             ([], []),
         )
         operators = [

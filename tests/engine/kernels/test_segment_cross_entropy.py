@@ -42,17 +42,17 @@ def test_rows_do_not_reach_each_other() -> None:
     hidden, targets = torch.randn(3, 4), torch.tensor([0, 4, 2])
     sick = hidden.clone()
     sick[1] = float("nan")
-    healthy, found = (segment_cross_entropy(head, h, targets, torch.ones(3)) for h in (hidden, sick))
-    for expected, other in zip(healthy, found, strict=True):
+    healthy, with_nan = (segment_cross_entropy(head, h, targets, torch.ones(3)) for h in (hidden, sick))
+    for expected, other in zip(healthy, with_nan, strict=True):
         assert torch.equal(expected[[0, 2]], other[[0, 2]]) and other[1].isnan().all()
 
 
 def by_kernel(launcher: Any, wide: torch.Tensor, width: int, *rest: Any) -> torch.Tensor:
     """Return losses by the kernel; the first columns of `wide` become the gradient."""
-    there = wide.to(launcher.device)
+    on_device = wide.to(launcher.device)
     moved = [value.to(launcher.device) if isinstance(value, torch.Tensor) else value for value in rest]
-    losses = kernel.logits_gradient_(launcher, there[:, :width], *moved).cpu()
-    wide.copy_(there)
+    losses = kernel.logits_gradient_(launcher, on_device[:, :width], *moved).cpu()
+    wide.copy_(on_device)
     return losses
 
 
@@ -88,9 +88,9 @@ def test_the_kernels_rows_do_not_reach_each_other(make_launcher: MakeLauncher) -
     sick = healthy.clone()
     sick[1, 7], sick[3, 200], sick[4, 0] = float("nan"), float("inf"), float("-inf")
     targets, weights = torch.tensor([1, 2, 3, 4, 5, 6]), torch.ones(6)
-    expected, found = (by_kernel(make_launcher(1), z, 300, targets, weights, None) for z in (healthy, sick))
-    assert torch.equal(expected[[0, 2, 5]], found[[0, 2, 5]]) and torch.equal(healthy[[0, 2, 5]], sick[[0, 2, 5]])
-    assert not found[1].isfinite() and not found[3].isfinite() and found[4].isfinite()
+    expected, actual = (by_kernel(make_launcher(1), z, 300, targets, weights, None) for z in (healthy, sick))
+    assert torch.equal(expected[[0, 2, 5]], actual[[0, 2, 5]]) and torch.equal(healthy[[0, 2, 5]], sick[[0, 2, 5]])
+    assert not actual[1].isfinite() and not actual[3].isfinite() and actual[4].isfinite()
 
 
 def test_the_kernel_reads_no_logit_that_is_not_there(make_launcher: MakeLauncher) -> None:

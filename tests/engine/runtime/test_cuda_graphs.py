@@ -345,7 +345,7 @@ def test_a_neighbour_that_is_not_finite_fails_alone(step: int) -> None:
     trained(alone, tasks, range(step))
     alone.detach("b")
     trained(alone, tasks[:1], range(step, 8))
-    ours, theirs = (own.tasks["a"].parameters_P for own in (executor, alone))
+    ours, theirs = (side.tasks["a"].parameters_P for side in (executor, alone))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 

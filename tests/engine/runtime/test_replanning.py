@@ -200,9 +200,11 @@ WATCHED = ("lora-dropout", "prefix", "vera-dropout", "rank-over-width", "houlsby
 @pytest.mark.parametrize(
     ("watched", "lengths"),
     [
-        pytest.param(watched, own, id=f"{watched}-{name}", marks=[] if i in (j, (j + 1) % 5) else pytest.mark.thorough)
+        pytest.param(
+            watched, lengths, id=f"{watched}-{name}", marks=[] if i in (j, (j + 1) % 5) else pytest.mark.thorough
+        )
         for i, watched in enumerate(WATCHED)
-        for j, (name, own) in enumerate(HOSTILE.items())
+        for j, (name, lengths) in enumerate(HOSTILE.items())
     ],
 )
 def test_a_task_does_not_depend_on_fifteen_others(

@@ -270,7 +270,7 @@ class Admission:
     async def run(self, *tasks: str, lease_term: int = 1, executor: str = "executors/one") -> list[int]:
         """Commit a plan that starts the tasks on the executor; return their attempts."""
         snapshot = await self.ledger().GetSnapshot(ledger_pb2.GetSnapshotRequest())
-        seen = {found.task.name: found.task.attempt for found in snapshot.tasks}
+        seen = {entry.task.name: entry.task.attempt for entry in snapshot.tasks}
         starts = [ledger_pb2.AttemptStart(task=task, expected_attempt=seen[task]) for task in tasks]
         request = ledger_pb2.CommitPlanRequest(
             executor=executor, lease_term=lease_term, version=snapshot.plan_version + 1, starts=starts
@@ -284,8 +284,8 @@ class Admission:
         return [ledger_pb2.ResultVerdict.Name(v).removeprefix("RESULT_VERDICT_") for v in verdicts]
 
     async def state(self, task: str) -> str:
-        found = (await self.tenant().GetTask(pb.GetTaskRequest(name=task))).task.state
-        return str(task_pb2.TaskState.Name(found)).removeprefix("TASK_STATE_")
+        state = (await self.tenant().GetTask(pb.GetTaskRequest(name=task))).task.state
+        return str(task_pb2.TaskState.Name(state)).removeprefix("TASK_STATE_")
 
     async def events(self, task: str, after: int = 0) -> list[event_pb2.TaskEvent]:
         """Return all events of a task that has ended."""

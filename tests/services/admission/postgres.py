@@ -97,9 +97,9 @@ def _start(binaries: Path, folder: Path, identity: dict[str, Any]) -> "subproces
     data = folder / "data"
     options: dict[str, Any] = {"cwd": folder, "stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, **identity}
     command = [binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-N", "-E", "UTF8", "--locale=C"]
-    made = subprocess.run(command, stdout=subprocess.PIPE, **options)
-    if made.returncode:
-        raise NoPostgresError(made.stdout.decode(errors="replace")[-500:])
+    initdb = subprocess.run(command, stdout=subprocess.PIPE, **options)
+    if initdb.returncode:
+        raise NoPostgresError(initdb.stdout.decode(errors="replace")[-500:])
     settings = [part for option in _OPTIONS for part in ("-c", option)]
     command = ["sh", "-c", _GUARDED, "sh", binaries / "postgres", "-D", data, "-k", folder, *settings]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, **options | {"stdin": subprocess.PIPE})

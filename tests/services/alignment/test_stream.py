@@ -134,20 +134,20 @@ async def test_counts_that_differ_from_the_datasets_are_refused(alignment: Align
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Microbatch]:
+def microbatches(monkeypatch: pytest.MonkeyPatch) -> list[Microbatch]:
     """Collects every microbatch that the service makes, sent or not."""
-    made: list[Microbatch] = []
+    collected: list[Microbatch] = []
 
     def counted(*arguments: Any) -> Any:
         for microbatch in packing.rounds(*arguments):
-            made.append(microbatch)
+            collected.append(microbatch)
             yield microbatch
 
     monkeypatch.setattr(servicer_module, "rounds", counted)
-    return made
+    return collected
 
 
-async def test_never_far_ahead_of_its_reader(alignment: Alignment, made: list[Microbatch]) -> None:
+async def test_never_far_ahead_of_its_reader(alignment: Alignment, microbatches: list[Microbatch]) -> None:
     """Without backpressure the 20,000 steps of about 100 KiB each would be packed at once."""
     rows = lines(*({"text": "the quick brown fox " * 250} for _ in range(16)))
     sha256 = (await alignment.store(rows)).sha256
@@ -160,19 +160,19 @@ async def test_never_far_ahead_of_its_reader(alignment: Alignment, made: list[Mi
     await anext(reading)
     counts = [-1]
     async with asyncio.timeout(30):
-        while len(made) != counts[-1]:  # until it has stopped by itself
-            counts.append(len(made))
+        while len(microbatches) != counts[-1]:  # until it has stopped by itself
+            counts.append(len(microbatches))
             await asyncio.sleep(0.5)
-    size_bytes = made[0].num_tokens * 8
-    assert len(made) * size_bytes < 32 << 20, f"{len(made)} microbatches of {size_bytes} bytes ahead"
-    stopped_at = len(made)
+    size_bytes = microbatches[0].num_tokens * 8
+    assert len(microbatches) * size_bytes < 32 << 20, f"{len(microbatches)} microbatches of {size_bytes} bytes ahead"
+    stopped_at = len(microbatches)
     for _ in range(stopped_at + 5):
         await anext(reading)
-    assert len(made) > stopped_at  # reading on makes it go on
+    assert len(microbatches) > stopped_at  # reading on makes it go on
     reading.cancel()
 
 
-async def test_a_reader_that_leaves_ends_the_work(alignment: Alignment, made: list[Microbatch]) -> None:
+async def test_a_reader_that_leaves_ends_the_work(alignment: Alignment, microbatches: list[Microbatch]) -> None:
     sha256 = (await alignment.store(TEN_ROWS)).sha256
     member = _member(sha256, num_steps=1_000_000)
     member.training.num_steps = 1_000_000
@@ -182,8 +182,8 @@ async def test_a_reader_that_leaves_ends_the_work(alignment: Alignment, made: li
     reading.cancel()
     count = -1
     async with asyncio.timeout(30):
-        while len(made) != count:
-            count = len(made)
+        while len(microbatches) != count:
+            count = len(microbatches)
             await asyncio.sleep(0.3)
     assert count < 1_000_000
 

@@ -25,12 +25,12 @@ class Log:
     """An audit log that blocks each entry until `may_write` is set."""
 
     entries: list[AuditEntry] = field(default_factory=list)
-    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    called: asyncio.Event = field(default_factory=asyncio.Event)
     may_write: asyncio.Event = field(default_factory=asyncio.Event)
     written: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, entry: AuditEntry) -> None:
-        self.asked.set()
+        self.called.set()
         await self.may_write.wait()
         self.entries.append(entry)
         self.written.set()
@@ -92,7 +92,7 @@ async def test_the_entry_is_written_before_the_caller_gets_its_answer(
     served: Served, name: str, token: str, code: str, resource: str
 ) -> None:
     call = served.stub.CancelTask(pb.CancelTaskRequest(name=name), metadata=metadata(token), timeout=20)
-    await served.log.asked.wait()
+    await served.log.called.wait()
     assert not call.done()
     served.log.may_write.set()
     assert (await call.code()).name == code
@@ -105,7 +105,7 @@ async def test_the_entry_is_written_although_the_caller_cancels(served: Served) 
     call = served.stub.CancelTask(pb.CancelTaskRequest(name="forever"), metadata=metadata(), timeout=20)
     await served.servicer.began.wait()
     call.cancel()
-    await served.log.asked.wait()
+    await served.log.called.wait()
     served.log.may_write.set()
     await asyncio.wait_for(served.log.written.wait(), 20)
     assert served.log.entries == [AuditEntry(TENANT, "/muxtune.v1.AdmissionService/CancelTask", "forever", "CANCELLED")]

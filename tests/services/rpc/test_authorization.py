@@ -20,9 +20,9 @@ READING = ("Get", "List", "Watch", "Estimate", "Preflight", "Download")
 def methods() -> Iterator[MethodDescriptor]:
     """Return every RPC of every proto, with health and reflection."""
     modules = [health_pb2, reflection_pb2]
-    for found in pkgutil.iter_modules(muxtune.v1.__path__, "muxtune.v1."):
-        if found.name.endswith("_pb2"):
-            modules.append(importlib.import_module(found.name))
+    for module_info in pkgutil.iter_modules(muxtune.v1.__path__, "muxtune.v1."):
+        if module_info.name.endswith("_pb2"):
+            modules.append(importlib.import_module(module_info.name))
     for module in modules:
         for service in module.DESCRIPTOR.services_by_name.values():
             yield from service.methods

@@ -90,7 +90,7 @@ async def test_both_ends_see_the_same_error(start_mesh, cls: type[MuxtuneError])
 
 
 def details_of(error: MuxtuneError) -> dict[type, object]:
-    found = {}
+    details = {}
     for kind in (
         error_details_pb2.ErrorInfo,
         error_details_pb2.BadRequest,
@@ -101,8 +101,8 @@ def details_of(error: MuxtuneError) -> dict[type, object]:
         for packed in to_status(error).details:
             detail = kind()
             if packed.Unpack(detail):
-                found[kind] = detail
-    return found
+                details[kind] = detail
+    return details
 
 
 def test_details_accompany_the_error_info() -> None:

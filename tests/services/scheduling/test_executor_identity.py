@@ -127,8 +127,8 @@ async def test_a_certificate_that_names_no_executor_or_two_is_refused(
     ca = x509.load_pem_x509_certificate((mesh.certs / "ca.crt").read_bytes())
     ca_key = certificate_authority._authority(mesh.certs)[0]
     key = ec.generate_private_key(ec.SECP256R1())
-    made = certificate_authority._signed("execution", key, (ca_key, ca), 1, dns_names)
-    (tmp_path / "tls.crt").write_bytes(made.public_bytes(Encoding.PEM))
+    certificate = certificate_authority._signed("execution", key, (ca_key, ca), 1, dns_names)
+    (tmp_path / "tls.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
     (tmp_path / "tls.key").write_bytes(certificate_authority._pem(key))
     (tmp_path / "ca.crt").write_bytes((mesh.certs / "ca.crt").read_bytes())
     with pytest.raises(PermissionDeniedError, match=r"exactly one executor.*muxtune certs FOLDER --executor"):

@@ -134,13 +134,13 @@ async def test_a_lost_executors_stream_ends_and_a_new_lease_opens_one(mesh: Sche
     async with mesh.scheduler():
         task = await mesh.ledger.put_task(1)
         await mesh.changes.until(lambda: executor.plans)
-        known = plan_pb2.Executor()
-        known.CopyFrom(mesh.ledger.executors.pop(executor.name))
+        renewed = plan_pb2.Executor()
+        renewed.CopyFrom(mesh.ledger.executors.pop(executor.name))
         await mesh.ledger.hand_back(task)
         await mesh.changes.until(lambda: executor.num_open == 0)
         executor.requests.clear()
-        known.lease_term, known.incarnation = 2, "i2"
-        mesh.ledger.executors[executor.name] = known
+        renewed.lease_term, renewed.incarnation = 2, "i2"
+        mesh.ledger.executors[executor.name] = renewed
         await mesh.ledger.hint()
         await mesh.changes.until(lambda: executor.attempts() == {task: 2})
         assert executor.requests[0].lease_term == 2
@@ -333,12 +333,12 @@ async def test_a_plan_is_explained_task_by_task(mesh: SchedulingMesh) -> None:
     async with mesh.scheduler() as (scheduler, scheduling):
         tasks = [await mesh.ledger.put_task(i) for i in range(4)]
         await mesh.changes.until(lambda: len(scheduler.plan.explanations) == 4)
-        told = await scheduling.ExplainPlan(scheduling_pb2.ExplainPlanRequest(task=tasks[0]))
-        assert told.explanation.executor == "executors/x" and tasks[0] in told.htask.tasks
-        assert told.explanation.round_seconds >= told.explanation.alone_round_seconds > 0
-        assert told.explanation.alone_bytes > told.explanation.predicted_bytes > 0
-        assert told.cost == COST
-        assert told.timeline_svg.startswith("<svg") and "stage 1" in told.timeline_svg
+        answer = await scheduling.ExplainPlan(scheduling_pb2.ExplainPlanRequest(task=tasks[0]))
+        assert answer.explanation.executor == "executors/x" and tasks[0] in answer.htask.tasks
+        assert answer.explanation.round_seconds >= answer.explanation.alone_round_seconds > 0
+        assert answer.explanation.alone_bytes > answer.explanation.predicted_bytes > 0
+        assert answer.cost == COST
+        assert answer.timeline_svg.startswith("<svg") and "stage 1" in answer.timeline_svg
         waits = await scheduling.ExplainPlan(scheduling_pb2.ExplainPlanRequest(task=tasks[3]))
         assert waits.explanation.reason and not waits.explanation.executor and not waits.timeline_svg
         with pytest.raises(NotFoundError):
@@ -352,11 +352,11 @@ async def test_a_simulated_plan_changes_nothing(mesh: SchedulingMesh) -> None:
         await mesh.changes.until(lambda: executor.plans and len(scheduler.plan.explanations) == 1)
         spec = mesh.ledger.tasks[task].task.spec
         new = scheduling_pb2.HypotheticalTask(task="tenants/b/tasks/new", spec=spec, num_train_tokens=100)
-        told = await scheduling.SimulatePlan(scheduling_pb2.SimulatePlanRequest(tasks=[new]))
-        by_name = {forecast.task: forecast for forecast in told.forecasts}
+        answer = await scheduling.SimulatePlan(scheduling_pb2.SimulatePlanRequest(tasks=[new]))
+        by_name = {forecast.task: forecast for forecast in answer.forecasts}
         assert by_name[task].seconds_left_with > by_name[task].seconds_left > 0
         assert by_name[new.task].seconds_left_with > 0 and not by_name[new.task].HasField("seconds_left")
-        assert {explanation.task for explanation in told.explanations} == {task, new.task}
+        assert {explanation.task for explanation in answer.explanations} == {task, new.task}
         assert [e.task for e in scheduler.plan.explanations] == [task] and len(executor.plans) == 1
         for wrong in (
             scheduling_pb2.HypotheticalTask(task=task, spec=spec, num_train_tokens=100),

@@ -97,9 +97,9 @@ def test_what_parses_is_what_would_be_made(key: str) -> None:
 
 
 @given(tasks, st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 10**3))))
-def test_checkpoints_of_a_task_are_ordered_by_step_then_attempt(task: str, made: list[tuple[int, int]]) -> None:
-    ordered = sorted(CheckpointFolder(task, step, attempt) for step, attempt in made)
-    assert [(folder.step, folder.attempt) for folder in ordered] == sorted(made)
+def test_checkpoints_of_a_task_are_ordered_by_step_then_attempt(task: str, pairs: list[tuple[int, int]]) -> None:
+    ordered = sorted(CheckpointFolder(task, step, attempt) for step, attempt in pairs)
+    assert [(folder.step, folder.attempt) for folder in ordered] == sorted(pairs)
     assert all(folder.key.startswith(f"{layout.checkpoints_of(task)}/") for folder in ordered)
 
 

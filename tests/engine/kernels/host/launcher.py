@@ -113,9 +113,9 @@ class _Storages:
     """The storages of tensors, each once: buffers 1, 2, ... of a request."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        found = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
-        self.tensors_B = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in found.values()]  # type: ignore[call-overload]
-        self.starts = np.array(list(found), np.uint64)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+        self.tensors_B = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages.values()]  # type: ignore[call-overload]
+        self.starts = np.array(list(storages), np.uint64)
         self.ends = self.starts + np.array([t.numel() for t in self.tensors_B], np.uint64)
 
     def number_of(self, tensor: torch.Tensor) -> int:

@@ -68,8 +68,8 @@ class Problem:
             start += self.gap
             generator = torch.Generator().manual_seed(shape.seed)
             for stream in (x, *ys, *dys):
-                own = torch.randn(shape.num_tokens, stream.shape[1], generator=generator)
-                stream[start : start + shape.num_tokens] = own
+                rows = torch.randn(shape.num_tokens, stream.shape[1], generator=generator)
+                stream[start : start + shape.num_tokens] = rows
             for op, rank in enumerate(shape.ranks):
                 if rank:
                     self.pairs.append(self._pair(shape, op, rank, start, generator))
@@ -117,24 +117,24 @@ class Problem:
         products.add([y if op in self.added else None for op, y in enumerate(ys)], shrunk)
         trains_a = any(pair.low_rank.a_RK.requires_grad for pair in self.pairs)
         gradients = products.backward(x if trains_a else None, dys, shrunk, dx)
-        own = self._views(gradients.cpu(), are_laid_out(uses, rows))
-        return Results([y.cpu() for y in ys], dx.cpu(), own)
+        views = self._views(gradients.cpu(), are_laid_out(uses, rows))
+        return Results([y.cpu() for y in ys], dx.cpu(), views)
 
     def _views(self, gradients: torch.Tensor, laid_out: Sequence[bool]) -> list[list[torch.Tensor | None]]:
         """Return the gradients of A, B, d and g of each use, or None."""
         flags = iter(laid_out)
-        found, start = [], 0
+        views_by_use, start = [], 0
         for pair in self.pairs:
-            own: list[torch.Tensor | None] = []
+            views: list[torch.Tensor | None] = []
             for factor in pair.low_rank:
                 is_there = factor is not None and next(flags)
                 size = factor.numel() if is_there and factor is not None else 0
                 view = gradients[start : start + size].view(factor.shape) if is_there and factor is not None else None
-                own.append(view if factor is not None and factor.requires_grad else None)
+                views.append(view if factor is not None and factor.requires_grad else None)
                 start += size
-            found.append(own)
+            views_by_use.append(views)
         assert start == len(gradients)
-        return found
+        return views_by_use
 
     def expected(self, of: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.double) -> "Results":
         """Compute the equations of engine/kernels/multi_lora/dispatch.py in float64; `of` reads a tensor."""
@@ -151,9 +151,14 @@ class Problem:
             ys[op][part] += use.scale * g * ((d * s) @ b.T)
             dx[part] += mask * ((d * e) @ a)
             outer = dy.T @ (d * s)
-            own = [(d * e).T @ dropped, use.scale * g[:, None] * outer, (e * s).sum(0), use.scale * (b * outer).sum(1)]
+            computed = [
+                (d * e).T @ dropped,
+                use.scale * g[:, None] * outer,
+                (e * s).sum(0),
+                use.scale * (b * outer).sum(1),
+            ]
             wanted = [factor is not None and factor.requires_grad for factor in low_rank]
-            gradients.append([gradient if wants else None for gradient, wants in zip(own, wanted, strict=True)])
+            gradients.append([gradient if wants else None for gradient, wants in zip(computed, wanted, strict=True)])
         return Results(ys, dx, gradients)
 
     def _before(self, op: int, of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -196,20 +201,20 @@ def magnitude(tensor: torch.Tensor) -> torch.Tensor:
 
 def check(problem: Problem, launcher: AnyLauncher) -> None:
     """Check each element's error against the sum of its terms' magnitudes, so that cancellation hides nothing."""
-    found, expected, most = problem.run(launcher), problem.expected(), problem.expected(magnitude)
-    for op, y in enumerate(found.ys):
+    actual, expected, most = problem.run(launcher), problem.expected(), problem.expected(magnitude)
+    for op, y in enumerate(actual.ys):
         outside = ~problem.covered(op)
         assert torch.equal(y[outside], problem._before(op, torch.Tensor.double)[outside].to(y.dtype))
-    assert not found.dx[~problem.covered()].any()
-    for own, reference, bound in zip(flat(found), flat(expected), flat(most), strict=True):
-        assert (own is None) == (reference is None)
-        if own is not None and reference is not None and bound is not None:
-            error = ((own.double() - reference).abs() / (bound + 1e-30)).max().item() if own.numel() else 0.0
+    assert not actual.dx[~problem.covered()].any()
+    for tensor, reference, bound in zip(flat(actual), flat(expected), flat(most), strict=True):
+        assert (tensor is None) == (reference is None)
+        if tensor is not None and reference is not None and bound is not None:
+            error = ((tensor.double() - reference).abs() / (bound + 1e-30)).max().item() if tensor.numel() else 0.0
             assert error <= TOLERANCE[problem.dtype], f"{error:.2e}"  # a NaN fails, too
 
 
 def flat(results: "Results") -> list[torch.Tensor | None]:
-    return [*results.ys, results.dx, *(gradient for own in results.gradients for gradient in own)]
+    return [*results.ys, results.dx, *(gradient for gradients in results.gradients for gradient in gradients)]
 
 
 RANKS = st.one_of(st.integers(1, 24), st.sampled_from([32, 33, 63, 64, 65, 128, 200, 256]))
@@ -302,14 +307,14 @@ def test_neighbours_do_not_change_a_bit(make_launcher: MakeLauncher, dtype: torc
 def test_an_operator_in_a_group_gets_the_bits_it_gets_alone(make_launcher: MakeLauncher) -> None:
     """Ranks that share tiles of X do not change each other; dX is their sum."""
     together = Problem([Shape(70, (20, 9, 5), has_gains=True, seed=2)], 1100, (40, 24, 16), torch.bfloat16)
-    found = together.run(make_launcher(0))
+    results = together.run(make_launcher(0))
     for index in range(3):
         alone = Problem(together.shapes, 1100, (40, 24, 16), torch.bfloat16)
         alone.pairs = [together.pairs[index]]
         one = alone.run(make_launcher(0))
-        assert torch.equal(one.ys[index], found.ys[index])
+        assert torch.equal(one.ys[index], results.ys[index])
         assert_equal_bits(
-            [g for g in one.gradients[0] if g is not None], [g for g in found.gradients[index] if g is not None]
+            [g for g in one.gradients[0] if g is not None], [g for g in results.gradients[index] if g is not None]
         )
 
 
@@ -322,10 +327,10 @@ def test_a_neighbour_with_nan_changes_nothing(make_launcher: MakeLauncher) -> No
     for dy in problem.dys:
         dy[sick.start : sick.end] = float("inf")
     problem.pairs[2].low_rank.a_RK.detach().fill_(float("inf"))
-    found = problem.run(make_launcher(0))
+    with_nan = problem.run(make_launcher(0))
     for seed in (1, 3):
-        assert_equal_bits(own_bits(problem, healthy, seed), own_bits(problem, found, seed))
-    assert all(y[sick.start : sick.end].isnan().all() for y in found.ys)
+        assert_equal_bits(own_bits(problem, healthy, seed), own_bits(problem, with_nan, seed))
+    assert all(y[sick.start : sick.end].isnan().all() for y in with_nan.ys)
 
 
 def test_no_order_of_threads_and_blocks_changes_a_bit(make_launcher: MakeLauncher) -> None:

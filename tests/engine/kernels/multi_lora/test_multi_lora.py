@@ -69,9 +69,9 @@ def test_equals_autograd(uses: list[AdapterSlice], with_bias: bool) -> None:
     upstream = torch.randn(11, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     ours, theirs = alone(x, w, b, uses, pairs), reference(x, w, b, uses, pairs)
     torch.testing.assert_close(ours, theirs)
-    found = torch.autograd.grad(ours, [x, *trained(pairs)], upstream)
+    gradients = torch.autograd.grad(ours, [x, *trained(pairs)], upstream)
     expected = torch.autograd.grad(theirs, [x, *trained(pairs)], upstream)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients, expected)
 
 
 @pytest.mark.parametrize("uses", USES.values(), ids=USES)
@@ -105,12 +105,12 @@ def test_backward_keeps_only_what_adapters_need(trains_a: bool) -> None:
     x, w, b, pairs = make()
     for pair in pairs:
         pair.a_RK.requires_grad_(trains_a)
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         alone(x.requires_grad_(), w, b, USES["plain"], pairs)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    for known in (w, *trained(pairs)):  # nothing but the frozen weight itself, the factors ...
-        storages.pop(known.untyped_storage().data_ptr(), None)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    for tensor in (w, *trained(pairs)):  # nothing but the frozen weight itself, the factors ...
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
     assert (storages.pop(x.untyped_storage().data_ptr(), None) is not None) == trains_a  # ... x for A's gradient ...
     assert sum(storages.values()) == (3 * 2 + 4 * 3) * 8  # ... and the shrunk rows S: [3, 2] and [4, 3]
 
@@ -164,11 +164,11 @@ def test_gradients_of_a_group_by_finite_differences() -> None:
 
     def run(x: torch.Tensor, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         first, second, third = operators
-        own = [
+        with_factors = [
             first._replace(factors=paired(flat[: counts[0]])),
             second._replace(factors=[LowRank(*flat[counts[0] :])]),
         ]
-        return multi_lora(x, [*own, third])
+        return multi_lora(x, [*with_factors, third])
 
     leaves = [factor for operator in operators for factor in trained(operator.factors)]
     assert torch.autograd.gradcheck(run, (x.requires_grad_(), *leaves))

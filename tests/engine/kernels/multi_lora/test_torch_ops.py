@@ -45,15 +45,15 @@ def uses(dropout: bool = True) -> list[AdapterSlice]:
 def factors(width_out: int) -> list[LowRank]:
     """Return factors of LoRA, of VeRA (A is a frozen slice, with gains), and of MiSS (B is transposed)."""
     wide = draw(5, WIDTH_IN + 3)
-    found = [
+    low_ranks = [
         LowRank(draw(4, WIDTH_IN), draw(width_out, 4)),
         LowRank(wide[:, :WIDTH_IN], draw(width_out, 5), draw(5), draw(width_out, seed=1)),
         LowRank(draw(3, WIDTH_IN), draw(3, width_out, seed=2).T),
     ]
-    for factor in (*found[0], *found[1][2:], found[2].b_NR):
+    for factor in (*low_ranks[0], *low_ranks[1][2:], low_ranks[2].b_NR):
         if factor is not None:
             factor.requires_grad_()
-    return found
+    return low_ranks
 
 
 def group(with_bias: bool = False, dropout: bool = True) -> list[Operator]:
@@ -71,7 +71,7 @@ def group(with_bias: bool = False, dropout: bool = True) -> list[Operator]:
 
 
 def trained(operators: Sequence[Operator]) -> list[torch.Tensor]:
-    return [f for o in operators for own in o.factors for f in own if f is not None and f.requires_grad]
+    return [f for o in operators for low_rank in o.factors for f in low_rank if f is not None and f.requires_grad]
 
 
 def reference(x: torch.Tensor, operators: Sequence[Operator]) -> tuple[torch.Tensor, ...]:
@@ -88,23 +88,23 @@ def test_autograd_equals_the_references(
     with_bias: bool, needs_dx: bool, writes_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch_ops, "accumulates_into_base_gemm", lambda *_: writes_first)
-    found, expected = [], []
-    for entry, results in ((torch_ops.run, found), (reference, expected)):
+    actual, expected = [], []
+    for entry, results in ((torch_ops.run, actual), (reference, expected)):
         x, operators = draw(TOKENS, WIDTH_IN).requires_grad_(needs_dx), group(with_bias)
         ys = entry(x, operators)
         leaves = [*([x] if needs_dx else []), *trained(operators)]
         loss = sum((y * draw(*y.shape, seed=3)).sum() for y in ys)
         results += [*(y.detach() for y in ys), *torch.autograd.grad(loss, leaves)]
-    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_an_unused_result_has_a_zero_gradient() -> None:
-    found, expected = [], []
-    for entry, results in ((torch_ops.run, found), (reference, expected)):
+    actual, expected = [], []
+    for entry, results in ((torch_ops.run, actual), (reference, expected)):
         x, operators = draw(TOKENS, WIDTH_IN).requires_grad_(), group()
         loss = (entry(x, operators)[1] * draw(TOKENS, WIDTHS_OUT[1], seed=3)).sum()
         results += torch.autograd.grad(loss, [x, *trained(operators[1:])])
-    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_a_group_without_uses_is_the_frozen_operators() -> None:
@@ -112,27 +112,29 @@ def test_a_group_without_uses_is_the_frozen_operators() -> None:
     ys = torch_ops.run(x, operators)
     plain = [x @ o.weight_KN + o.bias_N for o in operators]
     torch.testing.assert_close(ys, tuple(plain))
-    found, expected = (torch.autograd.grad(sum(y.square().sum() for y in of), x) for of in (ys, plain))
-    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    actual, expected = (torch.autograd.grad(sum(y.square().sum() for y in of), x) for of in (ys, plain))
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_factors_in_another_type_are_cast_and_their_gradients_cast_back() -> None:
     x, weight = draw(TOKENS, WIDTH_IN).bfloat16(), draw(WIDTH_IN, 24).bfloat16()
-    own = LowRank(draw(4, WIDTH_IN).bfloat16().requires_grad_(), draw(24, 4).double().requires_grad_())
-    [y] = torch_ops.run(x, [Operator(weight, None, [AdapterSlice(0, 50, 1.0)], [own])])
+    low_rank = LowRank(draw(4, WIDTH_IN).bfloat16().requires_grad_(), draw(24, 4).double().requires_grad_())
+    [y] = torch_ops.run(x, [Operator(weight, None, [AdapterSlice(0, 50, 1.0)], [low_rank])])
     y.sum().backward()
-    assert own.a_RK.grad is not None and own.a_RK.grad.dtype == torch.bfloat16
-    assert own.b_NR.grad is not None and own.b_NR.grad.dtype == torch.float64
+    assert low_rank.a_RK.grad is not None and low_rank.a_RK.grad.dtype == torch.bfloat16
+    assert low_rank.b_NR.grad is not None and low_rank.b_NR.grad.dtype == torch.float64
 
 
 def test_x_is_saved_only_if_an_a_is_trained() -> None:
     x, weight = draw(TOKENS, WIDTH_IN).requires_grad_(), draw(WIDTH_IN, 24)
     for trains_a in (True, False):
-        own = LowRank(draw(4, WIDTH_IN).requires_grad_(trains_a), draw(24, 4).requires_grad_())
-        kept: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.data_ptr()) or t, lambda t: t):
-            torch_ops.run(x, [Operator(weight, None, [AdapterSlice(0, 50, 1.0)], [own])])
-        assert (x.data_ptr() in kept) == trains_a
+        low_rank = LowRank(draw(4, WIDTH_IN).requires_grad_(trains_a), draw(24, 4).requires_grad_())
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t.data_ptr()) or t, lambda t: t
+        ):
+            torch_ops.run(x, [Operator(weight, None, [AdapterSlice(0, 50, 1.0)], [low_rank])])
+        assert (x.data_ptr() in saved) == trains_a
 
 
 def test_a_step_that_is_updated_in_place_uploads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,8 +143,10 @@ def test_a_step_that_is_updated_in_place_uploads_nothing(monkeypatch: pytest.Mon
     positions = np.arange(32)
 
     def at(step: int) -> list[Operator]:
-        own = DropoutMask(4, step, 2, positions, WIDTH_IN, 0.25, here(), cell)
-        changed = [AdapterSlice(40, 72, 2.0, own, keep_scale(0.25)) if u.start == 40 else u for u in operators[0].uses]
+        dropout = DropoutMask(4, step, 2, positions, WIDTH_IN, 0.25, here(), cell)
+        changed = [
+            AdapterSlice(40, 72, 2.0, dropout, keep_scale(0.25)) if u.start == 40 else u for u in operators[0].uses
+        ]
         return [operators[0]._replace(uses=changed)]
 
     x = draw(TOKENS, WIDTH_IN)
@@ -156,8 +160,8 @@ def test_a_step_that_is_updated_in_place_uploads_nothing(monkeypatch: pytest.Mon
 
 def test_a_backward_pass_at_another_step_than_its_forward_pass_is_refused() -> None:
     cell, [first, *_] = torch.tensor(1, device=here()), group()
-    own = DropoutMask(4, 1, 2, np.arange(32), WIDTH_IN, 0.25, here(), cell)
-    uses = [AdapterSlice(40, 72, 2.0, own, keep_scale(0.25)) if use.start == 40 else use for use in first.uses]
+    dropout = DropoutMask(4, 1, 2, np.arange(32), WIDTH_IN, 0.25, here(), cell)
+    uses = [AdapterSlice(40, 72, 2.0, dropout, keep_scale(0.25)) if use.start == 40 else use for use in first.uses]
     [y] = torch_ops.run(draw(TOKENS, WIDTH_IN), [first._replace(uses=uses)])
     cell.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

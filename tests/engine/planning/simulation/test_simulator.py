@@ -114,8 +114,8 @@ def test_an_instance_each_runs_its_own_slices_and_a_batch_pads_to_the_longest() 
     """8 sequences in slices of 2 are four microbatches; batched and padded to 64 tokens they are two of 256."""
     one = task(0, 1)
     padded = 100 + 7.5
-    (own,) = SeparateInstances(LIMITS).assign([one], executors(1)).values()
-    assert own.round_seconds == pytest.approx(4 * 0.5 + 0.01 * padded)
+    (separate,) = SeparateInstances(LIMITS).assign([one], executors(1)).values()
+    assert separate.round_seconds == pytest.approx(4 * 0.5 + 0.01 * padded)
     (batched,) = PaddedBatching(LIMITS).assign([one], executors(1)).values()
     assert batched.round_seconds == pytest.approx(2 * 0.5 + 0.01 * 8 * 64)
     (ours,) = PlannerPolicy(LIMITS).assign([one], executors(1)).values()

@@ -36,8 +36,8 @@ async def upload(
     admission: Admission, adapter_id: str = "", fill: int = 0, request_id: str = ""
 ) -> artifact_pb2.Adapter:
     parts = adapter_parts(adapter_files(fill=fill), adapter_id, request_id=request_id)
-    made: artifact_pb2.Adapter = (await admission.tenant().UploadAdapter(parts)).adapter
-    return made
+    adapter: artifact_pb2.Adapter = (await admission.tenant().UploadAdapter(parts)).adapter
+    return adapter
 
 
 async def train(admission: Admission, task_id: str, fill: int = 1) -> str:
@@ -67,13 +67,13 @@ async def delete(admission: Admission, name: str) -> None:
 
 
 async def download(admission: Admission, name: str) -> dict[str, bytes]:
-    found: dict[str, bytes] = {}
+    files: dict[str, bytes] = {}
     async for part in admission.tenant().DownloadAdapter(pb.DownloadAdapterRequest(name=name)):
         if part.WhichOneof("part") == "file":
-            found[current := part.file.file_name] = b""
+            files[current := part.file.file_name] = b""
         else:
-            found[current] += part.chunk.data
-    return found
+            files[current] += part.chunk.data
+    return files
 
 
 def adapters_files(admission: Admission) -> list[str]:
@@ -96,11 +96,11 @@ async def test_adapters_are_listed_newest_first_in_pages(admission: Admission) -
 
 @both
 async def test_a_deleted_adapter_loses_its_files_and_frees_its_name(admission: Admission) -> None:
-    kept = await upload(admission, "kept")
+    remaining = await upload(admission, "kept")
     kept_files = adapters_files(admission)
     first = await upload(admission, "one")
     await delete(admission, first.name)
-    assert adapters_files(admission) == kept_files and await listed(admission) == [kept.name]
+    assert adapters_files(admission) == kept_files and await listed(admission) == [remaining.name]
     with refused(*DENIED):
         await delete(admission, first.name)  # as of a dataset: it is not there
     with refused(*DENIED):
@@ -109,7 +109,7 @@ async def test_a_deleted_adapter_loses_its_files_and_frees_its_name(admission: A
         await upload(admission, "one", fill)
         assert await download(admission, first.name) == adapter_files(fill=fill)
         await delete(admission, first.name)
-    assert await download(admission, kept.name) == adapter_files()
+    assert await download(admission, remaining.name) == adapter_files()
 
 
 @both
@@ -146,16 +146,16 @@ async def test_an_adapter_deleted_while_a_task_that_starts_from_it_is_validated(
     admission: Admission, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, dataset = await upload(admission, "one"), await admission.upload()
-    asked, go_on, inspect = asyncio.Event(), asyncio.Event(), admission.controller._estimator._inspect
+    began, go_on, inspect = asyncio.Event(), asyncio.Event(), admission.controller._estimator._inspect
 
     async def slow(*arguments: object) -> object:
-        asked.set()
+        began.set()
         await go_on.wait()
         return await inspect(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(admission.controller._estimator, "_inspect", slow)
     creating = asyncio.create_task(admission.create(dataset.name, initial_adapter=adapter.name))
-    await asked.wait()
+    await began.wait()
     await delete(admission, adapter.name)
     await upload(admission, "one", fill=9)  # another one, of the same name
     go_on.set()
@@ -216,9 +216,9 @@ async def test_an_upload_that_filled_the_quota_answers_again(admission: Admissio
     """The first answer may be lost: the same request, or the same contents under its name, adds no bytes."""
     quota = operator_pb2.Quota(max_adapter_bytes=SIZE)
     await admission.operator().SetQuota(operator_pb2.SetQuotaRequest(tenant="tenants/acme", quota=quota))
-    made = await upload(admission, request_id="r1")
-    assert await upload(admission, request_id="r1") == made
-    assert await upload(admission, made.name.rpartition("/")[2], request_id="r2") == made
+    adapter = await upload(admission, request_id="r1")
+    assert await upload(admission, request_id="r1") == adapter
+    assert await upload(admission, adapter.name.rpartition("/")[2], request_id="r2") == adapter
     with refused(*EXHAUSTED):
         await upload(admission, "other", request_id="r3")
     with refused(*EXHAUSTED):
@@ -238,8 +238,8 @@ async def test_a_task_that_runs_leaves_its_adapter_over_the_limit_too(admission:
 
 
 async def test_uploads_at_once_under_one_name_leave_one_folder(admission: Admission) -> None:
-    made = await asyncio.gather(*(upload(admission, "one") for _ in range(6)))
-    assert all(adapter == made[0] for adapter in made)
+    adapters = await asyncio.gather(*(upload(admission, "one") for _ in range(6)))
+    assert all(adapter == adapters[0] for adapter in adapters)
     assert len(adapters_files(admission)) == 3  # two files and their manifest
     same = await asyncio.gather(*(upload(admission, request_id="r1") for _ in range(6)))
     assert len({adapter.name for adapter in same}) == 1 and len(adapters_files(admission)) == 6
@@ -264,7 +264,7 @@ async def test_files_that_could_not_be_deleted_are_deleted_by_a_sweep(
     admission: Admission, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a deletion without a store and an upload that was cut short; files with a row remain."""
-    kept = [(await upload(admission, "kept")).name, await train(admission, "t")]
+    remaining = [(await upload(admission, "kept")).name, await train(admission, "t")]
     kept_files = adapters_files(admission)
     gone = [(await upload(admission, "gone", fill=4)).name, await train(admission, "u", fill=5)]
 
@@ -278,7 +278,7 @@ async def test_files_that_could_not_be_deleted_are_deleted_by_a_sweep(
     cut_short = datasets_and_adapters.new_upload("tenants/acme/adapters/never", "0" * 64)
     admission.artifacts.commit_folder(cut_short, adapter_files(), {})
     admission.artifacts.commit_folder(f"tenants/acme/adapters/before/uploaded-{'0' * 16}", adapter_files(), {})
-    assert sorted(await listed(admission)) == sorted(kept)
+    assert sorted(await listed(admission)) == sorted(remaining)
     collector = GarbageCollector(admission.database, admission.artifacts)
     collector.collect_all()
     left = set(adapters_files(admission)) - set(kept_files)
@@ -288,7 +288,7 @@ async def test_files_that_could_not_be_deleted_are_deleted_by_a_sweep(
     monkeypatch.setattr(garbage_collector, "now", lambda: tomorrow)
     assert collector.collect_all() == 2 and collector.collect_all() == 0
     assert adapters_files(admission) == kept_files
-    for name in kept:
+    for name in remaining:
         assert await download(admission, name)
 
 

@@ -43,35 +43,35 @@ async def test_a_key_authenticates_its_tenant_after_a_restart(admission: Admissi
     other = await make(admission, "tenants/other")
     assert first.key.tenant == "tenants/acme" and first.secret.startswith(f"mxt_{first.key.id}_")
     await admission.restart()
-    for made in (first, second, other):
-        await use(admission, made.secret)
+    for created in (first, second, other):
+        await use(admission, created.secret)
     assert await listed(admission, "tenants/acme") == [first.key.id, second.key.id]
     assert await listed(admission) == [first.key.id, second.key.id, other.key.id]
     assert await listed(admission, "tenants/none") == []
 
 
 async def test_the_secret_is_nowhere_in_the_store(admission: Admission) -> None:
-    made = await make(admission)
-    part = made.secret.split("_", 2)[2]
+    created = await make(admission)
+    part = created.secret.split("_", 2)[2]
     with admission.database.read() as connection:
         (row,) = connection.execute(sa.select(api_keys)).all()
     assert len(part) >= 40 and not any(part in str(value) for value in row)
     keys = (await admission.keys().ListApiKeys(key_pb2.ListApiKeysRequest())).keys
     assert part not in str(keys)
-    mixed = made.secret.replace(part, (await make(admission)).secret.split("_", 2)[2])
+    mixed = created.secret.replace(part, (await make(admission)).secret.split("_", 2)[2])
     with refused(*UNKNOWN):  # one key's id with another's secret
         await use(admission, mixed)
 
 
 async def test_a_revoked_key_is_refused_and_keeps_its_first_revocation(admission: Admission) -> None:
-    made, kept = await make(admission), await make(admission)
-    request = key_pb2.RevokeApiKeyRequest(id=made.key.id)
+    revoked, valid = await make(admission), await make(admission)
+    request = key_pb2.RevokeApiKeyRequest(id=revoked.key.id)
     first = await admission.keys().RevokeApiKey(request)
     assert first.key.HasField("revoke_time")
     assert await admission.keys().RevokeApiKey(request) == first
     with refused(*UNKNOWN):
-        await use(admission, made.secret)
-    await use(admission, kept.secret)
+        await use(admission, revoked.secret)
+    await use(admission, valid.secret)
     for unknown in ("", "nosuch"):
         with refused(grpc.StatusCode.NOT_FOUND, "NOT_FOUND"):
             await admission.keys().RevokeApiKey(key_pb2.RevokeApiKeyRequest(id=unknown))

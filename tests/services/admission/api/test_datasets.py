@@ -65,22 +65,22 @@ async def test_a_dataset_is_what_was_uploaded(admission: Admission) -> None:
     rows = [*ROWS, {"prompt": "a", "completion": "b"}, {"messages": [{"role": "user", "content": "x"},
             {"role": "assistant", "content": "y"}]}]  # fmt: skip
     data = lines(rows)
-    made = await admission.upload(data, "one")
-    assert (made.name, made.sha256) == ("tenants/acme/datasets/one", hashlib.sha256(data).hexdigest())
-    assert (made.size_bytes, made.num_rows) == (len(data), 12)
-    assert dict(made.num_rows_by_shape) == {"text": 10, "prompt_completion": 1, "messages": 1}
+    dataset = await admission.upload(data, "one")
+    assert (dataset.name, dataset.sha256) == ("tenants/acme/datasets/one", hashlib.sha256(data).hexdigest())
+    assert (dataset.size_bytes, dataset.num_rows) == (len(data), 12)
+    assert dict(dataset.num_rows_by_shape) == {"text": 10, "prompt_completion": 1, "messages": 1}
     await admission.restart()
-    assert (await admission.tenant().GetDataset(pb.GetDatasetRequest(name=made.name))).dataset == made
-    assert (admission.folder / f"tenants/acme/datasets/{made.sha256}.jsonl").read_bytes() == data
+    assert (await admission.tenant().GetDataset(pb.GetDatasetRequest(name=dataset.name))).dataset == dataset
+    assert (admission.folder / f"tenants/acme/datasets/{dataset.sha256}.jsonl").read_bytes() == data
 
 
 @both
 async def test_datasets_are_listed_in_pages_newest_first(admission: Admission) -> None:
-    made = [await admission.upload(lines(ROWS[: i + 1]), f"d{i}") for i in range(5)]
+    datasets = [await admission.upload(lines(ROWS[: i + 1]), f"d{i}") for i in range(5)]
     answer = await admission.tenant().ListDatasets(pb.ListDatasetsRequest(page_size=3))
     rest = pb.ListDatasetsRequest(page_size=3, page_token=answer.next_page_token)
     last = await admission.tenant().ListDatasets(rest)
-    assert [*answer.datasets, *last.datasets] == made[::-1] and not last.next_page_token
+    assert [*answer.datasets, *last.datasets] == datasets[::-1] and not last.next_page_token
     assert not (await admission.tenant("other").ListDatasets(pb.ListDatasetsRequest())).datasets
     with refused(*INVALID):
         await admission.tenant().ListDatasets(pb.ListDatasetsRequest(page_size=-1))
@@ -138,18 +138,18 @@ async def test_a_dataset_deleted_while_its_task_is_examined(
     admission: Admission, alignment: Alignment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = await admission.upload()
-    asked, go_on, inspect = asyncio.Event(), asyncio.Event(), alignment.servicer._datasets.inspect
+    inspected, go_on, inspect = asyncio.Event(), asyncio.Event(), alignment.servicer._datasets.inspect
     loop = asyncio.get_running_loop()
 
     def slow(*arguments: Any) -> Any:
         report = inspect(*arguments)
-        loop.call_soon_threadsafe(asked.set)
+        loop.call_soon_threadsafe(inspected.set)
         asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(10)
         return report
 
     monkeypatch.setattr(alignment.servicer._datasets, "inspect", slow)
     creating = asyncio.create_task(admission.create(dataset.name))
-    await asked.wait()
+    await inspected.wait()
     await admission.tenant().DeleteDataset(pb.DeleteDatasetRequest(name=dataset.name))
     go_on.set()
     with refused(*DENIED):
@@ -160,7 +160,7 @@ async def test_a_dataset_deleted_while_its_task_is_examined(
 async def test_bytes_without_a_dataset_are_deleted_by_a_sweep(
     admission: Admission, alignment: Alignment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, gone = await admission.upload(), await admission.upload(lines(ROWS[:2]))
+    remaining, gone = await admission.upload(), await admission.upload(lines(ROWS[:2]))
     both_files = admission.files()
 
     def away(tenant: str, sha256: str) -> None:
@@ -171,7 +171,7 @@ async def test_bytes_without_a_dataset_are_deleted_by_a_sweep(
         await admission.tenant().DeleteDataset(pb.DeleteDatasetRequest(name=gone.name))
     assert admission.files() == both_files
     await admission.servicer.dataset_objects.remove_all_unreferenced()
-    assert admission.files() == [f"tenants/acme/datasets/{kept.sha256}.jsonl"]
+    assert admission.files() == [f"tenants/acme/datasets/{remaining.sha256}.jsonl"]
 
 
 async def test_calls_are_unavailable_without_alignment_and_store_nothing(
@@ -193,9 +193,9 @@ async def test_calls_are_unavailable_without_alignment_and_store_nothing(
 
 async def test_uploaded_adapters_come_back_as_they_were(admission: Admission) -> None:
     files = adapter_files()
-    made = (await admission.tenant().UploadAdapter(adapter_parts(files, "one"))).adapter
-    assert (made.name, made.size_bytes) == ("tenants/acme/adapters/one", sum(map(len, files.values())))
-    assert await download(admission, made.name) == files
+    adapter = (await admission.tenant().UploadAdapter(adapter_parts(files, "one"))).adapter
+    assert (adapter.name, adapter.size_bytes) == ("tenants/acme/adapters/one", sum(map(len, files.values())))
+    assert await download(admission, adapter.name) == files
 
 
 @both
@@ -208,9 +208,9 @@ async def test_a_tasks_adapter_is_downloaded_by_either_name(admission: Admission
     large = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 10_000}
     manifest = admission.artifacts.commit_folder("tenants/acme/adapters/t/1", large, {})
     await admission.commit(step(task, 1, 1), finished(task, 1, manifest.key))
-    found = (await admission.tenant().GetTask(pb.GetTaskRequest(name=task))).task
-    assert found.adapter == "tenants/acme/adapters/t"
-    for name in (task, found.adapter):
+    ended_task = (await admission.tenant().GetTask(pb.GetTaskRequest(name=task))).task
+    assert ended_task.adapter == "tenants/acme/adapters/t"
+    for name in (task, ended_task.adapter):
         assert await download(admission, name) == large
     damaged = next(admission.folder.rglob("adapter_model.safetensors"))
     damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
@@ -221,9 +221,9 @@ async def test_a_tasks_adapter_is_downloaded_by_either_name(admission: Admission
 async def test_backbones_are_what_live_executors_describe(admission: Admission) -> None:
     await admission.register("executors/two", "j1")
     answer = await admission.tenant().ListBackbones(pb.ListBackbonesRequest())
-    (found,) = answer.backbones
-    assert (found.name, found.architecture, found.num_executors) == ("tiny", "LlamaForCausalLM", 2)
-    assert sorted(found.target_modules) == ["q_proj", "v_proj"] and found.max_sequence_tokens == 128
+    (backbone,) = answer.backbones
+    assert (backbone.name, backbone.architecture, backbone.num_executors) == ("tiny", "LlamaForCausalLM", 2)
+    assert sorted(backbone.target_modules) == ["q_proj", "v_proj"] and backbone.max_sequence_tokens == 128
     for name, incarnation in (("executors/one", "i1"), ("executors/two", "j1")):
         await admission.ledger().EndLease(ledger_pb2.EndLeaseRequest(executor=name, incarnation=incarnation))
     assert not (await admission.tenant().ListBackbones(pb.ListBackbonesRequest())).backbones
@@ -276,13 +276,13 @@ async def test_anothers_name_and_one_that_is_not_there_answer_alike(admission: A
     await admission.tenant().UploadAdapter(adapter_parts(adapter_files(), "a"))
     stranger = admission.tenant("other")
     before = admission.num_rows(), admission.files()
-    for there, missing in (
+    for existing, missing in (
         (dataset.name, "datasets/x"),
         (task.name, "tasks/x"),
         ("tenants/acme/adapters/a", "adapters/x"),
     ):
         messages: dict[str, set[str]] = {}
-        for name in (there, f"tenants/acme/{missing}", f"tenants/other/{missing}", f"tenants/none/{missing}"):
+        for name in (existing, f"tenants/acme/{missing}", f"tenants/other/{missing}", f"tenants/none/{missing}"):
             for method, request in every_call_that_names(name):
                 with refused(*DENIED) as refusal:
                     await finish(getattr(stranger, method)(request))

@@ -44,13 +44,13 @@ async def names_of(admission: Admission, **filters: Any) -> list[list[str]]:
 @both
 async def test_a_task_is_stored_as_asked_with_what_was_resolved(admission: Admission) -> None:
     dataset = await admission.upload()
-    asked = spec(dataset.name, labels={"team": "a"}, heldout_fraction=0.2)
-    answer = await admission.tenant().CreateTask(pb.CreateTaskRequest(task_id="one", spec=asked))
+    task_spec = spec(dataset.name, labels={"team": "a"}, heldout_fraction=0.2)
+    answer = await admission.tenant().CreateTask(pb.CreateTaskRequest(task_id="one", spec=task_spec))
     task = answer.task
     assert (task.name, task.state) == ("tenants/acme/tasks/one", task_pb2.TASK_STATE_QUEUED)
     assert task.spec.dataset_version == dataset.sha256
-    asked.dataset_version = dataset.sha256
-    assert task.spec == asked
+    task_spec.dataset_version = dataset.sha256
+    assert task.spec == task_spec
     estimate = task.estimate
     assert (estimate.num_train_rows, estimate.num_heldout_rows, estimate.num_steps) == (8, 2, 4)
     # Four matrices of 32 in and 32 out: rank * (in + out) parameters, each with gradient and two moments in float32.
@@ -73,30 +73,30 @@ async def test_an_estimate_warns_of_rows_that_spell_special_tokens(admission: Ad
     rows = [{"text": "hello <|im_end|>"}, {"prompt": "a</s>", "completion": "b"}, {"text": "hello"}]
     dataset = await admission.upload(lines(rows))
     for parses, num_warned in ((False, 2), (True, 0)):
-        asked = spec(dataset.name, parse_special_tokens=parses)
-        answer = await admission.tenant().EstimateTask(pb.EstimateTaskRequest(spec=asked))
+        task_spec = spec(dataset.name, parse_special_tokens=parses)
+        answer = await admission.tenant().EstimateTask(pb.EstimateTaskRequest(spec=task_spec))
         assert answer.estimate.num_special_text_rows == num_warned
 
 
 async def test_an_estimate_of_seconds_is_the_cost_models(admission: Admission) -> None:
     """The estimate is four steps of a fixed cost and their tokens, on the faster of two executors."""
-    dataset, asked = await admission.upload(), pb.EstimateTaskRequest(spec=spec("tenants/acme/datasets/d"))
-    asked.spec.dataset = dataset.name
+    dataset, request = await admission.upload(), pb.EstimateTaskRequest(spec=spec("tenants/acme/datasets/d"))
+    request.spec.dataset = dataset.name
     for name, fixed in (("executors/one", 3.0), ("executors/two", 5.0)):
         calibrated = executor(name, "i9")
         calibrated.device.cost.CopyFrom(plan_pb2.CostProfile(fixed_seconds=fixed, token_seconds=0.5))
         await admission.ledger().PutLease(lease(calibrated))
-    estimate = (await admission.tenant().EstimateTask(asked)).estimate
+    estimate = (await admission.tenant().EstimateTask(request)).estimate
     assert estimate.seconds == pytest.approx(estimate.num_steps * 3.0 + 0.5 * estimate.num_train_tokens)
 
 
 @both
 async def test_pages_list_every_task_once_newest_first(admission: Admission) -> None:
     dataset = await admission.upload()
-    made = [(await admission.create(dataset.name, f"t{i}")).name.rpartition("/")[2] for i in range(7)]
-    assert await names_of(admission, page_size=3) == [made[:3:-1], made[3:0:-1], made[:1]]
-    assert await names_of(admission) == [made[::-1]]
-    assert await names_of(admission, page_size=100_000) == [made[::-1]]
+    ids = [(await admission.create(dataset.name, f"t{i}")).name.rpartition("/")[2] for i in range(7)]
+    assert await names_of(admission, page_size=3) == [ids[:3:-1], ids[3:0:-1], ids[:1]]
+    assert await names_of(admission) == [ids[::-1]]
+    assert await names_of(admission, page_size=100_000) == [ids[::-1]]
     await admission.tenant().CancelTask(pb.CancelTaskRequest(name="tenants/acme/tasks/t2"))
     await admission.run("tenants/acme/tasks/t4")
     cancelled, running = task_pb2.TASK_STATE_CANCELLED, task_pb2.TASK_STATE_RUNNING

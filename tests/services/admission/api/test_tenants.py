@@ -55,11 +55,11 @@ async def two(admission: Admission) -> AsyncIterator[Two]:
     rows = lines([{"text": f"{ROW_OF_RIVAL} " * 4}] * 5)
     dataset = (await rival.UploadDataset(dataset_parts(rows, "wombat-data"))).dataset.name
     for name in ("wombat", "running"):
-        asked = spec(dataset, labels={"project": LABEL_OF_RIVAL})
-        await rival.CreateTask(pb.CreateTaskRequest(task_id=name, spec=asked))
+        task_spec = spec(dataset, labels={"project": LABEL_OF_RIVAL})
+        await rival.CreateTask(pb.CreateTaskRequest(task_id=name, spec=task_spec))
     await rival.UploadAdapter(adapter_parts(adapter_files(), "wombat-adapter"))
-    own = await admission.upload(dataset_id="d")
-    await admission.create(own.name, "t")
+    acme_dataset = await admission.upload(dataset_id="d")
+    await admission.create(acme_dataset.name, "t")
     await admission.run("tenants/rival/tasks/wombat", "tenants/rival/tasks/running", "tenants/acme/tasks/t")
     files = admission.artifacts.commit_folder("tenants/rival/adapters/wombat/1", adapter_files(fill=1), {})
     await admission.commit(
@@ -70,9 +70,9 @@ async def two(admission: Admission) -> AsyncIterator[Two]:
 
 def leaks(text: str, sent: Any) -> list[str]:
     """Return strings of the rival that are in the text and not in the request."""
-    asked = str(sent)
+    request = str(sent)
     secrets = (ROW_OF_RIVAL, LABEL_OF_RIVAL, "wombat", "rival", "running")
-    return [word for word in secrets if word in text and word not in asked]
+    return [word for word in secrets if word in text and word not in request]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -109,16 +109,16 @@ def names_in(message: Message) -> Iterator[str]:
 @contextmanager
 def statements(admission: Admission) -> Iterator[list[str]]:
     """Record the block's SQL without that of the audit log and of the key, which is read once a second."""
-    found: list[str] = []
+    recorded: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if not any(own in statement for own in ("audit_events", "api_keys", "BEGIN", "SAVEPOINT")):
-            found.append(statement)
+        if not any(part in statement for part in ("audit_events", "api_keys", "BEGIN", "SAVEPOINT")):
+            recorded.append(statement)
 
     engine = admission.database._engine
     sa.event.listen(engine, "before_cursor_execute", note)
     try:
-        yield found
+        yield recorded
     finally:
         sa.event.remove(engine, "before_cursor_execute", note)
 
@@ -139,10 +139,10 @@ def requests_naming(kind: str, name: str) -> Iterator[tuple[str, Message]]:
     elif kind == "adapters":
         yield "DeleteAdapter", pb.DeleteAdapterRequest(name=name)
         yield "DownloadAdapter", pb.DownloadAdapterRequest(name=name)
-        asked = spec("tenants/acme/datasets/d")
-        asked.initial_adapter = name
-        yield "CreateTask", pb.CreateTaskRequest(spec=asked)
-        yield "EstimateTask", pb.EstimateTaskRequest(spec=asked)
+        task_spec = spec("tenants/acme/datasets/d")
+        task_spec.initial_adapter = name
+        yield "CreateTask", pb.CreateTaskRequest(spec=task_spec)
+        yield "EstimateTask", pb.EstimateTaskRequest(spec=task_spec)
     else:
         yield "CreateTask", pb.CreateTaskRequest(parent=name, spec=spec("tenants/acme/datasets/d"))
         yield "EstimateTask", pb.EstimateTaskRequest(parent=name, spec=spec("tenants/acme/datasets/d"))
@@ -151,22 +151,22 @@ def requests_naming(kind: str, name: str) -> Iterator[tuple[str, Message]]:
         yield "ListAdapters", pb.ListAdaptersRequest(parent=name)
 
 
-@pytest.mark.parametrize("there", THEIRS)
-async def test_anothers_name_and_a_missing_one_cost_and_answer_alike(two: Two, there: str) -> None:
+@pytest.mark.parametrize("existing", THEIRS)
+async def test_anothers_name_and_a_missing_one_cost_and_answer_alike(two: Two, existing: str) -> None:
     """Status, text (but for the name) and the sequence of database statements are the same."""
-    kind = ([*there.split("/"), "", "parent"])[2] or "parent"
-    missing = there.replace("wombat", "vombat") if "wombat" in there else "tenants/nobody"
+    kind = ([*existing.split("/"), "", "parent"])[2] or "parent"
+    missing = existing.replace("wombat", "vombat") if "wombat" in existing else "tenants/nobody"
     number = 0
-    for (name, asked), (_, asked_missing) in zip(
-        requests_naming(kind, there), requests_naming(kind, missing), strict=True
+    for (name, request), (_, missing_request) in zip(
+        requests_naming(kind, existing), requests_naming(kind, missing), strict=True
     ):
         method = next(m for m in METHODS if m.name == name)
         answers = []
-        for sent, said in ((asked, there), (asked_missing, missing)):
-            with statements(two.admission) as made:
+        for sent, said in ((request, existing), (missing_request, missing)):
+            with statements(two.admission) as executed:
                 code, text, _ = await two.ask(method, sent)
             assert code is grpc.StatusCode.PERMISSION_DENIED
-            answers.append((text.replace(said, "NAME"), made))
+            answers.append((text.replace(said, "NAME"), executed))
         assert answers[0] == answers[1]
         number += 1
     assert number >= 3
@@ -199,12 +199,12 @@ async def test_a_page_token_of_another_tenant_reveals_nothing(two: Two) -> None:
 
 async def test_a_request_id_of_another_tenant_is_new_here(two: Two) -> None:
     rival = two.admission.tenant("rival")
-    asked = pb.CreateTaskRequest(request_id="r1", spec=spec("tenants/rival/datasets/wombat-data"))
-    theirs = (await rival.CreateTask(asked)).task.name
-    made = await two.admission.tenant().CreateTask(
+    request = pb.CreateTaskRequest(request_id="r1", spec=spec("tenants/rival/datasets/wombat-data"))
+    theirs = (await rival.CreateTask(request)).task.name
+    created = await two.admission.tenant().CreateTask(
         pb.CreateTaskRequest(request_id="r1", spec=spec("tenants/acme/datasets/d"))
     )
-    assert made.task.name.startswith("tenants/acme/") and made.task.name != theirs
+    assert created.task.name.startswith("tenants/acme/") and created.task.name != theirs
 
 
 async def test_the_bytes_of_a_dataset_are_no_way_to_anothers(two: Two) -> None:
@@ -212,9 +212,9 @@ async def test_the_bytes_of_a_dataset_are_no_way_to_anothers(two: Two) -> None:
     theirs = await two.admission.tenant("rival").GetDataset(
         pb.GetDatasetRequest(name="tenants/rival/datasets/wombat-data")
     )
-    asked = spec("tenants/acme/datasets/d", dataset_version=theirs.dataset.sha256)
+    task_spec = spec("tenants/acme/datasets/d", dataset_version=theirs.dataset.sha256)
     create = next(m for m in METHODS if m.name == "CreateTask")
-    code, text, _ = await two.ask(create, pb.CreateTaskRequest(spec=asked))
+    code, text, _ = await two.ask(create, pb.CreateTaskRequest(spec=task_spec))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     absent = spec("tenants/acme/datasets/d", dataset_version="0" * 64)
     code, same, _ = await two.ask(create, pb.CreateTaskRequest(spec=absent))

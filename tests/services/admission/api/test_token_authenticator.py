@@ -35,12 +35,12 @@ RSA_KEY, EC_KEY = rsa.generate_private_key(65537, 2048), ec.generate_private_key
 def jwks(**keys: Any) -> str:
     """Return the public keys as an issuer publishes them."""
     algorithms = {"rsa": jwt.algorithms.RSAAlgorithm, "ec": jwt.algorithms.ECAlgorithm}
-    found = []
+    public_keys = []
     for key_id, key in keys.items():
         kind = "rsa" if isinstance(key, rsa.RSAPrivateKey) else "ec"
         public = json.loads(algorithms[kind].to_jwk(key.public_key()))
-        found.append({**public, "kid": key_id, "use": "sig"})
-    return json.dumps({"keys": found})
+        public_keys.append({**public, "kid": key_id, "use": "sig"})
+    return json.dumps({"keys": public_keys})
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def unsigned(**claims: Any) -> str:
 
 def test_a_token_of_the_issuer_is_its_tenants(provider: OidcProvider) -> None:
     verifier = TokenVerifier(provider)
-    for made in (token(), token(EC_KEY, "two", "ES256"), token(tenant="tenants/acme"), token(aud=["x", AUDIENCE])):
-        principal = verifier.verify(made)
+    for valid in (token(), token(EC_KEY, "two", "ES256"), token(tenant="tenants/acme"), token(aud=["x", AUDIENCE])):
+        principal = verifier.verify(valid)
         assert (principal.tenant, principal.role, principal.subject) == ("tenants/acme", Role.TENANT, "oidc ada")
     assert verifier.verify(token(muxtune_role="viewer")).role is Role.VIEWER
 
@@ -123,13 +123,13 @@ def test_the_reason_is_logged_for_the_operator_at_a_limited_rate(
 
 
 def test_a_new_key_of_the_issuer_is_fetched_and_unknown_keys_at_a_limited_rate(tmp_path: Path) -> None:
-    asked: list[str] = []
+    paths: list[str] = []
 
     class Issuer(http.server.BaseHTTPRequestHandler):
         keys = jwks(one=RSA_KEY)
 
         def do_GET(self) -> None:
-            asked.append(self.path)
+            paths.append(self.path)
             self.send_response(200)
             self.end_headers()
             self.wfile.write(self.keys.encode())
@@ -145,13 +145,13 @@ def test_a_new_key_of_the_issuer_is_fetched_and_unknown_keys_at_a_limited_rate(t
         for number in range(20):
             with pytest.raises(UnauthenticatedError):
                 verifier.verify(token(key_id=f"unknown-{number}"))
-        assert len(asked) == 1
+        assert len(paths) == 1
         Issuer.keys = jwks(new=EC_KEY)
         seconds[0] = 61.0
         verifier.verify(token(EC_KEY, "new", "ES256"))
         with pytest.raises(UnauthenticatedError):  # withdrawn by its issuer
             verifier.verify(token())
-        assert len(asked) == 2
+        assert len(paths) == 2
         server.shutdown()
     seconds[0] = 200.0
     with pytest.raises(UnavailableError, match="issuer's keys"):
@@ -187,17 +187,17 @@ async def test_keys_and_tokens_stand_side_by_side(admission: Admission, provider
 
 
 async def test_the_services_settings_name_the_issuer(admission: Admission, provider: OidcProvider) -> None:
-    given = {
+    environment = {
         "MUXTUNE_DATABASE_URL": "sqlite:///x", "MUXTUNE_ARTIFACT_URL": "x", "MUXTUNE_ALIGNMENT_ADDRESS": "x:1",
         "MUXTUNE_OIDC_ISSUER": ISSUER, "MUXTUNE_OIDC_AUDIENCE": AUDIENCE, "MUXTUNE_OIDC_KEYS": provider.keys,
         "MUXTUNE_OIDC_TENANT_CLAIM": "org", "MUXTUNE_OIDC_ALGORITHMS": "ES256, RS256",
     }  # fmt: skip
-    authenticate = from_environment(AdmissionSettings, given).authenticate(admission.key_store)
+    authenticate = from_environment(AdmissionSettings, environment).authenticate(admission.key_store)
     assert (await authenticate("/x/Y", token(org="globex"))).tenant == "tenants/globex"
     with pytest.raises(UnauthenticatedError):
         await authenticate("/x/Y", token(algorithm="RS384", org="globex"))
     with pytest.raises(SettingsError, match="HS256"):
-        from_environment(AdmissionSettings, {**given, "MUXTUNE_OIDC_ALGORITHMS": "HS256"}).authenticate(
+        from_environment(AdmissionSettings, {**environment, "MUXTUNE_OIDC_ALGORITHMS": "HS256"}).authenticate(
             admission.key_store
         )
 
@@ -223,12 +223,12 @@ async def test_a_viewer_reads_and_changes_nothing(admission: Admission) -> None:
 async def test_operators_make_keys_and_tenants_do_not(admission: Admission) -> None:
     request = key_pb2.CreateApiKeyRequest(role=key_pb2.KEY_ROLE_OPERATOR)
     operator = (await admission.keys().CreateApiKey(request)).secret
-    made = await admission.keys(operator).CreateApiKey(
+    created = await admission.keys(operator).CreateApiKey(
         key_pb2.CreateApiKeyRequest(tenant="tenants/acme", role=key_pb2.KEY_ROLE_VIEWER)
     )
-    assert made.key.role == key_pb2.KEY_ROLE_VIEWER
+    assert created.key.role == key_pb2.KEY_ROLE_VIEWER
     tenant = admission.key_store.create("tenants/acme", None)[1]
-    for secret in (tenant, made.secret):
+    for secret in (tenant, created.secret):
         with refused(*DENIED):
             await admission.keys(secret).ListApiKeys(key_pb2.ListApiKeysRequest())
     with refused(*DENIED):  # nor is an operator a tenant
@@ -281,8 +281,8 @@ async def test_a_tenant_over_its_rate_gets_a_retry_time(admission: Admission) ->
 async def test_the_limit_holds_whatever_key_is_used(admission: Admission, seconds: list[float]) -> None:
     keys = KeyStore(admission.database)
     authenticate = create_authenticator(keys, "", None, RateLimit(1, lambda: seconds[0]))
-    made = [keys.create("tenants/acme", None)[1] for _ in range(3)]
-    for key in made[:2]:
+    secrets = [keys.create("tenants/acme", None)[1] for _ in range(3)]
+    for key in secrets[:2]:
         await authenticate("/x/Y", key)
     with pytest.raises(OverloadedError):
-        await authenticate("/x/Y", made[2])
+        await authenticate("/x/Y", secrets[2])

@@ -31,9 +31,9 @@ from tests.thoroughness import seeds
 
 @pytest.fixture
 def database(tmp_path: Path) -> Database:
-    made = Database(f"sqlite:///{tmp_path / 'a.db'}")
-    made.migrate()
-    return made
+    migrated = Database(f"sqlite:///{tmp_path / 'a.db'}")
+    migrated.migrate()
+    return migrated
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_only_the_recorded_adapter_of_an_ended_task_is_kept(database: Database, 
     assert {key.split("/")[3] for key in artifacts.list("tenants/a/tasks")} == going_on
     manifests = {key for key in artifacts.list("tenants/a/adapters") if key.endswith("/manifest.json")}
     left = {(parts[3], parts[4]) for parts in (key.split("/") for key in manifests)}
-    others = {(state.value, kept) for state in TaskState for kept in ("3-step-00000002", "uploaded-ab")}
+    others = {(state.value, other) for state in TaskState for other in ("3-step-00000002", "uploaded-ab")}
     assert left == others | {(task, "3") for task in (*going_on, "succeeded")}
     assert collector.collect_all() == 0
 

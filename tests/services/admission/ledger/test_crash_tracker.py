@@ -25,7 +25,7 @@ def died(attempts: dict[str, int]) -> list[plan_pb2.TaskResult]:
 
 async def crashes(admission: Admission) -> dict[str, int]:
     snapshot = await admission.ledger().GetSnapshot(ledger_pb2.GetSnapshotRequest())
-    return {found.task.name.rpartition("/")[2]: found.num_crashes for found in snapshot.tasks}
+    return {entry.task.name.rpartition("/")[2]: entry.num_crashes for entry in snapshot.tasks}
 
 
 async def test_the_task_that_kills_its_trainer_fails_and_those_beside_it_do_not(admission: Admission) -> None:

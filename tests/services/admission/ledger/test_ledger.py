@@ -250,8 +250,8 @@ async def test_a_restart_keeps_everything_and_gives_leases_their_time_again(admi
     await admission.restart()
     after = await snapshot(admission)
     for seen in (before, after):
-        for found in seen.executors:
-            found.ClearField("lease_expire_time")
+        for entry in seen.executors:
+            entry.ClearField("lease_expire_time")
     assert after == before
     admission.clock.seconds += 20
     assert await admission.commit(step(first, 1, 2)) == ["COMMITTED"]
@@ -328,5 +328,5 @@ async def test_a_fall_back_to_an_earlier_checkpoint_is_reported_to_the_tenant(
     assert seen.checkpoint == fell_back and seen.task.progress.checkpoint_step == 2
     assert await admission.commit(checkpoint(task, 1, 3)) == ["COMMITTED"]  # counts again: it is after that one
     await admission.commit(finished(task, 1))
-    told = [event.state_changed for event in await admission.events(task) if event.HasField("state_changed")]
-    assert [(change.message, change.state) for change in told][2] == (resumed.message, task_pb2.TASK_STATE_RUNNING)
+    changes = [event.state_changed for event in await admission.events(task) if event.HasField("state_changed")]
+    assert [(change.message, change.state) for change in changes][2] == (resumed.message, task_pb2.TASK_STATE_RUNNING)

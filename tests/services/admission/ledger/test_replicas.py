@@ -85,13 +85,13 @@ async def pair(database_url: str) -> AsyncIterator[list[Replica]]:
     database.migrate()
     database.close()
     async with AsyncExitStack() as stack:
-        made = []
+        replicas = []
         for _ in range(2):
-            made.append(await stack.enter_async_context(Replica(database_url).running()))
+            replicas.append(await stack.enter_async_context(Replica(database_url).running()))
             async with asyncio.timeout(SECONDS):
-                await made[0].is_leading.wait()
+                await replicas[0].is_leading.wait()
         await _until(lambda: _num_listening(database_url) == 2)
-        yield made
+        yield replicas
 
 
 async def _until(holds: Callable[[], bool]) -> None:
@@ -124,46 +124,46 @@ def _cut(url: str, pids: list[int]) -> None:
 
 
 async def test_a_change_reaches_only_the_subscribers_of_its_task_on_the_other_replica(pair: list[Replica]) -> None:
-    here, there = pair
+    sender, receiver = pair
     with (
-        there.notifier.subscribe(TASK) as changed,
-        there.notifier.subscribe(TASK + "2") as other,
-        there.notifier.subscribe(ANY_CHANGE) as anything,
+        receiver.notifier.subscribe(TASK) as changed,
+        receiver.notifier.subscribe(TASK + "2") as other,
+        receiver.notifier.subscribe(ANY_CHANGE) as anything,
     ):
-        here.notifier.notify_tasks([TASK])
+        sender.notifier.notify_tasks([TASK])
         await asyncio.wait_for(changed.wait(), SECONDS)
         assert not other.is_set() and not anything.is_set()
-        here.notifier.notify([TASK + "2"])
+        sender.notifier.notify([TASK + "2"])
         await asyncio.wait_for(anything.wait(), SECONDS)
         await asyncio.wait_for(other.wait(), SECONDS)
 
 
 @pytest.mark.parametrize("num_names", [900, 5000])
 async def test_many_changes_at_once_reach_all_subscribers(pair: list[Replica], num_names: int) -> None:
-    here, there = pair
+    sender, receiver = pair
     names = [f"tenants/{'a' * 60}/tasks/t-{i}" for i in range(num_names)]
     with (
-        there.notifier.subscribe(names[0]) as first,
-        there.notifier.subscribe(names[num_names // 2]) as middle,
-        there.notifier.subscribe(names[-1]) as last,
+        receiver.notifier.subscribe(names[0]) as first,
+        receiver.notifier.subscribe(names[num_names // 2]) as middle,
+        receiver.notifier.subscribe(names[-1]) as last,
     ):
-        here.notifier.notify_tasks(names)
+        sender.notifier.notify_tasks(names)
         for changed in (first, middle, last):
             await asyncio.wait_for(changed.wait(), SECONDS)
 
 
 async def test_invalid_names_do_not_stop_notifications(pair: list[Replica]) -> None:
-    here, there = pair
+    sender, receiver = pair
     for hostile in ("\0", "a\nb", "t" * 100_000, "\ud800", "é" * 200, "'; DROP TABLE tasks; --"):
-        here.notifier.notify_tasks([hostile])
-    with there.notifier.subscribe(TASK) as changed:
-        here.notifier.notify_tasks([TASK])
+        sender.notifier.notify_tasks([hostile])
+    with receiver.notifier.subscribe(TASK) as changed:
+        sender.notifier.notify_tasks([TASK])
         await asyncio.wait_for(changed.wait(), SECONDS)
 
 
 async def test_a_replica_that_lost_its_session_wakes_all_subscribers(pair: list[Replica], database_url: str) -> None:
-    here, there = pair
-    with here.notifier.subscribe(TASK) as one, there.notifier.subscribe(ANY_CHANGE) as another:
+    first, second = pair
+    with first.notifier.subscribe(TASK) as one, second.notifier.subscribe(ANY_CHANGE) as another:
         _cut(database_url, _sessions(database_url))
         for changed in (one, another):
             await asyncio.wait_for(changed.wait(), SECONDS)
@@ -175,7 +175,7 @@ async def test_one_keeps_the_ledger_and_another_takes_it_when_its_session_is_cut
     """Twenty times: soon one replica leads again and its writes succeed; no two led in one term."""
     draw = random.Random(5)
     for _ in range(20):
-        _cut(database_url, draw.sample(found := _sessions(database_url), k=min(len(found), draw.randint(1, 2))))
+        _cut(database_url, draw.sample(sessions := _sessions(database_url), k=min(len(sessions), draw.randint(1, 2))))
         await _until(lambda: any(replica.is_leading.is_set() and _is_current(replica) for replica in pair))
     terms = [term for replica in pair for term in replica.terms]
     assert len(set(terms)) == len(terms) > 5 and all(replica.terms == sorted(replica.terms) for replica in pair)
@@ -245,17 +245,17 @@ async def test_bytes_that_another_process_is_removing_are_not_taken_for_a_datase
         calls = [one.with_token(admission._keys["acme"]) for one in (admission, other)]
         num_refused = 0
         for turn in range(40):
-            here, there = random.Random(turn).sample(calls, 2)
-            first = (await here.UploadDataset(dataset_parts(TEN_ROWS, f"a-{turn}"))).dataset
-            uploading = asyncio.ensure_future(there.UploadDataset(dataset_parts(TEN_ROWS, f"b-{turn}")))
-            deleting = asyncio.ensure_future(here.DeleteDataset(pb.DeleteDatasetRequest(name=first.name)))
+            deleter, receiver = random.Random(turn).sample(calls, 2)
+            first = (await deleter.UploadDataset(dataset_parts(TEN_ROWS, f"a-{turn}"))).dataset
+            uploading = asyncio.ensure_future(receiver.UploadDataset(dataset_parts(TEN_ROWS, f"b-{turn}")))
+            deleting = asyncio.ensure_future(deleter.DeleteDataset(pb.DeleteDatasetRequest(name=first.name)))
             done, _ = await asyncio.gather(uploading, deleting, return_exceptions=True)
             if isinstance(done, grpc.RpcError):
                 assert done.code() is grpc.StatusCode.UNAVAILABLE, done
                 num_refused += 1
                 continue
             assert admission.artifacts.exists(f"tenants/acme/datasets/{first.sha256}.jsonl")
-            await here.DeleteDataset(pb.DeleteDatasetRequest(name=done.dataset.name))
+            await deleter.DeleteDataset(pb.DeleteDatasetRequest(name=done.dataset.name))
         print(f"{num_refused} of 40 were to be sent again")
     finally:
         await other.close()

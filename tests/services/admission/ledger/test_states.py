@@ -99,8 +99,8 @@ class Store(RuleBasedStateMachine):
             self.start_executor(name)
 
     def is_live(self, name: str, lease_term: int) -> bool:
-        found = self.executors[name]
-        return not found.has_left and found.lease_term == lease_term and found.deadline > self.now
+        lease = self.executors[name]
+        return not lease.has_left and lease.lease_term == lease_term and lease.deadline > self.now
 
     def lose(self, name: str, *, is_crash: bool) -> None:
         """Revoke the executor's attempts in the model."""
@@ -174,13 +174,13 @@ class Store(RuleBasedStateMachine):
             assert not self.is_live(attempt.executor, attempt.lease_term)
             return
         assert self.is_live(attempt.executor, attempt.lease_term)
-        told = ledger_pb2.ResultVerdict.Name(verdict).removeprefix("RESULT_VERDICT_")
+        verdict_name = ledger_pb2.ResultVerdict.Name(verdict).removeprefix("RESULT_VERDICT_")
         if task.state in FINAL and task.attempt == attempt.number:
-            assert told == "DUPLICATE"
+            assert verdict_name == "DUPLICATE"
         elif (task.attempt, task.executor) != (attempt.number, attempt.executor):
-            assert told == "STALE"
+            assert verdict_name == "STALE"
         else:
-            assert told == ("COMMITTED" if self.apply(task, kind) else "DUPLICATE")
+            assert verdict_name == ("COMMITTED" if self.apply(task, kind) else "DUPLICATE")
 
     def result(self, attempt: Attempt, kind: str) -> plan_pb2.TaskResult:
         name, number, task = attempt.task, attempt.number, self.tasks[attempt.task]
@@ -271,9 +271,9 @@ class Store(RuleBasedStateMachine):
     def every_task_is_what_it_should_be(self) -> None:
         with self.database.read() as connection:
             for row in connection.execute(sa.select(tasks.tasks)):
-                found = tasks.to_proto(row)
-                kept = event_pb2.CheckpointCommitted.FromString(row.checkpoint or b"").step
-                seen = Task(row.state, row.attempt, row.executor, found.progress.step, kept, row.crashes)
+                task = tasks.to_proto(row)
+                checkpoint_step = event_pb2.CheckpointCommitted.FromString(row.checkpoint or b"").step
+                seen = Task(row.state, row.attempt, row.executor, task.progress.step, checkpoint_step, row.crashes)
                 seen.num_events = row.last_sequence
                 assert seen == self.tasks[row.name], row.name
                 events = tasks.list_events(connection, row.name, 0, 1000)

@@ -192,10 +192,10 @@ class Life:
                 held.lose_executor()
 
     async def compare(self, name: str) -> None:
-        model, found = self.models[name], (await self.admission.tenant().GetTask(pb.GetTaskRequest(name=name))).task
-        assert task_pb2.TaskState.Name(found.state) == f"TASK_STATE_{model.state}"
-        assert (found.attempt, found.progress.step) == (model.attempt, model.step)
-        assert found.HasField("end_time") == (model.state in FINAL)
+        model, task = self.models[name], (await self.admission.tenant().GetTask(pb.GetTaskRequest(name=name))).task
+        assert task_pb2.TaskState.Name(task.state) == f"TASK_STATE_{model.state}"
+        assert (task.attempt, task.progress.step) == (model.attempt, model.step)
+        assert task.HasField("end_time") == (model.state in FINAL)
 
     async def finish(self) -> None:
         """Finish every task and compare its history with the model's."""
@@ -250,10 +250,10 @@ async def test_random_lives_at_once_stay_legal(admission: Admission) -> None:
     tasks = [(await admission.create(dataset, f"t{i}")).name for i in range(5)]
 
     async def somebody(seed: int) -> None:
-        own = random.Random(seed)
+        chance = random.Random(seed)
         for _ in range(25):
             try:
-                await call_something(admission, own, own.choice(tasks))
+                await call_something(admission, chance, chance.choice(tasks))
             except grpc.RpcError as error:
                 assert error.code() in (grpc.StatusCode.ABORTED, grpc.StatusCode.FAILED_PRECONDITION), error
             except KeyError:  # `run` looks the task up in the snapshot, which leaves ended tasks out

@@ -141,10 +141,10 @@ async def test_a_configuration_of_odd_types_is_refused_fairly(admission: Admissi
     except grpc.aio.AioRpcError as error:
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
         return
-    asked = spec(admission.dataset)  # type: ignore[attr-defined]
-    asked.initial_adapter = adapter.name
+    task_spec = spec(admission.dataset)  # type: ignore[attr-defined]
+    task_spec.initial_adapter = adapter.name
     try:
-        await admission.tenant().EstimateTask(pb.EstimateTaskRequest(spec=asked))
+        await admission.tenant().EstimateTask(pb.EstimateTaskRequest(spec=task_spec))
     except grpc.aio.AioRpcError as error:
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, error
 

@@ -44,14 +44,14 @@ async def list_planned(admission: Admission) -> set[str]:
 
 
 async def test_a_quota_is_the_services_until_a_tenant_has_its_own(admission: Admission) -> None:
-    asked = operator_pb2.GetQuotaRequest(tenant="tenants/acme")
-    before = (await admission.operator().GetQuota(asked)).quota
+    request = operator_pb2.GetQuotaRequest(tenant="tenants/acme")
+    before = (await admission.operator().GetQuota(request)).quota
     assert before.max_unfinished_tasks == 1000
     await set_quota(admission, max_tokens_per_day=7)
-    after = (await admission.operator().GetQuota(asked)).quota
+    after = (await admission.operator().GetQuota(request)).quota
     assert (after.max_tokens_per_day, after.max_unfinished_tasks) == (7, 1000)
     await set_quota(admission, max_unfinished_tasks=0)  # no limit; and the other is the service's again
-    after = (await admission.operator().GetQuota(asked)).quota
+    after = (await admission.operator().GetQuota(request)).quota
     assert (after.max_tokens_per_day, after.max_unfinished_tasks) == (0, 0)
     other = await admission.operator().GetQuota(operator_pb2.GetQuotaRequest(tenant="tenants/other"))
     assert other.quota == before
@@ -192,8 +192,8 @@ async def test_accounts_are_the_sum_of_committed_steps(admission: Admission, mon
     first_day, expected = quotas.today(), {}
     dataset = await admission.upload()
     other = (await admission.tenant("other").UploadDataset(dataset_parts(TEN_ROWS))).dataset.name
-    made = await admission.tenant("other").CreateTask(pb.CreateTaskRequest(spec=spec(other)))
-    tasks = {"tenants/acme": (await admission.create(dataset.name)).name, "tenants/other": made.task.name}
+    created = await admission.tenant("other").CreateTask(pb.CreateTaskRequest(spec=spec(other)))
+    tasks = {"tenants/acme": (await admission.create(dataset.name)).name, "tenants/other": created.task.name}
     for name in tasks.values():
         await admission.run(name)
     done = dict.fromkeys(tasks, 0)
@@ -209,22 +209,22 @@ async def test_accounts_are_the_sum_of_committed_steps(admission: Admission, mon
             line[index] += value
     listed, token = [], ""
     while True:
-        asked = operator_pb2.ListUsageRequest(page_size=2, page_token=token)
-        answer = await admission.operator().ListUsage(asked)
+        request = operator_pb2.ListUsageRequest(page_size=2, page_token=token)
+        answer = await admission.operator().ListUsage(request)
         listed += answer.days
         if not (token := answer.next_page_token):
             break
-    found = [(d.tenant, [d.effective_tokens, d.padding_tokens, d.device_seconds, d.num_steps]) for d in listed]
+    usage = [(d.tenant, [d.effective_tokens, d.padding_tokens, d.device_seconds, d.num_steps]) for d in listed]
     wanted = sorted(expected.items(), reverse=True)
-    assert found == [(tenant, line) for (_, tenant), line in wanted]
+    assert usage == [(tenant, line) for (_, tenant), line in wanted]
     assert len({d.date for d in listed}) == 3
-    own = await admission.operator().ListUsage(operator_pb2.ListUsageRequest(tenant="tenants/acme"))
-    assert {d.tenant for d in own.days} == {"tenants/acme"}
+    of_acme = await admission.operator().ListUsage(operator_pb2.ListUsageRequest(tenant="tenants/acme"))
+    assert {d.tenant for d in of_acme.days} == {"tenants/acme"}
 
 
 async def audit_lines(admission: Admission, **fields: object) -> list[tuple[str, str, str, str, str]]:
-    asked = operator_pb2.ListAuditEventsRequest(**fields)
-    events = (await admission.operator().ListAuditEvents(asked)).events
+    request = operator_pb2.ListAuditEventsRequest(**fields)
+    events = (await admission.operator().ListAuditEvents(request)).events
     assert [e.sequence for e in events] == sorted(e.sequence for e in events)
     assert all(e.HasField("time") for e in events)
     return [(e.subject.split()[0], e.tenant, e.method.split("/")[2], e.resource, e.status_code) for e in events]

@@ -17,19 +17,19 @@ from tests.services.admission.admission_mesh import Admission, Alignment, execut
 @pytest.fixture
 def inspected(alignment: Alignment, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Record the arguments of alignment's inspections."""
-    asked: list[Any] = []
+    inspections: list[Any] = []
     inspect = alignment.servicer._datasets.inspect
 
     def note(*arguments: Any) -> Any:
-        asked.append(arguments)
+        inspections.append(arguments)
         return inspect(*arguments)
 
     monkeypatch.setattr(alignment.servicer._datasets, "inspect", note)
-    yield asked
+    yield inspections
 
 
-async def estimate(admission: Admission, asked: task_pb2.TaskSpec) -> task_pb2.TaskEstimate:
-    answer: pb.EstimateTaskResponse = await admission.tenant().EstimateTask(pb.EstimateTaskRequest(spec=asked))
+async def estimate(admission: Admission, task_spec: task_pb2.TaskSpec) -> task_pb2.TaskEstimate:
+    answer: pb.EstimateTaskResponse = await admission.tenant().EstimateTask(pb.EstimateTaskRequest(spec=task_spec))
     return answer.estimate
 
 
@@ -40,10 +40,10 @@ async def test_cached_estimates_equal_those_of_a_service_without_a_cache(admissi
         (await admission.upload(lines([{"text": f"row {i} " * (1 + i % 4)} for i in range(n)]))).name for n in (9, 20)
     ]
     optimizers = [task_pb2.OPTIMIZER_ADAMW, task_pb2.OPTIMIZER_SGD]
-    asked = []
+    task_specs = []
     for _ in range(60):
         sgd = draw.choice(optimizers) == task_pb2.OPTIMIZER_SGD
-        asked.append(
+        task_specs.append(
             spec(
                 draw.choice(datasets),
                 learning_rate=draw.choice([0.1, 0.01]),
@@ -62,9 +62,9 @@ async def test_cached_estimates_equal_those_of_a_service_without_a_cache(admissi
                 priority=draw.choice([0, 5]),
             )
         )
-    warm = [await estimate(admission, one) for one in asked]
+    warm = [await estimate(admission, one) for one in task_specs]
     assert len({answer.SerializeToString(deterministic=True) for answer in warm}) > 10
-    for one, before in zip(asked[::4], warm[::4], strict=True):
+    for one, before in zip(task_specs[::4], warm[::4], strict=True):
         await admission.restart()
         assert await estimate(admission, one) == before
 
@@ -73,10 +73,12 @@ async def test_only_the_first_task_of_a_parameter_sweep_is_inspected(
     admission: Admission, inspected: list[Any]
 ) -> None:
     dataset = (await admission.upload()).name
-    made = [await admission.create(dataset, learning_rate=rate, labels={"rate": str(rate)}) for rate in (0.1, 0.2, 0.3)]
+    tasks = [
+        await admission.create(dataset, learning_rate=rate, labels={"rate": str(rate)}) for rate in (0.1, 0.2, 0.3)
+    ]
     assert len(inspected) == 1
-    assert [task.spec.training.learning_rate for task in made] == pytest.approx([0.1, 0.2, 0.3])
-    assert [task.estimate for task in made] == [made[0].estimate] * 3
+    assert [task.spec.training.learning_rate for task in tasks] == pytest.approx([0.1, 0.2, 0.3])
+    assert [task.estimate for task in tasks] == [tasks[0].estimate] * 3
     await admission.create(dataset, num_steps=7)
     assert len(inspected) == 2
 

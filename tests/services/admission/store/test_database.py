@@ -60,10 +60,10 @@ def test_tasks_older_than_the_special_tokens_option_keep_their_behaviour(databas
         connection.execute(sa.insert(tasks).values(**values, spec=old.SerializeToString(), estimate=b"", progress=b""))
     database.migrate()
     with database.read() as connection:
-        found = task_pb2.TaskSpec.FromString(connection.execute(sa.select(tasks.c.spec)).scalar_one())
+        stored = task_pb2.TaskSpec.FromString(connection.execute(sa.select(tasks.c.spec)).scalar_one())
     database.close()
     old.training.parse_special_tokens = True
-    assert found == old
+    assert stored == old
 
 
 @both
@@ -81,12 +81,12 @@ def test_migrating_again_keeps_what_is_there(database_url: str) -> None:
 def test_a_migration_cut_short_leaves_nothing_and_is_done_at_the_next_start(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    create_table, made = op.create_table, []
+    create_table, table_names = op.create_table, []
 
     def fails_midway(name: str, *columns: object, **options: object) -> object:
-        if len(made) == 4:
+        if len(table_names) == 4:
             raise RuntimeError("the power went")
-        made.append(name)
+        table_names.append(name)
         return create_table(name, *columns, **options)  # type: ignore[arg-type]
 
     database = Database(database_url)

@@ -133,13 +133,13 @@ async def test_an_upload_sent_again_after_its_deletion_makes_it_anew(admission: 
 
 
 async def test_an_adapter_sent_again_is_one_adapter(admission: Admission, request_id: str) -> None:
-    for adapter_id, made in (("", 1), ("two", 2)):
+    for adapter_id, num_adapters in (("", 1), ("two", 2)):
         request_id = str(uuid.uuid4())
         calls = (upload_adapter(admission, request_id, adapter_id) for _ in range(8))
         answers = await asyncio.gather(*calls)
         assert all(answer == answers[0] for answer in answers)
         assert await upload_adapter(admission, request_id, adapter_id) == answers[0]
-        assert len(admission.files()) == 3 * made and admission.num_rows()["adapters"] == made
+        assert len(admission.files()) == 3 * num_adapters and admission.num_rows()["adapters"] == num_adapters
         for changes in ({"fill": 1}, {"rank": 8}):
             with refused(*REUSED):
                 await upload_adapter(admission, request_id, adapter_id, **changes)

@@ -42,7 +42,7 @@ def test_stored_values_equal_those_of_sqlalchemy_in_both_directions(database: Da
     select = PreparedStatement(
         sa.select(task_events).where(task_events.c.task == sa.bindparam("task")).order_by(task_events.c.sequence)
     )
-    draw, kept = random.Random(0), []
+    draw, rows = random.Random(0), []
     with database.write() as connection:
         for number, text in enumerate(TEXTS):
             values = {"task": text, "sequence": (1 << 62) + number, "event": draw.randbytes(draw.choice([0, 1, 5000]))}
@@ -50,9 +50,9 @@ def test_stored_values_equal_those_of_sqlalchemy_in_both_directions(database: Da
                 insert.execute(connection, **values)
             else:
                 connection.execute(sa.insert(task_events).values(values))
-            kept.append(values)
+            rows.append(values)
     with database.read() as connection:
-        for values in kept:
+        for values in rows:
             (row,) = select.fetch_all(connection, task=values["task"])
             query = sa.select(task_events).where(task_events.c.task == values["task"])
             assert row._asdict() == values == connection.execute(query).one()._asdict()

@@ -146,14 +146,14 @@ async def test_each_caller_gets_its_own_answer_and_a_failed_read_affects_no_othe
     def wrong(connection: sa.Connection) -> None:
         connection.execute(sa.text("SELECT nothing FROM nowhere"))
 
-    asked = [
+    queries = [
         database.query(wrong if n % 3 == 0 else lambda connection, n=n: (n, versions(connection))) for n in range(30)
     ]
     held = HeldCall()
     first = asyncio.ensure_future(database.query(held)) if database.is_shared else None
     if first is not None:
         await held.begun()
-    waiting = [asyncio.ensure_future(one) for one in asked]
+    waiting = [asyncio.ensure_future(one) for one in queries]
     await asyncio.sleep(0)  # each has asked
     held.release()
     assert first is None or await first == "held"
@@ -249,8 +249,8 @@ async def test_a_disk_that_is_full_fails_all_and_takes_more_once_there_is_room(d
 
     outcomes = await commit_behind_another(database, [database.commit(c) for c in (put_later(1), fills, put_later(2))])
     assert isinstance(outcomes[1], UnavailableError)
-    kept = [number for number, outcome in ((1, outcomes[0]), (2, outcomes[2])) if outcome == number]
-    assert read_versions(database) == kept  # those whose callers were notified of success
+    committed = [number for number, outcome in ((1, outcomes[0]), (2, outcomes[2])) if outcome == number]
+    assert read_versions(database) == committed  # those whose callers were notified of success
     database._engine.dispose()
     assert await database.commit(put_later(3)) == 3
 

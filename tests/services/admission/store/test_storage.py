@@ -58,7 +58,7 @@ async def test_a_database_that_takes_no_more_is_unavailable_and_what_it_has_is_r
     await create()  # the same request, now taken
     assert await admission.commit(step(task, 1, 1)) == ["COMMITTED"]
     listed = (await admission.tenant().ListTasks(pb.ListTasksRequest(page_size=1000))).tasks
-    assert sorted(found.name for found in listed) == sorted(acknowledged)
+    assert sorted(entry.name for entry in listed) == sorted(acknowledged)
 
 
 async def test_an_upload_without_room_for_it_is_unavailable_and_leaves_nothing(
