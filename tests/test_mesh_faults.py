@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -316,13 +316,24 @@ def test_a_task_that_kills_its_executor_fails_alone(
     until_step(client, good, 2)
     poison = client.create_task(spec(dataset, 5, num_steps=1_000_000)).name
     while client.get_task(poison).state != task_pb2.TASK_STATE_FAILED:
-        described = describe(mesh)
-        if described is not None and poison in described.tasks and trainer_of(mesh):
-            os.kill(trainer_of(mesh), signal.SIGKILL)
+        if kill_trainer_of(mesh, poison):
             until_away(mesh)
         time.sleep(_POLL_SECONDS)
     assert "with no other task" in client.get_task(poison).failure.message  # after two deaths, or more with both there
     check(client, good, expected, tmp_path / "adapter")
+
+
+def kill_trainer_of(mesh: Mesh, task: str) -> bool:
+    """Kill the trainer if it runs the task. It is stopped while its tasks are read: it cannot let the task go first."""
+    if not (pid := trainer_of(mesh)):
+        return False
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+        described = describe(mesh)
+        is_there = described is not None and task in described.tasks
+        os.kill(pid, signal.SIGKILL if is_there else signal.SIGCONT)
+        return is_there
+    return False
 
 
 def describe(mesh: Mesh) -> execution_pb2.DescribeExecutorResponse | None:

@@ -27,8 +27,9 @@ from tests.mesh_chaos import TRAINER, Chaos, long_mode, printed_seed, trainer_of
 from tests.tiny_backbone import write_backbone
 
 CENSUS = Path(__file__).parent / "heap_census"
-NUM_AT_ONCE, END_SECONDS, POLL_SECONDS, SETTLE_SECONDS = 6, 120.0, 0.05, 1.0
-NUM_WARM_UP, NUM_BATCHES = 70, 2  # tasks until caches are full: tokenized datasets, samples of the trainer's costs
+NUM_AT_ONCE, END_SECONDS, POLL_SECONDS = 6, 120.0, 0.05
+SETTLE_POLL_SECONDS, NOISE_BYTES = 1.0, 2000
+NUM_WARM_UP, NUM_BATCHES = 70, 3  # tasks until caches are full: tokenized datasets, samples of the trainer's costs
 MAX_PYTHON_BYTES, MAX_MALLOC_BYTES = 800, 60_000  # a task, in every batch
 MAX_MORE_FILES, MAX_MORE_THREADS = 12, 12  # a connection here, a pool's thread there
 QUICK = {
@@ -52,6 +53,10 @@ class Count:
     num_files: int
     num_threads: int
 
+    @property
+    def python_bytes(self) -> int:
+        return sum(self.bytes_by_type.values())
+
 
 def count(mesh: Mesh, folder: Path) -> dict[str, Count]:
     """Of each process. `folder`: where heap_census writes."""
@@ -68,6 +73,18 @@ def count(mesh: Mesh, folder: Path) -> dict[str, Count]:
         num_threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
         counts[name] = Count(census["malloc"], census["by_type"], num_files, num_threads)
     return counts
+
+
+def settled(mesh: Mesh, folder: Path) -> dict[str, Count]:
+    """Count until no process has become smaller since the count before: what ended tasks leave goes a moment after."""
+    deadline, counts = time.monotonic() + END_SECONDS, count(mesh, folder)
+    while True:
+        time.sleep(SETTLE_POLL_SECONDS)
+        before, counts = counts, count(mesh, folder)
+        has_shrunk = [name for name in counts if counts[name].python_bytes < before[name].python_bytes - NOISE_BYTES]
+        if not has_shrunk:
+            return counts
+        assert time.monotonic() < deadline, f"{has_shrunk} do not come to rest"
 
 
 def growth(counts: Sequence[Mapping[str, Count]], num_tasks: int) -> list[str]:
@@ -169,12 +186,10 @@ def test_a_mesh_at_work_does_not_grow_and_leaves_nothing_behind(num_tasks: int, 
         tenant.finish_tasks(2)
         count(mesh, folder)  # makes some caches smaller
         tenant.finish_tasks(NUM_WARM_UP)
-        time.sleep(SETTLE_SECONDS)
-        counts = [count(mesh, folder)]
+        counts = [settled(mesh, folder)]
         for _ in range(NUM_BATCHES):
             tenant.finish_tasks(num_tasks)
-            time.sleep(SETTLE_SECONDS)
-            counts.append(count(mesh, folder))
+            counts.append(settled(mesh, folder))
         assert mesh.dead_services() == {}
         assert growth(counts, num_tasks) == []
         assert set(tenant.states) <= {task_pb2.TASK_STATE_SUCCEEDED, task_pb2.TASK_STATE_CANCELLED}

@@ -128,10 +128,21 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
                     if time.monotonic() - authenticated_at > _REAUTHENTICATE_SECONDS:
                         await self._authentication.principal_of(call)
                         authenticated_at = time.monotonic()
-                    await call.context.write(response)
+                    await write_response(call.context, response)
                     call.span.establish()
 
         return serve
+
+
+async def write_response(context: Any, response: Any) -> None:
+    """Write one response of a stream. Raises CancelledError if the call has ended.
+
+    gRPC fails the write of a call whose end has not yet reached the servicer's task.
+    """
+    try:
+        await context.write(response)
+    except grpc.aio.InternalError as error:
+        raise asyncio.CancelledError from error
 
 
 def _serve_unary(handler: Any) -> Handler:

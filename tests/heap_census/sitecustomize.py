@@ -20,7 +20,7 @@ _LEAKED: list[bytearray] = []
 _CACHED_FUNCTION = type(lru_cache(lambda: None))
 _PART = 10_000  # objects whose referents are asked for at once
 # Caches that many tasks fill and that hold little: smaller, so that they are full before memory is judged.
-_SMALLER = {"services.admission.policy.task_estimator": {"_MAX_CACHED": 8}}
+_SMALLER = {"services.admission.policy.task_estimator": {"_MAX_CACHED": 2}}
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -41,9 +41,13 @@ class _Mallinfo2(ctypes.Structure):
     ]
 
 
+# Once: each CDLL has a class of its own, which is memory that a count would find the next time.
+_LIBC = ctypes.CDLL(None)
+
+
 def _malloc_bytes() -> int:
     """Bytes in use of all arenas and of single mappings; 0 where the C library is another than glibc."""
-    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    mallinfo2 = getattr(_LIBC, "mallinfo2", None)
     if mallinfo2 is None:
         return 0
     mallinfo2.restype = _Mallinfo2

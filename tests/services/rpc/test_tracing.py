@@ -13,6 +13,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from engine.errors import InvalidInputError, MuxtuneError, NotFoundError, OverloadedError, UnavailableError
 from muxtune.v1 import admission_pb2, admission_pb2_grpc, execution_pb2
 from services.rpc import tracing
+from services.rpc.interceptor import write_response
 from services.telemetry import tracer
 
 GET, DOWNLOAD = admission_pb2.GetTaskRequest(), admission_pb2.DownloadAdapterRequest()
@@ -168,6 +169,17 @@ async def test_a_deadline(start_mesh, spans, endless) -> None:
     client, server = await spans.both("GetTask")
     spans.check(client, "DEADLINE_EXCEEDED", is_error=True)
     assert server.attributes["rpc.response.status_code"] in ("DEADLINE_EXCEEDED", "CANCELLED")
+
+
+async def test_a_write_to_a_call_that_has_ended_is_its_cancellation() -> None:
+    """Its span says CANCELLED; it said INTERNAL where the write failed before the cancellation was delivered."""
+
+    class EndedCall:
+        async def write(self, response: object) -> None:
+            raise grpc.aio.InternalError("Failed to send a message")
+
+    with pytest.raises(asyncio.CancelledError):
+        await write_response(EndedCall(), b"")
 
 
 @pytest.mark.parametrize("kind", ["stream", "flood"])
