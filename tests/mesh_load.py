@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from muxtune.client import Client
-from muxtune.errors import UnavailableError
+from muxtune.errors import IllegalTransitionError, UnavailableError
 from muxtune.task_states import FINAL_STATES
 from muxtune.v1 import event_pb2, task_pb2
 
@@ -117,8 +118,9 @@ class Load:
         watching = self._pool.submit(outcome, self._client, task.name, self._folder, self._patiently)
         self.tasks[task.name] = number, watching
         if self._chance.random() < 0.2:
-            self._patiently(lambda: self._client.cancel_task(task.name))
-            self.cancelled.add(task.name)
+            with suppress(IllegalTransitionError):  # it has ended meanwhile
+                self._patiently(lambda: self._client.cancel_task(task.name))
+                self.cancelled.add(task.name)
 
     def until_each_has_done_a_step(self) -> None:
         """Wait until every unfinished task has done a further step, or ended."""
