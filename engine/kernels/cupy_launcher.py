@@ -6,7 +6,7 @@ entries do.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
@@ -16,6 +16,12 @@ from engine.kernels.constants import THREADS
 from engine.kernels.launch import CachingUploader, DeviceTable, Kernel, Launcher
 
 _DEFAULT_SHARED_BYTES = 48 << 10  # a kernel may use more if that is set for it
+
+
+class _StreamAddress(NamedTuple):
+    """A stream as a launch of CuPy reads it: an object with its address as `ptr`."""
+
+    ptr: int
 
 
 @functools.cache
@@ -53,10 +59,12 @@ class CupyLauncher(CachingUploader):
         import cupy
 
         with torch.cuda.device(self.device):
+            # torch skips this call if the index is the thread's default; it makes the device's context the thread's
+            # own, which `_function` needs. autograd's threads may have none before.
+            cupy.cuda.runtime.setDevice(self.device.index)
             function = self._function(kernel, shared_bytes)
-            stream = torch.cuda.current_stream(self.device).cuda_stream  # read each time: a capture has its own
-            with cupy.cuda.ExternalStream(stream, self.device.index):
-                function((num_blocks,), (THREADS,), (struct,), shared_mem=shared_bytes)
+            stream = _StreamAddress(self.stream)  # read each time: a capture has its own
+            function((num_blocks,), (THREADS,), (struct,), shared_mem=shared_bytes, stream=stream)
 
     def _function(self, kernel: Kernel, shared_bytes: int) -> Any:
         """Return the kernel, loaded once, with permission for this much shared memory."""

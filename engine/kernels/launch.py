@@ -69,10 +69,10 @@ class Launcher(Uploader, Protocol):
         """Launch the kernel. `tables` and `tensors` are all memory that `struct` and the tables point into."""
 
     def get_or_create(self, key: Hashable, make: Callable[[], V]) -> V:
-        """Return the cached value of `key`, created by `make` at first: tables that many launches read."""
+        """Return the current stream's cached value of `key`, created by `make` at first: tables that launches read."""
 
     def subcache(self, name: str, capacity: int) -> "LruCache":
-        """Return a separate cache for some values, with its own capacity."""
+        """Return a separate cache of the current stream for some values, with its own capacity."""
 
 
 class LruCache:
@@ -91,13 +91,16 @@ class LruCache:
         value: V = self._values[key]
         return value
 
-    def subcache(self, name: str, capacity: int) -> "LruCache":
+    def subcache(self, name: Hashable, capacity: int) -> "LruCache":
         """Return a cache within this one, with its own capacity; unbounded if this one is."""
         return self.get_or_create(("subcache", name), lambda: LruCache(None if self._capacity is None else capacity))
 
 
 class CachingUploader:
     """The part that all launchers share: a cache of tables, and their upload to the device.
+
+    Each stream has cached values of its own. A table is then read on the stream that copies it, so the copy is over;
+    and counters of split sums, which a launch uses and leaves at zero, are never used by two launches at once.
 
     A recorded graph has a separate cache that lives as long as the graph: no table that its launches read is ever
     dropped. While a graph is captured no copy runs: tables uploaded then are written after the capture.
@@ -107,11 +110,16 @@ class CachingUploader:
         self.device, self._cache = device, LruCache()
         self._unwritten: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
+    @property
+    def stream(self) -> int:
+        """The device's stream that launches go to now; 0 on a device without streams."""
+        return 0
+
     def get_or_create(self, key: Hashable, make: Callable[[], V]) -> V:
-        return self._cache.get_or_create(key, make)
+        return self._cache.get_or_create((self.stream, key), make)
 
     def subcache(self, name: str, capacity: int) -> LruCache:
-        return self._cache.subcache(name, capacity)
+        return self._cache.subcache((self.stream, name), capacity)
 
     def upload(self, rows: NDArray[Any]) -> DeviceTable:
         raw_B = torch.from_numpy(np.frombuffer(rows.tobytes() or b"\0", dtype=np.uint8).copy())

@@ -5,6 +5,7 @@ Legend: T tokens of the packed stream, H hidden, V vocabulary, M target position
 
 import copy
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ from engine.runtime.activation_checkpointing import ActivationCheckpointing
 from engine.runtime.staging import on_device
 from engine.runtime.varlen_attention import FLASH, AttentionCache
 
+# A TypeError of a model's code that does not take what the packed stream passes to every layer.
+_NOT_TAKEN = re.compile(
+    r"forward\(\)|unexpected keyword argument '(cu_seqlens|prefixes|calls|attention_cache|use_cache)'"
+)
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _PACKED = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}
 _PROBE_LENGTHS = (1, 5, 3, 8)
@@ -252,6 +257,8 @@ class Backbone:
             lengths, calls = [len(s) for s in sequences], list[AttentionCall]()
             hidden_TH = self._packed_hidden(torch.cat(sequences).unsqueeze(0), lengths, [0] * len(lengths), calls)
         except TypeError as error:
+            if not _NOT_TAKEN.search(str(error)):  # a fault of our own code, or of a library that it calls
+                raise
             raise self._unsupported(f"its forward does not accept the packed stream ({error})") from error
         packed_TV = self.head.logits(hidden_TH)
         separate_TV = torch.cat([self.shadow(input_ids=s.unsqueeze(0), use_cache=False).logits[0] for s in sequences])

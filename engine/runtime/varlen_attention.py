@@ -6,9 +6,12 @@ same beside any neighbours to rounding, not bit for bit. Legend: T tokens, H que
 segments.
 """
 
+import functools
+import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
@@ -85,7 +88,18 @@ def varlen_attention(
         q_THD, k_TGD, v_TGD, cu_seqlens_S, cu_seqlens_S, longest, longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),  # keys before the query's, and none after it
-        enable_gqa=query.shape[1] != key.shape[1],
+        **_grouped_heads_options(varlen_attn, query.shape[1], key.shape[1]),
     )  # fmt: skip
     assert isinstance(result, torch.Tensor)
     return result.unsqueeze(0)
+
+
+@functools.cache
+def _grouped_heads_options(function: Callable[..., Any], num_heads: int, num_key_heads: int) -> dict[str, bool]:
+    """Returns the options that let several query heads share a key head.
+
+    torch 2.11 has no option for it and does not compare the numbers of heads; its kernel takes fewer key heads.
+    """
+    if num_heads == num_key_heads or "enable_gqa" not in inspect.signature(function).parameters:
+        return {}
+    return {"enable_gqa": True}

@@ -151,10 +151,10 @@ class GroupProducts:
         return rows
 
     def _counters(self, count: int) -> torch.Tensor:
-        """Return counters of this stream alone, zero between launches: two streams may run the same plan at once."""
-        key = ("counters", self.launcher.stream, -(-count // 1024))
+        """Return counters of split sums, zero between launches."""
+        key = ("counters", -(-count // 1024))
         return self.launcher.get_or_create(
-            key, lambda: torch.zeros(1024 * key[2], dtype=torch.int32, device=self.plan.device)
+            key, lambda: torch.zeros(1024 * key[1], dtype=torch.int32, device=self.plan.device)
         )
 
 

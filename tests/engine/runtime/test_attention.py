@@ -1,7 +1,9 @@
 """Attention over a packed stream: which path it takes, the arguments of flash attention, and that both paths agree."""
 
+import functools
+import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 
 from engine.runtime import varlen_attention
 from engine.runtime.attention import packed_attention
@@ -49,14 +52,38 @@ def plain_varlen(
     return out.to(query.dtype)
 
 
+def plain_varlen_of_torch_2_11(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
+    """Has the signature of torch 2.11.0, which lets query heads share key heads without an option."""
+    rest = (cu_seq_q, cu_seq_k, max_q, max_k)
+    return plain_varlen(query, key, value, *rest, scale=scale, window_size=window_size, enable_gqa=True)
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
-    """Makes tensors look like those of a GPU with flash attention, and records its arguments."""
-    handed: list[tuple[Any, ...]] = []
+    """Makes tensors look like those of a GPU with flash attention, and records its arguments.
 
+    The arguments must fit the installed torch.
+    """
+    handed: list[tuple[Any, ...]] = []
+    signature = inspect.signature(varlen_attn)
+
+    @functools.wraps(varlen_attn)
     def record(*args: Any, **options: Any) -> torch.Tensor:
+        signature.bind(*args, **options)
         handed.append((*args, options))
-        return plain_varlen(*args, **options)
+        return plain_varlen(*args, **{"enable_gqa": "enable_gqa" not in signature.parameters} | options)
 
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
@@ -76,15 +103,16 @@ def heads(num_heads: int, num_tokens: int, width: int, dtype: torch.dtype, seed:
     group=st.integers(1, 3),
     window=st.sampled_from([None, 1, 3]),
     scaling=st.sampled_from([None, 0.3]),
+    varlen=st.sampled_from([plain_varlen, plain_varlen_of_torch_2_11]),
 )
 def test_flash_attention_computes_what_attention_by_segment_does(
-    lengths: list[int], group: int, window: int | None, scaling: float | None
+    lengths: list[int], group: int, window: int | None, scaling: float | None, varlen: Callable[..., torch.Tensor]
 ) -> None:
     bounds, num_tokens = [0, *itertools.accumulate(lengths)], sum(lengths)
     q, k, v = (heads(count, num_tokens, 8, torch.float32, i) for i, count in enumerate((2 * group, 2, 2)))
     by_segment, _ = packed_attention(MODULE, q, k, v, None, scaling, sliding_window=window, cu_seqlens=bounds)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(varlen_attention, "varlen_attn", plain_varlen)
+        patch.setattr(varlen_attention, "varlen_attn", varlen)
         segment_bounds = AttentionCache().bounds_on(torch.device("cpu"), bounds)
         in_one = varlen_attention.varlen_attention(q, k, v, segment_bounds, scaling, window)
     assert in_one.shape == by_segment.shape == (1, num_tokens, 2 * group, 8)
@@ -97,8 +125,9 @@ def test_arguments_of_flash_attention(as_on_a_gpu: list[tuple[Any, ...]]) -> Non
     for window in (None, 3):
         packed_attention(MODULE, q, k, v, None, 0.5, sliding_window=window, cu_seqlens=[0, 4, 9], attention_cache=cache)
     first, second = as_on_a_gpu
-    assert first[-1] == {"scale": 0.5, "window_size": (-1, 0), "enable_gqa": True}
-    assert second[-1] == {"scale": 0.5, "window_size": (2, 0), "enable_gqa": True}
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    assert first[-1] == {"scale": 0.5, "window_size": (-1, 0), **grouped}
+    assert second[-1] == {"scale": 0.5, "window_size": (2, 0), **grouped}
     assert first[3].tolist() == [0, 4, 9] and first[5:7] == (5, 5)
     assert first[3] is second[3] is first[4]  # one copy to the device for all layers
     assert torch.equal(first[1], k[0].transpose(0, 1))  # not repeated for each query head
