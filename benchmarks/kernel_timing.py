@@ -80,7 +80,7 @@ def replayed(calls: Calls, rounds: int) -> dict[str, float]:
                 call()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):  # whose tables the calls have just cached
             for call in calls:
                 call()
     except RuntimeError as error:

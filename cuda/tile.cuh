@@ -1,7 +1,8 @@
 // Tiles of 64 x 64 in shared memory and their products on tensor cores, for float, bf16 and fp16.
 //
-// A float goes through the tensor cores as a sum of two tf32 (three products, what is left out is below 2^-21 of the
-// result), so that float tasks keep float accuracy; sums are in float for every type.
+// A float goes through the tensor cores as a sum of two tf32 (three products; what is left out is below 2^-21 of a
+// term). Sums are in float for every type; a tensor core cuts off instead of rounding, so that a sum of 1,024 terms is
+// off by about 2^-18 of their magnitudes, where a rounded one is off by 2^-22.
 // Hopper's wgmma would fit here, behind the same loads and products.
 #pragma once
 #include "common.cuh"

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from engine.kernels import cupy_launcher
 from engine.kernels import grouped_gemm as entry
 from engine.kernels.grouped_gemm_device import MatrixProduct, launch_products
+from tests.engine.kernels import tolerances
 from tests.engine.kernels.conftest import MakeLauncher
 from tests.engine.kernels.poison import poisoned_memory
 from tests.thoroughness import examples
 
 __all__ = ["poisoned_memory"]
 
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}  # of the sum of absolute terms
 SMALLEST = {torch.float16: 1e-6}  # what weights lose that are subnormal in this type
-DTYPES = list(TOLERANCE)
+DTYPES = list(tolerances.PRODUCTS)
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,13 @@ def at(make_launcher: MakeLauncher, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def check(problem: Problem, launcher: Any, **how: bool) -> None:
     actual, expected, most = problem.run(launcher, **how), problem.expected(), problem.expected(magnitude)
+    tolerance = tolerances.of_products(problem.dtype, launcher.device)
     for tensors, reference, bounds in zip(actual.of_use, expected.of_use, most.of_use, strict=True):
         for tensor, right, bound in zip(tensors, reference, bounds, strict=True):
             assert tensor.shape == right.shape
             excess = (tensor.double() - right).abs() - SMALLEST.get(problem.dtype, 0.0)
             error = (excess / (bound + 1e-30)).max().item() if tensor.numel() else 0.0
-            assert error <= TOLERANCE[problem.dtype], f"{error:.2e}"  # a NaN fails, too
+            assert error <= tolerance, f"{error:.2e}"  # a NaN fails, too
 
 
 WIDTHS = st.one_of(st.integers(1, 24), st.sampled_from([63, 64, 65, 100, 128, 200]))

@@ -52,6 +52,18 @@ def test_the_probe_sees_through_a_tiny_initialisation(architecture: str, monkeyp
         Backbone(model)
 
 
+def test_a_fault_of_a_library_is_not_reported_as_an_unsupported_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 has no enable_gqa: each backbone was refused, with a text about its forward."""
+    text = "varlen_attn() got an unexpected keyword argument 'enable_gqa'"
+
+    def fail(*_: object) -> None:
+        raise TypeError(text)
+
+    monkeypatch.setattr("engine.runtime.attention.fallback_reason", fail)
+    with pytest.raises(TypeError, match="enable_gqa"):
+        Backbone(model_of(CONFIGS["llama"]))
+
+
 def test_attention_that_is_chunked_is_refused() -> None:
     config = hf.LlamaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     config.layer_types = ["chunked_attention"]

@@ -16,12 +16,12 @@ from engine.kernels.multi_lora.descriptors import GroupUse, are_laid_out, descri
 from engine.kernels.multi_lora.device_products import GroupProducts, add_addresses
 from engine.kernels.multi_lora.launch_plan import LaunchPlan
 from engine.kernels.multi_lora.types import AdapterSlice, LowRank
+from tests.engine.kernels import tolerances
 from tests.engine.kernels.conftest import MakeLauncher
 from tests.thoroughness import examples
 
 AnyLauncher = Any  # of conftest: with `device` and, on the host, `launched`
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}  # of the sum of absolute terms
-DTYPES = list(TOLERANCE)
+DTYPES = list(tolerances.PRODUCTS)
 STEP, SITE = 3, 1
 
 
@@ -202,6 +202,7 @@ def magnitude(tensor: torch.Tensor) -> torch.Tensor:
 def check(problem: Problem, launcher: AnyLauncher) -> None:
     """Check each element's error against the sum of its terms' magnitudes, so that cancellation hides nothing."""
     actual, expected, most = problem.run(launcher), problem.expected(), problem.expected(magnitude)
+    tolerance = tolerances.of_products(problem.dtype, launcher.device)
     for op, y in enumerate(actual.ys):
         outside = ~problem.covered(op)
         assert torch.equal(y[outside], problem._before(op, torch.Tensor.double)[outside].to(y.dtype))
@@ -210,7 +211,7 @@ def check(problem: Problem, launcher: AnyLauncher) -> None:
         assert (tensor is None) == (reference is None)
         if tensor is not None and reference is not None and bound is not None:
             error = ((tensor.double() - reference).abs() / (bound + 1e-30)).max().item() if tensor.numel() else 0.0
-            assert error <= TOLERANCE[problem.dtype], f"{error:.2e}"  # a NaN fails, too
+            assert error <= tolerance, f"{error:.2e}"  # a NaN fails, too
 
 
 def flat(results: "Results") -> list[torch.Tensor | None]:
