@@ -95,7 +95,7 @@ def varlen_attention(
 
 
 @functools.cache
-def _grouped_heads_options(function: Callable[..., Any], num_heads: int, num_key_heads: int) -> dict[str, bool]:
+def _grouped_heads_options(function: Callable[..., Any], num_heads: int, num_key_heads: int) -> dict[str, Any]:
     """Returns the options that let several query heads share a key head.
 
     torch 2.11 has no option for it and does not compare the numbers of heads; its kernel takes fewer key heads.
