@@ -66,16 +66,24 @@ def jobs(
 
 
 def run(chosen: Jobs, device: torch.device, out: Path, minutes: float) -> dict[str, Any]:
-    """Run all points until the minutes are over. The record has the number of points that were left out."""
+    """Run all points until the minutes are over.
+
+    The record has the number of points that were left out, and the errors of points that failed.
+    """
     torch.manual_seed(0)
     ends = time.monotonic() + 60 * minutes
-    record: dict[str, Any] = {"ceilings": ceilings(device), "points": [], "left_out": 0}
+    record: dict[str, Any] = {"ceilings": ceilings(device), "points": [], "left_out": 0, "failed": []}
     out.mkdir(parents=True, exist_ok=True)
     for kernel, measure in [(name, measure) for name, measures in chosen.items() for measure in measures]:
         if time.monotonic() > ends:
             record["left_out"] += 1
             continue
-        point = {"kernel": kernel, **measure()}
+        try:
+            point = {"kernel": kernel, **measure()}
+        except Exception as error:  # the other points are measured all the same
+            record["failed"].append(f"{kernel}: {type(error).__name__}: {error}")
+            print(record["failed"][-1], flush=True)
+            continue
         record["points"].append(point)
         record["environment"] = environment(device)
         (out / "kernels.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -93,7 +101,8 @@ def page(record: Mapping[str, Any]) -> str:
     return (
         f"`{where['command']}` at commit {where['commit']}, {where['date']}, on {where['device']} (driver "
         f"{where['driver']}; {versions}).\nIts own ceilings: {limits['bytes_per_second'] / 1e12:.2f} TB/s of a copy, "
-        f"{limits['flop_per_second'] / 1e12:.0f} TFLOP/s of a bf16 product. {record['left_out']} points left out.\n\n"
+        f"{limits['flop_per_second'] / 1e12:.0f} TFLOP/s of a bf16 product. {record['left_out']} points left out, "
+        f"{len(record['failed'])} failed{''.join(f'; {why}' for why in record['failed'])}.\n\n"
         + "\n".join("| " + " | ".join(line) + " |" for line in lines)
         + "\n"
     )
@@ -115,7 +124,7 @@ def row(point: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
         point["kernel"], point["point"], str(point.get("tokens", "")), str(point.get("tasks", "")),
         f"{ours['ms']:.3f}{added}", _or_dash(ours, "graph_ms", 3), f"{ours['launch_us']:.0f}",
         _or_dash(ours, "graph_launch_us", 1), f"{floors[0]:.3f}, {floors[1]:.3f}", f"{spent / max(floors):.2f}",
-        "; ".join([*beside, *_choice(point)]), "; ".join(_errors(point["errors"])),
+        "; ".join([*beside, *_choice(point)]), "; ".join(worst_errors(point["errors"])),
         "; ".join(f"{name}: {why}" for name, why in point.get("left_out", {}).items()),
     ]  # fmt: skip
 
@@ -139,7 +148,7 @@ def _or_dash(times: Mapping[str, float], name: str, digits: int) -> str:
     return f"{times[name]:.{digits}f}" if name in times else "-"
 
 
-def _errors(errors: Mapping[str, Any]) -> list[str]:
+def worst_errors(errors: Mapping[str, Any]) -> list[str]:
     """Return the worst error of each variant."""
     worst = {name: max(value.values()) if isinstance(value, dict) else value for name, value in errors.items()}
     return [f"{name} {value:.1e}" for name, value in worst.items()]
@@ -171,6 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = run(chosen, device, options.out, options.minutes)
     if options.out == report.RESULTS and record["points"]:
         report.put_on_page("kernels", f"## Kernels\n\n{page(record)}")
+    if record["failed"]:
+        sys.exit(f"{len(record['failed'])} points failed: {'; '.join(record['failed'])}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ class Point:
     sequence_tokens: int = 1024
     hidden: int = 4096
     dtype: torch.dtype = torch.bfloat16
+    num_layers: int = 1
+    vocabulary: int = 256
 
     @property
     def task_tokens(self) -> int:
@@ -64,12 +66,14 @@ def points(is_small: bool = False) -> list[Point]:
 
 def _model(point: Point, device: torch.device) -> Any:
     config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=point.hidden, intermediate_size=point.hidden * 7 // 2, num_hidden_layers=1,
+        vocab_size=point.vocabulary, hidden_size=point.hidden, intermediate_size=point.hidden * 7 // 2,
+        num_hidden_layers=point.num_layers,
         num_attention_heads=point.hidden // 128 or 1, num_key_value_heads=max(1, point.hidden // 512),
         head_dim=min(128, point.hidden), rope_theta=500000.0, max_position_embeddings=8192,
     )  # fmt: skip
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).to(device=device, dtype=point.dtype)
+    with device:  # weights are drawn there: on a CPU that takes seconds a layer
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=point.dtype)
 
 
 class Layer:

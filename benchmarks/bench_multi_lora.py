@@ -1,10 +1,11 @@
-"""Times multi_lora against the frozen operators, cuBLAS with a block-diagonal S, and HF PEFT's LoRA linear.
+"""Times multi_lora against the frozen operators, cuBLAS with a block-diagonal S, grouped_mm, and HF PEFT's linear.
 
 Forward and backward, for groups of operators that read the same X. All get equal inputs and are checked against float64
 before they are timed. `first` writes the low-rank products of Y before the base product, which accumulates onto them;
 `after` adds them to its result; `ours` is the choice of `accumulates_into_base_gemm`. `cublas` computes all tasks'
-low-rank products as dense products of the whole stream, with S masked to each task's ranks; `peft` runs a LoRA linear
-of HF PEFT on each task's tokens; `frozen` is the base operators alone: (ms / frozen - 1) is what adapters add.
+low-rank products as dense products of the whole stream, with S masked to each task's ranks; `grouped_mm` as six calls
+of torch's grouped product; `peft` runs a LoRA linear of HF PEFT on each task's tokens; `frozen` is the base operators
+alone: (ms / frozen - 1) is what adapters add.
 """
 
 import itertools
@@ -179,6 +180,46 @@ class BlockDiagonal:
         return ys, dx, gradients
 
 
+class GroupedMm:
+    """Run torch's grouped_mm: six calls an operator, ranks padded to the largest, a group for each task.
+
+    `__init__` is not timed: factors are padded once a step. All operators are used by the same tasks on all tokens.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.each = [self._padded(operator, inputs.x.dtype) for operator in inputs.operators]
+        uses = inputs.operators[0].uses
+        self.ends_G = torch.tensor([use.end for use in uses], dtype=torch.int32, device=inputs.x.device)
+        self.scale = uses[0].scale
+        assert {use.scale for operator in inputs.operators for use in operator.uses} == {self.scale}
+
+    @staticmethod
+    def _padded(operator: Operator, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[int]]:
+        """Return A [G, R, K] and B [G, N, R] with zeros beyond a task's rank, and the ranks."""
+        ranks = [len(low_rank.a_RK) for low_rank in operator.factors]
+        size = -(-max(ranks) // 8) * 8  # rows of 16 bytes
+        (k, n), weight = operator.weight_KN.shape, operator.weight_KN
+        a_GRK, b_GNR = (weight.new_zeros(len(ranks), *shape) for shape in ((size, k), (n, size)))
+        for a_RK, b_NR, rank, low_rank in zip(a_GRK, b_GNR, ranks, operator.factors, strict=True):
+            a_RK[:rank], b_NR[:, :rank] = low_rank.a_RK.detach().to(dtype), low_rank.b_NR.detach().to(dtype)
+        return a_GRK, b_GNR, ranks
+
+    def __call__(self, inputs: Inputs) -> Result:
+        grouped_mm, ends_G = torch.nn.functional.grouped_mm, self.ends_G
+        ys, dx = frozen(inputs)
+        gradients: list[Tensor] = []
+        for y, dy, (a_GRK, b_GNR, ranks) in zip(ys, inputs.dys, self.each, strict=True):
+            s_TR = grouped_mm(inputs.x, a_GRK.transpose(1, 2), offs=ends_G).mul_(self.scale)
+            y.add_(grouped_mm(s_TR, b_GNR.transpose(1, 2), offs=ends_G))
+            e_TR = grouped_mm(dy, b_GNR, offs=ends_G).mul_(self.scale)
+            db_GNR = grouped_mm(dy.T, s_TR, offs=ends_G)
+            da_GRK = grouped_mm(e_TR.T, inputs.x, offs=ends_G)
+            dx.add_(grouped_mm(e_TR, a_GRK, offs=ends_G))
+            for da_RK, db_NR, rank in zip(da_GRK, db_GNR, ranks, strict=True):
+                gradients += [da_RK[:rank], db_NR[:, :rank]]
+        return ys, dx, gradients
+
+
 class Peft:
     """Run a LoRA linear of HF PEFT for each operator and task, on its own tokens, sharing the base weight."""
 
@@ -281,7 +322,7 @@ def measured(
 ) -> dict[str, Any]:
     """Return errors and times of one point, and the faster way to add Y's low-rank products beside the chosen one.
 
-    A peer that raises NotDoneError is left out, with its reason. A peer with wrong results is reported and not timed.
+    A peer that fails is left out, with its reason. A peer with wrong results is reported and not timed.
     Raises AssertionError if an error of ours is larger than rounding.
     """
     sets = [[Inputs.drawn(point, group, device) for group in point.groups] for _ in range(num_sets)]
@@ -292,12 +333,15 @@ def measured(
     }
     runs: dict[str, list[Callable[[], object]]] = {"frozen": _calls([[frozen] * len(groups) for groups in sets], sets)}
     reference, errors_by_name, left_out = expected(sets[0][0]), dict[str, dict[str, float]](), dict[str, str]()
-    for name, prepare in {**ours_by_variant, "cublas": BlockDiagonal, "peft": Peft, **(peers or {})}.items():
+    others: dict[str, Contender] = {"cublas": BlockDiagonal, "grouped_mm": GroupedMm, "peft": Peft, **(peers or {})}
+    for name, prepare in {**ours_by_variant, **others}.items():
         try:
             runs_of_sets = [[prepare(inputs) for inputs in groups] for groups in sets]
             errors_by_name[name] = errors(runs_of_sets[0][0](sets[0][0]), reference)
-        except NotDoneError as error:
-            left_out[name] = str(error)
+        except Exception as error:  # a peer's package may be missing, older, or unable to run these shapes
+            if name in ours_by_variant:
+                raise
+            left_out[name] = str(error) if isinstance(error, NotDoneError) else f"{type(error).__name__}: {error}"
             continue
         is_right = all(value < TOLERANCE for value in errors_by_name[name].values())
         assert is_right or name not in ours_by_variant, (point, name, errors_by_name[name])

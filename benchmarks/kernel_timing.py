@@ -57,6 +57,13 @@ def _one(call: Callable[[], object], device: torch.device) -> float:
     return float(begin.elapsed_time(end))
 
 
+def median_ms(calls: Calls, rounds: int, device: torch.device) -> float:
+    """Return the median milliseconds of a call, after each has run twice."""
+    for call in (*calls, *calls):
+        call()
+    return statistics.median(_one(calls[turn % len(calls)], device) for turn in range(rounds))
+
+
 def launch_cost(calls: Calls, device: torch.device) -> float:
     """Return the microseconds of host time for one call, without waiting for the device."""
     values = []

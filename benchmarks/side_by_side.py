@@ -103,7 +103,8 @@ def main() -> None:
     origin, measured = report.origin(f"side_by_side_{arguments.device}"), list[dict[str, Any]]()
     clock, skipped, earlier = Clock(arguments.seconds), list[str](), on_page(origin) if arguments.keep else []
     with tempfile.TemporaryDirectory(prefix="muxtune-bench-") as scratch:
-        folder = smollm2(arguments.backbone, Path(scratch))
+        needs_weights = any(row[0] == "smollm2" for row in work)
+        folder = smollm2(arguments.backbone, Path(scratch)) if needs_weights else Path(scratch)
         for i, row in enumerate(work):
             if clock.has_time:
                 measured.append(one_work(arguments, folder, Path(scratch) / str(i), *row))

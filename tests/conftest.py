@@ -9,8 +9,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: pytes
 import pytest
 from hypothesis import settings
 
-from muxtune import aio, client, transport
-
 settings.register_profile("thorough", deadline=None)  # `make test-all`; see tests/thoroughness.py
 settings.register_profile("default", deadline=None)
 
@@ -18,6 +16,8 @@ settings.register_profile("default", deadline=None)
 @pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make clients retry as often as by default, but milliseconds apart."""
+    from muxtune import aio, client, transport  # the engine's tests run where gRPC is not installed
+
     policy = copy.deepcopy(transport._RETRY_POLICY)
     policy["methodConfig"][0]["retryPolicy"] |= {"initialBackoff": "0.01s", "maxBackoff": "0.01s"}  # type: ignore[index]
     monkeypatch.setattr(transport, "_OPTIONS", [("grpc.service_config", json.dumps(policy)), *transport._OPTIONS[1:]])

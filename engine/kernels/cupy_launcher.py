@@ -56,21 +56,22 @@ class CupyLauncher(CachingUploader):
         tensors: Sequence[torch.Tensor],
     ) -> None:
         """Launch the kernel. torch's allocator orders the reuse of the memory that the struct points into."""
-        import cupy
-
         with torch.cuda.device(self.device):
-            # torch skips this call if the index is the thread's default; it makes the device's context the thread's
-            # own, which `_function` needs. autograd's threads may have none before.
-            cupy.cuda.runtime.setDevice(self.device.index)
-            function = self._function(kernel, shared_bytes)
+            function = self.function(kernel, shared_bytes)
             stream = _StreamAddress(self.stream)  # read each time: a capture has its own
             function((num_blocks,), (THREADS,), (struct,), shared_mem=shared_bytes, stream=stream)
 
-    def _function(self, kernel: Kernel, shared_bytes: int) -> Any:
-        """Return the kernel, loaded once, with permission for this much shared memory."""
-        if kernel not in self._functions:
-            import cupy
+    def function(self, kernel: Kernel, shared_bytes: int) -> Any:
+        """Return CuPy's kernel, loaded once, with permission for this much shared memory.
 
+        The launcher's device must be torch's current one.
+        """
+        import cupy
+
+        # Makes the device's context the thread's own: autograd's threads may have none, and torch does not call this
+        # for a thread's default device.
+        cupy.cuda.runtime.setDevice(self.device.index)
+        if kernel not in self._functions:
             if kernel.source not in self._modules:
                 path = cubin(kernel.source, self.architecture)
                 self._modules[kernel.source] = cupy.RawModule(path=str(path))
