@@ -7,7 +7,7 @@ DATA ?= muxtune-data
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help demo up test test-all test-rest test-kernels test-gpu kernels sanitize bench-kernels bench bench-gpu bench-profile bench-planner lint types protos clean
+.PHONY: help demo up test test-all test-rest test-oldest test-kernels test-gpu kernels sanitize bench-kernels bench bench-gpu bench-profile bench-planner lint types protos clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 15
@@ -42,6 +42,19 @@ test-all: $(READY) ## everything that needs no GPU: all architectures, both data
 
 test-rest: $(READY) ## what test-all runs and test does not
 	$(PYTEST) -m "not gpu and (thorough or hypothesis)" $(THOROUGH)
+
+# The lowest versions that pyproject.toml allows, in an environment of their own. torch 2.11 takes gigabytes: it comes
+# with CUDA.
+OLDEST := .venv-oldest
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q --upgrade pip
+	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt -e '.[admission,alignment,execution,cuda,test]'
+	touch $(OLDEST)/.ready
+
+test-oldest: $(OLDEST)/.ready ## the engine's tests on the lowest versions that pyproject.toml allows
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not thorough" tests/engine \
+	  tests/contract tests/benchmarks/test_bench_kernels.py tests/benchmarks/test_device_check.py
 
 test-kernels: $(READY) ## the CUDA kernels' tests that need no GPU: their own source, run on this CPU; part of test
 	python -m pytest -m "not gpu" tests/engine/kernels tests/benchmarks

@@ -1,4 +1,4 @@
-"""What each stage of device_check.py gets, and the records that it yields: figures, with a `line` in words."""
+"""Defines what each stage of device_check.py gets, and its records: figures, with a `line` that says them in words."""
 
 import time
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ MANY, FEW = 16384, 2048  # tokens
 
 @dataclass(frozen=True)
 class Setting:
-    """What a stage needs. `seconds`: time that it has, from `started` (monotonic)."""
+    """Holds what a stage needs. `seconds`: time that it has, from `started` (monotonic)."""
 
     device: torch.device
     launcher: Any
