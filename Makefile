@@ -54,7 +54,7 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 
 test-oldest: $(OLDEST)/.ready ## the engine's tests on the lowest versions that pyproject.toml allows
 	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not thorough" tests/engine \
-	  tests/contract tests/benchmarks/test_bench_kernels.py tests/benchmarks/test_device_check.py
+	  tests/benchmarks/test_bench_kernels.py tests/benchmarks/test_device_check.py
 
 test-kernels: $(READY) ## the CUDA kernels' tests that need no GPU: their own source, run on this CPU; part of test
 	python -m pytest -m "not gpu" tests/engine/kernels tests/benchmarks

@@ -78,6 +78,12 @@ def hangs(setting: Setting) -> Iterator[Record]:
     time.sleep(600)
 
 
+@pytest.fixture(autouse=True)
+def cuda_has_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests of this process may have started CUDA; the script itself has not when it forks."""
+    monkeypatch.setattr("torch.cuda._is_in_bad_fork", lambda: False)
+
+
 def run_all(folder: Path, stages: list[Stage], seconds: float) -> tuple[int, list[dict[str, Any]]]:
     status = check(stages, folder, seconds, "abc")
     return status, json.loads((folder / "device_check.json").read_text())["stages"]

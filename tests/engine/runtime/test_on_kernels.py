@@ -41,6 +41,8 @@ def on_kernels(launcher: Any) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cupy_launcher, "launcher_of", lambda _: launcher)
         patch.setattr(torch.Tensor, "is_cuda", True)
+        # A build of torch with CUDA has it, and would look for the GPU.
+        patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
         yield
 
 
