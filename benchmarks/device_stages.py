@@ -169,10 +169,11 @@ def sanitize(setting: Setting) -> Iterator[Record]:
 
 def compare_side_by_side(setting: Setting) -> Iterator[Record]:
     """Run side_by_side.py on the 7B shape: 8 tasks, in turn with HF PEFT on the same base weights."""
-    if setting.is_dry:
-        yield {"line": "side by side needs a GPU"}
-        return
     command = [sys.executable, "benchmarks/side_by_side.py", "--device", "cuda", "--works", "1", "--rounds", "3"]
+    if setting.is_dry:  # its imports are what can be tried without one
+        text = run(command, setting)
+        yield {"line": text.strip()} | ({} if "needs a CUDA device" in text else {"error": "another answer"})
+        return
     text = run([*command, "--seconds", str(int(setting.remaining)), "--no-write"], setting)
     yield {"text": text[-12000:], "line": text[-2500:]}
     if "engine is faster by" not in text:

@@ -17,7 +17,6 @@ from benchmarks.models import Choice
 from benchmarks.systems import BatchAndPad, Engine, Losses, OneAfterAnother, PeftTrainer, System
 from benchmarks.workload import Workload
 from engine.runtime.backbone import sharing_copy
-from services.execution.trainer.device_info import memory_bytes, used_bytes
 
 _SPAWN = multiprocessing.get_context("spawn")  # CUDA wants it, and a fork would share the parent's pages
 
@@ -183,8 +182,14 @@ def release() -> None:
 def make_room() -> None:
     """Release memory between turns if more than half of it is in use. Else each system finds what it freed in its turn
     before, as it would alone."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if 2 * used_bytes(kind) > memory_bytes(kind):
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        is_half_full = 2 * free < total
+    else:  # a lent GPU's machine need not have what the services import
+        from services.execution.trainer.device_info import memory_bytes, used_bytes
+
+        is_half_full = 2 * used_bytes("cpu") > memory_bytes("cpu")
+    if is_half_full:
         release()
 
 

@@ -23,20 +23,29 @@ ABSENT = ("grpc", "obstore", "opentelemetry", "sqlalchemy", "alembic", "cryptogr
 """Packages that a lent machine need not have."""
 
 
-def test_every_stage_runs_here_with_nothing_but_its_packages(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+@pytest.fixture
+def run_script(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Return a function that runs the script where ABSENT cannot be imported, and returns its stages by letter."""
     for name in ABSENT:
         (tmp_path / "absent" / name).mkdir(parents=True)
         (tmp_path / "absent" / name / "__init__.py").write_text(f"raise ModuleNotFoundError('no {name} here')\n")
     kernels = request.config.cache.mkdir("muxtune-kernels")  # type: ignore[union-attr]
-    environment = os.environ | {
-        "PYTHONPATH": f"{tmp_path / 'absent'}:{ROOT}",
-        "MUXTUNE_HOST_KERNELS": str(kernels),
-    }
-    command = [sys.executable, "benchmarks/device_check.py", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    report = json.loads((tmp_path / "device_check.json").read_text())
-    stages = {stage["letter"]: stage for stage in report["stages"]}
+    paths = {"PYTHONPATH": f"{tmp_path / 'absent'}:{ROOT}", "MUXTUNE_HOST_KERNELS": str(kernels)}
+
+    def run(*options: str) -> dict[str, Any]:
+        command = [sys.executable, "benchmarks/device_check.py", "--out", str(tmp_path), *options]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | paths, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        report = json.loads((tmp_path / "device_check.json").read_text())
+        return {stage["letter"]: stage for stage in report["stages"]}
+
+    return run
+
+
+def test_every_stage_runs_here_with_nothing_but_its_packages(
+    run_script: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    stages = run_script()
     assert {letter: stage["ending"] for letter, stage in stages.items()} == dict.fromkeys("ABCDEFGHIJKL", "done")
     assert all(record["line"] for record in stages["B"]["records"]) and len(stages["B"]["records"]) == 7
     for letter, least in (("C", 100), ("D", 15)):  # collected here, run on a GPU
@@ -45,6 +54,11 @@ def test_every_stage_runs_here_with_nothing_but_its_packages(request: pytest.Fix
     assert {"frozen", "ours", "cublas", "grouped_mm", "peft"} <= times.keys()
     page = (tmp_path / "device_check.md").read_text()
     assert all(f"### {letter} " in page for letter in stages) and "| A ceilings | done |" in page
+
+
+def test_the_second_call_starts_with_nothing_but_its_packages(run_script: Callable[..., dict[str, Any]]) -> None:
+    stages = run_script("--second-call")
+    assert stages["M"]["ending"] == "done" and "needs a CUDA device" in stages["M"]["records"][0]["line"]
 
 
 def test_the_first_call_is_planned_within_nine_minutes() -> None:
