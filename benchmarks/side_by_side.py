@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import plots, report, trl_trainer, workload
+from benchmarks import report, trl_trainer, workload
 from benchmarks.goals import GOALS
 from benchmarks.instances import SHARING, Peaks, SeparateInstances, Setting, build, make_room
 from benchmarks.models import NAMES, Choice, smollm2
@@ -114,6 +114,8 @@ def main() -> None:
             works = in_order([*measured, *earlier])
             raw = origin | {"load_average": os.getloadavg(), "work": works, "skipped": skipped}
             if not arguments.no_write:  # after each workload: a later failure loses no result
+                from benchmarks import plots  # needs matplotlib
+
                 report.write(raw, section(raw))
                 plots.draw(raw["benchmark"])
     if arguments.no_write:

@@ -19,7 +19,18 @@ from benchmarks.device_stages import counts_of
 from benchmarks.device_timings import launches_of
 from benchmarks.kernel_timing import ROOT
 
-ABSENT = ("grpc", "obstore", "opentelemetry", "sqlalchemy", "alembic", "cryptography", "google", "typer", "gguf")
+ABSENT = (
+    "grpc",
+    "obstore",
+    "opentelemetry",
+    "sqlalchemy",
+    "alembic",
+    "cryptography",
+    "google",
+    "typer",
+    "gguf",
+    "matplotlib",
+)
 """Packages that a lent machine need not have."""
 
 
