@@ -130,9 +130,14 @@ async def test_a_change_reaches_only_the_subscribers_of_its_task_on_the_other_re
         receiver.notifier.subscribe(TASK + "2") as other,
         receiver.notifier.subscribe(ANY_CHANGE) as anything,
     ):
-        sender.notifier.notify_tasks([TASK])
-        await asyncio.wait_for(changed.wait(), SECONDS)
-        assert not other.is_set() and not anything.is_set()
+        for _ in range(5):  # a replica wakes all when it connects and from time to time, but not five times in a row
+            for event in (changed, other, anything):
+                event.clear()
+            sender.notifier.notify_tasks([TASK])
+            await asyncio.wait_for(changed.wait(), SECONDS)
+            if not (was_more_woken := other.is_set() or anything.is_set()):
+                break
+        assert not was_more_woken
         sender.notifier.notify([TASK + "2"])
         await asyncio.wait_for(anything.wait(), SECONDS)
         await asyncio.wait_for(other.wait(), SECONDS)
