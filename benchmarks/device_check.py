@@ -20,6 +20,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,10 +129,11 @@ def run_stage(stage: Stage, limit: float, commit: str | None) -> tuple[list[Reco
         process.start()
         process.join(limit)
         is_late = process.is_alive()
-        if is_late and process.pid is not None:
-            os.killpg(process.pid, signal.SIGKILL)  # what it started too
-            process.join()
-        records = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it started and left behind too
+        process.join()
+        lines = file.read_text().splitlines(keepends=True)
+        records = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be cut off
     if is_late:
         return records, f"out of time after {limit:.0f} s"
     if process.exitcode and process.exitcode < 0:

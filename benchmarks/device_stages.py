@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib import metadata
@@ -183,13 +184,14 @@ def compare_side_by_side(setting: Setting) -> Iterator[Record]:
 def run(command: Sequence[str], setting: Setting) -> str:
     """Return the output of a command in the repository's root, ended when the stage's time is over."""
     limit = max(5.0, setting.remaining - 2)
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit, check=False
-        )
-        return done.stdout.decode(errors="replace")
-    except subprocess.TimeoutExpired as error:
-        return (error.stdout or b"").decode(errors="replace") + f"\nended after {limit:.0f} s: out of time\n"
+    with tempfile.TemporaryFile() as output:  # no pipe: what the command leaves behind could hold it open
+        try:
+            subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=limit, check=False)
+        except subprocess.TimeoutExpired:
+            output.seek(0, io.SEEK_END)
+            output.write(f"\nended after {limit:.0f} s: out of time\n".encode())
+        output.seek(0)
+        return output.read().decode(errors="replace")
 
 
 def output_of(command: Sequence[str]) -> str:
