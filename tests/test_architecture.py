@@ -138,6 +138,18 @@ def test_docstrings_begin_with_a_sentence() -> None:
     assert offenders(paths, lambda path: fragments(path.read_text())) == {}
 
 
+def default_pool_uses(path: Path) -> list[str]:
+    """Return the lines that run work on asyncio's default threads, which one tenant's calls could all hold."""
+    lines = path.read_text().splitlines()
+    return [line.strip() for line in lines if re.search(r"\bto_thread\(|run_in_executor\(None", line)]
+
+
+def test_admission_and_alignment_leave_the_default_threads_alone() -> None:
+    """`close` runs when no call is left."""
+    found = offenders(sources("services/admission", "services/alignment", "services/storage"), default_pool_uses)
+    assert found == {"services/admission/store/request_batcher.py": ["await asyncio.to_thread(self.close)"]}
+
+
 CUDA = sorted((ROOT / "cuda").glob("*.cu*")) + sorted((ROOT / "tests" / "engine" / "kernels" / "host").glob("*.[ch]*"))
 
 

@@ -33,6 +33,7 @@ FOLDERS = {
     "services/rpc": "gRPC servers and channels: authentication, authorization, limits, errors, spans of calls",
     "services/conversion": "conversion between protos and dataclasses",
     "services/storage": "the artifact store",
+    "services/concurrency": "how tenants share threads, computation, memory and disk within a process",
     "services/admission": "the service that clients call, and the owner of the database",
     "services/admission/api": "the RPCs that clients, operators and scheduling call",
     "services/admission/policy": "rules that accept or refuse tasks and uploads",

@@ -37,6 +37,7 @@ from services.admission.store.api_keys import KeyStore
 from services.admission.store.audit_log import create_audit_writer
 from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
+from services.admission.threads import AdmissionThreads
 from services.rpc.authentication import Authenticate
 from services.rpc.certificates import Certificates
 from services.rpc.client_channel import open_channel
@@ -121,29 +122,28 @@ async def main() -> None:
     artifacts = ArtifactStore.open(settings.artifact_url)
     alignment_channel = open_channel(settings.alignment_address, settings.mesh_secret, settings.client_tls("alignment"))
     alignment = alignment_pb2_grpc.AlignmentServiceStub(alignment_channel)
-    quota, notifier, keys = settings.quota(), ChangeNotifier(), KeyStore(database)
+    quota, notifier, keys, threads = settings.quota(), ChangeNotifier(), KeyStore(database), AdmissionThreads()
     default = quota.to_proto()
-    controller = AdmissionController(database, artifacts, alignment, quota)
-    servicer = AdmissionServicer(database, artifacts, alignment, controller, notifier, settings.max_upload_bytes)
+    controller = AdmissionController(database, artifacts, alignment, quota, threads)
+    servicer = AdmissionServicer(
+        database, artifacts, alignment, controller, notifier, settings.max_upload_bytes, threads
+    )
     remove_datasets = servicer.dataset_objects.remove_all_unreferenced
-    collection = GarbageCollectionLoop(GarbageCollector(database, artifacts), remove_datasets)
-    ledger, limits = LedgerServicer(notifier, collection.add), LimitsWatcher(database, default, notifier)
+    collection = GarbageCollectionLoop(GarbageCollector(database, artifacts), remove_datasets, threads.cleanup)
+    ledger = LedgerServicer(notifier, collection.add, threads.ledger)
+    limits = LimitsWatcher(database, default, notifier, threads.ledger)
     acquire = partial(Ledger, database, quota=default, max_crashes=settings.max_crashes)
     health = health_aio.HealthServicer()
-    leader = LedgerLeader(acquire, ledger, (ledger.watch_lease_deadlines, collection.run, limits.run), health)
-    replicas = Replicas(database, notifier) if database.is_shared else SingleReplica()
+    jobs = (ledger.watch_lease_deadlines, collection.run, limits.run)
+    leader = LedgerLeader(acquire, ledger, jobs, health, threads.ledger)
+    replicas = Replicas(database, notifier, threads.ledger) if database.is_shared else SingleReplica()
     running: list[asyncio.Task[None]] = []
 
     audit = create_audit_writer(database)
     unauthenticated_limiter = UnauthenticatedCallLimiter(RateLimit(settings.refusals_per_second), audit)
 
-    def register(server: grpc.aio.Server) -> list[str]:
-        admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, server)
-        key_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(keys), server)
-        operator_pb2_grpc.add_OperatorServiceServicer_to_server(OperatorServicer(database, default, notifier), server)
-        ledger_pb2_grpc.add_LedgerServiceServicer_to_server(ledger, server)
-        modules = (admission_pb2, key_pb2, operator_pb2, ledger_pb2)
-        return [service.full_name for m in modules for service in m.DESCRIPTOR.services_by_name.values()]
+    operators = OperatorServicer(database, default, notifier, threads.operators)
+    register = partial(_register, servicer, KeyServicer(keys, threads.operators), operators, ledger)
 
     async def start(address: str) -> None:
         await health.set(LEDGER_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -172,6 +172,22 @@ async def main() -> None:
     await replicas.publish_pending()
     await database.finish()
     database.close()
+
+
+def _register(
+    clients: AdmissionServicer,
+    keys: KeyServicer,
+    operators: OperatorServicer,
+    ledger: LedgerServicer,
+    server: grpc.aio.Server,
+) -> list[str]:
+    """Add the servicers to the server; return the full names of their services."""
+    admission_pb2_grpc.add_AdmissionServiceServicer_to_server(clients, server)
+    key_pb2_grpc.add_KeyServiceServicer_to_server(keys, server)
+    operator_pb2_grpc.add_OperatorServiceServicer_to_server(operators, server)
+    ledger_pb2_grpc.add_LedgerServiceServicer_to_server(ledger, server)
+    modules = (admission_pb2, key_pb2, operator_pb2, ledger_pb2)
+    return [service.full_name for m in modules for service in m.DESCRIPTOR.services_by_name.values()]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from engine.errors import UnavailableError
 from muxtune.v1 import ledger_pb2
 from services.admission.api.servicer import LedgerServicer
 from services.admission.ledger.ledger import Ledger
+from services.concurrency.threads import Threads
 
 LEDGER_SERVICE = ledger_pb2.DESCRIPTOR.services_by_name["LedgerService"].full_name
 _CHECK_SECONDS = 1.0
@@ -27,16 +28,18 @@ class LedgerLeader:
         servicer: LedgerServicer,
         jobs: Sequence[Callable[[], Coroutine[Any, Any, None]]],
         health: health_aio.HealthServicer,
+        threads: Threads,
     ) -> None:
         self._acquire, self._servicer, self._jobs, self._health = acquire, servicer, jobs, health
+        self._threads = threads
 
     async def lead(self) -> None:
         """Lead until cancelled, or until another process acquires the ledger. Raises what a job raises."""
-        ledger = await asyncio.to_thread(self._acquire)
+        ledger = await self._threads.run(self._acquire)
         _log.info("leads the ledger in term %d", ledger.fence.term)
         with self._servicer.serve_ledger(ledger):
             await self._health.set(LEDGER_SERVICE, health_pb2.HealthCheckResponse.SERVING)
-            jobs = [*(job() for job in self._jobs), _wait_until_superseded(ledger)]
+            jobs = [*(job() for job in self._jobs), self._wait_until_superseded(ledger)]
             running = [asyncio.create_task(job) for job in jobs]
             try:
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -49,14 +52,13 @@ class LedgerLeader:
                 await asyncio.gather(*running, return_exceptions=True)
                 _log.info("no longer leads the ledger")
 
-
-async def _wait_until_superseded(ledger: Ledger) -> None:
-    """Return when another process has acquired the ledger. A leader that was slow to start may have acquired it from
-    one that started meanwhile; then both start again."""
-    while True:
-        await asyncio.sleep(_CHECK_SECONDS)
-        try:
-            if not await asyncio.to_thread(ledger.fence.is_current):
-                return
-        except UnavailableError as error:
-            _log.warning("cannot check who leads the ledger, will be retried: %s", error)
+    async def _wait_until_superseded(self, ledger: Ledger) -> None:
+        """Return when another process has acquired the ledger. A leader that was slow to start may have acquired it
+        from one that started meanwhile; then both start again."""
+        while True:
+            await asyncio.sleep(_CHECK_SECONDS)
+            try:
+                if not await self._threads.run(ledger.fence.is_current):
+                    return
+            except UnavailableError as error:
+                _log.warning("cannot check who leads the ledger, will be retried: %s", error)

@@ -46,13 +46,13 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
                 elif part == "file" and tenant and upload is None:
                     upload = DatasetUpload(request.file.size_bytes, request.file.sha256, self._max_dataset_bytes)
                 elif part == "chunk" and upload is not None:
-                    await self._threads.run_short(upload.add, request.chunk.offset, request.chunk.data)
+                    await self._threads.files.run(tenant, upload.add, request.chunk.offset, request.chunk.data)
                 else:
                     order = f"{part or 'an empty part'} is out of order; send the tenant, the file, then only chunks"
                     raise InvalidInputError.of_field("part", order)
             if upload is None:
                 raise InvalidInputError.of_field("file", "is missing")
-            stored = await self._threads.run_long(tenant, self._datasets.store, tenant, upload)
+            stored = await self._threads.long.run(tenant, self._datasets.store, tenant, upload)
         finally:
             if upload is not None:
                 upload.discard()
@@ -70,14 +70,14 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
         if options.num_samples < 0:
             raise InvalidInputError.of_field("options.num_samples", f"{options.num_samples} must not be negative")
         samples = min(options.num_samples or _DEFAULT_SAMPLES, _MAX_SAMPLES)
-        report = await self._threads.run_long(
+        report = await self._threads.long.run(
             request.tenant, self._datasets.inspect, request.tenant, request.sha256, options.backbone, training, samples
         )
         check_num_steps(report.num_steps)
         return pb.InspectDatasetResponse(report=preflight_to_proto(report))
 
     async def RemoveDataset(self, request: pb.RemoveDatasetRequest, context: Any) -> pb.RemoveDatasetResponse:
-        await asyncio.to_thread(self._datasets.remove, request.tenant, request.sha256)
+        await self._threads.removals.run(self._datasets.remove, request.tenant, request.sha256)
         return pb.RemoveDatasetResponse()
 
     async def StreamMicrobatches(
@@ -86,13 +86,14 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
         check_layout(request)
         members = [await self._member(request.backbone, member) for member in request.members]
         stream = rounds(members, request.token_budget, request.chunk_tokens)
+        tenants = " ".join(sorted({tenant_of(member.task) for member in request.members}))
         # Make one microbatch ahead of the one being sent; gRPC's flow control delays the rest.
-        ahead = asyncio.create_task(self._threads.run_short(_next_message, stream))
+        ahead = asyncio.create_task(self._threads.packing.run(tenants, _next_message, stream))
         try:
             while (message := await ahead) is not None:
                 if self._is_closing:
                     raise UnavailableError("Alignment is stopping. Open the stream again.")
-                ahead = asyncio.create_task(self._threads.run_short(_next_message, stream))
+                ahead = asyncio.create_task(self._threads.packing.run(tenants, _next_message, stream))
                 yield message
         finally:
             ahead.cancel()
@@ -105,8 +106,8 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
         version = (tenant, member.dataset_version, backbone, training)
         dataset = self._datasets.cached(*version)
         if dataset is None:
-            dataset = await self._threads.run_long(tenant, self._datasets.tokenized, *version)
-        return await self._threads.run_short(_packed_task, member, dataset, training)
+            dataset = await self._threads.long.run(tenant, self._datasets.tokenized, *version)
+        return await self._threads.packing.run(tenant, _packed_task, member, dataset, training)
 
 
 def _packed_task(member: pb.Member, dataset: TokenizedDataset, training: Training) -> PackedTask:

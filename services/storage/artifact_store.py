@@ -1,7 +1,7 @@
 """The artifact store: keeps datasets, checkpoints and adapters as objects, in a folder or in S3.
 
 A folder is committed by a conditional put of its manifest, which succeeds only if there is none yet. Synchronous;
-asyncio callers use `asyncio.to_thread`. Source: obstore (Apache arrow-rs object_store).
+asyncio callers use a pool of threads. Source: obstore (Apache arrow-rs object_store).
 """
 
 import hashlib

@@ -1,6 +1,5 @@
 """RPCs of adapters. protos/muxtune/v1/admission.proto specifies each RPC."""
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator
 from functools import partial
@@ -23,7 +22,8 @@ from services.admission.policy.admission_controller import AdmissionController
 from services.admission.store import datasets_and_adapters, idempotency, tasks
 from services.admission.store.database import Database
 from services.admission.store.tables import adapters
-from services.resource_names import ResourceName, is_task, new_name
+from services.admission.threads import AdmissionThreads
+from services.resource_names import ResourceName, is_task, new_name, tenant_of
 from services.rpc.authentication import current_principal
 from services.rpc.authorization import authorize, authorize_parent
 from services.storage.artifact_store import ArtifactStore, Manifest
@@ -39,6 +39,7 @@ class AdapterRpcs:
     _artifacts: ArtifactStore
     _controller: AdmissionController
     _max_upload_bytes: int
+    _threads: AdmissionThreads
 
     async def UploadAdapter(self, request_iterator: Any, context: Any) -> pb.UploadAdapterResponse:
         upload, header = AdapterUpload(self._max_upload_bytes), None
@@ -47,7 +48,7 @@ class AdapterRpcs:
             if part == "header" and header is None:
                 header = request.header
                 tenant = authorize_parent(current_principal(), header.parent)
-                await asyncio.to_thread(self._check_quota, tenant, header)
+                await self._threads.clients.run(tenant, self._check_quota, tenant, header)
             elif part == "file" and header is not None:
                 upload.start_file(request.file)
             elif part == "chunk" and header is not None:
@@ -58,21 +59,19 @@ class AdapterRpcs:
                 )
         if header is None:
             raise InvalidInputError.of_field("header", "must come first, but nothing was sent")
-        return pb.UploadAdapterResponse(
-            adapter=await asyncio.to_thread(self._store_adapter, tenant, header, upload.finish())
-        )
+        files = await self._threads.transfers.run(tenant, upload.finish)
+        return pb.UploadAdapterResponse(adapter=await self._store_adapter(tenant, header, files))
 
     async def DownloadAdapter(
         self, request: pb.DownloadAdapterRequest, context: Any
     ) -> AsyncIterator[pb.DownloadAdapterResponse]:
-        manifest = await asyncio.to_thread(self._read_manifest, request.name)
+        tenant = str(current_principal().tenant)
+        manifest = await self._read_manifest(tenant, request.name)
         for name, entry in sorted(manifest.files.items()):
             try:
-                data = await asyncio.to_thread(self._artifacts.read_file, manifest, name)
+                data = await self._threads.transfers.run(tenant, self._artifacts.read_file, manifest, name)
             except ArtifactCorruptError:
-                await asyncio.to_thread(
-                    self._read_manifest, request.name
-                )  # raises if the adapter was deleted meanwhile
+                await self._read_manifest(tenant, request.name)  # raises if the adapter was deleted meanwhile
                 raise
             yield pb.DownloadAdapterResponse(
                 file=artifact_pb2.FileHeader(file_name=name, size_bytes=entry.size_bytes, sha256=entry.sha256)
@@ -83,15 +82,17 @@ class AdapterRpcs:
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Any) -> pb.ListAdaptersResponse:
         tenant = authorize_parent(current_principal(), request.parent)
-        rows, token = await page_tokens.read_page(request, ["adapters", tenant], partial(self._adapter_page, tenant))
+        read = partial(self._threads.clients.run, tenant, partial(self._adapter_page, tenant))
+        rows, token = await page_tokens.read_page(request, ["adapters", tenant], read)
         adapters = [datasets_and_adapters.adapter_to_proto(row) for row in rows]
         return pb.ListAdaptersResponse(adapters=adapters, next_page_token=token)
 
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Any) -> pb.DeleteAdapterResponse:
         name = authorize(current_principal(), request.name, "adapters")
-        folder = await asyncio.to_thread(self._delete_adapter, name)
+        tenant = tenant_of(name)
+        folder = await self._threads.clients.run(tenant, self._delete_adapter, name)
         try:
-            await asyncio.to_thread(self._artifacts.delete_folder, folder)
+            await self._threads.transfers.run(tenant, self._artifacts.delete_folder, folder)
         except UnavailableError as error:  # the adapter is deleted; garbage collection deletes its files later
             _log.warning("files of %s not deleted yet: %s", name, error)
         return pb.DeleteAdapterResponse()
@@ -105,28 +106,38 @@ class AdapterRpcs:
             if not is_repeated and not datasets_and_adapters.has_adapter(connection, name):
                 self._controller.check_adapter_bytes(connection, tenant, 1)
 
-    def _store_adapter(
+    async def _store_adapter(
         self, tenant: str, header: artifact_pb2.UploadHeader, files: dict[str, bytes]
     ) -> artifact_pb2.Adapter:
         digest = idempotency.hash_parts(*(data for _, data in sorted(files.items())))
         body = idempotency.hash_parts(header.id.encode(), digest.encode())
-        with self._database.read() as connection:
-            if existing := idempotency.find_resource(connection, tenant, header.request_id, "UploadAdapter", body):
-                return datasets_and_adapters.adapter_to_proto(
-                    datasets_and_adapters.get_adapter_row(connection, existing)
-                )
-            name = new_name(tenant, "adapters", header.id, "header.id")
-            datasets_and_adapters.find_same_adapter(connection, name, digest)
+        database, store = self._threads.clients, self._threads.transfers
+        existing = await database.run(tenant, self._find_uploaded_adapter, tenant, header.request_id, body)
+        if existing is not None:
+            return datasets_and_adapters.adapter_to_proto(existing)
+        name = new_name(tenant, "adapters", header.id, "header.id")
+        await database.run(tenant, self._find_same_adapter, name, digest)
         folder = datasets_and_adapters.new_upload(name, digest)
-        manifest = self._artifacts.commit_folder(folder, files, {})
+        manifest = await store.run(tenant, self._artifacts.commit_folder, folder, files, {})
         try:
-            row = self._record_adapter(tenant, name, header.request_id, body, digest, manifest)
+            record = partial(self._record_adapter, tenant, name, header.request_id, body, digest, manifest)
+            row = await database.run(tenant, record)
         except (AlreadyExistsError, QuotaExceededError, RequestIdReusedError):
-            self._artifacts.delete_folder(folder)
+            await store.run(tenant, self._artifacts.delete_folder, folder)
             raise
         if row.manifest_key != manifest.key:  # the adapter exists already, by its name or by the same request
-            self._artifacts.delete_folder(folder)
+            await store.run(tenant, self._artifacts.delete_folder, folder)
         return datasets_and_adapters.adapter_to_proto(row)
+
+    def _find_uploaded_adapter(self, tenant: str, request_id: str, body: str) -> Any | None:
+        """Return the row of the adapter that the request created before, or None."""
+        with self._database.read() as connection:
+            name = idempotency.find_resource(connection, tenant, request_id, "UploadAdapter", body)
+            return datasets_and_adapters.get_adapter_row(connection, name) if name else None
+
+    def _find_same_adapter(self, name: str, digest: str) -> Any | None:
+        with self._database.read() as connection:
+            return datasets_and_adapters.find_same_adapter(connection, name, digest)
 
     def _record_adapter(
         self, tenant: str, name: str, request_id: str, body: str, digest: str, manifest: Manifest
@@ -149,7 +160,11 @@ class AdapterRpcs:
         with self._database.write() as connection:
             return datasets_and_adapters.delete_adapter(connection, name)
 
-    def _read_manifest(self, name: str) -> Manifest:
+    async def _read_manifest(self, tenant: str, name: str) -> Manifest:
+        key = await self._threads.clients.run(tenant, self._read_manifest_key, name)
+        return await self._threads.transfers.run(tenant, self._artifacts.read_manifest, key)
+
+    def _read_manifest_key(self, name: str) -> str:
         principal = current_principal()
         with self._database.read() as connection:
             if is_task(name):
@@ -161,5 +176,5 @@ class AdapterRpcs:
                         state=row.state,
                     )
                 name = row.adapter
-            key = datasets_and_adapters.get_adapter_row(connection, authorize(principal, name, "adapters")).manifest_key
-        return self._artifacts.read_manifest(key)
+            row = datasets_and_adapters.get_adapter_row(connection, authorize(principal, name, "adapters"))
+            return str(row.manifest_key)

@@ -1,6 +1,5 @@
 """RPCs of datasets and backbones. protos/muxtune/v1/admission.proto specifies each RPC."""
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator
 from functools import partial
@@ -18,6 +17,7 @@ from services.admission.policy.task_estimator import INSPECT_SECONDS
 from services.admission.store import datasets_and_adapters, idempotency
 from services.admission.store.database import Database
 from services.admission.store.tables import datasets
+from services.admission.threads import AdmissionThreads
 from services.failpoints import failpoint
 from services.resource_names import new_name, tenant_of
 from services.rpc.authentication import current_principal
@@ -35,22 +35,22 @@ class DatasetRpcs:
     _alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub"
     _controller: AdmissionController
     dataset_objects: DatasetObjects
+    _threads: AdmissionThreads
 
     async def UploadDataset(self, request_iterator: Any, context: Any) -> pb.UploadDatasetResponse:
         header, file, chunks = await _receive_headers(request_iterator)
         tenant = authorize_parent(current_principal(), header.parent)
         body = idempotency.hash_parts(header.id.encode(), file.sha256.encode())
-        name = await asyncio.to_thread(self._choose_dataset_name, tenant, header, body)
-        dataset = await asyncio.to_thread(self._find_same_dataset, name, header.request_id, body, file.sha256.lower())
+        run = partial(self._threads.clients.run, tenant)
+        name = await run(self._choose_dataset_name, tenant, header, body)
+        dataset = await run(self._find_same_dataset, name, header.request_id, body, file.sha256.lower())
         if dataset is None:
-            await asyncio.to_thread(self._controller.check_dataset_upload, tenant, file.size_bytes)
+            await run(self._controller.check_dataset_upload, tenant, file.size_bytes)
             async with self.dataset_objects.lock(tenant, file.sha256.lower()):
                 stored = await self._alignment.StoreDataset(_to_store_requests(tenant, file, chunks))
                 failpoint("dataset.stored")
                 try:
-                    dataset = await asyncio.to_thread(
-                        self._store_dataset, tenant, name, header.request_id, body, stored
-                    )
+                    dataset = await run(self._store_dataset, tenant, name, header.request_id, body, stored)
                 except MuxtuneError:
                     await self.dataset_objects.remove_unreferenced(tenant, stored.sha256)
                     raise
@@ -58,17 +58,18 @@ class DatasetRpcs:
 
     async def GetDataset(self, request: pb.GetDatasetRequest, context: Any) -> pb.GetDatasetResponse:
         name = authorize(current_principal(), request.name, "datasets")
-        return pb.GetDatasetResponse(dataset=await asyncio.to_thread(self._read_dataset, name))
+        return pb.GetDatasetResponse(dataset=await self._read_dataset(name))
 
     async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Any) -> pb.ListDatasetsResponse:
         tenant = authorize_parent(current_principal(), request.parent)
-        rows, token = await page_tokens.read_page(request, ["datasets", tenant], partial(self._dataset_page, tenant))
+        read = partial(self._threads.clients.run, tenant, partial(self._dataset_page, tenant))
+        rows, token = await page_tokens.read_page(request, ["datasets", tenant], read)
         datasets = [datasets_and_adapters.dataset_to_proto(row) for row in rows]
         return pb.ListDatasetsResponse(datasets=datasets, next_page_token=token)
 
     async def PreflightDataset(self, request: pb.PreflightDatasetRequest, context: Any) -> pb.PreflightDatasetResponse:
         principal = current_principal()
-        dataset = await asyncio.to_thread(self._read_dataset, authorize(principal, request.name, "datasets"))
+        dataset = await self._read_dataset(authorize(principal, request.name, "datasets"))
         answer = await self._alignment.InspectDataset(
             alignment_pb2.InspectDatasetRequest(
                 tenant=str(principal.tenant), sha256=dataset.sha256, options=request.options
@@ -80,9 +81,9 @@ class DatasetRpcs:
     async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Any) -> pb.DeleteDatasetResponse:
         principal = current_principal()
         name = authorize(principal, request.name, "datasets")
-        dataset = await asyncio.to_thread(self._read_dataset, name)
+        dataset = await self._read_dataset(name)
         async with self.dataset_objects.lock(str(principal.tenant), dataset.sha256):
-            await asyncio.to_thread(self._delete_dataset, name)
+            await self._threads.clients.run(tenant_of(name), self._delete_dataset, name)
             try:
                 await self.dataset_objects.remove_unreferenced(str(principal.tenant), dataset.sha256)
             except UnavailableError as error:  # the dataset is deleted; garbage collection deletes its bytes later
@@ -90,7 +91,7 @@ class DatasetRpcs:
         return pb.DeleteDatasetResponse()
 
     async def ListBackbones(self, request: pb.ListBackbonesRequest, context: Any) -> pb.ListBackbonesResponse:
-        executors = await asyncio.to_thread(self._executors)
+        executors = await self._threads.clients.run(str(current_principal().tenant), self._executors)
         return pb.ListBackbonesResponse(backbones=_summarize(executors))
 
     def _choose_dataset_name(self, tenant: str, header: artifact_pb2.UploadHeader, body: str) -> str:
@@ -126,9 +127,9 @@ class DatasetRpcs:
                 idempotency.record_request(connection, tenant, request_id, "UploadDataset", body, name)
             return datasets_and_adapters.dataset_to_proto(datasets_and_adapters.get_dataset_row(connection, name))
 
-    def _read_dataset(self, name: str) -> dataset_pb2.Dataset:
-        with self._database.read() as connection:
-            return datasets_and_adapters.dataset_to_proto(datasets_and_adapters.get_dataset_row(connection, name))
+    async def _read_dataset(self, name: str) -> dataset_pb2.Dataset:
+        row = await self._database.query(partial(datasets_and_adapters.get_dataset_row, name=name))
+        return datasets_and_adapters.dataset_to_proto(row)
 
     def _dataset_page(self, tenant: str, before: tuple[int, str] | None, limit: int) -> Any:
         with self._database.read() as connection:

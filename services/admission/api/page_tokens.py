@@ -3,11 +3,10 @@
 The binding detects mistakes, not forgeries: a forged token shows its caller nothing that the caller may not see.
 """
 
-import asyncio
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from engine.errors import InvalidInputError
@@ -28,16 +27,16 @@ class PageRequest(Protocol):
 async def read_page(
     request: PageRequest,
     query: Sequence[str],
-    read: Callable[[Position | None, int], Sequence[Any]],
+    read: Callable[[Position | None, int], Awaitable[Sequence[Any]]],
     position: Callable[[Any], Position] = lambda row: (row.created, row.name),
 ) -> tuple[Sequence[Any], str]:
     """Return the rows of the requested page, and the token of the page after it; "" if there is none.
 
-    `read` returns at most so many rows after a position, in a thread. Raises InvalidInputError as `resolve_size` and
+    `read` returns at most so many rows after a position. Raises InvalidInputError as `resolve_size` and
     `decode`.
     """
     size = resolve_size(request.page_size)
-    rows = await asyncio.to_thread(read, decode(query, request.page_token), size + 1)
+    rows = await read(decode(query, request.page_token), size + 1)
     page = rows[:size]
     return page, encode(query, *position(page[-1])) if len(rows) > size else ""
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -30,6 +30,8 @@ from services.admission.store.api_keys import KeyStore
 from services.admission.store.change_notifier import ANY_CHANGE, ChangeNotifier
 from services.admission.store.clock import to_microseconds, to_timestamp
 from services.admission.store.database import Database
+from services.admission.threads import AdmissionThreads
+from services.concurrency.threads import Threads
 from services.rpc.authorization import Role
 from services.storage.artifact_store import ArtifactStore
 
@@ -37,6 +39,7 @@ _COLLECTED_RESULTS = ("checkpoint_committed", "finished", "failed")
 _MAX_LEASE_SECONDS = 86_400.0
 _HINT_SECONDS = 0.025  # changes in this time share one message: a message for each new task costs as much as the task
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class AdmissionServicer(TaskRpcs, DatasetRpcs, AdapterRpcs, admission_pb2_grpc.AdmissionServiceServicer):
@@ -50,38 +53,42 @@ class AdmissionServicer(TaskRpcs, DatasetRpcs, AdapterRpcs, admission_pb2_grpc.A
         controller: AdmissionController,
         notifier: ChangeNotifier,
         max_upload_bytes: int,
+        threads: AdmissionThreads,
     ) -> None:
         self._database, self._artifacts, self._alignment = database, artifacts, alignment
         self._controller, self._notifier, self._max_upload_bytes = controller, notifier, max_upload_bytes
-        self.dataset_objects = DatasetObjects(database, artifacts, alignment)
+        self._threads, self.dataset_objects = threads, DatasetObjects(database, artifacts, alignment, threads)
 
 
 class KeyServicer(key_pb2_grpc.KeyServiceServicer):
     """Serves API keys to operators."""
 
-    def __init__(self, keys: KeyStore) -> None:
-        self._keys = keys
+    def __init__(self, keys: KeyStore, threads: Threads) -> None:
+        self._keys, self._threads = keys, threads
 
     async def CreateApiKey(self, request: key_pb2.CreateApiKeyRequest, context: Any) -> key_pb2.CreateApiKeyResponse:
         expires = to_microseconds(request.expire_time, "expire_time") if request.HasField("expire_time") else None
-        row, secret = await asyncio.to_thread(self._keys.create, request.tenant, expires, _to_role(request.role))
+        row, secret = await self._threads.run(self._keys.create, request.tenant, expires, _to_role(request.role))
         return key_pb2.CreateApiKeyResponse(key=_key_to_proto(row), secret=secret)
 
     async def ListApiKeys(self, request: key_pb2.ListApiKeysRequest, context: Any) -> key_pb2.ListApiKeysResponse:
-        rows = await asyncio.to_thread(self._keys.list_keys, request.tenant)
+        rows = await self._threads.run(self._keys.list_keys, request.tenant)
         return key_pb2.ListApiKeysResponse(keys=[_key_to_proto(row) for row in rows])
 
     async def RevokeApiKey(self, request: key_pb2.RevokeApiKeyRequest, context: Any) -> key_pb2.RevokeApiKeyResponse:
-        row = await asyncio.to_thread(self._keys.revoke, request.id)
+        row = await self._threads.run(self._keys.revoke, request.id)
         return key_pb2.RevokeApiKeyResponse(key=_key_to_proto(row))
 
 
 class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
     """Serves the ledger to scheduling, while this replica leads it."""
 
-    def __init__(self, notifier: ChangeNotifier, on_recorded: Callable[[Iterable[str]], None]) -> None:
-        self._notifier, self._on_recorded = notifier, on_recorded
+    def __init__(
+        self, notifier: ChangeNotifier, on_recorded: Callable[[Iterable[str]], None], threads: Threads
+    ) -> None:
+        self._notifier, self._on_recorded, self._threads = notifier, on_recorded, threads
         self._leading: Ledger | None = None
+        self._commits: set[asyncio.Task[object]] = set()
 
     @contextmanager
     def serve_ledger(self, ledger: Ledger) -> Iterator[None]:
@@ -116,12 +123,12 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
 
     async def GetSnapshot(self, request: ledger_pb2.GetSnapshotRequest, context: Any) -> ledger_pb2.GetSnapshotResponse:
         await self.end_expired_leases()
-        return await asyncio.to_thread(self._ledger.snapshot)
+        return await self._threads.run(self._ledger.snapshot)
 
     async def CommitPlan(self, request: ledger_pb2.CommitPlanRequest, context: Any) -> ledger_pb2.CommitPlanResponse:
         started = [start.task for start in request.starts]
         commit = partial(self._ledger.commit_plan, request)
-        attempts = await self._notifier.commit_and_notify(commit, lambda _: self._notifier.notify_tasks(started))
+        attempts = await self._commit_and_notify(commit, lambda _: self._notifier.notify_tasks(started))
         return ledger_pb2.CommitPlanResponse(attempts=attempts)
 
     async def CommitResults(
@@ -129,7 +136,7 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
     ) -> ledger_pb2.CommitResultsResponse:
         results = list(request.results)
         commit = partial(self._ledger.commit_results, request.executor, request.lease_term, results)
-        verdicts, _ = await self._notifier.commit_and_notify(
+        verdicts, _ = await self._commit_and_notify(
             commit, lambda committed: self._notify_watchers(results, committed[1])
         )
         return ledger_pb2.CommitResultsResponse(verdicts=verdicts)
@@ -138,7 +145,7 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
         self, request: ledger_pb2.RevokeAttemptsRequest, context: Any
     ) -> ledger_pb2.RevokeAttemptsResponse:
         revoke = partial(self._ledger.revoke_attempts, request.executor, list(request.tasks), request.reason)
-        revoked = await self._notifier.commit_and_notify(revoke, self._notifier.notify)
+        revoked = await self._commit_and_notify(revoke, self._notifier.notify)
         return ledger_pb2.RevokeAttemptsResponse(num_revoked=len(revoked))
 
     async def LeadScheduling(
@@ -149,7 +156,7 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
             raise InvalidInputError.of_field(field, "must name the scheduler and its incarnation")
         seconds = _to_lease_seconds(request.duration)
         acquire = partial(self._ledger.scheduler_lease.acquire, request.scheduler, request.incarnation, seconds)
-        leader, incarnation, term = await asyncio.to_thread(acquire)
+        leader, incarnation, term = await self._threads.run(acquire)
         return ledger_pb2.LeadSchedulingResponse(leader=leader, incarnation=incarnation, leader_term=term)
 
     async def PutLease(self, request: ledger_pb2.PutLeaseRequest, context: Any) -> ledger_pb2.PutLeaseResponse:
@@ -160,25 +167,23 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
             if request.executor.lease_term != term or request.executor.draining:
                 self._notifier.notify(revoked)
 
-        term, _ = await self._notifier.commit_and_notify(
-            partial(self._ledger.put_lease, request.executor, seconds), notify
-        )
+        term, _ = await self._commit_and_notify(partial(self._ledger.put_lease, request.executor, seconds), notify)
         return ledger_pb2.PutLeaseResponse(lease_term=term)
 
     async def EndLease(self, request: ledger_pb2.EndLeaseRequest, context: Any) -> ledger_pb2.EndLeaseResponse:
         end = partial(self._ledger.end_lease, request.executor, request.incarnation)
-        await self._notifier.commit_and_notify(end, self._notifier.notify)
+        await self._commit_and_notify(end, self._notifier.notify)
         return ledger_pb2.EndLeaseResponse()
 
     async def RecordAuditEvent(
         self, request: ledger_pb2.RecordAuditEventRequest, context: Any
     ) -> ledger_pb2.RecordAuditEventResponse:
-        await asyncio.to_thread(self._ledger.record_audit_event, request.event)
+        await self._threads.run(self._ledger.record_audit_event, request.event)
         return ledger_pb2.RecordAuditEventResponse()
 
     async def end_expired_leases(self) -> None:
         """End expired leases, revoke their attempts, and wake the tasks' watchers and scheduling."""
-        await self._notifier.commit_and_notify(
+        await self._commit_and_notify(
             self._ledger.end_expired_leases, lambda revoked: self._notifier.notify(revoked) if revoked else None
         )
 
@@ -191,6 +196,20 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
                 with _log_and_retry_later("end of expired leases"):
                     await self.end_expired_leases()
                     self._notifier.notify()
+
+    async def _commit_and_notify(self, commit: Callable[[], T], on_committed: Callable[[T], None]) -> T:
+        """Run `commit` in a thread and pass its result to `on_committed`, even if the caller is cancelled meanwhile:
+        watchers must hear of every change."""
+
+        async def run() -> T:
+            result = await self._threads.run(commit)
+            on_committed(result)
+            return result
+
+        task = asyncio.create_task(run())
+        self._commits.add(task)
+        task.add_done_callback(self._commits.discard)
+        return await asyncio.shield(task)
 
     def _notify_watchers(self, results: Sequence[plan_pb2.TaskResult], changes_plan: bool) -> None:
         """Wake the watchers of these tasks and, if the plan may have to change, scheduling."""

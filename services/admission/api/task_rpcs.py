@@ -16,6 +16,7 @@ from services.admission.policy.admission_controller import AdmissionController, 
 from services.admission.store import audit_log, idempotency, tasks
 from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
+from services.admission.threads import AdmissionThreads
 from services.conversion.task import state_to_domain
 from services.failpoints import failpoint
 from services.resource_names import new_name
@@ -34,6 +35,7 @@ class TaskRpcs:
     _database: Database
     _notifier: ChangeNotifier
     _controller: AdmissionController
+    _threads: AdmissionThreads
 
     async def CreateTask(self, request: pb.CreateTaskRequest, context: Any) -> pb.CreateTaskResponse:
         principal, trace_parent = current_principal(), current_trace_parent()
@@ -73,7 +75,8 @@ class TaskRpcs:
         tenant = authorize_parent(current_principal(), request.parent)
         states = [state_to_domain(state) for state in request.states]
         query = ["tasks", tenant, *sorted(state.name for state in states)]
-        rows, token = await page_tokens.read_page(request, query, partial(self._page, tenant, states))
+        read = partial(self._threads.clients.run, tenant, partial(self._page, tenant, states))
+        rows, token = await page_tokens.read_page(request, query, read)
         return pb.ListTasksResponse(tasks=[tasks.to_proto(row) for row in rows], next_page_token=token)
 
     async def WatchTask(self, request: pb.WatchTaskRequest, context: Any) -> AsyncIterator[pb.WatchTaskResponse]:

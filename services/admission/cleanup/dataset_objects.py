@@ -6,7 +6,6 @@ that writes its row, and checks there that the bytes exist.
 """
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from weakref import WeakValueDictionary
 
 import sqlalchemy as sa
@@ -15,6 +14,7 @@ from engine.errors import UnavailableError
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc
 from services.admission.store import datasets_and_adapters
 from services.admission.store.database import Database
+from services.admission.threads import AdmissionThreads
 from services.storage.artifact_layout import ROOT, DatasetObject
 from services.storage.artifact_store import ArtifactStore
 
@@ -29,11 +29,10 @@ class DatasetObjects:
         database: Database,
         artifacts: ArtifactStore,
         alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub",
+        threads: AdmissionThreads,
     ) -> None:
-        self._database, self._artifacts, self._alignment = database, artifacts, alignment
+        self._database, self._artifacts, self._alignment, self._threads = database, artifacts, alignment, threads
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        # Separate threads: they wait for alignment, and no other call may wait for them.
-        self._removals = ThreadPoolExecutor(4, "removal")
 
     def lock(self, tenant: str, sha256: str) -> asyncio.Lock:
         """Return the lock that this process holds while it stores bytes and writes their row, or deletes both."""
@@ -51,12 +50,12 @@ class DatasetObjects:
     async def remove_unreferenced(self, tenant: str, sha256: str) -> None:
         """Remove the bytes unless a dataset refers to them. The caller holds `lock`. Raises UnavailableError."""
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._removals, self._remove_unreferenced, tenant, sha256, loop)
+        await self._threads.removals.run(tenant, self._remove_unreferenced, tenant, sha256, loop)
 
     async def remove_all_unreferenced(self) -> None:
         """Remove all bytes that no dataset refers to, after uploads or deletions that were cut short. Raises
         UnavailableError."""
-        keys = await asyncio.to_thread(self._artifacts.list, ROOT)
+        keys = await self._threads.cleanup.run(self._artifacts.list, ROOT)
         for dataset in filter(None, map(DatasetObject.parse, keys)):
             async with self.lock(dataset.tenant, dataset.sha256):
                 await self.remove_unreferenced(dataset.tenant, dataset.sha256)

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable
 
 from engine.errors import MuxtuneError
 from services.admission.cleanup.garbage_collector import GarbageCollector
+from services.concurrency.threads import Threads
 
 _INTERVAL_SECONDS, _RETRY_SECONDS = 3600.0, 5.0
 _log = logging.getLogger(__name__)
@@ -15,8 +16,10 @@ _log = logging.getLogger(__name__)
 class GarbageCollectionLoop:
     """`remove_datasets` removes the bytes that no dataset refers to. Failed deletions are tried again."""
 
-    def __init__(self, collector: GarbageCollector, remove_datasets: Callable[[], Awaitable[None]]) -> None:
-        self._collector, self._remove_datasets = collector, remove_datasets
+    def __init__(
+        self, collector: GarbageCollector, remove_datasets: Callable[[], Awaitable[None]], threads: Threads
+    ) -> None:
+        self._collector, self._remove_datasets, self._threads = collector, remove_datasets, threads
         self._names: set[str] = set()
         self._added = asyncio.Event()
 
@@ -41,13 +44,13 @@ class GarbageCollectionLoop:
                 await asyncio.sleep(_RETRY_SECONDS)
 
     async def _collect_all(self) -> None:
-        num_folders = await asyncio.to_thread(self._collector.collect_all)
+        num_folders = await self._threads.run(self._collector.collect_all)
         await self._remove_datasets()
         _log.info("garbage collection deleted %d folders", num_folders)
 
     async def _collect_added(self) -> None:
         names = sorted(self._names)
-        await asyncio.to_thread(self._collector.collect, names)
+        await self._threads.run(self._collector.collect, names)
         self._names.difference_update(names)
 
     async def _wait_until(self, due: float) -> None:

@@ -12,6 +12,7 @@ from services.admission.policy import quotas
 from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
 from services.admission.store.tables import tasks
+from services.concurrency.threads import Threads
 
 _INTERVAL_SECONDS = 1.0
 _log = logging.getLogger(__name__)
@@ -20,15 +21,17 @@ _log = logging.getLogger(__name__)
 class LimitsWatcher:
     """Notifies whenever the set of tenants that must wait, or of tasks that must stop, changes."""
 
-    def __init__(self, database: Database, default: operator_pb2.Quota, notifier: ChangeNotifier) -> None:
-        self._database, self._default, self._notifier = database, default, notifier
+    def __init__(
+        self, database: Database, default: operator_pb2.Quota, notifier: ChangeNotifier, threads: Threads
+    ) -> None:
+        self._database, self._default, self._notifier, self._threads = database, default, notifier, threads
         self._last = (frozenset[str](), frozenset[str]())
 
     async def run(self) -> None:
         """Run until cancelled."""
         while True:
             try:
-                await asyncio.to_thread(self.check)
+                await self._threads.run(self.check)
             except MuxtuneError as error:
                 _log.warning("check of limits failed and will be retried: %s", error)
             await asyncio.sleep(_INTERVAL_SECONDS)

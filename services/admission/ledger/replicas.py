@@ -18,6 +18,7 @@ import psycopg
 from engine.errors import MuxtuneError
 from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
+from services.concurrency.threads import Threads
 
 SESSION = "muxtune replica"  # as pg_stat_activity names it
 _CHANNEL, _ALL_NAMES = "muxtune_changes", "*"
@@ -34,8 +35,9 @@ Lead = Callable[[], Coroutine[Any, Any, None]]
 class Replicas:
     """Connects this process to the other replicas. `run` and `publish_changes` run until cancelled."""
 
-    def __init__(self, database: Database, notifier: ChangeNotifier) -> None:
-        self._database, self._notifier, self._replica_id = database, notifier, uuid.uuid4().hex
+    def __init__(self, database: Database, notifier: ChangeNotifier, threads: Threads) -> None:
+        self._database, self._notifier, self._threads = database, notifier, threads
+        self._replica_id = uuid.uuid4().hex
         self._pending: set[str] = set()
         self._has_pending = asyncio.Event()
         notifier.publish = self._add_pending
@@ -62,7 +64,7 @@ class Replicas:
         self._has_pending.clear()
         names, self._pending = self._pending, set()
         try:
-            await asyncio.to_thread(self._database.notify, _CHANNEL, list(_format_payloads(self._replica_id, names)))
+            await self._threads.run(self._database.notify, _CHANNEL, list(_format_payloads(self._replica_id, names)))
         except MuxtuneError as error:
             _log.warning("other replicas not notified, will be retried: %s", error)
             await asyncio.sleep(_HEARTBEAT_SECONDS)

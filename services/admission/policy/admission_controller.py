@@ -3,7 +3,6 @@
 Stores nothing. The order is authorization, then idempotency, then validation (AIP-211, AIP-155).
 """
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +20,7 @@ from services.admission.store import datasets_and_adapters, tables
 from services.admission.store.database import Database
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import datasets, executors
+from services.admission.threads import AdmissionThreads
 from services.rpc.authorization import Principal, authorize, denied
 from services.storage.artifact_store import ArtifactStore
 
@@ -90,8 +90,9 @@ class AdmissionController:
         artifacts: ArtifactStore,
         alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub",
         quota: DefaultQuota,
+        threads: AdmissionThreads,
     ) -> None:
-        self._database, self._artifacts = database, artifacts
+        self._database, self._artifacts, self._threads = database, artifacts, threads
         self._quota_proto, self._estimator = quota.to_proto(), TaskEstimator(alignment, quota.planner)
 
     async def evaluate(self, principal: Principal, task: ResolvedTask) -> AdmittedTask:
@@ -99,7 +100,7 @@ class AdmissionController:
         domain, estimate = await self._estimator.estimate(str(principal.tenant), task.spec, task.executors)
         if key := task.initial_adapter_key:
             try:
-                await asyncio.to_thread(self._check_initial_adapter, domain, key)
+                await self._threads.transfers.run(str(principal.tenant), self._check_initial_adapter, domain, key)
             except NotFoundError as error:  # the adapter was deleted meanwhile
                 raise denied(domain.initial_adapter) from error
         return _admit(task, domain, estimate)

@@ -3,10 +3,8 @@
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 ANY_CHANGE = ""
-T = TypeVar("T")
 
 
 class ChangeNotifier:
@@ -16,22 +14,7 @@ class ChangeNotifier:
     def __init__(self) -> None:
         self._waiters: dict[str, set[asyncio.Event]] = {}
         self._closed = False
-        self._commits: set[asyncio.Task[object]] = set()
         self.publish: Callable[[Iterable[str]], None] | None = None
-
-    async def commit_and_notify(self, commit: Callable[[], T], on_committed: Callable[[T], None]) -> T:
-        """Run `commit` in a thread and pass its result to `on_committed`, even if the caller is cancelled meanwhile:
-        watchers must hear of every change."""
-
-        async def run() -> T:
-            result = await asyncio.to_thread(commit)
-            on_committed(result)
-            return result
-
-        task = asyncio.create_task(run())
-        self._commits.add(task)
-        task.add_done_callback(self._commits.discard)
-        return await asyncio.shield(task)
 
     def notify(self, names: Iterable[str] = ()) -> None:
         """Wake waiters of these tasks, and scheduling: its plan may have to change."""

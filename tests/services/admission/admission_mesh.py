@@ -46,6 +46,7 @@ from services.admission.store.audit_log import create_audit_writer
 from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
 from services.admission.store.tables import metadata
+from services.admission.threads import AdmissionThreads
 from services.alignment.dataset_store import DatasetStore
 from services.alignment.servicer import AlignmentServicer
 from services.rpc.authentication import mesh_authenticator
@@ -169,14 +170,18 @@ class Admission:
         self.artifacts, self.notifier = ArtifactStore.open(str(self.folder)), ChangeNotifier()
         self._to_alignment = open_channel(self._alignment_address, SECRET)
         alignment = alignment_pb2_grpc.AlignmentServiceStub(self._to_alignment)
-        quota = DefaultQuota(self.quota, PlannerConfig(256, 1))
-        self.key_store, ledger = KeyStore(self.database), LedgerServicer(self.notifier, lambda names: None)
+        quota, threads = DefaultQuota(self.quota, PlannerConfig(256, 1)), AdmissionThreads()
+        self.threads = threads
+        self.key_store, ledger = (
+            KeyStore(self.database),
+            LedgerServicer(self.notifier, lambda names: None, threads.ledger),
+        )
         self._serving = ExitStack()
         self._serving.enter_context(ledger.serve_ledger(Ledger(self.database, self.clock, quota=quota.to_proto())))
-        self.controller = AdmissionController(self.database, self.artifacts, alignment, quota)
-        self.limits = LimitsWatcher(self.database, quota.to_proto(), self.notifier)
+        self.controller = AdmissionController(self.database, self.artifacts, alignment, quota, threads)
+        self.limits = LimitsWatcher(self.database, quota.to_proto(), self.notifier, threads.ledger)
         servicer = self.servicer = AdmissionServicer(
-            self.database, self.artifacts, alignment, self.controller, self.notifier, MAX_UPLOAD_BYTES
+            self.database, self.artifacts, alignment, self.controller, self.notifier, MAX_UPLOAD_BYTES, threads
         )
         limit, audit = RateLimit(self.requests_per_second), create_audit_writer(self.database)
         self.unauthenticated_limiter = UnauthenticatedCallLimiter(RateLimit(self.refusals_per_second), audit)
@@ -187,9 +192,9 @@ class Admission:
         )
         self._server = grpc.aio.server(interceptors=[gate], options=[("grpc.so_reuseport", 0)])
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, self._server)
-        key_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(self.key_store), self._server)
+        key_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(self.key_store, threads.operators), self._server)
         operator_pb2_grpc.add_OperatorServiceServicer_to_server(
-            OperatorServicer(self.database, quota.to_proto(), self.notifier), self._server
+            OperatorServicer(self.database, quota.to_proto(), self.notifier, threads.operators), self._server
         )
         ledger_pb2_grpc.add_LedgerServiceServicer_to_server(ledger, self._server)
         address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"

@@ -106,13 +106,14 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def arrived(alignment: Alignment, monkeypatch: pytest.MonkeyPatch) -> asyncio.Queue[str]:
     """Collect the tenant of every call that requests long work."""
-    arrived, run_long = asyncio.Queue[str](), alignment.servicer._threads.run_long
+    arrived, threads = asyncio.Queue[str](), alignment.servicer._threads.long
+    run = threads.run
 
     async def record_and_run(tenant: str, *arguments: Any) -> Any:
         arrived.put_nowait(tenant)
-        return await run_long(tenant, *arguments)
+        return await run(tenant, *arguments)
 
-    monkeypatch.setattr(alignment.servicer._threads, "run_long", record_and_run)
+    monkeypatch.setattr(threads, "run", record_and_run)
     return arrived
 
 

@@ -20,6 +20,7 @@ from services.admission.ledger.replicas import SESSION, Replicas
 from services.admission.store import postgresql
 from services.admission.store.change_notifier import ANY_CHANGE, ChangeNotifier
 from services.admission.store.database import Database
+from services.concurrency.threads import Threads
 from tests.services.admission.admission_mesh import (
     TEN_ROWS,
     Admission,
@@ -46,7 +47,7 @@ class Replica:
 
     def __init__(self, url: str) -> None:
         self.database, self.notifier = Database(url), ChangeNotifier()
-        self.replicas = Replicas(self.database, self.notifier)
+        self.replicas = Replicas(self.database, self.notifier, Threads("ledger", 1))
         self.terms: list[int] = []
         self.is_leading = asyncio.Event()
         self.fence: FencedDatabase | None = None
@@ -215,7 +216,7 @@ async def test_a_task_created_at_one_is_watched_to_its_end_at_another(
         await other.start()
         stack.push_async_callback(other.close)
         for one in (admission, other):
-            replicas, idle = Replicas(one.database, one.notifier), asyncio.Event()
+            replicas, idle = Replicas(one.database, one.notifier, Threads("ledger", 1)), asyncio.Event()
             for work in (replicas.run(lambda idle=idle: idle.wait()), replicas.publish_changes()):  # type: ignore[misc]
                 stack.callback(asyncio.create_task(work).cancel)
         task = (await admission.create((await admission.upload()).name)).name

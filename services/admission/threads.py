@@ -1,0 +1,21 @@
+"""Threads of admission by kind of work, so that no client's work delays a lease, and no tenant's work another's."""
+
+from services.concurrency.threads import TenantThreads, Threads
+
+
+class AdmissionThreads:
+    """Pools of threads, built once.
+
+    `ledger`: leases, plans, results and who leads; only scheduling and admission itself use it.
+    `operators`, `cleanup`: calls of operators; the garbage collector. `clients`: reads and changes of the database.
+    `removals`: bytes of datasets, for which alignment is waited. `transfers`: files on the disk and in the store.
+    The pools that use the database, all but `transfers`, have 12 threads; it has 15 connections (SQLAlchemy's default).
+    """
+
+    def __init__(self) -> None:
+        self.ledger = Threads("ledger", 4)
+        self.operators = Threads("operators", 1)
+        self.cleanup = Threads("cleanup", 1)
+        self.clients = TenantThreads("clients", 4, 2)
+        self.removals = TenantThreads("removals", 2, 1)
+        self.transfers = TenantThreads("transfers", 16, 4)
