@@ -9,13 +9,13 @@ class AdmissionThreads:
     `ledger`: leases, plans, results and who leads; only scheduling and admission itself use it.
     `operators`, `cleanup`: calls of operators; the garbage collector. `clients`: reads and changes of the database.
     `removals`: bytes of datasets, for which alignment is waited. `transfers`: files on the disk and in the store.
-    The pools that use the database, all but `transfers`, have 12 threads; it has 15 connections (SQLAlchemy's default).
+    The pools that use the database, all but `transfers`, have 13 threads; it has 15 connections (SQLAlchemy's default).
     """
 
     def __init__(self) -> None:
         self.ledger = Threads("ledger", 4)
         self.operators = Threads("operators", 1)
-        self.cleanup = Threads("cleanup", 1)
+        self.cleanup = Threads("cleanup", 2)
         self.clients = TenantThreads("clients", 4, 2)
         self.removals = TenantThreads("removals", 2, 1)
         self.transfers = TenantThreads("transfers", 16, 4)

@@ -139,7 +139,7 @@ class DatasetStore:
         lines = iter(lambda: upload.file.readline(MAX_LINE_BYTES + 1), b"")
         with self._fair_queue.slot(tenant) as slot:
             shapes = Counter(row.shape for row in self._limited(parse_lines(lines), slot, math.inf))
-        self._store.put_new(key, Path(upload.file.name))
+        self._store.put(key, Path(upload.file.name))  # replaces bytes that changed in the store
         return StoredDataset(sha256, upload.file.tell(), shapes.total(), dict(shapes))
 
     def remove(self, tenant: str, sha256: str) -> None:

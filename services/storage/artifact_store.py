@@ -6,6 +6,7 @@ asyncio callers use a pool of threads. Source: obstore (Apache arrow-rs object_s
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +22,8 @@ from engine.errors import ArtifactCorruptError, InvalidInputError, UnavailableEr
 from engine.errors import NotFoundError as MissingError
 from services.failpoints import failpoint
 from services.storage.artifact_layout import check_key, file_key, folder_of_manifest, manifest_key
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,16 @@ class ArtifactStore:
             return False
         return True
 
+    def has_sha256(self, key: str, sha256: str) -> bool:
+        """Return whether the object exists and its bytes have this hash."""
+        digest = hashlib.sha256()
+        try:
+            for chunk in self.stream(key, 1 << 20):
+                digest.update(chunk)
+        except MissingError:
+            return False
+        return digest.hexdigest() == sha256
+
     def delete(self, key: str) -> None:
         """Delete the object if it exists."""
         with suppress(MissingError), _translated_errors("delete", key):
@@ -148,10 +161,13 @@ class ArtifactStore:
         return manifest, {name: self.read_file(manifest, name) for name in manifest.files}
 
     def delete_folder(self, prefix: str) -> None:
-        """Delete the manifest, which undoes the commit, and then the files."""
+        """Delete the manifest, which undoes the commit, and then the files. Leave alone what is not a key of ours."""
         self.delete(manifest_key(prefix))
         for key in self.list(prefix):
-            self.delete(key)
+            try:
+                self.delete(key)
+            except InvalidInputError as error:
+                _log.warning("%s holds a file that muxtune did not write, which is not deleted: %s", prefix, error)
 
     def _checked(self, key: str) -> str:
         """Return the key. Raises InvalidInputError if it is invalid or a symbolic link leads out of the folder."""

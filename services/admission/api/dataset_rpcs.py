@@ -1,16 +1,17 @@
 """RPCs of datasets and backbones. protos/muxtune/v1/admission.proto specifies each RPC."""
 
 import logging
+import re
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
-from engine.errors import InvalidInputError, MuxtuneError, UnavailableError
+from engine.errors import ChecksumMismatchError, InvalidInputError, UnavailableError
 from engine.target_modules import suffixes
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, artifact_pb2, dataset_pb2, plan_pb2
 from services.admission.api import page_tokens
-from services.admission.cleanup.dataset_objects import DatasetObjects
+from services.admission.cleanup.dataset_objects import DatasetObjects, ObjectHold
 from services.admission.ledger.ledger import live_executors
 from services.admission.policy.admission_controller import AdmissionController
 from services.admission.policy.task_estimator import INSPECT_SECONDS
@@ -22,8 +23,10 @@ from services.failpoints import failpoint
 from services.resource_names import new_name, tenant_of
 from services.rpc.authentication import current_principal
 from services.rpc.authorization import authorize, authorize_parent
+from services.storage.artifact_layout import DatasetObject
 from services.storage.artifact_store import ArtifactStore
 
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _log = logging.getLogger(__name__)
 
 
@@ -39,21 +42,19 @@ class DatasetRpcs:
 
     async def UploadDataset(self, request_iterator: Any, context: Any) -> pb.UploadDatasetResponse:
         header, file, chunks = await _receive_headers(request_iterator)
-        tenant = authorize_parent(current_principal(), header.parent)
+        tenant, sha256 = authorize_parent(current_principal(), header.parent), file.sha256.lower()
         body = idempotency.hash_parts(header.id.encode(), file.sha256.encode())
         run = partial(self._threads.clients.run, tenant)
         name = await run(self._choose_dataset_name, tenant, header, body)
-        dataset = await run(self._find_same_dataset, name, header.request_id, body, file.sha256.lower())
+        dataset = await run(self._find_same_dataset, name, header.request_id, body, sha256)
         if dataset is None:
             await run(self._controller.check_dataset_upload, tenant, file.size_bytes)
-            async with self.dataset_objects.lock(tenant, file.sha256.lower()):
-                stored = await self._alignment.StoreDataset(_to_store_requests(tenant, file, chunks))
-                failpoint("dataset.stored")
-                try:
-                    dataset = await run(self._store_dataset, tenant, name, header.request_id, body, stored)
-                except MuxtuneError:
-                    await self.dataset_objects.remove_unreferenced(tenant, stored.sha256)
-                    raise
+        elif await self._has_bytes(tenant, sha256):
+            return pb.UploadDatasetResponse(dataset=dataset)
+        async with self.dataset_objects.hold(tenant, sha256) as hold:
+            stored = await self._alignment.StoreDataset(_to_store_requests(tenant, file, chunks, hold))
+            failpoint("dataset.stored")
+            dataset = await run(self._store_dataset, tenant, name, header.request_id, body, stored)
         return pb.UploadDatasetResponse(dataset=dataset)
 
     async def GetDataset(self, request: pb.GetDatasetRequest, context: Any) -> pb.GetDatasetResponse:
@@ -81,18 +82,22 @@ class DatasetRpcs:
     async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Any) -> pb.DeleteDatasetResponse:
         principal = current_principal()
         name = authorize(principal, request.name, "datasets")
-        dataset = await self._read_dataset(name)
-        async with self.dataset_objects.lock(str(principal.tenant), dataset.sha256):
-            await self._threads.clients.run(tenant_of(name), self._delete_dataset, name)
-            try:
-                await self.dataset_objects.remove_unreferenced(str(principal.tenant), dataset.sha256)
-            except UnavailableError as error:  # the dataset is deleted; garbage collection deletes its bytes later
-                _log.warning("bytes of %s not deleted yet: %s", name, error)
+        tenant, dataset = str(principal.tenant), await self._read_dataset(name)
+        await self._threads.clients.run(tenant, self._delete_dataset, name)
+        try:
+            await self.dataset_objects.remove_unreferenced(tenant, dataset.sha256)
+        except UnavailableError as error:  # the dataset is deleted; garbage collection deletes its bytes later
+            _log.warning("bytes of %s not deleted yet: %s", name, error)
         return pb.DeleteDatasetResponse()
 
     async def ListBackbones(self, request: pb.ListBackbonesRequest, context: Any) -> pb.ListBackbonesResponse:
         executors = await self._threads.clients.run(str(current_principal().tenant), self._executors)
         return pb.ListBackbonesResponse(backbones=_summarize(executors))
+
+    async def _has_bytes(self, tenant: str, sha256: str) -> bool:
+        """Return whether the store still holds these bytes; it may have lost or changed them."""
+        key = DatasetObject(tenant, sha256).key
+        return await self._threads.transfers.run(tenant, self._artifacts.has_sha256, key, sha256)
 
     def _choose_dataset_name(self, tenant: str, header: artifact_pb2.UploadHeader, body: str) -> str:
         with self._database.read() as connection:
@@ -146,7 +151,7 @@ class DatasetRpcs:
 
 async def _receive_headers(request_iterator: Any) -> tuple[artifact_pb2.UploadHeader, artifact_pb2.FileHeader, Any]:
     """Return the upload's header, the file's header and the stream of chunks. Raises InvalidInputError if the order is
-    wrong."""
+    wrong, ChecksumMismatchError for a SHA-256 that is none."""
     parts = aiter(request_iterator)
     header = await anext(parts, None)
     if header is None or header.WhichOneof("part") != "header":
@@ -155,12 +160,16 @@ async def _receive_headers(request_iterator: Any) -> tuple[artifact_pb2.UploadHe
     file = await anext(parts, None)
     if file is None or file.WhichOneof("part") != "file":
         raise InvalidInputError.of_field("file", "must follow the header, with the size and SHA-256 of the dataset")
+    if not _SHA256.fullmatch(file.file.sha256):
+        raise ChecksumMismatchError("file.sha256 must be the SHA-256 of the dataset's bytes: 64 hexadecimal digits")
     return header.header, file.file, parts
 
 
 async def _to_store_requests(
-    tenant: str, file: artifact_pb2.FileHeader, chunks: Any
+    tenant: str, file: artifact_pb2.FileHeader, chunks: Any, hold: ObjectHold
 ) -> AsyncIterator[alignment_pb2.StoreDatasetRequest]:
+    """Yield the requests to alignment, which stores the bytes after the last one. They are held from then on, and not
+    before: a client may take hours to send them."""
     yield alignment_pb2.StoreDatasetRequest(tenant=tenant)
     yield alignment_pb2.StoreDatasetRequest(file=file)
     async for request in chunks:
@@ -169,6 +178,7 @@ async def _to_store_requests(
             yield alignment_pb2.StoreDatasetRequest()
             return
         yield alignment_pb2.StoreDatasetRequest(chunk=request.chunk)
+    await hold.start()
 
 
 def _summarize(executors: list[plan_pb2.Executor]) -> list[pb.BackboneSummary]:

@@ -1,15 +1,17 @@
-"""Runs the garbage collector: on everything at the start and every hour, on a task when a result is recorded."""
+"""Runs the garbage collector: on a task when a result is recorded and after its end, on everything every hour.
+
+Folders of tasks and bytes of datasets are collected apart from each other: neither waits for the other.
+"""
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterable
 
-from engine.errors import MuxtuneError
 from services.admission.cleanup.garbage_collector import GarbageCollector
+from services.admission.store.clock import now
 from services.concurrency.threads import Threads
 
-_INTERVAL_SECONDS, _RETRY_SECONDS = 3600.0, 5.0
+_INTERVAL_SECONDS, _LATE_SECONDS, _RETRY_SECONDS = 3600.0, 60.0, 30.0
 _log = logging.getLogger(__name__)
 
 
@@ -22,6 +24,7 @@ class GarbageCollectionLoop:
         self._collector, self._remove_datasets, self._threads = collector, remove_datasets, threads
         self._names: set[str] = set()
         self._added = asyncio.Event()
+        self._late_until = now()
 
     def add(self, names: Iterable[str]) -> None:
         """Collect these tasks soon."""
@@ -31,32 +34,40 @@ class GarbageCollectionLoop:
 
     async def run(self) -> None:
         """Run until cancelled."""
-        due = time.monotonic()
-        while True:
-            try:
-                if time.monotonic() >= due:
-                    await self._collect_all()
-                    due = time.monotonic() + _INTERVAL_SECONDS
-                await self._collect_added()
-                await self._wait_until(due)
-            except MuxtuneError as error:
-                _log.warning("garbage collection failed and will be retried: %s", error)
-                await asyncio.sleep(_RETRY_SECONDS)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._collect_added())
+            group.create_task(_repeat(self._collect_late, _LATE_SECONDS))
+            group.create_task(_repeat(self._collect_all, _INTERVAL_SECONDS))
+            group.create_task(_repeat(self._remove_datasets, _INTERVAL_SECONDS))
 
     async def _collect_all(self) -> None:
         num_folders = await self._threads.run(self._collector.collect_all)
-        await self._remove_datasets()
         _log.info("garbage collection deleted %d folders", num_folders)
 
-    async def _collect_added(self) -> None:
-        names = sorted(self._names)
-        await self._threads.run(self._collector.collect, names)
-        self._names.difference_update(names)
+    async def _collect_late(self) -> None:
+        """Add the tasks that ended a while ago: what was still being written at their end is there by now."""
+        since, until = self._late_until, now() - int(_LATE_SECONDS * 1e6)
+        if until > since:
+            self.add(await self._threads.run(self._collector.list_ended, since, until))
+            self._late_until = until
 
-    async def _wait_until(self, due: float) -> None:
-        self._added.clear()
-        if not self._names:
-            try:
-                await asyncio.wait_for(self._added.wait(), due - time.monotonic())
-            except TimeoutError:
-                return
+    async def _collect_added(self) -> None:
+        while True:
+            await self._added.wait()
+            self._added.clear()
+            names, self._names = sorted(self._names), set()
+            failed = await self._threads.run(self._collector.collect, names)
+            if failed:
+                asyncio.get_running_loop().call_later(_RETRY_SECONDS, self.add, failed)
+
+
+async def _repeat(work: Callable[[], Awaitable[None]], seconds: float) -> None:
+    """Do the work at once and then at intervals, and sooner after a failure, which is logged."""
+    while True:
+        try:
+            await work()
+        except Exception as error:
+            _log.warning("garbage collection failed and will be retried: %s: %s", type(error).__name__, error)
+            await asyncio.sleep(min(seconds, _RETRY_SECONDS))
+        else:
+            await asyncio.sleep(seconds)

@@ -2,15 +2,18 @@
 
 Only admission deletes them, because its database says which are recorded. An unfinished task keeps the recorded
 checkpoint, the one before it, and what the current attempt has written since. An attempt that lost its lease may still
-write; the next collection of everything deletes what it wrote.
+write: tasks that did not simply succeed are collected again a minute after their end, and everything every hour.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
 
+from engine.errors import UnavailableError
 from engine.task import TaskState
 from muxtune.v1 import event_pb2
 from services.admission.store.clock import now
@@ -29,24 +32,45 @@ from services.storage.artifact_layout import (
 from services.storage.artifact_store import ArtifactStore
 
 TaskFolder = CheckpointFolder | TrainedAdapterFolder
+_log = logging.getLogger(__name__)
 _UPLOAD_MICROSECONDS = 86_400_000_000  # a day: an upload without a row is dead by then, even if clocks jump
 
 
 class GarbageCollector:
     """Deletes folders of the artifact store; leaves keys alone that artifact_layout does not parse.
 
-    A collection that is killed midway is completed by the next one. Methods raise UnavailableError.
+    A collection that is killed midway is completed by the next one. A folder that cannot be deleted is logged, and the
+    others are deleted.
     """
 
     def __init__(self, database: Database, artifacts: ArtifactStore) -> None:
         self._database, self._artifacts = database, artifacts
 
-    def collect(self, names: Iterable[str]) -> int:
-        """Delete what these tasks no longer need; return the number of deleted folders."""
-        return sum(self._collect_task(name, self._list_folders(name)) for name in names)
+    def collect(self, names: Iterable[str]) -> list[str]:
+        """Delete what these tasks no longer need. Return the tasks that are to be collected again, because the store or
+        the database was away."""
+        failed = []
+        for name in names:
+            try:
+                self._collect_task(name, self._list_folders(name))
+            except UnavailableError as error:
+                _log.warning("files of %s not deleted, will be retried: %s", name, error)
+                failed.append(name)
+            except Exception:
+                _log.exception("files of %s not deleted", name)
+        return failed
+
+    def list_ended(self, since: int, until: int) -> list[str]:
+        """Return the tasks that ended in this time (microseconds) while an executor may still have been writing a
+        checkpoint: all but those that succeeded in their first attempt."""
+        ended = (tasks.c.ended > since) & (tasks.c.ended <= until)
+        is_suspect = (tasks.c.state != TaskState.SUCCEEDED.name) | (tasks.c.attempt > 1)
+        with self._database.read() as connection:
+            return list(connection.scalars(sa.select(tasks.c.name).where(ended & is_suspect)))
 
     def collect_all(self) -> int:
-        """Collect every task that has files, and uploads that were cut short or deleted."""
+        """Collect every task that has files, and uploads that were cut short or deleted. Return the number of deleted
+        folders. Raises UnavailableError at the end if some are to be collected again."""
         by_task: defaultdict[str, set[TaskFolder]] = defaultdict(set)
         uploads: set[UploadedAdapterFolder] = set()
         for key in self._artifacts.list(ROOT):
@@ -55,8 +79,18 @@ class GarbageCollector:
                 by_task[folder.task].add(folder)
             elif folder is not None and folder.created_microseconds < now() - _UPLOAD_MICROSECONDS:
                 uploads.add(folder)
-        num_deleted = sum(self._collect_task(name, folders) for name, folders in by_task.items())
-        return num_deleted + self._collect_uploads(uploads)
+        num_deleted, errors = 0, list[UnavailableError]()
+        parts = [partial(self._collect_task, *item) for item in by_task.items()]
+        for collect in (partial(self._collect_uploads, uploads), *parts):
+            try:
+                num_deleted += collect()
+            except UnavailableError as error:
+                errors.append(error)
+            except Exception:
+                _log.exception("garbage collection failed in part")
+        if errors:
+            raise errors[0]
+        return num_deleted
 
     def _collect_uploads(self, uploads: set[UploadedAdapterFolder]) -> int:
         with self._database.read() as connection:
@@ -81,10 +115,20 @@ class GarbageCollector:
         return self._delete(_unneeded_checkpoints(row, checkpoints) | _unneeded_adapters(row, trained, adapter_key))
 
     def _delete(self, folders: Iterable[Folder]) -> int:
-        keys = sorted(folder.key for folder in folders)
-        for key in keys:
-            self._artifacts.delete_folder(key)
-        return len(keys)
+        """Delete the folders and return the number of deleted ones. Raises UnavailableError at the end if the store was
+        away for some; another error is a fault of ours that a repetition would meet again, and is only logged."""
+        errors, num_deleted = list[UnavailableError](), 0
+        for key in sorted(folder.key for folder in folders):
+            try:
+                self._artifacts.delete_folder(key)
+                num_deleted += 1
+            except UnavailableError as error:
+                errors.append(error)
+            except Exception:
+                _log.exception("%s not deleted", key)
+        if errors:
+            raise errors[0]
+        return num_deleted
 
 
 def _unneeded_checkpoints(row: Any, folders: set[CheckpointFolder]) -> set[CheckpointFolder]:

@@ -70,6 +70,11 @@ def is_referenced(connection: sa.Connection, tenant: str, sha256: str) -> bool:
     return connection.execute(sa.select(datasets).filter_by(tenant=tenant, sha256=sha256)).first() is not None
 
 
+def list_referenced(connection: sa.Connection) -> set[tuple[str, str]]:
+    """Return the (tenant, SHA-256) of all datasets."""
+    return {(tenant, sha256) for tenant, sha256 in connection.execute(sa.select(datasets.c.tenant, datasets.c.sha256))}
+
+
 def list_page(
     connection: sa.Connection, table: sa.Table, tenant: str, before: tuple[int, str] | None, limit: int
 ) -> Sequence[Any]:

@@ -144,6 +144,63 @@ def test_a_sweep_cut_short_is_done_by_the_next(
     assert artifacts.list(f"{name}/checkpoints") == []
 
 
+def test_a_folder_that_cannot_be_deleted_keeps_no_other_from_it(
+    database: Database, artifacts: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One tenant's folders fail in several ways, at a sweep of everything and of these tasks; another's all go."""
+    folders = [f"tenants/{tenant}/tasks/t{i}" for tenant in "abc" for i in range(2)]
+    for name in folders:
+        put_task(database, name, TaskState.FAILED, 1, None)
+    delete_folder = artifacts.delete_folder
+    errors = {"tenants/a/tasks/t0": UnavailableError("away"), "tenants/b/tasks/t1": ValueError("odd")}
+
+    def delete(prefix: str) -> None:
+        if error := errors.get("/".join(prefix.split("/")[:4])):
+            raise error
+        delete_folder(prefix)
+
+    monkeypatch.setattr(artifacts, "delete_folder", delete)
+    collector = GarbageCollector(database, artifacts)
+    for _ in range(2):
+        for name in folders:
+            put_checkpoint(artifacts, name, 1, 1)
+        with pytest.raises(UnavailableError):
+            collector.collect_all()
+        assert {name for name in folders if checkpoints(artifacts, name)} == set(errors)
+        for name in folders:
+            put_checkpoint(artifacts, name, 1, 1)
+        assert collector.collect(folders) == ["tenants/a/tasks/t0"]
+        assert {name for name in folders if checkpoints(artifacts, name)} == set(errors)
+
+
+@pytest.mark.parametrize("odd", ["a b", "ä", "x (copy)", "~", "+", "a;b"])
+def test_a_file_of_another_program_stays_and_keeps_nothing_from_deletion(
+    database: Database, artifacts: ArtifactStore, tmp_path: Path, odd: str
+) -> None:
+    for name in ("tenants/a/tasks/t", "tenants/b/tasks/t"):
+        put_task(database, name, TaskState.FAILED, 1, None)
+        put_checkpoint(artifacts, name, 1, 1)
+    foreign = tmp_path / "store/tenants/a/tasks/t/checkpoints/00000001-1" / odd
+    foreign.write_bytes(b"x")
+    for _ in range(2):
+        GarbageCollector(database, artifacts).collect_all()
+        left = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
+        assert left == [foreign]
+
+
+def test_tasks_that_may_have_had_a_second_writer_are_collected_again(database: Database) -> None:
+    for number, (state, attempt) in enumerate([
+        (TaskState.SUCCEEDED, 1), (TaskState.SUCCEEDED, 2), (TaskState.FAILED, 1), (TaskState.CANCELLED, 1),
+        (TaskState.RUNNING, 3),
+    ]):  # fmt: skip
+        put_task(database, f"tenants/a/tasks/t{number}", state, attempt, None)
+    with database.write() as connection:
+        connection.execute(sa.update(tasks).where(tasks.c.state != TaskState.RUNNING.name).values(ended=100))
+    collector = GarbageCollector(database, ArtifactStore(MemoryStore()))
+    assert sorted(collector.list_ended(99, 100)) == [f"tenants/a/tasks/t{number}" for number in (1, 2, 3)]
+    assert collector.list_ended(100, 200) == [] == collector.list_ended(0, 99)
+
+
 ENDED = "tenants/a/tasks/ended"
 FOLDERS = [
     CheckpointFolder(ENDED, 7, 2).key,
