@@ -10,6 +10,7 @@ from functools import cached_property
 from engine.methods.base import Site, SiteKind
 from engine.task import TaskSpec
 
+MAX_NAMED_NEIGHBOURS = 16  # in an explanation
 MAX_CHUNK_TOKENS = 64  # the largest alignment quantum that the planner chooses
 
 
@@ -198,7 +199,8 @@ class PlannerConfig:
     `token_budget`: tokens of one microbatch. `chunk_tokens`: the alignment quantum; 0 chooses it for each hTask, 1
     means no alignment. The switches serve ablations: without `fuses` every task is an hTask of its own; without
     `interleaves` hTasks' rounds run one after another, each alone in the pipeline; without `preempts` no task gives way
-    to another.
+    to another. `max_resident_tasks`: tasks on one executor at once. With more, the messages about an executor and the
+    time of a plan would have no bound; each gets a small part of the device then, and waiting costs it little.
     """
 
     token_budget: int = 2048
@@ -206,6 +208,7 @@ class PlannerConfig:
     fuses: bool = True
     interleaves: bool = True
     preempts: bool = True
+    max_resident_tasks: int = 1024
 
     @property
     def largest_chunk_tokens(self) -> int:
@@ -225,8 +228,9 @@ class HTask:
 class Explanation:
     """Explains why a task runs on `executor`, or waits if that is "", and which tasks share its hTask.
 
-    Predicted seconds are None until the executor's costs are known. `round_seconds`: time in which every task of the
-    executor takes one step; `alone_round_seconds`: the same with no other task on the executor.
+    `neighbours` names the oldest of them at most, so that a plan of N tasks does not hold N * N names; `num_neighbours`
+    counts all. Predicted seconds are None until the executor's costs are known. `round_seconds`: time in which every
+    task of the executor takes one step; `alone_round_seconds`: the same with no other task on the executor.
     `predicted_step_seconds` and `measured_step_seconds`: the task's own share of device time for one step.
     `padding_fraction`: padding among its tokens so far; `predicted_padding_fraction`: in a round of its hTask.
     """
@@ -245,6 +249,7 @@ class Explanation:
     padding_fraction: float | None = None
     predicted_padding_fraction: float | None = None
     misses_deadline: bool = False
+    num_neighbours: int = 0
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ def _explanation_rows(answer: scheduling_pb2.ExplainPlanResponse) -> Iterator[tu
     yield "why", e.reason
     if not e.executor:
         return
-    yield "beside", _format_neighbours(e)
+    yield "beside", _format_neighbours(answer)
     if answer.HasField("htask"):
         yield "hTask", f"{answer.htask.token_budget} tokens a microbatch, chunks of {answer.htask.chunk_tokens}"
     yield (
@@ -236,15 +236,16 @@ def _explanation_rows(answer: scheduling_pb2.ExplainPlanResponse) -> Iterator[tu
     yield "done in", f"{_seconds(e, 'predicted_seconds_left')}{late}"
 
 
-def _format_neighbours(e: plan_pb2.TaskExplanation) -> str:
-    tenant = tenant_of(e.task)
-    of_tenant = [name for name in e.neighbours if tenant_of(name) == tenant]
-    num_others = len(e.neighbours) - len(of_tenant)
+def _format_neighbours(answer: scheduling_pb2.ExplainPlanResponse) -> str:
+    task, tenant = answer.explanation.task, tenant_of(answer.explanation.task)
+    neighbours = [name for name in answer.htask.tasks if name != task]
+    of_tenant = [name for name in neighbours if tenant_of(name) == tenant]
+    num_others = len(neighbours) - len(of_tenant)
     return ", ".join([*of_tenant, *([f"{num_others} of other tenants"] if num_others else [])]) or "no other task"
 
 
 def _show_explanations(explanations: Iterable[plan_pb2.TaskExplanation]) -> None:
-    rows = ((e.task, e.executor or "(waits)", len(e.neighbours), e.predicted_bytes, e.reason) for e in explanations)
+    rows = ((e.task, e.executor or "(waits)", e.num_neighbours, e.predicted_bytes, e.reason) for e in explanations)
     table("", ("task", "executor", "neighbours", "bytes", "why"), rows)
 
 

@@ -184,6 +184,7 @@ class TaskExplanation(_message.Message):
     TASK_FIELD_NUMBER: _builtins.int
     EXECUTOR_FIELD_NUMBER: _builtins.int
     NEIGHBOURS_FIELD_NUMBER: _builtins.int
+    NUM_NEIGHBOURS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     PREDICTED_BYTES_FIELD_NUMBER: _builtins.int
     ALONE_BYTES_FIELD_NUMBER: _builtins.int
@@ -198,6 +199,7 @@ class TaskExplanation(_message.Message):
     task: _builtins.str
     executor: _builtins.str
     """Empty if the task waits."""
+    num_neighbours: _builtins.int
     reason: _builtins.str
     predicted_bytes: _builtins.int
     """Bytes that the task adds to its executor, and bytes of a separate instance."""
@@ -219,7 +221,7 @@ class TaskExplanation(_message.Message):
     """True if the task is predicted to finish after its deadline."""
     @_builtins.property
     def neighbours(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Tasks in the same hTask."""
+        """The oldest 16 other tasks in the same hTask, and the number of all others."""
 
     def __init__(
         self,
@@ -227,6 +229,7 @@ class TaskExplanation(_message.Message):
         task: _builtins.str = ...,
         executor: _builtins.str = ...,
         neighbours: _abc.Iterable[_builtins.str] | None = ...,
+        num_neighbours: _builtins.int = ...,
         reason: _builtins.str = ...,
         predicted_bytes: _builtins.int = ...,
         alone_bytes: _builtins.int = ...,
@@ -241,7 +244,7 @@ class TaskExplanation(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_alone_round_seconds", b"_alone_round_seconds", "_measured_step_seconds", b"_measured_step_seconds", "_padding_fraction", b"_padding_fraction", "_predicted_padding_fraction", b"_predicted_padding_fraction", "_predicted_seconds_left", b"_predicted_seconds_left", "_predicted_step_seconds", b"_predicted_step_seconds", "_round_seconds", b"_round_seconds", "alone_round_seconds", b"alone_round_seconds", "measured_step_seconds", b"measured_step_seconds", "padding_fraction", b"padding_fraction", "predicted_padding_fraction", b"predicted_padding_fraction", "predicted_seconds_left", b"predicted_seconds_left", "predicted_step_seconds", b"predicted_step_seconds", "round_seconds", b"round_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alone_round_seconds", b"_alone_round_seconds", "_measured_step_seconds", b"_measured_step_seconds", "_padding_fraction", b"_padding_fraction", "_predicted_padding_fraction", b"_predicted_padding_fraction", "_predicted_seconds_left", b"_predicted_seconds_left", "_predicted_step_seconds", b"_predicted_step_seconds", "_round_seconds", b"_round_seconds", "alone_bytes", b"alone_bytes", "alone_round_seconds", b"alone_round_seconds", "executor", b"executor", "measured_step_seconds", b"measured_step_seconds", "misses_deadline", b"misses_deadline", "neighbours", b"neighbours", "padding_fraction", b"padding_fraction", "predicted_bytes", b"predicted_bytes", "predicted_padding_fraction", b"predicted_padding_fraction", "predicted_seconds_left", b"predicted_seconds_left", "predicted_step_seconds", b"predicted_step_seconds", "reason", b"reason", "round_seconds", b"round_seconds", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alone_round_seconds", b"_alone_round_seconds", "_measured_step_seconds", b"_measured_step_seconds", "_padding_fraction", b"_padding_fraction", "_predicted_padding_fraction", b"_predicted_padding_fraction", "_predicted_seconds_left", b"_predicted_seconds_left", "_predicted_step_seconds", b"_predicted_step_seconds", "_round_seconds", b"_round_seconds", "alone_bytes", b"alone_bytes", "alone_round_seconds", b"alone_round_seconds", "executor", b"executor", "measured_step_seconds", b"measured_step_seconds", "misses_deadline", b"misses_deadline", "neighbours", b"neighbours", "num_neighbours", b"num_neighbours", "padding_fraction", b"padding_fraction", "predicted_bytes", b"predicted_bytes", "predicted_padding_fraction", b"predicted_padding_fraction", "predicted_seconds_left", b"predicted_seconds_left", "predicted_step_seconds", b"predicted_step_seconds", "reason", b"reason", "round_seconds", b"round_seconds", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alone_round_seconds: _TypeAlias = _typing.Literal["alone_round_seconds"]  # noqa: Y015
     _WhichOneofArgType__alone_round_seconds: _TypeAlias = _typing.Literal["_alone_round_seconds", b"_alone_round_seconds"]  # noqa: Y015

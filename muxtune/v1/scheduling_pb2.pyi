@@ -518,6 +518,7 @@ class PlannerLimits(_message.Message):
     FUSION_OFF_FIELD_NUMBER: _builtins.int
     INTERLEAVING_OFF_FIELD_NUMBER: _builtins.int
     PREEMPTION_OFF_FIELD_NUMBER: _builtins.int
+    MAX_RESIDENT_TASKS_FIELD_NUMBER: _builtins.int
     token_budget: _builtins.int
     """Tokens of one microbatch. 0 selects 2048."""
     chunk_tokens: _builtins.int
@@ -526,6 +527,8 @@ class PlannerLimits(_message.Message):
     """Switches for ablations: each task is its own hTask; rounds of hTasks do not interleave; no task preempts another."""
     interleaving_off: _builtins.bool
     preemption_off: _builtins.bool
+    max_resident_tasks: _builtins.int
+    """Tasks on one executor at once. 0 selects 1024."""
     def __init__(
         self,
         *,
@@ -534,10 +537,11 @@ class PlannerLimits(_message.Message):
         fusion_off: _builtins.bool = ...,
         interleaving_off: _builtins.bool = ...,
         preemption_off: _builtins.bool = ...,
+        max_resident_tasks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_tokens", b"chunk_tokens", "fusion_off", b"fusion_off", "interleaving_off", b"interleaving_off", "preemption_off", b"preemption_off", "token_budget", b"token_budget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_tokens", b"chunk_tokens", "fusion_off", b"fusion_off", "interleaving_off", b"interleaving_off", "max_resident_tasks", b"max_resident_tasks", "preemption_off", b"preemption_off", "token_budget", b"token_budget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -115,6 +115,7 @@ def planner_config_to_proto(config: PlannerConfig) -> scheduling_pb2.PlannerLimi
         fusion_off=not config.fuses,
         interleaving_off=not config.interleaves,
         preemption_off=not config.preempts,
+        max_resident_tasks=config.max_resident_tasks,
     )
 
 
@@ -125,12 +126,17 @@ def planner_config_to_domain(message: scheduling_pb2.PlannerLimits) -> PlannerCo
         raise InvalidInputError.of_field("limits.token_budget", f"{message.token_budget} must not be negative")
     if chunk_tokens < 0 or chunk_tokens & (chunk_tokens - 1):
         raise InvalidInputError.of_field("limits.chunk_tokens", f"{chunk_tokens} is neither 0 nor a power of two")
+    if message.max_resident_tasks < 0:
+        raise InvalidInputError.of_field(
+            "limits.max_resident_tasks", f"{message.max_resident_tasks} must not be negative"
+        )
     return PlannerConfig(
         message.token_budget or PlannerConfig.token_budget,
         chunk_tokens,
         not message.fusion_off,
         not message.interleaving_off,
         not message.preemption_off,
+        message.max_resident_tasks or PlannerConfig.max_resident_tasks,
     )
 
 

@@ -31,6 +31,7 @@ class SchedulingSettings(ServerSettings):
     `leader_seconds`: lease of the leading scheduler, if several run.
     `token_budget`: tokens of one microbatch; a single task's slice may be larger. `chunk_tokens`: 0 selects it for each
     hTask, 1 means no alignment. `fuses`, `interleaves`, `preempts`: see `engine.planning.types.PlannerConfig`.
+    `max_resident_tasks`: tasks on one executor at once.
     `tenant_weights`: "tenants/a=2,tenants/b=0.5"; a tenant's device time is divided by its weight, which is 1 if unset.
     """
 
@@ -43,6 +44,7 @@ class SchedulingSettings(ServerSettings):
     fuses: bool = True
     interleaves: bool = True
     preempts: bool = True
+    max_resident_tasks: int = PlannerConfig.max_resident_tasks
 
     def __post_init__(self) -> None:
         """Raise SettingsError for an invalid address."""
@@ -57,7 +59,16 @@ class SchedulingSettings(ServerSettings):
             raise SettingsError(f"MUXTUNE_TOKEN_BUDGET: {self.token_budget} is not a positive number of tokens")
         if self.chunk_tokens < 0 or self.chunk_tokens & (self.chunk_tokens - 1):
             raise SettingsError(f"MUXTUNE_CHUNK_TOKENS: {self.chunk_tokens} is neither 0 nor a power of two")
-        return PlannerConfig(self.token_budget, self.chunk_tokens, self.fuses, self.interleaves, self.preempts)
+        if self.max_resident_tasks < 1:
+            raise SettingsError(f"MUXTUNE_MAX_RESIDENT_TASKS: {self.max_resident_tasks} must be positive")
+        return PlannerConfig(
+            self.token_budget,
+            self.chunk_tokens,
+            self.fuses,
+            self.interleaves,
+            self.preempts,
+            self.max_resident_tasks,
+        )
 
     def weights(self) -> dict[str, float]:
         """Return the weights by tenant. Raises SettingsError for an invalid one."""

@@ -20,7 +20,7 @@ from tests.certificates import ca_folder, certificates
 
 TASK, OWN, OTHERS = "tenants/a/tasks/t", "tenants/a/tasks/u", ("tenants/b/tasks/v", "tenants/c/tasks/w")
 EXPLANATION = plan_pb2.TaskExplanation(
-    task=TASK, executor="executors/x", neighbours=[OWN, *OTHERS], reason="stays where it runs",
+    task=TASK, executor="executors/x", neighbours=[OWN, *OTHERS], num_neighbours=3, reason="stays where it runs",
     predicted_bytes=5_000_000, alone_bytes=2_000_000_000, predicted_seconds_left=90.0,
     round_seconds=2.0, alone_round_seconds=0.5,
     predicted_step_seconds=0.4, measured_step_seconds=0.44, padding_fraction=0.031, predicted_padding_fraction=0.02,

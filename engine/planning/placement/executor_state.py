@@ -47,8 +47,16 @@ class ExecutorState:
         self._usage = ResourceUsage()
 
     def fits(self, joining: TaskDemand, leaving: Collection[str] = ()) -> bool:
-        """Return whether all tasks fit into memory after the change, the largest microbatch included."""
+        """Return whether all tasks fit into memory after the change, the largest microbatch included, and are not more
+        than an executor may have."""
+        if len(self.residents) - len(leaving) >= self._config.max_resident_tasks:
+            return False
         return self.bytes_of(self._usage_after(joining, leaving)) <= self.view.memory_bytes
+
+    @property
+    def is_crowded(self) -> bool:
+        """Return whether it has as many tasks as an executor may have."""
+        return len(self.residents) >= self._config.max_resident_tasks
 
     def fits_alone(self, demand: TaskDemand) -> bool:
         """Return whether the task fits into memory without neighbours."""

@@ -23,6 +23,7 @@ MOVE_GAIN = 0.25
 _MAX_VICTIMS = 4
 _NEXT = "its tenant has the smallest share of device time, and the round is shortest here"
 _FULL = "waits for memory: every executor of its backbone is full"
+_CROWDED = "waits: every executor of its backbone has the largest number of tasks"
 _QueueKey = tuple[str, str]  # tenant, backbone
 
 
@@ -67,7 +68,8 @@ def _fill(placement: Placement, newcomers: Iterable[TaskDemand], preempts: bool)
         cluster.add(demand, executor)
         placement.reasons[demand.task.name] = reason
     placement.waiting = {
-        name: (demand, placement.evicted.get(name, reason)) for name, (demand, reason) in queues.waiting().items()
+        name: (demand, placement.evicted.get(name, reason))
+        for name, (demand, reason) in queues.waiting(cluster).items()
     }
 
 
@@ -96,11 +98,16 @@ class _Queues:
     def unblock(self) -> None:
         self._blocked.clear()
 
-    def waiting(self) -> dict[str, tuple[TaskDemand, str]]:
+    def waiting(self, cluster: ClusterState) -> dict[str, tuple[TaskDemand, str]]:
         """Return every waiting task with the reason."""
-        queues = [queue for queue in self._queues.values() if queue]
-        behind = {demand.task.name: f"waits behind {queue[0].task.name}" for queue in queues for demand in queue[1:]}
-        return {demand.task.name: (demand, behind.get(demand.task.name, _FULL)) for queue in queues for demand in queue}
+        result = {}
+        for (_, backbone), queue in self._queues.items():
+            is_crowded = all(executor.is_crowded for executor in cluster.of_backbone(backbone))
+            reason = _CROWDED if is_crowded else _FULL
+            for demand in queue:
+                result[demand.task.name] = demand, reason
+                reason = f"waits behind {queue[0].task.name}"
+        return result
 
 
 def _key(demand: TaskDemand) -> _QueueKey:

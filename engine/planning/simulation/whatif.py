@@ -6,7 +6,15 @@ from engine.planning.cost.task_demand import DemandEstimator
 from engine.planning.fusion.fusion import fuse_as
 from engine.planning.placement.executor_state import ExecutorState
 from engine.planning.simulation.baselines import PlannerPolicy
-from engine.planning.simulation.pipeline_simulator import HTaskRound, Pipeline, interleaved, one_by_one, simulate
+from engine.planning.simulation.pipeline_simulator import (
+    HTaskRound,
+    Pipeline,
+    ScheduledMicrobatch,
+    Timeline,
+    interleaved,
+    one_by_one,
+    simulate,
+)
 from engine.planning.simulation.simulator import Arrival
 from engine.planning.simulation.simulator import simulate as simulate_arrivals
 from engine.planning.simulation.timeline import svg
@@ -14,6 +22,7 @@ from engine.planning.types import HTask, PlannerConfig, Snapshot
 
 _NUM_PLANS = 64  # plans in the time that all work takes: changes closer together than that share one
 _NUM_ROUNDS = 3  # rounds shown in a picture
+_MAX_OPERATIONS = 4_000  # forwards and backwards shown in a picture: about 1 MB of SVG
 
 
 def forecast(snapshot: Snapshot, config: PlannerConfig) -> dict[str, float]:
@@ -42,10 +51,17 @@ def picture(snapshot: Snapshot, htasks: Sequence[HTask], executor: str, config: 
         for i, group in enumerate(groups)
     ]
     pipeline = Pipeline(view.num_stages, view.hop_seconds, num_extra=int(view.num_stages > 1))
-    timelines = [("interleaved", simulate(interleaved(rounds, _NUM_ROUNDS), pipeline))]
+    timelines = [_draw_first("interleaved", interleaved(rounds, _NUM_ROUNDS), pipeline)]
     if len(rounds) > 1:
-        timelines.append(("one hTask after another", simulate(one_by_one(rounds, _NUM_ROUNDS), pipeline)))
+        timelines.append(_draw_first("one hTask after another", one_by_one(rounds, _NUM_ROUNDS), pipeline))
     return svg(timelines)
+
+
+def _draw_first(title: str, order: list[ScheduledMicrobatch], pipeline: Pipeline) -> tuple[str, Timeline]:
+    """Return the timeline with its title. A long one is cut, and its title says so."""
+    most = max(1, _MAX_OPERATIONS // (2 * pipeline.num_stages))
+    cut = f", the first {most} of {len(order)} microbatches" if len(order) > most else ""
+    return title + cut, simulate(order[:most], pipeline)
 
 
 def _total_seconds(snapshot: Snapshot) -> float:

@@ -157,3 +157,10 @@ def test_a_picture_shows_all_stages() -> None:
     drawn = picture(snapshot, result.htasks["e"], "e", LIMITS)
     assert all(f"stage {stage}" in drawn for stage in range(3))
     assert ("one hTask after another" in drawn) is (len(result.htasks["e"]) > 1)
+
+
+def test_a_picture_of_very_many_microbatches_is_cut_and_says_so() -> None:
+    view = ExecutorView("e", BACKBONE, 1 << 40, cost=COST, num_stages=4)
+    snapshot = Snapshot((task(0, 5, tokens=1_000_000), task(1, 5)), (view,))
+    drawn = picture(snapshot, plan(snapshot, LIMITS).htasks["e"], "e", LIMITS)
+    assert len(drawn) < 2_500_000 and ", the first 500 of " in drawn
