@@ -22,7 +22,7 @@ from muxtune.v1 import admission_pb2, artifact_pb2
 
 CHUNK_BYTES = 1 << 20
 DEADLINE_SECONDS = 60.0
-ADMIT_SECONDS = 150.0  # as admission may tokenize the whole dataset first
+ADMIT_SECONDS = 1800.0  # the whole dataset may be read first, and that ends with the call
 TRANSFER_SECONDS = 3600.0
 STREAM_BACKOFFS_SECONDS = (0.3, 1.0, 3.0, 5.0, None)  # between attempts of a stream; None: give up
 STREAMED = ("UploadDataset", "UploadAdapter", "DownloadAdapter", "WatchTask")

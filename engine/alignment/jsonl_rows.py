@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from engine.errors import MalformedDatasetError
 from engine.strict_json import parse_strict_json
 
-MAX_LINE_BYTES, MAX_ROWS, MAX_MESSAGES = 4 << 20, 10_000_000, 512
+MAX_LINE_BYTES, MAX_ROWS, MAX_BLANK_LINES, MAX_MESSAGES = 4 << 20, 10_000_000, 1_000_000, 512
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
 _SHAPES = {
     frozenset({"messages"}): "messages",
@@ -31,13 +31,15 @@ class Row(NamedTuple):
 
 def parse_lines(lines: Iterable[bytes]) -> Iterator[Row]:
     """Yield rows in order, without blank lines. Raises MalformedDatasetError (metadata `line`) at the first bad one."""
-    num_rows = 0
+    num_rows = number = 0
     for number, line in enumerate(lines, start=1):
         if line.strip():
             num_rows += 1
             if num_rows > MAX_ROWS:
                 raise _malformed(number, f"is row {num_rows}; at most {MAX_ROWS} are allowed: upload several datasets")
             yield _parse(number, line)
+        elif number - num_rows > MAX_BLANK_LINES:
+            raise _malformed(number, f"is one of over {MAX_BLANK_LINES} blank lines, which is too many: remove them")
     if num_rows == 0:
         raise MalformedDatasetError("the dataset is empty: upload at least one row")
 

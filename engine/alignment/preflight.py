@@ -1,7 +1,7 @@
 """Preview of how a task would read a dataset, before the task is created. Legend: N rows, L tokens of one row."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,13 +57,21 @@ class Preflight:
 
 
 def preflight(
-    dataset: TokenizedDataset, tokenizer: BackboneTokenizer, training: Training, num_samples: int
+    dataset: TokenizedDataset,
+    tokenizer: BackboneTokenizer,
+    training: Training,
+    num_samples: int,
+    yield_turn: Callable[[], object] = lambda: None,
 ) -> Preflight:
-    """Return the preview, with the first `num_samples` rows. Raises InvalidInputError if the dataset is too small."""
+    """Return the preview, with the first `num_samples` rows. Raises InvalidInputError if the dataset is too small.
+
+    `yield_turn` is called between pieces of the work.
+    """
     parts = split(dataset.num_rows, training)
     lengths = np.diff(dataset.offsets)
     steps = num_steps(training, len(parts.train))
-    heldout = set(parts.heldout.tolist())
+    num_samples = min(num_samples, dataset.num_rows)
+    heldout = set(parts.heldout[parts.heldout < num_samples].tolist())
     return Preflight(
         num_rows=dataset.num_rows + len(dataset.refused),
         num_train_rows=len(parts.train),
@@ -72,7 +80,7 @@ def preflight(
         num_target_tokens_per_epoch=int(_num_targets_N(dataset)[parts.train].sum()),
         num_steps=steps,
         num_train_tokens=_train_tokens(dataset, training, steps),
-        samples=tuple(_render(dataset, tokenizer, i, i in heldout) for i in range(min(num_samples, dataset.num_rows))),
+        samples=tuple(_render(dataset, tokenizer, i, i in heldout, yield_turn) for i in range(num_samples)),
         length_histogram=_histogram(dataset),
         num_truncated_rows=dataset.num_truncated,
         refused=dataset.refused,
@@ -108,12 +116,22 @@ def _quantiles(lengths: NDArray[np.int64]) -> tuple[int, ...]:
     return tuple(np.quantile(lengths, at, method="inverted_cdf").astype(int).tolist()) if len(lengths) else ()
 
 
-def _render(dataset: TokenizedDataset, tokenizer: BackboneTokenizer, index: int, is_heldout: bool) -> RenderedRow:
+def _render(
+    dataset: TokenizedDataset,
+    tokenizer: BackboneTokenizer,
+    index: int,
+    is_heldout: bool,
+    yield_turn: Callable[[], object],
+) -> RenderedRow:
     ids_L, bears_loss_L = dataset.row(index)
     bounds = [0, *(np.flatnonzero(np.diff(bears_loss_L)) + 1).tolist(), len(ids_L)]
     text = tokenizer.decode(ids_L)
     # Cut the whole text: tokens decoded separately would lose spaces and characters that span two tokens.
-    cuts = [*(min(len(text), len(tokenizer.decode(ids_L[:at]))) for at in bounds[:-1]), len(text)]
+    cuts = list[int]()
+    for at in bounds[:-1]:
+        yield_turn()
+        cuts.append(min(len(text), len(tokenizer.decode(ids_L[:at]))))
+    cuts.append(len(text))
     pieces = tuple(
         LossSpan(text[cut:next_cut], bool(bears_loss_L[a]), b - a)
         for (a, b), (cut, next_cut) in zip(itertools.pairwise(bounds), itertools.pairwise(cuts), strict=True)

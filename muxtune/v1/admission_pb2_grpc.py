@@ -140,7 +140,8 @@ class AdmissionServiceServicer:
     def CreateTask(self, request, context):
         """Validates a task, checks quota and memory, stores the task in TASK_STATE_QUEUED and acknowledges it. An acknowledged
         task is durable. INVALID_ARGUMENT: INVALID_INPUT (BadRequest names each field), WILL_NEVER_FIT; PERMISSION_DENIED:
-        the dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED (see Quota).
+        the dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED (see Quota). The first call for
+        a dataset reads all of it, which stops when the call ends: give it a deadline of minutes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -211,6 +212,7 @@ class AdmissionServiceServicer:
 
     def PreflightDataset(self, request, context):
         """Reports how a task would read the dataset: rendered rows, tokens that bear loss, lengths, refused rows and reasons.
+        The first call reads all of it, as in CreateTask.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

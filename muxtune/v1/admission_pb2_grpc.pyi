@@ -45,7 +45,8 @@ class AdmissionServiceStub:
     CreateTask: _grpc.UnaryUnaryMultiCallable[_admission_pb2.CreateTaskRequest, _admission_pb2.CreateTaskResponse]
     """Validates a task, checks quota and memory, stores the task in TASK_STATE_QUEUED and acknowledges it. An acknowledged
     task is durable. INVALID_ARGUMENT: INVALID_INPUT (BadRequest names each field), WILL_NEVER_FIT; PERMISSION_DENIED:
-    the dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED (see Quota).
+    the dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED (see Quota). The first call for
+    a dataset reads all of it, which stops when the call ends: give it a deadline of minutes.
     """
     EstimateTask: _grpc.UnaryUnaryMultiCallable[_admission_pb2.EstimateTaskRequest, _admission_pb2.EstimateTaskResponse]
     """Returns what CreateTask would estimate, and stores nothing. The statuses are CreateTask's."""
@@ -74,7 +75,9 @@ class AdmissionServiceStub:
     ListDatasets: _grpc.UnaryUnaryMultiCallable[_admission_pb2.ListDatasetsRequest, _admission_pb2.ListDatasetsResponse]
     """Lists the tenant's datasets, newest first."""
     PreflightDataset: _grpc.UnaryUnaryMultiCallable[_admission_pb2.PreflightDatasetRequest, _admission_pb2.PreflightDatasetResponse]
-    """Reports how a task would read the dataset: rendered rows, tokens that bear loss, lengths, refused rows and reasons."""
+    """Reports how a task would read the dataset: rendered rows, tokens that bear loss, lengths, refused rows and reasons.
+    The first call reads all of it, as in CreateTask.
+    """
     DeleteDataset: _grpc.UnaryUnaryMultiCallable[_admission_pb2.DeleteDatasetRequest, _admission_pb2.DeleteDatasetResponse]
     """Deletes a dataset. FAILED_PRECONDITION / RESOURCE_IN_USE: an unfinished task reads it."""
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_admission_pb2.UploadAdapterRequest, _admission_pb2.UploadAdapterResponse]
@@ -113,7 +116,8 @@ class AdmissionServiceAsyncStub(AdmissionServiceStub):
     CreateTask: _aio.UnaryUnaryMultiCallable[_admission_pb2.CreateTaskRequest, _admission_pb2.CreateTaskResponse]  # type: ignore[assignment]
     """Validates a task, checks quota and memory, stores the task in TASK_STATE_QUEUED and acknowledges it. An acknowledged
     task is durable. INVALID_ARGUMENT: INVALID_INPUT (BadRequest names each field), WILL_NEVER_FIT; PERMISSION_DENIED:
-    the dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED (see Quota).
+    the dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED (see Quota). The first call for
+    a dataset reads all of it, which stops when the call ends: give it a deadline of minutes.
     """
     EstimateTask: _aio.UnaryUnaryMultiCallable[_admission_pb2.EstimateTaskRequest, _admission_pb2.EstimateTaskResponse]  # type: ignore[assignment]
     """Returns what CreateTask would estimate, and stores nothing. The statuses are CreateTask's."""
@@ -142,7 +146,9 @@ class AdmissionServiceAsyncStub(AdmissionServiceStub):
     ListDatasets: _aio.UnaryUnaryMultiCallable[_admission_pb2.ListDatasetsRequest, _admission_pb2.ListDatasetsResponse]  # type: ignore[assignment]
     """Lists the tenant's datasets, newest first."""
     PreflightDataset: _aio.UnaryUnaryMultiCallable[_admission_pb2.PreflightDatasetRequest, _admission_pb2.PreflightDatasetResponse]  # type: ignore[assignment]
-    """Reports how a task would read the dataset: rendered rows, tokens that bear loss, lengths, refused rows and reasons."""
+    """Reports how a task would read the dataset: rendered rows, tokens that bear loss, lengths, refused rows and reasons.
+    The first call reads all of it, as in CreateTask.
+    """
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_admission_pb2.DeleteDatasetRequest, _admission_pb2.DeleteDatasetResponse]  # type: ignore[assignment]
     """Deletes a dataset. FAILED_PRECONDITION / RESOURCE_IN_USE: an unfinished task reads it."""
     UploadAdapter: _aio.StreamUnaryMultiCallable[_admission_pb2.UploadAdapterRequest, _admission_pb2.UploadAdapterResponse]  # type: ignore[assignment]
@@ -184,7 +190,8 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admission_pb2.CreateTaskResponse, _abc.Awaitable[_admission_pb2.CreateTaskResponse]]:
         """Validates a task, checks quota and memory, stores the task in TASK_STATE_QUEUED and acknowledges it. An acknowledged
         task is durable. INVALID_ARGUMENT: INVALID_INPUT (BadRequest names each field), WILL_NEVER_FIT; PERMISSION_DENIED:
-        the dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED (see Quota).
+        the dataset or initial adapter is not the caller's; RESOURCE_EXHAUSTED: QUOTA_EXCEEDED (see Quota). The first call for
+        a dataset reads all of it, which stops when the call ends: give it a deadline of minutes.
         """
 
     @_abc_1.abstractmethod
@@ -267,7 +274,9 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admission_pb2.PreflightDatasetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admission_pb2.PreflightDatasetResponse, _abc.Awaitable[_admission_pb2.PreflightDatasetResponse]]:
-        """Reports how a task would read the dataset: rendered rows, tokens that bear loss, lengths, refused rows and reasons."""
+        """Reports how a task would read the dataset: rendered rows, tokens that bear loss, lengths, refused rows and reasons.
+        The first call reads all of it, as in CreateTask.
+        """
 
     @_abc_1.abstractmethod
     def DeleteDataset(

@@ -4,11 +4,12 @@ A dataset's key is its tenant and its SHA-256, so that equal bytes are stored on
 """
 
 import hashlib
+import io
 import math
 import tempfile
 import threading
 import time
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,22 +17,24 @@ from pathlib import Path
 from typing import IO, Any
 
 from engine.alignment.dataset import TokenizedDataset, tokenize_dataset
-from engine.alignment.jsonl_rows import MAX_LINE_BYTES, Row, parse_lines
+from engine.alignment.jsonl_rows import MAX_LINE_BYTES, parse_lines
 from engine.alignment.preflight import Preflight, preflight
 from engine.alignment.tokenizer import BackboneTokenizer
 from engine.errors import (
     ArtifactCorruptError,
     ChecksumMismatchError,
     InvalidInputError,
+    MalformedDatasetError,
     QuotaExceededError,
     UnavailableError,
 )
 from engine.task import Affects, Training, values_affecting
-from services.alignment.fair_queue import ComputeSlot, FairQueue
+from services.concurrency.fair_queue import ComputeSlot, FairQueue
 from services.storage.artifact_layout import DatasetObject
 from services.storage.artifact_store import ArtifactStore
 
 _OVERHEAD_BYTES, _REFUSED_ROW_BYTES = 4096, 256
+_READ_BYTES = 4 << 20  # of the store at once
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ class TokenizedKey:
     sha256: str
     backbone: str
     training: tuple[Any, ...]  # values of the fields that affect tokens
+
+    @classmethod
+    def of(cls, tenant: str, sha256: str, backbone: str, training: Training) -> "TokenizedKey":
+        return cls(tenant, sha256, backbone, values_affecting(training, Affects.TOKENS))
 
 
 @dataclass(frozen=True)
@@ -124,21 +131,18 @@ class DatasetStore:
         self._cache: OrderedDict[TokenizedKey, TokenizedDataset] = OrderedDict()
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._lock = threading.Lock()
-        self._tokenizing: defaultdict[TokenizedKey, threading.Lock] = defaultdict(threading.Lock)
-        self._closing = threading.Event()
 
     def close(self) -> None:
         """End work in progress soon; its callers get UnavailableError."""
-        self._closing.set()
+        self._fair_queue.close()
 
     def store(self, tenant: str, upload: DatasetUpload) -> StoredDataset:
         """Parse every line, then store the bytes. Raises MalformedDatasetError, and then stores nothing."""
         sha256 = upload.close()
         key = DatasetObject(tenant, sha256).key
-        # Read no further into a line than its maximal length.
-        lines = iter(lambda: upload.file.readline(MAX_LINE_BYTES + 1), b"")
         with self._fair_queue.slot(tenant) as slot:
-            shapes = Counter(row.shape for row in self._limited(parse_lines(lines), slot, math.inf))
+            shapes = Counter(row.shape for row in parse_lines(_lines_in_turns(upload.file, slot)))
+        self._fair_queue.check_wanted()
         self._store.put(key, Path(upload.file.name))  # replaces bytes that changed in the store
         return StoredDataset(sha256, upload.file.tell(), shapes.total(), dict(shapes))
 
@@ -149,35 +153,30 @@ class DatasetStore:
             for key in [k for k in self._cache if (k.tenant, k.sha256) == (tenant, sha256)]:
                 self._evict(key)
 
-    def inspect(self, tenant: str, sha256: str, backbone: str, training: Training, num_samples: int) -> Preflight:
-        dataset = self.tokenized(tenant, sha256, backbone, training)
-        with self._fair_queue.slot(tenant):
-            return preflight(dataset, self._tokenizer(backbone), training, num_samples)
+    def inspect(
+        self, tenant: str, backbone: str, dataset: TokenizedDataset, training: Training, num_samples: int
+    ) -> Preflight:
+        with self._fair_queue.slot(tenant) as slot:
+            return preflight(dataset, self._tokenizer(backbone), training, num_samples, slot.yield_to_waiting)
 
     def tokenized(self, tenant: str, sha256: str, backbone: str, training: Training) -> TokenizedDataset:
-        """Return the tokenized dataset. Raises NotFoundError, InvalidInputError, ArtifactCorruptError."""
-        key = _tokenized_key(tenant, sha256, backbone, training)
-        with self._lock:
-            lock = self._tokenizing[key]
-        try:
-            with lock:  # a second call waits for the first one's result
-                dataset = self._cached(key)
-                if dataset is None:
-                    tokenizer = self._tokenizer(backbone)
-                    with self._downloaded(tenant, sha256) as lines, self._fair_queue.slot(tenant) as slot:
-                        rows = self._limited(parse_lines(lines), slot, self._tokenize_seconds)
-                        dataset = tokenize_dataset(rows, tokenizer, training)
-                    self._put(key, dataset)
-                return dataset
-        finally:
-            with self._lock:
-                self._tokenizing.pop(key, None)
+        """Return the tokenized dataset, which is kept in the cache.
+
+        Raises NotFoundError, InvalidInputError, ArtifactCorruptError, and QuotaExceededError for one that takes too
+        long.
+        """
+        dataset = self.cached(tenant, sha256, backbone, training)
+        if dataset is None:
+            tokenizer = self._tokenizer(backbone)
+            with self._verified(tenant, sha256) as file, self._fair_queue.slot(tenant) as slot:
+                lines = _lines_in_turns(file, slot, self._tokenize_seconds)
+                dataset = tokenize_dataset(parse_lines(lines), tokenizer, training)
+            self._put(TokenizedKey.of(tenant, sha256, backbone, training), dataset)
+        return dataset
 
     def cached(self, tenant: str, sha256: str, backbone: str, training: Training) -> TokenizedDataset | None:
         """Return the tokenized dataset if it is in the cache, else None."""
-        return self._cached(_tokenized_key(tenant, sha256, backbone, training))
-
-    def _cached(self, key: TokenizedKey) -> TokenizedDataset | None:
+        key = TokenizedKey.of(tenant, sha256, backbone, training)
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
@@ -195,40 +194,22 @@ class DatasetStore:
         if (dataset := self._cache.pop(key, None)) is not None:
             self._cached_bytes -= _memory_bytes(dataset)
 
-    def _limited(self, rows: Iterator[Row], slot: ComputeSlot, max_seconds: float) -> Iterator[Row]:
-        """Yield the rows in the tenant's turns.
-
-        Raises QuotaExceededError after `max_seconds` of computing: slow rows must not hold a thread for days.
-        """
-        for row in rows:
-            if self._closing.is_set():
-                raise UnavailableError("Alignment is stopping. Send the call again.")
-            if slot.yield_to_waiting() > max_seconds:
-                raise QuotaExceededError(
-                    f"Tokenizing the dataset takes longer than {max_seconds:g} s; it stopped at line {row.line}. "
-                    "Upload it in parts.",
-                    subject="dataset",
-                )
-            yield row
-
     @contextmanager
-    def _downloaded(self, tenant: str, sha256: str) -> Iterator[IO[bytes]]:
-        """Open the dataset's bytes as a temporary file, so that memory never holds a whole dataset."""
-        digest = hashlib.sha256()
-        with _temporary_file_errors():
-            file = tempfile.TemporaryFile(prefix="dataset-")  # noqa: SIM115  # closed below
-        with file:
-            for chunk in self._store.stream(DatasetObject(tenant, sha256).key, 1 << 20):
-                digest.update(chunk)
-                with _temporary_file_errors():
-                    file.write(chunk)
-            if digest.hexdigest() != sha256:
-                raise ArtifactCorruptError(
-                    f"The stored dataset {sha256} of {tenant} does not match its SHA-256.", sha256=sha256
-                )
-            with _temporary_file_errors():
-                file.seek(0)
+    def _verified(self, tenant: str, sha256: str) -> Iterator[IO[bytes]]:
+        """Open the stored dataset. At the end of the block, or if the rows are refused, raise ArtifactCorruptError
+        unless the bytes are those that were uploaded."""
+        reader, refusal = self._store.reader(DatasetObject(tenant, sha256).key), None
+        file = io.BufferedReader(reader, _READ_BYTES)
+        try:
             yield file
+        except (InvalidInputError, MalformedDatasetError) as error:
+            refusal = error
+        if reader.sha256() != sha256:
+            raise ArtifactCorruptError(
+                f"The stored dataset {sha256} of {tenant} does not match its SHA-256: upload it again.", sha256=sha256
+            )
+        if refusal is not None:
+            raise refusal
 
     def _tokenizer(self, backbone: str) -> BackboneTokenizer:
         if backbone not in self._tokenizers:
@@ -237,10 +218,23 @@ class DatasetStore:
         return self._tokenizers[backbone]
 
 
+def _lines_in_turns(file: IO[bytes], slot: ComputeSlot, max_seconds: float = math.inf) -> Iterator[bytes]:
+    """Yield the lines, blank ones too, in the tenant's turns; of an endless line no more than the maximal length.
+
+    Raises QuotaExceededError after `max_seconds` of computing: slow rows must not hold a thread for days.
+    """
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if slot.yield_to_waiting() > max_seconds:
+            raise QuotaExceededError(
+                f"Tokenizing the dataset takes longer than {max_seconds:g} s; it stopped at line {number}. "
+                "Upload it in parts.",
+                subject="dataset",
+            )
+        yield line
+
+
 def _memory_bytes(dataset: TokenizedDataset) -> int:
     """Return the bytes of the arrays and of the objects around them, the larger part of a small dataset."""
     return dataset.num_bytes + _OVERHEAD_BYTES + _REFUSED_ROW_BYTES * len(dataset.refused)
-
-
-def _tokenized_key(tenant: str, sha256: str, backbone: str, training: Training) -> TokenizedKey:
-    return TokenizedKey(tenant, sha256, backbone, values_affecting(training, Affects.TOKENS))

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 from engine.alignment.dataset import TokenizedDataset, num_steps, split
@@ -11,9 +12,10 @@ from engine.errors import InvalidInputError, UnavailableError
 from engine.task import Training
 from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import alignment_pb2_grpc, dataset_pb2
-from services.alignment.dataset_store import DatasetStore, DatasetUpload
+from services.alignment.dataset_store import DatasetStore, DatasetUpload, TokenizedKey
 from services.alignment.request_validation import check_layout, check_num_steps, check_steps, check_training
 from services.alignment.thread_pools import ThreadPools
+from services.concurrency.shared_jobs import SharedJobs
 from services.conversion.microbatch import microbatch_to_proto
 from services.conversion.preflight import preflight_to_proto
 from services.conversion.task import training_to_domain
@@ -29,7 +31,7 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
         self._datasets = datasets
         self._max_dataset_bytes = max_dataset_bytes
         self._is_closing = False
-        self._threads = ThreadPools()
+        self._threads, self._jobs = ThreadPools(), SharedJobs[TokenizedDataset]()
 
     def close(self) -> None:
         """End streams at their next microbatch, and other work soon, with UNAVAILABLE."""
@@ -70,9 +72,10 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
         if options.num_samples < 0:
             raise InvalidInputError.of_field("options.num_samples", f"{options.num_samples} must not be negative")
         samples = min(options.num_samples or _DEFAULT_SAMPLES, _MAX_SAMPLES)
-        report = await self._threads.long.run(
-            request.tenant, self._datasets.inspect, request.tenant, request.sha256, options.backbone, training, samples
-        )
+        tenant, backbone = request.tenant, options.backbone
+        dataset = await self._tokenized(tenant, request.sha256, backbone, training)
+        inspect = self._datasets.inspect
+        report = await self._threads.long.run(tenant, inspect, tenant, backbone, dataset, training, samples)
         check_num_steps(report.num_steps)
         return pb.InspectDatasetResponse(report=preflight_to_proto(report))
 
@@ -103,11 +106,17 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
         training = training_to_domain(member.training, path)
         check_training(training, path)
         tenant = tenant_of(member.task)
-        version = (tenant, member.dataset_version, backbone, training)
-        dataset = self._datasets.cached(*version)
-        if dataset is None:
-            dataset = await self._threads.long.run(tenant, self._datasets.tokenized, *version)
+        dataset = await self._tokenized(tenant, member.dataset_version, backbone, training)
         return await self._threads.packing.run(tenant, _packed_task, member, dataset, training)
+
+    async def _tokenized(self, tenant: str, sha256: str, backbone: str, training: Training) -> TokenizedDataset:
+        """Return the tokenized dataset. Calls that want the same one share a job, which stops when all have left."""
+        version = (tenant, sha256, backbone, training)
+        dataset = self._datasets.cached(*version)
+        if dataset is not None:
+            return dataset
+        work = partial(self._threads.long.run, tenant, self._datasets.tokenized, *version)
+        return await self._jobs.run(TokenizedKey.of(*version), work)
 
 
 def _packed_task(member: pb.Member, dataset: TokenizedDataset, training: Training) -> PackedTask:

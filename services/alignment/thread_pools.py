@@ -6,7 +6,7 @@ from services.concurrency.threads import TenantThreads, Threads
 class ThreadPools:
     """Pools of threads by kind of work.
 
-    `long`: reading a dataset; most of these threads wait for a slot of services.alignment.fair_queue.FairQueue.
+    `long`: reading a dataset; most of these threads wait for a slot of services.concurrency.fair_queue.FairQueue.
     `packing`: making microbatches, by the tenants whose tasks share them. `files`: writing uploads to the disk.
     `removals`: deleting from the store.
     """

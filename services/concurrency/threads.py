@@ -5,15 +5,27 @@ in turn.
 """
 
 import asyncio
+import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from typing import TypeVar, TypeVarTuple
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+_abandoned: ContextVar[threading.Event | None] = ContextVar("abandoned", default=None)
+
+
+class AbandonedError(Exception):
+    """Nobody waits for this work any more, so it ends."""
+
+
+def is_abandoned() -> bool:
+    """Return whether the caller has left for whom this thread works. Long work asks now and then, and ends."""
+    abandoned = _abandoned.get()
+    return abandoned is not None and abandoned.is_set()
 
 
 class Threads:
@@ -24,7 +36,7 @@ class Threads:
 
     async def run(self, work: Callable[[*Ts], T], *arguments: *Ts) -> T:
         """Return what `work` returns, or raise what it raises. It sees the caller's context variables."""
-        return await asyncio.wrap_future(submit(self._threads, work, *arguments))
+        return await _run(self._threads, lambda _: None, work, *arguments)
 
 
 class TenantThreads:
@@ -49,9 +61,7 @@ class TenantThreads:
             with suppress(RuntimeError):  # the loop is closed, and no caller waits
                 loop.call_soon_threadsafe(self._release, tenant)
 
-        future = submit(self._threads, work, *arguments)
-        future.add_done_callback(release)
-        return await asyncio.wrap_future(future)
+        return await _run(self._threads, release, work, *arguments)
 
     async def _acquire(self, tenant: str) -> None:
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -94,7 +104,19 @@ class TenantThreads:
                 granted.set_result(None)
 
 
-def submit(threads: ThreadPoolExecutor, work: Callable[[*Ts], T], *arguments: *Ts) -> "Future[T]":
-    """Submit work that sees the context variables of the submitter, as `asyncio.to_thread` does."""
-    context = copy_context()
-    return threads.submit(lambda: context.run(work, *arguments))
+async def _run(
+    threads: ThreadPoolExecutor,
+    on_done: Callable[["Future[T]"], None],
+    work: Callable[[*Ts], T],
+    *arguments: *Ts,
+) -> T:
+    """Run work that sees the caller's context variables, as `asyncio.to_thread` does, and whether the caller left."""
+    abandoned, context = threading.Event(), copy_context()
+    context.run(_abandoned.set, abandoned)
+    future = threads.submit(lambda: context.run(work, *arguments))
+    future.add_done_callback(on_done)
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        abandoned.set()
+        raise

@@ -5,6 +5,7 @@ asyncio callers use a pool of threads. Source: obstore (Apache arrow-rs object_s
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
@@ -22,6 +23,9 @@ from engine.errors import ArtifactCorruptError, InvalidInputError, UnavailableEr
 from engine.errors import NotFoundError as MissingError
 from services.failpoints import failpoint
 from services.storage.artifact_layout import check_key, file_key, folder_of_manifest, manifest_key
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _log = logging.getLogger(__name__)
 
@@ -87,6 +91,12 @@ class ArtifactStore:
         with _translated_errors("read", key):
             for chunk in obstore.get(self._store, self._checked(key)).stream(min_chunk_size=chunk_bytes):
                 yield bytes(chunk)
+
+    def reader(self, key: str) -> "ObjectReader":
+        """Open the object for reading in order. Raises NotFoundError."""
+        with _translated_errors("read", key):
+            size_bytes = int(obstore.head(self._store, self._checked(key))["size"])
+        return ObjectReader(self._store, key, size_bytes)
 
     def exists(self, key: str) -> bool:
         try:
@@ -181,6 +191,35 @@ class ArtifactStore:
             obstore.put(self._store, self._checked(key), data, mode=mode, use_multipart=False)
             if self._folder is not None:
                 _flush_to_disk(self._folder / key)
+
+
+class ObjectReader(io.RawIOBase):
+    """Reads an object from its start to its end and hashes it. Each read is a request to the store."""
+
+    def __init__(self, store: ObjectStore, key: str, size_bytes: int) -> None:
+        self._store, self._key, self._size_bytes = store, key, size_bytes
+        self._position, self._digest = 0, hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        view = memoryview(buffer).cast("B")
+        end = min(self._position + len(view), self._size_bytes)
+        if end == self._position:
+            return 0
+        with _translated_errors("read", self._key):
+            data = obstore.get_range(self._store, self._key, start=self._position, end=end)
+        view[: len(data)] = data
+        self._digest.update(data)
+        self._position += len(data)
+        return len(data)
+
+    def sha256(self) -> str:
+        """Read the rest; return the hash of all bytes."""
+        while self.read(1 << 20):
+            pass
+        return self._digest.hexdigest()
 
 
 @contextmanager

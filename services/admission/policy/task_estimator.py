@@ -23,7 +23,7 @@ from services.admission.store.idempotency import hash_parts
 from services.conversion.plan import executor_to_view
 from services.conversion.task import spec_to_domain
 
-INSPECT_SECONDS = 120.0
+INSPECT_SECONDS = 3600.0  # alignment's own limit; the caller's deadline is usually sooner, and stops alignment, too
 _CACHE_SECONDS, _MAX_CACHED = 60.0, 1024  # after an upgrade alignment may read the data differently
 _MAX_CACHED_METHOD_BYTES = 4096  # the size of a task's spec up to which its method is cached
 # Fields that affect neither data nor time nor bytes.
