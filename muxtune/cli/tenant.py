@@ -19,6 +19,9 @@ def quota(
     max_dataset_bytes: Annotated[int | None, typer.Option(help="Bytes of all datasets; 0: no limit.")] = None,
     max_adapter_bytes: Annotated[int | None, typer.Option(help="Bytes of all adapters; 0: no limit.")] = None,
     max_unfinished_tasks: Annotated[int | None, typer.Option(help="Tasks not ended; 0: no limit.")] = None,
+    max_unfinished_spec_bytes: Annotated[
+        int | None, typer.Option(help="Bytes of the specs of tasks not ended; 0: no limit.")
+    ] = None,
     max_tokens_per_day: Annotated[int | None, typer.Option(help="Effective tokens; 0: no limit.")] = None,
     max_device_seconds_per_day: Annotated[float | None, typer.Option(help="0: no limit.")] = None,
     reset: Annotated[
@@ -32,6 +35,7 @@ def quota(
         "max_dataset_bytes": max_dataset_bytes,
         "max_adapter_bytes": max_adapter_bytes,
         "max_unfinished_tasks": max_unfinished_tasks,
+        "max_unfinished_spec_bytes": max_unfinished_spec_bytes,
         "max_tokens_per_day": max_tokens_per_day,
         "max_device_seconds_per_day": max_device_seconds_per_day,
     }

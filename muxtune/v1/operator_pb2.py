@@ -26,7 +26,7 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19muxtune/v1/operator.proto\x12\nmuxtune.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xaf\x02\n\x05Quota\x12\x1e\n\x11max_dataset_bytes\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12!\n\x14max_unfinished_tasks\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1f\n\x12max_tokens_per_day\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\'\n\x1amax_device_seconds_per_day\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1e\n\x11max_adapter_bytes\x18\x05 \x01(\x03H\x04\x88\x01\x01\x42\x14\n\x12_max_dataset_bytesB\x17\n\x15_max_unfinished_tasksB\x15\n\x13_max_tokens_per_dayB\x1d\n\x1b_max_device_seconds_per_dayB\x14\n\x12_max_adapter_bytes\"t\n\x0fSetQuotaRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12 \n\x05quota\x18\x02 \x01(\x0b\x32\x11.muxtune.v1.Quota\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"4\n\x10SetQuotaResponse\x12 \n\x05quota\x18\x01 \x01(\x0b\x32\x11.muxtune.v1.Quota\"!\n\x0fGetQuotaRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"4\n\x10GetQuotaResponse\x12 \n\x05quota\x18\x01 \x01(\x0b\x32\x11.muxtune.v1.Quota\"I\n\x10ListUsageRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"P\n\x11ListUsageResponse\x12\"\n\x04\x64\x61ys\x18\x01 \x03(\x0b\x32\x14.muxtune.v1.DayUsage\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x85\x01\n\x08\x44\x61yUsage\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61te\x18\x02 \x01(\t\x12\x18\n\x10\x65\x66\x66\x65\x63tive_tokens\x18\x03 \x01(\x03\x12\x16\n\x0epadding_tokens\x18\x04 \x01(\x03\x12\x16\n\x0e\x64\x65vice_seconds\x18\x05 \x01(\x01\x12\x11\n\tnum_steps\x18\x06 \x01(\x03\"S\n\x16ListAuditEventsRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x03\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x0e\n\x06tenant\x18\x03 \x01(\t\"A\n\x17ListAuditEventsResponse\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.muxtune.v1.AuditEvent\"\xa0\x01\n\nAuditEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x0e\n\x06method\x18\x05 \x01(\t\x12\x10\n\x08resource\x18\x06 \x01(\t\x12\x13\n\x0bstatus_code\x18\x07 \x01(\t2\xc5\x02\n\x0fOperatorService\x12\x45\n\x08SetQuota\x12\x1b.muxtune.v1.SetQuotaRequest\x1a\x1c.muxtune.v1.SetQuotaResponse\x12\x45\n\x08GetQuota\x12\x1b.muxtune.v1.GetQuotaRequest\x1a\x1c.muxtune.v1.GetQuotaResponse\x12H\n\tListUsage\x12\x1c.muxtune.v1.ListUsageRequest\x1a\x1d.muxtune.v1.ListUsageResponse\x12Z\n\x0fListAuditEvents\x12\".muxtune.v1.ListAuditEventsRequest\x1a#.muxtune.v1.ListAuditEventsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19muxtune/v1/operator.proto\x12\nmuxtune.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf5\x02\n\x05Quota\x12\x1e\n\x11max_dataset_bytes\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12!\n\x14max_unfinished_tasks\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1f\n\x12max_tokens_per_day\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\'\n\x1amax_device_seconds_per_day\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1e\n\x11max_adapter_bytes\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12&\n\x19max_unfinished_spec_bytes\x18\x06 \x01(\x03H\x05\x88\x01\x01\x42\x14\n\x12_max_dataset_bytesB\x17\n\x15_max_unfinished_tasksB\x15\n\x13_max_tokens_per_dayB\x1d\n\x1b_max_device_seconds_per_dayB\x14\n\x12_max_adapter_bytesB\x1c\n\x1a_max_unfinished_spec_bytes\"t\n\x0fSetQuotaRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12 \n\x05quota\x18\x02 \x01(\x0b\x32\x11.muxtune.v1.Quota\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"4\n\x10SetQuotaResponse\x12 \n\x05quota\x18\x01 \x01(\x0b\x32\x11.muxtune.v1.Quota\"!\n\x0fGetQuotaRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"4\n\x10GetQuotaResponse\x12 \n\x05quota\x18\x01 \x01(\x0b\x32\x11.muxtune.v1.Quota\"I\n\x10ListUsageRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"P\n\x11ListUsageResponse\x12\"\n\x04\x64\x61ys\x18\x01 \x03(\x0b\x32\x14.muxtune.v1.DayUsage\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x85\x01\n\x08\x44\x61yUsage\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61te\x18\x02 \x01(\t\x12\x18\n\x10\x65\x66\x66\x65\x63tive_tokens\x18\x03 \x01(\x03\x12\x16\n\x0epadding_tokens\x18\x04 \x01(\x03\x12\x16\n\x0e\x64\x65vice_seconds\x18\x05 \x01(\x01\x12\x11\n\tnum_steps\x18\x06 \x01(\x03\"S\n\x16ListAuditEventsRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x03\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x0e\n\x06tenant\x18\x03 \x01(\t\"A\n\x17ListAuditEventsResponse\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.muxtune.v1.AuditEvent\"\xa0\x01\n\nAuditEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x0e\n\x06method\x18\x05 \x01(\t\x12\x10\n\x08resource\x18\x06 \x01(\t\x12\x13\n\x0bstatus_code\x18\x07 \x01(\t2\xc5\x02\n\x0fOperatorService\x12\x45\n\x08SetQuota\x12\x1b.muxtune.v1.SetQuotaRequest\x1a\x1c.muxtune.v1.SetQuotaResponse\x12\x45\n\x08GetQuota\x12\x1b.muxtune.v1.GetQuotaRequest\x1a\x1c.muxtune.v1.GetQuotaResponse\x12H\n\tListUsage\x12\x1c.muxtune.v1.ListUsageRequest\x1a\x1d.muxtune.v1.ListUsageResponse\x12Z\n\x0fListAuditEvents\x12\".muxtune.v1.ListAuditEventsRequest\x1a#.muxtune.v1.ListAuditEventsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,27 +34,27 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'muxtune.v1.operator_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_QUOTA']._serialized_start=109
-  _globals['_QUOTA']._serialized_end=412
-  _globals['_SETQUOTAREQUEST']._serialized_start=414
-  _globals['_SETQUOTAREQUEST']._serialized_end=530
-  _globals['_SETQUOTARESPONSE']._serialized_start=532
-  _globals['_SETQUOTARESPONSE']._serialized_end=584
-  _globals['_GETQUOTAREQUEST']._serialized_start=586
-  _globals['_GETQUOTAREQUEST']._serialized_end=619
-  _globals['_GETQUOTARESPONSE']._serialized_start=621
-  _globals['_GETQUOTARESPONSE']._serialized_end=673
-  _globals['_LISTUSAGEREQUEST']._serialized_start=675
-  _globals['_LISTUSAGEREQUEST']._serialized_end=748
-  _globals['_LISTUSAGERESPONSE']._serialized_start=750
-  _globals['_LISTUSAGERESPONSE']._serialized_end=830
-  _globals['_DAYUSAGE']._serialized_start=833
-  _globals['_DAYUSAGE']._serialized_end=966
-  _globals['_LISTAUDITEVENTSREQUEST']._serialized_start=968
-  _globals['_LISTAUDITEVENTSREQUEST']._serialized_end=1051
-  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_start=1053
-  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_end=1118
-  _globals['_AUDITEVENT']._serialized_start=1121
-  _globals['_AUDITEVENT']._serialized_end=1281
-  _globals['_OPERATORSERVICE']._serialized_start=1284
-  _globals['_OPERATORSERVICE']._serialized_end=1609
+  _globals['_QUOTA']._serialized_end=482
+  _globals['_SETQUOTAREQUEST']._serialized_start=484
+  _globals['_SETQUOTAREQUEST']._serialized_end=600
+  _globals['_SETQUOTARESPONSE']._serialized_start=602
+  _globals['_SETQUOTARESPONSE']._serialized_end=654
+  _globals['_GETQUOTAREQUEST']._serialized_start=656
+  _globals['_GETQUOTAREQUEST']._serialized_end=689
+  _globals['_GETQUOTARESPONSE']._serialized_start=691
+  _globals['_GETQUOTARESPONSE']._serialized_end=743
+  _globals['_LISTUSAGEREQUEST']._serialized_start=745
+  _globals['_LISTUSAGEREQUEST']._serialized_end=818
+  _globals['_LISTUSAGERESPONSE']._serialized_start=820
+  _globals['_LISTUSAGERESPONSE']._serialized_end=900
+  _globals['_DAYUSAGE']._serialized_start=903
+  _globals['_DAYUSAGE']._serialized_end=1036
+  _globals['_LISTAUDITEVENTSREQUEST']._serialized_start=1038
+  _globals['_LISTAUDITEVENTSREQUEST']._serialized_end=1121
+  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_start=1123
+  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_end=1188
+  _globals['_AUDITEVENT']._serialized_start=1191
+  _globals['_AUDITEVENT']._serialized_end=1351
+  _globals['_OPERATORSERVICE']._serialized_start=1354
+  _globals['_OPERATORSERVICE']._serialized_end=1679
 # @@protoc_insertion_point(module_scope)

@@ -33,6 +33,7 @@ class Quota(_message.Message):
     MAX_TOKENS_PER_DAY_FIELD_NUMBER: _builtins.int
     MAX_DEVICE_SECONDS_PER_DAY_FIELD_NUMBER: _builtins.int
     MAX_ADAPTER_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_UNFINISHED_SPEC_BYTES_FIELD_NUMBER: _builtins.int
     max_dataset_bytes: _builtins.int
     max_unfinished_tasks: _builtins.int
     max_tokens_per_day: _builtins.int
@@ -42,6 +43,8 @@ class Quota(_message.Message):
     """Sum over uploaded and exported adapters. Above it, uploads and new tasks get RESOURCE_EXHAUSTED until adapters are
     deleted; a running task still exports its adapter.
     """
+    max_unfinished_spec_bytes: _builtins.int
+    """Sum over the specs of unfinished tasks, serialized. A spec has at most 16 KiB."""
     def __init__(
         self,
         *,
@@ -50,10 +53,11 @@ class Quota(_message.Message):
         max_tokens_per_day: _builtins.int | None = ...,
         max_device_seconds_per_day: _builtins.float | None = ...,
         max_adapter_bytes: _builtins.int | None = ...,
+        max_unfinished_spec_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_adapter_bytes", b"_max_adapter_bytes", "_max_dataset_bytes", b"_max_dataset_bytes", "_max_device_seconds_per_day", b"_max_device_seconds_per_day", "_max_tokens_per_day", b"_max_tokens_per_day", "_max_unfinished_tasks", b"_max_unfinished_tasks", "max_adapter_bytes", b"max_adapter_bytes", "max_dataset_bytes", b"max_dataset_bytes", "max_device_seconds_per_day", b"max_device_seconds_per_day", "max_tokens_per_day", b"max_tokens_per_day", "max_unfinished_tasks", b"max_unfinished_tasks"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_adapter_bytes", b"_max_adapter_bytes", "_max_dataset_bytes", b"_max_dataset_bytes", "_max_device_seconds_per_day", b"_max_device_seconds_per_day", "_max_tokens_per_day", b"_max_tokens_per_day", "_max_unfinished_spec_bytes", b"_max_unfinished_spec_bytes", "_max_unfinished_tasks", b"_max_unfinished_tasks", "max_adapter_bytes", b"max_adapter_bytes", "max_dataset_bytes", b"max_dataset_bytes", "max_device_seconds_per_day", b"max_device_seconds_per_day", "max_tokens_per_day", b"max_tokens_per_day", "max_unfinished_spec_bytes", b"max_unfinished_spec_bytes", "max_unfinished_tasks", b"max_unfinished_tasks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_adapter_bytes", b"_max_adapter_bytes", "_max_dataset_bytes", b"_max_dataset_bytes", "_max_device_seconds_per_day", b"_max_device_seconds_per_day", "_max_tokens_per_day", b"_max_tokens_per_day", "_max_unfinished_tasks", b"_max_unfinished_tasks", "max_adapter_bytes", b"max_adapter_bytes", "max_dataset_bytes", b"max_dataset_bytes", "max_device_seconds_per_day", b"max_device_seconds_per_day", "max_tokens_per_day", b"max_tokens_per_day", "max_unfinished_tasks", b"max_unfinished_tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_adapter_bytes", b"_max_adapter_bytes", "_max_dataset_bytes", b"_max_dataset_bytes", "_max_device_seconds_per_day", b"_max_device_seconds_per_day", "_max_tokens_per_day", b"_max_tokens_per_day", "_max_unfinished_spec_bytes", b"_max_unfinished_spec_bytes", "_max_unfinished_tasks", b"_max_unfinished_tasks", "max_adapter_bytes", b"max_adapter_bytes", "max_dataset_bytes", b"max_dataset_bytes", "max_device_seconds_per_day", b"max_device_seconds_per_day", "max_tokens_per_day", b"max_tokens_per_day", "max_unfinished_spec_bytes", b"max_unfinished_spec_bytes", "max_unfinished_tasks", b"max_unfinished_tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_adapter_bytes: _TypeAlias = _typing.Literal["max_adapter_bytes"]  # noqa: Y015
     _WhichOneofArgType__max_adapter_bytes: _TypeAlias = _typing.Literal["_max_adapter_bytes", b"_max_adapter_bytes"]  # noqa: Y015
@@ -63,6 +67,8 @@ class Quota(_message.Message):
     _WhichOneofArgType__max_device_seconds_per_day: _TypeAlias = _typing.Literal["_max_device_seconds_per_day", b"_max_device_seconds_per_day"]  # noqa: Y015
     _WhichOneofReturnType__max_tokens_per_day: _TypeAlias = _typing.Literal["max_tokens_per_day"]  # noqa: Y015
     _WhichOneofArgType__max_tokens_per_day: _TypeAlias = _typing.Literal["_max_tokens_per_day", b"_max_tokens_per_day"]  # noqa: Y015
+    _WhichOneofReturnType__max_unfinished_spec_bytes: _TypeAlias = _typing.Literal["max_unfinished_spec_bytes"]  # noqa: Y015
+    _WhichOneofArgType__max_unfinished_spec_bytes: _TypeAlias = _typing.Literal["_max_unfinished_spec_bytes", b"_max_unfinished_spec_bytes"]  # noqa: Y015
     _WhichOneofReturnType__max_unfinished_tasks: _TypeAlias = _typing.Literal["max_unfinished_tasks"]  # noqa: Y015
     _WhichOneofArgType__max_unfinished_tasks: _TypeAlias = _typing.Literal["_max_unfinished_tasks", b"_max_unfinished_tasks"]  # noqa: Y015
     @_typing.overload
@@ -73,6 +79,8 @@ class Quota(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_device_seconds_per_day) -> _WhichOneofReturnType__max_device_seconds_per_day | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens_per_day) -> _WhichOneofReturnType__max_tokens_per_day | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_unfinished_spec_bytes) -> _WhichOneofReturnType__max_unfinished_spec_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_unfinished_tasks) -> _WhichOneofReturnType__max_unfinished_tasks | None: ...
 

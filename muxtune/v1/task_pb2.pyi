@@ -189,6 +189,10 @@ Global___Task: _TypeAlias = Task  # noqa: Y015
 
 @_typing.final
 class TaskSpec(_message.Message):
+    """At most 16 KiB, serialized. A field that this version does not know is refused. Lists of modules and parameters are
+    sets: an answer has them sorted, without duplicates.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final

@@ -81,6 +81,7 @@ class AdmissionSettings(ServerSettings):
     max_crashes: int = 3
     max_dataset_bytes: int = 0
     max_adapter_bytes: int = 0
+    max_unfinished_spec_bytes: int = 4 << 20  # 1,000 tasks of 4 kB, or 256 of the largest size
     max_tokens_per_day: int = 0
     max_device_seconds_per_day: float = 0.0
     token_budget: int = PlannerConfig.token_budget
@@ -101,6 +102,7 @@ class AdmissionSettings(ServerSettings):
             self.max_tokens_per_day,
             self.max_device_seconds_per_day,
             self.max_adapter_bytes,
+            self.max_unfinished_spec_bytes,
         )
 
     def authenticate(self, keys: KeyStore) -> Authenticate:

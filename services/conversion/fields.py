@@ -25,7 +25,8 @@ def fields_to_domain(message: Message, cls: Any, path: str, violations: list[Fie
         if descriptor.enum_type is not None:
             value = _enum_member(hints[field.name], descriptor.enum_type, value, f"{path}.{field.name}", violations)
         elif descriptor.is_repeated:
-            value = dict(value) if _is_map(descriptor) else tuple(value)
+            # A map's order differs from process to process, and the first key that matches a module counts.
+            value = dict(sorted(value.items())) if _is_map(descriptor) else tuple(value)
         arguments[field.name] = value
     return arguments
 

@@ -11,6 +11,7 @@ from engine.task import Training
 from muxtune.v1 import ledger_pb2
 from muxtune.v1 import scheduling_pb2 as pb
 from services.conversion.plan import cost_to_proto, explanation_to_proto, htask_to_proto, planner_config_to_proto
+from services.conversion.spec_limits import check_spec_limits
 from services.conversion.task import spec_to_domain
 from services.resource_names import tenant_of
 
@@ -63,6 +64,7 @@ def hypothetical_tasks(request: pb.SimulatePlanRequest, snapshot: Snapshot) -> l
     tasks = []
     for index, task in enumerate(request.tasks):
         path = f"tasks[{index}]"
+        check_spec_limits(task.spec, f"{path}.spec")
         spec = spec_to_domain(task.spec, f"{path}.spec")
         for error in spec.method.validate():
             field = f"{path}.spec.{spec.method.name}.{error.field}"

@@ -21,6 +21,7 @@ from services.admission.store.database import Database
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import datasets, executors
 from services.admission.threads import AdmissionThreads
+from services.conversion.spec_limits import check_spec_limits, normalize_spec
 from services.rpc.authorization import Principal, authorize, denied
 from services.storage.artifact_store import ArtifactStore
 
@@ -39,7 +40,6 @@ _QUOTA_AND_VERSION = PreparedStatement(
 )
 # All executors that ever registered: also one without a lease has the limits of its backbone.
 _EXECUTORS = PreparedStatement(sa.select(executors.c.executor))
-_MAX_SPEC_BYTES = 256 << 10  # every scheduling cycle parses it again
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class DefaultQuota:
     max_tokens_per_day: int = 0
     max_device_seconds_per_day: float = 0.0
     max_adapter_bytes: int = 0
+    max_unfinished_spec_bytes: int = 0
 
     def to_proto(self) -> operator_pb2.Quota:
         return operator_pb2.Quota(
@@ -60,6 +61,7 @@ class DefaultQuota:
             max_tokens_per_day=self.max_tokens_per_day,
             max_device_seconds_per_day=self.max_device_seconds_per_day,
             max_adapter_bytes=self.max_adapter_bytes,
+            max_unfinished_spec_bytes=self.max_unfinished_spec_bytes,
         )
 
 
@@ -115,11 +117,9 @@ class AdmissionController:
     def resolve(self, connection: sa.Connection, principal: Principal, spec: task_pb2.TaskSpec) -> ResolvedTask:
         """Read what `evaluate` needs, and check that the quota allows another task. Raises PermissionDeniedError,
         InvalidInputError or QuotaExceededError."""
-        if (size := spec.ByteSize()) > _MAX_SPEC_BYTES:
-            raise InvalidInputError.of_field("spec", f"must have at most {_MAX_SPEC_BYTES} bytes, has {size}")
+        check_spec_limits(spec)
         quotas.check_budget(spec.budget)
-        resolved = task_pb2.TaskSpec()
-        resolved.CopyFrom(spec)
+        resolved = normalize_spec(spec)
         key, tenant = "", str(principal.tenant)
         dataset = authorize(principal, spec.dataset, "datasets") if spec.dataset else ""
         version, quota = self._read_version_and_quota(connection, tenant, dataset)
@@ -135,7 +135,7 @@ class AdmissionController:
         if spec.initial_adapter:
             name = authorize(principal, spec.initial_adapter, "adapters")
             key = datasets_and_adapters.get_adapter_row(connection, name).manifest_key
-        quotas.check_new_task(connection, tenant, quota)
+        quotas.check_new_task(connection, tenant, quota, resolved.ByteSize())
         return ResolvedTask(resolved, key, [row.executor for row in _EXECUTORS.fetch_all(connection)])
 
     def _read_version_and_quota(

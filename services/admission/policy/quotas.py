@@ -22,10 +22,11 @@ _DAY_MICROSECONDS = 86_400_000_000
 _LIMITS = [field.name for field in operator_pb2.Quota.DESCRIPTOR.fields]
 
 _QUOTA = PreparedStatement(sa.select(quotas.c.quota).where(quotas.c.tenant == sa.bindparam("tenant")))
-_NUM_UNFINISHED = PreparedStatement(
-    sa.select(sa.func.count().label("number")).where(
-        tasks_table.c.tenant == sa.bindparam("tenant"), tasks_table.c.state.in_(map(sa.literal, UNFINISHED))
-    )
+_UNFINISHED = PreparedStatement(
+    sa.select(
+        sa.func.count().label("number"),
+        sa.func.coalesce(sa.func.sum(sa.func.length(tasks_table.c.spec)), 0).label("spec_bytes"),
+    ).where(tasks_table.c.tenant == sa.bindparam("tenant"), tasks_table.c.state.in_(map(sa.literal, UNFINISHED)))
 )
 _USAGE = PreparedStatement(
     sa.select(usage).where(usage.c.tenant == sa.bindparam("tenant"), usage.c.day == sa.bindparam("day"))
@@ -79,12 +80,20 @@ def charge_step(connection: sa.Connection, tenant: str, step: event_pb2.StepDone
         connection.execute(sa.insert(usage).values(**key, **added))
 
 
-def check_new_task(connection: sa.Connection, tenant: str, quota: operator_pb2.Quota) -> None:
-    """Raises QuotaExceededError unless a tenant with this quota may create another task now."""
-    limit = quota.max_unfinished_tasks
-    if limit and (count := _NUM_UNFINISHED.fetch_all(connection, tenant=tenant)[0].number) >= limit:
+def check_new_task(connection: sa.Connection, tenant: str, quota: operator_pb2.Quota, spec_bytes: int) -> None:
+    """Raises QuotaExceededError unless a tenant with this quota may create another task, of this size, now."""
+    max_tasks, max_bytes = quota.max_unfinished_tasks, quota.max_unfinished_spec_bytes
+    unfinished = _UNFINISHED.fetch_all(connection, tenant=tenant)[0] if max_tasks or max_bytes else None
+    if unfinished and 0 < max_tasks <= unfinished.number:
         raise QuotaExceededError(
-            f"{tenant} has {count} unfinished tasks; at most {limit}: wait for one or cancel one", subject=tenant
+            f"{tenant} has {unfinished.number} unfinished tasks; at most {max_tasks}: wait for one or cancel one",
+            subject=tenant,
+        )
+    if unfinished and 0 < max_bytes < int(unfinished.spec_bytes) + spec_bytes:
+        raise QuotaExceededError(
+            f"{tenant} has specs of {unfinished.spec_bytes} bytes in its unfinished tasks, this one has {spec_bytes}; "
+            f"at most {max_bytes}: name modules by their last parts, wait for a task or cancel one",
+            subject=tenant,
         )
     has_limits = quota.max_tokens_per_day or quota.max_device_seconds_per_day
     row = _USAGE.fetch_first(connection, tenant=tenant, day=today()) if has_limits else None

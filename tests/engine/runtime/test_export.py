@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from engine.errors import ExportMismatchError, InvalidInputError
-from engine.methods import Bottleneck
+from engine.methods import Bottleneck, Ia3, Lora, LoraInit, Miss, Selective, Vera
 from engine.runtime.executor import Executor
 from tests.engine.runtime.tiny import CONFIGS, executor_with, model_of, task_of, train
 
@@ -41,6 +41,40 @@ def test_peft_adapts_the_same_modules_and_loads_without_a_warning(targets: tuple
     assert loaded.peft_config["default"].lora_alpha == 12
     config: dict[str, Any] = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["task_type"]) == ("LORA", 3, "CAUSAL_LM")
+
+
+NORMS = {
+    "v_proj": "post_attention_layernorm.weight",
+    "q_proj": "input_layernorm.weight",
+    "1.mlp.down_proj": "norm.weight",
+}
+NAMES = ("v_proj", "1.mlp.down_proj", "q_proj", "v_proj")
+LISTS = {
+    "lora": lambda names: Lora(3, 6.0, names),
+    "pissa": lambda names: Lora(3, 6.0, names, init=LoraInit.PISSA),
+    "vera": lambda names: Vera(8, names),
+    "ia3": lambda names: Ia3(names, ("1.mlp.down_proj",)),
+    "bottleneck": lambda names: Bottleneck(4, names),
+    "miss": lambda names: Miss(4, names),
+    "selective": lambda names: Selective(tuple(NORMS[name] for name in names)),
+}
+
+
+@pytest.mark.parametrize("make", LISTS.values(), ids=LISTS)
+def test_the_order_of_a_methods_names_and_doubled_names_change_no_byte(make: Any, tmp_path: Path) -> None:
+    """Admission stores them sorted and once each; PEFT, too, reads them as a set."""
+    folders = []
+    for number, names in enumerate((NAMES, tuple(sorted(set(NAMES))))):
+        task = task_of("a", method=make(names))
+        executor = executor_with(model_of(CONFIGS["llama"]), [task])
+        train(executor, [task], 2)
+        folders.append(tmp_path / str(number))
+        executor.export("a", folders[-1])
+    first, second = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    first_config, second_config = (json.loads(files.pop("adapter_config.json")) for files in (first, second))
+    for config in (first_config, second_config):
+        config.pop("parameters", None)  # of our own format, in the order of the spec
+    assert first == second and first_config == second_config
 
 
 def test_an_export_with_other_logits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

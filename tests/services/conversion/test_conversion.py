@@ -78,6 +78,17 @@ def test_every_field_of_training_is_on_both_sides() -> None:
     assert domain == {field.name for field in task_pb2.Training.DESCRIPTOR.fields}
 
 
+def test_a_map_has_the_same_order_in_every_process() -> None:
+    """The first key that matches a module counts, and a process reads a proto's map in an order of its own."""
+    ranks = {f"layers.{i}.q_proj": i + 1 for i in range(40)} | {"q_proj": 99}
+    message = task_pb2.TaskSpec(
+        lora=task_pb2.Lora(rank=2, target_modules=["q_proj"], rank_pattern=ranks),
+        training=task_pb2.Training(learning_rate=0.1, num_steps=1),
+    )
+    for copy in (message, task_pb2.TaskSpec.FromString(message.SerializeToString())):
+        assert list(task_conversion.spec_to_domain(copy).method.rank_pattern) == sorted(ranks)  # type: ignore[attr-defined]
+
+
 def test_unset_fields_have_the_protos_defaults() -> None:
     spec = task_pb2.TaskSpec(lora=task_pb2.Lora(rank=8), training=task_pb2.Training(learning_rate=1e-3, num_steps=5))
     domain = task_conversion.spec_to_domain(spec)
