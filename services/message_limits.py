@@ -15,7 +15,7 @@ from engine.errors import FieldViolation
 
 MAX_TEXT_BYTES, MAX_ENTRIES = 1024, 1024  # of a text (or bytes), and of a list or map
 _LARGER_BYTES = {"muxtune.v1.FileChunk.data": 4 << 20}
-_MAX_VIOLATIONS, _MAX_DEPTH = 10, 20
+_MAX_DEPTH = 20
 _TEXT = FieldDescriptor.CPPTYPE_STRING
 
 
@@ -43,7 +43,8 @@ def oversized_fields(message: Message, path: str = "", except_type: str = "") ->
 def unknown_fields(message: Message, path: str = "", depth: int = 0) -> Iterator[FieldViolation]:
     """Yield the fields of the message, and of messages in it, that this version does not know: by number, as their
     names are not sent."""
-    for unknown in UnknownFieldSet(message):  # type: ignore[no-untyped-call]
+    found: Any = UnknownFieldSet(message)  # its stub does not say that it can be iterated
+    for unknown in found:
         field = f"{path}.{unknown.field_number}" if path else str(unknown.field_number)
         yield FieldViolation(
             field,
