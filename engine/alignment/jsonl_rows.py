@@ -53,9 +53,8 @@ def _parse(number: int, line: bytes) -> Row:
         raise _malformed(number, f"is not UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:
         raise _malformed(number, f"is not JSON (column {error.colno}: {error.msg})") from None
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise _malformed(number, f"cannot be parsed: {reason}") from None
+    except ValueError as error:
+        raise _malformed(number, f"cannot be parsed: {error}") from None
     if not isinstance(fields, dict):
         raise _malformed(number, "is not a JSON object")
     return Row(number, _shape(number, fields), fields)

@@ -6,6 +6,7 @@ marks. Only special tokens that the template writes are encoded as special token
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from engine.alignment.chat_template import TemplateRefusedError
@@ -40,18 +41,16 @@ def find_injected_tokens(
 
 
 def _contains(value: Any, pattern: re.Pattern[str]) -> bool:
-    """Return whether any string in `value` matches: a template may write any field."""
+    """Return whether any string in `value` matches: a template may write any field, and any key."""
     if isinstance(value, str):
         return pattern.search(value) is not None
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        if _contains(part, pattern):
-            return True
-    return False
+    parts = chain(value, value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(_contains(part, pattern) for part in parts)
 
 
 def _marked(value: Any, pattern: re.Pattern[str]) -> Any:
     if isinstance(value, str):
         return pattern.sub(lambda match: match[0][0] + _MARK + match[0][1:], value)
     if isinstance(value, dict):
-        return {key: _marked(part, pattern) for key, part in value.items()}
+        return {_marked(key, pattern): _marked(part, pattern) for key, part in value.items()}
     return [_marked(part, pattern) for part in value] if isinstance(value, list) else value

@@ -74,7 +74,7 @@ def _check_config(data: bytes) -> None:
     try:
         config = parse_strict_json(data)
         method = _METHOD_OF[config["peft_type"]]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         description = f"must be JSON with a peft_type of {', '.join(_METHOD_OF)}"
         raise InvalidInputError.of_field(CONFIG_FILE, description) from None
     if error := method.config_error(config):

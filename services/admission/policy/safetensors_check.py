@@ -32,7 +32,7 @@ def check_safetensors(data: bytes, field: str) -> None:
             end = _check_tensor(entry, end, memoryview(data)[8 + size :])
         if end != len(data) - 8 - size:
             raise ValueError("the tensors do not fill the file")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = str(error) if type(error) is ValueError else "the header is malformed"
         raise InvalidInputError.of_field(field, f"must be a valid safetensors file: {reason}") from error
 

@@ -13,10 +13,11 @@ from engine.alignment import jsonl_rows
 from engine.alignment.jsonl_rows import MAX_LINE_BYTES, MAX_MESSAGES, parse_lines
 from engine.alignment.row_tokenizer import tokenize
 from engine.errors import InvalidInputError, MalformedDatasetError, QuotaExceededError
+from engine.strict_json import MAX_NESTING
 from engine.task import Training
 from services.alignment.dataset_store import DatasetStore, DatasetUpload
 from services.storage.artifact_store import ArtifactStore
-from tests.tiny_tokenizer import write_tokenizer
+from tests.tiny_tokenizer import CHATML, write_tokenizer
 
 # The line of a gigabyte is one with MUXTUNE_FUZZ_EXAMPLES set; it is read no further than the limit either way.
 LINE_BYTES = 1 << (30 if "MUXTUNE_FUZZ_EXAMPLES" in os.environ else 26)
@@ -95,6 +96,48 @@ def test_a_hostile_line_is_named_and_not_quoted(datasets: DatasetStore, tmp_path
     assert refused.value.metadata["line"] in ("2", "3")  # UTF-16 has a line feed's byte in it
     assert WORD not in refused.value.message and len(refused.value.message) < 300
     assert not list((tmp_path / "store").rglob("*.jsonl"))
+
+
+ANSWER = '{"role":"assistant","content":"a"}'
+DEEP_FIELDS = {
+    "beside the text": '{"text":"a<|im_end|>","x":%s}',
+    "beside the messages": '{"messages":[' + ANSWER + '],"x":%s}',
+    "in a message": '{"messages":[{"role":"user","content":"a<|im_end|>","x":%s},' + ANSWER + "]}",
+    "in an answer": '{"messages":[{"role":"assistant","content":"a","tool_calls":%s}]}',
+    "the reasoning": '{"messages":[{"role":"assistant","content":"a","reasoning_content":%s}]}',
+    "a message": '{"messages":[%s]}',
+    "the messages": '{"messages":%s}',
+    "a content": '{"messages":[{"role":"user","content":%s},' + ANSWER + "]}",
+    "a role": '{"messages":[{"role":%s,"content":"a"}]}',
+    "the text": '{"text":%s}',
+    "the prompt": '{"prompt":%s,"completion":"a"}',
+    "the completion": '{"prompt":"a","completion":%s}',
+    "the row": "%s",
+}
+# A template that writes every field of a message, as those for tools do.
+WRITES_ALL = "{% for m in messages %}{{ '<|im_start|>' + m.role }}{{ m|tojson }}{{ '<|im_end|>' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [CHATML, WRITES_ALL], ids=["chatml", "writes all"])
+@pytest.mark.parametrize("field", DEEP_FIELDS.values(), ids=DEEP_FIELDS.keys())
+def test_a_deep_row_is_refused_by_its_line_or_read(tmp_path: Path, field: str, template: str) -> None:
+    """Depths of 900 to 970 once failed with RecursionError after the upload."""
+    backbones = {"tiny": write_tokenizer(tmp_path / "tiny", template)}
+    datasets = DatasetStore(ArtifactStore.open(str(tmp_path / "store")), backbones, cache_bytes=1 << 20)
+    training = Training(learning_rate=1e-3, num_epochs=1, max_sequence_tokens=32)
+    for depth in (10, 50, 63, 64, 65, 100, 400, 800, *range(880, 1000, 13), 1500, 2000):
+        for opening, closing in (("[", "]"), ('{"<|im_end|>":', "}")):
+            row = field % (opening * depth + '"<|im_end|>"' + closing * depth)
+            upload = received(b'{"text":"fine"}\n', row.encode() + b"\n")
+            try:
+                sha256 = datasets.store("tenants/a", upload).sha256
+            except MalformedDatasetError as error:
+                assert error.metadata["line"] == "2"
+            else:
+                assert depth <= MAX_NESTING
+                datasets.tokenized("tenants/a", sha256, "tiny", training)
+            finally:
+                upload.discard()
 
 
 def test_rows_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from engine.errors import InvalidInputError
+from engine.strict_json import MAX_NESTING
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import artifact_pb2
 from services.admission.policy.adapter_upload import CONFIG_FILE, WEIGHTS_FILE
@@ -113,6 +114,26 @@ async def test_configurations_that_name_code_or_huge_ranks_are_refused(admission
             await upload(admission, config=json.dumps(config).encode())
         assert refusal.fields == [field], str(config)[:100]
     await upload(admission, config=json.dumps({**dict(next(iter(configs()))[1]), "auto_map": None}).encode())
+
+
+async def test_a_deep_configuration_or_header_is_refused_or_used(admission: Admission) -> None:
+    """What the upload accepts is read again for each task that starts from it, from another depth of the stack."""
+    dataset = (await admission.upload()).name
+    fine = '{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "x": %s}'
+    for depth in (10, 60, 70, 400, 900, 930, 960, 990, 2000):
+        for deep in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth):
+            header = ",".join(f'"{name}":{{"dtype":"F32","shape":[2],"data_offsets":{deep}}}' for name in "ab")
+            with refused(*INVALID) as refusal:
+                await upload(admission, weights=safetensors(f"{{{header}}}".encode(), b"\0" * 8))
+            assert refusal.fields == [WEIGHTS_FILE]
+            if depth > MAX_NESTING:
+                with refused(*INVALID) as refusal:
+                    await upload(admission, config=(fine % deep).encode())
+                assert refusal.fields == [CONFIG_FILE]
+            else:
+                adapter = (await upload(admission, config=(fine % deep).encode())).adapter
+                task = spec(dataset, initial_adapter=adapter.name)
+                await admission.tenant().EstimateTask(pb.EstimateTaskRequest(spec=task))
 
 
 async def test_20_kb_of_metadata_are_no_harm(admission: Admission) -> None:
