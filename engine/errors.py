@@ -89,6 +89,10 @@ class OverloadedError(MuxtuneError):
     """The service has too many requests now. The same call succeeds later."""
 
 
+class TransferTooSlowError(MuxtuneError):
+    """The client sent a request or an upload too slowly. Nothing is stored: send it again over a faster connection."""
+
+
 class SupersededError(MuxtuneError):
     """The writer's attempt, lease or plan version is out of date: its write is ignored."""
 

@@ -121,6 +121,12 @@ class OverloadedError(MuxtuneError):
     reason = "OVERLOADED"
 
 
+class TransferTooSlowError(MuxtuneError):
+    """The client sent a request or an upload too slowly. Nothing is stored: send it again over a faster connection."""
+
+    reason = "TRANSFER_TOO_SLOW"
+
+
 class SupersededError(MuxtuneError):
     """The writer's attempt, lease or plan version is out of date: its write is ignored."""
 

@@ -32,7 +32,7 @@ class AdmissionServiceStub:
 
     Every RPC can end with these statuses, beside those that its comment names: UNAUTHENTICATED (no valid key), UNAVAILABLE
     (a store or service is not reachable; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with
-    RetryInfo (overload), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
+    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
     id and the same body gets the same answer and changes nothing; with another body it gets INVALID_ARGUMENT /
     REQUEST_ID_REUSED. A client that saw no answer sends the call again.
     """
@@ -132,7 +132,7 @@ class AdmissionServiceServicer:
 
     Every RPC can end with these statuses, beside those that its comment names: UNAUTHENTICATED (no valid key), UNAVAILABLE
     (a store or service is not reachable; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with
-    RetryInfo (overload), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
+    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
     id and the same body gets the same answer and changes nothing; with another body it gets INVALID_ARGUMENT /
     REQUEST_ID_REUSED. A client that saw no answer sends the call again.
     """
@@ -190,6 +190,7 @@ class AdmissionServiceServicer:
         its offset. Nothing is stored unless all bytes arrive, match size and SHA-256, and every line parses.
         INVALID_ARGUMENT: MALFORMED_DATASET (metadata "line"), CHECKSUM_MISMATCH; ALREADY_EXISTS: the id holds other bytes
         (the same bytes answer OK with the existing dataset); RESOURCE_EXHAUSTED / QUOTA_EXCEEDED: over the limit of bytes.
+        DEADLINE_EXCEEDED / TRANSFER_TOO_SLOW: the client sent too little for too long; nothing is stored.
         The service config never retries a client stream: the client sends the whole upload again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -363,7 +364,7 @@ class AdmissionService:
 
     Every RPC can end with these statuses, beside those that its comment names: UNAUTHENTICATED (no valid key), UNAVAILABLE
     (a store or service is not reachable; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with
-    RetryInfo (overload), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
+    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
     id and the same body gets the same answer and changes nothing; with another body it gets INVALID_ARGUMENT /
     REQUEST_ID_REUSED. A client that saw no answer sends the call again.
     """

@@ -33,7 +33,7 @@ class AdmissionServiceStub:
 
     Every RPC can end with these statuses, beside those that its comment names: UNAUTHENTICATED (no valid key), UNAVAILABLE
     (a store or service is not reachable; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with
-    RetryInfo (overload), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
+    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
     id and the same body gets the same answer and changes nothing; with another body it gets INVALID_ARGUMENT /
     REQUEST_ID_REUSED. A client that saw no answer sends the call again.
     """
@@ -68,6 +68,7 @@ class AdmissionServiceStub:
     its offset. Nothing is stored unless all bytes arrive, match size and SHA-256, and every line parses.
     INVALID_ARGUMENT: MALFORMED_DATASET (metadata "line"), CHECKSUM_MISMATCH; ALREADY_EXISTS: the id holds other bytes
     (the same bytes answer OK with the existing dataset); RESOURCE_EXHAUSTED / QUOTA_EXCEEDED: over the limit of bytes.
+    DEADLINE_EXCEEDED / TRANSFER_TOO_SLOW: the client sent too little for too long; nothing is stored.
     The service config never retries a client stream: the client sends the whole upload again.
     """
     GetDataset: _grpc.UnaryUnaryMultiCallable[_admission_pb2.GetDatasetRequest, _admission_pb2.GetDatasetResponse]
@@ -107,7 +108,7 @@ class AdmissionServiceAsyncStub(AdmissionServiceStub):
 
     Every RPC can end with these statuses, beside those that its comment names: UNAUTHENTICATED (no valid key), UNAVAILABLE
     (a store or service is not reachable; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with
-    RetryInfo (overload), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
+    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
     id and the same body gets the same answer and changes nothing; with another body it gets INVALID_ARGUMENT /
     REQUEST_ID_REUSED. A client that saw no answer sends the call again.
     """
@@ -139,6 +140,7 @@ class AdmissionServiceAsyncStub(AdmissionServiceStub):
     its offset. Nothing is stored unless all bytes arrive, match size and SHA-256, and every line parses.
     INVALID_ARGUMENT: MALFORMED_DATASET (metadata "line"), CHECKSUM_MISMATCH; ALREADY_EXISTS: the id holds other bytes
     (the same bytes answer OK with the existing dataset); RESOURCE_EXHAUSTED / QUOTA_EXCEEDED: over the limit of bytes.
+    DEADLINE_EXCEEDED / TRANSFER_TOO_SLOW: the client sent too little for too long; nothing is stored.
     The service config never retries a client stream: the client sends the whole upload again.
     """
     GetDataset: _aio.UnaryUnaryMultiCallable[_admission_pb2.GetDatasetRequest, _admission_pb2.GetDatasetResponse]  # type: ignore[assignment]
@@ -177,7 +179,7 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Every RPC can end with these statuses, beside those that its comment names: UNAUTHENTICATED (no valid key), UNAVAILABLE
     (a store or service is not reachable; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with
-    RetryInfo (overload), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
+    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
     id and the same body gets the same answer and changes nothing; with another body it gets INVALID_ARGUMENT /
     REQUEST_ID_REUSED. A client that saw no answer sends the call again.
     """
@@ -249,6 +251,7 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
         its offset. Nothing is stored unless all bytes arrive, match size and SHA-256, and every line parses.
         INVALID_ARGUMENT: MALFORMED_DATASET (metadata "line"), CHECKSUM_MISMATCH; ALREADY_EXISTS: the id holds other bytes
         (the same bytes answer OK with the existing dataset); RESOURCE_EXHAUSTED / QUOTA_EXCEEDED: over the limit of bytes.
+        DEADLINE_EXCEEDED / TRANSFER_TOO_SLOW: the client sent too little for too long; nothing is stored.
         The service config never retries a client stream: the client sends the whole upload again.
         """
 

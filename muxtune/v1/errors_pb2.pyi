@@ -68,6 +68,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Only as a task's failure: its loss or gradient became NaN or Inf."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 21
     """INTERNAL: a bug of muxtune; metadata has the trace id."""
+    ERROR_REASON_TRANSFER_TOO_SLOW: _ErrorReason.ValueType  # 22
+    """DEADLINE_EXCEEDED: the client sent a message or an upload too slowly. Nothing is stored."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Every error of every service carries a google.rpc.ErrorInfo with domain "muxtune" and, as reason, the name of one of
@@ -121,6 +123,8 @@ ERROR_REASON_NON_FINITE: ErrorReason.ValueType  # 20
 """Only as a task's failure: its loss or gradient became NaN or Inf."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 21
 """INTERNAL: a bug of muxtune; metadata has the trace id."""
+ERROR_REASON_TRANSFER_TOO_SLOW: ErrorReason.ValueType  # 22
+"""DEADLINE_EXCEEDED: the client sent a message or an upload too slowly. Nothing is stored."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

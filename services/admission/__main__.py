@@ -51,13 +51,14 @@ from services.storage.artifact_store import ArtifactStore
 
 @dataclass(frozen=True, kw_only=True)
 class AdmissionSettings(ServerSettings):
-    """Settings of the admission service. 0 means no limit for `max_*` but `max_crashes`, and for `*_per_second`.
+    """Settings of the admission service. 0 is no limit for `*_per_second` and its own `max_*` but `max_crashes`.
 
     `database_url`: an SQLAlchemy URL, sqlite:///path or postgresql+psycopg://...
     `listen`: address for clients, with the certificate in `public_certs` (default: `certs`).
     `internal_listen`: address for services and operators, which present certificates.
     `oidc_*`: the issuer of tenants' tokens (services/admission/api/oidc.py); without an issuer, tokens are refused.
-    `requests_per_second`: maximum calls of one tenant.
+    `requests_per_second`: maximum calls of one tenant. `watch_events_per_second`: events that all its WatchTask streams
+    together receive; later ones wait.
     `refusals_per_second`: maximum unauthenticated calls from one address; 0 behind a proxy, where all share an address.
     `max_upload_bytes`: maximum size of one adapter. The other `max_*` are the quota of tenants that have no quota set.
     `max_crashes`: a task fails when this many of its executors died in a row before it completed a step, and it ran
@@ -75,6 +76,7 @@ class AdmissionSettings(ServerSettings):
     oidc_algorithms: str = "RS256,ES256"
     oidc_tenant_claim: str = "tenant"
     requests_per_second: float = 500.0
+    watch_events_per_second: float = 500.0
     refusals_per_second: float = 20.0
     max_upload_bytes: int = 512 << 20
     max_unfinished_tasks: int = 1000
@@ -127,8 +129,9 @@ async def main() -> None:
     quota, notifier, keys, threads = settings.quota(), ChangeNotifier(), KeyStore(database), AdmissionThreads()
     default = quota.to_proto()
     controller = AdmissionController(database, artifacts, alignment, quota, threads)
+    watch_rate = RateLimit(settings.watch_events_per_second)
     servicer = AdmissionServicer(
-        database, artifacts, alignment, controller, notifier, settings.max_upload_bytes, threads
+        database, artifacts, alignment, controller, notifier, settings.max_upload_bytes, threads, watch_rate
     )
     remove_datasets = servicer.dataset_objects.remove_all_unreferenced
     collection = GarbageCollectionLoop(GarbageCollector(database, artifacts), remove_datasets, threads.cleanup)

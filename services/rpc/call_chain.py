@@ -12,26 +12,31 @@ from typing import Any, Protocol
 import grpc
 from google.protobuf.message import Message
 from grpc_status import rpc_status
+from opentelemetry.trace import SpanKind
 
-from engine.errors import OverloadedError
 from services.rpc.audit import Audit, AuditedCall, resource_name_in, set_call
 from services.rpc.authentication import Authenticate, certificate_principal, set_principal
 from services.rpc.authorization import Principal, check_access, rule_for
 from services.rpc.errors import status_of
+from services.rpc.fair_limit import FairLimit
 from services.rpc.tracing import RpcSpan
-from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter
+from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter, client_address
+from services.telemetry import carrier_of
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 @dataclass
 class ServerCall:
-    """One RPC being served. `code` is how it ended; `send_refusal` sends the status of a refused call to its caller."""
+    """One RPC being served. `code` is how it ended; `send_refusal` sends the status of a refused call to its caller.
+
+    `request`: the message, once it is read, or the messages of a stream. `span`: None where calls are not traced.
+    """
 
     method: str
     request: Any
     context: Any
-    span: RpcSpan
+    span: RpcSpan | None = None
     response: Message | None = None
     principal: Principal | None = None
     audited: AuditedCall | None = None
@@ -96,13 +101,20 @@ class AuditRecorder:
             await asyncio.shield(writing)
 
 
-async def trace(call: ServerCall, proceed: Handler) -> Any:
-    """Make the call's span the current one, and end it with the call's status code."""
-    try:
-        with call.span.activate():
-            return await proceed(call)
-    finally:
-        call.span.end(call.code)
+class Tracing:
+    """Starts the call's span, makes it the current one, and ends it with the call's status code."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    async def __call__(self, call: ServerCall, proceed: Handler) -> Any:
+        carrier = carrier_of(call.context.invocation_metadata())
+        call.span = RpcSpan(call.method, SpanKind.SERVER, carrier, self._address)
+        try:
+            with call.span.activate():
+                return await proceed(call)
+        finally:
+            call.span.end(call.code)
 
 
 async def map_errors(call: ServerCall, proceed: Handler) -> Any:
@@ -129,31 +141,21 @@ async def map_errors(call: ServerCall, proceed: Handler) -> Any:
     return None
 
 
-class ConcurrencyLimit:
-    """Admits at most `limit` calls (or streams) at once. Raises OverloadedError for more."""
-
-    def __init__(self, kind: str, limit: int) -> None:
-        self._kind, self._limit, self._num_running = kind, limit, 0
-
-    async def __call__(self, call: ServerCall, proceed: Handler) -> Any:
-        if self._num_running >= self._limit:
-            raise OverloadedError(f"{self._limit} {self._kind} are in progress, the most served at once. Retry later.")
-        self._num_running += 1
-        try:
-            return await proceed(call)
-        finally:
-            self._num_running -= 1
-
-
 class Authentication:
-    """Authenticates the caller by its certificate, or else by its token."""
+    """Authenticates the caller by its certificate, or else by its token.
 
-    def __init__(self, authenticate: Authenticate, limiter: UnauthenticatedCallLimiter) -> None:
-        self._authenticate, self._limiter = authenticate, limiter
+    `in_progress` limits the calls whose tokens are being checked, by the address they come from.
+    """
+
+    def __init__(self, authenticate: Authenticate, limiter: UnauthenticatedCallLimiter, in_progress: FairLimit) -> None:
+        self._authenticate, self._limiter, self._in_progress = authenticate, limiter, in_progress
 
     async def __call__(self, call: ServerCall, proceed: Handler) -> Any:
-        call.principal = await self.principal_of(call)
-        set_principal(call.principal)
+        if (principal := certificate_principal(call.context)) is None:
+            with self._in_progress.hold(client_address(call.context.peer())):
+                principal = await self.principal_of(call)
+        call.principal = principal
+        set_principal(principal)
         return await proceed(call)
 
     async def principal_of(self, call: ServerCall) -> Principal:
@@ -180,7 +182,7 @@ async def authorize_role(call: ServerCall, proceed: Handler) -> Any:
 
 async def annotate_span(call: ServerCall, proceed: Handler) -> Any:
     """Name the tenant on the span; end the span of a long stream after a few seconds."""
-    assert call.principal is not None
+    assert call.principal is not None and call.span is not None
     if call.principal.tenant:
         call.span.set_tenant(call.principal.tenant)
     call.span.establish_soon()

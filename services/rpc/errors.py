@@ -49,6 +49,7 @@ TABLE: Mapping[type[MuxtuneError], MappedError] = {
     errors.ResourceInUseError: MappedError(_CODE.FAILED_PRECONDITION, "RESOURCE_IN_USE"),
     errors.QuotaExceededError: MappedError(_CODE.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
     errors.OverloadedError: MappedError(_CODE.RESOURCE_EXHAUSTED, "OVERLOADED"),
+    errors.TransferTooSlowError: MappedError(_CODE.DEADLINE_EXCEEDED, "TRANSFER_TOO_SLOW"),
     errors.SupersededError: MappedError(_CODE.ABORTED, "SUPERSEDED"),
     errors.LeaseLostError: MappedError(_CODE.ABORTED, "LEASE_LOST"),
     errors.UnavailableError: MappedError(_CODE.UNAVAILABLE, "UNAVAILABLE"),

@@ -8,11 +8,11 @@ import inspect
 import time
 from collections.abc import Callable
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
-from opentelemetry.trace import SpanKind
 
 from engine.errors import InvalidInputError, MuxtuneError
 from services.rpc.audit import Audit
@@ -21,37 +21,31 @@ from services.rpc.authorization import Role, rule_for
 from services.rpc.call_chain import (
     AuditRecorder,
     Authentication,
-    ConcurrencyLimit,
     Handler,
     ServerCall,
     Step,
+    Tracing,
     annotate_span,
     answer_refusal,
     authorize_role,
     chain,
     map_errors,
     open_audit_entry,
-    trace,
 )
-from services.rpc.tracing import RpcSpan
+from services.rpc.call_limits import CallKind, CallLimits, ConcurrencyLimits, RequestReceiver
+from services.rpc.fair_limit import FairLimit
 from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter
-from services.telemetry import carrier_of
 
 _DRAIN_SECONDS, _REAUTHENTICATE_SECONDS = 1.0, 30.0
 _UNDECODABLE = object()
-_METHOD_HANDLERS = {
-    (False, False): grpc.unary_unary_rpc_method_handler,
-    (False, True): grpc.unary_stream_rpc_method_handler,
-    (True, False): grpc.stream_unary_rpc_method_handler,
-    (True, True): grpc.stream_stream_rpc_method_handler,
-}
 
 
 class RpcInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every method that is not open to anyone. `address` is the server's, for spans.
+    """Wraps every method. `address` is the server's, for spans.
 
     `audit` writes entries of changes and of refusals, before their caller gets the answer. `unauthenticated_limiter`
-    limits and counts calls without a valid key. More than `max_calls` or `max_streams` at once are refused.
+    limits and counts calls without a valid key. `limits`: how many calls may be in progress, and how slowly a client
+    may send.
     """
 
     def __init__(
@@ -59,28 +53,46 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         authenticate: Authenticate,
         address: str = "",
         audit: Audit | None = None,
-        max_calls: int = 256,
-        max_streams: int = 1024,
+        limits: CallLimits | None = None,
         unauthenticated_limiter: UnauthenticatedCallLimiter | None = None,
     ) -> None:
-        self._address, self._audit = address, AuditRecorder(audit)
-        self._authentication = Authentication(authenticate, unauthenticated_limiter or UnauthenticatedCallLimiter())
-        self._calls, self._streams = ConcurrencyLimit("calls", max_calls), ConcurrencyLimit("streams", max_streams)
+        limits = limits or CallLimits()
+        self._tracing, self._audit = Tracing(address), AuditRecorder(audit)
+        in_progress = FairLimit("calls without a known key", limits.max_unauthenticated_calls)
+        self._authentication = Authentication(
+            authenticate, unauthenticated_limiter or UnauthenticatedCallLimiter(), in_progress
+        )
+        self._concurrency, self._receiver = ConcurrencyLimits(limits), RequestReceiver(limits)
         self._handlers: dict[str, Any] = {}  # wrapped, by method
 
-    def _steps(self, limit: ConcurrencyLimit) -> tuple[Step, ...]:
-        """Return the steps of a call in their order; each runs around those after it."""
+    def _steps(self, handler: Any) -> tuple[Step, ...]:
+        """Return the steps of a call in their order; each runs around those after it.
+
+        A message is read only when its caller is known and may have one more call in progress.
+        """
+        kind = CallKind.of_handler(handler)
         return (
             answer_refusal,
             self._audit,
-            trace,
+            self._tracing,
             map_errors,
-            limit,
             self._authentication,
+            partial(self._concurrency.limit_known, kind=kind),
+            self._receive_step(handler),
             open_audit_entry,
             authorize_role,
             annotate_span,
         )
+
+    def _steps_for_anyone(self, handler: Any) -> tuple[Step, ...]:
+        """Return the steps of a call that needs no key, such as a health check. It is not traced."""
+        limit = partial(self._concurrency.limit_open, kind=CallKind.of_handler(handler))
+        return answer_refusal, map_errors, limit, self._receive_step(handler)
+
+    def _receive_step(self, handler: Any) -> Step:
+        if not handler.request_streaming:
+            return self._receiver.receive_message
+        return _receive_stream if handler.response_streaming else self._receiver.pace_upload
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         method = handler_call_details.method
@@ -92,21 +104,22 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         return handler
 
     def _wrap(self, handler: Any, method: str) -> Any:
-        if Role.ANYONE in rule_for(method).roles:
-            return handler
-        if handler.response_streaming:
-            handle = chain(self._steps(self._streams), self._serve_stream(handler))
-        else:
-            handle = chain(self._steps(self._calls), _serve_unary(handler))
+        is_open = Role.ANYONE in rule_for(method).roles
+        steps = self._steps_for_anyone(handler) if is_open else self._steps(handler)
+        handle = chain(steps, self._serve_stream(handler) if handler.response_streaming else _serve_unary(handler))
 
         # For streams too a coroutine, which writes, and not a generator: gRPC leaves the generator of an abandoned
         # stream to the garbage collector, and its span and its servicer's clean-up with it.
-        async def serve(request: Any, context: Any) -> Any:
-            carrier = carrier_of(context.invocation_metadata())
-            span = RpcSpan(method, SpanKind.SERVER, carrier, self._address)
-            return await handle(ServerCall(method, request, context, span))
+        async def serve(requests: Any, context: Any) -> Any:
+            return await handle(ServerCall(method, requests, context))
 
-        make: Any = _METHOD_HANDLERS[handler.request_streaming, handler.response_streaming]
+        # A stream of requests for gRPC, also where one message comes: gRPC would else read that message before it
+        # passes the call on, whoever sends it and however slowly.
+        make: Any = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
         return make(serve, _tolerant_deserializer(handler), handler.response_serializer)
 
     def _serve_stream(self, handler: Any) -> Handler:
@@ -129,9 +142,15 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
                         await self._authentication.principal_of(call)
                         authenticated_at = time.monotonic()
                     await write_response(call.context, response)
-                    call.span.establish()
+                    if call.span is not None:
+                        call.span.establish()
 
         return serve
+
+
+async def _receive_stream(call: ServerCall, proceed: Handler) -> Any:
+    """Leave it to the servicer to read, as it answers meanwhile."""
+    return await proceed(call)
 
 
 async def write_response(context: Any, response: Any) -> None:

@@ -31,6 +31,14 @@ class RateLimit:
         self._store(subject, left - 1 if left >= 1 else left)
         return left >= 1
 
+    def reserve(self, subject: str, num_calls: int) -> float:
+        """Count calls that will be made, and return the seconds to wait before them. Later ones queue behind these."""
+        if not self.per_second:
+            return 0.0
+        left = self._calls_left(subject) - num_calls
+        self._store(subject, left)
+        return max(0.0, -left / self.per_second)
+
     def refund(self, subject: str) -> None:
         """Return one counted call to the subject's bucket."""
         if self.per_second:

@@ -51,9 +51,7 @@ async def serve(
     """
     parent = os.getppid()
     telemetry = configure(service_name, settings)
-    interceptor = RpcInterceptor(
-        authenticate, settings.listen, audit, settings.max_calls, settings.max_streams, unauthenticated_limiter
-    )
+    interceptor = RpcInterceptor(authenticate, settings.listen, audit, settings.call_limits(), unauthenticated_limiter)
     server = grpc.aio.server(interceptors=[interceptor], options=SERVER_OPTIONS)
     health = health or health_aio.HealthServicer()
     names = [*register(server), health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]

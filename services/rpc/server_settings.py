@@ -8,6 +8,7 @@ import grpc
 
 from engine.errors import UnavailableError
 from muxtune.transport import is_loopback
+from services.rpc.call_limits import CallLimits
 from services.rpc.certificates import Certificates, ClientTls
 from services.settings import SettingsError
 from services.telemetry import TelemetrySettings
@@ -19,7 +20,13 @@ class ServerSettings(TelemetrySettings):
 
     `certs`: folder with this service's tls.crt, tls.key and ca.crt; callers then authenticate by their certificates.
     Without it, and on loopback only, callers authenticate by `mesh_secret`.
-    `max_calls`, `max_streams`: calls and streams served at once; more are refused with RESOURCE_EXHAUSTED.
+    `max_calls`, `max_uploads`, `max_streams`: unary calls, uploads and streams of responses of all tenants that are in
+    progress at once. More are refused with RESOURCE_EXHAUSTED, and so is a tenant's next one when it has an eighth of
+    those that are still free. `max_internal_calls`: the same, each, of one role of services or operators, which are
+    counted apart. `max_unauthenticated_calls`: calls whose keys are being checked, and health checks.
+    `request_seconds`: a message must arrive within that time. `min_upload_bytes_per_second`: the least rate of an
+    upload, on average over `request_seconds`. `max_upload_seconds`: the longest that an upload may take.
+    `upload_messages_per_second`: messages that all uploads of a tenant may send; later ones wait.
     `stop_with_parent`: stop, as on SIGTERM, when the parent process has ended, so that `muxtune up` leaves no orphans.
     `reflection`: serve descriptions of the RPCs to any caller.
     """
@@ -29,8 +36,18 @@ class ServerSettings(TelemetrySettings):
     reflection: bool = False
     ready_file: Path | None = None
     stop_with_parent: bool = False
-    max_calls: int = 256
-    max_streams: int = 1024
+    max_calls: int = CallLimits.max_calls
+    max_uploads: int = CallLimits.max_uploads
+    max_streams: int = CallLimits.max_streams
+    max_internal_calls: int = CallLimits.max_internal_calls
+    max_unauthenticated_calls: int = CallLimits.max_unauthenticated_calls
+    request_seconds: float = CallLimits.request_seconds
+    min_upload_bytes_per_second: float = CallLimits.min_upload_bytes_per_second
+    max_upload_seconds: float = CallLimits.max_upload_seconds
+    upload_messages_per_second: float = CallLimits.upload_messages_per_second
+
+    def call_limits(self) -> CallLimits:
+        return CallLimits(*(getattr(self, field.name) for field in dataclasses.fields(CallLimits)))
 
     def client_tls(self, peer: str) -> ClientTls | None:
         """Return the TLS identity for calls to the service `peer`; None where the mesh secret authenticates.

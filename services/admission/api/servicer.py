@@ -33,6 +33,7 @@ from services.admission.store.database import Database
 from services.admission.threads import AdmissionThreads
 from services.concurrency.threads import Threads
 from services.rpc.authorization import Role
+from services.rpc.rate_limit import RateLimit
 from services.storage.artifact_store import ArtifactStore
 
 _COLLECTED_RESULTS = ("checkpoint_committed", "finished", "failed")
@@ -54,8 +55,10 @@ class AdmissionServicer(TaskRpcs, DatasetRpcs, AdapterRpcs, admission_pb2_grpc.A
         notifier: ChangeNotifier,
         max_upload_bytes: int,
         threads: AdmissionThreads,
+        watch_rate: RateLimit,
     ) -> None:
         self._database, self._artifacts, self._alignment = database, artifacts, alignment
+        self._watch_rate = watch_rate
         self._controller, self._notifier, self._max_upload_bytes = controller, notifier, max_upload_bytes
         self._threads, self.dataset_objects = threads, DatasetObjects(database, artifacts, alignment, threads)
 

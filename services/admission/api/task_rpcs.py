@@ -1,5 +1,6 @@
 """RPCs of tasks. protos/muxtune/v1/admission.proto specifies each RPC."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -19,13 +20,15 @@ from services.admission.store.database import Database
 from services.admission.threads import AdmissionThreads
 from services.conversion.task import state_to_domain
 from services.failpoints import failpoint
-from services.resource_names import new_name
+from services.resource_names import new_name, tenant_of
 from services.rpc.audit import current_call
 from services.rpc.authentication import current_principal
 from services.rpc.authorization import authorize, authorize_parent
+from services.rpc.rate_limit import RateLimit
 from services.telemetry import current_trace_parent
 
 _MAX_EVENTS = 256
+_PACED_EVENTS = 16  # events that a watch sends at once, when its tenant's turn comes
 T = TypeVar("T")
 
 
@@ -35,6 +38,7 @@ class TaskRpcs:
     _database: Database
     _notifier: ChangeNotifier
     _controller: AdmissionController
+    _watch_rate: RateLimit
     _threads: AdmissionThreads
 
     async def CreateTask(self, request: pb.CreateTaskRequest, context: Any) -> pb.CreateTaskResponse:
@@ -86,10 +90,13 @@ class TaskRpcs:
             while True:
                 changed.clear()
                 events, is_final = await self._database.query(partial(_events, name=name, after=sequence))
-                for event in events:
-                    yield pb.WatchTaskResponse(event=event)
-                    sequence = event.sequence
-                    failpoint("watch.event")
+                for start in range(0, len(events), _PACED_EVENTS):
+                    paced = events[start : start + _PACED_EVENTS]
+                    await asyncio.sleep(self._watch_rate.reserve(tenant_of(name), len(paced)))
+                    for event in paced:
+                        yield pb.WatchTaskResponse(event=event)
+                        sequence = event.sequence
+                        failpoint("watch.event")
                 if is_final and len(events) < _MAX_EVENTS:
                     return
                 if self._notifier.is_closed:

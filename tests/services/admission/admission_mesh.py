@@ -50,6 +50,7 @@ from services.admission.threads import AdmissionThreads
 from services.alignment.dataset_store import DatasetStore
 from services.alignment.servicer import AlignmentServicer
 from services.rpc.authentication import mesh_authenticator
+from services.rpc.call_limits import CallLimits
 from services.rpc.client_channel import open_channel
 from services.rpc.interceptor import RpcInterceptor
 from services.rpc.rate_limit import RateLimit
@@ -161,8 +162,8 @@ class Admission:
         self.database_url, self.folder, self.clock, self.quota = database_url, folder, Clock(), 1000
         self._alignment_address, self.started = alignment, asyncio.Event()
         self._keys: dict[str, str] = {}
-        self.requests_per_second = self.refusals_per_second = 0.0  # no limit
-        self._channels: list[grpc.aio.Channel] = []
+        self.requests_per_second = self.refusals_per_second = self.watch_events_per_second = 0.0  # no limit
+        self.call_limits, self._channels = CallLimits(), list[grpc.aio.Channel]()
 
     async def start(self) -> None:
         self.database = Database(self.database_url)
@@ -181,16 +182,14 @@ class Admission:
         self.controller = AdmissionController(self.database, self.artifacts, alignment, quota, threads)
         self.limits = LimitsWatcher(self.database, quota.to_proto(), self.notifier, threads.ledger)
         servicer = self.servicer = AdmissionServicer(
-            self.database, self.artifacts, alignment, self.controller, self.notifier, MAX_UPLOAD_BYTES, threads
-        )
+            self.database, self.artifacts, alignment, self.controller, self.notifier, MAX_UPLOAD_BYTES, threads,
+            RateLimit(self.watch_events_per_second),
+        )  # fmt: skip
         limit, audit = RateLimit(self.requests_per_second), create_audit_writer(self.database)
         self.unauthenticated_limiter = UnauthenticatedCallLimiter(RateLimit(self.refusals_per_second), audit)
-        gate = RpcInterceptor(
-            create_authenticator(self.key_store, SECRET, None, limit),
-            audit=audit,
-            unauthenticated_limiter=self.unauthenticated_limiter,
-        )
-        self._server = grpc.aio.server(interceptors=[gate], options=[("grpc.so_reuseport", 0)])
+        authenticate = create_authenticator(self.key_store, SECRET, None, limit)
+        interceptor = RpcInterceptor(authenticate, "", audit, self.call_limits, self.unauthenticated_limiter)
+        self._server = grpc.aio.server(interceptors=[interceptor], options=[("grpc.so_reuseport", 0)])
         admission_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, self._server)
         key_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(self.key_store, threads.operators), self._server)
         operator_pb2_grpc.add_OperatorServiceServicer_to_server(
