@@ -199,6 +199,18 @@ def test_tenants_in_one_microbatch_reveal_nothing_to_each_other(mesh: Mesh) -> N
         client.close()
 
 
+def test_other_users_of_the_machine_read_nothing_of_what_tasks_left(mesh: Mesh) -> None:
+    with mesh.client() as client:
+        task = client.create_task(spec(client.upload_dataset(ROWS).name))
+        *_, last = client.watch_task(task.name)
+    assert last.state_changed.state == task_pb2.TASK_STATE_SUCCEEDED
+    files = {path: stat.S_IMODE(path.stat().st_mode) for path in (mesh.data, *mesh.data.rglob("*"))}
+    open_to_others = {path for path, mode in files.items() if mode & 0o077 and path.suffix != ".crt"}
+    assert open_to_others <= set((mesh.data / "backbones").rglob("*"))  # a folder that nobody else may search
+    names = {path.name for path in files}
+    assert names >= {"admission.db", "adapter_model.safetensors", "spans.jsonl", "execution.log", "mesh.json"}
+
+
 def test_an_operator_makes_keys_with_roles_and_ends_them(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     (viewer,) = operate(mesh, "key", "create", "acme", "--role", "viewer", "--days", "1")
     with mesh.client(str(viewer["secret"])) as client:

@@ -124,6 +124,7 @@ def _watch(mesh: Mesh) -> None:
     restarts = 0
     while True:
         time.sleep(1)
+        mesh.rotate_logs()
         for service, code in mesh.dead_services().items():
             tail = mesh.log_of(service).read_text(errors="replace").splitlines()[-3:]
             error_console.print(f"{service} ended with status {code}: " + " | ".join(tail))

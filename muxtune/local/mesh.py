@@ -29,6 +29,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from muxtune.client import Client
 from muxtune.errors import raising
 from muxtune.local.certificate_authority import CA, CERTIFICATE, DEFAULT_EXECUTOR, EXECUTORS, KEY, issue_where_due
+from muxtune.local.data_folder import PRIVATE_UMASK, make_private, open_log, rotate_logs
 from muxtune.resource_names import tenant_name
 from muxtune.transport import target
 from muxtune.v1 import key_pb2, key_pb2_grpc
@@ -68,7 +69,10 @@ class Mesh:
 
     def start(self) -> None:
         """Start the services and wait until all are healthy. Raises MeshError, and then leaves no process running."""
-        self.data.mkdir(parents=True, exist_ok=True)
+        try:
+            make_private(self.data)
+        except OSError as error:
+            raise MeshError(str(error)) from None
         self._take_lock()
         try:
             self._read_state()
@@ -138,6 +142,10 @@ class Mesh:
     def log_of(self, service: str) -> Path:
         return self.data / "logs" / f"{service}.log"
 
+    def rotate_logs(self) -> None:
+        """Bound the services' logs. Call it now and then."""
+        rotate_logs(self.data / "logs")
+
     @property
     def trace_file(self) -> Path:
         return self.data / "traces" / "spans.jsonl"
@@ -156,6 +164,7 @@ class Mesh:
         self.stop()
 
     def _take_lock(self) -> None:
+        (self.data / "lock").touch(mode=0o600)
         self._lock = open(self.data / "lock", "a+")  # noqa: SIM115  # held as long as the mesh
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -187,7 +196,7 @@ class Mesh:
 
     def _prepare(self, name: str, source: Path) -> Path:
         command = [sys.executable, "-m", "services.execution.prepare_backbone", str(source), str(self._folder(name))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, umask=PRIVATE_UMASK)
         if done.returncode:
             raise MeshError(f"backbone {name}: {done.stderr.strip().splitlines()[-1] if done.stderr else source}")
         return self._folder(name)
@@ -196,11 +205,10 @@ class Mesh:
         return self.data / "backbones" / name
 
     def _start_service(self, service: str, folders: Mapping[str, Path]) -> None:
-        self.log_of(service).parent.mkdir(exist_ok=True)
         settings = self._settings(service, folders)
         added = {**self.environment.get("*", {}), **self.environment.get(service, {})}
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("MUXTUNE_")}
-        with self.log_of(service).open("ab") as log:
+        with open_log(self.log_of(service)) as log:
             self.processes[service] = subprocess.Popen(
                 [sys.executable, "-m", f"services.{service}"],
                 env={**inherited, **settings, **added},
@@ -208,6 +216,7 @@ class Mesh:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C reaches this process only; it stops them in order
+                umask=PRIVATE_UMASK,
             )
 
     def _settings(self, service: str, folders: Mapping[str, Path]) -> dict[str, str]:
