@@ -39,12 +39,26 @@ class StepResult:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The mean loss over the held-out split after `step` steps."""
+    """The mean loss over the held-out split after `step` steps. `seconds` is its share of its microbatches' time."""
 
     task: str
     step: int
     loss: float
+    num_effective_tokens: int
     num_target_tokens: int
+    num_padding_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class WorkInProgress:
+    """Totals of a step, or of the evaluation before it, that is not complete. `step` counts steps done."""
+
+    step: int
+    is_evaluation: bool
+    seconds: float
+    num_effective_tokens: int
+    num_padding_tokens: int
 
 
 @dataclass(frozen=True)

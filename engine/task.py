@@ -198,9 +198,24 @@ class Cursor:
     step: int = 0
 
 
+# An evaluation runs forward only: a token of it costs about a third of a token that trains.
+EVALUATION_COST = 1 / 3
+
+Interval = tuple[int, int]  # the first token of a part of a step's stream, and the one after its last
+
+
 def evaluation_is_due(training: Training, step: int, num_steps: int) -> bool:
     """Return whether the held-out split is evaluated after `step` steps (before step number `step` runs)."""
     if training.heldout_fraction <= 0:
         return False
     every = training.evaluate_every_steps
     return step in (0, num_steps) or (every > 0 and step % every == 0)
+
+
+def num_evaluations(training: Training, num_steps: int, step: int = 0) -> int:
+    """Count the evaluations that are due after `step` or more of `num_steps` steps."""
+    if training.heldout_fraction <= 0 or step > num_steps:
+        return 0
+    every = training.evaluate_every_steps or max(1, num_steps)
+    multiples = num_steps // every - (step - 1) // every
+    return multiples + (num_steps % every > 0)

@@ -9,6 +9,7 @@ Legend: N rows, S tokens of all rows, L tokens of one row.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,15 +42,21 @@ class TokenizedDataset:
     @property
     def num_bytes(self) -> int:
         arrays = (self.token_ids_S, self.bears_loss_S, self.offsets, self.lines, self.original_lengths)
-        return sum(array.nbytes for array in arrays)
+        return sum(array.nbytes for array in arrays) + self.lines.nbytes  # `num_targets_N` has as many values
 
     def row(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.token_ids_S[part], self.bears_loss_S[part]
 
+    @cached_property
+    def num_targets_N(self) -> NDArray[np.int64]:
+        """The number of each row's tokens that bear loss. The first token can't: no token precedes it."""
+        first_N = self.offsets[:-1]
+        counts_N: NDArray[np.int64] = np.add.reduceat(self.bears_loss_S, first_N, dtype=np.int64)
+        return counts_N - self.bears_loss_S[first_N]
+
     def num_targets(self, index: int) -> int:
-        """Count the tokens of a row that bear loss. The first token can't: no token precedes it."""
-        return int(self.row(index)[1][1:].sum())
+        return int(self.num_targets_N[index])
 
 
 def tokenize_dataset(rows: Iterable[Row], tokenizer: BackboneTokenizer, training: Training) -> TokenizedDataset:

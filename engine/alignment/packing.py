@@ -1,117 +1,60 @@
-"""Packing of rounds: the microbatches in which every member of an hTask takes one optimizer step.
+"""Packing of rounds: the microbatches in which every member of an hTask advances by one step, or by a part of one.
 
-Each task's global batch is cut into slices of at most `micro_batch_size` sequences that fit the token budget. Slices of
-all tasks are packed into few microbatches, first-fit decreasing, within that budget. Only a sequence longer than the
-budget exceeds it, alone: a microbatch has at most the larger of the budget and the longest sequence, padded.
+Each task's global batch is cut into slices of at most `micro_batch_size` sequences that fit the token budget
+(engine/alignment/task_reader.py). Slices of all tasks are packed into few microbatches, first-fit decreasing, within
+that budget. Only a sequence longer than the budget exceeds it, alone: a microbatch has at most the larger of the budget
+and the longest sequence, padded.
 In one microbatch a task has one contiguous range, padded at its tail to a multiple of the chunk.
 Source: MuxTune's chunk-based alignment (arXiv 2603.02885). Legend: T tokens of the stream.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.alignment.dataset import RowOrder, Split, TokenizedDataset, split
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
-from engine.task import Training, evaluation_is_due
+from engine.alignment.task_reader import BatchSlice, PackedTask, Part, PlacedRow, TaskReader
 
-
-@dataclass(frozen=True)
-class PackedTask:
-    """A task of the hTask with its data; `step` of its `num_steps` steps are done.
-
-    Each of its sequences starts with `num_virtual_tokens` tokens (id 0): the executor replaces their embeddings, and
-    the last of them predicts the sequence's first token. `num_prefix_tokens` are not tokens of the stream, but each
-    sequence attends to them: they count in the budget.
-    """
-
-    task: str
-    dataset: TokenizedDataset
-    training: Training
-    num_steps: int
-    step: int
-    num_virtual_tokens: int = 0
-    num_prefix_tokens: int = 0
-
-    @cached_property
-    def split(self) -> Split:
-        return split(self.dataset.num_rows, self.training)
-
-    @cached_property
-    def order(self) -> RowOrder:
-        return RowOrder(self.training, self.split.train)
-
-    def num_targets(self, row: int) -> int:
-        first_bears_loss = bool(self.dataset.row(row)[1][0])
-        return self.dataset.num_targets(row) + int(self.num_virtual_tokens > 0 and first_bears_loss)
-
-
-@dataclass(frozen=True)
-class PlacedRow:
-    """A row of a step's batch: its index in the dataset and the unpadded tokens before it in the same batch."""
-
-    row: int
-    num_tokens: int
-    stream_offset_tokens: int
-
-
-@dataclass(frozen=True)
-class BatchSlice:
-    """At most `micro_batch_size` consecutive sequences of one task's batch."""
-
-    member: PackedTask
-    step: int
-    sequences: tuple[PlacedRow, ...]
-    num_step_target_tokens: int
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(sequence.num_tokens for sequence in self.sequences)
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Tokens of the budget that it needs beside those of the stream."""
-        return len(self.sequences) * self.member.num_prefix_tokens
+__all__ = ["PackedTask", "one_round", "pack", "rounds"]
 
 
 def rounds(members: Sequence[PackedTask], token_budget: int, chunk_tokens: int) -> Iterator[Microbatch]:
-    """Yield microbatches from each member's step on, until all members have done their last step and evaluation."""
+    """Yield microbatches from each member's position on, until all members have done their last step and evaluation.
+
+    In a round each member advances by its `round_tokens`, at most to the end of its step; an evaluation that is due
+    comes first. A round contains at least one slice.
+    """
+    readers = [TaskReader(member, member.step, token_budget) for member in members]
     number = 0
-    while True:
-        unfinished = [(m, m.step + number) for m in members if m.step + number <= m.num_steps]
-        if not unfinished:
-            return
-        yield from one_round(number, unfinished, token_budget, chunk_tokens)
-        number += 1
+    while readers := [reader for reader in readers if not reader.is_done]:
+        if parts := [part for part in (reader.next_part() for reader in readers) if part.slices]:
+            yield from _pack_round(number, parts, token_budget, chunk_tokens)
+            number += 1
 
 
 def one_round(
     number: int, members: Sequence[tuple[PackedTask, int]], token_budget: int, chunk_tokens: int
 ) -> list[Microbatch]:
-    """Return the evaluations that are due at the members' steps, then one training step of each unfinished member."""
-    evaluate = [
-        slice_
-        for m, step in members
-        if evaluation_is_due(m.training, step, m.num_steps)
-        for slice_ in _slices(m, step, m.split.heldout, token_budget)
+    """Return the first round after these members have done these numbers of steps."""
+    readers = [TaskReader(member, step, token_budget) for member, step in members]
+    parts = [reader.next_part() for reader in readers if not reader.is_done]
+    return list(_pack_round(number, parts, token_budget, chunk_tokens))
+
+
+def _pack_round(number: int, parts: Sequence[Part], token_budget: int, chunk_tokens: int) -> Iterator[Microbatch]:
+    """Yield the microbatches of one round: evaluations and training are packed apart, evaluations first."""
+    slices = [slice_ for part in parts for slice_ in part.slices]
+    plans = [
+        (kind, bin_)
+        for kind in (MicrobatchKind.EVALUATE, MicrobatchKind.TRAIN)
+        for bin_ in pack([slice_ for slice_ in slices if slice_.kind is kind], token_budget, chunk_tokens)
     ]
-    train = [
-        slice_
-        for m, step in members
-        if step < m.num_steps
-        for slice_ in _slices(m, step, m.order.batch(step), token_budget)
-    ]
-    plans = [(MicrobatchKind.EVALUATE, bins) for bins in pack(evaluate, token_budget, chunk_tokens)]
-    plans += [(MicrobatchKind.TRAIN, bins) for bins in pack(train, token_budget, chunk_tokens)]
-    last = {(kind, s.member.task): i for i, (kind, slices) in enumerate(plans) for s in slices}
-    return [
-        _build(number, kind, slices, chunk_tokens, {t for (k, t), at in last.items() if k is kind and at == i},
-               is_last_in_round=i == len(plans) - 1)
-        for i, (kind, slices) in enumerate(plans)
-    ]  # fmt: skip
+    ended = {(kind, part.slices[0].member.task) for part in parts for kind in part.ended}
+    last = {(kind, s.member.task): i for i, (kind, bin_) in enumerate(plans) for s in bin_}
+    for i, (kind, bin_) in enumerate(plans):
+        complete = {task for k, task in ended if k is kind and last[k, task] == i}
+        yield _build(number, kind, bin_, chunk_tokens, complete, is_last_in_round=i == len(plans) - 1)
 
 
 def pack(slices: Sequence[BatchSlice], token_budget: int, chunk_tokens: int) -> list[list[BatchSlice]]:
@@ -150,23 +93,6 @@ class _Bin:
         task = slice_.member.task
         self.num_tokens_of[task] = self.num_tokens_of.get(task, 0) + slice_.num_tokens
         self.indices.append(index)
-
-
-def _slices(member: PackedTask, step: int, rows: NDArray[np.int64], token_budget: int) -> list[BatchSlice]:
-    """Cut a batch into slices of at most `micro_batch_size` sequences within the budget; a longer one gets its own."""
-    offsets, num_virtual, num_prefix = member.dataset.offsets, member.num_virtual_tokens, member.num_prefix_tokens
-    lengths = [int(offsets[r + 1] - offsets[r]) + num_virtual for r in rows]
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(int)
-    sequences = [PlacedRow(int(r), n, int(s)) for r, n, s in zip(rows, lengths, starts[:-1], strict=True)]
-    targets = sum(member.num_targets(int(r)) for r in rows)
-    cuts: list[list[PlacedRow]] = [[]]
-    for sequence in sequences:
-        filled = sum(placed.num_tokens + num_prefix for placed in [*cuts[-1], sequence])
-        is_full = len(cuts[-1]) == member.training.micro_batch_size or filled > token_budget
-        if cuts[-1] and is_full:
-            cuts.append([])
-        cuts[-1].append(sequence)
-    return [BatchSlice(member, step, tuple(cut), targets) for cut in cuts if cut]
 
 
 def _build(

@@ -3,8 +3,8 @@
 import functools
 import math
 import operator
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from engine.methods.base import Site, SiteKind
@@ -150,6 +150,7 @@ class TaskView:
 
     `executor`: the executor of its current attempt, or ""; `age` orders tasks, the oldest is the smallest.
     `length_quantiles`: tokens of its training rows, at evenly spaced quantiles; () if they are not known.
+    `num_heldout_rows`: rows of one evaluation.
     `seconds_to_deadline` is negative once the deadline has passed. `device_seconds`, `num_effective_tokens` and
     `num_padding_tokens` are measured so far.
     """
@@ -168,6 +169,7 @@ class TaskView:
     device_seconds: float = 0.0
     num_effective_tokens: int = 0
     num_padding_tokens: int = 0
+    num_heldout_rows: int = 0
 
     @property
     def num_steps_left(self) -> int:
@@ -177,6 +179,12 @@ class TaskView:
     def tokens_per_step(self) -> float:
         """Mean effective tokens of an optimizer step."""
         return self.num_train_tokens / max(1, self.num_steps)
+
+    @property
+    def num_heldout_tokens(self) -> float:
+        """Effective tokens of one evaluation, whose rows are assumed to be as long as those that train."""
+        lengths = self.length_quantiles or (self.tokens_per_step / max(1, self.spec.training.global_batch_size),)
+        return self.num_heldout_rows * sum(lengths) / len(lengths)
 
 
 @dataclass(frozen=True)
@@ -217,11 +225,29 @@ class PlannerConfig:
 
 @dataclass(frozen=True)
 class HTask:
-    """Tasks fused in space: their tokens share microbatches of at most `token_budget` tokens."""
+    """Tasks fused in space: their tokens share microbatches of at most `token_budget` tokens.
+
+    `round_tokens`: for each task, the tokens that it adds to a round on average; 0, or no value: a whole step.
+    """
 
     tasks: tuple[str, ...]
     token_budget: int
     chunk_tokens: int
+    round_tokens: tuple[int, ...] = ()
+
+    def without(self, tasks: Collection[str]) -> "HTask":
+        if not (left := [i for i, name in enumerate(self.tasks) if name not in tasks]):
+            return replace(self, tasks=(), round_tokens=())
+        tokens = tuple(self.round_tokens[i] for i in left) if self.round_tokens else ()
+        return replace(self, tasks=tuple(self.tasks[i] for i in left), round_tokens=tokens)
+
+
+@dataclass(frozen=True)
+class TaskRate:
+    """A resident's share of its executor's time, of 1, and the predicted seconds from one of its steps to the next."""
+
+    device_share: float
+    seconds_per_step: float
 
 
 @dataclass(frozen=True)
@@ -232,6 +258,7 @@ class Explanation:
     counts all. Predicted seconds are None until the executor's costs are known. `round_seconds`: time in which every
     task of the executor takes one step; `alone_round_seconds`: the same with no other task on the executor.
     `predicted_step_seconds` and `measured_step_seconds`: the task's own share of device time for one step.
+    `device_share`: its part of its executor's time; `seconds_per_step`: from one of its steps to the next.
     `padding_fraction`: padding among its tokens so far; `predicted_padding_fraction`: in a round of its hTask.
     """
 
@@ -250,6 +277,8 @@ class Explanation:
     predicted_padding_fraction: float | None = None
     misses_deadline: bool = False
     num_neighbours: int = 0
+    device_share: float | None = None
+    seconds_per_step: float | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Rang
 from engine.errors import MuxtuneError, NonFiniteError, WillNeverFitError
 from engine.kernels.segment_cross_entropy import segment_cross_entropy
 from engine.kernels.transfer import to_device
-from engine.results import EvaluationResult, Result, ShadowCheck, StepResult, TaskFailure
+from engine.results import EvaluationResult, Result, StepResult, TaskFailure, WorkInProgress
 from engine.runtime import export
 from engine.runtime.backbone import Backbone
 from engine.runtime.checkpoint import CheckpointState
@@ -27,7 +27,8 @@ from engine.runtime.cuda_graphs import CudaGraphs
 from engine.runtime.graph_buckets import RowLosses
 from engine.runtime.out_of_memory import OutOfMemoryError, release_cache, retry_after_release, within_memory
 from engine.runtime.staging import Copy, copier_to, on_device, stage
-from engine.runtime.task_state import OptimizerStep, StepAccumulator, TaskAssignment, TaskTrainingState, take_steps
+from engine.runtime.step_accumulator import AloneStep, StepAccumulator
+from engine.runtime.task_state import OptimizerStep, TaskAssignment, TaskTrainingState, take_steps
 
 StepOutcome = OptimizerStep | MuxtuneError  # an error ends the task
 
@@ -94,6 +95,12 @@ class Executor:
         work = partial(export.export, self.backbone, self.tasks[task], folder, self._tenant_loader)
         return retry_after_release(work, self._release_caches)
 
+    def work_in_progress(self, task: str) -> WorkInProgress:
+        """Returns the totals of the task's current step or evaluation."""
+        totals = self.tasks[task].accumulated
+        tokens = totals.num_effective_tokens, totals.num_padding_tokens
+        return WorkInProgress(self.tasks[task].step, totals.is_evaluation, totals.seconds, *tokens)
+
     def task_bytes(self) -> dict[str, int]:
         """Returns the bytes that each resident task holds: parameters, gradients, optimizer."""
         return {name: task_state.num_bytes() for name, task_state in self.tasks.items()}
@@ -131,8 +138,10 @@ class Executor:
         except OutOfMemoryError:
             self._release_caches()
             raise
-        complete = [r for r in microbatch.ranges if r.is_last and r.task in resident]
-        return self._finish_steps(complete) if trains else [self._finish_evaluation(r) for r in complete]
+        failures = self._verify(microbatch) if trains else []
+        complete = [r for r in microbatch.ranges if r.is_last and r.task in self.tasks]
+        finished = self._finish_steps(complete) if trains else [self._finish_evaluation(r) for r in complete]
+        return [*failures, *finished]
 
     def _forward_backward(self, microbatch: Microbatch, resident: frozenset[str]) -> RowLosses:
         """Runs forward and loss, and backward for a training microbatch, which adds to the tasks' gradients.
@@ -182,24 +191,15 @@ class Executor:
             totals.num_padding_tokens += range_.num_tokens - range_.num_effective_tokens
             totals.seconds += seconds * range_.num_tokens / microbatch.num_tokens
             totals.neighbours |= names - {range_.task}
+            totals.add_done(range_)
+            totals.is_evaluation = microbatch.kind is MicrobatchKind.EVALUATE
             if microbatch.kind is MicrobatchKind.TRAIN:
                 totals.digest.add(microbatch, range_)
-                if task_state.is_verified:
-                    totals.alone.append(microbatch.alone(range_))
 
-    def _finish_steps(self, complete: Sequence[Range]) -> list[Result]:
+    def _finish_steps(self, complete: Sequence[Range]) -> list[StepResult | TaskFailure]:
         """Runs clip, optimizer and schedule of all tasks at once. A task fails alone if its loss or gradient is NaN."""
-        results: list[Result] = []
-        checked: list[tuple[Range, ShadowCheck | None]] = []
-        for range_ in complete:
-            try:
-                checked.append((range_, self._verify_step(self.tasks[range_.task])))
-            except WillNeverFitError as error:
-                results.append(self._fail(range_, error))
-        outcomes = self._take_steps([self.tasks[range_.task] for range_, _ in checked])
-        for (range_, shadow_check), outcome in zip(checked, outcomes, strict=True):
-            results.append(self._finish_step(range_, shadow_check, outcome))
-        return results
+        outcomes = self._take_steps([self.tasks[range_.task] for range_ in complete])
+        return [self._finish_step(*pair) for pair in zip(complete, outcomes, strict=True)]
 
     def _take_steps(self, task_states: Sequence[TaskTrainingState]) -> Sequence[StepOutcome]:
         """Steps all tasks at once; one after the other if that runs out of memory."""
@@ -218,9 +218,7 @@ class Executor:
                 f"optimizer step {task_state.step + 1}", task_state, error, "Reduce `rank` or `target_modules`."
             )
 
-    def _finish_step(
-        self, range_: Range, shadow_check: ShadowCheck | None, outcome: StepOutcome
-    ) -> StepResult | TaskFailure:
+    def _finish_step(self, range_: Range, outcome: StepOutcome) -> StepResult | TaskFailure:
         task_state = self.tasks[range_.task]
         if isinstance(outcome, MuxtuneError):
             return self._fail(range_, outcome)
@@ -237,7 +235,7 @@ class Executor:
             seconds=totals.seconds,
             num_neighbours=len(totals.neighbours),
             input_digest=totals.digest.of(task_state.training, range_.step, task_state.assignment.spec.method.dropout),
-            shadow_check=shadow_check,
+            shadow_check=totals.shadow_check,
         )
 
     def _finish_evaluation(self, range_: Range) -> EvaluationResult | TaskFailure:
@@ -246,37 +244,53 @@ class Executor:
         if not math.isfinite(totals.loss):
             message = f"The held-out loss after step {range_.step} is {totals.loss}. Lower the learning rate."
             return self._fail(range_, NonFiniteError(message, step=range_.step))
-        return EvaluationResult(range_.task, range_.step, totals.loss, totals.num_target_tokens)
+        task_state.evaluated_step = range_.step
+        return EvaluationResult(
+            task=range_.task,
+            step=range_.step,
+            loss=totals.loss,
+            num_effective_tokens=totals.num_effective_tokens,
+            num_target_tokens=totals.num_target_tokens,
+            num_padding_tokens=totals.num_padding_tokens,
+            seconds=totals.seconds,
+        )
 
     def _fail(self, range_: Range, error: MuxtuneError) -> TaskFailure:
         self.detach(range_.task)
         return TaskFailure(range_.task, range_.step, error)
 
-    def _verify_step(self, task_state: TaskTrainingState) -> ShadowCheck | None:
-        """Runs the shadow check of the current step if it is due. Raises WillNeverFitError."""
-        if not task_state.accumulated.alone:
-            return None
-        try:
-            return retry_after_release(lambda: self._run_alone(task_state), self._release_caches)
-        except OutOfMemoryError as error:
-            part = f"repetition of step {task_state.step + 1} that verifies it"
-            raise _will_never_fit(part, task_state, error, "Set `verify_every_steps` to 0.") from None
+    def _verify(self, microbatch: Microbatch) -> list[TaskFailure]:
+        """Runs the ranges of steps that are to be verified again, each alone. A task without memory for it fails."""
+        failures = []
+        for range_ in microbatch.ranges:
+            task_state = self.tasks.get(range_.task)
+            if task_state is None or not task_state.is_verified:
+                continue
+            work = partial(self._run_alone, task_state, microbatch.alone(range_))
+            try:
+                retry_after_release(work, self._release_caches)
+            except OutOfMemoryError as error:
+                part = f"repetition of step {task_state.step + 1} that verifies it"
+                remedy = "Set `verify_every_steps` to 0."
+                failures.append(self._fail(range_, _will_never_fit(part, task_state, error, remedy)))
+        return failures
 
-    def _run_alone(self, task_state: TaskTrainingState) -> ShadowCheck:
-        """Runs the step again without neighbours and compares. Restores the gradient of the fused step."""
-        started, gradient_P = self._clock(), task_state.gradient_P
-        fused_P, loss = gradient_P.clone(), 0.0
+    def _run_alone(self, task_state: TaskTrainingState, microbatch: Microbatch) -> None:
+        """Runs a microbatch of the task again without neighbours. Restores the gradient of the fused step."""
+        started, gradient_P, totals = self._clock(), task_state.gradient_P, task_state.accumulated
+        fused_P, alone = gradient_P.clone(), totals.alone or AloneStep(torch.zeros_like(gradient_P))
         try:
             gradient_P.zero_()
-            for microbatch in task_state.accumulated.alone:
-                losses = self._forward_backward(microbatch, frozenset({task_state.assignment.task}))
-                loss += losses.loss_M.sum().item() / max(1, microbatch.ranges[0].num_step_target_tokens)
-            norm = torch.linalg.vector_norm(gradient_P).item()
-            difference = torch.linalg.vector_norm(gradient_P.neg_().add_(fused_P)).item()
+            losses = self._forward_backward(microbatch, frozenset({task_state.assignment.task}))
+            alone.gradient_P.add_(gradient_P)
         finally:
             gradient_P.copy_(fused_P)
-        task_state.accumulated.seconds += self._clock() - started
-        return ShadowCheck(_relative(task_state.accumulated.loss - loss, loss), _relative(difference, norm))
+        alone.loss += losses.loss_M.sum().item() / max(1, microbatch.ranges[0].num_step_target_tokens)
+        totals.alone = alone
+        if microbatch.ranges[0].is_last:
+            totals.shadow_check = alone.compare(totals.loss, fused_P)
+            totals.alone = None
+        totals.seconds += self._clock() - started
 
     def _release_caches(self) -> None:
         """Releases the graphs and the allocator's cache."""
@@ -295,8 +309,3 @@ def _will_never_fit(
 
 def _slice(range_: Range) -> slice:
     return slice(range_.start, range_.start + range_.num_tokens)
-
-
-def _relative(difference: float, value: float) -> float:
-    """Returns |difference| / |value|; 0 if both are 0."""
-    return abs(difference) / abs(value) if value else float(difference != 0)

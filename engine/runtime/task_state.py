@@ -6,13 +6,11 @@ checkpoint are each one operation on one vector, for any number of operators. Le
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from engine.alignment.microbatch import Microbatch
-from engine.alignment.step_digest import StepDigest
 from engine.errors import NonFiniteError
 from engine.methods.base import Method
 from engine.peft.registry import adapter_class
@@ -20,6 +18,7 @@ from engine.runtime.backbone import Backbone
 from engine.runtime.gradient_buffer import GradientBuffer
 from engine.runtime.lr_schedule import learning_rate
 from engine.runtime.optimizer import TaskOptimizer, step_all
+from engine.runtime.step_accumulator import StepAccumulator
 from engine.task import TaskSpec, Training
 
 
@@ -34,20 +33,6 @@ class TaskAssignment:
     step: int = 0
 
 
-@dataclass
-class StepAccumulator:
-    """Totals over the microbatches of the current step, which is not complete yet."""
-
-    loss: float = 0.0
-    num_effective_tokens: int = 0
-    num_target_tokens: int = 0
-    num_padding_tokens: int = 0
-    seconds: float = 0.0
-    neighbours: set[str] = field(default_factory=set)
-    digest: StepDigest = field(default_factory=StepDigest)
-    alone: list[Microbatch] = field(default_factory=list)  # the task's own ranges, if the step is to be verified
-
-
 class TaskTrainingState:
     """State of one task on a backbone. Raises InvalidInputError if the backbone lacks what the task's method names."""
 
@@ -55,6 +40,7 @@ class TaskTrainingState:
         self.assignment = assignment
         self.training: Training = assignment.spec.training
         self.step = assignment.step
+        self.evaluated_step = -1  # the steps done at its last evaluation here
         self.accumulated = StepAccumulator()
         method = assignment.spec.method
         self.shapes = method.shapes(backbone.sites)

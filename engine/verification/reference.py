@@ -52,7 +52,7 @@ def _losses(model: Any, member: PackedTask) -> list[float]:
     losses = []
     for step in range(member.num_steps):
         rows = [int(row) for row in member.order.batch(step)]
-        num_targets = sum(member.num_targets(row) for row in rows)
+        num_targets = member.count_targets(member.order.batch(step))
         losses.append(0.0)
         for i in range(0, len(rows), training.micro_batch_size):
             loss = _loss_sum(model, member, rows[i : i + training.micro_batch_size]) / num_targets

@@ -194,6 +194,7 @@ def _estimate_tasks(specs: list[Path], data: Path) -> list[scheduling_pb2.Hypoth
                 scheduling_pb2.HypotheticalTask(
                     task=_task_name(path, spec.dataset), spec=spec, num_steps=estimate.num_steps,
                     num_train_tokens=estimate.num_train_tokens, length_quantiles=estimate.length_quantiles,
+                    num_heldout_rows=estimate.num_heldout_rows,
                 )
             )  # fmt: skip
     return tasks
@@ -229,6 +230,8 @@ def _explanation_rows(answer: scheduling_pb2.ExplainPlanResponse) -> Iterator[tu
         "a step",
         f"predicted {_seconds(e, 'predicted_step_seconds')}, measured {_seconds(e, 'measured_step_seconds')}",
     )
+    share, seconds = _percent(e, "device_share"), _seconds(e, "seconds_per_step")
+    yield "share", f"{share} of its executor's time, a step each {seconds}"
     yield "a round", f"{_seconds(e, 'round_seconds')}, alone it would be {_seconds(e, 'alone_round_seconds')}"
     yield "bytes", f"adds {_bytes(e.predicted_bytes)}, a separate instance would take {_bytes(e.alone_bytes)}"
     yield "padding", f"predicted {_percent(e, 'predicted_padding_fraction')}, so far {_percent(e, 'padding_fraction')}"

@@ -27,7 +27,7 @@ from muxtune.v1 import dataset_pb2 as muxtune_dot_v1_dot_dataset__pb2
 from muxtune.v1 import task_pb2 as muxtune_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amuxtune/v1/alignment.proto\x12\nmuxtune.v1\x1a\x19muxtune/v1/artifact.proto\x1a\x18muxtune/v1/dataset.proto\x1a\x15muxtune/v1/task.proto\"\x7f\n\x13StoreDatasetRequest\x12\x10\n\x06tenant\x18\x01 \x01(\tH\x00\x12&\n\x04\x66ile\x18\x02 \x01(\x0b\x32\x16.muxtune.v1.FileHeaderH\x00\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x15.muxtune.v1.FileChunkH\x00\x42\x06\n\x04part\"\xd4\x01\n\x14StoreDatasetResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x10\n\x08num_rows\x18\x03 \x01(\x03\x12O\n\x11num_rows_by_shape\x18\x04 \x03(\x0b\x32\x34.muxtune.v1.StoreDatasetResponse.NumRowsByShapeEntry\x1a\x35\n\x13NumRowsByShapeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"f\n\x15InspectDatasetRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12-\n\x07options\x18\x03 \x01(\x0b\x32\x1c.muxtune.v1.PreflightOptions\"E\n\x16InspectDatasetResponse\x12+\n\x06report\x18\x01 \x01(\x0b\x32\x1b.muxtune.v1.PreflightReport\"6\n\x14RemoveDatasetRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"\x17\n\x15RemoveDatasetResponse\"\x94\x01\n\x19StreamMicrobatchesRequest\x12\x10\n\x08\x62\x61\x63kbone\x18\x01 \x01(\t\x12\x14\n\x0cplan_version\x18\x02 \x01(\x03\x12#\n\x07members\x18\x03 \x03(\x0b\x32\x12.muxtune.v1.Member\x12\x14\n\x0ctoken_budget\x18\x04 \x01(\x05\x12\x14\n\x0c\x63hunk_tokens\x18\x05 \x01(\x05\"\xb6\x01\n\x06Member\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x17\n\x0f\x64\x61taset_version\x18\x02 \x01(\t\x12&\n\x08training\x18\x03 \x01(\x0b\x32\x14.muxtune.v1.Training\x12\x11\n\tnum_steps\x18\x04 \x01(\x05\x12\x13\n\x0b\x63ursor_step\x18\x05 \x01(\x05\x12\x1a\n\x12num_virtual_tokens\x18\x06 \x01(\x05\x12\x19\n\x11num_prefix_tokens\x18\x07 \x01(\x05\"H\n\x1aStreamMicrobatchesResponse\x12*\n\nmicrobatch\x18\x01 \x01(\x0b\x32\x16.muxtune.v1.Microbatch\"\xa6\x01\n\nMicrobatch\x12\r\n\x05round\x18\x01 \x01(\x03\x12(\n\x04kind\x18\x02 \x01(\x0e\x32\x1a.muxtune.v1.MicrobatchKind\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x0f\n\x07targets\x18\x04 \x01(\x0c\x12!\n\x06ranges\x18\x05 \x03(\x0b\x32\x11.muxtune.v1.Range\x12\x18\n\x10is_last_in_round\x18\x06 \x01(\x08\"\x9e\x01\n\x05Range\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\r\n\x05start\x18\x03 \x01(\x05\x12\x12\n\nnum_tokens\x18\x04 \x01(\x05\x12%\n\x08segments\x18\x05 \x03(\x0b\x32\x13.muxtune.v1.Segment\x12\x1e\n\x16num_step_target_tokens\x18\x06 \x01(\x03\x12\x0f\n\x07is_last\x18\x07 \x01(\x08\";\n\x07Segment\x12\x12\n\nnum_tokens\x18\x01 \x01(\x05\x12\x1c\n\x14stream_offset_tokens\x18\x02 \x01(\x03*j\n\x0eMicrobatchKind\x12\x1f\n\x1bMICROBATCH_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15MICROBATCH_KIND_TRAIN\x10\x01\x12\x1c\n\x18MICROBATCH_KIND_EVALUATE\x10\x02\x32\xfd\x02\n\x10\x41lignmentService\x12S\n\x0cStoreDataset\x12\x1f.muxtune.v1.StoreDatasetRequest\x1a .muxtune.v1.StoreDatasetResponse(\x01\x12W\n\x0eInspectDataset\x12!.muxtune.v1.InspectDatasetRequest\x1a\".muxtune.v1.InspectDatasetResponse\x12T\n\rRemoveDataset\x12 .muxtune.v1.RemoveDatasetRequest\x1a!.muxtune.v1.RemoveDatasetResponse\x12\x65\n\x12StreamMicrobatches\x12%.muxtune.v1.StreamMicrobatchesRequest\x1a&.muxtune.v1.StreamMicrobatchesResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amuxtune/v1/alignment.proto\x12\nmuxtune.v1\x1a\x19muxtune/v1/artifact.proto\x1a\x18muxtune/v1/dataset.proto\x1a\x15muxtune/v1/task.proto\"\x7f\n\x13StoreDatasetRequest\x12\x10\n\x06tenant\x18\x01 \x01(\tH\x00\x12&\n\x04\x66ile\x18\x02 \x01(\x0b\x32\x16.muxtune.v1.FileHeaderH\x00\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x15.muxtune.v1.FileChunkH\x00\x42\x06\n\x04part\"\xd4\x01\n\x14StoreDatasetResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x10\n\x08num_rows\x18\x03 \x01(\x03\x12O\n\x11num_rows_by_shape\x18\x04 \x03(\x0b\x32\x34.muxtune.v1.StoreDatasetResponse.NumRowsByShapeEntry\x1a\x35\n\x13NumRowsByShapeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"f\n\x15InspectDatasetRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12-\n\x07options\x18\x03 \x01(\x0b\x32\x1c.muxtune.v1.PreflightOptions\"E\n\x16InspectDatasetResponse\x12+\n\x06report\x18\x01 \x01(\x0b\x32\x1b.muxtune.v1.PreflightReport\"6\n\x14RemoveDatasetRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"\x17\n\x15RemoveDatasetResponse\"\x94\x01\n\x19StreamMicrobatchesRequest\x12\x10\n\x08\x62\x61\x63kbone\x18\x01 \x01(\t\x12\x14\n\x0cplan_version\x18\x02 \x01(\x03\x12#\n\x07members\x18\x03 \x03(\x0b\x32\x12.muxtune.v1.Member\x12\x14\n\x0ctoken_budget\x18\x04 \x01(\x05\x12\x14\n\x0c\x63hunk_tokens\x18\x05 \x01(\x05\"\x86\x02\n\x06Member\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x17\n\x0f\x64\x61taset_version\x18\x02 \x01(\t\x12&\n\x08training\x18\x03 \x01(\x0b\x32\x14.muxtune.v1.Training\x12\x11\n\tnum_steps\x18\x04 \x01(\x05\x12\x13\n\x0b\x63ursor_step\x18\x05 \x01(\x05\x12\x1a\n\x12num_virtual_tokens\x18\x06 \x01(\x05\x12\x19\n\x11num_prefix_tokens\x18\x07 \x01(\x05\x12\x14\n\x0cround_tokens\x18\x08 \x01(\x05\x12\x14\n\x0cis_evaluated\x18\t \x01(\x08\x12\"\n\x04\x64one\x18\n \x03(\x0b\x32\x14.muxtune.v1.Interval\"&\n\x08Interval\x12\r\n\x05start\x18\x01 \x01(\x03\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x03\"H\n\x1aStreamMicrobatchesResponse\x12*\n\nmicrobatch\x18\x01 \x01(\x0b\x32\x16.muxtune.v1.Microbatch\"\xa6\x01\n\nMicrobatch\x12\r\n\x05round\x18\x01 \x01(\x03\x12(\n\x04kind\x18\x02 \x01(\x0e\x32\x1a.muxtune.v1.MicrobatchKind\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x0f\n\x07targets\x18\x04 \x01(\x0c\x12!\n\x06ranges\x18\x05 \x03(\x0b\x32\x11.muxtune.v1.Range\x12\x18\n\x10is_last_in_round\x18\x06 \x01(\x08\"\x9e\x01\n\x05Range\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\r\n\x05start\x18\x03 \x01(\x05\x12\x12\n\nnum_tokens\x18\x04 \x01(\x05\x12%\n\x08segments\x18\x05 \x03(\x0b\x32\x13.muxtune.v1.Segment\x12\x1e\n\x16num_step_target_tokens\x18\x06 \x01(\x03\x12\x0f\n\x07is_last\x18\x07 \x01(\x08\";\n\x07Segment\x12\x12\n\nnum_tokens\x18\x01 \x01(\x05\x12\x1c\n\x14stream_offset_tokens\x18\x02 \x01(\x03*j\n\x0eMicrobatchKind\x12\x1f\n\x1bMICROBATCH_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15MICROBATCH_KIND_TRAIN\x10\x01\x12\x1c\n\x18MICROBATCH_KIND_EVALUATE\x10\x02\x32\xfd\x02\n\x10\x41lignmentService\x12S\n\x0cStoreDataset\x12\x1f.muxtune.v1.StoreDatasetRequest\x1a .muxtune.v1.StoreDatasetResponse(\x01\x12W\n\x0eInspectDataset\x12!.muxtune.v1.InspectDatasetRequest\x1a\".muxtune.v1.InspectDatasetResponse\x12T\n\rRemoveDataset\x12 .muxtune.v1.RemoveDatasetRequest\x1a!.muxtune.v1.RemoveDatasetResponse\x12\x65\n\x12StreamMicrobatches\x12%.muxtune.v1.StreamMicrobatchesRequest\x1a&.muxtune.v1.StreamMicrobatchesResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,8 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STOREDATASETRESPONSE_NUMROWSBYSHAPEENTRY']._loaded_options = None
   _globals['_STOREDATASETRESPONSE_NUMROWSBYSHAPEENTRY']._serialized_options = b'8\001'
-  _globals['_MICROBATCHKIND']._serialized_start=1519
-  _globals['_MICROBATCHKIND']._serialized_end=1625
+  _globals['_MICROBATCHKIND']._serialized_start=1639
+  _globals['_MICROBATCHKIND']._serialized_end=1745
   _globals['_STOREDATASETREQUEST']._serialized_start=118
   _globals['_STOREDATASETREQUEST']._serialized_end=245
   _globals['_STOREDATASETRESPONSE']._serialized_start=248
@@ -55,15 +55,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMMICROBATCHESREQUEST']._serialized_start=719
   _globals['_STREAMMICROBATCHESREQUEST']._serialized_end=867
   _globals['_MEMBER']._serialized_start=870
-  _globals['_MEMBER']._serialized_end=1052
-  _globals['_STREAMMICROBATCHESRESPONSE']._serialized_start=1054
-  _globals['_STREAMMICROBATCHESRESPONSE']._serialized_end=1126
-  _globals['_MICROBATCH']._serialized_start=1129
-  _globals['_MICROBATCH']._serialized_end=1295
-  _globals['_RANGE']._serialized_start=1298
-  _globals['_RANGE']._serialized_end=1456
-  _globals['_SEGMENT']._serialized_start=1458
-  _globals['_SEGMENT']._serialized_end=1517
-  _globals['_ALIGNMENTSERVICE']._serialized_start=1628
-  _globals['_ALIGNMENTSERVICE']._serialized_end=2009
+  _globals['_MEMBER']._serialized_end=1132
+  _globals['_INTERVAL']._serialized_start=1134
+  _globals['_INTERVAL']._serialized_end=1172
+  _globals['_STREAMMICROBATCHESRESPONSE']._serialized_start=1174
+  _globals['_STREAMMICROBATCHESRESPONSE']._serialized_end=1246
+  _globals['_MICROBATCH']._serialized_start=1249
+  _globals['_MICROBATCH']._serialized_end=1415
+  _globals['_RANGE']._serialized_start=1418
+  _globals['_RANGE']._serialized_end=1576
+  _globals['_SEGMENT']._serialized_start=1578
+  _globals['_SEGMENT']._serialized_end=1637
+  _globals['_ALIGNMENTSERVICE']._serialized_start=1748
+  _globals['_ALIGNMENTSERVICE']._serialized_end=2129
 # @@protoc_insertion_point(module_scope)

@@ -248,6 +248,9 @@ class Member(_message.Message):
     CURSOR_STEP_FIELD_NUMBER: _builtins.int
     NUM_VIRTUAL_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_PREFIX_TOKENS_FIELD_NUMBER: _builtins.int
+    ROUND_TOKENS_FIELD_NUMBER: _builtins.int
+    IS_EVALUATED_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
     task: _builtins.str
     """tenants/{tenant}/tasks/{task}"""
     dataset_version: _builtins.str
@@ -262,8 +265,18 @@ class Member(_message.Message):
     """
     num_prefix_tokens: _builtins.int
     """Number of positions that each sequence attends to beside its tokens. They count towards the token budget."""
+    round_tokens: _builtins.int
+    """Tokens that it adds to a round on average, of one step at most. A larger step spans rounds. 0: each round has a whole
+    step.
+    """
+    is_evaluated: _builtins.bool
+    """True if the evaluation after `cursor_step` steps is done or not due."""
     @_builtins.property
     def training(self) -> _task_pb2.Training: ...
+    @_builtins.property
+    def done(self) -> _containers.RepeatedCompositeFieldContainer[Global___Interval]:
+        """Parts of the stream of what comes next (that evaluation, otherwise the step) that were trained on already."""
+
     def __init__(
         self,
         *,
@@ -274,14 +287,41 @@ class Member(_message.Message):
         cursor_step: _builtins.int = ...,
         num_virtual_tokens: _builtins.int = ...,
         num_prefix_tokens: _builtins.int = ...,
+        round_tokens: _builtins.int = ...,
+        is_evaluated: _builtins.bool = ...,
+        done: _abc.Iterable[Global___Interval] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor_step", b"cursor_step", "dataset_version", b"dataset_version", "num_prefix_tokens", b"num_prefix_tokens", "num_steps", b"num_steps", "num_virtual_tokens", b"num_virtual_tokens", "task", b"task", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor_step", b"cursor_step", "dataset_version", b"dataset_version", "done", b"done", "is_evaluated", b"is_evaluated", "num_prefix_tokens", b"num_prefix_tokens", "num_steps", b"num_steps", "num_virtual_tokens", b"num_virtual_tokens", "round_tokens", b"round_tokens", "task", b"task", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Member: _TypeAlias = Member  # noqa: Y015
+
+@_typing.final
+class Interval(_message.Message):
+    """Tokens `start` to `end` - 1 of a step's stream, counted as Segment.stream_offset_tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    end: _builtins.int
+    def __init__(
+        self,
+        *,
+        start: _builtins.int = ...,
+        end: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Interval: _TypeAlias = Interval  # noqa: Y015
 
 @_typing.final
 class StreamMicrobatchesResponse(_message.Message):
@@ -305,7 +345,9 @@ Global___StreamMicrobatchesResponse: _TypeAlias = StreamMicrobatchesResponse  # 
 
 @_typing.final
 class Microbatch(_message.Message):
-    """One packed stream of T tokens holding ranges of tasks. In a round, evaluations come before training."""
+    """One packed stream of T tokens holding ranges of tasks. In a round, evaluations come before training. A task's step, or
+    its evaluation, may span rounds.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -19,7 +19,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 @_typing.final
 class Budget(_message.Message):
     """A task that has reached one of these limits becomes CANCELLING, as if its tenant had cancelled it: the adapter trained
-    so far is exported. The task may exceed the limit by a few steps. 0 means no limit.
+    so far is exported. The task may exceed the limit by the work of a few seconds. 0 means no limit.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -27,7 +27,7 @@ class Budget(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_DEVICE_SECONDS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """Effective tokens trained."""
+    """Effective tokens of training and of evaluations, work in progress or lost with its attempt included."""
     max_device_seconds: _builtins.float
     def __init__(
         self,

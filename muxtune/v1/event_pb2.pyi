@@ -187,19 +187,29 @@ class Evaluated(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     TARGET_TOKENS_FIELD_NUMBER: _builtins.int
+    EFFECTIVE_TOKENS_FIELD_NUMBER: _builtins.int
+    PADDING_TOKENS_FIELD_NUMBER: _builtins.int
+    DEVICE_SECONDS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     loss: _builtins.float
     target_tokens: _builtins.int
+    effective_tokens: _builtins.int
+    padding_tokens: _builtins.int
+    device_seconds: _builtins.float
+    """Attributed as in StepDone."""
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         loss: _builtins.float = ...,
         target_tokens: _builtins.int = ...,
+        effective_tokens: _builtins.int = ...,
+        padding_tokens: _builtins.int = ...,
+        device_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss", "step", b"step", "target_tokens", b"target_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_seconds", b"device_seconds", "effective_tokens", b"effective_tokens", "loss", b"loss", "padding_tokens", b"padding_tokens", "step", b"step", "target_tokens", b"target_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -37,7 +37,7 @@ class Quota(_message.Message):
     max_dataset_bytes: _builtins.int
     max_unfinished_tasks: _builtins.int
     max_tokens_per_day: _builtins.int
-    """Effective tokens trained."""
+    """Effective tokens of training and of evaluations."""
     max_device_seconds_per_day: _builtins.float
     max_adapter_bytes: _builtins.int
     """Sum over uploaded and exported adapters. Above it, uploads and new tasks get RESOURCE_EXHAUSTED until adapters are
@@ -228,7 +228,10 @@ Global___ListUsageResponse: _TypeAlias = ListUsageResponse  # noqa: Y015
 
 @_typing.final
 class DayUsage(_message.Message):
-    """Usage of one tenant on one day. Only committed steps count, each once."""
+    """Usage of one tenant on one day: its steps and evaluations, and what was done of those that are in progress or were lost
+    with their attempt. Device time that executors report is counted once; a step or evaluation that is recorded already and
+    runs again after a loss is not counted again.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -245,6 +248,7 @@ class DayUsage(_message.Message):
     padding_tokens: _builtins.int
     device_seconds: _builtins.float
     num_steps: _builtins.int
+    """Steps done."""
     def __init__(
         self,
         *,

@@ -58,15 +58,38 @@ Global___ModuleKind: _TypeAlias = ModuleKind  # noqa: Y015
 
 @_typing.final
 class ExecutorPlan(_message.Message):
-    """What an executor runs. At a round boundary, a new version replaces the whole plan before it."""
+    """What an executor runs. Between two microbatches, a new version replaces the whole plan before it: steps go on where
+    they were.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class TenantWeightsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     VERSION_FIELD_NUMBER: _builtins.int
     EXECUTOR_FIELD_NUMBER: _builtins.int
     TASKS_FIELD_NUMBER: _builtins.int
     HTASKS_FIELD_NUMBER: _builtins.int
     TRACE_PARENT_FIELD_NUMBER: _builtins.int
+    TENANT_WEIGHTS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Grows with every plan; an executor ignores a version at or below the one it has."""
     executor: _builtins.str
@@ -79,6 +102,12 @@ class ExecutorPlan(_message.Message):
     def htasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___HTask]:
         """Each task is in exactly one hTask."""
 
+    @_builtins.property
+    def tenant_weights(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """The executor divides device time among the tenants of its tasks in proportion to these weights. A tenant that is not
+        listed has weight 1.
+        """
+
     def __init__(
         self,
         *,
@@ -87,10 +116,11 @@ class ExecutorPlan(_message.Message):
         tasks: _abc.Iterable[Global___PlannedTask] | None = ...,
         htasks: _abc.Iterable[Global___HTask] | None = ...,
         trace_parent: _builtins.str = ...,
+        tenant_weights: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor", b"executor", "htasks", b"htasks", "tasks", b"tasks", "trace_parent", b"trace_parent", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor", b"executor", "htasks", b"htasks", "tasks", b"tasks", "tenant_weights", b"tenant_weights", "trace_parent", b"trace_parent", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -119,7 +149,7 @@ class PlannedTask(_message.Message):
     trace_parent: _builtins.str
     """W3C traceparent of the task's own trace."""
     cancel: _builtins.bool
-    """True if the tenant cancelled the task: export it at the next round boundary, and finish."""
+    """True if the tenant cancelled the task: export it as it was after its last step, and finish."""
     @_builtins.property
     def spec(self) -> _task_pb2.TaskSpec: ...
     @_builtins.property
@@ -155,21 +185,29 @@ class HTask(_message.Message):
     TASKS_FIELD_NUMBER: _builtins.int
     TOKEN_BUDGET_FIELD_NUMBER: _builtins.int
     CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
+    ROUND_TOKENS_FIELD_NUMBER: _builtins.int
     token_budget: _builtins.int
     chunk_tokens: _builtins.int
     """A power of two. Ranges are padded to a multiple of it."""
     @_builtins.property
     def tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def round_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """For each of `tasks`: tokens that it adds to a round on average, of one step at most. A larger step spans rounds. 0, or
+        no value: each round has a whole step.
+        """
+
     def __init__(
         self,
         *,
         tasks: _abc.Iterable[_builtins.str] | None = ...,
         token_budget: _builtins.int = ...,
         chunk_tokens: _builtins.int = ...,
+        round_tokens: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_tokens", b"chunk_tokens", "tasks", b"tasks", "token_budget", b"token_budget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_tokens", b"chunk_tokens", "round_tokens", b"round_tokens", "tasks", b"tasks", "token_budget", b"token_budget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -196,6 +234,8 @@ class TaskExplanation(_message.Message):
     PADDING_FRACTION_FIELD_NUMBER: _builtins.int
     PREDICTED_PADDING_FRACTION_FIELD_NUMBER: _builtins.int
     MISSES_DEADLINE_FIELD_NUMBER: _builtins.int
+    DEVICE_SHARE_FIELD_NUMBER: _builtins.int
+    SECONDS_PER_STEP_FIELD_NUMBER: _builtins.int
     task: _builtins.str
     executor: _builtins.str
     """Empty if the task waits."""
@@ -219,6 +259,10 @@ class TaskExplanation(_message.Message):
     """Fraction of its tokens in a round that will be padding."""
     misses_deadline: _builtins.bool
     """True if the task is predicted to finish after its deadline."""
+    device_share: _builtins.float
+    """Share of its executor's device time that the task is given, of 1; unset while it waits."""
+    seconds_per_step: _builtins.float
+    """Seconds from one of its steps to the next. Unset until the executor's costs are known."""
     @_builtins.property
     def neighbours(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The oldest 16 other tasks in the same hTask, and the number of all others."""
@@ -241,13 +285,17 @@ class TaskExplanation(_message.Message):
         padding_fraction: _builtins.float | None = ...,
         predicted_padding_fraction: _builtins.float | None = ...,
         misses_deadline: _builtins.bool = ...,
+        device_share: _builtins.float | None = ...,
+        seconds_per_step: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_alone_round_seconds", b"_alone_round_seconds", "_measured_step_seconds", b"_measured_step_seconds", "_padding_fraction", b"_padding_fraction", "_predicted_padding_fraction", b"_predicted_padding_fraction", "_predicted_seconds_left", b"_predicted_seconds_left", "_predicted_step_seconds", b"_predicted_step_seconds", "_round_seconds", b"_round_seconds", "alone_round_seconds", b"alone_round_seconds", "measured_step_seconds", b"measured_step_seconds", "padding_fraction", b"padding_fraction", "predicted_padding_fraction", b"predicted_padding_fraction", "predicted_seconds_left", b"predicted_seconds_left", "predicted_step_seconds", b"predicted_step_seconds", "round_seconds", b"round_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alone_round_seconds", b"_alone_round_seconds", "_device_share", b"_device_share", "_measured_step_seconds", b"_measured_step_seconds", "_padding_fraction", b"_padding_fraction", "_predicted_padding_fraction", b"_predicted_padding_fraction", "_predicted_seconds_left", b"_predicted_seconds_left", "_predicted_step_seconds", b"_predicted_step_seconds", "_round_seconds", b"_round_seconds", "_seconds_per_step", b"_seconds_per_step", "alone_round_seconds", b"alone_round_seconds", "device_share", b"device_share", "measured_step_seconds", b"measured_step_seconds", "padding_fraction", b"padding_fraction", "predicted_padding_fraction", b"predicted_padding_fraction", "predicted_seconds_left", b"predicted_seconds_left", "predicted_step_seconds", b"predicted_step_seconds", "round_seconds", b"round_seconds", "seconds_per_step", b"seconds_per_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alone_round_seconds", b"_alone_round_seconds", "_measured_step_seconds", b"_measured_step_seconds", "_padding_fraction", b"_padding_fraction", "_predicted_padding_fraction", b"_predicted_padding_fraction", "_predicted_seconds_left", b"_predicted_seconds_left", "_predicted_step_seconds", b"_predicted_step_seconds", "_round_seconds", b"_round_seconds", "alone_bytes", b"alone_bytes", "alone_round_seconds", b"alone_round_seconds", "executor", b"executor", "measured_step_seconds", b"measured_step_seconds", "misses_deadline", b"misses_deadline", "neighbours", b"neighbours", "num_neighbours", b"num_neighbours", "padding_fraction", b"padding_fraction", "predicted_bytes", b"predicted_bytes", "predicted_padding_fraction", b"predicted_padding_fraction", "predicted_seconds_left", b"predicted_seconds_left", "predicted_step_seconds", b"predicted_step_seconds", "reason", b"reason", "round_seconds", b"round_seconds", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alone_round_seconds", b"_alone_round_seconds", "_device_share", b"_device_share", "_measured_step_seconds", b"_measured_step_seconds", "_padding_fraction", b"_padding_fraction", "_predicted_padding_fraction", b"_predicted_padding_fraction", "_predicted_seconds_left", b"_predicted_seconds_left", "_predicted_step_seconds", b"_predicted_step_seconds", "_round_seconds", b"_round_seconds", "_seconds_per_step", b"_seconds_per_step", "alone_bytes", b"alone_bytes", "alone_round_seconds", b"alone_round_seconds", "device_share", b"device_share", "executor", b"executor", "measured_step_seconds", b"measured_step_seconds", "misses_deadline", b"misses_deadline", "neighbours", b"neighbours", "num_neighbours", b"num_neighbours", "padding_fraction", b"padding_fraction", "predicted_bytes", b"predicted_bytes", "predicted_padding_fraction", b"predicted_padding_fraction", "predicted_seconds_left", b"predicted_seconds_left", "predicted_step_seconds", b"predicted_step_seconds", "reason", b"reason", "round_seconds", b"round_seconds", "seconds_per_step", b"seconds_per_step", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alone_round_seconds: _TypeAlias = _typing.Literal["alone_round_seconds"]  # noqa: Y015
     _WhichOneofArgType__alone_round_seconds: _TypeAlias = _typing.Literal["_alone_round_seconds", b"_alone_round_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__device_share: _TypeAlias = _typing.Literal["device_share"]  # noqa: Y015
+    _WhichOneofArgType__device_share: _TypeAlias = _typing.Literal["_device_share", b"_device_share"]  # noqa: Y015
     _WhichOneofReturnType__measured_step_seconds: _TypeAlias = _typing.Literal["measured_step_seconds"]  # noqa: Y015
     _WhichOneofArgType__measured_step_seconds: _TypeAlias = _typing.Literal["_measured_step_seconds", b"_measured_step_seconds"]  # noqa: Y015
     _WhichOneofReturnType__padding_fraction: _TypeAlias = _typing.Literal["padding_fraction"]  # noqa: Y015
@@ -260,8 +308,12 @@ class TaskExplanation(_message.Message):
     _WhichOneofArgType__predicted_step_seconds: _TypeAlias = _typing.Literal["_predicted_step_seconds", b"_predicted_step_seconds"]  # noqa: Y015
     _WhichOneofReturnType__round_seconds: _TypeAlias = _typing.Literal["round_seconds"]  # noqa: Y015
     _WhichOneofArgType__round_seconds: _TypeAlias = _typing.Literal["_round_seconds", b"_round_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__seconds_per_step: _TypeAlias = _typing.Literal["seconds_per_step"]  # noqa: Y015
+    _WhichOneofArgType__seconds_per_step: _TypeAlias = _typing.Literal["_seconds_per_step", b"_seconds_per_step"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__alone_round_seconds) -> _WhichOneofReturnType__alone_round_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__device_share) -> _WhichOneofReturnType__device_share | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__measured_step_seconds) -> _WhichOneofReturnType__measured_step_seconds | None: ...
     @_typing.overload
@@ -274,6 +326,8 @@ class TaskExplanation(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_step_seconds) -> _WhichOneofReturnType__predicted_step_seconds | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__round_seconds) -> _WhichOneofReturnType__round_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seconds_per_step) -> _WhichOneofReturnType__seconds_per_step | None: ...
 
 Global___TaskExplanation: _TypeAlias = TaskExplanation  # noqa: Y015
 
@@ -294,6 +348,7 @@ class TaskResult(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
+    IN_PROGRESS_FIELD_NUMBER: _builtins.int
     task: _builtins.str
     attempt: _builtins.int
     @_builtins.property
@@ -310,6 +365,8 @@ class TaskResult(_message.Message):
     def released(self) -> Global___TaskReleased: ...
     @_builtins.property
     def resumed(self) -> Global___TaskResumed: ...
+    @_builtins.property
+    def in_progress(self) -> Global___WorkInProgress: ...
     def __init__(
         self,
         *,
@@ -322,16 +379,55 @@ class TaskResult(_message.Message):
         failed: _errors_pb2.TaskFailure | None = ...,
         released: Global___TaskReleased | None = ...,
         resumed: Global___TaskResumed | None = ...,
+        in_progress: Global___WorkInProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint_committed", b"checkpoint_committed", "evaluated", b"evaluated", "failed", b"failed", "finished", b"finished", "released", b"released", "result", b"result", "resumed", b"resumed", "step_done", b"step_done"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint_committed", b"checkpoint_committed", "evaluated", b"evaluated", "failed", b"failed", "finished", b"finished", "in_progress", b"in_progress", "released", b"released", "result", b"result", "resumed", b"resumed", "step_done", b"step_done"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint_committed", b"checkpoint_committed", "evaluated", b"evaluated", "failed", b"failed", "finished", b"finished", "released", b"released", "result", b"result", "resumed", b"resumed", "step_done", b"step_done", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint_committed", b"checkpoint_committed", "evaluated", b"evaluated", "failed", b"failed", "finished", b"finished", "in_progress", b"in_progress", "released", b"released", "result", b"result", "resumed", b"resumed", "step_done", b"step_done", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["step_done", "evaluated", "checkpoint_committed", "finished", "failed", "released", "resumed"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["step_done", "evaluated", "checkpoint_committed", "finished", "failed", "released", "resumed", "in_progress"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
 Global___TaskResult: _TypeAlias = TaskResult  # noqa: Y015
+
+@_typing.final
+class WorkInProgress(_message.Message):
+    """Device time of a step or evaluation that is not complete, sent every few seconds. The values are totals since it began;
+    its StepDone or Evaluated includes them. What a report adds to the ones before is charged at once, so that budgets and
+    daily limits end long steps in time. No event is recorded.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    DEVICE_SECONDS_FIELD_NUMBER: _builtins.int
+    EFFECTIVE_TOKENS_FIELD_NUMBER: _builtins.int
+    PADDING_TOKENS_FIELD_NUMBER: _builtins.int
+    IS_EVALUATION_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """Number of steps done."""
+    device_seconds: _builtins.float
+    effective_tokens: _builtins.int
+    padding_tokens: _builtins.int
+    is_evaluation: _builtins.bool
+    """True: the evaluation after `step` steps is in progress. False: the step that follows."""
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        device_seconds: _builtins.float = ...,
+        effective_tokens: _builtins.int = ...,
+        padding_tokens: _builtins.int = ...,
+        is_evaluation: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_seconds", b"device_seconds", "effective_tokens", b"effective_tokens", "is_evaluation", b"is_evaluation", "padding_tokens", b"padding_tokens", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkInProgress: _TypeAlias = WorkInProgress  # noqa: Y015
 
 @_typing.final
 class TaskResumed(_message.Message):

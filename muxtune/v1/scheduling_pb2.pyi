@@ -318,6 +318,7 @@ class HypotheticalTask(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     EXECUTOR_FIELD_NUMBER: _builtins.int
     MEAN_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_HELDOUT_ROWS_FIELD_NUMBER: _builtins.int
     task: _builtins.str
     """tenants/{tenant}/tasks/{task}, the name of no existing task."""
     num_steps: _builtins.int
@@ -328,6 +329,8 @@ class HypotheticalTask(_message.Message):
     executor: _builtins.str
     mean_tokens: _builtins.float
     """Mean tokens of a row, where num_train_tokens is not known. 0 selects half of max_sequence_tokens."""
+    num_heldout_rows: _builtins.int
+    """As in TaskEstimate. 0: evaluations are not part of the forecast."""
     @_builtins.property
     def spec(self) -> _task_pb2.TaskSpec: ...
     @_builtins.property
@@ -345,10 +348,11 @@ class HypotheticalTask(_message.Message):
         step: _builtins.int = ...,
         executor: _builtins.str = ...,
         mean_tokens: _builtins.float | None = ...,
+        num_heldout_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_mean_tokens", b"_mean_tokens", "mean_tokens", b"mean_tokens", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_tokens", b"_mean_tokens", "executor", b"executor", "length_quantiles", b"length_quantiles", "mean_tokens", b"mean_tokens", "num_steps", b"num_steps", "num_train_tokens", b"num_train_tokens", "spec", b"spec", "step", b"step", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_tokens", b"_mean_tokens", "executor", b"executor", "length_quantiles", b"length_quantiles", "mean_tokens", b"mean_tokens", "num_heldout_rows", b"num_heldout_rows", "num_steps", b"num_steps", "num_train_tokens", b"num_train_tokens", "spec", b"spec", "step", b"step", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__mean_tokens: _TypeAlias = _typing.Literal["mean_tokens"]  # noqa: Y015
     _WhichOneofArgType__mean_tokens: _TypeAlias = _typing.Literal["_mean_tokens", b"_mean_tokens"]  # noqa: Y015

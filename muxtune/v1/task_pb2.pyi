@@ -567,7 +567,9 @@ class TaskEstimate(_message.Message):
     """Bytes that the task adds to an executor of the backbone, and bytes of a separate instance."""
     separate_instance_bytes: _builtins.int
     seconds: _builtins.float
-    """Predicted seconds alone on the fastest executor of that backbone. Unset until an executor is calibrated."""
+    """Predicted seconds alone on the fastest executor of that backbone, with evaluations and verified steps. Unset until an
+    executor is calibrated.
+    """
     num_special_text_rows: _builtins.int
     """As in PreflightReport."""
     @_builtins.property
@@ -613,6 +615,11 @@ class TaskProgress(_message.Message):
     EFFECTIVE_TOKENS_FIELD_NUMBER: _builtins.int
     PADDING_TOKENS_FIELD_NUMBER: _builtins.int
     DEVICE_SECONDS_FIELD_NUMBER: _builtins.int
+    EVALUATED_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKENS_IN_PROGRESS_FIELD_NUMBER: _builtins.int
+    SECONDS_IN_PROGRESS_FIELD_NUMBER: _builtins.int
+    PADDING_IN_PROGRESS_FIELD_NUMBER: _builtins.int
+    LOST_TOKENS_FIELD_NUMBER: _builtins.int
     EFFECTIVE_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     SECONDS_LEFT_FIELD_NUMBER: _builtins.int
     CHECKPOINT_STEP_FIELD_NUMBER: _builtins.int
@@ -624,9 +631,20 @@ class TaskProgress(_message.Message):
     first_heldout_loss: _builtins.float
     last_heldout_loss: _builtins.float
     effective_tokens: _builtins.int
+    """Effective and padding tokens of the steps done."""
     padding_tokens: _builtins.int
     device_seconds: _builtins.float
-    """Attributed device seconds: the task's share of every fused microbatch that it was in."""
+    """Attributed device seconds: the task's share of every fused microbatch that it was in. Includes evaluations, the work
+    in progress, and work that was lost with its attempt before its step or evaluation was complete.
+    """
+    evaluated_tokens: _builtins.int
+    """Effective tokens of evaluations, and of the step or evaluation in progress. effective_tokens has neither."""
+    tokens_in_progress: _builtins.int
+    seconds_in_progress: _builtins.float
+    """The part of device_seconds that belongs to the step or evaluation in progress."""
+    padding_in_progress: _builtins.int
+    lost_tokens: _builtins.int
+    """Effective tokens of work that was lost with its attempt. They stay charged."""
     effective_tokens_per_second: _builtins.float
     """Rate over the last steps, by the wall clock."""
     seconds_left: _builtins.float
@@ -646,6 +664,11 @@ class TaskProgress(_message.Message):
         effective_tokens: _builtins.int = ...,
         padding_tokens: _builtins.int = ...,
         device_seconds: _builtins.float = ...,
+        evaluated_tokens: _builtins.int = ...,
+        tokens_in_progress: _builtins.int = ...,
+        seconds_in_progress: _builtins.float = ...,
+        padding_in_progress: _builtins.int = ...,
+        lost_tokens: _builtins.int = ...,
         effective_tokens_per_second: _builtins.float = ...,
         seconds_left: _builtins.float | None = ...,
         checkpoint_step: _builtins.int = ...,
@@ -653,7 +676,7 @@ class TaskProgress(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_heldout_loss", b"_first_heldout_loss", "_first_loss", b"_first_loss", "_last_heldout_loss", b"_last_heldout_loss", "_last_loss", b"_last_loss", "_seconds_left", b"_seconds_left", "first_heldout_loss", b"first_heldout_loss", "first_loss", b"first_loss", "last_heldout_loss", b"last_heldout_loss", "last_loss", b"last_loss", "seconds_left", b"seconds_left"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_heldout_loss", b"_first_heldout_loss", "_first_loss", b"_first_loss", "_last_heldout_loss", b"_last_heldout_loss", "_last_loss", b"_last_loss", "_seconds_left", b"_seconds_left", "checkpoint_step", b"checkpoint_step", "device_seconds", b"device_seconds", "effective_tokens", b"effective_tokens", "effective_tokens_per_second", b"effective_tokens_per_second", "first_heldout_loss", b"first_heldout_loss", "first_loss", b"first_loss", "last_heldout_loss", b"last_heldout_loss", "last_loss", b"last_loss", "num_neighbours", b"num_neighbours", "num_steps", b"num_steps", "padding_tokens", b"padding_tokens", "seconds_left", b"seconds_left", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_heldout_loss", b"_first_heldout_loss", "_first_loss", b"_first_loss", "_last_heldout_loss", b"_last_heldout_loss", "_last_loss", b"_last_loss", "_seconds_left", b"_seconds_left", "checkpoint_step", b"checkpoint_step", "device_seconds", b"device_seconds", "effective_tokens", b"effective_tokens", "effective_tokens_per_second", b"effective_tokens_per_second", "evaluated_tokens", b"evaluated_tokens", "first_heldout_loss", b"first_heldout_loss", "first_loss", b"first_loss", "last_heldout_loss", b"last_heldout_loss", "last_loss", b"last_loss", "lost_tokens", b"lost_tokens", "num_neighbours", b"num_neighbours", "num_steps", b"num_steps", "padding_in_progress", b"padding_in_progress", "padding_tokens", b"padding_tokens", "seconds_in_progress", b"seconds_in_progress", "seconds_left", b"seconds_left", "step", b"step", "tokens_in_progress", b"tokens_in_progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_heldout_loss: _TypeAlias = _typing.Literal["first_heldout_loss"]  # noqa: Y015
     _WhichOneofArgType__first_heldout_loss: _TypeAlias = _typing.Literal["_first_heldout_loss", b"_first_heldout_loss"]  # noqa: Y015

@@ -49,6 +49,15 @@ def check_steps(member: pb.Member, num_steps: int) -> None:
             raise InvalidInputError.of_field(
                 f"members.{field}", f"{count} of {member.task} must be 0 to {MAX_VIRTUAL_TOKENS}"
             )
+    if member.round_tokens < 0:
+        raise InvalidInputError.of_field(
+            "members.round_tokens", f"{member.round_tokens} of {member.task} must not be negative"
+        )
+    ends = [0, *(bound for interval in member.done for bound in (interval.start, interval.end))]
+    if ends != sorted(ends):
+        raise InvalidInputError.of_field(
+            "members.done", f"the intervals of {member.task} must be in order, and none may overlap another"
+        )
     if not 0 <= member.cursor_step <= num_steps:
         raise InvalidInputError.of_field(
             "members.cursor_step", f"{member.cursor_step} of {member.task} must be 0 to {num_steps}"

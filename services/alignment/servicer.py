@@ -130,6 +130,9 @@ def _packed_task(member: pb.Member, dataset: TokenizedDataset, training: Trainin
         member.cursor_step,
         member.num_virtual_tokens,
         member.num_prefix_tokens,
+        member.round_tokens,
+        member.is_evaluated,
+        tuple((interval.start, interval.end) for interval in member.done),
     )
 
 

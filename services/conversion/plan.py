@@ -105,6 +105,7 @@ def snapshot_task_to_view(entry: ledger_pb2.SnapshotTask, age: int, now_microsec
         device_seconds=progress.device_seconds,
         num_effective_tokens=progress.effective_tokens,
         num_padding_tokens=progress.padding_tokens,
+        num_heldout_rows=task.estimate.num_heldout_rows,
     )
 
 
@@ -141,11 +142,16 @@ def planner_config_to_domain(message: scheduling_pb2.PlannerLimits) -> PlannerCo
 
 
 def htask_to_proto(htask: HTask) -> plan_pb2.HTask:
-    return plan_pb2.HTask(tasks=htask.tasks, token_budget=htask.token_budget, chunk_tokens=htask.chunk_tokens)
+    return plan_pb2.HTask(
+        tasks=htask.tasks,
+        token_budget=htask.token_budget,
+        chunk_tokens=htask.chunk_tokens,
+        round_tokens=htask.round_tokens,
+    )
 
 
 def htask_to_domain(htask: plan_pb2.HTask) -> HTask:
-    return HTask(tuple(htask.tasks), htask.token_budget, htask.chunk_tokens)
+    return HTask(tuple(htask.tasks), htask.token_budget, htask.chunk_tokens, tuple(htask.round_tokens))
 
 
 def explanation_to_proto(explanation: Explanation) -> plan_pb2.TaskExplanation:

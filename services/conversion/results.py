@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from engine.results import EvaluationResult, StepResult
-from muxtune.v1 import event_pb2
+from engine.results import EvaluationResult, StepResult, WorkInProgress
+from muxtune.v1 import event_pb2, plan_pb2
 
 ATTEMPT_ENDS = frozenset({"finished", "failed", "released"})  # kinds of result after which an attempt is over
 
@@ -28,4 +28,21 @@ def step_to_proto(result: StepResult) -> event_pb2.StepDone:
 
 
 def evaluation_to_proto(result: EvaluationResult) -> event_pb2.Evaluated:
-    return event_pb2.Evaluated(step=result.step, loss=result.loss, target_tokens=result.num_target_tokens)
+    return event_pb2.Evaluated(
+        step=result.step,
+        loss=result.loss,
+        effective_tokens=result.num_effective_tokens,
+        target_tokens=result.num_target_tokens,
+        padding_tokens=result.num_padding_tokens,
+        device_seconds=result.seconds,
+    )
+
+
+def work_in_progress_to_proto(work: WorkInProgress) -> plan_pb2.WorkInProgress:
+    return plan_pb2.WorkInProgress(
+        step=work.step,
+        is_evaluation=work.is_evaluation,
+        device_seconds=work.seconds,
+        effective_tokens=work.num_effective_tokens,
+        padding_tokens=work.num_padding_tokens,
+    )

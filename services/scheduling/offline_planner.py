@@ -106,7 +106,7 @@ def _resident(task: pb.HypotheticalTask, age: int) -> TaskView:
     spec = spec_to_domain(task.spec)
     return TaskView(
         task.task, tenant_of(task.task), spec, age, task.num_steps, task.step, task.num_train_tokens,
-        tuple(task.length_quantiles), task.executor,
+        tuple(task.length_quantiles), task.executor, num_heldout_rows=task.num_heldout_rows,
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ def planner_profile(
             length_quantiles=entry.task.estimate.length_quantiles,
             step=entry.task.progress.step,
             executor=entry.executor,
+            num_heldout_rows=entry.task.estimate.num_heldout_rows,
         )
         for entry in ledger_snapshot.tasks
     ]
@@ -82,7 +83,7 @@ def hypothetical_tasks(request: pb.SimulatePlanRequest, snapshot: Snapshot) -> l
         names.add(task.task)
         tasks.append(
             TaskView(task.task, tenant, spec, age, steps, num_train_tokens=tokens,
-                     length_quantiles=tuple(task.length_quantiles))
+                     length_quantiles=tuple(task.length_quantiles), num_heldout_rows=task.num_heldout_rows)
         )  # fmt: skip
     return tasks
 

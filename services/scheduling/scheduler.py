@@ -6,7 +6,7 @@ Nothing here is durable: a scheduler that is killed starts its next cycle from t
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from opentelemetry import trace
@@ -33,6 +33,7 @@ from services.conversion.plan import (
     snapshot_task_to_view,
 )
 from services.failpoints import failpoint
+from services.resource_names import tenant_of
 from services.rpc.certificates import ClientTls
 from services.rpc.server import start_critical_task
 from services.scheduling.executor_streams import ExecutorStream, executor_channel
@@ -98,6 +99,8 @@ class Scheduler:
         entries = {entry.task.name: entry for entry in snapshot.tasks}
         for executor in snapshot.executors:
             draft = _draft_plan(plan, executor, entries, _tasks_held_by_others(executor, snapshot))
+            tenants = {tenant_of(task.task) for task in draft.tasks}
+            draft.tenant_weights.update({t: w for t, w in self.tenant_weights.items() if t in tenants})
             starting = [task for task in draft.tasks if entries[task.task].executor != executor.name]
             if starting or not self._is_running(draft):
                 version += 1
@@ -233,12 +236,10 @@ def _draft_plan(
     plan: Plan,
     executor: plan_pb2.Executor,
     entries: Mapping[str, ledger_pb2.SnapshotTask],
-    held_elsewhere: Iterable[str],
+    held_elsewhere: Collection[str],
 ) -> plan_pb2.ExecutorPlan:
     """Return the plan for the executor without the tasks `held_elsewhere`, with the attempts of the snapshot."""
-    htasks = [htask_to_proto(htask) for htask in plan.htasks.get(executor.name, ())]
-    for htask in htasks:
-        htask.tasks[:] = [name for name in htask.tasks if name not in held_elsewhere]
+    htasks = [htask_to_proto(htask.without(held_elsewhere)) for htask in plan.htasks.get(executor.name, ())]
     return plan_pb2.ExecutorPlan(
         executor=executor.name,
         tasks=[_planned_task(entries[name]) for htask in htasks for name in htask.tasks],

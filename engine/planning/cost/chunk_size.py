@@ -31,6 +31,13 @@ class SequenceLengths:
     num_slices: int
     num_tokens: float
 
+    def part(self, fraction: float) -> "SequenceLengths":
+        """Return the sequences of a part of the step."""
+        if fraction >= 1:
+            return self
+        num_sequences, num_slices = (max(1, math.ceil(fraction * n)) for n in (self.num_sequences, self.num_slices))
+        return SequenceLengths(self.lengths, num_sequences, num_slices, fraction * self.num_tokens)
+
     def num_ranges(self, num_microbatches: int) -> float:
         """Return the expected number of a round's microbatches that hold a slice, each slice equally likely in any."""
         return num_microbatches * (1 - (1 - 1 / num_microbatches) ** self.num_slices)

@@ -5,11 +5,11 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from engine.planning.cost.chunk_size import SequenceLengths, allowed_padding_tokens, choose_chunk
-from engine.planning.cost.cost_model import AdapterLoad, MicrobatchWork, adapter_load, extra_seconds
+from engine.planning.cost.cost_model import AdapterLoad, MicrobatchWork, adapter_load, base_seconds, extra_seconds
 from engine.planning.cost.memory_model import TaskFootprint, footprint
 from engine.planning.cost.round_time import StepCost
 from engine.planning.types import BackboneView, CostProfile, PlannerConfig, TaskView
-from engine.task import Affects, TaskSpec, values_affecting
+from engine.task import EVALUATION_COST, Affects, TaskSpec, num_evaluations, values_affecting
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,44 @@ class TaskDemand:
     """Memory and step time that a task demands of any executor of its backbone; computed once for each plan.
 
     `step`: the work of one optimizer step, padding included; `sequences`: the lengths of its sequences.
+    `evaluation`: the work of one evaluation, if it trained.
     """
 
     task: TaskView
     footprint: TaskFootprint
     step: MicrobatchWork
     sequences: SequenceLengths
+    evaluation: MicrobatchWork
+
+    @property
+    def between_steps(self) -> tuple[tuple[MicrobatchWork, float], ...]:
+        """Work that runs between the task's steps, and how often on average for each step that is left.
+
+        Evaluations count by their cost, compared with training. A step that is verified runs a second time.
+        """
+        training, steps_left = self.task.spec.training, max(1, self.task.num_steps_left)
+        evaluations = num_evaluations(training, self.task.num_steps, self.task.step) / steps_left
+        verifications = 1 / training.verify_every_steps if training.verify_every_steps else 0.0
+        return (self.evaluation, EVALUATION_COST * evaluations), (self.step, verifications)
 
     def seconds(self, profile: CostProfile) -> float:
-        """Return the seconds that a step adds to an executor that is busy anyway: the task's claim on it."""
-        return profile.token_seconds * self.step.num_tokens + extra_seconds(profile, self.step)
+        """Return the seconds that a step and the work between steps add to an executor that is busy anyway: the task's
+        claim on it."""
+        return sum(
+            times * (profile.token_seconds * work.num_tokens + extra_seconds(profile, work))
+            for work, times in ((self.step, 1.0), *self.between_steps)
+        )
+
+    def seconds_between_steps(self, profile: CostProfile, microbatch_tokens: int) -> float:
+        """Return the mean seconds of the work between two steps, in microbatches of its own."""
+        return sum(
+            times
+            * (
+                base_seconds(profile, work.num_tokens, math.ceil(work.num_tokens / microbatch_tokens))
+                + extra_seconds(profile, work)
+            )
+            for work, times in self.between_steps
+        )
 
     def step_cost(self, profile: CostProfile) -> StepCost:
         return StepCost(self.task.name, self.step.num_tokens, extra_seconds(profile, self.step),
@@ -50,9 +78,10 @@ class DemandEstimator:
             method = repr(task.spec.method), backbone.name
             if method not in self._loads:
                 self._loads[method] = adapter_load(task.spec.method, backbone.sites)
-            sequences = _sequences(task)
-            step = _step(task, sequences, self._loads[method], self._config)
-            demand = TaskDemand(task, self._footprint(task.spec, backbone), step, sequences)
+            sequences, load = _sequences(task), self._loads[method]
+            step = _step(task, sequences, load, self._config)
+            evaluation = _evaluation(task, sequences, load, self._config)
+            demand = TaskDemand(task, self._footprint(task.spec, backbone), step, sequences, evaluation)
         elif demand.task is not task:
             demand = replace(demand, task=task)
         self._demands[key] = demand
@@ -86,13 +115,31 @@ def _step(task: TaskView, sequences: SequenceLengths, load: AdapterLoad, config:
     ranges = min(sequences.num_slices, max(1, math.ceil(tokens / config.token_budget)))
     chunk = config.chunk_tokens or choose_chunk([sequences], ranges, allowed_padding_tokens(tokens, ranges))
     padded_tokens = tokens + sequences.padding_tokens(ranges, chunk)
-    lengths = sequences.lengths or (tokens / count,)
     return MicrobatchWork(
         num_tokens=padded_tokens,
-        num_squared_tokens=sum(length * length for length in lengths) / len(lengths) * count,
+        num_squared_tokens=_mean_square(sequences) * count,
         num_targets=task.tokens_per_step,
         num_modules=ranges * load.num_modules,
         num_multiplications=padded_tokens * load.num_multiplications,
         num_stepped_parameters=load.num_parameters,
         num_segments=count,
     )
+
+
+def _evaluation(task: TaskView, sequences: SequenceLengths, load: AdapterLoad, config: PlannerConfig) -> MicrobatchWork:
+    """Return the work of one evaluation of the task, if it trained. Padding is neglected: many rows share a tail."""
+    count = task.num_heldout_rows
+    tokens = task.num_heldout_tokens + count * task.spec.method.num_virtual_tokens
+    return MicrobatchWork(
+        num_tokens=tokens,
+        num_squared_tokens=_mean_square(sequences) * count,
+        num_targets=task.num_heldout_tokens,
+        num_modules=math.ceil(tokens / config.token_budget) * load.num_modules,
+        num_multiplications=tokens * load.num_multiplications,
+        num_segments=count,
+    )
+
+
+def _mean_square(sequences: SequenceLengths) -> float:
+    lengths = sequences.lengths or (sequences.num_tokens / sequences.num_sequences,)
+    return sum(length * length for length in lengths) / len(lengths)

@@ -2,14 +2,15 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.planning.cost.cost_model import base_seconds, extra_seconds
 from engine.planning.cost.memory_model import largest_microbatch_tokens, resident_bytes
 from engine.planning.cost.round_time import StageModel, StepCost
 from engine.planning.cost.task_demand import TaskDemand
-from engine.planning.types import ExecutorView, PlannerConfig
+from engine.planning.fusion.fair_groups import FairGroup, divide, task_rates
+from engine.planning.types import ExecutorView, PlannerConfig, TaskRate
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,19 @@ class ExecutorState:
     def usage_of(self, *demands: TaskDemand) -> ResourceUsage:
         return sum((self._usage_alone(demand) for demand in demands), ResourceUsage())
 
+    def groups(self, weights: Mapping[str, float], running: Collection[frozenset[str]] = ()) -> tuple[FairGroup, ...]:
+        """Return the groups of tenants that share rounds; those that run now, `running`, if they are nearly as good."""
+        return self.groups_of(self.residents.values(), weights, running)
+
+    def groups_of(
+        self, demands: Iterable[TaskDemand], weights: Mapping[str, float], running: Collection[frozenset[str]] = ()
+    ) -> tuple[FairGroup, ...]:
+        return divide(demands, weights, self.profile, self.microbatch_tokens(self._usage), running)
+
+    def rates(self, groups: Sequence[FairGroup], residents: Mapping[str, TaskDemand]) -> dict[str, TaskRate]:
+        tokens = self.microbatch_tokens(self._usage)
+        return task_rates(groups, residents, self.profile, tokens, self.view.num_stages)
+
     def step_costs(self) -> dict[str, StepCost]:
         """Return the residents' steps as fusion sees them."""
         return {name: demand.step_cost(self.profile) for name, demand in self.residents.items()}
@@ -155,7 +169,7 @@ class ClusterState:
 
     def __init__(self, executors: Iterable[ExecutorState], weights: Mapping[str, float]) -> None:
         self.executors = {executor.name: executor for executor in sorted(executors, key=lambda e: e.name)}
-        self._weights = weights
+        self.weights = weights
         self._shares: dict[str, float] = defaultdict(float)
         self._by_backbone: dict[str, list[ExecutorState]] = defaultdict(list)
         for executor in self.executors.values():
@@ -168,12 +182,12 @@ class ClusterState:
         return list(self._by_backbone)
 
     def share(self, tenant: str) -> float:
-        return self._shares[tenant] / self._weights.get(tenant, 1.0)
+        return self._shares[tenant] / self.weights.get(tenant, 1.0)
 
     def share_after(self, tenant: str, executor: ExecutorState, joining: TaskDemand, leaving: Collection[str]) -> float:
         """Return the tenant's share after a change of one executor."""
         change = executor.shares(joining, leaving).get(tenant, 0.0) - executor.shares().get(tenant, 0.0)
-        return (self._shares[tenant] + change) / self._weights.get(tenant, 1.0)
+        return (self._shares[tenant] + change) / self.weights.get(tenant, 1.0)
 
     def add(self, demand: TaskDemand, executor: ExecutorState) -> None:
         self._count(executor, -1)

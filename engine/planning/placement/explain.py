@@ -7,22 +7,27 @@ from dataclasses import dataclass
 from engine.planning.cost.task_demand import TaskDemand
 from engine.planning.placement.eta import seconds_left
 from engine.planning.placement.executor_state import ExecutorState
-from engine.planning.types import MAX_NAMED_NEIGHBOURS, Explanation, HTask
+from engine.planning.types import MAX_NAMED_NEIGHBOURS, Explanation, HTask, TaskRate
 
 
 def explain_residents(
-    executor: ExecutorState, htasks: Sequence[HTask], reasons: Mapping[str, str]
+    executor: ExecutorState,
+    htasks: Sequence[HTask],
+    reasons: Mapping[str, str],
+    weights: Mapping[str, float],
+    rates: Mapping[str, TaskRate],
 ) -> list[Explanation]:
     """Return one explanation for each resident."""
     residents = executor.residents
-    left = seconds_left(executor, list(residents.values()))
+    left = seconds_left(executor, weights)
     token_seconds = _seconds_of_a_token(executor)
     explanations = {}
     for htask in htasks:
         tokens = sum(residents[name].sequences.num_tokens for name in htask.tasks)
         fused = _FusedRound(htask, max(1, math.ceil(tokens / htask.token_budget)), token_seconds)
         for name in htask.tasks:
-            explanations[name] = _explain(executor, residents[name], fused, reasons.get(name, ""), left[name])
+            reason, rate = reasons.get(name, ""), rates[name]
+            explanations[name] = _explain(executor, residents[name], fused, reason, left[name], rate)
     return [explanations[name] for name in residents]
 
 
@@ -36,7 +41,7 @@ class _FusedRound:
 
 
 def _explain(
-    executor: ExecutorState, demand: TaskDemand, fused: _FusedRound, reason: str, left_seconds: float
+    executor: ExecutorState, demand: TaskDemand, fused: _FusedRound, reason: str, left_seconds: float, rate: TaskRate
 ) -> Explanation:
     task, htask, can_predict = demand.task, fused.htask, executor.view.can_predict
     num_tokens = task.num_effective_tokens + task.num_padding_tokens
@@ -55,6 +60,8 @@ def _explain(
         measured_step_seconds=task.device_seconds / task.step if task.step and task.device_seconds else None,
         padding_fraction=task.num_padding_tokens / num_tokens if num_tokens else None,
         predicted_padding_fraction=_padding_fraction(demand, fused),
+        device_share=rate.device_share,
+        seconds_per_step=rate.seconds_per_step if can_predict else None,
         misses_deadline=can_predict and left_seconds > task.seconds_to_deadline,
     )
 

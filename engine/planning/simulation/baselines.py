@@ -10,7 +10,7 @@ from engine.planning.fusion.fusion import fuse_as
 from engine.planning.placement.executor_state import ExecutorState
 from engine.planning.planner import decide
 from engine.planning.simulation.simulator import SimulatedAssignment
-from engine.planning.types import ExecutorView, HTask, PlannerConfig, Snapshot, TaskView
+from engine.planning.types import ExecutorView, HTask, PlannerConfig, Snapshot, TaskRate, TaskView
 
 
 @dataclass
@@ -28,7 +28,10 @@ class PlannerPolicy:
         snapshot = Snapshot(tuple(tasks), tuple(executors), self._running, self.tenant_weights)
         decision = decide(snapshot, self.config, self._estimator)
         states = decision.cluster.executors
-        assignments = {name: self._assignment(state, decision.htasks[name]) for name, state in states.items()}
+        assignments = {
+            name: replace(self._assignment(state, decision.htasks[name]), rates=_rates_of(state, decision.rates))
+            for name, state in states.items()
+        }
         self._running = decision.htasks
         return assignments
 
@@ -40,6 +43,10 @@ class PlannerPolicy:
             self._periods = {k: v for k, v in self._periods.items() if k[0] != executor.name}
             self._periods[key] = fuse_as(partition, executor.stage()).period_seconds if partition else 0.0
         return SimulatedAssignment(tuple(name for htask in htasks for name in htask.tasks), self._periods[key])
+
+
+def _rates_of(executor: ExecutorState, rates: Mapping[str, TaskRate]) -> dict[str, TaskRate]:
+    return {name: rates[name] for name in executor.residents}
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Simulates a scheduling policy over time: tasks arrive, executors run rounds, plans follow, until all is done.
 
-An executor's rounds are all alike until a plan or the end of a task changes its residents: progress is linear in
-between, so only such changes are events. Changes within `replan_seconds` share a plan, as in the mesh.
+An executor's rounds and shares are all alike until a plan or the end of a task changes its residents: progress is
+linear in between, so only such changes are events. Changes within `replan_seconds` share a plan, as in the mesh.
 """
 
 import heapq
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from engine.planning.types import ExecutorView, TaskView
+from engine.planning.types import ExecutorView, TaskRate, TaskView
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """The course of a finished task. `device_seconds`: its executors' time, divided evenly among their residents."""
+    """The course of a finished task. `device_seconds`: its shares of its executors' time."""
 
     task: TaskView
     arrived_seconds: float
@@ -39,10 +39,18 @@ class TaskOutcome:
 
 @dataclass(frozen=True)
 class SimulatedAssignment:
-    """The tasks on an executor, and the seconds in which each of them takes one step."""
+    """The tasks on an executor, and the seconds in which each of them takes one step.
+
+    `rates`: the tasks' shares of time and seconds for each step. A task that it does not contain has an even share, and
+    takes a step in each round.
+    """
 
     tasks: tuple[str, ...]
     round_seconds: float
+    rates: Mapping[str, TaskRate] = field(default_factory=dict)
+
+    def rate(self, task: str) -> TaskRate:
+        return self.rates.get(task) or TaskRate(1 / len(self.tasks), self.round_seconds)
 
 
 class SchedulingPolicy(Protocol):
@@ -110,21 +118,25 @@ class _SimulatedExecutor:
     """An executor with its residents and round time. Progress is counted up to `counted_seconds`."""
 
     residents: dict[str, _SimulatedTask] = field(default_factory=dict)
-    round_seconds: float = 0.0
+    assignment: SimulatedAssignment = SimulatedAssignment((), 0.0)
     counted_seconds: float = 0.0
     due_seconds: float | None = None
 
     def advance(self, now: float) -> None:
         elapsed = max(0.0, now - self.counted_seconds)
-        for task in self.residents.values():
-            task.steps_left -= elapsed / self.round_seconds
-            task.device_seconds += elapsed / len(self.residents)
+        for name, task in self.residents.items():
+            rate = self.assignment.rate(name)
+            task.steps_left -= elapsed / rate.seconds_per_step
+            task.device_seconds += elapsed * rate.device_share
         self.counted_seconds = max(self.counted_seconds, now)
 
     def schedule_next_end(self) -> None:
         """Set the time at which the next resident will be done."""
-        least = min((task.steps_left for task in self.residents.values()), default=None)
-        self.due_seconds = None if least is None else self.counted_seconds + max(0.0, least) * self.round_seconds
+        seconds = [
+            max(0.0, task.steps_left) * self.assignment.rate(name).seconds_per_step
+            for name, task in self.residents.items()
+        ]
+        self.due_seconds = self.counted_seconds + min(seconds) if seconds else None
 
     def is_due(self, now: float) -> bool:
         return self.due_seconds is not None and self.due_seconds <= now + 1e-9 * max(1.0, now)
@@ -164,7 +176,7 @@ class _SimulatedCluster:
         changed = []
         for name, executor in self.executors.items():
             assigned = assignments.get(name, SimulatedAssignment((), 0.0))
-            if assigned.tasks == tuple(executor.residents) and assigned.round_seconds == executor.round_seconds:
+            if assigned.tasks == tuple(executor.residents) and assigned == executor.assignment:
                 continue
             executor.advance(now)
             changed.append(name)
@@ -187,8 +199,8 @@ class _SimulatedCluster:
             if task.view.executor != name:
                 task.view = replace(task.view, executor=name)
                 task.started_seconds = now if task.started_seconds is None else task.started_seconds
-                task.steps_left += self._switch_seconds / assigned.round_seconds
+                task.steps_left += self._switch_seconds / assigned.rate(task.view.name).seconds_per_step
         executor.residents = {task_name: self.active[task_name] for task_name in assigned.tasks}
-        executor.round_seconds = assigned.round_seconds
+        executor.assignment = assigned
         executor.counted_seconds = now
         executor.schedule_next_end()

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from engine.task import TaskState
 from muxtune.v1 import errors_pb2
+from services.admission.ledger import charges
 from services.admission.store import tasks
 from services.admission.store.tables import tasks as tasks_table
 
@@ -27,7 +28,8 @@ def record_crash(connection: sa.Connection, row: Any, reason: str, num_suspects:
             f"its executors died {num_crashes} times in a row before a step, the last with no other task: {reason}"
         )
         failure = errors_pb2.TaskFailure(reason=errors_pb2.ERROR_REASON_INTERNAL, message=message)
-        tasks.change_state(connection, row, TaskState.FAILED, message, failure=failure, crashes=num_crashes)
+        columns = {"crashes": num_crashes, **charges.columns_without_work(row)}
+        tasks.change_state(connection, row, TaskState.FAILED, message, failure=failure, **columns)
         return True
     connection.execute(sa.update(tasks_table).where(tasks_table.c.name == row.name).values(crashes=num_crashes))
     return False

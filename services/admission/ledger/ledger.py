@@ -17,7 +17,7 @@ from engine.errors import InvalidInputError, LeaseLostError, SupersededError
 from engine.task import TaskState
 from muxtune.v1 import event_pb2, operator_pb2, plan_pb2
 from muxtune.v1 import ledger_pb2 as pb
-from services.admission.ledger import crash_tracker, result_commit
+from services.admission.ledger import charges, crash_tracker, result_commit
 from services.admission.ledger.fencing import FencedDatabase
 from services.admission.ledger.scheduler_lease import SchedulerLease, check_leader_term
 from services.admission.policy import quotas
@@ -199,7 +199,7 @@ class Ledger:
         query = sa.select(tasks_table).where(tasks_table.c.executor == executor)
         rows = connection.execute(query.where(tasks_table.c.name.in_(names)) if names else query).all()
         for row in rows:
-            columns: dict[str, Any] = {"executor": "", "attempt": row.attempt + 1}
+            columns: dict[str, Any] = {"executor": "", "attempt": row.attempt + 1, **charges.columns_without_work(row)}
             if is_crash and crash_tracker.record_crash(connection, row, reason, len(rows), self._max_crashes):
                 continue
             if row.state == TaskState.RUNNING.name:
@@ -218,6 +218,7 @@ class Ledger:
             )
         attempt = int(row.attempt) + 1
         columns: dict[str, Any] = {"attempt": attempt, "executor": executor, "started": row.started or now()}
+        columns |= charges.columns_without_work(row)
         if row.state == TaskState.QUEUED.name:
             tasks.change_state(connection, row, TaskState.RUNNING, f"attempt {attempt} on {executor}", **columns)
         else:

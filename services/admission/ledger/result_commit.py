@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from engine.task import TaskState
 from muxtune.v1 import event_pb2, plan_pb2, task_pb2
 from muxtune.v1 import ledger_pb2 as pb
-from services.admission.ledger import crash_tracker
+from services.admission.ledger import charges, crash_tracker
 from services.admission.policy import quotas
 from services.admission.store import tasks
 from services.admission.store.clock import now
@@ -37,6 +37,7 @@ def commit_result(
         "failed": _fail,
         "released": _release,
         "resumed": _resume,
+        "in_progress": _charge_in_progress,
     }[kind or "released"](connection, row, result)
     return pb.RESULT_VERDICT_COMMITTED if is_new else pb.RESULT_VERDICT_DUPLICATE
 
@@ -50,17 +51,32 @@ def _commit_step(connection: sa.Connection, row: Any, result: plan_pb2.TaskResul
     if not progress.HasField("first_loss"):
         progress.first_loss = step.loss
     progress.step, progress.last_loss = step.step, step.loss
-    progress.effective_tokens += step.effective_tokens
-    progress.padding_tokens += step.padding_tokens
-    progress.device_seconds += step.device_seconds
     progress.num_neighbours = step.num_neighbours
+    charges.charge_step(connection, row.tenant, progress, step)
     _put_progress(connection, row, progress, progress_time=time, crashes=0)
     tasks.append_event(connection, row.name, event_pb2.TaskEvent(step_done=step))
-    quotas.charge_step(connection, row.tenant, step)
+    _stop_if_over_budget(connection, row, progress)
+    return True
+
+
+def _charge_in_progress(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
+    """Charge a step or evaluation that is in progress. One that is recorded already, and runs again in a later attempt,
+    is not charged again."""
+    report, progress = result.in_progress, task_pb2.TaskProgress.FromString(row.progress)
+    is_recorded = report.is_evaluation and report.step <= row.evaluated_step
+    if report.step != progress.step or is_recorded:
+        return False
+    if not charges.charge_in_progress(connection, row.tenant, progress, report):
+        return False
+    _put_progress(connection, row, progress)
+    _stop_if_over_budget(connection, row, progress)
+    return True
+
+
+def _stop_if_over_budget(connection: sa.Connection, row: Any, progress: task_pb2.TaskProgress) -> None:
     reason = quotas.describe_spent_budget(task_pb2.TaskSpec.FromString(row.spec).budget, progress)
     if reason and row.state == TaskState.RUNNING.name:
         tasks.change_state(connection, row, TaskState.CANCELLING, reason)
-    return True
 
 
 def _measure_rate(progress: task_pb2.TaskProgress, step: event_pb2.StepDone, row: Any, time: int) -> None:
@@ -86,8 +102,10 @@ def _commit_evaluation(connection: sa.Connection, row: Any, result: plan_pb2.Tas
     if not progress.HasField("first_heldout_loss"):
         progress.first_heldout_loss = evaluated.loss
     progress.last_heldout_loss = evaluated.loss
+    charges.charge_evaluation(connection, row.tenant, progress, evaluated)
     _put_progress(connection, row, progress, evaluated_step=evaluated.step)
     tasks.append_event(connection, row.name, event_pb2.TaskEvent(evaluated=evaluated))
+    _stop_if_over_budget(connection, row, progress)
     return True
 
 
@@ -122,22 +140,25 @@ def _finish(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) ->
     )
     progress = task_pb2.TaskProgress.FromString(row.progress)
     progress.ClearField("seconds_left")
+    charges.lose_in_progress(progress)
     _put_progress(connection, row, progress)
     tasks.change_state(connection, row, state, message, adapter=adapter)
     return True
 
 
 def _fail(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
-    tasks.change_state(connection, row, TaskState.FAILED, result.failed.message, failure=result.failed)
+    columns = charges.columns_without_work(row)
+    tasks.change_state(connection, row, TaskState.FAILED, result.failed.message, failure=result.failed, **columns)
     return True
 
 
 def _release(connection: sa.Connection, row: Any, result: plan_pb2.TaskResult) -> bool:
     reason = result.released.reason or "released by its executor"
+    columns: dict[str, Any] = {"executor": "", **charges.columns_without_work(row)}
     if row.state == TaskState.RUNNING.name:
-        tasks.change_state(connection, row, TaskState.QUEUED, reason, executor="")
+        tasks.change_state(connection, row, TaskState.QUEUED, reason, **columns)
     else:
-        connection.execute(sa.update(tasks_table).where(tasks_table.c.name == row.name).values(executor=""))
+        connection.execute(sa.update(tasks_table).where(tasks_table.c.name == row.name).values(columns))
     return True
 
 

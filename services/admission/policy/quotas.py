@@ -1,17 +1,18 @@
 """Quotas and usage of tenants; usage is recorded by tenant and day (UTC). Synchronous, no gRPC.
 
-A committed step is charged in the transaction that commits it, so that its tokens and device seconds count once.
+Work is charged in the transaction that commits its result, so that its tokens and device seconds count once.
 """
 
 import datetime
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
 from engine.errors import InvalidInputError, QuotaExceededError
-from muxtune.v1 import budget_pb2, event_pb2, operator_pb2, task_pb2
+from muxtune.v1 import budget_pb2, event_pb2, operator_pb2, plan_pb2, task_pb2
 from services.admission.store.clock import now
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import adapters, datasets, quotas, usage
@@ -20,6 +21,7 @@ from services.admission.store.tasks import UNFINISHED
 
 _DAY_MICROSECONDS = 86_400_000_000
 _LIMITS = [field.name for field in operator_pb2.Quota.DESCRIPTOR.fields]
+_MAX_SECONDS, _MAX_TOKENS = 1e9, 1 << 40  # of one step or evaluation: 30 years
 
 _QUOTA = PreparedStatement(sa.select(quotas.c.quota).where(quotas.c.tenant == sa.bindparam("tenant")))
 _UNFINISHED = PreparedStatement(
@@ -66,14 +68,38 @@ def set_quota(connection: sa.Connection, tenant: str, quota: operator_pb2.Quota,
     connection.execute(sa.insert(quotas).values(tenant=tenant, quota=merged.SerializeToString()))
 
 
-def charge_step(connection: sa.Connection, tenant: str, step: event_pb2.StepDone) -> None:
-    """Add a committed step to the tenant's usage of today."""
-    added = {
-        "effective_tokens": step.effective_tokens,
-        "padding_tokens": step.padding_tokens,
-        "device_seconds": step.device_seconds if math.isfinite(step.device_seconds) else 0.0,
-        "num_steps": 1,
-    }
+@dataclass(frozen=True)
+class Work:
+    """Work of a device for one task: effective and padding tokens, and seconds. Each is finite and not negative."""
+
+    effective_tokens: int
+    padding_tokens: int
+    device_seconds: float
+
+    @classmethod
+    def reported(cls, report: event_pb2.StepDone | event_pb2.Evaluated | plan_pb2.WorkInProgress) -> "Work":
+        """Return the work that an executor reports. Impossible values are replaced: executors are not trusted."""
+        seconds = report.device_seconds if math.isfinite(report.device_seconds) else 0.0
+        effective_tokens, padding_tokens = (
+            min(max(0, tokens), _MAX_TOKENS) for tokens in (report.effective_tokens, report.padding_tokens)
+        )
+        return cls(effective_tokens, padding_tokens, min(max(0.0, seconds), _MAX_SECONDS))
+
+    def beyond(self, other: "Work") -> "Work":
+        """Return the work that this total has and the other has not."""
+        return Work(
+            max(0, self.effective_tokens - other.effective_tokens),
+            max(0, self.padding_tokens - other.padding_tokens),
+            max(0.0, self.device_seconds - other.device_seconds),
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.effective_tokens or self.padding_tokens or self.device_seconds)
+
+
+def charge(connection: sa.Connection, tenant: str, work: Work, num_steps: int = 0) -> None:
+    """Add work, and steps that it completed, to the tenant's usage of today."""
+    added = {**asdict(work), "num_steps": num_steps}
     key = {"tenant": tenant, "day": today()}
     sums = {name: usage.c[name] + value for name, value in added.items()}
     if connection.execute(sa.update(usage).filter_by(**key).values(sums)).rowcount == 0:
@@ -143,7 +169,7 @@ def merge_quota(default: operator_pb2.Quota, tenant_quota: bytes | None) -> oper
 def _describe_exhausted(row: Any, quota: operator_pb2.Quota) -> str:
     """Return the daily limit that the usage has reached, as a phrase, or ""."""
     if 0 < quota.max_tokens_per_day <= row.effective_tokens:
-        return f"has trained {row.effective_tokens} tokens today; at most {quota.max_tokens_per_day}"
+        return f"has used {row.effective_tokens} tokens today; at most {quota.max_tokens_per_day}"
     if 0 < quota.max_device_seconds_per_day <= row.device_seconds:
         return f"has used {row.device_seconds:.0f} device seconds today; at most {quota.max_device_seconds_per_day:g}"
     return ""
@@ -161,7 +187,9 @@ def check_budget(budget: budget_pb2.Budget) -> None:
 
 def describe_spent_budget(budget: budget_pb2.Budget, progress: task_pb2.TaskProgress) -> str:
     """Return the limit of the task's budget that is used up, as a sentence, or ""."""
-    if 0 < budget.max_tokens <= progress.effective_tokens:
+    num_tokens = progress.effective_tokens + progress.evaluated_tokens
+    num_tokens += progress.tokens_in_progress + progress.lost_tokens
+    if 0 < budget.max_tokens <= num_tokens:
         return f"the budget of {budget.max_tokens} tokens is used up"
     if 0 < budget.max_device_seconds <= progress.device_seconds:
         return f"the budget of {budget.max_device_seconds:g} device seconds is used up"

@@ -106,7 +106,8 @@ class TaskEstimator:
         hosts: Sequence[ExecutorView],
     ) -> task_pb2.TaskEstimate:
         task = TaskView("", "", spec, 0, report.num_steps, num_train_tokens=report.num_train_tokens,
-                        length_quantiles=tuple(report.length_quantiles))  # fmt: skip
+                        length_quantiles=tuple(report.length_quantiles),
+                        num_heldout_rows=report.num_heldout_rows)  # fmt: skip
         seconds = [seconds_alone(task, executor, self._config) for executor in hosts if executor.can_predict]
         return task_pb2.TaskEstimate(
             num_train_rows=report.num_train_rows,

@@ -27,3 +27,7 @@ class EarlyStop:
 
     def should_stop(self, training: Training) -> bool:
         return 0 < training.early_stop_patience <= self.num_without_improvement
+
+    def describe(self, step: int) -> str:
+        bound = "finite" if self.best is None else f"under {self.best:.4f}"
+        return f"early stop after {step} steps: the held-out loss is no longer {bound}"

@@ -46,6 +46,11 @@ class MicrobatchStream:
             raise item
         return item
 
+    @property
+    def is_ready(self) -> bool:
+        """Returns whether `next` returns at once."""
+        return not self._staged.empty()
+
     def close(self) -> None:
         self._is_closed.set()
         if self._call is not None:

@@ -2,6 +2,7 @@
 
 from engine.alignment.microbatch import Microbatch
 from muxtune.v1 import plan_pb2
+from services.execution.trainer.plan_edits import split_off
 
 
 class OutOfMemoryPolicy:
@@ -30,8 +31,7 @@ class OutOfMemoryPolicy:
             return None
         if len(htask.tasks) == 1:
             return name
-        htask.tasks.remove(name)
-        plan.htasks.add(tasks=[name], token_budget=htask.token_budget, chunk_tokens=htask.chunk_tokens)
+        split_off(plan, index, [name])
         return None
 
     def forget_all_but(self, names: list[str]) -> None:

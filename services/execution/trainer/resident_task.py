@@ -74,6 +74,11 @@ class ResidentTask:
         """Returns whether the task starts from a checkpoint or an initial adapter, which has to be fetched."""
         return self.planned.HasField("resume_from") or bool(self.planned.initial_adapter_key)
 
+    def checkpoint_is_due(self, step: int, every_steps: int, every_seconds: float) -> bool:
+        """Returns whether so many steps, or so many seconds, have passed since the last checkpoint."""
+        is_old = time.monotonic() - self.checkpoint_time >= every_seconds
+        return step > self.checkpoint_step and (is_old or step - self.checkpoint_step >= every_steps)
+
     def has_waited(self, seconds: float) -> bool:
         return self.waiting_since is not None and time.monotonic() - self.waiting_since > seconds
 

@@ -20,7 +20,7 @@ from engine.runtime.out_of_memory import OutOfMemoryError
 from engine.runtime.task_state import TaskAssignment
 from engine.task import evaluation_is_due
 from muxtune.v1 import alignment_pb2, event_pb2, plan_pb2
-from services.conversion.results import evaluation_to_proto, step_to_proto
+from services.conversion.results import evaluation_to_proto, step_to_proto, work_in_progress_to_proto
 from services.conversion.task import spec_to_domain
 from services.execution.trainer.background_io import BackgroundCall, BackgroundIo
 from services.execution.trainer.checkpoint_store import CheckpointStore, folder_of
@@ -36,7 +36,8 @@ _log = logging.getLogger(__name__)
 class TaskLifecycle:
     """Moves tasks through their lifecycle and collects results until `pop_results`.
 
-    Not thread-safe: only the trainer's loop calls it. It must call `advance` after `wake` was called.
+    Not thread-safe: only the trainer's loop calls it. After `wake` was called, `next_ready` names a
+    task.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class TaskLifecycle:
         wake: Callable[[], object],
     ) -> None:
         self._executor, self._checkpoints, self._background_io = executor, checkpoints, BackgroundIo(wake)
-        self._every_steps, self._every_seconds = checkpoint_steps, checkpoint_seconds
+        self._every = checkpoint_steps, checkpoint_seconds
         self._residents: dict[str, ResidentTask] = {}
         self._ended: dict[str, int] = {}  # attempts that ended here: an older plan may still name them
         self._results: list[plan_pb2.TaskResult] = []
@@ -56,7 +57,7 @@ class TaskLifecycle:
     @property
     def names(self) -> list[str]:
         """Names of the tasks that are training, without those still loading or leaving."""
-        return [name for name in self._residents if name in self._executor.tasks]
+        return [name for name, resident in self._residents.items() if self._is_training(resident)]
 
     @property
     def all_names(self) -> list[str]:
@@ -83,7 +84,7 @@ class TaskLifecycle:
 
     def adopt(self, tasks: list[plan_pb2.PlannedTask]) -> None:
         """Makes `tasks` the tasks of this executor: releases the others, drops superseded attempts, adds new tasks."""
-        planned = {task.task: task for task in tasks}
+        planned, training = {task.task: task for task in tasks}, set(self.names)
         self._ended = {name: attempt for name, attempt in self._ended.items() if name in planned}
         for name, resident in list(self._residents.items()):
             if name not in planned:
@@ -95,30 +96,42 @@ class TaskLifecycle:
         for name, task in planned.items():
             if name not in self._residents and self._ended.get(name, 0) < task.attempt:
                 self._add(task)
-            elif task.cancel and name in self.names:
+            elif task.cancel and name in training:
                 self._end(self._residents[name], Completion(plan_pb2.TaskFinished(cancelled=True)))
-        self.advance()
 
-    def advance(self) -> None:
-        """Advances every task that can go on, without waiting. Call it between microbatches."""
-        for resident in list(self._residents.values()):
-            if resident.background_call is not None and resident.background_call.is_done:
-                call, resident.background_call = resident.background_call, None
-                self._attempt(resident, call.complete)
-            self._advance_task(resident)
+    @property
+    def has_ready(self) -> bool:
+        return any(self._is_ready(resident) for resident in self._residents.values())
 
-    def member(self, name: str) -> alignment_pb2.Member:
-        """Describes the task and its position in its data for alignment."""
+    def next_ready(self, order: Callable[[str], float]) -> str | None:
+        """Returns the task with the least `order` among those that can go on loading, leaving or with their store."""
+        ready = [name for name, resident in self._residents.items() if self._is_ready(resident)]
+        return min(ready, key=order, default=None)
+
+    def advance(self, name: str) -> None:
+        """Advances a task that is ready as far as it can go without waiting. Call it between microbatches."""
         resident = self._residents[name]
+        if resident.background_call is not None and resident.background_call.is_done:
+            call, resident.background_call = resident.background_call, None
+            self._attempt(resident, call.complete)
+        while self._is_current(resident) and resident.is_free and not self._is_training(resident):
+            self._attempt(resident, partial(self._start_next_transfer, resident))
+
+    def member(self, name: str, round_tokens: int) -> alignment_pb2.Member:
+        """Describes the task and its position in its data for alignment."""
+        resident, state = self._residents[name], self._executor.tasks[name]
         spec = resident.planned.spec
         return alignment_pb2.Member(
             task=name,
             dataset_version=spec.dataset_version,
             training=spec.training,
             num_steps=resident.planned.num_steps,
-            cursor_step=self._executor.tasks[name].step,
+            cursor_step=state.step,
             num_virtual_tokens=resident.spec.method.num_virtual_tokens,
             num_prefix_tokens=resident.spec.method.num_prefix_tokens,
+            round_tokens=round_tokens,
+            is_evaluated=state.evaluated_step == state.step,
+            done=[alignment_pb2.Interval(start=start, end=end) for start, end in state.accumulated.done],
         )
 
     def trace_parents(self) -> list[tuple[str, str]]:
@@ -133,6 +146,7 @@ class TaskLifecycle:
             self._fail(resident, result.error)
         elif isinstance(result, StepResult):
             self._report(resident, step_done=step_to_proto(result))
+            self._end_or_checkpoint(resident, result.step)
         else:
             self._report(resident, evaluated=evaluation_to_proto(result))
             training = resident.spec.training
@@ -140,21 +154,22 @@ class TaskLifecycle:
             if result.step == resident.planned.num_steps:
                 self._end(resident, Completion(plan_pb2.TaskFinished()))
             elif resident.early_stop.should_stop(training):
-                best = resident.early_stop.best
-                bound = "finite" if best is None else f"under {best:.4f}"
-                message = f"early stop after {result.step} steps: the held-out loss is no longer {bound}"
+                message = resident.early_stop.describe(result.step)
                 self._end(resident, Completion(plan_pb2.TaskFinished(message=message)))
 
-    def close_round(self) -> None:
-        """Ends a round: finishes complete tasks and checkpoints those that are due."""
-        self.advance()
+    def report_work_in_progress(self, min_seconds: float) -> None:
+        """Reports the device time of steps and evaluations that have taken `min_seconds` and are not complete."""
         for name in self.names:
-            resident, step = self._residents[name], self._executor.tasks[name].step
-            last = resident.planned.num_steps
-            if step >= last and not evaluation_is_due(resident.spec.training, last, last):
-                self._end(resident, Completion(plan_pb2.TaskFinished()))
-            elif resident.is_free and self._checkpoint_is_due(resident, step):
-                self._attempt(resident, partial(self._checkpoint, resident))
+            if (work := self._executor.work_in_progress(name)).seconds >= min_seconds:
+                self._report(self._residents[name], in_progress=work_in_progress_to_proto(work))
+
+    def _end_or_checkpoint(self, resident: ResidentTask, step: int) -> None:
+        """Ends the task after its last step, unless an evaluation follows; otherwise checkpoints it if that is due."""
+        last = resident.planned.num_steps
+        if step >= last and not evaluation_is_due(resident.spec.training, last, last):
+            self._end(resident, Completion(plan_pb2.TaskFinished()))
+        elif resident.is_free and resident.checkpoint_is_due(step, *self._every):
+            self._attempt(resident, partial(self._checkpoint, resident))
 
     def export(self, name: str) -> "Future[plan_pb2.TaskFinished]":
         """Exports the current adapter and uploads it in the background. Raises MuxtuneError."""
@@ -187,6 +202,11 @@ class TaskLifecycle:
     def _is_training(self, resident: ResidentTask) -> bool:
         return resident.name in self._executor.tasks and resident.completion is None
 
+    def _is_ready(self, resident: ResidentTask) -> bool:
+        if resident.background_call is not None:
+            return resident.background_call.is_done
+        return resident.is_free and not self._is_training(resident)
+
     def _is_current(self, resident: ResidentTask) -> bool:
         return self._residents.get(resident.name) is resident
 
@@ -197,11 +217,6 @@ class TaskLifecycle:
             failed = plan_pb2.TaskResult(task=task.task, attempt=task.attempt, failed=to_failure(error))
             self._results.append(failed)
             self._ended[task.task] = task.attempt
-
-    def _advance_task(self, resident: ResidentTask) -> None:
-        """Takes every step of the task's lifecycle that is possible now."""
-        while self._is_current(resident) and resident.is_free and not self._is_training(resident):
-            self._attempt(resident, partial(self._start_next_transfer, resident))
 
     def _start_next_transfer(self, resident: ResidentTask) -> None:
         completion = resident.completion
@@ -232,7 +247,7 @@ class TaskLifecycle:
         may_retry = self._is_training(resident) or not resident.has_waited(_MAX_WAIT_SECONDS)
         if completion is not None and completion.finished is None:
             return self._release(resident, f"{completion.reason}; not checkpointed: {reason}")
-        if isinstance(error, OutOfMemoryError) and not may_retry and set(self.names) <= {resident.name}:
+        if isinstance(error, OutOfMemoryError) and not may_retry and set(self._executor.tasks) <= {resident.name}:
             part = "export" if completion is not None else "adapter with gradients and optimizer"
             message = f"The {part} does not fit in memory with no other task: {error}."
             return self._fail(resident, WillNeverFitError(f"{message} Reduce `rank` or `target_modules`."))
@@ -274,13 +289,11 @@ class TaskLifecycle:
                     f"resumed from step {used.step}: the checkpoint of step {task.resume_from.step} cannot be read"
                 )
                 self._report(resident, resumed=plan_pb2.TaskResumed(checkpoint=used, message=message))
-        if task.cancel and resident.completion is None:
-            self._end(resident, Completion(plan_pb2.TaskFinished(cancelled=True)))
-
-    def _checkpoint_is_due(self, resident: ResidentTask, step: int) -> bool:
-        is_new = step > resident.checkpoint_step
-        is_old = time.monotonic() - resident.checkpoint_time >= self._every_seconds
-        return is_new and (is_old or step - resident.checkpoint_step >= self._every_steps)
+        if resident.completion is None:
+            if task.cancel:
+                self._end(resident, Completion(plan_pb2.TaskFinished(cancelled=True)))
+            else:
+                self._end_or_checkpoint(resident, self._executor.tasks[resident.name].step)
 
     def _checkpoint(self, resident: ResidentTask) -> None:
         state = self._executor.checkpoint(resident.name)
@@ -303,13 +316,10 @@ class TaskLifecycle:
         self._report(resident, checkpoint_committed=committed)
 
     def _end(self, resident: ResidentTask, completion: Completion) -> None:
-        """Ends the training: takes the task off the device, uploads its checkpoint and adapter, then forgets it."""
+        """Ends the training. `advance` then takes the task off the device and uploads its checkpoint and adapter."""
         resident.completion = completion
-        if resident.name in self._executor.tasks:
-            self._attempt(resident, partial(self._export, resident))
-        elif completion.finished is None and completion.state is None:
-            return self._release(resident, completion.reason)
-        self._advance_task(resident)
+        if resident.name not in self._executor.tasks and completion.finished is None and completion.state is None:
+            self._release(resident, completion.reason)
 
     def _export(self, resident: ResidentTask) -> None:
         """Copies the task's state, and its adapter if it is finished, off the device, and detaches the task."""

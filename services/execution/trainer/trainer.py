@@ -1,12 +1,16 @@
-"""The trainer's loop: adopts the newest plan between rounds, runs hTasks' microbatches in turn, reports."""
+"""The trainer's loop: adopts the newest plan, gives the next turn to the tenants that had least time, reports.
+
+A turn is one microbatch, or attaching or exporting one task: whatever runs, a plan is adopted within one turn.
+"""
 
 import logging
 import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
@@ -14,6 +18,7 @@ from opentelemetry import propagate
 
 from engine.alignment.microbatch import Microbatch
 from engine.errors import ArtifactCorruptError, InvalidInputError, MuxtuneError, NotFoundError, WillNeverFitError
+from engine.planning.device_time import DeviceTime
 from engine.runtime.backbone import Backbone
 from engine.runtime.cuda_graphs import CudaGraphs
 from engine.runtime.executor import Executor
@@ -26,12 +31,15 @@ from services.execution.settings import ExecutionSettings
 from services.execution.trainer.checkpoint_store import CheckpointStore
 from services.execution.trainer.cost_calibration import CostCalibration
 from services.execution.trainer.device_info import choose_device, describe_backbone, describe_device, used_bytes
+from services.execution.trainer.htask_streams import HTaskStreams
 from services.execution.trainer.microbatch_stream import MicrobatchStream
 from services.execution.trainer.oom_policy import OutOfMemoryPolicy
+from services.execution.trainer.plan_edits import keep_only, split_off
 from services.execution.trainer.step_spans import StepWindow
 from services.execution.trainer.task_lifecycle import TaskLifecycle
 from services.execution.trainer_pipe import BlockingPipe, Frame, Tag
 from services.failpoints import failpoint, max_microbatch_tokens
+from services.resource_names import tenant_of
 from services.rpc.client_channel import open_sync_channel
 from services.rpc.errors import to_failure
 from services.storage.artifact_store import ArtifactStore
@@ -39,7 +47,8 @@ from services.telemetry import links_to, tracer
 
 _RETRY_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 0.5
-_WAIT_SECONDS = 0.2  # for a microbatch, before the inbox is read again
+_PROGRESS_SECONDS = 5.0  # of a step before its device time is reported, and between two reports
+_MAX_ADVANCE_WAIT_SECONDS = 1.0  # before a task is attached or exported although its tenant has had more than others
 _BAD_DATA = (InvalidInputError, NotFoundError, ArtifactCorruptError)
 _log = logging.getLogger(__name__)
 
@@ -74,54 +83,73 @@ class Trainer:
         self._channel = open_sync_channel(
             settings.alignment_address, settings.mesh_secret, settings.client_tls("alignment")
         )
-        self._plan: plan_pb2.ExecutorPlan = plan_pb2.ExecutorPlan()
+        self._streams = HTaskStreams(self._open_stream)
         self._next_plan: plan_pb2.ExecutorPlan | None = None
-        self._streams: dict[int, MicrobatchStream] = {}  # by the hTask's index in the plan
-        self._unfinished: list[int] = []  # indices of the hTasks that have not ended their round
-        self._late: set[int] = set()  # indices of hTasks with no microbatch yet: the others' rounds continue
-        self._served: set[str] = set()  # tasks of which alignment has sent a microbatch
-        self._interrupted: set[str] = set()  # tasks whose stream is opened again after a delay
-        self._round_members: list[str] = []
+        self._device_time = DeviceTime()
         self._described_names: list[str] | None = None
         self._step_window, self._oom_policy = StepWindow(), OutOfMemoryPolicy()
         self._is_paused = self._is_draining = False
-        self._last_heartbeat = 0.0
+        self._last_heartbeat = self._last_advance = self._last_progress = 0.0
 
     def run(self) -> None:
-        """Runs rounds until the pipe closes."""
+        """Gives turns to the tenants' tasks until the pipe closes."""
         threading.Thread(target=self._receive, name="pipe", daemon=True).start()
         self._send_description()
         while self._process_inbox():
             if self._is_draining and self._lifecycle.is_empty:
                 self._report_drained()
-            if not self._unfinished:
-                self._begin_round()
-            for index in list(self._unfinished):
-                if index in self._unfinished:
-                    self._run_microbatch(index)
-            if self._late.issuperset(self._unfinished):
-                self._end_round()
+            self._adopt_plan()
+            self._streams.open_for(self._lifecycle.names)
+            self._take_turn()
+            self._report_results()
 
-    def _begin_round(self) -> None:
-        """Begins a round: adopts the newest plan, and opens streams anew if members came or left."""
+    def _adopt_plan(self) -> None:
+        """Adopts the newest plan, between two microbatches. Steps that it does not end go on where they were."""
         if self._next_plan is not None:
-            self._plan, self._next_plan = self._next_plan, None
-            self._close_streams()
-            self._lifecycle.adopt(list(self._plan.tasks))
-            planned = [task.task for task in self._plan.tasks]
-            self._oom_policy.forget_all_but(planned)
-            self._served.intersection_update(planned)
-            self._interrupted.intersection_update(planned)
+            plan, self._next_plan = self._next_plan, None
+            self._lifecycle.adopt(list(plan.tasks))
+            self._oom_policy.forget_all_but([task.task for task in plan.tasks])
+            self._streams.adopt(plan)
             self._report(adopted=True)
-        if self._lifecycle.names != self._round_members:
-            self._close_streams()
-        for index, htask in enumerate(self._plan.htasks):
-            names = [name for name in htask.tasks if name in self._lifecycle.names]
-            if names and index not in self._streams:
-                self._streams[index] = self._open_stream(htask, names)
-                if not self._interrupted.isdisjoint(names):
-                    self._late.add(index)
-        self._unfinished, self._round_members = list(self._streams), self._lifecycle.names
+        tenants = {tenant_of(name) for name in self._lifecycle.all_names}
+        weights = self._streams.plan.tenant_weights
+        self._device_time.set_weights({tenant: weights.get(tenant, 1.0) for tenant in tenants})
+
+    def _take_turn(self) -> None:
+        """Gives the device to the tenants that had least of it: to run a microbatch, or to attach or export a task."""
+        index = None
+        if not self._is_paused:
+            index = self._streams.choose(lambda members: self._device_time.charged(_tenants_of(members)))
+        name = self._lifecycle.next_ready(lambda task: self._device_time.charged([tenant_of(task)]))
+        if name is not None and self._goes_first(tenant_of(name), index):
+            with self._charged_to([tenant_of(name)]):
+                self._lifecycle.advance(name)
+            self._answer_exports()
+            self._last_advance = time.monotonic()
+        elif index is not None:
+            self._run_microbatch(index)
+
+    def _goes_first(self, tenant: str, index: int | None) -> bool:
+        """Returns whether the tenant may attach or export a task before the hTask at `index` runs.
+
+        An hTask that it shares may keep others behind it, so once a second it may do so in any case.
+        """
+        if index is None or time.monotonic() - self._last_advance > _MAX_ADVANCE_WAIT_SECONDS:
+            return True
+        others = _tenants_of(self._streams.members(index))
+        return self._device_time.charged([tenant]) <= self._device_time.charged(others)
+
+    @contextmanager
+    def _charged_to(self, tenants: Sequence[str]) -> Iterator[None]:
+        """Charges the time of this context to the tenants, in equal parts."""
+        self._device_time.begin_turn(tenants)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - started
+            for tenant in tenants:
+                self._device_time.charge(tenant, seconds / len(tenants))
 
     def _run_microbatch(self, index: int) -> None:
         """Runs the next microbatch of one hTask through the backbone and its tasks' optimizers."""
@@ -129,14 +157,11 @@ class Trainer:
         try:
             microbatch = self._next_microbatch(index)
         except queue.Empty:
-            self._late.add(index)
             return
         except MuxtuneError as error:
             return self._handle_stream_error(index, error)
-        self._late.discard(index)
         if microbatch is None:
-            self._streams.pop(index).close()
-            self._unfinished.remove(index)
+            self._streams.close(index)
             return
         parts, started = self._cost_calibration.parts(microbatch), time.perf_counter()
         try:
@@ -146,112 +171,85 @@ class Trainer:
         except OutOfMemoryError as error:
             return self._handle_out_of_memory(index, microbatch, error)
         seconds = time.perf_counter() - started
+        for range_ in microbatch.ranges:
+            self._device_time.charge(tenant_of(range_.task), seconds * range_.num_tokens / microbatch.num_tokens)
         self._cost_calibration.add(microbatch, parts, seconds)
-        self._step_window.add(microbatch, seconds, self._plan.version, self._lifecycle.trace_parents())
+        self._step_window.add(microbatch, seconds, self._streams.plan.version, self._lifecycle.trace_parents())
         for result in results:
             self._lifecycle.record(result)
-        if microbatch.is_last_in_round:
-            self._unfinished.remove(index)
 
     def _next_microbatch(self, index: int) -> Microbatch | None:
-        """Returns the hTask's next microbatch. Waits a moment for it, but not for a late one while others can run."""
-        may_wait = index not in self._late or self._late.issuperset(self._streams)
+        """Returns the hTask's next microbatch. The device is kept for its tenants meanwhile."""
         started = time.perf_counter()
         try:
-            microbatch = self._streams[index].next(_WAIT_SECONDS if may_wait else 0.0)
+            with self._charged_to(_tenants_of(self._streams.members(index))):
+                return self._streams.next(index)
         finally:
             self._step_window.add_wait(time.perf_counter() - started)
-        if microbatch is not None:
-            names = {range_.task for range_ in microbatch.ranges}
-            self._served |= names
-            self._interrupted -= names
-        return microbatch
 
     def _handle_out_of_memory(self, index: int, microbatch: Microbatch, error: OutOfMemoryError) -> None:
-        """Restarts the hTask's round with smaller microbatches or fewer tasks. A task that does not fit alone fails."""
+        """Begins the steps in the hTask again with smaller microbatches or fewer tasks. A task that does not fit alone
+        fails."""
         _log.warning("No memory for %d tokens of hTask %d: %s", microbatch.num_tokens, index, error)
         release_cache(self._device_kind)
-        self._plan.htasks[index].tasks[:] = self._restart_round(index)
-        if (name := self._oom_policy.reduce_memory(self._plan, index, microbatch)) is not None:
+        members = self._streams.close(index)
+        for name in members:
+            self._executor.tasks[name].restart_step()
+        plan = self._streams.plan
+        keep_only(plan.htasks[index], members)
+        failed = self._oom_policy.reduce_memory(plan, index, microbatch)
+        if failed is not None:
             num_tokens, limit = microbatch.num_tokens, f"{self._device().memory_bytes} bytes of memory"
             message = f"A sequence of {num_tokens} tokens does not fit in {limit} with no other task: {error}."
             remedy = "Shorten the sequences, or reduce `rank` or `target_modules`."
-            self._lifecycle.fail(name, WillNeverFitError(f"{message} {remedy}", tokens=num_tokens))
+            self._lifecycle.fail(failed, WillNeverFitError(f"{message} {remedy}", tokens=num_tokens))
 
-    def _end_round(self) -> None:
-        """Ends the round: finishes and checkpoints the tasks that are due, and reports."""
-        self._unfinished = []
-        self._lifecycle.close_round()
-        self._report()
-
-    def _open_stream(self, htask: plan_pb2.HTask, names: list[str]) -> MicrobatchStream:
+    def _open_stream(self, htask: plan_pb2.HTask, names: list[str], is_delayed: bool) -> MicrobatchStream:
+        version = self._streams.plan.version
+        round_tokens = dict(zip(htask.tasks, htask.round_tokens, strict=False))
         request = alignment_pb2.StreamMicrobatchesRequest(
             backbone=self._settings.backbone_name,
-            plan_version=self._plan.version,
-            members=[self._lifecycle.member(name) for name in names],
+            plan_version=version,
+            members=[self._lifecycle.member(name, round_tokens.get(name, 0)) for name in names],
             token_budget=self._oom_policy.token_budget(htask),
             chunk_tokens=htask.chunk_tokens,
         )
-        attributes = {"muxtune.plan_version": self._plan.version, "muxtune.num_tasks": len(names)}
-        cycle = propagate.extract({"traceparent": self._plan.trace_parent})
+        attributes = {"muxtune.plan_version": version, "muxtune.num_tasks": len(names)}
+        cycle = propagate.extract({"traceparent": self._streams.plan.trace_parent})
         links = links_to(pair for pair in self._lifecycle.trace_parents() if pair[0] in names)
         with tracer().start_as_current_span("open microbatches", cycle, links=links, attributes=attributes):
-            delay = 0.0 if self._interrupted.isdisjoint(names) else _RETRY_SECONDS
             # alignment's spans join this trace
+            delay = _RETRY_SECONDS if is_delayed else 0.0
             return MicrobatchStream(self._channel, request, self._executor.stage, delay)
 
     def _handle_stream_error(self, index: int, error: MuxtuneError) -> None:
-        """Restarts the hTask's round after its stream failed.
+        """Opens the stream again later, at its members' positions.
 
-        The stream is opened again later, at the members' cursors.
-
-        A member that alignment has never served may be the cause, so those it has served do not wait for it. Bad data
-        fails its task; to find that task, members are split off until one is alone.
+        Bad data fails its task; to find that task, members are split off until one is alone.
         """
         _log.warning("The stream of hTask %d failed: %s", index, error)
-        members = self._restart_round(index)
-        unserved = [name for name in members if name not in self._served]
-        if isinstance(error, _BAD_DATA) and len(members) == 1:
+        members = self._streams.members(index)
+        if not isinstance(error, _BAD_DATA):
+            self._streams.interrupt(index)
+        elif len(members) == 1:
+            self._streams.close(index)
             self._lifecycle.fail(members[0], error)
-        elif isinstance(error, _BAD_DATA):
-            self._split_off(index, members[1:])
-        elif 0 < len(unserved) < len(members):
-            self._split_off(index, unserved)
-            self._interrupted.update(unserved)
         else:
-            self._interrupted.update(members)
+            self._streams.close(index)
+            split_off(self._streams.plan, index, members[1:])
 
-    def _restart_round(self, index: int) -> list[str]:
-        """Restarts the hTask's round: discards what its microbatches have accumulated. Returns its members."""
-        self._streams.pop(index).close()
-        self._unfinished.remove(index)
-        self._late.discard(index)
-        members = [name for name in self._plan.htasks[index].tasks if name in self._lifecycle.names]
-        for name in members:
-            self._executor.tasks[name].restart_step()
-        return members
-
-    def _split_off(self, index: int, names: list[str]) -> None:
-        """Makes each of the tasks an hTask of its own, at the end of the plan."""
-        htask = self._plan.htasks[index]
-        for name in names:
-            htask.tasks.remove(name)
-            self._plan.htasks.add(tasks=[name], token_budget=htask.token_budget, chunk_tokens=htask.chunk_tokens)
-
-    def _close_streams(self) -> None:
-        """Closes all streams and discards the steps in flight."""
-        for stream in self._streams.values():
-            stream.close()
-        self._streams, self._unfinished = {}, []
-        self._late.clear()
-        for name in self._lifecycle.names:
-            self._executor.tasks[name].restart_step()
+    def _report_results(self) -> None:
+        """Reports results, and every few seconds the work on steps that take longer."""
+        if time.monotonic() - self._last_progress >= _PROGRESS_SECONDS:
+            self._last_progress = time.monotonic()
+            self._lifecycle.report_work_in_progress(_PROGRESS_SECONDS)
+        self._report()
 
     def _report(self, adopted: bool = False) -> None:
         results = self._lifecycle.pop_results()
         if results or adopted:
             response = execution_pb2.RunPlanResponse(
-                plan_version=self._plan.version, adopted=adopted, results=results, device=self._device()
+                plan_version=self._streams.plan.version, adopted=adopted, results=results, device=self._device()
             )
             failpoint("report.before")
             self._pipe.write(Tag.RESULTS, response)
@@ -288,7 +286,7 @@ class Trainer:
         while True:
             has_work = bool(self._lifecycle.names or self._next_plan) and not self._is_paused
             is_drained = self._is_draining and self._lifecycle.is_empty
-            is_idle = not (has_work or self._unfinished or is_drained)
+            is_idle = not (has_work or is_drained or self._lifecycle.has_ready)
             if is_idle:
                 self._step_window.close()
             self._send_heartbeat(is_idle)
@@ -299,15 +297,9 @@ class Trainer:
             if frame is None:
                 return False
             if isinstance(frame, _Wake):
-                self._advance_tasks()
+                self._answer_exports()
             else:
                 self._handle_frame(*frame)
-
-    def _advance_tasks(self) -> None:
-        """Advances the tasks after a background call is done."""
-        self._lifecycle.advance()
-        self._answer_exports()
-        self._report()
 
     def _send_heartbeat(self, is_idle: bool) -> None:
         """Sends a heartbeat for the server's watchdog."""
@@ -319,14 +311,15 @@ class Trainer:
     def _handle_frame(self, tag: Tag, payload: bytes) -> None:
         if tag is Tag.PLAN:
             plan = plan_pb2.ExecutorPlan.FromString(payload)
-            if plan.version > max(self._plan.version, self._next_plan.version if self._next_plan else 0):
+            newest = self._next_plan or self._streams.plan
+            if plan.version > newest.version:
                 self._next_plan = plan
         elif tag is Tag.STALE:
             self._lifecycle.drop(list(execution_pb2.RunPlanRequest.FromString(payload).stale_tasks))
         elif tag is Tag.LEASE_LOST:
             self._lifecycle.drop(self._lifecycle.all_names)
-            self._close_streams()
-            self._plan, self._next_plan = plan_pb2.ExecutorPlan(), None
+            self._streams.close_all()
+            self._next_plan = None
         elif tag is Tag.EXPORT:
             self._export(execution_pb2.ExportAdapterRequest.FromString(payload).task)
         elif tag is Tag.DRAIN:
@@ -355,8 +348,8 @@ class Trainer:
 
     def _drain(self) -> None:
         self._is_draining, self._is_paused = True, False
-        self._close_streams()
-        self._plan, self._next_plan = plan_pb2.ExecutorPlan(), None
+        self._streams.close_all()
+        self._next_plan = None
         for name in self._lifecycle.all_names:
             self._lifecycle.release(name, "its executor is draining")
 
@@ -380,3 +373,7 @@ def _exported_response(finished: plan_pb2.TaskFinished) -> execution_pb2.ExportA
         adapter_key=finished.adapter_key,
         max_logit_difference=finished.max_logit_difference,
     )
+
+
+def _tenants_of(tasks: Iterable[str]) -> list[str]:
+    return sorted({tenant_of(task) for task in tasks})

@@ -46,18 +46,33 @@ BAD_VERSION = "bad"
 
 
 def dataset_of(version: str) -> TokenizedDataset:
-    """Returns twelve rows of different lengths, drawn with the dataset's version as seed."""
+    """Returns twelve rows of different lengths, drawn with the dataset's version as seed; N rows for "rows-N"."""
+    num_rows = int(version.removeprefix("rows-")) if version.startswith("rows-") else 12
     generator = np.random.default_rng(int.from_bytes(version.encode(), "little") % 2**32)
-    lengths = generator.integers(4, 20, size=12)
+    lengths = generator.integers(4, 20, size=num_rows)
     total = int(lengths.sum())
     return TokenizedDataset(
         token_ids_S=generator.integers(0, VOCAB, total).astype(np.int32),
         bears_loss_S=np.ones(total, bool),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        lines=np.arange(1, 13),
+        lines=np.arange(1, num_rows + 1),
         original_lengths=lengths,
         refused=(),
         num_truncated=0,
+    )
+
+
+def packed_task(member: Any) -> PackedTask:
+    """Returns a member of a stream with its data, at its position."""
+    return PackedTask(
+        member.task,
+        dataset_of(member.dataset_version),
+        training_to_domain(member.training),
+        member.num_steps,
+        member.cursor_step,
+        round_tokens=member.round_tokens,
+        is_evaluated=member.is_evaluated,
+        done=tuple((interval.start, interval.end) for interval in member.done),
     )
 
 
@@ -79,12 +94,7 @@ class FakeAlignment(alignment_pb2_grpc.AlignmentServiceServicer):
         for member in request.members:
             if member.dataset_version == BAD_VERSION:
                 raise InvalidInputError.of_field("members.dataset_version", "of one member is invalid")
-        members = [
-            PackedTask(
-                m.task, dataset_of(m.dataset_version), training_to_domain(m.training), m.num_steps, m.cursor_step
-            )
-            for m in request.members
-        ]
+        members = [packed_task(member) for member in request.members]
         for microbatch in rounds(members, request.token_budget, request.chunk_tokens):
             await self.gate.wait()
             await asyncio.sleep(self.pause_seconds)

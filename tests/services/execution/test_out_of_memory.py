@@ -55,7 +55,7 @@ def evaluates_v(self: Any, microbatch: Microbatch, resident: frozenset[str]) -> 
 
 POINTS = {
     "optimizer": Point(engine, "take_steps", lambda runs: any(is_v(r) and r.step == LEAVES_AT - 1 for r in runs)),
-    "shadow check": Point(engine.Executor, "_run_alone", lambda self, run: is_v(run)),
+    "shadow check": Point(engine.Executor, "_run_alone", lambda self, run, microbatch: is_v(run)),
     "evaluation": Point(engine.Executor, "_forward_backward", evaluates_v, without=True),
     "attach": Point(engine, "TaskTrainingState", lambda assignment, backbone: "/v-" in assignment.task, without=True),
     "restore": Point(CheckpointState, "restore", lambda self, run: is_v(run), without=True),

@@ -16,16 +16,15 @@ import grpc
 import pytest
 from obstore.store import LocalStore
 
-from engine.alignment.packing import PackedTask, rounds
+from engine.alignment.packing import rounds
 from engine.errors import UnavailableError
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, execution_pb2, plan_pb2
 from services.conversion.microbatch import microbatch_to_proto
-from services.conversion.task import training_to_domain
 from services.execution.settings import ExecutionSettings
 from services.execution.trainer import trainer as module
 from services.execution.trainer_pipe import BlockingPipe, Tag
 from services.storage.artifact_store import ArtifactStore
-from tests.services.execution.executor_mesh import TIMEOUT_SECONDS, dataset_of, kind_of
+from tests.services.execution.executor_mesh import TIMEOUT_SECONDS, kind_of, packed_task
 
 Results = list[plan_pb2.TaskResult]
 
@@ -82,12 +81,7 @@ class GatedAlignment(alignment_pb2_grpc.AlignmentServiceServicer):
     def StreamMicrobatches(self, request: Any, context: Any) -> Iterator[Any]:
         named = " ".join(member.task for member in request.members)
         self.members.append({member.task.rpartition("/")[2] for member in request.members})
-        members = [
-            PackedTask(
-                m.task, dataset_of(m.dataset_version), training_to_domain(m.training), m.num_steps, m.cursor_step
-            )
-            for m in request.members
-        ]
+        members = [packed_task(member) for member in request.members]
         for microbatch in rounds(members, request.token_budget, request.chunk_tokens):
             try:
                 self.gates.pass_through(named)
@@ -109,10 +103,13 @@ class TrainerThread:
         self.ready = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
 
-    def plan(self, *tasks: plan_pb2.PlannedTask, htasks: list[list[str]]) -> None:
-        """Sends a plan. `htasks`: short names of the tasks in each."""
+    def plan(self, *tasks: plan_pb2.PlannedTask, htasks: list[list[str]], round_tokens: int = 0) -> None:
+        """Sends a plan. `htasks`: short names of the tasks in each; `round_tokens`: of each task."""
         self._version += 1
-        groups = [plan_pb2.HTask(tasks=map(full, g), token_budget=128, chunk_tokens=16) for g in htasks]
+        groups = [
+            plan_pb2.HTask(tasks=map(full, g), token_budget=128, chunk_tokens=16, round_tokens=[round_tokens] * len(g))
+            for g in htasks
+        ]
         self.tell(Tag.PLAN, plan_pb2.ExecutorPlan(version=self._version, tasks=tasks, htasks=groups))
 
     def tell(self, tag: Tag, message: Any = None) -> None:
@@ -155,7 +152,7 @@ class TrainerThread:
 
 
 def full(task: str) -> str:
-    return f"tenants/t/tasks/{task}"
+    return task if "/" in task else f"tenants/t/tasks/{task}"
 
 
 @contextmanager
