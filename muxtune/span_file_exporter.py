@@ -1,15 +1,16 @@
-"""Writes spans to a file as OTLP JSON lines, the default where no collector is configured.
+"""Writes spans to files as OTLP JSON lines, the default where no collector is configured.
 
 Each line is one ExportTraceServiceRequest with IDs in hex, by the OTLP file exporter specification, and one append, so
 that several processes may share a file. It does not use protobuf: its JSON takes 0.3 ms a span in the process
 that serves calls, three times as long as creating the span.
 """
 
+import fcntl
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,72 @@ from opentelemetry.trace import Link, SpanContext
 _HAS_IS_REMOTE, _IS_REMOTE = 0x100, 0x200  # SpanFlags
 
 
-class FileSpanExporter(SpanExporter):
-    """Appends spans to `path`. A write that fails loses its spans; it never fails a call."""
+class RotatingFile:
+    """A file that several processes append to.
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    A file that would exceed `max_bytes` becomes PATH.1, PATH.1 becomes PATH.2 and so on; of `num_files` in all the
+    oldest is deleted. With `max_bytes` 0 this process never rotates it.
+    """
+
+    def __init__(self, path: Path, max_bytes: int = 0, num_files: int = 1) -> None:
+        self._path, self._max_bytes = path, max_bytes
+        self._parts = [path.with_name(f"{path.name}.{number}") for number in range(1, num_files)]
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._file = self._open()
+
+    def append(self, line: bytes) -> None:
+        """Append the line with one write. Raises OSError."""
+        if self._max_bytes and self._is_too_long(line):
+            self._rotate(line)
+        os.write(self._file, line)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def _is_too_long(self, line: bytes) -> bool:
+        size = os.fstat(self._file).st_size
+        return size > 0 and size + len(line) > self._max_bytes
+
+    def _rotate(self, line: bytes) -> None:
+        """Open the newest file, after another process has rotated or else after rotating it."""
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # until the folder is closed
+            self._reopen()
+            if self._is_too_long(line):
+                for younger, older in reversed(list(pairwise((self._path, *self._parts)))):
+                    if younger.exists():
+                        younger.replace(older)
+                if not self._parts:
+                    self._path.unlink()
+                self._reopen()
+        finally:
+            os.close(folder)
+
+    def _reopen(self) -> None:
+        previous, self._file = self._file, self._open()
+        os.close(previous)
+
+
+class FileSpanExporter(SpanExporter):
+    """Appends spans to a file. A write that fails loses its spans; it never fails a call."""
+
+    def __init__(self, file: RotatingFile) -> None:
+        self._file = file
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         line = json.dumps({"resourceSpans": [_resource_spans(list(run)) for _, run in groupby(spans, _origin)]})
         try:
-            os.write(self._file, line.encode() + b"\n")
+            self._file.append(line.encode() + b"\n")
         except OSError:
             return SpanExportResult.FAILURE
         return SpanExportResult.SUCCESS
 
     def shutdown(self) -> None:
-        os.close(self._file)
+        self._file.close()
 
 
 def _origin(span: ReadableSpan) -> tuple[int, int]:

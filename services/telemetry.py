@@ -37,12 +37,15 @@ _MAX_CONTEXT_BYTES = 512  # the length that W3C requires everyone to propagate
 class TelemetrySettings:
     """Settings of a process's telemetry. `listen` is its service's "host:port": Prometheus is served on that host.
 
-    `otlp_endpoint` receives traces and metrics; `trace_file` receives traces as lines of JSON.
+    `otlp_endpoint` receives traces and metrics; `trace_file` receives traces as lines of JSON. At `trace_file_bytes` it
+    is renamed to TRACE_FILE.1 and so on; of `trace_files` files in all the oldest is deleted.
     """
 
     listen: str = "127.0.0.1:0"
     otlp_endpoint: str | None = None
     trace_file: Path | None = None
+    trace_file_bytes: int = 64 << 20
+    trace_files: int = 8
     prometheus_port: int | None = None
     log_level: str = "INFO"
 
@@ -91,9 +94,9 @@ def _span_exporters(settings: TelemetrySettings) -> Iterator[Any]:
         insecure = not settings.otlp_endpoint.startswith("https")
         yield OTLPSpanExporter(settings.otlp_endpoint, insecure=insecure, timeout=_EXPORT_SECONDS)
     if settings.trace_file:
-        from muxtune.span_file_exporter import FileSpanExporter
+        from muxtune.span_file_exporter import FileSpanExporter, RotatingFile
 
-        yield FileSpanExporter(settings.trace_file)
+        yield FileSpanExporter(RotatingFile(settings.trace_file, settings.trace_file_bytes, settings.trace_files))
 
 
 def _metric_readers(settings: TelemetrySettings) -> tuple[list[Any], list[Callable[[], Any]]]:

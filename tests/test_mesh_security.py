@@ -2,8 +2,10 @@
 train, and two tenants that learn nothing of each other."""
 
 import json
+import socket
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -122,6 +124,25 @@ def test_a_service_is_not_a_tenant_with_any_key(mesh: Mesh) -> None:
 
 
 @pytest.mark.usefixtures("quick_retries")
+def test_strangers_write_no_logs(mesh: Mesh) -> None:
+    """Each connection that spoke no TLS once was a line of gRPC's in admission's log."""
+    host, _, port = mesh.addresses["admission"].rpartition(":")
+    log = mesh.log_of("admission")
+    before = log.stat().st_size
+    for junk in (b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\x00\x05junk!"):
+        for _ in range(10):
+            with socket.create_connection((host, int(port))) as connection, suppress(ConnectionError):
+                connection.sendall(junk)
+                while connection.recv(1024):  # until the server closes
+                    pass
+    with mesh.client() as client:  # and strangers who speak TLS, but have no key
+        stub = admission_pb2_grpc.AdmissionServiceStub(client.channel)
+        for _ in range(30):
+            with pytest.raises(grpc.RpcError):
+                stub.GetTask(admission_pb2.GetTaskRequest(name="tenants/default/tasks/t"), timeout=10)
+    assert log.read_bytes()[before:] == b""
+
+
 def test_a_client_that_does_not_know_the_ca_sends_no_key(mesh: Mesh, tmp_path: Path) -> None:
     issue(tmp_path)
     for ca in (None, tmp_path / "ca.crt"):

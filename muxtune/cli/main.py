@@ -27,6 +27,7 @@ app.add_typer(tenant.app, name="tenant")
 app.command(epilog="Example: muxtune certs /etc/muxtune/certs --host muxtune.example.com")(certs)
 
 _MAX_RESTARTS = 5
+_ROTATION = ("MUXTUNE_TRACE_FILE_BYTES", "MUXTUNE_TRACE_FILES")
 
 
 @app.command(epilog="Example: muxtune up --data /var/lib/muxtune --backbone llama=/models/Llama-3.2-1B")
@@ -43,9 +44,10 @@ def up(
     """Start the four services on loopback. Stop with Ctrl-C; the next `muxtune up` resumes all tasks.
 
     MUXTUNE_OIDC_* (an identity provider) and MUXTUNE_MAX_* (limits of tenants) are passed on to admission.
+    MUXTUNE_TRACE_FILE_BYTES (default 64 MiB) and MUXTUNE_TRACE_FILES (8) bound the files of traces.
     """
     with print_errors(), stopped_by_signals():
-        mesh = Mesh(data, _backbones(backbone), otlp_endpoint, {"admission": _policies()})
+        mesh = Mesh(data, _backbones(backbone), otlp_endpoint, _inherited_settings())
         try:
             console.print(f"starting on {data} ...")
             mesh.start()
@@ -104,9 +106,11 @@ def _backbones(options: list[str] | None) -> dict[str, Path]:
     return {name: Path(path) for name, _, path in pairs}
 
 
-def _policies() -> dict[str, str]:
-    """Return admission's policies from the environment; other settings of the mesh are not inherited."""
-    return {name: value for name, value in os.environ.items() if name.startswith(("MUXTUNE_OIDC_", "MUXTUNE_MAX_"))}
+def _inherited_settings() -> dict[str, dict[str, str]]:
+    """Return the settings that services take from this environment, by service ("*": all); they inherit no others."""
+    policies = {name: value for name, value in os.environ.items() if name.startswith(("MUXTUNE_OIDC_", "MUXTUNE_MAX_"))}
+    rotation = {name: os.environ[name] for name in _ROTATION if name in os.environ}
+    return {"*": rotation, "admission": policies}
 
 
 def _announce(mesh: Mesh) -> None:

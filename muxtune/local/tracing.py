@@ -10,7 +10,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-from muxtune.span_file_exporter import FileSpanExporter
+from muxtune.span_file_exporter import FileSpanExporter, RotatingFile
 
 _EXPORT_SECONDS = 1
 
@@ -29,7 +29,8 @@ def traced(data: Path) -> Iterator[TracerProvider]:
         exporter = OTLPSpanExporter(endpoint, insecure="https" not in endpoint, timeout=_EXPORT_SECONDS)
         provider.add_span_processor(BatchSpanProcessor(exporter))
     elif data.exists():
-        provider.add_span_processor(BatchSpanProcessor(FileSpanExporter(data / "traces" / "spans.jsonl")))
+        file = RotatingFile(data / "traces" / "spans.jsonl")  # the services rotate it
+        provider.add_span_processor(BatchSpanProcessor(FileSpanExporter(file)))
     trace.set_tracer_provider(provider)
     try:
         yield provider

@@ -19,10 +19,12 @@ from services.rpc.authentication import Authenticate, certificate_principal, set
 from services.rpc.authorization import Principal, check_access, rule_for
 from services.rpc.errors import status_of
 from services.rpc.fair_limit import FairLimit
+from services.rpc.rate_limit import RateLimit
 from services.rpc.tracing import RpcSpan
 from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter, client_address
 from services.telemetry import carrier_of
 
+_EXPORTED_REFUSALS_PER_SECOND = 1.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -102,10 +104,14 @@ class AuditRecorder:
 
 
 class Tracing:
-    """Starts the call's span, makes it the current one, and ends it with the call's status code."""
+    """Starts the call's span, makes it the current one, and ends it with the call's status code.
+
+    Of unknown callers' refused calls one a second is exported, and of a tenant's calls over a limit: such calls come as
+    fast as anyone sends them, and their spans would replace all others in a file of limited size.
+    """
 
     def __init__(self, address: str) -> None:
-        self._address = address
+        self._address, self._refusals = address, RateLimit(_EXPORTED_REFUSALS_PER_SECOND)
 
     async def __call__(self, call: ServerCall, proceed: Handler) -> Any:
         carrier = carrier_of(call.context.invocation_metadata())
@@ -114,7 +120,13 @@ class Tracing:
             with call.span.activate():
                 return await proceed(call)
         finally:
-            call.span.end(call.code)
+            call.span.end(call.code, is_exported=self._is_exported(call))
+
+    def _is_exported(self, call: ServerCall) -> bool:
+        if call.principal is None:
+            return self._refusals.try_acquire("unknown callers")
+        is_over_limit = call.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        return not is_over_limit or self._refusals.try_acquire(call.principal.tenant or call.principal.subject)
 
 
 async def map_errors(call: ServerCall, proceed: Handler) -> Any:

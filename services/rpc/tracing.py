@@ -77,22 +77,26 @@ class RpcSpan:
         if self.is_long_lived:
             self._timer = asyncio.get_running_loop().call_later(_ESTABLISHED_SECONDS, self.establish)
 
-    def end(self, code: grpc.StatusCode) -> None:
-        """End the span with the call's status code and record the call's duration."""
+    def end(self, code: grpc.StatusCode, *, is_exported: bool = True) -> None:
+        """End the span with the call's status code and record the call's duration.
+
+        A span that is not exported is only counted.
+        """
         with self._lock:
             if self._is_ended:
                 return
             self._is_ended = True
         if self._timer is not None:
             self._timer.cancel()
-        outcome = {"rpc.response.status_code": code.name}
-        if is_error := code in _SERVER_ERRORS if self._kind is SpanKind.SERVER else code is not _CODE.OK:
-            outcome["error.type"] = code.name
-        span = self._start_end_of_stream() if self._is_established else self._span
-        span.set_attributes(outcome)
-        if is_error:
-            span.set_status(Status(StatusCode.ERROR, code.name))
-        span.end()
+        outcome = _outcome(code, self._kind)
+        if is_exported:
+            span = self._start_end_of_stream() if self._is_established else self._span
+            span.set_attributes(outcome)
+            if "error.type" in outcome:
+                span.set_status(Status(StatusCode.ERROR, code.name))
+            span.end()
+        else:  # a span that never ends is never exported
+            _dropped_spans(meter()).add(1, outcome)
         self._record(outcome)
 
     def _start_end_of_stream(self) -> trace.Span:
@@ -127,6 +131,16 @@ def _duration(meter: metrics.Meter, side: str) -> metrics.Histogram:
     return meter.create_histogram(
         f"rpc.{side}.call.duration", unit="s", explicit_bucket_boundaries_advisory=_BUCKETS_SECONDS
     )
+
+
+@lru_cache(4)
+def _dropped_spans(meter: metrics.Meter) -> metrics.Counter:
+    return meter.create_counter("muxtune.rpc.dropped_spans", description="Spans of refused calls that are not exported")
+
+
+def _outcome(code: grpc.StatusCode, kind: SpanKind) -> dict[str, str]:
+    is_error = code in _SERVER_ERRORS if kind is SpanKind.SERVER else code is not _CODE.OK
+    return {"rpc.response.status_code": code.name, **({"error.type": code.name} if is_error else {})}
 
 
 @lru_cache(1024)

@@ -5,6 +5,7 @@ import base64
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import Link, SpanKind, StatusCode
 
-from muxtune.span_file_exporter import FileSpanExporter
+from muxtune.span_file_exporter import FileSpanExporter, RotatingFile
 from services import telemetry
 from services.rpc.server_settings import ServerSettings
 from services.settings import SettingsError
@@ -209,6 +210,46 @@ def test_processes_share_a_trace_file(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o077 == 0
 
 
+def test_a_trace_file_is_rotated_by_all_its_writers_and_loses_only_the_oldest(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    limits = {"max_bytes": 10_000, "num_files": 4}
+    writers = [RotatingFile(path, **limits) for _ in range(3)]
+    lines = [b"%05d " % number + b"x" * 90 + b"\n" for number in range(3000)]
+    for number, line in enumerate(lines):
+        writers[number % 3].append(line)
+    names = ["trace.jsonl.3", "trace.jsonl.2", "trace.jsonl.1", "trace.jsonl"]  # the oldest first
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
+    assert all((tmp_path / name).stat().st_size <= 10_000 for name in names)
+    kept = b"".join((tmp_path / name).read_bytes() for name in names).splitlines(keepends=True)
+    # A writer whose file another one has renamed fills it up first.
+    assert sorted(kept) == lines[len(lines) - len(kept) :] and len(kept) > 300
+    huge = b"y" * 20_000 + b"\n"
+    writers[0].append(huge)
+    writers[0].append(lines[0])
+    assert path.read_bytes() == lines[0] and (tmp_path / "trace.jsonl.1").read_bytes() == huge
+    assert {p.stat().st_mode & 0o077 for p in tmp_path.iterdir()} == {0}
+    for writer in writers:
+        writer.close()
+
+
+def test_processes_that_rotate_a_trace_file_tear_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    environment = {**os.environ, "MUXTUNE_TRACE_FILE_BYTES": "100000", "MUXTUNE_TRACE_FILES": "3"}
+    program = WRITER.replace(
+        'ServerSettings(mesh_secret="s", trace_file=Path(sys.argv[2]))',
+        'from_environment(ServerSettings, {**os.environ, "MUXTUNE_TRACE_FILE": sys.argv[2]})',
+    ).replace("import sys", "import os, sys\nfrom services.settings import from_environment")
+    writers = [
+        subprocess.Popen([sys.executable, "-c", program, name, str(path)], cwd=ROOT, env=environment)
+        for name in ("one", "two")
+    ]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["trace.jsonl", "trace.jsonl.1", "trace.jsonl.2"]
+    for file in files:
+        assert all(read_otlp_json(line).resource_spans for line in file.read_text().splitlines())
+
+
 def test_a_file_holds_what_a_collector_would_get(tmp_path: Path) -> None:
     """Compare with OpenTelemetry's encoder: attributes of every kind, events, links, remote parents, two scopes."""
     memory_exporter = InMemorySpanExporter()
@@ -242,7 +283,7 @@ def test_a_file_holds_what_a_collector_would_get(tmp_path: Path) -> None:
         for kind in SpanKind:
             one.start_span("", kind=kind).end()
     path = tmp_path / "trace.jsonl"
-    exporter = FileSpanExporter(path)
+    exporter = FileSpanExporter(RotatingFile(path))
     exporter.export(memory_exporter.get_finished_spans())
     exporter.shutdown()
     read = read_otlp_json(path.read_text())

@@ -2,6 +2,9 @@
 
 import asyncio
 import gc
+import time
+from collections import Counter
+from contextlib import suppress
 
 import grpc
 import pytest
@@ -345,3 +348,35 @@ async def test_durations_are_measured(start_mesh, monkeypatch) -> None:
         assert point.attributes["rpc.method"] == "muxtune.v1.AdmissionService/GetTask"
         assert point.attributes["rpc.response.status_code"] == "NOT_FOUND"
     assert {metric.name for metric in scope.metrics} == {"rpc.client.call.duration", "rpc.server.call.duration"}
+
+
+async def test_strangers_and_calls_over_a_limit_leave_few_spans_and_are_counted(start_mesh, spans, monkeypatch) -> None:
+    """Each such call once wrote 744 bytes to the trace file, at 3,000 calls a second from one client."""
+    reader = InMemoryMetricReader()
+    meter = MeterProvider(metric_readers=[reader]).get_meter("test")
+    monkeypatch.setattr(tracing, "meter", lambda: meter)
+
+    async def get(request, context):
+        if request.name == "too much":
+            raise OverloadedError("x")
+        return admission_pb2.GetTaskResponse()
+
+    mesh = await start_mesh(GetTask=get)
+    known, started, num_calls = await mesh.admission(), time.monotonic(), 100
+    async with grpc.aio.insecure_channel(mesh.address) as channel:
+        stranger = admission_pb2_grpc.AdmissionServiceStub(channel)
+        for number in range(num_calls):
+            for stub, name in ((stranger, "a"), (known, "too much"), (known, "b")):
+                with suppress(grpc.RpcError, OverloadedError):
+                    await stub.GetTask(admission_pb2.GetTaskRequest(name=name), metadata=[("n", str(number))])
+    await spans.ended("GetTask", SERVER, num_calls)
+    codes = Counter(span.attributes["rpc.response.status_code"] for span in spans.find("GetTask", SERVER))
+    seconds = time.monotonic() - started
+    assert codes["OK"] == num_calls
+    for code in ("UNAUTHENTICATED", "RESOURCE_EXHAUSTED"):
+        assert 1 <= codes[code] <= 3 + seconds
+    counts = {}
+    for metric in reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics:
+        if metric.name == "muxtune.rpc.dropped_spans":
+            counts = {p.attributes["rpc.response.status_code"]: p.value for p in metric.data.data_points}
+    assert counts == {code: num_calls - codes[code] for code in ("UNAUTHENTICATED", "RESOURCE_EXHAUSTED")}
