@@ -55,10 +55,16 @@ def list_(
 ) -> None:
     """List API keys, without their secrets."""
     with operator_channel(data, "admission") as (channel, metadata), raising():
-        request = key_pb2.ListApiKeysRequest(tenant=tenant_name(tenant))
-        answer = key_pb2_grpc.KeyServiceStub(channel).ListApiKeys(request, timeout=30, metadata=metadata)
+        stub, token = key_pb2_grpc.KeyServiceStub(channel), ""
+        keys: list[key_pb2.ApiKey] = []
+        while True:
+            request = key_pb2.ListApiKeysRequest(tenant=tenant_name(tenant), page_size=1000, page_token=token)
+            answer = stub.ListApiKeys(request, timeout=30, metadata=metadata)
+            keys.extend(answer.keys)
+            if not (token := answer.next_page_token):
+                break
         if json:
-            return print_json(answer.keys)
+            return print_json(keys)
         rows = (
             (
                 key.id,
@@ -68,7 +74,7 @@ def list_(
                 key.expire_time.ToDatetime() if key.HasField("expire_time") else "-",
                 key.revoke_time.ToDatetime() if key.HasField("revoke_time") else "-",
             )
-            for key in answer.keys
+            for key in keys
         )
         table("", ("id", "tenant", "role", "created", "expires", "revoked"), rows)
 

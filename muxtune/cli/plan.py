@@ -38,7 +38,7 @@ _SECONDS = 60.0
 def get(data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
     """Show the current plan and the explanation of each unfinished task."""
     with _scheduling(data) as call:
-        answer = call.GetPlan(scheduling_pb2.GetPlanRequest())
+        answer = call.all_pages("GetPlan", scheduling_pb2.GetPlanRequest())
         if json:
             return print_json([answer])
         for executor in answer.executors:
@@ -87,7 +87,7 @@ def whatif(
         else:
             tasks = _estimate_tasks(specs, data)
             with _scheduling(data) as call:
-                answer = call.SimulatePlan(scheduling_pb2.SimulatePlanRequest(tasks=tasks))
+                answer = call.all_pages("SimulatePlan", scheduling_pb2.SimulatePlanRequest(tasks=tasks))
         if json:
             return print_json([answer])
         _show_explanations(answer.explanations)
@@ -103,7 +103,7 @@ def timeline(
 ) -> None:
     """Draw an executor's hTasks over its pipeline stages, by predicted seconds."""
     with _scheduling(data) as call:
-        explanations = call.GetPlan(scheduling_pb2.GetPlanRequest()).explanations
+        explanations = call.all_pages("GetPlan", scheduling_pb2.GetPlanRequest()).explanations
         running = [e.task for e in explanations if e.executor and executor in ("", e.executor)]
         if not running:
             raise InvalidInputError(f"No task runs on {executor or 'any executor'}: there is nothing to draw")
@@ -115,7 +115,7 @@ def timeline(
 def profile(data: DataOption = DEFAULT_DATA) -> None:
     """Print the planner's input as JSON: executors with their costs, unfinished tasks, settings."""
     with _scheduling(data) as call:
-        print_json([call.GetProfile(scheduling_pb2.GetProfileRequest()).profile])
+        print_json([call.all_pages("GetProfile", scheduling_pb2.GetProfileRequest()).profile])
 
 
 @app.command(
@@ -169,6 +169,15 @@ class _PlanRpc:
     def __getattr__(self, method: str) -> Any:
         return lambda request: getattr(self.stub, method)(request, timeout=_SECONDS, metadata=self.metadata)
 
+    def all_pages(self, method: str, request: Any) -> Any:
+        """Return the answer of all pages."""
+        answer = getattr(self, method)(request)
+        while answer.next_page_token:
+            request = type(request)(page_token=answer.next_page_token)
+            answer.next_page_token = ""
+            answer.MergeFrom(getattr(self, method)(request))
+        return answer
+
 
 @contextmanager
 def _scheduling(data: Path) -> Iterator[_PlanRpc]:
@@ -178,7 +187,7 @@ def _scheduling(data: Path) -> Iterator[_PlanRpc]:
 
 def _fetch_profile(data: Path) -> dict[str, Any]:
     with _scheduling(data) as call:
-        answer = call.GetProfile(scheduling_pb2.GetProfileRequest())
+        answer = call.all_pages("GetProfile", scheduling_pb2.GetProfileRequest())
         fields: dict[str, Any] = MessageToDict(answer.profile, preserving_proto_field_name=True)
         return fields
 

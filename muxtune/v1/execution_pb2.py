@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from muxtune.v1 import plan_pb2 as muxtune_dot_v1_dot_plan__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amuxtune/v1/execution.proto\x12\nmuxtune.v1\x1a\x15muxtune/v1/plan.proto\"\x95\x01\n\x0eRunPlanRequest\x12\x12\n\nlease_term\x18\x01 \x01(\x03\x12&\n\x04plan\x18\x02 \x01(\x0b\x32\x18.muxtune.v1.ExecutorPlan\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x03 \x01(\x03\x12\x13\n\x0bstale_tasks\x18\x04 \x03(\t\x12\x13\n\x0bleader_term\x18\x05 \x01(\x03\"\x97\x01\n\x0fRunPlanResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x14\n\x0cplan_version\x18\x02 \x01(\x03\x12\x0f\n\x07\x61\x64opted\x18\x03 \x01(\x08\x12\'\n\x07results\x18\x04 \x03(\x0b\x32\x16.muxtune.v1.TaskResult\x12\"\n\x06\x64\x65vice\x18\x05 \x01(\x0b\x32\x12.muxtune.v1.Device\"$\n\x14\x45xportAdapterRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\"X\n\x15\x45xportAdapterResponse\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x13\n\x0b\x61\x64\x61pter_key\x18\x02 \x01(\t\x12\x1c\n\x14max_logit_difference\x18\x03 \x01(\x01\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\x19\n\x17\x44\x65scribeExecutorRequest\"\xe4\x01\n\x18\x44\x65scribeExecutorResponse\x12&\n\x08\x65xecutor\x18\x01 \x01(\x0b\x32\x14.muxtune.v1.Executor\x12\r\n\x05tasks\x18\x02 \x03(\t\x12\x16\n\x0e\x62\x61\x63kbone_bytes\x18\x03 \x01(\x03\x12G\n\ntask_bytes\x18\x04 \x03(\x0b\x32\x33.muxtune.v1.DescribeExecutorResponse.TaskBytesEntry\x1a\x30\n\x0eTaskBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x32\xcd\x02\n\x10\x45xecutionService\x12\x46\n\x07RunPlan\x12\x1a.muxtune.v1.RunPlanRequest\x1a\x1b.muxtune.v1.RunPlanResponse(\x01\x30\x01\x12T\n\rExportAdapter\x12 .muxtune.v1.ExportAdapterRequest\x1a!.muxtune.v1.ExportAdapterResponse\x12<\n\x05\x44rain\x12\x18.muxtune.v1.DrainRequest\x1a\x19.muxtune.v1.DrainResponse\x12]\n\x10\x44\x65scribeExecutor\x12#.muxtune.v1.DescribeExecutorRequest\x1a$.muxtune.v1.DescribeExecutorResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amuxtune/v1/execution.proto\x12\nmuxtune.v1\x1a\x15muxtune/v1/plan.proto\"\xad\x01\n\x0eRunPlanRequest\x12\x12\n\nlease_term\x18\x01 \x01(\x03\x12&\n\x04plan\x18\x02 \x01(\x0b\x32\x18.muxtune.v1.ExecutorPlan\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x03 \x01(\x03\x12\x13\n\x0bstale_tasks\x18\x04 \x03(\t\x12\x16\n\x0eplan_continues\x18\x06 \x01(\x08\x12\x13\n\x0bleader_term\x18\x05 \x01(\x03\"\x97\x01\n\x0fRunPlanResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x14\n\x0cplan_version\x18\x02 \x01(\x03\x12\x0f\n\x07\x61\x64opted\x18\x03 \x01(\x08\x12\'\n\x07results\x18\x04 \x03(\x0b\x32\x16.muxtune.v1.TaskResult\x12\"\n\x06\x64\x65vice\x18\x05 \x01(\x0b\x32\x12.muxtune.v1.Device\"$\n\x14\x45xportAdapterRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\"X\n\x15\x45xportAdapterResponse\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x13\n\x0b\x61\x64\x61pter_key\x18\x02 \x01(\t\x12\x1c\n\x14max_logit_difference\x18\x03 \x01(\x01\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\x19\n\x17\x44\x65scribeExecutorRequest\"\xe4\x01\n\x18\x44\x65scribeExecutorResponse\x12&\n\x08\x65xecutor\x18\x01 \x01(\x0b\x32\x14.muxtune.v1.Executor\x12\r\n\x05tasks\x18\x02 \x03(\t\x12\x16\n\x0e\x62\x61\x63kbone_bytes\x18\x03 \x01(\x03\x12G\n\ntask_bytes\x18\x04 \x03(\x0b\x32\x33.muxtune.v1.DescribeExecutorResponse.TaskBytesEntry\x1a\x30\n\x0eTaskBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x32\xcd\x02\n\x10\x45xecutionService\x12\x46\n\x07RunPlan\x12\x1a.muxtune.v1.RunPlanRequest\x1a\x1b.muxtune.v1.RunPlanResponse(\x01\x30\x01\x12T\n\rExportAdapter\x12 .muxtune.v1.ExportAdapterRequest\x1a!.muxtune.v1.ExportAdapterResponse\x12<\n\x05\x44rain\x12\x18.muxtune.v1.DrainRequest\x1a\x19.muxtune.v1.DrainResponse\x12]\n\x10\x44\x65scribeExecutor\x12#.muxtune.v1.DescribeExecutorRequest\x1a$.muxtune.v1.DescribeExecutorResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,23 +35,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEEXECUTORRESPONSE_TASKBYTESENTRY']._loaded_options = None
   _globals['_DESCRIBEEXECUTORRESPONSE_TASKBYTESENTRY']._serialized_options = b'8\001'
   _globals['_RUNPLANREQUEST']._serialized_start=66
-  _globals['_RUNPLANREQUEST']._serialized_end=215
-  _globals['_RUNPLANRESPONSE']._serialized_start=218
-  _globals['_RUNPLANRESPONSE']._serialized_end=369
-  _globals['_EXPORTADAPTERREQUEST']._serialized_start=371
-  _globals['_EXPORTADAPTERREQUEST']._serialized_end=407
-  _globals['_EXPORTADAPTERRESPONSE']._serialized_start=409
-  _globals['_EXPORTADAPTERRESPONSE']._serialized_end=497
-  _globals['_DRAINREQUEST']._serialized_start=499
-  _globals['_DRAINREQUEST']._serialized_end=513
-  _globals['_DRAINRESPONSE']._serialized_start=515
-  _globals['_DRAINRESPONSE']._serialized_end=530
-  _globals['_DESCRIBEEXECUTORREQUEST']._serialized_start=532
-  _globals['_DESCRIBEEXECUTORREQUEST']._serialized_end=557
-  _globals['_DESCRIBEEXECUTORRESPONSE']._serialized_start=560
-  _globals['_DESCRIBEEXECUTORRESPONSE']._serialized_end=788
-  _globals['_DESCRIBEEXECUTORRESPONSE_TASKBYTESENTRY']._serialized_start=740
-  _globals['_DESCRIBEEXECUTORRESPONSE_TASKBYTESENTRY']._serialized_end=788
-  _globals['_EXECUTIONSERVICE']._serialized_start=791
-  _globals['_EXECUTIONSERVICE']._serialized_end=1124
+  _globals['_RUNPLANREQUEST']._serialized_end=239
+  _globals['_RUNPLANRESPONSE']._serialized_start=242
+  _globals['_RUNPLANRESPONSE']._serialized_end=393
+  _globals['_EXPORTADAPTERREQUEST']._serialized_start=395
+  _globals['_EXPORTADAPTERREQUEST']._serialized_end=431
+  _globals['_EXPORTADAPTERRESPONSE']._serialized_start=433
+  _globals['_EXPORTADAPTERRESPONSE']._serialized_end=521
+  _globals['_DRAINREQUEST']._serialized_start=523
+  _globals['_DRAINREQUEST']._serialized_end=537
+  _globals['_DRAINRESPONSE']._serialized_start=539
+  _globals['_DRAINRESPONSE']._serialized_end=554
+  _globals['_DESCRIBEEXECUTORREQUEST']._serialized_start=556
+  _globals['_DESCRIBEEXECUTORREQUEST']._serialized_end=581
+  _globals['_DESCRIBEEXECUTORRESPONSE']._serialized_start=584
+  _globals['_DESCRIBEEXECUTORRESPONSE']._serialized_end=812
+  _globals['_DESCRIBEEXECUTORRESPONSE_TASKBYTESENTRY']._serialized_start=764
+  _globals['_DESCRIBEEXECUTORRESPONSE_TASKBYTESENTRY']._serialized_end=812
+  _globals['_EXECUTIONSERVICE']._serialized_start=815
+  _globals['_EXECUTIONSERVICE']._serialized_end=1148
 # @@protoc_insertion_point(module_scope)

@@ -27,11 +27,16 @@ class RunPlanRequest(_message.Message):
     PLAN_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGED_SEQUENCE_FIELD_NUMBER: _builtins.int
     STALE_TASKS_FIELD_NUMBER: _builtins.int
+    PLAN_CONTINUES_FIELD_NUMBER: _builtins.int
     LEADER_TERM_FIELD_NUMBER: _builtins.int
     lease_term: _builtins.int
     """In the first message: the lease as scheduling knows it."""
     acknowledged_sequence: _builtins.int
     """All responses up to this sequence are in the ledger."""
+    plan_continues: _builtins.bool
+    """True if `plan` is not complete: its further tasks, and its hTasks, come with the next messages. A plan counts when its
+    last part has come.
+    """
     leader_term: _builtins.int
     """In the first message: the term in which the caller leads. ABORTED / SUPERSEDED: a later term was seen before."""
     @_builtins.property
@@ -49,11 +54,12 @@ class RunPlanRequest(_message.Message):
         plan: _plan_pb2.ExecutorPlan | None = ...,
         acknowledged_sequence: _builtins.int = ...,
         stale_tasks: _abc.Iterable[_builtins.str] | None = ...,
+        plan_continues: _builtins.bool = ...,
         leader_term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "leader_term", b"leader_term", "lease_term", b"lease_term", "plan", b"plan", "stale_tasks", b"stale_tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "leader_term", b"leader_term", "lease_term", b"lease_term", "plan", b"plan", "plan_continues", b"plan_continues", "stale_tasks", b"stale_tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

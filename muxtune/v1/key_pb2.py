@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14muxtune/v1/key.proto\x12\nmuxtune.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xda\x01\n\x06\x41piKey\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12!\n\x04role\x18\x06 \x01(\x0e\x32\x13.muxtune.v1.KeyRole\"y\n\x13\x43reateApiKeyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12!\n\x04role\x18\x03 \x01(\x0e\x32\x13.muxtune.v1.KeyRole\"G\n\x14\x43reateApiKeyResponse\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.muxtune.v1.ApiKey\x12\x0e\n\x06secret\x18\x02 \x01(\t\"$\n\x12ListApiKeysRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"7\n\x13ListApiKeysResponse\x12 \n\x04keys\x18\x01 \x03(\x0b\x32\x12.muxtune.v1.ApiKey\"!\n\x13RevokeApiKeyRequest\x12\n\n\x02id\x18\x01 \x01(\t\"7\n\x14RevokeApiKeyResponse\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.muxtune.v1.ApiKey*d\n\x07KeyRole\x12\x18\n\x14KEY_ROLE_UNSPECIFIED\x10\x00\x12\x13\n\x0fKEY_ROLE_TENANT\x10\x01\x12\x13\n\x0fKEY_ROLE_VIEWER\x10\x02\x12\x15\n\x11KEY_ROLE_OPERATOR\x10\x03\x32\x82\x02\n\nKeyService\x12Q\n\x0c\x43reateApiKey\x12\x1f.muxtune.v1.CreateApiKeyRequest\x1a .muxtune.v1.CreateApiKeyResponse\x12N\n\x0bListApiKeys\x12\x1e.muxtune.v1.ListApiKeysRequest\x1a\x1f.muxtune.v1.ListApiKeysResponse\x12Q\n\x0cRevokeApiKey\x12\x1f.muxtune.v1.RevokeApiKeyRequest\x1a .muxtune.v1.RevokeApiKeyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14muxtune/v1/key.proto\x12\nmuxtune.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xda\x01\n\x06\x41piKey\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12!\n\x04role\x18\x06 \x01(\x0e\x32\x13.muxtune.v1.KeyRole\"y\n\x13\x43reateApiKeyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12!\n\x04role\x18\x03 \x01(\x0e\x32\x13.muxtune.v1.KeyRole\"G\n\x14\x43reateApiKeyResponse\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.muxtune.v1.ApiKey\x12\x0e\n\x06secret\x18\x02 \x01(\t\"K\n\x12ListApiKeysRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"P\n\x13ListApiKeysResponse\x12 \n\x04keys\x18\x01 \x03(\x0b\x32\x12.muxtune.v1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x13RevokeApiKeyRequest\x12\n\n\x02id\x18\x01 \x01(\t\"7\n\x14RevokeApiKeyResponse\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.muxtune.v1.ApiKey*d\n\x07KeyRole\x12\x18\n\x14KEY_ROLE_UNSPECIFIED\x10\x00\x12\x13\n\x0fKEY_ROLE_TENANT\x10\x01\x12\x13\n\x0fKEY_ROLE_VIEWER\x10\x02\x12\x15\n\x11KEY_ROLE_OPERATOR\x10\x03\x32\x82\x02\n\nKeyService\x12Q\n\x0c\x43reateApiKey\x12\x1f.muxtune.v1.CreateApiKeyRequest\x1a .muxtune.v1.CreateApiKeyResponse\x12N\n\x0bListApiKeys\x12\x1e.muxtune.v1.ListApiKeysRequest\x1a\x1f.muxtune.v1.ListApiKeysResponse\x12Q\n\x0cRevokeApiKey\x12\x1f.muxtune.v1.RevokeApiKeyRequest\x1a .muxtune.v1.RevokeApiKeyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'muxtune.v1.key_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KEYROLE']._serialized_start=673
-  _globals['_KEYROLE']._serialized_end=773
+  _globals['_KEYROLE']._serialized_start=737
+  _globals['_KEYROLE']._serialized_end=837
   _globals['_APIKEY']._serialized_start=70
   _globals['_APIKEY']._serialized_end=288
   _globals['_CREATEAPIKEYREQUEST']._serialized_start=290
@@ -41,13 +41,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEAPIKEYRESPONSE']._serialized_start=413
   _globals['_CREATEAPIKEYRESPONSE']._serialized_end=484
   _globals['_LISTAPIKEYSREQUEST']._serialized_start=486
-  _globals['_LISTAPIKEYSREQUEST']._serialized_end=522
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=524
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=579
-  _globals['_REVOKEAPIKEYREQUEST']._serialized_start=581
-  _globals['_REVOKEAPIKEYREQUEST']._serialized_end=614
-  _globals['_REVOKEAPIKEYRESPONSE']._serialized_start=616
-  _globals['_REVOKEAPIKEYRESPONSE']._serialized_end=671
-  _globals['_KEYSERVICE']._serialized_start=776
-  _globals['_KEYSERVICE']._serialized_end=1034
+  _globals['_LISTAPIKEYSREQUEST']._serialized_end=561
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=563
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=643
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_start=645
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_end=678
+  _globals['_REVOKEAPIKEYRESPONSE']._serialized_start=680
+  _globals['_REVOKEAPIKEYRESPONSE']._serialized_end=735
+  _globals['_KEYSERVICE']._serialized_start=840
+  _globals['_KEYSERVICE']._serialized_end=1098
 # @@protoc_insertion_point(module_scope)

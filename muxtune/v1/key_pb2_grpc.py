@@ -66,7 +66,7 @@ class KeyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListApiKeys(self, request, context):
-        """Lists keys, without their secrets.
+        """Lists keys, without their secrets, oldest first. INVALID_ARGUMENT: the page token is invalid.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

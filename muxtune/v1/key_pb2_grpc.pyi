@@ -38,7 +38,7 @@ class KeyServiceStub:
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_key_pb2.CreateApiKeyRequest, _key_pb2.CreateApiKeyResponse]
     """Creates a key, and the tenant with its first key. Only this answer contains the secret; the store keeps a hash."""
     ListApiKeys: _grpc.UnaryUnaryMultiCallable[_key_pb2.ListApiKeysRequest, _key_pb2.ListApiKeysResponse]
-    """Lists keys, without their secrets."""
+    """Lists keys, without their secrets, oldest first. INVALID_ARGUMENT: the page token is invalid."""
     RevokeApiKey: _grpc.UnaryUnaryMultiCallable[_key_pb2.RevokeApiKeyRequest, _key_pb2.RevokeApiKeyResponse]
     """Revokes a key. Revoking a revoked key answers OK. NOT_FOUND: no key has this id."""
 
@@ -52,7 +52,7 @@ class KeyServiceAsyncStub(KeyServiceStub):
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_key_pb2.CreateApiKeyRequest, _key_pb2.CreateApiKeyResponse]  # type: ignore[assignment]
     """Creates a key, and the tenant with its first key. Only this answer contains the secret; the store keeps a hash."""
     ListApiKeys: _aio.UnaryUnaryMultiCallable[_key_pb2.ListApiKeysRequest, _key_pb2.ListApiKeysResponse]  # type: ignore[assignment]
-    """Lists keys, without their secrets."""
+    """Lists keys, without their secrets, oldest first. INVALID_ARGUMENT: the page token is invalid."""
     RevokeApiKey: _aio.UnaryUnaryMultiCallable[_key_pb2.RevokeApiKeyRequest, _key_pb2.RevokeApiKeyResponse]  # type: ignore[assignment]
     """Revokes a key. Revoking a revoked key answers OK. NOT_FOUND: no key has this id."""
 
@@ -75,7 +75,7 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _key_pb2.ListApiKeysRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_key_pb2.ListApiKeysResponse, _abc.Awaitable[_key_pb2.ListApiKeysResponse]]:
-        """Lists keys, without their secrets."""
+        """Lists keys, without their secrets, oldest first. INVALID_ARGUMENT: the page token is invalid."""
 
     @_abc_1.abstractmethod
     def RevokeApiKey(

@@ -85,12 +85,17 @@ Global___WatchChangesResponse: _TypeAlias = WatchChangesResponse  # noqa: Y015
 class GetSnapshotRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_token: _builtins.str
+    """As in the answer with the page before. Empty takes a new snapshot."""
     def __init__(
         self,
+        *,
+        page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -104,9 +109,12 @@ class GetSnapshotResponse(_message.Message):
     EXECUTORS_FIELD_NUMBER: _builtins.int
     PLAN_VERSION_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     plan_version: _builtins.int
     """Highest plan version recorded."""
     revision: _builtins.int
+    next_page_token: _builtins.str
+    """Empty in the last page."""
     @_builtins.property
     def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotTask]:
         """Tasks that are not in a final state, oldest first."""
@@ -122,10 +130,11 @@ class GetSnapshotResponse(_message.Message):
         executors: _abc.Iterable[_plan_pb2.Executor] | None = ...,
         plan_version: _builtins.int = ...,
         revision: _builtins.int = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["executors", b"executors", "plan_version", b"plan_version", "revision", b"revision", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executors", b"executors", "next_page_token", b"next_page_token", "plan_version", b"plan_version", "revision", b"revision", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -149,7 +158,9 @@ class SnapshotTask(_message.Message):
     runs alone until it completes a step, so that a task that kills executors harms no other. Too many make it fail.
     """
     @_builtins.property
-    def task(self) -> _task_pb2.Task: ...
+    def task(self) -> _task_pb2.Task:
+        """Name, state, progress, attempt and trace_parent. The rest is unset."""
+
     @_builtins.property
     def checkpoint(self) -> _event_pb2.CheckpointCommitted:
         """The last recorded checkpoint."""
@@ -170,6 +181,85 @@ class SnapshotTask(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SnapshotTask: _TypeAlias = SnapshotTask  # noqa: Y015
+
+@_typing.final
+class BatchGetTaskSpecsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """tenants/{tenant}/tasks/{task}"""
+
+    def __init__(
+        self,
+        *,
+        tasks: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tasks", b"tasks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchGetTaskSpecsRequest: _TypeAlias = BatchGetTaskSpecsRequest  # noqa: Y015
+
+@_typing.final
+class BatchGetTaskSpecsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPECS_FIELD_NUMBER: _builtins.int
+    NUM_READ_FIELD_NUMBER: _builtins.int
+    num_read: _builtins.int
+    """Number of the request's names that this answer covers, from the first on. At least 1."""
+    @_builtins.property
+    def specs(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoredTaskSpec]: ...
+    def __init__(
+        self,
+        *,
+        specs: _abc.Iterable[Global___StoredTaskSpec] | None = ...,
+        num_read: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_read", b"num_read", "specs", b"specs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchGetTaskSpecsResponse: _TypeAlias = BatchGetTaskSpecsResponse  # noqa: Y015
+
+@_typing.final
+class StoredTaskSpec(_message.Message):
+    """What never changes of a task, as it is stored."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    ESTIMATE_FIELD_NUMBER: _builtins.int
+    UNREADABLE_FIELD_NUMBER: _builtins.int
+    task: _builtins.str
+    unreadable: _builtins.str
+    """Why spec or estimate cannot be read; they are unset then. Empty if they can."""
+    @_builtins.property
+    def spec(self) -> _task_pb2.TaskSpec: ...
+    @_builtins.property
+    def estimate(self) -> _task_pb2.TaskEstimate: ...
+    def __init__(
+        self,
+        *,
+        task: _builtins.str = ...,
+        spec: _task_pb2.TaskSpec | None = ...,
+        estimate: _task_pb2.TaskEstimate | None = ...,
+        unreadable: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["estimate", b"estimate", "spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimate", b"estimate", "spec", b"spec", "task", b"task", "unreadable", b"unreadable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoredTaskSpec: _TypeAlias = StoredTaskSpec  # noqa: Y015
 
 @_typing.final
 class CommitPlanRequest(_message.Message):

@@ -49,6 +49,11 @@ class LedgerServiceStub:
                 request_serializer=muxtune_dot_v1_dot_ledger__pb2.GetSnapshotRequest.SerializeToString,
                 response_deserializer=muxtune_dot_v1_dot_ledger__pb2.GetSnapshotResponse.FromString,
                 _registered_method=True)
+        self.BatchGetTaskSpecs = channel.unary_unary(
+                '/muxtune.v1.LedgerService/BatchGetTaskSpecs',
+                request_serializer=muxtune_dot_v1_dot_ledger__pb2.BatchGetTaskSpecsRequest.SerializeToString,
+                response_deserializer=muxtune_dot_v1_dot_ledger__pb2.BatchGetTaskSpecsResponse.FromString,
+                _registered_method=True)
         self.CommitPlan = channel.unary_unary(
                 '/muxtune.v1.LedgerService/CommitPlan',
                 request_serializer=muxtune_dot_v1_dot_ledger__pb2.CommitPlanRequest.SerializeToString,
@@ -103,7 +108,17 @@ class LedgerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetSnapshot(self, request, context):
-        """Returns everything that a scheduling cycle needs, read in one transaction.
+        """Returns what a scheduling cycle needs, read in one transaction, in pages of about 3 MiB: a call without a page token
+        takes the snapshot and returns its first page. What never changes of a task is not in it: see BatchGetTaskSpecs.
+        ABORTED / SUPERSEDED: the snapshot of this page token is no longer kept; take a new one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BatchGetTaskSpecs(self, request, context):
+        """Returns what never changes of these tasks, as many of them, from the first on, as fit into about 3 MiB: the caller
+        asks again for those behind `num_read`. A name of no task is skipped. INVALID_ARGUMENT: more than 1000 names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -180,6 +195,11 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.GetSnapshot,
                     request_deserializer=muxtune_dot_v1_dot_ledger__pb2.GetSnapshotRequest.FromString,
                     response_serializer=muxtune_dot_v1_dot_ledger__pb2.GetSnapshotResponse.SerializeToString,
+            ),
+            'BatchGetTaskSpecs': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchGetTaskSpecs,
+                    request_deserializer=muxtune_dot_v1_dot_ledger__pb2.BatchGetTaskSpecsRequest.FromString,
+                    response_serializer=muxtune_dot_v1_dot_ledger__pb2.BatchGetTaskSpecsResponse.SerializeToString,
             ),
             'CommitPlan': grpc.unary_unary_rpc_method_handler(
                     servicer.CommitPlan,
@@ -276,6 +296,33 @@ class LedgerService:
             '/muxtune.v1.LedgerService/GetSnapshot',
             muxtune_dot_v1_dot_ledger__pb2.GetSnapshotRequest.SerializeToString,
             muxtune_dot_v1_dot_ledger__pb2.GetSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchGetTaskSpecs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxtune.v1.LedgerService/BatchGetTaskSpecs',
+            muxtune_dot_v1_dot_ledger__pb2.BatchGetTaskSpecsRequest.SerializeToString,
+            muxtune_dot_v1_dot_ledger__pb2.BatchGetTaskSpecsResponse.FromString,
             options,
             channel_credentials,
             insecure,

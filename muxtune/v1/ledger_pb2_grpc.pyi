@@ -43,7 +43,14 @@ class LedgerServiceStub:
     are coalesced hints and carry no data. The caller opens a broken stream again.
     """
     GetSnapshot: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.GetSnapshotRequest, _ledger_pb2.GetSnapshotResponse]
-    """Returns everything that a scheduling cycle needs, read in one transaction."""
+    """Returns what a scheduling cycle needs, read in one transaction, in pages of about 3 MiB: a call without a page token
+    takes the snapshot and returns its first page. What never changes of a task is not in it: see BatchGetTaskSpecs.
+    ABORTED / SUPERSEDED: the snapshot of this page token is no longer kept; take a new one.
+    """
+    BatchGetTaskSpecs: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.BatchGetTaskSpecsRequest, _ledger_pb2.BatchGetTaskSpecsResponse]
+    """Returns what never changes of these tasks, as many of them, from the first on, as fit into about 3 MiB: the caller
+    asks again for those behind `num_read`. A name of no task is skipped. INVALID_ARGUMENT: more than 1000 names.
+    """
     CommitPlan: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.CommitPlanRequest, _ledger_pb2.CommitPlanResponse]
     """Records the plan of one executor and starts new attempts in one transaction: each task named gets attempt + 1,
     becomes RUNNING (a CANCELLING one stays so). ABORTED / SUPERSEDED: a plan of this or a later version exists, a task's
@@ -90,7 +97,14 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     are coalesced hints and carry no data. The caller opens a broken stream again.
     """
     GetSnapshot: _aio.UnaryUnaryMultiCallable[_ledger_pb2.GetSnapshotRequest, _ledger_pb2.GetSnapshotResponse]  # type: ignore[assignment]
-    """Returns everything that a scheduling cycle needs, read in one transaction."""
+    """Returns what a scheduling cycle needs, read in one transaction, in pages of about 3 MiB: a call without a page token
+    takes the snapshot and returns its first page. What never changes of a task is not in it: see BatchGetTaskSpecs.
+    ABORTED / SUPERSEDED: the snapshot of this page token is no longer kept; take a new one.
+    """
+    BatchGetTaskSpecs: _aio.UnaryUnaryMultiCallable[_ledger_pb2.BatchGetTaskSpecsRequest, _ledger_pb2.BatchGetTaskSpecsResponse]  # type: ignore[assignment]
+    """Returns what never changes of these tasks, as many of them, from the first on, as fit into about 3 MiB: the caller
+    asks again for those behind `num_read`. A name of no task is skipped. INVALID_ARGUMENT: more than 1000 names.
+    """
     CommitPlan: _aio.UnaryUnaryMultiCallable[_ledger_pb2.CommitPlanRequest, _ledger_pb2.CommitPlanResponse]  # type: ignore[assignment]
     """Records the plan of one executor and starts new attempts in one transaction: each task named gets attempt + 1,
     becomes RUNNING (a CANCELLING one stays so). ABORTED / SUPERSEDED: a plan of this or a later version exists, a task's
@@ -146,7 +160,20 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _ledger_pb2.GetSnapshotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.GetSnapshotResponse, _abc.Awaitable[_ledger_pb2.GetSnapshotResponse]]:
-        """Returns everything that a scheduling cycle needs, read in one transaction."""
+        """Returns what a scheduling cycle needs, read in one transaction, in pages of about 3 MiB: a call without a page token
+        takes the snapshot and returns its first page. What never changes of a task is not in it: see BatchGetTaskSpecs.
+        ABORTED / SUPERSEDED: the snapshot of this page token is no longer kept; take a new one.
+        """
+
+    @_abc_1.abstractmethod
+    def BatchGetTaskSpecs(
+        self,
+        request: _ledger_pb2.BatchGetTaskSpecsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.BatchGetTaskSpecsResponse, _abc.Awaitable[_ledger_pb2.BatchGetTaskSpecsResponse]]:
+        """Returns what never changes of these tasks, as many of them, from the first on, as fit into about 3 MiB: the caller
+        asks again for those behind `num_read`. A name of no task is skipped. INVALID_ARGUMENT: more than 1000 names.
+        """
 
     @_abc_1.abstractmethod
     def CommitPlan(

@@ -194,12 +194,17 @@ Global___DrainExecutorResponse: _TypeAlias = DrainExecutorResponse  # noqa: Y015
 class GetPlanRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_token: _builtins.str
+    """As in the answer with the page before. Empty makes a new answer."""
     def __init__(
         self,
+        *,
+        page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -212,9 +217,14 @@ class GetPlanResponse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     EXECUTORS_FIELD_NUMBER: _builtins.int
     EXPLANATIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     version: _builtins.int
+    next_page_token: _builtins.str
+    """Empty in the last page."""
     @_builtins.property
-    def executors(self) -> _containers.RepeatedCompositeFieldContainer[_plan_pb2.ExecutorPlan]: ...
+    def executors(self) -> _containers.RepeatedCompositeFieldContainer[_plan_pb2.ExecutorPlan]:
+        """A plan of more than 3 MiB continues in a further entry of the same executor and version, with the next of its tasks."""
+
     @_builtins.property
     def explanations(self) -> _containers.RepeatedCompositeFieldContainer[_plan_pb2.TaskExplanation]: ...
     def __init__(
@@ -223,10 +233,11 @@ class GetPlanResponse(_message.Message):
         version: _builtins.int = ...,
         executors: _abc.Iterable[_plan_pb2.ExecutorPlan] | None = ...,
         explanations: _abc.Iterable[_plan_pb2.TaskExplanation] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["executors", b"executors", "explanations", b"explanations", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executors", b"executors", "explanations", b"explanations", "next_page_token", b"next_page_token", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -291,16 +302,22 @@ class SimulatePlanRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TASKS_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_token: _builtins.str
+    """As in the answer with the page before; `tasks` are not read then. Empty makes a new answer."""
     @_builtins.property
-    def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___HypotheticalTask]: ...
+    def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___HypotheticalTask]:
+        """At most 256."""
+
     def __init__(
         self,
         *,
         tasks: _abc.Iterable[Global___HypotheticalTask] | None = ...,
+        page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_token", b"page_token", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -366,6 +383,9 @@ class SimulatePlanResponse(_message.Message):
 
     EXPLANATIONS_FIELD_NUMBER: _builtins.int
     FORECASTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty in the last page."""
     @_builtins.property
     def explanations(self) -> _containers.RepeatedCompositeFieldContainer[_plan_pb2.TaskExplanation]:
         """The plan with the hypothetical tasks."""
@@ -377,10 +397,11 @@ class SimulatePlanResponse(_message.Message):
         *,
         explanations: _abc.Iterable[_plan_pb2.TaskExplanation] | None = ...,
         forecasts: _abc.Iterable[Global___TaskForecast] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanations", b"explanations", "forecasts", b"forecasts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanations", b"explanations", "forecasts", b"forecasts", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -426,12 +447,17 @@ Global___TaskForecast: _TypeAlias = TaskForecast  # noqa: Y015
 class GetProfileRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_token: _builtins.str
+    """As in the answer with the page before. Empty makes a new answer."""
     def __init__(
         self,
+        *,
+        page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -442,16 +468,22 @@ class GetProfileResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROFILE_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty in the last page."""
     @_builtins.property
-    def profile(self) -> Global___PlannerProfile: ...
+    def profile(self) -> Global___PlannerProfile:
+        """Of specs it has what planning needs."""
+
     def __init__(
         self,
         *,
         profile: Global___PlannerProfile | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "profile", b"profile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

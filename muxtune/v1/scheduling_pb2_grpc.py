@@ -127,7 +127,9 @@ class SchedulingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetPlan(self, request, context):
-        """Returns the current plan, with an explanation for every unfinished task.
+        """Returns the current plan, with an explanation for every unfinished task. Its pages, as those of SimulatePlan and
+        GetProfile, are cut by bytes (about 3 MiB) from one answer: their lists belong together. ABORTED / SUPERSEDED: the
+        answer of this page token is no longer kept; call without a token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

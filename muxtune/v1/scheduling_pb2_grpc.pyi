@@ -57,7 +57,10 @@ class SchedulingServiceStub:
     answers OK. NOT_FOUND: no executor of that name has a lease; UNAVAILABLE: it does not answer.
     """
     GetPlan: _grpc.UnaryUnaryMultiCallable[_scheduling_pb2.GetPlanRequest, _scheduling_pb2.GetPlanResponse]
-    """Returns the current plan, with an explanation for every unfinished task."""
+    """Returns the current plan, with an explanation for every unfinished task. Its pages, as those of SimulatePlan and
+    GetProfile, are cut by bytes (about 3 MiB) from one answer: their lists belong together. ABORTED / SUPERSEDED: the
+    answer of this page token is no longer kept; call without a token.
+    """
     ExplainPlan: _grpc.UnaryUnaryMultiCallable[_scheduling_pb2.ExplainPlanRequest, _scheduling_pb2.ExplainPlanResponse]
     """Explains why one task runs on its executor, or waits, with a picture of the executor's hTasks over its stages.
     NOT_FOUND: no unfinished task of that name in the last plan.
@@ -99,7 +102,10 @@ class SchedulingServiceAsyncStub(SchedulingServiceStub):
     answers OK. NOT_FOUND: no executor of that name has a lease; UNAVAILABLE: it does not answer.
     """
     GetPlan: _aio.UnaryUnaryMultiCallable[_scheduling_pb2.GetPlanRequest, _scheduling_pb2.GetPlanResponse]  # type: ignore[assignment]
-    """Returns the current plan, with an explanation for every unfinished task."""
+    """Returns the current plan, with an explanation for every unfinished task. Its pages, as those of SimulatePlan and
+    GetProfile, are cut by bytes (about 3 MiB) from one answer: their lists belong together. ABORTED / SUPERSEDED: the
+    answer of this page token is no longer kept; call without a token.
+    """
     ExplainPlan: _aio.UnaryUnaryMultiCallable[_scheduling_pb2.ExplainPlanRequest, _scheduling_pb2.ExplainPlanResponse]  # type: ignore[assignment]
     """Explains why one task runs on its executor, or waits, with a picture of the executor's hTasks over its stages.
     NOT_FOUND: no unfinished task of that name in the last plan.
@@ -168,7 +174,10 @@ class SchedulingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _scheduling_pb2.GetPlanRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_scheduling_pb2.GetPlanResponse, _abc.Awaitable[_scheduling_pb2.GetPlanResponse]]:
-        """Returns the current plan, with an explanation for every unfinished task."""
+        """Returns the current plan, with an explanation for every unfinished task. Its pages, as those of SimulatePlan and
+        GetProfile, are cut by bytes (about 3 MiB) from one answer: their lists belong together. ABORTED / SUPERSEDED: the
+        answer of this page token is no longer kept; call without a token.
+        """
 
     @_abc_1.abstractmethod
     def ExplainPlan(

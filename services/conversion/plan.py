@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import InvalidInputError
@@ -16,9 +17,15 @@ from engine.planning.types import (
     PlannerConfig,
     TaskView,
 )
+from engine.task import Affects, TaskSpec, Training, fields_affecting
 from muxtune.v1 import ledger_pb2, plan_pb2, scheduling_pb2, task_pb2
 from services.conversion.task import spec_to_domain
 from services.resource_names import tenant_of
+
+# Of a spec, and of Training, where fields that affect the optimizer alone are left out too.
+_UNPLANNED_FIELDS = ("dataset", "dataset_version", "initial_adapter", "labels", "budget")
+_UNPLANNED_TRAINING_FIELDS = ("seed", *(f.name for f in dataclasses.fields(Training)
+                                        if f.name not in fields_affecting(~Affects.OPTIMIZER)))  # fmt: skip
 
 
 def cost_to_proto(cost: CostProfile) -> plan_pb2.CostProfile:
@@ -86,26 +93,67 @@ def executor_to_view(executor: plan_pb2.Executor) -> ExecutorView:
     )
 
 
-def snapshot_task_to_view(entry: ledger_pb2.SnapshotTask, age: int, now_microseconds: int) -> TaskView:
+@dataclass(frozen=True)
+class PlanningSpec:
+    """The part of a task that the planner needs and that never changes. A sweep over learning rates shares one."""
+
+    spec: TaskSpec
+    num_steps: int
+    num_train_tokens: int
+    length_quantiles: tuple[int, ...]
+    num_heldout_rows: int
+
+
+def planning_fields(stored: ledger_pb2.StoredTaskSpec) -> ledger_pb2.StoredTaskSpec:
+    """Return a copy with only those fields of spec and estimate that the planner needs."""
+    estimate = stored.estimate
+    needed = task_pb2.TaskEstimate(
+        num_steps=estimate.num_steps,
+        num_train_tokens=estimate.num_train_tokens,
+        length_quantiles=estimate.length_quantiles,
+        num_heldout_rows=estimate.num_heldout_rows,
+    )
+    copy = ledger_pb2.StoredTaskSpec(spec=stored.spec, estimate=needed)
+    for field in _UNPLANNED_FIELDS:
+        copy.spec.ClearField(field)  # type: ignore[arg-type]
+    for field in _UNPLANNED_TRAINING_FIELDS:
+        copy.spec.training.ClearField(field)  # type: ignore[arg-type]
+    return copy
+
+
+def stored_spec_to_planning(stored: ledger_pb2.StoredTaskSpec) -> PlanningSpec:
+    """Raises InvalidInputError for a spec that this version cannot read."""
+    estimate = stored.estimate
+    return PlanningSpec(
+        spec_to_domain(stored.spec),
+        estimate.num_steps,
+        estimate.num_train_tokens,
+        tuple(estimate.length_quantiles),
+        estimate.num_heldout_rows,
+    )
+
+
+def snapshot_task_to_view(
+    entry: ledger_pb2.SnapshotTask, planning: PlanningSpec, age: int, now_microseconds: int
+) -> TaskView:
     task, progress = entry.task, entry.task.progress
-    spec = spec_to_domain(task.spec)
-    deadline = spec.deadline_microseconds
+    deadline = planning.spec.deadline_microseconds
     return TaskView(
         name=task.name,
         tenant=tenant_of(task.name),
-        spec=spec,
+        spec=planning.spec,
         age=age,
-        num_steps=task.estimate.num_steps,
+        num_steps=planning.num_steps,
         step=progress.step,
-        num_train_tokens=task.estimate.num_train_tokens,
-        length_quantiles=tuple(task.estimate.length_quantiles),
+        num_train_tokens=planning.num_train_tokens,
+        length_quantiles=planning.length_quantiles,
         executor=entry.executor,
         is_cancelling=task.state == task_pb2.TASK_STATE_CANCELLING,
         seconds_to_deadline=(deadline - now_microseconds) / 1e6 if deadline else math.inf,
         device_seconds=progress.device_seconds,
         num_effective_tokens=progress.effective_tokens,
         num_padding_tokens=progress.padding_tokens,
-        num_heldout_rows=task.estimate.num_heldout_rows,
+        num_heldout_rows=planning.num_heldout_rows,
     )
 
 

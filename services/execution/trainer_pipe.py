@@ -19,7 +19,8 @@ MAX_FRAME_BYTES = 64 << 20
 class Tag(enum.Enum):
     """Kinds of frames, with the message of each. The first group goes to the trainer, the second comes from it."""
 
-    PLAN = b"P"  # ExecutorPlan
+    PLAN = b"P"  # ExecutorPlan, or the last part of one
+    PLAN_PART = b"p"  # ExecutorPlan with some of its tasks; further parts follow
     STALE = b"S"  # RunPlanRequest.stale_tasks
     LEASE_LOST = b"L"  # empty; drop every task without committing anything
     PAUSE = b"H"  # empty; scheduling is away, or too many results are not acknowledged

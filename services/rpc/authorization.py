@@ -93,6 +93,7 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
     "muxtune.v1.LedgerService": {
         "WatchChanges": _LEDGER,
         "GetSnapshot": _LEDGER,
+        "BatchGetTaskSpecs": _LEDGER,
         "LeadScheduling": _LEDGER,
         "CommitPlan": _LEDGER,
         "CommitResults": _LEDGER,

@@ -10,6 +10,7 @@ import grpc
 from engine.errors import MuxtuneError
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, ledger_pb2, ledger_pb2_grpc, plan_pb2
 from services.backoff import Backoff
+from services.conversion.plan_parts import split_plan
 from services.failpoints import failpoint
 from services.resource_names import executor_host
 from services.rpc.certificates import ClientTls
@@ -54,13 +55,19 @@ class RunPlanRequests:
                 return
             new_plan = self._plan if self._plan is not sent else None
             sent, stale, self._stale = self._plan, self._stale, set()
-            yield execution_pb2.RunPlanRequest(
+            request = execution_pb2.RunPlanRequest(
                 lease_term=self._lease_term,
                 leader_term=self._leader_term,
-                plan=new_plan,
                 acknowledged_sequence=self._acknowledged,
                 stale_tasks=sorted(stale),
             )
+            for part in split_plan(new_plan) if new_plan is not None else ():
+                if request.HasField("plan"):
+                    request.plan_continues = True
+                    yield request
+                    request = execution_pb2.RunPlanRequest()
+                request.plan.CopyFrom(part)
+            yield request
 
 
 def executor_channel(executor: plan_pb2.Executor, secret: str, tls: ClientTls | None) -> grpc.aio.Channel:

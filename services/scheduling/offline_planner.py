@@ -62,7 +62,9 @@ def answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from simulate_trace(profile, request["trace"], int(request.get("num_devices", 0)))
         return
     query = json_format.ParseDict({"tasks": request.get("tasks", [])}, pb.SimulatePlanRequest())
-    response = what_if(profile.snapshot, profile.limits, hypothetical_tasks(query, profile.snapshot))
+    response = pb.SimulatePlanResponse()
+    for page in what_if(profile.snapshot, profile.limits, hypothetical_tasks(query, profile.snapshot)):
+        response.MergeFrom(page)
     yield json_format.MessageToDict(response, preserving_proto_field_name=True)
 
 

@@ -1,43 +1,60 @@
 """Queries about the plan: why a task runs where it runs, and how more tasks would change the plan."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from engine.errors import InvalidInputError, NotFoundError
 from engine.planning.planner import plan as make_plan
 from engine.planning.simulation.whatif import forecast, picture
 from engine.planning.types import Plan, PlannerConfig, Snapshot, TaskView
 from engine.task import Training
-from muxtune.v1 import ledger_pb2
+from muxtune.v1 import plan_pb2
 from muxtune.v1 import scheduling_pb2 as pb
 from services.conversion.plan import cost_to_proto, explanation_to_proto, htask_to_proto, planner_config_to_proto
+from services.conversion.plan_parts import split_plan
 from services.conversion.spec_limits import check_spec_limits
-from services.conversion.task import spec_to_domain
+from services.conversion.task import spec_to_domain, spec_to_proto
+from services.message_parts import cut, joined
 from services.resource_names import tenant_of
+from services.scheduling.ledger_reader import LedgerSnapshot
 
 MAX_HYPOTHETICAL_TASKS = 256
 
 
 def planner_profile(
-    ledger_snapshot: ledger_pb2.GetSnapshotResponse, limits: PlannerConfig, weights: Mapping[str, float]
-) -> pb.PlannerProfile:
-    """Return the planner's inputs as a recording for `services.scheduling.offline_planner`."""
-    tasks = [
+    snapshot: LedgerSnapshot, limits: PlannerConfig, weights: Mapping[str, float]
+) -> list[pb.GetProfileResponse]:
+    """Return the planner's inputs, in pages, as a recording for `services.scheduling.offline_planner`. Of specs they
+    have what planning needs."""
+    specs = {name: spec_to_proto(planning.spec) for name, planning in snapshot.specs.items()}
+    tasks = (
         pb.HypotheticalTask(
             task=entry.task.name,
-            spec=entry.task.spec,
-            num_steps=entry.task.estimate.num_steps,
-            num_train_tokens=entry.task.estimate.num_train_tokens,
-            length_quantiles=entry.task.estimate.length_quantiles,
+            spec=specs[entry.task.name],
+            num_steps=snapshot.specs[entry.task.name].num_steps,
+            num_train_tokens=snapshot.specs[entry.task.name].num_train_tokens,
+            length_quantiles=snapshot.specs[entry.task.name].length_quantiles,
             step=entry.task.progress.step,
             executor=entry.executor,
-            num_heldout_rows=entry.task.estimate.num_heldout_rows,
+            num_heldout_rows=snapshot.specs[entry.task.name].num_heldout_rows,
         )
-        for entry in ledger_snapshot.tasks
-    ]
-    return pb.PlannerProfile(
-        executors=ledger_snapshot.executors, tasks=tasks, limits=planner_config_to_proto(limits), tenant_weights=weights
+        for entry in snapshot.tasks
+        if entry.task.name in specs
     )
+    settings = pb.PlannerProfile(limits=planner_config_to_proto(limits), tenant_weights=weights)
+    profiles = [settings, *(pb.PlannerProfile(executors=part) for part in cut(snapshot.executors))]
+    profiles += [pb.PlannerProfile(tasks=part) for part in cut(tasks)]
+    return [pb.GetProfileResponse(profile=profile) for profile in joined(profiles)]
+
+
+def current_plan(plans: Sequence[plan_pb2.ExecutorPlan], plan: Plan) -> list[pb.GetPlanResponse]:
+    """Return the executors' plans as they were sent, and the explanations of the newest plan, in pages."""
+    version = max((sent.version for sent in plans), default=0)
+    parts = (part for sent in plans for part in split_plan(sent))
+    pages = [pb.GetPlanResponse(version=version)]
+    pages += [pb.GetPlanResponse(executors=executors) for executors in cut(parts)]
+    pages += [pb.GetPlanResponse(explanations=part) for part in cut(map(explanation_to_proto, plan.explanations))]
+    return joined(pages)
 
 
 def explain(snapshot: Snapshot, plan: Plan, limits: PlannerConfig, task: str) -> pb.ExplainPlanResponse:
@@ -96,15 +113,16 @@ def _guessed_tokens(task: pb.HypotheticalTask, training: Training, num_steps: in
     return round(num_steps * training.global_batch_size * mean_tokens)
 
 
-def what_if(snapshot: Snapshot, limits: PlannerConfig, extra: list[TaskView]) -> pb.SimulatePlanResponse:
-    """Return the plan with the extra tasks, and forecasts without and with them."""
+def what_if(snapshot: Snapshot, limits: PlannerConfig, extra: list[TaskView]) -> list[pb.SimulatePlanResponse]:
+    """Return the plan with the extra tasks, and forecasts without and with them, in pages."""
     larger = dataclasses.replace(snapshot, tasks=(*snapshot.tasks, *extra))
     before, after = forecast(snapshot, limits), forecast(larger, limits)
-    return pb.SimulatePlanResponse(
-        explanations=[explanation_to_proto(explanation) for explanation in make_plan(larger, limits).explanations],
-        forecasts=[
-            pb.TaskForecast(task=task.name, seconds_left=before.get(task.name), seconds_left_with=after.get(task.name))
-            for task in larger.tasks
-            if task.name in before or task.name in after
-        ],
+    explanations = map(explanation_to_proto, make_plan(larger, limits).explanations)
+    forecasts = (
+        pb.TaskForecast(task=task.name, seconds_left=before.get(task.name), seconds_left_with=after.get(task.name))
+        for task in larger.tasks
+        if task.name in before or task.name in after
     )
+    pages = [pb.SimulatePlanResponse(explanations=part) for part in cut(explanations)]
+    pages += [pb.SimulatePlanResponse(forecasts=part) for part in cut(forecasts)]
+    return joined(pages) or [pb.SimulatePlanResponse()]

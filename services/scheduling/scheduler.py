@@ -6,40 +6,27 @@ Nothing here is durable: a scheduler that is killed starts its next cycle from t
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from opentelemetry import trace
 
-from engine.errors import MuxtuneError, NotFoundError
-from engine.planning.cost.task_demand import DemandEstimator
-from engine.planning.crash_isolation import plan as make_plan
+from engine.errors import MuxtuneError, NotFoundError, UnavailableError
 from engine.planning.types import Plan, PlannerConfig, Snapshot
-from muxtune.v1 import (
-    execution_pb2,
-    execution_pb2_grpc,
-    ledger_pb2,
-    ledger_pb2_grpc,
-    plan_pb2,
-    scheduling_pb2,
-    task_pb2,
-)
+from muxtune.v1 import execution_pb2, execution_pb2_grpc, ledger_pb2, ledger_pb2_grpc, plan_pb2
 from services.backoff import Backoff
-from services.conversion.plan import (
-    executor_to_view,
-    explanation_to_proto,
-    htask_to_domain,
-    htask_to_proto,
-    snapshot_task_to_view,
-)
+from services.conversion.plan import htask_to_domain
 from services.failpoints import failpoint
-from services.resource_names import tenant_of
 from services.rpc.certificates import ClientTls
 from services.rpc.server import start_critical_task
 from services.scheduling.executor_streams import ExecutorStream, executor_channel
+from services.scheduling.ledger_reader import LedgerReader, LedgerSnapshot
+from services.scheduling.plan_drafts import PlanDrafts, is_same_plan
+from services.scheduling.snapshot_planner import SnapshotPlanner
 from services.telemetry import current_trace_parent, links_to, task_span, tracer
 
 _FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 5.0
+_LONG_CYCLE_SECONDS, _MAX_REST_SECONDS = 0.1, 5.0
 _DRAIN_SECONDS = 120.0  # longer than an executor's own limit
 _log = logging.getLogger(__name__)
 
@@ -56,13 +43,14 @@ class Scheduler:
         tls: ClientTls | None = None,
     ) -> None:
         self._ledger, self._secret, self._tls, self.limits = ledger, secret, tls, limits
-        self.tenant_weights, self._estimator = tenant_weights or {}, DemandEstimator(limits)
+        self.tenant_weights = tenant_weights or {}
+        self._reader, self._planner = LedgerReader(ledger), SnapshotPlanner(limits, self.tenant_weights)
         self.snapshot, self.plan = Snapshot((), ()), Plan({})  # the newest, for queries
-        self.ledger_snapshot = ledger_pb2.GetSnapshotResponse()  # the message that `snapshot` was made from
+        self.ledger_snapshot = LedgerSnapshot()  # that `snapshot` was made from
         self._streams: dict[str, ExecutorStream] = {}
         self._running: dict[str, plan_pb2.ExecutorPlan] = {}
         self._changed = asyncio.Event()
-        self._leader_term = 0
+        self._leader_term, self._busy_seconds = 0, 0.0
         self.is_running = False
 
     async def run(self, leader_term: int = 0) -> None:
@@ -77,8 +65,12 @@ class Scheduler:
                 try:
                     await self.schedule()
                     backoff.reset()
-                except MuxtuneError as error:
-                    _log.warning("The cycle failed and is repeated: %s", error)
+                    await self._rest()
+                except Exception as error:
+                    if isinstance(error, MuxtuneError):
+                        _log.warning("The cycle failed and is repeated: %s", error)
+                    else:  # executors go on with the plans that they have
+                        _log.exception("The cycle failed and is repeated")
                     self._changed.set()
                     await backoff.wait()
         finally:
@@ -89,33 +81,39 @@ class Scheduler:
     async def schedule(self) -> None:
         """Run one cycle. Raises SupersededError if another scheduler or a tenant changed the ledger meanwhile."""
         # 1. Read everything in one transaction.
-        snapshot = await self._ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest())
+        started = time.monotonic()
+        snapshot = await self._reader.read_snapshot()
+        self._busy_seconds = time.monotonic() - started
         await self._open_and_close_streams(snapshot.executors)
         # 2. Plan, with pure code: the same snapshot gives the same plan.
-        view = self._planner_snapshot(snapshot)
-        plan = self._plan(snapshot, view)
+        started = time.monotonic()
+        view, plan = await self._plan(snapshot)
+        self._busy_seconds += time.monotonic() - started
         # 3. For each executor, commit the plan if it differs from the one that runs: new attempts get their numbers.
-        version = snapshot.plan_version
-        entries = {entry.task.name: entry for entry in snapshot.tasks}
+        version, drafts = snapshot.plan_version, PlanDrafts(plan, snapshot, self.tenant_weights)
         for executor in snapshot.executors:
-            draft = _draft_plan(plan, executor, entries, _tasks_held_by_others(executor, snapshot))
-            tenants = {tenant_of(task.task) for task in draft.tasks}
-            draft.tenant_weights.update({t: w for t, w in self.tenant_weights.items() if t in tenants})
-            starting = [task for task in draft.tasks if entries[task.task].executor != executor.name]
+            draft = drafts.draft(executor.name)
+            starting = [task for task in draft.tasks if drafts.entries[task.task].executor != executor.name]
             if starting or not self._is_running(draft):
                 version += 1
+                await self._add_specs(draft)
                 await self._commit_and_send(draft, starting, version, executor)
         # 4. Keep the snapshot and the plan for queries.
         self.ledger_snapshot, self.snapshot, self.plan = snapshot, view, plan
+
+    async def _rest(self) -> None:
+        """With very many tasks a cycle takes long. Rest as long, so that the ledger serves others, too."""
+        if self._busy_seconds > _LONG_CYCLE_SECONDS:
+            await asyncio.sleep(min(self._busy_seconds, _MAX_REST_SECONDS))
 
     async def refresh(self) -> None:
         """Read the ledger and plan for queries, because progress and corrected costs start no cycle. Commits nothing.
 
         A task that stays on its executor keeps the reason of the plan that placed it there.
         """
-        snapshot = await self._ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest())
-        view = self._planner_snapshot(snapshot)
-        plan, before = self._plan(snapshot, view), {entry.task: entry for entry in self.plan.explanations}
+        snapshot = await self._reader.read_snapshot()
+        view, plan = await self._plan(snapshot)
+        before = {entry.task: entry for entry in self.plan.explanations}
         explanations = [
             replace(entry, reason=before[entry.task].reason)
             if entry.task in before and before[entry.task].executor == entry.executor
@@ -126,7 +124,7 @@ class Scheduler:
 
     async def drain(self, name: str) -> None:
         """Return when the executor has released its tasks. Raises NotFoundError if it has no lease."""
-        snapshot = await self._ledger.GetSnapshot(ledger_pb2.GetSnapshotRequest())
+        snapshot = await self._reader.read_snapshot()
         executor = next((executor for executor in snapshot.executors if executor.name == name), None)
         if executor is None:
             raise NotFoundError(f'No executor "{name}" has a lease.')
@@ -134,25 +132,26 @@ class Scheduler:
             stub: execution_pb2_grpc.ExecutionServiceAsyncStub = execution_pb2_grpc.ExecutionServiceStub(channel)
             await stub.Drain(execution_pb2.DrainRequest(), timeout=_DRAIN_SECONDS)
 
-    def current_plans(self) -> scheduling_pb2.GetPlanResponse:
-        """Return the plans as they were sent, with their explanations."""
-        version = max((plan.version for plan in self._running.values()), default=0)
-        explanations = [explanation_to_proto(explanation) for explanation in self.plan.explanations]
-        return scheduling_pb2.GetPlanResponse(
-            version=version, executors=list(self._running.values()), explanations=explanations
-        )
+    def current_plans(self) -> Sequence[plan_pb2.ExecutorPlan]:
+        """Return the plans as they were sent."""
+        return list(self._running.values())
 
-    def _plan(self, snapshot: ledger_pb2.GetSnapshotResponse, view: Snapshot) -> Plan:
-        suspects = [entry.task.name for entry in snapshot.tasks if entry.num_crashes]
-        return make_plan(view, suspects, self.limits, self._estimator)
-
-    def _planner_snapshot(self, snapshot: ledger_pb2.GetSnapshotResponse) -> Snapshot:
-        """Return the planner's input, with the running hTasks, which it keeps where they are good enough."""
-        now = time.time_ns() // 1000  # wall time, as deadlines are
-        tasks = tuple(snapshot_task_to_view(entry, age, now) for age, entry in enumerate(snapshot.tasks))
+    async def _plan(self, snapshot: LedgerSnapshot) -> tuple[Snapshot, Plan]:
         running = {name: tuple(map(htask_to_domain, plan.htasks)) for name, plan in self._running.items()}
-        executors = tuple(executor_to_view(executor) for executor in snapshot.executors)
-        return Snapshot(tasks, executors, running, self.tenant_weights)
+        return await self._planner.plan(snapshot, running)
+
+    async def _add_specs(self, draft: plan_pb2.ExecutorPlan) -> None:
+        """Fill in the draft's specs: those of the plan that runs, and the others from the ledger."""
+        running = self._running.get(draft.executor, plan_pb2.ExecutorPlan())
+        specs = {task.task: task.spec for task in running.tasks}
+        async for stored in self._reader.read_specs([task.task for task in draft.tasks if task.task not in specs]):
+            if not stored.unreadable:
+                specs[stored.task] = stored.spec
+        for task in draft.tasks:
+            if task.task not in specs:
+                self._reader.forget(task.task)  # the next cycle finds that it cannot be read, and leaves it out
+                raise UnavailableError(f"the spec of {task.task} can no longer be read")
+            task.spec.CopyFrom(specs[task.task])
 
     async def _commit_and_send(
         self,
@@ -194,7 +193,7 @@ class Scheduler:
         The caller first gives a new attempt to a task that was released and planned there again.
         """
         running = self._running.get(draft.executor)
-        return running is not None and _signature(running) == _signature(draft)
+        return running is not None and is_same_plan(running, draft)
 
     async def _open_and_close_streams(self, executors: Sequence[plan_pb2.Executor]) -> None:
         """Keep one stream to the incarnation of every executor with a lease, and close all others."""
@@ -220,47 +219,3 @@ class Scheduler:
             except MuxtuneError as error:
                 _log.warning("The stream of ledger changes broke: %s", error)
             await backoff.wait()
-
-
-def _tasks_held_by_others(executor: plan_pb2.Executor, snapshot: ledger_pb2.GetSnapshotResponse) -> set[str]:
-    """Return the tasks that other executors still hold.
-
-    They start here after they were released at the end of a round. Tasks of a draining executor are not included: it
-    releases them by itself, or is gone.
-    """
-    others = {e.name for e in snapshot.executors if e.name != executor.name and not e.draining}
-    return {entry.task.name for entry in snapshot.tasks if entry.executor in others}
-
-
-def _draft_plan(
-    plan: Plan,
-    executor: plan_pb2.Executor,
-    entries: Mapping[str, ledger_pb2.SnapshotTask],
-    held_elsewhere: Collection[str],
-) -> plan_pb2.ExecutorPlan:
-    """Return the plan for the executor without the tasks `held_elsewhere`, with the attempts of the snapshot."""
-    htasks = [htask_to_proto(htask.without(held_elsewhere)) for htask in plan.htasks.get(executor.name, ())]
-    return plan_pb2.ExecutorPlan(
-        executor=executor.name,
-        tasks=[_planned_task(entries[name]) for htask in htasks for name in htask.tasks],
-        htasks=[htask for htask in htasks if htask.tasks],
-    )
-
-
-def _planned_task(entry: ledger_pb2.SnapshotTask) -> plan_pb2.PlannedTask:
-    return plan_pb2.PlannedTask(
-        task=entry.task.name,
-        spec=entry.task.spec,
-        attempt=entry.task.attempt,
-        num_steps=entry.task.estimate.num_steps,
-        resume_from=entry.checkpoint if entry.HasField("checkpoint") else None,
-        initial_adapter_key=entry.initial_adapter_key,
-        trace_parent=entry.task.trace_parent,
-        cancel=entry.task.state == task_pb2.TASK_STATE_CANCELLING,
-    )
-
-
-def _signature(plan: plan_pb2.ExecutorPlan) -> tuple[object, ...]:
-    """Return what an executor sees of a plan: tasks, attempts, cancellations and hTasks."""
-    tasks = tuple((task.task, task.attempt, task.cancel) for task in plan.tasks)
-    return tasks, tuple(htask.SerializeToString(deterministic=True) for htask in plan.htasks)

@@ -2,18 +2,21 @@
 
 import asyncio
 import re
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 
 from engine.errors import FieldViolation, InvalidInputError, UnavailableError
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, scheduling_pb2_grpc
 from muxtune.v1 import scheduling_pb2 as pb
+from services.message_parts import HeldPages
 from services.rpc.authentication import check_executor, current_principal
-from services.scheduling.plan_queries import explain, hypothetical_tasks, planner_profile, what_if
+from services.scheduling.plan_queries import current_plan, explain, hypothetical_tasks, planner_profile, what_if
 from services.scheduling.scheduler import Scheduler
 
+T = TypeVar("T", pb.GetPlanResponse, pb.GetProfileResponse, pb.SimulatePlanResponse)
 # Without gRPC's other schemes, such as unix:, dns: and xds:.
 _ADDRESS = re.compile(r"([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 
@@ -25,6 +28,8 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
         self, scheduler: Scheduler, ledger: "ledger_pb2_grpc.LedgerServiceAsyncStub", lease_seconds: float
     ) -> None:
         self._scheduler, self._ledger = scheduler, ledger
+        self._plans, self._profiles = HeldPages[pb.GetPlanResponse](), HeldPages[pb.GetProfileResponse]()
+        self._simulations = HeldPages[pb.SimulatePlanResponse]()
         self._lease = Duration()
         self._lease.FromTimedelta(timedelta(seconds=lease_seconds))
 
@@ -79,22 +84,42 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
 
     async def SimulatePlan(self, request: pb.SimulatePlanRequest, context: Any) -> pb.SimulatePlanResponse:
         self._refuse_on_standby()
-        await self._scheduler.refresh()
-        extra = hypothetical_tasks(request, self._scheduler.snapshot)
-        return await asyncio.to_thread(what_if, self._scheduler.snapshot, self._scheduler.limits, extra)
+        scheduler = self._scheduler
+
+        async def simulate() -> Sequence[pb.SimulatePlanResponse]:
+            extra = hypothetical_tasks(request, scheduler.snapshot)
+            return await asyncio.to_thread(what_if, scheduler.snapshot, scheduler.limits, extra)
+
+        return await self._page(self._simulations, request.page_token, simulate)
 
     async def GetProfile(self, request: pb.GetProfileRequest, context: Any) -> pb.GetProfileResponse:
         self._refuse_on_standby()
         scheduler = self._scheduler
-        await scheduler.refresh()
-        return pb.GetProfileResponse(
-            profile=planner_profile(scheduler.ledger_snapshot, scheduler.limits, scheduler.tenant_weights)
-        )
+
+        async def record() -> Sequence[pb.GetProfileResponse]:
+            snapshot, weights = scheduler.ledger_snapshot, scheduler.tenant_weights
+            return await asyncio.to_thread(planner_profile, snapshot, scheduler.limits, weights)
+
+        return await self._page(self._profiles, request.page_token, record)
 
     async def GetPlan(self, request: pb.GetPlanRequest, context: Any) -> pb.GetPlanResponse:
         self._refuse_on_standby()
-        await self._scheduler.refresh()
-        return self._scheduler.current_plans()
+        scheduler = self._scheduler
+
+        async def show() -> Sequence[pb.GetPlanResponse]:
+            return await asyncio.to_thread(current_plan, scheduler.current_plans(), scheduler.plan)
+
+        return await self._page(self._plans, request.page_token, show)
+
+    async def _page(self, held: HeldPages[T], token: str, answer: Callable[[], Awaitable[Sequence[T]]]) -> T:
+        """Return the token's page; without a token, the first page of a new answer."""
+        if token:
+            page, following = held.page(token)
+        else:
+            await self._scheduler.refresh()
+            page, following = held.hold(await answer())
+        page.next_page_token = following
+        return page
 
     def _refuse_on_standby(self) -> None:
         if not self._scheduler.is_running:

@@ -38,8 +38,8 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
 
     async def ListAuditEvents(self, request: pb.ListAuditEventsRequest, context: Any) -> pb.ListAuditEventsResponse:
         size = page_tokens.resolve_size(request.page_size)
-        rows = await self._threads.run(self._events, request.tenant, request.after_sequence, size)
-        return pb.ListAuditEventsResponse(events=[audit_log.to_proto(row) for row in rows])
+        page = await self._threads.run(self._events, request.tenant, request.after_sequence, size)
+        return pb.ListAuditEventsResponse(events=[audit_log.to_proto(row) for row in page.rows])
 
     def _set_quota(self, tenant: str, quota: pb.Quota, fields: Sequence[str]) -> pb.Quota:
         with self._database.write() as connection:

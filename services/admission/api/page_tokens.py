@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from engine.errors import InvalidInputError
+from services.admission.store.pages import Page
 
 DEFAULT_SIZE, MAX_SIZE = 50, 1000
 
@@ -27,18 +28,16 @@ class PageRequest(Protocol):
 async def read_page(
     request: PageRequest,
     query: Sequence[str],
-    read: Callable[[Position | None, int], Awaitable[Sequence[Any]]],
+    read: Callable[[Position | None, int], Awaitable[Page]],
     position: Callable[[Any], Position] = lambda row: (row.created, row.name),
 ) -> tuple[Sequence[Any], str]:
     """Return the rows of the requested page, and the token of the page after it; "" if there is none.
 
-    `read` returns at most so many rows after a position. Raises InvalidInputError as `resolve_size` and
-    `decode`.
+    `read` returns at most so many rows after a position; fewer where they fill a message (AIP-158 allows that). Raises
+    InvalidInputError as `resolve_size` and `decode`.
     """
-    size = resolve_size(request.page_size)
-    rows = await read(decode(query, request.page_token), size + 1)
-    page = rows[:size]
-    return page, encode(query, *position(page[-1])) if len(rows) > size else ""
+    page = await read(decode(query, request.page_token), resolve_size(request.page_size))
+    return page.rows, encode(query, *position(page.rows[-1])) if page.has_more else ""
 
 
 def resolve_size(page_size: int) -> int:

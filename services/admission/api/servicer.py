@@ -20,6 +20,7 @@ from muxtune.v1 import (
     ledger_pb2_grpc,
     plan_pb2,
 )
+from services.admission.api import page_tokens
 from services.admission.api.adapter_rpcs import AdapterRpcs
 from services.admission.api.dataset_rpcs import DatasetRpcs
 from services.admission.api.task_rpcs import TaskRpcs
@@ -32,6 +33,7 @@ from services.admission.store.clock import to_microseconds, to_timestamp
 from services.admission.store.database import Database
 from services.admission.threads import AdmissionThreads
 from services.concurrency.threads import Threads
+from services.message_parts import HeldPages
 from services.rpc.authorization import Role
 from services.rpc.rate_limit import RateLimit
 from services.storage.artifact_store import ArtifactStore
@@ -75,8 +77,10 @@ class KeyServicer(key_pb2_grpc.KeyServiceServicer):
         return key_pb2.CreateApiKeyResponse(key=_key_to_proto(row), secret=secret)
 
     async def ListApiKeys(self, request: key_pb2.ListApiKeysRequest, context: Any) -> key_pb2.ListApiKeysResponse:
-        rows = await self._threads.run(self._keys.list_keys, request.tenant)
-        return key_pb2.ListApiKeysResponse(keys=[_key_to_proto(row) for row in rows])
+        read = partial(self._threads.run, partial(self._keys.list_page, request.tenant))
+        query = ["keys", request.tenant]
+        rows, token = await page_tokens.read_page(request, query, read, lambda row: (row.created, row.id))
+        return key_pb2.ListApiKeysResponse(keys=[_key_to_proto(row) for row in rows], next_page_token=token)
 
     async def RevokeApiKey(self, request: key_pb2.RevokeApiKeyRequest, context: Any) -> key_pb2.RevokeApiKeyResponse:
         row = await self._threads.run(self._keys.revoke, request.id)
@@ -91,6 +95,7 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
     ) -> None:
         self._notifier, self._on_recorded, self._threads = notifier, on_recorded, threads
         self._leading: Ledger | None = None
+        self._snapshots = HeldPages[ledger_pb2.GetSnapshotResponse]()
         self._commits: set[asyncio.Task[object]] = set()
 
     @contextmanager
@@ -125,8 +130,19 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
         raise UnavailableError("this replica of admission is stopping or no longer leads the ledger: watch again")
 
     async def GetSnapshot(self, request: ledger_pb2.GetSnapshotRequest, context: Any) -> ledger_pb2.GetSnapshotResponse:
-        await self.end_expired_leases()
-        return await self._threads.run(self._ledger.snapshot)
+        if request.page_token:
+            page, token = self._snapshots.page(request.page_token)
+        else:
+            await self.end_expired_leases()
+            page, token = self._snapshots.hold(await self._threads.run(self._ledger.snapshot_pages))
+        page.next_page_token = token
+        return page
+
+    async def BatchGetTaskSpecs(
+        self, request: ledger_pb2.BatchGetTaskSpecsRequest, context: Any
+    ) -> ledger_pb2.BatchGetTaskSpecsResponse:
+        specs, num_read = await self._threads.run(self._ledger.read_specs, list(request.tasks))
+        return ledger_pb2.BatchGetTaskSpecsResponse(specs=specs, num_read=num_read)
 
     async def CommitPlan(self, request: ledger_pb2.CommitPlanRequest, context: Any) -> ledger_pb2.CommitPlanResponse:
         started = [start.task for start in request.starts]

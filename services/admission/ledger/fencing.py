@@ -31,6 +31,14 @@ class FencedDatabase:
     def read(self) -> AbstractContextManager[sa.Connection]:
         return self._database.read()
 
+    @contextmanager
+    def read_consistently(self) -> Iterator[sa.Connection]:
+        """Open a transaction in which all statements read the same state. Raises UnavailableError if another process
+        had acquired the ledger by then."""
+        with self._database.read_consistently() as connection:
+            self._check(connection)
+            yield connection
+
     def is_current(self) -> bool:
         """Return whether no other process has acquired the ledger since."""
         with self.read() as connection:
@@ -41,11 +49,14 @@ class FencedDatabase:
         """Open a transaction. Raises UnavailableError if another process has acquired the ledger. No process can
         acquire it during the transaction, because there is one writer at a time."""
         with self._database.write() as connection:
-            if (newest := _term(connection)) != self.term:
-                raise UnavailableError(
-                    f"another admission leads the ledger in term {newest}, this one did in {self.term}: try again"
-                )
+            self._check(connection)
             yield connection
+
+    def _check(self, connection: sa.Connection) -> None:
+        if (newest := _term(connection)) != self.term:
+            raise UnavailableError(
+                f"another admission leads the ledger in term {newest}, this one did in {self.term}: try again"
+            )
 
 
 def _term(connection: sa.Connection) -> int:

@@ -15,12 +15,11 @@ import sqlalchemy as sa
 
 from engine.errors import InvalidInputError, LeaseLostError, SupersededError
 from engine.task import TaskState
-from muxtune.v1 import event_pb2, operator_pb2, plan_pb2
 from muxtune.v1 import ledger_pb2 as pb
-from services.admission.ledger import charges, crash_tracker, result_commit
+from muxtune.v1 import operator_pb2, plan_pb2
+from services.admission.ledger import charges, crash_tracker, result_commit, snapshot
 from services.admission.ledger.fencing import FencedDatabase
 from services.admission.ledger.scheduler_lease import SchedulerLease, check_leader_term
-from services.admission.policy import quotas
 from services.admission.store import audit_log, tasks
 from services.admission.store.clock import now
 from services.admission.store.database import Database
@@ -56,24 +55,17 @@ class Ledger:
             for row in connection.execute(sa.select(executors).where(executors.c.is_ended.is_(False))):
                 self._deadlines[row.name] = monotonic() + row.lease_seconds
 
-    def snapshot(self) -> pb.GetSnapshotResponse:
-        """Return unfinished tasks and live executors; the caller runs `end_expired_leases` before.
+    def snapshot_pages(self) -> list[pb.GetSnapshotResponse]:
+        """Return the pages of a snapshot of unfinished tasks and live executors; the caller runs `end_expired_leases`
+        before."""
+        with self.fence.read_consistently() as connection:
+            executors = [self._executor(row) for row in self._live_rows(connection)]
+            return snapshot.read_pages(connection, executors, self._quota)
 
-        Tasks of tenants that have reached a daily limit are left out, so that their executors release them.
-        """
-        with self._database.write() as connection:
-            rows = connection.execute(
-                sa.select(tasks_table)
-                .where(tasks_table.c.state.in_(tasks.UNFINISHED))
-                .order_by(tasks_table.c.created, tasks_table.c.name)
-            ).all()
-            exhausted, cancelling = quotas.list_exhausted_tenants(connection, self._quota), TaskState.CANCELLING.name
-            version = connection.execute(sa.select(sa.func.max(plans.c.version))).scalar() or 0
-            return pb.GetSnapshotResponse(
-                tasks=[_snapshot_task(row) for row in rows if row.tenant not in exhausted or row.state == cancelling],
-                executors=[self._executor(row) for row in self._live_rows(connection)],
-                plan_version=version,
-            )
+    def read_specs(self, names: Sequence[str]) -> tuple[list[pb.StoredTaskSpec], int]:
+        """Return what `services.admission.ledger.snapshot.read_specs` does."""
+        with self.fence.read() as connection:
+            return snapshot.read_specs(connection, names)
 
     def next_deadline(self) -> float | None:
         """Return the monotonic time at which the next lease expires, or None without leases."""
@@ -262,13 +254,3 @@ def live_executors(connection: sa.Connection) -> list[plan_pb2.Executor]:
     """Return the executors that hold a lease, as they described themselves."""
     rows = connection.execute(sa.select(executors.c.executor).where(executors.c.is_ended.is_(False)))
     return [plan_pb2.Executor.FromString(row.executor) for row in rows]
-
-
-def _snapshot_task(row: Any) -> pb.SnapshotTask:
-    return pb.SnapshotTask(
-        task=tasks.to_proto(row),
-        executor=row.executor,
-        checkpoint=event_pb2.CheckpointCommitted.FromString(row.checkpoint) if row.checkpoint else None,
-        initial_adapter_key=row.initial_adapter_key,
-        num_crashes=row.crashes,
-    )

@@ -74,7 +74,7 @@ def _charge_in_progress(connection: sa.Connection, row: Any, result: plan_pb2.Ta
 
 
 def _stop_if_over_budget(connection: sa.Connection, row: Any, progress: task_pb2.TaskProgress) -> None:
-    reason = quotas.describe_spent_budget(task_pb2.TaskSpec.FromString(row.spec).budget, progress)
+    reason = quotas.describe_spent_budget(tasks.read_spec(row).budget, progress)
     if reason and row.state == TaskState.RUNNING.name:
         tasks.change_state(connection, row, TaskState.CANCELLING, reason)
 

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from engine.errors import InvalidInputError, QuotaExceededError
 from muxtune.v1 import budget_pb2, event_pb2, operator_pb2, plan_pb2, task_pb2
 from services.admission.store.clock import now
+from services.admission.store.pages import Page, read_page
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import adapters, datasets, quotas, usage
 from services.admission.store.tables import tasks as tasks_table
@@ -196,7 +197,7 @@ def describe_spent_budget(budget: budget_pb2.Budget, progress: task_pb2.TaskProg
     return ""
 
 
-def list_usage(connection: sa.Connection, tenant: str, before: tuple[int, str] | None, limit: int) -> Sequence[Any]:
+def list_usage(connection: sa.Connection, tenant: str, before: tuple[int, str] | None, size: int) -> Page:
     """Return usage by day, newest first, of one tenant or (empty) of all. `before`: (day, tenant) of the last row of
     the page before."""
     query = sa.select(usage).order_by(usage.c.day.desc(), usage.c.tenant.desc())
@@ -204,7 +205,7 @@ def list_usage(connection: sa.Connection, tenant: str, before: tuple[int, str] |
         query = query.where(usage.c.tenant == tenant)
     if before:
         query = query.where(sa.tuple_(usage.c.day, usage.c.tenant) < sa.tuple_(*map(sa.literal, before)))
-    return connection.execute(query.limit(limit)).all()
+    return read_page(connection, query, size)
 
 
 def usage_to_proto(row: Any) -> operator_pb2.DayUsage:

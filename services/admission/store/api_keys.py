@@ -5,7 +5,7 @@ import hmac
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from engine.errors import InvalidInputError, NotFoundError, UnauthenticatedError
 from services.admission.store.clock import now
 from services.admission.store.database import Database
+from services.admission.store.pages import Page, read_page
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import api_keys
 from services.resource_names import check_tenant
@@ -48,11 +49,16 @@ class KeyStore:
             connection.execute(sa.insert(api_keys).values(row))
             return self._row(connection, key_id), f"mxt_{key_id}_{secret}"
 
-    def list_keys(self, tenant: str) -> Sequence[Any]:
-        """Return the keys of the tenant, or of all tenants if it is empty."""
+    def list_page(self, tenant: str, after: tuple[int, str] | None, size: int) -> Page:
+        """Return keys of the tenant, or of all tenants if it is empty, oldest first. `after`: (created, id) of the last
+        key of the page before."""
+        query = sa.select(api_keys).order_by(api_keys.c.created, api_keys.c.id)
+        if tenant:
+            query = query.where(api_keys.c.tenant == tenant)
+        if after:
+            query = query.where(sa.tuple_(api_keys.c.created, api_keys.c.id) > sa.tuple_(*map(sa.literal, after)))
         with self._database.read() as connection:
-            query = sa.select(api_keys).order_by(api_keys.c.created)
-            return connection.execute(query.where(api_keys.c.tenant == tenant) if tenant else query).all()
+            return read_page(connection, query, size)
 
     def revoke(self, key_id: str) -> Any:
         """Revoke the key; a second call keeps the time of the first. Raises NotFoundError."""

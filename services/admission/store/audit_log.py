@@ -1,7 +1,6 @@
 """The audit log in the database. It only grows: the migration's triggers refuse updates and deletions."""
 
 import logging
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,11 +9,13 @@ import sqlalchemy as sa
 from muxtune.v1 import operator_pb2
 from services.admission.store.clock import now, to_timestamp
 from services.admission.store.database import Database
+from services.admission.store.pages import Page, read_page
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import audit_events
 from services.rpc.audit import Audit, AuditEntry
 
 _INSERT = PreparedStatement(sa.insert(audit_events))
+_MAX_SUBJECT_CHARACTERS = 200  # an identity provider chooses the subject of its tokens
 _log = logging.getLogger(__name__)
 
 
@@ -38,7 +39,7 @@ def insert(connection: sa.Connection, entry: AuditEntry) -> None:
     _INSERT.execute(
         connection,
         time=now(),
-        subject=entry.principal.subject,
+        subject=entry.principal.subject[:_MAX_SUBJECT_CHARACTERS],
         tenant=entry.principal.tenant or "",
         method=entry.method,
         resource=entry.resource.replace("\0", ""),  # PostgreSQL cannot store it
@@ -46,12 +47,12 @@ def insert(connection: sa.Connection, entry: AuditEntry) -> None:
     )
 
 
-def list_page(connection: sa.Connection, tenant: str, after_sequence: int, limit: int) -> Sequence[Any]:
+def list_page(connection: sa.Connection, tenant: str, after_sequence: int, size: int) -> Page:
     """Return the events after that sequence number, of one tenant or (empty) of all."""
     query = sa.select(audit_events).where(audit_events.c.sequence > after_sequence).order_by(audit_events.c.sequence)
     if tenant:
         query = query.where(audit_events.c.tenant == tenant)
-    return connection.execute(query.limit(limit)).all()
+    return read_page(connection, query, size)
 
 
 def to_proto(row: Any) -> operator_pb2.AuditEvent:

@@ -38,6 +38,9 @@ class Dialect(Protocol):
         """Open a transaction of the only writer, over all processes. With `blocking` false, raises BlockingIOError
         instead of waiting."""
 
+    def begin_snapshot(self) -> AbstractContextManager[sa.Connection]:
+        """Open a transaction in which all statements read the same state. It waits for no writer, and delays none."""
+
     def lock_exclusively(self, connection: sa.Connection, key: str) -> None:
         """Wait until no other process has locked the key; lock it until the transaction ends."""
 
@@ -83,6 +86,12 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         with self._translate_errors(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def read_consistently(self) -> Iterator[sa.Connection]:
+        """Open a transaction in which all statements read the same state of the database."""
+        with self._translate_errors(), self._dialect.begin_snapshot() as connection:
             yield connection
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from engine.errors import AlreadyExistsError, ResourceInUseError
 from muxtune.v1 import artifact_pb2, dataset_pb2
 from services.admission.store.clock import now, to_timestamp
+from services.admission.store.pages import Page, read_page
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import adapters, datasets
 from services.admission.store.tables import tasks as tasks_table
@@ -76,8 +77,8 @@ def list_referenced(connection: sa.Connection) -> set[tuple[str, str]]:
 
 
 def list_page(
-    connection: sa.Connection, table: sa.Table, tenant: str, before: tuple[int, str] | None, limit: int
-) -> Sequence[Any]:
+    connection: sa.Connection, table: sa.Table, tenant: str, before: tuple[int, str] | None, size: int
+) -> Page:
     """Return the tenant's datasets or adapters, newest first. `before`: (created, name) of the last one of the page
     before."""
     columns = table.c
@@ -85,7 +86,7 @@ def list_page(
     query = query.order_by(columns.created.desc(), columns.name.desc())
     if before:
         query = query.where(sa.tuple_(columns.created, columns.name) < sa.tuple_(*map(sa.literal, before)))
-    return connection.execute(query.limit(limit)).all()
+    return read_page(connection, query, size)
 
 
 def dataset_to_proto(row: Any) -> dataset_pb2.Dataset:

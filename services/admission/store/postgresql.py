@@ -29,6 +29,13 @@ class PostgresqlDialect:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
             yield connection
 
+    @contextmanager
+    def begin_snapshot(self) -> Iterator[sa.Connection]:
+        with self.engine.connect() as connection:
+            repeatable = connection.execution_options(isolation_level="REPEATABLE READ")
+            with repeatable.begin():
+                yield repeatable
+
     def lock_exclusively(self, connection: sa.Connection, key: str) -> None:
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_lock_id(key))))
 

@@ -48,6 +48,12 @@ class SqliteDialect:
             self._close_writer()
             raise
 
+    @contextmanager
+    def begin_snapshot(self) -> Iterator[sa.Connection]:
+        with self.engine.begin() as connection:
+            connection.exec_driver_sql("BEGIN")
+            yield connection
+
     def lock_exclusively(self, connection: sa.Connection, key: str) -> None:
         """Do nothing: there is no other process."""
 

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
+from google.protobuf.message import DecodeError
 
 from engine.errors import AlreadyExistsError
 from engine.task import TaskState, check_transition
 from muxtune.v1 import errors_pb2, event_pb2, task_pb2
 from services.admission.store.clock import now, to_timestamp
+from services.admission.store.pages import Page, read_page
 from services.admission.store.prepared_statements import PreparedStatement
 from services.admission.store.tables import adapters, task_events, tasks
 from services.conversion.task import state_to_proto
@@ -146,9 +148,17 @@ def list_events(connection: sa.Connection, name: str, sequence: int, limit: int)
     return [event_pb2.TaskEvent.FromString(row.event) for row in rows]
 
 
+def read_spec(row: Any) -> task_pb2.TaskSpec:
+    """Return the task's spec; an empty one if its bytes are damaged, so that lists and results of others go on."""
+    try:
+        return task_pb2.TaskSpec.FromString(row.spec)
+    except DecodeError:
+        return task_pb2.TaskSpec()
+
+
 def list_page(
-    connection: sa.Connection, tenant: str, states: Sequence[TaskState], before: tuple[int, str] | None, limit: int
-) -> Sequence[Any]:
+    connection: sa.Connection, tenant: str, states: Sequence[TaskState], before: tuple[int, str] | None, size: int
+) -> Page:
     """Return the tenant's tasks in these states (empty: in any), newest first. `before`: (created, name) of the last
     task of the page before."""
     query = sa.select(tasks).where(tasks.c.tenant == tenant).order_by(tasks.c.created.desc(), tasks.c.name.desc())
@@ -156,14 +166,14 @@ def list_page(
         query = query.where(tasks.c.state.in_([state.name for state in states]))
     if before:
         query = query.where(sa.tuple_(tasks.c.created, tasks.c.name) < sa.tuple_(*map(sa.literal, before)))
-    return connection.execute(query.limit(limit)).all()
+    return read_page(connection, query, size)
 
 
 def to_proto(row: Any) -> task_pb2.Task:
     """Convert a row of `tasks` to the API's Task."""
     return task_pb2.Task(
         name=row.name,
-        spec=task_pb2.TaskSpec.FromString(row.spec),
+        spec=read_spec(row),
         state=state_to_proto(TaskState[row.state]),
         failure=errors_pb2.TaskFailure.FromString(row.failure) if row.failure else None,
         progress=task_pb2.TaskProgress.FromString(row.progress),

@@ -8,6 +8,7 @@ from typing import Any
 from engine.errors import LeaseLostError, MuxtuneError, NotFoundError, SupersededError, UnavailableError
 from muxtune.v1 import errors_pb2, execution_pb2_grpc, plan_pb2
 from muxtune.v1 import execution_pb2 as pb
+from services.conversion.plan_parts import PlanParts, split_plan
 from services.execution.server.attempt_tracker import AttemptTracker
 from services.execution.server.metrics import ExecutorMetrics
 from services.execution.server.outbox import Outbox
@@ -37,6 +38,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         self._leased = asyncio.Event()
         self._attempts = AttemptTracker()
         self._plan_version = self._leader_term = 0
+        self._plan_parts = PlanParts()
         self._pending_plan: plan_pb2.ExecutorPlan | None = None  # received while there was no trainer
         self._stream: asyncio.Task[None] | None = None  # reads the requests of the newest stream
         self._stream_ended = asyncio.Event()
@@ -55,6 +57,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         self._leader_term = first.leader_term
         if self._stream is not None:
             self._stream.cancel()  # the newest stream wins
+        self._plan_parts = PlanParts()
         reading = self._stream = asyncio.create_task(self._read_requests(first, requests))
         self._stream_has_plan = False
         self._stream_ended.clear()
@@ -156,18 +159,24 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         if stale := self._attempts.drop_stale(request.stale_tasks, acknowledged):
             await self.trainer.send(Tag.STALE, pb.RunPlanRequest(stale_tasks=stale))
         await self.outbox.acknowledge(request.acknowledged_sequence)
-        if request.HasField("plan") and not self.is_draining:
+        if request.HasField("plan") and request.plan_continues:
+            self._plan_parts.add(request.plan)
+        elif request.HasField("plan") and not self.is_draining:
+            plan = self._plan_parts.finish(request.plan)
             self._stream_has_plan = True
-            if request.plan.version > self._plan_version:
-                self._plan_version = request.plan.version
-                await self._send_plan(self._attempts.start(request.plan))
+            if plan.version > self._plan_version:
+                self._plan_version = plan.version
+                await self._send_plan(self._attempts.start(plan))
         await self._pause_or_resume()
 
     async def _send_plan(self, plan: plan_pb2.ExecutorPlan) -> None:
         """Sends the plan to the trainer, or to the next one if this one has died."""
         self._pending_plan = None if self.ready.is_set() else plan
         if self.ready.is_set():
-            await self.trainer.send(Tag.PLAN, plan)
+            *parts, last = split_plan(plan)
+            for part in parts:
+                await self.trainer.send(Tag.PLAN_PART, part)
+            await self.trainer.send(Tag.PLAN, last)
 
     async def _pause_or_resume(self) -> None:
         """Pauses the trainer while no stream has sent a plan or the outbox is full; resumes it otherwise."""

@@ -27,6 +27,7 @@ from engine.runtime.out_of_memory import OutOfMemoryError, release_cache
 from muxtune.adapters import load_adapter
 from muxtune.v1 import alignment_pb2, execution_pb2, plan_pb2
 from services.conversion.plan import cost_to_proto
+from services.conversion.plan_parts import PlanParts
 from services.execution.settings import ExecutionSettings
 from services.execution.trainer.checkpoint_store import CheckpointStore
 from services.execution.trainer.cost_calibration import CostCalibration
@@ -85,6 +86,7 @@ class Trainer:
         )
         self._streams = HTaskStreams(self._open_stream)
         self._next_plan: plan_pb2.ExecutorPlan | None = None
+        self._plan_parts = PlanParts()
         self._device_time = DeviceTime()
         self._described_names: list[str] | None = None
         self._step_window, self._oom_policy = StepWindow(), OutOfMemoryPolicy()
@@ -309,8 +311,10 @@ class Trainer:
                 self._pipe.write(Tag.IDLE if is_idle else Tag.ALIVE)
 
     def _handle_frame(self, tag: Tag, payload: bytes) -> None:
-        if tag is Tag.PLAN:
-            plan = plan_pb2.ExecutorPlan.FromString(payload)
+        if tag is Tag.PLAN_PART:
+            self._plan_parts.add(plan_pb2.ExecutorPlan.FromString(payload))
+        elif tag is Tag.PLAN:
+            plan = self._plan_parts.finish(plan_pb2.ExecutorPlan.FromString(payload))
             newest = self._next_plan or self._streams.plan
             if plan.version > newest.version:
                 self._next_plan = plan

@@ -32,6 +32,7 @@ from muxtune.v1 import (
     task_pb2,
 )
 from services.conversion.microbatch import microbatch_to_proto
+from services.conversion.plan_parts import split_plan
 from services.conversion.task import training_to_domain
 from services.execution.settings import ExecutionSettings
 from services.rpc.authentication import mesh_authenticator
@@ -190,9 +191,13 @@ class Stream:
     def send(
         self, plan: plan_pb2.ExecutorPlan | None = None, acknowledged: int = 0, stale: tuple[str, ...] = ()
     ) -> None:
+        """Sends a plan as scheduling does, in parts if it is large."""
+        *parts, last = split_plan(plan) if plan is not None else [None]
+        for part in parts:
+            self._outgoing.put_nowait(execution_pb2.RunPlanRequest(plan=part, plan_continues=True))
         self._outgoing.put_nowait(
             execution_pb2.RunPlanRequest(
-                lease_term=self._lease_term, plan=plan, acknowledged_sequence=acknowledged, stale_tasks=stale
+                lease_term=self._lease_term, plan=last, acknowledged_sequence=acknowledged, stale_tasks=stale
             )
         )
 

@@ -209,6 +209,21 @@ def broken_adapter(mesh: Mesh, name: str) -> str:
     return key
 
 
+async def test_a_plan_larger_than_a_message_arrives_whole(mesh: Mesh, versions: Versions) -> None:
+    """Specs of 256 KiB from before their limit: the tenants' others train, and no part counts as the whole plan."""
+    stream = await mesh.open_stream()
+    large = [planned(f"large-{i}") for i in range(80)]
+    for task in large:
+        task.spec.labels["x"] = "y" * (250 << 10)
+        task.spec.ClearField("method")  # fails alone, at once
+    plan = plan_of(versions.next(), *large, planned("beside-large"))
+    assert plan.ByteSize() > 16 << 20
+    stream.send(plan)
+    await stream.until(lambda: all(stream.of(f"large-{i}", "failed") for i in range(80)))
+    await stream.until_finished("beside-large")
+    await stream.close()
+
+
 async def test_two_htasks_of_a_plan_interleave(mesh: Mesh, versions: Versions) -> None:
     stream = await mesh.open_stream()
     one, two = planned("one", num_steps=3), planned("two", num_steps=3)

@@ -20,6 +20,8 @@ from muxtune.v1 import (
     scheduling_pb2_grpc,
     task_pb2,
 )
+from services.conversion.plan_parts import PlanParts
+from services.message_parts import HeldPages
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel
 from services.rpc.interceptor import RpcInterceptor
@@ -58,18 +60,20 @@ class Changes:
 
 
 class FakeLedger(ledger_pb2_grpc.LedgerServiceServicer):
-    """A ledger in memory. `refusals`: errors that the next calls of a method raise, one each."""
+    """A ledger in memory. `refusals`: errors that the next calls of a method raise, one each. `message_tasks`: tasks in
+    one page of a snapshot, and specs in one answer."""
 
     def __init__(self, changes: Changes) -> None:
         self.changes = changes
         self.tasks: dict[str, ledger_pb2.SnapshotTask] = {}
         self.executors: dict[str, plan_pb2.Executor] = {}
-        self.plan_version, self.num_snapshots = 0, 0
+        self.plan_version, self.num_snapshots, self.message_tasks = 0, 0, 2
         self.plans: list[ledger_pb2.CommitPlanRequest] = []
         self.committed: list[plan_pb2.TaskResult] = []
         self.refusals: dict[str, list[MuxtuneError]] = {}
         self.audit: list[operator_pb2.AuditEvent] = []
         self._hints: set[asyncio.Event] = set()
+        self._snapshots = HeldPages[ledger_pb2.GetSnapshotResponse]()
 
     async def put_task(self, number: int, tenant: str = "a", **fields: Any) -> str:
         name = f"tenants/{tenant}/tasks/t{number}"
@@ -104,11 +108,36 @@ class FakeLedger(ledger_pb2_grpc.LedgerServiceServicer):
 
     async def GetSnapshot(self, request: Any, context: Any) -> ledger_pb2.GetSnapshotResponse:
         self._refuse("GetSnapshot")
-        self.num_snapshots += 1
-        await self.changes.notify()
-        return ledger_pb2.GetSnapshotResponse(
-            tasks=self.tasks.values(), executors=self.executors.values(), plan_version=self.plan_version
-        )
+        if request.page_token:
+            page, token = self._snapshots.page(request.page_token)
+        else:
+            self.num_snapshots += 1
+            await self.changes.notify()
+            page, token = self._snapshots.hold(self._snapshot_pages())
+        page.next_page_token = token
+        return page
+
+    def _snapshot_pages(self) -> list[ledger_pb2.GetSnapshotResponse]:
+        entries = list(self.tasks.values())
+        pages = []
+        for start in range(0, max(1, len(entries)), self.message_tasks):
+            some = entries[start : start + self.message_tasks]
+            page = ledger_pb2.GetSnapshotResponse(tasks=some, plan_version=self.plan_version)
+            for entry in page.tasks:
+                for field in ("spec", "estimate"):
+                    entry.task.ClearField(field)
+            pages.append(page)
+        pages[0].executors.extend(self.executors.values())
+        return pages
+
+    async def BatchGetTaskSpecs(
+        self, request: ledger_pb2.BatchGetTaskSpecsRequest, context: Any
+    ) -> ledger_pb2.BatchGetTaskSpecsResponse:
+        self._refuse("BatchGetTaskSpecs")
+        read = request.tasks[: self.message_tasks]
+        found = [self.tasks[name].task for name in read if name in self.tasks]
+        specs = [ledger_pb2.StoredTaskSpec(task=t.name, spec=t.spec, estimate=t.estimate) for t in found]
+        return ledger_pb2.BatchGetTaskSpecsResponse(specs=specs, num_read=len(read))
 
     async def CommitPlan(self, request: ledger_pb2.CommitPlanRequest, context: Any) -> ledger_pb2.CommitPlanResponse:
         self._refuse("CommitPlan")
@@ -194,7 +223,14 @@ class FakeExecutor(execution_pb2_grpc.ExecutionServiceServicer):
 
     @property
     def plans(self) -> list[plan_pb2.ExecutorPlan]:
-        return [request.plan for request in self.requests if request.HasField("plan")]
+        """Return the plans that have come, put together from their parts."""
+        plans, parts = list[plan_pb2.ExecutorPlan](), PlanParts()
+        for request in self.requests:
+            if request.plan_continues:
+                parts.add(request.plan)
+            elif request.HasField("plan"):
+                plans.append(parts.finish(request.plan))
+        return plans
 
     @property
     def acknowledged(self) -> int:

@@ -142,7 +142,7 @@ class Store(RuleBasedStateMachine):
     def plan(self, name: str, where: str, is_late: bool):  # type: ignore[no-untyped-def]
         """Commit a plan; a plan from an older snapshot starts nothing."""
         task, host = self.tasks[name], self.executors[where]
-        version = self.ledger.snapshot().plan_version + 1
+        version = self.ledger.snapshot_pages()[0].plan_version + 1
         start = ledger_pb2.AttemptStart(task=name, expected_attempt=task.attempt - is_late)
         request = ledger_pb2.CommitPlanRequest(
             executor=where, lease_term=host.lease_term, version=version, starts=[start]
