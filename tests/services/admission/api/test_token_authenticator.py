@@ -1,9 +1,7 @@
 """Authentication by API keys and by tokens of an identity provider; the rate limit of a tenant."""
 
 import base64
-import http.server
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from google.rpc import error_details_pb2
 
-from engine.errors import OverloadedError, UnauthenticatedError, UnavailableError
+from engine.errors import OverloadedError, UnauthenticatedError
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import key_pb2
 from services.admission.__main__ import AdmissionSettings
@@ -60,12 +58,12 @@ def unsigned(**claims: Any) -> str:
     return ".".join(base64.urlsafe_b64encode(json.dumps(p).encode()).rstrip(b"=").decode() for p in parts) + "."
 
 
-def test_a_token_of_the_issuer_is_its_tenants(provider: OidcProvider) -> None:
+async def test_a_token_of_the_issuer_is_its_tenants(provider: OidcProvider) -> None:
     verifier = TokenVerifier(provider)
     for valid in (token(), token(EC_KEY, "two", "ES256"), token(tenant="tenants/acme"), token(aud=["x", AUDIENCE])):
-        principal = verifier.verify(valid)
+        principal = await verifier.verify(valid)
         assert (principal.tenant, principal.role, principal.subject) == ("tenants/acme", Role.TENANT, "oidc ada")
-    assert verifier.verify(token(muxtune_role="viewer")).role is Role.VIEWER
+    assert (await verifier.verify(token(muxtune_role="viewer"))).role is Role.VIEWER
 
 
 FORGED: dict[str, Callable[[], str]] = {
@@ -102,12 +100,12 @@ def hmac_token() -> str:
 
 
 @pytest.mark.parametrize("forged", FORGED.values(), ids=FORGED.keys())
-def test_every_forged_token_gets_the_same_refusal(provider: OidcProvider, forged: Callable[[], str]) -> None:
+async def test_every_forged_token_gets_the_same_refusal(provider: OidcProvider, forged: Callable[[], str]) -> None:
     with pytest.raises(UnauthenticatedError, match="the token is invalid or expired: get a new one"):
-        TokenVerifier(provider).verify(forged())
+        await TokenVerifier(provider).verify(forged())
 
 
-def test_the_reason_is_logged_for_the_operator_at_a_limited_rate(
+async def test_the_reason_is_logged_for_the_operator_at_a_limited_rate(
     provider: OidcProvider, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The log holds no part of the token, which may be valid elsewhere."""
@@ -115,47 +113,11 @@ def test_the_reason_is_logged_for_the_operator_at_a_limited_rate(
     for _ in range(20):
         for forged in (token(aud="secret-audience"), token(iss="https://secret.example"), token(tenant="Secret Inc.")):
             with pytest.raises(UnauthenticatedError):
-                verifier.verify(forged)
+                await verifier.verify(forged)
     causes = [record.getMessage() for record in caplog.records]
     wrong = ("InvalidAudienceError", "InvalidIssuerError", "InvalidInputError")
     assert causes == [f"token refused: {cause}" for cause in wrong]
     assert "secret" not in caplog.text.lower()
-
-
-def test_a_new_key_of_the_issuer_is_fetched_and_unknown_keys_at_a_limited_rate(tmp_path: Path) -> None:
-    paths: list[str] = []
-
-    class Issuer(http.server.BaseHTTPRequestHandler):
-        keys = jwks(one=RSA_KEY)
-
-        def do_GET(self) -> None:
-            paths.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(self.keys.encode())
-
-        def log_message(self, *arguments: object) -> None: ...
-
-    seconds = [0.0]
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Issuer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/keys"
-        verifier = TokenVerifier(OidcProvider(ISSUER, AUDIENCE, url), lambda: seconds[0])
-        verifier.verify(token())
-        for number in range(20):
-            with pytest.raises(UnauthenticatedError):
-                verifier.verify(token(key_id=f"unknown-{number}"))
-        assert len(paths) == 1
-        Issuer.keys = jwks(new=EC_KEY)
-        seconds[0] = 61.0
-        verifier.verify(token(EC_KEY, "new", "ES256"))
-        with pytest.raises(UnauthenticatedError):  # withdrawn by its issuer
-            verifier.verify(token())
-        assert len(paths) == 2
-        server.shutdown()
-    seconds[0] = 200.0
-    with pytest.raises(UnavailableError, match="issuer's keys"):
-        verifier.verify(token(key_id="unknown"))
 
 
 @pytest.mark.parametrize(
