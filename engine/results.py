@@ -63,11 +63,12 @@ class WorkInProgress:
 
 @dataclass(frozen=True)
 class TaskFailure:
-    """The executor detached the task because of `error`. Its neighbours are not affected."""
+    """The executor detached the task because of `error`. Its neighbours are not affected. `work`: of the lost step."""
 
     task: str
     step: int
     error: MuxtuneError
+    work: WorkInProgress
 
 
 Result = StepResult | EvaluationResult | TaskFailure

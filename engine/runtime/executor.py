@@ -240,11 +240,11 @@ class Executor:
 
     def _finish_evaluation(self, range_: Range) -> EvaluationResult | TaskFailure:
         task_state = self.tasks[range_.task]
-        totals, task_state.accumulated = task_state.accumulated, StepAccumulator()
+        totals = task_state.accumulated
         if not math.isfinite(totals.loss):
             message = f"The held-out loss after step {range_.step} is {totals.loss}. Lower the learning rate."
             return self._fail(range_, NonFiniteError(message, step=range_.step))
-        task_state.evaluated_step = range_.step
+        task_state.evaluated_step, task_state.accumulated = range_.step, StepAccumulator()
         return EvaluationResult(
             task=range_.task,
             step=range_.step,
@@ -256,8 +256,9 @@ class Executor:
         )
 
     def _fail(self, range_: Range, error: MuxtuneError) -> TaskFailure:
+        work = self.work_in_progress(range_.task)
         self.detach(range_.task)
-        return TaskFailure(range_.task, range_.step, error)
+        return TaskFailure(range_.task, range_.step, error, work)
 
     def _verify(self, microbatch: Microbatch) -> list[TaskFailure]:
         """Runs the ranges of steps that are to be verified again, each alone. A task without memory for it fails."""

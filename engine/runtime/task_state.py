@@ -94,9 +94,9 @@ class TaskTrainingState:
         return every > 0 and (self.step + 1) % every == 0
 
     def restart_step(self) -> None:
-        """Discards the current step: its microbatches will come again."""
+        """Discards the current step: its microbatches will come again. The device time that it took still counts."""
         self.gradient.clear()
-        self.accumulated = StepAccumulator()
+        self.accumulated = StepAccumulator(seconds=self.accumulated.seconds)
 
     def num_bytes(self) -> int:
         """Returns the allocated bytes of parameters, gradients, optimizer state and the method's frozen tensors."""

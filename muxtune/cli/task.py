@@ -86,7 +86,7 @@ def list_(
 @app.command(epilog="Example: muxtune task get tenants/default/tasks/replies --json")
 @app.command("show", hidden=True)
 def get(name: NameArgument, data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
-    """Show one task: spec, state, progress, failure."""
+    """Show one task: spec, state, progress, failure. Device seconds and tokens include work in progress."""
     with open_client(data) as client:
         task = client.get_task(name)
         if json:
@@ -135,7 +135,8 @@ def describe(event: event_pb2.TaskEvent) -> str:
             f"{line}; alone: loss differs by {check.loss_difference:.1e}, gradient by {check.gradient_difference:.1e}"
         )
     if kind == "evaluated":
-        return f"held-out loss {event.evaluated.loss:.4f} at step {event.evaluated.step}"
+        evaluated = event.evaluated
+        return f"held-out loss {evaluated.loss:.4f} at step {evaluated.step}, {evaluated.effective_tokens} tokens"
     if kind == "checkpoint_committed":
         return f"checkpoint at step {event.checkpoint_committed.step}"
     return f"{state_name(event.state_changed.state)}: {event.state_changed.message}"
@@ -160,7 +161,7 @@ def _seconds_left(task: task_pb2.Task) -> str:
 def _print_estimate(estimate: task_pb2.TaskEstimate, json: bool) -> None:
     if json:
         return print_json([estimate])
-    seconds = f", about {estimate.seconds:.0f} s alone" if estimate.HasField("seconds") else ""
+    seconds = f", about {estimate.seconds:.0f} s alone, evaluations included" if estimate.HasField("seconds") else ""
     console.print(
         f"{estimate.num_steps} steps, {estimate.num_train_tokens} tokens, {estimate.num_train_rows} train rows, "
         f"{estimate.num_heldout_rows} held out, adds {estimate.added_bytes / 1e6:.1f} MB{seconds}"

@@ -22,8 +22,10 @@ def quota(
     max_unfinished_spec_bytes: Annotated[
         int | None, typer.Option(help="Bytes of the specs of tasks not ended; 0: no limit.")
     ] = None,
-    max_tokens_per_day: Annotated[int | None, typer.Option(help="Effective tokens; 0: no limit.")] = None,
-    max_device_seconds_per_day: Annotated[float | None, typer.Option(help="0: no limit.")] = None,
+    max_tokens_per_day: Annotated[
+        int | None, typer.Option(help="Effective tokens, evaluations included; 0: no limit.")
+    ] = None,
+    max_device_seconds_per_day: Annotated[float | None, typer.Option(help="Evaluations included; 0: no limit.")] = None,
     reset: Annotated[
         bool, typer.Option("--reset", help="Limits that are left out return to the service's defaults.")
     ] = False,
@@ -57,7 +59,7 @@ def quota(
 
 @app.command(epilog="Example: muxtune tenant usage --tenant acme")
 def usage(tenant: TenantOption = "", data: DataOption = DEFAULT_DATA, json: JsonOption = False) -> None:
-    """Show the usage of tenants by day (UTC), newest first."""
+    """Show the usage of tenants by day (UTC), newest first: steps and evaluations, also those in progress."""
     with operator_channel(data, "admission") as (channel, metadata), raising():
         stub, token = operator_pb2_grpc.OperatorServiceStub(channel), ""
         days: list[operator_pb2.DayUsage] = []

@@ -96,6 +96,10 @@ def hypothetical_tasks(request: pb.SimulatePlanRequest, snapshot: Snapshot) -> l
             raise InvalidInputError.of_field(
                 f"{path}.num_steps", "steps and tokens must be positive; read them from a preflight"
             )
+        if task.num_heldout_rows < 0:
+            raise InvalidInputError.of_field(
+                f"{path}.num_heldout_rows", f"{task.num_heldout_rows} must not be negative; read it from a preflight"
+            )
         age += 1
         names.add(task.task)
         tasks.append(

@@ -56,7 +56,7 @@ def _explain(
         predicted_seconds_left=left_seconds if can_predict else None,
         round_seconds=executor.load_seconds() if can_predict else None,
         alone_round_seconds=executor.round_seconds(executor.usage_of(demand)) if can_predict else None,
-        predicted_step_seconds=fused.token_seconds * demand.step.num_tokens if can_predict else None,
+        predicted_step_seconds=_step_seconds(executor, demand, fused) if can_predict else None,
         measured_step_seconds=task.device_seconds / task.step if task.step and task.device_seconds else None,
         padding_fraction=task.num_padding_tokens / num_tokens if num_tokens else None,
         predicted_padding_fraction=_padding_fraction(demand, fused),
@@ -80,3 +80,9 @@ def _seconds_of_a_token(executor: ExecutorState) -> float:
     """Return the seconds of the executor's round by token: measured time is divided among tasks by tokens, too."""
     all_tokens = sum(demand.step.num_tokens for demand in executor.residents.values())
     return executor.load_seconds() / all_tokens if all_tokens else 0.0
+
+
+def _step_seconds(executor: ExecutorState, demand: TaskDemand, fused: _FusedRound) -> float:
+    """Return the task's device time of a step, with the evaluations and verified steps between two."""
+    between = demand.seconds_between_steps(executor.profile, fused.htask.token_budget) / executor.view.num_stages
+    return fused.token_seconds * demand.step.num_tokens + between

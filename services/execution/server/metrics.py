@@ -27,14 +27,14 @@ class ExecutorMetrics:
         self._wait.set(fraction, self._attributes)
 
     def record_results(self, results: Iterable[plan_pb2.TaskResult]) -> None:
-        """Counts steps as they run: a step that runs again after a resume counts again."""
+        """Counts steps and evaluations as they end: one that runs again after a resume counts again."""
         for result in results:
             kind = result.WhichOneof("result")
-            if kind == "step_done":
-                step = result.step_done
-                self._steps.add(1, self._attributes)
-                self._effective.add(step.effective_tokens, self._attributes)
-                self._padding.add(step.padding_tokens, self._attributes)
-                self._seconds.add(step.device_seconds, self._attributes)
+            if kind in ("step_done", "evaluated"):
+                work = result.step_done if kind == "step_done" else result.evaluated
+                self._steps.add(int(kind == "step_done"), self._attributes)
+                self._effective.add(work.effective_tokens, self._attributes)
+                self._padding.add(work.padding_tokens, self._attributes)
+                self._seconds.add(work.device_seconds, self._attributes)
             elif kind in ATTEMPT_ENDS:
                 self._ends.add(1, {**self._attributes, "muxtune.end": kind})

@@ -11,7 +11,9 @@ from engine.task import TaskSpec
 from muxtune.v1 import event_pb2, plan_pb2
 from services.backoff import Backoff
 from services.execution.trainer.background_io import BackgroundCall
+from services.execution.trainer.checkpoint_store import CheckpointStore
 from services.execution.trainer.early_stop import EarlyStop
+from services.telemetry import task_span
 
 Files = dict[str, bytes]
 
@@ -79,6 +81,10 @@ class ResidentTask:
         is_old = time.monotonic() - self.checkpoint_time >= every_seconds
         return step > self.checkpoint_step and (is_old or step - self.checkpoint_step >= every_steps)
 
+    def is_at_end(self, step: int) -> bool:
+        """Returns whether the task ends at this step, after an evaluation that is due."""
+        return step >= self.planned.num_steps or self.early_stop.should_stop(self.spec.training)
+
     def has_waited(self, seconds: float) -> bool:
         return self.waiting_since is not None and time.monotonic() - self.waiting_since > seconds
 
@@ -96,3 +102,11 @@ class ResidentTask:
 
 def reason_of(error: MuxtuneError | OutOfMemoryError) -> str:
     return f"no memory: {error}" if isinstance(error, OutOfMemoryError) else error.message
+
+
+def fetch(checkpoints: CheckpointStore, task: plan_pb2.PlannedTask) -> RestoreState:
+    """Fetches what the task is restored from. Runs on a background thread."""
+    with task_span("fetch", task.task, task.trace_parent):
+        if task.HasField("resume_from"):
+            return RestoreState(*checkpoints.get_checkpoint(task.task, task.resume_from))
+        return RestoreState(initial_adapter=checkpoints.get_adapter(task.initial_adapter_key))

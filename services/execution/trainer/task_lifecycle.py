@@ -13,7 +13,7 @@ from functools import partial
 from opentelemetry import trace
 
 from engine.errors import MuxtuneError, UnavailableError, WillNeverFitError
-from engine.results import EvaluationResult, StepResult, TaskFailure
+from engine.results import EvaluationResult, StepResult, TaskFailure, WorkInProgress
 from engine.runtime.checkpoint import CheckpointState
 from engine.runtime.executor import Executor
 from engine.runtime.out_of_memory import OutOfMemoryError
@@ -25,7 +25,7 @@ from services.conversion.task import spec_to_domain
 from services.execution.trainer.background_io import BackgroundCall, BackgroundIo
 from services.execution.trainer.checkpoint_store import CheckpointStore, folder_of
 from services.execution.trainer.early_stop import EarlyStop
-from services.execution.trainer.resident_task import Completion, Files, ResidentTask, RestoreState, reason_of
+from services.execution.trainer.resident_task import Completion, Files, ResidentTask, RestoreState, fetch, reason_of
 from services.rpc.errors import to_failure
 from services.telemetry import current_trace_parent, links_to, task_span
 
@@ -99,11 +99,7 @@ class TaskLifecycle:
             elif task.cancel and name in training:
                 self._end(self._residents[name], Completion(plan_pb2.TaskFinished(cancelled=True)))
 
-    @property
-    def has_ready(self) -> bool:
-        return any(self._is_ready(resident) for resident in self._residents.values())
-
-    def next_ready(self, order: Callable[[str], float]) -> str | None:
+    def next_ready(self, order: Callable[[str], float] = lambda _: 0.0) -> str | None:
         """Returns the task with the least `order` among those that can go on loading, leaving or with their store."""
         ready = [name for name, resident in self._residents.items() if self._is_ready(resident)]
         return min(ready, key=order, default=None)
@@ -143,6 +139,7 @@ class TaskLifecycle:
         if resident is None:
             return
         if isinstance(result, TaskFailure):
+            self._report_work(resident, result.work)
             self._fail(resident, result.error)
         elif isinstance(result, StepResult):
             self._report(resident, step_done=step_to_proto(result))
@@ -161,7 +158,7 @@ class TaskLifecycle:
         """Reports the device time of steps and evaluations that have taken `min_seconds` and are not complete."""
         for name in self.names:
             if (work := self._executor.work_in_progress(name)).seconds >= min_seconds:
-                self._report(self._residents[name], in_progress=work_in_progress_to_proto(work))
+                self._report_work(self._residents[name], work)
 
     def _end_or_checkpoint(self, resident: ResidentTask, step: int) -> None:
         """Ends the task after its last step, unless an evaluation follows; otherwise checkpoints it if that is due."""
@@ -182,6 +179,8 @@ class TaskLifecycle:
 
     def fail(self, name: str, error: MuxtuneError) -> None:
         """Fails the task with an error that the engine did not raise."""
+        if name in self._executor.tasks:
+            self._report_work(self._residents[name], self._executor.work_in_progress(name))
         self._fail(self._residents[name], error)
 
     def release(self, name: str, reason: str) -> None:
@@ -225,7 +224,7 @@ class TaskLifecycle:
         elif resident.name in self._executor.tasks:
             self._export(resident)
         elif resident.restore_state is None and resident.needs_restore:
-            fetching = self._background_io.submit(partial(self._fetch, resident.planned))
+            fetching = self._background_io.submit(partial(fetch, self._checkpoints, resident.planned))
             resident.background_call = BackgroundCall(fetching, partial(setattr, resident, "restore_state"))
         else:
             self._attach(resident, resident.restore_state or RestoreState())
@@ -261,13 +260,6 @@ class TaskLifecycle:
         resident.schedule_retry()
         _log.warning("A retry of %s is scheduled: %s", resident.name, reason)
 
-    def _fetch(self, task: plan_pb2.PlannedTask) -> RestoreState:
-        """Fetches what the task is restored from. Runs on a background thread."""
-        with task_span("fetch", task.task, task.trace_parent):
-            if task.HasField("resume_from"):
-                return RestoreState(*self._checkpoints.get_checkpoint(task.task, task.resume_from))
-            return RestoreState(initial_adapter=self._checkpoints.get_adapter(task.initial_adapter_key))
-
     def _attach(self, resident: ResidentTask, restore_state: RestoreState) -> None:
         task, state, used = resident.planned, restore_state.state, restore_state.used
         with task_span("attach", task.task, task.trace_parent, **{"muxtune.attempt": resident.attempt}):
@@ -283,17 +275,18 @@ class TaskLifecycle:
             resident.reset_retry()
         if state is not None and used is not None:
             resident.early_stop = EarlyStop(**state.metadata.get("early_stop", {}))
+            if not resident.is_at_end(state.step):
+                self._executor.tasks[resident.name].evaluated_step = resident.early_stop.evaluated_step
             resident.checkpoint_step = state.step
             if used.manifest_key != task.resume_from.manifest_key:
                 message = (
                     f"resumed from step {used.step}: the checkpoint of step {task.resume_from.step} cannot be read"
                 )
                 self._report(resident, resumed=plan_pb2.TaskResumed(checkpoint=used, message=message))
-        if resident.completion is None:
-            if task.cancel:
-                self._end(resident, Completion(plan_pb2.TaskFinished(cancelled=True)))
-            else:
-                self._end_or_checkpoint(resident, self._executor.tasks[resident.name].step)
+        if resident.completion is None and task.cancel:
+            self._end(resident, Completion(plan_pb2.TaskFinished(cancelled=True)))
+        elif resident.completion is None:
+            self._end_or_checkpoint(resident, self._executor.tasks[resident.name].step)
 
     def _checkpoint(self, resident: ResidentTask) -> None:
         state = self._executor.checkpoint(resident.name)
@@ -318,7 +311,9 @@ class TaskLifecycle:
     def _end(self, resident: ResidentTask, completion: Completion) -> None:
         """Ends the training. `advance` then takes the task off the device and uploads its checkpoint and adapter."""
         resident.completion = completion
-        if resident.name not in self._executor.tasks and completion.finished is None and completion.state is None:
+        if resident.name in self._executor.tasks:
+            self._report_work(resident, self._executor.work_in_progress(resident.name))
+        elif completion.finished is None and completion.state is None:
             self._release(resident, completion.reason)
 
     def _export(self, resident: ResidentTask) -> None:
@@ -385,6 +380,11 @@ class TaskLifecycle:
     def _release(self, resident: ResidentTask, reason: str) -> None:
         self._report(resident, released=plan_pb2.TaskReleased(reason=reason))
         self._forget(resident)
+
+    def _report_work(self, resident: ResidentTask, work: WorkInProgress) -> None:
+        """Reports the device time of a step that is not complete, and may never be."""
+        if work.seconds > 0:
+            self._report(resident, in_progress=work_in_progress_to_proto(work))
 
     def _fail(self, resident: ResidentTask, error: MuxtuneError) -> None:
         self._report(resident, failed=to_failure(error))

@@ -288,7 +288,7 @@ class Trainer:
         while True:
             has_work = bool(self._lifecycle.names or self._next_plan) and not self._is_paused
             is_drained = self._is_draining and self._lifecycle.is_empty
-            is_idle = not (has_work or is_drained or self._lifecycle.has_ready)
+            is_idle = not (has_work or is_drained or self._lifecycle.next_ready())
             if is_idle:
                 self._step_window.close()
             self._send_heartbeat(is_idle)

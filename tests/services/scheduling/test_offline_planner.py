@@ -10,10 +10,19 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 
 from engine.errors import InvalidInputError
-from engine.planning.types import PlannerConfig
-from muxtune.v1 import plan_pb2, scheduling_pb2
-from services.conversion.plan import planner_config_to_domain, planner_config_to_proto
-from services.scheduling.offline_planner import answers
+from engine.planning.planner import plan
+from engine.planning.types import PlannerConfig, Snapshot
+from muxtune.v1 import ledger_pb2, plan_pb2, scheduling_pb2, task_pb2
+from services.conversion.plan import (
+    planner_config_to_domain,
+    planner_config_to_proto,
+    planning_fields,
+    snapshot_task_to_view,
+    stored_spec_to_planning,
+)
+from services.scheduling.ledger_reader import LedgerSnapshot
+from services.scheduling.offline_planner import answers, read_profile
+from services.scheduling.plan_queries import planner_profile
 from tests.services.scheduling.mesh_fakes import BACKBONE, SPEC_OF_TASKS, SchedulingMesh
 
 COST = plan_pb2.CostProfile(fixed_seconds=0.1, token_seconds=0.01)
@@ -51,6 +60,28 @@ async def test_a_recorded_profile_answers_as_the_mesh_does(mesh: SchedulingMesh)
     assert {e["task"] for e in offline["explanations"]} == {e.task for e in online.explanations}
 
 
+def test_a_profile_has_the_evaluations_of_its_tasks() -> None:
+    """A mesh and a recorded profile predict the same end, and a later one for a task that evaluates 1,000 rows."""
+    seconds: dict[int, float] = {}
+    for num_heldout_rows in (0, 1000):
+        estimate = task_pb2.TaskEstimate(num_steps=4, num_train_tokens=100, num_heldout_rows=num_heldout_rows)
+        task = task_pb2.Task(name=f"tenants/a/tasks/t{num_heldout_rows}", spec=SPEC_OF_TASKS, estimate=estimate)
+        task.spec.training.heldout_fraction, task.spec.training.evaluate_every_steps = 0.5, 1
+        stored = ledger_pb2.StoredTaskSpec(spec=task.spec, estimate=estimate)
+        planning, limits = stored_spec_to_planning(planning_fields(stored)), PlannerConfig(256)
+        entry = ledger_pb2.SnapshotTask(task=task_pb2.Task(name=task.name), executor="executors/x")
+        view = snapshot_task_to_view(entry, planning, 0, 0)
+        (recorded,) = planner_profile(LedgerSnapshot([entry], specs={task.name: planning}), limits, {})
+        fields = MessageToDict(recorded.profile, preserving_proto_field_name=True)["tasks"]
+        (answer,) = answers({"profile": profile(tasks=fields)})
+        (explanation,) = answer["explanations"]
+        executor = read_profile(profile()).snapshot.executors[0]
+        online = plan(Snapshot((view,), (executor,)), limits).explanations[0]
+        assert explanation["predicted_seconds_left"] == pytest.approx(online.predicted_seconds_left)
+        seconds[num_heldout_rows] = explanation["predicted_seconds_left"]
+    assert seconds[1000] > 20 * seconds[0]
+
+
 def test_a_trace_is_simulated_under_three_policies() -> None:
     """One task of 10 steps of 4 sequences of 25 tokens: 10 rounds of a fixed cost and 100 tokens each."""
     (ours, instance, _) = answers({"profile": profile(), "trace": {"lines": [json.dumps(LINE)]}})
@@ -76,6 +107,7 @@ def test_a_trace_is_simulated_under_three_policies() -> None:
         ({"profile": profile(), "trace": {"lines": [json.dumps(LINE | {"seconds": 1e400})]}}, "line 1"),
         ({"profile": profile(), "trace": GENERATED, "num_devices": 10**6}, "num_devices"),
         ({"profile": profile(), "tasks": [MessageToDict(scheduling_pb2.HypotheticalTask(task="x"))]}, "tasks[0]"),
+        ({"profile": profile(), "tasks": [MessageToDict(hypothetical(num_heldout_rows=-1))]}, "num_heldout_rows: -1"),
     ],
 )
 def test_an_invalid_profile_or_trace_is_named(request_: dict[str, Any], words: str) -> None:

@@ -20,12 +20,23 @@ from services.admission.ledger.ledger import Ledger
 from services.admission.store import tasks
 from services.admission.store.database import Database
 from tests.services.admission.admission_mesh import checkpoint, executor, finished, spec, step
+from tests.services.admission.work_reports import in_progress
 from tests.thoroughness import examples
 
 FINAL = {"SUCCEEDED", "FAILED", "CANCELLED"}
 EXECUTORS = ("executors/one", "executors/two")
 LEASE_SECONDS, MAX_CRASHES, HOUR = 10.0, 3, 3600
-KINDS = ["step", "same step", "checkpoint", "finished", "failed", "released", "died alone", "died with others"]
+KINDS = [
+    "step",
+    "same step",
+    "in progress",
+    "checkpoint",
+    "finished",
+    "failed",
+    "released",
+    "died alone",
+    "died with others",
+]
 
 
 @dataclass
@@ -78,7 +89,7 @@ class Store(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="states-"))
-        self.now, self.wall_offset = 1000.0, 0
+        self.now, self.wall_offset, self.num_reports = 1000.0, 0, 0
         self.tasks: dict[str, Task] = {}
         self.executors = {name: Executor() for name in EXECUTORS}
         real = time.time_ns
@@ -186,6 +197,9 @@ class Store(RuleBasedStateMachine):
         name, number, task = attempt.task, attempt.number, self.tasks[attempt.task]
         if kind in ("step", "same step"):
             return step(name, number, task.step + (kind == "step"))
+        if kind == "in progress":
+            self.num_reports += 1
+            return in_progress(name, number, task.step, (0, 0, float(self.num_reports)))  # more than all before
         if kind == "checkpoint":
             return checkpoint(name, number, task.step)
         if kind == "finished":

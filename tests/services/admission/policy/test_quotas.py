@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Callable
 
 import grpc
 import pytest
@@ -9,7 +10,7 @@ import sqlalchemy as sa
 from google.rpc import error_details_pb2
 
 from muxtune.v1 import admission_pb2 as pb
-from muxtune.v1 import budget_pb2, key_pb2, ledger_pb2, operator_pb2, task_pb2
+from muxtune.v1 import budget_pb2, key_pb2, ledger_pb2, operator_pb2, plan_pb2, task_pb2
 from services.admission.policy import quotas
 from services.admission.store.audit_log import create_audit_writer
 from services.admission.store.change_notifier import ANY_CHANGE
@@ -26,11 +27,36 @@ from tests.services.admission.admission_mesh import (
     spec,
     step,
 )
+from tests.services.admission.work_reports import evaluation, in_progress
 
 pytestmark = pytest.mark.parametrize("database_url", DATABASES, indirect=True)
 EXHAUSTED = (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED")
 INVALID = (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_INPUT")
 DENIED = (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")
+
+
+def two_steps(task: str) -> list[plan_pb2.TaskResult]:
+    return [step(task, 1, 1), step(task, 1, 2)]
+
+
+def an_evaluation(task: str) -> list[plan_pb2.TaskResult]:
+    return [evaluation(task, 1, 0, (20, 0, 1.0))]
+
+
+def an_evaluation_in_progress(task: str) -> list[plan_pb2.TaskResult]:
+    return [
+        in_progress(task, 1, 0, (15, 0, 0.75), is_evaluation=True),
+        in_progress(task, 1, 0, (20, 0, 1.0), is_evaluation=True),
+    ]
+
+
+def a_step_in_progress(task: str) -> list[plan_pb2.TaskResult]:
+    return [step(task, 1, 1), in_progress(task, 1, 1, (10, 0, 0.5))]
+
+
+WORK = [two_steps, an_evaluation, an_evaluation_in_progress, a_step_in_progress]  # 20 tokens, 1 second
+BUDGETS = 2 * [{"max_tokens": 20}, {"max_device_seconds": 1.0}]
+DAY_LIMITS = 2 * [{"max_device_seconds_per_day": 1.0}, {"max_tokens_per_day": 20}]
 
 
 async def set_quota(admission: Admission, tenant: str = "acme", **limits: float) -> None:
@@ -151,9 +177,35 @@ async def test_a_day_used_up_makes_tasks_wait_and_tomorrow_they_go_on(
     await admission.create(task.spec.dataset)
 
 
-@pytest.mark.parametrize("limit", [{"max_tokens": 20}, {"max_device_seconds": 1.0}], ids=str)
+@pytest.mark.parametrize(("work", "limit"), list(zip(WORK, DAY_LIMITS, strict=True)))
+async def test_all_work_uses_up_the_day_of_its_tenant_alone(
+    admission: Admission, limit: dict[str, float], work: Callable[[str], list[plan_pb2.TaskResult]]
+) -> None:
+    """Once a tenant's steps or evaluations have used up its day, also in progress, another tenant's task runs alone."""
+    task = (await admission.create((await admission.upload()).name)).name
+    other_dataset = (await admission.tenant("other").UploadDataset(dataset_parts(TEN_ROWS))).dataset.name
+    created = await admission.tenant("other").CreateTask(pb.CreateTaskRequest(spec=spec(other_dataset)))
+    other = created.task.name
+    await admission.run(task, other)
+    for tenant in ("acme", "other"):
+        await set_quota(admission, tenant, **limit)
+    results = work(task)
+    await admission.commit(*results[:-1], step(other, 1, 1))
+    assert await list_planned(admission) == {task, other}
+    admission.limits.check()
+    with admission.notifier.subscribe(ANY_CHANGE) as hinted:
+        await admission.commit(results[-1])
+        hinted.clear()
+        admission.limits.check()
+        assert hinted.is_set() and await list_planned(admission) == {other}
+    with refused(*EXHAUSTED):
+        await admission.create((await admission.upload()).name)
+    assert (await admission.tenant("other").CreateTask(pb.CreateTaskRequest(spec=spec(other_dataset)))).task.name
+
+
+@pytest.mark.parametrize(("work", "limit"), list(zip(WORK, BUDGETS, strict=True)))
 async def test_a_task_over_its_budget_is_cancelled_without_an_error(
-    admission: Admission, limit: dict[str, float]
+    admission: Admission, limit: dict[str, float], work: Callable[[str], list[plan_pb2.TaskResult]]
 ) -> None:
     dataset = (await admission.upload()).name
     budget = budget_pb2.Budget(**limit)
@@ -161,7 +213,10 @@ async def test_a_task_over_its_budget_is_cancelled_without_an_error(
     neighbour = await admission.create(dataset)
     for name in (task.name, neighbour.name):
         await admission.run(name)
-        await admission.commit(step(name, 1, 1), step(name, 1, 2))
+        *first, last = work(name)
+        await admission.commit(*first)
+        assert await admission.state(name) == "RUNNING"
+        await admission.commit(last)
     read = (await admission.tenant().GetTask(pb.GetTaskRequest(name=task.name))).task
     assert read.state == task_pb2.TASK_STATE_CANCELLING and read.spec.budget == budget
     with admission.notifier.subscribe(ANY_CHANGE) as hinted:
@@ -186,8 +241,23 @@ async def test_an_invalid_budget_is_refused(admission: Admission) -> None:
         assert refusal.fields == [f"spec.budget.{field}"]
 
 
-async def test_accounts_are_the_sum_of_committed_steps(admission: Admission, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test keeps its own sums, over repeated and stale steps, three days and two tenants."""
+async def test_lost_work_counts_against_the_tasks_budget(admission: Admission) -> None:
+    """Ten tokens and half a second of a step were done when its executor died; the step is done again."""
+    dataset = (await admission.upload()).name
+    budgets = {"max_tokens": budget_pb2.Budget(max_tokens=20), "max_seconds": budget_pb2.Budget(max_device_seconds=1.0)}
+    names = [(await admission.create(dataset, budget=budget)).name for budget in budgets.values()]
+    await admission.run(*names)
+    await admission.commit(*(in_progress(name, 1, 0, (10, 0, 0.5)) for name in names))
+    await admission.register(incarnation="i2")
+    await admission.run(*names, lease_term=2)
+    for name in names:
+        assert await admission.state(name) == "RUNNING"
+        await admission.commit(step(name, 3, 1), lease_term=2)
+        assert await admission.state(name) == "CANCELLING"
+
+
+async def test_accounts_are_the_sum_of_committed_work(admission: Admission, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test keeps its own sums, over repeated and stale steps and evaluations, three days and two tenants."""
     random_numbers = random.Random(5)
     first_day, expected = quotas.today(), {}
     dataset = await admission.upload()
@@ -201,12 +271,15 @@ async def test_accounts_are_the_sum_of_committed_steps(admission: Admission, mon
         day = first_day + random_numbers.randrange(3)
         monkeypatch.setattr(quotas, "today", lambda day=day: day)
         tenant = random_numbers.choice(list(tasks))
+        task, line = tasks[tenant], expected.setdefault((day, tenant), [0, 0, 0.0, 0])
+        if random_numbers.random() < 0.3:
+            sent = evaluation(task, 1, done[tenant], (30, 1, 0.25))
+            await admission.commit(sent, sent, evaluation(task, 7, done[tenant] + 1, (30, 1, 0.25)))
+            line[:] = [old + new for old, new in zip(line, (30, 1, 0.25, 0), strict=True)]
         done[tenant] += 1
-        sent = step(tasks[tenant], 1, done[tenant])
-        await admission.commit(sent, sent, step(tasks[tenant], 7, done[tenant] + 1))
-        line = expected.setdefault((day, tenant), [0, 0, 0.0, 0])
-        for index, value in enumerate((10, 2, 0.5, 1)):
-            line[index] += value
+        sent = step(task, 1, done[tenant])
+        await admission.commit(sent, sent, step(task, 7, done[tenant] + 1))
+        line[:] = [old + new for old, new in zip(line, (10, 2, 0.5, 1), strict=True)]
     listed, token = [], ""
     while True:
         request = operator_pb2.ListUsageRequest(page_size=2, page_token=token)
