@@ -231,6 +231,7 @@ class Mesh:
             "MUXTUNE_STOP_WITH_PARENT": "true",
             "MUXTUNE_TRACE_FILE": "" if self.otlp_endpoint else str(data / "traces" / "spans.jsonl"),
             "MUXTUNE_ARTIFACT_URL": str(data / "artifacts"),
+            "MUXTUNE_SCRATCH": str(data / "scratch"),
             "MUXTUNE_DATABASE_URL": f"sqlite:///{quote(str(data / 'admission.db'))}",
             "MUXTUNE_ALIGNMENT_ADDRESS": self.addresses["alignment"],
             "MUXTUNE_ADMISSION_ADDRESS": self.addresses["admission_internal"],

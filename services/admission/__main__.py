@@ -38,6 +38,7 @@ from services.admission.store.audit_log import create_audit_writer
 from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
 from services.admission.threads import AdmissionThreads
+from services.concurrency.byte_budget import ByteBudget
 from services.rpc.authentication import Authenticate
 from services.rpc.certificates import Certificates
 from services.rpc.client_channel import open_channel
@@ -47,6 +48,7 @@ from services.rpc.server_settings import ServerSettings
 from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter
 from services.settings import from_environment
 from services.storage.artifact_store import ArtifactStore
+from services.storage.scratch_folder import ScratchFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,9 @@ class AdmissionSettings(ServerSettings):
     `requests_per_second`: maximum calls of one tenant. `watch_events_per_second`: events that all its WatchTask streams
     together receive; later ones wait.
     `refusals_per_second`: maximum unauthenticated calls from one address; 0 behind a proxy, where all share an address.
+    `scratch`: folder of temporary files, on a local disk; by default one in the system's temporary folder.
+    `max_unfinished_upload_bytes`, `max_tenant_unfinished_upload_bytes`: of uploads in progress, of all tenants and of
+    one; 0 allows none.
     `max_upload_bytes`: maximum size of one adapter. The other `max_*` are the quota of tenants that have no quota set.
     `max_crashes`: a task fails when this many of its executors died in a row before it completed a step, and it ran
     alone on the last one.
@@ -78,6 +83,9 @@ class AdmissionSettings(ServerSettings):
     requests_per_second: float = 500.0
     watch_events_per_second: float = 500.0
     refusals_per_second: float = 20.0
+    scratch: Path | None = None
+    max_unfinished_upload_bytes: int = 8 << 30
+    max_tenant_unfinished_upload_bytes: int = 2 << 30
     max_upload_bytes: int = 512 << 20
     max_unfinished_tasks: int = 1000
     max_crashes: int = 3
@@ -107,6 +115,11 @@ class AdmissionSettings(ServerSettings):
             self.max_unfinished_spec_bytes,
         )
 
+    def upload_budget(self) -> ByteBudget:
+        return ByteBudget(
+            "unfinished uploads", self.max_unfinished_upload_bytes, self.max_tenant_unfinished_upload_bytes
+        )
+
     def authenticate(self, keys: KeyStore) -> Authenticate:
         """Return the function that authenticates API keys, and the issuer's tokens if an issuer is set."""
         verifier = None
@@ -131,8 +144,9 @@ async def main() -> None:
     controller = AdmissionController(database, artifacts, alignment, quota, threads)
     watch_rate = RateLimit(settings.watch_events_per_second)
     servicer = AdmissionServicer(
-        database, artifacts, alignment, controller, notifier, settings.max_upload_bytes, threads, watch_rate
-    )
+        database, artifacts, alignment, controller, notifier, settings.max_upload_bytes, threads, watch_rate,
+        ScratchFolder.open(settings.scratch, "admission"), settings.upload_budget(),
+    )  # fmt: skip
     remove_datasets = servicer.dataset_objects.remove_all_unreferenced
     collection = GarbageCollectionLoop(GarbageCollector(database, artifacts), remove_datasets, threads.cleanup)
     ledger = LedgerServicer(notifier, collection.add, threads.ledger)

@@ -1,5 +1,6 @@
 """Threads of admission by kind of work, so that no client's work delays a lease, and no tenant's work another's."""
 
+from services.concurrency.fair_queue import FairQueue
 from services.concurrency.threads import TenantThreads, Threads
 
 
@@ -9,7 +10,9 @@ class AdmissionThreads:
     `ledger`: leases, plans, results and who leads; only scheduling and admission itself use it.
     `operators`, `cleanup`: calls of operators; the garbage collector. `clients`: reads and changes of the database.
     `removals`: bytes of datasets, for which alignment is waited. `transfers`: files on the disk and in the store.
-    The pools that use the database, all but `transfers`, have 13 threads; it has 15 connections (SQLAlchemy's default).
+    `checks`: computation on clients' files, one at a time, in turns of `check_queue`.
+    The pools that use the database, all but `transfers` and `checks`, have 13 threads; the database has 15 connections,
+    SQLAlchemy's default.
     """
 
     def __init__(self) -> None:
@@ -19,3 +22,5 @@ class AdmissionThreads:
         self.clients = TenantThreads("clients", 4, 2)
         self.removals = TenantThreads("removals", 2, 1)
         self.transfers = TenantThreads("transfers", 16, 4)
+        self.checks = TenantThreads("checks", 32, 2)
+        self.check_queue = FairQueue(num_slots=1)  # each one delays other calls, by Python's lock

@@ -12,11 +12,13 @@ from engine.errors import InvalidInputError
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc
 from services.alignment.dataset_store import DatasetStore
 from services.alignment.servicer import AlignmentServicer
+from services.concurrency.byte_budget import ByteBudget
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.server import serve
 from services.rpc.server_settings import ServerSettings
 from services.settings import from_environment
 from services.storage.artifact_store import ArtifactStore
+from services.storage.scratch_folder import ScratchFolder
 
 _SEPARATOR = re.compile(r",(?=[A-Za-z0-9._-]+=)")
 
@@ -27,11 +29,17 @@ class AlignmentSettings(ServerSettings):
 
     `backbones`: NAME=FOLDER, separated by commas; `services.execution.prepare_backbone` writes such a folder. A path
     may contain commas: only a comma before NAME= separates.
+    `scratch`: folder of temporary files, on a local disk; by default one in the system's temporary folder.
+    `max_unfinished_upload_bytes`, `max_tenant_unfinished_upload_bytes`: of uploads in progress, of all tenants and of
+    one.
     """
 
     artifact_url: str
     backbones: str
+    scratch: Path | None = None
     max_dataset_bytes: int = 1 << 30
+    max_unfinished_upload_bytes: int = 8 << 30
+    max_tenant_unfinished_upload_bytes: int = 2 << 30
     tokenized_cache_bytes: int = 1 << 30
     tokenize_seconds: float = 3600.0
 
@@ -42,13 +50,16 @@ class AlignmentSettings(ServerSettings):
 
 async def main() -> None:
     settings = from_environment(AlignmentSettings, os.environ)
-    store = ArtifactStore.open(settings.artifact_url)
+    store, scratch = ArtifactStore.open(settings.artifact_url), ScratchFolder.open(settings.scratch, "alignment")
     try:
         folders = settings.backbone_folders()
         datasets = DatasetStore(store, folders, settings.tokenized_cache_bytes, settings.tokenize_seconds)
     except InvalidInputError as error:
         raise SystemExit(f"MUXTUNE_BACKBONES: {error}") from error
-    servicer = AlignmentServicer(datasets, settings.max_dataset_bytes)
+    budget = ByteBudget(
+        "unfinished uploads", settings.max_unfinished_upload_bytes, settings.max_tenant_unfinished_upload_bytes
+    )
+    servicer = AlignmentServicer(datasets, settings.max_dataset_bytes, scratch, budget)
 
     async def stop() -> None:
         servicer.close()

@@ -3,15 +3,13 @@
 A dataset's key is its tenant and its SHA-256, so that equal bytes are stored once.
 """
 
-import hashlib
 import io
 import math
-import tempfile
 import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,19 +20,18 @@ from engine.alignment.preflight import Preflight, preflight
 from engine.alignment.tokenizer import BackboneTokenizer
 from engine.errors import (
     ArtifactCorruptError,
-    ChecksumMismatchError,
     InvalidInputError,
     MalformedDatasetError,
     QuotaExceededError,
-    UnavailableError,
 )
 from engine.task import Affects, Training, values_affecting
 from services.concurrency.fair_queue import ComputeSlot, FairQueue
 from services.storage.artifact_layout import DatasetObject
-from services.storage.artifact_store import ArtifactStore
+from services.storage.artifact_store import READ_BYTES, ArtifactStore
+from services.storage.scratch_folder import scratch_errors
+from services.storage.uploaded_file import UploadedFile
 
 _OVERHEAD_BYTES, _REFUSED_ROW_BYTES = 4096, 256
-_READ_BYTES = 4 << 20  # of the store at once
 
 
 @dataclass(frozen=True)
@@ -57,57 +54,6 @@ class StoredDataset:
     size_bytes: int
     num_rows: int
     num_rows_by_shape: Mapping[str, int]
-
-
-class DatasetUpload:
-    """An upload in progress: writes the bytes to a temporary file and checks them against the announced hash."""
-
-    def __init__(self, size_bytes: int, sha256: str, max_bytes: int) -> None:
-        if size_bytes > max_bytes:
-            raise QuotaExceededError(
-                f"The dataset has {size_bytes} bytes, more than the {max_bytes} allowed.", subject="dataset"
-            )
-        self._announced = (size_bytes, sha256.lower())
-        self._hash = hashlib.sha256()
-        self._size = 0
-        with _temporary_file_errors():
-            self.file: IO[bytes] = tempfile.NamedTemporaryFile(prefix="dataset-")  # noqa: SIM115  # gone with `discard`
-
-    def add(self, offset: int, data: bytes) -> None:
-        """Append a chunk. Raises ChecksumMismatchError if it does not follow the previous one."""
-        if offset != self._size:
-            raise ChecksumMismatchError(f"A chunk has offset {offset}, not {self._size}. Upload the dataset again.")
-        if self._size + len(data) > self._announced[0]:
-            raise ChecksumMismatchError(f"More bytes arrived than the announced {self._announced[0]}. Upload it again.")
-        self._hash.update(data)
-        self._size += len(data)
-        with _temporary_file_errors():
-            self.file.write(data)
-
-    def close(self) -> str:
-        """Return the SHA-256 of the bytes. Raises ChecksumMismatchError unless size and hash are as announced."""
-        received = (self._size, self._hash.hexdigest())
-        if received != self._announced:
-            raise ChecksumMismatchError(
-                f"Received {received[0]} bytes with SHA-256 {received[1]}, announced were {self._announced[0]} with "
-                f"{self._announced[1]}. Upload the dataset again."
-            )
-        with _temporary_file_errors():
-            self.file.seek(0)
-        return received[1]
-
-    def discard(self) -> None:
-        with suppress(OSError):
-            self.file.close()
-
-
-@contextmanager
-def _temporary_file_errors() -> Iterator[None]:
-    """Raise UnavailableError for OSError: a full or read-only temporary folder is not the caller's mistake."""
-    try:
-        yield
-    except OSError as error:
-        raise UnavailableError(f"Alignment cannot write to its temporary folder: {error.strerror}.") from error
 
 
 class DatasetStore:
@@ -136,15 +82,15 @@ class DatasetStore:
         """End work in progress soon; its callers get UnavailableError."""
         self._fair_queue.close()
 
-    def store(self, tenant: str, upload: DatasetUpload) -> StoredDataset:
+    def store(self, tenant: str, upload: UploadedFile) -> StoredDataset:
         """Parse every line, then store the bytes. Raises MalformedDatasetError, and then stores nothing."""
-        sha256 = upload.close()
-        key = DatasetObject(tenant, sha256).key
-        with self._fair_queue.slot(tenant) as slot:
-            shapes = Counter(row.shape for row in parse_lines(_lines_in_turns(upload.file, slot)))
+        received = upload.finish()
+        key = DatasetObject(tenant, received.entry.sha256).key
+        with scratch_errors(), received.path.open("rb") as file, self._fair_queue.slot(tenant) as slot:
+            shapes = Counter(row.shape for row in parse_lines(_lines_in_turns(file, slot)))
         self._fair_queue.check_wanted()
-        self._store.put(key, Path(upload.file.name))  # replaces bytes that changed in the store
-        return StoredDataset(sha256, upload.file.tell(), shapes.total(), dict(shapes))
+        self._store.put(key, received.path)  # replaces bytes that changed in the store
+        return StoredDataset(received.entry.sha256, received.entry.size_bytes, shapes.total(), dict(shapes))
 
     def remove(self, tenant: str, sha256: str) -> None:
         """Delete the dataset's bytes and its tokenized forms."""
@@ -199,15 +145,16 @@ class DatasetStore:
         """Open the stored dataset. At the end of the block, or if the rows are refused, raise ArtifactCorruptError
         unless the bytes are those that were uploaded."""
         reader, refusal = self._store.reader(DatasetObject(tenant, sha256).key), None
-        file = io.BufferedReader(reader, _READ_BYTES)
+        file = io.BufferedReader(reader, READ_BYTES)
         try:
             yield file
         except (InvalidInputError, MalformedDatasetError) as error:
             refusal = error
-        if reader.sha256() != sha256:
-            raise ArtifactCorruptError(
-                f"The stored dataset {sha256} of {tenant} does not match its SHA-256: upload it again.", sha256=sha256
-            )
+        try:
+            reader.check(sha256)
+        except ArtifactCorruptError as error:
+            message = f"The stored dataset {sha256} of {tenant} does not match its SHA-256: upload it again."
+            raise ArtifactCorruptError(message, sha256=sha256) from error
         if refusal is not None:
             raise refusal
 

@@ -2,33 +2,39 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
 from engine.alignment.dataset import TokenizedDataset, num_steps, split
 from engine.alignment.microbatch import Microbatch
 from engine.alignment.packing import PackedTask, rounds
-from engine.errors import InvalidInputError, UnavailableError
+from engine.errors import InvalidInputError, QuotaExceededError, UnavailableError
 from engine.task import Training
 from muxtune.v1 import alignment_pb2 as pb
-from muxtune.v1 import alignment_pb2_grpc, dataset_pb2
-from services.alignment.dataset_store import DatasetStore, DatasetUpload, TokenizedKey
+from muxtune.v1 import alignment_pb2_grpc, artifact_pb2, dataset_pb2
+from services.alignment.dataset_store import DatasetStore, TokenizedKey
 from services.alignment.request_validation import check_layout, check_num_steps, check_steps, check_training
 from services.alignment.thread_pools import ThreadPools
+from services.concurrency.byte_budget import ByteBudget
 from services.concurrency.shared_jobs import SharedJobs
 from services.conversion.microbatch import microbatch_to_proto
 from services.conversion.preflight import preflight_to_proto
 from services.conversion.task import training_to_domain
 from services.resource_names import tenant_of
+from services.storage.scratch_folder import ScratchFolder
+from services.storage.uploaded_file import UploadedFile
 
 _DEFAULT_SAMPLES, _MAX_SAMPLES = 3, 100
 
 
 class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
-    """Runs all work in threads, so that the event loop stays responsive."""
+    """Runs all work in threads, so that the event loop stays responsive. `budget`: of unfinished uploads' bytes."""
 
-    def __init__(self, datasets: DatasetStore, max_dataset_bytes: int) -> None:
-        self._datasets = datasets
+    def __init__(
+        self, datasets: DatasetStore, max_dataset_bytes: int, scratch: ScratchFolder, budget: ByteBudget
+    ) -> None:
+        self._datasets, self._scratch, self._budget = datasets, scratch, budget
         self._max_dataset_bytes = max_dataset_bytes
         self._is_closing = False
         self._threads, self._jobs = ThreadPools(), SharedJobs[TokenizedDataset]()
@@ -40,30 +46,40 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
 
     async def StoreDataset(self, request_iterator: Any, context: Any) -> pb.StoreDatasetResponse:
         tenant, upload = "", None
-        try:
+        async with AsyncExitStack() as stack:
             async for request in request_iterator:
                 part = request.WhichOneof("part")
                 if part == "tenant" and not tenant:
                     tenant = request.tenant
                 elif part == "file" and tenant and upload is None:
-                    upload = DatasetUpload(request.file.size_bytes, request.file.sha256, self._max_dataset_bytes)
+                    upload = await self._start_upload(tenant, request.file, stack)
                 elif part == "chunk" and upload is not None:
-                    await self._threads.files.run(tenant, upload.add, request.chunk.offset, request.chunk.data)
+                    if upload.add(request.chunk.offset, request.chunk.data):
+                        await self._threads.files.run(tenant, upload.write)
                 else:
                     order = f"{part or 'an empty part'} is out of order; send the tenant, the file, then only chunks"
                     raise InvalidInputError.of_field("part", order)
             if upload is None:
                 raise InvalidInputError.of_field("file", "is missing")
             stored = await self._threads.long.run(tenant, self._datasets.store, tenant, upload)
-        finally:
-            if upload is not None:
-                upload.discard()
         return pb.StoreDatasetResponse(
             sha256=stored.sha256,
             size_bytes=stored.size_bytes,
             num_rows=stored.num_rows,
             num_rows_by_shape=stored.num_rows_by_shape,
         )
+
+    async def _start_upload(self, tenant: str, file: artifact_pb2.FileHeader, stack: AsyncExitStack) -> UploadedFile:
+        """Take the disk space of an upload, which the stack gives back. Raises QuotaExceededError, OverloadedError."""
+        if file.size_bytes > self._max_dataset_bytes:
+            raise QuotaExceededError(
+                f"The dataset has {file.size_bytes} bytes, more than the {self._max_dataset_bytes} allowed.",
+                subject="dataset",
+            )
+        stack.enter_context(self._budget.take(tenant, "datasets", max(0, file.size_bytes)))
+        run = partial(self._threads.files.run, tenant)
+        folder = await stack.enter_async_context(self._scratch.new_folder_of_call(run))
+        return UploadedFile(folder / "dataset.jsonl", file.size_bytes, file.sha256, "The dataset")
 
     async def InspectDataset(self, request: pb.InspectDatasetRequest, context: Any) -> pb.InspectDatasetResponse:
         options: dataset_pb2.PreflightOptions = request.options

@@ -79,6 +79,15 @@ class FairQueue:
                 self._remove(tenant, granted)
             self.check_wanted()
 
+    def renew(self, tenant: str) -> bool:
+        """Begin the next slice of a job whose slice is over, if nobody waits for its slot. Return whether it may go on:
+        not either if it had overrun and another tenant has its slot."""
+        with self._lock:
+            start = self._running.pop(tenant)
+            may_go_on = not self._waiting and self._num_counted() < self._num_slots
+            self._running[tenant] = self.monotonic() if may_go_on else start
+            return may_go_on
+
     def release(self, tenant: str) -> None:
         with self._lock:
             del self._running[tenant]
@@ -91,9 +100,13 @@ class FairQueue:
         if not queue:
             del self._waiting[tenant]
 
-    def _grant_slots(self) -> None:
+    def _num_counted(self) -> int:
+        """Return the number of running jobs that have not overrun."""
         now = self.monotonic()
-        num_counted = sum(now - start < self._overrun_seconds for start in self._running.values())
+        return sum(now - start < self._overrun_seconds for start in self._running.values())
+
+    def _grant_slots(self) -> None:
+        now, num_counted = self.monotonic(), self._num_counted()
         for tenant in list(self._waiting):
             if num_counted < self._num_slots and tenant not in self._running:
                 queue = self._waiting.pop(tenant)
@@ -121,7 +134,7 @@ class ComputeSlot:
         seconds = self._seconds_before + now - self._slice_start
         if now - self._slice_start >= self._queue.slice_seconds:
             self._queue.check_wanted()
-            if self._queue.has_waiting:
+            if not self._queue.renew(self._tenant):
                 self._queue.acquire(self._tenant, in_exchange=True)
                 self._queue.check_wanted()
             self._seconds_before, self._slice_start = seconds, self._queue.monotonic()

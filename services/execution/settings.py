@@ -17,6 +17,7 @@ class ExecutionSettings(ServerSettings):
     `advertise_address`: where scheduling reaches this executor; by default, where it listens.
     `device`: by default cuda if it is available. `num_threads`: torch's threads on a CPU; by default one for each core.
     `memory_bytes`: how much memory the executor may use; by default all of the device's.
+    `scratch`: folder of temporary files, on a local disk; by default one in the system's temporary folder.
     `activation_checkpointing`: the backbone's layers keep only their inputs and run again in backward, which needs less
     memory and more time and gives the same adapters.
     `pack_weights`: on a CPU, float32 weights are held in two more layouts that the CPU's kernels read: three times the
@@ -39,6 +40,7 @@ class ExecutionSettings(ServerSettings):
     dtype: str = "float32"
     memory_bytes: int = 0
     num_threads: int = 0
+    scratch: Path | None = None
     activation_checkpointing: bool = False
     pack_weights: bool = True
     cuda_graphs: int = 0

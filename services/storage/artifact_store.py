@@ -9,11 +9,13 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
@@ -27,6 +29,9 @@ from services.storage.artifact_layout import check_key, file_key, folder_of_mani
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+READ_BYTES = 4 << 20  # of an object, at once
+_PART_BYTES = 8 << 20  # of a file that is written in parts
+_PARTIAL = re.compile(r".+#[0-9]+")  # how obstore names a file until it is complete
 _log = logging.getLogger(__name__)
 
 
@@ -34,6 +39,14 @@ _log = logging.getLogger(__name__)
 class FileEntry:
     sha256: str
     size_bytes: int
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file on the local disk whose size and hash are known."""
+
+    path: Path
+    entry: FileEntry
 
 
 @dataclass(frozen=True)
@@ -72,17 +85,20 @@ class ArtifactStore:
         except (BaseError, ValueError) as error:
             raise InvalidInputError.of_field("artifact_url", f'"{url}" cannot be opened: {error}') from error
 
-    def put_new(self, key: str, data: bytes | Path) -> bool:
+    def put_new(self, key: str, data: bytes) -> bool:
         """Write the object atomically if the key is free. Return False if it is not."""
         try:
-            self._put(key, data, "create")
+            self._put(key, data, mode="create", use_multipart=False)
         except AlreadyExistsError:
             return False
         return True
 
     def put(self, key: str, data: bytes | Path) -> None:
-        """Write the object atomically, replacing any object at the key."""
-        self._put(key, data, "overwrite")
+        """Write the object atomically, replacing any object at the key. A file is not read into memory as a whole."""
+        if isinstance(data, bytes):
+            self._put(key, data, use_multipart=False)
+        else:
+            self._put(key, data, chunk_size=_PART_BYTES, max_concurrency=2)
 
     def get(self, key: str) -> bytes:
         return b"".join(self.stream(key, 1 << 20))
@@ -106,15 +122,16 @@ class ArtifactStore:
             return False
         return True
 
-    def has_sha256(self, key: str, sha256: str) -> bool:
-        """Return whether the object exists and its bytes have this hash."""
-        digest = hashlib.sha256()
+    def has_sha256(self, key: str, sha256: str, yield_turn: Callable[[], object] = lambda: None) -> bool:
+        """Return whether the object exists and its bytes have this hash. `yield_turn` is called between pieces."""
         try:
-            for chunk in self.stream(key, 1 << 20):
-                digest.update(chunk)
-        except MissingError:
+            reader = self.reader(key)
+            while reader.read(READ_BYTES):
+                yield_turn()
+            reader.check(sha256)
+        except (MissingError, ArtifactCorruptError):
             return False
-        return digest.hexdigest() == sha256
+        return True
 
     def delete(self, key: str) -> None:
         """Delete the object if it exists."""
@@ -128,22 +145,57 @@ class ArtifactStore:
                 str(item["path"]) for page in obstore.list(self._store, self._checked(prefix)) for item in page
             )
 
-    def commit_folder(self, prefix: str, files: Mapping[str, bytes | Path], metadata: Mapping[str, Any]) -> Manifest:
+    def commit_folder(
+        self, prefix: str, files: Mapping[str, bytes | LocalFile], metadata: Mapping[str, Any]
+    ) -> Manifest:
         """Write the files, then the manifest, and return it. A folder that is committed already stays as it is.
 
         A file's key contains its hash, so that two writers of one folder never overwrite each other's bytes.
         """
         key = manifest_key(prefix)
-        if self.exists(key):
-            return self.read_manifest(key)
-        entries = {name: _entry(data) for name, data in files.items()}
-        for name, data in files.items():
-            self.put(file_key(prefix, name, entries[name].sha256), data)
-        content = {"files": {name: asdict(entry) for name, entry in entries.items()}, "metadata": dict(metadata)}
-        failpoint("manifest.before")
-        self.put_new(key, json.dumps(content, sort_keys=True).encode())
-        failpoint("manifest.after")
+        if not self.exists(key):
+            manifest = self._put_files(prefix, files, metadata)
+            failpoint("manifest.before")
+            self.put_new(key, manifest)
+            failpoint("manifest.after")
         return self.read_manifest(key)
+
+    def restore_folder(self, prefix: str, files: Mapping[str, LocalFile], metadata: Mapping[str, Any]) -> None:
+        """Write the same files and manifest again where the store lost or changed them."""
+        try:
+            manifest = self.read_manifest(manifest_key(prefix))
+            is_intact = manifest.files == {name: file.entry for name, file in files.items()} and all(
+                self.has_sha256(file_key(prefix, name, entry.sha256), entry.sha256)
+                for name, entry in manifest.files.items()
+            )
+        except (MissingError, ArtifactCorruptError):
+            is_intact = False
+        if not is_intact:
+            self.put(manifest_key(prefix), self._put_files(prefix, files, metadata))
+
+    def _put_files(self, prefix: str, files: Mapping[str, bytes | LocalFile], metadata: Mapping[str, Any]) -> bytes:
+        """Write the files of a folder; return its manifest."""
+        entries = {}
+        for name, data in files.items():
+            entry = entries[name] = data.entry if isinstance(data, LocalFile) else _entry(data)
+            self.put(file_key(prefix, name, entry.sha256), data.path if isinstance(data, LocalFile) else data)
+        content = {"files": {name: asdict(entry) for name, entry in entries.items()}, "metadata": dict(metadata)}
+        return json.dumps(content, sort_keys=True).encode()
+
+    def file_reader(self, manifest: Manifest, name: str) -> "ObjectReader":
+        """Open one file of a committed folder; `ObjectReader.check` tells whether its bytes are the committed ones.
+
+        Raises ArtifactCorruptError if it is missing or has another size.
+        """
+        entry = manifest.files[name]
+        key = file_key(folder_of_manifest(manifest.key), name, entry.sha256)
+        try:
+            reader = self.reader(key)
+        except MissingError as error:
+            raise ArtifactCorruptError(f"{key} is missing.", key=key) from error
+        if reader.size_bytes != entry.size_bytes:
+            raise ArtifactCorruptError(f"{key} does not match its manifest ({reader.size_bytes} bytes).", key=key)
+        return reader
 
     def read_manifest(self, key: str) -> Manifest:
         """Return the manifest. Raises ArtifactCorruptError if it is malformed."""
@@ -186,9 +238,18 @@ class ArtifactStore:
             raise InvalidInputError.of_field("key", f'"{key}" leads out of the artifact store')
         return key
 
-    def _put(self, key: str, data: bytes | Path, mode: Literal["create", "overwrite"]) -> None:
+    def remove_partial_writes(self, older_than_seconds: float) -> None:
+        """Remove what writers that were killed left in a folder. S3 needs a rule of the bucket for that
+        (AbortIncompleteMultipartUpload)."""
+        newest = time.time() - older_than_seconds
+        for path in self._folder.rglob("*#*") if self._folder is not None else ():
+            with suppress(OSError):
+                if _PARTIAL.fullmatch(path.name) and path.lstat().st_mtime < newest and not path.is_dir():
+                    path.unlink()
+
+    def _put(self, key: str, data: bytes | Path, **options: Any) -> None:
         with _translated_errors("write", key):
-            obstore.put(self._store, self._checked(key), data, mode=mode, use_multipart=False)
+            obstore.put(self._store, self._checked(key), data, **options)
             if self._folder is not None:
                 _flush_to_disk(self._folder / key)
 
@@ -197,7 +258,7 @@ class ObjectReader(io.RawIOBase):
     """Reads an object from its start to its end and hashes it. Each read is a request to the store."""
 
     def __init__(self, store: ObjectStore, key: str, size_bytes: int) -> None:
-        self._store, self._key, self._size_bytes = store, key, size_bytes
+        self._store, self._key, self.size_bytes = store, key, size_bytes
         self._position, self._digest = 0, hashlib.sha256()
 
     def readable(self) -> bool:
@@ -205,7 +266,7 @@ class ObjectReader(io.RawIOBase):
 
     def readinto(self, buffer: "WriteableBuffer") -> int:
         view = memoryview(buffer).cast("B")
-        end = min(self._position + len(view), self._size_bytes)
+        end = min(self._position + len(view), self.size_bytes)
         if end == self._position:
             return 0
         with _translated_errors("read", self._key):
@@ -215,11 +276,12 @@ class ObjectReader(io.RawIOBase):
         self._position += len(data)
         return len(data)
 
-    def sha256(self) -> str:
-        """Read the rest; return the hash of all bytes."""
-        while self.read(1 << 20):
+    def check(self, sha256: str) -> None:
+        """Read the rest. Raises ArtifactCorruptError unless all bytes have this hash."""
+        while self.read(READ_BYTES):
             pass
-        return self._digest.hexdigest()
+        if self._digest.hexdigest() != sha256:
+            raise ArtifactCorruptError(f"{self._key} does not match its SHA-256.", key=self._key)
 
 
 @contextmanager
@@ -245,8 +307,5 @@ def _flush_to_disk(path: Path) -> None:
             os.close(number)
 
 
-def _entry(data: bytes | Path) -> FileEntry:
-    if isinstance(data, bytes):
-        return FileEntry(hashlib.sha256(data).hexdigest(), len(data))
-    with data.open("rb") as file:
-        return FileEntry(hashlib.file_digest(file, "sha256").hexdigest(), data.stat().st_size)
+def _entry(data: bytes) -> FileEntry:
+    return FileEntry(hashlib.sha256(data).hexdigest(), len(data))

@@ -1,7 +1,10 @@
 """RPCs of adapters. protos/muxtune/v1/admission.proto specifies each RPC."""
 
+import io
 import logging
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,6 +13,7 @@ from engine.errors import (
     ArtifactCorruptError,
     IllegalTransitionError,
     InvalidInputError,
+    NotFoundError,
     QuotaExceededError,
     RequestIdReusedError,
     UnavailableError,
@@ -17,19 +21,29 @@ from engine.errors import (
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import artifact_pb2
 from services.admission.api import page_tokens
-from services.admission.policy.adapter_upload import AdapterUpload
+from services.admission.policy.adapter_upload import AdapterUpload, ReceivedAdapter
 from services.admission.policy.admission_controller import AdmissionController
-from services.admission.store import datasets_and_adapters, idempotency, tasks
+from services.admission.store import datasets_and_adapters, idempotency, tables, tasks
 from services.admission.store.database import Database
-from services.admission.store.tables import adapters
 from services.admission.threads import AdmissionThreads
+from services.concurrency.byte_budget import ByteBudget
 from services.resource_names import ResourceName, is_task, new_name, tenant_of
 from services.rpc.authentication import current_principal
 from services.rpc.authorization import authorize, authorize_parent
-from services.storage.artifact_store import ArtifactStore, Manifest
+from services.storage.artifact_layout import folder_of_manifest
+from services.storage.artifact_store import READ_BYTES, ArtifactStore, Manifest
+from services.storage.scratch_folder import ScratchFolder
 
 _CHUNK_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Upload:
+    """An upload in progress. `may_exist`: it may repeat an earlier one, which counts in the quota already."""
+
+    adapter: AdapterUpload
+    may_exist: bool
 
 
 class AdapterRpcs:
@@ -40,45 +54,53 @@ class AdapterRpcs:
     _controller: AdmissionController
     _max_upload_bytes: int
     _threads: AdmissionThreads
+    _scratch: ScratchFolder
+    _uploads: ByteBudget
 
     async def UploadAdapter(self, request_iterator: Any, context: Any) -> pb.UploadAdapterResponse:
-        upload, header = AdapterUpload(self._max_upload_bytes), None
-        async for request in request_iterator:
-            part = request.WhichOneof("part")
-            if part == "header" and header is None:
-                header = request.header
-                tenant = authorize_parent(current_principal(), header.parent)
-                await self._threads.clients.run(tenant, self._check_quota, tenant, header)
-            elif part == "file" and header is not None:
-                upload.start_file(request.file)
-            elif part == "chunk" and header is not None:
-                upload.add_chunk(request.chunk)
-            else:
-                raise InvalidInputError.of_field(
-                    "part", f"{part} is out of order: send the header, then each file's header and its chunks"
-                )
-        if header is None:
-            raise InvalidInputError.of_field("header", "must come first, but nothing was sent")
-        files = await self._threads.transfers.run(tenant, upload.finish)
-        return pb.UploadAdapterResponse(adapter=await self._store_adapter(tenant, header, files))
+        upload, header = None, None
+        async with AsyncExitStack() as stack:
+            async for request in request_iterator:
+                part = request.WhichOneof("part")
+                if part == "header" and upload is None:
+                    header = request.header
+                    tenant = authorize_parent(current_principal(), header.parent)
+                    upload = await self._start_upload(tenant, header, stack)
+                elif part == "file" and upload is not None:
+                    await self._start_file(tenant, upload, request.file, stack)
+                elif part == "chunk" and upload is not None:
+                    if upload.adapter.add_chunk(request.chunk):
+                        await self._threads.transfers.run(tenant, upload.adapter.write)
+                else:
+                    raise InvalidInputError.of_field(
+                        "part", f"{part} is out of order: send the header, then each file's header and its chunks"
+                    )
+            if header is None or upload is None:
+                raise InvalidInputError.of_field("header", "must come first, but nothing was sent")
+            received = await self._threads.checks.run(tenant, self._check_adapter, tenant, upload.adapter)
+            return pb.UploadAdapterResponse(adapter=await self._store_adapter(tenant, header, received))
 
     async def DownloadAdapter(
         self, request: pb.DownloadAdapterRequest, context: Any
     ) -> AsyncIterator[pb.DownloadAdapterResponse]:
         tenant = str(current_principal().tenant)
+        run = partial(self._threads.transfers.run, tenant)
         manifest = await self._read_manifest(tenant, request.name)
         for name, entry in sorted(manifest.files.items()):
             try:
-                data = await self._threads.transfers.run(tenant, self._artifacts.read_file, manifest, name)
-            except ArtifactCorruptError:
+                reader = await run(self._artifacts.file_reader, manifest, name)
+                file = io.BufferedReader(reader, READ_BYTES)
+                yield pb.DownloadAdapterResponse(
+                    file=artifact_pb2.FileHeader(file_name=name, size_bytes=entry.size_bytes, sha256=entry.sha256)
+                )
+                offset = 0
+                while data := await run(file.read, _CHUNK_BYTES):
+                    yield pb.DownloadAdapterResponse(chunk=artifact_pb2.FileChunk(offset=offset, data=data))
+                    offset += len(data)
+                await run(reader.check, entry.sha256)
+            except (ArtifactCorruptError, NotFoundError):
                 await self._read_manifest(tenant, request.name)  # raises if the adapter was deleted meanwhile
                 raise
-            yield pb.DownloadAdapterResponse(
-                file=artifact_pb2.FileHeader(file_name=name, size_bytes=entry.size_bytes, sha256=entry.sha256)
-            )
-            for offset in range(0, len(data), _CHUNK_BYTES):
-                chunk = artifact_pb2.FileChunk(offset=offset, data=data[offset : offset + _CHUNK_BYTES])
-                yield pb.DownloadAdapterResponse(chunk=chunk)
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Any) -> pb.ListAdaptersResponse:
         tenant = authorize_parent(current_principal(), request.parent)
@@ -97,26 +119,52 @@ class AdapterRpcs:
             _log.warning("files of %s not deleted yet: %s", name, error)
         return pb.DeleteAdapterResponse()
 
-    def _check_quota(self, tenant: str, header: artifact_pb2.UploadHeader) -> None:
-        """Check the quota before files are received. An upload that may repeat an earlier one is checked after its
-        files are known. Raises QuotaExceededError."""
+    async def _start_upload(self, tenant: str, header: artifact_pb2.UploadHeader, stack: AsyncExitStack) -> "_Upload":
+        """Make the folder of an upload, which the stack removes. Raises QuotaExceededError if the quota is full."""
         name = str(ResourceName(tenant, "adapters", header.id))
-        with self._database.read() as connection:
-            is_repeated = idempotency.has_request(connection, tenant, header.request_id)
-            if not is_repeated and not datasets_and_adapters.has_adapter(connection, name):
-                self._controller.check_adapter_bytes(connection, tenant, 1)
+
+        def examine() -> tuple[bool, int]:
+            with self._database.read() as connection:
+                is_repeated = idempotency.has_request(connection, tenant, header.request_id)
+                may_exist = is_repeated or datasets_and_adapters.has_adapter(connection, name)
+                if not may_exist:
+                    self._controller.check_adapter_bytes(connection, tenant, 1)
+                return may_exist, self._controller.max_adapter_tensors(connection)
+
+        may_exist, max_tensors = await self._threads.clients.run(tenant, examine)
+        run = partial(self._threads.transfers.run, tenant)
+        folder = await stack.enter_async_context(self._scratch.new_folder_of_call(run))
+        return _Upload(AdapterUpload(folder, self._max_upload_bytes, max_tensors), may_exist)
+
+    async def _start_file(
+        self, tenant: str, upload: "_Upload", header: artifact_pb2.FileHeader, stack: AsyncExitStack
+    ) -> None:
+        """Take the disk space of a file, which the stack gives back, and check it against the quota. Raises
+        InvalidInputError, QuotaExceededError or OverloadedError."""
+        upload.adapter.start_file(header)
+        stack.enter_context(self._uploads.take(tenant, "adapters", header.size_bytes))
+        unfinished = self._uploads.taken(tenant, "adapters")
+        check = partial(self._controller.check_unfinished, tables.adapters, tenant, unfinished, upload.may_exist)
+        await self._threads.clients.run(tenant, check)
+
+    def _check_adapter(self, tenant: str, upload: AdapterUpload) -> ReceivedAdapter:
+        with self._threads.check_queue.slot(tenant) as slot:
+            return upload.finish(slot.yield_to_waiting)
 
     async def _store_adapter(
-        self, tenant: str, header: artifact_pb2.UploadHeader, files: dict[str, bytes]
+        self, tenant: str, header: artifact_pb2.UploadHeader, received: ReceivedAdapter
     ) -> artifact_pb2.Adapter:
-        digest = idempotency.hash_parts(*(data for _, data in sorted(files.items())))
+        digest, files = received.digest, received.files
         body = idempotency.hash_parts(header.id.encode(), digest.encode())
         database, store = self._threads.clients, self._threads.transfers
         existing = await database.run(tenant, self._find_uploaded_adapter, tenant, header.request_id, body)
+        name = existing.name if existing is not None else new_name(tenant, "adapters", header.id, "header.id")
+        same = existing or await database.run(tenant, self._find_same_adapter, name, digest)
+        if same is not None:  # the store may have lost its files
+            folder = folder_of_manifest(same.manifest_key)
+            await store.run(tenant, self._artifacts.restore_folder, folder, files, {})
         if existing is not None:
             return datasets_and_adapters.adapter_to_proto(existing)
-        name = new_name(tenant, "adapters", header.id, "header.id")
-        await database.run(tenant, self._find_same_adapter, name, digest)
         folder = datasets_and_adapters.new_upload(name, digest)
         manifest = await store.run(tenant, self._artifacts.commit_folder, folder, files, {})
         try:
@@ -154,7 +202,7 @@ class AdapterRpcs:
 
     def _adapter_page(self, tenant: str, before: tuple[int, str] | None, limit: int) -> Any:
         with self._database.read() as connection:
-            return datasets_and_adapters.list_page(connection, adapters, tenant, before, limit)
+            return datasets_and_adapters.list_page(connection, tables.adapters, tenant, before, limit)
 
     def _delete_adapter(self, name: str) -> str:
         with self._database.write() as connection:

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from services.admission.store import datasets_and_adapters, idempotency
 from services.admission.store.database import Database
 from services.admission.store.tables import datasets
 from services.admission.threads import AdmissionThreads
+from services.concurrency.byte_budget import ByteBudget
 from services.failpoints import failpoint
 from services.resource_names import new_name, tenant_of
 from services.rpc.authentication import current_principal
@@ -39,6 +41,7 @@ class DatasetRpcs:
     _controller: AdmissionController
     dataset_objects: DatasetObjects
     _threads: AdmissionThreads
+    _uploads: ByteBudget
 
     async def UploadDataset(self, request_iterator: Any, context: Any) -> pb.UploadDatasetResponse:
         header, file, chunks = await _receive_headers(request_iterator)
@@ -47,11 +50,13 @@ class DatasetRpcs:
         run = partial(self._threads.clients.run, tenant)
         name = await run(self._choose_dataset_name, tenant, header, body)
         dataset = await run(self._find_same_dataset, name, header.request_id, body, sha256)
-        if dataset is None:
-            await run(self._controller.check_dataset_upload, tenant, file.size_bytes)
-        elif await self._has_bytes(tenant, sha256):
+        if dataset is not None and await self._has_bytes(tenant, sha256):
             return pb.UploadDatasetResponse(dataset=dataset)
-        async with self.dataset_objects.hold(tenant, sha256) as hold:
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self._uploads.take(tenant, "datasets", max(0, file.size_bytes)))
+            unfinished = self._uploads.taken(tenant, "datasets")
+            await run(self._controller.check_unfinished, datasets, tenant, unfinished, dataset is not None)
+            hold = await stack.enter_async_context(self.dataset_objects.hold(tenant, sha256))
             stored = await self._alignment.StoreDataset(_to_store_requests(tenant, file, chunks, hold))
             failpoint("dataset.stored")
             dataset = await run(self._store_dataset, tenant, name, header.request_id, body, stored)
@@ -96,8 +101,12 @@ class DatasetRpcs:
 
     async def _has_bytes(self, tenant: str, sha256: str) -> bool:
         """Return whether the store still holds these bytes; it may have lost or changed them."""
-        key = DatasetObject(tenant, sha256).key
-        return await self._threads.transfers.run(tenant, self._artifacts.has_sha256, key, sha256)
+
+        def compare() -> bool:
+            with self._threads.check_queue.slot(tenant) as slot:
+                return self._artifacts.has_sha256(DatasetObject(tenant, sha256).key, sha256, slot.yield_to_waiting)
+
+        return await self._threads.checks.run(tenant, compare)
 
     def _choose_dataset_name(self, tenant: str, header: artifact_pb2.UploadHeader, body: str) -> str:
         with self._database.read() as connection:

@@ -32,11 +32,13 @@ from services.admission.store.change_notifier import ANY_CHANGE, ChangeNotifier
 from services.admission.store.clock import to_microseconds, to_timestamp
 from services.admission.store.database import Database
 from services.admission.threads import AdmissionThreads
+from services.concurrency.byte_budget import ByteBudget
 from services.concurrency.threads import Threads
 from services.message_parts import HeldPages
 from services.rpc.authorization import Role
 from services.rpc.rate_limit import RateLimit
 from services.storage.artifact_store import ArtifactStore
+from services.storage.scratch_folder import ScratchFolder
 
 _COLLECTED_RESULTS = ("checkpoint_committed", "finished", "failed")
 _MAX_LEASE_SECONDS = 86_400.0
@@ -46,7 +48,7 @@ T = TypeVar("T")
 
 
 class AdmissionServicer(TaskRpcs, DatasetRpcs, AdapterRpcs, admission_pb2_grpc.AdmissionServiceServicer):
-    """Serves clients: AdmissionService is the only one they call."""
+    """Serves clients: AdmissionService is the only one they call. `uploads`: the bytes of uploads in progress."""
 
     def __init__(
         self,
@@ -58,10 +60,13 @@ class AdmissionServicer(TaskRpcs, DatasetRpcs, AdapterRpcs, admission_pb2_grpc.A
         max_upload_bytes: int,
         threads: AdmissionThreads,
         watch_rate: RateLimit,
+        scratch: ScratchFolder,
+        uploads: ByteBudget,
     ) -> None:
         self._database, self._artifacts, self._alignment = database, artifacts, alignment
         self._watch_rate = watch_rate
         self._controller, self._notifier, self._max_upload_bytes = controller, notifier, max_upload_bytes
+        self._scratch, self._uploads = scratch, uploads
         self._threads, self.dataset_objects = threads, DatasetObjects(database, artifacts, alignment, threads)
 
 

@@ -79,6 +79,7 @@ class GarbageCollector:
                 by_task[folder.task].add(folder)
             elif folder is not None and folder.created_microseconds < now() - _UPLOAD_MICROSECONDS:
                 uploads.add(folder)
+        self._artifacts.remove_partial_writes(_UPLOAD_MICROSECONDS / 1e6)
         num_deleted, errors = 0, list[UnavailableError]()
         parts = [partial(self._collect_task, *item) for item in by_task.items()]
         for collect in (partial(self._collect_uploads, uploads), *parts):

@@ -15,7 +15,7 @@ from engine.task import TaskSpec
 from muxtune.v1 import alignment_pb2_grpc, operator_pb2, task_pb2
 from services.admission.policy import quotas
 from services.admission.policy.adapter_upload import CONFIG_FILE
-from services.admission.policy.task_estimator import TaskEstimator
+from services.admission.policy.task_estimator import TaskEstimator, parse_executor
 from services.admission.store import datasets_and_adapters, tables
 from services.admission.store.database import Database
 from services.admission.store.prepared_statements import PreparedStatement
@@ -40,6 +40,9 @@ _QUOTA_AND_VERSION = PreparedStatement(
 )
 # All executors that ever registered: also one without a lease has the limits of its backbone.
 _EXECUTORS = PreparedStatement(sa.select(executors.c.executor))
+# LoRA has four at an operator (A, B, DoRA's magnitude, a bias), as has a bottleneck adapter. 4,096 tensors are checked
+# in milliseconds; so many are allowed even if the backbone that has them is not served yet.
+_TENSORS_PER_SITE, _MIN_ADAPTER_TENSORS = 4, 4096
 
 
 @dataclass(frozen=True)
@@ -145,18 +148,28 @@ class AdmissionController:
         row = _QUOTA_AND_VERSION.fetch_all(connection, tenant=tenant, dataset=dataset)[0]
         return row.version or "", quotas.merge_quota(self._quota_proto, row.quota)
 
-    def check_dataset_upload(self, tenant: str, added_bytes: int) -> None:
-        """Check the quota before a dataset is received. Raises QuotaExceededError."""
+    def check_unfinished(self, table: sa.Table, tenant: str, num_bytes: int, may_exist: bool) -> None:
+        """Check the quota before a dataset or an adapter is received. Raises QuotaExceededError.
+
+        `num_bytes`: of all that the tenant is sending. What it has stored is added, but for an upload that may repeat
+        an earlier one, which is checked again when its bytes are known.
+        """
         with self._database.read() as connection:
-            self.check_dataset_bytes(connection, tenant, added_bytes)
+            quotas.check_bytes(connection, table, tenant, num_bytes, self._quota_proto, count_stored=not may_exist)
+
+    def max_adapter_tensors(self, connection: sa.Connection) -> int:
+        """Return how many tensors an adapter may have: as the largest known backbone can have."""
+        executors = [parse_executor(row.executor) for row in _EXECUTORS.fetch_all(connection)]
+        num_sites = max((len(executor.backbone.sites) for executor in executors), default=0)
+        return max(_MIN_ADAPTER_TENSORS, _TENSORS_PER_SITE * num_sites)
 
     def check_dataset_bytes(self, connection: sa.Connection, tenant: str, added_bytes: int) -> None:
         """Check the quota in the transaction that stores the dataset. Raises QuotaExceededError."""
-        quotas.check_dataset_bytes(connection, tenant, added_bytes, self._quota_proto)
+        quotas.check_bytes(connection, datasets, tenant, added_bytes, self._quota_proto)
 
     def check_adapter_bytes(self, connection: sa.Connection, tenant: str, added_bytes: int) -> None:
         """Check whether an adapter may be stored. Raises QuotaExceededError."""
-        quotas.check_adapter_bytes(connection, tenant, added_bytes, self._quota_proto)
+        quotas.check_bytes(connection, tables.adapters, tenant, added_bytes, self._quota_proto)
 
     def _check_initial_adapter(self, spec: TaskSpec, key: str) -> None:
         manifest = self._artifacts.read_manifest(key)

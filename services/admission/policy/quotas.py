@@ -129,23 +129,38 @@ def check_new_task(connection: sa.Connection, tenant: str, quota: operator_pb2.Q
     _check_total(connection, adapters, tenant, 1, quota.max_adapter_bytes)  # the task will leave an adapter
 
 
-def check_dataset_bytes(connection: sa.Connection, tenant: str, added_bytes: int, default: operator_pb2.Quota) -> None:
-    """Raises QuotaExceededError unless the tenant's datasets may grow by `added_bytes`."""
-    _check_total(connection, datasets, tenant, added_bytes, get_quota(connection, tenant, default).max_dataset_bytes)
+def check_bytes(
+    connection: sa.Connection,
+    table: sa.Table,
+    tenant: str,
+    added_bytes: int,
+    default: operator_pb2.Quota,
+    *,
+    count_stored: bool = True,
+) -> None:
+    """Raises QuotaExceededError unless the tenant's datasets or adapters (`table`) may grow by `added_bytes`."""
+    quota = get_quota(connection, tenant, default)
+    max_bytes = quota.max_dataset_bytes if table is datasets else quota.max_adapter_bytes
+    _check_total(connection, table, tenant, added_bytes, max_bytes, count_stored=count_stored)
 
 
-def check_adapter_bytes(connection: sa.Connection, tenant: str, added_bytes: int, default: operator_pb2.Quota) -> None:
-    """Raises QuotaExceededError unless the tenant's adapters may grow by `added_bytes`."""
-    _check_total(connection, adapters, tenant, added_bytes, get_quota(connection, tenant, default).max_adapter_bytes)
-
-
-def _check_total(connection: sa.Connection, table: sa.Table, tenant: str, added_bytes: int, max_bytes: int) -> None:
+def _check_total(
+    connection: sa.Connection,
+    table: sa.Table,
+    tenant: str,
+    added_bytes: int,
+    max_bytes: int,
+    *,
+    count_stored: bool = True,
+) -> None:
     if not max_bytes:
         return
     query = sa.select(sa.func.coalesce(sa.func.sum(table.c.size_bytes), 0)).where(table.c.tenant == tenant)
-    if (total := int(connection.execute(query).scalar_one())) + added_bytes > max_bytes:
+    total = int(connection.execute(query).scalar_one()) if count_stored else 0
+    if total + added_bytes > max_bytes:
         raise QuotaExceededError(
-            f"{tenant} has {total} bytes of {table.name} and adds {added_bytes}; at most {max_bytes}: delete some",
+            f"{tenant} has {total} bytes of {table.name} and adds {added_bytes}, uploads in progress included; at most "
+            f"{max_bytes}: delete some",
             subject=tenant,
         )
 

@@ -4,7 +4,6 @@ services/storage/artifact_layout.py has their keys.
 """
 
 import logging
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from services.storage.artifact_layout import (
     manifest_key,
 )
 from services.storage.artifact_store import ArtifactStore, Manifest
+from services.storage.scratch_folder import ScratchFolder
 
 _log = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ _log = logging.getLogger(__name__)
 class CheckpointStore:
     """Reads and writes synchronously. Only the trainer uses it, on any of its threads."""
 
-    def __init__(self, store: ArtifactStore) -> None:
-        self._store = store
+    def __init__(self, store: ArtifactStore, scratch: ScratchFolder) -> None:
+        self._store, self._scratch = store, scratch
 
     def put_checkpoint(
         self, task: str, attempt: int, state: CheckpointState, extra: dict[str, Any]
@@ -68,22 +68,21 @@ class CheckpointStore:
     def get_adapter(self, manifest_key: str) -> dict[str, bytes]:
         return self._store.read_folder(manifest_key)[1]
 
+    @contextmanager
+    def folder_of(self, files: Mapping[str, bytes]) -> Iterator[Path]:
+        """Writes the files into a temporary folder, which is removed with all its content at the end.
+
+        Raises UnavailableError if the disk is full.
+        """
+        try:
+            with self._scratch.new_folder() as folder:
+                for name, data in files.items():
+                    (folder / name).write_bytes(data)
+                yield folder
+        except (OSError, SafetensorError) as error:
+            raise UnavailableError(f"the executor cannot write temporary files: {error}") from error
+
     def _committed(self, task: str) -> list[CheckpointFolder]:
         """Returns the task's committed checkpoints, oldest step first."""
         keys = filter(is_manifest, self._store.list(checkpoints_of(task)))
         return sorted(filter(None, map(CheckpointFolder.parse, keys)))
-
-
-@contextmanager
-def folder_of(files: Mapping[str, bytes]) -> Iterator[Path]:
-    """Writes the files into a temporary folder, which is removed with all its content at the end.
-
-    Raises UnavailableError if the disk is full.
-    """
-    try:
-        with tempfile.TemporaryDirectory(prefix="muxtune-adapter-") as folder:
-            for name, data in files.items():
-                (Path(folder) / name).write_bytes(data)
-            yield Path(folder)
-    except (OSError, SafetensorError) as error:
-        raise UnavailableError(f"the executor cannot write temporary files: {error}") from error

@@ -23,7 +23,7 @@ from muxtune.v1 import alignment_pb2, event_pb2, plan_pb2
 from services.conversion.results import evaluation_to_proto, step_to_proto, work_in_progress_to_proto
 from services.conversion.task import spec_to_domain
 from services.execution.trainer.background_io import BackgroundCall, BackgroundIo
-from services.execution.trainer.checkpoint_store import CheckpointStore, folder_of
+from services.execution.trainer.checkpoint_store import CheckpointStore
 from services.execution.trainer.early_stop import EarlyStop
 from services.execution.trainer.resident_task import Completion, Files, ResidentTask, RestoreState, fetch, reason_of
 from services.rpc.errors import to_failure
@@ -267,7 +267,7 @@ class TaskLifecycle:
                 checkpointed = (task.task, state.metadata.get("trace_parent", ""))
                 for link in links_to([checkpointed]):  # to the trace of the earlier attempt
                     trace.get_current_span().add_link(link.context, link.attributes)
-            with folder_of(restore_state.initial_adapter or {}) as folder:
+            with self._checkpoints.folder_of(restore_state.initial_adapter or {}) as folder:
                 assignment = TaskAssignment(task.task, resident.spec, task.num_steps, resident.attempt)
                 self._executor.attach(assignment, state, folder if restore_state.initial_adapter else None)
         resident.restore_state = None
@@ -334,7 +334,7 @@ class TaskLifecycle:
         name, step = resident.name, self._executor.tasks[resident.name].step
         with (
             task_span("export", name, resident.planned.trace_parent, **{"muxtune.step": step}),
-            folder_of({}) as folder,
+            self._checkpoints.folder_of({}) as folder,
         ):
             report = self._executor.export(name, folder)
             files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}

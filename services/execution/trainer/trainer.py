@@ -44,6 +44,7 @@ from services.resource_names import tenant_of
 from services.rpc.client_channel import open_sync_channel
 from services.rpc.errors import to_failure
 from services.storage.artifact_store import ArtifactStore
+from services.storage.scratch_folder import ScratchFolder
 from services.telemetry import links_to, tracer
 
 _RETRY_SECONDS = 1.0
@@ -76,7 +77,9 @@ class Trainer:
         self._footprint = measure(self._executor.backbone)
         self._process_bytes = max(unloaded_bytes, used_bytes(self._device_kind) - backbone.held_bytes())
         self._cost_calibration = CostCalibration(self._executor, settings.calibration_seconds)
-        checkpoints = CheckpointStore(ArtifactStore.open(settings.artifact_url))
+        checkpoints = CheckpointStore(
+            ArtifactStore.open(settings.artifact_url), ScratchFolder.open(settings.scratch, "trainer")
+        )
         self._inbox: queue.Queue[Frame | _Wake | None] = queue.Queue()
         every = settings.checkpoint_steps, settings.checkpoint_seconds
         self._lifecycle = TaskLifecycle(self._executor, checkpoints, *every, wake=partial(self._inbox.put, _Wake()))

@@ -47,21 +47,22 @@ from services.admission.store.change_notifier import ChangeNotifier
 from services.admission.store.database import Database
 from services.admission.store.tables import metadata
 from services.admission.threads import AdmissionThreads
-from services.alignment.dataset_store import DatasetStore
-from services.alignment.servicer import AlignmentServicer
-from services.rpc.authentication import mesh_authenticator
+from services.concurrency.byte_budget import ByteBudget
 from services.rpc.call_limits import CallLimits
 from services.rpc.client_channel import open_channel
 from services.rpc.interceptor import RpcInterceptor
 from services.rpc.rate_limit import RateLimit
 from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter
 from services.storage.artifact_store import ArtifactStore
+from services.storage.scratch_folder import ScratchFolder
+from tests.services.admission.running_alignment import MAX_DATASET_BYTES, SECRET, Alignment
 
-SECRET = "mesh_of-the-tests"
+__all__ = ["MAX_DATASET_BYTES", "SECRET", "Alignment"]  # for the tests
+
 BOTH_DATABASES = ["sqlite", "postgresql"]  # of tests of what differs between them
 DATABASES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.thorough)]
 TIMEOUT_SECONDS = 20.0
-MAX_DATASET_BYTES, MAX_UPLOAD_BYTES = 1 << 20, 1 << 20
+MAX_UPLOAD_BYTES = 1 << 20
 ROWS = [{"text": "the quick brown fox " * (1 + i % 3)} for i in range(10)]
 
 
@@ -135,26 +136,6 @@ def refused(code: grpc.StatusCode, reason: str) -> Iterator[Refusal]:
             refusal.fields = [violation.field for violation in detail.field_violations]
 
 
-@dataclass
-class Alignment:
-    """Runs the real alignment service."""
-
-    servicer: AlignmentServicer
-    server: grpc.aio.Server
-    address: str
-
-    @classmethod
-    async def start(cls, artifacts: ArtifactStore, tokenizer: Path) -> "Alignment":
-        servicer = AlignmentServicer(
-            DatasetStore(artifacts, {"tiny": tokenizer}, cache_bytes=1 << 20), MAX_DATASET_BYTES
-        )
-        server = grpc.aio.server(interceptors=[RpcInterceptor(mesh_authenticator(SECRET))])
-        alignment_pb2_grpc.add_AlignmentServiceServicer_to_server(servicer, server)
-        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-        await server.start()
-        return cls(servicer, server, address)
-
-
 class Admission:
     """Runs the service under test; `clock` drives its leases."""
 
@@ -164,6 +145,7 @@ class Admission:
         self._keys: dict[str, str] = {}
         self.requests_per_second = self.refusals_per_second = self.watch_events_per_second = 0.0  # no limit
         self.call_limits, self._channels = CallLimits(), list[grpc.aio.Channel]()
+        self.uploads = ByteBudget("unfinished uploads", 1 << 24, 1 << 23)
 
     async def start(self) -> None:
         self.database = Database(self.database_url)
@@ -184,6 +166,7 @@ class Admission:
         servicer = self.servicer = AdmissionServicer(
             self.database, self.artifacts, alignment, self.controller, self.notifier, MAX_UPLOAD_BYTES, threads,
             RateLimit(self.watch_events_per_second),
+            ScratchFolder.open(self.folder.parent / "scratch", "admission"), self.uploads,
         )  # fmt: skip
         limit, audit = RateLimit(self.requests_per_second), create_audit_writer(self.database)
         self.unauthenticated_limiter = UnauthenticatedCallLimiter(RateLimit(self.refusals_per_second), audit)

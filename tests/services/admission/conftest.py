@@ -62,7 +62,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def alignment(tmp_path: Path, tokenizer: Path) -> AsyncIterator[Alignment]:
-    running = await Alignment.start(ArtifactStore.open(str(tmp_path / "artifacts")), tokenizer)
+    running = await Alignment.start(ArtifactStore.open(str(tmp_path / "artifacts")), tokenizer, tmp_path / "scratch")
     yield running
     await running.server.stop(None)
 

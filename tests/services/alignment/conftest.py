@@ -14,10 +14,12 @@ from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import alignment_pb2_grpc, artifact_pb2, task_pb2
 from services.alignment.dataset_store import DatasetStore
 from services.alignment.servicer import AlignmentServicer
+from services.concurrency.byte_budget import ByteBudget
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel
 from services.rpc.interceptor import RpcInterceptor
 from services.storage.artifact_store import ArtifactStore
+from services.storage.scratch_folder import ScratchFolder
 from tests.tiny_tokenizer import write_tokenizer
 
 SECRET, TENANT, TASK = "mesh_secret", "tenants/acme", "tenants/acme/tasks/one"
@@ -40,6 +42,10 @@ class Alignment:
     datasets: DatasetStore
     servicer: AlignmentServicer
     stub: Any
+
+    def scratch_files(self) -> list[Path]:
+        """Return the folders and files of uploads in progress."""
+        return sorted(self.servicer._scratch.path.rglob("*"))
 
     def stored(self) -> list[str]:
         """Return every file in the store, committed or not."""
@@ -72,7 +78,8 @@ def training(**fields: Any) -> task_pb2.Training:
 async def alignment(tmp_path: Path) -> AsyncIterator[Alignment]:
     store = ArtifactStore.open(str(tmp_path / "store"))
     datasets = DatasetStore(store, {"tiny": write_tokenizer(tmp_path / "tiny")}, cache_bytes=1 << 20)
-    servicer = AlignmentServicer(datasets, MAX_DATASET_BYTES)
+    scratch = ScratchFolder.open(tmp_path / "scratch", "alignment")
+    servicer = AlignmentServicer(datasets, MAX_DATASET_BYTES, scratch, ByteBudget("uploads", 1 << 24, 1 << 23))
     server = grpc.aio.server(interceptors=[RpcInterceptor(mesh_authenticator(SECRET))])
     alignment_pb2_grpc.add_AlignmentServiceServicer_to_server(servicer, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"

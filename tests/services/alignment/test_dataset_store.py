@@ -2,8 +2,6 @@
 
 import asyncio
 import hashlib
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -94,15 +92,12 @@ HOSTILE: list[tuple[str, Any, type[Exception], str]] = [
     ("requests", "error", "text"), [case[1:] for case in HOSTILE], ids=[case[0] for case in HOSTILE]
 )
 async def test_hostile_uploads_are_refused_and_leave_no_trace(
-    alignment: Alignment, requests: Any, error: type[Exception], text: str, monkeypatch: Any, tmp_path: Path
+    alignment: Alignment, requests: Any, error: type[Exception], text: str
 ) -> None:
-    spool = tmp_path / "spool"
-    spool.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(spool))
     with pytest.raises(error, match=text) as caught:
         await alignment.stub.StoreDataset(iter(list(requests)))
     assert "s3cr3t" not in str(caught.value)
-    assert alignment.stored() == [] and list(spool.iterdir()) == []
+    assert alignment.stored() == [] == alignment.scratch_files()
     assert (await alignment.store(TEN_ROWS)).num_rows == 10  # and the service goes on
 
 
@@ -112,12 +107,7 @@ async def test_a_malformed_line_is_named_by_number(alignment: Alignment) -> None
     assert caught.value.metadata["line"] == "4"
 
 
-async def test_an_upload_that_is_cancelled_leaves_nothing(
-    alignment: Alignment, monkeypatch: Any, tmp_path: Path
-) -> None:
-    spool = tmp_path / "spool"
-    spool.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(spool))
+async def test_an_upload_that_is_cancelled_leaves_nothing(alignment: Alignment) -> None:
     sent = asyncio.Event()
 
     async def halting() -> Any:
@@ -134,7 +124,7 @@ async def test_an_upload_that_is_cancelled_leaves_nothing(
         with pytest.raises(asyncio.CancelledError):
             await call
     async with asyncio.timeout(10):
-        while list(spool.iterdir()):  # noqa: ASYNC110  # the server has no notification
+        while alignment.scratch_files():  # noqa: ASYNC110  # the server has no notification
             await asyncio.sleep(0.01)
     assert alignment.stored() == []
 

@@ -3,8 +3,8 @@
 import asyncio
 import io
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from engine.errors import MalformedDatasetError
 from engine.task import Training
 from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import dataset_pb2
-from services.alignment.dataset_store import DatasetUpload
+from services.storage.artifact_store import FileEntry
 from tests.services.alignment.conftest import TASK, TEN_ROWS, TENANT, Alignment, lines, training
 
 HOG, SECONDS = "tenants/hog", 20.0
@@ -87,7 +87,7 @@ async def test_endless_inspections_do_not_block_other_tenants(
 
 
 class EndlessFile(io.RawIOBase):
-    """A file that repeats a line until it is told to end, and tells when it was first read."""
+    """An uploaded file that repeats a line until it is told to end, and tells when it was first read."""
 
     def __init__(self, line: bytes) -> None:
         self.started, self.let_go, self._line = threading.Event(), threading.Event(), line
@@ -96,36 +96,25 @@ class EndlessFile(io.RawIOBase):
         self.started.set()
         return b"" if self.let_go.is_set() else self._line
 
-
-@pytest.fixture
-def endless(request: pytest.FixtureRequest) -> Iterator[Callable[[bytes], EndlessFile]]:
-    files: list[EndlessFile] = []
-
-    def make(line: bytes) -> EndlessFile:
-        files.append(EndlessFile(line))
-        return files[-1]
-
-    yield make
-    for file in files:
-        file.let_go.set()
+    def finish(self) -> Any:
+        """Act as UploadedFile."""
+        path = SimpleNamespace(open=lambda mode: self)
+        return SimpleNamespace(path=path, entry=FileEntry("0" * 64, 1))
 
 
 @pytest.mark.parametrize("line", [b"\n", b" \t\r\n", b'{"text":"row"}\n'], ids=["blank", "white", "rows"])
 async def test_datasets_without_end_leave_other_tenants_their_turns(
-    alignment: Alignment, endless: Callable[[bytes], EndlessFile], line: bytes, monkeypatch: pytest.MonkeyPatch
+    alignment: Alignment, line: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two tenants hold both slots, each with a dataset of lines that never ends; a third one's upload is served."""
     monkeypatch.setattr(jsonl_rows, "MAX_BLANK_LINES", 1 << 60)
     monkeypatch.setattr(jsonl_rows, "MAX_ROWS", 1 << 60)
     monkeypatch.setattr(alignment.datasets._fair_queue, "slice_seconds", 0.001)
-    files = [endless(line), endless(line)]
+    files: list[Any] = [EndlessFile(line), EndlessFile(line)]
     with ThreadPoolExecutor(2) as threads:
         try:
             for number, file in enumerate(files):
-                upload = DatasetUpload(0, "", 1)
-                monkeypatch.setattr(upload, "close", lambda: "0" * 64)
-                upload.file = file
-                threads.submit(alignment.datasets.store, f"tenants/bad{number}", upload)
+                threads.submit(alignment.datasets.store, f"tenants/bad{number}", file)
                 assert await asyncio.to_thread(file.started.wait, SECONDS)
             async with asyncio.timeout(SECONDS):
                 stored = await alignment.store(TEN_ROWS)

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import secrets
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,15 @@ from engine.alignment.row_tokenizer import tokenize
 from engine.errors import InvalidInputError, MalformedDatasetError, QuotaExceededError
 from engine.strict_json import MAX_NESTING
 from engine.task import Training
-from services.alignment.dataset_store import DatasetStore, DatasetUpload
+from services.alignment.dataset_store import DatasetStore
 from services.storage.artifact_store import ArtifactStore
+from services.storage.uploaded_file import UploadedFile
 from tests.tiny_tokenizer import CHATML, write_tokenizer
 
 # The line of a gigabyte is one with MUXTUNE_FUZZ_EXAMPLES set; it is read no further than the limit either way.
 LINE_BYTES = 1 << (30 if "MUXTUNE_FUZZ_EXAMPLES" in os.environ else 26)
 WORD = "xylophonic"
+Receive = Callable[..., UploadedFile]
 
 
 @pytest.fixture
@@ -30,18 +33,26 @@ def datasets(tmp_path: Path) -> DatasetStore:
     return DatasetStore(store, {"tiny": write_tokenizer(tmp_path / "tiny")}, cache_bytes=1 << 20)
 
 
-def received(*chunks: bytes) -> DatasetUpload:
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-    upload, offset = DatasetUpload(sum(map(len, chunks)), digest.hexdigest(), 2 << 30), 0
-    for chunk in chunks:
-        upload.add(offset, chunk)
-        offset += len(chunk)
-    return upload
+@pytest.fixture
+def received(tmp_path: Path) -> Receive:
+    """Return a function that receives a dataset in chunks."""
+
+    def receive(*chunks: bytes) -> UploadedFile:
+        digest = hashlib.sha256()
+        for chunk in chunks:
+            digest.update(chunk)
+        path = tmp_path / f"received-{secrets.token_hex(4)}"
+        upload, offset = UploadedFile(path, sum(map(len, chunks)), digest.hexdigest(), "dataset"), 0
+        for chunk in chunks:
+            if upload.add(offset, chunk):
+                upload.write()
+            offset += len(chunk)
+        return upload
+
+    return receive
 
 
-def test_an_endless_line_is_read_up_to_the_limit(datasets: DatasetStore) -> None:
+def test_an_endless_line_is_read_up_to_the_limit(received: Receive, datasets: DatasetStore) -> None:
     megabyte = b"x" * (1 << 20)
     upload = received(b'{"text": "', *[megabyte] * (LINE_BYTES >> 20), b'"}')
     tracemalloc.start()
@@ -49,15 +60,13 @@ def test_an_endless_line_is_read_up_to_the_limit(datasets: DatasetStore) -> None
         datasets.store("tenants/a", upload)
     assert tracemalloc.get_traced_memory()[1] < 4 * MAX_LINE_BYTES
     tracemalloc.stop()
-    upload.discard()
 
 
-def test_a_million_empty_rows_are_refused(datasets: DatasetStore) -> None:
+def test_a_million_empty_rows_are_refused(received: Receive, datasets: DatasetStore) -> None:
     for empty in (b"\n", b" \n", b"\r\n", b"\t\n"):
         upload = received(empty * 1_000_000)
         with pytest.raises(MalformedDatasetError, match="empty"):
             datasets.store("tenants/a", upload)
-        upload.discard()
 
 
 HOSTILE: dict[str, bytes] = {
@@ -88,11 +97,12 @@ HOSTILE: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("line", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_line_is_named_and_not_quoted(datasets: DatasetStore, tmp_path: Path, line: bytes) -> None:
+def test_a_hostile_line_is_named_and_not_quoted(
+    received: Callable[..., UploadedFile], datasets: DatasetStore, tmp_path: Path, line: bytes
+) -> None:
     upload = received(b'{"text":"fine"}\n', line + b"\n")
     with pytest.raises(MalformedDatasetError) as refused:
         datasets.store("tenants/a", upload)
-    upload.discard()
     assert refused.value.metadata["line"] in ("2", "3")  # UTF-16 has a line feed's byte in it
     assert WORD not in refused.value.message and len(refused.value.message) < 300
     assert not list((tmp_path / "store").rglob("*.jsonl"))
@@ -120,7 +130,9 @@ WRITES_ALL = "{% for m in messages %}{{ '<|im_start|>' + m.role }}{{ m|tojson }}
 
 @pytest.mark.parametrize("template", [CHATML, WRITES_ALL], ids=["chatml", "writes all"])
 @pytest.mark.parametrize("field", DEEP_FIELDS.values(), ids=DEEP_FIELDS.keys())
-def test_a_deep_row_is_refused_by_its_line_or_read(tmp_path: Path, field: str, template: str) -> None:
+def test_a_deep_row_is_refused_by_its_line_or_read(
+    received: Receive, tmp_path: Path, field: str, template: str
+) -> None:
     """Depths of 900 to 970 once failed with RecursionError after the upload."""
     backbones = {"tiny": write_tokenizer(tmp_path / "tiny", template)}
     datasets = DatasetStore(ArtifactStore.open(str(tmp_path / "store")), backbones, cache_bytes=1 << 20)
@@ -136,8 +148,6 @@ def test_a_deep_row_is_refused_by_its_line_or_read(tmp_path: Path, field: str, t
             else:
                 assert depth <= MAX_NESTING
                 datasets.tokenized("tenants/a", sha256, "tiny", training)
-            finally:
-                upload.discard()
 
 
 def test_rows_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,25 +162,25 @@ def test_rows_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
      "<|im_end|>" * 20_000, "\n" * 100_000, "\u202e" * 1000],
     ids=["one word", "joiners", "families", "accents", "blanks", "special tokens", "line feeds", "right to left"],
 )  # fmt: skip
-def test_a_token_bomb_is_cut_where_the_task_says(datasets: DatasetStore, text: str) -> None:
+def test_a_token_bomb_is_cut_where_the_task_says(
+    received: Callable[..., UploadedFile], datasets: DatasetStore, text: str
+) -> None:
     data = json.dumps({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]}).encode()
     short = b'{"text":"fine"}'
     upload = received(data + b"\n" + short)
     sha256 = datasets.store("tenants/a", upload).sha256
-    upload.discard()
     training = Training(learning_rate=1e-3, num_epochs=1, max_sequence_tokens=32)
     dataset = datasets.tokenized("tenants/a", sha256, "tiny", training)
     assert dataset.num_bytes < 10_000
 
 
-def test_a_dataset_that_tokenizes_too_slowly_is_refused(tmp_path: Path) -> None:
+def test_a_dataset_that_tokenizes_too_slowly_is_refused(received: Receive, tmp_path: Path) -> None:
     seconds = iter(range(1000))
     store = ArtifactStore.open(str(tmp_path / "store"))
     tokenizer = {"tiny": write_tokenizer(tmp_path / "tiny")}
     datasets = DatasetStore(store, tokenizer, 1 << 20, tokenize_seconds=5, monotonic=lambda: float(next(seconds)))
     upload = received(b'{"text":"fine"}\n' * 20)
     sha256 = datasets.store("tenants/a", upload).sha256
-    upload.discard()
     with pytest.raises(QuotaExceededError, match=r"longer than 5 s.* line 6"):
         datasets.tokenized("tenants/a", sha256, "tiny", Training(learning_rate=1e-3, num_epochs=1))
 
@@ -211,11 +221,12 @@ def test_a_key_stays_in_the_store(tmp_path: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tenants/../x", "tenants/", "tenants/a/b", "x", "", "tenants/..", "tenants/a\0"])
-def test_a_tenant_name_cannot_lead_out_of_its_folder(datasets: DatasetStore, tmp_path: Path, name: str) -> None:
+def test_a_tenant_name_cannot_lead_out_of_its_folder(
+    received: Callable[..., UploadedFile], datasets: DatasetStore, tmp_path: Path, name: str
+) -> None:
     upload = received(b'{"text":"fine"}')
     with pytest.raises(InvalidInputError):
         datasets.store(name, upload)
-    upload.discard()
     assert not list(tmp_path.rglob("*.jsonl"))
 
 

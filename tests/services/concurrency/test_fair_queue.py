@@ -138,6 +138,32 @@ def test_a_piece_of_work_that_does_not_end_delays_no_other_tenant() -> None:
     assert not queue.has_waiting and not queue._running
 
 
+def test_jobs_that_overran_take_turns_again() -> None:
+    """Three tenants' jobs overrun at once; afterwards one computes at a time, in turn."""
+    queue, ready, order = FairQueue(1, slice_seconds=0, overrun_seconds=0.02), threading.Barrier(3), list[str]()
+    num_running, most, is_recording = [0], [0], threading.Event()
+
+    def work(tenant: str) -> None:
+        with queue.slot(tenant) as slot:
+            ready.wait(SECONDS)  # each has a slot by now
+            while order.count(tenant) < 50:
+                slot.yield_to_waiting()
+                num_running[0] += 1
+                if queue.has_waiting and len(queue._running) == 1:
+                    is_recording.set()  # all have come to yield
+                if is_recording.is_set():
+                    most[0] = max(most[0], num_running[0])
+                    order.append(tenant)
+                threading.Event().wait(0.0001)
+                num_running[0] -= 1
+
+    with ThreadPoolExecutor(3) as threads:
+        for job in [threads.submit(work, tenant) for tenant in "abc"]:
+            job.result()
+    assert most[0] == 1
+    assert Counter(order[:60]) == {"a": 20, "b": 20, "c": 20}
+
+
 @pytest.mark.parametrize("state", ["computes", "waits for a slot", "waits for a thread"])
 async def test_work_that_nobody_waits_for_any_more_ends(state: str) -> None:
     queue = FairQueue(num_slots=1, slice_seconds=0, overrun_seconds=0.01)

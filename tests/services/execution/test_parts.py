@@ -24,6 +24,7 @@ from services.execution.trainer.early_stop import EarlyStop
 from services.execution.trainer.step_spans import StepWindow
 from services.execution.trainer_pipe import MAX_FRAME_BYTES, AsyncPipe, BlockingPipe, Tag
 from services.storage.artifact_store import ArtifactStore
+from services.storage.scratch_folder import ScratchFolder
 
 TASK = "tenants/t/tasks/a"
 
@@ -230,7 +231,7 @@ def folders(store: ArtifactStore) -> list[str]:
 def test_the_trainer_deletes_no_checkpoints(tmp_path: Path) -> None:
     """Any of them may be the recorded one: an executor far ahead of its results once deleted it."""
     store = ArtifactStore.open(str(tmp_path))
-    checkpoints = CheckpointStore(store)
+    checkpoints = CheckpointStore(store, ScratchFolder.open(tmp_path / "scratch", "trainer"))
     recorded, *_ = [checkpoints.put_checkpoint(TASK, 1, state(step), {}) for step in (10, 20, 30)]
     checkpoints.put_checkpoint(TASK, 2, state(15), {})
     assert folders(store) == ["00000010-1", "00000015-2", "00000020-1", "00000030-1"]
@@ -239,7 +240,7 @@ def test_the_trainer_deletes_no_checkpoints(tmp_path: Path) -> None:
 
 def test_a_corrupt_checkpoint_falls_back_to_one_before_it_never_after(tmp_path: Path) -> None:
     store = ArtifactStore.open(str(tmp_path))
-    checkpoints = CheckpointStore(store)
+    checkpoints = CheckpointStore(store, ScratchFolder.open(tmp_path / "scratch", "trainer"))
     checkpoints.put_checkpoint(TASK, 1, state(10), {"early_stop": {"best": 1.0}})
     recorded = checkpoints.put_checkpoint(TASK, 1, state(20), {})
     (file,) = (tmp_path / f"{TASK}/checkpoints/00000020-1").rglob("*.safetensors")

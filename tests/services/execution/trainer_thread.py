@@ -68,9 +68,9 @@ class GatedStore(ArtifactStore):
         self.gates.pass_through(f"get {key}")
         return super().stream(key, chunk_bytes)
 
-    def _put(self, key: str, data: Any, mode: Any) -> None:
+    def _put(self, key: str, data: Any, **options: Any) -> None:
         self.gates.pass_through(f"put {key}")
-        super()._put(key, data, mode)
+        super()._put(key, data, **options)
 
 
 class GatedAlignment(alignment_pb2_grpc.AlignmentServiceServicer):

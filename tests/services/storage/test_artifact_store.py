@@ -1,10 +1,15 @@
 """A folder and S3 behave alike (moto's server answers conditional puts as S3 does)."""
 
 import hashlib
+import io
 import json
+import random
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import boto3
@@ -14,7 +19,7 @@ from moto.server import ThreadedMotoServer
 
 from engine.errors import ArtifactCorruptError, InvalidInputError, NotFoundError, UnavailableError
 from services.storage.artifact_layout import MANIFEST
-from services.storage.artifact_store import ArtifactStore
+from services.storage.artifact_store import READ_BYTES, ArtifactStore, FileEntry, LocalFile
 
 PREFIX = "tenants/a/tasks/b/checkpoints/00000010-1"
 FILES = {"adapter.safetensors": bytes(range(256)) * 40, "state.json": b"{}", "empty": b""}
@@ -89,8 +94,9 @@ def test_list_takes_whole_segments(store: ArtifactStore) -> None:
 
 
 def test_a_folder_is_read_as_it_was_committed(store: ArtifactStore, tmp_path: Path) -> None:
-    from_disk = tmp_path / "file"
-    from_disk.write_bytes(b"from disk")
+    path = tmp_path / "file"
+    path.write_bytes(b"from disk")
+    from_disk = LocalFile(path, FileEntry(hashlib.sha256(b"from disk").hexdigest(), 9))
     manifest = store.commit_folder(PREFIX, {**FILES, "sub/more": from_disk}, {"step": 10, "rng": [1, 2]})
     assert manifest.key == f"{PREFIX}/{MANIFEST}"
     assert manifest.size_bytes == sum(map(len, FILES.values())) + 9
@@ -100,6 +106,73 @@ def test_a_folder_is_read_as_it_was_committed(store: ArtifactStore, tmp_path: Pa
     assert files == {**FILES, "sub/more": b"from disk"}
     store.delete_folder(PREFIX)
     assert store.list("tenants") == []
+
+
+def test_a_file_of_several_parts_is_written_and_read_piece_by_piece(store: ArtifactStore, tmp_path: Path) -> None:
+    path, data = tmp_path / "file", random.Random(1).randbytes(21 << 20)
+    path.write_bytes(data)
+    entry = FileEntry(hashlib.sha256(data).hexdigest(), len(data))
+    for _ in range(2):  # the second time it replaces the first
+        store.put("some/key", path)
+        assert store.has_sha256("some/key", entry.sha256)
+    assert store.list("some") == ["some/key"]
+    manifest = store.commit_folder(PREFIX, {"file": LocalFile(path, entry)}, {})
+    reader = store.file_reader(manifest, "file")
+    pieces = iter(partial(io.BufferedReader(reader, READ_BYTES).read, 1 << 20), b"")
+    assert b"".join(pieces) == data
+    reader.check(entry.sha256)
+
+
+@pytest.mark.parametrize(
+    "damage", ["nothing", "a file is missing", "a file changed", "the manifest is missing", "no folder"]
+)
+def test_a_folder_is_restored_from_the_same_files(store: ArtifactStore, tmp_path: Path, damage: str) -> None:
+    files = {}
+    for name, data in FILES.items():
+        (tmp_path / name).write_bytes(data)
+        files[name] = LocalFile(tmp_path / name, FileEntry(hashlib.sha256(data).hexdigest(), len(data)))
+    manifest = store.commit_folder(PREFIX, files, {"a": 1})
+    key = next(key for key in store.list(PREFIX) if key.endswith("state.json"))
+    if damage == "a file is missing":
+        store.delete(key)
+    elif damage == "a file changed":
+        store.put(key, b"[]")
+    elif damage == "the manifest is missing":
+        store.delete(manifest.key)
+    elif damage == "no folder":
+        store.delete_folder(PREFIX)
+    store.restore_folder(PREFIX, files, {"a": 1})
+    assert store.read_folder(manifest.key) == (manifest, FILES)
+
+
+WRITE_FOR_EVER = """
+import sys
+from pathlib import Path
+from services.storage.artifact_store import READ_BYTES, ArtifactStore, FileEntry, LocalFile
+while True:
+    ArtifactStore.open(sys.argv[1]).put("tenants/a/datasets/y.jsonl", Path(sys.argv[2]))
+"""
+
+
+def test_files_of_killed_writers_are_removed_when_they_are_old(tmp_path: Path) -> None:
+    """A process is killed while it writes an object; a file of another program has a similar name."""
+    (tmp_path / "file").write_bytes(bytes(20 << 20))
+    folder = tmp_path / "store/tenants/a/datasets"
+    store = ArtifactStore.open(str(tmp_path / "store"))
+    store.put("tenants/a/datasets/x.jsonl", b"stays")
+    (folder / "notes#").write_bytes(b"none of ours")
+    while not (folder / "y.jsonl#1").exists():  # it may be killed between two objects
+        arguments = [sys.executable, "-c", WRITE_FOR_EVER, tmp_path / "store", tmp_path / "file"]
+        with subprocess.Popen(arguments) as writer:
+            while writer.poll() is None and not (folder / "y.jsonl#1").exists():
+                pass
+            writer.kill()
+    store.delete("tenants/a/datasets/y.jsonl")
+    assert store.list("tenants") == ["tenants/a/datasets/notes#", "tenants/a/datasets/x.jsonl"]
+    store.remove_partial_writes(3600)
+    assert (folder / "y.jsonl#1").exists(), "its writer may still live"
+    store.remove_partial_writes(-1)
+    assert {path.name for path in folder.iterdir()} == {"x.jsonl", "notes#"}
 
 
 def test_the_first_commit_stands(store: ArtifactStore) -> None:

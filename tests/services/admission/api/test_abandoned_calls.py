@@ -1,6 +1,7 @@
 """Work for a call ends soon after nobody waits for its answer any more."""
 
 import asyncio
+import contextlib
 import itertools
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -38,7 +39,7 @@ class Reading:
             self._changed.notify_all()
         rows = itertools.chain([ROW], iter(lambda: b"" if self.let_go.is_set() else ROW, b""))
         try:
-            yield SimpleNamespace(readline=lambda _: next(rows, b""), close=lambda: None)
+            yield SimpleNamespace(readline=lambda _: next(rows, b""))
         finally:
             with self._changed:
                 self.num_readers -= 1
@@ -123,10 +124,9 @@ async def test_an_uploaded_dataset_is_not_checked_on_for_a_caller_that_has_left(
 
     def store_endless(tenant: str, upload: Any) -> Any:
         with reading.file() as file:
-            upload.file.close()
-            upload.file = file
-            monkeypatch.setattr(upload, "close", lambda: "0" * 64)
-            return store(tenant, upload)
+            path = SimpleNamespace(open=lambda mode: contextlib.nullcontext(file))
+            received = SimpleNamespace(path=path, entry=upload.finish().entry)
+            return store(tenant, SimpleNamespace(finish=lambda: received))
 
     monkeypatch.setattr(datasets, "store", store_endless)
     call = asyncio.ensure_future(admission.tenant().UploadDataset(dataset_parts(TEN_ROWS)))

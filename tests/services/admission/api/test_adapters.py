@@ -166,16 +166,16 @@ async def test_an_adapter_deleted_while_a_task_that_starts_from_it_is_validated(
 
 async def test_a_download_of_an_adapter_deleted_meanwhile_is_an_error(admission: Admission) -> None:
     adapter = await upload(admission, "one")
-    read, has_begun = admission.artifacts.read_file, []
+    read, has_begun = admission.artifacts.file_reader, []
 
-    def late(manifest: object, name: str) -> bytes:
+    def late(manifest: object, name: str) -> object:
         if not has_begun:
             has_begun.append(name)
             with admission.database.write() as connection:
                 admission.artifacts.delete_folder(datasets_and_adapters.delete_adapter(connection, adapter.name))
         return read(manifest, name)  # type: ignore[arg-type]
 
-    admission.artifacts.read_file = late  # type: ignore[method-assign]
+    admission.artifacts.file_reader = late  # type: ignore[assignment, method-assign]
     with refused(*DENIED):
         await download(admission, adapter.name)
 

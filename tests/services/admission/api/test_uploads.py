@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import json
-import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,10 @@ both = pytest.mark.parametrize("database_url", DATABASES, indirect=True)
 Parts = Iterable[Any]
 
 
-@pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder of incomplete uploads."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
+@pytest.fixture
+def temporary(admission: Admission) -> Path:
+    """Return the folder of incomplete uploads, of admission and of alignment."""
+    return admission.folder.parent / "scratch"
 
 
 def header(**fields: Any) -> pb.UploadDatasetRequest:
@@ -119,7 +115,7 @@ class Untouched:
         self._admission, self._temporary = admission, temporary
 
     def snapshot(self) -> tuple[Any, ...]:
-        return self._admission.num_rows(), self._admission.files(), sorted(self._temporary.iterdir())
+        return self._admission.num_rows(), self._admission.files(), sorted(self._temporary.glob("*/*/*"))
 
     def __enter__(self) -> None:
         self._before = self.snapshot()

@@ -1,8 +1,9 @@
 """Full and read-only disks: calls are UNAVAILABLE, nothing is half done, and all works once there is room."""
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,7 +12,16 @@ import sqlalchemy as sa
 from google.rpc import error_details_pb2
 
 from muxtune.v1 import admission_pb2 as pb
-from tests.services.admission.admission_mesh import Admission, Alignment, lines, refused, spec, step
+from tests.services.admission.admission_mesh import (
+    Admission,
+    Alignment,
+    adapter_files,
+    adapter_parts,
+    lines,
+    refused,
+    spec,
+    step,
+)
 
 UNAVAILABLE = (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
 FULL = "max_page_count = 1"  # SQLite takes it as: not one page more
@@ -61,17 +71,34 @@ async def test_a_database_that_takes_no_more_is_unavailable_and_what_it_has_is_r
     assert sorted(entry.name for entry in listed) == sorted(acknowledged)
 
 
+@pytest.mark.parametrize("kind", ["dataset", "adapter"])
 async def test_an_upload_without_room_for_it_is_unavailable_and_leaves_nothing(
-    admission: Admission, alignment: Alignment, monkeypatch: pytest.MonkeyPatch
+    admission: Admission, alignment: Alignment, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """/dev/full refuses every write, as a full disk does."""
+
+    async def upload() -> None:
+        if kind == "dataset":
+            await admission.upload()
+        else:
+            await admission.tenant().UploadAdapter(adapter_parts(adapter_files()))
+
     before = admission.num_rows(), admission.files()
     with monkeypatch.context() as patched:
-        patched.setattr(tempfile, "NamedTemporaryFile", lambda **options: open("/dev/full", "w+b", 0))  # noqa: SIM115
+        for scratch in (admission.servicer._scratch, alignment.servicer._scratch):
+            patched.setattr(scratch, "new_folder_of_call", partial(full_folder, scratch.new_folder_of_call))
         with refused(*UNAVAILABLE):
-            await admission.upload()
+            await upload()
     assert (admission.num_rows(), admission.files()) == before
-    await admission.upload()
+    await upload()
+
+
+@asynccontextmanager
+async def full_folder(new_folder: Any, run: Any) -> AsyncIterator[Path]:
+    async with new_folder(run) as folder:
+        for name in ("dataset.jsonl", "adapter_config.json", "adapter_model.safetensors"):
+            (folder / name).symlink_to("/dev/full")
+        yield folder
 
 
 async def test_an_artifact_store_that_is_away_is_unavailable_and_comes_back(admission: Admission) -> None:
