@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from muxtune.cli.context import DEFAULT_DATA, DataOption, IdOption, JsonOption, console, open_client, print_json, table
+from muxtune.cli.context import DEFAULT_DATA, DataOption, IdOption, JsonOption, open_client
+from muxtune.cli.terminal import console, print_json, table
 
 app = typer.Typer(help="Upload, list, download and delete adapters, as PEFT folders.", no_args_is_help=True)
 

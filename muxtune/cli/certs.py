@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from muxtune.cli.context import console, print_errors
+from muxtune.cli.context import print_errors
+from muxtune.cli.terminal import console
 from muxtune.local.certificate_authority import CA, DAYS, LOOPBACK, issue
 
 

@@ -1,19 +1,15 @@
-"""Finds the mesh, prints tables and JSON, and turns errors into lines and an exit status."""
+"""Finds the mesh, and turns errors into lines and an exit status."""
 
-import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import grpc
 import typer
-from google.protobuf.json_format import MessageToDict
-from google.protobuf.message import Message
-from rich.console import Console
-from rich.table import Table
 
+from muxtune.cli.terminal import error_console
 from muxtune.client import Client
 from muxtune.errors import MuxtuneError, UnauthenticatedError
 from muxtune.local.certificate_authority import CA
@@ -21,9 +17,6 @@ from muxtune.local.mesh import OPERATOR_ENDPOINTS, MeshError, read_state, secure
 from muxtune.local.tracing import traced
 from muxtune.transport import metadata
 
-# Print text unchanged: no line breaks in a path that goes to a file or a pipe, and "[a]" in it is not markup of rich.
-_PLAIN: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False}
-console, error_console = Console(**_PLAIN), Console(stderr=True, **_PLAIN)
 DataOption = Annotated[Path, typer.Option("--data", help="Data folder of the mesh that `muxtune up` started.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 IdOption = Annotated[str, typer.Option(help="Last part of the name; default: a generated ID.")]
@@ -94,20 +87,3 @@ def print_errors() -> Iterator[None]:
     except MeshError as error:
         error_console.print(f"error: {error}", style="red")
         raise typer.Exit(1) from error
-
-
-def print_json(messages: Iterable[Message]) -> None:
-    """Print one JSON object per line, with the field names of the protos."""
-    for message in messages:
-        fields = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-        print(json.dumps(fields, ensure_ascii=False), flush=True)
-
-
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Print a table."""
-    result = Table(title=title or None, title_justify="left")
-    for column in columns:
-        result.add_column(column, overflow="fold")
-    for row in rows:
-        result.add_row(*(str(cell) for cell in row))
-    console.print(result)

@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from muxtune.cli.context import DEFAULT_DATA, DataOption, IdOption, JsonOption, console, open_client, print_json, table
+from muxtune.cli.context import DEFAULT_DATA, DataOption, IdOption, JsonOption, open_client
 from muxtune.cli.spec import read_training
+from muxtune.cli.terminal import console, print_json, table, visible
 from muxtune.v1 import dataset_pb2, task_pb2
 
 app = typer.Typer(
@@ -90,7 +91,7 @@ def _show(report: dataset_pb2.PreflightReport) -> None:
     for row in report.samples:
         text = Text(f"line {row.line}, {row.num_tokens} tokens{', held out' if row.is_heldout else ''}: ", style="bold")
         for piece in row.pieces:
-            text.append(piece.text, style="green" if piece.bears_loss else "dim")
+            text.append(visible(piece.text), style="green" if piece.bears_loss else "dim")
         console.print(text)
     console.print("(green bears loss)")
     buckets = ((f"{b.from_tokens} to {b.to_tokens - 1}", b.num_rows) for b in report.length_histogram)

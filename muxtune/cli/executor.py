@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from muxtune.cli.context import DEFAULT_DATA, DataOption, console, operator_channel
+from muxtune.cli.context import DEFAULT_DATA, DataOption, operator_channel
+from muxtune.cli.terminal import console
 from muxtune.errors import raising
 from muxtune.resource_names import executor_name
 from muxtune.v1 import scheduling_pb2, scheduling_pb2_grpc

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, console, operator_channel, print_json, table
+from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, operator_channel
+from muxtune.cli.terminal import console, print_json, table
 from muxtune.errors import raising
 from muxtune.resource_names import tenant_name
 from muxtune.v1 import key_pb2, key_pb2_grpc

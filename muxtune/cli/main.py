@@ -9,10 +9,12 @@ import typer
 
 from muxtune.cli import adapter, dataset, executor, key, plan, task, tenant
 from muxtune.cli.certs import certs
-from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, console, error_console, print_errors
+from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, print_errors
+from muxtune.cli.terminal import CommandGroup, console, error_console
 from muxtune.local.mesh import DEFAULT_BACKBONE, Mesh, default_backbone, stopped_by_signals
 
 app = typer.Typer(
+    cls=CommandGroup,
     help="Fine-tune many tenants' PEFT tasks at once on one shared, frozen LLM backbone.",
     no_args_is_help=True,
     rich_markup_mode="rich",

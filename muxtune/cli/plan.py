@@ -10,18 +10,9 @@ import typer
 from google.protobuf.json_format import MessageToDict
 
 from muxtune.cli import offline
-from muxtune.cli.context import (
-    DEFAULT_DATA,
-    DataOption,
-    JsonOption,
-    console,
-    open_client,
-    operator_channel,
-    print_errors,
-    print_json,
-    table,
-)
+from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, open_client, operator_channel, print_errors
 from muxtune.cli.spec import read_spec
+from muxtune.cli.terminal import console, format_json, print_json, table
 from muxtune.errors import InvalidInputError, raising
 from muxtune.resource_names import task_name, tenant_name, tenant_of
 from muxtune.v1 import plan_pb2, scheduling_pb2, scheduling_pb2_grpc
@@ -154,7 +145,7 @@ def simulate(
             fields = {"lines": offline.read_text(trace).splitlines()}
         for row in offline.simulate(recorded, fields, devices):
             if json:
-                console.print_json(data=row, indent=None)
+                print(format_json(row))
             else:
                 console.print(offline.format_summary(row))
 

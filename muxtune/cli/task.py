@@ -5,9 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from muxtune.cli.context import DEFAULT_DATA, DataOption, IdOption, JsonOption, console, open_client, print_json, table
+from muxtune.cli.context import DEFAULT_DATA, DataOption, IdOption, JsonOption, open_client
 from muxtune.cli.dataset import warn_of_special_text
 from muxtune.cli.spec import read_settings, read_spec
+from muxtune.cli.terminal import console, print_json, table
 from muxtune.cli.training_options import with_training_options
 from muxtune.task_states import state_name
 from muxtune.v1 import event_pb2, task_pb2

@@ -4,7 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, console, operator_channel, print_json, table
+from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, operator_channel
+from muxtune.cli.terminal import console, print_json, table
 from muxtune.errors import raising
 from muxtune.resource_names import tenant_name
 from muxtune.v1 import operator_pb2, operator_pb2_grpc
@@ -94,5 +95,4 @@ def audit(
             caller = f"{e.subject} of {e.tenant}" if e.tenant else e.subject
             action = f"{e.method.rpartition('/')[2]} {e.resource or '-'}: {e.status_code}"
             line = f"{e.sequence} {e.time.ToDatetime():%Y-%m-%d %H:%M:%S} {caller}: {action}"
-            # A name that a caller chose cannot start a line.
-            console.print("".join(c if c.isprintable() else "?" for c in line))
+            console.print(line.replace("\n", "\\n"))  # a name that a caller chose cannot start a line

@@ -6,10 +6,11 @@ The engine runs in a subprocess, so that the command itself needs no torch.
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from muxtune.cli.context import console, error_console, table
+from muxtune.cli.terminal import console, error_console, table
 
 
 def run_verification(steps: int, methods: str, backbone: Path | None, as_json: bool) -> int:
@@ -20,7 +21,8 @@ def run_verification(steps: int, methods: str, backbone: Path | None, as_json: b
     findings: list[dict[str, Any]] = []
     with (
         error_console.status("training all methods in one batch") as status,  # on a terminal only
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
     ):
         assert process.stdout is not None
         for line in process.stdout:
@@ -29,6 +31,9 @@ def run_verification(steps: int, methods: str, backbone: Path | None, as_json: b
             findings.append(finding := json.loads(line))
             if "options" in finding:
                 status.update(f"{finding['options']}: {finding['method']} compared with {finding['against']}")
+        process.wait()
+        errors.seek(0)
+        error_console.print(errors.read(), end="")
     is_whole = bool(findings) and "verified" in findings[-1]
     if not as_json and is_whole:
         for finding in (finding for finding in findings if "left_out" in finding):

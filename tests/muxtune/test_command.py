@@ -269,9 +269,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_up_passes_only_identity_and_limit_settings_to_admission(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_up_passes_on_only_policies_and_the_rotation_of_traces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Admission gets the environment's identity provider and limits; addresses and keys there are not passed on."""
     environments: list[dict[str, dict[str, str]]] = []
 
@@ -281,11 +279,13 @@ def test_up_passes_only_identity_and_limit_settings_to_admission(
 
     monkeypatch.setattr(main, "Mesh", stop_there)
     variables = {"MUXTUNE_OIDC_ISSUER": "https://issuer.example", "MUXTUNE_MAX_ADAPTER_BYTES": "9"}
-    for name, value in {**variables, "MUXTUNE_ADDRESS": "x:1", "MUXTUNE_API_KEY": "k", "MUXTUNE_CERTS": "/c"}.items():
+    rotation = {"MUXTUNE_TRACE_FILE_BYTES": "1000000", "MUXTUNE_TRACE_FILES": "3"}
+    others = {"MUXTUNE_ADDRESS": "x:1", "MUXTUNE_API_KEY": "k", "MUXTUNE_CERTS": "/c", "MUXTUNE_TRACE_FILE": "/t"}
+    for name, value in {**variables, **rotation, **others}.items():
         monkeypatch.setenv(name, value)
     done = CliRunner().invoke(app, ["up", "--data", str(tmp_path), "--backbone", f"tiny={tmp_path}"])
     assert done.exit_code == 1 and "enough" in done.output
-    assert environments == [{"admission": variables}]
+    assert environments == [{"*": rotation, "admission": variables}]
 
 
 @pytest.mark.parametrize(
