@@ -89,6 +89,7 @@ class Bound:
 
 
 MAX_STEPS = 10_000_000
+MAX_SLICE_TOKENS = 1 << 20  # with 8 bytes a token, half of the largest message
 _POSITIVE = Bound(lambda value: 0 < value < math.inf, "must be positive and finite")
 _NOT_NEGATIVE = Bound(lambda value: 0 <= value < math.inf, "must be finite and not negative")
 _BELOW_ONE = Bound(lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
@@ -170,6 +171,19 @@ def out_of_bounds(training: Training, affects: Affects = _EVERYTHING) -> Iterato
         value, bound = getattr(training, name), Training.__dataclass_fields__[name].metadata["bound"]
         if value is not None and not bound.holds(value):
             yield FieldError(name, value, bound.remedy)
+
+
+def slice_error(training: Training, num_virtual_tokens: int = 0) -> FieldError | None:
+    """Return the error of a slice of more tokens than one microbatch may have: it travels in one message."""
+    sequence_tokens = training.max_sequence_tokens + num_virtual_tokens
+    num_tokens = training.micro_batch_size * sequence_tokens
+    if num_tokens <= MAX_SLICE_TOKENS:
+        return None
+    remedy = (
+        f"sequences of up to {sequence_tokens} tokens are {num_tokens} tokens, at most {MAX_SLICE_TOKENS} enter a "
+        "microbatch as one piece: reduce it, which changes no result"
+    )
+    return FieldError("micro_batch_size", training.micro_batch_size, remedy)
 
 
 @dataclass(frozen=True)

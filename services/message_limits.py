@@ -14,7 +14,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from engine.errors import FieldViolation
 
 MAX_TEXT_BYTES, MAX_ENTRIES = 1024, 1024  # of a text (or bytes), and of a list or map
-_LARGER_BYTES = {"muxtune.v1.FileChunk.data": 4 << 20}
+_LARGER_BYTES = {"muxtune.v1.FileChunk.data": 2 << 20}  # clients send about 1 MiB
 _MAX_DEPTH = 20
 _TEXT = FieldDescriptor.CPPTYPE_STRING
 

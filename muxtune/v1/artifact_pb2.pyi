@@ -73,6 +73,8 @@ Global___FileHeader: _TypeAlias = FileHeader  # noqa: Y015
 
 @_typing.final
 class FileChunk(_message.Message):
+    """At most 2 MiB of data."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     OFFSET_FIELD_NUMBER: _builtins.int

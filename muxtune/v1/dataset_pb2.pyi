@@ -97,7 +97,7 @@ class PreflightOptions(_message.Message):
     NUM_SAMPLES_FIELD_NUMBER: _builtins.int
     backbone: _builtins.str
     num_samples: _builtins.int
-    """Number of rendered rows to return, from the first. 0 selects 3; at most 100."""
+    """Number of rendered rows to return, from the first. 0 selects 3; at most 100, and fewer where they have more than 3 MiB."""
     @_builtins.property
     def training(self) -> _task_pb2.Training: ...
     def __init__(

@@ -445,7 +445,7 @@ class Training(_message.Message):
     warmup_steps: _builtins.int
     micro_batch_size: _builtins.int
     """Number of sequences that enter a microbatch as one piece; pieces share a microbatch within the token budget. Affects
-    memory, never the result. 0 selects 4.
+    memory, never the result. 0 selects 4. With sequences of the largest length a piece has at most 1,048,576 tokens.
     """
     global_batch_size: _builtins.int
     """Number of sequences of one optimizer step. 0 selects 8."""

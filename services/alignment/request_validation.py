@@ -1,7 +1,7 @@
 """Validates requests before alignment computes. Pure; admission's own rules for tasks are stricter."""
 
 from engine.errors import FieldViolation, InvalidInputError
-from engine.task import MAX_STEPS, Affects, Training, out_of_bounds
+from engine.task import MAX_STEPS, Affects, Training, out_of_bounds, slice_error
 from muxtune.v1 import alignment_pb2 as pb
 
 MAX_VIRTUAL_TOKENS = 1024
@@ -15,6 +15,15 @@ def check_training(training: Training, path: str) -> None:
     ]
     if violations:
         raise InvalidInputError.of_fields(violations)
+
+
+def check_slice(member: pb.Member, training: Training) -> None:
+    """Raise InvalidInputError for a task whose slices are larger than a microbatch may be: one from before that limit
+    would end the streams of all tasks that share its hTask."""
+    if error := slice_error(training, member.num_virtual_tokens):
+        raise InvalidInputError.of_field(
+            f"members[{member.task}].training.{error.field}", f'"{error.value}" {error.remedy}'
+        )
 
 
 def check_num_steps(num_steps: int) -> None:

@@ -14,7 +14,13 @@ from engine.task import Training
 from muxtune.v1 import alignment_pb2 as pb
 from muxtune.v1 import alignment_pb2_grpc, artifact_pb2, dataset_pb2
 from services.alignment.dataset_store import DatasetStore, TokenizedKey
-from services.alignment.request_validation import check_layout, check_num_steps, check_steps, check_training
+from services.alignment.request_validation import (
+    check_layout,
+    check_num_steps,
+    check_slice,
+    check_steps,
+    check_training,
+)
 from services.alignment.thread_pools import ThreadPools
 from services.concurrency.byte_budget import ByteBudget
 from services.concurrency.shared_jobs import SharedJobs
@@ -138,6 +144,7 @@ class AlignmentServicer(alignment_pb2_grpc.AlignmentServiceServicer):
 def _packed_task(member: pb.Member, dataset: TokenizedDataset, training: Training) -> PackedTask:
     steps = num_steps(training, len(split(dataset.num_rows, training).train))
     check_steps(member, steps)
+    check_slice(member, training)
     return PackedTask(
         member.task,
         dataset,

@@ -22,6 +22,7 @@ from muxtune.v1 import errors_pb2
 _RETRY_SECONDS = 1
 # A status travels in HTTP/2 headers, its text twice; clients accept at most 8 KiB of headers.
 _MAX_TEXT_BYTES, _MAX_VIOLATIONS_BYTES = 700, 2_000
+_MAX_FAILURE_BYTES = 4_000  # a failure is stored with its task, in an event and in every list
 _log = logging.getLogger(__name__)
 
 
@@ -70,7 +71,10 @@ def mapped(error: MuxtuneError) -> MappedError:
 def to_failure(error: MuxtuneError) -> errors_pb2.TaskFailure:
     """Return the reason that a task failed, as its tenant reads it."""
     reason = errors_pb2.ErrorReason.Value("ERROR_REASON_" + mapped(error).reason)
-    return errors_pb2.TaskFailure(reason=reason, message=error.message, metadata=error.metadata)
+    metadata = {key: _shortened(value) for key, value in error.metadata.items()}
+    return errors_pb2.TaskFailure(
+        reason=reason, message=_shortened(error.message, _MAX_FAILURE_BYTES), metadata=metadata
+    )
 
 
 def to_status(error: MuxtuneError) -> status_pb2.Status:
@@ -143,6 +147,6 @@ def _bad_request(violations: Sequence[FieldViolation]) -> error_details_pb2.BadR
     return bad
 
 
-def _shortened(text: str) -> str:
+def _shortened(text: str, max_bytes: int = _MAX_TEXT_BYTES) -> str:
     raw = text.encode()
-    return text if len(raw) <= _MAX_TEXT_BYTES else raw[: _MAX_TEXT_BYTES - 3].decode(errors="ignore") + "..."
+    return text if len(raw) <= max_bytes else raw[: max_bytes - 3].decode(errors="ignore") + "..."

@@ -6,15 +6,13 @@ So a servicer only reads the request, decides, and raises domain errors.
 import asyncio
 import inspect
 import time
-from collections.abc import Callable
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 
-from engine.errors import InvalidInputError, MuxtuneError
+from engine.errors import MuxtuneError
 from services.rpc.audit import Audit
 from services.rpc.authentication import Authenticate
 from services.rpc.authorization import Role, rule_for
@@ -34,10 +32,10 @@ from services.rpc.call_chain import (
 )
 from services.rpc.call_limits import CallKind, CallLimits, ConcurrencyLimits, RequestReceiver
 from services.rpc.fair_limit import FairLimit
+from services.rpc.message_checks import check_requests, check_response, tolerant_deserializer
 from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter
 
 _DRAIN_SECONDS, _REAUTHENTICATE_SECONDS = 1.0, 30.0
-_UNDECODABLE = object()
 
 
 class RpcInterceptor(grpc.aio.ServerInterceptor):
@@ -81,13 +79,14 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             self._receive_step(handler),
             open_audit_entry,
             authorize_role,
+            check_requests,
             annotate_span,
         )
 
     def _steps_for_anyone(self, handler: Any) -> tuple[Step, ...]:
         """Return the steps of a call that needs no key, such as a health check. It is not traced."""
         limit = partial(self._concurrency.limit_open, kind=CallKind.of_handler(handler))
-        return answer_refusal, map_errors, limit, self._receive_step(handler)
+        return answer_refusal, map_errors, limit, self._receive_step(handler), check_requests
 
     def _receive_step(self, handler: Any) -> Step:
         if not handler.request_streaming:
@@ -120,7 +119,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             if handler.response_streaming
             else grpc.stream_unary_rpc_method_handler
         )
-        return make(serve, _tolerant_deserializer(handler), handler.response_serializer)
+        return make(serve, tolerant_deserializer(handler, method), handler.response_serializer)
 
     def _serve_stream(self, handler: Any) -> Handler:
         """Return a handler that writes the servicer's responses.
@@ -130,7 +129,6 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         servicer_method = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
         async def serve(call: ServerCall) -> None:
-            _check_decoded(call)
             answer = servicer_method(call.request, call.context)
             if inspect.isawaitable(answer):  # this servicer writes to the context itself
                 await answer
@@ -141,6 +139,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
                     if time.monotonic() - authenticated_at > _REAUTHENTICATE_SECONDS:
                         await self._authentication.principal_of(call)
                         authenticated_at = time.monotonic()
+                    check_response(call.method, response)
                     await write_response(call.context, response)
                     if call.span is not None:
                         call.span.establish()
@@ -168,9 +167,9 @@ def _serve_unary(handler: Any) -> Handler:
     servicer_method = handler.stream_unary if handler.request_streaming else handler.unary_unary
 
     async def serve(call: ServerCall) -> Any:
-        _check_decoded(call)
         try:
             call.response = await servicer_method(call.request, call.context)
+            check_response(call.method, call.response)
         except MuxtuneError:
             if handler.request_streaming:
                 await _drain(call.request)
@@ -178,27 +177,6 @@ def _serve_unary(handler: Any) -> Handler:
         return call.response
 
     return serve
-
-
-def _tolerant_deserializer(handler: Any) -> Callable[[bytes], Any]:
-    """Return a deserializer that marks malformed bytes, so that the call fails with INVALID_ARGUMENT, not UNKNOWN.
-
-    In a stream of requests they become an empty message, which every servicer refuses in its place.
-    """
-    deserialize = handler.request_deserializer
-
-    def deserialize_or_mark(data: bytes) -> Any:
-        try:
-            return deserialize(data)
-        except DecodeError:
-            return deserialize(b"") if handler.request_streaming else _UNDECODABLE
-
-    return deserialize_or_mark
-
-
-def _check_decoded(call: ServerCall) -> None:
-    if call.request is _UNDECODABLE:
-        raise InvalidInputError.of_field("request", f"does not parse as the request message of {call.method}")
 
 
 async def _drain(requests: Any) -> None:

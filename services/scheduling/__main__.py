@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import grpc
 
 from engine.planning.types import PlannerConfig
+from engine.task import MAX_SLICE_TOKENS
 from muxtune.errors import InvalidInputError
 from muxtune.transport import target
 from muxtune.v1 import ledger_pb2, ledger_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc
@@ -55,8 +56,8 @@ class SchedulingSettings(ServerSettings):
 
     def limits(self) -> PlannerConfig:
         """Return the planner's settings. Raises SettingsError for an invalid one."""
-        if self.token_budget < 1:
-            raise SettingsError(f"MUXTUNE_TOKEN_BUDGET: {self.token_budget} is not a positive number of tokens")
+        if not 1 <= self.token_budget <= MAX_SLICE_TOKENS:
+            raise SettingsError(f"MUXTUNE_TOKEN_BUDGET: {self.token_budget} must be 1 to {MAX_SLICE_TOKENS} tokens")
         if self.chunk_tokens < 0 or self.chunk_tokens & (self.chunk_tokens - 1):
             raise SettingsError(f"MUXTUNE_CHUNK_TOKENS: {self.chunk_tokens} is neither 0 nor a power of two")
         if self.max_resident_tasks < 1:

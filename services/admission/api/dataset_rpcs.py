@@ -22,6 +22,7 @@ from services.admission.store.tables import datasets
 from services.admission.threads import AdmissionThreads
 from services.concurrency.byte_budget import ByteBudget
 from services.failpoints import failpoint
+from services.message_limits import unknown_fields
 from services.resource_names import new_name, tenant_of
 from services.rpc.authentication import current_principal
 from services.rpc.authorization import authorize, authorize_parent
@@ -76,6 +77,8 @@ class DatasetRpcs:
     async def PreflightDataset(self, request: pb.PreflightDatasetRequest, context: Any) -> pb.PreflightDatasetResponse:
         principal = current_principal()
         dataset = await self._read_dataset(authorize(principal, request.name, "datasets"))
+        if unknown := list(unknown_fields(request.options, "options")):
+            raise InvalidInputError.of_fields(unknown)
         answer = await self._alignment.InspectDataset(
             alignment_pb2.InspectDatasetRequest(
                 tenant=str(principal.tenant), sha256=dataset.sha256, options=request.options

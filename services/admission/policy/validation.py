@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from engine.errors import FieldViolation, InvalidInputError
 from engine.planning.types import BackboneView
-from engine.task import Optimizer, TaskSpec, Training, out_of_bounds
+from engine.task import Optimizer, TaskSpec, Training, out_of_bounds, slice_error
 
 _MAX_LABELS, _MAX_LABEL_CHARACTERS = 64, 63
 _MAX_PRIORITY = 100
@@ -21,7 +21,7 @@ def validate(spec: TaskSpec, backbones: Sequence[BackboneView], *, is_method_val
     violations = [_violation(*error) for error in (*errors, *_check_task(spec))]
     num_added = spec.method.num_virtual_tokens + spec.method.num_prefix_tokens
     max_tokens = backbone.max_sequence_tokens - num_added if backbone else math.inf
-    for field, remedy in _check_training(spec.training, max_tokens, num_added):
+    for field, remedy in _check_training(spec.training, max_tokens, num_added, spec.method.num_virtual_tokens):
         violations.append(_violation(f"training.{field}", getattr(spec.training, field), remedy))
     if backbone is None:
         names = ", ".join(sorted(b.name for b in backbones)) or "none, until an executor registers"
@@ -64,11 +64,14 @@ def _check_task(spec: TaskSpec) -> Iterator[tuple[str, object, str]]:
         yield "labels", max_characters, f"characters: at most {_MAX_LABEL_CHARACTERS} in a key or value"
 
 
-def _check_training(t: Training, max_tokens: float, num_added: int) -> Iterator[tuple[str, str]]:
+def _check_training(t: Training, max_tokens: float, num_added: int, num_virtual: int) -> Iterator[tuple[str, str]]:
     """Yield (field, remedy) of each error. `max_tokens`: tokens of a sequence that the backbone accepts, without the
-    `num_added` positions that the method adds to every sequence."""
-    for error in out_of_bounds(t):
+    `num_added` positions that the method adds to every sequence, of which `num_virtual` are tokens of the stream."""
+    wrong = list(out_of_bounds(t))
+    for error in wrong:
         yield error.field, error.remedy
+    if not wrong and (too_long := slice_error(t, num_virtual)):
+        yield too_long.field, too_long.remedy
     if t.num_steps is not None and t.warmup_steps > t.num_steps:
         yield "warmup_steps", f"must be at most num_steps ({t.num_steps})"
     if t.max_sequence_tokens > max_tokens:

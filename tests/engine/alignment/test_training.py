@@ -21,7 +21,16 @@ from engine.methods import Lora
 from engine.planning.cost.memory_model import footprint
 from engine.planning.cost.task_demand import DemandEstimator
 from engine.planning.types import BackboneView, PlannerConfig, Site, TaskView
-from engine.task import Affects, Optimizer, TaskSpec, Training, fields_affecting, out_of_bounds, values_affecting
+from engine.task import (
+    Affects,
+    Optimizer,
+    TaskSpec,
+    Training,
+    fields_affecting,
+    out_of_bounds,
+    slice_error,
+    values_affecting,
+)
 from muxtune.v1 import task_pb2
 from services.admission.policy import task_estimator
 from services.conversion.task import training_to_domain, training_to_proto
@@ -153,3 +162,10 @@ def demand(training: Training) -> Any:
     steps = training.num_steps or 6
     task = TaskView("t", "tenants/a", spec(training), 0, steps, num_train_tokens=1000)
     return DemandEstimator(PlannerConfig()).estimate(task, BACKBONE)
+
+
+def test_a_slice_has_at_most_as_many_tokens_as_one_message_carries() -> None:
+    fits = Training(1e-3, num_steps=1, micro_batch_size=1024, max_sequence_tokens=1024)
+    assert slice_error(fits) is None
+    error = slice_error(fits, num_virtual_tokens=1)
+    assert error is not None and error.field == "micro_batch_size" and "at most 1048576" in error.remedy

@@ -212,6 +212,17 @@ async def test_a_bad_member_does_not_harm_other_streams(alignment: Alignment) ->
     assert results[0] == results[2] and isinstance(results[1], NotFoundError)
 
 
+async def test_a_slice_larger_than_a_message_is_refused_with_its_task(alignment: Alignment) -> None:
+    """Once packed, it ended the stream of all tasks of the hTask, each time again."""
+    sha256 = (await alignment.store(lines(*({"text": "the quick brown fox"} for _ in range(10))))).sha256
+    other = TASK + "-2"
+    large = _member(sha256, task=other, max_sequence_tokens=1024, micro_batch_size=1024)
+    await _read(alignment, _request(large))
+    large.num_virtual_tokens = 1
+    with pytest.raises(InvalidInputError, match=rf"{other}.*micro_batch_size.*at most 1048576"):
+        await _read(alignment, _request(_member(sha256), large))
+
+
 async def test_concurrent_requests_share_one_tokenization(
     alignment: Alignment, monkeypatch: pytest.MonkeyPatch
 ) -> None:

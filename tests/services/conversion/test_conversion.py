@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.alignment.microbatch import IGNORE, Microbatch, MicrobatchKind, Range, Segment
+from engine.alignment.preflight import LossSpan, Preflight, RenderedRow
 from engine.errors import InvalidInputError
 from engine.methods import Lora
 from engine.task import LrSchedule, Optimizer, Overlength, TaskSpec, TaskState, Training
 from muxtune.v1 import alignment_pb2, plan_pb2, task_pb2
 from services.conversion import microbatch as microbatch_conversion
 from services.conversion import plan as plan_conversion
+from services.conversion import preflight as preflight_conversion
 from services.conversion import task as task_conversion
 from tests.thoroughness import examples
 
@@ -201,3 +203,10 @@ def test_an_executor_becomes_a_view() -> None:
         True,
     )
     assert view.backbone.element_bytes == 2 and view.backbone.sites[0].in_features == 4
+
+
+def test_rendered_rows_of_a_report_fit_into_a_message() -> None:
+    row = RenderedRow(1, 50_000, (LossSpan("x" * 200_000, True, 50_000),), is_heldout=False)
+    report = Preflight(60, 60, 0, 1, 1, 1, 1, (row,) * 60, {}, 0, (), (), 0)
+    message = preflight_conversion.preflight_to_proto(report)
+    assert len(message.samples) == 15 and message.ByteSize() < 4 << 20 and message.num_rows == 60

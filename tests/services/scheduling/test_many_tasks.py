@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import grpc
 import pytest
 from google.protobuf.message import Message
 
 from engine.methods import Lora
 from engine.planning.cost import task_demand
 from muxtune.v1 import plan_pb2, scheduling_pb2
-from tests.services.scheduling.mesh_fakes import SPEC_OF_TASKS, SchedulingMesh
+from tests.hostile_messages import answer_of
+from tests.oversized_messages import oversized_requests
+from tests.services.scheduling.mesh_fakes import SECRET, SPEC_OF_TASKS, SchedulingMesh
 
 COST = plan_pb2.CostProfile(fixed_seconds=0.1, token_seconds=0.01)
 MESSAGE_BYTES = 4 << 20  # that gRPC's clients accept by default
@@ -162,3 +165,16 @@ async def test_a_hypothetical_spec_has_the_limits_of_a_real_one(mesh: Scheduling
     async with mesh.scheduler() as (_, scheduling):
         with pytest.raises(Exception, match=r"tasks\[0\].spec: must have at most"):
             await scheduling.SimulatePlan(scheduling_pb2.SimulatePlanRequest(tasks=[new]))
+
+
+OPERATORS = ["DrainExecutor", "GetPlan", "ExplainPlan", "SimulatePlan", "GetProfile"]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+async def test_every_field_of_an_operators_request_has_a_largest_size(mesh: SchedulingMesh, name: str) -> None:
+    method = scheduling_pb2.DESCRIPTOR.services_by_name["SchedulingService"].methods_by_name[name]
+    async with mesh.scheduler(), grpc.aio.insecure_channel(mesh.address) as channel:
+        for path, request in oversized_requests(method.input_type):
+            code, text, _ = await answer_of(channel, method, request, SECRET)
+            named = "tasks[0].spec" if path.startswith("tasks[0].spec") else path
+            assert code is grpc.StatusCode.INVALID_ARGUMENT and named in text and "shorten it" in text, (path, text)

@@ -1,11 +1,19 @@
 """Specs have a largest size and no unknown fields, lists are normal, and a tenant's specs have a largest sum."""
 
+import dataclasses
+
 import grpc
 import pytest
 import sqlalchemy as sa
 
+from engine.errors import InvalidInputError
+from engine.methods import Lora
+from engine.methods.base import Site
+from engine.planning.types import BackboneView
+from engine.task import TaskSpec, Training
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import budget_pb2, operator_pb2, task_pb2
+from services.admission.policy.validation import validate
 from services.admission.store import idempotency, tables
 from services.conversion.spec_limits import MAX_SPEC_BYTES, check_spec_limits, normalize_spec
 from tests.services.admission.admission_mesh import DATABASES, TEN_ROWS, Admission, dataset_parts, refused, spec
@@ -122,3 +130,12 @@ async def test_a_request_from_before_the_limit_is_still_answered_as_before(admis
         connection.execute(sa.update(tables.requests).values(body_sha256=idempotency.hash_parts(b"", raw)))
     again = (await admission.tenant().CreateTask(pb.CreateTaskRequest(spec=large, request_id="old"))).task
     assert again.name == created.name and again.spec.ByteSize() > 10 * MAX_SPEC_BYTES
+
+
+def test_a_slice_of_more_tokens_than_a_message_carries_is_refused() -> None:
+    backbone = BackboneView("long", 1, 1, 8, 8, 1 << 20, 1, "float32", (Site("q_proj", 8, 8),))
+    training = Training(1e-3, num_steps=1, micro_batch_size=4, max_sequence_tokens=1 << 19)
+    task = TaskSpec("long", Lora(2, 2.0, ("q_proj",)), "tenants/acme/datasets/d", training)
+    with pytest.raises(InvalidInputError, match=r"spec.training.micro_batch_size: .4. .*reduce it"):
+        validate(task, [backbone])
+    validate(dataclasses.replace(task, training=dataclasses.replace(training, micro_batch_size=2)), [backbone])
