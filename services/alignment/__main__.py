@@ -29,6 +29,7 @@ class AlignmentSettings(ServerSettings):
 
     `backbones`: NAME=FOLDER, separated by commas; `services.execution.prepare_backbone` writes such a folder. A path
     may contain commas: only a comma before NAME= separates.
+    `tokenized_cache_bytes`, `tokenizing_bytes`: memory of tokenized datasets, and of those that are being tokenized.
     `scratch`: folder of temporary files, on a local disk; by default one in the system's temporary folder.
     `max_unfinished_upload_bytes`, `max_tenant_unfinished_upload_bytes`: of uploads in progress, of all tenants and of
     one.
@@ -41,6 +42,7 @@ class AlignmentSettings(ServerSettings):
     max_unfinished_upload_bytes: int = 8 << 30
     max_tenant_unfinished_upload_bytes: int = 2 << 30
     tokenized_cache_bytes: int = 1 << 30
+    tokenizing_bytes: int = 4 << 30
     tokenize_seconds: float = 3600.0
 
     def backbone_folders(self) -> dict[str, Path]:
@@ -53,7 +55,9 @@ async def main() -> None:
     store, scratch = ArtifactStore.open(settings.artifact_url), ScratchFolder.open(settings.scratch, "alignment")
     try:
         folders = settings.backbone_folders()
-        datasets = DatasetStore(store, folders, settings.tokenized_cache_bytes, settings.tokenize_seconds)
+        datasets = DatasetStore(
+            store, folders, settings.tokenized_cache_bytes, settings.tokenize_seconds, settings.tokenizing_bytes
+        )
     except InvalidInputError as error:
         raise SystemExit(f"MUXTUNE_BACKBONES: {error}") from error
     budget = ByteBudget(

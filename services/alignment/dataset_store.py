@@ -26,12 +26,14 @@ from engine.errors import (
 )
 from engine.task import Affects, Training, values_affecting
 from services.concurrency.fair_queue import ComputeSlot, FairQueue
+from services.concurrency.memory_queue import MemoryQueue
 from services.storage.artifact_layout import DatasetObject
-from services.storage.artifact_store import READ_BYTES, ArtifactStore
+from services.storage.artifact_store import READ_BYTES, ArtifactStore, ObjectReader
 from services.storage.scratch_folder import scratch_errors
 from services.storage.uploaded_file import UploadedFile
 
 _OVERHEAD_BYTES, _REFUSED_ROW_BYTES = 4096, 256
+_BYTES_PER_BYTE = 4  # of memory while a dataset is tokenized; measured 3 for text, up to 9 where a byte is a token
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class StoredDataset:
 class DatasetStore:
     """Stores, inspects and tokenizes datasets; a FairQueue shares the computation among tenants. Thread-safe.
 
-    The cache holds at most `cache_bytes`, but always the newest dataset. Tokenizing one may take `tokenize_seconds`.
+    The cache holds at most `cache_bytes`, but always the newest dataset. Tokenizing one may take `tokenize_seconds`;
+    all that are being tokenized take about `tokenizing_bytes`.
     Raises InvalidInputError if a backbone's folder has no tokenizer.
     """
 
@@ -69,9 +72,11 @@ class DatasetStore:
         backbones: Mapping[str, Path],
         cache_bytes: int,
         tokenize_seconds: float = math.inf,
+        tokenizing_bytes: int = 4 << 30,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._tokenize_seconds, self._fair_queue = tokenize_seconds, FairQueue(monotonic=monotonic)
+        self._memory = MemoryQueue(tokenizing_bytes)
         self._store = store
         self._tokenizers = {name: BackboneTokenizer.load(folder) for name, folder in backbones.items()}
         self._cache: OrderedDict[TokenizedKey, TokenizedDataset] = OrderedDict()
@@ -114,7 +119,13 @@ class DatasetStore:
         dataset = self.cached(tenant, sha256, backbone, training)
         if dataset is None:
             tokenizer = self._tokenizer(backbone)
-            with self._verified(tenant, sha256) as file, self._fair_queue.slot(tenant) as slot:
+            reader = self._store.reader(DatasetObject(tenant, sha256).key)
+            num_bytes = reader.size_bytes * _BYTES_PER_BYTE
+            with (
+                self._memory.hold(tenant, num_bytes, self._fair_queue.check_wanted),
+                _verified(reader, tenant, sha256) as file,
+                self._fair_queue.slot(tenant) as slot,
+            ):
                 lines = _lines_in_turns(file, slot, self._tokenize_seconds)
                 dataset = tokenize_dataset(parse_lines(lines), tokenizer, training)
             self._put(TokenizedKey.of(tenant, sha256, backbone, training), dataset)
@@ -140,29 +151,29 @@ class DatasetStore:
         if (dataset := self._cache.pop(key, None)) is not None:
             self._cached_bytes -= _memory_bytes(dataset)
 
-    @contextmanager
-    def _verified(self, tenant: str, sha256: str) -> Iterator[IO[bytes]]:
-        """Open the stored dataset. At the end of the block, or if the rows are refused, raise ArtifactCorruptError
-        unless the bytes are those that were uploaded."""
-        reader, refusal = self._store.reader(DatasetObject(tenant, sha256).key), None
-        file = io.BufferedReader(reader, READ_BYTES)
-        try:
-            yield file
-        except (InvalidInputError, MalformedDatasetError) as error:
-            refusal = error
-        try:
-            reader.check(sha256)
-        except ArtifactCorruptError as error:
-            message = f"The stored dataset {sha256} of {tenant} does not match its SHA-256: upload it again."
-            raise ArtifactCorruptError(message, sha256=sha256) from error
-        if refusal is not None:
-            raise refusal
-
     def _tokenizer(self, backbone: str) -> BackboneTokenizer:
         if backbone not in self._tokenizers:
             names = ", ".join(sorted(self._tokenizers)) or "none"
             raise InvalidInputError.of_field("spec.backbone", f'"{backbone}" is unknown; available: {names}')
         return self._tokenizers[backbone]
+
+
+@contextmanager
+def _verified(reader: ObjectReader, tenant: str, sha256: str) -> Iterator[IO[bytes]]:
+    """Yield the stored dataset as a file. At the end of the block, or if the rows are refused, raise
+    ArtifactCorruptError unless the bytes are those that were uploaded."""
+    file, refusal = io.BufferedReader(reader, READ_BYTES), None
+    try:
+        yield file
+    except (InvalidInputError, MalformedDatasetError) as error:
+        refusal = error
+    try:
+        reader.check(sha256)
+    except ArtifactCorruptError as error:
+        message = f"The stored dataset {sha256} of {tenant} does not match its SHA-256: upload it again."
+        raise ArtifactCorruptError(message, sha256=sha256) from error
+    if refusal is not None:
+        raise refusal
 
 
 def _lines_in_turns(file: IO[bytes], slot: ComputeSlot, max_seconds: float = math.inf) -> Iterator[bytes]:

@@ -14,6 +14,7 @@ import pytest
 
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import dataset_pb2
+from services.alignment import dataset_store
 from tests.services.admission.admission_mesh import (
     TEN_ROWS,
     TIMEOUT_SECONDS,
@@ -56,7 +57,7 @@ class Reading:
 @pytest.fixture
 async def reading(alignment: Alignment, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Reading]:
     reading, datasets = Reading(), alignment.servicer._datasets
-    monkeypatch.setattr(datasets, "_verified", lambda tenant, sha256: reading.file())
+    monkeypatch.setattr(dataset_store, "_verified", lambda *arguments: reading.file())
     monkeypatch.setattr(datasets._fair_queue, "slice_seconds", 0.001)
     yield reading
     reading.let_go.set()
