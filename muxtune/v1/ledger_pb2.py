@@ -24,66 +24,67 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from muxtune.v1 import event_pb2 as muxtune_dot_v1_dot_event__pb2
+from muxtune.v1 import executor_history_pb2 as muxtune_dot_v1_dot_executor__history__pb2
 from muxtune.v1 import operator_pb2 as muxtune_dot_v1_dot_operator__pb2
 from muxtune.v1 import plan_pb2 as muxtune_dot_v1_dot_plan__pb2
 from muxtune.v1 import task_pb2 as muxtune_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17muxtune/v1/ledger.proto\x12\nmuxtune.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16muxtune/v1/event.proto\x1a\x19muxtune/v1/operator.proto\x1a\x15muxtune/v1/plan.proto\x1a\x15muxtune/v1/task.proto\"\x15\n\x13WatchChangesRequest\"(\n\x14WatchChangesResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\"(\n\x12GetSnapshotRequest\x12\x12\n\npage_token\x18\x01 \x01(\t\"\xa8\x01\n\x13GetSnapshotResponse\x12\'\n\x05tasks\x18\x01 \x03(\x0b\x32\x18.muxtune.v1.SnapshotTask\x12\'\n\texecutors\x18\x02 \x03(\x0b\x32\x14.muxtune.v1.Executor\x12\x14\n\x0cplan_version\x18\x03 \x01(\x03\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\x17\n\x0fnext_page_token\x18\x05 \x01(\t\"\xa7\x01\n\x0cSnapshotTask\x12\x1e\n\x04task\x18\x01 \x01(\x0b\x32\x10.muxtune.v1.Task\x12\x10\n\x08\x65xecutor\x18\x02 \x01(\t\x12\x33\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x1f.muxtune.v1.CheckpointCommitted\x12\x1b\n\x13initial_adapter_key\x18\x04 \x01(\t\x12\x13\n\x0bnum_crashes\x18\x05 \x01(\x05\")\n\x18\x42\x61tchGetTaskSpecsRequest\x12\r\n\x05tasks\x18\x01 \x03(\t\"X\n\x19\x42\x61tchGetTaskSpecsResponse\x12)\n\x05specs\x18\x01 \x03(\x0b\x32\x1a.muxtune.v1.StoredTaskSpec\x12\x10\n\x08num_read\x18\x02 \x01(\x05\"\x82\x01\n\x0eStoredTaskSpec\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\"\n\x04spec\x18\x02 \x01(\x0b\x32\x14.muxtune.v1.TaskSpec\x12*\n\x08\x65stimate\x18\x03 \x01(\x0b\x32\x18.muxtune.v1.TaskEstimate\x12\x12\n\nunreadable\x18\x04 \x01(\t\"\x89\x01\n\x11\x43ommitPlanRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\x12\x12\n\nlease_term\x18\x02 \x01(\x03\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12(\n\x06starts\x18\x04 \x03(\x0b\x32\x18.muxtune.v1.AttemptStart\x12\x13\n\x0bleader_term\x18\x05 \x01(\x03\"6\n\x0c\x41ttemptStart\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x18\n\x10\x65xpected_attempt\x18\x02 \x01(\x03\"&\n\x12\x43ommitPlanResponse\x12\x10\n\x08\x61ttempts\x18\x01 \x03(\x03\"e\n\x14\x43ommitResultsRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\x12\x12\n\nlease_term\x18\x02 \x01(\x03\x12\'\n\x07results\x18\x03 \x03(\x0b\x32\x16.muxtune.v1.TaskResult\"D\n\x15\x43ommitResultsResponse\x12+\n\x08verdicts\x18\x01 \x03(\x0e\x32\x19.muxtune.v1.ResultVerdict\"l\n\x15LeadSchedulingRequest\x12\x11\n\tscheduler\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"R\n\x16LeadSchedulingResponse\x12\x0e\n\x06leader\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x13\n\x0bleader_term\x18\x03 \x01(\x03\"H\n\x15RevokeAttemptsRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\x12\r\n\x05tasks\x18\x02 \x03(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"-\n\x16RevokeAttemptsResponse\x12\x13\n\x0bnum_revoked\x18\x01 \x01(\x05\"f\n\x0fPutLeaseRequest\x12&\n\x08\x65xecutor\x18\x01 \x01(\x0b\x32\x14.muxtune.v1.Executor\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"&\n\x10PutLeaseResponse\x12\x12\n\nlease_term\x18\x01 \x01(\x03\"8\n\x0f\x45ndLeaseRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\x12\n\x10\x45ndLeaseResponse\"@\n\x17RecordAuditEventRequest\x12%\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x16.muxtune.v1.AuditEvent\"\x1a\n\x18RecordAuditEventResponse*\x85\x01\n\rResultVerdict\x12\x1e\n\x1aRESULT_VERDICT_UNSPECIFIED\x10\x00\x12\x1c\n\x18RESULT_VERDICT_COMMITTED\x10\x01\x12\x1c\n\x18RESULT_VERDICT_DUPLICATE\x10\x02\x12\x18\n\x14RESULT_VERDICT_STALE\x10\x03\x32\xd8\x06\n\rLedgerService\x12S\n\x0cWatchChanges\x12\x1f.muxtune.v1.WatchChangesRequest\x1a .muxtune.v1.WatchChangesResponse0\x01\x12N\n\x0bGetSnapshot\x12\x1e.muxtune.v1.GetSnapshotRequest\x1a\x1f.muxtune.v1.GetSnapshotResponse\x12`\n\x11\x42\x61tchGetTaskSpecs\x12$.muxtune.v1.BatchGetTaskSpecsRequest\x1a%.muxtune.v1.BatchGetTaskSpecsResponse\x12K\n\nCommitPlan\x12\x1d.muxtune.v1.CommitPlanRequest\x1a\x1e.muxtune.v1.CommitPlanResponse\x12T\n\rCommitResults\x12 .muxtune.v1.CommitResultsRequest\x1a!.muxtune.v1.CommitResultsResponse\x12W\n\x0eLeadScheduling\x12!.muxtune.v1.LeadSchedulingRequest\x1a\".muxtune.v1.LeadSchedulingResponse\x12W\n\x0eRevokeAttempts\x12!.muxtune.v1.RevokeAttemptsRequest\x1a\".muxtune.v1.RevokeAttemptsResponse\x12\x45\n\x08PutLease\x12\x1b.muxtune.v1.PutLeaseRequest\x1a\x1c.muxtune.v1.PutLeaseResponse\x12\x45\n\x08\x45ndLease\x12\x1b.muxtune.v1.EndLeaseRequest\x1a\x1c.muxtune.v1.EndLeaseResponse\x12]\n\x10RecordAuditEvent\x12#.muxtune.v1.RecordAuditEventRequest\x1a$.muxtune.v1.RecordAuditEventResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17muxtune/v1/ledger.proto\x12\nmuxtune.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16muxtune/v1/event.proto\x1a!muxtune/v1/executor_history.proto\x1a\x19muxtune/v1/operator.proto\x1a\x15muxtune/v1/plan.proto\x1a\x15muxtune/v1/task.proto\"\x15\n\x13WatchChangesRequest\"(\n\x14WatchChangesResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\"(\n\x12GetSnapshotRequest\x12\x12\n\npage_token\x18\x01 \x01(\t\"\xa8\x01\n\x13GetSnapshotResponse\x12\'\n\x05tasks\x18\x01 \x03(\x0b\x32\x18.muxtune.v1.SnapshotTask\x12\'\n\texecutors\x18\x02 \x03(\x0b\x32\x14.muxtune.v1.Executor\x12\x14\n\x0cplan_version\x18\x03 \x01(\x03\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\x17\n\x0fnext_page_token\x18\x05 \x01(\t\"\xa7\x01\n\x0cSnapshotTask\x12\x1e\n\x04task\x18\x01 \x01(\x0b\x32\x10.muxtune.v1.Task\x12\x10\n\x08\x65xecutor\x18\x02 \x01(\t\x12\x33\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x1f.muxtune.v1.CheckpointCommitted\x12\x1b\n\x13initial_adapter_key\x18\x04 \x01(\t\x12\x13\n\x0bnum_crashes\x18\x05 \x01(\x05\")\n\x18\x42\x61tchGetTaskSpecsRequest\x12\r\n\x05tasks\x18\x01 \x03(\t\"X\n\x19\x42\x61tchGetTaskSpecsResponse\x12)\n\x05specs\x18\x01 \x03(\x0b\x32\x1a.muxtune.v1.StoredTaskSpec\x12\x10\n\x08num_read\x18\x02 \x01(\x05\"\x82\x01\n\x0eStoredTaskSpec\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\"\n\x04spec\x18\x02 \x01(\x0b\x32\x14.muxtune.v1.TaskSpec\x12*\n\x08\x65stimate\x18\x03 \x01(\x0b\x32\x18.muxtune.v1.TaskEstimate\x12\x12\n\nunreadable\x18\x04 \x01(\t\"\x89\x01\n\x11\x43ommitPlanRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\x12\x12\n\nlease_term\x18\x02 \x01(\x03\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12(\n\x06starts\x18\x04 \x03(\x0b\x32\x18.muxtune.v1.AttemptStart\x12\x13\n\x0bleader_term\x18\x05 \x01(\x03\"6\n\x0c\x41ttemptStart\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x18\n\x10\x65xpected_attempt\x18\x02 \x01(\x03\"&\n\x12\x43ommitPlanResponse\x12\x10\n\x08\x61ttempts\x18\x01 \x03(\x03\"e\n\x14\x43ommitResultsRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\x12\x12\n\nlease_term\x18\x02 \x01(\x03\x12\'\n\x07results\x18\x03 \x03(\x0b\x32\x16.muxtune.v1.TaskResult\"D\n\x15\x43ommitResultsResponse\x12+\n\x08verdicts\x18\x01 \x03(\x0e\x32\x19.muxtune.v1.ResultVerdict\"l\n\x15LeadSchedulingRequest\x12\x11\n\tscheduler\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"R\n\x16LeadSchedulingResponse\x12\x0e\n\x06leader\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x13\n\x0bleader_term\x18\x03 \x01(\x03\"H\n\x15RevokeAttemptsRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\x12\r\n\x05tasks\x18\x02 \x03(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"-\n\x16RevokeAttemptsResponse\x12\x13\n\x0bnum_revoked\x18\x01 \x01(\x05\"\x94\x01\n\x0fPutLeaseRequest\x12&\n\x08\x65xecutor\x18\x01 \x01(\x0b\x32\x14.muxtune.v1.Executor\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\x07history\x18\x03 \x01(\x0b\x32\x1b.muxtune.v1.ExecutorHistory\"&\n\x10PutLeaseResponse\x12\x12\n\nlease_term\x18\x01 \x01(\x03\"8\n\x0f\x45ndLeaseRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\x12\n\x10\x45ndLeaseResponse\"@\n\x17RecordAuditEventRequest\x12%\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x16.muxtune.v1.AuditEvent\"\x1a\n\x18RecordAuditEventResponse*\x85\x01\n\rResultVerdict\x12\x1e\n\x1aRESULT_VERDICT_UNSPECIFIED\x10\x00\x12\x1c\n\x18RESULT_VERDICT_COMMITTED\x10\x01\x12\x1c\n\x18RESULT_VERDICT_DUPLICATE\x10\x02\x12\x18\n\x14RESULT_VERDICT_STALE\x10\x03\x32\xd8\x06\n\rLedgerService\x12S\n\x0cWatchChanges\x12\x1f.muxtune.v1.WatchChangesRequest\x1a .muxtune.v1.WatchChangesResponse0\x01\x12N\n\x0bGetSnapshot\x12\x1e.muxtune.v1.GetSnapshotRequest\x1a\x1f.muxtune.v1.GetSnapshotResponse\x12`\n\x11\x42\x61tchGetTaskSpecs\x12$.muxtune.v1.BatchGetTaskSpecsRequest\x1a%.muxtune.v1.BatchGetTaskSpecsResponse\x12K\n\nCommitPlan\x12\x1d.muxtune.v1.CommitPlanRequest\x1a\x1e.muxtune.v1.CommitPlanResponse\x12T\n\rCommitResults\x12 .muxtune.v1.CommitResultsRequest\x1a!.muxtune.v1.CommitResultsResponse\x12W\n\x0eLeadScheduling\x12!.muxtune.v1.LeadSchedulingRequest\x1a\".muxtune.v1.LeadSchedulingResponse\x12W\n\x0eRevokeAttempts\x12!.muxtune.v1.RevokeAttemptsRequest\x1a\".muxtune.v1.RevokeAttemptsResponse\x12\x45\n\x08PutLease\x12\x1b.muxtune.v1.PutLeaseRequest\x1a\x1c.muxtune.v1.PutLeaseResponse\x12\x45\n\x08\x45ndLease\x12\x1b.muxtune.v1.EndLeaseRequest\x1a\x1c.muxtune.v1.EndLeaseResponse\x12]\n\x10RecordAuditEvent\x12#.muxtune.v1.RecordAuditEventRequest\x1a$.muxtune.v1.RecordAuditEventResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'muxtune.v1.ledger_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RESULTVERDICT']._serialized_start=1923
-  _globals['_RESULTVERDICT']._serialized_end=2056
-  _globals['_WATCHCHANGESREQUEST']._serialized_start=168
-  _globals['_WATCHCHANGESREQUEST']._serialized_end=189
-  _globals['_WATCHCHANGESRESPONSE']._serialized_start=191
-  _globals['_WATCHCHANGESRESPONSE']._serialized_end=231
-  _globals['_GETSNAPSHOTREQUEST']._serialized_start=233
-  _globals['_GETSNAPSHOTREQUEST']._serialized_end=273
-  _globals['_GETSNAPSHOTRESPONSE']._serialized_start=276
-  _globals['_GETSNAPSHOTRESPONSE']._serialized_end=444
-  _globals['_SNAPSHOTTASK']._serialized_start=447
-  _globals['_SNAPSHOTTASK']._serialized_end=614
-  _globals['_BATCHGETTASKSPECSREQUEST']._serialized_start=616
-  _globals['_BATCHGETTASKSPECSREQUEST']._serialized_end=657
-  _globals['_BATCHGETTASKSPECSRESPONSE']._serialized_start=659
-  _globals['_BATCHGETTASKSPECSRESPONSE']._serialized_end=747
-  _globals['_STOREDTASKSPEC']._serialized_start=750
-  _globals['_STOREDTASKSPEC']._serialized_end=880
-  _globals['_COMMITPLANREQUEST']._serialized_start=883
-  _globals['_COMMITPLANREQUEST']._serialized_end=1020
-  _globals['_ATTEMPTSTART']._serialized_start=1022
-  _globals['_ATTEMPTSTART']._serialized_end=1076
-  _globals['_COMMITPLANRESPONSE']._serialized_start=1078
-  _globals['_COMMITPLANRESPONSE']._serialized_end=1116
-  _globals['_COMMITRESULTSREQUEST']._serialized_start=1118
-  _globals['_COMMITRESULTSREQUEST']._serialized_end=1219
-  _globals['_COMMITRESULTSRESPONSE']._serialized_start=1221
-  _globals['_COMMITRESULTSRESPONSE']._serialized_end=1289
-  _globals['_LEADSCHEDULINGREQUEST']._serialized_start=1291
-  _globals['_LEADSCHEDULINGREQUEST']._serialized_end=1399
-  _globals['_LEADSCHEDULINGRESPONSE']._serialized_start=1401
-  _globals['_LEADSCHEDULINGRESPONSE']._serialized_end=1483
-  _globals['_REVOKEATTEMPTSREQUEST']._serialized_start=1485
-  _globals['_REVOKEATTEMPTSREQUEST']._serialized_end=1557
-  _globals['_REVOKEATTEMPTSRESPONSE']._serialized_start=1559
-  _globals['_REVOKEATTEMPTSRESPONSE']._serialized_end=1604
-  _globals['_PUTLEASEREQUEST']._serialized_start=1606
-  _globals['_PUTLEASEREQUEST']._serialized_end=1708
-  _globals['_PUTLEASERESPONSE']._serialized_start=1710
-  _globals['_PUTLEASERESPONSE']._serialized_end=1748
-  _globals['_ENDLEASEREQUEST']._serialized_start=1750
-  _globals['_ENDLEASEREQUEST']._serialized_end=1806
-  _globals['_ENDLEASERESPONSE']._serialized_start=1808
-  _globals['_ENDLEASERESPONSE']._serialized_end=1826
-  _globals['_RECORDAUDITEVENTREQUEST']._serialized_start=1828
-  _globals['_RECORDAUDITEVENTREQUEST']._serialized_end=1892
-  _globals['_RECORDAUDITEVENTRESPONSE']._serialized_start=1894
-  _globals['_RECORDAUDITEVENTRESPONSE']._serialized_end=1920
-  _globals['_LEDGERSERVICE']._serialized_start=2059
-  _globals['_LEDGERSERVICE']._serialized_end=2915
+  _globals['_RESULTVERDICT']._serialized_start=2005
+  _globals['_RESULTVERDICT']._serialized_end=2138
+  _globals['_WATCHCHANGESREQUEST']._serialized_start=203
+  _globals['_WATCHCHANGESREQUEST']._serialized_end=224
+  _globals['_WATCHCHANGESRESPONSE']._serialized_start=226
+  _globals['_WATCHCHANGESRESPONSE']._serialized_end=266
+  _globals['_GETSNAPSHOTREQUEST']._serialized_start=268
+  _globals['_GETSNAPSHOTREQUEST']._serialized_end=308
+  _globals['_GETSNAPSHOTRESPONSE']._serialized_start=311
+  _globals['_GETSNAPSHOTRESPONSE']._serialized_end=479
+  _globals['_SNAPSHOTTASK']._serialized_start=482
+  _globals['_SNAPSHOTTASK']._serialized_end=649
+  _globals['_BATCHGETTASKSPECSREQUEST']._serialized_start=651
+  _globals['_BATCHGETTASKSPECSREQUEST']._serialized_end=692
+  _globals['_BATCHGETTASKSPECSRESPONSE']._serialized_start=694
+  _globals['_BATCHGETTASKSPECSRESPONSE']._serialized_end=782
+  _globals['_STOREDTASKSPEC']._serialized_start=785
+  _globals['_STOREDTASKSPEC']._serialized_end=915
+  _globals['_COMMITPLANREQUEST']._serialized_start=918
+  _globals['_COMMITPLANREQUEST']._serialized_end=1055
+  _globals['_ATTEMPTSTART']._serialized_start=1057
+  _globals['_ATTEMPTSTART']._serialized_end=1111
+  _globals['_COMMITPLANRESPONSE']._serialized_start=1113
+  _globals['_COMMITPLANRESPONSE']._serialized_end=1151
+  _globals['_COMMITRESULTSREQUEST']._serialized_start=1153
+  _globals['_COMMITRESULTSREQUEST']._serialized_end=1254
+  _globals['_COMMITRESULTSRESPONSE']._serialized_start=1256
+  _globals['_COMMITRESULTSRESPONSE']._serialized_end=1324
+  _globals['_LEADSCHEDULINGREQUEST']._serialized_start=1326
+  _globals['_LEADSCHEDULINGREQUEST']._serialized_end=1434
+  _globals['_LEADSCHEDULINGRESPONSE']._serialized_start=1436
+  _globals['_LEADSCHEDULINGRESPONSE']._serialized_end=1518
+  _globals['_REVOKEATTEMPTSREQUEST']._serialized_start=1520
+  _globals['_REVOKEATTEMPTSREQUEST']._serialized_end=1592
+  _globals['_REVOKEATTEMPTSRESPONSE']._serialized_start=1594
+  _globals['_REVOKEATTEMPTSRESPONSE']._serialized_end=1639
+  _globals['_PUTLEASEREQUEST']._serialized_start=1642
+  _globals['_PUTLEASEREQUEST']._serialized_end=1790
+  _globals['_PUTLEASERESPONSE']._serialized_start=1792
+  _globals['_PUTLEASERESPONSE']._serialized_end=1830
+  _globals['_ENDLEASEREQUEST']._serialized_start=1832
+  _globals['_ENDLEASEREQUEST']._serialized_end=1888
+  _globals['_ENDLEASERESPONSE']._serialized_start=1890
+  _globals['_ENDLEASERESPONSE']._serialized_end=1908
+  _globals['_RECORDAUDITEVENTREQUEST']._serialized_start=1910
+  _globals['_RECORDAUDITEVENTREQUEST']._serialized_end=1974
+  _globals['_RECORDAUDITEVENTRESPONSE']._serialized_start=1976
+  _globals['_RECORDAUDITEVENTRESPONSE']._serialized_end=2002
+  _globals['_LEDGERSERVICE']._serialized_start=2141
+  _globals['_LEDGERSERVICE']._serialized_end=2997
 # @@protoc_insertion_point(module_scope)

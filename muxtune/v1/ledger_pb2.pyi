@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from muxtune.v1 import event_pb2 as _event_pb2
+from muxtune.v1 import executor_history_pb2 as _executor_history_pb2
 from muxtune.v1 import operator_pb2 as _operator_pb2
 from muxtune.v1 import plan_pb2 as _plan_pb2
 from muxtune.v1 import task_pb2 as _task_pb2
@@ -154,8 +155,9 @@ class SnapshotTask(_message.Message):
     initial_adapter_key: _builtins.str
     """Manifest key of its initial adapter. Empty if it has none."""
     num_crashes: _builtins.int
-    """Number of executors in a row that died while they ran the task, without a new step of it since. If positive, the task
-    runs alone until it completes a step, so that a task that kills executors harms no other. Too many make it fail.
+    """Number of executors in a row that died while they ran the task, or were lost and have not come back, without a new
+    step of it since. If positive, the task runs alone until it completes a step, so that a task that kills executors
+    harms no other. Too many deaths make it fail; an executor that is lost and comes back alive does not count.
     """
     @_builtins.property
     def task(self) -> _task_pb2.Task:
@@ -498,19 +500,25 @@ class PutLeaseRequest(_message.Message):
 
     EXECUTOR_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def executor(self) -> _plan_pb2.Executor: ...
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def history(self) -> _executor_history_pb2.ExecutorHistory:
+        """When it registers."""
+
     def __init__(
         self,
         *,
         executor: _plan_pb2.Executor | None = ...,
         duration: _duration_pb2.Duration | None = ...,
+        history: _executor_history_pb2.ExecutorHistory | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "executor", b"executor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "executor", b"executor", "history", b"history"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "executor", b"executor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "executor", b"executor", "history", b"history"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

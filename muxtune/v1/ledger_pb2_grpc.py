@@ -161,7 +161,8 @@ class LedgerServiceServicer:
 
     def PutLease(self, request, context):
         """Registers an executor or renews its lease. The first call of an incarnation gets a new lease term and revokes the
-        attempts of the incarnation before.
+        attempts of the incarnation before, which counts as dead unless it ended its lease or `history` says that it was
+        stopped. An incarnation that registers again lives: its tasks do not count as suspects, but for those in `history`.
         ABORTED / LEASE_LOST: another incarnation holds the name, or this one was superseded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

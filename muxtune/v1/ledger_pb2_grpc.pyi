@@ -72,7 +72,8 @@ class LedgerServiceStub:
     """
     PutLease: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.PutLeaseRequest, _ledger_pb2.PutLeaseResponse]
     """Registers an executor or renews its lease. The first call of an incarnation gets a new lease term and revokes the
-    attempts of the incarnation before.
+    attempts of the incarnation before, which counts as dead unless it ended its lease or `history` says that it was
+    stopped. An incarnation that registers again lives: its tasks do not count as suspects, but for those in `history`.
     ABORTED / LEASE_LOST: another incarnation holds the name, or this one was superseded.
     """
     EndLease: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.EndLeaseRequest, _ledger_pb2.EndLeaseResponse]
@@ -126,7 +127,8 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     """
     PutLease: _aio.UnaryUnaryMultiCallable[_ledger_pb2.PutLeaseRequest, _ledger_pb2.PutLeaseResponse]  # type: ignore[assignment]
     """Registers an executor or renews its lease. The first call of an incarnation gets a new lease term and revokes the
-    attempts of the incarnation before.
+    attempts of the incarnation before, which counts as dead unless it ended its lease or `history` says that it was
+    stopped. An incarnation that registers again lives: its tasks do not count as suspects, but for those in `history`.
     ABORTED / LEASE_LOST: another incarnation holds the name, or this one was superseded.
     """
     EndLease: _aio.UnaryUnaryMultiCallable[_ledger_pb2.EndLeaseRequest, _ledger_pb2.EndLeaseResponse]  # type: ignore[assignment]
@@ -225,7 +227,8 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.PutLeaseResponse, _abc.Awaitable[_ledger_pb2.PutLeaseResponse]]:
         """Registers an executor or renews its lease. The first call of an incarnation gets a new lease term and revokes the
-        attempts of the incarnation before.
+        attempts of the incarnation before, which counts as dead unless it ended its lease or `history` says that it was
+        stopped. An incarnation that registers again lives: its tasks do not count as suspects, but for those in `history`.
         ABORTED / LEASE_LOST: another incarnation holds the name, or this one was superseded.
         """
 

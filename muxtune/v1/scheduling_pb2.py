@@ -23,11 +23,12 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from muxtune.v1 import executor_history_pb2 as muxtune_dot_v1_dot_executor__history__pb2
 from muxtune.v1 import plan_pb2 as muxtune_dot_v1_dot_plan__pb2
 from muxtune.v1 import task_pb2 as muxtune_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmuxtune/v1/scheduling.proto\x12\nmuxtune.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15muxtune/v1/plan.proto\x1a\x15muxtune/v1/task.proto\"A\n\x17RegisterExecutorRequest\x12&\n\x08\x65xecutor\x18\x01 \x01(\x0b\x32\x14.muxtune.v1.Executor\"a\n\x18RegisterExecutorResponse\x12\x12\n\nlease_term\x18\x01 \x01(\x03\x12\x31\n\x0elease_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x83\x01\n\x10KeepLeaseRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\nlease_term\x18\x03 \x01(\x03\x12\"\n\x06\x64\x65vice\x18\x04 \x01(\x0b\x32\x12.muxtune.v1.Device\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"F\n\x11KeepLeaseResponse\x12\x31\n\x0elease_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"I\n SchedulingServiceEndLeaseRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"#\n!SchedulingServiceEndLeaseResponse\"(\n\x14\x44rainExecutorRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\"\x17\n\x15\x44rainExecutorResponse\"$\n\x0eGetPlanRequest\x12\x12\n\npage_token\x18\x01 \x01(\t\"\x9b\x01\n\x0fGetPlanResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12+\n\texecutors\x18\x02 \x03(\x0b\x32\x18.muxtune.v1.ExecutorPlan\x12\x31\n\x0c\x65xplanations\x18\x03 \x03(\x0b\x32\x1b.muxtune.v1.TaskExplanation\x12\x17\n\x0fnext_page_token\x18\x04 \x01(\t\"\"\n\x12\x45xplainPlanRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\"\xa6\x01\n\x13\x45xplainPlanResponse\x12\x30\n\x0b\x65xplanation\x18\x01 \x01(\x0b\x32\x1b.muxtune.v1.TaskExplanation\x12 \n\x05htask\x18\x02 \x01(\x0b\x32\x11.muxtune.v1.HTask\x12%\n\x04\x63ost\x18\x03 \x01(\x0b\x32\x17.muxtune.v1.CostProfile\x12\x14\n\x0ctimeline_svg\x18\x04 \x01(\t\"V\n\x13SimulatePlanRequest\x12+\n\x05tasks\x18\x01 \x03(\x0b\x32\x1c.muxtune.v1.HypotheticalTask\x12\x12\n\npage_token\x18\x02 \x01(\t\"\xef\x01\n\x10HypotheticalTask\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\"\n\x04spec\x18\x02 \x01(\x0b\x32\x14.muxtune.v1.TaskSpec\x12\x11\n\tnum_steps\x18\x03 \x01(\x05\x12\x18\n\x10num_train_tokens\x18\x04 \x01(\x03\x12\x18\n\x10length_quantiles\x18\x05 \x03(\x05\x12\x0c\n\x04step\x18\x06 \x01(\x05\x12\x10\n\x08\x65xecutor\x18\x07 \x01(\t\x12\x18\n\x0bmean_tokens\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x10num_heldout_rows\x18\t \x01(\x03\x42\x0e\n\x0c_mean_tokens\"\x8f\x01\n\x14SimulatePlanResponse\x12\x31\n\x0c\x65xplanations\x18\x01 \x03(\x0b\x32\x1b.muxtune.v1.TaskExplanation\x12+\n\tforecasts\x18\x02 \x03(\x0b\x32\x18.muxtune.v1.TaskForecast\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\"~\n\x0cTaskForecast\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x19\n\x0cseconds_left\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11seconds_left_with\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x0f\n\r_seconds_leftB\x14\n\x12_seconds_left_with\"\'\n\x11GetProfileRequest\x12\x12\n\npage_token\x18\x01 \x01(\t\"Z\n\x12GetProfileResponse\x12+\n\x07profile\x18\x01 \x01(\x0b\x32\x1a.muxtune.v1.PlannerProfile\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x8e\x02\n\x0ePlannerProfile\x12\'\n\texecutors\x18\x01 \x03(\x0b\x32\x14.muxtune.v1.Executor\x12+\n\x05tasks\x18\x02 \x03(\x0b\x32\x1c.muxtune.v1.HypotheticalTask\x12)\n\x06limits\x18\x03 \x01(\x0b\x32\x19.muxtune.v1.PlannerLimits\x12\x45\n\x0etenant_weights\x18\x04 \x03(\x0b\x32-.muxtune.v1.PlannerProfile.TenantWeightsEntry\x1a\x34\n\x12TenantWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x9d\x01\n\rPlannerLimits\x12\x14\n\x0ctoken_budget\x18\x01 \x01(\x05\x12\x14\n\x0c\x63hunk_tokens\x18\x02 \x01(\x05\x12\x12\n\nfusion_off\x18\x03 \x01(\x08\x12\x18\n\x10interleaving_off\x18\x04 \x01(\x08\x12\x16\n\x0epreemption_off\x18\x05 \x01(\x08\x12\x1a\n\x12max_resident_tasks\x18\x06 \x01(\x05\x32\xaf\x05\n\x11SchedulingService\x12]\n\x10RegisterExecutor\x12#.muxtune.v1.RegisterExecutorRequest\x1a$.muxtune.v1.RegisterExecutorResponse\x12H\n\tKeepLease\x12\x1c.muxtune.v1.KeepLeaseRequest\x1a\x1d.muxtune.v1.KeepLeaseResponse\x12g\n\x08\x45ndLease\x12,.muxtune.v1.SchedulingServiceEndLeaseRequest\x1a-.muxtune.v1.SchedulingServiceEndLeaseResponse\x12T\n\rDrainExecutor\x12 .muxtune.v1.DrainExecutorRequest\x1a!.muxtune.v1.DrainExecutorResponse\x12\x42\n\x07GetPlan\x12\x1a.muxtune.v1.GetPlanRequest\x1a\x1b.muxtune.v1.GetPlanResponse\x12N\n\x0b\x45xplainPlan\x12\x1e.muxtune.v1.ExplainPlanRequest\x1a\x1f.muxtune.v1.ExplainPlanResponse\x12Q\n\x0cSimulatePlan\x12\x1f.muxtune.v1.SimulatePlanRequest\x1a .muxtune.v1.SimulatePlanResponse\x12K\n\nGetProfile\x12\x1d.muxtune.v1.GetProfileRequest\x1a\x1e.muxtune.v1.GetProfileResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmuxtune/v1/scheduling.proto\x12\nmuxtune.v1\x1a\x1egoogle/protobuf/duration.proto\x1a!muxtune/v1/executor_history.proto\x1a\x15muxtune/v1/plan.proto\x1a\x15muxtune/v1/task.proto\"o\n\x17RegisterExecutorRequest\x12&\n\x08\x65xecutor\x18\x01 \x01(\x0b\x32\x14.muxtune.v1.Executor\x12,\n\x07history\x18\x02 \x01(\x0b\x32\x1b.muxtune.v1.ExecutorHistory\"a\n\x18RegisterExecutorResponse\x12\x12\n\nlease_term\x18\x01 \x01(\x03\x12\x31\n\x0elease_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x83\x01\n\x10KeepLeaseRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\nlease_term\x18\x03 \x01(\x03\x12\"\n\x06\x64\x65vice\x18\x04 \x01(\x0b\x32\x12.muxtune.v1.Device\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"F\n\x11KeepLeaseResponse\x12\x31\n\x0elease_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"I\n SchedulingServiceEndLeaseRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"#\n!SchedulingServiceEndLeaseResponse\"(\n\x14\x44rainExecutorRequest\x12\x10\n\x08\x65xecutor\x18\x01 \x01(\t\"\x17\n\x15\x44rainExecutorResponse\"$\n\x0eGetPlanRequest\x12\x12\n\npage_token\x18\x01 \x01(\t\"\x9b\x01\n\x0fGetPlanResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12+\n\texecutors\x18\x02 \x03(\x0b\x32\x18.muxtune.v1.ExecutorPlan\x12\x31\n\x0c\x65xplanations\x18\x03 \x03(\x0b\x32\x1b.muxtune.v1.TaskExplanation\x12\x17\n\x0fnext_page_token\x18\x04 \x01(\t\"\"\n\x12\x45xplainPlanRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\"\xa6\x01\n\x13\x45xplainPlanResponse\x12\x30\n\x0b\x65xplanation\x18\x01 \x01(\x0b\x32\x1b.muxtune.v1.TaskExplanation\x12 \n\x05htask\x18\x02 \x01(\x0b\x32\x11.muxtune.v1.HTask\x12%\n\x04\x63ost\x18\x03 \x01(\x0b\x32\x17.muxtune.v1.CostProfile\x12\x14\n\x0ctimeline_svg\x18\x04 \x01(\t\"V\n\x13SimulatePlanRequest\x12+\n\x05tasks\x18\x01 \x03(\x0b\x32\x1c.muxtune.v1.HypotheticalTask\x12\x12\n\npage_token\x18\x02 \x01(\t\"\xef\x01\n\x10HypotheticalTask\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\"\n\x04spec\x18\x02 \x01(\x0b\x32\x14.muxtune.v1.TaskSpec\x12\x11\n\tnum_steps\x18\x03 \x01(\x05\x12\x18\n\x10num_train_tokens\x18\x04 \x01(\x03\x12\x18\n\x10length_quantiles\x18\x05 \x03(\x05\x12\x0c\n\x04step\x18\x06 \x01(\x05\x12\x10\n\x08\x65xecutor\x18\x07 \x01(\t\x12\x18\n\x0bmean_tokens\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x10num_heldout_rows\x18\t \x01(\x03\x42\x0e\n\x0c_mean_tokens\"\x8f\x01\n\x14SimulatePlanResponse\x12\x31\n\x0c\x65xplanations\x18\x01 \x03(\x0b\x32\x1b.muxtune.v1.TaskExplanation\x12+\n\tforecasts\x18\x02 \x03(\x0b\x32\x18.muxtune.v1.TaskForecast\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\"~\n\x0cTaskForecast\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x19\n\x0cseconds_left\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11seconds_left_with\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x0f\n\r_seconds_leftB\x14\n\x12_seconds_left_with\"\'\n\x11GetProfileRequest\x12\x12\n\npage_token\x18\x01 \x01(\t\"Z\n\x12GetProfileResponse\x12+\n\x07profile\x18\x01 \x01(\x0b\x32\x1a.muxtune.v1.PlannerProfile\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x8e\x02\n\x0ePlannerProfile\x12\'\n\texecutors\x18\x01 \x03(\x0b\x32\x14.muxtune.v1.Executor\x12+\n\x05tasks\x18\x02 \x03(\x0b\x32\x1c.muxtune.v1.HypotheticalTask\x12)\n\x06limits\x18\x03 \x01(\x0b\x32\x19.muxtune.v1.PlannerLimits\x12\x45\n\x0etenant_weights\x18\x04 \x03(\x0b\x32-.muxtune.v1.PlannerProfile.TenantWeightsEntry\x1a\x34\n\x12TenantWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x9d\x01\n\rPlannerLimits\x12\x14\n\x0ctoken_budget\x18\x01 \x01(\x05\x12\x14\n\x0c\x63hunk_tokens\x18\x02 \x01(\x05\x12\x12\n\nfusion_off\x18\x03 \x01(\x08\x12\x18\n\x10interleaving_off\x18\x04 \x01(\x08\x12\x16\n\x0epreemption_off\x18\x05 \x01(\x08\x12\x1a\n\x12max_resident_tasks\x18\x06 \x01(\x05\x32\xaf\x05\n\x11SchedulingService\x12]\n\x10RegisterExecutor\x12#.muxtune.v1.RegisterExecutorRequest\x1a$.muxtune.v1.RegisterExecutorResponse\x12H\n\tKeepLease\x12\x1c.muxtune.v1.KeepLeaseRequest\x1a\x1d.muxtune.v1.KeepLeaseResponse\x12g\n\x08\x45ndLease\x12,.muxtune.v1.SchedulingServiceEndLeaseRequest\x1a-.muxtune.v1.SchedulingServiceEndLeaseResponse\x12T\n\rDrainExecutor\x12 .muxtune.v1.DrainExecutorRequest\x1a!.muxtune.v1.DrainExecutorResponse\x12\x42\n\x07GetPlan\x12\x1a.muxtune.v1.GetPlanRequest\x1a\x1b.muxtune.v1.GetPlanResponse\x12N\n\x0b\x45xplainPlan\x12\x1e.muxtune.v1.ExplainPlanRequest\x1a\x1f.muxtune.v1.ExplainPlanResponse\x12Q\n\x0cSimulatePlan\x12\x1f.muxtune.v1.SimulatePlanRequest\x1a .muxtune.v1.SimulatePlanResponse\x12K\n\nGetProfile\x12\x1d.muxtune.v1.GetProfileRequest\x1a\x1e.muxtune.v1.GetProfileResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,48 +37,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PLANNERPROFILE_TENANTWEIGHTSENTRY']._loaded_options = None
   _globals['_PLANNERPROFILE_TENANTWEIGHTSENTRY']._serialized_options = b'8\001'
-  _globals['_REGISTEREXECUTORREQUEST']._serialized_start=121
-  _globals['_REGISTEREXECUTORREQUEST']._serialized_end=186
-  _globals['_REGISTEREXECUTORRESPONSE']._serialized_start=188
-  _globals['_REGISTEREXECUTORRESPONSE']._serialized_end=285
-  _globals['_KEEPLEASEREQUEST']._serialized_start=288
-  _globals['_KEEPLEASEREQUEST']._serialized_end=419
-  _globals['_KEEPLEASERESPONSE']._serialized_start=421
-  _globals['_KEEPLEASERESPONSE']._serialized_end=491
-  _globals['_SCHEDULINGSERVICEENDLEASEREQUEST']._serialized_start=493
-  _globals['_SCHEDULINGSERVICEENDLEASEREQUEST']._serialized_end=566
-  _globals['_SCHEDULINGSERVICEENDLEASERESPONSE']._serialized_start=568
-  _globals['_SCHEDULINGSERVICEENDLEASERESPONSE']._serialized_end=603
-  _globals['_DRAINEXECUTORREQUEST']._serialized_start=605
-  _globals['_DRAINEXECUTORREQUEST']._serialized_end=645
-  _globals['_DRAINEXECUTORRESPONSE']._serialized_start=647
-  _globals['_DRAINEXECUTORRESPONSE']._serialized_end=670
-  _globals['_GETPLANREQUEST']._serialized_start=672
-  _globals['_GETPLANREQUEST']._serialized_end=708
-  _globals['_GETPLANRESPONSE']._serialized_start=711
-  _globals['_GETPLANRESPONSE']._serialized_end=866
-  _globals['_EXPLAINPLANREQUEST']._serialized_start=868
-  _globals['_EXPLAINPLANREQUEST']._serialized_end=902
-  _globals['_EXPLAINPLANRESPONSE']._serialized_start=905
-  _globals['_EXPLAINPLANRESPONSE']._serialized_end=1071
-  _globals['_SIMULATEPLANREQUEST']._serialized_start=1073
-  _globals['_SIMULATEPLANREQUEST']._serialized_end=1159
-  _globals['_HYPOTHETICALTASK']._serialized_start=1162
-  _globals['_HYPOTHETICALTASK']._serialized_end=1401
-  _globals['_SIMULATEPLANRESPONSE']._serialized_start=1404
-  _globals['_SIMULATEPLANRESPONSE']._serialized_end=1547
-  _globals['_TASKFORECAST']._serialized_start=1549
-  _globals['_TASKFORECAST']._serialized_end=1675
-  _globals['_GETPROFILEREQUEST']._serialized_start=1677
-  _globals['_GETPROFILEREQUEST']._serialized_end=1716
-  _globals['_GETPROFILERESPONSE']._serialized_start=1718
-  _globals['_GETPROFILERESPONSE']._serialized_end=1808
-  _globals['_PLANNERPROFILE']._serialized_start=1811
-  _globals['_PLANNERPROFILE']._serialized_end=2081
-  _globals['_PLANNERPROFILE_TENANTWEIGHTSENTRY']._serialized_start=2029
-  _globals['_PLANNERPROFILE_TENANTWEIGHTSENTRY']._serialized_end=2081
-  _globals['_PLANNERLIMITS']._serialized_start=2084
-  _globals['_PLANNERLIMITS']._serialized_end=2241
-  _globals['_SCHEDULINGSERVICE']._serialized_start=2244
-  _globals['_SCHEDULINGSERVICE']._serialized_end=2931
+  _globals['_REGISTEREXECUTORREQUEST']._serialized_start=156
+  _globals['_REGISTEREXECUTORREQUEST']._serialized_end=267
+  _globals['_REGISTEREXECUTORRESPONSE']._serialized_start=269
+  _globals['_REGISTEREXECUTORRESPONSE']._serialized_end=366
+  _globals['_KEEPLEASEREQUEST']._serialized_start=369
+  _globals['_KEEPLEASEREQUEST']._serialized_end=500
+  _globals['_KEEPLEASERESPONSE']._serialized_start=502
+  _globals['_KEEPLEASERESPONSE']._serialized_end=572
+  _globals['_SCHEDULINGSERVICEENDLEASEREQUEST']._serialized_start=574
+  _globals['_SCHEDULINGSERVICEENDLEASEREQUEST']._serialized_end=647
+  _globals['_SCHEDULINGSERVICEENDLEASERESPONSE']._serialized_start=649
+  _globals['_SCHEDULINGSERVICEENDLEASERESPONSE']._serialized_end=684
+  _globals['_DRAINEXECUTORREQUEST']._serialized_start=686
+  _globals['_DRAINEXECUTORREQUEST']._serialized_end=726
+  _globals['_DRAINEXECUTORRESPONSE']._serialized_start=728
+  _globals['_DRAINEXECUTORRESPONSE']._serialized_end=751
+  _globals['_GETPLANREQUEST']._serialized_start=753
+  _globals['_GETPLANREQUEST']._serialized_end=789
+  _globals['_GETPLANRESPONSE']._serialized_start=792
+  _globals['_GETPLANRESPONSE']._serialized_end=947
+  _globals['_EXPLAINPLANREQUEST']._serialized_start=949
+  _globals['_EXPLAINPLANREQUEST']._serialized_end=983
+  _globals['_EXPLAINPLANRESPONSE']._serialized_start=986
+  _globals['_EXPLAINPLANRESPONSE']._serialized_end=1152
+  _globals['_SIMULATEPLANREQUEST']._serialized_start=1154
+  _globals['_SIMULATEPLANREQUEST']._serialized_end=1240
+  _globals['_HYPOTHETICALTASK']._serialized_start=1243
+  _globals['_HYPOTHETICALTASK']._serialized_end=1482
+  _globals['_SIMULATEPLANRESPONSE']._serialized_start=1485
+  _globals['_SIMULATEPLANRESPONSE']._serialized_end=1628
+  _globals['_TASKFORECAST']._serialized_start=1630
+  _globals['_TASKFORECAST']._serialized_end=1756
+  _globals['_GETPROFILEREQUEST']._serialized_start=1758
+  _globals['_GETPROFILEREQUEST']._serialized_end=1797
+  _globals['_GETPROFILERESPONSE']._serialized_start=1799
+  _globals['_GETPROFILERESPONSE']._serialized_end=1889
+  _globals['_PLANNERPROFILE']._serialized_start=1892
+  _globals['_PLANNERPROFILE']._serialized_end=2162
+  _globals['_PLANNERPROFILE_TENANTWEIGHTSENTRY']._serialized_start=2110
+  _globals['_PLANNERPROFILE_TENANTWEIGHTSENTRY']._serialized_end=2162
+  _globals['_PLANNERLIMITS']._serialized_start=2165
+  _globals['_PLANNERLIMITS']._serialized_end=2322
+  _globals['_SCHEDULINGSERVICE']._serialized_start=2325
+  _globals['_SCHEDULINGSERVICE']._serialized_end=3012
 # @@protoc_insertion_point(module_scope)

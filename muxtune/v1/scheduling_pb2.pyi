@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from muxtune.v1 import executor_history_pb2 as _executor_history_pb2
 from muxtune.v1 import plan_pb2 as _plan_pb2
 from muxtune.v1 import task_pb2 as _task_pb2
 import builtins as _builtins
@@ -26,16 +27,20 @@ class RegisterExecutorRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EXECUTOR_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def executor(self) -> _plan_pb2.Executor: ...
+    @_builtins.property
+    def history(self) -> _executor_history_pb2.ExecutorHistory: ...
     def __init__(
         self,
         *,
         executor: _plan_pb2.Executor | None = ...,
+        history: _executor_history_pb2.ExecutorHistory | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["executor", b"executor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["executor", b"executor", "history", b"history"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor", b"executor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor", b"executor", "history", b"history"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

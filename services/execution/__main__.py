@@ -15,6 +15,7 @@ from services.rpc.authentication import mesh_authenticator
 from services.rpc.client_channel import open_channel
 from services.rpc.server import serve, start_critical_task
 from services.settings import from_environment
+from services.storage.artifact_store import ArtifactStore
 
 _TRAINER_STOP_SECONDS = 10.0
 
@@ -46,10 +47,13 @@ async def main() -> None:
         await asyncio.wait({ready, running[0]}, return_when=asyncio.FIRST_COMPLETED)
         if running[0].done():
             raise SystemExit(f"the trainer could not start on {settings.backbone}: see its log above for the cause")
-        lease_keepers.append(LeaseKeeper(settings, address, scheduling, servicer))
+        artifacts = ArtifactStore.open(settings.artifact_url)
+        lease_keepers.append(LeaseKeeper(settings, address, scheduling, servicer, artifacts))
         running.append(start_critical_task(lease_keepers[0].run(), "lease"))
 
     async def stop() -> None:
+        for lease_keeper in lease_keepers:
+            await lease_keeper.record_stop()
         await servicer.drain()
         for task in running[1:]:
             task.cancel()

@@ -46,7 +46,9 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServiceServicer):
         if violations:
             raise InvalidInputError.of_fields(violations)
         executor.lease_term = 0
-        answer = await self._ledger.PutLease(ledger_pb2.PutLeaseRequest(executor=executor, duration=self._lease))
+        answer = await self._ledger.PutLease(
+            ledger_pb2.PutLeaseRequest(executor=executor, duration=self._lease, history=request.history)
+        )
         return pb.RegisterExecutorResponse(lease_term=answer.lease_term, lease_duration=self._lease)
 
     async def KeepLease(self, request: pb.KeepLeaseRequest, context: Any) -> pb.KeepLeaseResponse:

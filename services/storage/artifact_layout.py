@@ -5,11 +5,12 @@
     {adapter}/{attempt}                                           folder of the adapter that an attempt left at its end
     {adapter}/{attempt}-step-{step:08d}                           folder of an adapter exported while its task trains
     {adapter}/uploaded-{digest}-{created microseconds}-{nonce}    folder of an uploaded adapter
+    {executor}/stopped                                            its process that was asked to stop last
     {folder}/manifest.json                                        commits the folder
     {folder}/{first 16 digits of the file's SHA-256}/{file}       file of a folder
 
-Tenants, tasks and adapters are written as in services/resource_names.py. `parse` is strict: it returns None for a
-key that no object of the class contains, and the garbage collector never deletes such a key.
+Tenants, tasks, adapters and executors are written as in services/resource_names.py. `parse` is strict: it returns None
+for a key that no object of the class contains, and the garbage collector never deletes such a key.
 """
 
 import re
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from engine.errors import InvalidInputError
 from services.resource_names import ResourceName, adapter_of_task, is_tenant, task_of_adapter
 
-ROOT = "tenants"  # every key lies below
+ROOT = "tenants"  # everything of tenants lies below
 MANIFEST = "manifest.json"
 
 _KEY = re.compile(r"[A-Za-z0-9_.=-]+(/[A-Za-z0-9_.=-]+)*")
@@ -133,6 +134,11 @@ def parse_folder(key: str) -> Folder | None:
 def checkpoints_of(task: str) -> str:
     """Return the prefix of the task's checkpoints."""
     return f"{task}/checkpoints"
+
+
+def stop_record_of(executor: str) -> str:
+    """Return the key of the executor's record of its last stop."""
+    return f"{executor}/stopped"
 
 
 def manifest_key(folder: str) -> str:

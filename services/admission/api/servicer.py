@@ -191,7 +191,9 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
             if request.executor.lease_term != term or request.executor.draining:
                 self._notifier.notify(revoked)
 
-        term, _ = await self._commit_and_notify(partial(self._ledger.put_lease, request.executor, seconds), notify)
+        term, _ = await self._commit_and_notify(
+            partial(self._ledger.put_lease, request.executor, seconds, request.history), notify
+        )
         return ledger_pb2.PutLeaseResponse(lease_term=term)
 
     async def EndLease(self, request: ledger_pb2.EndLeaseRequest, context: Any) -> ledger_pb2.EndLeaseResponse:

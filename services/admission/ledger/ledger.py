@@ -17,7 +17,9 @@ from engine.errors import InvalidInputError, LeaseLostError, SupersededError
 from engine.task import TaskState
 from muxtune.v1 import ledger_pb2 as pb
 from muxtune.v1 import operator_pb2, plan_pb2
+from muxtune.v1.executor_history_pb2 import ExecutorHistory
 from services.admission.ledger import charges, crash_tracker, result_commit, snapshot
+from services.admission.ledger.crash_tracker import Loss
 from services.admission.ledger.fencing import FencedDatabase
 from services.admission.ledger.scheduler_lease import SchedulerLease, check_leader_term
 from services.admission.store import audit_log, tasks
@@ -81,7 +83,7 @@ class Ledger:
             revoked = [
                 task
                 for name in expired
-                for task in self._end(connection, name, "its executor's lease expired", is_crash=True)
+                for task in self._end(connection, name, "its executor's lease expired", is_lost=True)
             ]
         with self._guard:
             for name in expired:
@@ -89,14 +91,17 @@ class Ledger:
                     del self._deadlines[name]
         return revoked
 
-    def put_lease(self, executor: plan_pb2.Executor, seconds: float) -> tuple[int, list[str]]:
-        """Register an incarnation (lease term 0) or renew its lease. Return the term, and the tasks whose attempts were
-        revoked from the previous incarnation. Raises LeaseLostError; see PutLease."""
+    def put_lease(
+        self, executor: plan_pb2.Executor, seconds: float, history: ExecutorHistory | None = None
+    ) -> tuple[int, list[str]]:
+        """Register an incarnation (lease term 0) or renew its lease. Return the term, and the tasks that a registration
+        changed: `history` says which of them an earlier process or trainer died with. Raises LeaseLostError; see
+        PutLease."""
         with self._database.write() as connection:
             row, term = self._row(connection, executor.name), executor.lease_term
             revoked: list[str] = []
             if term == 0:
-                term, revoked = self._register(connection, row, executor)
+                term, revoked = self._register(connection, row, executor, history or ExecutorHistory())
             else:
                 self._check_lease(row, executor.name, executor.lease_term, executor.incarnation)
                 registered = plan_pb2.Executor.FromString(row.executor)
@@ -164,7 +169,13 @@ class Ledger:
         with self._database.write() as connection:
             return self._revoke(connection, executor, names, reason)
 
-    def _register(self, connection: sa.Connection, row: Any, executor: plan_pb2.Executor) -> tuple[int, list[str]]:
+    def _register(
+        self,
+        connection: sa.Connection,
+        row: Any,
+        executor: plan_pb2.Executor,
+        history: ExecutorHistory,
+    ) -> tuple[int, list[str]]:
         key = {"executor": executor.name, "incarnation": executor.incarnation}
         is_seen = connection.execute(sa.select(incarnations).filter_by(**key)).first() is not None
         if is_seen and (row is None or row.incarnation != executor.incarnation):
@@ -177,22 +188,32 @@ class Ledger:
             values = {"name": executor.name, "incarnation": executor.incarnation, "lease_term": 1, "is_ended": False}
             connection.execute(sa.insert(executors).values(**values, lease_seconds=0.0, executor=b""))
             return 1, []
-        is_crash = not row.is_ended  # its lease was not ended
-        revoked = self._revoke(connection, executor.name, (), "its executor restarted", is_crash=is_crash)
+        name, is_same = row.name, row.incarnation == executor.incarnation
+        crash_tracker.record_deaths(connection, name, history.trainer_deaths, self._max_crashes)
+        reason = "its executor lost its lease" if is_same else "its executor restarted"
+        revoked = self._revoke(connection, name, (), reason, is_lost=not is_same)
+        deaths = {(result.task, result.attempt): result.released for result in history.trainer_deaths}
+
+        def explain(task: str, loss: Loss) -> plan_pb2.TaskReleased | None:
+            if is_same or row.incarnation == history.stopped_incarnation:
+                return deaths.get((task, loss.attempt))
+            return plan_pb2.TaskReleased(reason="its executor died", num_suspects=loss.num_tasks)
+
+        explained = crash_tracker.explain_losses(connection, name, explain, self._max_crashes)
         changed = {"incarnation": executor.incarnation, "is_ended": False}
         connection.execute(sa.update(executors).where(executors.c.name == executor.name).values(changed))
-        return int(row.lease_term) + 1, revoked
+        return int(row.lease_term) + 1, [*revoked, *explained]
 
     def _revoke(
-        self, connection: sa.Connection, executor: str, names: Sequence[str], reason: str, *, is_crash: bool = False
+        self, connection: sa.Connection, executor: str, names: Sequence[str], reason: str, *, is_lost: bool = False
     ) -> list[str]:
         """Requeue the executor's tasks, or only those in `names`. A CANCELLING task waits for another executor, or ends
-        if nothing was trained."""
+        if nothing was trained. `is_lost`: the executor may have died."""
         query = sa.select(tasks_table).where(tasks_table.c.executor == executor)
         rows = connection.execute(query.where(tasks_table.c.name.in_(names)) if names else query).all()
         for row in rows:
             columns: dict[str, Any] = {"executor": "", "attempt": row.attempt + 1, **charges.columns_without_work(row)}
-            if is_crash and crash_tracker.record_crash(connection, row, reason, len(rows), self._max_crashes):
+            if is_lost and crash_tracker.record_loss(connection, row, len(rows), reason, self._max_crashes):
                 continue
             if row.state == TaskState.RUNNING.name:
                 tasks.change_state(connection, row, TaskState.QUEUED, reason, **columns)
@@ -230,9 +251,9 @@ class Ledger:
         with self._guard:
             return [name for name, deadline in self._deadlines.items() if deadline <= self._monotonic()]
 
-    def _end(self, connection: sa.Connection, name: str, reason: str, *, is_crash: bool = False) -> list[str]:
+    def _end(self, connection: sa.Connection, name: str, reason: str, *, is_lost: bool = False) -> list[str]:
         connection.execute(sa.update(executors).where(executors.c.name == name).values(is_ended=True))
-        return self._revoke(connection, name, (), reason, is_crash=is_crash)
+        return self._revoke(connection, name, (), reason, is_lost=is_lost)
 
     def _live_rows(self, connection: sa.Connection) -> Sequence[Any]:
         query = sa.select(executors).where(executors.c.is_ended.is_(False)).order_by(executors.c.name)

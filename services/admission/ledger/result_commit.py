@@ -53,7 +53,7 @@ def _commit_step(connection: sa.Connection, row: Any, result: plan_pb2.TaskResul
     progress.step, progress.last_loss = step.step, step.loss
     progress.num_neighbours = step.num_neighbours
     charges.charge_step(connection, row.tenant, progress, step)
-    _put_progress(connection, row, progress, progress_time=time, crashes=0)
+    _put_progress(connection, row, progress, progress_time=time, crashes=0, losses="")
     tasks.append_event(connection, row.name, event_pb2.TaskEvent(step_done=step))
     _stop_if_over_budget(connection, row, progress)
     return True

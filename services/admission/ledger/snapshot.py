@@ -13,6 +13,7 @@ from engine.errors import InvalidInputError
 from engine.task import TaskState
 from muxtune.v1 import event_pb2, operator_pb2, plan_pb2, task_pb2
 from muxtune.v1 import ledger_pb2 as pb
+from services.admission.ledger import crash_tracker
 from services.admission.policy import quotas
 from services.admission.store import tasks
 from services.admission.store.tables import plans
@@ -25,7 +26,7 @@ _ROWS_OF_A_FETCH = 500
 _COLUMNS = [
     tasks_table.c[name]
     for name in ("name", "tenant", "state", "progress", "attempt", "trace_parent", "executor", "checkpoint",
-                 "initial_adapter_key", "crashes")
+                 "initial_adapter_key", "crashes", "losses")
 ]  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def _read_tasks(connection: sa.Connection, default: operator_pb2.Quota) -> Itera
                 executor=row.executor,
                 checkpoint=event_pb2.CheckpointCommitted.FromString(row.checkpoint) if row.checkpoint else None,
                 initial_adapter_key=row.initial_adapter_key,
-                num_crashes=row.crashes,
+                num_crashes=crash_tracker.count_suspicions(row),
             )
 
 

@@ -62,6 +62,7 @@ tasks = Table(
     Column("last_sequence", BigInteger, nullable=False, server_default="0"),
     Column("trace_parent", String, nullable=False, server_default=""),
     Column("crashes", Integer, nullable=False, server_default="0"),  # see SnapshotTask.num_crashes
+    Column("losses", String, nullable=False, server_default=""),  # JSON: services/admission/ledger/crash_tracker.py
     Index("tasks_by_tenant", "tenant", "created", "name"),
 )
 

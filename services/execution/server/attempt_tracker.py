@@ -17,6 +17,7 @@ class AttemptTracker:
         self._ended: dict[str, int] = {}  # newest ended attempt by task
         self._on_device: set[str] = set()
         self._off_device: set[str] = set()  # running tasks that left the device: only their uploads are not done yet
+        self._dropped: dict[str, int] = {}  # attempts that lost the lease, until the trainer has let them go
 
     def start(self, plan: plan_pb2.ExecutorPlan) -> plan_pb2.ExecutorPlan:
         """Returns the plan without attempts that ended here, and records the others.
@@ -39,6 +40,7 @@ class AttemptTracker:
         resident = set(tasks)
         self._off_device = ((self._off_device | self._on_device) - resident) & self._running.keys()
         self._on_device = resident
+        self._dropped = {task: attempt for task, attempt in self._dropped.items() if task in resident}
 
     def record_results(self, results: Iterable[plan_pb2.TaskResult]) -> list[plan_pb2.TaskResult]:
         """Records the trainer's results.
@@ -56,7 +58,8 @@ class AttemptTracker:
         return valid
 
     def drop_all(self) -> None:
-        """Forgets every running attempt: the lease is lost."""
+        """Forgets every running attempt: the lease is lost. The trainer may still die with them."""
+        self._dropped |= {task: attempt for task, attempt in self._running.items() if task in self._on_device}
         self._running.clear()
 
     def drop_stale(self, tasks: Iterable[str], acknowledged: Iterable[plan_pb2.TaskResult]) -> list[str]:
@@ -78,16 +81,16 @@ class AttemptTracker:
         """Returns a `released` result for every running attempt: the trainer died.
 
         Each task may have caused the crash, except those that had left the device before. Admission counts the
-        suspects.
+        suspects. They include tasks that lost the lease and were still on the device.
         """
-        running, results = list(self._running.items()), []
+        running, results = list((self._dropped | self._running).items()), []
         num_suspects = sum(task not in self._off_device for task, _ in running)
         for task, attempt in running:
             suspects = 0 if task in self._off_device else num_suspects
             released = plan_pb2.TaskReleased(reason=reason, num_suspects=suspects)
             results.append(plan_pb2.TaskResult(task=task, attempt=attempt, released=released))
             self._end(task, attempt)
-        self._on_device, self._off_device = set(), set()
+        self._on_device, self._off_device, self._dropped = set(), set(), {}
         return results
 
     def _end(self, task: str, attempt: int) -> None:

@@ -1,6 +1,8 @@
 """Keeps the executor's lease at scheduling: acquires it when the trainer is ready, renews it, ends it at shutdown.
 
 Nothing runs without a lease. An executor that cannot renew it drops its tasks before another executor may hold them.
+When it registers, it reports what it knows of deaths before (docs/adr/0017), so that no task counts as the cause of one
+that there was not.
 """
 
 import asyncio
@@ -8,12 +10,15 @@ import logging
 import time
 import uuid
 
-from engine.errors import LeaseLostError, MuxtuneError
+from engine.errors import LeaseLostError, MuxtuneError, NotFoundError
 from muxtune.v1 import plan_pb2, scheduling_pb2, scheduling_pb2_grpc
+from muxtune.v1.executor_history_pb2 import ExecutorHistory
 from services.execution.server.servicer import ExecutionServicer
 from services.execution.settings import ExecutionSettings
+from services.storage.artifact_layout import stop_record_of
+from services.storage.artifact_store import ArtifactStore
 
-_RETRY_SECONDS = 0.5
+_RETRY_SECONDS, _RECORD_SECONDS = 0.5, 5.0
 _log = logging.getLogger(__name__)
 
 
@@ -26,13 +31,16 @@ class LeaseKeeper:
         address: str,
         scheduling: "scheduling_pb2_grpc.SchedulingServiceAsyncStub",
         servicer: ExecutionServicer,
+        artifacts: ArtifactStore,
     ) -> None:
         self._settings, self._scheduling, self._servicer = settings, scheduling, servicer
+        self._artifacts, self._stopped_incarnation = artifacts, ""
         self._address = settings.advertise_address or address
         self._incarnation = uuid.uuid4().hex
         self._lease_seconds = 0.0
 
     async def run(self) -> None:
+        self._stopped_incarnation = await self._read_stop()
         while True:
             await self._servicer.ready.wait()
             try:
@@ -43,6 +51,26 @@ class LeaseKeeper:
             if self._servicer.lease_term:
                 await self._servicer.lose_lease()
             await asyncio.sleep(_RETRY_SECONDS)
+
+    async def record_stop(self) -> None:
+        """Records that this process was asked to stop, for the one that follows it: scheduling may be away by then."""
+        key = stop_record_of(self._settings.resource_name)
+        try:
+            async with asyncio.timeout(_RECORD_SECONDS):
+                await asyncio.to_thread(self._artifacts.put, key, self._incarnation.encode())
+        except (MuxtuneError, TimeoutError) as error:
+            _log.warning("The stop was not recorded, and may count as a crash: %s", error)
+
+    async def _read_stop(self) -> str:
+        """Returns the incarnation that recorded its stop last; "" if there is none or the store is away."""
+        try:
+            record = await asyncio.to_thread(self._artifacts.get, stop_record_of(self._settings.resource_name))
+        except NotFoundError:
+            return ""
+        except MuxtuneError as error:
+            _log.warning("How this executor ended the last time is not known: %s", error)
+            return ""
+        return record.decode(errors="replace")
 
     async def end(self) -> None:
         request = scheduling_pb2.SchedulingServiceEndLeaseRequest(
@@ -62,7 +90,11 @@ class LeaseKeeper:
             backbone=description.backbone,
             device=description.device,
         )
-        response = await self._scheduling.RegisterExecutor(scheduling_pb2.RegisterExecutorRequest(executor=executor))
+        deaths = list(self._servicer.unreported_deaths)
+        history = ExecutorHistory(trainer_deaths=deaths, stopped_incarnation=self._stopped_incarnation)
+        request = scheduling_pb2.RegisterExecutorRequest(executor=executor, history=history)
+        response = await self._scheduling.RegisterExecutor(request)
+        del self._servicer.unreported_deaths[: len(deaths)]
         self._lease_seconds = response.lease_duration.ToTimedelta().total_seconds()
         self._servicer.accept_lease(response.lease_term)
         _log.info("The executor has lease term %d for %g s.", response.lease_term, self._lease_seconds)

@@ -46,11 +46,13 @@ class Outbox:
         responses = [response for number, response in self._unacknowledged.items() if number <= sequence]
         return [result for response in responses for result in response.results]
 
-    async def clear(self) -> None:
-        """Discards everything: the lease is lost."""
+    async def clear(self) -> list[plan_pb2.TaskResult]:
+        """Discards everything, because the lease is lost. Returns the results."""
+        results = self.results_up_to(self._sequence)
         async with self._changed:
             self._unacknowledged.clear()
             self._changed.notify_all()
+        return results
 
     async def close(self) -> None:
         """Ends readers as soon as everything is acknowledged."""

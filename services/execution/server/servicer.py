@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 from engine.errors import LeaseLostError, MuxtuneError, NotFoundError, SupersededError, UnavailableError
@@ -43,6 +43,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         self._stream: asyncio.Task[None] | None = None  # reads the requests of the newest stream
         self._stream_ended = asyncio.Event()
         self._stream_has_plan = False
+        self.unreported_deaths: list[plan_pb2.TaskResult] = []  # of the trainer, which a registration reports
         self._exports: list[asyncio.Future[pb.ExportAdapterResponse]] = []
         self._is_paused = False
 
@@ -131,7 +132,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         self._leased.clear()
         self._attempts.drop_all()
         await self.trainer.send(Tag.LEASE_LOST)
-        await self.outbox.clear()
+        self._keep_deaths(await self.outbox.clear())
         if self._stream is not None:
             self._stream.cancel()
 
@@ -228,12 +229,19 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         for export in self._exports:
             export.set_exception(UnavailableError("the trainer died during the export: retry later"))
         self._exports.clear()
-        if self._pending_plan is None and (results := self._attempts.release_all(cause)):
+        results = self._attempts.release_all(cause) if self._pending_plan is None else []
+        if not self.lease_term:
+            self._keep_deaths(results)
+        elif results:
             response = pb.RunPlanResponse(plan_version=self._plan_version, results=results)
             response.device.CopyFrom(self.description.executor.device)
             await self.outbox.put(response)
         if self.is_draining:
             self._drained.set()
+
+    def _keep_deaths(self, results: Iterable[plan_pb2.TaskResult]) -> None:
+        """Keeps the results that name suspects: without a lease none can be sent."""
+        self.unreported_deaths += [result for result in results if result.released.num_suspects]
 
 
 def _to_error(failure: errors_pb2.TaskFailure) -> MuxtuneError:

@@ -31,6 +31,7 @@ from muxtune.v1 import (
     scheduling_pb2_grpc,
     task_pb2,
 )
+from muxtune.v1.executor_history_pb2 import ExecutorHistory
 from services.conversion.microbatch import microbatch_to_proto
 from services.conversion.plan_parts import split_plan
 from services.conversion.task import training_to_domain
@@ -112,6 +113,7 @@ class FakeScheduling(scheduling_pb2_grpc.SchedulingServiceServicer):
         self.term = 0
         self.is_lost = False
         self.registered: asyncio.Queue[plan_pb2.Executor] = asyncio.Queue()
+        self.histories: list[ExecutorHistory] = []
         self.ended: list[str] = []
         self.num_renewals, self.renewed = 0, asyncio.Event()
         self.lease_seconds = 3
@@ -121,6 +123,7 @@ class FakeScheduling(scheduling_pb2_grpc.SchedulingServiceServicer):
         answer = scheduling_pb2.RegisterExecutorResponse(lease_term=self.term)
         answer.lease_duration.FromSeconds(self.lease_seconds)
         request.executor.lease_term = self.term
+        self.histories.append(request.history)
         self.registered.put_nowait(request.executor)
         return answer
 

@@ -13,9 +13,12 @@ from services.storage.artifact_store import ArtifactStore
 from tests.services.execution.executor_mesh import log_lines, plan_of, planned, running_mesh
 
 pytestmark = pytest.mark.timeout(120)
+STOP_RECORD = "executors/local/stopped"
 
 
 async def test_sigterm_checkpoints_releases_and_exits_with_zero(tmp_path: Path, tiny_backbone: Path) -> None:
+    store = ArtifactStore.open(str(tmp_path / "artifacts"))
+    store.put(STOP_RECORD, b"the one before")
     async with running_mesh(tmp_path, tiny_backbone, checkpoint_steps=1000) as mesh:
         stream = await mesh.open_stream()
         mesh.alignment.pause_seconds = 0.02
@@ -28,8 +31,9 @@ async def test_sigterm_checkpoints_releases_and_exits_with_zero(tmp_path: Path, 
         (checkpoint,) = stream.of("d", "checkpoint_committed")
         assert len(stream.of("d", "released")) == 1
         assert checkpoint.step == steps[-1] == len(steps)
-        ArtifactStore.open(mesh.settings.artifact_url).read_folder(checkpoint.manifest_key)
-        assert len(mesh.scheduling.ended) == 1
+        store.read_folder(checkpoint.manifest_key)
+        assert [history.stopped_incarnation for history in mesh.scheduling.histories] == ["the one before"]
+        assert [store.get(STOP_RECORD).decode()] == mesh.scheduling.ended  # the next one will say so
         assert not [line for line in log_lines(mesh) if line["level"] in ("WARNING", "ERROR")]
 
 
@@ -100,6 +104,16 @@ async def test_a_lost_lease_drops_the_tasks_and_registers_again(tmp_path: Path, 
         silent = await mesh.open_stream(acknowledges=False)
         silent.send(plan_of(3, planned("unheard", num_steps=1)))
         await silent.until(lambda: silent.of("unheard", "finished"))
+        silent.send(plan_of(4, planned("poison", num_steps=100000)))
+        await silent.until(lambda: silent.of("poison", "step_done"))
+        os.kill(mesh.trainer_pid(), signal.SIGKILL)
+        await silent.until(lambda: silent.of("poison", "released"))  # not acknowledged, so lost with the lease
+        mesh.scheduling.is_lost = True
+        async with asyncio.timeout(40):
+            await mesh.scheduling.registered.get()
+        assert [list(history.trainer_deaths) for history in mesh.scheduling.histories[:2]] == [[], []]
+        (death,) = mesh.scheduling.histories[2].trainer_deaths
+        assert (death.task, death.attempt, death.released.num_suspects) == ("tenants/t/tasks/poison", 1, 1)
         await silent.close()
         async with asyncio.timeout(20):  # no stream can acknowledge, so the drain does not wait
             assert await mesh.stop() == 0

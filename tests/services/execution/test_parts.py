@@ -119,6 +119,32 @@ def test_results_of_attempts_that_were_dropped_do_not_count() -> None:
     assert attempts.record_results(sent) == [sent[2]]
 
 
+def test_attempts_that_lost_the_lease_are_suspects_until_they_left_the_device() -> None:
+    attempts = AttemptTracker()
+    attempts.start(plan(a=1, b=1, c=1))
+    attempts.record_resident(["a", "b"])  # c is not attached yet
+    attempts.drop_all()
+    assert {(r.task, r.attempt, r.released.num_suspects) for r in attempts.release_all("x")} == {
+        ("a", 1, 2),
+        ("b", 1, 2),
+    }
+    attempts.start(plan(a=2, b=2))
+    attempts.record_resident(["a", "b"])
+    attempts.drop_all()
+    attempts.record_resident(["b"])
+    attempts.record_resident([])
+    assert attempts.release_all("x") == []
+
+
+async def test_a_lost_lease_returns_the_results_that_were_not_acknowledged() -> None:
+    outbox = Outbox(limit=8)
+    for task in "abc":
+        await outbox.put(execution_pb2.RunPlanResponse(results=[result(task, 1, "released")]))
+    await outbox.acknowledge(1)
+    assert [r.task for r in await outbox.clear()] == ["b", "c"]
+    assert await outbox.clear() == []
+
+
 def test_a_stale_result_of_an_earlier_attempt_does_not_end_this_one() -> None:
     attempts = AttemptTracker()
     attempts.start(plan(a=2, b=2))

@@ -11,6 +11,7 @@ import pytest
 from engine.errors import TransferTooSlowError
 from muxtune.errors import TransferTooSlowError as ClientTransferTooSlowError
 from muxtune.errors import raising
+from muxtune.upload_status import upload_response
 from muxtune.v1 import admission_pb2 as pb
 from muxtune.v1 import admission_pb2_grpc, artifact_pb2
 from services.rpc.authorization import Principal, Role
@@ -103,7 +104,7 @@ async def test_an_upload_that_is_too_slow_or_too_long_is_ended(
     stub: Any, servicer: Admission, requests: Callable[[], AsyncIterator[Any]], complaint: str
 ) -> None:
     with pytest.raises(ClientTransferTooSlowError, match=complaint) as ended, raising():
-        await stub.UploadDataset(requests(), **options("bad"))
+        await upload_response(stub.UploadDataset(requests(), **options("bad")))
     assert ended.value.code is grpc.StatusCode.DEADLINE_EXCEEDED and ended.value.reason == "TRANSFER_TOO_SLOW"
     assert "Send the whole upload again" in ended.value.message
     assert servicer.left == ["cancelled"]
@@ -120,7 +121,7 @@ async def test_a_service_may_wait_for_its_own_client(stub: Any, servicer: Admiss
 
     upload = stub.UploadDataset(pausing(), **options("mesh"))
     with pytest.raises(ClientTransferTooSlowError), raising():
-        await stub.UploadDataset(silent(), **options("bad"))  # begun later, ended first
+        await upload_response(stub.UploadDataset(silent(), **options("bad")))  # begun later, ended first
     go_on.set()
     await upload
     assert servicer.left == ["cancelled", "complete"]

@@ -1,10 +1,11 @@
 """After any sequence of actions a task's state equals that of a model of the API: hypothesis searches for a sequence
 after which it does not. The tests call the ledger directly; time is virtual, and the wall clock jumps."""
 
+import json
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +17,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from engine.errors import IllegalTransitionError, LeaseLostError, SupersededError
 from muxtune.v1 import errors_pb2, event_pb2, ledger_pb2, plan_pb2, task_pb2
+from muxtune.v1.executor_history_pb2 import ExecutorHistory
 from services.admission.ledger.ledger import Ledger
 from services.admission.store import tasks
 from services.admission.store.database import Database
@@ -49,19 +51,33 @@ class Task:
     step: int = 0
     checkpoint: int = 0
     crashes: int = 0
+    losses: dict[str, int] = field(
+        default_factory=dict
+    )  # tasks beside it and itself, by executor that was lost with it
     num_events: int = 1
 
     def become(self, state: str) -> None:
         self.state, self.num_events = state, self.num_events + 1
         if state in FINAL:
-            self.executor = ""
+            self.executor, self.losses = "", {}
 
     def die(self, num_suspects: int) -> bool:
         """Record a crash; return whether the task fails."""
-        self.crashes += 1
-        if num_suspects == 1 and self.crashes >= MAX_CRASHES:
+        if num_suspects == 1 and self.crashes + len(self.losses) + 1 >= MAX_CRASHES:
+            self.crashes += len(self.losses) + 1
             self.become("FAILED")
             return True
+        self.crashes += 1
+        return False
+
+    def be_lost(self, num_tasks: int) -> bool:
+        """Record the loss of its executor; return whether the task fails because of those lost before."""
+        earlier = list(self.losses.values())
+        if earlier and earlier[-1] == 1 and self.crashes + len(earlier) >= MAX_CRASHES:
+            self.crashes += len(earlier)
+            self.become("FAILED")
+            return True
+        self.losses[self.executor] = num_tasks
         return False
 
 
@@ -113,11 +129,11 @@ class Store(RuleBasedStateMachine):
         lease = self.executors[name]
         return not lease.has_left and lease.lease_term == lease_term and lease.deadline > self.now
 
-    def lose(self, name: str, *, is_crash: bool) -> None:
+    def lose(self, name: str, *, may_have_died: bool) -> None:
         """Revoke the executor's attempts in the model."""
         held = [task for task in self.tasks.values() if task.executor == name]
         for task in held:
-            if is_crash and task.die(len(held)):
+            if may_have_died and task.be_lost(len(held)):
                 continue
             task.executor, task.attempt = "", task.attempt + 1
             if task.state == "RUNNING":
@@ -213,7 +229,7 @@ class Store(RuleBasedStateMachine):
     def apply(self, task: Task, kind: str) -> bool:
         """Apply the result to the model; return whether it is new."""
         if kind == "step":
-            task.step, task.crashes, task.num_events = task.step + 1, 0, task.num_events + 1
+            task.step, task.crashes, task.losses, task.num_events = task.step + 1, 0, {}, task.num_events + 1
         elif kind == "same step" or (kind == "checkpoint" and task.checkpoint and task.checkpoint >= task.step):
             return False
         elif kind == "checkpoint":
@@ -227,14 +243,37 @@ class Store(RuleBasedStateMachine):
                 task.become("QUEUED")
         return True
 
-    @rule(name=st.sampled_from(EXECUTORS))
-    def start_executor(self, name: str) -> None:
-        """Restart the executor: attempts of its earlier start are revoked."""
+    @rule(name=st.sampled_from(EXECUTORS), was_stopped=st.booleans())
+    def start_executor(self, name: str, was_stopped: bool = False) -> None:
+        """Restart the executor: attempts of its earlier start are revoked, and it died unless it was stopped."""
         host = self.executors[name]
         host.num_starts += 1
-        attempt, _ = self.ledger.put_lease(executor(name, f"i{host.num_starts}"), LEASE_SECONDS)
-        if host.num_starts > 1:
-            self.lose(name, is_crash=not host.has_left)
+        history = ExecutorHistory(stopped_incarnation=f"i{host.num_starts - 1}" if was_stopped else "")
+        self.register(name, history, is_same=False, has_died=not was_stopped)
+
+    @rule(name=st.sampled_from(EXECUTORS), died_with=st.booleans())
+    def return_executor(self, name: str, died_with: bool) -> None:
+        """The executor registers again, as it has lost its lease; its trainer may have died of the tasks."""
+        released = plan_pb2.TaskReleased(reason="its trainer died", num_suspects=1)
+        deaths = [
+            plan_pb2.TaskResult(task=task, attempt=number, released=released)
+            for task, model in self.tasks.items()
+            for number in range(1, model.attempt + 1)
+        ]
+        history = ExecutorHistory(trainer_deaths=deaths if died_with else [])
+        self.register(name, history, is_same=True, has_died=died_with)
+
+    def register(self, name: str, history: ExecutorHistory, *, is_same: bool, has_died: bool) -> None:
+        host = self.executors[name]
+        attempt, _ = self.ledger.put_lease(executor(name, f"i{host.num_starts}"), LEASE_SECONDS, history)
+        if is_same and has_died:
+            for task in [task for task in self.tasks.values() if task.executor == name]:
+                task.die(1)
+        self.lose(name, may_have_died=not is_same)
+        for task in self.tasks.values():
+            num_tasks = task.losses.pop(name, None)
+            if num_tasks is not None and has_died:
+                task.die(1 if is_same else num_tasks)
         host.lease_term, host.has_left, host.deadline = host.lease_term + 1, False, self.now + LEASE_SECONDS
         assert attempt == host.lease_term
 
@@ -255,7 +294,7 @@ class Store(RuleBasedStateMachine):
         host = self.executors[name]
         self.ledger.end_lease(name, f"i{host.num_starts}")
         if not host.has_left:
-            self.lose(name, is_crash=False)
+            self.lose(name, may_have_died=False)
             host.has_left = True
 
     @rule(seconds=st.sampled_from([1.0, 4.0, 11.0]))
@@ -264,7 +303,7 @@ class Store(RuleBasedStateMachine):
         self.ledger.end_expired_leases()
         for name, host in self.executors.items():
             if not host.has_left and host.deadline <= self.now:
-                self.lose(name, is_crash=True)
+                self.lose(name, may_have_died=True)
                 host.has_left = True
 
     @rule(jump=st.sampled_from([-HOUR, HOUR]))
@@ -289,6 +328,8 @@ class Store(RuleBasedStateMachine):
                 checkpoint_step = event_pb2.CheckpointCommitted.FromString(row.checkpoint or b"").step
                 seen = Task(row.state, row.attempt, row.executor, task.progress.step, checkpoint_step, row.crashes)
                 seen.num_events = row.last_sequence
+                if row.state not in FINAL:
+                    seen.losses = {name: num for name, (_, num) in json.loads(row.losses or "{}").items()}
                 assert seen == self.tasks[row.name], row.name
                 events = tasks.list_events(connection, row.name, 0, 1000)
                 assert [event.sequence for event in events] == list(range(1, row.last_sequence + 1))
