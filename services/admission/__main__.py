@@ -74,6 +74,7 @@ class AdmissionSettings(ServerSettings):
     artifact_url: str
     alignment_address: str
     internal_listen: str = "127.0.0.1:0"
+    max_connection_calls: int = 1024  # more than a tenant may have; few, as they wait for each other
     public_certs: Path | None = None
     oidc_issuer: str = ""
     oidc_audience: str = ""

@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import signal
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -52,7 +53,9 @@ async def serve(
     parent = os.getppid()
     telemetry = configure(service_name, settings)
     interceptor = RpcInterceptor(authenticate, settings.listen, audit, settings.call_limits(), unauthenticated_limiter)
-    server = grpc.aio.server(interceptors=[interceptor], options=SERVER_OPTIONS)
+    options = [*SERVER_OPTIONS, ("grpc.max_concurrent_streams", settings.max_connection_calls)]
+    _allow_all_open_files()
+    server = grpc.aio.server(interceptors=[interceptor], options=options)
     health = health or health_aio.HealthServicer()
     names = [*register(server), health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -82,6 +85,13 @@ async def serve(
         await asyncio.to_thread(telemetry.shutdown)
         if settings.ready_file is not None:
             settings.ready_file.unlink(missing_ok=True)
+
+
+def _allow_all_open_files() -> None:
+    """Raise the soft limit of open files to the hard one: strangers' connections must not keep the mesh's own out."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # on macOS the hard limit may be more than a process may have
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _freeze_startup_objects() -> None:

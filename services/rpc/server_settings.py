@@ -24,6 +24,7 @@ class ServerSettings(TelemetrySettings):
     progress at once. More are refused with RESOURCE_EXHAUSTED, and so is a tenant's next one when it has an eighth of
     those that are still free. `max_internal_calls`: the same, each, of one role of services or operators, which are
     counted apart. `max_unauthenticated_calls`: calls whose keys are being checked, and health checks.
+    `max_connection_calls`: calls of one connection that the server accepts at once; more wait at the client.
     `request_seconds`: a message must arrive within that time. `min_upload_bytes_per_second`: the least rate of an
     upload, on average over `request_seconds`. `max_upload_seconds`: the longest that an upload may take.
     `upload_messages_per_second`: messages that all uploads of a tenant may send; later ones wait.
@@ -41,6 +42,7 @@ class ServerSettings(TelemetrySettings):
     max_streams: int = CallLimits.max_streams
     max_internal_calls: int = CallLimits.max_internal_calls
     max_unauthenticated_calls: int = CallLimits.max_unauthenticated_calls
+    max_connection_calls: int = 4096
     request_seconds: float = CallLimits.request_seconds
     min_upload_bytes_per_second: float = CallLimits.min_upload_bytes_per_second
     max_upload_seconds: float = CallLimits.max_upload_seconds

@@ -13,8 +13,6 @@ SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on this port must fail, not share it silently
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # More calls of one connection wait at its client. A proxy may carry those of many tenants on one connection.
-    ("grpc.max_concurrent_streams", 4096),
     # Allow the pings that channels send every 10 or 30 s, also on idle connections. The server pings too, so that a
     # stream whose client vanished ends soon and not after gRPC's default of two hours.
     ("grpc.keepalive_time_ms", 30_000),

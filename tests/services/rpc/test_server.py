@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import sys
 import urllib.request
@@ -62,6 +63,12 @@ class Running:
         return (await asyncio.wait_for(self.process.stdout.readline(), 20)).decode().strip()
 
 
+def allow_few_open_files() -> None:
+    """Set a soft limit, as many systems do; the hard one is higher."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+
+
 async def start(settings: ServerSettings) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
@@ -69,6 +76,7 @@ async def start(settings: ServerSettings) -> asyncio.subprocess.Process:
         PROGRAM,
         cwd=ROOT,
         env={**os.environ, **environment_of(settings)},
+        preexec_fn=allow_few_open_files,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -81,6 +89,7 @@ def settings(tmp_path: Path) -> ServerSettings:
         reflection=True,
         ready_file=tmp_path / "ready.json",
         trace_file=tmp_path / "trace.jsonl",
+        max_connection_calls=2,
     )
 
 
@@ -140,6 +149,31 @@ async def test_a_process_from_start_to_stop(running: Running, settings: ServerSe
     assert f"{NAME}/GetTask" in names
     logs = [json.loads(line) for line in (await running.process.stderr.read()).decode().splitlines() if line[0] == "{"]
     assert any(line["service"] == "test" and "listens on" in line["message"] for line in logs)
+
+
+async def test_many_silent_connections_keep_no_caller_out(running: Running) -> None:
+    host, port = running.address.split(":")
+    silent = [await asyncio.open_connection(host, int(port)) for _ in range(400)]  # over the soft limit of open files
+    async with open_channel(running.address, "mesh_s") as channel:
+        stub = admission_pb2_grpc.AdmissionServiceStub(channel)
+        assert (await stub.GetTask(admission_pb2.GetTaskRequest(name="0"), timeout=20)).task.name == "done"
+    for _, writer in silent:
+        writer.close()
+
+
+async def test_more_calls_than_a_connection_may_have_wait_and_are_served(running: Running) -> None:
+    """The third call begins when another one has ended; one of another connection does not wait."""
+    async with open_channel(running.address, "mesh_s") as one, open_channel(running.address, "mesh_s") as other:
+        stub, request = admission_pb2_grpc.AdmissionServiceStub(one), admission_pb2.GetTaskRequest(name="0.5")
+        calls = [asyncio.ensure_future(stub.GetTask(request, timeout=20)) for _ in range(3)]
+        assert [await running.line(), await running.line()] == ["began", "began"]
+        await admission_pb2_grpc.AdmissionServiceStub(other).GetTask(admission_pb2.GetTaskRequest(name="0"), timeout=20)
+        assert await running.line() == "began"
+        third = asyncio.ensure_future(running.line())
+        done, _ = await asyncio.wait([*calls, third], return_when=asyncio.FIRST_COMPLETED)
+        assert third not in done
+        assert await third == "began"
+        await asyncio.gather(*calls)
 
 
 async def serve_here(settings: ServerSettings, **options: object) -> tuple[asyncio.Task[None], asyncio.Event, str]:
