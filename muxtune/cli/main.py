@@ -29,6 +29,7 @@ app.add_typer(tenant.app, name="tenant")
 app.command(epilog="Example: muxtune certs /etc/muxtune/certs --host muxtune.example.com")(certs)
 
 _MAX_RESTARTS = 5
+_POLICIES = ("MUXTUNE_OIDC_", "MUXTUNE_MAX_", "MUXTUNE_KEEP_")
 _ROTATION = ("MUXTUNE_TRACE_FILE_BYTES", "MUXTUNE_TRACE_FILES")
 
 
@@ -45,7 +46,8 @@ def up(
 ) -> None:
     """Start the four services on loopback. Stop with Ctrl-C; the next `muxtune up` resumes all tasks.
 
-    MUXTUNE_OIDC_* (an identity provider) and MUXTUNE_MAX_* (limits of tenants) are passed on to admission.
+    MUXTUNE_OIDC_* (an identity provider), MUXTUNE_MAX_* (limits of tenants) and MUXTUNE_KEEP_* (how long rows are kept)
+    are passed on to admission.
     MUXTUNE_TRACE_FILE_BYTES (default 64 MiB) and MUXTUNE_TRACE_FILES (8) bound the files of traces.
     """
     with print_errors(), stopped_by_signals():
@@ -110,7 +112,7 @@ def _backbones(options: list[str] | None) -> dict[str, Path]:
 
 def _inherited_settings() -> dict[str, dict[str, str]]:
     """Return the settings that services take from this environment, by service ("*": all); they inherit no others."""
-    policies = {name: value for name, value in os.environ.items() if name.startswith(("MUXTUNE_OIDC_", "MUXTUNE_MAX_"))}
+    policies = {name: value for name, value in os.environ.items() if name.startswith(_POLICIES)}
     rotation = {name: os.environ[name] for name in _ROTATION if name in os.environ}
     return {"*": rotation, "admission": policies}
 

@@ -32,9 +32,10 @@ class AdmissionServiceStub:
 
     Every RPC can end with these statuses, beside those that its comment names: UNAUTHENTICATED (no valid key), UNAVAILABLE
     (a store or service is not reachable; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with
-    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
-    id and the same body gets the same answer and changes nothing; with another body it gets INVALID_ARGUMENT /
-    REQUEST_ID_REUSED. A client that saw no answer sends the call again.
+    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a
+    `request_id` (a UUID). A second call with the same id and the same body gets the same answer and changes nothing; with
+    another body it gets INVALID_ARGUMENT / REQUEST_ID_REUSED. A client that saw no answer sends the call again. Ids are
+    remembered for days, as operators decide.
     """
 
     def __init__(self, channel):
@@ -132,9 +133,10 @@ class AdmissionServiceServicer:
 
     Every RPC can end with these statuses, beside those that its comment names: UNAUTHENTICATED (no valid key), UNAVAILABLE
     (a store or service is not reachable; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with
-    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
-    id and the same body gets the same answer and changes nothing; with another body it gets INVALID_ARGUMENT /
-    REQUEST_ID_REUSED. A client that saw no answer sends the call again.
+    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a
+    `request_id` (a UUID). A second call with the same id and the same body gets the same answer and changes nothing; with
+    another body it gets INVALID_ARGUMENT / REQUEST_ID_REUSED. A client that saw no answer sends the call again. Ids are
+    remembered for days, as operators decide.
     """
 
     def CreateTask(self, request, context):
@@ -155,7 +157,7 @@ class AdmissionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetTask(self, request, context):
-        """Returns one task.
+        """Returns one task. A task that ended long ago may be deleted, as operators decide; its adapter remains.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -171,6 +173,7 @@ class AdmissionServiceServicer:
     def WatchTask(self, request, context):
         """Streams all events after `after_sequence`, then new ones as they are committed. Ends with OK after the event of a
         final state. A client whose stream breaks calls again with the last sequence it saw: it misses and repeats no event.
+        Long after the end of a task only its last event is left.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -364,9 +367,10 @@ class AdmissionService:
 
     Every RPC can end with these statuses, beside those that its comment names: UNAUTHENTICATED (no valid key), UNAVAILABLE
     (a store or service is not reachable; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with
-    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
-    id and the same body gets the same answer and changes nothing; with another body it gets INVALID_ARGUMENT /
-    REQUEST_ID_REUSED. A client that saw no answer sends the call again.
+    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a
+    `request_id` (a UUID). A second call with the same id and the same body gets the same answer and changes nothing; with
+    another body it gets INVALID_ARGUMENT / REQUEST_ID_REUSED. A client that saw no answer sends the call again. Ids are
+    remembered for days, as operators decide.
     """
 
     @staticmethod

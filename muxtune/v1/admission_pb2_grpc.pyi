@@ -33,9 +33,10 @@ class AdmissionServiceStub:
 
     Every RPC can end with these statuses, beside those that its comment names: UNAUTHENTICATED (no valid key), UNAVAILABLE
     (a store or service is not reachable; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with
-    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
-    id and the same body gets the same answer and changes nothing; with another body it gets INVALID_ARGUMENT /
-    REQUEST_ID_REUSED. A client that saw no answer sends the call again.
+    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a
+    `request_id` (a UUID). A second call with the same id and the same body gets the same answer and changes nothing; with
+    another body it gets INVALID_ARGUMENT / REQUEST_ID_REUSED. A client that saw no answer sends the call again. Ids are
+    remembered for days, as operators decide.
     """
 
     @_typing.overload
@@ -51,12 +52,13 @@ class AdmissionServiceStub:
     EstimateTask: _grpc.UnaryUnaryMultiCallable[_admission_pb2.EstimateTaskRequest, _admission_pb2.EstimateTaskResponse]
     """Returns what CreateTask would estimate, and stores nothing. The statuses are CreateTask's."""
     GetTask: _grpc.UnaryUnaryMultiCallable[_admission_pb2.GetTaskRequest, _admission_pb2.GetTaskResponse]
-    """Returns one task."""
+    """Returns one task. A task that ended long ago may be deleted, as operators decide; its adapter remains."""
     ListTasks: _grpc.UnaryUnaryMultiCallable[_admission_pb2.ListTasksRequest, _admission_pb2.ListTasksResponse]
     """Lists the tenant's tasks, newest first. INVALID_ARGUMENT: the page token is invalid, or belongs to another filter."""
     WatchTask: _grpc.UnaryStreamMultiCallable[_admission_pb2.WatchTaskRequest, _admission_pb2.WatchTaskResponse]
     """Streams all events after `after_sequence`, then new ones as they are committed. Ends with OK after the event of a
     final state. A client whose stream breaks calls again with the last sequence it saw: it misses and repeats no event.
+    Long after the end of a task only its last event is left.
     """
     CancelTask: _grpc.UnaryUnaryMultiCallable[_admission_pb2.CancelTaskRequest, _admission_pb2.CancelTaskResponse]
     """Cancels a task. QUEUED becomes CANCELLED at once; RUNNING becomes CANCELLING, and CANCELLED when the adapter
@@ -108,9 +110,10 @@ class AdmissionServiceAsyncStub(AdmissionServiceStub):
 
     Every RPC can end with these statuses, beside those that its comment names: UNAUTHENTICATED (no valid key), UNAVAILABLE
     (a store or service is not reachable; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with
-    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
-    id and the same body gets the same answer and changes nothing; with another body it gets INVALID_ARGUMENT /
-    REQUEST_ID_REUSED. A client that saw no answer sends the call again.
+    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a
+    `request_id` (a UUID). A second call with the same id and the same body gets the same answer and changes nothing; with
+    another body it gets INVALID_ARGUMENT / REQUEST_ID_REUSED. A client that saw no answer sends the call again. Ids are
+    remembered for days, as operators decide.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -123,12 +126,13 @@ class AdmissionServiceAsyncStub(AdmissionServiceStub):
     EstimateTask: _aio.UnaryUnaryMultiCallable[_admission_pb2.EstimateTaskRequest, _admission_pb2.EstimateTaskResponse]  # type: ignore[assignment]
     """Returns what CreateTask would estimate, and stores nothing. The statuses are CreateTask's."""
     GetTask: _aio.UnaryUnaryMultiCallable[_admission_pb2.GetTaskRequest, _admission_pb2.GetTaskResponse]  # type: ignore[assignment]
-    """Returns one task."""
+    """Returns one task. A task that ended long ago may be deleted, as operators decide; its adapter remains."""
     ListTasks: _aio.UnaryUnaryMultiCallable[_admission_pb2.ListTasksRequest, _admission_pb2.ListTasksResponse]  # type: ignore[assignment]
     """Lists the tenant's tasks, newest first. INVALID_ARGUMENT: the page token is invalid, or belongs to another filter."""
     WatchTask: _aio.UnaryStreamMultiCallable[_admission_pb2.WatchTaskRequest, _admission_pb2.WatchTaskResponse]  # type: ignore[assignment]
     """Streams all events after `after_sequence`, then new ones as they are committed. Ends with OK after the event of a
     final state. A client whose stream breaks calls again with the last sequence it saw: it misses and repeats no event.
+    Long after the end of a task only its last event is left.
     """
     CancelTask: _aio.UnaryUnaryMultiCallable[_admission_pb2.CancelTaskRequest, _admission_pb2.CancelTaskResponse]  # type: ignore[assignment]
     """Cancels a task. QUEUED becomes CANCELLED at once; RUNNING becomes CANCELLING, and CANCELLED when the adapter
@@ -179,9 +183,10 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Every RPC can end with these statuses, beside those that its comment names: UNAUTHENTICATED (no valid key), UNAVAILABLE
     (a store or service is not reachable; the service config retries it), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED with
-    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a `request_id` (a UUID). A second call with the same
-    id and the same body gets the same answer and changes nothing; with another body it gets INVALID_ARGUMENT /
-    REQUEST_ID_REUSED. A client that saw no answer sends the call again.
+    RetryInfo (overload, or too many calls of the tenant at once), INTERNAL. Calls that create something take a
+    `request_id` (a UUID). A second call with the same id and the same body gets the same answer and changes nothing; with
+    another body it gets INVALID_ARGUMENT / REQUEST_ID_REUSED. A client that saw no answer sends the call again. Ids are
+    remembered for days, as operators decide.
     """
 
     @_abc_1.abstractmethod
@@ -210,7 +215,7 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admission_pb2.GetTaskRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admission_pb2.GetTaskResponse, _abc.Awaitable[_admission_pb2.GetTaskResponse]]:
-        """Returns one task."""
+        """Returns one task. A task that ended long ago may be deleted, as operators decide; its adapter remains."""
 
     @_abc_1.abstractmethod
     def ListTasks(
@@ -228,6 +233,7 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_admission_pb2.WatchTaskResponse], _abc.AsyncIterator[_admission_pb2.WatchTaskResponse]]:
         """Streams all events after `after_sequence`, then new ones as they are committed. Ends with OK after the event of a
         final state. A client whose stream breaks calls again with the last sequence it saw: it misses and repeats no event.
+        Long after the end of a task only its last event is left.
         """
 
     @_abc_1.abstractmethod

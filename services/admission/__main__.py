@@ -28,6 +28,7 @@ from services.admission.api.servicer import AdmissionServicer, KeyServicer, Ledg
 from services.admission.api.token_authenticator import create_authenticator
 from services.admission.cleanup.garbage_collection_loop import GarbageCollectionLoop
 from services.admission.cleanup.garbage_collector import GarbageCollector
+from services.admission.cleanup.retention import OldRows, RetentionPolicy
 from services.admission.ledger.ledger import Ledger
 from services.admission.ledger.limits_watcher import LimitsWatcher
 from services.admission.ledger.replicas import Replicas, SingleReplica
@@ -66,6 +67,7 @@ class AdmissionSettings(ServerSettings):
     `max_unfinished_upload_bytes`, `max_tenant_unfinished_upload_bytes`: of uploads in progress, of all tenants and of
     one; 0 allows none.
     `max_upload_bytes`: maximum size of one adapter. The other `max_*` are the quota of tenants that have no quota set.
+    `keep_*`: how long rows are kept (services/admission/cleanup/retention.py); 0 keeps them for ever.
     `max_crashes`: a task fails when this many of its executors died in a row before it completed a step, and it ran
     alone on the last one.
     """
@@ -95,6 +97,12 @@ class AdmissionSettings(ServerSettings):
     max_unfinished_spec_bytes: int = 4 << 20  # 1,000 tasks of 4 kB, or 256 of the largest size
     max_tokens_per_day: int = 0
     max_device_seconds_per_day: float = 0.0
+    keep_events_days: float = RetentionPolicy.events_days
+    keep_tasks_days: float = RetentionPolicy.tasks_days
+    keep_num_tasks: int = RetentionPolicy.num_tasks
+    keep_requests_days: float = RetentionPolicy.requests_days
+    keep_num_requests: int = RetentionPolicy.num_requests
+    keep_audit_days: float = RetentionPolicy.audit_days
     token_budget: int = PlannerConfig.token_budget
     chunk_tokens: int = PlannerConfig.chunk_tokens
 
@@ -114,6 +122,16 @@ class AdmissionSettings(ServerSettings):
             self.max_device_seconds_per_day,
             self.max_adapter_bytes,
             self.max_unfinished_spec_bytes,
+        )
+
+    def retention(self) -> RetentionPolicy:
+        return RetentionPolicy(
+            self.keep_events_days,
+            self.keep_tasks_days,
+            self.keep_num_tasks,
+            self.keep_requests_days,
+            self.keep_num_requests,
+            self.keep_audit_days,
         )
 
     def upload_budget(self) -> ByteBudget:
@@ -148,8 +166,9 @@ async def main() -> None:
         database, artifacts, alignment, controller, notifier, settings.max_upload_bytes, threads, watch_rate,
         ScratchFolder.open(settings.scratch, "admission"), settings.upload_budget(),
     )  # fmt: skip
-    remove_datasets = servicer.dataset_objects.remove_all_unreferenced
-    collection = GarbageCollectionLoop(GarbageCollector(database, artifacts), remove_datasets, threads.cleanup)
+    collector, remove_datasets = GarbageCollector(database, artifacts), servicer.dataset_objects.remove_all_unreferenced
+    delete_rows = OldRows(database, collector, settings.retention()).delete
+    collection = GarbageCollectionLoop(collector, remove_datasets, threads.cleanup, delete_rows)
     ledger = LedgerServicer(notifier, collection.add, threads.ledger)
     limits = LimitsWatcher(database, default, notifier, threads.ledger)
     acquire = partial(Ledger, database, quota=default, max_crashes=settings.max_crashes)

@@ -279,6 +279,7 @@ def test_up_passes_on_only_policies_and_the_rotation_of_traces(monkeypatch: pyte
 
     monkeypatch.setattr(main, "Mesh", stop_there)
     variables = {"MUXTUNE_OIDC_ISSUER": "https://issuer.example", "MUXTUNE_MAX_ADAPTER_BYTES": "9"}
+    variables["MUXTUNE_KEEP_TASKS_DAYS"] = "90"
     rotation = {"MUXTUNE_TRACE_FILE_BYTES": "1000000", "MUXTUNE_TRACE_FILES": "3"}
     others = {"MUXTUNE_ADDRESS": "x:1", "MUXTUNE_API_KEY": "k", "MUXTUNE_CERTS": "/c", "MUXTUNE_TRACE_FILE": "/t"}
     for name, value in {**variables, **rotation, **others}.items():

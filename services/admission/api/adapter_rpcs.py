@@ -27,7 +27,7 @@ from services.admission.store import datasets_and_adapters, idempotency, tables,
 from services.admission.store.database import Database
 from services.admission.threads import AdmissionThreads
 from services.concurrency.byte_budget import ByteBudget
-from services.resource_names import ResourceName, is_task, new_name, tenant_of
+from services.resource_names import ResourceName, adapter_of_task, is_task, new_name, tenant_of
 from services.rpc.authentication import current_principal
 from services.rpc.authorization import authorize, authorize_parent
 from services.storage.artifact_layout import folder_of_manifest
@@ -216,13 +216,11 @@ class AdapterRpcs:
         principal = current_principal()
         with self._database.read() as connection:
             if is_task(name):
-                row = tasks.get_row(connection, authorize(principal, name, "tasks"))
-                if not row.adapter:
+                task, name = name, adapter_of_task(authorize(principal, name, "tasks"))
+                if not datasets_and_adapters.has_adapter(connection, name):  # it may outlive its task
+                    state = tasks.get_row(connection, task).state
                     raise IllegalTransitionError(
-                        f"{name} has no adapter: it is {row.state}, or its adapter was deleted",
-                        task=name,
-                        state=row.state,
+                        f"{task} has no adapter: it is {state}, or its adapter was deleted", task=task, state=state
                     )
-                name = row.adapter
             row = datasets_and_adapters.get_adapter_row(connection, authorize(principal, name, "adapters"))
             return str(row.manifest_key)

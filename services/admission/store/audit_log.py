@@ -1,4 +1,4 @@
-"""The audit log in the database. It only grows: the migration's triggers refuse updates and deletions."""
+"""The audit log in the database. Triggers refuse changes, and deletions of entries younger than 30 days."""
 
 import logging
 from functools import partial

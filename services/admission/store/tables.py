@@ -1,8 +1,9 @@
 """Tables of admission's database. Times are integer microseconds since the epoch; protos are stored as bytes."""
 
-from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table
+from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table, text
 
 metadata = MetaData()
+_HAS_ENDED = text("ended IS NOT NULL")
 
 api_keys = Table(
     "api_keys",
@@ -64,6 +65,7 @@ tasks = Table(
     Column("crashes", Integer, nullable=False, server_default="0"),  # see SnapshotTask.num_crashes
     Column("losses", String, nullable=False, server_default=""),  # JSON: services/admission/ledger/crash_tracker.py
     Index("tasks_by_tenant", "tenant", "created", "name"),
+    Index("tasks_by_end", "ended", "name", sqlite_where=_HAS_ENDED, postgresql_where=_HAS_ENDED),
 )
 
 task_events = Table(
@@ -83,6 +85,7 @@ requests = Table(
     Column("body_sha256", String, nullable=False),
     Column("resource", String, nullable=False),  # name of what the request created
     Column("created", BigInteger, nullable=False),
+    Index("requests_by_age", "tenant", "created"),
 )
 
 executors = Table(
@@ -140,7 +143,7 @@ usage = Table(
     Index("usage_by_day", "day", "tenant"),
 )
 
-# The migration's triggers refuse everything but inserts.
+# The migrations' triggers refuse changes, and deletions of entries younger than 30 days.
 audit_events = Table(
     "audit_events",
     metadata,

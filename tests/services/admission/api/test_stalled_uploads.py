@@ -69,7 +69,7 @@ def collection(admission: Admission, monkeypatch: pytest.MonkeyPatch) -> Garbage
     monkeypatch.setattr(garbage_collection_loop, "_INTERVAL_SECONDS", 0.02)
     collector = GarbageCollector(admission.database, admission.artifacts)
     remove = admission.servicer.dataset_objects.remove_all_unreferenced
-    return GarbageCollectionLoop(collector, remove, admission.threads.cleanup)
+    return GarbageCollectionLoop(collector, remove, admission.threads.cleanup, lambda: iter(()))
 
 
 @pytest.mark.parametrize("database_url", BOTH_DATABASES, indirect=True)

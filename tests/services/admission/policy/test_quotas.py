@@ -377,13 +377,13 @@ async def test_scheduling_has_lines_of_its_own_written(admission: Admission) -> 
 @pytest.mark.parametrize(
     "statement", ["UPDATE audit_events SET tenant = 'x'", "DELETE FROM audit_events", "TRUNCATE audit_events"]
 )
-async def test_the_audit_log_only_grows(admission: Admission, statement: str) -> None:
+async def test_the_audit_log_is_not_changed_and_keeps_young_entries(admission: Admission, statement: str) -> None:
     await admission.upload()
     before = await audit_lines(admission)
     is_sqlite = admission.database_url.startswith("sqlite")
     if is_sqlite and "TRUNCATE" in statement:
         pytest.skip("SQLite has no such statement")
-    with pytest.raises(sa.exc.DBAPIError, match="only grows"), admission.database.write() as connection:
+    with pytest.raises(sa.exc.DBAPIError, match="the audit log"), admission.database.write() as connection:
         connection.execute(sa.text(statement.format("audit_events")))
     assert await audit_lines(admission) == before != []
 
