@@ -35,7 +35,13 @@ from tests.tiny_backbone import write_backbone
 
 GOAL = 0.3  # of the echo's requests per second
 BLOCKS = 15  # short ones: a neighbour on the machine then meets the echo as often as the others
-WITHOUT_LIMITS = {"admission": {"MUXTUNE_REQUESTS_PER_SECOND": "1000000", "MUXTUNE_MAX_UNFINISHED_TASKS": "0"}}
+WITHOUT_LIMITS = {
+    "admission": {
+        "MUXTUNE_REQUESTS_PER_SECOND": "1000000",
+        "MUXTUNE_WATCH_EVENTS_PER_SECOND": "0",
+        "MUXTUNE_MAX_UNFINISHED_TASKS": "0",
+    }
+}
 PEERS = {"GetTask": "echo", "CreateTask": "echo", "WatchTask": "echo, stream"}
 Call = Callable[[], Awaitable[Any]]
 

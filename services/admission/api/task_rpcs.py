@@ -92,7 +92,8 @@ class TaskRpcs:
                 events, is_final = await self._database.query(partial(_events, name=name, after=sequence))
                 for start in range(0, len(events), _PACED_EVENTS):
                     paced = events[start : start + _PACED_EVENTS]
-                    await asyncio.sleep(self._watch_rate.reserve(tenant_of(name), len(paced)))
+                    if seconds := self._watch_rate.reserve(tenant_of(name), len(paced)):
+                        await asyncio.sleep(seconds)
                     for event in paced:
                         yield pb.WatchTaskResponse(event=event)
                         sequence = event.sequence
