@@ -9,6 +9,8 @@ from collections.abc import Collection, Mapping
 
 # A tenant that could not use its turns, because its data came late, is owed at most this (at weight 1).
 MAX_CREDIT_SECONDS = 1.0
+# A tenant that shares turns with others, and is ahead of one of them by more than this (at weight 1), waits.
+MAX_AHEAD_SECONDS = 0.5
 
 
 class DeviceTime:
@@ -17,6 +19,7 @@ class DeviceTime:
     def __init__(self) -> None:
         self._weights: dict[str, float] = {}
         self._charged: dict[str, float] = {}  # seconds over weight
+        self._held: set[str] = set()
         self._now = 0.0  # what the tenant of the current turn had been charged before it
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
@@ -25,12 +28,27 @@ class DeviceTime:
             self._charged[tenant] = max(self._charged.get(tenant, self._now), self._now)
         self._charged = {t: value for t, value in self._charged.items() if t in weights or value > self._now}
         self._weights = dict(weights)
+        self._held &= weights.keys()
 
     def charged(self, tenants: Collection[str]) -> float:
         """Return what these tenants, which share a turn, have been charged together, over their weights."""
         weights = [self._weights.get(tenant, 1.0) for tenant in tenants]
         charged = [self._charged_or_credit(tenant) for tenant in tenants]
         return sum(w * c for w, c in zip(weights, charged, strict=True)) / sum(weights)
+
+    def hold(self, tenants: Collection[str]) -> set[str]:
+        """Return which of these tenants, which share turns, have to wait until the others have had as much.
+
+        A tenant that is more than `MAX_AHEAD_SECONDS` ahead waits until it is no longer ahead.
+        """
+        least = min((self.charged([tenant]) for tenant in tenants), default=0.0)
+        for tenant in tenants:
+            ahead = self.charged([tenant]) - least
+            if ahead > MAX_AHEAD_SECONDS:
+                self._held.add(tenant)
+            elif ahead <= 0:
+                self._held.discard(tenant)
+        return self._held.intersection(tenants)
 
     def begin_turn(self, tenants: Collection[str]) -> None:
         """Note that the device works for these tenants from now on."""

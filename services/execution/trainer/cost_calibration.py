@@ -1,6 +1,7 @@
 """Calibrates the cost model when the trainer starts, and fits it again to the microbatches that run."""
 
 import logging
+import time
 from collections import deque
 
 from engine.alignment.microbatch import Microbatch, MicrobatchKind
@@ -12,6 +13,7 @@ from engine.runtime.executor import Executor
 
 _MAX_TOKENS = 4096  # of a calibration microbatch
 _NUM_RECENT, _REFIT_EVERY = 96, 16
+_REFIT_SECONDS = 1.0  # between two fits at least: they take milliseconds, as small microbatches do
 _log = logging.getLogger(__name__)
 
 
@@ -22,7 +24,7 @@ class CostCalibration:
         self._executor = executor
         self._start = calibrate(executor, budget_seconds, _MAX_TOKENS)
         self._recent: deque[CostSample] = deque(maxlen=_NUM_RECENT)
-        self._num_new = 0
+        self._num_new, self._fitted = 0, 0.0
         self.profile: CostProfile = refit(self._start, ())
         _log.info("The cost model is calibrated: %s", self.profile)
 
@@ -39,6 +41,6 @@ class CostCalibration:
             return
         self._recent.append(CostSample(parts, seconds))
         self._num_new += 1
-        if self._num_new == _REFIT_EVERY:
-            self._num_new = 0
+        if self._num_new >= _REFIT_EVERY and time.monotonic() - self._fitted >= _REFIT_SECONDS:
+            self._num_new, self._fitted = 0, time.monotonic()
             self.profile = refit(self._start, self._recent)

@@ -1,13 +1,14 @@
 """The streams of the plan's hTasks: opened for the members that train now, and opened again when these change."""
 
 import queue
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from engine.alignment.microbatch import Microbatch
+from engine.alignment.microbatch import Microbatch, MicrobatchKind, Range
 from muxtune.v1 import plan_pb2
 from services.execution.trainer.microbatch_stream import MicrobatchStream
 from services.execution.trainer.plan_edits import split_off
+from services.resource_names import tenant_of
 
 _WAIT_SECONDS = 0.2  # for a microbatch, before the inbox is read again
 
@@ -37,28 +38,39 @@ class HTaskStreams:
         self._turn = 0
         self._served: set[str] = set()  # tasks of which alignment has sent a microbatch
         self._interrupted: set[str] = set()  # tasks whose stream is opened again after a delay
+        self._ended: set[str] = set()  # tasks whose last microbatch has come
 
     def adopt(self, plan: plan_pb2.ExecutorPlan) -> None:
-        """Replaces the plan. hTasks that are in both plans keep their streams."""
-        kept = {_signature(self.plan.htasks[index]): each for index, each in self._open.items()}
+        """Replaces the plan. An hTask keeps its stream if the new plan has it with the same members and layout."""
+        kept = {_signature(self.plan.htasks[index], each.members): each for index, each in self._open.items()}
         self.plan = plan
-        self._open = {
-            index: kept.pop(_signature(htask)) for index, htask in enumerate(plan.htasks) if _signature(htask) in kept
-        }
+        self._open = {}
+        for index, htask in enumerate(plan.htasks):
+            if (each := kept.pop(_signature(htask, htask.tasks), None)) is not None:
+                self._open[index] = each
         for each in kept.values():
             each.stream.close()
         planned = {task.task for task in plan.tasks}
+        self._ended &= planned
         self._served &= planned
         self._interrupted &= planned
 
-    def open_for(self, names: Collection[str]) -> None:
-        """Opens a stream for every hTask with members among `names`; again for one whose members have changed."""
+    def open_for(self, names: Collection[str], hold: Callable[[Collection[str]], set[str]]) -> None:
+        """Opens a stream for every hTask with members among `names`; again for one whose members have changed.
+
+        `hold`: returns which of the tenants that share an hTask have to wait.
+        """
         training = set(names)
         for index, htask in enumerate(self.plan.htasks):
             members = [name for name in htask.tasks if name in training]
+            tenants = {tenant_of(name) for name in members}
+            if len(tenants) > 1 and (held := hold(tenants)):
+                members = [name for name in members if tenant_of(name) not in held]
             before = self._open.get(index)
-            if before is not None and before.members == members:
-                continue
+            if before is not None and members == [name for name in before.members if name not in self._ended]:
+                before.members = members
+                if members:
+                    continue
             if before is not None:
                 self.close(index)
             if members:
@@ -95,12 +107,23 @@ class HTaskStreams:
             names = {range_.task for range_ in microbatch.ranges}
             self._served |= names
             self._interrupted -= names
+            self._ended |= {range_.task for range_ in microbatch.ranges if self._is_last(microbatch.kind, range_)}
         return microbatch
+
+    def _is_last(self, kind: MicrobatchKind, range_: Range) -> bool:
+        """Returns whether no microbatch with tokens of the task follows."""
+        task = next((task for task in self.plan.tasks if task.task == range_.task), None)
+        if task is None or not range_.is_last:
+            return False
+        if kind is MicrobatchKind.EVALUATE:
+            return range_.step >= task.num_steps
+        return range_.step + 1 >= task.num_steps and task.spec.training.heldout_fraction <= 0
 
     def close(self, index: int) -> list[str]:
         """Closes the hTask's stream. Returns its members."""
         each = self._open.pop(index)
         each.stream.close()
+        self._ended.difference_update(each.members)  # their last microbatch may come again
         return each.members
 
     def close_all(self) -> None:
@@ -120,5 +143,8 @@ class HTaskStreams:
         self._interrupted.update(members)
 
 
-def _signature(htask: plan_pb2.HTask) -> bytes:
-    return htask.SerializeToString(deterministic=True)
+def _signature(htask: plan_pb2.HTask, members: Sequence[str]) -> tuple[object, ...]:
+    """Returns what a stream of the hTask for these members depends on."""
+    tokens = dict(zip(htask.tasks, htask.round_tokens, strict=False))
+    round_tokens = tuple(tokens.get(name, 0) for name in members)
+    return tuple(members), round_tokens, htask.token_budget, htask.chunk_tokens

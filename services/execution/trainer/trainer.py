@@ -43,6 +43,7 @@ from services.failpoints import failpoint, max_microbatch_tokens
 from services.resource_names import tenant_of
 from services.rpc.client_channel import open_sync_channel
 from services.rpc.errors import to_failure
+from services.rpc.rate_limit import RateLimit
 from services.storage.artifact_store import ArtifactStore
 from services.storage.scratch_folder import ScratchFolder
 from services.telemetry import links_to, tracer
@@ -50,6 +51,7 @@ from services.telemetry import links_to, tracer
 _RETRY_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 0.5
 _PROGRESS_SECONDS = 5.0  # of a step before its device time is reported, and between two reports
+_PLANS_PER_SECOND = 2.0  # adopted while tasks train, and in a burst those of two seconds
 _MAX_ADVANCE_WAIT_SECONDS = 1.0  # before a task is attached or exported although its tenant has had more than others
 _BAD_DATA = (InvalidInputError, NotFoundError, ArtifactCorruptError)
 _log = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ class Trainer:
         )
         self._footprint = measure(self._executor.backbone)
         self._process_bytes = max(unloaded_bytes, used_bytes(self._device_kind) - backbone.held_bytes())
+        self._backbone_description = describe_backbone(settings, backbone, self._footprint, self._process_bytes)
         self._cost_calibration = CostCalibration(self._executor, settings.calibration_seconds)
         checkpoints = CheckpointStore(
             ArtifactStore.open(settings.artifact_url), ScratchFolder.open(settings.scratch, "trainer")
@@ -95,6 +98,7 @@ class Trainer:
         self._step_window, self._oom_policy = StepWindow(), OutOfMemoryPolicy()
         self._is_paused = self._is_draining = False
         self._last_heartbeat = self._last_advance = self._last_progress = 0.0
+        self._plan_rate = RateLimit(_PLANS_PER_SECOND)
 
     def run(self) -> None:
         """Gives turns to the tenants' tasks until the pipe closes."""
@@ -104,13 +108,17 @@ class Trainer:
             if self._is_draining and self._lifecycle.is_empty:
                 self._report_drained()
             self._adopt_plan()
-            self._streams.open_for(self._lifecycle.names)
+            self._streams.open_for(self._lifecycle.names, self._device_time.hold)
             self._take_turn()
             self._report_results()
 
     def _adopt_plan(self) -> None:
-        """Adopts the newest plan, between two microbatches. Steps that it does not end go on where they were."""
-        if self._next_plan is not None:
+        """Adopts the newest plan, between two microbatches. Steps that it does not end go on where they were.
+
+        Of many plans that follow each other quickly, two a second are adopted: tasks that come and go do not interrupt
+        others all the time.
+        """
+        if self._next_plan is not None and (not self._lifecycle.names or self._plan_rate.try_acquire("plan")):
             plan, self._next_plan = self._next_plan, None
             self._lifecycle.adopt(list(plan.tasks))
             self._oom_policy.forget_all_but([task.task for task in plan.tasks])
@@ -269,7 +277,7 @@ class Trainer:
             execution_pb2.DescribeExecutorResponse(
                 executor=plan_pb2.Executor(
                     name=self._settings.resource_name,
-                    backbone=describe_backbone(self._settings, backbone, self._footprint, self._process_bytes),
+                    backbone=self._backbone_description,
                     device=self._device(),
                 ),
                 tasks=self._described_names,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.planning.device_time import MAX_CREDIT_SECONDS, DeviceTime
+from engine.planning.device_time import MAX_AHEAD_SECONDS, MAX_CREDIT_SECONDS, DeviceTime
 from tests.thoroughness import examples
 
 Costs = dict[str, tuple[float, float]]  # the least and most seconds of each tenant's turns
@@ -84,3 +84,17 @@ def test_tenants_that_share_a_turn_are_charged_for_their_own_part() -> None:
     shares.charge("a", 1.0)
     shares.charge("b", 3.0)
     assert shares.charged(["a", "b"]) == pytest.approx(1.0) and shares.charged(["c"]) == 0.0
+
+
+def test_a_tenant_that_is_ahead_of_those_it_shares_turns_with_waits() -> None:
+    """Tasks that come and go cost their tenant more than the turns that it shares."""
+    shares, used = DeviceTime(), {"calm": 0.0, "busy": 0.0}
+    shares.set_weights(dict.fromkeys(used, 1.0))
+    for _ in range(400):
+        running = used.keys() - shares.hold(list(used))
+        shares.begin_turn(sorted(running))
+        for tenant in running:
+            seconds = 0.05 + 0.1 * (tenant == "busy")
+            shares.charge(tenant, seconds)
+            used[tenant] += seconds
+    assert abs(used["busy"] - used["calm"]) < MAX_AHEAD_SECONDS + 0.2 and used["calm"] > 15
