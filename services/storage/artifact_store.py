@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 READ_BYTES = 4 << 20  # of an object, at once
+_NUM_PUTS = 5
 _PART_BYTES = 8 << 20  # of a file that is written in parts
 _PARTIAL = re.compile(r".+#[0-9]+")  # how obstore names a file until it is complete
 _log = logging.getLogger(__name__)
@@ -95,10 +96,14 @@ class ArtifactStore:
 
     def put(self, key: str, data: bytes | Path) -> None:
         """Write the object atomically, replacing any object at the key. A file is not read into memory as a whole."""
-        if isinstance(data, bytes):
-            self._put(key, data, use_multipart=False)
-        else:
-            self._put(key, data, chunk_size=_PART_BYTES, max_concurrency=2)
+        options = (
+            {"use_multipart": False} if isinstance(data, bytes) else {"chunk_size": _PART_BYTES, "max_concurrency": 2}
+        )
+        for _ in range(_NUM_PUTS):
+            # A folder that another call has just emptied is removed, maybe while this one writes to it.
+            with suppress(MissingError):
+                return self._put(key, data, **options)
+        raise UnavailableError(f"The artifact store cannot write {key}: its folder is removed again and again.")
 
     def get(self, key: str) -> bytes:
         return b"".join(self.stream(key, 1 << 20))
