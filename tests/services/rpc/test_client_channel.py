@@ -171,9 +171,12 @@ async def test_metadata_of_the_caller_is_kept(start_mesh, spans) -> None:
 
 
 async def test_an_idle_stream_outlives_many_pings(start_mesh, monkeypatch) -> None:
-    """A server with gRPC's defaults would end the stream with GOAWAY too_many_pings after four seconds."""
+    """A server with gRPC's defaults would end the stream with GOAWAY too_many_pings after four seconds. All intervals
+    are a tenth of the real ones."""
     fast = [(k, 1000 if k == "grpc.keepalive_time_ms" else v) for k, v in client_channel.channel_options()]
     monkeypatch.setattr(client_channel, "channel_options", lambda *of: fast)  # gRPC pings once a second at most
+    interval = "grpc.http2.min_ping_interval_without_data_ms"
+    server_options = {**dict(SERVER_OPTIONS), interval: dict(SERVER_OPTIONS)[interval] // 10}
     may_end = asyncio.Event()
 
     async def run_plan(requests, context):
@@ -181,7 +184,7 @@ async def test_an_idle_stream_outlives_many_pings(start_mesh, monkeypatch) -> No
         await may_end.wait()
         yield execution_pb2.RunPlanResponse(sequence=2)
 
-    mesh = await start_mesh(options=tuple(SERVER_OPTIONS), RunPlan=run_plan)
+    mesh = await start_mesh(options=tuple(server_options.items()), RunPlan=run_plan)
     call = (await mesh.execution()).RunPlan(iter([execution_pb2.RunPlanRequest()]))
     await anext(call)
     asyncio.get_running_loop().call_later(4.5, may_end.set)
