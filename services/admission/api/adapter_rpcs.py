@@ -163,6 +163,9 @@ class AdapterRpcs:
         if same is not None:  # the store may have lost its files
             folder = folder_of_manifest(same.manifest_key)
             await store.run(tenant, self._artifacts.restore_folder, folder, files, {})
+            now = await database.run(tenant, self._find_same_adapter, name, digest)
+            if now is None or now.manifest_key != same.manifest_key:  # it was deleted meanwhile, maybe before its files
+                await store.run(tenant, self._artifacts.delete_folder, folder)
         if existing is not None:
             return datasets_and_adapters.adapter_to_proto(existing)
         folder = datasets_and_adapters.new_upload(name, digest)

@@ -112,7 +112,7 @@ async def test_a_mask_says_which_limits_are_set(admission: Admission) -> None:
     for path in ("tenant", "max_tokens_per_day.x", "*", "", "x" * 10_000):
         with refused(*INVALID) as refusal:
             await change("max_tokens_per_day", path)
-        assert refusal.fields == ["update_mask"]
+        assert all(field.startswith("update_mask") for field in refusal.fields)
     assert await change(max_dataset_bytes=9) == {**service, "max_dataset_bytes": 9}  # none: as a whole
 
 
