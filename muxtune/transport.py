@@ -5,6 +5,7 @@ import ipaddress
 import json
 import os
 import shutil
+import socket
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict
+from urllib.parse import urlsplit
 
 import grpc
 from opentelemetry import propagate, trace
@@ -105,7 +107,20 @@ def target(address: str) -> str:
 def channel_options(address: str) -> list[tuple[str, Any]]:
     """Return the channel's options. Of a list of replicas, the certificate of each must name the first."""
     named = [("grpc.ssl_target_name_override", _host(address.split(",")[0]))] if "," in address else []
-    return [*_OPTIONS, *named]
+    return [*_OPTIONS, *named, *proxy_options(address)]
+
+
+def proxy_options(address: str) -> list[tuple[str, Any]]:
+    """Return channel options by which no HTTP proxy of the environment carries what goes to loopback.
+
+    gRPC reads grpc_proxy, https_proxy and http_proxy, and a proxy could read what is sent to loopback in plain text.
+    """
+    return [("grpc.enable_http_proxy", 0)] if any(_is_this_machine(_host(each)) for each in address.split(",")) else []
+
+
+def url_proxy_options(url: str) -> list[tuple[str, Any]]:
+    """Return `proxy_options` of a URL, or of an address, as an OTLP endpoint may be."""
+    return proxy_options(f"{urlsplit(url).hostname}:" if "//" in url else url)
 
 
 def credentials(address: str, ca: Path | str | None) -> grpc.ChannelCredentials | None:
@@ -246,6 +261,20 @@ def is_loopback(address: str) -> bool:
         return all(host == "localhost" or ipaddress.ip_address(host).is_loopback for host in hosts)
     except ValueError:
         return False
+
+
+def _is_this_machine(host: str) -> bool:
+    """Return whether connections to the host stay on this machine. Unlike `is_loopback` it knows all that resolvers
+    take for loopback, such as "127.1", "0.0.0.0" and "x.localhost"."""
+    name = host.lower().rstrip(".")
+    if name == "localhost" or name.endswith((".localhost", "localhost.localdomain")):
+        return True
+    try:
+        ip = ipaddress.ip_address(name) if ":" in name else ipaddress.ip_address(socket.inet_aton(name))
+    except (OSError, ValueError):
+        return False
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    return ip.is_loopback or ip.is_unspecified
 
 
 def _host(address: str) -> str:

@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, Span, Status, StatusCode
 
+from muxtune.transport import url_proxy_options
 from services.resource_names import tenant_of
 from services.settings import SettingsError
 
@@ -91,12 +92,20 @@ def _span_exporters(settings: TelemetrySettings) -> Iterator[Any]:
     if settings.otlp_endpoint:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
-        insecure = not settings.otlp_endpoint.startswith("https")
-        yield OTLPSpanExporter(settings.otlp_endpoint, insecure=insecure, timeout=_EXPORT_SECONDS)
+        yield OTLPSpanExporter(**_otlp_options(settings.otlp_endpoint))
     if settings.trace_file:
         from muxtune.span_file_exporter import FileSpanExporter, RotatingFile
 
         yield FileSpanExporter(RotatingFile(settings.trace_file, settings.trace_file_bytes, settings.trace_files))
+
+
+def _otlp_options(endpoint: str) -> dict[str, Any]:
+    return {
+        "endpoint": endpoint,
+        "insecure": not endpoint.startswith("https"),
+        "timeout": _EXPORT_SECONDS,
+        "channel_options": tuple(url_proxy_options(endpoint)),
+    }
 
 
 def _metric_readers(settings: TelemetrySettings) -> tuple[list[Any], list[Callable[[], Any]]]:
@@ -106,9 +115,7 @@ def _metric_readers(settings: TelemetrySettings) -> tuple[list[Any], list[Callab
         from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
         from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 
-        insecure = not settings.otlp_endpoint.startswith("https")
-        exporter = OTLPMetricExporter(settings.otlp_endpoint, insecure=insecure, timeout=_EXPORT_SECONDS)
-        readers.append(PeriodicExportingMetricReader(exporter))
+        readers.append(PeriodicExportingMetricReader(OTLPMetricExporter(**_otlp_options(settings.otlp_endpoint))))
     if settings.prometheus_port:
         from opentelemetry.exporter.prometheus import PrometheusMetricReader
         from prometheus_client import start_http_server

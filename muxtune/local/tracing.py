@@ -10,7 +10,9 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
+from muxtune.local.errors import MeshError
 from muxtune.span_file_exporter import FileSpanExporter, RotatingFile
+from muxtune.transport import url_proxy_options
 
 _EXPORT_SECONDS = 1
 
@@ -26,10 +28,18 @@ def traced(data: Path) -> Iterator[TracerProvider]:
     if endpoint:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
-        exporter = OTLPSpanExporter(endpoint, insecure="https" not in endpoint, timeout=_EXPORT_SECONDS)
+        exporter = OTLPSpanExporter(
+            endpoint,
+            insecure="https" not in endpoint,
+            timeout=_EXPORT_SECONDS,
+            channel_options=tuple(url_proxy_options(endpoint)),
+        )
         provider.add_span_processor(BatchSpanProcessor(exporter))
     elif data.exists():
-        file = RotatingFile(data / "traces" / "spans.jsonl")  # the services rotate it
+        try:
+            file = RotatingFile(data / "traces" / "spans.jsonl")  # the services rotate it
+        except OSError as error:
+            raise MeshError(f"{error.filename} cannot be written: {error.strerror}: choose another --data") from None
         provider.add_span_processor(BatchSpanProcessor(FileSpanExporter(file)))
     trace.set_tracer_provider(provider)
     try:

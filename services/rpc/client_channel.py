@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 from opentelemetry.trace import SpanKind
 
-from muxtune.transport import target
+from muxtune.transport import proxy_options, target
 from muxtune.upload_status import upload_response
 from services.rpc.authentication import bearer_metadata
 from services.rpc.certificates import ClientTls, RotatingChannel
@@ -34,7 +34,7 @@ def open_channel(address: str, secret: str, tls: ClientTls | None = None, health
     """
 
     def connect() -> grpc.aio.Channel:
-        options = channel_options(health_service)
+        options = [*channel_options(health_service), *proxy_options(address)]
         if tls is None:
             return grpc.aio.insecure_channel(target(address), options)
         return grpc.aio.secure_channel(target(address), tls.credentials(), [*options, *tls.channel_options()])
@@ -49,9 +49,10 @@ def open_sync_channel(address: str, secret: str, tls: ClientTls | None = None) -
     """
 
     def connect() -> grpc.Channel:
+        options = [*channel_options(), *proxy_options(address)]
         if tls is None:
-            return grpc.insecure_channel(address, options=channel_options())
-        return grpc.secure_channel(address, tls.credentials(), options=[*channel_options(), *tls.channel_options()])
+            return grpc.insecure_channel(address, options)
+        return grpc.secure_channel(address, tls.credentials(), [*options, *tls.channel_options()])
 
     channel = _SyncChannel(RotatingChannel(connect, tls))
     return grpc.intercept_channel(channel, _SyncInterceptor(address, secret))

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from muxtune.transport import proxy_options
 from services.rpc.certificates import Certificates, ClientTls
 
 _SECONDS = 2.0
@@ -18,8 +19,9 @@ _SECONDS = 2.0
 
 def is_serving(address: str, tls: ClientTls | None = None, grpc_service: str = "") -> bool:
     """Return whether the server, or one gRPC service on it, reports SERVING by grpc.health.v1 (which needs no key)."""
-    secure = tls and grpc.secure_channel(address, tls.credentials(), tls.channel_options())
-    with secure or grpc.insecure_channel(address) as channel:
+    options = proxy_options(address)
+    secure = tls and grpc.secure_channel(address, tls.credentials(), [*options, *tls.channel_options()])
+    with secure or grpc.insecure_channel(address, options) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(service=grpc_service), timeout=_SECONDS)  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import jwt
 
 from engine.errors import UnavailableError
+from muxtune.transport import url_proxy_options
 from services.backoff import Backoff
 from services.concurrency.threads import Threads
 
@@ -69,7 +71,8 @@ def _read_keys(source: str, seconds: float) -> dict[str, jwt.PyJWK]:
 
 def _download(url: str, seconds: float) -> bytes:
     command = [sys.executable, "-m", "services.admission.api.download", url, str(seconds), str(_MAX_BYTES)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    environment = {**os.environ, "no_proxy": "*"} if url_proxy_options(url) else None
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, env=environment)
     if done.returncode < 0:
         raise TimeoutError(f"the answer takes longer than {seconds:g} s")
     if done.returncode:
