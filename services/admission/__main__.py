@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 
+from engine.errors import UnavailableError
 from engine.planning.types import PlannerConfig
 from muxtune.v1 import (
     admission_pb2,
@@ -47,7 +47,7 @@ from services.rpc.rate_limit import RateLimit
 from services.rpc.server import serve, start_critical_task
 from services.rpc.server_settings import ServerSettings
 from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter
-from services.settings import from_environment
+from services.settings import SettingsError, from_environment
 from services.storage.artifact_store import ArtifactStore
 from services.storage.scratch_folder import ScratchFolder
 
@@ -153,8 +153,7 @@ class AdmissionSettings(ServerSettings):
 
 async def main() -> None:
     settings = from_environment(AdmissionSettings, os.environ)
-    database = Database(settings.database_url)
-    database.migrate()
+    database = _open_database(settings.database_url)
     artifacts = ArtifactStore.open(settings.artifact_url)
     alignment_channel = open_channel(settings.alignment_address, settings.mesh_secret, settings.client_tls("alignment"))
     alignment = alignment_pb2_grpc.AlignmentServiceStub(alignment_channel)
@@ -174,8 +173,9 @@ async def main() -> None:
     acquire = partial(Ledger, database, quota=default, max_crashes=settings.max_crashes)
     health = health_aio.HealthServicer()
     jobs = (ledger.watch_lease_deadlines, collection.run, limits.run)
-    leader = LedgerLeader(acquire, ledger, jobs, health, threads.ledger)
-    replicas = Replicas(database, notifier, threads.ledger) if database.is_shared else SingleReplica()
+    alone = not database.is_shared
+    replicas = SingleReplica(database, threads.ledger) if alone else Replicas(database, notifier, threads.ledger)
+    leader = LedgerLeader(acquire, ledger, jobs, health, threads.ledger, replicas)
     running: list[asyncio.Task[None]] = []
 
     audit = create_audit_writer(database)
@@ -185,8 +185,8 @@ async def main() -> None:
     register = partial(_register, servicer, KeyServicer(keys, threads.operators), operators, ledger)
 
     async def start(address: str) -> None:
-        await health.set(LEDGER_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
         running.append(start_critical_task(replicas.run(leader.lead), "replicas"))
+        running.append(start_critical_task(leader.watch_health(), "health"))
         running.append(start_critical_task(replicas.publish_changes(), "notices to other replicas"))
         running.append(start_critical_task(unauthenticated_limiter.run(), "unauthenticated calls"))
 
@@ -206,11 +206,22 @@ async def main() -> None:
         on_ready=start,
         on_stop=stop,
         health=health,
-        services_with_own_health=[LEDGER_SERVICE],
+        services_with_own_health=["", LEDGER_SERVICE],
     )
     await replicas.publish_pending()
     await database.finish()
     database.close()
+
+
+def _open_database(url: str) -> Database:
+    """Return the database, claimed before its schema is migrated. Raises SettingsError if it cannot be used."""
+    database = Database(url)
+    try:
+        database.claim()
+    except UnavailableError as error:
+        raise SettingsError(f"MUXTUNE_DATABASE_URL: {error}.") from error
+    database.migrate()
+    return database
 
 
 def _register(

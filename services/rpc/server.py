@@ -24,7 +24,6 @@ from services.rpc.transport_options import SERVER_OPTIONS
 from services.rpc.unauthenticated_limiter import UnauthenticatedCallLimiter
 from services.telemetry import configure
 
-_PARENT_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 Register = Callable[[grpc.aio.Server], Sequence[str]]
@@ -48,9 +47,9 @@ async def serve(
     """Serve until SIGTERM, SIGINT or `stopping`; then report NOT_SERVING, run `on_stop`, and end calls after the grace.
 
     `register` adds servicers and returns their full names. The caller sets the health of `services_with_own_health`
-    itself, through the `health` servicer that it passes. Exits with an error message if a port is taken.
+    itself, through the `health` servicer that it passes; "" is the overall health. Exits with an error message if a
+    port is taken.
     """
-    parent = os.getppid()
     telemetry = configure(service_name, settings)
     interceptor = RpcInterceptor(authenticate, settings.listen, audit, settings.call_limits(), unauthenticated_limiter)
     options = [*SERVER_OPTIONS, ("grpc.max_concurrent_streams", settings.max_connection_calls)]
@@ -62,22 +61,23 @@ async def serve(
     if settings.reflection:
         reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
     address, *_ = [_bind(server, *port) for port in settings.ports()]
-    names = [name for name in names if name not in services_with_own_health]
-    await _set_health(
-        health, names, health_pb2.HealthCheckResponse.NOT_SERVING
-    )  # by default it reports SERVING at once
+    names = ["", *names]  # "" is the health of the server
+    # By default it reports SERVING at once.
+    await _set_health(health, names, health_pb2.HealthCheckResponse.NOT_SERVING)
     await server.start()
     stopping = stopping or asyncio.Event()
     try:
         with _set_by_signals(stopping):
             if on_ready is not None:
-                await on_ready(address)
-            _freeze_startup_objects()
-            await _set_health(health, names, health_pb2.HealthCheckResponse.SERVING)
-            _write_ready_file(settings, address)
-            _log.info("%s listens on %s", service_name, address)
-            await _wait_for_stop(stopping, parent if settings.stop_with_parent else None)
-            await _set_health(health, names, health_pb2.HealthCheckResponse.NOT_SERVING)
+                await _run_unless(stopping, on_ready(address))
+            if not stopping.is_set():
+                _freeze_startup_objects()
+                names = [name for name in names if name not in services_with_own_health]
+                await _set_health(health, names, health_pb2.HealthCheckResponse.SERVING)
+                _write_ready_file(settings, address)
+                _log.info("%s listens on %s", service_name, address)
+            await stopping.wait()
+            await health.enter_graceful_shutdown()  # NOT_SERVING, for good
             if on_stop is not None:
                 await on_stop()
     finally:
@@ -94,17 +94,23 @@ def _allow_all_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+async def _run_unless(stopping: asyncio.Event, work: Awaitable[None]) -> None:
+    """Await the work, or cancel it when `stopping` is set: a backbone may load for minutes."""
+    running, stop = asyncio.ensure_future(work), asyncio.ensure_future(stopping.wait())
+    try:
+        await asyncio.wait({running, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
+    finally:
+        running.cancel()
+        stop.cancel()
+        await asyncio.gather(running, stop, return_exceptions=True)
+
+
 def _freeze_startup_objects() -> None:
     """Exclude the objects that live as long as the service from garbage collection, whose full runs take 0.1 s."""
     gc.collect()
     gc.freeze()
-
-
-async def _wait_for_stop(stopping: asyncio.Event, parent: int | None) -> None:
-    """Return when `stopping` is set, or when `parent` is no longer this process's parent."""
-    while not stopping.is_set() and parent in (None, os.getppid()):
-        with suppress(TimeoutError):
-            await asyncio.wait_for(stopping.wait(), None if parent is None else _PARENT_SECONDS)
 
 
 def start_critical_task(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -141,7 +147,7 @@ def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredenti
 
 
 async def _set_health(health: Any, names: Sequence[str], status: Any) -> None:
-    for name in ("", *names):
+    for name in names:
         await health.set(name, status)
 
 

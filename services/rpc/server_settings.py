@@ -28,7 +28,6 @@ class ServerSettings(TelemetrySettings):
     `request_seconds`: a message must arrive within that time. `min_upload_bytes_per_second`: the least rate of an
     upload, on average over `request_seconds`. `max_upload_seconds`: the longest that an upload may take.
     `upload_messages_per_second`: messages that all uploads of a tenant may send; later ones wait.
-    `stop_with_parent`: stop, as on SIGTERM, when the parent process has ended, so that `muxtune up` leaves no orphans.
     `reflection`: serve descriptions of the RPCs to any caller.
     """
 
@@ -36,7 +35,6 @@ class ServerSettings(TelemetrySettings):
     mesh_secret: str = dataclasses.field(default="", repr=False)
     reflection: bool = False
     ready_file: Path | None = None
-    stop_with_parent: bool = False
     max_calls: int = CallLimits.max_calls
     max_uploads: int = CallLimits.max_uploads
     max_streams: int = CallLimits.max_streams

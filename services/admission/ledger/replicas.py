@@ -24,6 +24,7 @@ SESSION = "muxtune replica"  # as pg_stat_activity names it
 _CHANNEL, _ALL_NAMES = "muxtune_changes", "*"
 _LEADER_LOCK = 0x6D7579
 _HEARTBEAT_SECONDS = 0.5  # interval at which a replica tries to get the lock, or shows that it is alive
+_RETRY_SECONDS = 1.0
 _SESSION_TIMEOUT_SECONDS = 6  # the server ends a session that is silent for longer
 _POLL_SECONDS = 10.0  # interval at which all waiters read the database, because a notice is lost if its sender dies
 _MAX_PAYLOAD_BYTES = 7_900  # NOTIFY accepts less than 8000
@@ -33,11 +34,18 @@ Lead = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Replicas:
-    """Connects this process to the other replicas. `run` and `publish_changes` run until cancelled."""
+    """Connects this process to the other replicas. `run` and `publish_changes` run until cancelled.
+
+    `sees_other_leader`: whether another replica holds the lock, as far as this one knows. `failover_seconds`: in that
+    time after the leader's end another one leads.
+    """
+
+    failover_seconds = 30.0
 
     def __init__(self, database: Database, notifier: ChangeNotifier, threads: Threads) -> None:
         self._database, self._notifier, self._threads = database, notifier, threads
         self._replica_id = uuid.uuid4().hex
+        self.sees_other_leader = False
         self._pending: set[str] = set()
         self._has_pending = asyncio.Event()
         notifier.publish = self._add_pending
@@ -95,7 +103,9 @@ class Replicas:
         polled = loop.time()
         try:
             while leading is None or not leading.done():
-                if await _hold_lock(session, leading is not None) and leading is None:
+                is_held = await _hold_lock(session, leading is not None)
+                self.sees_other_leader = not is_held
+                if is_held and leading is None:
                     leading = asyncio.create_task(lead(), name="ledger leader")
                 async for notice in session.notifies(timeout=_HEARTBEAT_SECONDS):
                     self._receive(notice.payload)
@@ -104,6 +114,7 @@ class Replicas:
                     self._notifier.wake_all()
             leading.result()
         finally:  # before the session closes and frees the lock
+            self.sees_other_leader = False
             if leading is not None:
                 leading.cancel()
                 await asyncio.gather(leading, return_exceptions=True)
@@ -119,11 +130,31 @@ class Replicas:
 
 
 class SingleReplica:
-    """Replaces Replicas on SQLite, which has one process. It leads the ledger until it ends, or until another process
-    is started on the same file by mistake."""
+    """Replaces Replicas on SQLite, which has one process. It leads the ledger while it is the database's only user.
+
+    Another admission may have acquired the ledger although this one holds the lock: an older version, or one that
+    started after the lock was deleted. This one leads again when it can get the lock.
+    """
+
+    failover_seconds = 0.0
+    sees_other_leader = False
+
+    def __init__(self, database: Database, threads: Threads) -> None:
+        self._database, self._threads = database, threads
 
     async def run(self, lead: Lead) -> None:
-        await lead()
+        cause = ""
+        while True:
+            try:
+                await self._threads.run(self._database.claim)
+                await lead()
+                cause = ""
+                _log.warning("another admission acquired the ledger; this one will acquire it again")
+            except MuxtuneError as error:
+                if str(error) != cause:  # else it is logged already
+                    cause = str(error)
+                    _log.warning("does not lead the ledger, will be retried: %s", error)
+            await asyncio.sleep(_RETRY_SECONDS)
 
     async def publish_changes(self) -> None:
         """Do nothing: there is no other replica."""

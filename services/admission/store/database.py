@@ -34,6 +34,9 @@ class Dialect(Protocol):
     driver_errors: tuple[type[Exception], ...]
     engine: sa.Engine
 
+    def claim(self) -> None:
+        """Make this process the only user of a database that is not shared. Raises UnavailableError."""
+
     def begin(self, *, blocking: bool) -> AbstractContextManager[sa.Connection]:
         """Open a transaction of the only writer, over all processes. With `blocking` false, raises BlockingIOError
         instead of waiting."""
@@ -73,6 +76,14 @@ class Database:
         self._writing = threading.Lock()
         self._reads = self._dialect.queue_reads()
         self._writes = self._dialect.queue_writes(self.write)
+
+    def claim(self) -> None:
+        """Make this process the only user of a database that is not shared, until `close` or its end.
+
+        Raises UnavailableError if another process is. May be called again: the lock may have been removed since.
+        """
+        with self._translate_errors():
+            self._dialect.claim()
 
     def migrate(self, revision: str = "head") -> None:
         """Migrate the schema to `revision`, also from an empty database. The migration is one transaction, and only one

@@ -36,6 +36,9 @@ class PostgresqlDialect:
             with repeatable.begin():
                 yield repeatable
 
+    def claim(self) -> None:
+        """Do nothing: other processes may use the database."""
+
     def lock_exclusively(self, connection: sa.Connection, key: str) -> None:
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_lock_id(key))))
 

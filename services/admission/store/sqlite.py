@@ -1,17 +1,22 @@
 """SQLite: a file of one process. Reads and changes run on the event loop; a thread waits for the disk."""
 
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
+from engine.errors import UnavailableError
+from services.admission.store.file_lock import FileLock
 from services.admission.store.group_commit import GroupCommit
 from services.admission.store.prepared_statements import PreparedStatement
 
 _BUSY_MILLISECONDS = 10_000
+_MAX_PATH_BYTES = 504  # SQLite itself has 512, with the names of its journals
 _BEGIN = PreparedStatement(sa.text("BEGIN IMMEDIATE"))
 _WAIT_IF_BUSY, _FAIL_IF_BUSY = (
     PreparedStatement(sa.text(f"PRAGMA busy_timeout={wait}")) for wait in (_BUSY_MILLISECONDS, 0)
@@ -29,7 +34,37 @@ class SqliteDialect:
     def __init__(self, url: str) -> None:
         self.engine = sa.create_engine(url, pool_use_lifo=True)  # the connection used last has the most in its cache
         self._writer: sa.Connection | None = None
+        self._lock: FileLock | None = None
         sa.event.listen(self.engine, "connect", _configure)
+
+    def claim(self) -> None:
+        """Make this process the only user of the file. Raises UnavailableError if that is another process, or if SQLite
+        cannot open the file."""
+        if self._lock is None:
+            path = self._find_file()
+            if (num_names := path.stat().st_nlink) > 1:
+                raise UnavailableError(
+                    f"{path} has {num_names} names (hard links). SQLite loses data if two are used: remove the others"
+                )
+            self._lock = FileLock(path)
+        self._lock.acquire()
+
+    def _find_file(self) -> Path:
+        """Return the database's file, with all links resolved."""
+        arguments, options = self.engine.dialect.create_connect_args(self.engine.url)
+        try:
+            with closing(self.engine.dialect.connect(*arguments, **options)) as connection:
+                databases = connection.cursor().execute("PRAGMA database_list").fetchall()
+                name = next(row[2] for row in databases if row[1] == "main")
+        except sqlite3.OperationalError as error:
+            path = self.engine.url.database or ""
+            remedy = (
+                f"its path has {len(os.fsencode(path))} bytes, SQLite takes {_MAX_PATH_BYTES}: choose a shorter one"
+                if len(os.fsencode(path)) > _MAX_PATH_BYTES
+                else "its folder must exist, and this process must be able to write there"
+            )
+            raise UnavailableError(f"{path} cannot be opened ({error}): {remedy}") from error
+        return Path(os.path.realpath(name))
 
     @contextmanager
     def begin(self, *, blocking: bool) -> Iterator[sa.Connection]:
@@ -77,6 +112,8 @@ class SqliteDialect:
     def close(self) -> None:
         self._close_writer()
         self.engine.dispose()
+        if self._lock is not None:
+            self._lock.release()
 
 
 class EventLoopReader:

@@ -183,6 +183,9 @@ async def test_one_keeps_the_ledger_and_another_takes_it_when_its_session_is_cut
     for _ in range(20):
         _cut(database_url, draw.sample(sessions := _sessions(database_url), k=min(len(sessions), draw.randint(1, 2))))
         await _until(lambda: any(replica.is_leading.is_set() and _is_current(replica) for replica in pair))
+    async with asyncio.timeout(SECONDS):  # each knows of the leader, for its overall health
+        while [replica.replicas.sees_other_leader for replica in pair].count(True) != 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
     terms = [term for replica in pair for term in replica.terms]
     assert len(set(terms)) == len(terms) > 5 and all(replica.terms == sorted(replica.terms) for replica in pair)
 
