@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from muxtune.local.mesh import START_ORDER, Mesh, MeshError
+from muxtune.local.errors import MeshError
+from muxtune.local.mesh import START_ORDER, Mesh
 from services.failpoints import NAMES, VARIABLE
 
 TRAINER = "trainer"

@@ -16,7 +16,8 @@ import psycopg
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from muxtune.client import Client
-from muxtune.local.mesh import Mesh, free_addresses, secure_channel
+from muxtune.local.loopback import free_addresses
+from muxtune.local.mesh import Mesh, secure_channel
 from services.admission.ledger.replicas import SESSION
 from services.admission.ledger_leader import LEDGER_SERVICE
 from services.admission.store.database import Database

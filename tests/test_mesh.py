@@ -25,7 +25,8 @@ from muxtune.errors import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
-from muxtune.local.mesh import Mesh, MeshError
+from muxtune.local.errors import MeshError
+from muxtune.local.mesh import Mesh
 from muxtune.transport import metadata
 from muxtune.v1 import admission_pb2, admission_pb2_grpc, artifact_pb2, event_pb2, task_pb2
 from tests.tiny_backbone import write_backbone

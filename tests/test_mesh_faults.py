@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from muxtune.client import Client
 from muxtune.errors import UnavailableError
 from muxtune.local.certificate_authority import issue
-from muxtune.local.mesh import OPERATOR_ENDPOINTS, START_ORDER, STOP_ORDER, Mesh, free_addresses
+from muxtune.local.loopback import free_addresses
+from muxtune.local.mesh import OPERATOR_ENDPOINTS, START_ORDER, STOP_ORDER, Mesh
 from muxtune.v1 import event_pb2, execution_pb2, execution_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc, task_pb2
 from tests.fault_proxy import FaultProxy
 from tests.mesh_chaos import trainer_of

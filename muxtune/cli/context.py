@@ -13,7 +13,9 @@ from muxtune.cli.terminal import error_console
 from muxtune.client import Client
 from muxtune.errors import MuxtuneError, UnauthenticatedError
 from muxtune.local.certificate_authority import CA
-from muxtune.local.mesh import OPERATOR_ENDPOINTS, MeshError, read_state, secure_channel
+from muxtune.local.errors import MeshError
+from muxtune.local.mesh import OPERATOR_ENDPOINTS, secure_channel
+from muxtune.local.mesh_state import read_state
 from muxtune.local.tracing import traced
 from muxtune.transport import metadata
 
@@ -29,7 +31,7 @@ def open_client(data: Path) -> Iterator[Client]:
 
     Errors inside end the command with a line each.
     """
-    with print_errors(), traced(data):
+    with print_errors():
         state = read_state(data)
         local_address = state.get("addresses", {}).get("admission")
         address = os.environ.get("MUXTUNE_ADDRESS") or local_address
@@ -40,7 +42,7 @@ def open_client(data: Path) -> Iterator[Client]:
                 f"No mesh in {data}: start one with `muxtune up --data {data}`, "
                 "or set MUXTUNE_ADDRESS and MUXTUNE_API_KEY"
             )
-        with Client(address, key, ca) as client:
+        with traced(data), Client(address, key, ca) as client:
             yield client
 
 

@@ -11,7 +11,8 @@ from muxtune.cli import adapter, dataset, executor, key, plan, task, tenant
 from muxtune.cli.certs import certs
 from muxtune.cli.context import DEFAULT_DATA, DataOption, JsonOption, print_errors
 from muxtune.cli.terminal import CommandGroup, console, error_console
-from muxtune.local.mesh import DEFAULT_BACKBONE, Mesh, default_backbone, stopped_by_signals
+from muxtune.local.mesh import DEFAULT_BACKBONE, READY_SECONDS, Mesh, default_backbone, stopped_by_signals
+from muxtune.local.supervisor import Supervisor
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -28,7 +29,7 @@ app.add_typer(key.app, name="key")
 app.add_typer(tenant.app, name="tenant")
 app.command(epilog="Example: muxtune certs /etc/muxtune/certs --host muxtune.example.com")(certs)
 
-_MAX_RESTARTS = 5
+_CHECK_SECONDS = 0.2
 _POLICIES = ("MUXTUNE_OIDC_", "MUXTUNE_MAX_", "MUXTUNE_KEEP_")
 _ROTATION = ("MUXTUNE_TRACE_FILE_BYTES", "MUXTUNE_TRACE_FILES")
 
@@ -43,6 +44,9 @@ def up(
     otlp_endpoint: Annotated[
         str, typer.Option(help="OTLP endpoint for traces and metrics; default: traces go to a file.")
     ] = "",
+    ready_seconds: Annotated[
+        float, typer.Option(min=1, help="Time in which all services must be healthy; a large backbone loads for long.")
+    ] = READY_SECONDS,
 ) -> None:
     """Start the four services on loopback. Stop with Ctrl-C; the next `muxtune up` resumes all tasks.
 
@@ -51,12 +55,17 @@ def up(
     MUXTUNE_TRACE_FILE_BYTES (default 64 MiB) and MUXTUNE_TRACE_FILES (8) bound the files of traces.
     """
     with print_errors(), stopped_by_signals():
-        mesh = Mesh(data, _backbones(backbone), otlp_endpoint, _inherited_settings())
+        settings = _inherited_settings()
+        mesh = Mesh(data, _backbones(backbone), otlp_endpoint, settings, ready_seconds=ready_seconds)
         try:
             console.print(f"starting on {data} ...")
             mesh.start()
             _announce(mesh)
-            _watch(mesh)
+            supervisor = Supervisor(mesh, error_console.print)
+            while True:
+                supervisor.check()
+                mesh.rotate_logs()
+                time.sleep(_CHECK_SECONDS)
         except KeyboardInterrupt:
             console.print("stopping: tasks are checkpointed, and resume at the next start ...")
         finally:
@@ -125,24 +134,6 @@ def _announce(mesh: Mesh) -> None:
     console.print(f"  export MUXTUNE_CA={mesh.ca.absolute()}")
     console.print(f"  export MUXTUNE_API_KEY={mesh.api_key}")
     console.print(f"Logs in {mesh.data / 'logs'}. Stop with Ctrl-C; the next start resumes all tasks.")
-
-
-def _watch(mesh: Mesh) -> None:
-    """Restart services that die, and print the end of their logs, until interrupted."""
-    restarts = 0
-    while True:
-        time.sleep(1)
-        mesh.rotate_logs()
-        for service, code in mesh.dead_services().items():
-            tail = mesh.log_of(service).read_text(errors="replace").splitlines()[-3:]
-            error_console.print(f"{service} ended with status {code}: " + " | ".join(tail))
-            restarts += 1
-            if restarts > _MAX_RESTARTS:
-                error_console.print(f"error: services ended {restarts} times; giving up after {_MAX_RESTARTS} restarts")
-                raise typer.Exit(1)
-            time.sleep(min(2 ** (restarts - 1), 10))
-            mesh.restart_service(service)
-            console.print(f"{service} is restarted")
 
 
 if __name__ == "__main__":

@@ -2,17 +2,15 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict, ParseDict
 
+from muxtune.child_process import child_command
 from muxtune.errors import InvalidInputError
 from muxtune.v1 import scheduling_pb2
-
-_COMMAND = (sys.executable, "-m", "services.scheduling.offline_planner")
 
 
 def whatif(profile: Path, tasks: list[scheduling_pb2.HypotheticalTask]) -> scheduling_pb2.SimulatePlanResponse:
@@ -60,7 +58,8 @@ def read_text(path: Path) -> str:
 
 
 def _answers(request: dict[str, Any]) -> list[dict[str, Any]]:
-    done = subprocess.run(_COMMAND, input=json.dumps(request), capture_output=True, text=True, check=False)
+    command = child_command("services.scheduling.offline_planner")
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [
             f"the planner ended with status {done.returncode} and no message"

@@ -5,17 +5,17 @@ The engine runs in a subprocess, so that the command itself needs no torch.
 
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from muxtune.child_process import child_command
 from muxtune.cli.terminal import console, error_console, table
 
 
 def run_verification(steps: int, methods: str, backbone: Path | None, as_json: bool) -> int:
     """Print the worst differences of each method. Returns the exit status: 0 if all are within the goals."""
-    command = [sys.executable, "-m", "engine.verification", "--steps", str(steps)]
+    command = child_command("engine.verification", "--steps", str(steps))
     command += ["--methods", methods] if methods else []
     command += ["--backbone", str(backbone)] if backbone else []
     findings: list[dict[str, Any]] = []

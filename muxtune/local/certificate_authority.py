@@ -8,11 +8,13 @@ import datetime
 import ipaddress
 import os
 import re
+import ssl
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -56,13 +58,31 @@ def issue(
 
 
 def issue_where_due(folder: Path) -> None:
-    """Issue certificates if one is missing or expires within a month; `muxtune up` calls this at its start."""
-    renew_before = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=_RENEW_DAYS)
-    for name in (*NAMES, f"{EXECUTORS}/{DEFAULT_EXECUTOR}"):
-        path = folder / name / CERTIFICATE
-        if not path.exists() or x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc < renew_before:
-            issue(folder, executors=[DEFAULT_EXECUTOR])
-            return
+    """Issue certificates if one is missing or expires within a month; `muxtune up` calls this at its start.
+
+    Raises InvalidInputError for a file that cannot be used.
+    """
+    names = (*NAMES, f"{EXECUTORS}/{DEFAULT_EXECUTOR}")
+    if not (folder / CA).exists() or any(_is_due(folder / name) for name in names):
+        issue(folder, executors=[DEFAULT_EXECUTOR])
+    else:
+        _authority(folder)  # clients have this CA
+
+
+def _is_due(folder: Path) -> bool:
+    """Return whether a folder's certificate is missing or expires soon. Raises InvalidInputError if it is damaged."""
+    if not all((folder / name).exists() for name in (CERTIFICATE, KEY, CA)):
+        return True
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(folder / CERTIFICATE, folder / KEY, password="")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(folder / CA)
+        expires = x509.load_pem_x509_certificate((folder / CERTIFICATE).read_bytes()).not_valid_after_utc
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(
+            f"{folder}: {CERTIFICATE}, {KEY} or {CA} is damaged ({error}): delete the folder, and `muxtune up` "
+            "issues a new certificate"
+        ) from error
+    return expires < datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=_RENEW_DAYS)
 
 
 def _executors(folder: Path) -> list[str]:
@@ -89,7 +109,10 @@ def _issue_one(
 
 
 def _authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    """Return the CA's key and certificate; create them if both are missing. Raises InvalidInputError if one is."""
+    """Return the CA's key and certificate; create them if both are missing.
+
+    Raises InvalidInputError if one is missing, or a file is damaged.
+    """
     if (folder / CA).exists() != (folder / CA_KEY).exists():
         raise InvalidInputError(
             f"{folder} has only one of {CA} and {CA_KEY}: restore the other, or choose another folder"
@@ -98,10 +121,19 @@ def _authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certifica
         key = ec.generate_private_key(ec.SECP256R1())
         _write(folder / CA_KEY, _pem(key))
         _write(folder / CA, _self_signed(key).public_bytes(serialization.Encoding.PEM))
-    loaded = serialization.load_pem_private_key((folder / CA_KEY).read_bytes(), None)
+    try:
+        loaded = serialization.load_pem_private_key((folder / CA_KEY).read_bytes(), None)
+        certificate = x509.load_pem_x509_certificate((folder / CA).read_bytes())
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise InvalidInputError(
+            f"{folder}: {CA} or {CA_KEY} is damaged ({error}): restore it, or delete {folder} for a new CA, whose {CA} "
+            "all clients need"
+        ) from error
     if not isinstance(loaded, ec.EllipticCurvePrivateKey):
         raise InvalidInputError(f"{folder / CA_KEY} is not an elliptic-curve key: choose another folder")
-    return loaded, x509.load_pem_x509_certificate((folder / CA).read_bytes())
+    if loaded.public_key() != certificate.public_key():
+        raise InvalidInputError(f"{folder}: {CA_KEY} is not the key of {CA}: restore the one that belongs to the other")
+    return loaded, certificate
 
 
 def _self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:

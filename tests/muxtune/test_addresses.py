@@ -11,7 +11,7 @@ from muxtune.aio import AsyncClient
 from muxtune.client import Client
 from muxtune.errors import InvalidInputError, UnavailableError
 from muxtune.local.certificate_authority import issue
-from muxtune.local.mesh import free_addresses
+from muxtune.local.loopback import free_addresses
 from muxtune.transport import is_loopback, target
 from services.rpc.certificates import Certificates
 from tests.muxtune.admission_fake import KEY, Admission

@@ -22,7 +22,8 @@ from engine.errors import FieldViolation, InvalidInputError, PermissionDeniedErr
 from muxtune.cli import main
 from muxtune.cli.main import app
 from muxtune.cli.spec import read_spec
-from muxtune.local.mesh import MeshError, read_state
+from muxtune.local.errors import MeshError
+from muxtune.local.mesh_state import read_state
 from muxtune.v1 import task_pb2
 from tests.muxtune.admission_fake import CONFIG, KEY, WEIGHTS, Admission, file_parts
 from tests.tiny_backbone import write_backbone
@@ -273,7 +274,9 @@ def test_up_passes_on_only_policies_and_the_rotation_of_traces(monkeypatch: pyte
     """Admission gets the environment's identity provider and limits; addresses and keys there are not passed on."""
     environments: list[dict[str, dict[str, str]]] = []
 
-    def stop_there(data: Path, backbones: object, endpoint: str, environment: dict[str, dict[str, str]]) -> None:
+    def stop_there(
+        data: Path, backbones: object, endpoint: str, environment: dict[str, dict[str, str]], ready_seconds: float
+    ) -> None:
         environments.append(environment)
         raise MeshError("enough")
 

@@ -8,12 +8,12 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Awaitable, Callable
 
 from google.protobuf.message import Message
 
+from muxtune.child_process import child_command
 from services.backoff import Backoff
 from services.execution.server.watchdog import Watchdog
 from services.execution.settings import ExecutionSettings
@@ -39,7 +39,7 @@ class TrainerProcess:
         self._settings, self._on_frame, self._on_death = settings, on_frame, on_death
         self._process: asyncio.subprocess.Process | None = None
         self._pipe: AsyncPipe | None = None
-        self._is_stopping = self._was_ever_ready = False
+        self._is_stopping = self._was_ever_ready = self._is_loading = False
         self._watchdog = Watchdog(settings.watchdog_seconds)
         self._cause = ""
 
@@ -78,10 +78,13 @@ class TrainerProcess:
                 _log.warning("The trainer is gone: %s was not sent.", tag.name)
 
     async def stop(self, seconds: float) -> None:
-        """Closes the pipe, which ends the trainer. Kills the trainer if it has not ended after `seconds`."""
+        """Closes the pipe, which ends the trainer. Kills the trainer if it has not ended after `seconds`, or at once if
+        it still loads its backbone and does not read the pipe."""
         self._is_stopping = True
         if self._pipe is not None:
             self._pipe.close()
+        if self._is_loading and self._process is not None and self._process.returncode is None:
+            self._process.kill()
         if self._process is not None and self._process.returncode is None:
             try:
                 await asyncio.wait_for(self._process.wait(), seconds)
@@ -95,16 +98,14 @@ class TrainerProcess:
         environment = {**os.environ, **environment_of(self._settings)}
         environment.pop("MUXTUNE_PROMETHEUS_PORT", None)  # the port belongs to the server
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "services.execution.trainer",
-            str(trainer_end.fileno()),
+            *child_command("services.execution.trainer", str(trainer_end.fileno())),
             pass_fds=[trainer_end.fileno()],
             env=environment,
             start_new_session=True,  # Ctrl-C in a terminal reaches the server alone, which drains first
         )
         trainer_end.close()
         self._pipe, self._cause = await AsyncPipe.of(server_end), ""
+        self._is_loading = True
         self._watchdog.record_start()
 
     async def _forward_frames(self) -> bool:
@@ -112,7 +113,7 @@ class TrainerProcess:
         assert self._pipe is not None
         was_ready = False
         while (frame := await self._pipe.read()) is not None:
-            was_ready = True
+            was_ready, self._is_loading = True, False
             self._watchdog.record_message(time.monotonic(), is_idle=frame[0] is Tag.IDLE)
             await self._on_frame(frame)
         return was_ready
