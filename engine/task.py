@@ -4,6 +4,7 @@ Only the standard library, so that every service and test can import it.
 """
 
 import enum
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -155,6 +156,7 @@ class Training:
 _EVERYTHING = ~Affects(0)
 
 
+@functools.cache
 def fields_affecting(affects: Affects) -> tuple[str, ...]:
     """Return the names of Training's fields with any of these effects, in the order of declaration."""
     return tuple(field.name for field in fields(Training) if field.metadata["affects"] & affects)

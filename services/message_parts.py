@@ -42,8 +42,8 @@ def joined(parts: Iterable[M], max_bytes: int = MAX_PART_BYTES) -> list[M]:
 
 
 class HeldPages(Generic[T]):
-    """Pages of answers that were made at once, so that all pages of an answer belong together. A page is read once, or
-    again if its answer was lost; the newest answers are kept for a minute."""
+    """Pages of answers that were made at once, so that all pages of an answer belong together. An answer is kept until
+    its last page is read, for a minute at most, and only if it is one of the newest."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
@@ -64,7 +64,9 @@ class HeldPages(Generic[T]):
         pages, _ = self._held.get(key, ((), 0.0))
         if not (number.isdecimal() and len(number) < 9 and 0 < int(number) < len(pages)):
             raise SupersededError("page_token: this answer is no longer kept: start again without a token")
-        return pages[int(number)], self._token(key, pages, int(number) + 1)
+        if not (following := self._token(key, pages, int(number) + 1)):
+            del self._held[key]
+        return pages[int(number)], following
 
     def _token(self, key: str, pages: Sequence[T], number: int) -> str:
         return f"{key}.{number}" if number < len(pages) else ""

@@ -57,7 +57,7 @@ def decide(snapshot: Snapshot, config: PlannerConfig, estimator: DemandEstimator
             refused[task.name] = demand
         elif not _keep_running(demand, cluster):
             newcomers.append(demand)
-    cluster.count_shares()
+    cluster.count_hosts()
     # 2. Fairness decides which of the other tasks run, each where the round will be shortest. The rest wait.
     placement = place(cluster, newcomers, config.preempts)
     # 3. On each executor, tenants are grouped so that each gets its fair share of time, and the tasks of each group are

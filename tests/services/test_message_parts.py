@@ -58,7 +58,8 @@ def test_pages_of_one_answer_belong_together_and_have_an_end() -> None:
     second, token = held.page(token)
     assert (second, *held.page(token)) == ("a2", "a3", "")
     assert held.page(other_token) == ("b2", "")
-    for wrong in ("", "x", token + "9", token[:-1] + "0", token[:-1] + "-1", f"{token[:-1]}{'9' * 5000}"):
+    _, token = held.hold(["c1", "c2"])
+    for wrong in ("", "x", other_token, token + "9", token[:-1] + "0", token[:-1] + "-1", f"{token[:-1]}{'9' * 5000}"):
         with pytest.raises(SupersededError):
             held.page(wrong)
     now[0] = 61.0

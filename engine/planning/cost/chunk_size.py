@@ -6,6 +6,7 @@ the sum modulo the chunk is distributed as the k-fold circular convolution of on
 chunk-based alignment; this choice of the size is ours.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class SequenceLengths:
         ranges = self.num_ranges(num_microbatches)
         if not self.lengths:
             return ranges * (chunk_tokens - 1) / 2
-        return ranges * _tail_tokens(self.lengths, self.num_sequences / ranges, chunk_tokens)
+        return ranges * _tail_tokens(self.lengths, max(1, round(self.num_sequences / ranges)), chunk_tokens)
 
 
 def choose_chunk(tasks: Sequence[SequenceLengths], num_microbatches: int, allowed_tokens: float) -> int:
@@ -70,9 +71,9 @@ def allowed_padding_tokens(
     return min(_MAX_TOKEN_SHARE * num_tokens, idle_tokens + cheap_tokens)
 
 
-def _tail_tokens(lengths: tuple[int, ...], num_sequences: float, chunk_tokens: int) -> float:
+@functools.lru_cache(8192)
+def _tail_tokens(lengths: tuple[int, ...], num_sequences: int, chunk_tokens: int) -> float:
     """Return the expected padding after so many sequences of such lengths."""
     residues = np.bincount(np.asarray(lengths) % chunk_tokens, minlength=chunk_tokens) / len(lengths)
-    count = max(1, round(num_sequences))
-    sums = np.fft.ifft(np.fft.fft(residues) ** count).real
+    sums = np.fft.ifft(np.fft.fft(residues) ** num_sequences).real
     return float(sums @ (-np.arange(chunk_tokens) % chunk_tokens))

@@ -11,6 +11,8 @@ from engine.planning.cost.round_time import StepCost
 from engine.planning.types import BackboneView, CostProfile, PlannerConfig, TaskView
 from engine.task import EVALUATION_COST, Affects, TaskSpec, num_evaluations, values_affecting
 
+_MAX_CACHED = 4096  # adapters, and footprints: of more it is cheaper to compute some again than to keep all
+
 
 @dataclass(frozen=True)
 class TaskDemand:
@@ -95,6 +97,9 @@ class DemandEstimator:
 
     def forget_all_but(self, tasks: Collection[str]) -> None:
         self._demands = {key: demand for key, demand in self._demands.items() if key[0] in tasks}
+        for cache in (self._loads, self._footprints):
+            if len(cache) > _MAX_CACHED:
+                cache.clear()
 
 
 def _sequences(task: TaskView) -> SequenceLengths:

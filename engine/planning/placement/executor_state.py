@@ -1,7 +1,9 @@
 """State of the executors while a plan is made: residents, free memory, and tenants' shares of device time."""
 
+import functools
 import math
-from collections import defaultdict
+import operator
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,8 +46,12 @@ class ExecutorState:
         self.view, self.name, self._config = view, view.name, config
         self.profile = view.profile
         self.residents: dict[str, TaskDemand] = {}
-        self._claims: dict[str, float] = {}
-        self._usage = ResourceUsage()
+        self._usages: dict[str, ResourceUsage] = {}  # of each resident
+        self._usage = ResourceUsage()  # of all
+        self._num_alike: Counter[_Maxima] = Counter()  # residents by what counts as a maximum
+        self._claims: dict[str, dict[str, float]] = {}  # seconds of each resident, by tenant
+        self._tenant_seconds: dict[str, float] = {}
+        self._seconds = 0.0  # of all tenants
 
     def fits(self, joining: TaskDemand, leaving: Collection[str] = ()) -> bool:
         """Return whether all tasks fit into memory after the change, the largest microbatch included, and are not more
@@ -122,34 +128,67 @@ class ExecutorState:
         return StageModel(self.profile, tokens, math.inf, self.view.num_stages, self.view.hop_seconds,
                           self._config.interleaves)  # fmt: skip
 
-    def shares(self, joining: TaskDemand | None = None, leaving: Collection[str] = ()) -> dict[str, float]:
-        """Return each tenant's share of the executor's time, now or after the change."""
-        claims: dict[str, float] = defaultdict(float)
-        for demand in self._residents_after(joining, leaving):
-            seconds = self._claims.get(demand.task.name)
-            claims[demand.task.tenant] += demand.seconds(self.profile) if seconds is None else seconds
-        whole = sum(claims.values()) or 1.0
-        return {tenant: claim / whole for tenant, claim in claims.items()}
+    def tenants(self) -> Collection[str]:
+        return self._tenant_seconds.keys()
+
+    def of_tenant(self, tenant: str) -> Collection[str]:
+        """Return the names of the tenant's residents."""
+        return self._claims.get(tenant, {}).keys()
+
+    def share(self, tenant: str) -> float:
+        """Return the tenant's share of the executor's time."""
+        return self._tenant_seconds.get(tenant, 0.0) / (self._seconds or 1.0)
+
+    def share_after(self, tenant: str, joining: TaskDemand, leaving: Collection[str]) -> float:
+        """Return the tenant's share of the executor's time after the change."""
+        seconds = dict(self._tenant_seconds)
+        for changed in {joining.task.tenant, *(self.residents[name].task.tenant for name in leaving)}:
+            staying = [claim for name, claim in self._claims.get(changed, {}).items() if name not in leaving]
+            added = [joining.seconds(self.profile)] if changed == joining.task.tenant else []
+            seconds[changed] = math.fsum([*staying, *added])
+        return seconds.get(tenant, 0.0) / (math.fsum(seconds.values()) or 1.0)
 
     def add(self, demand: TaskDemand) -> None:
-        self.residents[demand.task.name] = demand
-        self._claims[demand.task.name] = demand.seconds(self.profile)
-        self._usage += self._usage_alone(demand)
+        name, usage = demand.task.name, self._usage_alone(demand)
+        self.residents[name], self._usages[name] = demand, usage
+        self._usage += usage
+        self._num_alike[_maxima(usage)] += 1
+        self._claims.setdefault(demand.task.tenant, {})[name] = demand.seconds(self.profile)
+        self._sum_claims(demand.task.tenant)
 
     def remove(self, name: str) -> TaskDemand:
         demand = self.residents.pop(name)
-        del self._claims[name]
-        self._usage = self.usage_of(*self.residents.values())
+        self._num_alike -= Counter([_maxima(self._usages.pop(name))])
+        self._usage = sum(self._usages.values(), ResourceUsage())
+        del self._claims[demand.task.tenant][name]
+        self._sum_claims(demand.task.tenant)
         return demand
 
-    def _residents_after(self, joining: TaskDemand | None, leaving: Collection[str]) -> Iterable[TaskDemand]:
-        staying = [demand for name, demand in self.residents.items() if name not in leaving]
-        return [*staying, joining] if joining else staying
+    def _sum_claims(self, tenant: str) -> None:
+        """Sum up the claims again, exactly: equal tenants have equal sums, whatever came and left before."""
+        self._tenant_seconds[tenant] = math.fsum(self._claims[tenant].values())
+        if not self._claims[tenant]:
+            del self._claims[tenant], self._tenant_seconds[tenant]
+        self._seconds = math.fsum(self._tenant_seconds.values())
 
     def _usage_after(self, joining: TaskDemand | None, leaving: Collection[str]) -> ResourceUsage:
-        if leaving:
-            return self.usage_of(*self._residents_after(joining, leaving))
-        return self._usage + self._usage_alone(joining) if joining else self._usage
+        usage = self._usage_without(leaving) if leaving else self._usage
+        return usage + self._usage_alone(joining) if joining else usage
+
+    def _usage_without(self, leaving: Collection[str]) -> ResourceUsage:
+        """Return the usage of the residents that stay: sums by subtraction, maxima over residents that differ."""
+        gone = [self._usages[name] for name in leaving]
+        num_gone = Counter(map(_maxima, gone))
+        staying = [maxima for maxima, number in self._num_alike.items() if number > num_gone[maxima]]
+        return ResourceUsage(
+            self._usage.num_tokens - sum(usage.num_tokens for usage in gone),
+            self._usage.extra_seconds - sum(usage.extra_seconds for usage in gone),
+            self._usage.adapter_bytes - sum(usage.adapter_bytes for usage in gone),
+            max((maxima[0] for maxima in staying), default=0.0),
+            functools.reduce(operator.or_, (maxima[1] for maxima in staying), 0),
+            max((maxima[2] for maxima in staying), default=0),
+            max((maxima[3] for maxima in staying), default=0),
+        )
 
     def _usage_alone(self, demand: TaskDemand) -> ResourceUsage:
         footprint = demand.footprint
@@ -164,13 +203,22 @@ class ExecutorState:
         )
 
 
+_Maxima = tuple[float, int, int, int]
+
+
+def _maxima(usage: ResourceUsage) -> _Maxima:
+    """Return the parts of a usage of which an executor needs the largest, or the union, and not the sum."""
+    return usage.saved_token_bytes, usage.input_mask, usage.sequence_tokens, usage.slice_tokens
+
+
 class ClusterState:
     """All usable executors, and each tenant's share of their time: counted in executors, divided by its weight."""
 
     def __init__(self, executors: Iterable[ExecutorState], weights: Mapping[str, float]) -> None:
         self.executors = {executor.name: executor for executor in sorted(executors, key=lambda e: e.name)}
-        self.weights = weights
-        self._shares: dict[str, float] = defaultdict(float)
+        self.weights, self.num_changes = weights, 0
+        self._hosts: dict[str, dict[str, ExecutorState]] = defaultdict(dict)  # executors by tenant
+        self._shares: dict[str, float] = {}  # of tenants that were asked for, since the last change
         self._by_backbone: dict[str, list[ExecutorState]] = defaultdict(list)
         for executor in self.executors.values():
             self._by_backbone[executor.view.backbone.name].append(executor)
@@ -182,29 +230,35 @@ class ClusterState:
         return list(self._by_backbone)
 
     def share(self, tenant: str) -> float:
-        return self._shares[tenant] / self.weights.get(tenant, 1.0)
+        if tenant not in self._shares:
+            shares = math.fsum(executor.share(tenant) for executor in self._hosts[tenant].values())
+            self._shares[tenant] = shares / self.weights.get(tenant, 1.0)
+        return self._shares[tenant]
 
     def share_after(self, tenant: str, executor: ExecutorState, joining: TaskDemand, leaving: Collection[str]) -> float:
         """Return the tenant's share after a change of one executor."""
-        change = executor.shares(joining, leaving).get(tenant, 0.0) - executor.shares().get(tenant, 0.0)
-        return (self._shares[tenant] + change) / self.weights.get(tenant, 1.0)
+        others = [host.share(tenant) for host in self._hosts[tenant].values() if host is not executor]
+        after = executor.share_after(tenant, joining, leaving)
+        return math.fsum([*others, after]) / self.weights.get(tenant, 1.0)
 
     def add(self, demand: TaskDemand, executor: ExecutorState) -> None:
-        self._count(executor, -1)
         executor.add(demand)
-        self._count(executor, 1)
+        self._hosts[demand.task.tenant][executor.name] = executor
+        self._forget_shares()
 
     def remove(self, name: str, executor: ExecutorState) -> TaskDemand:
-        self._count(executor, -1)
         demand = executor.remove(name)
-        self._count(executor, 1)
+        if not executor.of_tenant(demand.task.tenant):
+            del self._hosts[demand.task.tenant][executor.name]
+        self._forget_shares()
         return demand
 
-    def count_shares(self) -> None:
-        """Count the shares once, after residents that stay were added to their executors directly."""
+    def count_hosts(self) -> None:
+        """Find each tenant's executors once, after residents that stay were added to their executors directly."""
         for executor in self.executors.values():
-            self._count(executor, 1)
+            for tenant in executor.tenants():
+                self._hosts[tenant][executor.name] = executor
 
-    def _count(self, executor: ExecutorState, sign: int) -> None:
-        for tenant, share in executor.shares().items():
-            self._shares[tenant] += sign * share
+    def _forget_shares(self) -> None:
+        self.num_changes += 1
+        self._shares.clear()

@@ -35,6 +35,22 @@ class Placement:
     reasons: dict[str, str] = field(default_factory=dict)
     evicted: dict[str, str] = field(default_factory=dict)
     waiting: dict[str, tuple[TaskDemand, str]] = field(default_factory=dict)
+    _victims: dict[str, tuple[int, list[tuple[float, str, str]]]] = field(default_factory=dict)
+
+    def victims(self, executor: ExecutorState) -> list[tuple[float, str, str]]:
+        """Return (share, tenant, name) of the executor's residents that may give way to another tenant: the largest
+        share first, in it the lowest priority, then the newest. Computed once for each change of the cluster."""
+        num_changes, victims = self._victims.get(executor.name, (-1, []))
+        if num_changes != self.cluster.num_changes:
+            tasks = [resident.task for name, resident in executor.residents.items() if name not in self.evicted]
+            ordered = sorted(
+                (-self.cluster.share(task.tenant), task.spec.priority, -task.age, task.name, task.tenant)
+                for task in tasks
+                if not task.is_cancelling
+            )
+            victims = [(-negative, tenant, name) for negative, _, _, name, tenant in ordered]
+            self._victims[executor.name] = self.cluster.num_changes, victims
+        return victims
 
 
 def place(cluster: ClusterState, newcomers: Iterable[TaskDemand], preempts: bool = True) -> Placement:
@@ -79,6 +95,8 @@ class _Queues:
     def __init__(self, demands: Iterable[TaskDemand]) -> None:
         self._queues: dict[_QueueKey, list[TaskDemand]] = {}
         self._blocked: set[_QueueKey] = set()
+        self._turns: list[TaskDemand] = []  # heads of queues that are not blocked, the next one last
+        self._sorted_at = -1  # the cluster's changes then
         for demand in demands:
             self.add(demand)
 
@@ -89,8 +107,16 @@ class _Queues:
         self._queues[_key(demand)].remove(demand)
 
     def next(self, cluster: ClusterState) -> TaskDemand | None:
-        heads = [queue[0] for key, queue in self._queues.items() if queue and key not in self._blocked]
-        return min(heads, key=lambda demand: (cluster.share(demand.task.tenant), *_order(demand)[1:]), default=None)
+        """Return the demand whose turn it is. Shares change only with the cluster, so turns are sorted once for each
+        change of it: while all executors are full, one queue after the other is blocked."""
+        if self._sorted_at != cluster.num_changes:
+            self._sorted_at = cluster.num_changes
+            heads = [queue[0] for key, queue in self._queues.items() if queue and key not in self._blocked]
+            heads.sort(key=lambda demand: (cluster.share(demand.task.tenant), *_order(demand)[1:]), reverse=True)
+            self._turns = heads
+        while self._turns and _key(self._turns[-1]) in self._blocked:
+            self._turns.pop()
+        return self._turns[-1] if self._turns else None
 
     def block(self, demand: TaskDemand) -> None:
         self._blocked.add(_key(demand))
@@ -142,17 +168,24 @@ def _make_room(placement: Placement, demand: TaskDemand) -> tuple[ExecutorState 
 
 
 def _eviction_candidates(placement: Placement, executor: ExecutorState, demand: TaskDemand) -> list[str]:
-    """Return residents that may give way, in this order: tasks of the same tenant with a lower priority, lowest first;
-    tasks of tenants with a larger share, largest first; newest first."""
-    cluster, tenant = placement.cluster, demand.task.tenant
-    share, candidates = cluster.share(tenant), []
-    for name, resident in executor.residents.items():
-        task = resident.task
-        is_lower = task.tenant == tenant and task.spec.priority < demand.task.spec.priority
-        has_more = task.tenant != tenant and cluster.share(task.tenant) > share
-        if (is_lower or has_more) and not task.is_cancelling and name not in placement.evicted:
-            candidates.append((has_more, -cluster.share(task.tenant), task.spec.priority, -task.age, name))
-    return [name for *_, name in sorted(candidates)]
+    """Return the first residents that may give way, in this order: tasks of the same tenant with a lower priority,
+    lowest first; tasks of tenants with a larger share, largest first; newest first."""
+    own = (executor.residents[name].task for name in executor.of_tenant(demand.task.tenant))
+    lower = [
+        (task.spec.priority, -task.age, task.name)
+        for task in own
+        if task.spec.priority < demand.task.spec.priority
+        and not task.is_cancelling
+        and task.name not in placement.evicted
+    ]
+    candidates = [name for *_, name in sorted(lower)]
+    share = placement.cluster.share(demand.task.tenant)
+    for victim_share, tenant, name in placement.victims(executor):
+        if len(candidates) >= _MAX_VICTIMS or victim_share <= share:
+            break
+        if tenant != demand.task.tenant:
+            candidates.append(name)
+    return candidates
 
 
 def _is_fair(cluster: ClusterState, executor: ExecutorState, demand: TaskDemand, victims: list[str]) -> bool:

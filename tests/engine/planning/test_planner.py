@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from engine.methods import Lora
 from engine.planning.cost.memory_model import total_bytes
+from engine.planning.cost.task_demand import TaskDemand
+from engine.planning.placement.executor_state import ExecutorState, ResourceUsage
 from engine.planning.planner import plan
 from engine.planning.types import (
     UNKNOWN_COST,
@@ -341,3 +343,22 @@ def test_an_executor_has_a_largest_number_of_tasks_and_tenants_share_its_places(
     full = plan(Snapshot(tuple(crowd), (_executor("executors/x", 1 << 20),)), config)
     (first,) = (e.reason for e in full.explanations if not e.executor and "behind" not in e.reason)
     assert first == "waits: every executor of its backbone has the largest number of tasks"
+
+
+def test_tenants_that_wait_for_a_full_executor_cost_a_plan_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each looked at all residents once: with 1,000 tenants and 20,000 tasks a plan took half a minute."""
+    config = dataclasses.replace(LIMITS, max_resident_tasks=100)
+    tenants = [f"tenants/t{i}" for i in range(400)]
+    tasks = [_task(i, executor="executors/x", tenant=tenants[i % 50]) for i in range(100)]
+    tasks += [_task(100 + i, tenant=tenant) for i, tenant in enumerate(tenants)]
+    number, usage_alone = [0], ExecutorState._usage_alone
+
+    def counted(executor: ExecutorState, demand: TaskDemand) -> ResourceUsage:
+        number[0] += 1
+        return usage_alone(executor, demand)
+
+    monkeypatch.setattr(ExecutorState, "_usage_alone", counted)
+    result = plan(Snapshot(tuple(tasks), (_executor("executors/x", 1 << 20),)), config)
+    names = result.tasks_of("executors/x")
+    assert len(names) == 100 and len({name.rpartition("/tasks/")[0] for name in names}) == 100
+    assert number[0] < 20 * len(tasks)

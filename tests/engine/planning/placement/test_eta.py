@@ -98,4 +98,4 @@ def test_evaluations_are_part_of_a_tenants_claim() -> None:
     for each in (task("honest"), task("greedy", num_heldout_rows=100, evaluate_every_steps=1)):
         executor.add(estimator.estimate(each, BACKBONE))
     greedy = 80 + 1.1 * 1000 / 3
-    assert executor.shares()["tenants/greedy"] == pytest.approx(greedy / (greedy + 80))
+    assert executor.share("tenants/greedy") == pytest.approx(greedy / (greedy + 80))
