@@ -31,6 +31,7 @@ _NAME = "muxtune"
 _EXPORT_SECONDS = 3
 _SHUTDOWN_SECONDS = 4.0
 _BATCH_MILLIS = 1000
+_MAX_WARNINGS = 1000  # different ones that are remembered
 _MAX_CONTEXT_BYTES = 512  # the length that W3C requires everyone to propagate
 
 
@@ -208,11 +209,31 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+class _WarningsOnce(logging.Filter):
+    """Passes each warning of a library once: some warn for every task, and a tenant can create many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name != "py.warnings":
+            return True
+        message = record.getMessage()
+        if message in self._seen:
+            return False
+        if len(self._seen) >= _MAX_WARNINGS:
+            self._seen.clear()
+        self._seen.add(message)
+        return True
+
+
 def _configure_logs(service_name: str, level: str) -> None:
     if level.upper() not in logging.getLevelNamesMapping():
         raise SettingsError(f'MUXTUNE_LOG_LEVEL: "{level}" must be one of {", ".join(logging.getLevelNamesMapping())}')
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter(service_name))
+    handler.addFilter(_WarningsOnce())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 

@@ -38,8 +38,9 @@ class _TaskStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskState.V
     TASK_STATE_CANCELLED: _TaskState.ValueType  # 6
 
 class TaskState(_TaskState, metaclass=_TaskStateEnumTypeWrapper):
-    """QUEUED -> RUNNING -> SUCCEEDED | FAILED; QUEUED -> CANCELLED; RUNNING -> CANCELLING -> CANCELLED;
-    RUNNING -> QUEUED when preempted or when its executor is lost. The last three are final.
+    """QUEUED -> RUNNING -> SUCCEEDED | FAILED; QUEUED -> CANCELLED; RUNNING -> CANCELLING -> CANCELLED, or SUCCEEDED or FAILED
+    if it ended before the cancellation arrived; RUNNING -> QUEUED when preempted or when its executor is lost, and from
+    there CANCELLING where something is trained already. The last three are final.
     """
 
 TASK_STATE_UNSPECIFIED: TaskState.ValueType  # 0

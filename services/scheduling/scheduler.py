@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from opentelemetry import trace
 
-from engine.errors import MuxtuneError, NotFoundError, UnavailableError
+from engine.errors import MuxtuneError, NotFoundError, SupersededError, UnavailableError
 from engine.planning.types import Plan, PlannerConfig, Snapshot
 from muxtune.v1 import execution_pb2, execution_pb2_grpc, ledger_pb2, ledger_pb2_grpc, plan_pb2
 from services.backoff import Backoff
@@ -67,7 +67,9 @@ class Scheduler:
                     backoff.reset()
                     await self._rest()
                 except Exception as error:
-                    if isinstance(error, MuxtuneError):
+                    if isinstance(error, SupersededError):  # a tenant cancelled a task meanwhile, as often as it likes
+                        _log.debug("The cycle is repeated: %s", error)
+                    elif isinstance(error, MuxtuneError):
                         _log.warning("The cycle failed and is repeated: %s", error)
                     else:  # executors go on with the plans that they have
                         _log.exception("The cycle failed and is repeated")

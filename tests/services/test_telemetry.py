@@ -107,6 +107,14 @@ def test_logs_are_json_lines_with_the_trace(spans) -> None:
     assert line["message"] == "line\n3 ü"
 
 
+def test_a_warning_of_a_library_is_logged_once_and_our_own_lines_always() -> None:
+    passes = telemetry._WarningsOnce().filter
+    records = [logging.makeLogRecord({"name": name, "msg": "old"}) for name in ("py.warnings", "services.x") * 3]
+    assert [passes(record) for record in records] == [True, True, False, True, False, True]
+    others = [logging.makeLogRecord({"name": "py.warnings", "msg": str(n)}) for n in range(3000)]
+    assert all(map(passes, others))  # what is remembered is bounded
+
+
 def test_an_unknown_log_level_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     with pytest.raises(SettingsError, match=r"MUXTUNE_LOG_LEVEL.*LOUD"):
