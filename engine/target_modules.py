@@ -5,7 +5,7 @@ peft's "all-linear" (every linear operator but the output head). Only the standa
 the engine must select the same.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from engine.errors import InvalidInputError
 
@@ -26,14 +26,17 @@ def matching_modules(
         if len(targets) > 1:
             raise _error(f'has "{ALL_LINEAR}" beside other names', names, field)
         return names
-    targets = list(dict.fromkeys(targets))  # a name repeated a million times is matched once
-    for target in targets:
-        if not any(matches(target, name) for name in names):
-            problem = (
-                f'"{target}" matches no adaptable module of the backbone (all tasks share its head and embeddings)'
-            )
-            raise _error(problem, names, field)
-    return [name for name in names if any(matches(target, name) for target in targets)]
+    unmatched = dict.fromkeys(targets)
+    wanted, selected = set(unmatched), []
+    for name in names:
+        if found := wanted.intersection(dotted_suffixes(name)):
+            selected.append(name)
+            for target in found:
+                unmatched.pop(target, None)
+    for target in unmatched:
+        problem = f'"{target}" matches no adaptable module of the backbone (all tasks share its head and embeddings)'
+        raise _error(problem, names, field)
+    return selected
 
 
 def suffixes(names: Iterable[str]) -> list[str]:
@@ -41,9 +44,22 @@ def suffixes(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
+def dotted_suffixes(name: str) -> list[str]:
+    """Return the targets that match `name`: the full name, and what follows each of its dots. So that many targets are
+    found in many names without comparing each with each."""
+    parts = name.split(".")
+    return [name, *(".".join(parts[start:]) for start in range(1, len(parts)))]
+
+
 def matches(target: str, name: str) -> bool:
     """Return whether `target` is the full name or a dotted suffix of it."""
     return name == target or name.endswith("." + target)
+
+
+def first_match(targets: Mapping[str, object], name: str) -> str | None:
+    """Return the first of `targets` that matches `name`, or None."""
+    found = [suffix for suffix in dotted_suffixes(name) if suffix in targets] if targets else []
+    return found[0] if len(found) == 1 else next((target for target in targets if target in found), None)
 
 
 def _error(problem: str, names: Sequence[str], field: str) -> InvalidInputError:

@@ -117,6 +117,8 @@ def kill_under_load(
     assert load.datasets.items() <= stored.items()
     for name in load.datasets:
         assert client.preflight_dataset(name, "tiny", task_pb2.Training(learning_rate=1, num_steps=1)).num_rows == 3
+    left = {folder.name: len(list(folder.iterdir())) for folder in (mesh.data / "scratch").iterdir()}
+    assert left == {"admission": 1, "alignment": 1, "trainer": 1}, "temporary files of killed processes are removed"
 
 
 def check(actual: Outcome, expected: Outcome, may_be_cancelled: bool) -> float:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 from engine.methods.base import FieldError, Method, Shapes, Site, describe_differences
-from engine.target_modules import ALL_LINEAR, matches
+from engine.target_modules import ALL_LINEAR, dotted_suffixes
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,11 @@ class Ia3(Method):
         return num_tokens * (site.in_features if self.scales_input(site.name) else site.out_features)
 
     def scales_input(self, name: str) -> bool:
-        return ALL_LINEAR in self.feedforward_modules or any(matches(m, name) for m in self.feedforward_modules)
+        return ALL_LINEAR in self._inputs or not self._inputs.isdisjoint(dotted_suffixes(name))
+
+    @cached_property
+    def _inputs(self) -> frozenset[str]:
+        return frozenset(self.feedforward_modules)
 
     def validate(self) -> Iterator[FieldError]:
         yield from ()

@@ -5,10 +5,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 from engine.methods.base import FieldError, Method, Shapes, Site
-from engine.target_modules import ALL_LINEAR, matches
+from engine.target_modules import ALL_LINEAR, dotted_suffixes, first_match
 
 MAX_RANK = 256
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
@@ -58,6 +59,10 @@ class Lora(Method):
     b_rate_factor: float = 1.0
     init: LoraInit = LoraInit.KAIMING
 
+    @cached_property
+    def _targets(self) -> frozenset[str]:
+        return frozenset(self.target_modules)
+
     @property
     def starts_from_weights(self) -> bool:
         return self.init is not LoraInit.KAIMING
@@ -65,8 +70,9 @@ class Lora(Method):
     def shapes(self, sites: Sequence[Site]) -> Shapes:
         targets = self._target_names(self.target_modules, sites)
         for field_, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            matched = {suffix for name in targets for suffix in dotted_suffixes(name)} if pattern else set()
             for key in pattern:
-                if not any(matches(key, name) for name in targets):
+                if key not in matched:
                     raise self._error(field_, f'"{key}" does not match a module of target_modules: remove it')
         biased = {site.name for site in sites if site.has_bias and self._trains_bias_of(site, targets)}
         if self.bias is not LoraBias.NONE and not biased:
@@ -91,7 +97,7 @@ class Lora(Method):
 
     def saved_activation_elements(self, site: Site, num_tokens: int) -> int:
         """Count the R between A and B; for DoRA also the N before the magnitude, and with dropout the K kept inputs."""
-        if not any(matches(target, site.name) or target == ALL_LINEAR for target in self.target_modules):
+        if ALL_LINEAR not in self._targets and self._targets.isdisjoint(dotted_suffixes(site.name)):
             return 0  # only its bias is trained
         drops = site.in_features if self.dropout > 0 else 0
         shrunk = self.rank_of(site.name) * (2 if self.starts_from_weights else 1)
@@ -113,10 +119,10 @@ class Lora(Method):
         object.__setattr__(self, "alpha", self.alpha or float(self.rank))
 
     def rank_of(self, name: str) -> int:
-        return next((rank for key, rank in self.rank_pattern.items() if matches(key, name)), self.rank)
+        return self.rank if (key := first_match(self.rank_pattern, name)) is None else self.rank_pattern[key]
 
     def scale_of(self, name: str) -> float:
-        alpha = next((alpha for key, alpha in self.alpha_pattern.items() if matches(key, name)), self.alpha)
+        alpha = self.alpha if (key := first_match(self.alpha_pattern, name)) is None else self.alpha_pattern[key]
         rank = self.rank_of(name)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 

@@ -1,11 +1,12 @@
 """Training of the backbone's norms and biases: hyperparameters, shapes and memory."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from engine.methods.base import FieldError, Method, Shapes, Site, SiteKind, describe_differences
-from engine.target_modules import matches
+from engine.target_modules import dotted_suffixes
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,13 @@ class Selective(Method):
         site_of = {f"{site.name}.{vector}": site for site in sites for vector in _vectors(site)}
         groups = {"all-biases": [name for name in site_of if name.endswith(".bias")]}
         groups["all-norms"] = [name for name, site in site_of.items() if site.kind is SiteKind.NORM]
+        by_suffix: defaultdict[str, list[str]] = defaultdict(list)
+        for name in site_of:
+            for suffix in dotted_suffixes(name):
+                by_suffix[suffix].append(name)
         selected: set[str] = set()
         for parameter in self.parameters:
-            names = groups.get(parameter, [name for name in site_of if matches(parameter, name)])
+            names = groups.get(parameter, by_suffix.get(parameter, []))
             if not names:
                 ends = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in site_of))
                 raise self._error(

@@ -1,9 +1,13 @@
 """Target modules match as in PEFT."""
 
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.errors import InvalidInputError
-from engine.target_modules import matching_modules, suffixes
+from engine.target_modules import first_match, matches, matching_modules, suffixes
 
 NAMES = [f"model.layers.{i}.{n}" for i in (0, 1, 10) for n in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")]
 LISTS = [
@@ -37,3 +41,20 @@ def test_a_target_without_a_match_is_refused_with_the_names_that_exist(targets: 
 
 def test_suffixes_in_order() -> None:
     assert suffixes(NAMES) == ["q_proj", "v_proj", "up_proj"]
+
+
+parts = st.lists(st.sampled_from(["a", "b", "a.b", "", "q_proj", "0"]), min_size=1, max_size=4).map(".".join)
+
+
+@given(st.lists(parts, min_size=1, max_size=6), st.lists(parts, max_size=8))
+def test_many_targets_are_found_in_many_names_as_if_each_was_compared(targets: list[str], names: list[str]) -> None:
+    matched = [name for name in names if any(matches(target, name) for target in targets)]
+    unmatched = [target for target in targets if not any(matches(target, name) for name in names)]
+    if unmatched:
+        with pytest.raises(InvalidInputError, match=f'^.*"{re.escape(unmatched[0])}" matches no adaptable module'):
+            matching_modules(targets, names)
+    else:
+        assert matching_modules(targets, names) == matched
+    for name in names:
+        first = next((target for target in targets if matches(target, name)), None)
+        assert first_match(dict.fromkeys(targets), name) == first

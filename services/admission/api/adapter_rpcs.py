@@ -77,7 +77,7 @@ class AdapterRpcs:
                     )
             if header is None or upload is None:
                 raise InvalidInputError.of_field("header", "must come first, but nothing was sent")
-            received = await self._threads.checks.run(tenant, self._check_adapter, tenant, upload.adapter)
+            received = await self._threads.compute(tenant, upload.adapter.finish)
             return pb.UploadAdapterResponse(adapter=await self._store_adapter(tenant, header, received))
 
     async def DownloadAdapter(
@@ -147,10 +147,6 @@ class AdapterRpcs:
         check = partial(self._controller.check_unfinished, tables.adapters, tenant, unfinished, upload.may_exist)
         await self._threads.clients.run(tenant, check)
 
-    def _check_adapter(self, tenant: str, upload: AdapterUpload) -> ReceivedAdapter:
-        with self._threads.check_queue.slot(tenant) as slot:
-            return upload.finish(slot.yield_to_waiting)
-
     async def _store_adapter(
         self, tenant: str, header: artifact_pb2.UploadHeader, received: ReceivedAdapter
     ) -> artifact_pb2.Adapter:
@@ -163,8 +159,7 @@ class AdapterRpcs:
         if same is not None:  # the store may have lost its files
             folder = folder_of_manifest(same.manifest_key)
             await store.run(tenant, self._artifacts.restore_folder, folder, files, {})
-            now = await database.run(tenant, self._find_same_adapter, name, digest)
-            if now is None or now.manifest_key != same.manifest_key:  # it was deleted meanwhile, maybe before its files
+            if not await database.run(tenant, self._is_recorded, same.manifest_key):  # it was deleted meanwhile
                 await store.run(tenant, self._artifacts.delete_folder, folder)
         if existing is not None:
             return datasets_and_adapters.adapter_to_proto(existing)
@@ -185,6 +180,10 @@ class AdapterRpcs:
         with self._database.read() as connection:
             name = idempotency.find_resource(connection, tenant, request_id, "UploadAdapter", body)
             return datasets_and_adapters.get_adapter_row(connection, name) if name else None
+
+    def _is_recorded(self, manifest_key: str) -> bool:
+        with self._database.read() as connection:
+            return datasets_and_adapters.is_recorded(connection, manifest_key)
 
     def _find_same_adapter(self, name: str, digest: str) -> Any | None:
         with self._database.read() as connection:

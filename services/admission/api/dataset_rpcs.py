@@ -104,12 +104,8 @@ class DatasetRpcs:
 
     async def _has_bytes(self, tenant: str, sha256: str) -> bool:
         """Return whether the store still holds these bytes; it may have lost or changed them."""
-
-        def compare() -> bool:
-            with self._threads.check_queue.slot(tenant) as slot:
-                return self._artifacts.has_sha256(DatasetObject(tenant, sha256).key, sha256, slot.yield_to_waiting)
-
-        return await self._threads.checks.run(tenant, compare)
+        key = DatasetObject(tenant, sha256).key
+        return await self._threads.compute(tenant, partial(self._artifacts.has_sha256, key, sha256))
 
     def _choose_dataset_name(self, tenant: str, header: artifact_pb2.UploadHeader, body: str) -> str:
         with self._database.read() as connection:

@@ -98,7 +98,7 @@ class AdmissionController:
         threads: AdmissionThreads,
     ) -> None:
         self._database, self._artifacts, self._threads = database, artifacts, threads
-        self._quota_proto, self._estimator = quota.to_proto(), TaskEstimator(alignment, quota.planner)
+        self._quota_proto, self._estimator = quota.to_proto(), TaskEstimator(alignment, quota.planner, threads)
 
     async def evaluate(self, principal: Principal, task: ResolvedTask) -> AdmittedTask:
         """Estimate the task and admit it. Raises PermissionDeniedError, InvalidInputError or WillNeverFitError."""

@@ -6,9 +6,9 @@ learning rates only the first task is inspected.
 
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Generic, TypeVar
 
 from engine.methods.base import Method
@@ -20,6 +20,7 @@ from engine.task import Affects, TaskSpec, Training, fields_affecting
 from muxtune.v1 import alignment_pb2, alignment_pb2_grpc, dataset_pb2, plan_pb2, task_pb2
 from services.admission.policy.validation import validate
 from services.admission.store.idempotency import hash_parts
+from services.admission.threads import AdmissionThreads
 from services.conversion.plan import executor_to_view
 from services.conversion.task import spec_to_domain
 
@@ -44,10 +45,15 @@ class _CachedEstimate:
 
 
 class TaskEstimator:
-    """Estimates tasks and refuses those that no executor can hold."""
+    """Estimates tasks and refuses those that no executor can hold. Computes in the tenant's turns."""
 
-    def __init__(self, alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub", config: PlannerConfig) -> None:
-        self._alignment, self._config = alignment, config
+    def __init__(
+        self,
+        alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub",
+        config: PlannerConfig,
+        threads: AdmissionThreads,
+    ) -> None:
+        self._alignment, self._config, self._threads = alignment, config, threads
         self._reports = _ExpiringCache[dataset_pb2.PreflightReport]()
         self._estimates = _ExpiringCache[_CachedEstimate]()
 
@@ -74,17 +80,27 @@ class TaskEstimator:
         """
         if (cached := self.estimate_from_cache(tenant, spec, executors)) is not None:
             return cached
-        domain, core = spec_to_domain(spec), _without_irrelevant_fields(spec)
-        views = [parse_executor(executor) for executor in executors]
-        backbone = validate(domain, [view.backbone for view in views])
-        hosts = [view for view in views if view.backbone.name == backbone.name]
-        refuse_if_never_fits(domain, hosts, self._config)
-        estimate = self._predict(await self._inspect(tenant, core), domain, backbone, hosts)
+        core = _without_irrelevant_fields(spec)
+        domain, backbone, hosts = await self._threads.compute(tenant, partial(self._validate, spec, executors))
+        report = await self._inspect(tenant, core)
+        predict = partial(self._predict, report, domain, backbone, hosts)
+        estimate = await self._threads.compute(tenant, predict)
         copied = task_pb2.TaskEstimate()
         copied.CopyFrom(estimate)
         method = domain.method if core.ByteSize() <= _MAX_CACHED_METHOD_BYTES else None
         self._estimates.put(_cache_key(tenant, core, executors), _CachedEstimate(method, copied))
         return domain, estimate
+
+    def _validate(
+        self, spec: task_pb2.TaskSpec, executors: Sequence[bytes], yield_turn: Callable[[], object]
+    ) -> tuple[TaskSpec, BackboneView, list[ExecutorView]]:
+        """Return the task, its backbone and the executors of that. Raises InvalidInputError, WillNeverFitError."""
+        domain, views = spec_to_domain(spec), [parse_executor(executor) for executor in executors]
+        backbone = validate(domain, [view.backbone for view in views])
+        hosts = [view for view in views if view.backbone.name == backbone.name]
+        yield_turn()
+        refuse_if_never_fits(domain, hosts, self._config)
+        return domain, backbone, hosts
 
     async def _inspect(self, tenant: str, core: task_pb2.TaskSpec) -> dataset_pb2.PreflightReport:
         training = core.training.SerializeToString(deterministic=True)
@@ -104,11 +120,16 @@ class TaskEstimator:
         spec: TaskSpec,
         backbone: BackboneView,
         hosts: Sequence[ExecutorView],
+        yield_turn: Callable[[], object],
     ) -> task_pb2.TaskEstimate:
         task = TaskView("", "", spec, 0, report.num_steps, num_train_tokens=report.num_train_tokens,
                         length_quantiles=tuple(report.length_quantiles),
                         num_heldout_rows=report.num_heldout_rows)  # fmt: skip
-        seconds = [seconds_alone(task, executor, self._config) for executor in hosts if executor.can_predict]
+        seconds = list[float]()
+        for executor in hosts:
+            yield_turn()
+            if executor.can_predict:
+                seconds.append(seconds_alone(task, executor, self._config))
         return task_pb2.TaskEstimate(
             num_train_rows=report.num_train_rows,
             num_heldout_rows=report.num_heldout_rows,

@@ -108,6 +108,11 @@ def get_adapter_row(connection: sa.Connection, name: str) -> Any:
     return row
 
 
+def is_recorded(connection: sa.Connection, manifest_key: str) -> bool:
+    """Return whether the manifest is an adapter's."""
+    return connection.execute(sa.select(adapters.c.name).filter_by(manifest_key=manifest_key)).first() is not None
+
+
 def has_adapter(connection: sa.Connection, name: str) -> bool:
     return connection.execute(sa.select(adapters.c.name).where(adapters.c.name == name)).first() is not None
 
