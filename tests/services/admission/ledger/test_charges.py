@@ -76,7 +76,7 @@ class Life:
         """Start an attempt at the last checkpoint."""
         if not self.lease_term:
             self.register()
-        version = self.ledger.snapshot().plan_version + 1
+        version = self.ledger.snapshot_pages()[0].plan_version + 1
         start = ledger_pb2.AttemptStart(task=self.task, expected_attempt=self.attempt)
         request = ledger_pb2.CommitPlanRequest(
             executor=self.executor, lease_term=self.lease_term, version=version, starts=[start]

@@ -19,7 +19,7 @@ TASK = "tenants/acme/tasks/t"
 def _writes(ledger: Ledger) -> Iterator[Callable[[], object]]:
     """Yield all commits of a leader."""
     started = ledger_pb2.AttemptStart(task=TASK, expected_attempt=0)
-    yield ledger.snapshot
+    yield ledger.snapshot_pages
     yield lambda: ledger.put_lease(executor("executors/one", "i1"), 30)
     yield lambda: ledger.put_lease(executor("executors/two", "i1"), 30)
     yield lambda: ledger.end_lease("executors/one", "i1")
