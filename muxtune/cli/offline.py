@@ -42,7 +42,7 @@ def read_profile(path: Path) -> dict[str, Any]:
     """Return a recorded profile. Raises InvalidInputError."""
     try:
         fields = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{path}: is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise InvalidInputError(f"{path}: is not a profile: record one with `muxtune plan profile`")

@@ -52,7 +52,7 @@ def read_settings(texts: list[str]) -> dict[str, Any]:
             raise InvalidInputError(f'--set "{text}": write PATH=VALUE, as in training.warmup_steps=10')
         try:
             settings[path] = yaml.load(value, _Loader)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise InvalidInputError(f'--set "{text}": the value is not YAML') from error
     return settings
 
@@ -86,7 +86,7 @@ def _put(fields: dict[str, Any], path: str, value: Any) -> None:
 def _fields(file: Path) -> dict[str, Any]:
     try:
         fields = yaml.load(file.read_text(), _Loader)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidInputError(f"{file}: cannot be read: {error}") from error
     if not isinstance(fields, dict):
         raise InvalidInputError(f"{file}: is not a mapping of a task's fields")

@@ -3,6 +3,7 @@
 import os
 import shutil
 import stat
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import IO
@@ -37,14 +38,22 @@ def rotate_logs(logs: Path) -> None:
     """Move what is in logs of more than 16 MiB to NAME.log.1; older parts become .2 and .3, and the oldest is deleted.
 
     The log is copied and truncated, because services and their children hold it open. A line that is written between
-    both is lost.
+    both is lost. A log that cannot be copied, to a full disk, stays as it is until a later call.
     """
     for log in logs.glob("*.log"):
-        if log.stat().st_size > _MAX_LOG_BYTES:
-            parts = [log.with_name(f"{log.name}.{number}") for number in range(1, _NUM_LOG_FILES)]
-            for younger, older in reversed(list(pairwise(parts))):
-                if younger.exists():
-                    younger.replace(older)
-            with log.open("rb+") as source, open_log(parts[0]) as copy:
-                shutil.copyfileobj(source, copy)
-                source.truncate(0)
+        with suppress(OSError):
+            if log.stat().st_size > _MAX_LOG_BYTES:
+                _rotate(log)
+
+
+def _rotate(log: Path) -> None:
+    copied, *parts = [log.with_name(f"{log.name}.{part}") for part in ("partial", *range(1, _NUM_LOG_FILES))]
+    copied.unlink(missing_ok=True)
+    with log.open("rb+") as source, open_log(copied) as copy:
+        shutil.copyfileobj(source, copy)
+        copy.flush()
+        for younger, older in reversed(list(pairwise(parts))):
+            if younger.exists():
+                younger.replace(older)
+        copied.replace(parts[0])
+        source.truncate(0)

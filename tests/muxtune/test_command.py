@@ -154,6 +154,7 @@ def test_flags_override_the_file_even_with_nothing(admission: Admission, tmp_pat
         ("training: {lr_schedule: WAVY}", "WAVY"),
         ("just words", "mapping"),
         ("a: [", "cannot be read"),
+        ("a: " + "[" * 3000 + "]" * 3000, "cannot be read"),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_the_field(

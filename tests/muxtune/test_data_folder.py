@@ -76,3 +76,25 @@ def test_a_log_is_bounded_and_its_lines_stay_whole(tmp_path: Path, monkeypatch: 
     lines = "".join((log.parent / name).read_text() for name in names).splitlines()
     last = 19_999
     assert lines == [f"line {number:06} " + "x" * 50 for number in range(last + 1 - len(lines), last + 1)]
+
+
+def test_a_log_that_cannot_be_copied_stays_and_so_do_its_older_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk once would have ended `muxtune up`."""
+    monkeypatch.setattr(data_folder, "_MAX_LOG_BYTES", 100)
+    for name, text in (("a.log", "x" * 101), ("a.log.1", "one"), ("a.log.2", "two")):
+        (tmp_path / name).write_text(text)
+
+    def full(source: object, copy: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(data_folder.shutil, "copyfileobj", full)
+        for _ in range(5):
+            rotate_logs(tmp_path)
+    assert (tmp_path / "a.log.2").read_text() == "two" and (tmp_path / "a.log").stat().st_size == 101
+    rotate_logs(tmp_path)
+    assert {path.name: path.read_text()[:3] for path in tmp_path.iterdir()} == {
+        "a.log": "", "a.log.1": "xxx", "a.log.2": "one", "a.log.3": "two"
+    }  # fmt: skip
