@@ -52,7 +52,7 @@ def decide(snapshot: Snapshot, config: PlannerConfig, estimator: DemandEstimator
     # 1. A task that no executor can run is refused. A running task stays on its executor, the oldest first.
     newcomers, refused = list[TaskDemand](), dict[str, str]()
     for task in sorted(snapshot.tasks, key=lambda task: (task.age, task.name)):
-        demand = _estimate(task, cluster, config, estimator)
+        demand = estimate_demand(task, cluster, config, estimator)
         if isinstance(demand, str):
             refused[task.name] = demand
         elif not _keep_running(demand, cluster):
@@ -72,20 +72,33 @@ def decide(snapshot: Snapshot, config: PlannerConfig, estimator: DemandEstimator
     return Decision(cluster, placement, htasks, rates, refused)
 
 
-def _estimate(
+def estimate_demand(
     task: TaskView, cluster: ClusterState, config: PlannerConfig, estimator: DemandEstimator
 ) -> TaskDemand | str:
-    """Return the task's demand, or the reason why no executor can run it."""
+    """Return the task's demand, or the reason why no executor can run it. The estimator keeps both."""
     executors = cluster.of_backbone(task.spec.backbone)
     if not executors:
         return f"no executor of backbone {task.spec.backbone} is ready"
+    sizes = cluster.sizes(task.spec.backbone)
+    if reason := estimator.find_refusal(task, sizes):
+        return reason
     try:
         demand = estimator.estimate(task, executors[0].view.backbone)
         if not any(executor.fits_alone(demand) for executor in executors):
             refuse_if_never_fits(task.spec, [executor.view for executor in executors], config)
     except InvalidInputError as error:  # the task was admitted for an executor that has left, or for other operators
+        estimator.keep_refusal(task, sizes, str(error))
         return str(error)
     return demand
+
+
+def is_estimated(task: TaskView, cluster: ClusterState, estimator: DemandEstimator) -> bool:
+    """Return whether `estimate_demand` finds its answer in the estimator, and so takes no time."""
+    executors = cluster.of_backbone(task.spec.backbone)
+    if not executors or estimator.find_refusal(task, cluster.sizes(task.spec.backbone)):
+        return True
+    demand = estimator.find(task, executors[0].view.backbone)
+    return demand is not None and any(executor.fits_alone(demand) for executor in executors)
 
 
 def _keep_running(demand: TaskDemand, cluster: ClusterState) -> bool:

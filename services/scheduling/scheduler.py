@@ -66,6 +66,8 @@ class Scheduler:
                     await self.schedule()
                     backoff.reset()
                     await self._rest()
+                    if self._planner.has_more:
+                        self._changed.set()
                 except Exception as error:
                     if isinstance(error, SupersededError):  # a tenant cancelled a task meanwhile, as often as it likes
                         _log.debug("The cycle is repeated: %s", error)

@@ -1,13 +1,18 @@
 """Plans a snapshot on a thread of its own, so that leases are renewed meanwhile, and without tasks that make planning
 fail, so that one of them does not stop all others."""
 
+import copy
 import dataclasses
 import logging
 import time
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 
 from engine.planning.cost.task_demand import DemandEstimator
 from engine.planning.crash_isolation import plan as make_plan
+from engine.planning.placement.executor_state import ClusterState, ExecutorState
+from engine.planning.planner import estimate_demand, is_estimated
 from engine.planning.types import Explanation, HTask, Plan, PlannerConfig, Snapshot, TaskView
 from services.concurrency.threads import Threads
 from services.conversion.plan import executor_to_view, snapshot_task_to_view
@@ -17,13 +22,17 @@ _log = logging.getLogger(__name__)
 
 
 class SnapshotPlanner:
-    """Makes one plan at a time. `weights`: of tenants, as in `engine.planning.types.Snapshot`."""
+    """Makes one plan at a time. `weights`: of tenants, as in `engine.planning.types.Snapshot`. `estimate_seconds`: CPU
+    time that a cycle spends on new tasks."""
 
-    def __init__(self, config: PlannerConfig, weights: Mapping[str, float]) -> None:
-        self._config, self._weights = config, weights
+    def __init__(self, config: PlannerConfig, weights: Mapping[str, float], estimate_seconds: float = 1.0) -> None:
+        self._config, self._weights, self._estimate_seconds = config, weights, estimate_seconds
         self._estimator = DemandEstimator(config)
         self._thread = Threads("planner", 1)
         self._faulty: dict[str, str] = {}  # by task, why it is left out
+        self._num_turns = 0
+        self._served: dict[str, int] = {}  # last turns of tenants with tasks that are not estimated yet
+        self.has_more = False  # tasks were left out that a next cycle can plan
         self._leases: set[tuple[str, int]] = set()  # with which the faulty tasks were found
 
     async def plan(self, snapshot: LedgerSnapshot, running: Mapping[str, tuple[HTask, ...]]) -> tuple[Snapshot, Plan]:
@@ -41,13 +50,41 @@ class SnapshotPlanner:
             if entry.task.name in snapshot.specs
         )
         executors = tuple(executor_to_view(executor) for executor in snapshot.executors)
-        view = Snapshot(tasks, executors, running, self._weights)
-        suspects = {entry.task.name for entry in snapshot.tasks if entry.num_crashes}
         self._forget_faulty(snapshot)
+        left_out = {name: f"cannot be planned: {reason}" for name, reason in snapshot.unreadable.items()}
+        view = self._without_unestimated(Snapshot(tasks, executors, running, self._weights), left_out)
+        suspects = {entry.task.name for entry in snapshot.tasks if entry.num_crashes}
         view, plan = self._plan_without_faulty(view, suspects)
-        left_out = {**snapshot.unreadable, **self._faulty}
-        waiting = (Explanation(name, "", (), f"cannot be planned: {reason}") for name, reason in left_out.items())
+        left_out |= {name: f"cannot be planned: {reason}" for name, reason in self._faulty.items()}
+        waiting = (Explanation(name, "", (), reason) for name, reason in left_out.items())
         return view, Plan(plan.htasks, (*plan.explanations, *waiting))
+
+    def _without_unestimated(self, view: Snapshot, left_out: dict[str, str]) -> Snapshot:
+        """Estimate tasks that are new, tenants in turn, for as long as a cycle may spend on it. Return the snapshot
+        without the others, and add the reason to `left_out`: one tenant's costly specs delay no other's tasks."""
+        cluster = ClusterState((ExecutorState(e, self._config) for e in view.executors if not e.is_draining), {})
+        queues: dict[str, deque[TaskView]] = {}
+        for task in view.tasks:
+            must_stay = task.executor or task.name in self._faulty  # a task that runs must be in each plan
+            if not must_stay and not is_estimated(task, cluster, self._estimator):
+                queues.setdefault(task.tenant, deque()).append(task)
+        turns = deque(sorted(queues, key=lambda name: self._served.get(name, 0)))
+        end = time.thread_time() + self._estimate_seconds
+        while turns:
+            tenant = turns.popleft()
+            with suppress(Exception):  # planning finds the task that raises
+                estimate_demand(queues[tenant].popleft(), cluster, self._config, self._estimator)
+            self._num_turns += 1
+            self._served[tenant] = self._num_turns
+            if queues[tenant]:
+                turns.append(tenant)
+            if time.thread_time() >= end:
+                break
+        self._served = {tenant: turn for tenant, turn in self._served.items() if queues.get(tenant)}
+        waiting = {task.name for queue in queues.values() for task in queue}
+        left_out.update(dict.fromkeys(waiting, "waits until its demand is estimated, which is soon"))
+        self.has_more = bool(waiting)
+        return _part(view, (task for task in view.tasks if task.name not in waiting)) if waiting else view
 
     def _forget_faulty(self, snapshot: LedgerSnapshot) -> None:
         """Forget tasks that have ended, and all of them where an executor came or left: it may have been the cause."""
@@ -70,13 +107,12 @@ class SnapshotPlanner:
                 _log.error("%s is left out of plans, other tasks are not: planning with it raises %s", name, fault)
                 self._faulty[name] = f"planning with it raises {fault}"
             view = _part(view, (task for task in view.tasks if task.name not in faulty))
-            self._estimator = DemandEstimator(self._config)
             return view, self._make_plan(view, suspects, self._estimator)
 
     def _find_faulty(self, view: Snapshot, suspects: Collection[str]) -> Iterator[tuple[str, str]]:
         """Yield the tasks with which planning fails, and its error, by halves."""
         try:
-            self._make_plan(view, suspects, DemandEstimator(self._config))
+            self._make_plan(view, suspects, copy.copy(self._estimator))  # the original forgets no task
         except Exception as error:
             if len(view.tasks) == 1:
                 yield view.tasks[0].name, type(error).__name__

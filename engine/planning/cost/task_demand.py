@@ -71,12 +71,26 @@ class DemandEstimator:
         self._demands: dict[tuple[str, str], TaskDemand] = {}
         self._loads: dict[tuple[str, str], AdapterLoad] = {}
         self._footprints: dict[tuple[object, ...], TaskFootprint] = {}
+        self._refusals: dict[str, tuple[TaskSpec, object, str]] = {}
+
+    def find(self, task: TaskView, backbone: BackboneView) -> TaskDemand | None:
+        """Return the task's demand if it is in the cache."""
+        demand = self._demands.get((task.name, backbone.name))
+        return demand if demand is not None and demand.task.spec == task.spec else None
+
+    def find_refusal(self, task: TaskView, executors: object) -> str:
+        """Return why none of the executors can run the task if that was found before, else ""."""
+        spec, seen, reason = self._refusals.get(task.name, (None, None, ""))
+        return reason if spec == task.spec and seen == executors else ""
+
+    def keep_refusal(self, task: TaskView, executors: object, reason: str) -> None:
+        """Keep the reason: a remedy takes a hundred times as long to find as a demand."""
+        self._refusals[task.name] = task.spec, executors, reason
 
     def estimate(self, task: TaskView, backbone: BackboneView) -> TaskDemand:
         """Return the task's demand. Raises InvalidInputError if its method names a module that the backbone lacks."""
-        key = task.name, backbone.name
-        demand = self._demands.get(key)
-        if demand is None or demand.task.spec != task.spec:
+        demand = self.find(task, backbone)
+        if demand is None:
             method = repr(task.spec.method), backbone.name
             if method not in self._loads:
                 self._loads[method] = adapter_load(task.spec.method, backbone.sites)
@@ -86,7 +100,7 @@ class DemandEstimator:
             demand = TaskDemand(task, self._footprint(task.spec, backbone), step, sequences, evaluation)
         elif demand.task is not task:
             demand = replace(demand, task=task)
-        self._demands[key] = demand
+        self._demands[task.name, backbone.name] = demand
         return demand
 
     def _footprint(self, spec: TaskSpec, backbone: BackboneView) -> TaskFootprint:
@@ -97,6 +111,7 @@ class DemandEstimator:
 
     def forget_all_but(self, tasks: Collection[str]) -> None:
         self._demands = {key: demand for key, demand in self._demands.items() if key[0] in tasks}
+        self._refusals = {name: refusal for name, refusal in self._refusals.items() if name in tasks}
         for cache in (self._loads, self._footprints):
             if len(cache) > _MAX_CACHED:
                 cache.clear()

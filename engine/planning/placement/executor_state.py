@@ -222,9 +222,17 @@ class ClusterState:
         self._by_backbone: dict[str, list[ExecutorState]] = defaultdict(list)
         for executor in self.executors.values():
             self._by_backbone[executor.view.backbone.name].append(executor)
+        self._sizes = {
+            backbone: tuple((executor.name, executor.view.memory_bytes) for executor in executors)
+            for backbone, executors in self._by_backbone.items()
+        }
 
     def of_backbone(self, name: str) -> list[ExecutorState]:
         return self._by_backbone.get(name, [])
+
+    def sizes(self, backbone: str) -> tuple[tuple[str, int], ...]:
+        """Return the backbone's executors with their memory, on which it depends whether a task fits."""
+        return self._sizes.get(backbone, ())
 
     def backbones(self) -> list[str]:
         return list(self._by_backbone)

@@ -1,5 +1,6 @@
 """Very many tasks, very large specs and a task that cannot be planned do not stop the scheduler for other tenants."""
 
+from functools import partial
 from typing import Any
 
 import grpc
@@ -9,6 +10,8 @@ from google.protobuf.message import Message
 from engine.methods import Lora
 from engine.planning.cost import task_demand
 from muxtune.v1 import plan_pb2, scheduling_pb2
+from services.scheduling import scheduler as scheduler_module
+from services.scheduling.snapshot_planner import SnapshotPlanner
 from tests.hostile_messages import answer_of
 from tests.oversized_messages import oversized_requests
 from tests.services.scheduling.mesh_fakes import SECRET, SPEC_OF_TASKS, SchedulingMesh
@@ -96,6 +99,21 @@ async def test_a_planner_that_fails_for_all_tasks_takes_none_from_its_executor(
             assert set(executor.attempts()) == set(tasks)
         late = await mesh.ledger.put_task(9)
         await mesh.changes.until(lambda: set(executor.attempts()) == {*tasks, late})
+
+
+async def test_new_tasks_are_estimated_in_turns_of_their_tenants(
+    mesh: SchedulingMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """256 specs that take 30 ms each held up the other tenants' tasks by eight seconds."""
+    monkeypatch.setattr(scheduler_module, "SnapshotPlanner", partial(SnapshotPlanner, estimate_seconds=0.0))
+    for number in range(6):
+        await mesh.ledger.put_task(number, tenant="bad")
+    good = await mesh.ledger.put_task(9, tenant="good")
+    executor = await mesh.add_executor()
+    async with mesh.scheduler() as (_, _scheduling):
+        await mesh.changes.until(lambda: len(executor.attempts()) == 7)  # one after another, without further changes
+    order = [task.task for plan in executor.plans for task in plan.tasks]
+    assert order.index(good) < order.index("tenants/bad/tasks/t2")
 
 
 async def test_plans_with_specs_from_before_their_limit_reach_the_executor(mesh: SchedulingMesh) -> None:
