@@ -1,6 +1,11 @@
 """What rows, names, labels, arguments and errors contain is shown by every command and obeyed by no terminal."""
 
 import json
+import os
+import socket
+import struct
+import subprocess
+import sys
 import unicodedata
 from collections.abc import Iterator
 from concurrent import futures
@@ -225,3 +230,22 @@ def test_a_terminal_still_has_colours(capsys: pytest.CaptureFixture[str]) -> Non
     terminal._force_terminal, terminal._color_system = True, Terminal(stderr=False)._color_system
     terminal.print(Text("x\x1b[8m", style="bold"))
     assert capsys.readouterr().out.replace("\x1b[1m", "").replace("\x1b[0m", "") == "x\\x1b[8m\n"
+
+
+def test_a_servers_farewell_reaches_no_terminal(tmp_path: Path) -> None:
+    """gRPC itself logs the text of a GOAWAY to standard error."""
+    farewell = struct.pack(">II", 0, 11) + b"\x1b[31mtoo_many_pings"
+    frames = b"\0\0\0\4\0\0\0\0\0" + len(farewell).to_bytes(3, "big") + b"\7\0\0\0\0\0" + farewell
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        environment = {**os.environ, "MUXTUNE_ADDRESS": f"127.0.0.1:{listener.getsockname()[1]}"}
+        environment |= {"MUXTUNE_API_KEY": "mxt_key", "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment.pop("GRPC_VERBOSITY", None)
+        command = [sys.executable, "-m", "muxtune.cli.main", "task", "list", "--data", str(tmp_path / "none")]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+            for _ in range(5):  # it tries again and again
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1024)
+                    connection.sendall(frames)
+            process.kill()
+            assert process.stderr is not None and process.stderr.read() == b""
