@@ -7,15 +7,13 @@ from engine.errors import InvalidInputError
 from engine.planning.cost.chunk_size import allowed_padding_tokens, choose_chunk
 from engine.planning.cost.round_time import StepCost
 from engine.planning.cost.task_demand import DemandEstimator, TaskDemand
-from engine.planning.fusion.fair_groups import FairGroup
+from engine.planning.fusion.fair_groups import KEEP_WITHIN, FairGroup
 from engine.planning.fusion.fusion import FusedGroup, Fusion, fuse, fuse_as
 from engine.planning.placement.executor_state import ClusterState, ExecutorState
 from engine.planning.placement.explain import explain_residents
 from engine.planning.placement.feasibility import refuse_if_never_fits
 from engine.planning.placement.placement import Placement, place
 from engine.planning.types import Explanation, HTask, Plan, PlannerConfig, Snapshot, TaskRate, TaskView
-
-KEEP_WITHIN = 1.05  # running hTasks are kept while their period is within this factor of the best
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,15 @@ class Executor:
         finally:
             self._is_eager = False
 
+    def unexpected(self, microbatch: Microbatch) -> list[str]:
+        """Returns the resident tasks whose range is of another step, repeats a part of their step or leaves one out."""
+        residents = [(self.tasks[r.task], r) for r in microbatch.ranges if r.task in self.tasks]
+        return [
+            range_.task
+            for state, range_ in residents
+            if range_.step != state.step or not state.accumulated.continues_with(range_, microbatch.kind)
+        ]
+
     def stage(self, microbatch: Microbatch) -> Microbatch:
         """Starts to copy the microbatch to the device while others run there. Optional; on any thread."""
         return microbatch if self._copy is None else stage(microbatch, self._copy)

@@ -4,11 +4,13 @@ Legend: P parameters of the task.
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
-from engine.alignment.microbatch import Range
+from engine.alignment.microbatch import MicrobatchKind, Range
 from engine.alignment.step_digest import StepDigest
 from engine.results import ShadowCheck
 from engine.task import Interval
@@ -44,18 +46,33 @@ class StepAccumulator:
     alone: AloneStep | None = None  # if the step is to be verified
     shadow_check: ShadowCheck | None = None
 
+    def continues_with(self, range_: Range, kind: MicrobatchKind) -> bool:
+        """Returns whether the range repeats no sequence of the step and, if it is the last one, leaves none out."""
+        if self.done and self.is_evaluation != (kind is MicrobatchKind.EVALUATE):
+            return False
+        after = _with_range(self.done, range_)
+        is_apart = all(before[1] <= following[0] for before, following in pairwise(after))
+        return is_apart and (not range_.is_last or (len(after) == 1 and after[0][0] == 0))
+
     def add_done(self, range_: Range) -> None:
         """Adds the range's sequences to `done`."""
-        for segment in range_.segments:
-            start = segment.stream_offset_tokens
-            end = start + segment.num_tokens
-            at = bisect_right(self.done, (start, end))
-            if at < len(self.done) and self.done[at][0] == end:
-                end = self.done.pop(at)[1]
-            if at > 0 and self.done[at - 1][1] == start:
-                start = self.done.pop(at - 1)[0]
-                at -= 1
-            self.done.insert(at, (start, end))
+        self.done = _with_range(self.done, range_)
+
+
+def _with_range(done: Sequence[Interval], range_: Range) -> list[Interval]:
+    """Returns the intervals with those of the range's sequences; intervals that touch are one."""
+    after = list(done)
+    for segment in range_.segments:
+        start = segment.stream_offset_tokens
+        end = start + segment.num_tokens
+        at = bisect_right(after, (start, end))
+        if at < len(after) and after[at][0] == end:
+            end = after.pop(at)[1]
+        if at > 0 and after[at - 1][1] == start:
+            start = after.pop(at - 1)[0]
+            at -= 1
+        after.insert(at, (start, end))
+    return after
 
 
 def _relative(difference: float, value: float) -> float:

@@ -79,7 +79,7 @@ class RunPlanResponse(_message.Message):
     plan_version: _builtins.int
     """The plan version in force when this was measured."""
     adopted: _builtins.bool
-    """True when a plan was adopted: the round boundary has passed."""
+    """True when a plan was adopted."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[_plan_pb2.TaskResult]: ...
     @_builtins.property

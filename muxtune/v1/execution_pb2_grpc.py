@@ -67,18 +67,18 @@ class ExecutionServiceServicer:
 
     def RunPlan(self, request_iterator, context):
         """Lifecycle: scheduling opens the stream, sends a plan, then a new one at every change, and acknowledges results once
-        the ledger has them. The executor adopts a plan at a round boundary with no backbone reload, and streams results. One
-        stream at a time: a new one replaces the old, which ends with ABORTED / SUPERSEDED. When the stream breaks the
-        executor finishes its round and pauses, holding its tasks until a new stream's plan names them with the same attempt
-        or its lease ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_term` is
-        not the executor's. When the executor drains it sends the last results and, once they are acknowledged, ends with OK.
+        the ledger has them. The executor adopts a plan between two microbatches with no backbone reload, and streams
+        results. One stream at a time: a new one replaces the old, which ends with ABORTED / SUPERSEDED. When the stream
+        breaks the executor pauses, holding its tasks until a new stream's plan names them with the same attempt or its lease
+        ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_term` is not the
+        executor's. When the executor drains it sends the last results and, once they are acknowledged, ends with OK.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportAdapter(self, request, context):
-        """Writes the adapter, as it is at the next round boundary, to the artifact store; the task continues.
+        """Writes the adapter, as it was after the last step, to the artifact store; the task continues.
         NOT_FOUND: this executor does not hold the task.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -86,7 +86,7 @@ class ExecutionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Finishes the round, checkpoints and releases every task, and accepts no new plan. Draining twice answers OK.
+        """Checkpoints and releases every task, and accepts no new plan. Draining twice answers OK.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,18 +38,18 @@ class ExecutionServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ExecutionServiceAsyncStub: ...
     RunPlan: _grpc.StreamStreamMultiCallable[_execution_pb2.RunPlanRequest, _execution_pb2.RunPlanResponse]
     """Lifecycle: scheduling opens the stream, sends a plan, then a new one at every change, and acknowledges results once
-    the ledger has them. The executor adopts a plan at a round boundary with no backbone reload, and streams results. One
-    stream at a time: a new one replaces the old, which ends with ABORTED / SUPERSEDED. When the stream breaks the
-    executor finishes its round and pauses, holding its tasks until a new stream's plan names them with the same attempt
-    or its lease ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_term` is
-    not the executor's. When the executor drains it sends the last results and, once they are acknowledged, ends with OK.
+    the ledger has them. The executor adopts a plan between two microbatches with no backbone reload, and streams
+    results. One stream at a time: a new one replaces the old, which ends with ABORTED / SUPERSEDED. When the stream
+    breaks the executor pauses, holding its tasks until a new stream's plan names them with the same attempt or its lease
+    ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_term` is not the
+    executor's. When the executor drains it sends the last results and, once they are acknowledged, ends with OK.
     """
     ExportAdapter: _grpc.UnaryUnaryMultiCallable[_execution_pb2.ExportAdapterRequest, _execution_pb2.ExportAdapterResponse]
-    """Writes the adapter, as it is at the next round boundary, to the artifact store; the task continues.
+    """Writes the adapter, as it was after the last step, to the artifact store; the task continues.
     NOT_FOUND: this executor does not hold the task.
     """
     Drain: _grpc.UnaryUnaryMultiCallable[_execution_pb2.DrainRequest, _execution_pb2.DrainResponse]
-    """Finishes the round, checkpoints and releases every task, and accepts no new plan. Draining twice answers OK."""
+    """Checkpoints and releases every task, and accepts no new plan. Draining twice answers OK."""
     DescribeExecutor: _grpc.UnaryUnaryMultiCallable[_execution_pb2.DescribeExecutorRequest, _execution_pb2.DescribeExecutorResponse]
     """Returns what the executor is and which tasks it holds."""
 
@@ -63,18 +63,18 @@ class ExecutionServiceAsyncStub(ExecutionServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     RunPlan: _aio.StreamStreamMultiCallable[_execution_pb2.RunPlanRequest, _execution_pb2.RunPlanResponse]  # type: ignore[assignment]
     """Lifecycle: scheduling opens the stream, sends a plan, then a new one at every change, and acknowledges results once
-    the ledger has them. The executor adopts a plan at a round boundary with no backbone reload, and streams results. One
-    stream at a time: a new one replaces the old, which ends with ABORTED / SUPERSEDED. When the stream breaks the
-    executor finishes its round and pauses, holding its tasks until a new stream's plan names them with the same attempt
-    or its lease ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_term` is
-    not the executor's. When the executor drains it sends the last results and, once they are acknowledged, ends with OK.
+    the ledger has them. The executor adopts a plan between two microbatches with no backbone reload, and streams
+    results. One stream at a time: a new one replaces the old, which ends with ABORTED / SUPERSEDED. When the stream
+    breaks the executor pauses, holding its tasks until a new stream's plan names them with the same attempt or its lease
+    ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_term` is not the
+    executor's. When the executor drains it sends the last results and, once they are acknowledged, ends with OK.
     """
     ExportAdapter: _aio.UnaryUnaryMultiCallable[_execution_pb2.ExportAdapterRequest, _execution_pb2.ExportAdapterResponse]  # type: ignore[assignment]
-    """Writes the adapter, as it is at the next round boundary, to the artifact store; the task continues.
+    """Writes the adapter, as it was after the last step, to the artifact store; the task continues.
     NOT_FOUND: this executor does not hold the task.
     """
     Drain: _aio.UnaryUnaryMultiCallable[_execution_pb2.DrainRequest, _execution_pb2.DrainResponse]  # type: ignore[assignment]
-    """Finishes the round, checkpoints and releases every task, and accepts no new plan. Draining twice answers OK."""
+    """Checkpoints and releases every task, and accepts no new plan. Draining twice answers OK."""
     DescribeExecutor: _aio.UnaryUnaryMultiCallable[_execution_pb2.DescribeExecutorRequest, _execution_pb2.DescribeExecutorResponse]  # type: ignore[assignment]
     """Returns what the executor is and which tasks it holds."""
 
@@ -91,11 +91,11 @@ class ExecutionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_execution_pb2.RunPlanResponse], _abc.AsyncIterator[_execution_pb2.RunPlanResponse]]:
         """Lifecycle: scheduling opens the stream, sends a plan, then a new one at every change, and acknowledges results once
-        the ledger has them. The executor adopts a plan at a round boundary with no backbone reload, and streams results. One
-        stream at a time: a new one replaces the old, which ends with ABORTED / SUPERSEDED. When the stream breaks the
-        executor finishes its round and pauses, holding its tasks until a new stream's plan names them with the same attempt
-        or its lease ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_term` is
-        not the executor's. When the executor drains it sends the last results and, once they are acknowledged, ends with OK.
+        the ledger has them. The executor adopts a plan between two microbatches with no backbone reload, and streams
+        results. One stream at a time: a new one replaces the old, which ends with ABORTED / SUPERSEDED. When the stream
+        breaks the executor pauses, holding its tasks until a new stream's plan names them with the same attempt or its lease
+        ends. Results not acknowledged are sent again on the next stream. ABORTED / LEASE_LOST: `lease_term` is not the
+        executor's. When the executor drains it sends the last results and, once they are acknowledged, ends with OK.
         """
 
     @_abc_1.abstractmethod
@@ -104,7 +104,7 @@ class ExecutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _execution_pb2.ExportAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_execution_pb2.ExportAdapterResponse, _abc.Awaitable[_execution_pb2.ExportAdapterResponse]]:
-        """Writes the adapter, as it is at the next round boundary, to the artifact store; the task continues.
+        """Writes the adapter, as it was after the last step, to the artifact store; the task continues.
         NOT_FOUND: this executor does not hold the task.
         """
 
@@ -114,7 +114,7 @@ class ExecutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _execution_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_execution_pb2.DrainResponse, _abc.Awaitable[_execution_pb2.DrainResponse]]:
-        """Finishes the round, checkpoints and releases every task, and accepts no new plan. Draining twice answers OK."""
+        """Checkpoints and releases every task, and accepts no new plan. Draining twice answers OK."""
 
     @_abc_1.abstractmethod
     def DescribeExecutor(

@@ -3,7 +3,7 @@
 import dataclasses
 
 from engine.results import EvaluationResult, StepResult, WorkInProgress
-from muxtune.v1 import event_pb2, plan_pb2
+from muxtune.v1 import event_pb2, execution_pb2, plan_pb2
 
 ATTEMPT_ENDS = frozenset({"finished", "failed", "released"})  # kinds of result after which an attempt is over
 
@@ -45,4 +45,13 @@ def work_in_progress_to_proto(work: WorkInProgress) -> plan_pb2.WorkInProgress:
         device_seconds=work.seconds,
         effective_tokens=work.num_effective_tokens,
         padding_tokens=work.num_padding_tokens,
+    )
+
+
+def exported_to_proto(finished: plan_pb2.TaskFinished) -> execution_pb2.ExportAdapterResponse:
+    """Return the response of ExportAdapter."""
+    return execution_pb2.ExportAdapterResponse(
+        step=finished.step,
+        adapter_key=finished.adapter_key,
+        max_logit_difference=finished.max_logit_difference,
     )

@@ -20,7 +20,7 @@ class PlanDrafts:
 
     def draft(self, executor: str) -> plan_pb2.ExecutorPlan:
         """Return the executor's plan without tasks that another executor holds: they start here after that one has
-        released them at the end of a round."""
+        released them."""
         others, htasks = self._holders - {executor}, list[plan_pb2.HTask]()
         for htask in self._plan.htasks.get(executor, ()):
             held = {name for name in htask.tasks if self.entries[name].executor in others}

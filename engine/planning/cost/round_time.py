@@ -84,6 +84,13 @@ def fewest_microbatches(tokens_X: Floats, held_X: Floats) -> Floats:
     return fewest_X
 
 
+def all_base_seconds(profile: CostProfile, tokens_X: Floats, number_X: Floats) -> Floats:
+    """Return `cost_model.base_seconds` of each round."""
+    busy_X = np.maximum(tokens_X, number_X * profile.knee_tokens)
+    seconds_X: Floats = profile.fixed_seconds * number_X + profile.token_seconds * busy_X
+    return seconds_X
+
+
 def least_latency(tokens_X: Floats, extra_X: Floats, fewest_X: Floats, most: float, stage: StageModel) -> Floats:
     """Return the least latency [X] over all numbers of microbatches from `fewest_X` to `most`.
 
@@ -105,7 +112,6 @@ def least_latency(tokens_X: Floats, extra_X: Floats, fewest_X: Floats, most: flo
 
 def _work_and_latency(number_XJ: Floats, tokens_X: Floats, extra_X: Floats, stage: StageModel) -> tuple[Floats, Floats]:
     profile, other_stages = stage.profile, stage.num_stages - 1
-    busy_XJ = np.maximum(tokens_X[..., None], number_XJ * profile.knee_tokens)
-    base_XJ = profile.fixed_seconds * number_XJ + profile.token_seconds * busy_XJ
+    base_XJ = all_base_seconds(profile, tokens_X[..., None], number_XJ)
     work_XJ = (base_XJ + extra_X[..., None]) / stage.num_stages
     return work_XJ, work_XJ * (1 + other_stages / number_XJ) + 2 * other_stages * stage.hop_seconds

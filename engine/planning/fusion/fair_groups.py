@@ -23,12 +23,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from engine.planning.cost.cost_model import base_seconds, extra_seconds
-from engine.planning.cost.round_time import StepCost
+from engine.planning.cost.round_time import Floats, StepCost, all_base_seconds, fewest_microbatches
 from engine.planning.cost.task_demand import TaskDemand
 from engine.planning.types import CostProfile, TaskRate
 
 LEAST_GAIN = 0.95  # of its rate in a group of its own that a tenant keeps in a shared group
-KEEP_WITHIN = 1.05  # running groups are kept while the rates of the best are within this factor
+KEEP_WITHIN = 1.05  # running groups, and running hTasks, are kept while the best are within this factor
 _ROUNDING = 1e-6  # of numbers of steps and microbatches
 MAX_ROUND_MICROBATCHES = 8  # a round has about so many at most; larger steps span rounds
 
@@ -166,7 +166,7 @@ class _RunRates:
     """Tokens a second of runs of tenants, sorted by their tokens over weight. All rates are over the whole weight."""
 
     def __init__(self, loads: Sequence[TenantLoad], profile: CostProfile, microbatch_tokens: int) -> None:
-        self._profile, self._microbatch_tokens = profile, microbatch_tokens
+        self._profile, self._microbatch_tokens = profile, np.array(float(microbatch_tokens))
         self._most_tokens = MAX_ROUND_MICROBATCHES * microbatch_tokens
         self._weight_t = np.array([load.weight for load in loads])
         self._tokens_t = np.array([load.num_tokens / load.weight for load in loads])  # over weight
@@ -175,16 +175,14 @@ class _RunRates:
         self._extra_before = np.concatenate([[0.0], np.cumsum(self._weight_t * self._extra_t)])
         self._alone_t = np.array([self.rates(i, i)[0] for i in range(len(loads))])  # over weight
 
-    def rates(self, last: int, first: int = 0) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    def rates(self, last: int, first: int = 0) -> Floats:
         """Return the rate of a tenant of weight 1 in the runs from I = `first`, ..., `last` to `last` [I]."""
         weight_I = self._weights_before[last + 1] - self._weights_before[first : last + 1]
         extra_I = self._extra_before[last + 1] - self._extra_before[first : last + 1]
         tokens_I = np.minimum(self._tokens_t[first : last + 1], self._most_tokens / weight_I)
-        number_I = np.maximum(1.0, np.ceil(tokens_I * weight_I / self._microbatch_tokens - _ROUNDING))
-        busy_I = np.maximum(tokens_I * weight_I, number_I * self._profile.knee_tokens)
-        base_I = self._profile.fixed_seconds * number_I + self._profile.token_seconds * busy_I
-        seconds_I = base_I + tokens_I * extra_I
-        rate_I: np.ndarray[tuple[int], np.dtype[np.float64]] = weight_I * tokens_I / np.maximum(seconds_I, 1e-12)
+        number_I = fewest_microbatches(tokens_I * weight_I, self._microbatch_tokens)
+        seconds_I = all_base_seconds(self._profile, tokens_I * weight_I, number_I) + tokens_I * extra_I
+        rate_I: Floats = weight_I * tokens_I / np.maximum(seconds_I, 1e-12)
         return rate_I
 
     def best_runs(self) -> tuple[list[int], float]:

@@ -8,8 +8,8 @@ Hysteresis: a running task stays, with three exceptions, none of which qualifies
 - a tenant's task of higher priority takes the place of that tenant's own tasks of lower priority;
 - a tenant takes another's place only if it has no more than that one afterwards;
 - an executor takes a task over from a busier one if its round, with it, is shorter by a quarter than the other's was.
-A task that leaves does so at its round's end, after a checkpoint: nothing is lost. A task that was evicted evicts no
-other in the same plan, so that planning ends.
+A task that leaves is checkpointed as it was after its last step. A task that was evicted evicts no other in the same
+plan, so that planning ends.
 """
 
 from bisect import insort

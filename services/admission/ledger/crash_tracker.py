@@ -33,9 +33,8 @@ class Loss:
     num_tasks: int
 
 
-Explain = Callable[
-    [str, Loss], plan_pb2.TaskReleased | None
-]  # (task, its loss) -> the death, or None if there was none
+# Returns the death of a task's executor, for the task and its loss; None if there was none.
+Explain = Callable[[str, Loss], plan_pb2.TaskReleased | None]
 
 
 def list_suspects(connection: sa.Connection, executor: str) -> set[str]:

@@ -27,6 +27,8 @@ def commit_result(
         has_ended = row is not None and TaskState[row.state].is_final and row.attempt == result.attempt
         return pb.RESULT_VERDICT_DUPLICATE if has_ended else pb.RESULT_VERDICT_STALE
     kind, suspects = result.WhichOneof("result"), result.released.num_suspects
+    if kind is None:  # a newer executor reports what this version does not know
+        return pb.RESULT_VERDICT_DUPLICATE
     if suspects and crash_tracker.record_crash(connection, row, result.released.reason, suspects, max_crashes):
         return pb.RESULT_VERDICT_COMMITTED
     is_new = {
@@ -38,7 +40,7 @@ def commit_result(
         "released": _release,
         "resumed": _resume,
         "in_progress": _charge_in_progress,
-    }[kind or "released"](connection, row, result)
+    }[kind](connection, row, result)
     return pb.RESULT_VERDICT_COMMITTED if is_new else pb.RESULT_VERDICT_DUPLICATE
 
 

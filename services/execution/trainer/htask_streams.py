@@ -23,6 +23,7 @@ class _OpenHTask:
     """
 
     members: list[str]
+    tenants: list[str]
     stream: MicrobatchStream
     is_late: bool = False
     last_turn: int = 0
@@ -35,6 +36,11 @@ class HTaskStreams:
         self._open_stream = open_stream
         self.plan = plan_pb2.ExecutorPlan()
         self._open: dict[int, _OpenHTask] = {}
+        self._tasks: dict[str, plan_pb2.PlannedTask] = {}  # of the plan
+        self._is_in_step = False  # nothing has changed since `open_for`
+        self._names: list[str] = []  # that `open_for` was called with
+        self._sharing: list[set[str]] = []  # the tenants of each hTask that has several
+        self._held: set[str] = set()  # tenants that had to wait
         self._turn = 0
         self._served: set[str] = set()  # tasks of which alignment has sent a microbatch
         self._interrupted: set[str] = set()  # tasks whose stream is opened again after a delay
@@ -43,51 +49,63 @@ class HTaskStreams:
     def adopt(self, plan: plan_pb2.ExecutorPlan) -> None:
         """Replaces the plan. An hTask keeps its stream if the new plan has it with the same members and layout."""
         kept = {_signature(self.plan.htasks[index], each.members): each for index, each in self._open.items()}
-        self.plan = plan
+        self.plan, self._is_in_step = plan, False
+        self._tasks = {task.task: task for task in plan.tasks}
         self._open = {}
         for index, htask in enumerate(plan.htasks):
             if (each := kept.pop(_signature(htask, htask.tasks), None)) is not None:
                 self._open[index] = each
         for each in kept.values():
             each.stream.close()
-        planned = {task.task for task in plan.tasks}
-        self._ended &= planned
-        self._served &= planned
-        self._interrupted &= planned
+        self._ended &= self._tasks.keys()
+        self._served &= self._tasks.keys()
+        self._interrupted &= self._tasks.keys()
 
-    def open_for(self, names: Collection[str], hold: Callable[[Collection[str]], set[str]]) -> None:
+    def open_for(self, names: list[str], hold: Callable[[Collection[str]], set[str]]) -> None:
         """Opens a stream for every hTask with members among `names`; again for one whose members have changed.
 
-        `hold`: returns which of the tenants that share an hTask have to wait.
+        `hold`: returns which of the tenants that share an hTask have to wait. Called before every turn, so it does
+        nothing where nothing has changed.
         """
-        training = set(names)
+        if not self._is_in_step or names != self._names:
+            groups = [{tenant_of(name) for name in htask.tasks} for htask in self.plan.htasks]
+            self._sharing, self._is_in_step = [group for group in groups if len(group) > 1], False
+        held = {tenant for tenants in self._sharing for tenant in hold(tenants)}
+        if self._is_in_step and held == self._held:
+            return
+        self._names, self._held = names, held
+        training = {name for name in names if tenant_of(name) not in held}
         for index, htask in enumerate(self.plan.htasks):
-            members = [name for name in htask.tasks if name in training]
-            tenants = {tenant_of(name) for name in members}
-            if len(tenants) > 1 and (held := hold(tenants)):
-                members = [name for name in members if tenant_of(name) not in held]
-            before = self._open.get(index)
-            if before is not None and members == [name for name in before.members if name not in self._ended]:
-                before.members = members
-                if members:
-                    continue
-            if before is not None:
-                self.close(index)
+            self._open_or_keep(index, htask, [name for name in htask.tasks if name in training])
+        self._is_in_step = True
+
+    def _open_or_keep(self, index: int, htask: plan_pb2.HTask, members: list[str]) -> None:
+        before = self._open.get(index)
+        tenants = sorted({tenant_of(name) for name in members})
+        if before is not None and members == [name for name in before.members if name not in self._ended]:
+            before.members, before.tenants = members, tenants
             if members:
-                is_interrupted = not self._interrupted.isdisjoint(members)
-                stream = self._open_stream(htask, members, is_interrupted)
-                last_turn = before.last_turn if before is not None else 0
-                self._open[index] = _OpenHTask(members, stream, is_interrupted, last_turn)
+                return
+        if before is not None:
+            self.close(index)
+        if members:
+            is_interrupted = not self._interrupted.isdisjoint(members)
+            stream = self._open_stream(htask, members, is_interrupted)
+            last_turn = before.last_turn if before is not None else 0
+            self._open[index] = _OpenHTask(members, tenants, stream, is_interrupted, last_turn)
 
     def choose(self, order: Callable[[list[str]], float]) -> int | None:
-        """Returns the hTask whose members have the least `order`; a late one only if its microbatch has come, or if
+        """Returns the hTask whose tenants have the least `order`; a late one only if its microbatch has come, or if
         all are late. None if no stream is open."""
-        indices = sorted(self._open, key=lambda index: (order(self._open[index].members), self._open[index].last_turn))
+        indices = sorted(self._open, key=lambda index: (order(self._open[index].tenants), self._open[index].last_turn))
         ready = (index for index in indices if not self._open[index].is_late or self._open[index].stream.is_ready)
         return next(ready, indices[0] if indices else None)
 
     def members(self, index: int) -> list[str]:
         return self._open[index].members
+
+    def tenants(self, index: int) -> list[str]:
+        return self._open[index].tenants
 
     def next(self, index: int) -> Microbatch | None:
         """Returns the hTask's next microbatch, for which it waits a moment; None at the end of its stream.
@@ -112,7 +130,7 @@ class HTaskStreams:
 
     def _is_last(self, kind: MicrobatchKind, range_: Range) -> bool:
         """Returns whether no microbatch with tokens of the task follows."""
-        task = next((task for task in self.plan.tasks if task.task == range_.task), None)
+        task = self._tasks.get(range_.task)
         if task is None or not range_.is_last:
             return False
         if kind is MicrobatchKind.EVALUATE:
@@ -121,7 +139,7 @@ class HTaskStreams:
 
     def close(self, index: int) -> list[str]:
         """Closes the hTask's stream. Returns its members."""
-        each = self._open.pop(index)
+        each, self._is_in_step = self._open.pop(index), False
         each.stream.close()
         self._ended.difference_update(each.members)  # their last microbatch may come again
         return each.members

@@ -204,7 +204,7 @@ class TaskLifecycle:
     def _is_ready(self, resident: ResidentTask) -> bool:
         if resident.background_call is not None:
             return resident.background_call.is_done
-        return resident.is_free and not self._is_training(resident)
+        return not self._is_training(resident) and resident.is_free
 
     def _is_current(self, resident: ResidentTask) -> bool:
         return self._residents.get(resident.name) is resident

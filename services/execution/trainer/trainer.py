@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -28,6 +28,7 @@ from muxtune.adapters import load_adapter
 from muxtune.v1 import alignment_pb2, execution_pb2, plan_pb2
 from services.conversion.plan import cost_to_proto
 from services.conversion.plan_parts import PlanParts
+from services.conversion.results import exported_to_proto
 from services.execution.settings import ExecutionSettings
 from services.execution.trainer.checkpoint_store import CheckpointStore
 from services.execution.trainer.cost_calibration import CostCalibration
@@ -94,6 +95,7 @@ class Trainer:
         self._next_plan: plan_pb2.ExecutorPlan | None = None
         self._plan_parts = PlanParts()
         self._device_time = DeviceTime()
+        self._weighted_names: list[str] = []
         self._described_names: list[str] | None = None
         self._step_window, self._oom_policy = StepWindow(), OutOfMemoryPolicy()
         self._is_paused = self._is_draining = False
@@ -123,16 +125,17 @@ class Trainer:
             self._lifecycle.adopt(list(plan.tasks))
             self._oom_policy.forget_all_but([task.task for task in plan.tasks])
             self._streams.adopt(plan)
+            self._weighted_names = []
             self._report(adopted=True)
-        tenants = {tenant_of(name) for name in self._lifecycle.all_names}
-        weights = self._streams.plan.tenant_weights
-        self._device_time.set_weights({tenant: weights.get(tenant, 1.0) for tenant in tenants})
+        if (names := self._lifecycle.all_names) != self._weighted_names:
+            self._weighted_names, weights = names, self._streams.plan.tenant_weights
+            self._device_time.set_weights({tenant_of(name): weights.get(tenant_of(name), 1.0) for name in names})
 
     def _take_turn(self) -> None:
         """Gives the device to the tenants that had least of it: to run a microbatch, or to attach or export a task."""
         index = None
         if not self._is_paused:
-            index = self._streams.choose(lambda members: self._device_time.charged(_tenants_of(members)))
+            index = self._streams.choose(self._device_time.charged)
         name = self._lifecycle.next_ready(lambda task: self._device_time.charged([tenant_of(task)]))
         if name is not None and self._goes_first(tenant_of(name), index):
             with self._charged_to([tenant_of(name)]):
@@ -149,7 +152,7 @@ class Trainer:
         """
         if index is None or time.monotonic() - self._last_advance > _MAX_ADVANCE_WAIT_SECONDS:
             return True
-        others = _tenants_of(self._streams.members(index))
+        others = self._streams.tenants(index)
         return self._device_time.charged([tenant]) <= self._device_time.charged(others)
 
     @contextmanager
@@ -176,6 +179,8 @@ class Trainer:
         if microbatch is None:
             self._streams.close(index)
             return
+        if names := self._executor.unexpected(microbatch):
+            return self._handle_unexpected_data(index, names)
         parts, started = self._cost_calibration.parts(microbatch), time.perf_counter()
         try:
             if microbatch.num_tokens > max_microbatch_tokens():
@@ -195,10 +200,17 @@ class Trainer:
         """Returns the hTask's next microbatch. The device is kept for its tenants meanwhile."""
         started = time.perf_counter()
         try:
-            with self._charged_to(_tenants_of(self._streams.members(index))):
+            with self._charged_to(self._streams.tenants(index)):
                 return self._streams.next(index)
         finally:
             self._step_window.add_wait(time.perf_counter() - started)
+
+    def _handle_unexpected_data(self, index: int, names: Sequence[str]) -> None:
+        """Begins the steps of these tasks again: alignment, an older version perhaps, did not go on where they were."""
+        _log.warning("Alignment repeated or left out data of %s: their steps begin again.", ", ".join(names))
+        self._streams.interrupt(index)
+        for name in names:
+            self._executor.tasks[name].restart_step()
 
     def _handle_out_of_memory(self, index: int, microbatch: Microbatch, error: OutOfMemoryError) -> None:
         """Begins the steps in the hTask again with smaller microbatches or fewer tasks. A task that does not fit alone
@@ -357,7 +369,7 @@ class Trainer:
         """Answers completed exports, in the order of their requests."""
         while self._exports and self._exports[0].done():
             try:
-                self._pipe.write(Tag.EXPORTED, _exported_response(self._exports.popleft().result()))
+                self._pipe.write(Tag.EXPORTED, exported_to_proto(self._exports.popleft().result()))
             except MuxtuneError as error:
                 self._pipe.write(Tag.EXPORT_FAILED, to_failure(error))
 
@@ -379,16 +391,3 @@ class Trainer:
         while (frame := self._pipe.read()) is not None:
             self._inbox.put(frame)
         self._inbox.put(None)
-
-
-def _exported_response(finished: plan_pb2.TaskFinished) -> execution_pb2.ExportAdapterResponse:
-    """Returns the response of ExportAdapter."""
-    return execution_pb2.ExportAdapterResponse(
-        step=finished.step,
-        adapter_key=finished.adapter_key,
-        max_logit_difference=finished.max_logit_difference,
-    )
-
-
-def _tenants_of(tasks: Iterable[str]) -> list[str]:
-    return sorted({tenant_of(task) for task in tasks})

@@ -140,3 +140,18 @@ def test_tasks_that_come_and_go_do_not_delay_a_neighbour(trainer: TrainerThread)
     trainer.until(lambda: sum(r.HasField("finished") for r in trainer.results[first:]) >= 30)
     steps = [r.task for r in trainer.results[first:] if r.HasField("step_done") and r.task == good.task]
     assert len(steps) > 30  # attaching or exporting a task takes longer than a step of `good`
+
+
+def test_no_row_is_trained_twice_where_alignment_does_not_know_positions(trainer: TrainerThread) -> None:
+    """An older alignment sends a step from its start again: the step begins anew, with the rows of the task alone."""
+    alone, long = (long_step("bad", name, 200, num_steps=1) for name in ("alone", "long"))
+    trainer.plan(alone, htasks=[[alone.task]])
+    trainer.until_ended(alone.task)
+    trainer.alignment.is_old = True
+    trainer.plan(long, htasks=[[long.task]], round_tokens=64)
+    trainer.until(lambda: trainer.of(long.task, "in_progress"))
+    trainer.plan(long, second := task_of("bad", "second"), htasks=[[second.task, long.task]], round_tokens=200)
+    trainer.until_ended(long.task)
+    (done,), (expected,) = trainer.of(long.task, "step_done"), trainer.of(alone.task, "step_done")
+    assert done.input_digest == expected.input_digest and done.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert done.effective_tokens == expected.effective_tokens

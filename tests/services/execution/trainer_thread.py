@@ -77,10 +77,14 @@ class GatedAlignment(alignment_pb2_grpc.AlignmentServiceServicer):
     def __init__(self) -> None:
         self.gates = Gates()
         self.members: list[set[str]] = []  # of each opened stream
+        self.is_old = False  # as a version that does not know positions within a step
 
     def StreamMicrobatches(self, request: Any, context: Any) -> Iterator[Any]:
         named = " ".join(member.task for member in request.members)
         self.members.append({member.task.rpartition("/")[2] for member in request.members})
+        if self.is_old:
+            for member in request.members:
+                member.ClearField("done")
         members = [packed_task(member) for member in request.members]
         for microbatch in rounds(members, request.token_budget, request.chunk_tokens):
             try:
