@@ -20,6 +20,10 @@ SERVER_OPTIONS = [
     # Bytes that are read of a connection before they are parsed. By default gRPC reads as fast as they come: 4 callers
     # without a key who sent frames of any kind, such as SETTINGS, took 600 MB.
     ("grpc.experimental.tcp_max_read_buffer_size", 64 << 10),
+    # Calls that gRPC has received and the service has not yet: refused above the second number, at random above the
+    # first. By default (1,000 and 3,000) a client that opens many calls at once had its neighbours' calls cancelled.
+    ("grpc.server.max_pending_requests", 8192),
+    ("grpc.server.max_pending_requests_hard_limit", 8192),
     # Allow the pings that channels send every 10 or 30 s, also on idle connections. The server pings too, so that a
     # stream whose client vanished ends soon and not after gRPC's default of two hours.
     ("grpc.keepalive_time_ms", 30_000),

@@ -15,7 +15,7 @@ from engine.task import TaskSpec
 from muxtune.v1 import alignment_pb2_grpc, operator_pb2, task_pb2
 from services.admission.policy import quotas
 from services.admission.policy.adapter_upload import CONFIG_FILE
-from services.admission.policy.task_estimator import TaskEstimator, parse_executor
+from services.admission.policy.task_estimator import ExecutorParser, TaskEstimator
 from services.admission.store import datasets_and_adapters, tables
 from services.admission.store.database import Database
 from services.admission.store.prepared_statements import PreparedStatement
@@ -98,7 +98,8 @@ class AdmissionController:
         threads: AdmissionThreads,
     ) -> None:
         self._database, self._artifacts, self._threads = database, artifacts, threads
-        self._quota_proto, self._estimator = quota.to_proto(), TaskEstimator(alignment, quota.planner, threads)
+        self._quota_proto, self._executor_parser = quota.to_proto(), ExecutorParser()
+        self._estimator = TaskEstimator(alignment, quota.planner, threads, self._executor_parser)
 
     async def evaluate(self, principal: Principal, task: ResolvedTask) -> AdmittedTask:
         """Estimate the task and admit it. Raises PermissionDeniedError, InvalidInputError or WillNeverFitError."""
@@ -159,7 +160,7 @@ class AdmissionController:
 
     def max_adapter_tensors(self, connection: sa.Connection) -> int:
         """Return how many tensors an adapter may have: as the largest known backbone can have."""
-        executors = [parse_executor(row.executor) for row in _EXECUTORS.fetch_all(connection)]
+        executors = self._executor_parser.parse([row.executor for row in _EXECUTORS.fetch_all(connection)])
         num_sites = max((len(executor.backbone.sites) for executor in executors), default=0)
         return max(_MIN_ADAPTER_TENSORS, _TENSORS_PER_SITE * num_sites)
 

@@ -8,7 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache, partial
+from functools import partial
 from typing import Generic, TypeVar
 
 from engine.methods.base import Method
@@ -44,6 +44,21 @@ class _CachedEstimate:
     estimate: task_pb2.TaskEstimate
 
 
+class ExecutorParser:
+    """Converts serialized plan.Executor messages to the planner's type; an unchanged executor is converted once."""
+
+    def __init__(self) -> None:
+        self._last: dict[bytes, ExecutorView] = {}  # of the last call: costs, so bytes, change every second
+
+    def parse(self, executors: Sequence[bytes]) -> list[ExecutorView]:
+        last = self._last  # read once: other threads replace it
+        self._last = views = {
+            executor: last.get(executor) or executor_to_view(plan_pb2.Executor.FromString(executor))
+            for executor in executors
+        }
+        return [views[executor] for executor in executors]
+
+
 class TaskEstimator:
     """Estimates tasks and refuses those that no executor can hold. Computes in the tenant's turns."""
 
@@ -52,8 +67,9 @@ class TaskEstimator:
         alignment: "alignment_pb2_grpc.AlignmentServiceAsyncStub",
         config: PlannerConfig,
         threads: AdmissionThreads,
+        parser: ExecutorParser,
     ) -> None:
-        self._alignment, self._config, self._threads = alignment, config, threads
+        self._alignment, self._config, self._threads, self._parser = alignment, config, threads, parser
         self._reports = _ExpiringCache[dataset_pb2.PreflightReport]()
         self._estimates = _ExpiringCache[_CachedEstimate]()
 
@@ -65,7 +81,7 @@ class TaskEstimator:
         if cached is None:
             return None
         domain = spec_to_domain(spec, method=cached.method)
-        validate(domain, [parse_executor(executor).backbone for executor in executors], is_method_valid=True)
+        validate(domain, [view.backbone for view in self._parser.parse(executors)], is_method_valid=True)
         estimate = task_pb2.TaskEstimate()
         estimate.CopyFrom(cached.estimate)
         return domain, estimate
@@ -95,7 +111,7 @@ class TaskEstimator:
         self, spec: task_pb2.TaskSpec, executors: Sequence[bytes], yield_turn: Callable[[], object]
     ) -> tuple[TaskSpec, BackboneView, list[ExecutorView]]:
         """Return the task, its backbone and the executors of that. Raises InvalidInputError, WillNeverFitError."""
-        domain, views = spec_to_domain(spec), [parse_executor(executor) for executor in executors]
+        domain, views = spec_to_domain(spec), self._parser.parse(executors)
         backbone = validate(domain, [view.backbone for view in views])
         hosts = [view for view in views if view.backbone.name == backbone.name]
         yield_turn()
@@ -142,12 +158,6 @@ class TaskEstimator:
             num_special_text_rows=report.num_special_text_rows,
             seconds=min(seconds) if seconds else None,
         )
-
-
-@lru_cache(256)
-def parse_executor(executor: bytes) -> ExecutorView:
-    """Convert a serialized plan.Executor to the planner's type; parsed once for each change of the executor."""
-    return executor_to_view(plan_pb2.Executor.FromString(executor))
 
 
 def _without_irrelevant_fields(spec: task_pb2.TaskSpec) -> task_pb2.TaskSpec:
