@@ -80,13 +80,12 @@ class StalledClients:
         self._loop.close()
 
     async def _hold(self) -> None:
-        credentials = grpc.ssl_channel_credentials(self._mesh.ca.read_bytes())
-        async with grpc.aio.secure_channel(self._mesh.addresses["admission"], credentials) as channel:
-            stub, health = admission_pb2_grpc.AdmissionServiceStub(channel), health_pb2_grpc.HealthStub(channel)
-            watch = pb.WatchTaskRequest(name=self._task)
+        async with self._channel() as channel, self._channel() as of_watches, self._channel() as of_health:
+            stub, watches = (admission_pb2_grpc.AdmissionServiceStub(each) for each in (channel, of_watches))
+            health, watch = health_pb2_grpc.HealthStub(of_health), pb.WatchTaskRequest(name=self._task)
             calls: dict[str, list[Any]] = {
                 "UploadDataset": [stub.UploadDataset(self._stalled(), metadata=self._metadata) for _ in range(300)],
-                "WatchTask": [stub.WatchTask(watch, metadata=self._metadata) for _ in range(1024)],
+                "WatchTask": [watches.WatchTask(watch, metadata=self._metadata) for _ in range(1024)],
                 "health": [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(600)],
             }
             held = {"UploadDataset": 29, "WatchTask": 114, "health": 456}
@@ -99,6 +98,12 @@ class StalledClients:
             for call in (call for of_kind in calls.values() for call in of_kind):
                 call.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+
+    def _channel(self) -> grpc.aio.Channel:
+        """Return a channel with its own connection: of more than 1,024 calls on one, gRPC itself may refuse some."""
+        credentials = grpc.ssl_channel_credentials(self._mesh.ca.read_bytes())
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        return grpc.aio.secure_channel(self._mesh.addresses["admission"], credentials, options)
 
     async def _count(self, name: str, call: Any) -> grpc.StatusCode:
         """Return how the call ended, and count it."""

@@ -7,6 +7,7 @@ started again at will. Callers use the generated stubs and get gRPC's own status
 import asyncio
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -227,8 +228,12 @@ class Admission:
         return self._channel
 
     def files(self) -> list[str]:
-        """Return all files of the artifact store, committed or not."""
-        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+        """Return all files of the artifact store, committed or not; another thread may remove some meanwhile."""
+        return sorted(
+            os.path.relpath(os.path.join(folder, name), self.folder)
+            for folder, _, names in os.walk(self.folder)
+            for name in names
+        )
 
     def num_rows(self) -> dict[str, int]:
         """Return the number of rows by table, without keys and the audit log."""
