@@ -179,6 +179,7 @@ def current_plan(mesh: Mesh) -> scheduling_pb2.GetPlanResponse:
     return call(mesh, scheduling_pb2_grpc.SchedulingServiceStub, "scheduling", "GetPlan", request)
 
 
+@pytest.mark.thorough
 def test_an_executor_stopped_past_its_lease_changes_nothing_when_it_goes_on(
     mesh: Mesh, client: Client, calm: tuple[str, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
@@ -270,6 +271,7 @@ def test_with_the_store_away_tasks_pause_and_go_on(
     client.upload_dataset([{"text": "room again"}])
 
 
+@pytest.mark.thorough  # tests/test_mesh_replicas.py does the same to replicas
 def test_a_rolling_restart_under_load_loses_no_request(
     mesh: Mesh, client: Client, calm: tuple[str, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:

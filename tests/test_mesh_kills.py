@@ -76,7 +76,7 @@ def test_killed_at_random_points_nothing_is_lost_and_every_adapter_is_the_same(
         kill_under_load(mesh, client, tmp_path, num_kills, kill_soon)
 
 
-@pytest.mark.parametrize("num_kills", [3, pytest.param(NUM_KILLS_APART, marks=THOROUGH)])
+@pytest.mark.parametrize("num_kills", [pytest.param(NUM_KILLS_APART, marks=THOROUGH)])
 def test_kills_of_the_executor_that_leave_each_task_time_for_a_step_fail_none(
     backbone: Path, num_kills: int, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import boto3
+import pytest
 
 from muxtune.local.mesh import Mesh
 from muxtune.v1 import task_pb2
@@ -13,6 +14,7 @@ QUICK = {"MUXTUNE_NUM_THREADS": "1", "MUXTUNE_CHECKPOINT_STEPS": "3", "MUXTUNE_C
 ROWS = [{"prompt": f"fox {i}", "completion": " jumps over" * (1 + i % 4)} for i in range(16)]
 
 
+@pytest.mark.thorough
 def test_a_task_lives_through_a_restart_on_postgresql_and_s3(tmp_path: Path) -> None:
     with platform_storage() as settings:
         train_with_a_restart(tmp_path, settings)

@@ -59,6 +59,7 @@ def expected(mesh: ReplicatedMesh) -> list[Outcome]:
         return [outcome(watcher, name, mesh.folder / "calm", Patience()) for name in names]
 
 
+@pytest.mark.thorough
 def test_killed_paused_cut_and_restarted_at_random_nothing_is_lost(
     mesh: ReplicatedMesh, expected: list[Outcome], tmp_path: Path
 ) -> None:
@@ -153,6 +154,7 @@ class Watch:
         return self.events
 
 
+@pytest.mark.thorough
 def test_while_the_leader_is_paused_all_goes_on_and_what_it_does_late_counts_for_nothing(
     mesh: ReplicatedMesh, expected: list[Outcome], tmp_path: Path
 ) -> None:

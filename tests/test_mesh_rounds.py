@@ -23,6 +23,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
         yield running
 
 
+@pytest.mark.thorough
 def test_rounds_and_the_end_come_as_the_planner_says(mesh: Mesh) -> None:
     """Three tasks of different lengths. Predictions are read repeatedly, once costs were corrected by measured rounds.
     Other processes may slow the trainer before or after a prediction, so the closest one counts and must be within a

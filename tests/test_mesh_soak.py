@@ -167,7 +167,7 @@ def checkpoints(store: Path) -> list[str]:
 
 
 @pytest.mark.timeout(3600 if long_mode() else 600)
-@pytest.mark.parametrize("num_tasks", [1000] if long_mode() else [20, pytest.param(120, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("num_tasks", [1000] if long_mode() else [pytest.param(120, marks=pytest.mark.thorough)])
 def test_a_mesh_at_work_does_not_grow_and_leaves_nothing_behind(num_tasks: int, tmp_path: Path) -> None:
     chance = random.Random(printed_seed())
     backbone = write_backbone(tmp_path / "tiny")

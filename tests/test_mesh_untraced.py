@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from muxtune.local.mesh import START_ORDER, Mesh
 from muxtune.v1 import task_pb2
 from tests.services.test_collector_away import accepts_and_is_silent
@@ -11,6 +13,7 @@ ROWS = [{"prompt": f"fox {i}", "completion": " jumps over" * (1 + i % 4)} for i 
 QUICK = {"execution": {"MUXTUNE_NUM_THREADS": "1", "MUXTUNE_CALIBRATION_SECONDS": "0.1"}}
 
 
+@pytest.mark.thorough
 def test_tasks_end_and_services_stop_with_a_silent_collector(tmp_path: Path) -> None:
     backbone = write_backbone(tmp_path / "tiny")
     with accepts_and_is_silent() as endpoint:

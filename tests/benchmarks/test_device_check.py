@@ -53,6 +53,7 @@ def run_script(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., 
     return run
 
 
+@pytest.mark.thorough
 def test_every_stage_runs_here_with_nothing_but_its_packages(
     run_script: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -296,7 +296,7 @@ def test_up_passes_on_only_policies_and_the_rotation_of_traces(monkeypatch: pyte
 @pytest.mark.parametrize(
     "number",
     [
-        signal.SIGINT,
+        pytest.param(signal.SIGINT, marks=pytest.mark.thorough),
         pytest.param(signal.SIGTERM, marks=pytest.mark.thorough),  # taken as SIGINT is, by the same line
         pytest.param(signal.SIGHUP, marks=pytest.mark.thorough),
         signal.SIGKILL,

@@ -60,7 +60,8 @@ def never_answers() -> Iterator[str]:
 
 
 Away = Callable[[], AbstractContextManager[str]]
-every_way = pytest.mark.parametrize("away", [nothing_listens, accepts_and_is_silent, never_answers])
+LESS_OFTEN = [pytest.param(away, marks=pytest.mark.thorough) for away in (nothing_listens, accepts_and_is_silent)]
+every_way = pytest.mark.parametrize("away", [*LESS_OFTEN, never_answers])
 
 
 @pytest.fixture

@@ -79,8 +79,11 @@ def divide(
     microbatch_tokens: int,
     running: Collection[frozenset[str]] = (),
 ) -> tuple[FairGroup, ...]:
-    """Return the groups of an executor's residents. `running`: the tenants of each group that runs now, which are kept
-    while no tenant loses by it."""
+    """Return the groups of an executor's residents.
+
+    `running`: the tenants of each group that runs now, as far as their hTasks show it: a group of which no two tenants
+    share an hTask appears as several. Running groups are kept while the best have hardly more tokens a second.
+    """
     by_tenant: dict[str, list[TaskDemand]] = defaultdict(list)
     for demand in demands:
         by_tenant[demand.task.tenant].append(demand)
@@ -92,7 +95,7 @@ def divide(
     rates = _RunRates(loads, profile, microbatch_tokens)
     starts, rate = rates.best_runs()
     kept = _runs_of(loads, running)
-    if kept is not None and rates.total(kept) * KEEP_WITHIN >= rate:
+    if kept is not None and not set(starts) <= set(kept) and rates.total(kept) * KEEP_WITHIN >= rate:
         starts = kept
     runs = [loads[first:last] for first, last in zip(starts, [*starts[1:], len(loads)], strict=True)]
     return tuple(_group(run, by_tenant, most) for run in runs)

@@ -27,6 +27,7 @@ async def test_a_stopped_trainer_is_killed_and_its_tasks_continue(tmp_path: Path
         assert any("watchdog" in line["message"] for line in log_lines(mesh) if line["level"] == "ERROR")
 
 
+@pytest.mark.thorough
 async def test_a_trainer_that_is_idle_or_waits_for_data_is_not_killed(tmp_path: Path, tiny_backbone: Path) -> None:
     """The trainer does not change within four times the watchdog's limit, in each of the two states."""
     async with running_mesh(tmp_path, tiny_backbone, watchdog_seconds=0.8, calibration_seconds=0.1) as mesh:

@@ -30,7 +30,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize(
     ("size", "ranks", "num_tokens"),
-    [("small", [8, 16], 512), pytest.param("wide", [8, 16], 256, marks=pytest.mark.thorough), ("wide", [32], 1024)],
+    [
+        ("small", [8, 16], 512),
+        pytest.param("wide", [8, 16], 256, marks=pytest.mark.thorough),
+        pytest.param("wide", [32], 1024, marks=pytest.mark.thorough),
+    ],
 )
 def test_the_peak_of_a_process_is_predicted(
     folders: dict[str, Path], size: str, ranks: list[int], num_tokens: int

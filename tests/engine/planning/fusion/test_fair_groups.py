@@ -158,11 +158,22 @@ def test_an_evaluation_does_not_make_a_shared_round_long() -> None:
 
 
 def test_running_groups_are_kept_until_others_are_clearly_better() -> None:
+    demands = [demand("tenants/a", 0, 100), demand("tenants/b", 1, 200), demand("tenants/c", 2, 500)]
+    running = [frozenset({"tenants/a"}), frozenset({"tenants/b", "tenants/c"})]
+
+    def groups(fixed: float, knee: float, running: list[frozenset[str]]) -> list[frozenset[str]]:
+        return [frozenset(group.tenants) for group in divide(demands, {}, profile(fixed, knee), BUDGET, running)]
+
+    assert groups(0.003, 0, []) == [frozenset({"tenants/a", "tenants/b"}), frozenset({"tenants/c"})]
+    assert groups(0.003, 0, running) == running
+    assert len(groups(0.0, 0, running)) == 1
+
+
+def test_a_group_of_which_no_two_tenants_share_an_htask_stays_a_group() -> None:
+    """Found by test_a_plan_carried_out_is_planned_again: its hTasks look like groups of their own."""
     demands = [demand("tenants/a", 0, 100), demand("tenants/b", 1, 100)]
     apart = [frozenset({"tenants/a"}), frozenset({"tenants/b"})]
-    assert len(divide(demands, {}, profile(0.0, 0), BUDGET, apart)) == 2
-    assert len(divide(demands, {}, profile(0.0, 0), BUDGET)) == 1
-    assert len(divide(demands, {}, profile(0.1, 1000), BUDGET, apart)) == 1
+    assert len(divide(demands, {}, profile(0.0, 0), BUDGET, apart)) == 1
 
 
 @pytest.mark.parametrize("seed", seeds(100, 100))

@@ -137,8 +137,7 @@ async def test_bytes_of_uploads_in_progress_count_in_the_quota(admission: Admiss
     await getattr(good, method)(parts("d"))
     first.call.cancel()
     await asyncio.gather(first.call, return_exceptions=True)
-    await until(lambda: admission.servicer._uploads.taken("tenants/bad", kind) == 0)
-    assert scratch_bytes(admission) == 0
+    await until(lambda: admission.servicer._uploads.taken("tenants/bad", kind) == scratch_bytes(admission) == 0)
     if kind == "datasets" or name == "new":
         await getattr(bad, method)(parts(upload_id))
 
