@@ -17,8 +17,8 @@ from muxtune.v1 import scheduling_pb2, scheduling_pb2_grpc, task_pb2
 from tests.tiny_backbone import write_backbone
 
 ROWS = [{"text": "the quick brown fox " * (1 + i % 3)} for i in range(20)]
-MAX_SPEC_BYTES, OLD_SPEC_BYTES, MESSAGE_BYTES = 16 << 10, 900 << 10, 4 << 20
-LIMIT = 20  # specs of the largest size: MUXTUNE_MAX_UNFINISHED_SPEC_BYTES is small here, so that the test is quick
+MAX_SPEC_BYTES, OLD_SPEC_BYTES, MESSAGE_BYTES = 16 << 10, 256 << 10, 4 << 20
+LIMIT = 70  # specs of the largest size: MUXTUNE_MAX_UNFINISHED_SPEC_BYTES is small here, so that the test is quick
 SETTINGS = {
     "execution": {"MUXTUNE_CALIBRATION_SECONDS": "0", "MUXTUNE_CHECKPOINT_STEPS": "100000"},
     "admission": {"MUXTUNE_MAX_UNFINISHED_SPEC_BYTES": str(LIMIT * 8800)},  # 8.8 kB once names are there only once
@@ -101,7 +101,7 @@ def test_large_specs_of_one_tenant_stop_nothing_for_another(mesh: Mesh) -> None:
         assert len(list(bad.list_tasks(page_size=1000))) >= LIMIT
         before = good.get_task(running).progress.step
     mesh.stop()
-    # The database of an earlier version: 20 specs of 900 KiB were more than a message, and nothing was scheduled.
+    # The database of an earlier version: 70 specs of 256 KiB were more than a message, and nothing was scheduled.
     assert grow_specs(mesh, OLD_SPEC_BYTES) >= LIMIT
     mesh.start()
     with mesh.client(mesh.create_key("tenants/good")) as good, mesh.client(mesh.create_key("tenants/bad")) as bad:
@@ -113,6 +113,6 @@ def test_large_specs_of_one_tenant_stop_nothing_for_another(mesh: Mesh) -> None:
         names = [task.name for task in bad.list_tasks(page_size=1000)]
         assert len(names) >= LIMIT and bad.get_task(names[0]).spec.ByteSize() > OLD_SPEC_BYTES - 100
         with pytest.raises(QuotaExceededError, match="wait for a task or cancel one"):
-            bad.create_task(spec(hostile, 10, MAX_SPEC_BYTES))
+            bad.create_task(spec(hostile, 10_000_000, MAX_SPEC_BYTES))
     logs = {service: mesh.log_of(service).read_text() for service in ("admission", "scheduling")}
     assert not any('"ERROR"' in log or "larger than max" in log for log in logs.values())
