@@ -80,6 +80,7 @@ def memory_bytes(mesh: Mesh) -> dict[str, int]:
 
 
 @pytest.mark.thorough
+@pytest.mark.timeout(LOAD_SECONDS + 300)
 @pytest.mark.skipif(not long_mode(), reason="needs a machine of its own: MUXTUNE_TESTS=long")
 def test_an_honest_tenant_beside_ten_hostile_ones(mesh: Mesh) -> None:
     honest = mesh.client(mesh.create_key("tenants/honest"))
