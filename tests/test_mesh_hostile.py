@@ -16,7 +16,7 @@ import pytest
 
 from muxtune.client import Client
 from muxtune.local.mesh import START_ORDER, Mesh
-from muxtune.v1 import execution_pb2, execution_pb2_grpc, task_pb2
+from muxtune.v1 import execution_pb2, execution_pb2_grpc, operator_pb2, operator_pb2_grpc, task_pb2
 from services.resource_names import tenant_of
 from tests.hostile_tenants import HOSTILE, spec
 from tests.mesh_chaos import long_mode
@@ -92,19 +92,19 @@ def test_an_honest_tenant_beside_ten_hostile_ones(mesh: Mesh) -> None:
     with attacking(mesh):
         until(lambda: training(mesh) >= TRAINING, lambda: str(training(mesh)))
         with Calls(honest, task) as calls:
-            share = Share(honest, task)
+            share = Share(mesh, honest, task)
             end = time.monotonic() + LOAD_SECONDS
             while time.monotonic() < end:
                 time.sleep(1.0)
                 most = {name: max(most[name], size) for name, size in memory_bytes(mesh).items()}
-            fraction = share.fraction()
+            fraction, busy = share.fraction(), share.busy_fraction()
     second = honest.create_task(spec(dataset, num_steps=5, seed=1)).name
     until(lambda: honest.get_task(second).state == task_pb2.TASK_STATE_SUCCEEDED)
     assert honest.get_task(task).attempt == 1  # nothing was lost and done again
     fair = 1 / (len(TRAINING) + 1)  # one more comes and goes
     p99 = statistics.quantiles(calls.seconds, n=100)[98]
     grown = {name: (most[name] - before[name]) >> 20 for name in before}
-    print(f"share {fraction:.3f} of the device, fair is {fair:.3f}; {len(calls.seconds)} calls, p50",
+    print(f"share {fraction:.3f} of the device's work, fair is {fair:.3f}; at work {busy:.2f} of the time; {len(calls.seconds)} calls, p50",
           f"{statistics.median(calls.seconds):.3f} s, p99 {p99:.3f} s; MiB more by service: {grown}")  # fmt: skip
     assert fraction > LEAST_OF_FAIR_SHARE * fair
     assert p99 < CALL_SECONDS
@@ -125,17 +125,27 @@ def attacking(mesh: Mesh) -> Iterator[None]:
 
 
 class Share:
-    """Measures which part of the time the device worked for a task."""
+    """Measures which part of the device's work was for a task, and which part of the time the device worked."""
 
-    def __init__(self, client: Client, task: str) -> None:
-        self._client, self._task = client, task
-        self._started, self._seconds = time.monotonic(), self._device_seconds()
+    def __init__(self, mesh: Mesh, client: Client, task: str) -> None:
+        self._mesh, self._client, self._task = mesh, client, task
+        self._started, self._own, self._all = time.monotonic(), self._task_seconds(), self._all_seconds()
 
     def fraction(self) -> float:
-        return (self._device_seconds() - self._seconds) / (time.monotonic() - self._started)
+        return (self._task_seconds() - self._own) / (self._all_seconds() - self._all)
 
-    def _device_seconds(self) -> float:
+    def busy_fraction(self) -> float:
+        return (self._all_seconds() - self._all) / (time.monotonic() - self._started)
+
+    def _task_seconds(self) -> float:
         return self._client.get_task(self._task).progress.device_seconds
+
+    def _all_seconds(self) -> float:
+        """Return what all tenants were charged."""
+        with self._mesh.operator_channel("admission") as channel:
+            stub = operator_pb2_grpc.OperatorServiceStub(channel)
+            usage = stub.ListUsage(operator_pb2.ListUsageRequest(page_size=1000), timeout=30)
+        return sum(day.device_seconds for day in usage.days)
 
 
 def training(mesh: Mesh) -> set[str]:

@@ -24,6 +24,9 @@ from services.rpc.rate_limit import RateLimit
 from services.rpc.unauthenticated_limiter import client_address
 
 
+_LARGE_MESSAGE_BYTES = 128 << 10  # a larger message takes the event loop as long as several of this size
+
+
 class CallKind(StrEnum):
     """Kinds of calls by how they hold a server's resources, with the name that errors use."""
 
@@ -128,7 +131,7 @@ class RequestReceiver:
 
     async def _delayed(self, messages: AsyncIterator[Message], tenant: str) -> AsyncIterator[Message]:
         async for message in messages:
-            if seconds := self._messages.reserve(tenant, 1):
+            if seconds := self._messages.reserve(tenant, max(1, message.ByteSize() // _LARGE_MESSAGE_BYTES)):
                 await asyncio.sleep(seconds)
             yield message
 

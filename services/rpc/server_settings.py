@@ -27,7 +27,8 @@ class ServerSettings(TelemetrySettings):
     `max_connection_calls`: calls of one connection that the server accepts at once; more wait at the client.
     `request_seconds`: a message must arrive within that time. `min_upload_bytes_per_second`: the least rate of an
     upload, on average over `request_seconds`. `max_upload_seconds`: the longest that an upload may take.
-    `upload_messages_per_second`: messages that all uploads of a tenant may send; later ones wait.
+    `upload_messages_per_second`: messages of up to 128 KiB that all uploads of a tenant may send, or their bytes in
+    larger ones; later ones wait.
     `reflection`: serve descriptions of the RPCs to any caller.
     """
 
