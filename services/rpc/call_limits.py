@@ -23,7 +23,6 @@ from services.rpc.fair_limit import FairLimit
 from services.rpc.rate_limit import RateLimit
 from services.rpc.unauthenticated_limiter import client_address
 
-
 _LARGE_MESSAGE_BYTES = 128 << 10  # a larger message takes the event loop as long as several of this size
 
 
