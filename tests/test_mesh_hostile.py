@@ -104,7 +104,8 @@ def test_an_honest_tenant_beside_ten_hostile_ones(mesh: Mesh) -> None:
     fair = 1 / (len(TRAINING) + 1)  # one more comes and goes
     p99 = statistics.quantiles(calls.seconds, n=100)[98]
     grown = {name: (most[name] - before[name]) >> 20 for name in before}
-    print(f"share {fraction:.3f} of the device's work, fair is {fair:.3f}; at work {busy:.2f} of the time; {len(calls.seconds)} calls, p50",
+    print(f"share {fraction:.3f} of the device's work, fair is {fair:.3f}; at work {busy:.2f} of the time;",
+          f"{len(calls.seconds)} calls, p50",
           f"{statistics.median(calls.seconds):.3f} s, p99 {p99:.3f} s; MiB more by service: {grown}")  # fmt: skip
     assert fraction > LEAST_OF_FAIR_SHARE * fair
     assert p99 < CALL_SECONDS
