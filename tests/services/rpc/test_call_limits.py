@@ -206,3 +206,28 @@ async def test_a_call_whose_message_does_not_come_is_ended() -> None:
     receiver = RequestReceiver(CallLimits(request_seconds=0.05))
     with pytest.raises(TransferTooSlowError, match=r"did not arrive within 0\.05 s"):
         await receiver.receive_message(ServerCall("/muxtune.v1.AdmissionService/GetTask", None, SilentContext()), serve)
+
+
+async def test_large_messages_of_a_tenant_count_as_their_bytes() -> None:
+    """26 messages of 1 MiB, where 100 of 128 KiB may come a second after the first 200."""
+    receiver, seconds = RequestReceiver(CallLimits(upload_messages_per_second=100.0)), list[float]()
+    reserve = receiver._messages.reserve
+
+    def record(tenant: str, num_messages: int) -> float:
+        seconds.append(reserve(tenant, num_messages))
+        return 0.0
+
+    receiver._messages.reserve = record  # type: ignore[method-assign]
+
+    async def many() -> AsyncIterator[Any]:
+        for _ in range(26):
+            yield chunk(1 << 20)
+
+    async def read(call: ServerCall) -> None:
+        async for _ in call.request:
+            pass
+
+    call = ServerCall("/muxtune.v1.AdmissionService/UploadDataset", many(), None)
+    call.principal = Principal("tenants/bad", Role.TENANT)
+    await receiver.pace_upload(call, read)
+    assert seconds[24] == 0 and 0 < seconds[25] <= 0.08
