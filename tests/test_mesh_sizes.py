@@ -73,7 +73,7 @@ def grow_specs(mesh: Mesh, num_bytes: int) -> int:
         rows = database.execute("SELECT name, spec FROM tasks WHERE tenant = 'tenants/bad'").fetchall()
         for name, stored in rows:
             old = task_pb2.TaskSpec.FromString(stored)
-            old.lora.target_modules.extend(["q_proj", "k_proj"] * ((num_bytes - old.ByteSize()) // 16))
+            old.lora.target_modules.extend(["q_proj"] * ((num_bytes - old.ByteSize()) // 8))
             old.MergeFromString(bytes.fromhex("fa3f03616263"))  # and a field that no version knows
             database.execute("UPDATE tasks SET spec = ? WHERE name = ?", (old.SerializeToString(), name))
     return len(rows)
